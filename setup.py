@@ -34,7 +34,7 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
-    'tpu': ['jax[tpu]>=0.6'],
+    'tpu': ['jax[tpu]>=0.6', 'etils[epath-gcs]>=1.7'],
     'cuda': ['jax[cuda12]>=0.6'],
     'tasks': TASKS,
     'test': TEST,

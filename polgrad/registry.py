@@ -36,11 +36,26 @@ def table(*functions: Callable) -> dict[str, Callable]:
   return dict(zip(names, functions))
 
 
+def register(choices: dict[str, Callable], fn: Callable) -> Callable:
+  """Adds a function of your own to a table, so that a configuration can name it.
+
+      registry.register(verifiers.TABLE, is_haiku)
+
+  Raises:
+    ValueError: the name is polgrad's already.
+  """
+  known = choices.get(fn.__name__)
+  if known is not None and known.__module__.startswith('polgrad.'):
+    raise ValueError(f'{fn.__name__!r} is taken by {known.__module__}')
+  choices[fn.__name__] = fn
+  return fn
+
+
 def part(fn: Callable, **knobs) -> ml_collections.ConfigDict:
   """Writes `fn` and all its knobs, defaults included, as JSON-printable data.
 
   Raises:
-    TypeError: a knob that `fn` does not have, or a required one that is missing.
+    ValueError: a knob that `fn` does not have, or a required one that is missing.
   """
   spec = {'name': fn.__name__}
   parameters = _knobs(fn)
@@ -48,7 +63,9 @@ def part(fn: Callable, **knobs) -> ml_collections.ConfigDict:
   for name, parameter in parameters.items():
     value = knobs.get(name, parameter.default)
     if value is inspect.Parameter.empty:
-      raise TypeError(f'{fn.__name__} needs {name!r}')
+      raise ValueError(f'{fn.__name__} needs {name!r}')
+    if isinstance(parameter.default, float) and isinstance(value, int):
+      value = float(value)  # a ConfigDict would hold later overrides to int
     spec[name] = part(value) if inspect.isfunction(value) else value
   return ml_collections.ConfigDict(spec)
 
@@ -124,7 +141,7 @@ def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
     return {k: bind(v, arguments[-1].__metadata__[0], f'{path}.{k}') for k, v in value.items()}
   has_default = parameter.default is not inspect.Parameter.empty
   expected = type(parameter.default) if has_default else hint
-  if not isinstance(expected, type) or isinstance(value, expected) and expected is not int:
+  if not isinstance(expected, type) or (isinstance(value, expected) and expected is not int):
     return tuple(value) if isinstance(value, list) else value
   if expected is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

@@ -101,6 +101,22 @@ class Mean:
   def __add__(self, other: 'Mean') -> 'Mean':
     return Mean(total=self.total + other.total, count=self.count + other.count)
 
+  def scale(self, factor: Array | float) -> 'Mean':
+    return Mean(total=factor * self.total, count=self.count)
+
+
+@struct.dataclass(kw_only=True)
+class Max:
+  """A maximum that merges like a `Mean` does."""
+
+  maximum: Array  # f32[]
+
+  def value(self) -> Array:
+    return self.maximum
+
+  def __add__(self, other: 'Max') -> 'Max':
+    return Max(maximum=jnp.maximum(self.maximum, other.maximum))
+
 
 @struct.dataclass(kw_only=True)
 class TrainState:

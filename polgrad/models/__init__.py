@@ -1,0 +1,14 @@
+"""Models behind one seam, `Policy`; `TABLE` lists the factories."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from polgrad.models.policy import Policy
+from polgrad.models.token_stats import STATS, token_stats
+from polgrad.models.transformer import decoder
+from polgrad.registry import table
+
+TABLE = table(decoder)
+Part = Annotated[Callable, TABLE]
+
+__all__ = ['STATS', 'TABLE', 'Part', 'Policy', 'decoder', 'token_stats']

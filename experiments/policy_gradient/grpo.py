@@ -1,0 +1,31 @@
+"""GRPO (arXiv:2402.03300): group-normalised rewards, clipped ratio, k3 to a reference.
+
+A_i = (R_i - mean_g) / (std_g + 1e-6), unbiased std;
+loss = mean over sequences of token means of -min(r A, clip(r, 0.8, 1.2) A) + 0.04 * k3. The k3 loss has the
+gradient of KL(reference, pi), which is what the paper does. Confidence: formula as in verl and TRL (code).
+
+    python -m polgrad.train --config=experiments/policy_gradient/grpo.py --workdir=runs/grpo
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives, optim
+from polgrad.losses import advantages, aggregation, penalties, surrogates
+from polgrad.registry import part, weighted
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+      aggregation=part(aggregation.sequence_mean),
+      penalties={'kl': weighted(0.04, part(penalties.k3))},
+    ),
+    anchors={'reference': part(optim.fixed)},
+    minibatches=2,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

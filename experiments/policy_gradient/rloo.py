@@ -1,0 +1,29 @@
+"""RLOO: leave-one-out baseline, KL in the reward (arXiv:2402.14740).
+
+R_i = r_i - beta * sum_t k1_t;  A_i = R_i - mean of the other rows of the group;
+loss = -mean over sequences of A * log pi(y). Unbiased for E[r] - beta KL(pi, reference). The KL enters the
+reward, where k1 has the right gradient. Confidence: formula as in verl and TRL (code).
+
+    python -m polgrad.train --config=experiments/policy_gradient/rloo.py --workdir=runs/rloo
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives, optim
+from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.leave_one_out), kl_coefficient=0.03),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.reinforce),
+      aggregation=part(aggregation.sequence_sum),
+    ),
+    anchors={'reference': part(optim.fixed)},
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

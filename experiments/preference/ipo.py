@@ -1,0 +1,27 @@
+"""IPO (arXiv:2310.12036): squared link, so that a deterministic preference has a finite optimum.
+
+loss = mean over pairs of (h - 1/(2 tau))^2, tau = 0.1, h the difference of *summed* log-ratios, as the theory
+has it. TRL divides by the lengths: take `log_ratio_mean` for that. Confidence: formula as in code.
+
+    python -m polgrad.train --config=experiments/preference/ipo.py --workdir=runs/ipo
+"""
+
+from experiments.common import arithmetic_experiment, options, preference_phase, warm_start
+from polgrad import objectives, optim
+from polgrad.losses import implicit_rewards, links
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=100, smoke=False)
+  phase = preference_phase(
+    objective=part(
+      objectives.pairwise,
+      score=part(implicit_rewards.log_ratio_sum),
+      link=part(links.squared, target=5.0),
+      beta=1.0,
+    ),
+    anchors={'reference': part(optim.fixed)},
+    steps=o.steps,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'preference': phase}, smoke=o.smoke)

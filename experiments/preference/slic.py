@@ -1,0 +1,41 @@
+"""SLiC-HF (arXiv:2305.10425): hinge on log-probs, and likelihood of the chosen completion.
+
+loss = mean over pairs of max(0, 1 - log pi(chosen) + log pi(rejected)) + 0.1 * NLL(chosen); sums over tokens,
+no reference. Confidence: form as in HALOs (code), the constants 1 and 0.1 from memory.
+
+    python -m polgrad.train --config=experiments/preference/slic.py --workdir=runs/slic
+"""
+
+from experiments.common import arithmetic_experiment, options, preference_phase, warm_start
+from polgrad import objectives
+from polgrad.losses import aggregation, implicit_rewards, links
+from polgrad.registry import part, weighted
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=100, smoke=False)
+  phase = preference_phase(
+    objective=part(
+      objectives.weighted_sum,
+      streams={
+        'margin': weighted(
+          1.0,
+          part(
+            objectives.pairwise,
+            score=part(implicit_rewards.logp_sum),
+            link=part(links.hinge, threshold=1.0),
+          ),
+        ),
+        'likelihood': weighted(
+          0.1,
+          part(
+            objectives.supervised,
+            aggregation=part(aggregation.sequence_sum),
+            preferred_only=True,
+          ),
+        ),
+      },
+    ),
+    steps=o.steps,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'preference': phase}, smoke=o.smoke)

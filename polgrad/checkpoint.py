@@ -1,0 +1,75 @@
+"""Checkpoints: Orbax behind three functions. A checkpoint is whole or absent."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
+  """Opens (or creates) a folder of checkpoints; saving is asynchronous and atomic."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+  return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+
+
+def save(
+  checkpoints: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping
+) -> None:
+  """Writes named pytrees of arrays, and JSON beside them, under the number `step`."""
+  items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+  checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items))
+
+
+def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
+  """The JSON that was saved with a step."""
+  return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any) -> Any:
+  """Reads one of the pytrees, in the shapes, dtypes and shardings of `like`.
+
+  Raises:
+    ValueError: the checkpoint holds other arrays; the message names the first that differ.
+  """
+  _check_fit(checkpoints, step, name, like)
+  args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+  return checkpoints.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+
+def latest(checkpoints: ocp.CheckpointManager, folder: str) -> int:
+  """The number of the newest whole checkpoint.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  step = checkpoints.latest_step()
+  if step is None:
+    raise FileNotFoundError(f'no whole checkpoint in {folder}')
+  return step
+
+
+def _check_fit(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any) -> None:
+  saved = _shapes(checkpoints.item_metadata(step)[name].tree)
+  wanted = _shapes(like)
+  where = f'{name} of checkpoint {step} in {checkpoints.directory} do not fit'
+  if saved.keys() != wanted.keys():
+    missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    raise ValueError(f'{where}: it lacks {missing[:5]}, and has {extra[:5]} that the model has not')
+  wrong = [f'{k}: {saved[k]}, not {wanted[k]}' for k in sorted(wanted) if saved[k] != wanted[k]]
+  if wrong:
+    raise ValueError(f'{where}: shapes differ: {"; ".join(wrong[:5])}')
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {'/'.join(_key(k) for k in path): tuple(x.shape) for path, x in leaves}
+
+
+def _key(entry: Any) -> str:
+  """One step of a tree path, whether it is an attribute, a dict key or an index."""
+  for field in ('name', 'key', 'idx'):
+    if hasattr(entry, field):
+      return str(getattr(entry, field))
+  return str(entry)

@@ -1,0 +1,35 @@
+"""Flags and start-up that the mains share."""
+
+import os
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: metrics, checkpoints, report.')
+CHECKPOINTS = flags.DEFINE_string(
+  'checkpoints', '', 'Folder of the checkpoints, perhaps gs://...; default: in the workdir.'
+)
+STEP = flags.DEFINE_integer('step', -1, 'Which checkpoint to read; -1 is the newest.')
+CACHE = flags.DEFINE_string(
+  'compilation_cache', os.path.expanduser('~/.cache/polgrad/xla'), 'Compiled programs; "" for none.'
+)
+DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other processes of a pod first.')
+
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def start(argv: list[str]) -> None:
+  """Joins the pod if asked to, and turns the compilation cache on."""
+  if len(argv) > 1:
+    raise SystemExit(f'unexpected arguments {argv[1:]}; flags begin with --')
+  if DISTRIBUTED.value:
+    jax.distributed.initialize()
+  if CACHE.value:
+    jax.config.update('jax_compilation_cache_dir', CACHE.value)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def checkpoint_folder() -> str:
+  return CHECKPOINTS.value or os.path.join(WORKDIR.value, 'checkpoints')

@@ -1,0 +1,197 @@
+"""Random access data sets of records: `len(source)`, `source[i] -> dict`.
+
+A record holds `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for
+rewards and supervised training; `chosen` and `rejected` (texts) for preference training; and
+whatever else the reward wants to see.
+"""
+
+import dataclasses
+import json
+import operator as operators
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Annotated
+
+import grain
+import numpy as np
+
+from polgrad.registry import table
+
+OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
+TEXT_FIELDS = ('prompt', 'answer', 'chosen', 'rejected')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A length and a function from row to record."""
+
+  size: int
+  record: Callable[[int], dict]
+
+  def __len__(self) -> int:
+    return self.size
+
+  def __getitem__(self, row: int) -> dict:
+    if not 0 <= row < self.size:
+      raise IndexError(f'row {row} of {self.size}')
+    return self.record(row)
+
+
+def arithmetic(
+  *,
+  digits: int = 2,
+  operator: str = '+',
+  split: str = 'train',
+  holdout: float = 0.1,
+  seed: int = 0,
+) -> Source:
+  """All problems `a+b=` with `digits`-digit numbers, shuffled and cut in 'train' and 'heldout'.
+
+  The splits are disjoint and together complete for one (digits, operator, holdout, seed). Numbers
+  do not begin with 0, but for 0 itself when `digits` is 1. `holdout` is the share not trained on.
+
+  Raises:
+    ValueError: an operator other than + - *, an unknown split, a share outside [0, 1].
+  """
+  if operator not in OPERATORS:
+    raise ValueError(f'operator {operator!r}; valid: {sorted(OPERATORS)}')
+  if not (digits >= 1 and 0 <= holdout <= 1):
+    raise ValueError(f'digits {digits} must be at least 1 and holdout {holdout} within [0, 1]')
+  low = 10 ** (digits - 1) if digits > 1 else 0
+  numbers = 10**digits - low
+  held = round(holdout * numbers**2)
+  ranges = {'train': range(held, numbers**2), 'heldout': range(held)}
+  if split not in ranges:
+    raise ValueError(f'split {split!r}; valid: {sorted(ranges)}')
+  order = grain.MapDataset.range(numbers**2).shuffle(seed=seed)
+
+  def record(row):
+    a, b = divmod(int(order[ranges[split][row]]), numbers)
+    a, b = a + low, b + low
+    return {'prompt': f'{a}{operator}{b}=', 'answer': str(OPERATORS[operator](a, b))}
+
+  return Source(len(ranges[split]), record)
+
+
+def jsonl(*, path: str) -> Source:
+  """One JSON object a line; blank lines are skipped. Read and checked whole, at once.
+
+  Raises:
+    FileNotFoundError: `path` is not a file.
+    ValueError: a malformed row, as `path:line: why`.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f'{path}: expected a file of JSON lines')
+  rows = []
+  # Split at newlines only: str.splitlines would also cut at U+2028 inside a JSON string.
+  lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')
+  for number, line in enumerate(lines, start=1):
+    if line.strip():
+      try:
+        rows.append(_checked(json.loads(line)))
+      except ValueError as error:
+        raise ValueError(f'{path}:{number}: {error}') from error
+  return Source(len(rows), rows.__getitem__)
+
+
+def _checked(record):
+  if not isinstance(record, dict):
+    raise ValueError(f'expected an object, got {type(record).__name__}')
+  if ('prompt' in record) == ('messages' in record):
+    raise ValueError(f'expected either prompt or messages, got {sorted(record)}')
+  for field in TEXT_FIELDS:
+    if not isinstance(record.get(field, ''), str):
+      raise ValueError(f'{field} must be text, got {record[field]!r}')
+  if ('chosen' in record) != ('rejected' in record):
+    raise ValueError('chosen and rejected come together')
+  if 'messages' in record:
+    _check_messages(record['messages'])
+  return record
+
+
+def _check_messages(messages):
+  if not isinstance(messages, list) or not messages:
+    raise ValueError('messages must be a list of {role, content}')
+  for message in messages:
+    if not isinstance(message, Mapping) or not {'role', 'content'} <= set(message):
+      raise ValueError(f'a message needs role and content, got {message!r}')
+
+
+def tfds_records(
+  *, path: str, split: str, prompt_field: str = 'prompt', answer_field: str = 'answer'
+) -> Source:
+  """A TensorFlow Datasets directory in array_record form, read without TensorFlow.
+
+  Args:
+    path: the version's directory, the one that holds dataset_info.json.
+    split: a split or a slice of one, such as `train[:90%]`.
+    prompt_field: the field that becomes `prompt`.
+    answer_field: the field that becomes `answer`, '' for none; all others keep their names. Bytes
+      are decoded as UTF-8.
+
+  Raises:
+    FileNotFoundError: no data set in `path`.
+    ValueError: a field that the data set does not have.
+  """
+  if not (pathlib.Path(path) / 'dataset_info.json').is_file():
+    raise FileNotFoundError(f'{path}: expected a TFDS directory with dataset_info.json')
+  import tensorflow_datasets as tfds  # takes seconds
+
+  rows = tfds.builder_from_directory(path).as_data_source(split)
+  names = {prompt_field: 'prompt', answer_field: 'answer'}
+  missing = {prompt_field, answer_field} - {''} - set(rows.dataset_info.features)
+  if missing:
+    raise ValueError(
+      f'{path}: no field {sorted(missing)}; valid: {sorted(rows.dataset_info.features)}'
+    )
+
+  def record(row):
+    return {names.get(field, field): _plain(value) for field, value in rows[row].items()}
+
+  return Source(len(rows), record)
+
+
+def reasoning_gym(
+  *,
+  task: str,
+  size: int,
+  seed: int,
+  options: dict = {},  # noqa: B006
+) -> Source:
+  """Problems that reasoning-gym makes up (arXiv 2505.24760), `entry` being all that it says of one.
+
+  Item i + 1 of a seed is item i of the next seed: keep training and evaluation seeds further apart
+  than `size`.
+
+  Args:
+    task: a data set of reasoning-gym, such as `countdown`.
+    size: how many problems.
+    seed: of the first one.
+    options: settings of the task.
+
+  Raises:
+    ImportError: the package is not installed.
+    ValueError: an unknown task.
+  """
+  try:
+    import reasoning_gym as gym
+  except ImportError as error:
+    raise ImportError('reasoning-gym is missing; pip install "polgrad[tasks]"') from error
+  problems = gym.create_dataset(task, size=size, seed=seed, **options)
+
+  def record(row):
+    entry = problems[row]
+    answer = {} if entry['answer'] is None else {'answer': str(entry['answer'])}
+    return {'prompt': entry['question'], **answer, 'entry': entry}
+
+  return Source(size, record)
+
+
+def _plain(value):
+  """What a scalar or text feature is in Python; other arrays stay what they are."""
+  value = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
+  return value.decode('utf-8') if isinstance(value, bytes) else value
+
+
+TABLE = table(arithmetic, jsonl, tfds_records, reasoning_gym)
+Part = Annotated[Callable, TABLE]

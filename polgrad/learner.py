@@ -1,0 +1,192 @@
+"""From a batch to new parameters: forward pass, gradient, optimizer, anchors."""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from polgrad.models.policy import Policy
+from polgrad.models.token_stats import STATS, token_stats
+from polgrad.objectives import Objective
+from polgrad.types import Array, Batch, Max, Mean, Outputs, Params, TrainState
+
+
+def forward(
+  policy: Policy,
+  params: Params,
+  tokens: Array,
+  segment_ids: Array,
+  *,
+  fields: frozenset[str] = frozenset(),
+  stats: Mapping[str, Callable] = {},
+  temperature: float = 1.0,
+  teacher: tuple[Policy, Params] | None = None,
+) -> Outputs:
+  """Log-probs of the tokens, and only what else is asked for.
+
+  Args:
+    fields: out of {'entropy', 'values'}.
+    stats: further functions of (logits, tokens, teacher_logits), by name.
+    temperature: divides all logits, as it did when the tokens were sampled.
+    teacher: a second model whose logits a stat reads; no gradient reaches it.
+  """
+  hidden = policy.hidden(params, tokens, segment_ids)
+  wanted = {'logp': STATS['logp'], **stats}
+  if 'entropy' in fields:
+    wanted['entropy'] = STATS['entropy']
+  teacher_inputs = {}
+  if teacher is not None:
+    other, other_params = teacher[0], jax.lax.stop_gradient(teacher[1])
+    teacher_inputs = {
+      'teacher_hidden': other.hidden(other_params, tokens, segment_ids),
+      'teacher_unembed': lambda h: other.unembed(other_params, h),
+    }
+  out = token_stats(
+    hidden,
+    tokens,
+    lambda h: policy.unembed(params, h),
+    stats=wanted,
+    temperature=temperature,
+    **teacher_inputs,
+  )
+  return Outputs(
+    logp=out['logp'],
+    entropy=out.get('entropy'),
+    values=previous(policy.value(params, hidden)) if 'values' in fields else None,
+    stats={name: out[name] for name in stats},
+  )
+
+
+def previous(x: Array) -> Array:
+  """Moves [B, T] one to the right: the value before token t speaks about token t."""
+  return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+
+
+def make_update(
+  policy: Policy,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  temperature: float = 1.0,
+  micro_batches: int = 1,
+  anchors: Mapping[str, Callable] = {},
+  teacher: Policy | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+  """One optimizer step on one minibatch: (state, batch) -> (state, metrics); jit it.
+
+  The batch is cut into `micro_batches` that are forwarded one after another. Counts are taken from the
+  whole batch first, so the gradient is that of the whole batch, whatever the cut.
+
+  An update whose loss or gradient is not finite leaves everything but `step` and `skipped` as it was.
+  """
+  fields = objective.requires & {'entropy', 'values'}
+
+  def counts_of(batch: Batch, state: TrainState) -> dict[str, Array]:
+    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
+    blank = Outputs(
+      logp=zeros, entropy=zeros, values=zeros, stats={k: zeros for k in objective.stats}
+    )
+    terms, _ = objective.apply(blank, batch, state.objective_state, step=state.step)
+    return {name: term.count for name, term in terms.items()}
+
+  def loss_fn(params: Params, batch: Batch, counts: Mapping[str, Array], state: TrainState):
+    outputs = forward(
+      policy,
+      params,
+      batch.tokens,
+      batch.segment_ids,
+      fields=fields,
+      stats=objective.stats,
+      temperature=temperature,
+      teacher=None if teacher is None else (teacher, state.anchors['teacher']),
+    )
+    terms, metrics = objective.apply(outputs, batch, state.objective_state, step=state.step)
+    shares = [Mean(total=t.total, count=counts[name]).value() for name, t in terms.items()]
+    return sum(shares), (terms, metrics)
+
+  def gradient(state: TrainState, batch: Batch):
+    counts = counts_of(batch, state)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+      return grad_fn(state.params, batch, counts, state)
+    parts = split(batch, micro_batches, objective.group)
+
+    def accumulate(carry, part):
+      (loss, aux), grads = grad_fn(state.params, part, counts, state)
+      return jax.tree.map(jnp.add, carry, (loss, grads)), aux
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    (loss, grads), aux = jax.lax.scan(accumulate, zero, parts)
+    mergeable = lambda x: isinstance(x, Mean | Max)
+    pieces = [jax.tree.map(lambda x, i=i: x[i], aux) for i in range(micro_batches)]
+    aux = functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=mergeable), pieces)
+    return (loss, aux), grads
+
+  def update(state: TrainState, batch: Batch):
+    (loss, (terms, metrics)), grads = gradient(state, batch)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, steps)
+    step = state.step + 1
+    moved = state.replace(
+      params=params,
+      opt_state=opt_state,
+      anchors={k: anchors[k](v, params, step) for k, v in state.anchors.items()},
+      objective_state=objective.advance(state.objective_state, metrics),
+      skipped=jnp.zeros_like(state.skipped),
+    )
+    stayed = state.replace(skipped=state.skipped + 1)
+    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, stayed).replace(step=step)
+    report = {f'loss/{k}': v.value() for k, v in terms.items()}
+    report |= {k: v.value() for k, v in metrics.items()}
+    return state, {
+      'loss': loss,
+      'grad_norm': norm,
+      'skipped': state.skipped,
+      **report,
+    }
+
+  return update
+
+
+def make_annotate(
+  policy: Policy, *, fields: frozenset[str], temperature: float, micro_batches: int
+) -> Callable[[Params, Array, Array], Outputs]:
+  """(params, tokens, segment_ids) -> Outputs without a gradient; jit it."""
+
+  def annotate(params: Params, tokens: Array, segment_ids: Array) -> Outputs:
+    one = lambda x: forward(policy, params, *x, fields=fields, temperature=temperature)
+    if micro_batches == 1:
+      return one((tokens, segment_ids))
+    parts = split((tokens, segment_ids), micro_batches, 1)
+    return join(jax.lax.map(one, parts), 1)
+
+  return annotate
+
+
+def split(batch: Any, parts: int, group: int) -> Any:
+  """[B, ...] -> [parts, B / parts, ...], keeping runs of `group` rows together.
+
+  Groups are dealt out in turn, so that every device keeps a share of its own rows.
+  """
+
+  def deal(x: Array) -> Array:
+    x = x.reshape(-1, parts, group, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
+
+  return jax.tree.map(deal, batch)
+
+
+def join(parts: Any, group: int) -> Any:
+  """The inverse of `split`."""
+
+  def gather(x: Array) -> Array:
+    x = x.reshape(x.shape[0], -1, group, *x.shape[2:])
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
+
+  return jax.tree.map(gather, parts)

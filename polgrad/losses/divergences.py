@@ -1,0 +1,87 @@
+"""Divergences between the next-token distributions of a teacher and of the student.
+
+They read finite logits over the vocabulary, so they run where logits exist (in chunks) and not in
+the losses. The teacher is detached here. Logits are normalised in float32 at least.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from polgrad.registry import table
+from polgrad.types import Array
+
+
+def forward_kl(teacher_logits: Array, logits: Array) -> Array:
+  """KL(teacher || student) = sum T log(T / S): distillation on soft targets (arXiv:1503.02531).
+
+  Mass-covering. Gradient with respect to the student's logits: S - T.
+
+  Args:
+    teacher_logits: [..., V].
+    logits: [..., V], of the student.
+
+  Returns:
+    [...], nats.
+  """
+  return _kl(*_log_probs(teacher_logits, logits))
+
+
+def reverse_kl(teacher_logits: Array, logits: Array) -> Array:
+  """KL(student || teacher) = sum S log(S / T): MiniLLM, per token (arXiv:2306.08543).
+
+  Mode-seeking. Gradient with respect to the student's logits: S (log(S / T) - KL).
+
+  Args:
+    teacher_logits: [..., V].
+    logits: [..., V], of the student.
+
+  Returns:
+    [...], nats.
+  """
+  teacher, student = _log_probs(teacher_logits, logits)
+  return _kl(student, teacher)
+
+
+def jensen_shannon(teacher_logits: Array, logits: Array, *, weight: float = 0.5) -> Array:
+  """w KL(T || M) + (1 - w) KL(S || M) with M = w T + (1 - w) S: GKD (arXiv:2306.13649).
+
+  At most the entropy of (w, 1 - w), log 2 for w = 0.5. Divided by w it tends to `forward_kl` as
+  w -> 0, and divided by 1 - w to `reverse_kl` as w -> 1; at the ends themselves it would be 0,
+  where some code bases silently return the two KLs instead.
+
+  Args:
+    teacher_logits: [..., V].
+    logits: [..., V], of the student.
+    weight: of the teacher in the mixture, in (0, 1).
+
+  Returns:
+    [...], nats.
+
+  Raises:
+    ValueError: weight outside (0, 1).
+  """
+  if not 0 < weight < 1:
+    raise ValueError(f'weight must lie in (0, 1), got {weight}')
+  teacher, student = _log_probs(teacher_logits, logits)
+  mixture = jnp.logaddexp(teacher + jnp.log(weight), student + jnp.log1p(-weight))
+  return weight * _kl(teacher, mixture) + (1 - weight) * _kl(student, mixture)
+
+
+def _log_probs(teacher_logits: Array, logits: Array) -> tuple[Array, Array]:
+  chex.assert_equal_shape([teacher_logits, logits])
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(dtype))
+  return teacher, jax.nn.log_softmax(logits.astype(dtype))
+
+
+def _kl(p: Array, q: Array) -> Array:
+  """sum exp(p) (p - q) over the last axis, of log-probabilities."""
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+TABLE = table(forward_kl, reverse_kl, jensen_shannon)
+Part = Annotated[Callable, TABLE]

@@ -1,0 +1,159 @@
+"""Token penalties: each is a loss with its own coefficient, logged as its own term.
+
+The KL estimators use delta = logp - reference_logp of tokens that the policy sampled. What matters
+in a loss is the expected *gradient*, not the value (arXiv:2506.09477). On-policy, with the tokens
+before t held fixed:
+
+    k1              0: the score has mean zero, so only noise
+    k2              grad KL(pi || reference)
+    k3              grad KL(reference || pi): the other direction
+    importance_k3   grad KL(pi || reference), also for off-policy tokens
+
+None of the token penalties sees that an early token changes the prefixes of later ones; k1 as a
+reward, summed to go, does.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import chex
+import jax.numpy as jnp
+
+from polgrad.losses.ratios import bounded
+from polgrad.registry import table
+from polgrad.types import Array
+
+
+def k1(logp: Array, reference_logp: Array) -> Array:
+  """delta: unbiased for KL(pi || reference) as a value (standard; arXiv:2506.09477).
+
+  As a loss its expected gradient is 0. It is meant for rewards and for logs.
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats.
+
+  Returns:
+    [..., T], nats; single entries may be negative.
+  """
+  chex.assert_equal_shape([logp, reference_logp])
+  return logp - reference_logp
+
+
+def k2(logp: Array, reference_logp: Array) -> Array:
+  """delta^2 / 2: the value is KL to second order, the expected gradient is that of
+  KL(pi || reference) exactly (arXiv:2506.09477).
+
+  Against the old policy it is the mirror-descent penalty of Kimi k1.5 (arXiv:2501.12599).
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats.
+
+  Returns:
+    [..., T], >= 0.
+  """
+  chex.assert_equal_shape([logp, reference_logp])
+  return 0.5 * jnp.square(logp - reference_logp)
+
+
+def k3(logp: Array, reference_logp: Array) -> Array:
+  """exp(-delta) - 1 + delta: GRPO's penalty (arXiv:2402.03300).
+
+  Unbiased for KL(pi || reference) as a value and never negative. As a loss its expected gradient is
+  that of KL(reference || pi), the mass-covering direction. delta is clamped to +-20; a clamped
+  entry has gradient 0.
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats.
+
+  Returns:
+    [..., T], >= 0.
+  """
+  chex.assert_equal_shape([logp, reference_logp])
+  delta = bounded(logp - reference_logp)
+  return jnp.expm1(-delta) + delta
+
+
+def importance_k3(log_ratio: Array, logp: Array, reference_logp: Array) -> Array:
+  """r k3 with the gradient also through r: the unbiased KL of DeepSeek-V3.2 (arXiv:2512.02556).
+
+  Its gradient is r delta grad logp, token by token that of sg(r) k2: KL(pi || reference) for tokens
+  sampled by the old policy, and on-policy (r = 1) equal to `k2`.
+
+  Args:
+    log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats.
+
+  Returns:
+    [..., T], >= 0.
+  """
+  chex.assert_equal_shape([log_ratio, logp, reference_logp])
+  return jnp.exp(log_ratio) * k3(logp, reference_logp)
+
+
+def negative_entropy(entropy: Array) -> Array:
+  """-H: an entropy bonus as something to minimise (standard; arXiv:1602.01783).
+
+  Args:
+    entropy: [..., T], nats, of the whole next-token distribution, with its gradient.
+
+  Returns:
+    [..., T].
+  """
+  return -entropy
+
+
+def value_error(values: Array, returns: Array) -> Array:
+  """(V - return)^2 / 2: the critic's regression (standard).
+
+  Args:
+    values: [..., T].
+    returns: [..., T], data.
+
+  Returns:
+    [..., T].
+  """
+  chex.assert_equal_shape([values, returns])
+  return 0.5 * jnp.square(values - returns)
+
+
+def clipped_value_error(
+  values: Array, old_values: Array, returns: Array, *, eps: float = 0.2
+) -> Array:
+  """max of `value_error` at V and at clip(V, V_old - eps, V_old + eps) (arXiv:2005.12729).
+
+  The gradient is 0 once V has moved towards the return by more than eps.
+
+  Args:
+    values: [..., T].
+    old_values: [..., T], values when the phase began, data.
+    returns: [..., T], data.
+    eps: in units of the return.
+
+  Returns:
+    [..., T].
+  """
+  chex.assert_equal_shape([values, old_values, returns])
+  near = old_values + jnp.clip(values - old_values, -eps, eps)
+  return jnp.maximum(value_error(values, returns), value_error(near, returns))
+
+
+def nll(logp: Array) -> Array:
+  """-log pi: supervised learning on the token (standard).
+
+  Next to a policy gradient it lowers the baseline by its coefficient: AsymRE (arXiv:2506.20520).
+
+  Args:
+    logp: [..., T], nats.
+
+  Returns:
+    [..., T].
+  """
+  return -logp
+
+
+TABLE = table(k1, k2, k3, importance_k3, negative_entropy, value_error, clipped_value_error, nll)
+Part = Annotated[Callable, TABLE]

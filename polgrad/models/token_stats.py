@@ -1,0 +1,95 @@
+"""Per-token statistics of the next-token distribution, without ever holding [B, T, V].
+
+This is the only place where anything shifts: the hidden state at t - 1 scores `tokens[:, t]`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from polgrad.registry import call, table
+
+Array = jax.Array
+
+
+def logp(logits: Array, tokens: Array) -> Array:
+  """Log-probability of the tokens, log softmax(logits)[tokens]; f32[..., V], i32[...] -> f32[...]."""
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy(logits: Array) -> Array:
+  """Entropy in nats, -sum_v p_v log p_v; f32[..., V] -> f32[...]. Logits may be -inf."""
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.sum(jnp.exp(log_probs) * jnp.where(log_probs > -jnp.inf, log_probs, 0), axis=-1)
+
+
+STATS = table(logp, entropy)
+Stat = Annotated[Callable, STATS]
+
+
+def token_stats(
+  hidden: Array,
+  tokens: Array,
+  unembed: Callable[[Array], Array],
+  *,
+  stats: Mapping[str, Callable],
+  temperature: float | Array = 1.0,
+  chunk: int = 1024,
+  teacher: tuple = (),
+) -> dict[str, Array]:
+  """Evaluates statistics of the next-token distribution in one pass over chunks of tokens.
+
+  A statistic is a function of arrays that it takes by name: `logits` f32[n, V], `tokens` i32[n]
+  and, with a teacher, `teacher_logits` f32[n, V]; it returns f32[n]. All statistics of a chunk read
+  the same logits, which the backward pass computes again instead of keeping them.
+
+  Args:
+    hidden: [B, T, D], final hidden states.
+    tokens: i32[B, T].
+    unembed: hidden [..., D] -> f32[..., V]; gradients flow into the parameters it closes over.
+    stats: functions by the name of their result.
+    temperature: divides the logits, the teacher's too; the sampler's, so that log-probabilities
+      are those of the policy that sampled.
+    chunk: how many tokens have their logits in memory at a time (at least one of each row; rows
+      stay whole, so that a sharded batch stays where it is).
+    teacher: (hidden, unembed) of another model over the same tokens. A teacher is data: no gradient
+      reaches it.
+
+  Returns:
+    f32[B, T] by name. Entry [b, t] speaks about `tokens[b, t]`; column 0 has no past and is 0.
+  """
+  rows, length = tokens.shape
+
+  def evaluate(tokens, hidden, *teacher_hidden):
+    def logits(unembed, x):
+      return unembed(x.reshape(-1, x.shape[-1])).astype(jnp.float32) / temperature
+
+    arrays = {'logits': logits(unembed, hidden), 'tokens': tokens.reshape(-1)}
+    if teacher_hidden:
+      arrays['teacher_logits'] = jax.lax.stop_gradient(logits(teacher[1], *teacher_hidden))
+    return {name: call(stat, arrays).reshape(tokens.shape) for name, stat in stats.items()}
+
+  inputs = (tokens[:, 1:], hidden[:, :-1], *(h[:, :-1] for h in teacher[:1]))
+  columns = max(1, chunk // rows)
+  if length - 1 <= columns:
+    out = evaluate(*inputs)
+  else:
+    pieces = [_split(x, columns) for x in inputs]
+    step = jax.checkpoint(evaluate, prevent_cse=False)
+    _, out = jax.lax.scan(lambda carry, xs: (carry, step(*xs)), (), tuple(pieces))
+    out = {name: _join(x)[:, : length - 1] for name, x in out.items()}
+  return {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in out.items()}
+
+
+def _split(x: Array, columns: int) -> Array:
+  """[B, T, ...] -> [pieces, B, columns, ...], the last piece filled up with zeros."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % columns)) + ((0, 0),) * (x.ndim - 2))
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, columns, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+  """[pieces, B, columns] -> [B, pieces * columns]."""
+  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)

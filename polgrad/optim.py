@@ -1,0 +1,101 @@
+"""Optimizers and schedules: thin, named compositions of optax."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from polgrad.registry import table
+from polgrad.types import Array, Params
+
+
+def constant() -> optax.Schedule:
+  """1 at every step."""
+  return optax.constant_schedule(1.0)
+
+
+def linear(*, warmup: int = 0, steps: int, end: float = 0.0) -> optax.Schedule:
+  """Rises from 0 to 1 over `warmup` steps, then falls linearly to `end` at `steps`."""
+  fall = optax.linear_schedule(1.0, end, max(steps - warmup, 1))
+  return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), fall], [warmup])
+
+
+def cosine(*, warmup: int = 0, steps: int, end: float = 0.0) -> optax.Schedule:
+  """Rises from 0 to 1 over `warmup` steps, then follows a half cosine to `end` at `steps`."""
+  fall = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1), alpha=end)
+  return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), fall], [warmup])
+
+
+SCHEDULES = table(constant, linear, cosine)
+SchedulePart = Annotated[Callable[[Array], Array], SCHEDULES]
+
+
+def adamw(
+  *,
+  learning_rate: float = 1e-6,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  max_grad_norm: float = 1.0,
+  schedule: SchedulePart = constant,
+) -> optax.GradientTransformation:
+  """AdamW (arXiv:1711.05101) after clipping the gradient by its global norm.
+
+  The learning rate is `learning_rate * schedule(update)`; moments are kept in float32.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_schedule(schedule),
+    optax.scale(-learning_rate),
+  )
+
+
+def sgd(
+  *,
+  learning_rate: float = 1e-3,
+  momentum: float = 0.0,
+  max_grad_norm: float = float('inf'),
+  schedule: SchedulePart = constant,
+) -> optax.GradientTransformation:
+  """Gradient descent, with heavy-ball momentum if asked for."""
+  return optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.trace(momentum),
+    optax.scale_by_schedule(schedule),
+    optax.scale(-learning_rate),
+  )
+
+
+TABLE = table(adamw, sgd)
+Part = Annotated[optax.GradientTransformation, TABLE]
+
+
+# Anchors: named parameter sets (reference, proximal, ema, teacher) and how they follow the policy.
+# A rule is (anchor, params, step) -> anchor, applied after update number `step` (from 1).
+
+
+def fixed(anchor: Params, params: Params, step: Array) -> Params:
+  """The parameters at the start of the phase, for ever."""
+  del params, step
+  return anchor
+
+
+def ema(anchor: Params, params: Params, step: Array, *, decay: float = 0.99) -> Params:
+  """decay * anchor + (1 - decay) * params, after every update."""
+  del step
+  return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), anchor, params)
+
+
+def sync(anchor: Params, params: Params, step: Array, *, every: int = 100) -> Params:
+  """A copy of the policy, taken after every `every` updates (arXiv:2404.09656)."""
+  due = step % every == 0
+  return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, params)
+
+
+ANCHORS = table(fixed, ema, sync)
+AnchorPart = Annotated[Callable, ANCHORS]

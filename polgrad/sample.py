@@ -1,0 +1,104 @@
+"""Talks to a checkpoint from the shell.
+
+    python -m polgrad.sample --config=experiments/quickstart.py --workdir=runs/quickstart
+    python -m polgrad.sample ... --prompt='12+34='
+
+Without --prompt it reads lines until the end of input. With --chat each line is a user's turn, put
+into the tokenizer's chat template with the turns before it; otherwise a line is a prompt as it stands.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from polgrad import cli
+from polgrad.build import Experiment, build
+from polgrad.collect import completions, to_host
+from polgrad.data import batching
+from polgrad.evaluate import restore_params
+from polgrad.sampling import roles
+from polgrad.sampling.sampler import make_sampler
+from polgrad.types import Params
+
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompts to complete instead of reading lines.')
+_CHAT = flags.DEFINE_bool('chat', False, 'A conversation, in the chat template.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.')
+_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Longest completion.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the sampling noise.')
+
+BUCKET = 64  # prompts are padded to multiples of it, so that few shapes are compiled
+
+
+def make_completer(
+  experiment: Experiment, params: Params, *, temperature: float, max_new_tokens: int, seed: int
+) -> Callable[[dict, int], str]:
+  """Makes (record, turn) -> text, for records with a `prompt` or `messages`."""
+  tokenizer = experiment.tokenizer
+  sample = make_sampler(
+    {'policy': experiment.policy},
+    group_size=1,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature or 1.0,
+    top_k=0,
+    top_p=1.0,
+    role=roles.current if temperature else roles.greedy,
+    stop_ids=tokenizer.stop_ids,
+    pad_id=tokenizer.pad_id,
+    mesh=experiment.mesh,
+  )
+
+  def complete(record: dict, turn: int) -> str:
+    longest = experiment.policy.config.max_length - max_new_tokens
+    prompts = batching.prompts([{**record, 'id': turn}], tokenizer, length=longest)
+    used = int(prompts.mask.sum())
+    width = min(-(-used // BUCKET) * BUCKET, longest)
+    copies = sharding_rows(experiment)
+    tokens, mask, ids = (
+      np.repeat(x[:, -width:] if x.ndim == 2 else x, copies, axis=0)
+      for x in (prompts.tokens, prompts.mask, prompts.ids)
+    )
+    rollout = sample({'policy': params}, tokens, mask, ids, seed=seed, step=turn, policy_step=0)
+    return completions(to_host(rollout), tokenizer)[0]
+
+  return complete
+
+
+def sharding_rows(experiment: Experiment) -> int:
+  """The fewest rows that the mesh can cut."""
+  return experiment.mesh.shape['data'] * experiment.mesh.shape['fsdp']
+
+
+def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat: bool) -> None:
+  """Prints the completion of each line; in a chat the turns add up."""
+  messages = []
+  for turn, line in enumerate(lines):
+    line = line.rstrip('\n')
+    if chat:
+      messages.append({'role': 'user', 'content': line})
+      reply = complete({'messages': messages}, turn)
+      messages.append({'role': 'assistant', 'content': reply})
+    else:
+      reply = complete({'prompt': line}, turn)
+    print(reply, flush=True)
+
+
+def main(argv: list[str]) -> None:
+  cli.start(argv)
+  experiment = build(cli.CONFIG.value)
+  with jax.set_mesh(experiment.mesh):
+    params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
+    complete = make_completer(
+      experiment,
+      params,
+      temperature=_TEMPERATURE.value,
+      max_new_tokens=_TOKENS.value,
+      seed=_SEED.value,
+    )
+    converse(complete, _PROMPT.value or sys.stdin, chat=_CHAT.value)
+
+
+if __name__ == '__main__':
+  app.run(main)

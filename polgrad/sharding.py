@@ -1,0 +1,126 @@
+"""Where arrays live: one mesh, one table of rules from logical axes to mesh axes.
+
+The mesh has the axes `data` (copies of the parameters), `fsdp` (parameters cut along the model
+width) and `tensor` (cut along heads, feed-forward and vocabulary). Batches are cut over `data` and
+`fsdp`. A dimension that its mesh axes do not divide is replicated, so every model runs on every mesh.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH = ('data', 'fsdp')
+RULES = {
+  'batch': BATCH,
+  'length': (),
+  'hidden': (),  # the width of an activation
+  'embed': ('fsdp',),  # the width of a parameter
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'head_dim': (),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
+  'layers': (),
+}
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh over all devices (of all processes) with the axes data, fsdp and tensor.
+
+  Args:
+    data: number of parameter copies; -1 takes the devices that the other two leave.
+    fsdp: number of parts that the parameters are cut into along their width.
+    tensor: number of parts along heads, feed-forward and vocabulary.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.device_count()
+  if data == -1:
+    data = devices // (fsdp * tensor)
+  if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != devices:
+    raise ValueError(
+      f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} devices'
+    )
+  return jax.make_mesh(
+    (data, fsdp, tensor), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def partition_spec(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+  """The rules for one array: a mesh axis where it divides the dimension, else replicated."""
+  if len(axes) != len(shape):
+    raise ValueError(f'logical axes {tuple(axes)} do not fit shape {tuple(shape)}')
+
+  def cut(axis, size):
+    names = RULES[axis]
+    return names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
+
+  return PartitionSpec(*map(cut, axes, shape))
+
+
+def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
+  """A NamedSharding for every parameter; `axes` is `policy.axes(params)`."""
+  return jax.tree.map(
+    lambda p, a: NamedSharding(mesh, partition_spec(mesh, a, p.shape)), params, axes
+  )
+
+
+def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
+  """First axis over data and fsdp, the others whole."""
+  return NamedSharding(mesh, PartitionSpec(BATCH, *(None,) * (rank - 1)))
+
+
+def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+  """Pins an activation to the rules of the mesh of `jax.set_mesh`; without a mesh, `x` itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+
+
+def check_batch_size(mesh: Mesh, rows: int) -> None:
+  """Raises ValueError unless `rows` is a multiple of data x fsdp."""
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  if rows % parts:
+    raise ValueError(
+      f'a batch of {rows} rows does not divide over data x fsdp = '
+      f'{mesh.shape["data"]} x {mesh.shape["fsdp"]} = {parts} parts'
+    )
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Puts host values, whole and equal in every process, where `shardings` says."""
+
+  def put(x, sharding):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(put, tree, shardings)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+  """Puts host values, equal in every process, whole on every device."""
+  return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def shard_batch(mesh: Mesh, tree: Any) -> Any:
+  """Joins the rows that each process holds into global arrays cut over data and fsdp.
+
+  With one process these are simply the rows of the batch. Processes whose devices hold the same
+  rows (a tensor axis that crosses processes) must pass equal rows.
+
+  Raises:
+    ValueError: the rows of the global batch do not divide over data x fsdp.
+  """
+
+  def put(x):
+    x = np.asarray(x)
+    check_batch_size(mesh, len(x) * jax.process_count())
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x)
+
+  return jax.tree.map(put, tree)

@@ -1,0 +1,90 @@
+"""A module imports only from lower levels, and libraries only where they belong."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent / 'polgrad'
+# The page docs/architecture.md shows this table; a folder stands for its modules.
+LEVELS = {
+  'types': 0,
+  'registry': 0,
+  'losses': 1,
+  'sharding': 1,
+  'models': 2,
+  'rewards': 1,
+  'data': 1,
+  'optim': 1,
+  'checkpoint': 1,
+  'metrics': 1,
+  'credit': 2,
+  'objectives': 2,
+  'tabular': 2,
+  'sampling': 3,
+  'learner': 3,
+  'methods': 3,
+  'collect': 4,
+  'build': 5,
+  'cli': 0,
+  'evaluate': 6,
+  'sample': 7,
+  'train': 7,
+}
+FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
+# library -> the units of polgrad that may import it
+HOMES = {
+  'flax': {'types', 'models'},
+  'ml_collections': {'registry', 'build', 'cli', 'train'},
+  'orbax': {'checkpoint'},
+  'absl': {'cli', 'evaluate', 'sample', 'train'},
+}
+
+
+def unit(path: pathlib.Path) -> str:
+  return path.relative_to(ROOT).parts[0].removesuffix('.py')
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Dotted names that a file imports."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {a.name for a in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}: relative import'
+      names |= {f'{node.module}.{a.name}' for a in node.names}
+  return names
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_come_from_lower_levels(path):
+  own = unit(path)
+  for name in imported(path):
+    parts = name.split('.')
+    if parts[0] == 'polgrad' and parts[1] != own:
+      assert LEVELS[parts[1]] < LEVELS[own] or parts[1] == 'registry', f'{own} imports {name}'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_libraries_stay_in_their_place(path):
+  for name in imported(path):
+    library = name.split('.')[0]
+    assert unit(path) in HOMES.get(library, {unit(path)}), f'{path} imports {name}'
+
+
+def test_every_unit_has_a_level():
+  assert {unit(p) for p in FILES} == LEVELS.keys()
+
+
+def test_losses_know_only_jax_and_the_ground():
+  for path in FILES:
+    if unit(path) == 'losses':
+      roots = {n.split('.')[0] for n in imported(path)}
+      assert roots <= {'jax', 'chex', 'polgrad', 'collections', 'typing'}, path
+
+
+def test_trainer_and_losses_stay_small():
+  sizes = {p: len(p.read_text().splitlines()) for p in FILES}
+  assert all(n <= 500 for n in sizes.values()), sizes
+  assert all(n <= 320 for p, n in sizes.items() if unit(p) == 'losses'), sizes
