@@ -23,7 +23,7 @@ setup(
     'matplotlib>=3.8',
     'ml-collections>=1.0',
     'numpy>=1.26',
-    'optax>=0.2.4',
+    'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
     'rich>=13.7',
     'safetensors>=0.4',

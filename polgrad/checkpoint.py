@@ -7,17 +7,23 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+TREES = ('params', 'rest')  # apart, so that the parameters can be read alone
+
 
 def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
   """Opens (or creates) a folder of checkpoints; saving is asynchronous and atomic."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-  return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+  handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
+  return ocp.CheckpointManager(
+    epath.Path(folder).absolute(),
+    options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    item_handlers=handlers | {'meta': ocp.JsonCheckpointHandler()},
+  )
 
 
 def save(
   checkpoints: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping
 ) -> None:
-  """Writes named pytrees of arrays, and JSON beside them, under the number `step`."""
+  """Writes the trees (named as in `TREES`), and JSON beside them, under the number `step`."""
   items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
   checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items))
 

@@ -196,12 +196,13 @@ def _make_rollouts(
   sampler: Mapping,
 ) -> Callable:
   tokenizer = context.tokenizer
+  names = inputs(sampler['role'])
   sample = make_sampler(
-    {'policy': context.policy, **context.frozen},
+    context.frozen,
     default=context.policy,
+    mesh=context.mesh,
     stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
-    mesh=context.mesh,
     **sampler,
   )
   annotate = _make_annotations(
@@ -214,15 +215,16 @@ def _make_rollouts(
     prompts = batching.prompts(records, tokenizer, length=prompt_length)
     params = {'policy': state.params, **state.anchors}
     rollout = sample(
-      {name: params[name] for name in inputs(sampler['role'])},
+      {name: params[name] for name in names},
       prompts.tokens,
       prompts.mask,
-      prompts.ids,
+      distinct(prompts.ids),
       seed=context.seed,
       step=step,
-      policy_step=state.step,
+      policy_step=int(state.step),
     )
-    return score_rollout(to_host(rollout), prompts.records, context)
+    rollout = to_host(rollout).replace(prompt_ids=np.repeat(prompts.ids, group))
+    return score_rollout(rollout, prompts.records, context)
 
   def collect(state: TrainState, draw: Draw, step: int) -> Collected:
     judged = sample_and_score(state, draw(records), step)
@@ -254,6 +256,16 @@ def _make_rollouts(
     )
 
   return collect
+
+
+def distinct(ids: np.ndarray) -> np.ndarray:
+  """Ids for sampling keys: a prompt that stands twice in a batch must not draw the same noise."""
+  seen = collections.Counter()
+  out = []
+  for i in ids.tolist():
+    out.append((i + seen[i] * 0x9E3779B1) % 2**31)
+    seen[i] += 1
+  return np.asarray(out, np.int32)
 
 
 def informative(scored: Scored, group: int) -> np.ndarray:

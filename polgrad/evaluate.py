@@ -21,6 +21,7 @@ from polgrad.sampling import roles
 from polgrad.sampling.sampler import make_sampler
 from polgrad.types import Params
 
+EVALUATION_STEP = 2**31 - 1  # sampling noise that no training step draws
 Samples = list[tuple[str, str, float]]
 
 
@@ -62,12 +63,10 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
       group_size=group,
       max_new_tokens=plan.max_new_tokens,
       temperature=plan.temperature,
-      top_k=0,
-      top_p=1.0,
       role=role,
+      mesh=experiment.mesh,
       stop_ids=tokenizer.stop_ids,
       pad_id=tokenizer.pad_id,
-      mesh=experiment.mesh,
     )
 
   def solve(sample: Callable, params: Params, group: int):
@@ -85,9 +84,8 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
           prompts.mask,
           prompts.ids,
           seed=experiment.seed,
-          step=2**31 - 1,
-          policy_step=0,
-        )  # fmt: skip
+          step=EVALUATION_STEP,
+        )
       )
       n = len(piece) * group
       texts += completions(rollout, tokenizer)[:n]

@@ -38,10 +38,10 @@ def forward(
   wanted = {'logp': STATS['logp'], **stats}
   if 'entropy' in fields:
     wanted['entropy'] = STATS['entropy']
-  teacher_inputs = {}
+  of_teacher = {}
   if teacher is not None:
     other, other_params = teacher[0], jax.lax.stop_gradient(teacher[1])
-    teacher_inputs = {
+    of_teacher = {
       'teacher_hidden': other.hidden(other_params, tokens, segment_ids),
       'teacher_unembed': lambda h: other.unembed(other_params, h),
     }
@@ -51,7 +51,7 @@ def forward(
     lambda h: policy.unembed(params, h),
     stats=wanted,
     temperature=temperature,
-    **teacher_inputs,
+    **of_teacher,
   )
   return Outputs(
     logp=out['logp'],
@@ -128,7 +128,7 @@ def make_update(
 
   def update(state: TrainState, batch: Batch):
     (loss, (terms, metrics)), grads = gradient(state, batch)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, steps)

@@ -12,6 +12,7 @@ positional arguments; see `view` for all names.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -78,7 +79,9 @@ def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
     'old_values': batch.old_values,
     **outputs.stats,
   }
-  arrays = {k: jnp.where(batch.mask, v, 0.0) for k, v in tokens.items() if v is not None}
+  tokens = {k: v for k, v in tokens.items() if v is not None}
+  chex.assert_equal_shape([batch.mask, *tokens.values()])  # a [B] array must not broadcast
+  arrays = {k: jnp.where(batch.mask, v, 0.0) for k, v in tokens.items()}
   if 'proximal_logp' in arrays:
     arrays['log_ratio'] = arrays['logp'] - arrays['proximal_logp']
   rows = {k: getattr(batch, k) for k in ('rewards', 'label', 'group_ids', 'weights')}
@@ -214,6 +217,8 @@ def pointwise(
     x = view(outputs, batch)
     x['score'] = beta * call(score, x)
     where = jnp.any(batch.mask, axis=1)
+    if 'group_ids' in x:  # a row that is masked out has no say in its group
+      x['group_ids'] = jnp.where(where, x['group_ids'], -1 - jnp.arange(len(where)))
     metrics = {'score': _row_mean(jax.lax.stop_gradient(x['score']), where)}
     return {'pointwise': _row_mean(call(loss, x), where)}, metrics
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from polgrad import cli
+from polgrad import cli, sharding
 from polgrad.build import Experiment, build
 from polgrad.collect import completions, to_host
 from polgrad.data import batching
@@ -42,12 +42,10 @@ def make_completer(
     group_size=1,
     max_new_tokens=max_new_tokens,
     temperature=temperature or 1.0,
-    top_k=0,
-    top_p=1.0,
     role=roles.current if temperature else roles.greedy,
+    mesh=experiment.mesh,
     stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
-    mesh=experiment.mesh,
   )
 
   def complete(record: dict, turn: int) -> str:
@@ -55,20 +53,15 @@ def make_completer(
     prompts = batching.prompts([{**record, 'id': turn}], tokenizer, length=longest)
     used = int(prompts.mask.sum())
     width = min(-(-used // BUCKET) * BUCKET, longest)
-    copies = sharding_rows(experiment)
+    copies = sharding.batch_shares(experiment.mesh)  # the fewest rows that the mesh can cut
     tokens, mask, ids = (
       np.repeat(x[:, -width:] if x.ndim == 2 else x, copies, axis=0)
       for x in (prompts.tokens, prompts.mask, prompts.ids)
     )
-    rollout = sample({'policy': params}, tokens, mask, ids, seed=seed, step=turn, policy_step=0)
+    rollout = sample({'policy': params}, tokens, mask, ids, seed=seed, step=turn)
     return completions(to_host(rollout), tokenizer)[0]
 
   return complete
-
-
-def sharding_rows(experiment: Experiment) -> int:
-  """The fewest rows that the mesh can cut."""
-  return experiment.mesh.shape['data'] * experiment.mesh.shape['fsdp']
 
 
 def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat: bool) -> None:

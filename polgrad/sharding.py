@@ -29,7 +29,9 @@ RULES = {
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """A mesh over all devices (of all processes) with the axes data, fsdp and tensor.
+  """A mesh with the axes data, fsdp and tensor.
+
+  One process may use fewer devices than it has; several processes use all of theirs.
 
   Args:
     data: number of parameter copies; -1 takes the devices that the other two leave.
@@ -37,17 +39,21 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     tensor: number of parts along heads, feed-forward and vocabulary.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes multiply to more than the number of devices (several processes: to less).
   """
   devices = jax.device_count()
   if data == -1:
     data = devices // (fsdp * tensor)
-  if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != devices:
+  size = data * fsdp * tensor
+  if min(data, fsdp, tensor) < 1 or size > devices or (size < devices and jax.process_count() > 1):
     raise ValueError(
       f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} devices'
     )
   return jax.make_mesh(
-    (data, fsdp, tensor), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3
+    (data, fsdp, tensor),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=jax.devices()[:size],
   )
 
 
@@ -83,14 +89,9 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 
 
-def check_batch_size(mesh: Mesh, rows: int) -> None:
-  """Raises ValueError unless `rows` is a multiple of data x fsdp."""
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
-  if rows % parts:
-    raise ValueError(
-      f'a batch of {rows} rows does not divide over data x fsdp = '
-      f'{mesh.shape["data"]} x {mesh.shape["fsdp"]} = {parts} parts'
-    )
+def batch_shares(mesh: Mesh) -> int:
+  """Number of parts that a batch is cut into; its rows must be a multiple."""
+  return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -108,19 +109,18 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
   return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
-def shard_batch(mesh: Mesh, tree: Any) -> Any:
-  """Joins the rows that each process holds into global arrays cut over data and fsdp.
-
-  With one process these are simply the rows of the batch. Processes whose devices hold the same
-  rows (a tensor axis that crosses processes) must pass equal rows.
+def place_batch(mesh: Mesh, tree: Any) -> Any:
+  """Cuts host arrays, whole and equal in every process, along their rows over data and fsdp.
 
   Raises:
-    ValueError: the rows of the global batch do not divide over data x fsdp.
+    ValueError: the rows do not divide over data x fsdp.
   """
+  shares = batch_shares(mesh)
 
-  def put(x):
-    x = np.asarray(x)
-    check_batch_size(mesh, len(x) * jax.process_count())
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x)
+  def sharding(x):
+    if len(x) % shares:
+      sizes = f'data={mesh.shape["data"]} x fsdp={mesh.shape["fsdp"]}'
+      raise ValueError(f'{len(x)} rows do not divide over {sizes} = {shares} shares')
+    return batch_sharding(mesh, x.ndim)
 
-  return jax.tree.map(put, tree)
+  return place(tree, jax.tree.map(sharding, tree))

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
@@ -117,6 +118,8 @@ def huggingface(*, path: str) -> Tokenizer:
   folder = pathlib.Path(path)
   _need(folder / 'tokenizer.json', 'a Hugging Face tokenizer')
   model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  model.no_truncation()  # the file may ask for either, and would be obeyed in silence
+  model.no_padding()
   config = _read_json(folder / 'tokenizer_config.json')
   generation = _read_json(folder / 'generation_config.json')
 
@@ -190,17 +193,22 @@ def _jinja_chat(source, special):
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
   # jinja's own tojson escapes HTML, which models have not seen.
-  environment.filters['tojson'] = lambda x, indent=None: json.dumps(
-    x, ensure_ascii=False, indent=indent
-  )
+  environment.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
   environment.globals['raise_exception'] = _raise_exception
   environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+  # Some templates mark the assistant's words with {% generation %}; the text is the same without.
+  source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1if true\2', source)
+  source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endif\2', source)
   template = environment.from_string(source)
 
   def chat(messages, add_generation_prompt=True):
     messages = [dict(m) for m in messages]
     return template.render(
-      messages=messages, add_generation_prompt=add_generation_prompt, **special
+      messages=messages,
+      add_generation_prompt=add_generation_prompt,
+      tools=None,
+      documents=None,
+      **special,
     )
 
   return chat

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Annotated
 
+from polgrad.models.hf import pretrained
 from polgrad.models.policy import Policy
 from polgrad.models.token_stats import STATS, token_stats
 from polgrad.models.transformer import decoder
 from polgrad.registry import table
 
-TABLE = table(decoder)
+TABLE = table(decoder, pretrained)
 Part = Annotated[Callable, TABLE]
 
-__all__ = ['STATS', 'TABLE', 'Part', 'Policy', 'decoder', 'token_stats']
+__all__ = ['STATS', 'TABLE', 'Part', 'Policy', 'decoder', 'pretrained', 'token_stats']

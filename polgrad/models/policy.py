@@ -19,7 +19,9 @@ class Policy(NamedTuple):
     unembed: params, hidden [..., D] -> logits f32[..., V].
     value: params, hidden [..., D] -> f32[...]; ValueError if the config has no value head.
     init_cache: batch, length -> an empty cache; every leaf has the batch axis first.
-    decode: params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index i32[] ->
+    unstack: params -> params as `decode` reads them; `unembed` and `value` take them too. Call it
+      once, outside the loop.
+    decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->
       (hidden [B, S, D], cache). Writes the tokens to slots index .. index + S; a token sees the
       valid slots up to its own. S = Tp at index 0 is the prefill, S = 1 a step.
     axes: params -> the same tree with the logical axis names of every array.
@@ -31,5 +33,6 @@ class Policy(NamedTuple):
   unembed: Callable
   value: Callable
   init_cache: Callable
+  unstack: Callable
   decode: Callable
   axes: Callable

@@ -38,7 +38,8 @@ def token_stats(
   stats: Mapping[str, Callable],
   temperature: float | Array = 1.0,
   chunk: int = 1024,
-  teacher: tuple = (),
+  teacher_hidden: Array | None = None,
+  teacher_unembed: Callable[[Array], Array] | None = None,
 ) -> dict[str, Array]:
   """Evaluates statistics of the next-token distribution in one pass over chunks of tokens.
 
@@ -55,31 +56,33 @@ def token_stats(
       are those of the policy that sampled.
     chunk: how many tokens have their logits in memory at a time (at least one of each row; rows
       stay whole, so that a sharded batch stays where it is).
-    teacher: (hidden, unembed) of another model over the same tokens. A teacher is data: no gradient
-      reaches it.
+    teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
+    teacher_unembed: hidden [..., D'] -> f32[..., V]. A teacher is data: no gradient reaches it.
 
   Returns:
     f32[B, T] by name. Entry [b, t] speaks about `tokens[b, t]`; column 0 has no past and is 0.
   """
   rows, length = tokens.shape
 
-  def evaluate(tokens, hidden, *teacher_hidden):
+  def evaluate(tokens, hidden, *teacher):
     def logits(unembed, x):
       return unembed(x.reshape(-1, x.shape[-1])).astype(jnp.float32) / temperature
 
     arrays = {'logits': logits(unembed, hidden), 'tokens': tokens.reshape(-1)}
-    if teacher_hidden:
-      arrays['teacher_logits'] = jax.lax.stop_gradient(logits(teacher[1], *teacher_hidden))
+    if teacher:
+      arrays['teacher_logits'] = jax.lax.stop_gradient(logits(teacher_unembed, *teacher))
     return {name: call(stat, arrays).reshape(tokens.shape) for name, stat in stats.items()}
 
-  inputs = (tokens[:, 1:], hidden[:, :-1], *(h[:, :-1] for h in teacher[:1]))
+  inputs = [tokens[:, 1:], hidden[:, :-1]]
+  if teacher_hidden is not None:
+    inputs.append(teacher_hidden[:, :-1])
   columns = max(1, chunk // rows)
   if length - 1 <= columns:
     out = evaluate(*inputs)
   else:
     pieces = [_split(x, columns) for x in inputs]
     step = jax.checkpoint(evaluate, prevent_cse=False)
-    _, out = jax.lax.scan(lambda carry, xs: (carry, step(*xs)), (), tuple(pieces))
+    _, out = jax.lax.scan(lambda carry, piece: (carry, step(*piece)), (), pieces)
     out = {name: _join(x)[:, : length - 1] for name, x in out.items()}
   return {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in out.items()}
 

@@ -373,6 +373,10 @@ def from_config(config: Config) -> Policy:
     buffers = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
     return Cache(buffers(), buffers(), jnp.zeros((batch, length), bool))
 
+  def unstack(params):
+    cut = lambda i: jax.tree.map(lambda p: p[i], params['layers'])
+    return {**params, 'layers': tuple(cut(i) for i in range(config.num_layers))}
+
   def decode(params, tokens, positions, valid, cache, index):
     def write(buffer, new):
       return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=1)
@@ -384,16 +388,16 @@ def from_config(config: Config) -> Policy:
     angles = apply(params, positions, method='angles')
     x = apply(params, tokens, method='embed')
     keys, values = [], []
-    # Unrolled: scanning over a cache copies it, which is about half again slower.
-    for i in range(config.num_layers):
-      layer = {'params': jax.tree.map(lambda p, i=i: p[i], params['layers'])}
+    # Unrolled: a scan would copy the weights and the cache of every layer at every step.
+    for i, weights in enumerate(params['layers']):
+      layer = {'params': weights}
       query, key, value = block.apply(layer, x, angles, method='project')
       keys.append(constrain(write(cache.keys[i], key), CACHE))
       values.append(constrain(write(cache.values[i], value), CACHE))
       x = block.apply(layer, x, attend(query, keys[i], values[i], mask), method='finish')
     return apply(params, x, method='normalise'), Cache(tuple(keys), tuple(values), seen)
 
-  return Policy(config, init, hidden, unembed, value, init_cache, decode, axes)
+  return Policy(config, init, hidden, unembed, value, init_cache, unstack, decode, axes)
 
 
 def axes(params: Params) -> Params:

@@ -169,10 +169,12 @@ class _Worker:
     child.close()  # the worker now holds the only end, so its death is our end of file
     try:
       if self._pipe.poll(START_S):
-        return self._pipe.recv()
+        self._pipe.recv()
+        return
       reason = f'did not start in {START_S} s'
     except (EOFError, OSError):
       reason = 'ended before its first task; its own message is on stderr'
+      self._process.join(timeout=1.0)  # time to write it
     self._stop()
     raise RuntimeError(f'a verifier process {reason}')
 

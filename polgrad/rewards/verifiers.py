@@ -16,14 +16,17 @@ from polgrad.registry import table
 
 # A sign counts where it does not subtract: after a digit or a closing bracket it is an operator.
 NUMBER = re.compile(
-  r'((?<![\d)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?:/0*[1-9]\d*)?'
+  r'((?<![\d)\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)'
+  r'(?:[eE][+-]?\d+)?(?:/0*[1-9]\d*)?'
 )
 FRACTION = re.compile(r'\\[dt]?frac\{(-?\d+)\}\{(\d+)\}')
 BOXED = re.compile(r'\\boxed\{([^{}]*)\}')
-MARKED = re.compile(r'(?:answer\s*(?:is)?\s*:|####)\s*(.*)', re.IGNORECASE)
+MARKED = re.compile(r'(?:answer(?:\s*is)?\s*:|####)\s*(.*)', re.IGNORECASE)
 
 
-def exact_match(completion: str, record: dict, *, field: str = 'answer', strip: bool = True):
+def exact_match(
+  completion: str, record: dict, *, field: str = 'answer', strip: bool = True
+) -> float:
   """1 if the completion is the record's answer, else 0; `strip` ignores space around both."""
   given, wanted = completion, record[field]
   if strip:
@@ -33,8 +36,8 @@ def exact_match(completion: str, record: dict, *, field: str = 'answer', strip: 
 
 def numeric_answer(
   completion: str, record: dict, *, field: str = 'answer', tolerance: float = 1e-6
-):
-  """1 if the completion's final number x is the record's y: |x - y| <= tolerance * max(1, |y|).
+) -> float:
+  """1 if the completion's final number x is the record's y: |x - y| <= tolerance.
 
   The final number is the last one in the last `\\boxed{}`, else the first after the last `Answer:`
   or `####`, else the last in the text; `1,234.5`, `-3`, `2e-3`, `3/4` and `\\frac{3}{4}` are
@@ -47,15 +50,17 @@ def numeric_answer(
   if wanted is None:
     raise ValueError(f"no number in the record's {field}: {record[field]!r}")
   given = _final_number(completion)
-  return float(given is not None and abs(given - wanted) <= tolerance * max(1.0, abs(wanted)))
+  return float(given is not None and abs(given - wanted) <= tolerance)
 
 
-def regex_format(completion: str, *, pattern: str):
+def regex_format(completion: str, *, pattern: str) -> float:
   """1 if the whole completion matches the regular expression (`.` matches newlines), else 0."""
   return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
 
 
-def reasoning_gym_score(completion: str, record: dict, *, pattern: str = '<answer>(.*?)</answer>'):
+def reasoning_gym_score(
+  completion: str, record: dict, *, pattern: str = '<answer>(.*?)</answer>'
+) -> float:
   """The score that reasoning-gym gives, in [0, 1]; some tasks give part marks (arXiv 2505.24760).
 
   The answer is the last match of `pattern` (its first group), else the whole text, stripped.
@@ -66,7 +71,7 @@ def reasoning_gym_score(completion: str, record: dict, *, pattern: str = '<answe
   return float(_task_scorer(entry['metadata']['source_dataset'])(answer.strip(), entry))
 
 
-def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096):
+def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096) -> float:
   """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), in [-1, 0].
 
   0 up to `max_length - cache` tokens, then linearly down to -1 at `max_length`, and -1 beyond. The

@@ -6,31 +6,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from polgrad.models.policy import Policy
 from polgrad.registry import inputs
-from polgrad.sampling import processors
+from polgrad.sampling import processors, roles
+from polgrad.sharding import place_batch
 from polgrad.types import Array, Params, Rollout
 
 
 def make_sampler(
   policies: Mapping[str, Policy],
-  role: Callable,
   *,
   max_new_tokens: int,
+  role: Callable = roles.current,
+  default: Policy | None = None,
   group_size: int = 1,
   stop_ids: Sequence[int] = (),
   pad_id: int = 0,
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  mesh: Mesh | None = None,
 ) -> Callable:
-  """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step) -> Rollout`, jitted.
+  """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step, policy_step=0) -> Rollout`.
 
   `params` holds a parameter set for every name that the role reads; `tokens` i32[N, Tp] and `mask`
   bool[N, Tp] are left-padded prompts, so that completions begin at column Tp in every row. The
   rollout has B = N * group_size rows, prompt-major, and T = Tp + max_new_tokens columns. Shapes are
-  static, so pad prompts to few different lengths; `seed` and `step` may change freely.
+  static, so pad prompts to few different lengths; `seed` and `step` may change freely. `policy_step`
+  is only written down.
 
   The distribution is softmax(top_p(top_k(role(logits) / temperature))), and `behavior_logp` is its
   log-probability of the token that was drawn; the trainer sees the same number at the same
@@ -40,21 +45,25 @@ def make_sampler(
   `max_new_tokens` is not `finished`. After the end there are `pad_id`, segment 0 and a False mask.
 
   Args:
-    policies: a model for every name that the role reads; their vocabularies must agree.
-    role: logits by name -> logits, see `roles`.
+    policies: models by the names that the role reads; their vocabularies must agree.
     max_new_tokens: longest completion.
+    role: logits by name -> logits, see `roles`.
+    default: the model of all names that `policies` lacks.
     group_size: samples a prompt; the prompt is read once for all.
     stop_ids: tokens that end a completion.
     pad_id: fills what no row uses; it may be a stop id.
     temperature: divides the logits of the role.
     top_k: keeps the k most likely tokens; 0 keeps all.
     top_p: keeps the most likely tokens with this mass; 1 keeps all.
+    mesh: devices to spread the prompts over, which then come from the host.
 
   Raises:
-    ValueError: a setting out of range, or a name that the role reads and `policies` lacks.
+    ValueError: a setting out of range, a name that the role reads and no model has, or (from
+      `sample`) prompts that do not divide over the mesh.
   """
   names = inputs(role)
-  _check(policies, names, max_new_tokens, group_size, temperature, top_k, top_p)
+  policies = {n: policies.get(n, default) for n in names}
+  _check(policies, max_new_tokens, group_size, temperature, top_k, top_p)
   process = [functools.partial(processors.temperature, value=temperature)]
   if top_k:
     process.append(functools.partial(processors.top_k, k=top_k))
@@ -80,9 +89,11 @@ def make_sampler(
       caches[n] = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), cache)
     return hidden, caches
 
-  def sample(params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step) -> Rollout:
+  @jax.jit
+  def run(params, tokens, mask, prompt_ids, seed, step, policy_step) -> Rollout:
     prompts, width = tokens.shape
     rows = prompts * group_size
+    params = {n: policies[n].unstack(params[n]) for n in names}
     hidden, caches = prefill(params, tokens, mask)
     repeat = lambda x: jnp.repeat(x, group_size, axis=0)
     keys = _row_keys(seed, step, repeat(prompt_ids), jnp.tile(jnp.arange(group_size), prompts))
@@ -142,10 +153,19 @@ def make_sampler(
       finished=state['finished'],
       prompt_ids=repeat(prompt_ids),
       group_ids=repeat(jnp.arange(prompts)),
-      policy_step=jnp.full(rows, step, jnp.int32),
+      policy_step=jnp.full(rows, policy_step, jnp.int32),
     )
 
-  return jax.jit(sample)
+  def sample(
+    params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step, policy_step=0
+  ) -> Rollout:
+    prompts = (tokens, mask, prompt_ids)
+    if mesh is None:
+      return run(params, *prompts, seed, step, policy_step)
+    with jax.set_mesh(mesh):
+      return run(params, *place_batch(mesh, prompts), seed, step, policy_step)
+
+  return sample
 
 
 def completion_lengths(rollout: Rollout) -> Array:
@@ -165,11 +185,11 @@ def _categorical(keys: Array, position: Array, log_probs: Array) -> Array:
   return jax.vmap(draw)(keys, log_probs).astype(jnp.int32)
 
 
-def _check(policies, names, max_new_tokens, group_size, temperature, top_k, top_p):
-  missing = sorted(set(names) - set(policies))
+def _check(policies, max_new_tokens, group_size, temperature, top_k, top_p):
+  missing = sorted(n for n, policy in policies.items() if policy is None)
   if missing:
-    raise ValueError(f'the role reads {missing}, but there are only {sorted(policies)}')
-  sizes = {n: policies[n].config.vocab_size for n in names}
+    raise ValueError(f'the role reads {missing}, but there is no model of that name')
+  sizes = {n: policy.config.vocab_size for n, policy in policies.items()}
   if len(set(sizes.values())) != 1:
     raise ValueError(f'the vocabularies of the role differ: {sizes}')
   if max_new_tokens < 1 or group_size < 1:

@@ -124,13 +124,11 @@ def test_float32_in_float32_out_in_the_expected_shape(fn):
 
 
 @pytest.mark.parametrize('fn', [f for f in ALL if f not in DATA], ids=name_of)
-@pytest.mark.parametrize('size', [50.0, -50.0])
-def test_gradient_is_finite_for_log_probabilities_fifty_nats_apart(fn, size):
+def test_gradient_is_finite_for_log_probabilities_fifty_nats_apart(fn):
   arrays = make(fn)
-  live = [n for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)]
-  for name in live:
-    far = dict(arrays, **{name: size * jnp.sign(arrays[name])})
-    gradient = jax.grad(lambda x, n=name, a=far: jnp.sum(run(fn, dict(a, **{n: x}))))(far[name])
+  far = {n: 50 * jnp.sign(x) for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+  gradients = jax.grad(lambda x: jnp.sum(run(fn, {**arrays, **x})))(far)
+  for name, gradient in gradients.items():
     assert np.all(np.isfinite(gradient)), name
 
 
@@ -163,10 +161,10 @@ def test_permuting_rows_permutes_the_output(fn):
 )
 def test_trap_12_duplicating_a_row_changes_no_other_row(fn):
   arrays = make(fn)
-  more = {n: jnp.concatenate([x, x[:1]]) for n, x in arrays.items()}
-  if 'group_ids' in arrays:
-    more['group_ids'] = more['group_ids'].at[-1].set(99)
-  np.testing.assert_allclose(run(fn, more)[:B], run(fn, arrays), rtol=1e-6)
+  twice = {n: x.at[3].set(x[0]) for n, x in arrays.items()}
+  if 'group_ids' in arrays:  # the last row is a group of its own
+    arrays['group_ids'] = twice['group_ids'] = jnp.array([3, 1, 3, 99], jnp.int32)
+  np.testing.assert_array_equal(run(fn, twice)[:3], run(fn, arrays)[:3])
 
 
 @pytest.mark.parametrize('fn', [f for f in ALL if len(registry.inputs(f)) > 1], ids=name_of)
@@ -186,11 +184,10 @@ def test_micro_batches_add_to_the_whole_in_value_and_gradient(fn):
     means = [run(fn, dict(loss=loss[rows], where=arrays['where'][rows])) for rows in parts]
     return sum(m[0] for m in means), sum(m[1] for m in means)
 
-  whole = jax.value_and_grad(total, has_aux=True)(arrays['loss'], [jnp.arange(4)])
-  for cut in (1, 2, 3):
-    parts = [jnp.arange(cut), jnp.arange(cut, 4)]
-    split = jax.value_and_grad(total, has_aux=True)(arrays['loss'], parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), split, whole)
+  differentiate = jax.value_and_grad(total, has_aux=True)
+  whole = differentiate(arrays['loss'], [jnp.arange(4)])
+  split = differentiate(arrays['loss'], [jnp.array([2]), jnp.array([3, 0, 1])])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), split, whole)
 
 
 @pytest.mark.parametrize('level', ratios.TABLE.values(), ids=name_of)

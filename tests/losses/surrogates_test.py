@@ -90,8 +90,17 @@ def test_trap_11_gspo_token_has_value_and_gradient_of_the_sequence_form(eps, x64
     s = jnp.exp(jnp.sum(jnp.where(MASK, d, 0), axis=-1) / jnp.sum(MASK, axis=-1))
     return -jnp.mean(jnp.minimum(s * a, jnp.clip(s, 1 - eps, 1 + eps) * a))
 
-  got, expected = (jax.value_and_grad(f)(d) for f in (token_form, sequence_form))
+  got, expected = (jax.jit(jax.value_and_grad(f))(d) for f in (token_form, sequence_form))
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, expected)
+
+
+def test_trap_10_the_sequence_ratio_has_gradient_through_the_own_token_only():
+  """With token advantages the weight of token t is s A_t, not the mean of the A of its row."""
+  d = jnp.array([[0.2, -0.4, 0.5, 0.0]])
+  a = jnp.array([[1.0, -2.0, 0.5, 3.0]])
+  level = lambda d: ratios.sequence_geometric(d, MASK[:1])
+  weight = -jax.grad(lambda d: jnp.sum(surrogates.importance_weighted(level(d), a)))(d)
+  np.testing.assert_allclose(weight, np.exp(0.1) * np.array([[1.0, -2.0, 0.5, 0.0]]), rtol=1e-6)
 
 
 def test_rows_of_one_token_make_sequence_and_token_ratios_equal():

@@ -1,0 +1,153 @@
+"""Batches: who is masked, what ends a completion, and that nothing is cut."""
+
+import numpy as np
+import pytest
+
+from polgrad.data import batching, tokenizers
+
+T = tokenizers.characters(alphabet='0123456789+=abc')
+BYTE = tokenizers.byte()
+PAD, EOS = T.pad_id, T.stop_ids[0]
+SUMS = [
+  {'prompt': '1+1=', 'answer': '2', 'id': 7},
+  {'prompt': '99+1=', 'answer': '100', 'id': 3},
+  {'prompt': 'a', 'answer': '', 'id': 0},
+]
+
+
+def spans(batch):
+  """{(tokens, mask)} of every segment of a batch."""
+  return sorted(
+    (tuple(tokens[where == s].tolist()), tuple(mask[where == s].tolist()))
+    for tokens, mask, where in zip(batch.tokens, batch.mask, batch.segment_ids)
+    for s in set(where[where > 0])
+  )
+
+
+def test_prompts_are_padded_on_the_left_and_keep_rows_and_records():
+  got = batching.prompts(SUMS, T, length=6)
+  assert got.tokens.tolist() == [
+    [PAD, PAD, *T.encode('1+1=')],
+    [PAD, *T.encode('99+1=')],
+    [PAD] * 5 + T.encode('a'),
+  ]
+  np.testing.assert_array_equal(got.mask, got.tokens != PAD)
+  assert got.ids.tolist() == [7, 3, 0]
+  assert got.records == tuple(SUMS)
+  assert (got.tokens.dtype, got.mask.dtype, got.ids.dtype) == (np.int32, bool, np.int32)
+
+
+def test_supervised_masks_answer_and_stop_token_only():
+  got = batching.supervised(SUMS, T, length=10)
+  assert got.tokens[0].tolist() == [*T.encode('1+1=2'), EOS, PAD, PAD, PAD, PAD]
+  assert got.mask[0].tolist() == [False] * 4 + [True] * 2 + [False] * 4
+  assert got.segment_ids[0].tolist() == [1] * 6 + [0] * 4
+  assert got.mask.sum(axis=1).tolist() == [2, 4, 1]
+  assert (got.tokens.dtype, got.mask.dtype, got.segment_ids.dtype) == (np.int32, bool, np.int32)
+  assert got.weights is None and got.label is None
+
+
+def test_trap_14_the_completion_ends_with_the_stop_token_exactly_once():
+  t = T._replace(encode=lambda text: [EOS if c == 'c' else i for c, i in zip(text, T.encode(text))])
+  rows = [{'prompt': 'a', 'answer': answer, 'id': 0} for answer in ('12', '12c')]
+  got = batching.supervised(rows, t, length=8)
+  np.testing.assert_array_equal(got.tokens[0], got.tokens[1])
+  np.testing.assert_array_equal(got.mask[0], got.mask[1])
+  assert got.tokens[0, got.mask[0]].tolist() == [*T.encode('12'), EOS]
+  with pytest.raises(ValueError, match=r"record 0: a stop token inside 'answer'"):
+    batching.supervised([{'prompt': 'a', 'answer': '1c2', 'id': 0}], t, length=8)
+
+
+def test_trap_15_pad_equal_to_stop_changes_no_mask():
+  same = T._replace(pad_id=EOS)
+  for make in (batching.supervised, batching.prompts):
+    ours, theirs = make(SUMS, T, length=10), make(SUMS, same, length=10)
+    np.testing.assert_array_equal(ours.mask, theirs.mask)
+  got = batching.supervised(SUMS, same, length=10)
+  assert (got.tokens[0, 5:] == EOS).all() and got.mask[0].sum() == 2
+
+
+def test_trap_19_prompt_ids_are_those_of_the_sampler_and_no_merge_crosses_into_the_answer():
+  # A tokenizer that merges '=2' into one token would change the prompt if both were encoded at once.
+  merging = T._replace(
+    encode=lambda text: [99] if text == '1+1=2' else T.encode(text), vocab_size=100
+  )
+  prompt = batching.prompts(SUMS[:1], merging, length=4).tokens[0]
+  row = batching.supervised(SUMS[:1], merging, length=6).tokens[0]
+  np.testing.assert_array_equal(row[:4], prompt)
+  assert row[4:].tolist() == [*T.encode('2'), EOS]
+
+
+def test_bos_opens_a_sequence_once():
+  assert batching.prompts([{'prompt': 'a', 'id': 0}], BYTE, length=2).tokens.tolist() == [[257, 97]]
+  writes_bos = BYTE._replace(encode=lambda text: [257, *BYTE.encode(text)])
+  got = batching.prompts([{'prompt': 'a', 'id': 0}], writes_bos, length=2)
+  assert got.tokens.tolist() == [[257, 97]]
+
+
+def test_messages_go_through_the_chat_template():
+  chat = {'messages': [{'role': 'user', 'content': 'hé'}], 'id': 1}
+  plain = {'prompt': 'user: hé\nassistant: ', 'id': 1}
+  ours, theirs = (batching.prompts([r], BYTE, length=40) for r in (chat, plain))
+  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_a_pair_is_a_group_of_two_with_chosen_first():
+  rows = [
+    {'prompt': 'a', 'chosen': '1', 'rejected': '22', 'id': 5},
+    {'prompt': 'bb', 'chosen': '', 'rejected': '3', 'id': 6},
+  ]
+  got = batching.pairs(rows, T, length=6)
+  assert got.label.tolist() == [1, 0, 1, 0]
+  assert got.group_ids.tolist() == [0, 0, 1, 1]
+  assert [T.decode(row) for row in got.tokens] == ['a1', 'a22', 'bb', 'bb3']
+  assert got.mask.sum(axis=1).tolist() == [2, 3, 1, 2]
+  assert (got.label.dtype, got.group_ids.dtype) == (np.float32, np.int32)
+
+
+@pytest.mark.parametrize(
+  ('make', 'size'), [(batching.prompts, 5), (batching.supervised, 9), (batching.pairs, 9)]
+)
+def test_too_long_is_an_error_with_id_and_limit_and_exactly_fitting_is_not(make, size):
+  rows = [{'prompt': '99+1=', 'answer': '100', 'chosen': '100', 'rejected': '1', 'id': 42}]
+  assert make(rows, T, length=size).tokens.shape[1] == size
+  with pytest.raises(ValueError, match=rf'record 42: {size} tokens, .* limit of {size - 1}'):
+    make(rows, T, length=size - 1)
+
+
+def test_an_empty_prompt_and_a_missing_completion_are_errors():
+  with pytest.raises(ValueError, match='record 1: the prompt has no tokens'):
+    batching.supervised([{'prompt': '', 'answer': '1', 'id': 1}], T, length=4)
+  with pytest.raises(ValueError, match="record 1: no 'answer'"):
+    batching.supervised([{'prompt': 'a', 'id': 1}], T, length=4)
+
+
+def test_trap_22_packing_moves_whole_records_and_marks_them_apart():
+  rng = np.random.default_rng(0)
+  rows = [
+    {'prompt': '1' * rng.integers(1, 5), 'answer': '2' * rng.integers(0, 4), 'id': i}
+    for i in range(12)
+  ]
+  packed = batching.pack_supervised(rows, T, length=16, rows=8)
+  assert spans(packed) == spans(batching.supervised(rows, T, length=16))
+  for ids, mask in zip(packed.segment_ids, packed.mask):
+    real = ids[ids > 0]
+    assert (ids[len(real) :] == 0).all()  # padding lies on the right
+    assert sorted(set(real)) == list(range(1, len(set(real)) + 1))
+    starts = np.flatnonzero(np.diff(ids, prepend=0) > 0)
+    assert len(starts) == len(set(real)) and not mask[starts].any()
+
+
+def test_packing_is_best_fit_decreasing():
+  # 7, 6, 3, 2, 2 into rows of 10: 7+3 and 6+2+2 fill both; first come, first served would not.
+  rows = [{'prompt': 'a' * (n - 1), 'answer': '', 'id': n} for n in (2, 3, 2, 6, 7)]
+  packed = batching.pack_supervised(rows, T, length=10, rows=2)
+  assert (packed.segment_ids > 0).all()
+  assert packed.segment_ids.max(axis=1).tolist() == [2, 3]
+  with pytest.raises(ValueError, match='5 records of 20 tokens do not fit 1x10'):
+    batching.pack_supervised(rows, T, length=10, rows=1)
+
+
+def test_unused_rows_of_a_pack_are_padding():
+  packed = batching.pack_supervised(SUMS[:1], T, length=8, rows=2)
+  assert not packed.segment_ids[1].any() and not packed.mask[1].any()

@@ -1,0 +1,185 @@
+"""Sources: every problem once, every malformed row named."""
+
+import builtins
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from polgrad.data import sources
+from polgrad.registry import bind, part
+
+
+def read(path, *lines):
+  path.write_text('\n'.join(lines), encoding='utf-8')
+  return sources.jsonl(path=str(path))
+
+
+@pytest.mark.parametrize('operator', ['+', '-', '*'])
+@pytest.mark.parametrize(('digits', 'problems'), [(1, 100), (2, 8100)])
+def test_arithmetic_splits_are_disjoint_complete_and_right(operator, digits, problems):
+  splits = [
+    list(sources.arithmetic(digits=digits, operator=operator, split=s))
+    for s in ('train', 'heldout')
+  ]
+  prompts = [{r['prompt'] for r in split} for split in splits]
+  assert not prompts[0] & prompts[1]
+  assert len(prompts[0] | prompts[1]) == sum(map(len, splits)) == problems
+  assert len(splits[1]) == problems // 10
+  for record in splits[1]:
+    a, sign, b = re.fullmatch(r'(\d+)([-+*])(\d+)=', record['prompt']).groups()
+    assert len(a) == len(b) == digits
+    expected = {'+': int(a) + int(b), '-': int(a) - int(b), '*': int(a) * int(b)}[sign]
+    assert sign == operator and record['answer'] == str(expected)
+
+
+def test_arithmetic_depends_on_the_seed_alone():
+  assert list(sources.arithmetic(digits=1)) == list(sources.arithmetic(digits=1))
+  assert list(sources.arithmetic(digits=1)) != list(sources.arithmetic(digits=1, seed=1))
+
+
+def test_arithmetic_of_long_numbers_is_never_listed():
+  source = sources.arithmetic(digits=6)
+  assert len(source) == round(0.9 * 900_000**2)
+  assert re.fullmatch(r'\d{6}\+\d{6}=', source[len(source) - 1]['prompt'])
+
+
+def test_rows_outside_the_source_raise():
+  source = sources.arithmetic(digits=1)
+  for row in (-1, len(source)):
+    with pytest.raises(IndexError):
+      source[row]
+
+
+@pytest.mark.parametrize('knobs', [{'operator': '/'}, {'split': 'test'}, {'holdout': 2.0}])
+def test_arithmetic_refuses_what_it_does_not_know(knobs):
+  with pytest.raises(ValueError, match=str(next(iter(knobs.values())))):
+    sources.arithmetic(**knobs)
+
+
+def test_jsonl_reads_every_kind_of_record_and_skips_blank_lines(tmp_path):
+  rows = [
+    {'prompt': 'a\u2028b', 'answer': 'c', 'extra': [1, None]},
+    {'messages': [{'role': 'user', 'content': 'hi'}], 'chosen': 'x', 'rejected': 'y'},
+  ]
+  lines = [json.dumps(rows[0], ensure_ascii=False), '  ', json.dumps(rows[1]), '']
+  assert list(read(tmp_path / 'rows', *lines)) == rows
+
+
+@pytest.mark.parametrize(
+  ('line', 'why'),
+  [
+    ('{"prompt": ', 'Expecting value'),
+    ('[1]', 'expected an object, got list'),
+    ('{"question": "a"}', r"either prompt or messages, got \['question'\]"),
+    ('{"prompt": "a", "messages": []}', 'either prompt or messages'),
+    ('{"prompt": "a", "answer": 4}', 'answer must be text, got 4'),
+    ('{"prompt": "a", "chosen": "b"}', 'chosen and rejected'),
+    ('{"messages": []}', 'messages must be a list'),
+    ('{"messages": ["a"]}', 'needs role and content'),
+  ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, why):
+  with pytest.raises(ValueError, match=rf'rows:3: .*{why}'):
+    read(tmp_path / 'rows', '{"prompt": "fine"}', '', line)
+
+
+@pytest.fixture
+def sums(tmp_path):
+  """Five sums in array_record form."""
+  features = {'question': tfds.features.Text(), 'answer': tfds.features.Text(), 'level': np.int32}
+  identity = tfds.core.DatasetIdentity(
+    name='sums', version=tfds.core.Version('1.0.0'), data_dir=str(tmp_path), module_name='sums'
+  )
+  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+  writer = tfds.core.SequentialWriter(info, 10, overwrite=False, file_format='array_record')
+  writer.initialize_splits(['train'])
+  writer.add_examples(
+    {'train': [{'question': f'é{i}+{i}', 'answer': str(2 * i), 'level': i} for i in range(5)]}
+  )
+  writer.close_all()
+  return str(tmp_path)
+
+
+def test_tfds_is_read_as_text_without_tensorflow(sums):
+  source = sources.tfds_records(path=sums, split='train', prompt_field='question')
+  assert list(source) == [
+    {'prompt': f'é{i}+{i}', 'answer': str(2 * i), 'level': i} for i in range(5)
+  ]
+  assert type(source[0]['level']) is int
+  assert 'tensorflow' not in sys.modules
+
+
+def test_tfds_slices_and_leaves_other_fields_alone(sums):
+  source = sources.tfds_records(
+    path=sums, split='train[:2]', prompt_field='question', answer_field=''
+  )
+  assert [r['answer'] for r in source] == ['0', '2']
+
+
+def test_tfds_names_a_missing_field_with_the_valid_ones(sums):
+  with pytest.raises(
+    ValueError, match=r"no field \['prompt'\]; valid: \['answer', 'level', 'quest"
+  ):
+    sources.tfds_records(path=sums, split='train')
+
+
+def test_reasoning_gym_problems_carry_what_their_scorer_needs():
+  source = sources.reasoning_gym(task='basic_arithmetic', size=3, seed=7, options={'max_terms': 2})
+  assert len(list(source)) == 3
+  record = source[1]
+  assert record['prompt'] == record['entry']['question']
+  assert record['answer'] == record['entry']['answer']
+  assert record['entry']['metadata']['source_dataset'] == 'basic_arithmetic'
+  assert (
+    record
+    == sources.reasoning_gym(task='basic_arithmetic', size=9, seed=7, options={'max_terms': 2})[1]
+  )
+
+
+def test_reasoning_gym_seeds_overlap_as_documented():
+  first, second = (sources.reasoning_gym(task='basic_arithmetic', size=3, seed=s) for s in (7, 8))
+  assert first[1]['prompt'] == second[0]['prompt']
+
+
+def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
+  genuine = builtins.__import__
+
+  def missing(name, *args, **kwargs):
+    if name == 'reasoning_gym':
+      raise ImportError(name)
+    return genuine(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, '__import__', missing)
+  with pytest.raises(ImportError, match=r'polgrad\[tasks\]'):
+    sources.reasoning_gym(task='countdown', size=1, seed=0)
+
+
+@pytest.mark.parametrize(
+  'make', [sources.jsonl, lambda path: sources.tfds_records(path=path, split='a')]
+)
+def test_a_missing_file_is_named_at_once(tmp_path, make):
+  with pytest.raises(FileNotFoundError, match='nowhere: expected'):
+    make(path=str(tmp_path / 'nowhere'))
+
+
+def test_table_entries_bind(tmp_path, sums):
+  (tmp_path / 'rows').write_text('{"prompt": "a"}')
+  knobs = {
+    'arithmetic': {'digits': 1},
+    'jsonl': {'path': str(tmp_path / 'rows')},
+    'tfds_records': {'path': sums, 'split': 'train', 'prompt_field': 'question'},
+    'reasoning_gym': {
+      'task': 'basic_arithmetic',
+      'size': 2,
+      'seed': 0,
+      'options': {'max_terms': 2},
+    },
+  }
+  assert knobs.keys() == sources.TABLE.keys()
+  for name, fn in sources.TABLE.items():
+    source = bind(part(fn, **knobs[name]), sources.TABLE)
+    assert isinstance(source[0]['prompt'], str)

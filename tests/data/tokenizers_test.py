@@ -1,0 +1,259 @@
+"""Tokenizers: text survives, special tokens stay out of it, and templates write what they should."""
+
+import json
+import os
+import pathlib
+
+import pytest
+import sentencepiece as spm
+import tokenizers as hf
+
+from polgrad.data import tokenizers
+from polgrad.registry import bind, part
+
+TEXTS = ['', 'plain', '12+34=', 'naïve café', '日本語', '👩‍👩‍👧 ok', ' two  spaces\n\ttab']
+CHATML = (
+  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO = [{'role': 'user', 'content': 'Hello'}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A byte-level BPE with ChatML tokens: 0 <pad>, 1 <|im_start|>, 2 <|im_end|>, 3 <eos>, 4 <s>."""
+  model = hf.Tokenizer(hf.models.BPE())
+  model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = hf.decoders.ByteLevel()
+  trainer = hf.trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=['<pad>', '<|im_start|>', '<|im_end|>', '<eos>', '<s>'],
+    initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(['Hello hello world'] * 3, trainer)
+  model.save(str(tmp_path / 'tokenizer.json'))
+  configure(tmp_path, eos_token='<eos>', pad_token='<pad>', chat_template=CHATML)
+  return tmp_path
+
+
+def configure(folder, **config):
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+
+
+@pytest.fixture
+def sentences(tmp_path):
+  """A sentencepiece model with unk 0, bos 1, eos 2 and no pad."""
+  (tmp_path / 'text').write_text('\n'.join(['Hello world', 'a b c d e f', '0123456789'] * 5))
+  spm.SentencePieceTrainer.train(
+    input=str(tmp_path / 'text'),
+    model_prefix=str(tmp_path / 'sp'),
+    vocab_size=60,
+    hard_vocab_limit=False,
+    byte_fallback=False,
+    minloglevel=2,
+  )
+  return tmp_path / 'sp.model'
+
+
+@pytest.mark.parametrize('text', TEXTS)
+def test_byte_text_survives(text):
+  byte = tokenizers.byte()
+  assert byte.decode(byte.encode(text)) == text
+  assert all(0 <= i < 256 for i in byte.encode(text))
+
+
+def test_byte_decodes_half_a_code_point_to_a_replacement_character():
+  byte = tokenizers.byte()
+  ids = byte.encode('aé')
+  assert byte.decode(ids[:-1]) == 'a\N{REPLACEMENT CHARACTER}'
+  assert byte.decode(ids[:-1]) + byte.decode(ids[-1:]) != 'aé'
+  assert byte.decode(ids[:-1] + ids[-1:]) == 'aé'
+
+
+def test_every_byte_sequence_decodes():
+  byte = tokenizers.byte()
+  for i in range(byte.vocab_size):
+    assert isinstance(byte.decode([i, 255 - i % 256]), str)
+
+
+@pytest.mark.parametrize('make', [tokenizers.byte, lambda: tokenizers.characters(alphabet='ab')])
+def test_special_tokens_are_apart_from_text_and_leave_none(make):
+  t = make()
+  special = {t.pad_id, t.bos_id, *t.stop_ids} - {-1}
+  assert not special & set(t.encode('ab'))
+  assert all(0 <= i < t.vocab_size for i in special)
+  assert t.decode([*t.stop_ids, *t.encode('ab'), t.pad_id, t.bos_id]) == 'ab'
+
+
+def test_characters_are_numbered_after_pad_and_eos():
+  t = tokenizers.characters(alphabet='0123456789+=')
+  assert t.encode('1+1=') == [3, 12, 3, 13]
+  assert t.decode(t.encode('12+34=')) == '12+34='
+  assert (t.vocab_size, t.pad_id, t.bos_id, t.stop_ids) == (14, 0, -1, (1,))
+
+
+def test_a_character_outside_the_alphabet_is_named():
+  with pytest.raises(ValueError, match=r"\['\*'\]"):
+    tokenizers.characters(alphabet='01').encode('0*1')
+  with pytest.raises(ValueError, match=r"\['a'\] more than once"):
+    tokenizers.characters(alphabet='aba')
+
+
+def test_plain_chat_with_the_reply_continues_the_generation_prompt():
+  reply = [*HELLO, {'role': 'assistant', 'content': 'Hi'}]
+  asked = tokenizers.plain_chat(HELLO)
+  assert asked == 'user: Hello\nassistant: '
+  assert tokenizers.plain_chat(reply, add_generation_prompt=False) == asked + 'Hi\n'
+
+
+def test_sentencepiece_adds_no_special_token_and_survives(sentences):
+  t = tokenizers.sentencepiece(path=str(sentences))
+  ids = t.encode('Hello world')
+  assert not {t.bos_id, *t.stop_ids} & set(ids)
+  assert t.decode(ids) == 'Hello world'
+  assert t.decode([t.bos_id, *ids, *t.stop_ids]) == 'Hello world'
+  assert (t.bos_id, t.stop_ids) == (1, (2,))
+
+
+def test_sentencepiece_without_a_pad_token_pads_with_eos(sentences):
+  assert tokenizers.sentencepiece(path=str(sentences)).pad_id == 2
+
+
+@pytest.mark.parametrize('text', TEXTS)
+def test_huggingface_text_survives(folder, text):
+  t = tokenizers.huggingface(path=str(folder))
+  assert t.decode(t.encode(text)) == text
+
+
+def test_huggingface_chat_writes_special_tokens_that_encode_reads(folder):
+  t = tokenizers.huggingface(path=str(folder))
+  text = t.chat(HELLO)
+  assert text == '<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n'
+  ids = t.encode(text)
+  assert (ids[0], ids.count(1), ids.count(2)) == (1, 2, 1)
+  assert t.decode(ids) == 'user\nHello\nassistant\n'
+
+
+def test_a_template_file_wins_over_the_configuration(folder):
+  (folder / 'chat_template.jinja').write_text("{{ messages[0]['content'] | upper }}")
+  assert tokenizers.huggingface(path=str(folder)).chat(HELLO) == 'HELLO'
+
+
+def test_of_named_templates_the_default_speaks(folder):
+  named = [{'name': 'tools', 'template': 'no'}, {'name': 'default', 'template': 'yes'}]
+  configure(folder, eos_token='<eos>', chat_template=named)
+  assert tokenizers.huggingface(path=str(folder)).chat(HELLO) == 'yes'
+
+
+@pytest.mark.parametrize(
+  ('template', 'written'),
+  [
+    ('{% for m in messages %}\n  {{ m.content }}\n{% endfor %}\n', '  Hello\n'),
+    ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+    ('{{ bos_token }}{{ eos_token }}', '<s><eos>'),
+    ('{% if tools is not none %}tools{% endif %}none', 'none'),
+    ('{% generation %}a{% endgeneration %}\n{%- generation -%} b {%- endgeneration -%}', 'ab'),
+    ('{% for m in [1, 2] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}', '1'),
+    ("{{ strftime_now('%%') }}", '%'),
+  ],
+)
+def test_templates_find_the_helpers_that_they_were_written_for(folder, template, written):
+  bos = {'content': '<s>', 'special': True}  # either form is in use
+  configure(folder, eos_token='<eos>', bos_token=bos, chat_template=template)
+  assert tokenizers.huggingface(path=str(folder)).chat(HELLO) == written
+
+
+def test_a_template_may_refuse_and_may_not_break_out(folder):
+  configure(folder, eos_token='<eos>', chat_template="{{ raise_exception('no system role') }}")
+  with pytest.raises(ValueError, match='no system role'):
+    tokenizers.huggingface(path=str(folder)).chat(HELLO)
+  configure(folder, eos_token='<eos>', chat_template='{{ messages.append(1) }}')
+  with pytest.raises(Exception, match=r'unsafe|not safely'):
+    tokenizers.huggingface(path=str(folder)).chat(HELLO)
+
+
+def test_without_a_template_chat_says_so(folder):
+  configure(folder, eos_token='<eos>')
+  with pytest.raises(ValueError, match='no chat template'):
+    tokenizers.huggingface(path=str(folder)).chat(HELLO)
+
+
+@pytest.mark.parametrize(('ids', 'stops'), [(3, (2, 3)), ([3, 4], (2, 3, 4)), ([2, 3], (2, 3))])
+def test_stop_ids_join_both_files_with_the_end_of_turn_first(folder, ids, stops):
+  configure(folder, eos_token='<|im_end|>', chat_template=CHATML)
+  (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
+  assert tokenizers.huggingface(path=str(folder)).stop_ids == stops
+
+
+def test_the_end_of_turn_comes_first_even_if_another_token_is_called_eos(folder):
+  (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [3, 2]}))
+  assert tokenizers.huggingface(path=str(folder)).stop_ids == (2, 3)
+
+
+def test_no_stop_token_is_an_error(folder):
+  configure(folder)
+  with pytest.raises(ValueError, match='no stop token'):
+    tokenizers.huggingface(path=str(folder))
+
+
+def test_bos_counts_only_where_the_tokenizer_opens_text_with_it(folder):
+  configure(folder, eos_token='<eos>', bos_token='<s>')
+  assert tokenizers.huggingface(path=str(folder)).bos_id == -1
+  model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  model.post_processor = hf.processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 4)]
+  )
+  model.save(str(folder / 'tokenizer.json'))
+  t = tokenizers.huggingface(path=str(folder))
+  assert t.bos_id == 4
+  assert 4 not in t.encode('Hello')
+
+
+def test_truncation_and_padding_of_the_file_are_not_obeyed(folder):
+  model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  plain = model.encode('Hello hello world').ids
+  model.enable_truncation(2)
+  model.enable_padding(length=50)
+  model.save(str(folder / 'tokenizer.json'))
+  assert tokenizers.huggingface(path=str(folder)).encode('Hello hello world') == plain
+
+
+def test_pad_falls_back_to_a_stop_token(folder):
+  configure(folder, eos_token='<eos>')
+  t = tokenizers.huggingface(path=str(folder))
+  assert t.pad_id == t.stop_ids[0] == 3
+
+
+@pytest.mark.parametrize('make', [tokenizers.huggingface, tokenizers.sentencepiece])
+def test_a_missing_file_is_named(tmp_path, make):
+  with pytest.raises(FileNotFoundError, match=r'nowhere.*: expected a'):
+    make(path=str(tmp_path / 'nowhere'))
+
+
+def test_table_entries_bind(folder, sentences):
+  knobs = {
+    'byte': {},
+    'characters': {'alphabet': 'ab'},
+    'sentencepiece': {'path': str(sentences)},
+    'huggingface': {'path': str(folder)},
+  }
+  assert knobs.keys() == tokenizers.TABLE.keys()
+  for name, fn in tokenizers.TABLE.items():
+    t = bind(json.loads(part(fn, **knobs[name]).to_json()), tokenizers.TABLE)
+    assert max(t.encode('ab')) < t.vocab_size
+
+
+@pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='POLGRAD_SMOLLM2 is not set')
+def test_smollm2_speaks_chatml_and_pads_with_its_stop_token():
+  t = tokenizers.huggingface(path=os.environ['POLGRAD_SMOLLM2'])
+  system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
+  assert t.chat(HELLO) == (
+    f'<|im_start|>system\n{system}<|im_end|>\n'
+    '<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n'
+  )
+  config = json.loads((pathlib.Path(os.environ['POLGRAD_SMOLLM2']) / 'config.json').read_text())
+  assert t.vocab_size == config['vocab_size'] == 49152
+  assert (t.pad_id, t.bos_id, t.stop_ids) == (2, -1, (2,))
+  for text in TEXTS:
+    assert t.decode(t.encode(text)) == text

@@ -1,0 +1,100 @@
+"""Every file in experiments/: it loads, builds, survives JSON, says its source, and trains."""
+
+import importlib
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import build, methods, metrics, train
+from polgrad.objectives import Objective
+from tests import examples
+from tests.objectives_test import loss_of
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(
+  p for p in (ROOT / 'experiments').rglob('*.py') if p.stem not in ('__init__', 'common')
+)
+ALL = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in FILES]
+# Experiments on files that are not in the repository are built by the test that has the files.
+LOCAL = [n for n in ALL if 'smollm2' not in n]
+EACH = pytest.mark.parametrize('name', LOCAL)
+# What the last phase of an experiment is by name.
+ALIASES = {
+  'experiments.supervised.sft': methods.sft(),
+  'experiments.policy_gradient.reinforce': methods.reinforce(),
+  'experiments.policy_gradient.rloo': methods.rloo(),
+  'experiments.policy_gradient.ppo': methods.ppo(),
+  'experiments.policy_gradient.grpo': methods.grpo(),
+  'experiments.policy_gradient.dr_grpo': methods.dr_grpo(length=5),
+  'experiments.policy_gradient.dapo': methods.dapo(),
+  'experiments.policy_gradient.gspo': methods.gspo(),
+  'experiments.preference.dpo': methods.dpo(),
+  'experiments.preference.ipo': methods.ipo(),
+  'experiments.preference.simpo': methods.simpo(),
+  'experiments.preference.slic': methods.slic(),
+  'experiments.preference.online_dpo': methods.online_dpo(),
+  'experiments.distillation.on_policy': methods.on_policy_distillation(),
+}
+
+
+def load(name: str, text: str = 'smoke'):
+  return importlib.import_module(name).get_config(text)
+
+
+@EACH
+def test_builds_and_survives_json(name):
+  for text in ('', 'smoke'):
+    config = load(name, text)
+    build.build(config)
+    data = json.loads(config.to_json())
+    assert build.build(data).order == config.order
+    assert json.loads(config.to_json()) == data
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_says_source_command_and_stays_short(name):
+  module = importlib.import_module(name)
+  assert re.search(r'arXiv:\d{4}\.\d{4,5}|standard|Williams 1992', module.__doc__)
+  path = name.replace('.', '/') + '.py'
+  assert path in module.__doc__ or 'make quickstart' in module.__doc__
+  source = (ROOT / path).read_text().replace(module.__doc__, '')
+  lines = [x for x in source.splitlines() if x.strip() and not x.startswith(('import', 'from'))]
+  assert len(lines) <= 60
+
+
+@pytest.mark.parametrize('name', ALIASES)
+def test_is_the_method_of_its_name(name):
+  """Same loss, gradient, credit and requirements as in `methods`."""
+  experiment = build.build(load(name, ''))
+  phase, method = experiment.phases[experiment.order[-1]], ALIASES[name]
+  assert phase.objective.requires == method.objective.requires
+  assert phase.objective.group == method.objective.group
+  batch = jax.tree.map(jnp.asarray, examples.batch().replace(weights=None))
+  results = [_value_and_grad(o, batch) for o in (phase.objective, method.objective)]
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  arrays = {k: getattr(batch, k) for k in batch.__dataclass_fields__ if k != 'weights'}
+  arrays['valid'] = jnp.ones(len(batch.mask), bool)
+  credited = [c.apply(arrays, c.init()) for c in (phase.credit, method.credit)]
+  jax.tree.map(np.testing.assert_array_equal, *credited)
+
+
+def _value_and_grad(objective: Objective, batch):
+  fn = jax.value_and_grad(lambda x: loss_of(objective, x, batch)[0])
+  return fn(jax.tree.map(jnp.asarray, examples.leaves()))
+
+
+@EACH
+def test_trains_two_smoke_steps(name, tmp_path):
+  config = load(name)
+  config.evaluation.every = 0
+  state = train.run(config, str(tmp_path))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
+  rows = metrics.read(str(tmp_path / 'metrics.jsonl'))
+  assert [r['skipped'] for r in rows] == [0.0] * len(rows)
+  assert {r['phase'] for r in rows} == set(config.order)
+  assert all(np.isfinite(r['loss']) for r in rows)

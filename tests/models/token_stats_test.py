@@ -1,0 +1,144 @@
+"""Statistics in chunks are those of the full logits, and speak about the right token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad.models import STATS, token_stats
+from polgrad.models.token_stats import entropy, logp
+
+ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7
+RANDOM = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+HIDDEN, TABLE, SHARED = normal(ROWS, LENGTH, WIDTH), normal(VOCAB, WIDTH), normal(ROWS, LENGTH)
+TEACHER_HIDDEN, TEACHER_TABLE = normal(ROWS, LENGTH, 2), normal(VOCAB, 2)
+TOKENS = jnp.asarray(RANDOM.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
+
+
+def unembed(table):
+  return lambda x: jnp.einsum('...d,vd->...v', x, table)
+
+
+def full(hidden, table, temperature):
+  """Log-prob and entropy from whole logits."""
+  logits = jnp.einsum('btd,vd->btv', hidden[:, :-1], table) / temperature
+  log_probs = jax.nn.log_softmax(logits)
+  chosen = jnp.take_along_axis(log_probs, TOKENS[:, 1:, None], axis=-1)[..., 0]
+  out = {'logp': chosen, 'entropy': -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)}
+  return {k: jnp.pad(v, ((0, 0), (1, 0))) for k, v in out.items()}
+
+
+def chunked(hidden, table, temperature, chunk=6):
+  return token_stats(
+    hidden, TOKENS, unembed(table), stats=STATS, temperature=temperature, chunk=chunk
+  )
+
+
+@pytest.mark.parametrize('chunk', [1, 6, 9, 30, 1000])
+def test_any_chunk_gives_the_values_of_the_full_logits(chunk):
+  found = chunked(HIDDEN, TABLE, 0.7, chunk)
+  for name, expected in full(HIDDEN, TABLE, 0.7).items():
+    np.testing.assert_allclose(found[name], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('chunk', [6, 1000])
+def test_gradients_are_those_of_the_full_logits(chunk):
+  def loss(stats, hidden, table):
+    out = stats(hidden, table)
+    return jnp.sum(SHARED * out['logp'] + 0.3 * SHARED**2 * out['entropy'])
+
+  found = jax.grad(lambda h, t: loss(lambda *a: chunked(*a, 0.7, chunk), h, t), argnums=(0, 1))
+  with jax.enable_x64(True):
+    exact = jax.grad(lambda h, t: loss(lambda *a: full(*a, 0.7), h, t), argnums=(0, 1))
+    exact = exact(*(np.asarray(x, np.float64) for x in (HIDDEN, TABLE)))
+  for a, b in zip(found(HIDDEN, TABLE), exact):
+    np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_trap_16_a_hidden_state_moves_the_entry_of_the_next_token_only():
+  before = chunked(HIDDEN, TABLE, 1.0)
+  after = chunked(HIDDEN.at[1, 4].add(1.0), TABLE, 1.0)
+  for name in STATS:
+    assert np.argwhere(before[name] != after[name]).tolist() == [[1, 5]]
+
+
+def test_trap_16_a_label_moves_its_own_entry_only():
+  other = TOKENS.at[2, 6].set((TOKENS[2, 6] + 1) % VOCAB)
+  before, after = (
+    token_stats(HIDDEN, t, unembed(TABLE), stats=STATS, chunk=6) for t in (TOKENS, other)
+  )
+  assert np.argwhere(before['logp'] != after['logp']).tolist() == [[2, 6]]
+  np.testing.assert_array_equal(before['entropy'], after['entropy'])
+
+
+def test_the_first_token_has_no_past():
+  for value in chunked(HIDDEN, TABLE, 1.0).values():
+    assert value.shape == TOKENS.shape
+    np.testing.assert_array_equal(value[:, 0], 0)
+
+
+def all_sizes(jaxpr):
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      yield variable.aval.size
+    for value in equation.params.values():
+      for inner in value if isinstance(value, list | tuple) else [value]:
+        if hasattr(inner, 'eqns') or hasattr(inner, 'jaxpr'):
+          yield from all_sizes(getattr(inner, 'jaxpr', inner))
+
+
+def test_forward_and_backward_pass_never_hold_all_logits():
+  def loss(stats):
+    return lambda h, t: jnp.sum(stats(h, t)['logp']) + jnp.sum(stats(h, t)['entropy'])
+
+  wide = normal(500, WIDTH)
+  largest = lambda stats: max(
+    all_sizes(jax.make_jaxpr(jax.grad(loss(stats), argnums=(0, 1)))(HIDDEN, wide).jaxpr)
+  )
+  whole = ROWS * (LENGTH - 1) * 500
+  assert largest(lambda h, t: full(h, t, 1.0)) >= whole
+  assert largest(lambda h, t: chunked(h, t, 1.0)) == ROWS * 2 * 500
+
+
+def reverse_kl(logits, teacher_logits):
+  log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def test_a_statistic_reads_the_arrays_it_names_and_no_gradient_reaches_the_teacher():
+  def divergence(table, teacher_table, chunk):
+    return token_stats(
+      HIDDEN,
+      TOKENS,
+      unembed(table),
+      stats={'kl': reverse_kl, 'logp': logp},
+      temperature=2.0,
+      chunk=chunk,
+      teacher_hidden=TEACHER_HIDDEN,
+      teacher_unembed=unembed(teacher_table),
+    )['kl']
+
+  logits, teacher_logits = (
+    jnp.einsum('btd,vd->btv', h[:, :-1], t) / 2.0
+    for h, t in ((HIDDEN, TABLE), (TEACHER_HIDDEN, TEACHER_TABLE))
+  )
+  for chunk in (6, 1000):
+    np.testing.assert_allclose(
+      divergence(TABLE, TEACHER_TABLE, chunk)[:, 1:], reverse_kl(logits, teacher_logits), atol=1e-5
+    )
+  grads = jax.grad(lambda *t: jnp.sum(divergence(*t, 6)), argnums=(0, 1))(TABLE, TEACHER_TABLE)
+  assert float(jnp.max(jnp.abs(grads[0]))) > 0.1
+  np.testing.assert_array_equal(grads[1], 0)
+
+
+def test_statistics_are_float32_whatever_the_model_computes_in():
+  low = lambda x: unembed(TABLE.astype(jnp.bfloat16))(x)
+  out = token_stats(HIDDEN.astype(jnp.bfloat16), TOKENS, low, stats=STATS, chunk=6)
+  assert all(x.dtype == jnp.float32 for x in out.values())
+
+
+def test_log_prob_and_entropy_of_a_known_distribution():
+  logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
+  np.testing.assert_allclose(logp(logits, jnp.array([1, 0])), [np.log(0.25), 0], atol=1e-6)
+  np.testing.assert_allclose(entropy(logits), [1.5 * np.log(2), 0], atol=1e-6)

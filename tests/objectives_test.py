@@ -1,0 +1,294 @@
+"""What every objective owes: additivity, blindness to padding, symmetry, honest requirements."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import learner, methods, objectives, optim
+from polgrad.losses import aggregation, implicit_rewards, links, penalties, pointwise, surrogates, weights
+from polgrad.losses import divergences
+from polgrad.registry import Weighted
+from polgrad.types import Max, Mean
+from tests import examples
+
+consistency = functools.partial(pointwise.consistency, beta=0.5)
+OBJECTIVES = {
+  'sft': methods.sft().objective,
+  'reinforce': methods.reinforce().objective,
+  'ppo': methods.ppo().objective,
+  'grpo': methods.grpo().objective,
+  'dr_grpo': methods.dr_grpo(length=7).objective,
+  'dapo': methods.dapo().objective,
+  'gspo': methods.gspo().objective,
+  'dpo': methods.dpo(label_smoothing=0.1).objective,
+  'ipo': methods.ipo().objective,
+  'simpo': methods.simpo().objective,
+  'slic': methods.slic().objective,
+  'distillation': methods.on_policy_distillation().objective,
+  'forward_kl': objectives.distillation(
+    divergence=divergences.forward_kl, aggregation=aggregation.sequence_mean
+  ),
+  'truncated_is': objectives.policy_gradient(
+    surrogate=surrogates.truncated,
+    aggregation=aggregation.token_mean,
+    weights={'mismatch': functools.partial(weights.truncated_importance, cap=2.0)},
+    penalties={'k2': Weighted(0.1, penalties.k2)},
+  ),
+  'consistency': objectives.pointwise(
+    score=implicit_rewards.log_ratio_sum, loss=consistency, group=2
+  ),
+  'logistic': objectives.pointwise(
+    score=implicit_rewards.log_ratio_sum, loss=pointwise.logistic, beta=0.1
+  ),
+}
+EACH = pytest.mark.parametrize('name', OBJECTIVES)
+
+
+def loss_of(objective, x, batch, counts=None, step=0):
+  terms, metrics = objective.apply(
+    examples.outputs(x, objective.stats), batch, objective.init(), step=step
+  )
+  shares = [
+    Mean(total=t.total, count=t.count if counts is None else counts[k]).value()
+    for k, t in terms.items()
+  ]
+  return sum(shares), (terms, metrics)
+
+
+def value_and_grad(objective, x, batch, counts=None):
+  fn = jax.value_and_grad(lambda x: loss_of(objective, x, batch, counts), has_aux=True)
+  (loss, aux), grads = fn(jax.tree.map(jnp.asarray, x))
+  return loss, grads, aux
+
+
+@EACH
+def test_trap_01_02_micro_batches_add_up_to_the_batch(name):
+  objective = OBJECTIVES[name]
+  x, batch = examples.leaves(), examples.batch()
+  loss, grads, (terms, metrics) = value_and_grad(objective, x, batch)
+  counts = {k: t.count for k, t in terms.items()}
+  for parts in (2, 4):
+    pieces = learner.split((x, batch), parts, 2)
+    total, merged, reported = 0.0, [], []
+    for i in range(parts):
+      own, own_batch = jax.tree.map(lambda a, i=i: a[i], pieces)
+      own_loss, own_grads, (_, own_metrics) = value_and_grad(objective, own, own_batch, counts)
+      total += own_loss
+      merged.append(own_grads)
+      reported.append(own_metrics)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *merged)
+    np.testing.assert_allclose(total, loss, rtol=1e-5, atol=1e-6)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+      learner.join(stacked, 2),
+      grads,
+    )
+    for key, whole in metrics.items():
+      split = functools.reduce(lambda a, b: a + b, [m[key] for m in reported])
+      np.testing.assert_allclose(split.value(), whole.value(), rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_trap_18_masked_slots_change_nothing(name):
+  objective = OBJECTIVES[name]
+  x, batch = examples.leaves(), examples.batch()
+  loss, grads, _ = value_and_grad(objective, x, batch)
+  for poison in (np.nan, 1e9):
+    spoil = lambda a, poison=poison: np.where(
+      batch.mask.reshape(*batch.mask.shape, *(1,) * (a.ndim - 2)), a, np.float32(poison)
+    )
+    bad_x = {k: v if k == 'logits' else spoil(v) for k, v in x.items()}
+    per_token = ('behavior_logp', 'proximal_logp', 'reference_logp', 'teacher_logp',
+                 'advantages', 'returns', 'old_values')  # fmt: skip
+    bad = batch.replace(**{k: spoil(getattr(batch, k)) for k in per_token})
+    bad_loss, bad_grads, _ = value_and_grad(objective, bad_x, bad)
+    np.testing.assert_array_equal(bad_loss, loss)
+    jax.tree.map(np.testing.assert_array_equal, bad_grads, grads)
+
+
+@EACH
+def test_permuting_pairs_permutes_gradients(name):
+  objective = OBJECTIVES[name]
+  x, batch = examples.leaves(), examples.batch()
+  order = np.array([6, 7, 2, 3, 0, 1, 4, 5])
+  loss, grads, _ = value_and_grad(objective, x, batch)
+  other, other_grads, _ = value_and_grad(objective, *jax.tree.map(lambda a: a[order], (x, batch)))
+  np.testing.assert_allclose(other, loss, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b[order], rtol=1e-5, atol=1e-7), other_grads, grads
+  )
+
+
+@EACH
+def test_trap_05_nothing_to_look_at_gives_zero(name):
+  objective = OBJECTIVES[name]
+  x, batch = examples.leaves(), examples.batch()
+  empty = batch.replace(mask=np.zeros_like(batch.mask))
+  fn = jax.jit(jax.value_and_grad(lambda x: loss_of(objective, x, empty)[0]))
+  loss, grads = fn(jax.tree.map(jnp.asarray, x))
+  assert loss == 0
+  assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+@EACH
+def test_counts_do_not_depend_on_outputs(name):
+  objective = OBJECTIVES[name]
+  batch = examples.batch()
+  counts = [
+    {k: float(t.count) for k, t in loss_of(objective, examples.leaves(seed), batch)[1][0].items()}
+    for seed in (1, 2)
+  ]
+  assert counts[0] == counts[1]
+
+
+@EACH
+def test_requirements_are_exact(name):
+  """Fields beyond `requires` may be absent; each required one is read."""
+  objective = OBJECTIVES[name]
+  x, batch = examples.leaves(), examples.batch()
+  always = {'tokens', 'segment_ids', 'mask', 'group_ids'}
+  lean = batch.replace(
+    **{k: None for k in batch.__dataclass_fields__ if k not in objective.requires | always}
+  )
+  full = batch.replace(weights=None)
+  out = examples.outputs(x, objective.stats)
+  kept = {k: getattr(out, k) if k in objective.requires else None for k in ('entropy', 'values')}
+  terms, _ = objective.apply(out.replace(**kept), lean, objective.init(), step=0)
+  wanted, _ = objective.apply(out, full, objective.init(), step=0)
+  for key in wanted:
+    np.testing.assert_array_equal(terms[key].value(), wanted[key].value())
+  for field in objective.requires - {'teacher_logits'}:
+    holder = {'entropy': 'out', 'values': 'out'}.get(field, 'batch')
+    with pytest.raises((KeyError, AttributeError)):
+      if holder == 'out':
+        objective.apply(out.replace(**{field: None}), full, objective.init(), step=0)
+      else:
+        objective.apply(out, full.replace(**{field: None}), objective.init(), step=0)
+
+
+def test_trap_13_square_batches_do_not_broadcast():
+  """B == T: a per-row array must not slip in where a per-token one belongs."""
+  x, batch = examples.leaves(length=8), examples.batch(length=8)
+  assert batch.tokens.shape == (8, 8)
+  objective = OBJECTIVES['grpo']
+  loss, _, _ = value_and_grad(objective, x, batch)
+  wider, wide = examples.leaves(length=8), batch
+  pad = lambda a: np.pad(a, [(0, 0), (0, 1)]) if a.ndim == 2 else a
+  wide = jax.tree.map(pad, wide)
+  wider = {k: np.pad(v, [(0, 0), (0, 1), *[(0, 0)] * (v.ndim - 2)]) for k, v in wider.items()}
+  np.testing.assert_allclose(value_and_grad(objective, wider, wide)[0], loss, rtol=1e-6)
+  with pytest.raises((ValueError, AssertionError)):
+    objective.apply(
+      examples.outputs(x, {}), batch.replace(advantages=batch.rewards), (), step=0
+    )
+
+
+def test_trap_12_duplicating_a_pair_leaves_other_losses():
+  objective = OBJECTIVES['dpo']
+  x, batch = examples.leaves(), examples.batch()
+  twice = np.array([0, 1, 0, 1, 2, 3, 4, 5, 6, 7])
+  _, grads, (terms, _) = value_and_grad(objective, x, batch)
+  more = jax.tree.map(lambda a: a[twice], (x, batch))
+  _, more_grads, (more_terms, _) = value_and_grad(objective, *more)
+  assert terms['preference'].count == 3 and more_terms['preference'].count == 4
+  np.testing.assert_allclose(more_grads['logp'][4:] * 4, grads['logp'][2:] * 3, rtol=1e-5)
+
+
+def test_label_below_one_half_turns_the_pair_round():
+  objective = objectives.pairwise(
+    score=implicit_rewards.log_ratio_sum, link=links.logistic, beta=0.3, offset=0.7
+  )
+  x, batch = examples.leaves(), examples.batch().replace(weights=None)
+  swap = np.arange(8).reshape(4, 2)[:, ::-1].reshape(-1)
+  turned = jax.tree.map(lambda a: a[swap], (x, batch))
+  np.testing.assert_allclose(
+    value_and_grad(objective, *turned)[0], value_and_grad(objective, x, batch)[0], rtol=1e-6
+  )
+
+
+def test_failed_rows_do_not_pull_the_centre_of_their_group():
+  """A row that is masked out has no say in the consistency loss of its group."""
+  objective = objectives.pointwise(
+    score=implicit_rewards.log_ratio_sum, loss=consistency, group=4
+  )
+  x, batch = examples.leaves(), examples.batch()
+  batch = batch.replace(group_ids=np.repeat([0, 1], 4).astype(np.int32))
+  _, grads, (terms, _) = value_and_grad(objective, x, batch)
+  without = np.array([0, 1, 2, 3, 6, 7])
+  _, fewer, (fewer_terms, _) = value_and_grad(
+    objective, *jax.tree.map(lambda a: a[without], (x, batch))
+  )
+  np.testing.assert_allclose(grads['logp'][without], fewer['logp'], rtol=1e-5, atol=1e-7)
+  assert terms['pointwise'].count == fewer_terms['pointwise'].count == 6
+
+
+class TestWeightedSum:
+  def test_is_the_sum(self):
+    x, batch = examples.leaves(), examples.batch()
+    a, b = OBJECTIVES['grpo'], OBJECTIVES['sft']
+    both = objectives.weighted_sum(streams={'a': Weighted(0.3, a), 'b': Weighted(2.0, b)})
+    wanted = 0.3 * value_and_grad(a, x, batch)[0] + 2.0 * value_and_grad(b, x, batch)[0]
+    np.testing.assert_allclose(value_and_grad(both, x, batch)[0], wanted, rtol=1e-6)
+    assert both.requires == a.requires | b.requires
+
+  def test_streams_own_their_rows(self):
+    x, batch = examples.leaves(), examples.batch()
+    both = objectives.weighted_sum(
+      streams={'rl': Weighted(1.0, OBJECTIVES['grpo']), 'sft': Weighted(1.0, OBJECTIVES['sft'])}
+    )
+    mixed = batch.replace(stream=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32))
+    _, _, (terms, _) = value_and_grad(both, x, mixed)
+    assert terms['sft/nll'].count == batch.mask[[2, 3, 6, 7]].sum()
+    assert terms['rl/policy'].count == 2
+
+  def test_schedules_multiply_weights(self):
+    x, batch = examples.leaves(), examples.batch()
+    both = objectives.weighted_sum(
+      streams={'sft': Weighted(2.0, OBJECTIVES['sft'])},
+      schedules={'sft': optim.linear(warmup=0, steps=10)},
+    )
+    start, half = (loss_of(both, x, batch, step=s)[0] for s in (0, 5))
+    np.testing.assert_allclose(half, start / 2, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"schedules for \['x'\]"):
+      objectives.weighted_sum(
+        streams={'sft': Weighted(1.0, OBJECTIVES['sft'])}, schedules={'x': optim.constant()}
+      )
+
+  def test_statistics_of_two_distillations_do_not_mix(self):
+    x, batch = examples.leaves(), examples.batch()
+    a, b = OBJECTIVES['distillation'], OBJECTIVES['forward_kl']
+    both = objectives.weighted_sum(streams={'a': Weighted(1.0, a), 'b': Weighted(1.0, b)})
+    wanted = value_and_grad(a, x, batch)[0] + value_and_grad(b, x, batch)[0]
+    np.testing.assert_allclose(value_and_grad(both, x, batch)[0], wanted, rtol=1e-6)
+
+
+def test_trap_08_sampler_gap_is_reported():
+  x, batch = examples.leaves(), examples.batch()
+  _, metrics = OBJECTIVES['grpo'].apply(examples.outputs(x, {}), batch, (), step=0)
+  gap = np.abs(batch.behavior_logp - x['logp'])[batch.mask]
+  assert isinstance(metrics['sampler_max_gap'], Max)
+  np.testing.assert_allclose(metrics['sampler_max_gap'].value(), gap.max(), rtol=1e-6)
+  same = batch.replace(behavior_logp=x['logp'])
+  _, metrics = OBJECTIVES['grpo'].apply(examples.outputs(x, {}), same, (), step=0)
+  assert metrics['sampler_kl'].value() == 0
+
+
+def test_trap_10_weights_are_detached():
+  """A weight made of live log-probs multiplies the loss and has no gradient of its own."""
+  live = objectives.policy_gradient(
+    surrogate=surrogates.reinforce,
+    aggregation=aggregation.token_mean,
+    weights={'live': lambda logp: jnp.exp(logp)},
+  )
+  supervised = objectives.supervised(
+    aggregation=aggregation.token_mean, weights={'live': lambda logp: jnp.exp(logp)}
+  )
+  x, batch = examples.leaves(), examples.batch()
+  weight = np.exp(x['logp']) * batch.mask / batch.mask.sum()
+  _, grads, _ = value_and_grad(live, x, batch)
+  np.testing.assert_allclose(grads['logp'], -weight * batch.advantages, rtol=1e-5)
+  _, grads, _ = value_and_grad(supervised, x, batch)
+  np.testing.assert_allclose(grads['logp'], -weight, rtol=1e-5)

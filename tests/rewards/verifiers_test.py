@@ -1,0 +1,144 @@
+"""Verifiers: what counts as the answer, to the letter."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reasoning_gym
+
+from polgrad import registry
+from polgrad.rewards import verifiers
+
+
+@pytest.mark.parametrize(
+  ('completion', 'strip', 'score'),
+  [('46', True, 1), (' 46\n', True, 1), (' 46', False, 0), ('046', True, 0), ('', True, 0)],
+)
+def test_exact_match_compares_text(completion, strip, score):
+  assert verifiers.exact_match(completion, {'answer': '46'}, strip=strip) == score
+
+
+def test_exact_match_reads_the_named_field():
+  assert verifiers.exact_match('a', {'answer': 'b', 'target': 'a'}, field='target') == 1
+
+
+@pytest.mark.parametrize(
+  ('completion', 'number'),
+  [
+    ('so it is 46.', 46),
+    ('12 + 34 = 46', 46),
+    ('1,234,567.5 dollars', 1234567.5),
+    ('one of 1,2,3', 3),
+    ('12,3456', 3456),
+    ('x = -5', -5),
+    ('x = \N{MINUS SIGN}5', -5),
+    ('the difference 8-5', 5),
+    ('(2)-3', 3),
+    ('2.5e-3', 0.0025),
+    ('.5', 0.5),
+    ('3/4', 0.75),
+    ('5/0', 0),
+    (r'\boxed{7} is what I found in step 2', 7),
+    (r'\boxed{1} no, \boxed{2}. 3', 2),
+    (r'\boxed{\frac{3}{4}}', 0.75),
+    (r'\boxed{-\dfrac{1}{2}} 9', -0.5),
+    (r'\boxed{x = 8} 9', 8),
+    (r'Answer: \boxed{6} or 5', 6),
+    ('Answer: 12 apples, of 15', 12),
+    ('**Answer:** 12\nchecked in 3 ways', 12),
+    ('The answer is: 4. 5', 4),
+    ('Answer:\n42 7', 42),
+    ('Answer: 1\nAnswer: 2 3', 2),
+    ('3 * 24 = 72\n#### 72', 72),
+    ('Answer: none, 5', 5),
+    ('Answer: unknown\n7', 7),
+    (r'\boxed{} 3', 3),
+    ('٣ 3', 3),
+  ],
+)
+def test_numeric_answer_finds_the_final_number(completion, number):
+  assert verifiers.numeric_answer(completion, {'answer': repr(number)}) == 1
+  assert verifiers.numeric_answer(completion, {'answer': repr(number + 1)}) == 0
+
+
+def test_numeric_answer_reads_the_records_answer_the_same_way():
+  assert verifiers.numeric_answer('72', {'answer': '48/2 = 24, 48+24 = 72\n#### 72'}) == 1
+
+
+def test_numeric_answer_without_a_number_is_wrong_but_a_record_without_one_is_an_error():
+  assert verifiers.numeric_answer('I do not know', {'answer': '3'}) == 0
+  with pytest.raises(ValueError, match="no number in the record's answer: 'three'"):
+    verifiers.numeric_answer('3', {'answer': 'three'})
+
+
+def test_numeric_tolerance_is_absolute_so_large_integers_must_be_exact():
+  close = lambda given, wanted: verifiers.numeric_answer(given, {'answer': wanted}, tolerance=1e-2)
+  assert (close('0.009', '0'), close('0.011', '0')) == (1, 0)
+  assert verifiers.numeric_answer('123456789', {'answer': '123456788'}) == 0
+  assert verifiers.numeric_answer('123456.3', {'answer': '123456.30'}) == 1
+
+
+def test_a_number_too_long_for_a_float_is_wrong():
+  assert verifiers.numeric_answer('9' * 400, {'answer': '1'}) == 0
+
+
+def test_numeric_answer_is_linear_in_the_length_of_the_text():
+  for text in (
+    '1,' * 100_000,
+    '-' * 200_000,
+    '\\boxed{' * 30_000,
+    '#' * 200_000,
+    'answer' + ' ' * 200_000,
+  ):
+    assert verifiers.numeric_answer(text, {'answer': '123456789'}) == 0
+
+
+def test_format_is_of_the_whole_completion():
+  score = lambda text: verifiers.regex_format(text, pattern='<think>.*</think>a')
+  assert score('<think>\n\n</think>a') == 1
+  assert score(' <think></think>a') == score('<think></think>ab') == 0
+
+
+def test_reasoning_gym_scores_the_last_extracted_answer():
+  entry = reasoning_gym.create_dataset('basic_arithmetic', size=1, seed=3)[0]
+  score = lambda text: verifiers.reasoning_gym_score(text, {'entry': entry})
+  right = entry['answer']
+  assert score(right) == score(f' {right}\n') == 1
+  assert score(f'<answer>no</answer> <answer>\n{right}\n</answer>, done') == 1
+  assert score(f'<answer>{right}</answer> <answer>no</answer>') < 1
+  assert score(f'I think {right}') < 1
+  braces = verifiers.reasoning_gym_score(f'{{{right}}} 0', {'entry': entry}, pattern=r'\{(.*?)\}')
+  assert braces == 1
+
+
+def test_soft_overlong_follows_the_published_equation():
+  def published(length, longest, cache):  # arXiv 2503.14476, eq. 13
+    if length <= longest - cache:
+      return 0
+    return ((longest - cache) - length) / cache if length <= longest else -1
+
+  for length in range(0, 40):
+    got = verifiers.soft_overlong(length, max_length=30, cache=10)
+    np.testing.assert_allclose(got, published(length, 30, 10), rtol=1e-15)
+  assert verifiers.soft_overlong(16384) == 0
+  assert verifiers.soft_overlong(18432) == -0.5
+  assert verifiers.soft_overlong(20480) == verifiers.soft_overlong(30000) == -1
+
+
+def test_table_entries_bind_and_score():
+  entry = reasoning_gym.create_dataset('basic_arithmetic', size=1, seed=3)[0]
+  arrays = {'completion': '4', 'record': {'answer': '4', 'entry': entry}, 'length': 1}
+  for fn in verifiers.TABLE.values():
+    knobs = {'pattern': '(.*)'} if fn is verifiers.regex_format else {}
+    bound = registry.bind(json.loads(registry.part(fn, **knobs).to_json()), verifiers.TABLE)
+    assert set(registry.inputs(bound)) <= set(arrays)
+    assert isinstance(registry.call(bound, arrays), float)
+
+
+def test_verifiers_and_scoring_do_not_load_jax():
+  code = (
+    'import polgrad.rewards.scoring, polgrad.rewards.verifiers, sys; sys.exit("jax" in sys.modules)'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, env={'PYTHONPATH': ':'.join(sys.path)})

@@ -1,0 +1,334 @@
+"""The loop: resume, phases, anchors, updates that are refused, and what a run leaves behind."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.common import addition_phase, arithmetic_experiment, warm_start
+from polgrad import (
+  build,
+  checkpoint,
+  collect,
+  credit,
+  evaluate,
+  learner,
+  metrics,
+  objectives,
+  optim,
+  sample,
+  train,
+)
+from polgrad.losses import aggregation, penalties, surrogates
+from polgrad.registry import part, weighted
+from tests import examples
+
+
+def config(**overrides):
+  """Supervised, then policy gradient with everything that carries state."""
+  phase = addition_phase(
+    credit=part(credit.moving_baseline),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped),
+      aggregation=part(aggregation.token_mean),
+      penalties={'kl': weighted(0.1, part(penalties.k2))},
+    ),
+    anchors={'reference': part(optim.ema, decay=0.9)},
+    epochs=2,
+    minibatches=2,
+    learning_rate=1e-3,
+  )
+  made = arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=True, **overrides)
+  made.phases.sft.steps = 3
+  made.phases.rl.steps = 4
+  made.checkpoint_every = 2
+  made.keep_checkpoints = 10
+  return made
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """(workdir, state) of an uninterrupted run."""
+  workdir = str(tmp_path_factory.mktemp('whole'))
+  return workdir, train.run(config(), workdir)
+
+
+def rows(workdir):
+  """Metrics without the clock."""
+  return [
+    {k: v for k, v in row.items() if 'second' not in k}
+    for row in metrics.read(os.path.join(workdir, 'metrics.jsonl'))
+  ]
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# Updates: 3 in sft, then 4 a step in rl. Killed inside rl, at the phase's border, and inside sft.
+@pytest.mark.parametrize('last_checkpoint', [11, 3, 2])
+def test_trap_24_resumed_run_equals_one_that_went_on(finished, tmp_path, last_checkpoint):
+  workdir, state = finished
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+  kept = tmp_path / 'checkpoints'
+  for folder in kept.iterdir():
+    if folder.name.isdigit() and int(folder.name) > last_checkpoint:
+      shutil.rmtree(folder)
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 99, "cut off')  # what a crash leaves
+  assert max(int(f.name) for f in kept.iterdir() if f.name.isdigit()) == last_checkpoint
+  equal(train.run(config(), str(tmp_path)), state)
+  assert rows(tmp_path) == rows(workdir)
+
+
+def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
+  workdir, _ = finished
+  names = set(os.listdir(workdir))
+  assert {'metrics.jsonl', 'checkpoints', 'config.json', 'report.png'} <= names
+  found = rows(workdir)
+  assert [r['step'] for r in found] == [0, 1, 2, 3, 3, 7, 11, 15, 19]
+  assert {'reward', 'length', 'sampler_kl', 'sampler_max_gap', 'kl', 'loss'} <= found[-1].keys()
+  with open(os.path.join(workdir, 'config.json')) as f:
+    assert json.load(f) == json.loads(config().to_json())
+  with open(os.path.join(workdir, 'report.png'), 'rb') as f:
+    assert f.read(8) == b'\x89PNG\r\n\x1a\n'
+
+
+def test_trap_06_08_on_policy_ratio_is_one(finished):
+  """The first update of a rollout sees the sampler's own log-probs."""
+  found = [r for r in rows(finished[0]) if r['phase'] == 'rl' and 'sampler_kl' in r]
+  assert len(found) == 4
+  hot = config()
+  hot.phases.rl.collect.temperature = 0.7
+  hot.phases.rl.minibatches = hot.phases.rl.epochs = 1
+  for row in _first_rows(hot):
+    assert row['sampler_max_gap'] < 1e-5
+
+
+def _first_rows(made):
+  """Metrics of one policy-gradient step from fresh weights."""
+  made.phases.rl.steps = 1
+  made.order = ('rl',)
+  del made.phases['sft']
+  made.evaluation = part(build.never)
+  import tempfile
+
+  with tempfile.TemporaryDirectory() as workdir:
+    train.run(made, workdir)
+    return rows(workdir)
+
+
+def test_trap_23_new_weights_reach_the_sampler(finished):
+  """After updates, what the sampler reports of its tokens is what the trainer's forward says."""
+  _, state = finished
+  experiment = build.build(config())
+  phase = experiment.phases['rl']
+  made = phase.collect.make(train.context(experiment, phase, 1))
+  with jax.set_mesh(experiment.mesh):
+    got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
+    fresh = experiment.policy.init(jax.random.key(0))
+    logp = {
+      name: learner.forward(
+        experiment.policy, params, jnp.asarray(got.batch.tokens), jnp.asarray(got.batch.segment_ids)
+      ).logp
+      for name, params in (('now', state.params), ('start', fresh))
+    }
+  gap = {k: np.abs(np.asarray(v) - got.batch.behavior_logp)[got.batch.mask].max() for k, v in logp.items()}
+  assert gap['now'] < 1e-5 < 1e-2 < gap['start']
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
+  _, state = finished
+  made = config()
+  experiment = build.build(made)
+  phase = experiment.phases['rl']
+  batch = _batch(experiment, state)
+  results = []
+  for micro in (1, 2, 4):
+    update = learner.make_update(
+      experiment.policy,
+      phase.objective,
+      optim.sgd(learning_rate=1.0),
+      micro_batches=micro,
+      anchors=phase.anchors,
+    )
+    start = state.replace(opt_state=optim.sgd(learning_rate=1.0).init(state.params))
+    with jax.set_mesh(experiment.mesh):
+      results.append(jax.jit(update)(start, batch))
+  for after, report in results[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      after.params,
+      results[0][0].params,
+    )
+    for name, value in report.items():
+      np.testing.assert_allclose(value, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def _batch(experiment, state):
+  phase = experiment.phases['rl']
+  made = phase.collect.make(train.context(experiment, phase, 1))
+  with jax.set_mesh(experiment.mesh):
+    got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
+  return jax.tree.map(jnp.asarray, got.batch)
+
+
+class TestBrokenUpdates:
+  def _update(self, experiment, **poison):
+    phase = experiment.phases['rl']
+    state = train.begin(experiment, 1, None)
+    batch = _batch(experiment, state).replace(**poison)
+    update = train.jit_update(experiment, phase, state)
+    before = jax.tree.map(np.asarray, state)
+    with jax.set_mesh(experiment.mesh):
+      return before, *update(state, batch), update, batch
+
+  def test_are_skipped_counted_and_leave_everything_as_it_was(self):
+    experiment = build.build(config())
+    shape = _batch(experiment, train.begin(experiment, 1, None)).tokens.shape
+    nan = jnp.full(shape, jnp.nan)
+    before, after, report, update, batch = self._update(experiment, advantages=nan)
+    assert report['skipped'] == 1 and not np.isfinite(report['loss'])
+    for name in ('params', 'opt_state', 'anchors', 'objective_state', 'credit_state'):
+      equal(getattr(before, name), getattr(after, name))
+    assert after.step == before.step + 1
+    with jax.set_mesh(experiment.mesh):
+      again, report = update(after, batch)
+      assert report['skipped'] == 2
+      healed, report = update(again, batch.replace(advantages=jnp.zeros(shape)))
+    assert report['skipped'] == 0 and healed.skipped == 0
+
+  def test_end_the_run_after_some_in_a_row_and_keep_the_checkpoint(self, tmp_path, monkeypatch):
+    real = credit.moving_baseline
+
+    def poisoned(x, state):
+      fields, state = real().apply(x, state)
+      bad = jnp.where(jnp.any(x['mask']), jnp.nan, 0.0)
+      return {'advantages': fields['advantages'] + bad}, state
+
+    made = config()
+    made.max_skipped = 3
+    experiment = build.build(made)
+    spoiled = experiment.phases['rl']._replace(credit=real()._replace(apply=poisoned))
+    broken = experiment._replace(phases={**experiment.phases, 'rl': spoiled})
+    monkeypatch.setattr(train, 'build', lambda _: broken)
+    with pytest.raises(FloatingPointError, match='rl, step 0: 3 updates in a row'):
+      train.run(made, str(tmp_path))
+    checkpoints = checkpoint.manager(str(tmp_path / 'checkpoints'))
+    assert checkpoints.latest_step() == 3  # the end of the supervised phase
+    monkeypatch.undo()
+    state = train.run(config(), str(tmp_path))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_checkpoint_that_does_not_fit_is_refused_with_the_arrays(finished, tmp_path):
+  workdir, _ = finished
+  other = config()
+  other.model.width = 48
+  experiment = build.build(other)
+  with pytest.raises(ValueError, match=r'params of checkpoint 19 .* do not fit.*embedding.*14, 32'):
+    evaluate.restore_params(experiment, os.path.join(workdir, 'checkpoints'))
+  deeper = config()
+  deeper.model.qk_norm = True
+  with pytest.raises(ValueError, match=r'lacks .*key_norm'):
+    evaluate.restore_params(build.build(deeper), os.path.join(workdir, 'checkpoints'))
+  with pytest.raises(FileNotFoundError, match='expected the checkpoints'):
+    evaluate.restore_params(experiment, str(tmp_path / 'nowhere'))
+
+
+def test_interrupted_save_leaves_the_last_whole_checkpoint(finished, tmp_path):
+  workdir, state = finished
+  shutil.copytree(os.path.join(workdir, 'checkpoints'), tmp_path / 'c')
+  half = tmp_path / 'c' / '23.orbax-checkpoint-tmp'
+  shutil.copytree(tmp_path / 'c' / '19', half)
+  shutil.rmtree(half / 'params')
+  params = evaluate.restore_params(build.build(config()), str(tmp_path / 'c'))
+  equal(params, state.params)
+
+
+def test_evaluation_and_chat_read_the_checkpoint(finished, capsys):
+  workdir, state = finished
+  experiment = build.build(config())
+  with jax.set_mesh(experiment.mesh):
+    params = evaluate.restore_params(experiment, os.path.join(workdir, 'checkpoints'))
+    equal(params, state.params)
+    found, samples = evaluate.make_evaluator(experiment)(params)
+    last = [r for r in rows(workdir) if 'evaluation/greedy' in r][-1]
+    assert found['evaluation/greedy'] == last['evaluation/greedy'] and len(samples) == 8
+    complete = sample.make_completer(experiment, params, temperature=0.0, max_new_tokens=5, seed=0)
+    sample.converse(complete, ['12+34=\n', '50+49='], chat=False)
+  greedy = [complete({'prompt': p}, 0) for p in ('12+34=', '50+49=')]
+  assert capsys.readouterr().out.splitlines() == greedy
+
+
+def test_phases_hand_over_parameters_and_restart_begins_again(finished):
+  experiment = build.build(config())
+  first = train.begin(experiment, 0, None)
+  trained = first.replace(params=jax.tree.map(lambda x: x + 1, first.params))
+  second = train.begin(experiment, 1, trained)
+  equal(second.params, trained.params)
+  equal(second.anchors['reference'], trained.params)
+  restarting = experiment._replace(
+    phases={**experiment.phases, 'rl': experiment.phases['rl']._replace(restart=True)}
+  )
+  third = train.begin(restarting, 1, trained)
+  equal(third.params, first.params)
+  equal(third.anchors['reference'], trained.params)
+
+
+class TestAnchors:
+  old, new = {'w': jnp.zeros(2)}, {'w': jnp.ones(2)}
+
+  def test_rules(self):
+    assert optim.fixed(self.old, self.new, 5)['w'][0] == 0
+    np.testing.assert_allclose(optim.ema(self.old, self.new, 5, decay=0.75)['w'], 0.25)
+    assert optim.sync(self.old, self.new, jnp.int32(4), every=2)['w'][0] == 1
+    assert optim.sync(self.old, self.new, jnp.int32(5), every=2)['w'][0] == 0
+
+  def test_move_in_the_update(self, finished):
+    _, state = finished
+    moved = jax.tree.map(
+      lambda a, p: float(jnp.abs(a - p).max()), state.anchors['reference'], state.params
+    )
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+
+
+class TestMinibatches:
+  def test_cover_the_batch_once_an_epoch_and_keep_groups(self):
+    batch = examples.batch()
+    cuts = collect.minibatches(batch, epochs=3, parts=2, group=2, seed=(0, 1))
+    assert len(cuts) == 6
+    for epoch in range(3):
+      ids = np.concatenate([c.rewards for c in cuts[2 * epoch : 2 * epoch + 2]])
+      assert sorted(ids) == sorted(batch.rewards)
+      for cut in cuts[2 * epoch : 2 * epoch + 2]:
+        np.testing.assert_array_equal(cut.group_ids[::2], cut.group_ids[1::2])
+
+  def test_are_drawn_anew_each_step_and_repeat_for_the_same(self):
+    batch = examples.batch()
+    first, same, other = (
+      collect.minibatches(batch, epochs=1, parts=4, group=1, seed=(0, s))[0].rewards for s in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_update_does_not_retrace():
+  experiment = build.build(config())
+  phase = experiment.phases['rl']
+  state = train.begin(experiment, 1, None)
+  update = train.jit_update(experiment, phase, state)
+  collecting = phase.collect.make(train.context(experiment, phase, 1))
+  from polgrad import sharding
+
+  with jax.set_mesh(experiment.mesh):
+    for step in range(3):
+      got = collecting(state, train.Drawer(phase, seed=0, cursor=4 * step), step)
+      state, _ = update(state, sharding.place_batch(experiment.mesh, got.batch))
+      state = train.advance(experiment.mesh, state, got, 4 * step + 4)
+  assert update._cache_size() == 1
