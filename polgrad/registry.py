@@ -29,10 +29,18 @@ class Weighted(NamedTuple):
 
 
 def table(*functions: Callable) -> dict[str, Callable]:
-  """The functions under their own names; a name may stand once."""
+  """The functions under their own names; a name may stand once.
+
+  Raises:
+    ValueError: a name that stands twice, or a knob called `name` or `weight`, which parts have.
+  """
   names = [f.__name__ for f in functions]
   if len(set(names)) != len(names):
     raise ValueError(f'a name stands twice in {names}')
+  for f in functions:
+    taken = {'name', 'weight'} & _knobs(f).keys()
+    if taken:
+      raise ValueError(f'{f.__name__}: a knob cannot be called {sorted(taken)}')
   return dict(zip(names, functions))
 
 
@@ -108,6 +116,7 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
   return result if weight is None else Weighted(weight, result)
 
 
+@functools.lru_cache(maxsize=4096)
 def inputs(fn: Callable) -> tuple[str, ...]:
   """The names of the arrays that `fn` reads: its positional parameters."""
   kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

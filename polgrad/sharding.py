@@ -34,7 +34,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   One process may use fewer devices than it has; several processes use all of theirs.
 
   Args:
-    data: number of parameter copies; -1 takes the devices that the other two leave.
+    data: number of parameter copies; -1 takes all devices that the other two leave.
     fsdp: number of parts that the parameters are cut into along their width.
     tensor: number of parts along heads, feed-forward and vocabulary.
 
@@ -42,7 +42,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     ValueError: the sizes multiply to more than the number of devices (several processes: to less).
   """
   devices = jax.device_count()
-  if data == -1:
+  if data == -1 and fsdp * tensor > 0 and devices % (fsdp * tensor) == 0:
     data = devices // (fsdp * tensor)
   size = data * fsdp * tensor
   if min(data, fsdp, tensor) < 1 or size > devices or (size < devices and jax.process_count() > 1):

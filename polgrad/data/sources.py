@@ -73,6 +73,38 @@ def arithmetic(
   return Source(len(ranges[split]), record)
 
 
+def arithmetic_pairs(
+  *,
+  digits: int = 2,
+  operator: str = '+',
+  split: str = 'train',
+  holdout: float = 0.1,
+  seed: int = 0,
+) -> Source:
+  """`arithmetic` with `chosen`, the answer, and `rejected`, the answer with one digit changed.
+
+  Row and `seed` alone decide which digit becomes which other one. As in the answers, only the
+  number 0 itself begins with 0.
+  """
+  problems = arithmetic(digits=digits, operator=operator, split=split, holdout=holdout, seed=seed)
+
+  def record(row):
+    problem = problems[row]
+    wrong = _change_digit(problem['answer'], np.random.default_rng((seed, row)))
+    return {**problem, 'chosen': problem['answer'], 'rejected': wrong}
+
+  return Source(len(problems), record)
+
+
+def _change_digit(number, rng):
+  """A different number, as long: one digit replaced, the sign kept."""
+  places = [i for i, character in enumerate(number) if character.isdigit()]
+  place = rng.choice(places)
+  leads = place == places[0] and len(number) > 1
+  digits = sorted(set('123456789' if leads else '0123456789') - {number[place]})
+  return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
+
+
 def jsonl(*, path: str) -> Source:
   """One JSON object a line; blank lines are skipped. Read and checked whole, at once.
 
@@ -193,5 +225,26 @@ def _plain(value):
   return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
-TABLE = table(arithmetic, jsonl, tfds_records, reasoning_gym)
+BASE = table(arithmetic, arithmetic_pairs, jsonl, tfds_records, reasoning_gym)
+
+
+def as_chat(*, source: Annotated[Callable, BASE], system: str = '') -> Source:
+  """Another source's records with `prompt` put as `messages`: a system turn, if any, and a user's.
+
+  Raises:
+    ValueError: on access, a record that has messages already.
+  """
+
+  def record(row):
+    fields = dict(source[row])
+    if 'messages' in fields:
+      raise ValueError(f'row {row} has messages already: {fields["messages"]!r}')
+    turns = [{'role': 'system', 'content': system}] if system else []
+    turns.append({'role': 'user', 'content': fields.pop('prompt')})
+    return {'messages': turns, **fields}
+
+  return Source(len(source), record)
+
+
+TABLE = BASE | table(as_chat)
 Part = Annotated[Callable, TABLE]

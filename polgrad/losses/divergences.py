@@ -46,7 +46,7 @@ def reverse_kl(teacher_logits: Array, logits: Array) -> Array:
   return _kl(student, teacher)
 
 
-def jensen_shannon(teacher_logits: Array, logits: Array, *, weight: float = 0.5) -> Array:
+def jensen_shannon(teacher_logits: Array, logits: Array, *, teacher_weight: float = 0.5) -> Array:
   """w KL(T || M) + (1 - w) KL(S || M) with M = w T + (1 - w) S: GKD (arXiv:2306.13649).
 
   At most the entropy of (w, 1 - w), log 2 for w = 0.5. Divided by w it tends to `forward_kl` as
@@ -56,19 +56,24 @@ def jensen_shannon(teacher_logits: Array, logits: Array, *, weight: float = 0.5)
   Args:
     teacher_logits: [..., V].
     logits: [..., V], of the student.
-    weight: of the teacher in the mixture, in (0, 1).
+    teacher_weight: of the teacher in the mixture, in (0, 1).
 
   Returns:
     [...], nats.
 
   Raises:
-    ValueError: weight outside (0, 1).
+    ValueError: teacher_weight outside (0, 1).
   """
-  if not 0 < weight < 1:
-    raise ValueError(f'weight must lie in (0, 1), got {weight}')
+  if not 0 < teacher_weight < 1:
+    raise ValueError(f'teacher_weight must lie in (0, 1), got {teacher_weight}')
   teacher, student = _log_probs(teacher_logits, logits)
-  mixture = jnp.logaddexp(teacher + jnp.log(weight), student + jnp.log1p(-weight))
-  return weight * _kl(teacher, mixture) + (1 - weight) * _kl(student, mixture)
+  # Where both are impossible the mixture is too, and 0 keeps the gradient finite.
+  possible = jnp.maximum(teacher, student) > -jnp.inf
+  mixture = jnp.logaddexp(
+    jnp.where(possible, teacher, 0) + jnp.log(teacher_weight),
+    jnp.where(possible, student, 0) + jnp.log1p(-teacher_weight),
+  )
+  return teacher_weight * _kl(teacher, mixture) + (1 - teacher_weight) * _kl(student, mixture)
 
 
 def _log_probs(teacher_logits: Array, logits: Array) -> tuple[Array, Array]:
@@ -79,8 +84,10 @@ def _log_probs(teacher_logits: Array, logits: Array) -> tuple[Array, Array]:
 
 
 def _kl(p: Array, q: Array) -> Array:
-  """sum exp(p) (p - q) over the last axis, of log-probabilities."""
-  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  """sum exp(p) (p - q) over the last axis, of log-probabilities; 0 log 0 is 0."""
+  possible = p > -jnp.inf
+  p, q = jnp.where(possible, p, 0), jnp.where(possible, q, 0)
+  return jnp.sum(jnp.where(possible, jnp.exp(p) * (p - q), 0), axis=-1)
 
 
 TABLE = table(forward_kl, reverse_kl, jensen_shannon)

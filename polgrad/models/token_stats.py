@@ -37,7 +37,7 @@ def token_stats(
   *,
   stats: Mapping[str, Callable],
   temperature: float | Array = 1.0,
-  chunk: int = 1024,
+  chunk: int = 512,
   teacher_hidden: Array | None = None,
   teacher_unembed: Callable[[Array], Array] | None = None,
 ) -> dict[str, Array]:

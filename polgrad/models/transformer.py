@@ -1,6 +1,6 @@
 """Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Covers Llama (2302.13971) and Qwen3 (2505.09388). One table, `AXES`, names the axes of every
+Covers Llama (arXiv:2302.13971) and Qwen3 (arXiv:2505.09388). One table, `AXES`, names the axes of every
 parameter; the configuration gives every axis its size, so shapes, initial scales and sharding are
 all read from it.
 """
@@ -118,7 +118,7 @@ def expand(x: Array, like: Array) -> Array:
 
 
 def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
-  """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (1910.07467)."""
+  """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (arXiv:1910.07467)."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   return (y * expand(scale.astype(jnp.float32), y)).astype(x.dtype)
@@ -131,14 +131,14 @@ def rotary_angles(positions: Array, *, head_dim: int, theta: float) -> Array:
 
 
 def rotate(x: Array, angles: Array) -> Array:
-  """Rotates the pairs (x[i], x[i + head_dim / 2]) of [B, T, heads, head_dim] (2104.09864)."""
+  """Rotates the pairs (x[i], x[i + head_dim / 2]) of [B, T, heads, head_dim] (arXiv:2104.09864)."""
   cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Grouped-query attention (2305.13245): heads h of a group read the same key and value head.
+  """Grouped-query attention (arXiv:2305.13245): heads h of a group read the same key and value head.
 
   Args:
     query: [B, S, heads, head_dim].

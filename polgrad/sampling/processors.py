@@ -12,13 +12,13 @@ def temperature(logits: Array, *, value: float = 1.0) -> Array:
 
 
 def top_k(logits: Array, *, k: int = 50) -> Array:
-  """Keeps the k most likely tokens, and all that tie with the last of them (1805.04833)."""
+  """Keeps the k most likely tokens, and all that tie with the last of them (arXiv:1805.04833)."""
   kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
   return jnp.where(logits >= kth, logits, -jnp.inf)
 
 
 def top_p(logits: Array, *, p: float = 0.95) -> Array:
-  """Keeps the smallest set of most likely tokens with mass at least p (1904.09751).
+  """Keeps the smallest set of most likely tokens with mass at least p (arXiv:1904.09751).
 
   At least one token stays; tokens that tie with the last one stay too.
   """

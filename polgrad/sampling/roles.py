@@ -26,13 +26,14 @@ def greedy(policy: Array) -> Array:
   return jnp.where(jax.nn.one_hot(best[..., 0], policy.shape[-1], dtype=bool), 0.0, -jnp.inf)
 
 
-def geometric_mixture(policy: Array, reference: Array, *, weight: float = 0.5) -> Array:
-  """Normalised policy^(1 - weight) * reference^weight, token by token (Nash-MD, 2312.00886).
+def geometric_mixture(policy: Array, reference: Array, *, reference_weight: float = 0.5) -> Array:
+  """Normalised policy^(1 - w) * reference^w, token by token (Nash-MD, arXiv:2312.00886).
 
-  weight = 0 is the policy, weight = 1 the reference.
+  w = `reference_weight`: 0 is the policy, 1 the reference.
   """
+  w = reference_weight
   log_policy, log_reference = jax.nn.log_softmax(policy), jax.nn.log_softmax(reference)
-  return jax.nn.log_softmax((1 - weight) * log_policy + weight * log_reference)
+  return jax.nn.log_softmax((1 - w) * log_policy + w * log_reference)
 
 
 TABLE = table(current, greedy, geometric_mixture)

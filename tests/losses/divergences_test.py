@@ -16,7 +16,7 @@ WEIGHTS = {
   divergences.forward_kl: ({}, lambda u: -u),
   divergences.reverse_kl: ({}, lambda u: -np.log(u)),
   divergences.jensen_shannon: (
-    dict(weight=W),
+    dict(teacher_weight=W),
     lambda u: -(1 - W) * np.log(1 - W + W * u),
   ),
 }
@@ -44,7 +44,7 @@ def test_closed_forms_of_the_kl_gradients(x64):
 
 
 def test_jensen_shannon_tends_to_the_two_kls_at_its_ends(x64):
-  js = lambda w: divergences.jensen_shannon(TEACHER, STUDENT, weight=w)
+  js = lambda w: divergences.jensen_shannon(TEACHER, STUDENT, teacher_weight=w)
   np.testing.assert_allclose(js(1e-6) / 1e-6, divergences.forward_kl(TEACHER, STUDENT), rtol=1e-4)
   np.testing.assert_allclose(
     js(1 - 1e-6) / 1e-6, divergences.reverse_kl(TEACHER, STUDENT), rtol=1e-4
@@ -71,7 +71,7 @@ def test_zero_with_zero_gradient_exactly_at_the_teacher_up_to_a_constant(fn):
 @pytest.mark.parametrize('weight', [0.0, 1.0, -0.1])
 def test_a_degenerate_mixture_is_refused(weight):
   with pytest.raises(ValueError, match='weight'):
-    divergences.jensen_shannon(jnp.zeros(3), jnp.zeros(3), weight=weight)
+    divergences.jensen_shannon(jnp.zeros(3), jnp.zeros(3), teacher_weight=weight)
 
 
 def test_half_precision_logits_are_normalised_in_float32():
@@ -79,3 +79,12 @@ def test_half_precision_logits_are_normalised_in_float32():
     jnp.asarray(TEACHER, jnp.bfloat16), jnp.asarray(STUDENT, jnp.bfloat16)
   )
   assert got.dtype == jnp.float32
+
+
+def test_tokens_that_are_ruled_out_give_no_nan():
+  """-inf logits (a padded vocabulary) count as 0 log 0, in value and gradient."""
+  teacher, student = (jnp.append(jnp.asarray(x), -jnp.inf) for x in ([0.2, -0.1, 0.5], [0.0, 0.3, 0.1]))
+  for divergence in divergences.TABLE.values():
+    value, grad = jax.value_and_grad(lambda x, d=divergence: d(teacher, x))(student)
+    np.testing.assert_allclose(value, divergence(teacher[:3], student[:3]), rtol=1e-6)
+    assert np.isfinite(grad).all() and grad[3] == 0

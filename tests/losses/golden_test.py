@@ -294,7 +294,7 @@ ORACLES = {
     lambda a: kl(softmax(a['logits']), softmax(a['teacher_logits'])),
   ),
   divergences.jensen_shannon: (
-    dict(weight=0.3),
+    dict(teacher_weight=0.3),
     lambda a: js(softmax(a['teacher_logits']), softmax(a['logits']), 0.3),
   ),
   aggregation.token_mean: ({}, lambda a: reduced(a['loss'][MASK].sum(), 9)),

@@ -1,4 +1,4 @@
-"""The decoder against its equations in float64 NumPy, and what padding, packing and caches may change."""
+"""The decoder against its equations in NumPy; what padding, packing and caches may change."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,70 @@
+"""SmolLM2-135M-Instruct learns to add: GRPO (arXiv:2402.03300, 2503.14476) on a reasoning-gym task.
+
+The model (a Hugging Face folder) chats its way around two-digit sums. The verifier is reasoning-gym's own
+(arXiv:2505.24760) on the last number of the reply, so only the policy's answers teach it: no demonstrations.
+Clip-higher, token mean, group-normalised advantages, no KL.
+
+    POLGRAD_SMOLLM2=folder python -m polgrad.train \\
+      --config=experiments/policy_gradient/smollm2_grpo.py --workdir=runs/smollm2
+"""
+
+import os
+
+from experiments.common import options
+from polgrad import collect, credit, models, objectives, optim, sharding
+from polgrad.build import experiment, held_out, phase
+from polgrad.data import sources, tokenizers
+from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+
+
+def sums(*, size: int, seed: int):
+  """Two-digit sums as a user's turn."""
+  task = dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+  problems = part(sources.reasoning_gym, task='chain_sum', size=size, seed=seed, options=task)
+  return part(sources.as_chat, source=problems)
+
+
+def get_config(text: str = ''):
+  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=60, smoke=False)
+  reward = {'score': weighted(1.0, part(verifiers.reasoning_gym_score, pattern=r'-?\d+'))}
+  rl = part(
+    phase,
+    steps=2 if o.smoke else o.steps,
+    source=sums(size=2000, seed=0),
+    collect=part(
+      collect.rollouts,
+      prompts=2 if o.smoke else 8,
+      group=2 if o.smoke else 8,
+      prompt_length=64,
+      max_new_tokens=4 if o.smoke else 24,
+    ),
+    reward=reward,
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.28),
+      aggregation=part(aggregation.token_mean),
+    ),
+    optimizer=part(optim.adamw, learning_rate=1e-5),
+    micro_batches=2,
+  )
+  return part(
+    experiment,
+    tokenizer=part(tokenizers.huggingface, path=o.path),
+    model=part(models.pretrained, path=o.path, max_length=256, dtype='bfloat16'),
+    mesh=part(sharding.make_mesh, data=1 if o.smoke else -1),
+    phases={'rl': rl},
+    order=('rl',),
+    evaluation=part(
+      held_out,
+      every=20,
+      source=sums(size=64, seed=1_000_000),
+      reward=reward,
+      problems=4 if o.smoke else 64,
+      batch=4 if o.smoke else 32,
+      prompt_length=64,
+      max_new_tokens=4 if o.smoke else 24,
+    ),
+  )

@@ -1,0 +1,72 @@
+"""What the processors keep, and what the roles make of logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad.registry import bind, inputs, part
+from polgrad.sampling import processors, roles
+
+PROBS = np.array([0.4, 0.1, 0.3, 0.2])
+LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))[None]
+
+
+def kept(logits):
+  return np.flatnonzero(np.isfinite(logits[0])).tolist()
+
+
+@pytest.mark.parametrize(
+  'k, expected', [(1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_top_k_keeps_the_k_most_likely(k, expected):
+  assert kept(processors.top_k(LOGITS, k=k)) == expected
+
+
+@pytest.mark.parametrize(
+  'p, expected', [(1e-6, [0]), (0.39, [0]), (0.41, [0, 2]), (0.69, [0, 2]), (0.71, [0, 2, 3])]
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass(p, expected):
+  assert kept(processors.top_p(LOGITS, p=p)) == expected
+
+
+def test_ties_at_the_edge_stay_together():
+  even = jnp.zeros((1, 4))
+  assert kept(processors.top_k(even, k=2)) == [0, 1, 2, 3]
+  assert kept(processors.top_p(even, p=0.3)) == [0, 1, 2, 3]
+
+
+def test_what_stays_keeps_its_proportions():
+  cut = processors.top_p(processors.temperature(LOGITS, value=0.5), p=0.8)
+  np.testing.assert_allclose(jax.nn.softmax(cut)[0], [0.16 / 0.25, 0, 0.09 / 0.25, 0], atol=1e-6)
+
+
+def test_processors_leave_one_certain_token_alone():
+  certain = roles.greedy(LOGITS)
+  assert kept(certain) == [0]
+  for process in (processors.temperature, processors.top_k, processors.top_p):
+    np.testing.assert_array_equal(process(certain), certain)
+
+
+def test_greedy_takes_the_first_of_equals():
+  assert kept(roles.greedy(jnp.array([[1.0, 2.0, 2.0]]))) == [1]
+
+
+def test_geometric_mixture_is_the_normalised_product():
+  other = np.array([0.1, 0.6, 0.2, 0.1])
+  product = PROBS**0.7 * other**0.3
+  mixed = roles.geometric_mixture(LOGITS + 2.0, jnp.log(other)[None] - 1.0, reference_weight=0.3)
+  np.testing.assert_allclose(jnp.exp(mixed)[0], product / product.sum(), atol=1e-6)
+  ends = [
+    roles.geometric_mixture(LOGITS, jnp.log(other)[None], reference_weight=w) for w in (0.0, 1.0)
+  ]
+  np.testing.assert_allclose(jnp.exp(jnp.concatenate(ends)), [PROBS, other], atol=1e-6)
+
+
+def test_roles_are_parts_that_name_their_parameter_sets():
+  role = bind(part(roles.geometric_mixture, reference_weight=0.25), roles.TABLE)
+  assert inputs(role) == ('policy', 'reference')
+  assert isinstance(role, functools.partial) and role.keywords == {'reference_weight': 0.25}
+  assert inputs(roles.current) == inputs(roles.greedy) == ('policy',)

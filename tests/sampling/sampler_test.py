@@ -1,0 +1,216 @@
+"""The sampler draws from the distribution that it reports, and the trainer sees the same one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad.sampling import completion_lengths, make_sampler, processors, roles
+from polgrad.types import Rollout
+from tests.models import tiny
+
+POLICY, PARAMS, OTHER = tiny.policy(), tiny.params(), tiny.params(1)
+STOPS = (3, 5, 8)
+WIDTH, NEW, GROUP = 6, 7, 3
+# Four prompts of 6, 4, 1 and 5 tokens.
+TOKENS = tiny.rows(0, 4, WIDTH)
+MASK = jnp.arange(WIDTH)[None] >= jnp.array([0, 2, 5, 1])[:, None]
+IDS = jnp.array([7, 3, 11, 4])
+SETTINGS = dict(
+  max_new_tokens=NEW, group_size=GROUP, stop_ids=STOPS, pad_id=1, temperature=0.7
+)  # fmt: skip
+
+
+@functools.cache
+def sampler(**settings):
+  return make_sampler({'policy': POLICY}, **{**SETTINGS, **settings})
+
+
+@functools.cache
+def rollout(seed: int = 0, step: int = 0, **settings) -> Rollout:
+  return sampler(**settings)({'policy': PARAMS}, TOKENS, MASK, IDS, seed=seed, step=step)
+
+
+def logits(tokens, segment_ids, params=PARAMS):
+  """[B, T, V]; entry t scores token t."""
+  full = POLICY.unembed(params, POLICY.hidden(params, tokens, segment_ids))
+  return jnp.pad(full[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
+def assert_equal(a: Rollout, b: Rollout, fields=('tokens', 'segment_ids', 'mask', 'finished')):
+  for field in fields:
+    np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=field)
+  np.testing.assert_allclose(a.behavior_logp, b.behavior_logp, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_are_prompt_major_and_begin_with_their_prompt():
+  out = sampler()({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0, policy_step=5)
+  assert out.tokens.shape == (12, WIDTH + NEW)
+  assert out.prompt_ids.tolist() == [7] * 3 + [3] * 3 + [11] * 3 + [4] * 3
+  assert out.group_ids.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+  assert out.policy_step.tolist() == [5] * 12
+  prompts, mask = np.repeat(TOKENS, GROUP, axis=0), np.repeat(MASK, GROUP, axis=0)
+  np.testing.assert_array_equal(out.tokens[:, :WIDTH][mask], prompts[mask])
+  np.testing.assert_array_equal(out.segment_ids[:, :WIDTH], mask)
+  assert not out.mask[:, :WIDTH].any()
+
+
+def test_trap_06_and_08_sampler_log_probs_are_those_of_the_trainer():
+  out = rollout()
+  full = logits(out.tokens, out.segment_ids)
+  for temperature, equal in ((0.7, True), (1.0, False)):
+    log_probs = jax.nn.log_softmax(full / temperature)
+    expected = jnp.take_along_axis(log_probs, out.tokens[..., None], axis=-1)[..., 0]
+    gap = jnp.max(jnp.abs(jnp.where(out.mask, expected - out.behavior_logp, 0)))
+    assert (gap < 1e-5) == equal
+  np.testing.assert_array_equal(np.asarray(out.behavior_logp)[~np.asarray(out.mask)], 0)
+
+
+def test_trap_14_the_first_stop_token_counts_once_and_nothing_after_it():
+  out = rollout()
+  lengths = completion_lengths(out)
+  assert 0 < int(jnp.sum(out.finished)) < len(lengths)  # both kinds of rows
+  for row, length in enumerate(lengths.tolist()):
+    made = out.tokens[row, WIDTH : WIDTH + length].tolist()
+    assert not set(made[:-1]) & set(STOPS)
+    assert bool(out.finished[row]) == (made[-1] in STOPS)
+    assert length == NEW or out.finished[row]
+    assert out.mask[row].tolist() == [False] * WIDTH + [True] * length + [False] * (NEW - length)
+    assert set(out.tokens[row, WIDTH + length :].tolist()) <= {1}
+    assert not out.segment_ids[row, WIDTH + length :].any()
+
+
+def test_trap_15_a_pad_id_that_is_a_stop_id_changes_nothing_real():
+  a, b = rollout(), rollout(pad_id=STOPS[0])
+  assert_equal(a, b, fields=('segment_ids', 'mask', 'finished'))
+  real = np.asarray(a.segment_ids) > 0
+  np.testing.assert_array_equal(a.tokens[real], b.tokens[real])
+  assert set(np.asarray(b.tokens)[~real].tolist()) == {STOPS[0]}
+
+
+def test_a_rollout_does_not_depend_on_how_the_batch_was_cut():
+  whole = rollout()
+  halves = [
+    sampler()({'policy': PARAMS}, TOKENS[i], MASK[i], IDS[i], seed=0, step=0)
+    for i in (slice(0, 2), slice(2, 4))
+  ]
+  assert_equal(whole, jax.tree.map(lambda *x: jnp.concatenate(x), *halves))
+
+
+def test_more_padding_changes_no_completion():
+  pad = lambda x: jnp.pad(x, ((0, 0), (2, 0)))
+  wide = sampler()({'policy': PARAMS}, pad(TOKENS), pad(MASK), IDS, seed=0, step=0)
+  cut = wide.replace(
+    **{k: getattr(wide, k)[:, 2:] for k in ('tokens', 'segment_ids', 'mask', 'behavior_logp')}
+  )
+  assert_equal(rollout(), cut)
+
+
+def test_noise_depends_on_seed_step_prompt_and_sample():
+  same = sampler()({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
+  np.testing.assert_array_equal(rollout().tokens, same.tokens)
+  made = lambda r: np.asarray(r.tokens)[:, WIDTH:]
+  for other in (rollout(seed=1), rollout(step=1)):
+    assert (made(rollout()) != made(other)).any(axis=1).mean() > 0.5
+  tokens, mask = (x[:1].repeat(4, axis=0) for x in (TOKENS, MASK))
+  one = sampler()({'policy': PARAMS}, tokens, mask, IDS, seed=0, step=0)
+  assert len({tuple(row) for row in made(one).tolist()}) > 6  # one prompt text, twelve draws
+
+
+def test_new_seeds_steps_and_parameters_do_not_retrace():
+  traces = []
+
+  def counted(policy):
+    traces.append(1)
+    return policy
+
+  sample = make_sampler({'policy': POLICY}, role=counted, **SETTINGS)
+  sample({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
+  first = len(traces)
+  for step in (1, 2**31 - 1):
+    sample({'policy': OTHER}, TOKENS, MASK, IDS, seed=9, step=step, policy_step=step)
+  assert first and len(traces) == first
+
+
+def test_the_loop_ends_when_all_rows_have():
+  steps = []
+
+  def counted(params, hidden):
+    jax.debug.callback(lambda: steps.append(1))
+    return POLICY.unembed(params, hidden)
+
+  policies = {'policy': POLICY._replace(unembed=counted)}
+  sample = make_sampler(policies, max_new_tokens=50, stop_ids=tuple(range(tiny.VOCAB)))
+  out = sample({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
+  jax.effects_barrier()
+  assert len(steps) == 1 and completion_lengths(out).tolist() == [1] * 4
+
+
+def test_draws_follow_the_reported_distribution():
+  count = 4000
+  sample = make_sampler({'policy': POLICY}, max_new_tokens=1, group_size=count, temperature=1.5)
+  out = sample({'policy': PARAMS}, TOKENS[:1], MASK[:1], IDS[:1], seed=3, step=0)
+  drawn = np.asarray(out.tokens)[:, WIDTH]
+  probs = np.asarray(jax.nn.softmax(logits(out.tokens[:1], out.segment_ids[:1])[0, WIDTH] / 1.5))
+  expected = count * probs
+  chi_square = np.sum((np.bincount(drawn, minlength=tiny.VOCAB) - expected) ** 2 / expected)
+  assert chi_square < 48.3  # 0.1% point for 22 degrees of freedom
+
+
+def test_greedy_is_the_argmax_of_the_whole_forward_pass():
+  out = rollout(role=roles.greedy, group_size=1)
+  best = jnp.argmax(logits(out.tokens, out.segment_ids), axis=-1)
+  np.testing.assert_array_equal(out.tokens[out.mask], best[out.mask])
+  np.testing.assert_array_equal(out.behavior_logp, 0)  # probability one
+
+
+def test_trap_07_log_probs_are_those_of_the_kept_set():
+  out = rollout(top_k=5, top_p=0.8)
+  kept = processors.top_p(processors.top_k(logits(out.tokens, out.segment_ids) / 0.7, k=5), p=0.8)
+  drawn = jnp.take_along_axis(kept, out.tokens[..., None], axis=-1)[..., 0]
+  mask = np.asarray(out.mask)
+  assert jnp.all(jnp.isfinite(drawn[mask]))  # nothing is drawn from outside the set
+  exponentials = np.where(np.isfinite(kept), np.exp(kept), 0)
+  expected = drawn - np.log(exponentials.sum(axis=-1))  # the set sums to one
+  np.testing.assert_allclose(out.behavior_logp[mask], expected[mask], atol=1e-5)
+  sizes = np.isfinite(kept).sum(axis=-1)[mask]
+  assert sizes.max() <= 5 and sizes.min() < 5
+
+
+def test_a_mixture_keeps_a_cache_for_each_parameter_set():
+  sample = make_sampler(
+    {},
+    role=functools.partial(roles.geometric_mixture, reference_weight=0.25),
+    default=POLICY,
+    **SETTINGS,
+  )
+  out = sample({'policy': PARAMS, 'reference': OTHER}, TOKENS, MASK, IDS, seed=0, step=0)
+  a, b = (np.asarray(logits(out.tokens, out.segment_ids, p), np.float64) for p in (PARAMS, OTHER))
+  mixed = (0.75 * a + 0.25 * b) / 0.7
+  log_probs = mixed - np.log(np.exp(mixed).sum(axis=-1, keepdims=True))
+  expected = np.take_along_axis(log_probs, np.asarray(out.tokens)[..., None], axis=-1)[..., 0]
+  mask = np.asarray(out.mask)
+  np.testing.assert_allclose(np.asarray(out.behavior_logp)[mask], expected[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    (dict(temperature=0.0), 'must be positive, got 0.0; use the role greedy'),
+    (dict(top_p=0.0), '0 < top_p <= 1'),
+    (dict(top_k=-1), 'top_k >= 0'),
+    (dict(max_new_tokens=0), 'at least 1'),
+    (dict(role=roles.geometric_mixture), r"reads \['reference'\]"),
+  ],
+)
+def test_settings_without_a_meaning_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    make_sampler({'policy': POLICY}, **{**SETTINGS, **settings})
+
+
+def test_models_with_different_vocabularies_are_refused():
+  policies = {'policy': POLICY, 'reference': tiny.policy(vocab_size=9)}
+  with pytest.raises(ValueError, match='vocabularies of the role differ'):
+    make_sampler(policies, role=roles.geometric_mixture, **SETTINGS)

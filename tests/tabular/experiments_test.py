@@ -1,0 +1,294 @@
+"""What every policy-gradient experiment follows in expectation, exactly: unbiased, or biased as stated.
+
+The credit and the objective of each file in experiments/policy_gradient/ get every rollout that a tiny
+policy can produce: N prompts, G samples each, with their probabilities. The sum is the exact expected
+gradient, and it is compared with the gradient of a function that is written here from the theory.
+"""
+
+import importlib
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import build, credit
+from polgrad.losses import advantages
+from polgrad.registry import part, table
+from polgrad.tabular import policy as tabular
+from polgrad.types import Batch, Outputs
+
+FOLDER = pathlib.Path(__file__).parents[2] / 'experiments' / 'policy_gradient'
+NAMES = sorted(p.stem for p in FOLDER.glob('*.py') if p.stem != '__init__')
+
+
+class Case(NamedTuple):
+  """A policy, which all prompts share, and what each prompt rewards.
+
+  `S` sequences of length up to H, `P` prefixes, `N` prompts.
+  """
+
+  policy: tabular.Policy
+  rewards: np.ndarray  # [N, S]
+  group: int  # samples a prompt
+  params: dict  # 'logits' [P, V] and 'values' [N, P], which are wrong on purpose
+  reference: np.ndarray  # [P, V], logits
+
+
+def make_case(policy: tabular.Policy, rewards, *, group: int) -> Case:
+  rng = np.random.default_rng(0)
+  shape = jax.eval_shape(policy.init, jax.random.key(0)).shape
+  params = {
+    'logits': 0.7 * rng.normal(size=shape),
+    'values': rng.normal(size=(len(rewards), shape[0])),
+  }
+  reference = params['logits'] + 0.5 * rng.normal(size=shape)
+  return Case(policy, np.array(rewards, np.float64), group, params, reference)
+
+
+BANDIT = tabular.table(3, 1)
+EQUAL = tabular.table(3, 2)  # nine sequences of two tokens
+STOPPING = tabular.table(3, 2, stop=0)  # '0', '10', '11', '12', '20', '21', '22'
+RIGHT = {3: [[0, 1, 0]], 9: [[1, 0, 0, 0, 1, 1, 0, 0, 0]], 7: [[1, 0, 1, 0, 0, 1, 0]]}
+OTHER = {3: [[1, 0, 1]], 9: [[0, 0, 1, 0, 0, 0, 0, 0, 0]], 7: [[0, 0, 0, 1, 1, 1, 1]]}
+GRADED = {9: [[0.3, -1, 2, 0.7, 0, 1.5, -0.4, 1, 0.2]], 7: [[0.3, -1, 2, 0.7, 0, 1.5, -0.4]]}
+CASES = {
+  'equal_lengths_two_prompts': make_case(EQUAL, RIGHT[9] + OTHER[9], group=2),
+  'stop_token_two_prompts': make_case(STOPPING, RIGHT[7] + OTHER[7], group=2),
+  'stop_token_group_of_three': make_case(STOPPING, RIGHT[7], group=3),
+}
+EACH_CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+
+
+# The machine: rollouts, their probabilities, and the experiment's own credit and objective on them.
+
+
+def live(case: Case, params) -> dict:
+  """What a model says of all sequences: logp, entropy [S, H] and values [N, S, H]."""
+  log_p = jax.nn.log_softmax(jnp.asarray(params['logits']))
+  prefixes = case.policy.prefixes
+  return {
+    'logp': tabular.logp(case.policy, jnp.asarray(params['logits'])),
+    'entropy': -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)[prefixes],
+    'values': jnp.asarray(params['values'])[:, prefixes],
+  }
+
+
+def rollouts(case: Case, params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """All rollouts as indices of sequences [R, B], the prompts of the rows [B], and probabilities [R]."""
+  prompts = np.repeat(np.arange(len(case.rewards)), case.group)
+  count = len(case.policy.tokens)
+  samples = np.indices((count,) * len(prompts)).reshape(len(prompts), -1).T
+  row_logp = np.asarray(live(case, params)['logp']).sum(axis=1)
+  return samples, prompts, np.exp(row_logp[samples].sum(axis=1))
+
+
+def load(name: str, **credit_knobs) -> build.Phase:
+  config = importlib.import_module(f'experiments.policy_gradient.{name}').get_config('smoke')
+  config.phases.rl.credit.update(credit_knobs)
+  return build.build(config).phases['rl']
+
+
+def loss(case: Case, phase: build.Phase, params, sample, prompts, data, state):
+  """The loss of one rollout: what `collect.rollouts` and the learner compute, without the sampler."""
+  mask = jnp.asarray(case.policy.mask)[sample]
+  arrays = {
+    'mask': mask,
+    'rewards': jnp.asarray(case.rewards)[prompts, sample],
+    'valid': jnp.ones(len(prompts), bool),
+    'group_ids': jnp.asarray(prompts),
+    'proximal_logp': data['logp'][sample],
+    'reference_logp': data['reference_logp'][sample],
+    'old_values': data['values'][prompts, sample],
+  }
+  fields, _ = credit.assign(phase.credit, arrays, state)
+  batch = Batch(
+    tokens=jnp.asarray(case.policy.tokens)[sample],
+    segment_ids=mask.astype(jnp.int32),
+    behavior_logp=arrays['proximal_logp'],
+    **{k: v for k, v in arrays.items() if k not in ('mask', 'valid')},
+    **fields,
+  )
+  now = live(case, params)
+  outputs = Outputs(
+    logp=now['logp'][sample], entropy=now['entropy'][sample], values=now['values'][prompts, sample]
+  )
+  terms, _ = phase.objective.apply(outputs, batch, phase.objective.init(), step=0)
+  return sum(term.value() for term in terms.values())
+
+
+def descent(case: Case, phase: build.Phase, *, state=None, sampler=None):
+  """-E[grad loss], exactly, over all rollouts of the sampler (by default the policy itself)."""
+  state = phase.credit.init() if state is None else state
+  sampler = case.params if sampler is None else sampler
+  samples, prompts, probabilities = rollouts(case, sampler)
+  reference = tabular.logp(case.policy, jnp.asarray(case.reference))
+  data = live(case, sampler) | {'reference_logp': reference}
+
+  def mean(params):
+    one = lambda sample: loss(case, phase, params, sample, prompts, data, state)
+    return -jnp.sum(probabilities * jax.vmap(one)(jnp.asarray(samples)))
+
+  return jax.jit(jax.grad(mean))(case.params)
+
+
+# The theory: functions of the parameters whose gradient the estimators follow. NumPy arrays in them
+# are taken at the sampling parameters and carry no gradient.
+
+
+def mean_return(case: Case, params):
+  """E[R], averaged over prompts."""
+  rewards = jnp.asarray(case.rewards.mean(axis=0))
+  return tabular.objective(case.policy, jnp.asarray(params['logits']), rewards)
+
+
+def score(case: Case, params, weights: np.ndarray):
+  """A function with the gradient E[sum_t weights[y, t] grad log pi(y_t)]; weights [S, H]."""
+  return jnp.sum(probabilities_of(case)[:, None] * weights * live(case, params)['logp'])
+
+
+def probabilities_of(case: Case) -> np.ndarray:
+  return np.exp(np.asarray(live(case, case.params)['logp']).sum(axis=1))
+
+
+def lengths_of(case: Case) -> np.ndarray:
+  return case.policy.mask.sum(axis=1)
+
+
+def success_rates(case: Case) -> np.ndarray:
+  """p of every prompt [N], for rewards of 0 and 1."""
+  assert set(case.rewards.ravel()) == {0, 1}
+  return case.rewards @ probabilities_of(case)
+
+
+def standardized_scale(p: float, size: int) -> float:
+  """c(p) = E[q (1 - q) / (std + 1e-6)], q = k / size, k binomial, std with ddof = 1."""
+  k = np.arange(size + 1)
+  q = k / size
+  binomial = np.array([math.comb(size, i) for i in k]) * p**k * (1 - p) ** (size - k)
+  std = np.sqrt(q * (1 - q) * size / (size - 1))
+  return np.sum(binomial * q * (1 - q) / (std + 1e-6))
+
+
+def standardized_advantage(case: Case) -> np.ndarray:
+  """What a sequence's advantage is in expectation over the rest of its group, mean of prompts [S].
+
+  c(p) (R - p) / (p (1 - p)): right rows get c(p) / p, wrong ones -c(p) / (1 - p).
+  """
+  per_prompt = [
+    standardized_scale(p, case.group) * (rewards - p) / (p * (1 - p))
+    for p, rewards in zip(success_rates(case), case.rewards)
+  ]
+  return np.mean(per_prompt, axis=0)
+
+
+def prefix_mean(case: Case, per_prefix):
+  """E[sum_t per_prefix[y_<t]], the distribution of prefixes carrying no gradient; [P] -> []."""
+  reach = np.zeros(len(case.reference))
+  rows, _ = np.nonzero(case.policy.mask)
+  np.add.at(reach, case.policy.prefixes[case.policy.mask], probabilities_of(case)[rows])
+  return jnp.sum(reach * per_prefix)
+
+
+def exact_values(case: Case) -> np.ndarray:
+  """E[R | prefix] for every prompt: [N, P]."""
+  reach, total = np.zeros(len(case.reference)), np.zeros(case.params['values'].shape)
+  rows, _ = np.nonzero(case.policy.mask)
+  prefixes, p = case.policy.prefixes[case.policy.mask], probabilities_of(case)
+  np.add.at(reach, prefixes, p[rows])
+  np.add.at(total.T, prefixes, (p * case.rewards)[:, rows].T)
+  return total / reach
+
+
+def reinforce(case: Case, params):
+  """Unbiased: E[R]."""
+  return mean_return(case, params)
+
+
+def rloo(case: Case, params):
+  """Unbiased for the regularised return: E[R] - 0.03 KL(pi, reference), of whole sequences."""
+  reference = tabular.logp(case.policy, jnp.asarray(case.reference))
+  log_ratio = jnp.sum(live(case, params)['logp'] - reference, axis=1)
+  kl = tabular.objective(case.policy, jnp.asarray(params['logits']), log_ratio)
+  return mean_return(case, params) - 0.03 * kl
+
+
+def dr_grpo(case: Case, params):
+  """The true direction, (G - 1) / G as long, over the constant token budget of 5."""
+  return (case.group - 1) / case.group / 5 * mean_return(case, params)
+
+
+def gspo(case: Case, params):
+  """c(p) / (p (1 - p)) times grad p a prompt, and each sequence's share divided by its length."""
+  weights = standardized_advantage(case) / lengths_of(case)
+  return score(case, params, weights[:, None])
+
+
+def grpo(case: Case, params):
+  """GSPO's, and -0.04 (1 - reference / pi) grad log pi for every token, over the length too."""
+  now, reference = live(case, case.params)['logp'], tabular.logp(case.policy, case.reference)
+  kl = -np.expm1(np.asarray(reference - now)) / lengths_of(case)[:, None]
+  return gspo(case, params) - 0.04 * score(case, params, kl)
+
+
+def dapo(case: Case, params):
+  """E[sum_i A_i grad log pi(y_i) / sum_i length_i]: a mean of ratios, no ratio of means."""
+  samples, prompts, probability = rollouts(case, case.params)
+  right = case.rewards[prompts, samples].reshape(len(samples), -1, case.group)
+  q = right.mean(axis=-1, keepdims=True)
+  std = np.sqrt(q * (1 - q) * case.group / (case.group - 1))
+  advantage = ((right - q) / (std + 1e-6)).reshape(samples.shape)
+  share = (probability / lengths_of(case)[samples].sum(axis=1))[:, None]
+  return jnp.sum(share * advantage * live(case, params)['logp'].sum(axis=1)[samples])
+
+
+def ppo(case: Case, params):
+  """E[(sum_t A_t grad log pi - mean A sum_t grad log pi) / (std A * tokens)] with A from GAE, and
+  0.001 grad entropy - 0.5 (V - return) grad V of every token, over the tokens of the rollout."""
+  samples, prompts, probability = rollouts(case, case.params)
+  mask, values = case.policy.mask[samples], case.params['values']
+  values = np.where(mask, values[prompts[:, None], case.policy.prefixes[samples]], 0)
+  last = np.arange(mask.shape[-1]) == lengths_of(case)[samples][..., None] - 1
+  rewards = last * case.rewards[prompts, samples][..., None]
+  gae = np.zeros((*mask.shape[:-1], mask.shape[-1] + 1))
+  after = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
+  for t in reversed(range(mask.shape[-1])):
+    error = rewards[..., t] + after[..., t] - values[..., t]
+    gae[..., t] = mask[..., t] * (error + 0.95 * gae[..., t + 1])
+  gae = gae[..., :-1]
+  tokens = mask.sum(axis=(1, 2), keepdims=True)
+  centered = mask * (gae - gae.sum(axis=(1, 2), keepdims=True) / tokens)
+  variance = np.square(centered).sum(axis=(1, 2), keepdims=True) / (tokens - 1)
+  now = live(case, params)
+  ascent = centered / np.sqrt(variance + 1e-8) * now['logp'][samples]
+  ascent += 0.001 * mask * now['entropy'][samples]
+  ascent += 0.5 * mask * gae * now['values'][prompts, samples]  # return - V is the advantage
+  return jnp.sum(probability[:, None, None] / tokens * ascent)
+
+
+EXPECTED = table(reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo)
+
+
+def assert_follows(got, case: Case, function, *, atol: float = 1e-11):
+  expected = jax.jit(jax.grad(lambda params: function(case, params)))(case.params)
+  assert np.max(np.abs(expected['logits'])) > 1e-3
+  for name in expected:
+    np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=atol)
+
+
+def cosine(a, b) -> float:
+  return np.vdot(a, b) / np.sqrt(np.vdot(a, a) * np.vdot(b, b))
+
+
+def test_every_experiment_states_what_it_follows():
+  assert NAMES == sorted(EXPECTED)
+  assert all(function.__doc__ for function in EXPECTED.values())
+
+
+@EACH_CASE
+@pytest.mark.parametrize('name', NAMES)
+def test_the_expected_gradient_is_the_stated_one(name, case, x64):
+  assert_follows(descent(case, load(name)), case, EXPECTED[name])
