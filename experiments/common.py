@@ -47,7 +47,7 @@ def addition(split: str = 'train') -> ConfigDict:
   return part(sources.arithmetic, digits=2, split=split)
 
 
-def warm_start(*, steps: int = 250) -> ConfigDict:
+def warm_start(*, steps: int = 180) -> ConfigDict:
   """Supervised learning of worked additions, stopped early: there is something to improve."""
   return part(
     phase,

@@ -1,10 +1,14 @@
 """Held-out accuracy: greedy, pass@k and maj@k.
 
+A verifier that fails says nothing about the answer: its samples are in no rate, they are counted as
+`evaluation/verifier_errors`.
+
 python -m polgrad.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart
 """
 
 import collections
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -15,7 +19,7 @@ from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import Experiment, build
-from polgrad.collect import completions, to_host
+from polgrad.collect import completions, question, to_host
 from polgrad.data import batching
 from polgrad.sampling import roles
 from polgrad.sampling.sampler import make_sampler
@@ -25,32 +29,52 @@ EVALUATION_STEP = 2**31 - 1  # sampling noise that no training step draws
 Samples = list[tuple[str, str, float]]
 
 
-def pass_at_k(correct: np.ndarray, k: int) -> float:
+def mark(scores: np.ndarray, threshold: float) -> np.ndarray:
+  """1 for solved (score >= threshold), 0 for not, NaN where the verifier failed; any shape."""
+  return np.where(np.isnan(scores), np.nan, scores >= threshold)
+
+
+def pass_at_k(marks: np.ndarray, k: int) -> float:
   """Mean over problems of 1 - C(n - c, k) / C(n, k): the unbiased estimate (arXiv:2107.03374).
 
+  n counts a problem's verified samples and c the right ones among them. A problem with fewer than
+  k verified samples has no estimate and is left out; without any problem the mean is NaN.
+
   Args:
-    correct: bool[N, n], n samples of each problem; k <= n.
+    marks: f[N, samples], see `mark`.
+    k: samples drawn, 1 <= k <= samples.
   """
-  n, c = correct.shape[1], correct.sum(axis=1)
-  if not 1 <= k <= n:
-    raise ValueError(f'pass@{k} needs between 1 and {n} samples')
-  i = np.arange(n)[None, :]
-  terms = np.where(i > n - c[:, None] - 1, 1 - k / (i + 1.0), 1.0)
-  return float(np.mean(1 - np.where(n - c < k, 0.0, np.prod(terms, axis=1))))
+  if not 1 <= k <= marks.shape[1]:
+    raise ValueError(f'pass@{k} needs k between 1 and the {marks.shape[1]} samples')
+  estimates = []
+  for row in marks:
+    n, c = int(np.isfinite(row).sum()), int(np.nansum(row))
+    if n >= k:
+      estimates.append(1 - math.comb(n - c, k) / math.comb(n, k))
+  return mean(estimates)
 
 
-def majority_at_k(answers: Sequence[Sequence[str]], correct: np.ndarray) -> float:
+def majority_at_k(answers: Sequence[Sequence[str]], marks: np.ndarray) -> float:
   """Share of problems whose most frequent answer is right; of equally frequent ones, the earliest.
 
+  Samples whose verifier failed have no vote, and a problem without votes is left out.
+
   Args:
-    answers: [N][n] texts that are equal when the answers are.
-    correct: bool[N, n]; a vote counts as right if the first sample that gave it is.
+    answers: [N][k] texts that are equal when the answers are.
+    marks: f[N, k], see `mark`; a vote counts as right if the first sample that gave it is.
   """
   right = []
-  for row, marks in zip(answers, correct):
-    winner, _ = collections.Counter(row).most_common(1)[0]
-    right.append(marks[list(row).index(winner)])
-  return float(np.mean(right))
+  for row, verdicts in zip(answers, marks):
+    votes = [(text, v) for text, v in zip(row, verdicts) if not np.isnan(v)]
+    if votes:
+      [(winner, _)] = collections.Counter(text for text, _ in votes).most_common(1)
+      right.append(next(v for text, v in votes if text == winner))
+  return mean(right)
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float:
+  """NaN, and no warning, when there is nothing to average."""
+  return float(np.mean(values)) if len(values) else math.nan
 
 
 def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Samples]]:
@@ -101,19 +125,21 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
 
   def evaluate(params: Params) -> tuple[dict[str, float], Samples]:
     texts, scores, records = solve(greedy, params, 1)
+    errors = np.isnan(scores).sum()
     found = {
-      'evaluation/greedy': float(np.mean(scores >= plan.threshold)),
-      'evaluation/reward': float(np.nanmean(scores)),
+      'evaluation/greedy': pass_at_k(mark(scores, plan.threshold), 1),
+      'evaluation/reward': mean(scores[~np.isnan(scores)]),
     }
-    questions = [r.get('prompt') or r['messages'][-1]['content'] for r in records]
-    samples = [(q, t[0], float(s[0])) for q, t, s in zip(questions, texts, scores)]
+    samples = [(question(r), t[0], float(s[0])) for r, t, s in zip(records, texts, scores)]
     if several:
       texts, scores, _ = solve(several, params, plan.samples)
-      correct = scores >= plan.threshold
+      errors += np.isnan(scores).sum()
+      marks = mark(scores, plan.threshold)
       for k in sorted({1, plan.samples}):
-        found[f'evaluation/pass@{k}'] = pass_at_k(correct, k)
+        found[f'evaluation/pass@{k}'] = pass_at_k(marks, k)
       answers = [[answer(t, plan.answer) for t in row] for row in texts]
-      found[f'evaluation/maj@{plan.samples}'] = majority_at_k(answers, correct)
+      found[f'evaluation/maj@{plan.samples}'] = majority_at_k(answers, marks)
+    found['evaluation/verifier_errors'] = float(errors)
     return found, samples
 
   return evaluate

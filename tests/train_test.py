@@ -25,6 +25,7 @@ from polgrad import (
 )
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
 from tests import examples
 
 
@@ -32,6 +33,10 @@ def config(**overrides):
   """Supervised, then policy gradient with everything that carries state."""
   phase = addition_phase(
     credit=part(credit.moving_baseline),
+    reward={  # random weights never add up; lengths give them something to learn
+      'exact': weighted(1.0, part(verifiers.exact_match)),
+      'short': weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4)),
+    },
     objective=part(
       objectives.policy_gradient,
       surrogate=part(surrogates.clipped),

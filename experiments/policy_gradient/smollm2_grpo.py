@@ -20,14 +20,16 @@ from polgrad.rewards import verifiers
 
 
 def sums(*, size: int, seed: int):
-  """Two-digit sums as a user's turn."""
-  task = dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+  """Sums and differences of two numbers of one or two digits, as a user's turn."""
+  task = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)
   problems = part(sources.reasoning_gym, task='chain_sum', size=size, seed=seed, options=task)
-  return part(sources.as_chat, source=problems)
+  return part(
+    sources.as_chat, source=problems, system='You are a calculator. Reply with the number only.'
+  )
 
 
 def get_config(text: str = ''):
-  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=60, smoke=False)
+  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=80, smoke=False)
   reward = {'score': weighted(1.0, part(verifiers.reasoning_gym_score, pattern=r'-?\d+'))}
   rl = part(
     phase,
@@ -35,10 +37,11 @@ def get_config(text: str = ''):
     source=sums(size=2000, seed=0),
     collect=part(
       collect.rollouts,
-      prompts=2 if o.smoke else 8,
+      prompts=2 if o.smoke else 4,
       group=2 if o.smoke else 8,
-      prompt_length=64,
-      max_new_tokens=4 if o.smoke else 24,
+      prompt_length=48,
+      max_new_tokens=4 if o.smoke else 10,
+      temperature=0.7,
     ),
     reward=reward,
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
@@ -47,13 +50,12 @@ def get_config(text: str = ''):
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.28),
       aggregation=part(aggregation.token_mean),
     ),
-    optimizer=part(optim.adamw, learning_rate=1e-5),
-    micro_batches=2,
+    optimizer=part(optim.adamw, learning_rate=2e-5),
   )
   return part(
     experiment,
     tokenizer=part(tokenizers.huggingface, path=o.path),
-    model=part(models.pretrained, path=o.path, max_length=256, dtype='bfloat16'),
+    model=part(models.pretrained, path=o.path, max_length=256),
     mesh=part(sharding.make_mesh, data=1 if o.smoke else -1),
     phases={'rl': rl},
     order=('rl',),
@@ -64,7 +66,7 @@ def get_config(text: str = ''):
       reward=reward,
       problems=4 if o.smoke else 64,
       batch=4 if o.smoke else 32,
-      prompt_length=64,
-      max_new_tokens=4 if o.smoke else 24,
+      prompt_length=48,
+      max_new_tokens=4 if o.smoke else 10,
     ),
   )

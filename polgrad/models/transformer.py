@@ -374,6 +374,9 @@ def from_config(config: Config) -> Policy:
     return Cache(buffers(), buffers(), jnp.zeros((batch, length), bool))
 
   def unstack(params):
+    # Cast once to the dtype of use: in the loop, every step would read the stored weights again.
+    used = lambda path, p: p if path[-1].key.endswith('norm') else p.astype(config.dtype)
+    params = jax.tree_util.tree_map_with_path(used, params)
     cut = lambda i: jax.tree.map(lambda p: p[i], params['layers'])
     return {**params, 'layers': tuple(cut(i) for i in range(config.num_layers))}
 

@@ -50,15 +50,15 @@ def make_case(policy: tabular.Policy, rewards, *, group: int) -> Case:
 
 
 BANDIT = tabular.table(3, 1)
+BITS = tabular.table(2, 2)  # '00', '01', '10', '11'
 EQUAL = tabular.table(3, 2)  # nine sequences of two tokens
 STOPPING = tabular.table(3, 2, stop=0)  # '0', '10', '11', '12', '20', '21', '22'
-RIGHT = {3: [[0, 1, 0]], 9: [[1, 0, 0, 0, 1, 1, 0, 0, 0]], 7: [[1, 0, 1, 0, 0, 1, 0]]}
-OTHER = {3: [[1, 0, 1]], 9: [[0, 0, 1, 0, 0, 0, 0, 0, 0]], 7: [[0, 0, 0, 1, 1, 1, 1]]}
-GRADED = {9: [[0.3, -1, 2, 0.7, 0, 1.5, -0.4, 1, 0.2]], 7: [[0.3, -1, 2, 0.7, 0, 1.5, -0.4]]}
+COUNTING = tabular.table(2, 3, stop=0)  # '0', '10', '110', '111'
 CASES = {
-  'equal_lengths_two_prompts': make_case(EQUAL, RIGHT[9] + OTHER[9], group=2),
-  'stop_token_two_prompts': make_case(STOPPING, RIGHT[7] + OTHER[7], group=2),
-  'stop_token_group_of_three': make_case(STOPPING, RIGHT[7], group=3),
+  'equal_lengths': make_case(EQUAL, [[1, 0, 0, 0, 1, 1, 0, 0, 0]], group=3),
+  'two_prompts': make_case(BANDIT, [[1, 0, 0], [0, 1, 0]], group=4),
+  'stop_token': make_case(STOPPING, [[1, 0, 1, 0, 0, 1, 0]], group=3),
+  'stop_token_two_prompts': make_case(COUNTING, [[0, 1, 0, 1], [1, 0, 0, 0]], group=3),
 }
 EACH_CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 
@@ -88,7 +88,8 @@ def rollouts(case: Case, params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def load(name: str, **credit_knobs) -> build.Phase:
   config = importlib.import_module(f'experiments.policy_gradient.{name}').get_config('smoke')
-  config.phases.rl.credit.update(credit_knobs)
+  for knob, value in credit_knobs.items():
+    config.phases.rl.credit[knob] = value
   return build.build(config).phases['rl']
 
 
@@ -164,13 +165,16 @@ def success_rates(case: Case) -> np.ndarray:
   return case.rewards @ probabilities_of(case)
 
 
-def standardized_scale(p: float, size: int) -> float:
-  """c(p) = E[q (1 - q) / (std + 1e-6)], q = k / size, k binomial, std with ddof = 1."""
+def standardized_scale(p: float, size: int, *, inside: float = 0.0, outside: float = 1e-6) -> float:
+  """c(p) = E[q (1 - q) / std] of q = k / size, k binomial, with std = sqrt(var + inside) + outside.
+
+  The variance has ddof = 1, so c(p) is sqrt((G - 1) / G) times that of the population's.
+  """
   k = np.arange(size + 1)
   q = k / size
   binomial = np.array([math.comb(size, i) for i in k]) * p**k * (1 - p) ** (size - k)
-  std = np.sqrt(q * (1 - q) * size / (size - 1))
-  return np.sum(binomial * q * (1 - q) / (std + 1e-6))
+  std = np.sqrt(q * (1 - q) * size / (size - 1) + inside) + outside
+  return np.sum(binomial * q * (1 - q) / std)
 
 
 def standardized_advantage(case: Case) -> np.ndarray:
@@ -273,7 +277,7 @@ EXPECTED = table(reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo)
 
 
 def assert_follows(got, case: Case, function, *, atol: float = 1e-11):
-  expected = jax.jit(jax.grad(lambda params: function(case, params)))(case.params)
+  expected = jax.grad(lambda params: function(case, params))(case.params)
   assert np.max(np.abs(expected['logits'])) > 1e-3
   for name in expected:
     np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=atol)
@@ -292,3 +296,162 @@ def test_every_experiment_states_what_it_follows():
 @pytest.mark.parametrize('name', NAMES)
 def test_the_expected_gradient_is_the_stated_one(name, case, x64):
   assert_follows(descent(case, load(name)), case, EXPECTED[name])
+
+
+# Theorems: what these functions are in the cases that the papers speak about.
+
+TWO_TOKENS = make_case(BITS, [[1, 0, 0, 1], [0, 1, 0, 0]], group=2)
+
+
+def with_exact_values(case: Case) -> Case:
+  return case._replace(params=case.params | {'values': exact_values(case)})
+
+
+def token_entropy(case: Case, params):
+  log_p = jax.nn.log_softmax(params['logits'])
+  return prefix_mean(case, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+
+
+def token_forward_kl(case: Case, params):
+  """KL(reference || pi) of the next token, at prefixes that pi visits."""
+  log_p, reference = (jax.nn.log_softmax(x) for x in (params['logits'], case.reference))
+  return prefix_mean(case, jnp.sum(jnp.exp(reference) * (reference - log_p), axis=-1))
+
+
+@pytest.mark.parametrize('name', ['reinforce', 'rloo', 'dr_grpo'])
+@pytest.mark.parametrize('policy', [BITS, COUNTING])
+def test_estimators_linear_in_the_reward_follow_rewards_of_any_value(name, policy, x64):
+  case = make_case(policy, [[0.3, -1, 2, 0.7], [1.5, -0.4, 0, 1]], group=2)
+  assert_follows(descent(case, load(name)), case, EXPECTED[name])
+
+
+@pytest.mark.parametrize('baseline', [-3.0, 0.5, 40.0])
+def test_reinforce_is_unbiased_whatever_baseline_it_carries(baseline, x64):
+  state = {'total': jnp.asarray(2 * baseline), 'weight': jnp.asarray(2.0)}
+  case = CASES['stop_token']
+  assert_follows(descent(case, load('reinforce'), state=state), case, mean_return)
+
+
+@pytest.mark.parametrize('name', ['gspo', 'dapo'])
+@pytest.mark.parametrize('case', ['equal_lengths', 'two_prompts'])
+def test_at_equal_lengths_standardizing_rescales_each_prompts_gradient(name, case, x64):
+  """c(p) / (p (1 - p)) / H grad p, mean over prompts: rare success and rare failure weigh more."""
+  case = CASES[case]
+  p = success_rates(case)
+  scale = np.array([standardized_scale(x, case.group) for x in p]) / (p * (1 - p))
+  rescaled = case._replace(rewards=scale[:, None] * case.rewards / case.policy.mask.shape[1])
+  assert_follows(descent(case, load(name)), rescaled, mean_return)
+
+
+@pytest.mark.parametrize('size', [2, 3])
+def test_in_groups_of_two_or_three_standardizing_is_a_constant(size, x64):
+  """A mixed group then has the std sqrt(1 / G), so c(p) / (p (1 - p)) = (G - 1) / sqrt(G) for all p
+  and prompts keep their weights."""
+  case = CASES['two_prompts']._replace(group=size)
+  scale = (size - 1) / size / (np.sqrt(1 / size) + 1e-6)
+  got = descent(case, load('gspo'))
+  assert_follows(got, case, lambda case, params: scale * mean_return(case, params))
+
+
+def test_trap_09_grpo_adds_the_forward_kl_of_tokens_exactly_at_equal_lengths_only(x64):
+  """GRPO is GSPO - 0.04 / H grad KL(reference || pi); dividing by sampled lengths turns it."""
+  kl, forward = {}, {}
+  for name in ('equal_lengths', 'stop_token'):
+    case = CASES[name]
+    kl[name] = descent(case, load('gspo'))['logits'] - descent(case, load('grpo'))['logits']
+    forward[name] = jax.grad(lambda params, c=case: token_forward_kl(c, params))(case.params)
+    forward[name] = forward[name]['logits']
+  np.testing.assert_allclose(kl['equal_lengths'], 0.04 / 2 * forward['equal_lengths'], atol=1e-12)
+  np.testing.assert_allclose(cosine(kl['stop_token'], forward['stop_token']), 0.96048, atol=1e-5)
+
+
+# Cosine with the gradient of E[R], one number a case.
+COSINES = {
+  'gspo': (1, 0, 0, 0),
+  'dapo': (1, 0, 0, 0),
+  'ppo': (0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize('name', COSINES)
+def test_trap_03_what_normalizers_cost_in_direction(name, x64):
+  """The group's std turns the gradient with several prompts, dividing by lengths with a stop token,
+  and whitening always. The critic is exact here, so PPO has no other bias but its entropy term."""
+  got = []
+  for case in map(with_exact_values, CASES.values()):
+    true = jax.grad(lambda params, c=case: mean_return(c, params))(case.params)
+    got.append(cosine(descent(case, load(name))['logits'], true['logits']))
+  np.testing.assert_allclose(got, COSINES[name], atol=1e-5)
+
+
+@pytest.mark.parametrize('trace', [0.0, 0.95, 1.0])
+def test_ppo_without_whitening_is_unbiased_at_any_trace_once_the_critic_is_exact(trace, x64):
+  """E[R] / H + 0.001 / H entropy of tokens, and the critic is at rest."""
+  case = with_exact_values(TWO_TOKENS)
+  phase = load('ppo', normalizer=part(advantages.identity), trace=trace)
+
+  def follows(case, params):
+    return (mean_return(case, params) + 0.001 * token_entropy(case, params)) / 2
+
+  assert_follows(descent(case, phase), case, follows)
+
+
+@pytest.mark.parametrize('trace', [0.0, 0.95, 1.0])
+def test_a_wrong_critic_biases_ppo_by_one_minus_trace_times_its_error_at_the_next_prefix(
+  trace, x64
+):
+  """The critic itself follows 0.5 (target - V), target = trace V* + (1 - trace) E[V(next prefix)]."""
+  case = TWO_TOKENS
+  phase = load('ppo', normalizer=part(advantages.identity), trace=trace)
+  values, exact = case.params['values'], exact_values(case)
+  first, second = case.policy.prefixes[0, 0], case.policy.prefixes[:, 1]
+  error = np.stack([(values - exact)[:, second].mean(axis=0), np.zeros(len(second))], axis=1)
+  target = exact.copy()
+  target[:, first] *= trace
+  target[:, first] += (1 - trace) * values[:, second] @ probabilities_of(case)
+
+  def follows(case, params):
+    policy = mean_return(case, params) + score(case, params, (1 - trace) * error)
+    critic = prefix_mean(case, jnp.mean((target - values) * params['values'], axis=0))
+    return (policy + 0.001 * token_entropy(case, params) + 0.5 * critic) / 2
+
+  assert_follows(descent(case, phase), case, follows)
+
+
+def test_on_one_token_whitened_ppo_standardizes_the_batch_as_grpo_does_a_group(x64):
+  """c(p) / (p (1 - p)) grad p with G the whole batch: whitening drops the exact baseline again."""
+  case = with_exact_values(make_case(BANDIT, [[0, 1, 0]], group=4))
+  (p,) = success_rates(case)
+  scale = standardized_scale(p, 4, inside=1e-8, outside=0.0) / (p * (1 - p))
+
+  def follows(case, params):
+    return scale * mean_return(case, params) + 0.001 * token_entropy(case, params)
+
+  assert_follows(descent(case, load('ppo')), case, follows)
+
+
+def test_the_step_of_whitened_ppo_does_not_know_the_scale_of_the_reward(x64):
+  """So no constant relates it to the gradient of the return, which grows with the reward."""
+  case = CASES['stop_token']
+  params = case.params | {'values': 10 * case.params['values']}
+  phase = load('ppo', normalizer=part(advantages.whiten, eps=1e-30))
+  scaled = descent(case._replace(rewards=10 * case.rewards, params=params), phase)
+  np.testing.assert_allclose(scaled['logits'], descent(case, phase)['logits'], atol=1e-12)
+
+
+@pytest.mark.parametrize(('shift', 'inside'), [(0.1, True), (1.0, False)])
+def test_on_stale_rollouts_the_clipped_ratio_is_token_importance_weighting_inside_the_bounds(
+  shift, inside, x64
+):
+  """(G - 1) / G / 5 E_sampler[(R - E_sampler R) sum_t r_t grad log pi(y_t)], for Dr. GRPO."""
+  case = CASES['stop_token']
+  noise = np.random.default_rng(1).normal(size=case.reference.shape)
+  sampler = case.params | {'logits': case.params['logits'] + shift * noise}
+  stale = case._replace(params=sampler)
+  ratio = np.exp(live(case, case.params)['logp'] - live(case, sampler)['logp'])
+  assert (np.max(np.abs(ratio - 1)) < 0.2) == inside
+  centered = case.rewards[0] - success_rates(stale)
+  weights = 2 / 3 / 5 * centered[:, None] * ratio
+  got = descent(case, load('dr_grpo'), sampler=sampler)['logits']
+  expected = jax.grad(lambda params: score(stale, params, weights))(case.params)['logits']
+  assert (np.max(np.abs(got - expected)) < 1e-12) == inside

@@ -1,0 +1,195 @@
+"""Evaluation: unbiased rates, votes, and verifiers that fail without a trace in either."""
+
+import itertools
+import math
+import types
+
+import numpy as np
+import pytest
+
+from polgrad import evaluate
+from polgrad.build import Evaluation
+from polgrad.data import sources, tokenizers
+from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
+from polgrad.rewards import scoring, verifiers
+from polgrad.types import Rollout
+
+NAN = math.nan
+
+
+def brute_force(marks, k):
+  """Mean over problems of the share of k-subsets of verified samples that hold a right one."""
+  shares = []
+  for row in marks:
+    draws = list(itertools.combinations([m for m in row if not np.isnan(m)], k))
+    if draws:
+      shares.append(np.mean([max(draw) for draw in draws]))
+  return np.mean(shares)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3, 6])
+def test_pass_at_k_is_the_mean_over_all_subsets(k):
+  marks = np.array(list(itertools.product([0.0, 1.0], repeat=6)))
+  assert pass_at_k(marks, k) == pytest.approx(brute_force(marks, k), abs=1e-12)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_pass_at_k_with_failed_verifiers_is_the_mean_over_verified_subsets(k):
+  marks = np.array(list(itertools.product([0.0, 1.0, NAN], repeat=4)))
+  assert pass_at_k(marks, k) == pytest.approx(brute_force(marks, k), abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_is_exact():
+  marks = np.zeros((1, 2000))
+  marks[0, :3] = 1
+  expected = 1 - np.prod([1 - 1000 / (2000 - i) for i in range(3)])
+  assert pass_at_k(marks, 1000) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('k', [0, 4])
+def test_pass_at_k_needs_as_many_samples(k):
+  with pytest.raises(ValueError, match=rf'pass@{k} needs k between 1 and the 3 samples'):
+    pass_at_k(np.ones((2, 3)), k)
+
+
+def test_trap_25_failed_verifier_is_neither_right_nor_wrong():
+  scores = np.array([[1.0, 0.0, NAN, 0.5]])
+  np.testing.assert_array_equal(mark(scores, 0.5), [[1, 0, NAN, 1]])
+  assert pass_at_k(mark(scores, 0.5), 1) == 2 / 3
+  assert pass_at_k(mark(scores, 0.5), 3) == 1
+  with np.errstate(all='raise'):
+    assert math.isnan(pass_at_k(np.full((2, 3), NAN), 1))
+    assert math.isnan(majority_at_k([['a', 'b', 'b']], np.full((1, 3), NAN)))
+
+
+@pytest.mark.parametrize(
+  ('votes', 'marks', 'share'),
+  [
+    (['7', '8', '8'], [1, 0, 0], 0.0),
+    (['8', '7', '7'], [0, 1, 1], 1.0),
+    (['7', '8', '8', '7'], [1, 0, 0, 1], 1.0),  # a draw goes to the earliest
+    (['8', '7', '7', '8'], [0, 1, 1, 0], 0.0),
+    (['7', '7', '8'], [0, 1, 1], 0.0),  # equal answers, judged as the first was
+    (['8', '8', '7'], [NAN, NAN, 1], 1.0),  # only verified samples vote
+    (['7', '7', '8'], [NAN, 1, 0], 1.0),
+  ],
+)
+def test_majority_at_k_is_the_verdict_on_the_most_frequent_answer(votes, marks, share):
+  assert majority_at_k([votes], np.array([marks], float)) == share
+
+
+def test_majority_at_k_averages_over_problems_that_have_votes():
+  marks = np.array([[1, 1], [0, 0], [1, 0], [NAN, NAN]])
+  assert majority_at_k([['a', 'a'], ['a', 'a'], ['a', 'b'], ['a', 'a']], marks) == 2 / 3
+
+
+@pytest.mark.parametrize(
+  ('text', 'pattern', 'expected'),
+  [
+    (' 42\n', '(?s)(.*)', '42'),
+    ('so\n42', '(?s)(.*)', 'so\n42'),
+    ('x=1, x=2', r'x=(\d)', '2'),
+    ('no match ', r'x=(\d)', 'no match'),
+    ('', '(?s)(.*)', ''),
+  ],
+)
+def test_answer_is_the_last_match_without_space_around_it(text, pattern, expected):
+  assert answer(text, pattern) == expected
+
+
+TOKENIZER = tokenizers.byte()
+WIDTH = 3
+
+
+def rollout(texts, prompts):
+  """What a sampler that wrote these texts would return."""
+  group = len(texts) // len(prompts)
+  tokens = np.full((len(texts), prompts.shape[1] + WIDTH), TOKENIZER.pad_id, np.int32)
+  tokens[:, : prompts.shape[1]] = np.repeat(prompts, group, axis=0)
+  mask = np.zeros(tokens.shape, bool)
+  for row, text in enumerate(texts):
+    ids = [*TOKENIZER.encode(text), TOKENIZER.stop_ids[0]]
+    stop = prompts.shape[1] + len(ids)
+    tokens[row, prompts.shape[1] : stop] = ids
+    mask[row, prompts.shape[1] : stop] = True
+  rows = np.zeros(len(texts), np.int32)
+  return Rollout(
+    tokens=tokens,
+    segment_ids=mask.astype(np.int32),
+    mask=mask,
+    behavior_logp=np.zeros(tokens.shape, np.float32),
+    finished=rows == 0,
+    prompt_ids=rows,
+    group_ids=rows,
+    policy_step=rows,
+  )
+
+
+def moody(completion, record):
+  """Right or wrong, but it chokes on '?'."""
+  if '?' in completion:
+    raise RuntimeError('unreadable')
+  return verifiers.exact_match(completion, record)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+  """(answers to 'a', 'b', ... by group size, samples) -> (metrics, greedy samples)."""
+
+  def run(written, *, samples):
+    def make_sampler(policies, *, group_size, **settings):
+      def sample(params, tokens, mask, ids, *, seed, step):
+        texts = [t for i in ids for t in written[group_size][int(i)]]
+        return rollout(texts, tokens)
+
+      return sample
+
+    monkeypatch.setattr(evaluate, 'make_sampler', make_sampler)
+    problems = [{'prompt': p, 'answer': p} for p in 'abc']
+    plan = Evaluation(
+      every=1,
+      source=sources.Source(len(problems), problems.__getitem__),
+      score=scoring.make_scorer({'moody': moody}),
+      problems=9,
+      batch=2,  # the second batch is one problem and one to fill it up
+      prompt_length=2,
+      max_new_tokens=WIDTH,
+      samples=samples,
+      answer='(?s)(.*)',
+    )
+    return make_evaluator(
+      types.SimpleNamespace(evaluation=plan, policy=(), tokenizer=TOKENIZER, mesh=None, seed=0)
+    )({})
+
+  return run
+
+
+def test_greedy_accuracy_is_over_each_problem_once(measure):
+  found, samples = measure({1: [['a'], ['x'], ['c']]}, samples=0)
+  assert found == {
+    'evaluation/greedy': 2 / 3,
+    'evaluation/reward': 2 / 3,
+    'evaluation/verifier_errors': 0,
+  }
+  assert samples == [('a', 'a', 1.0), ('b', 'x', 0.0), ('c', 'c', 1.0)]
+
+
+def test_trap_25_verifier_errors_are_counted_and_stay_out_of_every_rate(measure):
+  greedy = [['a'], ['?'], ['x']]
+  several = [['a', '?', '?'], ['x', 'x', 'b'], ['c', 'c', 'x']]
+  found, samples = measure({1: greedy, 3: several}, samples=3)
+  assert found == {
+    'evaluation/greedy': 1 / 2,
+    'evaluation/reward': 1 / 2,
+    'evaluation/pass@1': pytest.approx((1 + 1 / 3 + 2 / 3) / 3),
+    'evaluation/pass@3': 1.0,  # of the two problems with three verified samples
+    'evaluation/maj@3': pytest.approx(2 / 3),
+    'evaluation/verifier_errors': 3,
+  }
+  assert math.isnan(samples[1][2])
+
+
+def test_trap_25_when_every_verifier_fails_nothing_is_claimed(measure):
+  found, _ = measure({1: [['?']] * 3}, samples=0)
+  assert math.isnan(found['evaluation/greedy']) and math.isnan(found['evaluation/reward'])
+  assert found['evaluation/verifier_errors'] == 3

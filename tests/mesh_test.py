@@ -1,0 +1,116 @@
+"""Where arrays lie must not show: meshes of eight fake devices, and two processes, give one result."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import build, metrics, optim, sharding, train
+from polgrad.collect import to_host
+from polgrad.registry import part
+from tests.train_test import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def step(data: int, fsdp: int, tensor: int, batch=None):
+  """One rollout of eight prompts (unless a batch is given) and one large SGD step on it."""
+  made = config()
+  made.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+  made.phases.rl.collect.prompts = 8
+  made.phases.rl.optimizer = part(optim.sgd, learning_rate=1.0)
+  made.phases.rl.epochs = made.phases.rl.minibatches = 1
+  made.phases.rl.micro_batches = 2
+  experiment = build.build(made)
+  phase = experiment.phases['rl']
+  with jax.set_mesh(experiment.mesh):
+    state = train.begin(experiment, 1, None)
+    if batch is None:
+      collect = phase.collect.make(train.context(experiment, phase, 1))
+      batch = collect(state, train.Drawer(phase, seed=0, cursor=0), 0).batch
+    update = train.jit_update(experiment, phase, state)
+    after, report = update(state, sharding.place_batch(experiment.mesh, batch))
+    return batch, to_host(after.params), to_host(report)
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  return step(1, 1, 1)
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+def test_every_mesh_gives_the_one_device_result(one_device, shape):
+  batch, params, report = one_device
+  same, moved, told = step(*shape)
+  np.testing.assert_array_equal(same.tokens, batch.tokens)
+  np.testing.assert_array_equal(same.mask, batch.mask)
+  np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
+  np.testing.assert_allclose(same.advantages, batch.advantages, atol=1e-5)
+  assert report['grad_norm'] > 0.01
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), moved, params)
+  for name in report:
+    np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
+
+
+def test_state_lies_where_the_rules_say():
+  made = config()
+  made.mesh.update(data=2, fsdp=2, tensor=2)
+  made.phases.rl.collect.prompts = 8
+  made.phases.sft.collect.rows = 8
+  experiment = build.build(made)
+  state = train.begin(experiment, 1, None)
+  gate = state.params['layers']['gate']
+  assert gate.sharding.spec == jax.sharding.PartitionSpec(None, ('fsdp',), ('tensor',))
+  assert gate.addressable_shards[0].data.size * 4 == gate.size
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate.shape]
+  assert len(moments) == 2 and all(m.sharding == gate.sharding for m in moments)
+  assert state.anchors['reference']['layers']['gate'].sharding == gate.sharding
+
+
+WORKER = """
+import sys
+import jax
+jax.config.update('jax_compilation_cache_dir', sys.argv[5])
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+from polgrad import train
+from polgrad.registry import part
+from tests.train_test import config
+made = config()
+made.mesh.data = 2
+train.run(made, sys.argv[3], sys.argv[4])
+"""
+
+
+def test_two_processes_train_to_the_same_numbers(tmp_path):
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = str(s.getsockname()[1])
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  cache = str(jax.config.jax_compilation_cache_dir)
+  command = lambda i: [
+    sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'), cache
+  ]  # fmt: skip
+  processes = [
+    subprocess.Popen(command(i), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for i in (0, 1)
+  ]
+  said = [p.communicate(timeout=500)[0] for p in processes]
+  assert all(p.returncode == 0 for p in processes), said[0][-3000:] + said[1][-3000:]
+
+  train.run(config(), str(tmp_path / 'alone'))
+  ours = metrics.read(str(tmp_path / 'p0' / 'metrics.jsonl'))
+  alone = metrics.read(str(tmp_path / 'alone' / 'metrics.jsonl'))
+  assert not (tmp_path / 'p1' / 'metrics.jsonl').exists()
+  assert [r['step'] for r in ours] == [r['step'] for r in alone]
+  for a, b in zip(ours, alone):
+    for name in b:
+      if 'second' not in name and not isinstance(b[name], str):
+        np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
+  assert json.loads((tmp_path / 'p0' / 'config.json').read_text())['mesh']['data'] == 2
