@@ -50,7 +50,7 @@ def pass_at_k(marks: np.ndarray, k: int) -> float:
   for row in marks:
     n, c = int(np.isfinite(row).sum()), int(np.nansum(row))
     if n >= k:
-      estimates.append(1 - math.comb(n - c, k) / math.comb(n, k))
+      estimates.append((math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k))
   return mean(estimates)
 
 

@@ -19,19 +19,20 @@ from tensorboardX import SummaryWriter
 class Writer:
   """Appends rows of numbers to `metrics.jsonl` and, if wanted, to TensorBoard.
 
-  A resumed run drops the rows that came after its checkpoint, so the file holds one history.
+  A resumed run drops the rows that came after its checkpoint, so the file holds one history:
+  only rows of the phases in `past`, up to update `step`, stay.
   """
 
-  def __init__(self, workdir: str, *, first_step: int, tensorboard: bool):
+  def __init__(self, workdir: str, *, step: int, past: Sequence[str], tensorboard: bool):
     self.path = os.path.join(workdir, 'metrics.jsonl')
-    kept = [r for r in read(self.path) if r['step'] < first_step]
+    kept = [r for r in read(self.path) if r['step'] <= step and r['phase'] in past]
     temporary = f'{self.path}.tmp'
     with open(temporary, 'w') as f:
       f.writelines(json.dumps(r) + '\n' for r in kept)
     os.replace(temporary, self.path)
     self._file = open(self.path, 'a', buffering=1)
     folder = os.path.join(workdir, 'tensorboard')
-    self._board = SummaryWriter(folder, purge_step=first_step) if tensorboard else None
+    self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
     row = {k: float(v) for k, v in values.items()}

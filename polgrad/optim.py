@@ -1,4 +1,7 @@
-"""Optimizers and schedules: thin, named compositions of optax."""
+"""Optimizers, schedules and anchors: thin, named compositions of optax.
+
+A schedule multiplies a learning rate or the weight of a loss; its `step` counts updates.
+"""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -11,21 +14,26 @@ from polgrad.registry import table
 from polgrad.types import Array, Params
 
 
-def constant() -> optax.Schedule:
+def constant(step: Array) -> Array:
   """1 at every step."""
-  return optax.constant_schedule(1.0)
+  return jnp.ones_like(step, jnp.float32)
 
 
-def linear(*, warmup: int = 0, steps: int, end: float = 0.0) -> optax.Schedule:
+def linear(step: Array, *, warmup: int = 0, steps: int, end: float = 0.0) -> Array:
   """Rises from 0 to 1 over `warmup` steps, then falls linearly to `end` at `steps`."""
   fall = optax.linear_schedule(1.0, end, max(steps - warmup, 1))
-  return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), fall], [warmup])
+  return _warmed_up(step, warmup, fall)
 
 
-def cosine(*, warmup: int = 0, steps: int, end: float = 0.0) -> optax.Schedule:
+def cosine(step: Array, *, warmup: int = 0, steps: int, end: float = 0.0) -> Array:
   """Rises from 0 to 1 over `warmup` steps, then follows a half cosine to `end` at `steps`."""
   fall = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1), alpha=end)
-  return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), fall], [warmup])
+  return _warmed_up(step, warmup, fall)
+
+
+def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:
+  rise = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
+  return optax.join_schedules([rise, fall], [warmup])(step)
 
 
 SCHEDULES = table(constant, linear, cosine)

@@ -53,8 +53,12 @@ def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> Tr
     state = resume(experiment, checkpoints)
     writer = None
     if chief:
+      begun = int(state.phase) + (int(state.phase_step) > 0)
       writer = metrics.Writer(
-        workdir, first_step=int(state.step), tensorboard=experiment.tensorboard
+        workdir,
+        step=int(state.step),
+        past=experiment.order[:begun],
+        tensorboard=experiment.tensorboard,
       )
     for index in range(int(state.phase), len(experiment.order)):
       if index > int(state.phase):
@@ -145,14 +149,13 @@ def run_phase(
   phase = experiment.phases[name]
   collect = phase.collect.make(context(experiment, phase, int(state.phase)))
   update = jit_update(experiment, phase, state)
-  measure = evaluate.make_evaluator(experiment)
+  plan = experiment.evaluation
+  measure = evaluate.make_evaluator(experiment) if plan.every else None
   seed = experiment.seed + 1_000_003 * int(state.phase)  # phases draw other data and samples
   every = lambda n, step: n > 0 and (step % n == 0 or step == phase.steps)
 
   def evaluated(step: int) -> dict[str, float]:
-    if not (step == 0 and experiment.evaluation.every) and not every(
-      experiment.evaluation.every, step
-    ):
+    if not (every(plan.every, step) or (plan.every and step == 0)):
       return {}
     found, samples = measure(state.params)
     if writer:

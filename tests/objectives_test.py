@@ -248,13 +248,13 @@ class TestWeightedSum:
     x, batch = examples.leaves(), examples.batch()
     both = objectives.weighted_sum(
       streams={'sft': Weighted(2.0, OBJECTIVES['sft'])},
-      schedules={'sft': optim.linear(warmup=0, steps=10)},
+      schedules={'sft': functools.partial(optim.linear, warmup=0, steps=10)},
     )
     start, half = (loss_of(both, x, batch, step=s)[0] for s in (0, 5))
     np.testing.assert_allclose(half, start / 2, rtol=1e-6)
     with pytest.raises(ValueError, match=r"schedules for \['x'\]"):
       objectives.weighted_sum(
-        streams={'sft': Weighted(1.0, OBJECTIVES['sft'])}, schedules={'x': optim.constant()}
+        streams={'sft': Weighted(1.0, OBJECTIVES['sft'])}, schedules={'x': optim.constant}
       )
 
   def test_statistics_of_two_distillations_do_not_mix(self):

@@ -114,3 +114,8 @@ def test_register_adds_own_functions_but_hides_none_of_ours():
 
   with pytest.raises(ValueError, match=r'polgrad\.losses\.surrogates'):
     registry.register(dict(surrogates.TABLE), clipped)
+
+
+def test_knobs_that_parts_use_themselves_are_refused():
+  with pytest.raises(ValueError, match='weight'):
+    table(lambda x, *, weight=0.5: x)
