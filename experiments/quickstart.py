@@ -1,8 +1,9 @@
 """The quickstart: a small transformer learns two-digit addition on a CPU.
 
 A short supervised phase brings it to between 10% and 50% greedy accuracy on held-out problems. GRPO
-(arXiv:2402.03300) without KL, with DAPO's clip-higher and dynamic sampling (arXiv:2503.14476), then takes it to
-at least 90%. It samples at temperature 0.7, and all log-probs are taken at that temperature. Options: seed.
+(arXiv:2402.03300) without KL, with DAPO's clip-higher and dynamic sampling (arXiv:2503.14476), then
+takes it to at least 90%. It samples at temperature 0.7, and all log-probs are taken at that
+temperature. Options: seed.
 
     make quickstart
 """

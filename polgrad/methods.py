@@ -1,7 +1,8 @@
 """Well-known methods by name, for use in another trainer.
 
-Each function composes what its paper composes; the files in `experiments/` say the same as data, and a test
-holds both together. A method is an `Estimator` (rewards to advantages or labels) and an `Objective`.
+Each function composes what its paper composes; the files in `experiments/` say the same as data,
+and a test holds both together. A method is an `Estimator` (rewards to advantages or labels) and an
+`Objective`.
 
     method = methods.grpo(kl_coefficient=0.04)
     terms, metrics = method.objective.apply(outputs, batch, method.objective.init(), step=0)

@@ -30,7 +30,7 @@ class Writer:
     with open(temporary, 'w') as f:
       f.writelines(json.dumps(r) + '\n' for r in kept)
     os.replace(temporary, self.path)
-    self._file = open(self.path, 'a', buffering=1)
+    self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, it lives as long as the run
     folder = os.path.join(workdir, 'tensorboard')
     self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
 

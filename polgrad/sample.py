@@ -4,8 +4,8 @@
     python -m polgrad.sample ... --prompt='12+34='
 
 Without --prompt it reads lines until the end of input. With --chat each line is a user's turn, put
-into the tokenizer's chat template with the turns before it; otherwise a line is a prompt as it stands.
-"""
+into the tokenizer's chat template with the turns before it; otherwise a line is a prompt as it
+stands."""
 
 import sys
 from collections.abc import Callable, Iterable

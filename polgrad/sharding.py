@@ -2,8 +2,8 @@
 
 The mesh has the axes `data` (copies of the parameters), `fsdp` (parameters cut along the model
 width) and `tensor` (cut along heads, feed-forward and vocabulary). Batches are cut over `data` and
-`fsdp`. A dimension that its mesh axes do not divide is replicated, so every model runs on every mesh.
-"""
+`fsdp`. A dimension that its mesh axes do not divide is replicated, so every model runs on every
+mesh."""
 
 import math
 from collections.abc import Sequence

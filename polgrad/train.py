@@ -2,9 +2,8 @@
 
     python -m polgrad.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Start it again with the same workdir and it goes on where the last whole checkpoint was made, bit for
-bit. Every process of a pod runs this same command.
-"""
+Start it again with the same workdir and it goes on where the last whole checkpoint was made, bit
+for bit. Every process of a pod runs this same command."""
 
 import functools
 import json

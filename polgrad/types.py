@@ -7,9 +7,8 @@ log-probability of token `t` given the tokens before it, and nothing shifts outs
 `mask` is True only where a loss may look: tokens the policy made, the stop token included. Prompts,
 padding and tool output are False, and so is the first token of every segment.
 
-`segment_ids` says which tokens see each other: 0 is padding, 1, 2, ... are documents packed into one
-row. Padding may lie on either side. An absent field is `None`.
-"""
+`segment_ids` says which tokens see each other: 0 is padding, 1, 2, ... are documents packed into
+one row. Padding may lie on either side. An absent field is `None`."""
 
 from typing import Any
 

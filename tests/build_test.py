@@ -39,7 +39,12 @@ def no_compilation(monkeypatch):
 
 
 CASES = {
-  'unknown key': (grpo, [('phases.rl.setps', 3)], ValueError, ['config.phases.rl', 'setps', 'steps']),
+  'unknown key': (
+    grpo,
+    [('phases.rl.setps', 3)],
+    ValueError,
+    ['config.phases.rl', 'setps', 'steps'],
+  ),
   'unknown part': (
     grpo,
     [('phases.rl.objective.surrogate.name', 'cliped')],
@@ -190,7 +195,9 @@ def test_trap_07_filtered_sampling_is_refused_unless_the_trainer_recomputes(chan
 def test_options_of_an_experiment():
   assert grpo.get_config('group=4,steps=7').phases.rl.collect.group == 4
   assert grpo.get_config('steps=7').phases.rl.steps == 7
-  with pytest.raises(ValueError, match=r"unknown option 'gruop'; valid: \['group', 'smoke', 'steps'\]"):
+  with pytest.raises(
+    ValueError, match=r"unknown option 'gruop'; valid: \['group', 'smoke', 'steps'\]"
+  ):
     grpo.get_config('gruop=4')
   with pytest.raises(ValueError, match="option group: expected int, got 'four'"):
     grpo.get_config('group=four')

@@ -59,4 +59,3 @@ def outputs(x: dict, stats: dict) -> Outputs:
     values=x['values'],
     stats={name: call(f, arrays) for name, f in stats.items()},
   )
-

@@ -28,6 +28,7 @@ def step(data: int, fsdp: int, tensor: int, batch=None):
   made.phases.rl.optimizer = part(optim.sgd, learning_rate=1.0)
   made.phases.rl.epochs = made.phases.rl.minibatches = 1
   made.phases.rl.micro_batches = 2
+  made.phases.sft.collect.rows = 8
   experiment = build.build(made)
   phase = experiment.phases['rl']
   with jax.set_mesh(experiment.mesh):
@@ -70,7 +71,9 @@ def test_state_lies_where_the_rules_say():
   assert gate.sharding.spec == jax.sharding.PartitionSpec(None, ('fsdp',), ('tensor',))
   assert gate.addressable_shards[0].data.size * 4 == gate.size
   moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate.shape]
-  assert len(moments) == 2 and all(m.sharding == gate.sharding for m in moments)
+  assert len(moments) == 4 and all(  # two moments; gate and up have one shape
+    m.sharding == gate.sharding for m in moments
+  )
   assert state.anchors['reference']['layers']['gate'].sharding == gate.sharding
 
 
@@ -98,7 +101,9 @@ def test_two_processes_train_to_the_same_numbers(tmp_path):
     sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'), cache
   ]  # fmt: skip
   processes = [
-    subprocess.Popen(command(i), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    subprocess.Popen(
+      command(i), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for i in (0, 1)
   ]
   said = [p.communicate(timeout=500)[0] for p in processes]

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from polgrad import learner, methods, objectives, optim
-from polgrad.losses import aggregation, implicit_rewards, links, penalties, pointwise, surrogates, weights
-from polgrad.losses import divergences
+from polgrad.losses import (
+  aggregation,
+  divergences,
+  implicit_rewards,
+  links,
+  penalties,
+  pointwise,
+  surrogates,
+  weights,
+)
 from polgrad.registry import Weighted
 from polgrad.types import Max, Mean
 from tests import examples
@@ -181,9 +189,7 @@ def test_trap_13_square_batches_do_not_broadcast():
   wider = {k: np.pad(v, [(0, 0), (0, 1), *[(0, 0)] * (v.ndim - 2)]) for k, v in wider.items()}
   np.testing.assert_allclose(value_and_grad(objective, wider, wide)[0], loss, rtol=1e-6)
   with pytest.raises((ValueError, AssertionError)):
-    objective.apply(
-      examples.outputs(x, {}), batch.replace(advantages=batch.rewards), (), step=0
-    )
+    objective.apply(examples.outputs(x, {}), batch.replace(advantages=batch.rewards), (), step=0)
 
 
 def test_trap_12_duplicating_a_pair_leaves_other_losses():
@@ -211,9 +217,7 @@ def test_label_below_one_half_turns_the_pair_round():
 
 def test_failed_rows_do_not_pull_the_centre_of_their_group():
   """A row that is masked out has no say in the consistency loss of its group."""
-  objective = objectives.pointwise(
-    score=implicit_rewards.log_ratio_sum, loss=consistency, group=4
-  )
+  objective = objectives.pointwise(score=implicit_rewards.log_ratio_sum, loss=consistency, group=4)
   x, batch = examples.leaves(), examples.batch()
   batch = batch.replace(group_ids=np.repeat([0, 1], 4).astype(np.int32))
   _, grads, (terms, _) = value_and_grad(objective, x, batch)

@@ -21,7 +21,11 @@ LinkPart = Annotated[Callable, LINKS]
 
 
 def pair(
-  *, link: LinkPart = hinge, steps: int = 3, sizes: tuple = (1, 2), extra: Mapping[str, LinkPart] = {}
+  *,
+  link: LinkPart = hinge,
+  steps: int = 3,
+  sizes: tuple = (1, 2),
+  extra: Mapping[str, LinkPart] = {},
 ):
   return (link, steps, sizes, extra)
 
@@ -68,7 +72,11 @@ def test_int_for_float_knob_is_float_and_can_be_overridden():
       TypeError,
       ['config.link.threshold', 'float'],
     ),
-    ({'name': 'pair', 'link': {'name': 'no'}}, ValueError, ['config.link.name', "['hinge', 'plain']"]),
+    (
+      {'name': 'pair', 'link': {'name': 'no'}},
+      ValueError,
+      ['config.link.name', "['hinge', 'plain']"],
+    ),
     ({'name': 'pair', 'extra': {'k': {'name': 'no'}}}, ValueError, ['config.extra.k.name']),
     ({'name': 'pair', 'link': 3}, TypeError, ['config.link', "['hinge', 'plain']"]),
     ({'name': 'needy'}, ValueError, ['needy', 'path']),

@@ -143,7 +143,10 @@ def test_trap_23_new_weights_reach_the_sampler(finished):
       ).logp
       for name, params in (('now', state.params), ('start', fresh))
     }
-  gap = {k: np.abs(np.asarray(v) - got.batch.behavior_logp)[got.batch.mask].max() for k, v in logp.items()}
+  gap = {
+    k: np.abs(np.asarray(v) - got.batch.behavior_logp)[got.batch.mask].max()
+    for k, v in logp.items()
+  }
   assert gap['now'] < 1e-5 < 1e-2 < gap['start']
 
 
@@ -317,7 +320,8 @@ class TestMinibatches:
   def test_are_drawn_anew_each_step_and_repeat_for_the_same(self):
     batch = examples.batch()
     first, same, other = (
-      collect.minibatches(batch, epochs=1, parts=4, group=1, seed=(0, s))[0].rewards for s in (1, 1, 2)
+      collect.minibatches(batch, epochs=1, parts=4, group=1, seed=(0, s))[0].rewards
+      for s in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, same)
     assert not np.array_equal(first, other)

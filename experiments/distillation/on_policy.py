@@ -1,8 +1,8 @@
 """On-policy distillation (arXiv:2306.13649, GKD with lambda = 1): reverse KL on the student's samples.
 
-loss = token mean of KL(student || teacher) over the whole vocabulary; the samples carry no gradient. The
-teacher is the model after a supervised phase, the student starts again from its first weights.
-Confidence: formula as in TRL (code).
+loss = token mean of KL(student || teacher) over the whole vocabulary; the samples carry no
+gradient. The teacher is the model after a supervised phase, the student starts again from its first
+weights. Confidence: formula as in TRL (code).
 
     python -m polgrad.train --config=experiments/distillation/on_policy.py --workdir=runs/on_policy
 """

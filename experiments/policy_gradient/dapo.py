@@ -1,8 +1,9 @@
 """DAPO (arXiv:2503.14476): clip-higher, token mean, dynamic sampling, soft overlong punishment.
 
-loss = -token mean of min(r A, clip(r, 0.8, 1.28) A), A group-normalised; no KL. Groups whose rewards are all
-equal are replaced by fresh prompts, at most `max_resamples` times a step; what is then still uninformative
-stays, with zero advantage. Confidence: formula as in verl's recipe (code); the paper resamples without bound.
+loss = -token mean of min(r A, clip(r, 0.8, 1.28) A), A group-normalised; no KL. Groups whose
+rewards are all equal are replaced by fresh prompts, at most `max_resamples` times a step; what is
+then still uninformative stays, with zero advantage. Confidence: formula as in verl's recipe (code);
+the paper resamples without bound.
 
     python -m polgrad.train --config=experiments/policy_gradient/dapo.py --workdir=runs/dapo
 """

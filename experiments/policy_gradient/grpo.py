@@ -1,8 +1,9 @@
 """GRPO (arXiv:2402.03300): group-normalised rewards, clipped ratio, k3 to a reference.
 
-A_i = (R_i - mean_g) / (std_g + 1e-6), unbiased std;
-loss = mean over sequences of token means of -min(r A, clip(r, 0.8, 1.2) A) + 0.04 * k3. The k3 loss has the
-gradient of KL(reference, pi), which is what the paper does. Confidence: formula as in verl and TRL (code).
+A_i = (R_i - mean_g) / (std_g + 1e-6), unbiased std; loss = mean over sequences of token means of
+-min(r A, clip(r, 0.8, 1.2) A) + 0.04 * k3. In expectation the k3 loss has the gradient of the
+token-level KL(reference, pi), exactly so at equal lengths; the paper does this. Confidence: formula
+as in verl and TRL (code).
 
     python -m polgrad.train --config=experiments/policy_gradient/grpo.py --workdir=runs/grpo
 """

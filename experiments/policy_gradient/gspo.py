@@ -1,8 +1,9 @@
 """GSPO (arXiv:2507.18071): the ratio of a sequence is the geometric mean of its tokens'.
 
-s_i = exp(mean_t log_ratio); loss = mean over sequences of -min(s A, clip(s, 1 - 3e-4, 1 + 4e-4) A), written
-token by token (GSPO-token), which has the same value and gradient when A is one number a sequence. Peers
-that aggregate by token mean weigh long sequences more. Confidence: formula as in verl and TRL (code).
+s_i = exp(mean_t log_ratio); loss = mean over sequences of -min(s A, clip(s, 1 - 3e-4, 1 + 4e-4) A),
+written token by token (GSPO-token), which has the same value and gradient when A is one number a
+sequence. Peers that aggregate by token mean weigh long sequences more. Confidence: formula as in
+verl and TRL (code).
 
     python -m polgrad.train --config=experiments/policy_gradient/gspo.py --workdir=runs/gspo
 """

@@ -1,7 +1,8 @@
 """PPO with a value head (arXiv:1707.06347), advantages by GAE (arXiv:1506.02438).
 
-loss = -token mean of min(r A, clip(r) A) + 0.5 * clipped value error - 0.001 * entropy; two epochs of two
-minibatches. The value head reads the policy's own hidden states. Confidence: formula as in verl (code).
+loss = -token mean of min(r A, clip(r) A) + 0.5 * clipped value error - 0.001 * entropy; two epochs
+of two minibatches. The value head reads the policy's own hidden states. Confidence: formula as in
+verl (code).
 
     python -m polgrad.train --config=experiments/policy_gradient/ppo.py --workdir=runs/ppo
 """

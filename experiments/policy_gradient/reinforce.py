@@ -1,7 +1,7 @@
 """REINFORCE with a moving baseline (Williams 1992).
 
-loss = -mean over sequences of A * log pi(y), A = R - b, b the moving average of earlier mean rewards.
-The estimator is exactly unbiased. Confidence: textbook.
+loss = -mean over sequences of A * log pi(y), A = R - b, b the moving average of earlier mean
+rewards. The estimator is exactly unbiased. Confidence: textbook.
 
     python -m polgrad.train --config=experiments/policy_gradient/reinforce.py --workdir=runs/reinforce
 """

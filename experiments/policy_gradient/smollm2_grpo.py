@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct learns to add: GRPO (arXiv:2402.03300, 2503.14476) on a reasoning-gym task.
 
-The model (a Hugging Face folder) chats its way around two-digit sums. The verifier is reasoning-gym's own
-(arXiv:2505.24760) on the last number of the reply, so only the policy's answers teach it: no demonstrations.
-Clip-higher, token mean, group-normalised advantages, no KL.
+The model (a Hugging Face folder) chats its way around sums and differences of two numbers of one or
+two digits. The verifier is reasoning-gym (arXiv:2505.24760) on the last number of the reply; there are
+no demonstrations. The objective is that of DAPO: clip-higher, token mean, group-normalised
+advantages, no KL.
 
     POLGRAD_SMOLLM2=folder python -m polgrad.train \\
       --config=experiments/policy_gradient/smollm2_grpo.py --workdir=runs/smollm2

@@ -1,7 +1,8 @@
 """DPO (arXiv:2305.18290): logistic link on the difference of summed log-ratios.
 
-loss = mean over pairs of softplus(-beta h), h = (log pi/ref)(chosen) - (log pi/ref)(rejected), beta = 0.1.
-Pairs are right sums against sums with a wrong digit. Confidence: formula as in the authors' code and TRL.
+loss = mean over pairs of softplus(-beta h), h = (log pi/ref)(chosen) - (log pi/ref)(rejected), beta
+= 0.1. Pairs are right sums against sums with a wrong digit. Confidence: formula as in the authors'
+code and TRL.
 
     python -m polgrad.train --config=experiments/preference/dpo.py --workdir=runs/dpo
 """

@@ -1,7 +1,8 @@
 """IPO (arXiv:2310.12036): squared link, so that a deterministic preference has a finite optimum.
 
-loss = mean over pairs of (h - 1/(2 tau))^2, tau = 0.1, h the difference of *summed* log-ratios, as the theory
-has it. TRL divides by the lengths: take `log_ratio_mean` for that. Confidence: formula as in code.
+loss = mean over pairs of (h - 1/(2 tau))^2, tau = 0.1, h the difference of *summed* log-ratios, as
+the theory has it. TRL divides by the lengths: take `log_ratio_mean` for that. Confidence: formula
+as in code.
 
     python -m polgrad.train --config=experiments/preference/ipo.py --workdir=runs/ipo
 """

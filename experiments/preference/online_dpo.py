@@ -1,7 +1,8 @@
 """Online DPO (arXiv:2402.04792): two samples a prompt, ranked by their rewards, then the DPO loss.
 
-The paper asks a language model for the preference; here the verifier says which sum is right. Pairs that
-tie teach nothing and are left out of loss and count. beta = 0.1. Confidence: formula as in TRL (code).
+The paper asks a language model for the preference; here the verifier says which sum is right. Pairs
+that tie teach nothing and are left out of loss and count. beta = 0.1. Confidence: formula as in TRL
+(code).
 
     python -m polgrad.train --config=experiments/preference/online_dpo.py --workdir=runs/online_dpo
 """

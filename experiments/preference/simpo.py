@@ -1,7 +1,8 @@
 """SimPO (arXiv:2405.14734): mean log-probs as scores, a target margin, no reference.
 
-loss = mean over pairs of softplus(-(beta (l_w - l_l) - gamma)), l the mean log-prob of the completion,
-beta = 2, gamma = 0.5 (gamma / beta = 0.25, the class default). Confidence: formula as in the authors' code.
+loss = mean over pairs of softplus(-(beta (l_w - l_l) - gamma)), l the mean log-prob of the
+completion, beta = 2, gamma = 0.5 (gamma / beta = 0.25, the class default). Confidence: formula as
+in the authors' code.
 
     python -m polgrad.train --config=experiments/preference/simpo.py --workdir=runs/simpo
 """

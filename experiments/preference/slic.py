@@ -1,7 +1,7 @@
 """SLiC-HF (arXiv:2305.10425): hinge on log-probs, and likelihood of the chosen completion.
 
-loss = mean over pairs of max(0, 1 - log pi(chosen) + log pi(rejected)) + 0.1 * NLL(chosen); sums over tokens,
-no reference. Confidence: form as in HALOs (code), the constants 1 and 0.1 from memory.
+loss = mean over pairs of max(0, 1 - log pi(chosen) + log pi(rejected)) + 0.1 * NLL(chosen); sums
+over tokens, no reference. Confidence: form as in HALOs (code), the constants 1 and 0.1 from memory.
 
     python -m polgrad.train --config=experiments/preference/slic.py --workdir=runs/slic
 """

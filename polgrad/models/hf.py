@@ -1,9 +1,8 @@
 """Reads Hugging Face folders (config.json, safetensors) of dense Llama, Qwen2 and Qwen3 models.
 
 Hugging Face stores a matrix as [outputs, inputs] with heads and head size merged; here it is
-[inputs, outputs] with heads apart. That and the names in `TENSORS` and `LAYER` are all the difference:
-both keep the halves of a rotary pair half a head apart.
-"""
+[inputs, outputs] with heads apart. That and the names in `TENSORS` and `LAYER` are all the
+difference: both keep the halves of a rotary pair half a head apart."""
 
 import json
 import math

@@ -1,9 +1,8 @@
 """Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Covers Llama (arXiv:2302.13971) and Qwen3 (arXiv:2505.09388). One table, `AXES`, names the axes of every
-parameter; the configuration gives every axis its size, so shapes, initial scales and sharding are
-all read from it.
-"""
+Covers Llama (arXiv:2302.13971) and Qwen3 (arXiv:2505.09388). One table, `AXES`, names the axes of
+every parameter; the configuration gives every axis its size, so shapes, initial scales and sharding
+are all read from it."""
 
 import dataclasses
 import functools

@@ -1,9 +1,9 @@
 """Policies over so few sequences that every expectation is a finite sum.
 
 With `V` tokens and `H` positions there are at most V^H sequences. A policy gives logits for every
-prefix, from a table or from a small network; log-probabilities of all sequences, the true objective,
-its gradient and the expectation of any estimator over groups of samples are then exact. Here the
-theorems of papers become tests.
+prefix, from a table or from a small network; log-probabilities of all sequences, the true
+objective, its gradient and the expectation of any estimator over groups of samples are then exact.
+Here the theorems of papers become tests.
 
 `S` sequences, `P` prefixes, `G` samples a group.
 """

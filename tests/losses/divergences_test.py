@@ -83,7 +83,9 @@ def test_half_precision_logits_are_normalised_in_float32():
 
 def test_tokens_that_are_ruled_out_give_no_nan():
   """-inf logits (a padded vocabulary) count as 0 log 0, in value and gradient."""
-  teacher, student = (jnp.append(jnp.asarray(x), -jnp.inf) for x in ([0.2, -0.1, 0.5], [0.0, 0.3, 0.1]))
+  teacher, student = (
+    jnp.append(jnp.asarray(x), -jnp.inf) for x in ([0.2, -0.1, 0.5], [0.0, 0.3, 0.1])
+  )
   for divergence in divergences.TABLE.values():
     value, grad = jax.value_and_grad(lambda x, d=divergence: d(teacher, x))(student)
     np.testing.assert_allclose(value, divergence(teacher[:3], student[:3]), rtol=1e-6)

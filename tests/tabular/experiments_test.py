@@ -1,9 +1,9 @@
 """What every policy-gradient experiment follows in expectation, exactly: unbiased, or biased as stated.
 
-The credit and the objective of each file in experiments/policy_gradient/ get every rollout that a tiny
-policy can produce: N prompts, G samples each, with their probabilities. The sum is the exact expected
-gradient, and it is compared with the gradient of a function that is written here from the theory.
-"""
+The credit and the objective of each file in experiments/policy_gradient/ get every rollout that a
+tiny policy can produce: N prompts, G samples each, with their probabilities. The sum is the exact
+expected gradient, and it is compared with the gradient of a function that is written here from the
+theory."""
 
 import importlib
 import math
@@ -283,11 +283,11 @@ def smollm2_grpo(case: Case, params):
 EXPECTED = table(reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo, smollm2_grpo)
 
 
-def assert_follows(got, case: Case, function, *, atol: float = 1e-11):
+def assert_follows(got, case: Case, function):
   expected = jax.grad(lambda params: function(case, params))(case.params)
   assert np.max(np.abs(expected['logits'])) > 1e-3
   for name in expected:
-    np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=atol)
+    np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-11)
 
 
 def cosine(a, b) -> float:
@@ -352,8 +352,8 @@ def test_at_equal_lengths_standardizing_rescales_each_prompts_gradient(name, cas
 
 @pytest.mark.parametrize('size', [2, 3])
 def test_in_groups_of_two_or_three_standardizing_is_a_constant(size, x64):
-  """A mixed group then has the std sqrt(1 / G), so c(p) / (p (1 - p)) = (G - 1) / sqrt(G) for all p
-  and prompts keep their weights."""
+  """With rewards of 0 and 1 a mixed group has the std sqrt(1 / G), so c(p) / (p (1 - p)) is
+  (G - 1) / sqrt(G) for all p, and prompts keep their weights."""
   case = CASES['two_prompts']._replace(group=size)
   scale = (size - 1) / size / (np.sqrt(1 / size) + 1e-6)
   got = descent(case, load('gspo'))
