@@ -292,10 +292,11 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}: the objective reads {missing}, which neither collect ({sorted(collector.provides)}) '
       f'nor credit ({sorted(phase.credit.provides)}) provides'
     )
-  if collector.filtered and 'proximal_logp' in wanted:
+  if collector.filtered and wanted & {'proximal_logp', 'advantages'}:
     raise ValueError(
       f'{path}.collect: top_k, top_p or a role other than current sample from another distribution '
-      'than the policy, so ratios to the sampler would be wrong; set recompute_proximal=True'
+      'than the policy, so its log-probs are not those of the samples; set recompute_proximal=True '
+      "to go on with the policy's own"
     )
 
 

@@ -83,7 +83,6 @@ class Collector(NamedTuple):
   provides: frozenset[str]
   roles: frozenset[str] = frozenset()
   filtered: bool = False
-  online: bool = False
 
 
 def rollouts(
@@ -98,6 +97,7 @@ def rollouts(
   role: roles.Part = roles.current,
   recompute_proximal: bool = False,
   max_resamples: int = 0,
+  mask_truncated: bool = False,
 ) -> Collector:
   """Samples `group` completions for each of `prompts` prompts.
 
@@ -108,6 +108,9 @@ def rollouts(
       it is the sampler's own log-prob.
     max_resamples: dynamic sampling (arXiv:2503.14476): draw further prompts, at most so many times,
       to replace groups whose rewards are all equal.
+    mask_truncated: overlong filtering (arXiv:2503.14476): rows that met no stop token keep their say
+      in the statistics of their group and leave the loss. Whether they also leave its denominator
+      is the aggregation's choice: `constant_length` counts all rows, the others what is masked in.
   """
   reads = frozenset(inputs(role)) - {'policy'}
   return Collector(
@@ -116,6 +119,7 @@ def rollouts(
       records=prompts,
       prompt_length=prompt_length,
       max_resamples=max_resamples,
+      mask_truncated=mask_truncated,
       recompute_proximal=recompute_proximal,
       sampler=dict(
         group_size=group,
@@ -135,7 +139,6 @@ def rollouts(
     roles=reads,
     filtered=(top_k > 0 or top_p < 1 or _function(role) is not roles.current)
     and not recompute_proximal,
-    online=True,
   )
 
 
@@ -192,6 +195,7 @@ def _make_rollouts(
   records: int,
   prompt_length: int,
   max_resamples: int,
+  mask_truncated: bool,
   recompute_proximal: bool,
   sampler: Mapping,
 ) -> Callable:
@@ -238,6 +242,8 @@ def _make_rollouts(
     found = {'proximal_logp': scored.behavior_logp}
     found |= annotate(state, scored.tokens, scored.segment_ids)
     fields, credit_state = to_host(assign(arrays | found, to_host(state.credit_state)))
+    if mask_truncated:
+      fields['mask'] = fields['mask'] & scored.finished[:, None]
     batch = Batch(
       tokens=scored.tokens,
       segment_ids=scored.segment_ids,

@@ -50,8 +50,6 @@ class Scored(Rollout):
 
   rewards: Array  # f32[B]
   valid: Array  # bool[B]
-  token_rewards: Array | None = None  # f32[B, T]
-  wins: Array | None = None  # f32[N, G, G], P(row i beats row j) inside a group
 
 
 @struct.dataclass(kw_only=True)

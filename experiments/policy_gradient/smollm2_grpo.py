@@ -30,7 +30,7 @@ def sums(*, size: int, seed: int):
 
 
 def get_config(text: str = ''):
-  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=80, smoke=False)
+  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=50, smoke=False)
   reward = {'score': weighted(1.0, part(verifiers.reasoning_gym_score, pattern=r'-?\d+'))}
   rl = part(
     phase,
@@ -38,7 +38,7 @@ def get_config(text: str = ''):
     source=sums(size=2000, seed=0),
     collect=part(
       collect.rollouts,
-      prompts=2 if o.smoke else 4,
+      prompts=2 if o.smoke else 8,
       group=2 if o.smoke else 8,
       prompt_length=48,
       max_new_tokens=4 if o.smoke else 10,
@@ -51,7 +51,7 @@ def get_config(text: str = ''):
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.28),
       aggregation=part(aggregation.token_mean),
     ),
-    optimizer=part(optim.adamw, learning_rate=2e-5),
+    optimizer=part(optim.adamw, learning_rate=1e-5),
   )
   return part(
     experiment,
@@ -62,7 +62,7 @@ def get_config(text: str = ''):
     order=('rl',),
     evaluation=part(
       held_out,
-      every=20,
+      every=10,
       source=sums(size=64, seed=1_000_000),
       reward=reward,
       problems=4 if o.smoke else 64,

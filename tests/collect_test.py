@@ -1,0 +1,188 @@
+"""From records to a batch, on the host: groups, failures, truncation, dynamic sampling."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.common import addition_phase, arithmetic_experiment
+from polgrad import build, collect, credit, learner, objectives, registry, train
+from polgrad.data import tokenizers
+from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+from polgrad.rewards.scoring import Scores
+from polgrad.types import Outputs, Scored
+
+
+def judged(rewards, *, first=0, valid=None):
+  """Groups of two rows with these rewards; row i is made of token first + i."""
+  rewards = np.asarray(rewards, np.float32)
+  rows = len(rewards)
+  valid = np.ones(rows, bool) if valid is None else np.asarray(valid)
+  made = first + np.arange(rows, dtype=np.int32)
+  scored = Scored(
+    tokens=np.repeat(made[:, None], 3, axis=1),
+    segment_ids=np.ones((rows, 3), np.int32),
+    mask=np.tile([False, True, True], (rows, 1)),
+    behavior_logp=np.zeros((rows, 3), np.float32),
+    finished=np.ones(rows, bool),
+    prompt_ids=made // 2,
+    group_ids=np.arange(rows, dtype=np.int32) // 2,
+    policy_step=np.zeros(rows, np.int32),
+    rewards=rewards,
+    valid=valid,
+  )
+  scores = Scores(rewards.astype(float), {'r': rewards.astype(float)}, valid, {'r/X': 1}, ['m'])
+  records = [{'prompt': str(i)} for i in range(first // 2, first // 2 + rows // 2)]
+  return collect.Judged(scored, scores, [str(i) for i in made], records)
+
+
+def test_informative_groups_are_those_whose_valid_rewards_differ():
+  got = judged([0, 0, 1, 0, 1, 1, 1, 0], valid=[1, 1, 1, 1, 1, 1, 1, 0])
+  np.testing.assert_array_equal(collect.informative(got.scored, 2), [False, True, False, False])
+  none = judged([0, 1], valid=[0, 0])
+  np.testing.assert_array_equal(collect.informative(none.scored, 2), [False])
+
+
+def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
+  old, new = judged([0, 0, 1, 0, 1, 1]), judged([1, 1, 0, 1, 0, 0], first=10)
+  useful = collect.informative(old.scored, 2)
+  got = collect.replace_groups(old, new, useful, 2)
+  np.testing.assert_array_equal(got.scored.tokens[:, 0], [12, 13, 2, 3, 4, 5])
+  np.testing.assert_array_equal(got.scored.rewards, [0, 1, 1, 0, 1, 1])
+  np.testing.assert_array_equal(got.scored.group_ids, [0, 0, 1, 1, 2, 2])
+  np.testing.assert_array_equal(got.scores.total, got.scored.rewards)
+  assert got.texts == ['12', '13', '2', '3', '4', '5']
+  assert [r['prompt'] for r in got.records] == ['6', '1', '2']
+  assert got.scores.errors == {'r/X': 2}
+
+
+def test_prompts_that_stand_twice_draw_other_noise():
+  ids = collect.distinct(np.array([5, 7, 5, 5], np.int32))
+  assert len(set(ids.tolist())) == 4 and ids[0] == 5 and ids[1] == 7
+  assert (ids >= 0).all()
+
+
+def experiment(**rollouts):
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_mean)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.reinforce),
+      aggregation=part(aggregation.token_mean),
+    ),
+    reward={'short': weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4))},
+    rollouts=rollouts,
+  )
+  return build.build(arithmetic_experiment({'rl': phase}, smoke=True))
+
+
+def collected(run, **changes):
+  phase = run.phases['rl']._replace(**changes)
+  with jax.set_mesh(run.mesh):
+    state = train.begin(run, 0, None)
+    make = phase.collect.make(train.context(run, phase, 0))
+    drawer = train.Drawer(phase, seed=0, cursor=0)
+    return make(state, drawer, 0), drawer
+
+
+@pytest.fixture(scope='module')
+def plain():
+  return collected(experiment())[0]
+
+
+def test_trap_04_truncated_rows_leave_the_denominator_only_where_that_is_named(plain):
+  kept = plain.batch
+  masked = collected(experiment(mask_truncated=True))[0].batch
+  cut = kept.mask.any(axis=1) & ~masked.mask.any(axis=1)
+  assert 0 < cut.sum() < len(cut)
+  np.testing.assert_array_equal(masked.mask, kept.mask & ~cut[:, None])
+  # They stay in the statistics of their group, ...
+  np.testing.assert_array_equal(masked.advantages, kept.advantages)
+  # ... and in the denominator of the one aggregation that counts rows as they were sampled.
+  loss = np.ones(kept.mask.shape, np.float32)
+  constant = lambda where: aggregation.constant_length(loss, where, length=5).count
+  assert constant(masked.mask) == constant(kept.mask)
+  for other in (aggregation.token_mean, aggregation.sequence_mean, aggregation.sequence_sum):
+    assert other(loss, masked.mask).count < other(loss, kept.mask).count
+
+
+def test_trap_25_failed_verifiers_leave_loss_and_statistics(plain):
+  run = experiment()
+  real = run.phases['rl'].score
+
+  def sometimes(completions, records, lengths):
+    scores = real(completions, records, lengths)
+    bad = np.arange(len(completions)) % 4 == 1
+    return scores._replace(
+      total=np.where(bad, np.nan, scores.total),
+      valid=~bad,
+      errors={'short/ValueError': int(bad.sum())},
+      messages=['row 1: short: ValueError: no'],
+    )
+
+  got, _ = collected(run, score=sometimes)
+  bad = np.arange(16) % 4 == 1
+  np.testing.assert_array_equal(got.batch.tokens, plain.batch.tokens)
+  assert not got.batch.mask[bad].any() and got.batch.mask[~bad].any(axis=1).all()
+  assert np.isfinite(got.batch.rewards).all() and not got.batch.advantages[bad].any()
+  rewards = np.where(bad, np.nan, got.batch.rewards).reshape(4, 4)
+  want = rewards - np.nanmean(rewards, axis=1, keepdims=True)
+  found = np.array([a[m][0] for a, m in zip(got.batch.advantages[~bad], got.batch.mask[~bad])])
+  np.testing.assert_allclose(found, want.reshape(-1)[~bad], atol=1e-6)
+  assert got.metrics['verifier_errors'] == 4
+  assert got.metrics['verifier_errors/short/ValueError'] == 4
+  assert got.messages == ['row 1: short: ValueError: no']
+
+
+def test_resampling_draws_on_and_the_cursor_knows():
+  run = experiment(max_resamples=3)
+  always_same = lambda texts, *_: Scores(
+    np.zeros(len(texts)), {'r': np.zeros(len(texts))}, np.ones(len(texts), bool), {}, []
+  )
+  got, drawer = collected(run, score=always_same)
+  assert drawer.cursor == 4 * 4  # three more tries, then what is dull stays
+  assert got.metrics['reward/same_in_group'] == 1.0 and not got.batch.advantages.any()
+  assert got.batch.mask.any(axis=1).all()
+
+
+def test_trap_19_completions_are_the_sampler_s_ids(plain):
+  """Texts are for verifiers only: the batch holds the tokens that were drawn."""
+  tokenizer = tokenizers.characters(alphabet='0123456789+=')
+  texts = [text for _, text, _ in plain.samples]
+  for row, text in zip(range(16), texts):
+    ids = plain.batch.tokens[row][plain.batch.mask[row]].tolist()
+    assert tokenizer.decode(ids) == text
+  assert (plain.batch.behavior_logp[plain.batch.mask] < 0).all()
+
+
+def test_annotations_are_taken_in_pieces_without_a_trace(plain):
+  run = experiment()
+  params = run.policy.init(jax.random.key(0))
+  made = [
+    learner.make_annotate(run.policy, fields=frozenset(), temperature=1.0, micro_batches=m)(
+      params, plain.batch.tokens, plain.batch.segment_ids
+    )
+    for m in (1, 4)
+  ]
+  assert isinstance(made[0], Outputs)
+  np.testing.assert_allclose(made[0].logp, made[1].logp, atol=1e-5)
+
+
+def test_own_verifiers_can_be_named_in_a_configuration():
+  def starts_with_one(completion):
+    return float(completion.startswith('1'))
+
+  registry.register(verifiers.TABLE, starts_with_one)
+  try:
+    phase = addition_phase(
+      objective=part(objectives.supervised, aggregation=part(aggregation.token_mean)),
+      reward={'one': weighted(2.0, part(starts_with_one))},
+    )
+    config = arithmetic_experiment({'rl': phase}, smoke=True)
+    run = build.build(json.loads(config.to_json()))
+  finally:
+    del verifiers.TABLE['starts_with_one']
+  assert run.phases['rl'].score(['12', '21'], [{}, {}], [2, 2]).total.tolist() == [2.0, 0.0]
