@@ -87,8 +87,9 @@ copy() {
   local archive
   archive="$(mktemp --suffix=.tar.gz)"
   # The working tree as git sees it, uncommitted changes included: what runs is what you have here.
+  # git also lists files that were deleted since; tar passes over them.
   run bash -c 'cd "$1" && git ls-files -z --cached --others --exclude-standard |
-    tar --null --files-from=- --create --gzip --file="$2"' bash "$root" "$archive"
+    tar --null --ignore-failed-read --files-from=- --create --gzip --file="$2"' bash "$root" "$archive"
   tpu scp "$archive" "$name:polgrad.tar.gz" "${where[@]}" --worker=all
   on_workers all 'rm -rf polgrad && mkdir polgrad && tar -xzf polgrad.tar.gz -C polgrad'
   rm -f "$archive"

@@ -3,7 +3,7 @@
 import os
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.', lock_config=True)
@@ -21,9 +21,11 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def start(argv: list[str]) -> None:
-  """Joins the pod if asked to, and turns the compilation cache on."""
+  """Joins the pod if asked to, turns the compilation cache on and quiet libraries down."""
   if len(argv) > 1:
     raise SystemExit(f'unexpected arguments {argv[1:]}; flags begin with --')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save otherwise
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   if CACHE.value:

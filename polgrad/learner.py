@@ -83,7 +83,8 @@ def make_update(
 
   An update whose loss or gradient is not finite leaves everything but `step` and `skipped` as it was.
   """
-  fields = objective.requires & {'entropy', 'values'}
+  # Entropy is a metric of every run; where no objective reads it, the compiler drops it.
+  fields = (objective.requires & {'values'}) | {'entropy'}
 
   def counts_of(batch: Batch, state: TrainState) -> dict[str, Array]:
     zeros = jnp.zeros(batch.tokens.shape, jnp.float32)

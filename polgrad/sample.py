@@ -35,8 +35,12 @@ BUCKET = 64  # prompts are padded to multiples of it, so that few shapes are com
 def make_completer(
   experiment: Experiment, params: Params, *, temperature: float, max_new_tokens: int, seed: int
 ) -> Callable[[dict, int], str]:
-  """Makes (record, turn) -> text, for records with a `prompt` or `messages`."""
+  """Makes (record, turn) -> text, for records with a `prompt` or `messages`.
+
+  At least half of the context is left to the prompt, whatever `max_new_tokens`.
+  """
   tokenizer = experiment.tokenizer
+  max_new_tokens = min(max_new_tokens, experiment.policy.config.max_length // 2)
   sample = make_sampler(
     {'policy': experiment.policy},
     group_size=1,

@@ -67,7 +67,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> Tr
   checkpoints.close()
   if chief:
     writer.close()
-    logging.info('the curves are in %s', metrics.report(workdir))
+    print(f'metrics, checkpoints and curves are in {workdir}; see {metrics.report(workdir)}')
   return state
 
 
@@ -82,7 +82,7 @@ def resume(experiment: Experiment, checkpoints: Any) -> TrainState:
     raise ValueError(f'the checkpoint ran phases {meta["order"]}, not {experiment.order}')
   if meta['phase']:
     state = begin(experiment, meta['phase'], state)
-  logging.info('going on from checkpoint %d, in phase %s', step, experiment.order[meta['phase']])
+  print(f'going on from checkpoint {step}, in phase {experiment.order[meta["phase"]]}')
   restore = functools.partial(checkpoint.restore, checkpoints, step)
   rest = restore('rest', state.replace(params=None))
   return rest.replace(params=restore('params', state.params))
@@ -278,9 +278,14 @@ def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[s
 
 
 SHOWN = {
-  'reward': 'reward', 'loss': 'loss', 'kl': 'kl', 'entropy': 'entropy', 'length': 'length',
+  'reward': 'reward',
+  'loss': 'loss',
+  'kl': 'kl',
+  'sampler_kl': 'sampler_kl',
+  'entropy': 'entropy',
+  'length': 'length',
   'tokens_per_second': 'tok/s',
-}  # fmt: skip
+}
 
 
 def postfix(row: dict[str, float]) -> str:

@@ -139,6 +139,7 @@ def measure(monkeypatch):
   def run(written, *, samples):
     def make_sampler(policies, *, group_size, **settings):
       def sample(params, tokens, mask, ids, *, seed, step):
+        assert len(ids) == 2  # always one shape
         texts = [t for i in ids for t in written[group_size][int(i)]]
         return rollout(texts, tokens)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import re
 
@@ -12,6 +13,7 @@ import pytest
 
 from polgrad import build, methods, metrics, train
 from polgrad.objectives import Objective
+from polgrad.registry import part
 from tests import examples
 from tests.objectives_test import loss_of
 
@@ -90,11 +92,23 @@ def _value_and_grad(objective: Objective, batch):
 
 @EACH
 def test_trains_two_smoke_steps(name, tmp_path):
-  config = load(name)
-  config.evaluation.every = 0
+  trains(load(name), tmp_path)
+
+
+@pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='needs the folder of SmolLM2')
+def test_a_real_model_trains_two_smoke_steps(tmp_path):
+  rows = trains(load('experiments.policy_gradient.smollm2_grpo'), tmp_path)
+  assert all(r['sampler_max_gap'] < 1e-3 for r in rows)
+
+
+def trains(config, tmp_path) -> list[dict]:
+  """Runs without evaluation; returns the metrics."""
+  with config.unlocked():
+    config.evaluation = part(build.never)
   state = train.run(config, str(tmp_path))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
   rows = metrics.read(str(tmp_path / 'metrics.jsonl'))
   assert [r['skipped'] for r in rows] == [0.0] * len(rows)
   assert {r['phase'] for r in rows} == set(config.order)
   assert all(np.isfinite(r['loss']) for r in rows)
+  return rows

@@ -30,7 +30,7 @@ def sums(*, size: int, seed: int):
 
 
 def get_config(text: str = ''):
-  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=50, smoke=False)
+  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=60, smoke=False)
   reward = {'score': weighted(1.0, part(verifiers.reasoning_gym_score, pattern=r'-?\d+'))}
   rl = part(
     phase,
@@ -38,11 +38,12 @@ def get_config(text: str = ''):
     source=sums(size=2000, seed=0),
     collect=part(
       collect.rollouts,
-      prompts=2 if o.smoke else 8,
+      prompts=2 if o.smoke else 4,
       group=2 if o.smoke else 8,
       prompt_length=48,
       max_new_tokens=4 if o.smoke else 10,
       temperature=0.7,
+      max_resamples=1,
     ),
     reward=reward,
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
