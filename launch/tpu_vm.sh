@@ -117,7 +117,11 @@ launch() {
     > ../train.log 2>&1 < /dev/null & echo started"
 }
 
-stop() { on_workers all "pkill -f '[p]olgrad.train' || true"; }
+# Waits until the old run is gone: two cannot hold the TPU.
+stop() {
+  on_workers all "pkill -f '[p]olgrad.train' || true
+    while pgrep -f '[p]olgrad.train' > /dev/null; do sleep 1; done"
+}
 
 follow() { on_workers 0 'tail -n 100 -F train.log'; }
 
