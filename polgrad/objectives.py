@@ -115,6 +115,9 @@ def policy_gradient(
       `{'kl': weighted(0.04, part(penalties.k3))}`; each is a term and a metric of its own.
   """
 
+  if 'policy' in penalties:
+    raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
+
   def apply(outputs, batch, state, *, step):
     del state, step
     x = view(outputs, batch)

@@ -269,6 +269,15 @@ class TestWeightedSum:
     np.testing.assert_allclose(value_and_grad(both, x, batch)[0], wanted, rtol=1e-6)
 
 
+def test_a_penalty_cannot_hide_the_surrogate():
+  with pytest.raises(ValueError, match='policy'):
+    objectives.policy_gradient(
+      surrogate=surrogates.reinforce,
+      aggregation=aggregation.token_mean,
+      penalties={'policy': Weighted(1.0, penalties.k2)},
+    )
+
+
 def test_trap_08_sampler_gap_is_reported():
   x, batch = examples.leaves(), examples.batch()
   _, metrics = OBJECTIVES['grpo'].apply(examples.outputs(x, {}), batch, (), step=0)
