@@ -7,6 +7,12 @@ advantages, no KL.
 
     POLGRAD_SMOLLM2=folder python -m polgrad.train \\
       --config=experiments/policy_gradient/smollm2_grpo.py --workdir=runs/smollm2
+
+Measured on 2 shared CPU cores, float32, one seed, median 25 s a step, 13 minutes of steps: greedy
+accuracy on 64 held-out problems (standard error 0.06) after 0, 10, 20, 30 steps: 0.08, 0.41, 0.48,
+0.52. Mean sampled reward of five steps at a time: 0.29, 0.45, 0.34, 0.66, 0.52, 0.52 (dynamic sampling
+replaces groups without signal, so it reads high at first). It learns to answer at once and to the
+point, and then to add; one-digit problems are few, so they also occur in training.
 """
 
 import os
@@ -30,7 +36,7 @@ def sums(*, size: int, seed: int):
 
 
 def get_config(text: str = ''):
-  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=60, smoke=False)
+  o = options(text, path=os.environ.get('POLGRAD_SMOLLM2', ''), steps=30, smoke=False)
   reward = {'score': weighted(1.0, part(verifiers.reasoning_gym_score, pattern=r'-?\d+'))}
   rl = part(
     phase,
