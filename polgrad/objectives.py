@@ -30,7 +30,7 @@ from polgrad.losses import (
 )
 from polgrad.losses import pointwise as pointwise_losses
 from polgrad.losses import weights as token_weights
-from polgrad.registry import call, inputs, table
+from polgrad.registry import Weighted, call, inputs, table
 from polgrad.types import Array, Batch, Max, Mean, Outputs
 
 Terms = dict[str, Mean]
@@ -115,6 +115,7 @@ def policy_gradient(
       `{'kl': weighted(0.04, part(penalties.k3))}`; each is a term and a metric of its own.
   """
 
+  _check_weighted('penalties', penalties)
   if 'policy' in penalties:
     raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
 
@@ -136,6 +137,12 @@ def policy_gradient(
 
   functions = [surrogate, *weights.values(), *(p.fn for p in penalties.values())]
   return Objective(requires=reads(functions), apply=apply)
+
+
+def _check_weighted(slot: str, parts: Mapping[str, Any]) -> None:
+  for name, one in parts.items():
+    if not isinstance(one, Weighted):
+      raise TypeError(f'{slot}.{name}: give it a coefficient, as in weighted(0.1, part(...))')
 
 
 def _policy_metrics(x: dict[str, Array]) -> Metrics:
@@ -289,6 +296,7 @@ def weighted_sum(
       k-th name (sorted) sees only the rows with `stream == k`; otherwise all see all rows.
     schedules: multipliers of a stream's weight over the updates, for some of the names.
   """
+  _check_weighted('streams', streams)
   unknown = sorted(set(schedules) - set(streams))
   if unknown:
     raise ValueError(f'schedules for {unknown}, but the streams are {sorted(streams)}')

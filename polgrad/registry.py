@@ -144,7 +144,10 @@ def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
   if typing.get_origin(hint) is typing.Annotated:
     if inspect.isfunction(value):
       value = part(value)
-    return bind(value, hint.__metadata__[0], path)
+    bound = bind(value, hint.__metadata__[0], path)
+    if isinstance(bound, Weighted):
+      raise TypeError(f'{path}: one part stands here, so it takes no weight')
+    return bound
   arguments = typing.get_args(hint)
   if arguments and typing.get_origin(arguments[-1]) is typing.Annotated:
     return {k: bind(v, arguments[-1].__metadata__[0], f'{path}.{k}') for k, v in value.items()}

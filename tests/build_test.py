@@ -10,8 +10,8 @@ from experiments.policy_gradient import grpo, ppo
 from experiments.preference import dpo
 from polgrad import build, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
-from polgrad.losses import aggregation, surrogates
-from polgrad.registry import part
+from polgrad.losses import aggregation, penalties, surrogates
+from polgrad.registry import part, weighted
 from polgrad.sampling import roles
 
 
@@ -56,6 +56,18 @@ CASES = {
     [('phases.rl.objective.surrogate.epsilon', 0.1)],
     ValueError,
     ['config.phases.rl.objective.surrogate', 'epsilon', 'eps_high', 'eps_low'],
+  ),
+  'penalty without a coefficient': (
+    grpo,
+    [('phases.rl.objective.penalties.kl', part(penalties.k3))],
+    TypeError,
+    ['penalties.kl', 'weighted('],
+  ),
+  'weight where one part stands': (
+    grpo,
+    [('phases.rl.objective.surrogate', weighted(2.0, part(surrogates.clipped)))],
+    TypeError,
+    ['config.phases.rl.objective.surrogate', 'no weight'],
   ),
   'unknown penalty': (
     grpo,
