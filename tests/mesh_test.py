@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.policy_gradient import grpo
 from polgrad import build, metrics, optim, sharding, train
 from polgrad.collect import to_host
-from polgrad.registry import part
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
 from tests.train_test import config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,12 +85,23 @@ import jax
 jax.config.update('jax_compilation_cache_dir', sys.argv[5])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
 from polgrad import train
-from polgrad.registry import part
-from tests.train_test import config
-made = config()
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+from tests.mesh_test import grpo_smoke
+made = grpo_smoke()
 made.mesh.data = 2
 train.run(made, sys.argv[3], sys.argv[4])
 """
+
+
+def grpo_smoke():
+  """The GRPO experiment, with a reward that random weights can earn."""
+  made = grpo.get_config('smoke')
+  with made.unlocked():
+    made.phases.rl.reward.short = weighted(
+      1.0, part(verifiers.soft_overlong, max_length=5, cache=4)
+    )
+  return made
 
 
 def test_two_processes_train_to_the_same_numbers(tmp_path):
@@ -109,11 +122,12 @@ def test_two_processes_train_to_the_same_numbers(tmp_path):
   said = [p.communicate(timeout=500)[0] for p in processes]
   assert all(p.returncode == 0 for p in processes), said[0][-3000:] + said[1][-3000:]
 
-  train.run(config(), str(tmp_path / 'alone'))
+  train.run(grpo_smoke(), str(tmp_path / 'alone'))
   ours = metrics.read(str(tmp_path / 'p0' / 'metrics.jsonl'))
   alone = metrics.read(str(tmp_path / 'alone' / 'metrics.jsonl'))
   assert not (tmp_path / 'p1' / 'metrics.jsonl').exists()
   assert [r['step'] for r in ours] == [r['step'] for r in alone]
+  assert any(r['phase'] == 'rl' and r.get('grad_norm', 0) > 0.01 for r in alone)
   for a, b in zip(ours, alone):
     for name in b:
       if 'second' not in name and not isinstance(b[name], str):
