@@ -48,27 +48,31 @@ def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> Tr
       json.dump(json.loads(config.to_json_best_effort()), f, indent=2)
   folder = folder or os.path.join(workdir, 'checkpoints')
   checkpoints = checkpoint.manager(folder, keep=experiment.keep_checkpoints)
-  with jax.set_mesh(experiment.mesh):
-    state = resume(experiment, checkpoints)
-    writer = None
-    if chief:
-      begun = int(state.phase) + (int(state.phase_step) > 0)
-      writer = metrics.Writer(
-        workdir,
-        step=int(state.step),
-        past=experiment.order[:begun],
-        tensorboard=experiment.tensorboard,
-      )
-    for index in range(int(state.phase), len(experiment.order)):
-      if index > int(state.phase):
-        state = begin(experiment, index, state)
-      state = run_phase(experiment, state, checkpoints, writer)
-  checkpoints.wait_until_finished()
-  checkpoints.close()
+  try:
+    with jax.set_mesh(experiment.mesh):
+      state = resume(experiment, checkpoints)
+      writer = open_writer(experiment, state, workdir) if chief else None
+      for index in range(int(state.phase), len(experiment.order)):
+        if index > int(state.phase):
+          state = begin(experiment, index, state)
+        state = run_phase(experiment, state, checkpoints, writer)
+  finally:
+    checkpoints.close()  # lets a save that is under way come to its end
   if chief:
     writer.close()
     print(f'metrics, checkpoints and curves are in {workdir}; see {metrics.report(workdir)}')
   return state
+
+
+def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metrics.Writer:
+  """Metrics of the run so far, up to this state."""
+  begun = int(state.phase) + (int(state.phase_step) > 0)
+  return metrics.Writer(
+    workdir,
+    step=int(state.step),
+    past=experiment.order[:begun],
+    tensorboard=experiment.tensorboard,
+  )
 
 
 def resume(experiment: Experiment, checkpoints: Any) -> TrainState:
