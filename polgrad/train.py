@@ -150,11 +150,11 @@ def run_phase(
   """Collect, update, report, until the phase has made its steps."""
   name = experiment.order[int(state.phase)]
   phase = experiment.phases[name]
-  collect = phase.collect.make(context(experiment, phase, int(state.phase)))
+  used = context(experiment, phase, int(state.phase))
+  collect = phase.collect.make(used)
   update = jit_update(experiment, phase, state)
   plan = experiment.evaluation
   measure = evaluate.make_evaluator(experiment) if plan.every else None
-  seed = experiment.seed + 1_000_003 * int(state.phase)  # phases draw other data and samples
   every = lambda n, step: n > 0 and (step % n == 0 or step == phase.steps)
 
   def evaluated(step: int) -> dict[str, float]:
@@ -171,7 +171,7 @@ def run_phase(
     writer.write(int(state.step), name, found)
   for step in range(first, phase.steps):
     started = time.perf_counter()
-    draw = Drawer(phase, seed, int(state.cursor))
+    draw = Drawer(phase, used.seed, int(state.cursor))
     collected = collect(state, draw, step)
     for message in collected.messages:
       logging.warning('verifier: %s', message)
@@ -180,7 +180,7 @@ def run_phase(
       epochs=phase.epochs,
       parts=phase.minibatches,
       group=phase.objective.group,
-      seed=(seed, step),
+      seed=(used.seed, step),
     )
     reports = []
     for cut in cuts:
@@ -188,11 +188,12 @@ def run_phase(
       reports.append(to_host(report))
       stop_if_broken(reports[-1], experiment.max_skipped, name, step)
     state = advance(experiment.mesh, state, collected, draw.cursor)
-    row = summary(reports, collected, time.perf_counter() - started) | evaluated(step + 1)
+    row = summary(reports, collected, time.perf_counter() - started)
+    found = evaluated(step + 1)
     bar.update()
     bar.set_postfix_str(postfix(row))
-    if writer and every(experiment.log_every, step + 1):
-      writer.write(int(state.step), name, row)
+    if writer and (found or every(experiment.log_every, step + 1)):
+      writer.write(int(state.step), name, row | found)
     if writer and collected.samples and every(experiment.samples_every, step + 1):
       metrics.show_samples(f'{name}, step {step + 1}', collected.samples[: experiment.show_samples])
     if every(experiment.checkpoint_every, step + 1):
@@ -219,7 +220,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     policy=experiment.policy,
     tokenizer=experiment.tokenizer,
     mesh=experiment.mesh,
-    seed=experiment.seed + 1_000_003 * index,
+    seed=experiment.seed + 1_000_003 * index,  # phases draw other data and samples
     objective=phase.objective,
     credit=phase.credit,
     score=phase.score,
