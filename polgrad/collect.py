@@ -269,7 +269,7 @@ def distinct(ids: np.ndarray) -> np.ndarray:
   seen = collections.Counter()
   out = []
   for i in ids.tolist():
-    out.append((i + seen[i] * 0x9E3779B1) % 2**31)
+    out.append((i + seen[i] * 0x9E3779B1) % 2**31)  # a step far beyond any data set's rows
     seen[i] += 1
   return np.asarray(out, np.int32)
 

@@ -1,5 +1,5 @@
 """Sampling: who draws (`roles`), from which part of the distribution (`processors`), and the loop."""
 
-from polgrad.sampling.sampler import completion_lengths, make_sampler
+from polgrad.sampling.sampler import make_sampler
 
-__all__ = ['completion_lengths', 'make_sampler']
+__all__ = ['make_sampler']

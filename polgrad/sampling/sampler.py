@@ -168,11 +168,6 @@ def make_sampler(
   return sample
 
 
-def completion_lengths(rollout: Rollout) -> Array:
-  """Number of tokens that the policy made, stop token included; i32[B]."""
-  return jnp.sum(rollout.mask, axis=1)
-
-
 def _row_keys(seed: Any, step: Any, prompt_ids: Array, sample_indices: Array) -> Array:
   key = jax.random.fold_in(jax.random.key(seed), step)
   fold = lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)

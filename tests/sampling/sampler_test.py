@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.sampling import completion_lengths, make_sampler, processors, roles
+from polgrad.sampling import make_sampler, processors, roles
 from polgrad.types import Rollout
 from tests.models import tiny
 
@@ -70,7 +70,7 @@ def test_trap_06_and_08_sampler_log_probs_are_those_of_the_trainer():
 
 def test_trap_14_the_first_stop_token_counts_once_and_nothing_after_it():
   out = rollout()
-  lengths = completion_lengths(out)
+  lengths = out.mask.sum(axis=1)
   assert 0 < int(jnp.sum(out.finished)) < len(lengths)  # both kinds of rows
   for row, length in enumerate(lengths.tolist()):
     made = out.tokens[row, WIDTH : WIDTH + length].tolist()
@@ -145,7 +145,7 @@ def test_the_loop_ends_when_all_rows_have():
   sample = make_sampler(policies, max_new_tokens=50, stop_ids=tuple(range(tiny.VOCAB)))
   out = sample({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
   jax.effects_barrier()
-  assert len(steps) == 1 and completion_lengths(out).tolist() == [1] * 4
+  assert len(steps) == 1 and out.mask.sum(axis=1).tolist() == [1] * 4
 
 
 def test_draws_follow_the_reported_distribution():
