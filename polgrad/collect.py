@@ -22,13 +22,14 @@ from polgrad import credit as credits
 from polgrad import sharding
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.learner import make_annotate
+from polgrad.learner import make_annotate, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.registry import inputs, table
 from polgrad.rewards.scoring import Scores
 from polgrad.sampling import roles
 from polgrad.sampling.sampler import make_sampler
+from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Rollout, Scored, TrainState
 
 Draw = Callable[[int], list[dict]]
@@ -217,7 +218,7 @@ def _make_rollouts(
 
   def sample_and_score(state: TrainState, records: Sequence[dict], step: int) -> Judged:
     prompts = batching.prompts(records, tokenizer, length=prompt_length)
-    params = {'policy': state.params, **state.anchors}
+    params = parameter_sets(state, context.frozen)
     rollout = sample(
       {name: params[name] for name in names},
       prompts.tokens,
@@ -413,22 +414,12 @@ def _make_annotations(
       outputs = of_policy(state.params, *rows)
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in own}
+    params = parameter_sets(state, context.frozen)
     for field, function in of_anchor.items():
-      found[field] = function(state.anchors[ANCHOR_OF[field]], *rows).logp
+      found[field] = function(params[ANCHOR_OF[field]], *rows).logp
     return to_host(found)
 
   return annotate
-
-
-def to_host(tree: Any) -> Any:
-  """NumPy copies of global arrays, whole on every process."""
-
-  def fetch(x):
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-      return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-  return jax.tree.map(fetch, tree)
 
 
 def minibatches(

@@ -19,7 +19,7 @@ from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import Experiment, build
-from polgrad.collect import completions, question, to_host
+from polgrad.collect import completions, question
 from polgrad.data import batching
 from polgrad.sampling import roles
 from polgrad.sampling.sampler import make_sampler
@@ -101,7 +101,7 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
       piece = [{**plan.source[i], 'id': i} for i in rows[start : start + plan.batch]]
       padded = piece + [piece[-1]] * (plan.batch - len(piece))  # one shape, one compilation
       prompts = batching.prompts(padded, tokenizer, length=plan.prompt_length)
-      rollout = to_host(
+      rollout = sharding.to_host(
         sample(
           {'policy': params},
           prompts.tokens,
@@ -158,7 +158,7 @@ def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Param
   checkpoints = checkpoint.manager(folder)
   step = checkpoint.latest(checkpoints, folder) if step < 0 else step
   policy = experiment.policy
-  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  shapes = policy.shapes()
   shardings = sharding.param_shardings(experiment.mesh, policy.axes(shapes), shapes)
   like = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

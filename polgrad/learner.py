@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polgrad.models.policy import Policy
+from polgrad.models.policy import Policy, labelled, overlay
 from polgrad.models.token_stats import STATS, token_stats
 from polgrad.objectives import Objective
 from polgrad.types import Array, Batch, Max, Mean, Outputs, Params, TrainState
@@ -66,6 +66,15 @@ def previous(x: Array) -> Array:
   return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
+def parameter_sets(state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Params]:
+  """The policy's parameters and those of all anchors by name, each whole.
+
+  An anchor of the policy holds only what updates change; one in `frozen` is a model of its own.
+  """
+  whole = {n: a if n in frozen else overlay(state.params, a) for n, a in state.anchors.items()}
+  return {'policy': state.params, **whole}
+
+
 def make_update(
   policy: Policy,
   objective: Objective,
@@ -74,17 +83,20 @@ def make_update(
   temperature: float = 1.0,
   micro_batches: int = 1,
   anchors: Mapping[str, Callable] = {},
-  teacher: Policy | None = None,
+  frozen: Mapping[str, Policy] = {},
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on one minibatch: (state, batch) -> (state, metrics); jit it.
 
   The batch is cut into `micro_batches` that are forwarded one after another. Counts are taken from the
-  whole batch first, so the gradient is that of the whole batch, whatever the cut.
+  whole batch first, so the gradient is that of the whole batch, whatever the cut; it is summed in
+  float32. Only parameters that updates change (see `Policy.labels`) have gradients, optimizer state
+  and anchors.
 
   An update whose loss or gradient is not finite leaves everything but `step` and `skipped` as it was.
   """
   # Entropy is a metric of every run; where no objective reads it, the compiler drops it.
   fields = (objective.requires & {'values'}) | {'entropy'}
+  teacher = frozen.get('teacher', policy) if 'teacher_logits' in objective.requires else None
 
   def counts_of(batch: Batch, state: TrainState) -> dict[str, Array]:
     zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
@@ -94,33 +106,33 @@ def make_update(
     terms, _ = objective.apply(blank, batch, state.objective_state, step=state.step)
     return {name: term.count for name, term in terms.items()}
 
-  def loss_fn(params: Params, batch: Batch, counts: Mapping[str, Array], state: TrainState):
+  def loss_fn(learned: Params, batch: Batch, counts: Mapping[str, Array], state: TrainState):
     outputs = forward(
       policy,
-      params,
+      overlay(state.params, learned),
       batch.tokens,
       batch.segment_ids,
       fields=fields,
       stats=objective.stats,
       temperature=temperature,
-      teacher=None if teacher is None else (teacher, state.anchors['teacher']),
+      teacher=teacher and (teacher, parameter_sets(state, frozen)['teacher']),
     )
     terms, metrics = objective.apply(outputs, batch, state.objective_state, step=state.step)
     shares = [Mean(total=t.total, count=counts[name]).value() for name, t in terms.items()]
     return sum(shares), (terms, metrics)
 
-  def gradient(state: TrainState, batch: Batch):
+  def gradient(state: TrainState, learned: Params, batch: Batch):
     counts = counts_of(batch, state)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-      return grad_fn(state.params, batch, counts, state)
+      return grad_fn(learned, batch, counts, state)
     parts = split(batch, micro_batches, objective.group)
 
     def accumulate(carry, part):
-      (loss, aux), grads = grad_fn(state.params, part, counts, state)
+      (loss, aux), grads = grad_fn(learned, part, counts, state)
       return jax.tree.map(jnp.add, carry, (loss, grads)), aux
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), learned))
     (loss, grads), aux = jax.lax.scan(accumulate, zero, parts)
     mergeable = lambda x: isinstance(x, Mean | Max)
     pieces = [jax.tree.map(lambda x, i=i: x[i], aux) for i in range(micro_batches)]
@@ -128,16 +140,17 @@ def make_update(
     return (loss, aux), grads
 
   def update(state: TrainState, batch: Batch):
-    (loss, (terms, metrics)), grads = gradient(state, batch)
-    norm = optax.tree.norm(grads)
+    learned = labelled(policy, state.params, 'train', 'balance')
+    (loss, (terms, metrics)), grads = gradient(state, learned, batch)
+    norm = optax.tree.norm(labelled(policy, grads, 'train'))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, steps)
+    steps, opt_state = optimizer.update(grads, state.opt_state, learned)
+    learned = optax.apply_updates(learned, steps)
     step = state.step + 1
     moved = state.replace(
-      params=params,
+      params=overlay(state.params, learned),
       opt_state=opt_state,
-      anchors={k: anchors[k](v, params, step) for k, v in state.anchors.items()},
+      anchors={k: anchors[k](v, learned, step) for k, v in state.anchors.items()},
       objective_state=objective.advance(state.objective_state, metrics),
       skipped=jnp.zeros_like(state.skipped),
     )

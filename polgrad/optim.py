@@ -4,7 +4,7 @@ A schedule multiplies a learning rate or the weight of a loss; its `step` counts
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,18 +49,20 @@ def adamw(
   weight_decay: float = 0.0,
   max_grad_norm: float = 1.0,
   schedule: SchedulePart = constant,
+  master_weights: bool = True,
 ) -> optax.GradientTransformation:
   """AdamW (arXiv:1711.05101) after clipping the gradient by its global norm.
 
-  The learning rate is `learning_rate * schedule(update)`; moments are kept in float32.
+  The learning rate is `learning_rate * schedule(update)`; see `in_float32` for `master_weights`.
   """
-  return optax.chain(
+  transform = optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32),
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_schedule(schedule),
     optax.scale(-learning_rate),
   )
+  return in_float32(transform) if master_weights else transform
 
 
 def sgd(
@@ -69,14 +71,62 @@ def sgd(
   momentum: float = 0.0,
   max_grad_norm: float = float('inf'),
   schedule: SchedulePart = constant,
+  master_weights: bool = True,
 ) -> optax.GradientTransformation:
-  """Gradient descent, with heavy-ball momentum if asked for."""
-  return optax.chain(
+  """Gradient descent, with heavy-ball momentum if asked for; `master_weights` as in `adamw`."""
+  transform = optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.trace(momentum),
     optax.scale_by_schedule(schedule),
     optax.scale(-learning_rate),
   )
+  return in_float32(transform) if master_weights else transform
+
+
+class MasterState(NamedTuple):
+  """Float32 copies of the parameters of lower precision (nothing for the others), and the rest."""
+
+  master: Params
+  inner: Any
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Runs an optimizer on float32 master copies of parameters that are stored in bfloat16.
+
+  A bfloat16 number has 8 bits, so a step below 1/256 of it would be lost, and most steps are. The
+  step is made on the master copy in float32, moments included, and the parameter is the copy,
+  rounded. Float32 parameters are their own master copies: nothing is kept for them.
+  """
+  single = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  low = lambda p: p.dtype != jnp.float32
+
+  def init(params):
+    keep = lambda p: p.astype(jnp.float32) if low(p) else optax.MaskedNode()
+    return MasterState(jax.tree.map(keep, params), optimizer.init(single(params)))
+
+  def update(grads, state, params):
+    masters = jax.tree.map(lambda p, m: m if low(p) else p, params, state.master)
+    steps, inner = optimizer.update(single(grads), state.inner, masters)
+    moved = optax.apply_updates(masters, steps)
+    # The difference of two bfloat16 numbers in float32, so that adding it gives the rounded copy.
+    rounded = lambda p, m: m.astype(p.dtype).astype(jnp.float32) - p.astype(jnp.float32)
+    steps = jax.tree.map(lambda p, m, s: rounded(p, m) if low(p) else s, params, moved, steps)
+    keep = lambda p, m: m if low(p) else optax.MaskedNode()
+    return steps, MasterState(jax.tree.map(keep, params, moved), inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def balanced(
+  optimizer: optax.GradientTransformation, labels: Callable[[Params], Params], *, rate: float
+) -> optax.GradientTransformation:
+  """Sign steps of size `rate` on what is labelled 'balance', the optimizer on what is 'train'.
+
+  The gradient of a router's bias is the excess load of its experts; see `models/experts.py`.
+  """
+  if not rate:
+    return optimizer
+  return optax.partition({'train': optimizer, 'balance': optax.sign_sgd(rate)}, labels)
 
 
 TABLE = table(adamw, sgd)

@@ -16,7 +16,7 @@ from absl import app, flags
 
 from polgrad import cli, sharding
 from polgrad.build import Experiment, build
-from polgrad.collect import completions, to_host
+from polgrad.collect import completions
 from polgrad.data import batching
 from polgrad.evaluate import restore_params
 from polgrad.sampling import roles
@@ -63,7 +63,7 @@ def make_completer(
       for x in (prompts.tokens, prompts.mask, prompts.ids)
     )
     rollout = sample({'policy': params}, tokens, mask, ids, seed=seed, step=turn)
-    return completions(to_host(rollout), tokenizer)[0]
+    return completions(sharding.to_host(rollout), tokenizer)[0]
 
   return complete
 

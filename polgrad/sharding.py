@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = ('data', 'fsdp')
@@ -25,6 +26,8 @@ RULES = {
   'mlp': ('tensor',),
   'vocab': ('tensor',),
   'layers': (),
+  'experts': (),
+  'rank': (),  # of an adapter
 }
 
 
@@ -124,3 +127,14 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
     return batch_sharding(mesh, x.ndim)
 
   return place(tree, jax.tree.map(sharding, tree))
+
+
+def to_host(tree: Any) -> Any:
+  """NumPy copies of global arrays, whole on every process."""
+
+  def fetch(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(fetch, tree)

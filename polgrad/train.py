@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from polgrad import checkpoint, cli, evaluate, metrics, sharding
 from polgrad.build import Experiment, Phase, build
-from polgrad.collect import Collected, Context, minibatches, to_host
+from polgrad.collect import Collected, Context, minibatches
 from polgrad.data import stream
 from polgrad.learner import make_update
+from polgrad.models.policy import Policy, labelled
 from polgrad.types import Params, TrainState
 
 
@@ -98,19 +99,21 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
   mesh = experiment.mesh
   fresh = functools.partial(init_params, experiment.policy, mesh, experiment.seed)
   params = fresh() if before is None else before.params
+  learned = labelled(experiment.policy, params, 'train', 'balance')
   anchors = {
     name: init_params(phase.frozen[name], mesh, experiment.seed)
     if name in phase.frozen
-    else jax.tree.map(jnp.copy, params)
+    else jax.tree.map(jnp.copy, learned)
     for name in phase.anchors
   }
   if phase.restart and before is not None:
     params = fresh()
+    learned = labelled(experiment.policy, params, 'train', 'balance')
   zero = np.zeros((), np.int32)
   small = sharding.replicate(
     mesh,
     dict(
-      step=zero if before is None else to_host(before.step),
+      step=zero if before is None else sharding.to_host(before.step),
       phase=np.asarray(index, np.int32),
       phase_step=zero,
       cursor=zero,
@@ -120,27 +123,35 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
     ),
   )
   return TrainState(
-    params=params, opt_state=init_opt_state(phase.optimizer, mesh, params), anchors=anchors, **small
+    params=params,
+    opt_state=init_opt_state(phase.optimizer, mesh, learned),
+    anchors=anchors,
+    **small,
   )
 
 
-def init_params(policy: Any, mesh: jax.sharding.Mesh, seed: int) -> Params:
-  params = policy.init(jax.random.key(seed))
-  return jax.device_put(params, sharding.param_shardings(mesh, policy.axes(params), params))
+def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
+  """Parameters where the mesh wants them, from the seed or from the policy's files."""
+  shapes = policy.shapes()
+  shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
+  return policy.init(jax.random.key(seed), shardings)
 
 
 def init_opt_state(
   optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
 ) -> Any:
-  """Optimizer state that lies where its parameters lie."""
+  """Optimizer state; what is kept for a parameter lies where the parameter lies."""
+  keys = lambda path: tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+  places = {keys(path): p for path, p in jax.tree_util.tree_leaves_with_path(params)}
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shardings = optax.tree_map_params(
-    optimizer,
-    lambda _, p: p.sharding,
-    jax.eval_shape(optimizer.init, params),
-    params,
-    transform_non_params=lambda _: whole,
-  )
+
+  def place(path, x):
+    names = keys(path)  # ends with the keys of the parameter, if it is of one
+    owners = [places[names[i:]] for i in range(len(names)) if names[i:] in places]
+    return owners[0].sharding if owners and owners[0].shape == x.shape else whole
+
+  shapes = jax.eval_shape(optimizer.init, params)
+  shardings = jax.tree_util.tree_map_with_path(place, shapes)
   return jax.jit(optimizer.init, out_shardings=shardings)(params)
 
 
@@ -185,7 +196,7 @@ def run_phase(
     reports = []
     for cut in cuts:
       state, report = update(state, sharding.place_batch(experiment.mesh, cut))
-      reports.append(to_host(report))
+      reports.append(sharding.to_host(report))
       stop_if_broken(reports[-1], experiment.max_skipped, name, step)
     state = advance(experiment.mesh, state, collected, draw.cursor)
     row = summary(reports, collected, time.perf_counter() - started)
@@ -238,9 +249,7 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
     temperature=phase.collect.temperature,
     micro_batches=phase.micro_batches,
     anchors=phase.anchors,
-    teacher=phase.frozen.get('teacher', experiment.policy)
-    if 'teacher_logits' in phase.objective.requires
-    else None,
+    frozen=phase.frozen,
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))

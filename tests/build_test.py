@@ -91,7 +91,7 @@ CASES = {
     grpo,
     [('model.vocab_size', 9)],
     ValueError,
-    ['config.model.vocab_size', '9', '14'],
+    ['config.model', 'vocab_size 9', 'config.tokenizer, 14'],
   ),
   'reference that is not there': (
     grpo,

@@ -16,9 +16,9 @@ from experiments.policy_gradient import grpo
 from experiments.preference import dpo
 from experiments.supervised import sft
 from polgrad import build, metrics, optim, sharding, train
-from polgrad.collect import to_host
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
+from polgrad.sharding import to_host
 from tests.train_test import config
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from polgrad.sampling import make_sampler
 from tests.models import tiny
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
-OVERRIDES = dict(vocab_size=24, qk_norm=True, tie_embeddings=False, value_head=True)
+OVERRIDES = dict(vocab_size=24, qk_norm='head', tie_embeddings=False, value_head=True)
 POLICY = tiny.policy(**OVERRIDES)
 PROMPTS = (
   np.asarray(tiny.rows(0, 8, 4)),

@@ -242,7 +242,7 @@ def test_checkpoint_that_does_not_fit_is_refused_with_the_arrays(finished, tmp_p
   with pytest.raises(ValueError, match=r'params of checkpoint 19 .* do not fit.*embedding.*14, 32'):
     evaluate.restore_params(experiment, os.path.join(workdir, 'checkpoints'))
   deeper = config()
-  deeper.model.qk_norm = True
+  deeper.model.qk_norm = 'head'
   with pytest.raises(ValueError, match=r'lacks .*key_norm'):
     evaluate.restore_params(build.build(deeper), os.path.join(workdir, 'checkpoints'))
   with pytest.raises(FileNotFoundError, match='expected the checkpoints'):

@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from flax import traverse_util
+
+Params = Any
+
 
 class Policy(NamedTuple):
   """A language model as pure functions; nothing outside `models` knows what is behind them.
@@ -14,7 +18,8 @@ class Policy(NamedTuple):
 
   Attributes:
     config: frozen dataclass; has at least `vocab_size`, `max_length` and `value_head`.
-    init: key -> params, a nested dict of arrays.
+    shapes: () -> shapes and dtypes of the parameters; reads no file.
+    init: key, shardings=None -> params, a nested dict of arrays, each where its sharding says.
     hidden: params, tokens i32[B, T], segment_ids i32[B, T] -> final hidden states [B, T, D].
     unembed: params, hidden [..., D] -> logits f32[..., V].
     value: params, hidden [..., D] -> f32[...]; ValueError if the config has no value head.
@@ -25,9 +30,12 @@ class Policy(NamedTuple):
       (hidden [B, S, D], cache). Writes the tokens to slots index .. index + S; a token sees the
       valid slots up to its own. S = Tp at index 0 is the prefill, S = 1 a step.
     axes: params -> the same tree with the logical axis names of every array.
+    labels: params -> the same tree with what an update does to every array: 'train', 'frozen' (the
+      base of an adapter) or 'balance' (a router's bias, see `experts`); parts of the tree will do.
   """
 
   config: Any
+  shapes: Callable
   init: Callable
   hidden: Callable
   unembed: Callable
@@ -36,3 +44,20 @@ class Policy(NamedTuple):
   unstack: Callable
   decode: Callable
   axes: Callable
+  labels: Callable
+
+
+def labelled(policy: Policy, tree: Params, *labels: str) -> Params:
+  """The part of the parameters (or of gradients like them) that has one of the labels.
+
+  The rest is not in the tree.
+  """
+  named = traverse_util.flatten_dict(policy.labels(tree))
+  flat = traverse_util.flatten_dict(tree)
+  return traverse_util.unflatten_dict({k: x for k, x in flat.items() if named[k] in labels})
+
+
+def overlay(params: Params, part: Params) -> Params:
+  """`params` with the arrays of `part` in their places."""
+  flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(part)
+  return traverse_util.unflatten_dict(flat)

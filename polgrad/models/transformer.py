@@ -1,10 +1,8 @@
-"""Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated feed-forward.
 
-Covers Llama (arXiv:2302.13971) and Qwen3 (arXiv:2505.09388). One table, `AXES`, names the axes of
-every parameter; the configuration gives every axis its size, so shapes, initial scales and sharding
-are all read from it."""
+Covers Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 2 and 3, OLMo 2, Mixtral and Qwen3-MoE; `hf.py`
+says which settings make which family. `config.py` holds names, axes and shapes of the parameters."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,32 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from polgrad.models import experts, rotary
+from polgrad.models.config import Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.sharding import constrain
 
 Array = jax.Array
 Params = Any
 
-AXES = {
-  'embedding': ('vocab', 'embed'),
-  'unembedding': ('vocab', 'embed'),
-  'value_head': ('embed',),
-  'final_norm': ('embed',),
-  'attention_norm': ('embed',),
-  'query': ('embed', 'heads', 'head_dim'),
-  'key': ('embed', 'kv_heads', 'head_dim'),
-  'value': ('embed', 'kv_heads', 'head_dim'),
-  'query_bias': ('heads', 'head_dim'),
-  'key_bias': ('kv_heads', 'head_dim'),
-  'value_bias': ('kv_heads', 'head_dim'),
-  'query_norm': ('head_dim',),
-  'key_norm': ('head_dim',),
-  'out': ('heads', 'head_dim', 'embed'),
-  'mlp_norm': ('embed',),
-  'gate': ('embed', 'mlp'),
-  'up': ('embed', 'mlp'),
-  'down': ('mlp', 'embed'),
-}
 HIDDEN = ('batch', 'length', 'hidden')
 CACHE = ('batch', 'length', 'kv_heads', 'head_dim')
 
@@ -50,52 +30,7 @@ REMAT = {
     policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The shape of a decoder; see `decoder`."""
-
-  vocab_size: int
-  num_layers: int
-  width: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_width: int
-  rope_theta: float
-  norm_eps: float
-  qk_norm: bool
-  attention_bias: bool
-  tie_embeddings: bool
-  max_length: int
-  dtype: str
-  param_dtype: str
-  remat: str
-  value_head: bool
-
-  def __post_init__(self):
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(f'{self.num_heads} heads do not divide over {self.num_kv_heads} kv heads')
-    if self.head_dim % 2:
-      raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}')
-    if self.remat not in REMAT:
-      raise ValueError(f'unknown remat {self.remat!r}; valid: {sorted(REMAT)}')
-    for dtype in (self.dtype, self.param_dtype):
-      if dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"unknown dtype {dtype!r}; valid: ['bfloat16', 'float32']")
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a parameter (of one layer, for those of a layer)."""
-    sizes = {
-      'vocab': self.vocab_size,
-      'embed': self.width,
-      'heads': self.num_heads,
-      'kv_heads': self.num_kv_heads,
-      'head_dim': self.head_dim,
-      'mlp': self.mlp_width,
-    }
-    return tuple(sizes[axis] for axis in AXES[name])
+ACTIVATION = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class Cache(NamedTuple):
@@ -106,9 +41,24 @@ class Cache(NamedTuple):
   valid: Array  # bool[B, length]
 
 
+class View(NamedTuple):
+  """What a layer sees of the positions: rotary angles of its tokens, and which it may look at."""
+
+  angles: Array  # f32[B, S, head_dim / 2]
+  mask: Array  # bool[B, S, L]
+
+
 def einsum(spec: str, *operands: Array) -> Array:
   """Product that accumulates in float32, and is exact float32 for float32 operands on any device."""
   return jnp.einsum(spec, *operands, precision='highest', preferred_element_type=jnp.float32)
+
+
+def contract(x: Array, matrix: Array, inputs: int = 1) -> Array:
+  """The last `inputs` axes of `x` against the first of `matrix`; accumulates as `einsum` does."""
+  out = jnp.tensordot(
+    x, matrix.astype(x.dtype), inputs, precision='highest', preferred_element_type=jnp.float32
+  )
+  return out.astype(x.dtype)
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -116,27 +66,25 @@ def expand(x: Array, like: Array) -> Array:
   return jnp.expand_dims(x, range(like.ndim - x.ndim))
 
 
-def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
-  """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (arXiv:1910.07467)."""
+def rms_norm(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> Array:
+  """x / sqrt(mean(x^2) + eps) * (offset + scale) over the axes of `scale` (arXiv:1910.07467).
+
+  Computed in float32.
+  """
   y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  return (y * expand(scale.astype(jnp.float32), y)).astype(x.dtype)
+  square = jnp.mean(y * y, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+  scale = offset + scale.astype(jnp.float32)
+  return (y * jax.lax.rsqrt(square + eps) * expand(scale, y)).astype(x.dtype)
 
 
-def rotary_angles(positions: Array, *, head_dim: int, theta: float) -> Array:
-  """Angle position / theta^(2i / head_dim) of pair i; i32[B, T] -> f32[B, T, head_dim / 2]."""
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  return positions[..., None].astype(jnp.float32) * expand(frequency, positions[..., None])
+def softcap(x: Array, cap: float) -> Array:
+  """cap tanh(x / cap), which keeps |x| below `cap` (Gemma 2, arXiv:2408.00118); 0 is no cap."""
+  return cap * jnp.tanh(x / cap) if cap else x
 
 
-def rotate(x: Array, angles: Array) -> Array:
-  """Rotates the pairs (x[i], x[i + head_dim / 2]) of [B, T, heads, head_dim] (arXiv:2104.09864)."""
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def attend(
+  query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float = 0.0
+) -> Array:
   """Grouped-query attention (arXiv:2305.13245): heads h of a group read the same key and value head.
 
   Args:
@@ -144,13 +92,15 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     key: [B, L, kv_heads, head_dim].
     value: like `key`.
     mask: bool[B, S, L], True where a query may look. A row with no True gives finite garbage.
+    scale: multiplies the scores.
+    cap: soft cap of the scaled scores, 0 for none.
 
   Returns:
     [B, S, heads, head_dim]
   """
   batch, length, _, head_dim = query.shape
   groups = query.reshape(batch, length, key.shape[2], -1, head_dim)
-  scores = einsum('bsngk,blnk->bngsl', groups, key) * head_dim**-0.5
+  scores = softcap(einsum('bsngk,blnk->bngsl', groups, key) * scale, cap)
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   return einsum('bngsl,blnk->bsngk', probs, value).astype(value.dtype).reshape(query.shape)
@@ -177,73 +127,92 @@ class _Weights(nn.Module):
   config: Config
 
   def weight(self, name: str) -> Array:
-    """Matrices: normal with variance 1 / fan-in. Norm scales: one. Biases, value head: zero."""
-    shape = self.config.shape(name)
+    """Matrices: normal with variance 1 / fan-in. Norms: the identity. Biases and heads: zero."""
+    c = self.config
     if name.endswith('norm'):
-      init = nn.initializers.ones
-    elif name.endswith('bias') or name == 'value_head':
+      init = nn.initializers.constant(1 - c.norm_offset)
+    elif name.endswith(('bias', 'lora_b')) or name == 'value_head':
       init = nn.initializers.zeros
     else:
-      inner = {'out': self.config.num_heads * self.config.head_dim, 'down': self.config.mlp_width}
-      fan_in = inner.get(name, self.config.width)
-      init = nn.initializers.normal(fan_in**-0.5)
-    return self.param(name, init, shape, self.config.param_dtype)
+      init = nn.initializers.normal(c.fan_in(name) ** -0.5)
+    # The steps of a router's bias are too small for bfloat16.
+    dtype = 'float32' if name == 'router_bias' else c.param_dtype
+    return self.param(name, init, c.shape(name), dtype)
+
+  def norm(self, x: Array, scale: Array) -> Array:
+    return rms_norm(x, scale, eps=self.config.norm_eps, offset=self.config.norm_offset)
 
 
 class Block(_Weights):
-  """Attention and feed-forward with pre-normalisation; `attend` stands between the two halves."""
+  """Attention and feed-forward; `attend` stands between the two halves."""
 
   def setup(self):
-    c = self.config
-    self.attention_norm = self.weight('attention_norm')
-    self.query = self.weight('query')
-    self.key = self.weight('key')
-    self.value = self.weight('value')
-    if c.attention_bias:
-      self.query_bias = self.weight('query_bias')
-      self.key_bias = self.weight('key_bias')
-      self.value_bias = self.weight('value_bias')
-    if c.qk_norm:
-      self.query_norm = self.weight('query_norm')
-      self.key_norm = self.weight('key_norm')
-    self.out = self.weight('out')
-    self.mlp_norm = self.weight('mlp_norm')
-    self.gate = self.weight('gate')
-    self.up = self.weight('up')
-    self.down = self.weight('down')
+    self.weights = {name: self.weight(name) for name in self.config.layer}
 
-  def __call__(self, x, angles, mask):
-    query, key, value = self.project(x, angles)
-    return self.finish(x, attend(query, key, value, mask)), ()
+  def __call__(self, x: Array, local: Array, views: tuple[View, ...], valid: Array):
+    pick = lambda near, far: jnp.where(local, near, far)
+    view = jax.tree.map(pick, *views) if len(views) == 2 else views[0]
+    query, key, value = self.project(x, view.angles)
+    return self.finish(x, self.attend(query, key, value, view.mask), valid), ()
+
+  def attend(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+    c = self.config
+    scale = c.query_scale or c.head_dim**-0.5
+    return attend(query, key, value, mask, scale=scale, cap=c.attention_softcap)
 
   def project(self, x: Array, angles: Array) -> tuple[Array, Array, Array]:
     """Queries, keys and values of [B, S, D], with positions in them."""
-    c = self.config
-    y = rms_norm(x, self.attention_norm, eps=c.norm_eps)
-    query, key, value = (
-      einsum('bsd,dhk->bshk', y, w.astype(y.dtype)).astype(y.dtype)
-      for w in (self.query, self.key, self.value)
-    )
-    if c.attention_bias:
-      query, key, value = (
-        h + expand(b.astype(h.dtype), h)
-        for h, b in zip((query, key, value), (self.query_bias, self.key_bias, self.value_bias))
-      )
-    if c.qk_norm:
-      query = rms_norm(query, self.query_norm, eps=c.norm_eps)
-      key = rms_norm(key, self.key_norm, eps=c.norm_eps)
-    return rotate(query, angles), rotate(key, angles), value
+    y = self.before(x, 'attention_norm')
+    query, key, value = (self.dense(y, name) for name in ('query', 'key', 'value'))
+    if self.config.qk_norm != 'none':
+      query = self.norm(query, self.weights['query_norm'])
+      key = self.norm(key, self.weights['key_norm'])
+    return rotary.rotate(query, angles), rotary.rotate(key, angles), value
 
-  def finish(self, x: Array, attended: Array) -> Array:
-    """Adds the attention and then the feed-forward to the residual stream."""
-    x = x + einsum('bshk,hkd->bsd', attended, self.out.astype(x.dtype)).astype(x.dtype)
-    y = rms_norm(x, self.mlp_norm, eps=self.config.norm_eps)
-    gate, up = (
-      einsum('bsd,df->bsf', y, w.astype(y.dtype)).astype(y.dtype) for w in (self.gate, self.up)
-    )
-    down = self.down.astype(x.dtype)
-    x = x + einsum('bsf,fd->bsd', jax.nn.silu(gate) * up, down).astype(x.dtype)
+  def finish(self, x: Array, attended: Array, valid: Array) -> Array:
+    """Adds the attention and then the feed-forward to the residual stream; valid bool[B, S]."""
+    x = x + self.after(self.dense(attended, 'out'), 'attention_post_norm')
+    y = self.before(x, 'mlp_norm')
+    feed_forward = self.mixture(y, valid) if self.config.num_experts else self.mlp(y)
+    x = x + self.after(feed_forward, 'mlp_post_norm')
     return constrain(x, HIDDEN)
+
+  def mlp(self, y: Array) -> Array:
+    activation = ACTIVATION[self.config.activation]
+    return self.dense(activation(self.dense(y, 'gate')) * self.dense(y, 'up'), 'down')
+
+  def mixture(self, y: Array, valid: Array) -> Array:
+    c, w = self.config, self.weights
+    logits = einsum('bsd,de->bse', y, w['router'].astype(y.dtype)).reshape(-1, c.num_experts)
+    bias = w.get('router_bias', jnp.zeros(c.num_experts))
+    weights, chosen = experts.route(
+      logits, bias, k=c.experts_per_token, normalize=c.normalize_experts
+    )
+    if c.balance_rate:
+      excess = experts.excess(chosen, valid.reshape(-1), c.num_experts)
+      weights = experts.with_load_gradient(weights, bias, excess)
+    weights, chosen = (x.reshape(*y.shape[:2], -1) for x in (weights, chosen))
+    out = experts.mixture(
+      y, weights, chosen, w['gate'], w['up'], w['down'], activation=ACTIVATION[c.activation]
+    )
+    return out.astype(y.dtype)
+
+  def dense(self, y: Array, name: str) -> Array:
+    """A matrix product, with its bias and its low-rank adapter (arXiv:2106.09685) if it has them."""
+    w, inputs = self.weights, num_inputs(name)
+    out = contract(y, w[name], inputs)
+    if f'{name}_bias' in w:
+      out = out + expand(w[f'{name}_bias'].astype(out.dtype), out)
+    if f'{name}_lora_a' in w:
+      low = contract(contract(y, w[f'{name}_lora_a'], inputs), w[f'{name}_lora_b'])
+      out = out + self.config.lora_scale * low
+    return out
+
+  def before(self, x: Array, name: str) -> Array:
+    return self.norm(x, self.weights[name]) if self.config.pre_norm else x
+
+  def after(self, x: Array, name: str) -> Array:
+    return self.norm(x, self.weights[name]) if self.config.post_norm else x
 
 
 class Decoder(_Weights):
@@ -251,43 +220,61 @@ class Decoder(_Weights):
 
   def setup(self):
     c = self.config
-    self.embedding = self.weight('embedding')
+    self.weights = {name: self.weight(name) for name in c.top}
     self.layers = nn.scan(
       REMAT[c.remat](Block),
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
     )(c)
-    self.final_norm = self.weight('final_norm')
-    if not c.tie_embeddings:
-      self.unembedding = self.weight('unembedding')
-    if c.value_head:
-      self.value_head = self.weight('value_head')
 
   def __call__(self, tokens: Array, segment_ids: Array) -> Array:
-    angles = self.angles(segment_positions(segment_ids))
-    x, _ = self.layers(self.embed(tokens), angles, segment_mask(segment_ids))
+    c = self.config
+    positions = segment_positions(segment_ids)
+    views = self.views(positions, positions, segment_mask(segment_ids))
+    local = jnp.array([i in c.local_layers for i in range(c.num_layers)])
+    x, _ = self.layers(self.embed(tokens), local, views, segment_ids > 0)
     return self.normalise(x)
 
   def embed(self, tokens: Array) -> Array:
     # A token outside the vocabulary becomes NaN instead of somebody else's embedding.
-    x = jnp.take(self.embedding, tokens, axis=0, mode='fill')
-    return constrain(x.astype(self.config.dtype), HIDDEN)
+    x = jnp.take(self.weights['embedding'], tokens, axis=0, mode='fill').astype(self.config.dtype)
+    return constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), HIDDEN)
 
-  def angles(self, positions: Array) -> Array:
+  def views(self, positions: Array, slots: Array, mask: Array) -> tuple[View, ...]:
+    """What local layers see and what the others see, or the one view of all.
+
+    Args:
+      positions: i32[B, S], of the tokens in their segments.
+      slots: i32[B, L], of the keys.
+      mask: bool[B, S, L].
+    """
     c = self.config
-    return rotary_angles(positions, head_dim=c.head_dim, theta=c.rope_theta)
+    stretched = rotary.stretch(
+      rotary.frequencies(c.head_dim, c.rope_theta),
+      factor=c.rope_factor,
+      low=c.rope_low,
+      high=c.rope_high,
+      original_length=c.rope_original_length,
+    )
+    far = View(rotary.angles(positions, stretched), mask)
+    if not c.window:
+      return (far,)
+    near = mask & (positions[:, :, None] - slots[:, None, :] < c.window)
+    plain = rotary.frequencies(c.head_dim, c.local_rope_theta)
+    return View(rotary.angles(positions, plain), near), far
 
   def normalise(self, x: Array) -> Array:
-    return rms_norm(x, self.final_norm, eps=self.config.norm_eps)
+    return self.norm(x, self.weights['final_norm'])
 
   def unembed(self, hidden: Array) -> Array:
-    weight = self.embedding if self.config.tie_embeddings else self.unembedding
-    return einsum('...d,vd->...v', hidden, weight.astype(hidden.dtype))
+    c = self.config
+    weight = self.weights['embedding' if c.tie_embeddings else 'unembedding']
+    return softcap(einsum('...d,vd->...v', hidden, weight.astype(hidden.dtype)), c.logit_softcap)
 
   def value(self, hidden: Array) -> Array:
-    return einsum('...d,d->...', hidden, self.value_head.astype(hidden.dtype))
+    return einsum('...d,d->...', hidden, self.weights['value_head'].astype(hidden.dtype))
 
 
 def decoder(
@@ -299,11 +286,30 @@ def decoder(
   num_kv_heads: int = 2,
   head_dim: int = 16,
   mlp_width: int = 192,
+  activation: str = 'silu',
   rope_theta: float = 10_000.0,
+  rope_factor: float = 1.0,
+  rope_low: float = 1.0,
+  rope_high: float = 4.0,
+  rope_original_length: int = 0,
+  window: int = 0,
+  local_layers: tuple = (),
+  local_rope_theta: float = 10_000.0,
   norm_eps: float = 1e-6,
-  qk_norm: bool = False,
+  norm_offset: float = 0.0,
+  pre_norm: bool = True,
+  post_norm: bool = False,
+  qk_norm: str = 'none',
   attention_bias: bool = False,
+  query_scale: float = 0.0,
+  attention_softcap: float = 0.0,
+  logit_softcap: float = 0.0,
+  embedding_scale: float = 1.0,
   tie_embeddings: bool = True,
+  num_experts: int = 0,
+  experts_per_token: int = 2,
+  normalize_experts: bool = True,
+  balance_rate: float = 0.0,
   max_length: int = 2048,
   dtype: str = 'float32',
   param_dtype: str = 'float32',
@@ -319,12 +325,27 @@ def decoder(
     num_heads: query heads.
     num_kv_heads: key and value heads; divides `num_heads`.
     head_dim: size of a head, even.
-    mlp_width: inner size of the feed-forward.
+    mlp_width: inner size of the feed-forward, or of each expert.
+    activation: 'silu' or 'gelu' (its tanh form), of the gate.
     rope_theta: base of the rotary frequencies.
+    rope_factor, rope_low, rope_high, rope_original_length: longer contexts, see `rotary.stretch`.
+    window: how many tokens a local layer sees, its own included; 0 if there are none.
+    local_layers: indices of the local layers.
+    local_rope_theta: base of the rotary frequencies of local layers, never stretched.
     norm_eps: added to the mean square in RMSNorm.
-    qk_norm: RMSNorm on queries and keys (Qwen3).
+    norm_offset: norms multiply by offset + scale (1 in Gemma).
+    pre_norm: normalise what goes into attention and feed-forward.
+    post_norm: normalise what comes out of them, before it is added (OLMo 2; Gemma has both).
+    qk_norm: RMSNorm on queries and keys: 'none', 'head' (over each head) or 'all' (over all heads).
     attention_bias: bias on queries, keys and values (Qwen2).
+    query_scale: multiplies attention scores; 0 stands for head_dim^-1/2.
+    attention_softcap, logit_softcap: soft caps of attention scores and logits, 0 for none.
+    embedding_scale: multiplies embeddings (sqrt(width) in Gemma).
     tie_embeddings: the unembedding is the embedding.
+    num_experts: experts of every feed-forward, 0 for a dense one; see `experts`.
+    experts_per_token: how many of them a token goes to.
+    normalize_experts: the weights of a token's experts add up to 1.
+    balance_rate: step of the bias that balances their load; 0 for no bias.
     max_length: longest row; longer ones raise ValueError.
     dtype: 'float32' or 'bfloat16', of activations; sums, norms, softmax and logits are float32.
     param_dtype: 'float32' or 'bfloat16', of the stored parameters.
@@ -333,13 +354,13 @@ def decoder(
     value_head: adds a scalar head, zero at first; also the head of a reward model.
 
   Raises:
-    ValueError: a shape that cannot be, or an unknown dtype or remat.
+    ValueError: a shape that cannot be, or an unknown choice; the message lists the valid ones.
   """
   return from_config(Config(**locals()))
 
 
 def from_config(config: Config) -> Policy:
-  """The policy of a configuration; parameters come from `init` or from a checkpoint."""
+  """The policy of a configuration, with random parameters."""
   model = Decoder(config)
   block = Block(config)
 
@@ -350,9 +371,9 @@ def from_config(config: Config) -> Policy:
   def apply(params, *args, method='__call__'):
     return model.apply({'params': params}, *args, method=method)
 
-  def init(key):
+  def init(key, shardings=None):
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, tokens, tokens)['params']
+    return jax.jit(model.init, out_shardings={'params': shardings})(key, tokens, tokens)['params']
 
   def hidden(params, tokens, segment_ids):
     check_length(tokens.shape[1])
@@ -374,7 +395,8 @@ def from_config(config: Config) -> Policy:
 
   def unstack(params):
     # Cast once to the dtype of use: in the loop, every step would read the stored weights again.
-    used = lambda path, p: p if path[-1].key.endswith('norm') else p.astype(config.dtype)
+    exact = ('norm', 'router_bias')
+    used = lambda path, p: p if path[-1].key.endswith(exact) else p.astype(config.dtype)
     params = jax.tree_util.tree_map_with_path(used, params)
     cut = lambda i: jax.tree.map(lambda p: p[i], params['layers'])
     return {**params, 'layers': tuple(cut(i) for i in range(config.num_layers))}
@@ -387,26 +409,48 @@ def from_config(config: Config) -> Policy:
     slots = jnp.arange(seen.shape[1])[None, None]
     own = index + jnp.arange(tokens.shape[1])[None, :, None]
     mask = seen[:, None, :] & (slots <= own)
-    angles = apply(params, positions, method='angles')
+    views = apply(params, positions, jnp.cumsum(seen, axis=1) - 1, mask, method='views')
     x = apply(params, tokens, method='embed')
     keys, values = [], []
     # Unrolled: a scan would copy the weights and the cache of every layer at every step.
     for i, weights in enumerate(params['layers']):
-      layer = {'params': weights}
-      query, key, value = block.apply(layer, x, angles, method='project')
+      run = functools.partial(block.apply, {'params': weights})
+      view = views[0 if i in config.local_layers else -1]
+      query, key, value = run(x, view.angles, method='project')
       keys.append(constrain(write(cache.keys[i], key), CACHE))
       values.append(constrain(write(cache.values[i], value), CACHE))
-      x = block.apply(layer, x, attend(query, keys[i], values[i], mask), method='finish')
+      attended = run(query, keys[i], values[i], view.mask, method='attend')
+      x = run(x, attended, valid, method='finish')
     return apply(params, x, method='normalise'), Cache(tuple(keys), tuple(values), seen)
 
-  return Policy(config, init, hidden, unembed, value, init_cache, unstack, decode, axes)
+  def axes(params):
+    def names(path, _):
+      stacked = 'layers' in (key.key for key in path[:-1])
+      return ('layers',) * stacked + config.axes(path[-1].key)
 
+    return jax.tree_util.tree_map_with_path(names, params)
 
-def axes(params: Params) -> Params:
-  """The logical axis names of every parameter, in the same tree."""
+  def labels(params):
+    def label(path, _):
+      name = path[-1].key
+      if name == 'router_bias':
+        return 'balance' if not config.lora_rank else 'frozen'
+      return (
+        'train' if not config.lora_rank or '_lora_' in name or name == 'value_head' else 'frozen'
+      )
 
-  def names(path, _):
-    keys = [key.key for key in path]
-    return ('layers',) * ('layers' in keys[:-1]) + AXES[keys[-1]]
+    return jax.tree_util.tree_map_with_path(label, params)
 
-  return jax.tree_util.tree_map_with_path(names, params)
+  return Policy(
+    config=config,
+    shapes=lambda: jax.eval_shape(init, jax.random.key(0)),
+    init=init,
+    hidden=hidden,
+    unembed=unembed,
+    value=value,
+    init_cache=init_cache,
+    unstack=unstack,
+    decode=decode,
+    axes=axes,
+    labels=labels,
+  )

@@ -1,5 +1,8 @@
-"""Hugging Face folders: what we read is what was written, and everything else is refused."""
+"""Hugging Face folders: what is read is what was written, and everything else is refused."""
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
 
@@ -9,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from polgrad.models import hf
+from polgrad.models import families, hf
 from polgrad.sampling import make_sampler, roles
+from polgrad.sharding import make_mesh, param_shardings
 from tests.models import tiny
 
 CONFIG = dict(
@@ -24,9 +28,20 @@ FAMILIES = {
   'qwen2': (dict(model_type='qwen2'), dict(attention_bias=True)),
   'qwen3': (
     dict(model_type='qwen3', tie_word_embeddings=False),
-    dict(qk_norm=True, tie_embeddings=False),
+    dict(qk_norm='head', tie_embeddings=False),
   ),
 }
+GEMMA = dict(
+  norm_offset=1.0, post_norm=True, activation='gelu', embedding_scale=4.0, window=5, local_layers=(0,),
+)  # fmt: skip
+
+
+@functools.cache
+def weights(**overrides):
+  """Random parameters on the host."""
+  random = np.random.default_rng(0)
+  draw = lambda p: random.normal(size=p.shape).astype(p.dtype)
+  return jax.tree.map(draw, tiny.policy(**overrides).shapes())
 
 
 def stored(params):
@@ -73,31 +88,14 @@ def assert_same(a, b):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_folder_gives_back_configuration_and_parameters(family, tmp_path):
   changes, overrides = FAMILIES[family]
-  params = host(tiny.params(**overrides))
+  params = weights(**overrides)
   policy = hf.pretrained(path=write(tmp_path, stored(params), **changes))
   assert policy.config == tiny.policy(**overrides).config
   assert_same(policy.init(jax.random.key(0)), params)
 
 
-def test_shards_are_joined(tmp_path):
-  params = host(tiny.params())
-  tensors = stored(params)
-  path = write(tmp_path, tensors)
-  (tmp_path / 'model.safetensors').unlink()
-  files = {name: f'model-{i % 2}.safetensors' for i, name in enumerate(tensors)}
-  for file in set(files.values()):
-    save_file({n: x for n, x in tensors.items() if files[n] == file}, tmp_path / file)
-  index = tmp_path / 'model.safetensors.index.json'
-  index.write_text(json.dumps({'weight_map': files}))
-  policy = hf.pretrained(path=path)
-  assert_same(policy.init(jax.random.key(0)), params)
-  (tmp_path / 'model-1.safetensors').unlink()
-  with pytest.raises(FileNotFoundError, match=r'model-1.safetensors is missing'):
-    policy.init(jax.random.key(0))
-
-
 def test_bfloat16_files_are_read_and_a_value_head_is_added(tmp_path):
-  params = host(tiny.params())
+  params = weights()
   low = {name: x.astype(ml_dtypes.bfloat16) for name, x in stored(params).items()}
   policy = hf.pretrained(path=write(tmp_path, low), value_head=True, max_length=9)
   assert policy.config.max_length == 9
@@ -107,8 +105,23 @@ def test_bfloat16_files_are_read_and_a_value_head_is_added(tmp_path):
   assert_same(found, rounded)
 
 
+def test_the_score_of_a_reward_model_is_the_value_head(tmp_path):
+  score = np.arange(16, dtype=np.float32)
+  tensors = stored(weights()) | {'score.weight': score[None]}
+  kind = dict(architectures=['LlamaForSequenceClassification'], tie_word_embeddings=False)
+  policy = hf.pretrained(path=write(tmp_path, tensors, **kind), value_head=True)
+  params = policy.init(jax.random.key(0))
+  np.testing.assert_array_equal(params['value_head'], score)
+  assert 'unembedding' not in params
+  write(tmp_path, tensors | {'score.weight': np.ones((2, 16), np.float32)}, **kind)
+  with pytest.raises(ValueError, match=r'score.weight has shape \(2, 16\) instead of \(1, 16\)'):
+    policy.init(jax.random.key(0))
+  with pytest.raises(ValueError, match='reward model; it needs value_head=True'):
+    hf.pretrained(path=str(tmp_path))
+
+
 def test_missing_misshapen_and_unknown_tensors_are_named(tmp_path):
-  tensors = stored(host(tiny.params()))
+  tensors = stored(weights())
   del tensors['model.layers.1.mlp.up_proj.weight']
   tensors['model.norm.weight'] = np.ones(15, np.float32)
   tensors['model.layers.0.self_attn.q_proj.bias'] = np.ones(24, np.float32)
@@ -124,7 +137,7 @@ def test_missing_misshapen_and_unknown_tensors_are_named(tmp_path):
 
 
 def test_copies_that_tied_or_old_files_carry_are_ignored(tmp_path):
-  params = host(tiny.params())
+  params = weights()
   tensors = stored(params)
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
   tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(3, np.float32)
@@ -136,24 +149,252 @@ def test_copies_that_tied_or_old_files_carry_are_ignored(tmp_path):
   'changes, message',
   [
     (
-      dict(model_type='gemma2'),
-      r"'gemma2' is not supported; supported: \['llama', 'qwen2', 'qwen3'\]",
+      dict(model_type='gpt2'),
+      r"'gpt2' is not supported; supported: \['gemma2', 'gemma3_text', 'll",
     ),
-    (dict(rope_scaling=dict(rope_type='llama3', factor=8.0)), "rope type 'llama3'"),
-    (dict(hidden_act='gelu'), "hidden_act 'gelu' is not supported, only 'silu'"),
-    (dict(attention_bias=True), 'attention_bias True'),
-    (dict(use_sliding_window=True), 'use_sliding_window True'),
+    (dict(model_type='gemma3', vision_config={}), "'gemma3' is a model of images too"),
+    (
+      dict(rope_scaling=dict(rope_type='yarn', factor=8.0)),
+      "rope type 'yarn' is not supported, only",
+    ),
+    (dict(rope_scaling=dict(rope_type='llama3', factor=8.0)), r"lack \['high_freq_factor', 'low_"),
+    (
+      dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)),
+      'partial_rotary_factor 0',
+    ),
+    (
+      dict(hidden_act='gelu'),
+      "hidden_act 'gelu' is not supported, only 'silu' or 'gelu_pytorch_tan",
+    ),
+    (dict(attention_bias=True), 'attention_bias True is not supported, only False'),
+    (dict(mlp_bias=True), 'mlp_bias True'),
+    (dict(quantization_config=dict(bits=4)), 'quantization_config'),
+    (
+      dict(model_type='gemma2', use_bidirectional_attention=True),
+      'use_bidirectional_attention True',
+    ),
+    (dict(model_type='qwen3_moe', mlp_only_layers=[0]), r'mlp_only_layers \[0\]'),
+    (dict(model_type='qwen3_moe', decoder_sparse_step=2), 'decoder_sparse_step 2'),
+    (
+      dict(model_type='mixtral'),
+      r"config.json lacks \['num_experts_per_tok', 'num_local_experts'\]",
+    ),
+    (dict(hidden_size=None), r"config.json lacks \['hidden_size'\]"),
+    (
+      dict(model_type='mistral', rope_scaling=dict(type='linear', factor=2.0)),
+      'rope factor with a sliding window 2.0',
+    ),
+    (
+      dict(model_type='gemma2', layer_types=['full_attention', 'chunked_attention']),
+      "layer_types .*'chunked_attention'.* is not supported, only one of",
+    ),
   ],
 )
 def test_what_the_decoder_cannot_compute_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    hf.read_settings({**CONFIG, **changes})
+    families.read_settings({**CONFIG, **changes})
 
 
 def test_newer_files_keep_theta_with_the_rotary_parameters():
   old = {k: v for k, v in CONFIG.items() if k not in ('rope_theta', 'rope_scaling')}
   new = {**old, 'rope_parameters': dict(rope_type='default', rope_theta=5e5)}
-  assert hf.read_settings(new)['rope_theta'] == 5e5
+  assert families.read_settings(new)['rope_theta'] == 5e5
+
+
+@pytest.mark.parametrize(
+  'changes, window, local',
+  [
+    (dict(), 0, ()),
+    (dict(sliding_window=5), 0, ()),  # Llama has no windows, whatever its file says
+    (dict(model_type='mistral'), 4096, (0, 1, 2, 3)),
+    (dict(model_type='mistral', sliding_window=None), 0, ()),
+    (dict(model_type='qwen2', sliding_window=5, max_window_layers=2), 0, ()),
+    (
+      dict(model_type='qwen2', sliding_window=5, max_window_layers=3, use_sliding_window=True),
+      5,
+      (3,),
+    ),
+    (dict(model_type='gemma2', sliding_window=5), 5, (0, 2)),
+    (dict(model_type='gemma3_text', sliding_window=5, sliding_window_pattern=3), 5, (0, 1, 3)),
+    (
+      dict(
+        model_type='gemma3_text',
+        sliding_window=5,
+        layer_types=['full_attention', 'sliding_attention'] * 2,
+      ),
+      5,
+      (1, 3),
+    ),
+  ],
+)
+def test_files_say_in_their_own_way_which_layers_are_local(changes, window, local):
+  gemma = dict(hidden_activation='gelu_pytorch_tanh')
+  found = families.read_settings({**CONFIG, **gemma, 'num_hidden_layers': 4, **changes})
+  assert (found['window'], found['local_layers']) == (window, local)
+
+
+VARIANTS = {
+  'llama': {},
+  'llama, linear': dict(rope_factor=4.0),
+  'llama, llama3': dict(rope_factor=8.0, rope_low=2.0, rope_original_length=32, rope_theta=5e5),
+  'mistral': dict(window=5, local_layers=(0, 1)),
+  'qwen2': dict(attention_bias=True, window=5, local_layers=(1,)),
+  'qwen3': dict(qk_norm='head', tie_embeddings=False),
+  'gemma2': GEMMA | dict(attention_softcap=50.0, logit_softcap=30.0, query_scale=24**-0.5),
+  'gemma3_text': GEMMA | dict(qk_norm='head', local_rope_theta=123.0, rope_factor=8.0, window=0,
+                              local_layers=()),
+  'gemma3_text, windows': GEMMA | dict(qk_norm='head', local_rope_theta=123.0, rope_factor=8.0),
+  'olmo2': dict(pre_norm=False, post_norm=True, qk_norm='all'),
+  'qwen3_moe': dict(qk_norm='head', num_experts=4, normalize_experts=False),
+  'mixtral': dict(num_experts=4, experts_per_token=3, window=5, local_layers=(0, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_saved_model_comes_back_with_its_family(variant, tmp_path):
+  overrides = {'tie_embeddings': False, **VARIANTS[variant]}
+  config, params = tiny.policy(**overrides).config, weights(**overrides)
+  hf.save(tmp_path / 'out', config, params)
+  stated = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert stated['model_type'] == variant.split(',')[0]
+  policy = hf.pretrained(path=str(tmp_path / 'out'))
+  found, wanted = (dataclasses.asdict(c) for c in (policy.config, config))
+  idle = set() if config.window or 'gemma3' in variant else {'local_rope_theta'}
+  if 'mistral' in variant or 'mixtral' in variant or 'qwen2' in variant:
+    assert found['local_rope_theta'] == found['rope_theta']
+  assert {k: v for k, v in found.items() if k not in idle | {'query_scale'}} == {
+    k: v for k, v in wanted.items() if k not in idle | {'query_scale'}
+  }
+  scale = config.head_dim**-0.5
+  assert (found['query_scale'] or scale) == (wanted['query_scale'] or scale)
+  assert_same(policy.init(jax.random.key(0)), params)
+
+
+@pytest.mark.parametrize(
+  'overrides, message',
+  [
+    (dict(norm_offset=0.5), "nearest is '.*norm_offset 0.5 instead of 0.0"),
+    (dict(logit_softcap=3.0), 'logit_softcap 3.0 instead of 0.0'),
+    (dict(num_experts=4, post_norm=True), 'post_norm True instead of False'),
+    (
+      dict(window=5, local_layers=(1,)),
+      r"nearest is 'mistral', but for local_layers \(1,\) instead of \(0, 1\)",
+    ),
+  ],
+)
+def test_a_model_of_no_family_is_not_saved(overrides, message, tmp_path):
+  policy = tiny.policy(**overrides)
+  with pytest.raises(ValueError, match=message):
+    hf.save(tmp_path / 'out', policy.config, weights(**overrides))
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_a_folder_has_no_place_for_is_not_saved(tmp_path):
+  save = functools.partial(hf.save, tmp_path / 'out')
+  mixture = dict(num_experts=4, balance_rate=0.1)
+  config, params = tiny.policy(**mixture).config, weights(**mixture)
+  with pytest.raises(ValueError, match='router_bias is not zero'):
+    save(config, params)
+  with pytest.raises(ValueError, match='adapter of rank 2 must be merged'):
+    save(dataclasses.replace(config, lora_rank=2), params)
+  with pytest.raises(ValueError, match='needs value_head=True'):
+    save(config, params, reward_model=True)
+  plain = tiny.policy().config
+  with pytest.raises(ValueError, match=r"params have \[\('value_head',\)\] too many"):
+    save(plain, weights(value_head=True))
+  assert not list(tmp_path.iterdir())
+  params = {**params, 'layers': {**params['layers'], 'router_bias': np.zeros((2, 4), np.float32)}}
+  save(config, params)
+  again = hf.pretrained(path=str(tmp_path / 'out'), balance_rate=0.1)
+  assert_same(again.init(jax.random.key(0)), params)
+  with pytest.raises(FileExistsError, match='not empty'):
+    save(config, params)
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+  fetched = []
+
+  def fetch(x):
+    fetched.append(x)
+    if len(fetched) > 3:
+      raise RuntimeError('lost')
+    return np.asarray(x)
+
+  monkeypatch.setattr(hf, 'to_host', fetch)
+  with pytest.raises(RuntimeError, match='lost'):
+    hf.save(tmp_path / 'out', tiny.policy().config, weights())
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_source_lends_its_settings_and_tokenizer(tmp_path):
+  (tmp_path / 'source').mkdir()
+  source = write(tmp_path / 'source', stored(weights()), eos_token_id=7, dtype='float16')
+  (tmp_path / 'source' / 'tokenizer.json').write_text('{}')
+  policy = hf.pretrained(path=source, max_length=9, value_head=True, param_dtype='bfloat16')
+  params = policy.init(jax.random.key(0))
+  hf.save(tmp_path / 'out', policy.config, params, source=source)
+  names = {path.name for path in (tmp_path / 'out').iterdir()}
+  assert names == {'config.json', 'model.safetensors', 'tokenizer.json'}
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text()) == CONFIG | dict(
+    eos_token_id=7, architectures=['LlamaForCausalLM'], torch_dtype='bfloat16'
+  )
+  other = tiny.policy(attention_bias=True)
+  with pytest.raises(ValueError, match='another model: attention_bias True instead of False'):
+    hf.save(tmp_path / 'more', other.config, weights(attention_bias=True), source=source)
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    dict(qk_norm='head', tie_embeddings=False),
+    dict(num_experts=4, tie_embeddings=False),
+    dict(pre_norm=False, post_norm=True, qk_norm='all', num_kv_heads=4),
+    dict(attention_bias=True, value_head=True, vocab_size=24),
+  ],
+)
+def test_parts_on_a_mesh_are_those_of_the_whole(overrides, tmp_path):
+  params = weights(**overrides)
+  config = tiny.policy(**overrides).config
+  hf.save(tmp_path / 'out', config, params, reward_model=config.value_head)
+  policy = hf.pretrained(path=str(tmp_path / 'out'), value_head=config.value_head)
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  shapes = policy.shapes()
+  shardings = param_shardings(mesh, policy.axes(shapes), shapes)
+  placed = policy.init(jax.random.key(0), shardings)
+  assert jax.tree.map(lambda x: x.sharding, placed) == shardings
+  cut = placed['layers']['query'].addressable_shards[0].data
+  assert cut.shape == (2, 8, 2, 6)  # a half of the width and of the heads
+  assert_same(host(placed), params)
+  hf.save(tmp_path / 'again', config, placed, reward_model=config.value_head)
+  for name in ('model.safetensors', 'config.json'):
+    assert (tmp_path / 'again' / name).read_bytes() == (tmp_path / 'out' / name).read_bytes()
+
+
+def test_a_mesh_reads_only_the_parts_it_holds(tmp_path, monkeypatch):
+  policy = hf.pretrained(path=write(tmp_path, stored(weights())))
+  shapes = policy.shapes()
+  shardings = param_shardings(make_mesh(fsdp=2, tensor=2), policy.axes(shapes), shapes)
+  asked = []
+  opened = hf.open_folder(tmp_path)
+
+  def watch(name, tensor):
+    def read(index):
+      asked.append((name, index))
+      return tensor.read(index)
+
+    return tensor._replace(read=read)
+
+  monkeypatch.setattr(hf, 'open_folder', lambda _: {n: watch(n, t) for n, t in opened.items()})
+  policy.init(jax.random.key(0), shardings)
+  gate = [index for name, index in asked if name == 'model.layers.1.mlp.gate_proj.weight']
+  halves = lambda size: (slice(0, size // 2), slice(size // 2, size))
+  assert sorted(gate, key=str) == sorted(itertools.product(halves(24), halves(16)), key=str)
+
+
+def test_shapes_need_no_weights(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(CONFIG))
+  shapes = hf.pretrained(path=str(tmp_path)).shapes()
+  assert shapes['layers']['query'].shape == (2, 16, 4, 6)
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from polgrad import models
-from polgrad.models import transformer
+from polgrad.models import rotary, transformer
 from polgrad.registry import bind, part
 from polgrad.sharding import RULES
 from tests.models import tiny
 
-FULL = dict(qk_norm=True, attention_bias=True, tie_embeddings=False, value_head=True)
+FULL = dict(qk_norm='head', attention_bias=True, tie_embeddings=False, value_head=True)
 POLICY, PARAMS = tiny.policy(), tiny.params()
 
 
@@ -40,7 +40,7 @@ def numpy_hidden(params, config, tokens):
       z = y @ p[name][:, h]
       if config.attention_bias:
         z = z + p[f'{name}_bias'][h]
-      if config.qk_norm and name != 'value':
+      if config.qk_norm == 'head' and name != 'value':
         z = norm(z, p[f'{name}_norm'])
       return z if name == 'value' else np.stack([rotate(row, t) for t, row in enumerate(z)])
 
@@ -78,9 +78,8 @@ def test_rotary_scores_depend_on_the_distance_alone():
   query, key = (jnp.asarray(random.normal(size=(1, 1, 1, 6)), jnp.float32) for _ in range(2))
 
   def score(m, n):
-    turn = lambda x, t: transformer.rotate(
-      x, transformer.rotary_angles(jnp.array([[t]]), head_dim=6, theta=100.0)
-    )
+    frequency = rotary.frequencies(6, 100.0)
+    turn = lambda x, t: rotary.rotate(x, rotary.angles(jnp.array([[t]]), frequency))
     return float(jnp.sum(turn(query, m) * turn(key, n)))
 
   assert score(5, 2) == pytest.approx(score(13, 10), abs=1e-5)
@@ -218,9 +217,9 @@ def test_fresh_parameters_have_plain_shapes_and_named_axes():
   assert all(jax.tree.leaves(ranks))
   assert params['layers']['query'].shape == (2, 16, 4, 6)
   assert axes['layers']['query'] == ('layers', 'embed', 'heads', 'head_dim')
-  assert set(params['layers']) == transformer.AXES.keys() - {
-    'embedding', 'unembedding', 'final_norm', 'value_head'
-  }  # fmt: skip
+  assert set(params['layers']) == set(policy.config.layer)
+  assert set(params) == {*policy.config.top, 'layers'}
+  assert policy.shapes() == jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
   assert float(jnp.std(params['layers']['down'])) == pytest.approx(24**-0.5, rel=0.1)
   np.testing.assert_array_equal(params['value_head'], 0)
   first, second = params['layers']['up']

@@ -1,0 +1,426 @@
+"""Families of models on the Hugging Face hub: what config.json says, and what tensors are called.
+
+A family is a row of `FAMILIES`. A row says how it differs from Llama: fields of `Config` that hold
+for the whole family, keys of config.json that say the others, what a key means where it is absent,
+which layers are local, and other names of tensors."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from polgrad.models.config import Config
+
+TOP = {
+  'embedding': 'model.embed_tokens.weight',
+  'final_norm': 'model.norm.weight',
+  'unembedding': 'lm_head.weight',
+  'value_head': 'score.weight',
+}
+ATTENTION = {
+  'attention_norm': 'input_layernorm.weight',
+  'query': 'self_attn.q_proj.weight',
+  'key': 'self_attn.k_proj.weight',
+  'value': 'self_attn.v_proj.weight',
+  'query_bias': 'self_attn.q_proj.bias',
+  'key_bias': 'self_attn.k_proj.bias',
+  'value_bias': 'self_attn.v_proj.bias',
+  'query_norm': 'self_attn.q_norm.weight',
+  'key_norm': 'self_attn.k_norm.weight',
+  'out': 'self_attn.o_proj.weight',
+  'mlp_norm': 'post_attention_layernorm.weight',
+}
+POST_NORMS = {
+  'attention_post_norm': 'post_attention_layernorm.weight',
+  'mlp_norm': 'pre_feedforward_layernorm.weight',
+  'mlp_post_norm': 'post_feedforward_layernorm.weight',
+}
+DENSE = ATTENTION | {
+  'gate': 'mlp.gate_proj.weight',
+  'up': 'mlp.up_proj.weight',
+  'down': 'mlp.down_proj.weight',
+}
+QWEN_EXPERTS = ATTENTION | {
+  'router': 'mlp.gate.weight',
+  'gate': 'mlp.experts.{expert}.gate_proj.weight',
+  'up': 'mlp.experts.{expert}.up_proj.weight',
+  'down': 'mlp.experts.{expert}.down_proj.weight',
+}
+MIXTRAL_EXPERTS = ATTENTION | {
+  'router': 'block_sparse_moe.gate.weight',
+  'gate': 'block_sparse_moe.experts.{expert}.w1.weight',
+  'up': 'block_sparse_moe.experts.{expert}.w3.weight',
+  'down': 'block_sparse_moe.experts.{expert}.w2.weight',
+}
+
+LLAMA = dict(
+  norm_offset=0.0,
+  pre_norm=True,
+  post_norm=False,
+  qk_norm='none',
+  attention_bias=False,
+  query_scale=0.0,
+  attention_softcap=0.0,
+  logit_softcap=0.0,
+  embedding_scale=1.0,
+  num_experts=0,
+  experts_per_token=2,
+  normalize_experts=True,
+  local_rope_theta=10_000.0,
+)
+KEYS = dict(
+  vocab_size='vocab_size',
+  num_layers='num_hidden_layers',
+  width='hidden_size',
+  num_heads='num_attention_heads',
+  num_kv_heads='num_key_value_heads',
+  head_dim='head_dim',
+  mlp_width='intermediate_size',
+  activation='hidden_act',
+  rope_theta='rope_theta',
+  norm_eps='rms_norm_eps',
+  tie_embeddings='tie_word_embeddings',
+  max_length='max_position_embeddings',
+)
+DEFAULTS = dict(
+  hidden_act='silu', rope_theta=10_000.0, tie_word_embeddings=False, sliding_window=None,
+  use_sliding_window=True,
+)  # fmt: skip
+GEMMA_KEYS = dict(
+  activation='hidden_activation',
+  embedding_scale='hidden_size',
+  query_scale='query_pre_attn_scalar',
+  attention_softcap='attn_logit_softcapping',
+  logit_softcap='final_logit_softcapping',
+)
+GEMMA_DEFAULTS = dict(
+  hidden_activation='gelu_pytorch_tanh', tie_word_embeddings=True, head_dim=256,
+  query_pre_attn_scalar=256, sliding_window=4096,
+)  # fmt: skip
+QWEN_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+MIXTURE_KEYS = dict(num_experts='num_experts', experts_per_token='num_experts_per_tok')
+
+
+NOTHING = types.MappingProxyType({})
+
+
+class Family(NamedTuple):
+  """How a family differs from Llama.
+
+  Attributes:
+    architecture: stem of the classes of transformers.
+    fixed: fields of `Config`.
+    keys: field of `Config` -> key of config.json.
+    defaults: key of config.json -> what is meant where it is absent.
+    layer: parameter of a layer -> stored name.
+    local: config.json, layer -> is it local? None if no layer can be.
+    names_layers: config.json may say which layers are local in `layer_types`.
+  """
+
+  architecture: str
+  fixed: Mapping[str, Any] = NOTHING
+  keys: Mapping[str, str] = NOTHING
+  defaults: Mapping[str, Any] = NOTHING
+  layer: Mapping[str, str] = DENSE
+  local: Callable[[dict, int], bool] | None = None
+  names_layers: bool = False
+
+
+FAMILIES = {
+  'llama': Family('Llama'),
+  'mistral': Family('Mistral', defaults=dict(sliding_window=4096), local=lambda c, i: True),
+  'qwen2': Family(
+    'Qwen2',
+    fixed=dict(attention_bias=True),
+    defaults=QWEN_WINDOW,
+    local=lambda c, i: i >= c['max_window_layers'],
+    names_layers=True,
+  ),
+  'qwen3': Family(
+    'Qwen3',
+    fixed=dict(qk_norm='head'),
+    defaults=dict(head_dim=128, **QWEN_WINDOW),
+    local=lambda c, i: i >= c['max_window_layers'],
+    names_layers=True,
+  ),
+  'gemma2': Family(
+    'Gemma2',
+    fixed=dict(norm_offset=1.0, post_norm=True),
+    keys=GEMMA_KEYS,
+    defaults=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **GEMMA_DEFAULTS),
+    layer=DENSE | POST_NORMS,
+    local=lambda c, i: i % 2 == 0,
+    names_layers=True,
+  ),
+  'gemma3_text': Family(
+    'Gemma3',
+    fixed=dict(norm_offset=1.0, post_norm=True, qk_norm='head'),
+    keys=dict(local_rope_theta='rope_local_base_freq', **GEMMA_KEYS),
+    defaults=dict(
+      attn_logit_softcapping=None, final_logit_softcapping=None, rope_theta=1e6,
+      rope_local_base_freq=10_000.0, sliding_window_pattern=6, **GEMMA_DEFAULTS,
+    ),
+    layer=DENSE | POST_NORMS,
+    local=lambda c, i: (i + 1) % c['sliding_window_pattern'] != 0,
+    names_layers=True,
+  ),
+  'olmo2': Family(
+    'Olmo2',
+    fixed=dict(pre_norm=False, post_norm=True, qk_norm='all'),
+    layer=DENSE | POST_NORMS,
+  ),
+  'qwen3_moe': Family(
+    'Qwen3Moe',
+    fixed=dict(qk_norm='head'),
+    keys=dict(
+      mlp_width='moe_intermediate_size', normalize_experts='norm_topk_prob', **MIXTURE_KEYS
+    ),
+    defaults=dict(norm_topk_prob=False, **QWEN_WINDOW),
+    layer=QWEN_EXPERTS,
+    local=lambda c, i: True,
+  ),
+  'mixtral': Family(
+    'Mixtral',
+    keys=MIXTURE_KEYS | dict(num_experts='num_local_experts'),
+    defaults=dict(rope_theta=1e6),
+    layer=MIXTRAL_EXPERTS,
+    local=lambda c, i: True,
+  ),
+}  # fmt: skip
+
+ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu'}
+# How a value of config.json becomes a field, and back.
+CONVERT = {
+  'rope_theta': (float, float),
+  'local_rope_theta': (float, float),
+  'activation': (
+    lambda x: ACTIVATIONS.get(x, x),
+    lambda x: {ours: theirs for theirs, ours in ACTIVATIONS.items()}[x],
+  ),
+  'query_scale': (lambda x: x**-0.5, lambda x: round(x**-2)),
+  'embedding_scale': (lambda x: x**0.5, lambda x: round(x**2)),
+  'attention_softcap': (lambda x: float(x or 0), lambda x: x or None),
+  'logit_softcap': (lambda x: float(x or 0), lambda x: x or None),
+}
+SAME = (lambda x: x, lambda x: x)
+
+ROPE = {  # rope_type -> field -> key
+  'default': {},
+  'linear': dict(rope_factor='factor'),
+  'llama3': dict(
+    rope_factor='factor', rope_low='low_freq_factor', rope_high='high_freq_factor',
+    rope_original_length='original_max_position_embeddings',
+  ),
+}  # fmt: skip
+PLAIN_ROPE = dict(rope_factor=1.0, rope_low=1.0, rope_high=4.0, rope_original_length=0)
+
+# Keys that would change what is computed, and the one value that does not; absent and null neither.
+INERT = dict(
+  attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0, quantization_config=None,
+  use_bidirectional_attention=False, mlp_only_layers=[], decoder_sparse_step=1,
+)  # fmt: skip
+LAYER_TYPES = {'full_attention': False, 'sliding_attention': True}
+
+
+def read_settings(config: dict) -> dict:
+  """The fields of `Config` that config.json fixes.
+
+  Raises:
+    ValueError: a family that is not supported, a key that is missing, or a value with which the
+      decoder would compute something else; the message names the key and what is supported.
+  """
+  kind = config.get('model_type')
+  if 'vision_config' in config:
+    raise ValueError(f'{kind!r} is a model of images too; only text models are supported')
+  if kind not in FAMILIES:
+    raise ValueError(f'model_type {kind!r} is not supported; supported: {sorted(FAMILIES)}')
+  family = FAMILIES[kind]
+  rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+  given = _with_defaults(config, family, rope)
+  # Newer files have the rotary positions of either kind of layer apart.
+  far, near = rope.get('full_attention', rope), rope.get('sliding_attention', {})
+  for key, value in INERT.items():
+    _require(key, given.get(key, value), (value, None))
+  _require('partial_rotary_factor', far.get('partial_rotary_factor'), (1.0, None))
+  _require('rope type of local layers', near.get('rope_type', 'default'), ('default',))
+  keys = KEYS | family.keys
+  missing = sorted({key for key in keys.values() if given.get(key) is None} - _nullable(family))
+  if missing:
+    raise ValueError(f'config.json lacks {missing}')
+  fields = {field: CONVERT.get(field, SAME)[0](given[key]) for field, key in keys.items()}
+  _require(keys['activation'], given[keys['activation']], tuple(ACTIVATIONS))
+  if is_classifier(config):
+    fields['tie_embeddings'] = True  # there is a score in the place of the unembedding
+  fields |= _read_rope(far)
+  local = _local_layers(given, family)
+  fields |= dict(window=given['sliding_window'] if local else 0, local_layers=local)
+  if local and 'local_rope_theta' not in keys:
+    fields['local_rope_theta'] = fields['rope_theta']
+    _require('rope factor with a sliding window', fields['rope_factor'], (1.0,))
+  return LLAMA | family.fixed | fields
+
+
+def write_settings(config: Config, reward_model: bool = False) -> dict:
+  """A config.json that says `config`, for transformers and whatever reads its files.
+
+  Args:
+    config: the model; of the families that it fits, the first is taken.
+    reward_model: a classifier with one label instead of a language model.
+
+  Raises:
+    ValueError: the model fits no family; the message has what stands in the way of the nearest.
+  """
+  config = dataclasses.replace(config, query_scale=config.query_scale or config.head_dim**-0.5)
+  differences = {}
+  for kind in FAMILIES:
+    written = _body(config, kind) | _head(config, kind, reward_model)
+    differences[kind] = _differences(config, written, reward_model)
+    if not differences[kind]:
+      return written
+  nearest = min(differences, key=lambda kind: len(differences[kind]))
+  raise ValueError(
+    f'no family of Hugging Face stores this model; nearest is {nearest!r}, but for '
+    + ', '.join(differences[nearest])
+  )
+
+
+def keep_settings(stated: dict, config: Config, reward_model: bool = False) -> dict:
+  """The config.json that a model came from, for what became of it: another class or dtype at most.
+
+  Raises:
+    ValueError: it says another model; the message has the differences.
+  """
+  kept = {key: value for key, value in stated.items() if key not in ('dtype', 'torch_dtype')}
+  kept |= _head(config, stated.get('model_type'), reward_model)
+  differences = _differences(config, kept, reward_model)
+  if differences:
+    raise ValueError(f'the source holds another model: {", ".join(differences)}')
+  return kept
+
+
+def stored_name(kind: str, name: str) -> str:
+  """Stored name of a parameter, with {layer} and {expert} where it has one tensor for each."""
+  return TOP[name] if name in TOP else 'model.layers.{layer}.' + FAMILIES[kind].layer[name]
+
+
+def is_classifier(config: dict) -> bool:
+  """Does the folder hold a reward model: a score where a language model has its unembedding?"""
+  return any(
+    name.endswith('ForSequenceClassification') for name in config.get('architectures') or ()
+  )
+
+
+def _require(key: str, found: Any, supported: tuple) -> None:
+  if found not in supported:
+    *others, last = supported if supported[-1] is not None else supported[:-1]
+    valid = ', '.join(map(repr, others)) + (' or ' if others else '') + repr(last)
+    raise ValueError(f'{key} {found!r} is not supported, only {valid}')
+
+
+def _nullable(family: Family) -> set[str]:
+  softcaps = ('attention_softcap', 'logit_softcap')
+  return {family.keys[field] for field in softcaps if field in family.keys}
+
+
+def _with_defaults(config: dict, family: Family, rope: dict) -> dict:
+  """config.json with everything in its old place and nothing left to guess."""
+  theta = dict(
+    rope_theta=rope.get('full_attention', rope).get('rope_theta'),
+    rope_local_base_freq=rope.get('sliding_attention', {}).get('rope_theta'),
+  )
+  given = DEFAULTS | family.defaults | config | {k: v for k, v in theta.items() if v is not None}
+  if given.get('num_key_value_heads') is None:
+    given['num_key_value_heads'] = given.get('num_attention_heads')
+  if given.get('head_dim') is None and {'hidden_size', 'num_attention_heads'} <= given.keys():
+    given['head_dim'] = given['hidden_size'] // given['num_attention_heads']
+  for ours, theirs in (('num_experts', 'num_local_experts'), ('num_local_experts', 'num_experts')):
+    given.setdefault(ours, given.get(theirs))  # either is written for one model
+  return given
+
+
+def _read_rope(rope: dict) -> dict:
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  _require('rope type', kind, tuple(ROPE))
+  missing = sorted(set(ROPE[kind].values()) - rope.keys())
+  if missing:
+    raise ValueError(f'the {kind!r} rotary positions of config.json lack {missing}')
+  return PLAIN_ROPE | {field: rope[key] for field, key in ROPE[kind].items()}
+
+
+def _local_layers(given: dict, family: Family) -> tuple[int, ...]:
+  if family.local is None or not (given['use_sliding_window'] and given['sliding_window']):
+    return ()
+  layers = range(given['num_hidden_layers'])
+  kinds = given.get('layer_types') if family.names_layers else None
+  if not kinds:
+    return tuple(i for i in layers if family.local(given, i))
+  unknown = sorted(set(kinds) - LAYER_TYPES.keys())
+  if unknown or len(kinds) != len(layers):
+    valid = f'one of {sorted(LAYER_TYPES)} for each of {len(layers)} layers'
+    raise ValueError(f'layer_types {kinds} is not supported, only {valid}')
+  return tuple(i for i in layers if LAYER_TYPES[kinds[i]])
+
+
+def _head(config: Config, kind: str, reward_model: bool) -> dict:
+  """What of config.json depends on the use of a model."""
+  if kind not in FAMILIES:
+    raise ValueError(f'model_type {kind!r} is not supported; supported: {sorted(FAMILIES)}')
+  text = 'Text' if reward_model and kind == 'gemma3_text' else ''
+  task = 'ForSequenceClassification' if reward_model else 'ForCausalLM'
+  labels = dict(id2label={'0': 'LABEL_0'}, label2id={'LABEL_0': 0}) if reward_model else {}
+  return dict(
+    architectures=[f'{FAMILIES[kind].architecture}{text}{task}'],
+    model_type=kind,
+    torch_dtype=config.param_dtype,
+    **labels,
+  )
+
+
+def _body(config: Config, kind: str) -> dict:
+  """What config.json of a family would say of `config`, as far as it can."""
+  family, written = FAMILIES[kind], {}
+  for field, key in (KEYS | family.keys).items():
+    written.setdefault(key, CONVERT.get(field, SAME)[1](getattr(config, field)))
+  rope = (
+    'default' if config.rope_factor == 1 else 'llama3' if config.rope_original_length else 'linear'
+  )
+  if rope != 'default':
+    values = {key: getattr(config, field) for field, key in ROPE[rope].items()}
+    written['rope_scaling'] = dict(rope_type=rope, **values)
+  if family.local:
+    written['sliding_window'] = config.window or None
+  if 'use_sliding_window' in family.defaults:
+    written['use_sliding_window'] = bool(config.window)
+    written['max_window_layers'] = config.num_layers - len(config.local_layers)
+  if family.names_layers:
+    kinds = {local: kind for kind, local in LAYER_TYPES.items()}
+    written['layer_types'] = [kinds[i in config.local_layers] for i in range(config.num_layers)]
+  return written
+
+
+def _differences(config: Config, written: dict, reward_model: bool) -> list[str]:
+  """Where the model that config.json says is not `config`, or why it says none."""
+  try:
+    found = read_settings(written)
+  except ValueError as error:
+    return [str(error)]
+  found, wanted = (_effective(x, reward_model) for x in (found, dataclasses.asdict(config)))
+  return [
+    f'{field} {wanted.get(field)!r} instead of {value!r}'
+    for field, value in found.items()
+    if value != wanted.get(field)
+  ]
+
+
+def _effective(fields: dict, reward_model: bool) -> dict:
+  """The fields that make a difference, defaults spelt out."""
+  idle = {
+    'max_length': True,  # rows may be kept shorter than the model allows
+    'local_rope_theta': not fields['window'],
+    'tie_embeddings': reward_model,
+    'rope_original_length': fields['rope_factor'] == 1,
+    **dict.fromkeys(('rope_low', 'rope_high'), not fields['rope_original_length']),
+    **dict.fromkeys(('experts_per_token', 'normalize_experts'), not fields['num_experts']),
+  }
+  kept = {field: value for field, value in fields.items() if not idle.get(field)}
+  return kept | dict(query_scale=fields['query_scale'] or fields['head_dim'] ** -0.5)

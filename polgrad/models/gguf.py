@@ -1,0 +1,321 @@
+"""Makes Hugging Face folders of GGUF files: Llama, Qwen2 and Qwen3 models with a byte-level tokenizer.
+
+A GGUF file holds settings, tokenizer and tensors, most often quantised; see
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors have the layout of Hugging Face, but
+files of `llama` keep a rotary pair in neighbouring rows instead of half a head apart."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polgrad.models import rotary
+from polgrad.models.config import Config
+from polgrad.models.families import FAMILIES, read_settings
+from polgrad.models.hf import check, slots
+from polgrad.models.tensors import Tensor, new_folder, write_folder
+
+SUPPORTED = ('llama', 'qwen2', 'qwen3')
+NEIGHBOURS = ('llama',)  # keep rotary pairs in neighbouring rows
+TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
+LAYER = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'attn_q_norm': 'self_attn.q_norm',
+  'attn_k_norm': 'self_attn.k_norm',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+FREQUENCIES = 'rope_freqs.weight'
+
+KEYS = {  # key of config.json -> key of the file, after the name of the architecture
+  'hidden_size': 'embedding_length',
+  'intermediate_size': 'feed_forward_length',
+  'num_hidden_layers': 'block_count',
+  'num_attention_heads': 'attention.head_count',
+  'num_key_value_heads': 'attention.head_count_kv',
+  'max_position_embeddings': 'context_length',
+  'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+  'rope_theta': 'rope.freq_base',
+}
+HEAD_DIM = ('attention.key_length', 'attention.value_length', 'rope.dimension_count')
+SCALING, FACTOR = 'rope.scaling.type', 'rope.scaling.factor'
+HARMLESS = (
+  'vocab_size', 'tensor_data_layout', 'rope.scaling.original_context_length',
+  'rope.scaling.finetuned',
+)  # fmt: skip
+# How Llama 3.1 and later were stretched; their files have the quotients of the frequencies alone.
+LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+CONTROL, USER_DEFINED = 3, 4  # types of tokens that text is searched for before it is cut
+IDS = {
+  'bos_token_id': 'tokenizer.ggml.bos_token_id',
+  'eos_token_id': 'tokenizer.ggml.eos_token_id',
+  'pad_token_id': 'tokenizer.ggml.padding_token_id',
+}
+BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+DIGITS = {'type': 'Digits', 'individual_digits': True}
+
+
+def _words(numbers: str) -> list[dict]:
+  """Cuts text as Llama 3 and Qwen do, which differ in their numbers, and then into bytes."""
+  pattern = (
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+  )
+  split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+  return [split, BYTES | {'use_regex': False}]
+
+
+class Cut(NamedTuple):
+  """What a tokenizer does besides merging; a file only names it."""
+
+  steps: list[dict]
+  normalizer: dict | None = None
+  ignore_merges: bool = False  # a word that is a token is not cut
+  bos: bool = False  # texts begin with the bos token, unless the file says otherwise
+
+
+CUTS = {
+  'gpt-2': Cut([BYTES]),
+  'smollm': Cut([DIGITS, BYTES]),
+  'llama-bpe': Cut(_words(r'\p{N}{1,3}'), ignore_merges=True, bos=True),
+  'qwen2': Cut(_words(r'\p{N}'), normalizer={'type': 'NFC'}),
+}
+
+
+class Contents(NamedTuple):
+  """What a file says, as a Hugging Face folder would.
+
+  Attributes:
+    config: config.json.
+    tensors: by their names there, f32; each is de-quantised when it is read.
+    companions: name of another JSON file, without its suffix -> content.
+  """
+
+  config: dict
+  tensors: dict[str, Tensor]
+  companions: dict[str, dict]
+
+
+def convert(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
+  """Makes a Hugging Face folder, in float32, of a GGUF file: whole or not at all.
+
+  Raises:
+    FileExistsError: there is something in the folder.
+    ImportError, FileNotFoundError, ValueError: as `read`.
+  """
+  contents = read(path)
+  with new_folder(folder) as made:
+    write_folder(made, contents.tensors)
+    for name, content in {'config': contents.config, **contents.companions}.items():
+      (made / f'{name}.json').write_text(json.dumps(content, ensure_ascii=False), encoding='utf-8')
+
+
+def read(path: str | pathlib.Path) -> Contents:
+  """Opens a file; its tensors are read when they are asked for.
+
+  Raises:
+    ImportError: the package gguf is not installed.
+    FileNotFoundError: there is no file.
+    ValueError: the file is not whole or not of GGUF; an architecture, setting or tokenizer that is
+      not supported; tensors that are missing, unknown or of another shape.
+  """
+  try:
+    from gguf import GGUFReader
+  except ImportError as error:
+    raise ImportError('gguf is missing; pip install "polgrad[gguf]"') from error
+  path = pathlib.Path(path).expanduser()
+  try:
+    reader = GGUFReader(path)
+    said = {key: field.contents() for key, field in reader.fields.items()}
+  except (ValueError, IndexError, KeyError, OverflowError) as error:
+    raise ValueError(f'{path} is not a whole GGUF file: {error}') from error
+  try:
+    contents = _contents(said, {tensor.name: tensor for tensor in reader.tensors})
+    plain = dict(dtype='float32', param_dtype='float32', remat='none', value_head=False)
+    shape = Config(**read_settings(contents.config), **plain, balance_rate=0.0)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  check(path, contents.tensors, slots(shape, contents.config['model_type']))
+  return contents
+
+
+def _contents(said: dict, stored: dict) -> Contents:
+  kind = said.get('general.architecture')
+  _require('general.architecture', kind, SUPPORTED)
+  _require('split.count', said.get('split.count', 1), (0, 1))
+  own = {k.removeprefix(f'{kind}.'): v for k, v in said.items() if k.startswith(f'{kind}.')}
+  config = _config(kind, own)
+  stretched = stored.pop(FREQUENCIES, None)
+  if stretched is not None:
+    config['rope_scaling'] = _llama3_scaling(_dequantized(stretched), config)
+  heads = {'attn_q': config['num_attention_heads'], 'attn_k': config['num_key_value_heads']}
+  heads = heads if kind in NEIGHBOURS else {}
+  tensors = {_name(n): _tensor(x, heads.get(n.split('.')[-2:][0], 0)) for n, x in stored.items()}
+  embedding = tensors.get('model.embed_tokens.weight')
+  if embedding is None:
+    raise ValueError('token_embd.weight is missing')
+  ids = {ours: said[theirs] for ours, theirs in IDS.items() if theirs in said}
+  config |= {
+    'vocab_size': embedding.shape[0],
+    'tie_word_embeddings': 'lm_head.weight' not in tensors,
+    **ids,
+  }
+  stops = [said[k] for k in (IDS['eos_token_id'], 'tokenizer.ggml.eot_token_id') if k in said]
+  if len(set(stops)) > 1:
+    ids = ids | {'eos_token_id': stops}
+  companions = {'generation_config': ids}
+  if 'tokenizer.ggml.model' in said:
+    companions |= _tokenizer(said, config)
+  return Contents(config, tensors, companions)
+
+
+def _require(key: str, found: Any, supported: tuple) -> None:
+  if found not in supported:
+    raise ValueError(f'{key} {found!r} is not supported; supported: {list(supported)}')
+
+
+def _config(kind: str, own: dict) -> dict:
+  """The part of config.json that the settings say."""
+  heads = own.get('attention.head_count')
+  own = {'attention.head_count_kv': heads, 'rope.freq_base': 10_000.0} | own
+  missing = sorted(f'{kind}.{key}' for key in KEYS.values() if own.get(key) is None)
+  if missing:
+    raise ValueError(f'{missing} are missing')
+  known = {*KEYS.values(), *HEAD_DIM, SCALING, FACTOR, *HARMLESS}
+  odd = {f'{kind}.{key}': value for key, value in own.items() if value and key not in known}
+  odd |= {f'{kind}.{key}': own[key] for key in KEYS.values() if isinstance(own[key], list)}
+  if odd:
+    raise ValueError(f'settings {odd} are not supported; layers are alike, dense and plain')
+  head_dim = own.get(HEAD_DIM[0]) or own['embedding_length'] // heads
+  for key in HEAD_DIM:
+    _require(f'{kind}.{key}', own.get(key, head_dim), (head_dim,))
+  config = {
+    'architectures': [f'{FAMILIES[kind].architecture}ForCausalLM'],
+    'model_type': kind,
+    'head_dim': head_dim,
+    'hidden_act': 'silu',
+    'torch_dtype': 'float32',
+    **{ours: own[theirs] for ours, theirs in KEYS.items()},
+  }
+  config['rms_norm_eps'] = float(f'{config["rms_norm_eps"]:.6g}')  # was written in decimal once
+  factor = own.get(FACTOR) or 1.0
+  if factor != 1:
+    _require(f'{kind}.{SCALING}', own.get(SCALING, 'linear'), ('linear',))
+    config['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
+  return config
+
+
+def _llama3_scaling(quotients: np.ndarray, config: dict) -> dict:
+  """The `rope_scaling` that slows the frequencies down by these quotients.
+
+  Raises:
+    ValueError: they are not those of Llama 3.1 and later, or positions are scaled twice.
+  """
+  factor = float(quotients.max())
+  frequency = rotary.frequencies(config['head_dim'], config['rope_theta'])
+  low, high, length = LLAMA3.values()
+  slowed = rotary.stretch(frequency, factor=factor, low=low, high=high, original_length=length)
+  expected = np.asarray(frequency / slowed)
+  same = quotients.shape == expected.shape and np.allclose(quotients, expected, rtol=1e-3)
+  if not same or 'rope_scaling' in config:
+    raise ValueError(
+      f'{FREQUENCIES} is not supported: only that of Llama 3.1 and later, which follows from {LLAMA3}'
+    )
+  return {'rope_type': 'llama3', 'factor': factor, **LLAMA3}
+
+
+def _name(stored: str) -> str:
+  """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+  match stored.split('.'):
+    case [part, suffix] if part in TOP:
+      return f'{TOP[part]}.{suffix}'
+    case ['blk', layer, part, suffix] if part in LAYER:
+      return f'model.layers.{layer}.{LAYER[part]}.{suffix}'
+  return stored
+
+
+def _tensor(stored: Any, heads: int) -> Tensor:
+  """A tensor to be read; `heads` is not 0 if it has rotary pairs to be split."""
+
+  def take(index):
+    x = _dequantized(stored)
+    return (_split_rotary_pairs(x, heads) if heads else x)[index]
+
+  return Tensor(_shape(stored), np.dtype(np.float32), take)
+
+
+def _shape(stored: Any) -> tuple[int, ...]:
+  return tuple(stored.shape[::-1].tolist())
+
+
+def _dequantized(stored: Any) -> np.ndarray:
+  from gguf.quants import dequantize
+
+  x = dequantize(stored.data, stored.tensor_type)
+  return x.astype(np.float32, copy=False).reshape(_shape(stored))
+
+
+def _split_rotary_pairs(x: np.ndarray, heads: int) -> np.ndarray:
+  """Rows 0, 2, 4, ... of every head before its rows 1, 3, 5, ..."""
+  pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, -1)
+  return pairs.swapaxes(1, 2).reshape(x.shape)
+
+
+def _tokenizer(said: dict, config: dict) -> dict[str, dict]:
+  """tokenizer.json and tokenizer_config.json."""
+  get = lambda key: said.get(f'tokenizer.ggml.{key}')
+  _require('tokenizer.ggml.model', get('model'), ('gpt2',))
+  _require('tokenizer.ggml.pre', get('pre'), tuple(CUTS))
+  cut, texts = CUTS[get('pre')], get('tokens')
+  added = [
+    dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False,
+         special=kind == CONTROL)
+    for i, (t, kind) in enumerate(zip(texts, get('token_type')))
+    if kind in (CONTROL, USER_DEFINED)
+  ]  # fmt: skip
+  begins = cut.bos if get('add_bos_token') is None else get('add_bos_token')
+  prefixed = begins and 'bos_token_id' in config
+  tokenizer = {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': added,
+    'normalizer': cut.normalizer,
+    'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': cut.steps},
+    'post_processor': _prefix(texts, config['bos_token_id']) if prefixed else None,
+    'decoder': BYTES,
+    'model': {
+      'type': 'BPE',
+      'vocab': {t: i for i, t in enumerate(texts)},
+      'merges': [merge.split(' ') for merge in get('merges')],
+      **({'ignore_merges': True} if cut.ignore_merges else {}),
+    },
+  }
+  template = said.get('tokenizer.chat_template')
+  settings = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_max_length': config['max_position_embeddings'],
+    **({'chat_template': template} if template else {}),
+    **{key.removesuffix('_id'): texts[config[key]] for key in IDS if key in config},
+  }
+  return {'tokenizer': tokenizer, 'tokenizer_config': settings}
+
+
+def _prefix(texts: list[str], bos: int) -> dict:
+  """A post-processor that puts the bos token before every text."""
+  token = {'SpecialToken': {'id': texts[bos], 'type_id': 0}}
+  first, second = ({'Sequence': {'id': name, 'type_id': i}} for i, name in enumerate('AB'))
+  return {
+    'type': 'TemplateProcessing',
+    'single': [token, first],
+    'pair': [token, first, token, second],
+    'special_tokens': {texts[bos]: {'id': texts[bos], 'ids': [bos], 'tokens': [texts[bos]]}},
+  }

@@ -1,0 +1,244 @@
+"""Low-rank adapters (arXiv:2106.09685): a frozen base, and factors A and B beside its matrices.
+
+W x becomes W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) (rank-stabilised,
+arXiv:2312.03732). Adapters are read and written in PEFT's layout, which stores a factor as [outputs,
+inputs] with heads and head size merged."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from polgrad.models.config import ATTENTION, MLP, Config
+from polgrad.models.hf import pretrained
+from polgrad.models.policy import Policy, overlay
+from polgrad.models.tensors import Tensor, new_folder, open_file, write_file
+from polgrad.models.transformer import decoder, from_config
+from polgrad.registry import table
+from polgrad.sharding import place, to_host
+
+Params = Any
+
+BASE = table(decoder, pretrained)
+MODULES = {
+  'query': 'self_attn.q_proj',
+  'key': 'self_attn.k_proj',
+  'value': 'self_attn.v_proj',
+  'out': 'self_attn.o_proj',
+  'gate': 'mlp.gate_proj',
+  'up': 'mlp.up_proj',
+  'down': 'mlp.down_proj',
+}
+TENSOR = 'base_model.model.model.layers.{}.{}.lora_{}.weight'  # layer, module, A or B
+# What adapter_config.json says without changing what the adapted model computes.
+HARMLESS = {
+  'auto_mapping', 'base_model_name_or_path', 'ensure_weight_tying', 'eva_config', 'inference_mode',
+  'lora_dropout', 'megatron_core', 'peft_version', 'qalora_group_size', 'revision', 'task_type',
+}  # fmt: skip
+# Fields with more than one value; other starts than these change the base, which is then not ours.
+CHOICES = {
+  'peft_type': ('LORA',),
+  'bias': ('none',),
+  'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal'),
+}
+
+
+def lora(
+  *,
+  base: Annotated[Policy, BASE],
+  rank: int = 8,
+  alpha: float = 16.0,
+  targets: tuple = ATTENTION + MLP,
+  rank_stabilized: bool = False,
+  adapter: str = '',
+) -> Policy:
+  """Another model with a low-rank adapter: only that is trained, and a value head if there is one.
+
+  A is normal with variance 1 / fan-in and B is zero, so the model begins as its base.
+
+  Args:
+    base: the model whose parameters stay as they are.
+    rank: inner size of the factors.
+    alpha: multiplies the adapter, over `rank`.
+    targets: the matrices with factors, out of query, key, value, out, gate, up, down; a mixture of
+      experts has only those of attention.
+    rank_stabilized: divide alpha by sqrt(rank) instead.
+    adapter: a folder in PEFT's layout to begin with; it says rank, alpha and targets itself, and
+      those given here do not count.
+
+  Raises:
+    FileNotFoundError: no such folder, or a file of it is missing.
+    ValueError: a rank below 1, targets that the base does not have, or what `read_settings` refuses;
+      from `init`, what `read_adapter` refuses.
+  """
+  if base.config.lora_rank:
+    raise ValueError('base has an adapter already; merge it first')
+  if adapter:
+    fields = read_settings(adapter)
+  else:
+    fields = _fields(rank, alpha, targets, rank_stabilized)
+  config = dataclasses.replace(base.config, **fields)
+  policy = from_config(config)
+
+  def init(key, shardings=None):
+    of_base, of_adapter = (None, None) if shardings is None else _split(shardings)
+    frozen = base.init(key, of_base)
+    if not adapter:
+      # Compiled, so that the random base that comes with it is never made.
+      random = jax.jit(lambda key: _split(policy.init(key))[1], out_shardings=of_adapter)
+      return overlay(frozen, random(key))
+    found = read_adapter(adapter, config)
+    placed = jax.tree.map(jnp.asarray, found) if shardings is None else place(found, of_adapter)
+    return overlay(frozen, placed)
+
+  return policy._replace(init=init)
+
+
+def merge(config: Config, params: Params) -> tuple[Config, Params]:
+  """The model without an adapter that computes the same: W + s A B in float32, then W's dtype."""
+  frozen, adapter = _split(params)
+  factors = adapter.get('layers', {})
+  layers = dict(frozen['layers'])
+  for name in config.lora_targets:
+    a, b = (factors[f'{name}_lora_{half}'].astype(jnp.float32) for half in 'ab')
+    product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision='highest'))(a, b)
+    w = layers[name]
+    layers[name] = (w.astype(jnp.float32) + config.lora_scale * product).astype(w.dtype)
+  plain = dataclasses.replace(config, lora_rank=0, lora_scale=1.0, lora_targets=())
+  return plain, {**frozen, 'layers': layers}
+
+
+def read_settings(folder: str | pathlib.Path) -> dict:
+  """The fields of `Config` that adapter_config.json says.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a field that asks for more than A and B beside whole matrices (DoRA, biases, ranks by
+      layer, ...), or modules that are not in `MODULES`.
+  """
+  path = pathlib.Path(folder).expanduser() / 'adapter_config.json'
+  found = json.loads(path.read_text(encoding='utf-8'))
+  for field, valid in CHOICES.items():
+    value = found.pop(field, valid[0])
+    if value not in valid:
+      raise ValueError(f'{path}: {field} {value!r} is not supported; supported: {valid}')
+  modules = found.pop('target_modules', None)
+  rank, alpha = found.pop('r', 8), found.pop('lora_alpha', 8)  # PEFT's own defaults
+  stabilized = found.pop('use_rslora', False)
+  for field, value in found.items():
+    if value and field not in HARMLESS:
+      raise ValueError(f'{path}: {field} {value!r} is not supported; it must not be set')
+  names = {module.rpartition('.')[2]: name for name, module in MODULES.items()}
+  if not isinstance(modules, list):
+    raise ValueError(f'{path}: target_modules {modules!r} is not supported, only a list of names')
+  last = {module.rpartition('.')[2] for module in modules}
+  if not last <= names.keys():
+    unknown = sorted(last - names.keys())
+    raise ValueError(f'{path}: target_modules {unknown} are not supported; valid: {sorted(names)}')
+  return _fields(rank, alpha, [n for n in MODULES if n in {names[m] for m in last}], stabilized)
+
+
+def read_adapter(folder: str | pathlib.Path, config: Config) -> Params:
+  """The factors in a folder as NumPy arrays, {'layers': {'query_lora_a': [layers, ...], ...}}.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a file that is not whole, or tensors that are missing, unknown or of another shape;
+      all of them are listed.
+  """
+  path = pathlib.Path(folder).expanduser() / 'adapter_model.safetensors'
+  layers = range(config.num_layers)
+  wanted = {name: [_stored(config, name, i) for i in layers] for name in config.adapter}
+  shapes = {stored: shape for pairs in wanted.values() for stored, shape in pairs}
+  found = open_file(path)
+  problems = [f'{name} is missing' for name in sorted(shapes.keys() - found.keys())]
+  problems += [f'{name} is unknown' for name in sorted(found.keys() - shapes.keys())]
+  problems += [
+    f'{name} has shape {found[name].shape} instead of {shape}'
+    for name, shape in shapes.items()
+    if name in found and found[name].shape != shape
+  ]
+  if problems:
+    more = f' (and {len(problems) - 8} more)' if len(problems) > 8 else ''
+    raise ValueError(f'{path}: {"; ".join(problems[:8])}{more}')
+
+  def read(name, stored):
+    return found[stored].all().T.reshape(config.shape(name)).astype(config.param_dtype)
+
+  stacked = {n: np.stack([read(n, stored) for stored, _ in pairs]) for n, pairs in wanted.items()}
+  return {'layers': stacked}
+
+
+def save_adapter(
+  folder: str | pathlib.Path, config: Config, params: Params, *, base_model: str = ''
+) -> None:
+  """Writes the adapter, without base and value head, as PEFT reads it: whole or not at all.
+
+  Args:
+    folder: must be new or empty.
+    config: of the policy, with an adapter.
+    params: all parameters, or those of the adapter; every process must call, one writes.
+    base_model: name or folder of the base, for the reader.
+
+  Raises:
+    FileExistsError: the folder is not empty.
+    ValueError: there is no adapter.
+  """
+  if not config.lora_rank:
+    raise ValueError('the model has no adapter (lora_rank is 0)')
+  tensors = {}
+  for name in config.adapter:
+    # [inputs..., rank] and [rank, outputs...]: either way the rank parts the matrix.
+    rows = config.lora_rank if name.endswith('b') else math.prod(config.shape(name)[:-1])
+    for i, x in enumerate(to_host(params['layers'][name])):
+      stored, shape = _stored(config, name, i)
+      tensors[stored] = Tensor(shape, x.dtype, x.reshape(rows, -1).T.__getitem__)
+  settings = {
+    'peft_type': 'LORA',
+    'task_type': 'CAUSAL_LM',
+    'base_model_name_or_path': base_model or None,
+    'inference_mode': True,
+    'r': config.lora_rank,
+    'lora_alpha': config.lora_scale * config.lora_rank,
+    'use_rslora': False,  # lora_alpha accounts for it
+    'lora_dropout': 0.0,
+    'bias': 'none',
+    'fan_in_fan_out': False,
+    'init_lora_weights': True,
+    'target_modules': [MODULES[name].rpartition('.')[2] for name in config.lora_targets],
+  }
+  if jax.process_index() == 0:
+    with new_folder(folder) as made:
+      write_file(made / 'adapter_model.safetensors', tensors)
+      (made / 'adapter_config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+
+
+def _fields(rank, alpha, targets, stabilized) -> dict:
+  if rank < 1 or not targets or len(set(targets)) < len(targets):
+    raise ValueError(
+      f'an adapter of rank {rank} on {tuple(targets)}: need rank >= 1 and names, once'
+    )
+  scale = alpha / (math.sqrt(rank) if stabilized else rank)
+  return dict(lora_rank=rank, lora_scale=scale, lora_targets=tuple(targets))
+
+
+def _split(params):
+  """Base and adapter of a tree like the parameters'."""
+  flat = traverse_util.flatten_dict(params)
+  adapter = {path for path in flat if '_lora_' in path[-1]}
+  base = {path: x for path, x in flat.items() if path not in adapter}
+  return tuple(map(traverse_util.unflatten_dict, (base, {path: flat[path] for path in adapter})))
+
+
+def _stored(config: Config, name: str, layer: int) -> tuple[str, tuple[int, int]]:
+  """PEFT's name and shape for a factor of a layer."""
+  target, _, half = name.partition('_lora_')
+  shape, rank = config.shape(name), config.lora_rank
+  stored = (rank, math.prod(shape[:-1])) if half == 'a' else (math.prod(shape[1:]), rank)
+  return TENSOR.format(layer, MODULES[target], half.upper()), stored

@@ -1,0 +1,180 @@
+"""Named tensors that are read when they are asked for, and folders of safetensors files.
+
+A safetensors file is the length of its header (u64), the header (JSON: name -> dtype, shape and the
+range of its bytes), and the bytes. Files are never mapped: mapped pages would count as memory of the
+process for as long as the file is open."""
+
+import contextlib
+import json
+import math
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+DTYPES = {
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Tensor(NamedTuple):
+  """A tensor that has not been read.
+
+  Attributes:
+    shape: its sizes.
+    dtype: of its elements.
+    read: one slice an axis (start and stop given, step 1), at least one axis -> that part, as a
+      NumPy array.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[tuple[slice, ...]], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  def all(self) -> np.ndarray:
+    """The whole tensor."""
+    return self.read(tuple(slice(0, size) for size in self.shape))
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of a folder by name: of model.safetensors, or of the shards that its index lists.
+
+  Raises:
+    FileNotFoundError: files that are missing, all of them named.
+    ValueError: a file that is not whole, or tensors that the index promises and no shard has.
+  """
+  index = folder / INDEX
+  promised = json.loads(index.read_text())['weight_map'] if index.exists() else {}
+  files = [folder / name for name in sorted(set(promised.values()) or {WHOLE})]
+  missing = [str(file) for file in files if not file.exists()]
+  if missing:
+    raise FileNotFoundError(f'{", ".join(missing)} is missing')
+  tensors = {}
+  for file in files:
+    tensors |= open_file(file)
+  absent = sorted(promised.keys() - tensors.keys())
+  if absent:
+    raise ValueError(f'{index} promises {absent[:8]}, which no shard has')
+  return tensors
+
+
+def open_file(path: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of one safetensors file by name.
+
+  Raises:
+    ValueError: the file is not as long as its header says, or has a tensor of another dtype.
+  """
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    header = file.read(length) if 8 + length <= size else b''
+  if len(header) < length or not header:
+    raise ValueError(f'{path}: {size} bytes are too few for the header, {8 + length} bytes')
+  entries = json.loads(header)
+  entries.pop('__metadata__', None)
+  expected = 8 + length + max((e['data_offsets'][1] for e in entries.values()), default=0)
+  if size != expected:
+    raise ValueError(f'{path} has {size} bytes instead of {expected}; was it cut off?')
+  odd = {name: e['dtype'] for name, e in entries.items() if e['dtype'] not in DTYPES}
+  if odd:
+    name, dtype = next(iter(odd.items()))
+    raise ValueError(f'{path}: {name} has dtype {dtype}; supported: {sorted(DTYPES)}')
+
+  def tensor(entry):
+    shape, dtype = tuple(entry['shape']), DTYPES[entry['dtype']]
+    start = 8 + length + entry['data_offsets'][0]
+
+    def read(index):
+      # Rows lie one after the other: only those asked for are read.
+      row = math.prod(shape[1:]) * dtype.itemsize
+      count = (index[0].stop - index[0].start) * row
+      data = np.fromfile(path, np.uint8, count, offset=start + index[0].start * row)
+      return data.view(dtype).reshape(-1, *shape[1:])[(slice(None), *index[1:])]
+
+    return Tensor(shape, dtype, read)
+
+  return {name: tensor(entry) for name, entry in entries.items()}
+
+
+def write_folder(
+  folder: pathlib.Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 5_000_000_000
+) -> None:
+  """Writes model.safetensors, or shards and their index; holds one tensor at a time.
+
+  Tensors are read and written in the order of the mapping. A shard has at most `max_shard_bytes`,
+  or a single tensor.
+  """
+  shards, size = [{}], 0
+  for name, tensor in tensors.items():
+    if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+      shards.append({})
+      size = 0
+    shards[-1][name] = tensor
+    size += tensor.nbytes
+  if len(shards) == 1:
+    return write_file(folder / WHOLE, tensors)
+  places = {}
+  for i, shard in enumerate(shards, 1):
+    file = f'model-{i:05}-of-{len(shards):05}.safetensors'
+    write_file(folder / file, shard)
+    places |= dict.fromkeys(shard, file)
+  total = sum(tensor.nbytes for tensor in tensors.values())
+  index = {'metadata': {'total_size': total}, 'weight_map': places}
+  (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+  """Writes one safetensors file, tensor by tensor."""
+  names = {dtype: name for name, dtype in DTYPES.items()}
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, tensor in tensors.items():
+    start, end = end, end + tensor.nbytes
+    header[name] = {
+      'dtype': names[tensor.dtype],
+      'shape': tensor.shape,
+      'data_offsets': [start, end],
+    }
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # so that the elements are aligned
+  with path.open('wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for tensor in tensors.values():
+      np.ascontiguousarray(tensor.all()).view(np.uint8).tofile(file)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary sibling that becomes `folder` when all went well: a folder is whole or absent.
+
+  Raises:
+    FileExistsError: there is something in the folder.
+  """
+  folder = check_free(folder)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as work:
+    made = pathlib.Path(work) / folder.name
+    made.mkdir()
+    yield made
+    made.rename(folder)
+
+
+def check_free(folder: str | pathlib.Path) -> pathlib.Path:
+  """The folder, if there is nothing in it.
+
+  Raises:
+    FileExistsError: there is something.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  if folder.exists() and any(folder.iterdir()):
+    raise FileExistsError(f'{folder} is not empty; nothing is overwritten')
+  return folder

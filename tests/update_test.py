@@ -1,0 +1,187 @@
+"""What an update changes: all parameters, an adapter, or a router's bias; and in which precision."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from experiments.preference import dpo
+from experiments.supervised import sft
+from polgrad import build, evaluate, learner, metrics, models, objectives, optim, train
+from polgrad.losses import aggregation
+from polgrad.models.policy import labelled
+from polgrad.registry import bind, part
+from polgrad.types import Batch, TrainState
+from tests.models import tiny
+
+MOE = dict(num_experts=4, experts_per_token=2, balance_rate=0.01)
+
+
+def flat(tree) -> dict:
+  return {'/'.join(k): np.asarray(v) for k, v in traverse_util.flatten_dict(tree).items()}
+
+
+def without_evaluation(config):
+  with config.unlocked():
+    config.evaluation = part(build.never)
+  return config
+
+
+def adapted():
+  """DPO, after supervised steps, with an adapter on a model whose base never moves."""
+  config = without_evaluation(dpo.get_config('smoke'))
+  with config.unlocked():
+    config.model = part(models.lora, base=config.model, rank=2, targets=('query', 'out', 'down'))
+  return config
+
+
+@pytest.fixture(scope='module')
+def adapter_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('adapter')
+  return folder, train.run(adapted(), str(folder))
+
+
+class TestAdapter:
+  def test_is_all_that_moves(self, adapter_run):
+    policy = build.build(adapted()).policy
+    before = flat(policy.init(jax.random.key(0)))
+    after = flat(adapter_run[1].params)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    targets = ('query', 'out', 'down')
+    assert moved == {f'layers/{n}_lora_{half}' for n in targets for half in 'ab'}
+
+  def test_has_all_of_the_optimizer_state(self, adapter_run):
+    _, state = adapter_run
+    policy = build.build(adapted()).policy
+    adapter = sum(x.size for x in jax.tree.leaves(labelled(policy, state.params, 'train')))
+    kept = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert kept == 2 * adapter  # AdamW's two moments
+    assert adapter < sum(x.size for x in jax.tree.leaves(state.params)) / 4
+
+  def test_is_all_that_an_anchor_keeps(self, adapter_run):
+    """The base is not held a second time, and the reference is still the policy of its start."""
+    folder, state = adapter_run
+    assert all('_lora_' in name for name in flat(state.anchors['reference']))
+    rows = metrics.read(str(folder / 'metrics.jsonl'))
+    losses = [r['loss'] for r in rows if r['phase'] == 'preference']
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[1] != pytest.approx(math.log(2), abs=1e-6)
+
+  def test_comes_back_from_a_checkpoint(self, adapter_run):
+    folder, state = adapter_run
+    experiment = build.build(adapted())
+    with jax.set_mesh(experiment.mesh):
+      params = evaluate.restore_params(experiment, str(folder / 'checkpoints'))
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+
+
+def sparse(**mesh):
+  config = without_evaluation(sft.get_config('smoke'))
+  config.model.update(MOE)
+  config.mesh.update(mesh)
+  config.phases.sft.collect.rows = 8
+  return config
+
+
+def test_a_router_bias_takes_sign_steps_and_the_mesh_does_not_matter(tmp_path):
+  one = train.run(sparse(), str(tmp_path / 'one'))
+  bias = np.asarray(one.params['layers']['router_bias'])
+  steps = bias / 0.01
+  np.testing.assert_allclose(steps, np.round(steps), atol=1e-5)
+  assert np.abs(steps).max() == pytest.approx(2)  # two updates in one direction
+  moments = [x for x in jax.tree.leaves(one.opt_state) if x.shape == bias.shape]
+  assert not moments  # it is none of AdamW's parameters
+  many = train.run(sparse(data=2, fsdp=2, tensor=2), str(tmp_path / 'many'))
+  for name, value in flat(many.params).items():
+    np.testing.assert_allclose(value, flat(one.params)[name], atol=2e-5, err_msg=name)
+
+
+TOKENS = tiny.rows(0, 4, 12)
+BATCH = Batch(
+  tokens=TOKENS,
+  segment_ids=jnp.ones_like(TOKENS),
+  mask=jnp.arange(12)[None] > jnp.zeros((4, 1), int),
+)
+
+
+def losses_of(precision: str, *, steps: int = 40, micro_batches: int = 1, **knobs):
+  """Learns four rows by heart; the losses, and the parameters before and after."""
+  policy = tiny.policy(dtype=precision, param_dtype=precision)
+  start = jax.tree.map(lambda p: p.astype(precision), tiny.params())
+  optimizer = optim.adamw(**knobs)
+  objective = bind(
+    part(objectives.supervised, aggregation=part(aggregation.token_mean)), objectives.TABLE
+  )
+  zero = jnp.int32(0)
+  state = TrainState(
+    step=zero,
+    phase=zero,
+    phase_step=zero,
+    cursor=zero,
+    skipped=zero,
+    params=start,
+    opt_state=optimizer.init(start),
+    anchors={},
+    credit_state=(),
+    objective_state=objective.init(),
+  )
+  update = jax.jit(learner.make_update(policy, objective, optimizer, micro_batches=micro_batches))
+  losses = []
+  for _ in range(steps):
+    state, report = update(state, BATCH)
+    losses.append(float(report['loss']))
+  return np.array(losses), start, state
+
+
+class TestBfloat16:
+  def test_training_follows_float32(self):
+    exact, _, _ = losses_of('float32', learning_rate=3e-3)
+    close, _, state = losses_of('bfloat16', learning_rate=3e-3)
+    assert exact[-1] < 0.5 * exact[0]
+    np.testing.assert_allclose(close, exact, rtol=0.05)
+    assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(state.params))
+    kept = jax.tree.leaves(state.opt_state)
+    assert all(x.dtype == jnp.float32 for x in kept if x.ndim)
+
+  def test_small_steps_add_up_in_the_master_copy_and_are_lost_without(self):
+    """A learning rate at which no single step reaches the next bfloat16 number."""
+    moved = {}
+    for master in (True, False):
+      run = functools.partial(losses_of, 'bfloat16', steps=60, learning_rate=2e-5)
+      _, start, state = run(master_weights=master)
+      changed = jax.tree.map(lambda a, b: np.mean(np.asarray(a != b)), start, state.params)
+      moved[master] = changed['layers']['gate']
+    assert moved[True] > 0.5 > 5 * moved[False]
+
+  def test_the_parameter_is_the_rounded_master_copy(self):
+    _, _, state = losses_of('bfloat16', steps=5, learning_rate=1e-3)
+    jax.tree.map(
+      lambda p, m: np.testing.assert_array_equal(p, m.astype(jnp.bfloat16)),
+      state.params,
+      state.opt_state.master,
+    )
+
+  def test_gradients_of_micro_batches_add_up_in_float32(self):
+    whole, _, _ = losses_of('bfloat16', steps=10, learning_rate=3e-3)
+    parts, _, _ = losses_of('bfloat16', steps=10, learning_rate=3e-3, micro_batches=4)
+    np.testing.assert_allclose(parts, whole, rtol=0.01)
+
+  def test_losses_and_log_probs_are_float32(self):
+    policy = tiny.policy(dtype='bfloat16', param_dtype='bfloat16')
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny.params())
+    fields = frozenset({'entropy'})
+    outputs = jax.eval_shape(
+      lambda p: learner.forward(policy, p, TOKENS, BATCH.segment_ids, fields=fields), params
+    )
+    assert outputs.logp.dtype == outputs.entropy.dtype == jnp.float32
+    logits = jax.eval_shape(policy.unembed, params, jnp.zeros((3, 16), jnp.bfloat16))
+    assert logits.dtype == jnp.float32
+
+
+def test_float32_parameters_keep_no_second_copy():
+  _, _, state = losses_of('float32', steps=1, learning_rate=1e-3)
+  assert not jax.tree.leaves(state.opt_state.master)
