@@ -66,7 +66,7 @@ def preference_phase(
   return part(
     phase,
     steps=steps,
-    source=part(sources.arithmetic_pairs, digits=2),
+    source=part(sources.wrong_digit_pairs, source=addition()),
     collect=part(collect.preferences, pairs=64, length=12),
     objective=objective,
     optimizer=part(optim.adamw, learning_rate=learning_rate),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from polgrad.data.chat import plain_chat
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch, Prompts
 
@@ -34,10 +35,14 @@ def prompts(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) ->
 def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) -> Batch:
   """prompt + answer + stop token, one record a row, right-padded; the mask is answer and stop.
 
+  A record without `answer`, whose `messages` end with an assistant turn, is a whole conversation:
+  the mask is every assistant turn, each with the stop token that ends it.
+
   Raises:
-    ValueError: a row longer than `length` tokens, an empty prompt, a stop token inside an answer.
+    ValueError: a row longer than `length` tokens, an empty prompt, a stop token inside an answer, a
+      conversation that the chat template does not keep as it is.
   """
-  segments = [_segment(r, tokenizer, 'answer', length) for r in records]
+  segments = [_supervised(r, tokenizer, length) for r in records]
   return _pack([[s] for s in segments], tokenizer, length)
 
 
@@ -69,7 +74,7 @@ def pack_supervised(
   Raises:
     ValueError: as `supervised`, or the records do not fit into `rows` rows.
   """
-  segments = [_segment(r, tokenizer, 'answer', length) for r in records]
+  segments = [_supervised(r, tokenizer, length) for r in records]
   packed = [[] for _ in range(rows)]
   room = np.full(rows, length)
   for segment in sorted(segments, key=_size, reverse=True):
@@ -84,20 +89,41 @@ def pack_supervised(
 
 
 def _prompt(record, tokenizer):
-  """The prompt's ids. Where the tokenizer has a bos, it opens the sequence, once."""
+  """The prompt's ids."""
   text = tokenizer.chat(record['messages']) if 'messages' in record else record['prompt']
-  ids = list(tokenizer.encode(text))
-  if tokenizer.bos_id >= 0 and ids[:1] != [tokenizer.bos_id]:
-    ids = [tokenizer.bos_id, *ids]
+  ids = _bos(record, tokenizer, tokenizer.encode(text))
   if not ids:
     raise ValueError(f'record {record["id"]}: the prompt has no tokens to condition on')
   return ids
 
 
+def _bos(record, tokenizer, ids):
+  """Opens a sequence with bos, once, where the tokenizer has one; a template writes its own."""
+  writes_own = 'messages' in record and tokenizer.chat is not plain_chat
+  if tokenizer.bos_id < 0 or writes_own or ids[:1] == [tokenizer.bos_id]:
+    return ids
+  return [tokenizer.bos_id, *ids]
+
+
+def _supervised(record, tokenizer, length):
+  """(ids, mask) of a prompt with its answer, or of a whole conversation."""
+  if 'answer' in record or not _ends_with_assistant(record):
+    return _segment(record, tokenizer, 'answer', length)
+  try:
+    said, mask = tokenizer.conversation(record['messages'])
+  except ValueError as error:
+    raise ValueError(f'record {record["id"]}: {error}') from error
+  ids = _bos(record, tokenizer, said)
+  _check_length(record, len(ids), length)
+  return ids, [False] * (len(ids) - len(said)) + mask
+
+
 def _segment(record, tokenizer, field, length):
-  """(prompt ids, completion ids): the completion ends with the stop token, exactly once."""
+  """(ids, mask): the completion, alone in the mask, ends with the stop token, exactly once."""
   if field not in record:
     raise ValueError(f'record {record["id"]}: no {field!r}, only {sorted(record)}')
+  if _ends_with_assistant(record):
+    raise ValueError(f'record {record["id"]}: {field!r} after messages that end with an assistant')
   prompt = _prompt(record, tokenizer)
   completion = list(tokenizer.encode(record[field]))
   if completion and completion[-1] in tokenizer.stop_ids:
@@ -106,12 +132,16 @@ def _segment(record, tokenizer, field, length):
     raise ValueError(f'record {record["id"]}: a stop token inside {field!r}')
   completion.append(tokenizer.stop_ids[0])
   _check_length(record, len(prompt) + len(completion), length)
-  return prompt, completion
+  return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+
+
+def _ends_with_assistant(record):
+  return 'messages' in record and record['messages'][-1]['role'] == 'assistant'
 
 
 def _size(segment):
-  prompt, completion = segment
-  return len(prompt) + len(completion)
+  ids, _ = segment
+  return len(ids)
 
 
 def _pack(rows, tokenizer, length):
@@ -121,11 +151,11 @@ def _pack(rows, tokenizer, length):
   mask = np.zeros((len(rows), length), bool)
   for i, segments in enumerate(rows):
     start = 0
-    for number, (prompt, completion) in enumerate(segments, start=1):
-      middle, end = start + len(prompt), start + len(prompt) + len(completion)
-      tokens[i, start:end] = prompt + completion
+    for number, (ids, trained) in enumerate(segments, start=1):
+      end = start + len(ids)
+      tokens[i, start:end] = ids
       segment_ids[i, start:end] = number
-      mask[i, middle:end] = True
+      mask[i, start:end] = trained
       start = end
   return Batch(tokens=tokens, segment_ids=segment_ids, mask=mask)
 

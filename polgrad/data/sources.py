@@ -9,6 +9,7 @@ import dataclasses
 import json
 import operator as operators
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated
 
@@ -71,38 +72,6 @@ def arithmetic(
     return {'prompt': f'{a}{operator}{b}=', 'answer': str(OPERATORS[operator](a, b))}
 
   return Source(len(ranges[split]), record)
-
-
-def arithmetic_pairs(
-  *,
-  digits: int = 2,
-  operator: str = '+',
-  split: str = 'train',
-  holdout: float = 0.1,
-  seed: int = 0,
-) -> Source:
-  """`arithmetic` with `chosen`, the answer, and `rejected`, the answer with one digit changed.
-
-  Row and `seed` alone decide which digit becomes which other one. As in the answers, only the
-  number 0 itself begins with 0.
-  """
-  problems = arithmetic(digits=digits, operator=operator, split=split, holdout=holdout, seed=seed)
-
-  def record(row):
-    problem = problems[row]
-    wrong = _change_digit(problem['answer'], np.random.default_rng((seed, row)))
-    return {**problem, 'chosen': problem['answer'], 'rejected': wrong}
-
-  return Source(len(problems), record)
-
-
-def _change_digit(number, rng):
-  """A different number, as long: one digit replaced, the sign kept."""
-  places = [i for i, character in enumerate(number) if character.isdigit()]
-  place = rng.choice(places)
-  leads = place == places[0] and len(number) > 1
-  digits = sorted(set('123456789' if leads else '0123456789') - {number[place]})
-  return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
 def jsonl(*, path: str) -> Source:
@@ -225,10 +194,43 @@ def _plain(value):
   return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
-BASE = table(arithmetic, arithmetic_pairs, jsonl, tfds_records, reasoning_gym)
+BASE = table(arithmetic, jsonl, tfds_records, reasoning_gym)
 
 
-def as_chat(*, source: Annotated[Callable, BASE], system: str = '') -> Source:
+def wrong_digit_pairs(*, source: Annotated[Callable, BASE], seed: int = 0) -> Source:
+  """Another source's records with `chosen`, the answer, and `rejected`, it with one digit changed.
+
+  Row and `seed` alone decide which digit becomes which other one. Only the number 0 itself begins
+  with 0.
+
+  Raises:
+    ValueError: on access, an answer that is no whole number.
+  """
+
+  def record(row):
+    fields = source[row]
+    answer = fields.get('answer', '')
+    if not re.fullmatch(r'-?\d+', answer):
+      raise ValueError(f'row {row}: the answer {answer!r} is no whole number')
+    wrong = _change_digit(answer, np.random.default_rng((seed, row)))
+    return {**fields, 'chosen': answer, 'rejected': wrong}
+
+  return Source(len(source), record)
+
+
+def _change_digit(number, rng):
+  """A different number, as long: one digit replaced, the sign kept."""
+  places = [i for i, character in enumerate(number) if character.isdigit()]
+  place = rng.choice(places)
+  leads = place == places[0] and len(number) > 1
+  digits = sorted(set('123456789' if leads else '0123456789') - {number[place]})
+  return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
+
+
+PLAIN = BASE | table(wrong_digit_pairs)
+
+
+def as_chat(*, source: Annotated[Callable, PLAIN], system: str = '') -> Source:
   """Another source's records with `prompt` put as `messages`: a system turn, if any, and a user's.
 
   Raises:
@@ -246,5 +248,5 @@ def as_chat(*, source: Annotated[Callable, BASE], system: str = '') -> Source:
   return Source(len(source), record)
 
 
-TABLE = BASE | table(as_chat)
+TABLE = PLAIN | table(as_chat)
 Part = Annotated[Callable, TABLE]

@@ -8,18 +8,19 @@ polgrad reads a mask off token ids.
 
 import collections
 import contextlib
-import datetime
+import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
-import jinja2
-import jinja2.sandbox
 import sentencepiece as spm
 import tokenizers as hf
+from sentencepiece import sentencepiece_model_pb2
 
+from polgrad.data import chat as chats
+from polgrad.data.chat import make_conversation, plain_chat
 from polgrad.registry import table
 
 
@@ -28,7 +29,8 @@ class Tokenizer(NamedTuple):
 
   encode: Callable[[str], list[int]]
   decode: Callable[[Sequence[int]], str]  # leaves special tokens out
-  chat: Callable[..., str]  # (messages, add_generation_prompt=True) -> text to encode
+  chat: chats.Chat  # (messages, add_generation_prompt=True) -> text to encode
+  conversation: chats.Conversation  # messages -> (ids, bools: is the token the assistant's)
   vocab_size: int
   pad_id: int
   bos_id: int
@@ -40,10 +42,17 @@ def byte() -> Tokenizer:
 
   Bytes that are not UTF-8 (half a code point, say) decode to U+FFFD.
   """
+
+  def align(text):
+    sizes = [len(c.encode('utf-8')) for c in text]
+    places = [(i, i + 1) for i, size in enumerate(sizes) for _ in range(size)]
+    return list(text.encode('utf-8')), places
+
   return Tokenizer(
     encode=lambda text: list(text.encode('utf-8')),
     decode=lambda ids: bytes(int(i) for i in ids if i < 256).decode('utf-8', errors='replace'),
     chat=plain_chat,
+    conversation=make_conversation(align, plain_chat, stop_id=258),
     vocab_size=259,
     pad_id=256,
     bos_id=257,
@@ -68,10 +77,14 @@ def characters(*, alphabet: str) -> Tokenizer:
       raise ValueError(f'{unknown} in {text[:80]!r} is not in the alphabet {alphabet!r}')
     return [ids[c] for c in text]
 
+  def align(text):
+    return encode(text), [(i, i + 1) for i in range(len(text))]
+
   return Tokenizer(
     encode=encode,
     decode=lambda tokens: ''.join(alphabet[i - 2] for i in tokens if 2 <= i < len(ids) + 2),
     chat=plain_chat,
+    conversation=make_conversation(align, plain_chat, stop_id=1),
     vocab_size=len(alphabet) + 2,
     pad_id=0,
     bos_id=-1,
@@ -81,6 +94,8 @@ def characters(*, alphabet: str) -> Tokenizer:
 
 def sentencepiece(*, path: str) -> Tokenizer:
   """A SentencePiece model file. Where the model has no pad token, eos pads.
+
+  A model that comes with more (special tokens, a chat template) is read by `huggingface`.
 
   Raises:
     FileNotFoundError: `path` is not a file.
@@ -95,6 +110,7 @@ def sentencepiece(*, path: str) -> Tokenizer:
     encode=lambda text: model.encode(text),
     decode=lambda ids: model.decode([int(i) for i in ids if i < size]),
     chat=plain_chat,
+    conversation=make_conversation(functools.partial(_align, model), plain_chat, stop_id=eos),
     vocab_size=size,
     pad_id=model.pad_id() if model.pad_id() >= 0 else eos,
     bos_id=model.bos_id(),
@@ -105,29 +121,35 @@ def sentencepiece(*, path: str) -> Tokenizer:
 def huggingface(*, path: str) -> Tokenizer:
   """A Hugging Face directory: tokenizer.json, and beside it what a model release carries.
 
+  * Where there is no tokenizer.json, tokenizer.model (SentencePiece) is read, and the special
+    tokens of the other files become single ids.
   * The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json.
-  * Stop tokens are the eos of tokenizer_config.json and all of generation_config.json. The one that
-    the template writes after an assistant's turn comes first: it ends what we train on.
+  * Stop tokens are the eos of tokenizer_config.json (else special_tokens_map.json) and all of
+    generation_config.json. The one that the template writes after an assistant's turn comes first:
+    it ends what we train on.
   * `bos_id` is the bos token if the tokenizer itself opens a plain text with it, else -1: some
     models name a bos token that they never saw in front of text.
 
   Raises:
-    FileNotFoundError: no tokenizer.json in `path`.
-    ValueError: no stop token is named anywhere; (`chat`) there is no template, or it refuses.
+    FileNotFoundError: neither tokenizer.json nor tokenizer.model in `path`.
+    ValueError: no stop token is named anywhere; (`chat`) there is no template, or it refuses;
+      (`conversation`) see `chat.make_conversation`.
   """
   folder = pathlib.Path(path)
-  _need(folder / 'tokenizer.json', 'a Hugging Face tokenizer')
-  model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-  model.no_truncation()  # the file may ask for either, and would be obeyed in silence
-  model.no_padding()
   config = _read_json(folder / 'tokenizer_config.json')
   generation = _read_json(folder / 'generation_config.json')
-
-  special = {k: _text(v) for k, v in config.items() if k.endswith('_token') and v}
+  named = _read_json(folder / 'special_tokens_map.json') | {k: v for k, v in config.items() if v}
+  special = {k: _text(v) for k, v in named.items() if k.endswith('_token')}
   special = {k: v for k, v in special.items() if isinstance(v, str)}
-  eos = model.token_to_id(special['eos_token']) if 'eos_token' in special else None
+  if not (folder / 'tokenizer.json').is_file() and (folder / 'tokenizer.model').is_file():
+    vocabulary = _read_sentencepiece(folder, config, special)
+  else:
+    vocabulary = _read_fast(folder, special)
+  align, ids, special = vocabulary.align, vocabulary.ids, vocabulary.special
+
   more = generation.get('eos_token_id', [])
   more = [more] if isinstance(more, int) else more or []
+  eos = ids.get(special.get('eos_token'))
   stops = list(dict.fromkeys(i for i in [eos, *more] if i is not None))
   if not stops:
     raise ValueError(
@@ -135,46 +157,125 @@ def huggingface(*, path: str) -> Tokenizer:
       'or eos_token_id in generation_config.json'
     )
 
-  def encode(text):
-    return model.encode(text, add_special_tokens=False).ids
-
-  chat = _no_chat(path)
+  chat, marked = chats.no_chat(path), None
   template = _template(folder, config)
   if template:
-    chat = _jinja_chat(template, special)
-    with contextlib.suppress(jinja2.TemplateError, ValueError):
+    chat = chats.jinja_chat(template, special)
+    if chats.marks_generation(template):
+      marked = chats.jinja_chat(template, special, chats.MARK)
+    with contextlib.suppress(ValueError):
       turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
-      written = [i for i in encode(chat(turns, add_generation_prompt=False)) if i in stops]
+      written = [i for i in align(chat(turns, add_generation_prompt=False))[0] if i in stops]
       stops = list(dict.fromkeys(written[-1:] + stops))
 
-  bos = model.token_to_id(special['bos_token']) if 'bos_token' in special else None
-  opens = config.get('add_bos_token') or bos in model.encode('a').ids[:1]
-  pad = model.token_to_id(special['pad_token']) if 'pad_token' in special else None
+  texts = [token for token, i in ids.items() if i in stops]
   return Tokenizer(
-    encode=encode,
-    decode=lambda ids: model.decode([int(i) for i in ids], skip_special_tokens=True),
+    encode=lambda text: align(text)[0],
+    decode=vocabulary.decode,
     chat=chat,
-    vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,
-    pad_id=stops[0] if pad is None else pad,
-    bos_id=bos if bos is not None and opens else -1,
+    conversation=make_conversation(align, chat, stop_id=stops[0], stops=texts, marked=marked),
+    vocab_size=max(ids.values()) + 1,
+    pad_id=ids.get(special.get('pad_token'), stops[0]),
+    bos_id=ids[special['bos_token']] if vocabulary.opens else -1,
     stop_ids=tuple(stops),
   )
 
 
-def plain_chat(messages: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
-  """`role: content` lines, for tokenizers that bring no template of their own."""
-  text = ''.join(f'{m["role"]}: {m["content"]}\n' for m in messages)
-  return text + 'assistant: ' if add_generation_prompt else text
+class _Vocabulary(NamedTuple):
+  """What tokenizer.json and tokenizer.model have in common."""
+
+  align: chats.Align
+  decode: Callable[[Sequence[int]], str]
+  ids: dict[str, int]  # added tokens included
+  special: dict[str, str]  # bos_token, eos_token, ... as text
+  opens: bool  # the tokenizer puts bos before a plain text
 
 
-def _no_chat(path):
-  def chat(messages, add_generation_prompt=True):
-    raise ValueError(
-      f'{path}: no chat template; expected chat_template.jinja or chat_template in '
-      'tokenizer_config.json, or records with a prompt in place of messages'
-    )
+def _read_fast(folder, special):
+  """tokenizer.json. Its post-processor says whether bos opens a text, whatever the rest says."""
+  _need(folder / 'tokenizer.json', 'a Hugging Face tokenizer')
+  model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  model.no_truncation()  # the file may ask for either, and would be obeyed in silence
+  model.no_padding()
+  opens = special.get('bos_token') in model.encode('a').tokens[:1]
+  model.post_processor = None  # it may cut spaces off the offsets
 
-  return chat
+  def align(text):
+    encoding = model.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
+
+  return _Vocabulary(
+    align=align,
+    decode=lambda ids: model.decode([int(i) for i in ids], skip_special_tokens=True),
+    ids=model.get_vocab(with_added_tokens=True),
+    special=special,
+    opens=opens,
+  )
+
+
+def _read_sentencepiece(folder, config, special):
+  """tokenizer.model, with the special tokens of the files beside it split out of the text.
+
+  SentencePiece itself never reads a control token such as </s> out of text. A space goes before
+  the text as the model wants it, but after a special token only if the files say `legacy`.
+  """
+  model = spm.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto())
+  proto.normalizer_spec.add_dummy_prefix = False
+  bare = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+  names = dict(enumerate(map(model.id_to_piece, range(model.vocab_size()))))
+  own = {f'{k}_token': names.get(getattr(model, f'{k}_id')()) for k in ('bos', 'eos', 'unk', 'pad')}
+  special = {k: v for k, v in own.items() if v} | special
+  added = {names[i]: {'special': True} for i in names if model.is_control(i)}
+  for token, i in _read_json(folder / 'added_tokens.json').items():
+    names[i], added[token] = token, {'special': True}
+  for i, token in config.get('added_tokens_decoder', {}).items():
+    names[int(i)], added[token['content']] = token['content'], token
+  ids = {token: i for i, token in names.items()}
+  added |= {token: {'special': True} for token in special.values() if token in ids.keys() - added}
+  hidden = {ids[token] for token, flags in added.items() if flags.get('special')}
+  split = re.compile('|'.join(_pattern(t, added[t]) for t in sorted(added, key=len, reverse=True)))
+
+  def align(text):
+    tokens, offsets, end = [], [], 0
+
+    def plain(start, end):
+      piece = text[start:end]
+      opens = start == 0 or (config.get('legacy') and not piece.startswith(' '))
+      found, places = _align(model if opens else bare, piece)
+      tokens.extend(found)
+      offsets.extend((start + a, start + b) for a, b in places)
+
+    for match in split.finditer(text):
+      plain(end, match.start())
+      tokens.append(ids[match[match.lastindex]])
+      offsets.append(match.span())
+      end = match.end()
+    plain(end, len(text))
+    return tokens, offsets
+
+  return _Vocabulary(
+    align=align,
+    decode=lambda ids: model.decode_pieces(
+      [names[int(i)] for i in ids if int(i) in names and int(i) not in hidden]
+    ),
+    ids=ids,
+    special=special,
+    opens=special.get('bos_token') in ids and config.get('add_bos_token', True),
+  )
+
+
+def _pattern(token, flags):
+  """A special token as a group of its own, with the space that it takes in."""
+  before, after = (r'\s*' if flags.get(side) else '' for side in ('lstrip', 'rstrip'))
+  return f'{before}({re.escape(token)}){after}'
+
+
+def _align(model, text):
+  """Ids and spans of characters of a SentencePiece model."""
+  found = model.encode(text, return_type='offset_mapping')
+  return found['ids'], found['offsets']
 
 
 def _template(folder, config):
@@ -185,37 +286,6 @@ def _template(folder, config):
   if isinstance(template, list):
     template = {t['name']: t['template'] for t in template}.get('default', '')
   return template
-
-
-def _jinja_chat(source, special):
-  """Templates come with downloaded weights, so they run in a sandbox that can change nothing."""
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
-  )
-  # jinja's own tojson escapes HTML, which models have not seen.
-  environment.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
-  environment.globals['raise_exception'] = _raise_exception
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
-  # Some templates mark the assistant's words with {% generation %}; the text is the same without.
-  source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1if true\2', source)
-  source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endif\2', source)
-  template = environment.from_string(source)
-
-  def chat(messages, add_generation_prompt=True):
-    messages = [dict(m) for m in messages]
-    return template.render(
-      messages=messages,
-      add_generation_prompt=add_generation_prompt,
-      tools=None,
-      documents=None,
-      **special,
-    )
-
-  return chat
-
-
-def _raise_exception(message):
-  raise ValueError(f'the chat template refuses: {message}')
 
 
 def _text(token):

@@ -92,6 +92,55 @@ def test_messages_go_through_the_chat_template():
   np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
+def test_a_template_writes_its_own_bos_and_plain_lines_are_given_one():
+  writes_none = BYTE._replace(chat=lambda messages, add_generation_prompt=True: 'x')
+  record = {'messages': [{'role': 'user', 'content': 'a'}], 'id': 0}
+  assert batching.prompts([record], writes_none, length=1).tokens.tolist() == [[120]]
+  assert batching.prompts([record], BYTE, length=30).tokens[0, -20] == BYTE.bos_id
+  text = {'prompt': 'x', 'id': 0}
+  assert batching.prompts([text], writes_none, length=2).tokens.tolist() == [[257, 120]]
+
+
+TALK = [
+  {'role': 'user', 'content': 'a'},
+  {'role': 'assistant', 'content': '1'},
+  {'role': 'user', 'content': 'b'},
+  {'role': 'assistant', 'content': '22'},
+]
+
+
+def test_a_conversation_masks_every_assistant_turn_and_packs_with_other_records():
+  rows = [{'messages': TALK, 'id': 4}, {'messages': TALK[:1], 'answer': '22', 'id': 5}]
+  got = batching.supervised(rows, BYTE, length=60)
+  text = b'user: a\nassistant: 1\nuser: b\nassistant: 22'
+  size = len(text) + 2
+  assert got.tokens[0, :size].tolist() == [BYTE.bos_id, *text, *BYTE.stop_ids]
+  trained = [text.index(b'1') + 1, size - 3, size - 2, size - 1]
+  assert np.flatnonzero(got.mask[0]).tolist() == trained
+  assert np.flatnonzero(got.segment_ids[0]).tolist() == list(range(size))
+  packed = batching.pack_supervised(rows, BYTE, length=120, rows=1)
+  assert spans(packed) == spans(got)
+
+
+def test_the_prompt_of_the_last_turn_is_the_prompt_of_the_sampler():
+  row = batching.supervised([{'messages': TALK, 'id': 4}], BYTE, length=60)
+  asked = batching.prompts([{'messages': TALK[:-1], 'id': 4}], BYTE, length=60)
+  prompt = asked.tokens[0, asked.mask[0]]
+  np.testing.assert_array_equal(row.tokens[0, : len(prompt)], prompt)
+  assert row.mask[0, len(prompt) :][:3].all() and not row.mask[0, len(prompt) - 1]
+
+
+def test_a_conversation_that_cannot_be_trained_names_its_record():
+  with pytest.raises(ValueError, match=r'record 4: .*cannot begin with the assistant'):
+    batching.supervised([{'messages': TALK[1:], 'id': 4}], BYTE, length=60)
+  with pytest.raises(ValueError, match=r'record 4: 44 tokens, .* limit of 43'):
+    batching.supervised([{'messages': TALK, 'id': 4}], BYTE, length=43)
+  with pytest.raises(ValueError, match="record 4: 'answer' after messages that end with an assis"):
+    batching.supervised([{'messages': TALK, 'answer': 'c', 'id': 4}], BYTE, length=60)
+  with pytest.raises(ValueError, match="record 4: no 'answer'"):
+    batching.supervised([{'messages': TALK[:3], 'id': 4}], BYTE, length=60)
+
+
 def test_a_pair_is_a_group_of_two_with_chosen_first():
   rows = [
     {'prompt': 'a', 'chosen': '1', 'rejected': '22', 'id': 5},

@@ -60,38 +60,48 @@ def test_arithmetic_refuses_what_it_does_not_know(knobs):
     sources.arithmetic(**knobs)
 
 
+def pairs_of(*, seed: int = 0, **knobs):
+  return sources.wrong_digit_pairs(source=sources.arithmetic(**knobs), seed=seed)
+
+
 @pytest.mark.parametrize('operator', ['+', '-', '*'])
 @pytest.mark.parametrize('digits', [1, 2])
-def test_arithmetic_pairs_reject_a_number_that_differs_in_one_digit(digits, operator):
+def test_pairs_reject_a_number_that_differs_in_one_digit(digits, operator):
   knobs = {'digits': digits, 'operator': operator}
-  for problem, pair in zip(
-    sources.arithmetic(**knobs), sources.arithmetic_pairs(**knobs), strict=True
-  ):
+  for problem, pair in zip(sources.arithmetic(**knobs), pairs_of(**knobs), strict=True):
     chosen, rejected = pair['chosen'], pair['rejected']
     assert pair == {**problem, 'chosen': problem['answer'], 'rejected': rejected}
     assert len(chosen) == len(rejected) and sum(map(str.__ne__, chosen, rejected)) == 1
     assert rejected == str(int(rejected))  # neither 07 nor -0, and the sign is no digit
 
 
-def test_arithmetic_pairs_change_every_place_to_every_digit():
-  pairs = [p for p in sources.arithmetic_pairs(digits=2) if len(p['answer']) == 2]
+def test_pairs_change_every_place_to_every_digit():
+  pairs = [p for p in pairs_of(digits=2) if len(p['answer']) == 2]
   changes = {
     (i, p['rejected'][i]) for p in pairs for i in (0, 1) if p['chosen'][i] != p['rejected'][i]
   }
   assert changes == {(0, d) for d in '123456789'} | {(1, d) for d in '0123456789'}
-  assert {p['rejected'] for p in sources.arithmetic_pairs(digits=1)} >= set('0123456789')
+  assert {p['rejected'] for p in pairs_of(digits=1)} >= set('0123456789')
 
 
-def test_arithmetic_pairs_depend_on_row_and_seed_alone():
-  first, again, other = (sources.arithmetic_pairs(digits=1, seed=s) for s in (0, 0, 1))
+def test_pairs_depend_on_row_and_seed_alone():
+  first, again, other = (pairs_of(digits=1, seed=s) for s in (0, 0, 1))
   assert first[7] == again[7] and list(first) == list(again)
   wrong = [{p['prompt']: p['rejected'] for p in source} for source in (first, other)]
   assert any(wrong[0][prompt] != wrong[1][prompt] for prompt in wrong[0].keys() & wrong[1].keys())
 
 
+def test_pairs_of_words_are_refused(tmp_path):
+  pairs = sources.wrong_digit_pairs(
+    source=read(tmp_path / 'rows', '{"prompt": "a", "answer": "b"}')
+  )
+  with pytest.raises(ValueError, match="row 0: the answer 'b' is no whole number"):
+    pairs[0]
+
+
 @pytest.mark.parametrize('system', ['', 'Answer with a number.'])
 def test_as_chat_turns_the_prompt_into_messages_and_keeps_the_rest(system):
-  pairs = sources.arithmetic_pairs(digits=1)
+  pairs = pairs_of(digits=1)
   chat = sources.as_chat(source=pairs, system=system)
   assert len(chat) == len(pairs)
   pair, record = pairs[3], chat[3]
@@ -229,7 +239,7 @@ def test_table_entries_bind(tmp_path, sums):
   (tmp_path / 'rows').write_text('{"prompt": "a"}')
   knobs = {
     'arithmetic': {'digits': 1},
-    'arithmetic_pairs': {'digits': 1},
+    'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
     'as_chat': {'source': part(sources.arithmetic, digits=1)},
     'jsonl': {'path': str(tmp_path / 'rows')},
     'tfds_records': {'path': sums, 'split': 'train', 'prompt_field': 'question'},

@@ -10,12 +10,10 @@ import tokenizers as hf
 
 from polgrad.data import tokenizers
 from polgrad.registry import bind, part
+from tests.data import folders
+from tests.data.folders import CHATML
 
 TEXTS = ['', 'plain', '12+34=', 'naïve café', '日本語', '👩‍👩‍👧 ok', ' two  spaces\n\ttab']
-CHATML = (
-  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 HELLO = [{'role': 'user', 'content': 'Hello'}]
 
 
@@ -100,13 +98,6 @@ def test_a_character_outside_the_alphabet_is_named():
     tokenizers.characters(alphabet='aba')
 
 
-def test_plain_chat_with_the_reply_continues_the_generation_prompt():
-  reply = [*HELLO, {'role': 'assistant', 'content': 'Hi'}]
-  asked = tokenizers.plain_chat(HELLO)
-  assert asked == 'user: Hello\nassistant: '
-  assert tokenizers.plain_chat(reply, add_generation_prompt=False) == asked + 'Hi\n'
-
-
 def test_sentencepiece_adds_no_special_token_and_survives(sentences):
   t = tokenizers.sentencepiece(path=str(sentences))
   ids = t.encode('Hello world')
@@ -118,6 +109,15 @@ def test_sentencepiece_adds_no_special_token_and_survives(sentences):
 
 def test_sentencepiece_without_a_pad_token_pads_with_eos(sentences):
   assert tokenizers.sentencepiece(path=str(sentences)).pad_id == 2
+
+
+def test_a_turn_is_trained_from_where_the_ids_of_its_prompt_end(sentences):
+  # The model drops the last space of the prompt, and writes it again before the turn.
+  t = tokenizers.sentencepiece(path=str(sentences))
+  prompt = t.encode(t.chat(HELLO))
+  ids, trained = t.conversation([*HELLO, {'role': 'assistant', 'content': '👩'}])
+  assert ids[: len(prompt)] == prompt and len(ids) == len(prompt) + 3
+  assert trained == [False] * len(prompt) + [True] * 3
 
 
 @pytest.mark.parametrize('text', TEXTS)
@@ -191,6 +191,14 @@ def test_the_end_of_turn_comes_first_even_if_another_token_is_called_eos(folder)
   assert tokenizers.huggingface(path=str(folder)).stop_ids == (2, 3)
 
 
+def test_special_tokens_may_be_named_in_their_own_file_and_the_configuration_wins(folder):
+  configure(folder, pad_token='<eos>', eos_token=None, chat_template=CHATML)
+  named = {'eos_token': {'content': '<|im_end|>'}, 'pad_token': '<pad>'}
+  (folder / 'special_tokens_map.json').write_text(json.dumps(named))
+  t = tokenizers.huggingface(path=str(folder))
+  assert (t.stop_ids, t.pad_id) == ((2,), 3)
+
+
 def test_no_stop_token_is_an_error(folder):
   configure(folder)
   with pytest.raises(ValueError, match='no stop token'):
@@ -208,6 +216,64 @@ def test_bos_counts_only_where_the_tokenizer_opens_text_with_it(folder):
   t = tokenizers.huggingface(path=str(folder))
   assert t.bos_id == 4
   assert 4 not in t.encode('Hello')
+
+
+def test_the_post_processor_alone_says_whether_bos_opens_text(folder):
+  configure(folder, eos_token='<eos>', bos_token='<s>', add_bos_token=True)
+  assert tokenizers.huggingface(path=str(folder)).bos_id == -1
+
+
+def test_a_sentencepiece_model_alone_reads_the_special_tokens_of_its_folder(tmp_path):
+  folders.llama2(tmp_path, added=['<|im_start|>', '<|im_end|>'], chat_template=CHATML)
+  t = tokenizers.huggingface(path=str(tmp_path))
+  start, end = t.encode('<|im_start|><|im_end|>')
+  assert (start, end, t.vocab_size) == (end - 1, t.vocab_size - 1, end + 1)
+  folders.write(tmp_path, 'generation_config.json', eos_token_id=[2, start, end])
+  t = tokenizers.huggingface(path=str(tmp_path))
+  assert (t.bos_id, t.pad_id, t.stop_ids) == (1, end, (end, 2, start))
+  ids = t.encode(t.chat(HELLO))
+  assert ids[0] == start and ids.count(start) == 2 and ids.count(end) == 1
+  assert t.decode(ids) == 'user\nHello\nassistant\n'
+
+
+def test_tokens_added_to_a_sentencepiece_model_that_are_not_special_are_text(tmp_path):
+  folders.llama2(tmp_path)
+  folders.write(tmp_path, 'added_tokens.json', **{'<|more|>': 500})
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  shown = {'content': '<tool>', 'special': False, 'rstrip': True}
+  config['added_tokens_decoder']['501'] = shown
+  configure(tmp_path, **config)
+  t = tokenizers.huggingface(path=str(tmp_path))
+  assert t.encode('<|more|><tool>  ') == [500, 501]
+  assert t.decode(t.encode('Hello<|more|><tool> world')) == 'Hello<tool>world'
+  assert t.vocab_size == 502
+
+
+def test_a_sentencepiece_model_with_nothing_beside_it_has_its_own_special_tokens(tmp_path):
+  folders.llama2(tmp_path)
+  (tmp_path / 'tokenizer_config.json').unlink()
+  t = tokenizers.huggingface(path=str(tmp_path))
+  assert (t.bos_id, t.pad_id, t.stop_ids) == (1, 2, (2,))
+  assert t.encode('</s>') == [2]
+  with pytest.raises(ValueError, match='no chat template'):
+    t.chat(HELLO)
+
+
+@pytest.mark.parametrize('text', TEXTS)
+def test_text_survives_a_sentencepiece_model_with_bytes(tmp_path, text):
+  t = tokenizers.huggingface(path=str(folders.llama2(tmp_path)))
+  assert t.decode(t.encode(text)) == text
+  assert max(t.encode(text), default=0) < t.vocab_size
+
+
+def test_tokenizer_json_wins_over_tokenizer_model(folder):
+  before = tokenizers.huggingface(path=str(folder))
+  config = (folder / 'tokenizer_config.json').read_text()
+  folders.llama2(folder)
+  (folder / 'tokenizer_config.json').write_text(config)
+  after = tokenizers.huggingface(path=str(folder))
+  assert after.encode('Hello') == before.encode('Hello')
+  assert (after.vocab_size, after.stop_ids) == (before.vocab_size, before.stop_ids)
 
 
 def test_truncation_and_padding_of_the_file_are_not_obeyed(folder):
