@@ -3,7 +3,7 @@
 import os
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.', lock_config=True)
@@ -17,13 +17,14 @@ CACHE = flags.DEFINE_string(
 )
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other processes of a pod first.')
 
-flags.mark_flags_as_required(['config', 'workdir'])
-
 
 def start(argv: list[str]) -> None:
   """Joins the pod if asked to, turns the compilation cache on and quiet libraries down."""
   if len(argv) > 1:
-    raise SystemExit(f'unexpected arguments {argv[1:]}; flags begin with --')
+    raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
+  for flag in (CONFIG, WORKDIR):
+    if flag.value is None:
+      raise app.UsageError(f'--{flag.name} is needed')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save otherwise
   if DISTRIBUTED.value:

@@ -28,6 +28,7 @@ LEVELS = {
   'build': 5,
   'cli': 0,
   'evaluate': 6,
+  'convert': 7,
   'sample': 7,
   'train': 7,
 }
@@ -37,7 +38,7 @@ HOMES = {
   'flax': {'types', 'models'},
   'ml_collections': {'registry', 'build', 'cli', 'train'},
   'orbax': {'checkpoint'},
-  'absl': {'cli', 'evaluate', 'sample', 'train'},
+  'absl': {'cli', 'convert', 'evaluate', 'sample', 'train'},
 }
 
 

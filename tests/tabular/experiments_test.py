@@ -275,12 +275,12 @@ def ppo(case: Case, params):
   return jnp.sum(probability[:, None, None] / tokens * ascent)
 
 
-def smollm2_grpo(case: Case, params):
+def hub_grpo(case: Case, params):
   """DAPO's, in spite of the name: it takes the token mean and has no KL."""
   return dapo(case, params)
 
 
-EXPECTED = table(reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo, smollm2_grpo)
+EXPECTED = table(reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo, hub_grpo)
 
 
 def assert_follows(got, case: Case, function):

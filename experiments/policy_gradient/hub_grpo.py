@@ -1,0 +1,44 @@
+"""A real model learns to add: GRPO (arXiv:2402.03300, 2503.14476) on a reasoning-gym task.
+
+The model chats its way around sums and differences of two numbers of one or two digits. The verifier is
+reasoning-gym (arXiv:2505.24760) on the last number of the reply; there are no demonstrations. The
+objective is that of DAPO: clip-higher, token mean, group-normalised advantages, no KL.
+
+    python -m polgrad.train --config=experiments/policy_gradient/hub_grpo.py:path=FOLDER \\
+      --workdir=runs/hub_grpo
+
+MEASURED
+"""
+
+from experiments.hub import hub_experiment, hub_options, solved, sums
+from polgrad import collect, credit, objectives, optim
+from polgrad.build import phase
+from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = hub_options(text, steps=30)
+  rl = part(
+    phase,
+    steps=2 if o.smoke else o.steps,
+    source=sums(size=2000, seed=0),
+    collect=part(
+      collect.rollouts,
+      prompts=2 if o.smoke else 4,
+      group=2 if o.smoke else 8,
+      prompt_length=o.prompt_length,
+      max_new_tokens=4 if o.smoke else 10,
+      temperature=0.7,
+      max_resamples=1,
+    ),
+    reward=solved(),
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.28),
+      aggregation=part(aggregation.token_mean),
+    ),
+    optimizer=part(optim.adamw, learning_rate=1e-4 if o.lora else 1e-5),
+  )
+  return hub_experiment(o, {'rl': rl})

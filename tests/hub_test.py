@@ -1,0 +1,134 @@
+"""Runs of real models: their shapes as published, and whole runs of small weights of each family."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from experiments.policy_gradient import hub_grpo
+from experiments.preference import hub_dpo
+from experiments.supervised import hub_sft
+from polgrad import build, convert, learner, metrics, models, train
+from polgrad.registry import part
+from polgrad.types import Batch, TrainState
+from tests import hub
+
+MODELS = pytest.mark.parametrize('model', hub.PUBLISHED)
+
+
+@MODELS
+def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(model, tmp_path):
+  path = hub.published(model, tmp_path)
+  experiment = build.build(hub_sft.get_config(f'model={model},path={path}'))
+  policy, phase = experiment.policy, experiment.phases['sft']
+  shapes = policy.shapes()
+  assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == hub.SIZES[model]
+  rows = jax.ShapeDtypeStruct((32, 106), jnp.int32)
+  batch = Batch(tokens=rows, segment_ids=rows, mask=jax.ShapeDtypeStruct((32, 106), bool))
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  state = TrainState(
+    step=number,
+    phase=number,
+    phase_step=number,
+    cursor=number,
+    skipped=number,
+    params=shapes,
+    opt_state=jax.eval_shape(phase.optimizer.init, shapes),
+    anchors={},
+    credit_state=(),
+    objective_state=phase.objective.init(),
+  )
+  update = learner.make_update(policy, phase.objective, phase.optimizer)
+  after, report = jax.eval_shape(update, state, batch)
+  assert after.params == shapes
+  assert report['loss'].dtype == jnp.float32
+
+
+def run(module, model, tmp_path, *options):
+  text = ','.join(['smoke', f'model={model}', f'path={hub.small(model, tmp_path)}', *options])
+  config = module.get_config(text)
+  with config.unlocked():
+    config.evaluation = part(build.never)
+  for phase in config.phases.values():  # small vocabularies make long prompts
+    phase.collect.update(
+      {k: v for k, v in dict(length=150, prompt_length=140).items() if k in phase.collect}
+    )
+  config.checkpoint_every = 2
+  config.mesh.update(fsdp=2, tensor=2)
+  work = str(tmp_path / 'run')
+  train.run(config, work)
+  rows = metrics.read(work + '/metrics.jsonl')
+  assert rows and all(np.isfinite(r['loss']) and not r['skipped'] for r in rows)
+  return config, work
+
+
+def transformers_logits(path, tokens):
+  with torch.no_grad():
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model(torch.tensor(tokens)).logits.numpy()
+
+
+def our_logits(path, tokens):
+  policy = models.pretrained(path=path)
+  params = policy.init(jax.random.key(0))
+  hidden = policy.hidden(params, jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32))
+  return np.asarray(policy.unembed(params, hidden))
+
+
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 9))
+
+
+@pytest.mark.parametrize('model', ['qwen3', 'llama3'])
+def test_training_on_a_mesh_goes_from_a_folder_to_a_folder(model, tmp_path):
+  config, work = run(hub_sft, model, tmp_path)
+  out = str(tmp_path / 'out')
+  convert.export(config, work + '/checkpoints', out, step=-1, adapter=False, reward_model=False)
+  began = our_logits(config.model.path, TOKENS)
+  ours, theirs = our_logits(out, TOKENS), transformers_logits(out, TOKENS)
+  np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+  assert np.abs(ours - began).max() > 1e-6
+  tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+  assert tokenizer.apply_chat_template([{'role': 'user', 'content': '1+1'}], tokenize=False)
+  again = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert again['model_type'] == hub.PUBLISHED[model]['model_type']
+
+
+def test_reinforcement_of_a_model_with_local_layers_samples_what_it_trains(tmp_path):
+  _, work = run(hub_grpo, 'gemma3', tmp_path)
+  rows = metrics.read(work + '/metrics.jsonl')
+  assert all(r['sampler_max_gap'] < 0.1 for r in rows)  # bfloat16
+
+
+def test_an_adapter_of_preference_learning_is_written_for_peft_or_merged(tmp_path):
+  import peft
+
+  config, work = run(hub_dpo, 'qwen3', tmp_path, 'lora=2')
+  folder = work + '/checkpoints'
+  merged, alone = str(tmp_path / 'merged'), str(tmp_path / 'alone')
+  convert.export(config, folder, merged, step=-1, adapter=False, reward_model=False)
+  convert.export(config, folder, alone, step=-1, adapter=True, reward_model=False)
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    config.model.base.path, dtype=torch.float32
+  )
+  with torch.no_grad():
+    with_adapter = peft.PeftModel.from_pretrained(base, alone)(torch.tensor(TOKENS)).logits
+  expected = transformers_logits(merged, TOKENS)
+  np.testing.assert_allclose(with_adapter.numpy(), expected, atol=1e-4, rtol=1e-4)
+  began = transformers_logits(config.model.base.path, TOKENS)
+  assert np.abs(expected - began).max() > 1e-6
+
+
+def test_an_adapter_is_not_asked_of_a_run_without_one(tmp_path):
+  config = hub_sft.get_config(f'smoke,model=qwen3,path={hub.small("qwen3", tmp_path)}')
+  with pytest.raises(ValueError, match=r'--adapter: config\.model is no lora'):
+    convert.export(config, '', str(tmp_path / 'x'), step=-1, adapter=True, reward_model=False)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match=r"unknown 'qwen9'; valid: \['gemma3', 'llama3', 'qwen3'"):
+    hub_sft.get_config('model=qwen9')
