@@ -9,6 +9,7 @@ TEST = [
   'pytest-xdist>=3.5',
   'pytest-timeout>=2.3',
   'ruff>=0.6',
+  'safetensors>=0.4',
   'nbclient>=0.10',
   'ipykernel>=6.29',
   'nbformat>=5.10',
@@ -39,7 +40,6 @@ setup(
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
     'rich>=13.7',
-    'safetensors>=0.4',
     'protobuf>=4.25',  # of sentencepiece's model files
     'sentencepiece>=0.2.2',
     'tensorboardX>=2.6',
