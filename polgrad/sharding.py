@@ -138,3 +138,9 @@ def to_host(tree: Any) -> Any:
     return np.asarray(x)
 
   return jax.tree.map(fetch, tree)
+
+
+def together(what: str) -> None:
+  """Waits until all processes have come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)

@@ -15,7 +15,7 @@ from experiments.distillation import on_policy
 from experiments.policy_gradient import grpo
 from experiments.preference import dpo
 from experiments.supervised import sft
-from polgrad import build, metrics, optim, sharding, train
+from polgrad import build, metrics, models, optim, sharding, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.sharding import to_host
@@ -111,6 +111,19 @@ from tests.mesh_test import grpo_smoke
 made = grpo_smoke()
 made.mesh.data = 2
 train.run(made, sys.argv[3], sys.argv[4])
+
+import numpy as np
+from polgrad import models, sharding
+from polgrad.models import hf
+from polgrad.registry import bind
+policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
+params = train.init_params(policy, mesh, 0)
+hf.save(sys.argv[6], policy.config, params)
+again = train.init_params(models.pretrained(path=sys.argv[6]), mesh, 0)
+local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
+assert not params['layers']['gate'].is_fully_addressable
+for a, b in zip(local(params), local(again)):
+  np.testing.assert_array_equal(a, b)
 """
 
 
@@ -124,14 +137,15 @@ def grpo_smoke():
   return made
 
 
-def test_two_processes_train_to_the_same_numbers(tmp_path):
+def test_two_processes_train_to_the_same_numbers_and_share_a_folder(tmp_path):
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = str(s.getsockname()[1])
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
   cache = str(jax.config.jax_compilation_cache_dir)
   command = lambda i: [
-    sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'), cache
+    sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'), cache,
+    str(tmp_path / 'folder'),
   ]  # fmt: skip
   processes = [
     subprocess.Popen(
@@ -153,3 +167,6 @@ def test_two_processes_train_to_the_same_numbers(tmp_path):
       if 'second' not in name and not isinstance(b[name], str):
         np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
   assert json.loads((tmp_path / 'p0' / 'config.json').read_text())['mesh']['data'] == 2
+  written = models.pretrained(path=str(tmp_path / 'folder')).init(jax.random.key(0))
+  started = build.build(grpo_smoke()).policy.init(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, written, started)

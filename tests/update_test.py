@@ -93,6 +93,8 @@ def test_a_router_bias_takes_sign_steps_and_the_mesh_does_not_matter(tmp_path):
   steps = bias / 0.01
   np.testing.assert_allclose(steps, np.round(steps), atol=1e-5)
   assert np.abs(steps).max() == pytest.approx(2)  # two updates in one direction
+  rows = metrics.read(str(tmp_path / 'one' / 'metrics.jsonl'))
+  assert all(0 < r['router_excess'] <= 1 - 2 / 4 for r in rows)
   moments = [x for x in jax.tree.leaves(one.opt_state) if x.shape == bias.shape]
   assert not moments  # it is none of AdamW's parameters
   many = train.run(sparse(data=2, fsdp=2, tensor=2), str(tmp_path / 'many'))

@@ -6,7 +6,9 @@ Only the answers and the tokens that end them are trained; the chat template's w
     python -m polgrad.train --config=experiments/supervised/hub_sft.py:path=FOLDER \\
       --workdir=runs/hub_sft
 
-MEASURED
+Measured with SmolLM2-135M-Instruct on 2 shared CPU cores, float32, one seed, median 13 s a step: greedy
+accuracy on 64 held-out problems (standard error 0.06) after 0, 10, 20, 30, 40 steps: 0.08, 0.33, 0.52,
+0.64, 0.69. Mean loss of ten steps at a time: 1.38, 0.84, 0.56, 0.46 nats a token.
 """
 
 from experiments.hub import hub_experiment, hub_options, sums

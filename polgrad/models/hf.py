@@ -22,7 +22,7 @@ from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.models.tensors import Tensor, check_free, new_folder, open_folder, write_folder
 from polgrad.models.transformer import from_config
-from polgrad.sharding import to_host
+from polgrad.sharding import to_host, together
 from polgrad.types import Params
 
 Path = tuple[str, ...]
@@ -261,10 +261,16 @@ def save(
     for path, slot in stored.items()
     for place in np.ndindex(slot.lead)
   }
+  together('checked')  # before the folder comes to be
   if jax.process_index():
     for tensor in tensors.values():
       tensor.all()  # takes part in the gathering
-    return
+  else:
+    _write(folder, tensors, settings, source, max_shard_bytes)
+  together('written')  # now every process finds the folder
+
+
+def _write(folder, tensors, settings, source, max_shard_bytes) -> None:
   with new_folder(folder) as made:
     write_folder(made, tensors, max_shard_bytes)
     text = json.dumps(settings, indent=2, ensure_ascii=False)

@@ -18,10 +18,10 @@ from flax import traverse_util
 from polgrad.models.config import ATTENTION, MLP, Config
 from polgrad.models.hf import pretrained
 from polgrad.models.policy import Policy, overlay
-from polgrad.models.tensors import Tensor, new_folder, open_file, write_file
+from polgrad.models.tensors import Tensor, check_free, new_folder, open_file, write_file
 from polgrad.models.transformer import decoder, from_config
 from polgrad.registry import table
-from polgrad.sharding import place, to_host
+from polgrad.sharding import place, to_host, together
 
 Params = Any
 
@@ -213,10 +213,13 @@ def save_adapter(
     'init_lora_weights': True,
     'target_modules': [MODULES[name].rpartition('.')[2] for name in config.lora_targets],
   }
+  check_free(folder)
+  together('checked')
   if jax.process_index() == 0:
     with new_folder(folder) as made:
       write_file(made / 'adapter_model.safetensors', tensors)
       (made / 'adapter_config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+  together('written')
 
 
 def _fields(rank, alpha, targets, stabilized) -> dict:
