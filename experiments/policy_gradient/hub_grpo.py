@@ -7,7 +7,11 @@ objective is that of DAPO: clip-higher, token mean, group-normalised advantages,
     python -m polgrad.train --config=experiments/policy_gradient/hub_grpo.py:path=FOLDER \\
       --workdir=runs/hub_grpo
 
-MEASURED
+Measured with SmolLM2-135M-Instruct on 2 shared CPU cores, float32, one seed, median 25 s a step: greedy
+accuracy on 64 held-out problems (standard error 0.06) after 0, 10, 20, 30 steps: 0.08, 0.41, 0.48,
+0.52. Mean sampled reward of five steps at a time: 0.29, 0.45, 0.34, 0.66, 0.52, 0.52 (dynamic sampling
+replaces groups without signal, so it reads high at first). It learns to answer at once and to the
+point, and then to add; one-digit problems are few, so they also occur in training.
 """
 
 from experiments.hub import hub_experiment, hub_options, solved, sums
