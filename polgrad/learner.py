@@ -142,7 +142,9 @@ def make_update(
   def update(state: TrainState, batch: Batch):
     learned = labelled(policy, state.params, 'train', 'balance')
     (loss, (terms, metrics)), grads = gradient(state, learned, batch)
-    norm = optax.tree.norm(labelled(policy, grads, 'train'))
+    # A sum of squares in bfloat16 would be off by percents.
+    single = jax.tree.map(lambda g: g.astype(jnp.float32), labelled(policy, grads, 'train'))
+    norm = optax.tree.norm(single)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     steps, opt_state = optimizer.update(grads, state.opt_state, learned)
     learned = optax.apply_updates(learned, steps)
