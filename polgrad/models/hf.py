@@ -20,7 +20,14 @@ from flax import traverse_util
 from polgrad.models import families
 from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
-from polgrad.models.tensors import Tensor, check_free, new_folder, open_folder, write_folder
+from polgrad.models.tensors import (
+  Tensor,
+  check_free,
+  check_shapes,
+  new_folder,
+  open_folder,
+  write_folder,
+)
 from polgrad.models.transformer import from_config
 from polgrad.sharding import to_host, together
 from polgrad.types import Params
@@ -148,28 +155,17 @@ def check(folder: pathlib.Path, tensors: Mapping[str, Tensor], stored: Mapping[P
   """Compares names and shapes before anything is read.
 
   Raises:
-    ValueError: tensors that are missing, unknown or of another shape; all are listed, up to eight.
+    ValueError: see `tensors.check_shapes`.
   """
   wanted = {
     slot.name(place): slot.stored_shape
     for slot in stored.values()
     for place in np.ndindex(slot.lead)
   }
-  spare = {'lm_head.weight'}  # files of tied models may repeat the embedding
-  problems = [f'{name} is missing' for name in wanted.keys() - tensors.keys()]
-  problems += [
-    f'{name} has shape {tensors[name].shape} instead of {shape}'
-    for name, shape in wanted.items()
-    if name in tensors and tensors[name].shape != shape
-  ]
-  problems += [
-    f'{name} is unknown'
-    for name in tensors.keys() - wanted.keys() - spare
-    if not name.endswith('rotary_emb.inv_freq')
-  ]
-  if problems:
-    more = f' (and {len(problems) - 8} more)' if len(problems) > 8 else ''
-    raise ValueError(f'{folder}: {"; ".join(sorted(problems)[:8])}{more}')
+  # Files of tied models may repeat the embedding, and old ones hold what follows from config.json.
+  spare = lambda name: name == 'lm_head.weight' or name.endswith('rotary_emb.inv_freq')
+  used = {name: x for name, x in tensors.items() if name in wanted or not spare(name)}
+  check_shapes(folder, used, wanted)
 
 
 def read(

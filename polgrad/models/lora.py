@@ -18,7 +18,14 @@ from flax import traverse_util
 from polgrad.models.config import ATTENTION, MLP, Config
 from polgrad.models.hf import pretrained
 from polgrad.models.policy import Policy, overlay
-from polgrad.models.tensors import Tensor, check_free, new_folder, open_file, write_file
+from polgrad.models.tensors import (
+  Tensor,
+  check_free,
+  check_shapes,
+  new_folder,
+  open_file,
+  write_file,
+)
 from polgrad.models.transformer import decoder, from_config
 from polgrad.registry import table
 from polgrad.sharding import place, to_host, together
@@ -149,24 +156,14 @@ def read_adapter(folder: str | pathlib.Path, config: Config) -> Params:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a file that is not whole, or tensors that are missing, unknown or of another shape;
-      all of them are listed.
+    ValueError: a file that is not whole; what `tensors.check_shapes` refuses.
   """
   path = pathlib.Path(folder).expanduser() / 'adapter_model.safetensors'
   layers = range(config.num_layers)
   wanted = {name: [_stored(config, name, i) for i in layers] for name in config.adapter}
   shapes = {stored: shape for pairs in wanted.values() for stored, shape in pairs}
   found = open_file(path)
-  problems = [f'{name} is missing' for name in sorted(shapes.keys() - found.keys())]
-  problems += [f'{name} is unknown' for name in sorted(found.keys() - shapes.keys())]
-  problems += [
-    f'{name} has shape {found[name].shape} instead of {shape}'
-    for name, shape in shapes.items()
-    if name in found and found[name].shape != shape
-  ]
-  if problems:
-    more = f' (and {len(problems) - 8} more)' if len(problems) > 8 else ''
-    raise ValueError(f'{path}: {"; ".join(problems[:8])}{more}')
+  check_shapes(path, found, shapes)
 
   def read(name, stored):
     return found[stored].all().T.reshape(config.shape(name)).astype(config.param_dtype)

@@ -106,6 +106,26 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
   return {name: tensor(entry) for name, entry in entries.items()}
 
 
+def check_shapes(
+  where: pathlib.Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Compares the tensors of a file or folder with the names and shapes that a model has.
+
+  Raises:
+    ValueError: tensors that are missing, unknown or of another shape; all are listed, up to eight.
+  """
+  problems = [f'{name} is missing' for name in wanted.keys() - tensors.keys()]
+  problems += [f'{name} is unknown' for name in tensors.keys() - wanted.keys()]
+  problems += [
+    f'{name} has shape {tensors[name].shape} instead of {shape}'
+    for name, shape in wanted.items()
+    if name in tensors and tensors[name].shape != shape
+  ]
+  if problems:
+    more = f' (and {len(problems) - 8} more)' if len(problems) > 8 else ''
+    raise ValueError(f'{where}: {"; ".join(sorted(problems)[:8])}{more}')
+
+
 def write_folder(
   folder: pathlib.Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 5_000_000_000
 ) -> None:
