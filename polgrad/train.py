@@ -25,7 +25,7 @@ from polgrad.build import Experiment, Phase, build
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.data import stream
 from polgrad.learner import make_update
-from polgrad.models.policy import Policy, labelled
+from polgrad.models.policy import Policy, learned
 from polgrad.types import Params, TrainState
 
 
@@ -99,16 +99,16 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
   mesh = experiment.mesh
   fresh = functools.partial(init_params, experiment.policy, mesh, experiment.seed)
   params = fresh() if before is None else before.params
-  learned = labelled(experiment.policy, params, 'train', 'balance')
+  moving = learned(experiment.policy, params)
   anchors = {
     name: init_params(phase.frozen[name], mesh, experiment.seed)
     if name in phase.frozen
-    else jax.tree.map(jnp.copy, learned)
+    else jax.tree.map(jnp.copy, moving)
     for name in phase.anchors
   }
   if phase.restart and before is not None:
     params = fresh()
-    learned = labelled(experiment.policy, params, 'train', 'balance')
+    moving = learned(experiment.policy, params)
   zero = np.zeros((), np.int32)
   small = sharding.replicate(
     mesh,
@@ -124,7 +124,7 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
   )
   return TrainState(
     params=params,
-    opt_state=init_opt_state(phase.optimizer, mesh, learned),
+    opt_state=init_opt_state(phase.optimizer, mesh, moving),
     anchors=anchors,
     **small,
   )

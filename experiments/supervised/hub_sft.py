@@ -19,6 +19,7 @@ from polgrad.registry import part
 
 
 def worked_sums(o, *, steps: int):
+  """Supervised steps on worked sums; `o` as `hub_options` gives it."""
   return part(
     phase,
     steps=2 if o.smoke else steps,

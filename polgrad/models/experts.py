@@ -44,7 +44,7 @@ def with_load_gradient(weights: Array, bias: Array, excess: Array) -> Array:
   """`weights` themselves, but the "gradient" of the bias is the excess load.
 
   So loads leave the model as gradients do, summed over micro-batches and devices, and the bias is
-  an ordinary parameter whose update is a sign step (`optim.route`). The loss does not matter.
+  an ordinary parameter whose update is a sign step (`optim.balanced`). The loss does not matter.
   """
   del bias, excess
   return weights
@@ -85,19 +85,15 @@ def mixture(
     return _mixture(x, weights, chosen, gate, up, down, activation=activation, split=())
   # Each device sorts its own rows; the matrices are whole along the width, cut along `mlp`.
   rows = partition_spec(mesh, ('batch', 'length', 'hidden'), x.shape)
-  wide = partition_spec(mesh, ('layers', 'hidden', 'mlp'), gate.shape)
-  narrow = partition_spec(mesh, ('layers', 'mlp', 'hidden'), down.shape)
+  wide = partition_spec(mesh, ('experts', 'hidden', 'mlp'), gate.shape)
+  narrow = partition_spec(mesh, ('experts', 'mlp', 'hidden'), down.shape)
   split = wide[2] or ()
 
   def local(*arrays):
     return _mixture(*arrays, activation=activation, split=split)
 
-  return jax.shard_map(
-    local,
-    in_specs=(rows, rows, rows, wide, wide, narrow),
-    out_specs=rows,
-    axis_names=set(mesh.axis_names),
-  )(x, weights, chosen, gate, up, down)
+  specs = (rows, rows, rows, wide, wide, narrow)
+  return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, weights, chosen, gate, up, down)
 
 
 def _mixture(x, weights, chosen, gate, up, down, *, activation, split):

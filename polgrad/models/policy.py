@@ -57,6 +57,11 @@ def labelled(policy: Policy, tree: Params, *labels: str) -> Params:
   return traverse_util.unflatten_dict({k: x for k, x in flat.items() if named[k] in labels})
 
 
+def learned(policy: Policy, tree: Params) -> Params:
+  """The part of the parameters that updates change."""
+  return labelled(policy, tree, 'train', 'balance')
+
+
 def overlay(params: Params, part: Params) -> Params:
   """`params` with the arrays of `part` in their places."""
   flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(part)
