@@ -1,8 +1,8 @@
 """Rewards of rows to advantages of rows. Everything here is data for the policy gradient.
 
-Groups are data: rows belong together when their `group_ids` are equal, wherever they stand in the
-batch, and groups may differ in size. A row that is not `valid` enters no statistic and gets 0. A
-mean is subtracted as the mean of differences, so equal rewards give exactly 0 in any precision.
+A function names the arrays that it reads: rewards, group_ids, valid, and for some baselines the mask,
+token statistics or rewards of other samples. A row that is not `valid` enters no statistic and gets
+0. Groups are data (see `groups`), and equal rewards give exactly 0 in any precision.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import baselines
+from polgrad.losses.groups import center, divide, everyone, members, variance
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -46,7 +48,7 @@ def group_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
     [B], summing to 0 in every group.
   """
   _check(rewards, group_ids, valid)
-  return _center(rewards, _members(group_ids, valid))
+  return center(rewards, members(group_ids, valid))
 
 
 def group_normalized(
@@ -68,9 +70,9 @@ def group_normalized(
     [B], without unit: a positive affine map of the rewards changes nothing but through eps.
   """
   _check(rewards, group_ids, valid)
-  members = _members(group_ids, valid)
-  centered = _center(rewards, members)
-  return _divide(centered, jnp.sqrt(_variance(centered, members, ddof)) + eps)
+  group = members(group_ids, valid)
+  centered = center(rewards, group)
+  return divide(centered, jnp.sqrt(variance(centered, group, ddof)) + eps)
 
 
 def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
@@ -88,9 +90,9 @@ def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
     [B].
   """
   _check(rewards, group_ids, valid)
-  members = _members(group_ids, valid)
-  size = jnp.sum(members, axis=-1)
-  return _center(rewards, members) * size / jnp.maximum(size - 1, 1)
+  group = members(group_ids, valid)
+  size = jnp.sum(group, axis=-1)
+  return center(rewards, group) * size / jnp.maximum(size - 1, 1)
 
 
 def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
@@ -105,7 +107,7 @@ def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
     [B].
   """
   _check(rewards, group_ids, valid)
-  return _center(rewards, valid[:, None] & valid[None, :])
+  return center(rewards, everyone(valid))
 
 
 def batch_normalized(rewards: Array, group_ids: Array, valid: Array, *, eps: float = 1e-8) -> Array:
@@ -123,9 +125,9 @@ def batch_normalized(rewards: Array, group_ids: Array, valid: Array, *, eps: flo
     [B].
   """
   _check(rewards, group_ids, valid)
-  members = valid[:, None] & valid[None, :]
-  centered = _center(rewards, members)
-  return _divide(centered, jnp.sqrt(_variance(centered, members, ddof=1) + eps))
+  batch = everyone(valid)
+  centered = center(rewards, batch)
+  return divide(centered, jnp.sqrt(variance(centered, batch, ddof=1) + eps))
 
 
 def identity(advantages: Array, mask: Array) -> Array:
@@ -170,27 +172,15 @@ def _check(rewards: Array, group_ids: Array, valid: Array) -> None:
   chex.assert_equal_shape([rewards, group_ids, valid])
 
 
-def _members(group_ids: Array, valid: Array) -> Array:
-  """bool[B, B]: row j counts in the statistics of row i."""
-  return (group_ids[:, None] == group_ids[None, :]) & valid[:, None] & valid[None, :]
-
-
-def _center(rewards: Array, members: Array) -> Array:
-  differences = jnp.where(members, rewards[:, None] - rewards[None, :], 0)
-  return jnp.sum(differences, axis=-1) / jnp.maximum(jnp.sum(members, axis=-1), 1)
-
-
-def _variance(centered: Array, members: Array, ddof: int) -> Array:
-  squares = jnp.where(members, jnp.square(centered)[None, :], 0)
-  return jnp.sum(squares, axis=-1) / jnp.maximum(jnp.sum(members, axis=-1) - ddof, 1)
-
-
-def _divide(centered: Array, scale: Array) -> Array:
-  """centered / scale, and 0 / 0 = 0: equal rewards with eps = 0."""
-  return jnp.where(scale > 0, centered / jnp.where(scale > 0, scale, 1), 0)
-
-
-TABLE = table(raw, group_mean, group_normalized, leave_one_out, batch_mean, batch_normalized)
+TABLE = table(
+  raw,
+  group_mean,
+  group_normalized,
+  leave_one_out,
+  batch_mean,
+  batch_normalized,
+  *baselines.TABLE.values(),
+)
 Part = Annotated[Callable, TABLE]
 
 NORMALIZERS = table(identity, whiten)

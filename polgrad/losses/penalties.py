@@ -44,8 +44,6 @@ def k2(logp: Array, reference_logp: Array) -> Array:
   """delta^2 / 2: the value is KL to second order, the expected gradient is that of
   KL(pi || reference) exactly (arXiv:2506.09477).
 
-  Against the old policy it is the mirror-descent penalty of Kimi k1.5 (arXiv:2501.12599).
-
   Args:
     logp: [..., T], nats.
     reference_logp: [..., T], nats.
@@ -55,6 +53,20 @@ def k2(logp: Array, reference_logp: Array) -> Array:
   """
   chex.assert_equal_shape([logp, reference_logp])
   return 0.5 * jnp.square(logp - reference_logp)
+
+
+def squared_log_ratio(log_ratio: Array) -> Array:
+  """log_ratio^2 / 2: `k2` to the policy that the ratio is taken against.
+
+  To second order KL(pi || pi_old): the mirror descent of Kimi k1.5 (arXiv:2501.12599), per token.
+
+  Args:
+    log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
+
+  Returns:
+    [..., T], >= 0.
+  """
+  return 0.5 * jnp.square(log_ratio)
 
 
 def k3(logp: Array, reference_logp: Array) -> Array:
@@ -155,5 +167,100 @@ def nll(logp: Array) -> Array:
   return -logp
 
 
-TABLE = table(k1, k2, k3, importance_k3, negative_entropy, value_error, clipped_value_error, nll)
+def selected_absolute(log_ratio: Array, selected: Array) -> Array:
+  """|log_ratio| of the selected tokens, 0 elsewhere: KL-Cov (arXiv:2505.22617).
+
+  The gradient is the sign of the log-ratio: none at all while policy and old policy agree.
+
+  Args:
+    log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
+    selected: bool[..., T].
+
+  Returns:
+    [..., T], >= 0.
+  """
+  chex.assert_equal_shape([log_ratio, selected])
+  # The derivative of jnp.abs at 0 is 1.
+  return jnp.where(selected, log_ratio * jnp.sign(log_ratio), 0)
+
+
+def selected_k3(logp: Array, proxy_logp: Array, selected: Array) -> Array:
+  """min(k3 to the proxy, 10) of the selected tokens, 0 elsewhere: Lp-Reg (arXiv:2510.03222).
+
+  The proxy is the policy without its least likely tokens, so the likelihood of a selected token is
+  raised while it is below the proxy's.
+
+  Args:
+    logp: [..., T], nats.
+    proxy_logp: [..., T], nats, data.
+    selected: bool[..., T].
+
+  Returns:
+    [..., T], in [0, 10]; gradient 0 at the bound.
+  """
+  chex.assert_equal_shape([logp, proxy_logp, selected])
+  return jnp.where(selected, jnp.minimum(k3(logp, proxy_logp), 10.0), 0)
+
+
+def entropy_band(
+  entropy: Array, mean_entropy: Array, *, low: float = 0.8, high: float = 1.2
+) -> Array:
+  """relu(low H' - H) + relu(H - high H'), H' the mean entropy of earlier updates.
+
+  The band of EPO (arXiv:2509.22576) with a gradient, which `entropy_band_published` has not: a
+  change of ours. 0 while there is no history (H' <= 0).
+
+  Args:
+    entropy: [..., T], nats, with its gradient.
+    mean_entropy: [], nats.
+    low: lower edge, in units of the mean.
+    high: upper edge, in units of the mean.
+
+  Returns:
+    [..., T], >= 0.
+  """
+  chex.assert_rank(mean_entropy, 0)
+  below = jnp.maximum(low * mean_entropy - entropy, 0)
+  above = jnp.maximum(entropy - high * mean_entropy, 0)
+  return jnp.where(mean_entropy > 0, below + above, 0)
+
+
+def entropy_band_published(
+  entropy: Array, mean_entropy: Array, *, low: float = 0.8, high: float = 1.2, height: float = 0.1
+) -> Array:
+  """`height` outside the band (low H', high H'), 0 inside: the smoothing penalty of EPO as released
+  (arXiv:2509.22576).
+
+  Piecewise constant, so its gradient is 0: it moves the reported loss and no parameter.
+
+  Args:
+    entropy: [..., T], nats.
+    mean_entropy: [], nats, the mean of earlier updates; 0 before there is one.
+    low: lower edge, in units of the mean.
+    high: upper edge, in units of the mean.
+    height: the penalty, alpha in the paper.
+
+  Returns:
+    [..., T].
+  """
+  chex.assert_rank(mean_entropy, 0)
+  inside = (entropy > low * mean_entropy) & (entropy < high * mean_entropy)
+  return jnp.where(inside | (mean_entropy <= 0), 0, jnp.full_like(entropy, height))
+
+
+TABLE = table(
+  k1,
+  k2,
+  squared_log_ratio,
+  k3,
+  importance_k3,
+  negative_entropy,
+  value_error,
+  clipped_value_error,
+  nll,
+  selected_absolute,
+  selected_k3,
+  entropy_band,
+  entropy_band_published,
+)
 Part = Annotated[Callable, TABLE]

@@ -1,7 +1,6 @@
-"""Losses of one row from its own score: unpaired feedback and reward regression.
+"""Losses of one row: unpaired feedback, and rewards compared inside a pair.
 
-`score` is an implicit reward: with beta inside for the labelled losses, the plain sum of
-log-ratios for `consistency`. Labels and rewards are data.
+`score` is an implicit reward with beta inside. Labels and rewards are data.
 """
 
 from collections.abc import Callable
@@ -12,80 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import links
+from polgrad.losses.groups import same, total
+from polgrad.losses.ratios import bounded
 from polgrad.registry import table
 from polgrad.types import Array
-
-
-def zero(residual: Array, group_ids: Array) -> Array:
-  """No centre: the reward is taken as normalised already (standard).
-
-  Args:
-    residual: [B].
-    group_ids: i32[B]; not used.
-
-  Returns:
-    [B].
-  """
-  chex.assert_equal_shape([residual, group_ids])
-  return jnp.zeros_like(residual)
-
-
-def group_mean(residual: Array, group_ids: Array) -> Array:
-  """The mean of the group, an estimate of log Z, with its gradient: VarGrad (arXiv:2010.10436).
-
-  Args:
-    residual: [B].
-    group_ids: i32[B].
-
-  Returns:
-    [B].
-  """
-  same = _same_group(residual, group_ids)
-  return jnp.sum(jnp.where(same, residual[None, :], 0), axis=-1) / jnp.sum(same, axis=-1)
-
-
-def group_mean_detached(residual: Array, group_ids: Array) -> Array:
-  """`group_mean` as a constant: TBA (arXiv:2503.18929).
-
-  Residuals sum to 0 in a group, so the gradient of the loss is the same as with `group_mean`.
-
-  Args:
-    residual: [B].
-    group_ids: i32[B].
-
-  Returns:
-    [B].
-  """
-  return jax.lax.stop_gradient(group_mean(residual, group_ids))
-
-
-def leave_one_out(residual: Array, group_ids: Array) -> Array:
-  """The mean of the other rows of the group, with its gradient: CoPG (arXiv:2406.19185).
-
-  Residuals are G/(G - 1) times those of `group_mean`; in a group of two they are the difference of
-  the pair. A group of one is its own centre and has loss 0.
-
-  Args:
-    residual: [B].
-    group_ids: i32[B].
-
-  Returns:
-    [B].
-  """
-  same = _same_group(residual, group_ids)
-  size = jnp.sum(same, axis=-1)
-  others = jnp.sum(jnp.where(same, residual[None, :], 0), axis=-1) - residual
-  return jnp.where(size > 1, others / jnp.maximum(size - 1, 1), residual)
-
-
-def _same_group(residual: Array, group_ids: Array) -> Array:
-  chex.assert_rank(residual, 1)
-  chex.assert_equal_shape([residual, group_ids])
-  return group_ids[:, None] == group_ids[None, :]
-
-
-CENTERS = table(zero, group_mean, group_mean_detached, leave_one_out)
-CenterPart = Annotated[Callable, CENTERS]
 
 
 def logistic(score: Array, label: Array) -> Array:
@@ -137,35 +66,94 @@ def squared(score: Array, label: Array, *, target: float = 1.0) -> Array:
   return jnp.square(score - (2 * label - 1) * target)
 
 
-def consistency(
-  score: Array,
+def paired_product_clip(
+  logp: Array,
+  proximal_logp: Array,
   rewards: Array,
   group_ids: Array,
+  mask: Array,
   *,
-  beta: float = 0.5,
-  center: CenterPart = group_mean,
+  eps: float = 0.2,
 ) -> Array:
-  """e^2 / 2 with e = zeta - center(zeta), zeta = R / beta - score (arXiv:2503.18929).
+  """-min(dR x, dR clip(x, 1 - eps, 1 + eps)), dR the reward above the other row of the pair, x =
+  s sg(s_other), s the sequence ratio: P3O-V1 (arXiv:2310.00212).
 
-  Zero for every sample, whoever drew it, exactly at pi = anchor exp(R / beta) / Z, if the centre is
-  log Z. The descent weight of a row's log-probabilities is e. The loss published as TBA is twice
-  this one (e^2 without the half).
+  The published loss is half the sum over the pair: the mean over rows of this. On-policy the
+  gradient is that of dR times the log-probability of the row.
 
   Args:
-    score: [B], sum of log pi - log anchor over the row, nats.
+    logp: [B, T], nats.
+    proximal_logp: [B, T], nats, data.
     rewards: [B].
-    group_ids: i32[B], equal for samples of one prompt.
-    beta: the temperature, in units of the reward.
-    center: the estimate of log Z.
+    group_ids: i32[B]; rows in a group that is no pair have loss 0.
+    mask: bool[B, T].
+    eps: the product of both ratios may leave 1 by this.
 
   Returns:
     [B].
   """
-  chex.assert_rank(score, 1)
-  chex.assert_equal_shape([score, rewards, group_ids])
-  residual = rewards / beta - score
-  return 0.5 * jnp.square(residual - center(residual, group_ids))
+  moved = _moved(logp, proximal_logp, mask)
+  other = _other(rewards, group_ids)
+  product = jnp.exp(bounded(moved + jax.lax.stop_gradient(total(moved, other))))
+  gap = _gap(rewards, other)
+  return -jnp.minimum(gap * product, gap * jnp.clip(product, 1 - eps, 1 + eps))
 
 
-TABLE = table(logistic, sigmoid, squared, consistency)
+def paired_joint_clip(
+  logp: Array,
+  proximal_logp: Array,
+  rewards: Array,
+  group_ids: Array,
+  mask: Array,
+  *,
+  delta: float = 0.2,
+) -> Array:
+  """-min(c l, c clip(l, l_old - delta, l_old + delta)), l = log pi(row) - log pi(other row of the
+  pair), c = sg(s s_other) dR / 2: P3O-V2 (arXiv:2310.00212).
+
+  Both rows of a pair have the pair's loss, so the mean over rows is the published one.
+
+  Args:
+    logp: [B, T], nats.
+    proximal_logp: [B, T], nats, data.
+    rewards: [B].
+    group_ids: i32[B]; rows in a group that is no pair have loss 0.
+    mask: bool[B, T].
+    delta: how far the log-odds of the pair may move, nats.
+
+  Returns:
+    [B].
+  """
+  moved = _moved(logp, proximal_logp, mask)
+  other = _other(rewards, group_ids)
+  score = jnp.sum(jnp.where(mask, logp, 0), axis=-1)
+  odds = score - total(score, other)
+  old = jax.lax.stop_gradient(odds - (moved - total(moved, other)))
+  coefficient = jnp.exp(bounded(jax.lax.stop_gradient(moved + total(moved, other))))
+  coefficient = coefficient * _gap(rewards, other) / 2
+  near = jnp.clip(odds, old - delta, old + delta)
+  return -jnp.minimum(coefficient * odds, coefficient * near)
+
+
+def _moved(logp: Array, proximal_logp: Array, mask: Array) -> Array:
+  """Log-ratio of the row to the policy when the phase began: [B, T] -> [B]."""
+  chex.assert_rank(mask, 2)
+  chex.assert_equal_shape([logp, proximal_logp, mask])
+  return jnp.sum(jnp.where(mask, logp - proximal_logp, 0), axis=-1)
+
+
+def _other(rewards: Array, group_ids: Array) -> Array:
+  """bool[B, B]: row j is the only other row of the group of row i."""
+  chex.assert_equal_shape([rewards, group_ids])
+  group = same(group_ids)
+  paired = jnp.sum(group, axis=-1, keepdims=True) == 2
+  return group & paired & ~jnp.eye(len(rewards), dtype=bool)
+
+
+def _gap(rewards: Array, other: Array) -> Array:
+  """Reward above the other row's; 0 for a row that has no other."""
+  return jnp.where(jnp.any(other, axis=-1), rewards - total(rewards, other), 0)
+
+
+TABLE = table(logistic, sigmoid, squared, paired_product_clip, paired_joint_clip)
 Part = Annotated[Callable, TABLE]

@@ -1,5 +1,8 @@
 """Token rewards and values to returns. All outputs are data for the policy.
 
+`reward_to_go` and `gae` trust that the policy sampled the tokens. V-trace and Retrace correct for
+another sampler by clipped ratios rho = exp(log_rho), log_rho = proximal_logp - behavior_logp.
+
 Masked positions (tool output, padding) are holes: no reward is read there, nothing is discounted
 there, and the output is 0. So a row with holes gives what the same row without them gives.
 """
@@ -11,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses.ratios import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -86,12 +90,149 @@ def gae(
   return _scan_backwards(step, (start, start), token_rewards, values, mask)
 
 
-def _scan_backwards(step: Callable, carry, *arrays: Array) -> Array:
-  """Scans [..., T] arrays from the last position to the first."""
+def vtrace_targets(
+  token_rewards: Array,
+  values: Array,
+  log_rho: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float = 1.0,
+  rho_bar: float = 1.0,
+  c_bar: float = 1.0,
+) -> Array:
+  """V_t + e_t, e_t = min(rho_bar, rho_t) (r_t + discount V_{t+1} - V_t) + discount c_t e_{t+1}, with
+  c_t = trace min(c_bar, rho_t): V-trace (arXiv:1802.01561).
+
+  rho_bar decides whose value is estimated: that of the policy ~ min(rho_bar mu, pi), mu the sampler,
+  so that of pi when infinite; c_bar only how fast. rho = 1 gives `gae` + V.
+
+  Args:
+    token_rewards: [..., T].
+    values: [..., T].
+    log_rho: [..., T], nats.
+    mask: bool[..., T].
+    discount: per valid token.
+    trace: the decay, lambda in the paper.
+    rho_bar: largest weight of a one-step error.
+    c_bar: largest weight of the errors that follow.
+
+  Returns:
+    [..., T], value targets.
+  """
+  clips = dict(rho_bar=rho_bar, c_bar=c_bar)
+  errors, _ = _vtrace(token_rewards, values, log_rho, mask, discount, trace, **clips)
+  return jnp.where(mask, values + errors, 0)
+
+
+def vtrace_advantages(
+  token_rewards: Array,
+  values: Array,
+  log_rho: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float = 1.0,
+  rho_bar: float = 1.0,
+  c_bar: float = 1.0,
+  rho_pg: float = 1.0,
+) -> Array:
+  """A_t = min(rho_pg, rho_t) (r_t + discount (trace v_{t+1} + (1 - trace) V_{t+1}) - V_t) with v of
+  `vtrace_targets` (arXiv:1802.01561).
+
+  The ratio is inside: use it with a loss that weighs by no ratio to the sampler of its own.
+
+  Args:
+    token_rewards: [..., T].
+    values: [..., T].
+    log_rho: [..., T], nats.
+    mask: bool[..., T].
+    discount: per valid token.
+    trace: the decay, lambda in the paper.
+    rho_bar: largest weight of a one-step error.
+    c_bar: largest weight of the errors that follow.
+    rho_pg: largest weight of an advantage.
+
+  Returns:
+    [..., T].
+  """
+  clips = dict(rho_bar=rho_bar, c_bar=c_bar)
+  _, following = _vtrace(token_rewards, values, log_rho, mask, discount, trace, **clips)
+  gain = token_rewards + discount * following - values
+  return jnp.where(mask, _truncated(log_rho, rho_pg) * gain, 0)
+
+
+def retrace_targets(
+  token_rewards: Array,
+  values: Array,
+  log_rho: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float = 1.0,
+) -> Array:
+  """G_t = r_t + discount (V_{t+1} + c_{t+1} (G_{t+1} - Q_{t+1})), c_t = trace min(1, rho_t): Retrace
+  (arXiv:1606.02647), with the state value V_t in the place of Q_t.
+
+  Unlike a V-trace target G_t speaks about the token t that was taken: no ratio of its own stands
+  before it. On-policy with trace = 1 it is the reward to go, with trace = 0 the one-step target.
+
+  Args:
+    token_rewards: [..., T].
+    values: [..., T].
+    log_rho: [..., T], nats.
+    mask: bool[..., T].
+    discount: per valid token.
+    trace: the decay, lambda in the paper.
+
+  Returns:
+    [..., T], targets of the value of the token taken.
+  """
+  chex.assert_equal_shape([token_rewards, values, log_rho, mask])
+
+  def step(following, now):
+    reward, value, c, valid = now
+    target = reward + discount * following
+    following = jnp.where(valid, value + c * (target - value), following)
+    return following, jnp.where(valid, target, 0)
+
+  start = jnp.zeros_like(values[..., 0])
+  c = trace * _truncated(log_rho, 1.0)
+  return _scan_backwards(step, start, token_rewards, values, c, mask)
+
+
+def _vtrace(token_rewards, values, log_rho, mask, discount, trace, *, rho_bar, c_bar):
+  """(e_t, V_{t+1} + trace e_{t+1}) of V-trace at every valid token."""
+  chex.assert_equal_shape([token_rewards, values, log_rho, mask])
+
+  def step(carry, now):
+    next_value, next_error = carry
+    reward, value, rho, c, valid = now
+    error = rho * (reward + discount * next_value - value) + discount * c * next_error
+    following = next_value + trace * next_error
+    carry = jnp.where(valid, value, next_value), jnp.where(valid, error, next_error)
+    return carry, (jnp.where(valid, error, 0), jnp.where(valid, following, 0))
+
+  start = jnp.zeros_like(values[..., 0])
+  rho, c = _truncated(log_rho, rho_bar), trace * _truncated(log_rho, c_bar)
+  return _scan_backwards(step, (start, start), token_rewards, values, rho, c, mask)
+
+
+def _truncated(log_rho: Array, cap: float) -> Array:
+  return jnp.minimum(jnp.exp(bounded(log_rho)), cap)
+
+
+def _scan_backwards(step: Callable, carry, *arrays: Array):
+  """Scans [..., T] arrays from the last position to the first; a tree of [..., T] comes out."""
   time_major = tuple(jnp.moveaxis(x, -1, 0) for x in arrays)
   _, out = jax.lax.scan(step, carry, time_major, reverse=True)
-  return jnp.moveaxis(out, 0, -1)
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
 
 
 TABLE = table(reward_to_go, gae)
 Part = Annotated[Callable, TABLE]
+
+TARGETS = table(vtrace_targets, retrace_targets)
+TargetPart = Annotated[Callable, TARGETS]
+CORRECTED = table(vtrace_advantages)
+CorrectedPart = Annotated[Callable, CORRECTED]

@@ -1,9 +1,9 @@
-"""Detached token weights for data that another policy sampled. They multiply the token loss.
+"""Detached token weights: importance weights, and the masks of `keeps`. They multiply the token loss.
 
 rho = pi_proximal / pi_behavior: how far the trainer's policy at the start of the phase stands from
 what the sampler really drew from (other kernels, lower precision, older parameters). Never multiply
-the reward instead: normalising advantages afterwards would undo it. The denominator of the
-aggregation stays the number of valid tokens, also where a weight is 0.
+the reward instead: normalising advantages afterwards would undo it. Bounds are ratios themselves.
+The denominator of the aggregation stays the number of valid tokens, also where a weight is 0.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,17 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.ratios import bounded
+from polgrad.losses.keeps import (
+  geometric_band,
+  near_or_positive,
+  one_sided,
+  probability_one_sided,
+  ring,
+  selected,
+  two_sided,
+  unselected,
+)
+from polgrad.losses.ratios import bounded, row_sum, within
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -53,7 +63,7 @@ def masked_importance(
     [..., T].
   """
   ratio = _ratio(proximal_logp, behavior_logp)
-  return jnp.where((ratio >= low) & (ratio <= high), ratio, 0)
+  return jnp.where(within(ratio, low, high), ratio, 0)
 
 
 def truncated_sequence_importance(
@@ -73,11 +83,144 @@ def truncated_sequence_importance(
   Returns:
     [..., T], one value per row; 1 in a row without tokens (if cap >= 1).
   """
-  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  log_ratio = jnp.where(mask, proximal_logp - behavior_logp, 0)
-  total = jnp.sum(log_ratio, axis=-1, keepdims=True)
-  weight = jnp.minimum(jnp.exp(bounded(jax.lax.stop_gradient(total))), cap)
-  return jnp.broadcast_to(weight, mask.shape)
+  ratio = _row_ratio(proximal_logp, behavior_logp, mask)
+  return jnp.broadcast_to(jnp.minimum(ratio, cap), mask.shape)
+
+
+def masked_sequence_importance(
+  proximal_logp: Array,
+  behavior_logp: Array,
+  mask: Array,
+  *,
+  low: float = 0.0,
+  high: float = 3.0,
+) -> Array:
+  """sg(R 1[low <= R <= high]), R = prod_t rho_t, at every token of the row.
+
+  IcePop's rejection (arXiv:2510.18855) of whole rows: one token that the sampler drew from quite
+  another distribution spoils all that follow it.
+
+  Args:
+    proximal_logp: [..., T], nats.
+    behavior_logp: [..., T], nats.
+    mask: bool[..., T].
+    low: smallest ratio of a row that is kept.
+    high: largest ratio of a row that is kept.
+
+  Returns:
+    [..., T], one value per row.
+  """
+  ratio = _row_ratio(proximal_logp, behavior_logp, mask)
+  return jnp.broadcast_to(jnp.where(within(ratio, low, high), ratio, 0), mask.shape)
+
+
+def tapered_sequence(
+  logp: Array,
+  proximal_logp: Array,
+  rewards: Array,
+  mask: Array,
+  *,
+  positive_low: float = 1.0,
+  positive_high: float = 1.0,
+  negative_low: float = 0.0,
+  negative_high: float = 1.0,
+  threshold: float = 0.0,
+) -> Array:
+  """sg(clip(prod_t r_t, low, high)), bounds by the sign of the reward: TOPR (arXiv:2503.14286).
+
+  By default good rows have the weight 1, as in supervised learning, and bad ones min(prod r, 1): the
+  less likely a bad row has become, the less it is pushed down. Bounds of (0, inf) on both sides are
+  importance sampling, bounds of (1, 1) plain REINFORCE.
+
+  Args:
+    logp: [B, T], nats; detached here.
+    proximal_logp: [B, T], nats.
+    rewards: f32[B].
+    mask: bool[B, T].
+    positive_low: the least weight where the reward exceeds `threshold`.
+    positive_high: the largest weight there.
+    negative_low: the least weight elsewhere.
+    negative_high: the largest weight elsewhere.
+    threshold: the largest reward of a bad row.
+
+  Returns:
+    [B, T], one value per row.
+  """
+  ratio = jnp.broadcast_to(_row_ratio(logp, proximal_logp, mask), mask.shape)
+  positive, negative = (positive_low, positive_high), (negative_low, negative_high)
+  return _tapered(ratio, rewards, positive, negative, threshold)
+
+
+def tapered_token(
+  logp: Array,
+  proximal_logp: Array,
+  rewards: Array,
+  mask: Array,
+  *,
+  positive_low: float = 1.0,
+  positive_high: float = 1.0,
+  negative_low: float = 0.0,
+  negative_high: float = 1.0,
+  threshold: float = 0.0,
+) -> Array:
+  """`tapered_sequence` with the ratio of each token: another algorithm than TOPR (arXiv:2503.14286).
+
+  Args:
+    logp: [B, T], nats; detached here.
+    proximal_logp: [B, T], nats.
+    rewards: f32[B].
+    mask: bool[B, T].
+    positive_low: the least weight where the reward exceeds `threshold`.
+    positive_high: the largest weight there.
+    negative_low: the least weight elsewhere.
+    negative_high: the largest weight elsewhere.
+    threshold: the largest reward of a bad row.
+
+  Returns:
+    [B, T]; 1, clipped, where `mask` is False.
+  """
+  chex.assert_equal_shape([logp, proximal_logp, mask])
+  ratio = _ratio(jnp.where(mask, logp, 0), jnp.where(mask, proximal_logp, 0))
+  positive, negative = (positive_low, positive_high), (negative_low, negative_high)
+  return _tapered(ratio, rewards, positive, negative, threshold)
+
+
+def gamma_shaped(
+  logp: Array,
+  proximal_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  power_positive: float = 2.0,
+  rate_positive: float = 3.0,
+  power_negative: float = 3.0,
+  rate_negative: float = 2.0,
+) -> Array:
+  """sg(W^k exp(rate (1 - W))), W = prod_t r_t, (k, rate) by the sign of A: VESPO (arXiv:2602.10693).
+
+  The weight is 1 on-policy, has its maximum at W = k / rate, and decays on both sides: rows that
+  the policy has left in either direction fade out.
+
+  Args:
+    logp: [..., T], nats; detached here.
+    proximal_logp: [..., T], nats.
+    advantages: [..., T].
+    mask: bool[..., T].
+    power_positive: k where A >= 0.
+    rate_positive: decay where A >= 0.
+    power_negative: k where A < 0.
+    rate_negative: decay where A < 0.
+
+  Returns:
+    [..., T], one value per row and sign.
+  """
+  chex.assert_equal_shape([logp, proximal_logp, advantages, mask])
+  total = row_sum(jax.lax.stop_gradient(logp - proximal_logp), mask)
+  log_ratio = jnp.broadcast_to(bounded(total), mask.shape)
+  good = jnp.where(mask, advantages, 0) >= 0
+  power = jnp.where(good, power_positive, power_negative)
+  rate = jnp.where(good, rate_positive, rate_negative)
+  return jnp.exp(power * log_ratio - rate * jnp.expm1(log_ratio)).astype(logp.dtype)
 
 
 def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
@@ -85,5 +228,33 @@ def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
   return jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
 
 
-TABLE = table(truncated_importance, masked_importance, truncated_sequence_importance)
+def _row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
+  """The detached ratio of the row: [..., 1]."""
+  chex.assert_equal_shape([logp, old_logp, mask])
+  return jnp.exp(bounded(row_sum(jax.lax.stop_gradient(logp - old_logp), mask)))
+
+
+def _tapered(ratio: Array, rewards: Array, positive: tuple, negative: tuple, threshold: float):
+  chex.assert_shape(rewards, ratio.shape[:1])
+  good = (rewards > threshold)[:, None]
+  return jnp.where(good, jnp.clip(ratio, *positive), jnp.clip(ratio, *negative))
+
+
+TABLE = table(
+  truncated_importance,
+  masked_importance,
+  truncated_sequence_importance,
+  masked_sequence_importance,
+  tapered_sequence,
+  tapered_token,
+  gamma_shaped,
+  geometric_band,
+  one_sided,
+  two_sided,
+  ring,
+  probability_one_sided,
+  near_or_positive,
+  selected,
+  unselected,
+)
 Part = Annotated[Callable, TABLE]

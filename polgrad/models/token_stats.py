@@ -4,30 +4,13 @@ This is the only place where anything shifts: the hidden state at t - 1 scores `
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from polgrad.registry import call, table
+from polgrad.registry import call
 
 Array = jax.Array
-
-
-def logp(logits: Array, tokens: Array) -> Array:
-  """Log-probability of the tokens, log softmax(logits)[tokens]; f32[..., V], i32[...] -> f32[...]."""
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def entropy(logits: Array) -> Array:
-  """Entropy in nats, -sum_v p_v log p_v; f32[..., V] -> f32[...]. Logits may be -inf."""
-  log_probs = jax.nn.log_softmax(logits, axis=-1)
-  return -jnp.sum(jnp.exp(log_probs) * jnp.where(log_probs > -jnp.inf, log_probs, 0), axis=-1)
-
-
-STATS = table(logp, entropy)
-Stat = Annotated[Callable, STATS]
 
 
 def token_stats(
@@ -43,9 +26,10 @@ def token_stats(
 ) -> dict[str, Array]:
   """Evaluates statistics of the next-token distribution in one pass over chunks of tokens.
 
-  A statistic is a function of arrays that it takes by name: `logits` f32[n, V], `tokens` i32[n]
-  and, with a teacher, `teacher_logits` f32[n, V]; it returns f32[n]. All statistics of a chunk read
-  the same logits, which the backward pass computes again instead of keeping them.
+  A statistic is a function of arrays that it takes by name: `logits` f32[n, V], `tokens` i32[n],
+  `hidden` f32[n, D] (data: no gradient) and, with a teacher, `teacher_logits` f32[n, V]; it returns
+  f32[n]. All statistics of a chunk read the same logits, which the backward pass computes again
+  instead of keeping them.
 
   Args:
     hidden: [B, T, D], final hidden states.
@@ -68,7 +52,11 @@ def token_stats(
     def logits(unembed, x):
       return unembed(x.reshape(-1, x.shape[-1])).astype(jnp.float32) / temperature
 
-    arrays = {'logits': logits(unembed, hidden), 'tokens': tokens.reshape(-1)}
+    arrays = {
+      'logits': logits(unembed, hidden),
+      'tokens': tokens.reshape(-1),
+      'hidden': jax.lax.stop_gradient(hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)),
+    }
     if teacher:
       arrays['teacher_logits'] = jax.lax.stop_gradient(logits(teacher_unembed, *teacher))
     return {name: call(stat, arrays).reshape(tokens.shape) for name, stat in stats.items()}

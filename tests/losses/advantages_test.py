@@ -1,10 +1,14 @@
-"""Advantages and returns: published numbers, exact zeros, groups as data, holes in rows."""
+"""Advantages: published numbers, exact zeros, groups as data, least variance."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.losses import advantages, returns
+from polgrad import registry
+from polgrad.losses import advantages, baselines, distributions
 
 R8 = np.array([1.0, 1, 0, 0, 0, 0, 0, 1], np.float32)
 ONE_GROUP = np.zeros(8, np.int32)
@@ -26,12 +30,24 @@ def test_published_numbers_of_eight_binary_rewards(fn, knobs, high, low):
   np.testing.assert_allclose(jnp.sum(got), 0, atol=1e-5)
 
 
-GROUPED = [
-  fn
-  for fn in advantages.TABLE.values()
-  if fn not in (advantages.raw, advantages.batch_mean, advantages.batch_normalized)
-]
 CENTERED = [fn for fn in advantages.TABLE.values() if fn is not advantages.raw]
+OF_THE_BATCH = (advantages.batch_mean, advantages.batch_normalized, baselines.sampled_baseline)
+GROUPED = [fn for fn in CENTERED if fn not in OF_THE_BATCH]
+SCALED = (baselines.informative_mean, baselines.nonzero_mean)  # by a factor of the whole batch
+
+RNG = np.random.default_rng(0)
+LENGTHS = np.array([2, 5, 1, 4, 3, 5, 2, 4])
+MASK = np.arange(5) < LENGTHS[:, None]
+TOKENS = dict(uniform=RNG.uniform(size=8), mask=MASK, score_norm=RNG.uniform(0, 2, size=(8, 5)))
+
+
+def run(fn, rewards, group_ids, valid, rows=slice(8)):
+  """Calls a function by the names of its inputs; other completions got the best valid reward."""
+  arrays = {k: jnp.asarray(x)[rows][: len(rewards)] for k, x in TOKENS.items()}
+  arrays |= dict(rewards=jnp.asarray(rewards), group_ids=group_ids, valid=valid)
+  best = jnp.max(jnp.where(valid, arrays['rewards'], -jnp.inf))
+  arrays['baseline_rewards'] = jnp.full((len(rewards), 2), best)
+  return registry.call(fn, arrays)
 
 
 @pytest.mark.parametrize('fn', CENTERED)
@@ -39,7 +55,7 @@ CENTERED = [fn for fn in advantages.TABLE.values() if fn is not advantages.raw]
 @pytest.mark.parametrize('size', [3, 7])
 def test_trap_21_equal_rewards_give_exactly_zero_in_float32(fn, reward, size):
   rewards = jnp.full(size, reward, jnp.float32)
-  got = fn(rewards, jnp.zeros(size, jnp.int32), jnp.ones(size, bool))
+  got = run(fn, rewards, jnp.zeros(size, jnp.int32), jnp.ones(size, bool))
   np.testing.assert_array_equal(got, np.zeros(size))
 
 
@@ -54,7 +70,7 @@ def test_trap_21_equal_rewards_give_exactly_zero_without_eps(ddof):
 @pytest.mark.parametrize('fn', GROUPED)
 def test_trap_21_a_group_of_one_gets_zero(fn):
   rewards = jnp.array([5.0, 1.0, 0.0])
-  got = fn(rewards, jnp.array([0, 1, 1]), jnp.ones(3, bool))
+  got = run(fn, rewards, jnp.array([0, 1, 1]), jnp.ones(3, bool))
   assert got[0] == 0
   assert np.all(got[1:] != 0)
 
@@ -66,15 +82,15 @@ def test_trap_21_equal_advantages_are_whitened_to_exactly_zero():
     np.testing.assert_array_equal(got, np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize('fn', GROUPED)
+@pytest.mark.parametrize('fn', [fn for fn in GROUPED if fn not in SCALED])
 def test_trap_20_groups_may_be_scattered_and_uneven(fn):
   """Three interleaved groups of sizes 3, 2 and 1 give what each gives alone."""
   rewards = jnp.array([0.3, 1.0, -2.0, 0.5, 4.0, 0.9])
   groups = np.array([5, 0, 5, 0, 9, 5])
-  together = fn(rewards, jnp.asarray(groups), jnp.ones(6, bool))
+  together = run(fn, rewards, jnp.asarray(groups), jnp.ones(6, bool))
   for group in np.unique(groups):
     at = np.flatnonzero(groups == group)
-    alone = fn(rewards[at], jnp.zeros(len(at), jnp.int32), jnp.ones(len(at), bool))
+    alone = run(fn, rewards[at], jnp.zeros(len(at), jnp.int32), jnp.ones(len(at), bool), rows=at)
     np.testing.assert_allclose(together[at], alone, rtol=1e-6)
 
 
@@ -82,11 +98,10 @@ def test_trap_20_groups_may_be_scattered_and_uneven(fn):
 def test_invalid_rows_leave_the_statistics(fn):
   rewards = jnp.array([0.3, 1.0, np.nan, -2.0])
   valid = jnp.array([True, True, False, True])
-  got = fn(rewards, jnp.zeros(4, jnp.int32), valid)
+  got = run(fn, rewards, jnp.zeros(4, jnp.int32), valid)
   kept = jnp.array([0, 1, 3])
-  np.testing.assert_allclose(
-    got[kept], fn(rewards[kept], jnp.zeros(3, jnp.int32), jnp.ones(3, bool)), rtol=1e-6
-  )
+  without = run(fn, rewards[kept], jnp.zeros(3, jnp.int32), jnp.ones(3, bool), rows=kept)
+  np.testing.assert_allclose(got[kept], without, rtol=1e-6)
   assert got[2] == 0
 
 
@@ -103,10 +118,10 @@ def test_group_normalized_ignores_positive_affine_maps():
   np.testing.assert_allclose(got, advantages.group_normalized(R8, *args, eps=0.0), rtol=1e-5)
 
 
-@pytest.mark.parametrize('fn', CENTERED)
+@pytest.mark.parametrize('fn', [fn for fn in CENTERED if fn is not baselines.nonzero_mean])
 def test_a_constant_added_to_every_reward_changes_nothing(fn):
   np.testing.assert_allclose(
-    fn(R8 + 3, ONE_GROUP, ALL), fn(R8, ONE_GROUP, ALL), rtol=1e-6, atol=1e-6
+    run(fn, R8 + 3, ONE_GROUP, ALL), run(fn, R8, ONE_GROUP, ALL), rtol=1e-6, atol=1e-6
   )
 
 
@@ -125,55 +140,140 @@ def test_whitening_counts_tokens_not_rows():
   np.testing.assert_allclose(got, [[1.5, 0, 0], [-0.5, -0.5, -0.5]], rtol=1e-5)
 
 
-REWARDS = jnp.array([[0.0, 0, 0, 1, 0]])
-VALUES = jnp.array([[0.5, 0.4, 0.9, 0.6, 0.3]])
-HOLES = jnp.array([[True, True, False, True, False]])
+@pytest.mark.parametrize(
+  ('p', 'size', 'expected'),
+  [
+    *((0.1, 4, 0.1521), (0.1, 8, 0.2095), (0.1, 64, 0.2929), (0.3, 4, 0.3433), (0.3, 8, 0.4122)),
+    *((0.3, 64, 0.4539), (0.5, 4, 0.4040), (0.5, 8, 0.4639), (0.5, 64, 0.4960)),
+  ],
+)
+def test_the_expected_step_of_grpo_on_binary_rewards(p, size, expected, x64):
+  """E[A grad log pi] = c_G(p) / (p (1 - p)) grad p, by enumerating the number of successes."""
+  got = 0.0
+  for k in range(size + 1):
+    rewards = (jnp.arange(size) < k).astype(float)
+    ids, valid = jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
+    a = advantages.group_normalized(rewards, ids, valid, ddof=0, eps=0.0)
+    score = rewards / p - (1 - rewards) / (1 - p)
+    got += math.comb(size, k) * p**k * (1 - p) ** (size - k) * jnp.mean(a * score)
+  np.testing.assert_allclose(got * p * (1 - p), expected, atol=5e-5)
 
 
-def test_gae_skips_a_hole_in_the_middle():
-  got = returns.gae(REWARDS, VALUES, HOLES, discount=0.9, trace=0.8)
-  np.testing.assert_allclose(got, [[0.16816, 0.428, 0, 0.4, 0]], atol=1e-6)
+ONE_RIGHT = jnp.array([1.0, 0, 0, 0])
+ONE_ROW = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
 
 
-def test_gae_with_full_trace_is_the_return_minus_the_value():
-  got = returns.gae(REWARDS, VALUES, HOLES, discount=0.9, trace=1.0)
-  expected = returns.reward_to_go(REWARDS, HOLES, discount=0.9) - jnp.where(HOLES, VALUES, 0)
-  np.testing.assert_allclose(got, expected, atol=1e-6)
+def test_exponential_weights_have_the_published_numbers():
+  derived = baselines.exponential_group_mean(ONE_RIGHT, *ONE_ROW)
+  np.testing.assert_allclose(derived, [1.1106, *[-0.3702] * 3], atol=5e-5)
+  assert jnp.sum(derived) == pytest.approx(0, abs=1e-6)
+  implemented = baselines.exponential_times_advantage(ONE_RIGHT, *ONE_ROW)
+  assert jnp.sum(implemented) == pytest.approx(1.0036, abs=5e-5)
 
 
-def test_gae_without_trace_is_the_one_step_error():
-  got = returns.gae(REWARDS, VALUES, HOLES, discount=0.9, trace=0.0)
-  expected = [[0.9 * 0.4 - 0.5, 0.9 * 0.6 - 0.4, 0, 1 - 0.6, 0]]
-  np.testing.assert_allclose(got, expected, atol=1e-6)
+@pytest.mark.parametrize(
+  'fn', [baselines.exponential_group_mean, baselines.exponential_times_advantage]
+)
+def test_exponential_weights_tend_to_the_group_mean_and_stay_finite(fn):
+  np.testing.assert_allclose(
+    fn(R8, ONE_GROUP, ALL, temperature=1e6), advantages.group_mean(R8, ONE_GROUP, ALL), rtol=1e-5
+  )
+  assert np.all(np.isfinite(fn(1e4 * R8, ONE_GROUP, ALL, temperature=1e-3)))
 
 
-def insert_holes(x, at, junk):
-  return jnp.asarray(np.insert(np.asarray(x), at, junk, axis=-1))
+def test_the_two_factors_of_gpg_differ():
+  rewards = jnp.array([1.0, 0, 0, 0, 1, 1, 1, 1])
+  groups = jnp.array([0, 0, 0, 0, 1, 1, 1, 1])
+  plain = advantages.group_mean(rewards, groups, jnp.ones(8, bool))
+  paper = baselines.informative_mean(rewards, groups, jnp.ones(8, bool))
+  code = baselines.nonzero_mean(rewards, groups, jnp.ones(8, bool))
+  np.testing.assert_allclose(paper, 2 * plain, rtol=1e-6)
+  np.testing.assert_allclose(code, 1.6 * plain, rtol=1e-6)
 
 
-@pytest.mark.parametrize('at', [[0, 0], [1, 3], [0, 4], [4, 4]])
-def test_trap_17_masked_tokens_anywhere_leave_the_others_alone(at):
-  rng = np.random.default_rng(0)
-  rewards, values = rng.normal(size=(2, 3, 4)).astype(np.float32)
-  mask = np.ones((3, 4), bool)
-  rewards2, values2 = insert_holes(rewards, at, np.nan), insert_holes(values, at, 1e9)
-  mask2 = insert_holes(mask, at, False)
-  for fn, plain, holed in (
-    (returns.reward_to_go, (rewards, mask), (rewards2, mask2)),
-    (returns.gae, (rewards, values, mask), (rewards2, values2, mask2)),
-  ):
-    got = fn(*holed, discount=0.9)
-    np.testing.assert_array_equal(got[mask2].reshape(3, 4), fn(*plain, discount=0.9))
-    np.testing.assert_array_equal(got[~mask2], 0)
+@pytest.mark.parametrize('fn', SCALED)
+def test_nothing_informative_gives_zero_instead_of_a_division_by_zero(fn):
+  np.testing.assert_array_equal(fn(jnp.zeros(8), ONE_GROUP, ALL), np.zeros(8))
+  np.testing.assert_array_equal(fn(R8, ONE_GROUP, ~ALL), np.zeros(8))
 
 
-def test_the_reward_of_a_row_lands_on_its_last_token():
-  mask = jnp.array([[True, False, True, False], [False] * 4, [False, True, True, True]])
-  got = returns.place_last(jnp.array([2.0, 3.0, 4.0]), mask)
-  np.testing.assert_array_equal(got, [[0, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 4]])
+def test_the_length_weighted_advantage_sums_to_zero_over_tokens():
+  groups = jnp.array([0, 1, 0, 1, 1, 0, 0, 1])
+  got = baselines.length_weighted(R8, MASK, groups, ALL)
+  for group in (0, 1):
+    assert np.sum((LENGTHS * got)[groups == group]) == pytest.approx(0, abs=1e-6)
+  equal = baselines.length_weighted(R8, np.ones((8, 3), bool), groups, ALL)
+  np.testing.assert_allclose(equal, advantages.group_mean(R8, groups, ALL), atol=1e-6)
 
 
-def test_an_undiscounted_terminal_reward_reaches_every_token():
-  mask = jnp.array([[True, False, True, True]])
-  got = returns.reward_to_go(returns.place_last(jnp.array([2.5]), mask), mask)
-  np.testing.assert_array_equal(got, [[2.5, 0, 2.5, 2.5]])
+def balanced_by_hand(rewards, groups, uniform):
+  out = np.zeros(len(rewards))
+  for group in np.unique(groups):
+    at = np.flatnonzero(groups == group)
+    above = [i for i in at if rewards[i] >= rewards[at].mean()]
+    below = sorted((i for i in at if i not in above), key=lambda i: uniform[i])
+    kept = above + below[: len(above)]
+    out[kept] = rewards[kept] - rewards[kept].mean()
+  return out
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_balancing_drops_only_the_surplus_of_bad_rows_at_random(seed):
+  rng = np.random.default_rng(seed)
+  rewards = rng.exponential(size=20).astype(np.float32)  # most lie below the mean
+  groups, uniform = rng.integers(0, 3, size=20), rng.uniform(size=20).astype(np.float32)
+  got = baselines.balanced_group_mean(rewards, groups, np.ones(20, bool), uniform)
+  np.testing.assert_allclose(got, balanced_by_hand(rewards, groups, uniform), atol=1e-6)
+  assert np.any(got == 0)
+
+
+def test_balancing_keeps_bad_rows_while_they_are_the_fewer():
+  uniform = TOKENS['uniform']
+  got = baselines.balanced_group_mean(-R8, ONE_GROUP, ALL, uniform)
+  np.testing.assert_array_equal(got, advantages.group_mean(-R8, ONE_GROUP, ALL))
+
+
+def test_the_gradient_weighted_baseline_has_the_least_variance(x64):
+  """Enumerated: a row per arm, whose token statistic carries the probability of the arm."""
+  logits, rewards = jnp.array([1.0, 0.2, -0.5, -1.0]), jnp.array([1.0, 0.5, 0.0, 2.0])
+  pi = jax.nn.softmax(logits)
+  norms = distributions.score_norm(jnp.broadcast_to(logits, (4, 4)), jnp.arange(4))
+  weighted = baselines.gradient_weighted(
+    rewards, (pi * norms)[:, None], jnp.ones((4, 1), bool), *ONE_ROW
+  )
+  best = rewards - weighted
+  np.testing.assert_allclose(best, [0.739991] * 4, atol=1e-6)
+
+  def variance(baseline):
+    gradient = (rewards - baseline)[:, None] * (jnp.eye(4) - pi[None, :])
+    return pi @ jnp.sum(gradient**2, axis=1) - jnp.sum((pi @ gradient) ** 2)
+
+  got = [variance(b) for b in (0.0, pi @ rewards, best[0])]
+  np.testing.assert_allclose(got, [0.548638, 0.218490, 0.213844], atol=1e-6)
+  assert jax.grad(variance)(best[0]) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_optimal_token_baseline_weighs_by_the_score_so_far():
+  """Weights 0.4, 1.3, 1.32 against 1, 1, 1 of a row without reward."""
+  pi, square = np.array([0.5, 0.2, 0.9]), np.array([0.4, 0.3, 0.82])
+  norms = jnp.array([1 - 2 * pi + square, [1.0, 0, 0]])
+  got = baselines.optimal_token_baseline(
+    jnp.array([[1.0] * 3, [0.0] * 3]),
+    norms,
+    jnp.ones((2, 3), bool),
+    jnp.zeros(2, jnp.int32),
+    jnp.ones(2, bool),
+  )
+  weight = np.array([0.4, 1.3, 1.32])
+  np.testing.assert_allclose(got, [1 / (1 + weight), -weight / (1 + weight)], rtol=1e-5)
+
+
+def test_a_token_without_company_is_its_own_baseline():
+  """A group of one, and the tail of the longest row; equal returns are exactly zero."""
+  mask = jnp.array([[True, True, True], [True, True, False], [True, True, True]])
+  args = jnp.full((3, 3), 0.7), mask, jnp.array([0, 0, 1]), jnp.ones(3, bool)
+  reward = jnp.array([[0.1, 0.2, 5.0], [0.3, -0.2, 0.0], [3.0, 4.0, 5.0]])
+  got = baselines.optimal_token_baseline(reward, *args)
+  assert np.array_equal(got != 0, [[True, True, False], [True, True, False], [False] * 3])
+  equal = baselines.optimal_token_baseline(jnp.full((3, 3), 1e6 + 0.1), *args)
+  np.testing.assert_array_equal(equal, np.zeros((3, 3)))

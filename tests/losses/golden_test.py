@@ -1,4 +1,8 @@
-"""Every function of every table against a plain NumPy transcription of its equation, in float64."""
+"""Every function of every table against a plain NumPy transcription of its equation, in float64.
+
+Ratios, surrogates and weights have theirs in policy_golden_test.py, selections in
+selections_test.py.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +12,16 @@ from polgrad import registry
 from polgrad.losses import (
   advantages,
   aggregation,
+  baselines,
+  centers,
+  costs,
   divergences,
+  generators,
   implicit_rewards,
   links,
   penalties,
   pointwise,
-  ratios,
   returns,
-  surrogates,
-  weights,
 )
 
 RNG = np.random.default_rng(0)
@@ -54,6 +59,23 @@ ARRAYS = dict(
   logits=RNG.normal(size=(B, T, V)),
   teacher_logits=RNG.normal(size=(B, T, V)),
 )
+ARRAYS |= dict(
+  uniform=RNG.uniform(size=B),
+  baseline_rewards=RNG.normal(size=(B, 3)),
+  scaled_rewards=RNG.normal(size=B),
+  beta=np.array(0.3),
+  first_value=RNG.normal(size=B),
+  log_t=RNG.normal(size=B),
+  log_ratio_sum=2 * RNG.normal(size=B),
+  score_norm=RNG.uniform(0, 2, size=(B, T)),
+  token_returns=RNG.normal(size=(B, T)),
+  log_rho=RNG.normal(size=(B, T)),
+  log_normalizer=RNG.normal(size=(B, T)),
+  proxy_logp=logps(),
+  selected=RNG.uniform(size=(B, T)) < 0.5,
+  mean_entropy=np.array(1.1),
+)
+PAIRS = dict(group_ids=np.array([7, 2, 7, 2]))
 
 
 def by_row(fn):
@@ -75,6 +97,83 @@ def by_group(fn, x, valid=(True,) * B):
 
 def in_batch(fn, x, valid):
   return np.array([fn(x[i], x[valid]) if valid[i] else 0.0 for i in range(B)])
+
+
+def weighted_mean(a, x, w):
+  """Mean of [B] or [B, T] values over the valid rows of the group, weighed by w; 0 / 0 = 0."""
+  out = np.zeros_like(x)
+  for i in np.flatnonzero(a['valid']):
+    at = [j for j in range(B) if GROUPS[j] == GROUPS[i] and a['valid'][j]]
+    weight = w[at].sum(0)
+    out[i] = np.where(weight > 0, (w[at] * x[at]).sum(0) / np.where(weight > 0, weight, 1), x[i])
+  return out
+
+
+def baselined(a, w):
+  return a['valid'] * (a['rewards'] - weighted_mean(a, a['rewards'], w))
+
+
+def group_gap(a):
+  return a['rewards'] - weighted_mean(a, a['rewards'], np.ones(B))
+
+
+def token_baselined(a):
+  where = MASK & a['valid'][:, None]
+  w = np.where(where, np.cumsum(a['score_norm'] * MASK, axis=-1), 0)
+  return where * (a['token_returns'] - weighted_mean(a, a['token_returns'], w))
+
+
+def vtrace(b, at, discount, trace, rho_bar, c_bar):
+  """(rewards, values with a 0 at the end, ratios, corrections) of one row, as sums of errors."""
+  r, rho = ARRAYS['token_rewards'][b, at], np.exp(ARRAYS['log_rho'][b, at])
+  v = np.append(ARRAYS['values'][b, at], 0)
+  delta = np.minimum(rho_bar, rho) * (r + discount * v[1:] - v[:-1])
+  c, n = discount * trace * np.minimum(c_bar, rho), len(at)
+  e = [sum(np.prod(c[t:k]) * delta[k] for k in range(t, n)) for t in range(n)]
+  return r, v, rho, np.append(e, 0)
+
+
+def vtrace_advantage(b, at, discount, trace, rho_bar, c_bar, rho_pg):
+  r, v, rho, e = vtrace(b, at, discount, trace, rho_bar, c_bar)
+  return np.minimum(rho_pg, rho) * (r + discount * (v[1:] + trace * e[1:]) - v[:-1])
+
+
+def retrace(b, at, discount, trace):
+  r, v, rho, _ = vtrace(b, at, discount, trace, 1, 1)
+  c, delta, n = trace * np.minimum(1, rho), r + discount * v[1:] - v[:-1], len(at)
+  powers = [[discount ** (k - t) * np.prod(c[t + 1 : k + 1]) for k in range(n)] for t in range(n)]
+  return [v[t] + sum(powers[t][k] * delta[k] for k in range(t, n)) for t in range(n)]
+
+
+def pairs(a, loss):
+  """loss(gap of rewards, log-ratio and log-probability of own and other row), for every row."""
+  moved = ((a['logp'] - a['proximal_logp']) * MASK).sum(-1)
+  score = (a['logp'] * MASK).sum(-1)
+  out = []
+  for i in range(B):
+    j = next(j for j in range(B) if j != i and a['group_ids'][j] == a['group_ids'][i])
+    out.append(loss(a['rewards'][i] - a['rewards'][j], moved[i], moved[j], score[i] - score[j]))
+  return np.array(out)
+
+
+def product_clip(gap, own, other, odds):
+  x = np.exp(own + other)
+  return -min(gap * x, gap * np.clip(x, 0.7, 1.3))
+
+
+def joint_clip(gap, own, other, odds):
+  c, old = np.exp(own + other) * gap / 2, odds - own + other
+  return -min(c * odds, c * np.clip(odds, old - 0.3, old + 0.3))
+
+
+def clipped_ratio(a, limit):
+  return np.clip(np.exp(a['log_ratio_sum']), 1 / limit, limit)
+
+
+def root_chi_square(a):
+  rho = clipped_ratio(a, 4.0)
+  chi_square = np.mean(((rho - 1) ** 2 / rho)[a['valid']])
+  return a['valid'] * (rho - 1) / np.sqrt(chi_square)
 
 
 def others(own, group):
@@ -138,6 +237,39 @@ ORACLES = {
     dict(discount=0.9, trace=0.8),
     lambda a: by_row(lambda b, at: generalised(b, at, 0.9, 0.8)),
   ),
+  returns.vtrace_targets: (
+    dict(discount=0.9, trace=0.8, rho_bar=1.2, c_bar=0.7),
+    lambda a: by_row(lambda b, at: np.add(*vtrace(b, at, 0.9, 0.8, 1.2, 0.7)[1::2])[:-1]),
+  ),
+  returns.vtrace_advantages: (
+    dict(discount=0.9, trace=0.8, rho_bar=1.2, c_bar=0.7, rho_pg=0.9),
+    lambda a: by_row(lambda b, at: vtrace_advantage(b, at, 0.9, 0.8, 1.2, 0.7, 0.9)),
+  ),
+  returns.retrace_targets: (
+    dict(discount=0.9, trace=0.8),
+    lambda a: by_row(lambda b, at: retrace(b, at, 0.9, 0.8)),
+  ),
+  baselines.sampled_baseline: (
+    {},
+    lambda a: a['valid'] * (a['rewards'] - a['baseline_rewards'].mean(-1)),
+  ),
+  baselines.length_weighted: ({}, lambda a: baselined(a, MASK.sum(-1))),
+  baselines.gradient_weighted: ({}, lambda a: baselined(a, (a['score_norm'] * MASK).sum(-1))),
+  baselines.informative_mean: ({}, lambda a: group_gap(a) * a['valid'] * 3 / 2),
+  baselines.nonzero_mean: ({}, lambda a: group_gap(a) * a['valid']),
+  baselines.balanced_group_mean: (
+    dict(standardized=True, eps=0.1),
+    lambda a: by_group(lambda x, g: (x - g.mean()) / (g.std() + 0.1), a['rewards'], a['valid']),
+  ),
+  baselines.exponential_group_mean: (
+    dict(temperature=0.7),
+    lambda a: np.exp(group_gap(a) / 0.7) * baselined(a, np.exp(group_gap(a) / 0.7)),
+  ),
+  baselines.exponential_times_advantage: (
+    dict(temperature=0.7),
+    lambda a: a['valid'] * group_gap(a) * np.exp(group_gap(a) / 0.7),
+  ),
+  baselines.optimal_token_baseline: ({}, token_baselined),
   advantages.raw: ({}, lambda a: a['rewards'] * a['valid']),
   advantages.group_mean: (
     {},
@@ -166,57 +298,9 @@ ORACLES = {
       / np.sqrt(a['advantages'][MASK].var(ddof=1) + 0.1)
     ),
   ),
-  ratios.token: ({}, lambda a: a['log_ratio'] * MASK),
-  ratios.sequence_geometric: ({}, lambda a: by_row(lambda b, at: a['log_ratio'][b, at].mean())),
-  surrogates.reinforce: ({}, lambda a: -a['advantages'] * a['logp']),
-  surrogates.importance_weighted: ({}, lambda a: -a['advantages'] * np.exp(a['log_ratio'])),
-  surrogates.clipped: (
-    dict(eps_low=0.2, eps_high=0.3),
-    lambda a: (
-      -np.minimum(
-        np.exp(a['log_ratio']) * a['advantages'],
-        np.clip(np.exp(a['log_ratio']), 0.8, 1.3) * a['advantages'],
-      )
-    ),
-  ),
-  surrogates.dual_clipped: (
-    dict(eps_low=0.2, eps_high=0.3, cap=1.5),
-    lambda a: np.where(
-      a['advantages'] < 0,
-      -np.maximum(
-        np.minimum(
-          np.exp(a['log_ratio']) * a['advantages'],
-          np.clip(np.exp(a['log_ratio']), 0.8, 1.3) * a['advantages'],
-        ),
-        1.5 * a['advantages'],
-      ),
-      -np.minimum(np.exp(a['log_ratio']), 1.3) * a['advantages'],
-    ),
-  ),
-  surrogates.truncated: (
-    dict(cap=1.1),
-    lambda a: -np.minimum(np.exp(a['log_ratio']), 1.1) * a['advantages'] * a['logp'],
-  ),
-  weights.truncated_importance: (
-    dict(cap=1.2),
-    lambda a: np.minimum(np.exp(a['proximal_logp'] - a['behavior_logp']), 1.2),
-  ),
-  weights.masked_importance: (
-    dict(low=0.4, high=2.0),
-    lambda a: np.array(
-      [x if 0.4 <= x <= 2 else 0 for x in np.exp(a['proximal_logp'] - a['behavior_logp']).flat]
-    ).reshape(B, T),
-  ),
-  weights.truncated_sequence_importance: (
-    dict(cap=1.2),
-    lambda a: np.repeat(
-      np.minimum(np.exp(row_scores(a['proximal_logp'] - a['behavior_logp'])[0]), 1.2)[:, None],
-      T,
-      axis=1,
-    ),
-  ),
   penalties.k1: ({}, lambda a: a['logp'] - a['reference_logp']),
   penalties.k2: ({}, lambda a: (a['logp'] - a['reference_logp']) ** 2 / 2),
+  penalties.squared_log_ratio: ({}, lambda a: a['log_ratio'] ** 2 / 2),
   penalties.k3: (
     {},
     lambda a: np.exp(a['reference_logp'] - a['logp']) - 1 - (a['reference_logp'] - a['logp']),
@@ -241,6 +325,33 @@ ORACLES = {
     ),
   ),
   penalties.nll: ({}, lambda a: -a['logp']),
+  penalties.selected_absolute: ({}, lambda a: a['selected'] * np.abs(a['log_ratio'])),
+  penalties.selected_k3: (
+    {},
+    lambda a: (
+      a['selected']
+      * np.minimum(np.exp(a['proxy_logp'] - a['logp']) - 1 + a['logp'] - a['proxy_logp'], 10)
+    ),
+  ),
+  penalties.entropy_band: (
+    dict(low=0.5, high=1.5),
+    lambda a: np.abs(a['entropy'] - np.clip(a['entropy'], 0.55, 1.65)),
+  ),
+  penalties.entropy_band_published: (
+    dict(low=0.5, high=1.5, height=0.3),
+    lambda a: 0.3 * ((a['entropy'] <= 0.55) | (a['entropy'] >= 1.65)),
+  ),
+  implicit_rewards.old_log_ratio_sum: (
+    {},
+    lambda a: row_scores(a['logp'] - a['proximal_logp'])[0],
+  ),
+  implicit_rewards.bellman_sum: (
+    {},
+    lambda a: (
+      row_scores(a['logp'] - a['reference_logp'])[0]
+      + MASK.any(-1) * a['log_normalizer'][np.arange(B), MASK.argmax(-1)]
+    ),
+  ),
   implicit_rewards.log_ratio_sum: ({}, lambda a: row_scores(a['logp'] - a['reference_logp'])[0]),
   implicit_rewards.log_ratio_mean: (
     {},
@@ -269,22 +380,42 @@ ORACLES = {
     dict(target=2.0),
     lambda a: (a['score'] - 4 * (a['label'] - 0.5)) ** 2,
   ),
-  pointwise.consistency: (
-    dict(beta=0.2),
-    lambda a: (
-      0.5 * by_group(lambda x, group: x - group.mean(), a['rewards'] / 0.2 - a['score']) ** 2
-    ),
-  ),
-  pointwise.zero: ({}, lambda a: np.zeros(B)),
-  pointwise.group_mean: ({}, lambda a: by_group(lambda x, group: group.mean(), a['residual'])),
-  pointwise.group_mean_detached: (
+  pointwise.paired_product_clip: (dict(eps=0.3), lambda a: pairs(a, product_clip)),
+  pointwise.paired_joint_clip: (dict(delta=0.3), lambda a: pairs(a, joint_clip)),
+  centers.zero: ({}, lambda a: np.zeros(B)),
+  centers.group_mean: ({}, lambda a: by_group(lambda x, group: group.mean(), a['residual'])),
+  centers.group_mean_detached: (
     {},
     lambda a: by_group(lambda x, group: group.mean(), a['residual']),
   ),
-  pointwise.leave_one_out: (
+  centers.leave_one_out: (
     {},
     lambda a: by_group(lambda x, group: x - others(x, group), a['residual']),
   ),
+  centers.reward_mean: (
+    {},
+    lambda a: by_group(lambda x, group: group.mean(), a['scaled_rewards']),
+  ),
+  centers.log_partition: (
+    {},
+    lambda a: by_group(lambda x, group: np.log(np.exp(group).mean()), a['scaled_rewards']),
+  ),
+  centers.value: ({}, lambda a: a['first_value']),
+  centers.soft_baseline: (
+    dict(baseline_temperature=0.4),
+    lambda a: 0.4 * np.log(np.exp(a['baseline_rewards'] / 0.4).mean(-1)) / 0.3,
+  ),
+  generators.forward_kl: ({}, lambda a: -1 / np.exp(a['log_t'])),
+  generators.reverse_kl: ({}, lambda a: a['log_t'] + 1),
+  generators.jensen_shannon: (
+    {},
+    lambda a: 0.5 * (a['log_t'] - np.log((np.exp(a['log_t']) + 1) / 2)),
+  ),
+  generators.total_variation: ({}, lambda a: np.where(a['log_t'] > 0, 0.5, -0.5)),
+  generators.forward_chi_square: ({}, lambda a: 1 - np.exp(a['log_t']) ** -2.0),
+  generators.reverse_chi_square: ({}, lambda a: 2 * np.exp(a['log_t']) - 2),
+  costs.chi_square: (dict(limit=4.0), lambda a: clipped_ratio(a, 4.0) - 1),
+  costs.root_chi_square: (dict(limit=4.0), root_chi_square),
   divergences.forward_kl: (
     {},
     lambda a: kl(softmax(a['teacher_logits']), softmax(a['logits'])),
@@ -311,16 +442,18 @@ ORACLES = {
 
 TABLES = [
   returns.TABLE,
+  returns.TARGETS,
+  returns.CORRECTED,
+  baselines.TOKEN_BASELINES,
   advantages.TABLE,
   advantages.NORMALIZERS,
-  ratios.TABLE,
-  surrogates.TABLE,
-  weights.TABLE,
   penalties.TABLE,
   implicit_rewards.TABLE,
   links.TABLE,
   pointwise.TABLE,
-  pointwise.CENTERS,
+  centers.TABLE,
+  generators.TABLE,
+  costs.TABLE,
   divergences.TABLE,
   aggregation.TABLE,
 ]
@@ -337,9 +470,10 @@ def name_of(fn):
 @pytest.mark.parametrize('fn', ORACLES, ids=name_of)
 def test_equals_the_transcription(fn, x64):
   knobs, oracle = ORACLES[fn]
-  arrays = {name: jnp.asarray(x) for name, x in ARRAYS.items()}
+  given = ARRAYS | (PAIRS if fn.__name__.startswith('paired') else {})
+  arrays = {name: jnp.asarray(x) for name, x in given.items()}
   got = fn(*(arrays[name] for name in registry.inputs(fn)), **knobs)
   if fn in aggregation.TABLE.values():
     got = jnp.stack([got.total, got.count])
   assert got.dtype == jnp.float64
-  np.testing.assert_allclose(got, oracle(ARRAYS), rtol=1e-10, atol=1e-12)
+  np.testing.assert_allclose(got, oracle(given), rtol=1e-10, atol=1e-12)

@@ -1,10 +1,11 @@
-"""Links, pointwise losses and scores: minimisers, published numbers, identities."""
+"""Links, pointwise losses, scores and penalties: minimisers, published numbers, identities."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from polgrad import registry
 from polgrad.losses import implicit_rewards, links, penalties, pointwise
 
 # Row log-probabilities: chosen and rejected, policy and reference.
@@ -87,8 +88,10 @@ def test_trap_18_masked_entries_stay_out_of_row_scores():
   for junk in (jnp.nan, 1e9, -jnp.inf):
     dirty = clean.at[0, 1].set(junk)
     for score in implicit_rewards.TABLE.values():
-      args = (dirty, dirty - 0.5, mask) if 'ratio' in score.__name__ else (dirty, mask)
-      expected = (clean, clean - 0.5, mask) if 'ratio' in score.__name__ else (clean, mask)
+      names = registry.inputs(score)
+      args, expected = (
+        [mask if n == 'mask' else x - 0.5 * i for i, n in enumerate(names)] for x in (dirty, clean)
+      )
       value, gradient = jax.value_and_grad(lambda x, s=score, a=args: s(x, *a[1:])[0])(args[0])
       assert value == score(*expected)[0]
       assert gradient[0, 1] == 0
@@ -102,49 +105,6 @@ def test_a_row_without_tokens_scores_zero():
     np.testing.assert_array_equal(score(logp, empty), [0.0])
 
 
-GROUPS = jnp.array([4, 1, 4, 1, 4])
-REWARDS = jnp.array([1.0, 0.2, -0.5, 0.9, 0.0])
-SCORES = jnp.array([0.3, -0.2, 0.1, 0.5, -0.7])
-
-
-def consistency(score, center):
-  return jnp.sum(pointwise.consistency(score, REWARDS, GROUPS, beta=0.5, center=center))
-
-
-def test_the_descent_weight_of_consistency_is_the_residual():
-  zeta = REWARDS / 0.5 - SCORES
-  residual = zeta - pointwise.group_mean(zeta, GROUPS)
-  gradient = jax.grad(consistency)(SCORES, pointwise.group_mean)
-  np.testing.assert_allclose(-gradient, residual, rtol=1e-5, atol=1e-6)
-
-
-def test_detaching_the_group_mean_changes_no_gradient():
-  live = jax.grad(consistency)(SCORES, pointwise.group_mean)
-  detached = jax.grad(consistency)(SCORES, pointwise.group_mean_detached)
-  np.testing.assert_allclose(live, detached, rtol=1e-5, atol=1e-6)
-
-
-def test_leave_one_out_scales_the_residuals_by_g_over_g_minus_one():
-  got = pointwise.consistency(SCORES, REWARDS, GROUPS, beta=0.5, center=pointwise.leave_one_out)
-  mean = pointwise.consistency(SCORES, REWARDS, GROUPS, beta=0.5)
-  size = jnp.array([3, 2, 3, 2, 3])
-  np.testing.assert_allclose(got, mean * (size / (size - 1)) ** 2, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-  'center', [c for c in pointwise.CENTERS.values() if c is not pointwise.zero]
-)
-def test_consistency_vanishes_at_the_tilted_anchor_whoever_sampled(center, x64):
-  """score = log pi/anchor with pi = anchor exp(R / beta) / Z: every row fits, loss and gradient."""
-  rewards = jnp.asarray(REWARDS, jnp.float64)
-  log_z = jnp.array([0.7, -1.1, 0.7, -1.1, 0.7])
-  score = rewards / 0.5 - log_z
-  loss = lambda s: jnp.sum(pointwise.consistency(s, rewards, GROUPS, beta=0.5, center=center))
-  value, gradient = jax.value_and_grad(loss)(score)
-  np.testing.assert_allclose(value, 0, atol=1e-28)
-  np.testing.assert_allclose(gradient, 0, atol=1e-14)
-
-
 def test_an_undecided_label_pushes_nowhere_at_zero():
   half = jnp.array([0.5])
   for fn in (pointwise.logistic, pointwise.sigmoid, pointwise.squared):
@@ -156,3 +116,76 @@ def test_the_clipped_value_error_stops_once_the_value_has_moved_enough():
   assert jax.grad(error)(jnp.array([0.1]))[0] == pytest.approx(-0.9)
   assert jax.grad(error)(jnp.array([0.3]))[0] == 0
   assert jax.grad(error)(jnp.array([-0.3]))[0] == pytest.approx(-1.3)
+
+
+def test_the_first_row_of_logits_gives_the_value_of_a_bellman_residual():
+  """The log-normaliser of later tokens, and of masked ones before the first, has no say."""
+  mask = jnp.array([[False, True, True, True], [False] * 4])
+  zeros = jnp.zeros((2, 4))
+  value = lambda x: implicit_rewards.bellman_sum(zeros, zeros, x, mask)
+  normalizer = jnp.array([[9.0, 2.0, 3.0, 4.0]] * 2)
+  np.testing.assert_array_equal(value(normalizer), [2, 0])
+  gradient = jax.grad(lambda x: jnp.sum(value(x)))(normalizer)
+  np.testing.assert_array_equal(gradient, [[0, 1, 0, 0], [0] * 4])
+
+
+PAIRED = [pointwise.paired_product_clip, pointwise.paired_joint_clip]
+OLD_LOGP = jnp.array([[-1.0, -0.5], [-0.2, -1.5], [-2.0, -0.1]])
+EVERY = jnp.ones((3, 2), bool)
+
+
+def pair_loss(loss, logp, rewards, groups=(0, 0, 1), **knobs):
+  return loss(logp, OLD_LOGP, jnp.asarray(rewards), jnp.array(groups), EVERY, **knobs)
+
+
+@pytest.mark.parametrize('loss', PAIRED)
+def test_on_policy_a_pair_has_the_pairwise_policy_gradient(loss):
+  """The weight of a row is half its reward above the other's; a row alone has none."""
+  gradient = jax.grad(lambda x: jnp.mean(pair_loss(loss, x, [1.0, -0.5, 7.0])[:2]))(OLD_LOGP)
+  np.testing.assert_allclose(-gradient, [[0.75] * 2, [-0.75] * 2, [0] * 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize('loss', PAIRED)
+def test_a_constant_added_to_the_rewards_of_a_pair_changes_nothing(loss):
+  moved = OLD_LOGP + jnp.array([[0.1, -0.3], [0.0, 0.2], [0.1, 0.1]])
+  a, b = (pair_loss(loss, moved, [1.0 + c, -0.5 + c, 3.0]) for c in (0.0, 4.0))
+  np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize('groups', [(0, 1, 2), (0, 0, 0)])
+@pytest.mark.parametrize('loss', PAIRED)
+def test_groups_that_are_no_pair_have_no_pairwise_loss(loss, groups):
+  got = pair_loss(loss, OLD_LOGP + 0.3, [1.0, -0.5, 7.0], groups)
+  np.testing.assert_array_equal(got, [0, 0, 0])
+
+
+@pytest.mark.parametrize(('loss', 'knob'), [(PAIRED[0], 'eps'), (PAIRED[1], 'delta')])
+def test_without_clipping_a_pair_is_weighted_by_the_product_of_both_ratios(loss, knob):
+  shift = jnp.array([[0.4, 0.2], [-0.1, 0.3], [0, 0]])
+  product = np.exp(0.8)
+  gradient = jax.grad(
+    lambda x: jnp.mean(pair_loss(loss, x, [1.0, -0.5, 0.0], **{knob: np.inf})[:2])
+  )(OLD_LOGP + shift)
+  np.testing.assert_allclose(-gradient[:2, 0], [0.75 * product, -0.75 * product], rtol=1e-5)
+
+
+def test_a_selected_log_ratio_of_zero_has_no_gradient():
+  """KL-Cov is silent in the first minibatch of an update."""
+  penalty = lambda d: jnp.sum(penalties.selected_absolute(d, jnp.array([True, True, False])))
+  np.testing.assert_array_equal(jax.grad(penalty)(jnp.array([0.0, -2.0, 3.0])), [0, -1, 0])
+
+
+def test_the_entropy_band_pulls_back_from_outside_and_leaves_the_inside_alone():
+  entropy = jnp.array([0.5, 1.0, 1.5])
+  pull = jax.grad(lambda h, mean: jnp.sum(penalties.entropy_band(h, mean)))
+  np.testing.assert_array_equal(pull(entropy, jnp.array(1.0)), [-1, 0, 1])
+  np.testing.assert_array_equal(pull(entropy, jnp.array(0.0)), [0, 0, 0])
+
+
+def test_the_published_entropy_band_is_a_constant_and_needs_a_history():
+  entropy = jnp.array([0.5, 1.0, 1.5])
+  band = penalties.entropy_band_published
+  np.testing.assert_allclose(band(entropy, jnp.array(1.0), height=0.05), [0.05, 0, 0.05])
+  np.testing.assert_array_equal(band(entropy, jnp.array(0.0)), [0, 0, 0])
+  gradient = jax.grad(lambda h: jnp.sum(band(h, jnp.array(1.0))))(entropy)
+  np.testing.assert_array_equal(gradient, [0, 0, 0])

@@ -11,13 +11,18 @@ from polgrad import registry
 from polgrad.losses import (
   advantages,
   aggregation,
+  baselines,
+  centers,
+  costs,
   divergences,
+  generators,
   implicit_rewards,
   links,
   penalties,
   pointwise,
   ratios,
   returns,
+  selections,
   surrogates,
   weights,
 )
@@ -26,9 +31,15 @@ VOCABULARY = {
   *('logp', 'entropy', 'values', 'log_ratio', 'reference_logp', 'proximal_logp', 'behavior_logp'),
   *('teacher_logp', 'advantages', 'returns', 'old_values', 'mask', 'label', 'rewards'),
   *('group_ids', 'valid', 'score', 'margin', 'loss', 'where', 'logits', 'teacher_logits'),
-  *('token_rewards', 'residual'),
+  *('token_rewards', 'residual', 'turn_ids', 'old_kl', 'staleness', 'success_rate', 'bounds'),
+  *('selected', 'noise', 'proxy_logp', 'score_norm', 'score_fisher', 'hidden_norm'),
 }
 ROW_INPUTS = {'label', 'rewards', 'group_ids', 'valid', 'score', 'margin', 'residual'}
+ROW_INPUTS |= {'staleness', 'success_rate', 'scaled_rewards', 'first_value', 'uniform', 'log_t'}
+ROW_INPUTS |= {'log_ratio_sum'}
+WHOLE = {'bounds': [0.8, 1.2], 'mean_entropy': 0.7, 'beta': 0.5}  # numbers of the whole batch
+VOCABULARY |= ROW_INPUTS | WHOLE.keys()
+VOCABULARY |= {'baseline_rewards', 'log_normalizer', 'log_rho', 'token_returns'}
 SELECTORS = {'mask', 'where', 'valid'}
 REQUIRED_KNOBS = {aggregation.constant_length: {'length': 8}}
 B, T, V = 4, 3, 5
@@ -39,19 +50,29 @@ TO_ROWS = [
   *advantages.TABLE.values(),
   *links.TABLE.values(),
   *pointwise.TABLE.values(),
-  *pointwise.CENTERS.values(),
+  *centers.TABLE.values(),
+  *generators.TABLE.values(),
+  *costs.TABLE.values(),
 ]
+RETURNS = [*returns.TABLE.values(), *returns.TARGETS.values(), *returns.CORRECTED.values()]
 TO_TOKENS = [
-  *returns.TABLE.values(),
+  *RETURNS,
+  *baselines.TOKEN_BASELINES.values(),
   *advantages.NORMALIZERS.values(),
   *ratios.TABLE.values(),
+  *ratios.PROXIMALS.values(),
   *surrogates.TABLE.values(),
   *weights.TABLE.values(),
   *penalties.TABLE.values(),
 ]
 DIVERGENCES = list(divergences.TABLE.values())
-DATA = {*advantages.TABLE.values(), *advantages.NORMALIZERS.values(), *returns.TABLE.values()}
-BATCH_STATISTICS = {*advantages.TABLE.values(), advantages.whiten}
+BATCH_STATISTICS = {
+  *advantages.TABLE.values(),
+  advantages.whiten,
+  baselines.optimal_token_baseline,
+  costs.root_chi_square,
+}
+DATA = {*BATCH_STATISTICS, advantages.identity, *RETURNS}
 ALL = [*SCORES, *REDUCTIONS, *TO_ROWS, *TO_TOKENS, *DIVERGENCES]
 
 
@@ -60,6 +81,8 @@ def name_of(fn):
 
 
 every = pytest.mark.parametrize('fn', ALL, ids=name_of)
+# Selections give booleans of the whole batch: selections_test.py has the rest.
+listed = pytest.mark.parametrize('fn', [*ALL, *selections.TABLE.values()], ids=name_of)
 
 
 def make(fn, seed=0, rows=B):
@@ -74,6 +97,16 @@ def make(fn, seed=0, rows=B):
       arrays[name] = np.array([True, True, False, True])[:rows]
     elif name == 'group_ids':
       arrays[name] = np.array([3, 1, 3, 3], np.int32)[:rows]
+    elif name == 'turn_ids':
+      arrays[name] = np.where(mask, np.arange(T) // 2, -1).astype(np.int32)
+    elif name == 'selected':
+      arrays[name] = mask & (rng.uniform(size=(rows, T)) < 0.5)
+    elif name in WHOLE:
+      arrays[name] = np.array(WHOLE[name], np.float32)
+    elif name == 'baseline_rewards':
+      arrays[name] = rng.uniform(size=(rows, 2)).astype(np.float32)
+    elif name == 'score_norm':
+      arrays[name] = np.where(mask, rng.uniform(0, 2, size=(rows, T)), 0).astype(np.float32)
     elif name in ROW_INPUTS:
       arrays[name] = rng.uniform(size=rows).astype(np.float32)
     elif name in ('logits', 'teacher_logits'):
@@ -92,7 +125,7 @@ def _with_knobs(fn, arrays):
   return fn(*(arrays[name] for name in registry.inputs(fn)), **REQUIRED_KNOBS[fn])
 
 
-@every
+@listed
 def test_arrays_are_positional_and_knobs_are_keywords_with_numbers(fn):
   for parameter in inspect.signature(fn).parameters.values():
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -105,7 +138,7 @@ def test_arrays_are_positional_and_knobs_are_keywords_with_numbers(fn):
       assert parameter.name in VOCABULARY
 
 
-@every
+@listed
 def test_docstring_names_a_source_and_shapes(fn):
   text = inspect.getdoc(fn)
   assert 'arXiv:' in text or 'standard' in text
@@ -135,13 +168,11 @@ def test_gradient_is_finite_for_log_probabilities_fifty_nats_apart(fn):
 @pytest.mark.parametrize('fn', [f for f in ALL if SELECTORS & {*registry.inputs(f)}], ids=name_of)
 def test_nan_at_masked_places_changes_nothing(fn):
   arrays = make(fn)
-  selector = arrays[next(n for n in arrays if n in SELECTORS)]
-  dirty = {
-    n: jnp.where(selector, x, jnp.nan)
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.shape == selector.shape
-    else x
-    for n, x in arrays.items()
-  }
+  dirty = dict(arrays)
+  for selector in (arrays[n] for n in SELECTORS & {*arrays}):
+    for n, x in arrays.items():
+      if jnp.issubdtype(x.dtype, jnp.floating) and x.shape == selector.shape:
+        dirty[n] = jnp.where(selector, x, jnp.nan)
   np.testing.assert_array_equal(run(fn, dirty), run(fn, arrays))
 
 
@@ -149,7 +180,7 @@ def test_nan_at_masked_places_changes_nothing(fn):
 def test_permuting_rows_permutes_the_output(fn):
   arrays = make(fn)
   order = jnp.array([2, 0, 3, 1])
-  permuted = run(fn, {n: x[order] for n, x in arrays.items()})
+  permuted = run(fn, {n: x if n in WHOLE else x[order] for n, x in arrays.items()})
   expected = run(fn, arrays)
   if fn not in REDUCTIONS:
     expected = expected[order]
@@ -161,16 +192,20 @@ def test_permuting_rows_permutes_the_output(fn):
 )
 def test_trap_12_duplicating_a_row_changes_no_other_row(fn):
   arrays = make(fn)
-  twice = {n: x.at[3].set(x[0]) for n, x in arrays.items()}
+  twice = {n: x if n in WHOLE else x.at[3].set(x[0]) for n, x in arrays.items()}
   if 'group_ids' in arrays:  # the last row is a group of its own
     arrays['group_ids'] = twice['group_ids'] = jnp.array([3, 1, 3, 99], jnp.int32)
   np.testing.assert_array_equal(run(fn, twice)[:3], run(fn, arrays)[:3])
 
 
-@pytest.mark.parametrize('fn', [f for f in ALL if len(registry.inputs(f)) > 1], ids=name_of)
+@pytest.mark.parametrize(
+  'fn', [f for f in ALL if len({*registry.inputs(f)} - WHOLE.keys()) > 1], ids=name_of
+)
 def test_trap_13_a_row_vector_does_not_broadcast_even_when_the_batch_is_square(fn):
-  arrays = {n: x[:T] for n, x in make(fn).items()}
+  arrays = {n: x if n in WHOLE else x[:T] for n, x in make(fn).items()}
   for name, x in arrays.items():
+    if name in WHOLE:  # not per row, whatever its shape
+      continue
     wrong = x[:, 0] if x.ndim > 1 else jnp.broadcast_to(x[:, None], (T, T))
     with pytest.raises((AssertionError, ValueError)):
       run(fn, dict(arrays, **{name: wrong}))
@@ -190,36 +225,74 @@ def test_micro_batches_add_to_the_whole_in_value_and_gradient(fn):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), split, whole)
 
 
-@pytest.mark.parametrize('level', ratios.TABLE.values(), ids=name_of)
-@pytest.mark.parametrize('surrogate', surrogates.TABLE.values(), ids=name_of)
+# Their gradient is another one by definition; surrogates_test.py says which.
+OTHERWISE = {
+  surrogates.clipped_away,
+  surrogates.negative_aware,
+  surrogates.probability_shaped,
+  surrogates.path_consistency,
+}
+LIKE_REINFORCE = [f for f in surrogates.TABLE.values() if f not in OTHERWISE]
+OWN_TOKEN = [f for f in ratios.TABLE.values() if f is not ratios.sequence_product]
+
+
+@pytest.mark.parametrize('level', OWN_TOKEN, ids=name_of)
+@pytest.mark.parametrize('surrogate', LIKE_REINFORCE, ids=name_of)
 def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(surrogate, level):
   rng = np.random.default_rng(0)
   mask = jnp.array([[True, True, False], [True, True, True]])
   old = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
-  row_advantages = jnp.broadcast_to(jnp.array([[1.5], [-0.5]]), (2, 3))
+  arrays = dict(
+    advantages=jnp.broadcast_to(jnp.array([[1.5], [-0.5]]), (2, 3)),
+    behavior_logp=old,
+    proximal_logp=old,
+    old_kl=jnp.zeros((2, 3)),
+    turn_ids=jnp.array([[0, 0, -1], [0, 1, 1]]),
+    bounds=jnp.array([0.8, 1.2]),
+    mask=mask,
+  )
 
   def loss(logp, fn):
-    arrays = dict(logp=logp, advantages=row_advantages, log_ratio=level(logp - old, mask))
-    return aggregation.sequence_mean(registry.call(fn, arrays), mask).value()
+    log_ratio = registry.call(level, dict(arrays, log_ratio=logp - old))
+    loss = registry.call(fn, dict(arrays, logp=logp, log_ratio=log_ratio))
+    return aggregation.sequence_mean(loss, mask).value()
 
   expected = jax.grad(loss)(old, surrogates.reinforce)
   np.testing.assert_allclose(jax.grad(loss)(old, surrogate), expected, rtol=1e-6)
 
 
 # What a function differentiates; every other input of a listed function is constant by definition.
-LIVE = {
+NOTHING = [
+  *ratios.PROXIMALS.values(),
+  *weights.TABLE.values(),
+  *generators.TABLE.values(),
+  *costs.TABLE.values(),
+]
+LIVE = {fn: set() for fn in NOTHING} | {
   surrogates.reinforce: {'logp', 'advantages'},
   surrogates.truncated: {'logp', 'advantages'},
   penalties.importance_k3: {'log_ratio', 'logp', 'reference_logp'},
-  weights.truncated_importance: set(),
-  weights.masked_importance: set(),
-  weights.truncated_sequence_importance: set(),
+  surrogates.centered_clip: {'logp', 'behavior_logp', 'advantages'},
+  surrogates.path_consistency: {'logp', 'reference_logp', 'values', 'rewards'},
+  ratios.centered: {'log_ratio'},
+  ratios.sequence_geometric_clipped: {'log_ratio'},
+  **dict.fromkeys(ratios.PROXIMALS.values(), frozenset()),
+  **dict.fromkeys(weights.TABLE.values(), frozenset()),
   divergences.forward_kl: {'logits'},
   divergences.reverse_kl: {'logits'},
   divergences.jensen_shannon: {'logits'},
-  pointwise.group_mean: {'residual'},
-  pointwise.group_mean_detached: set(),
-  pointwise.leave_one_out: {'residual'},
+  centers.group_mean: {'residual'},
+  centers.group_mean_detached: set(),
+  centers.leave_one_out: {'residual'},
+  centers.reward_mean: set(),
+  centers.log_partition: set(),
+  centers.value: {'first_value'},
+  centers.soft_baseline: set(),
+  **dict.fromkeys(generators.TABLE.values(), frozenset()),
+  **dict.fromkeys(costs.TABLE.values(), frozenset()),
+  implicit_rewards.bellman_sum: {'logp', 'reference_logp', 'log_normalizer'},
+  penalties.entropy_band: {'entropy', 'mean_entropy'},
+  penalties.entropy_band_published: set(),
 }
 
 
@@ -243,10 +316,17 @@ def test_what_stands_behind_the_mask_reaches_neither_loss_nor_gradient(surrogate
   rng = np.random.default_rng(0)
   mask = jnp.array([[True, True, False], [False, True, True]])
   old, logp, adv = (jnp.asarray(rng.normal(size=(2, 3)), jnp.float32) for _ in range(3))
+  constants = dict(
+    turn_ids=jnp.where(mask, 0, -1),
+    bounds=jnp.array([0.8, 1.2]),
+    success_rate=jnp.array([0.3, 0.6]),
+    mask=mask,
+  )
 
   def loss(logp, old, adv):
     logp, old, adv = (jnp.where(mask, x, 0) for x in (logp, old, adv))
-    arrays = dict(logp=logp, advantages=adv, log_ratio=level(logp - old, mask))
+    arrays = dict(constants, logp=logp, advantages=adv, log_ratio=logp - old, old_kl=old**2)
+    arrays['log_ratio'] = registry.call(level, arrays)
     return aggregation.token_mean(registry.call(surrogate, arrays), mask).value()
 
   clean = jax.value_and_grad(loss)(logp, old, adv)

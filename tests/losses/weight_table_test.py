@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.losses import aggregation, penalties, pointwise, ratios, surrogates, weights
+from polgrad.losses import (
+  aggregation,
+  centers,
+  penalties,
+  pointwise,
+  ratios,
+  selections,
+  surrogates,
+  weights,
+)
 from polgrad.losses.implicit_rewards import log_ratio_sum
 
 OLD = np.array([[-1.0, -0.5, -2.0], [-0.2, -1.5, -3.0]])
@@ -41,21 +50,37 @@ def gspo(lp, eps):
 
 def asynchronous_ppo(lp):
   """PPO around a proximal policy half way between behaviour and live policy, itself detached."""
-  proximal = 0.5 * BEHAVIOR + 0.5 * jax.lax.stop_gradient(lp)
+  proximal = ratios.interpolated(lp, BEHAVIOR, np.array([2.0, 2.0]))
   weight = weights.truncated_importance(proximal, BEHAVIOR, cap=np.inf)
   return mean(weight * surrogates.clipped(ratio(lp, proximal), A))
 
 
-def topr(lp):
-  weight = weights.truncated_sequence_importance(lp, OLD, MASK, cap=1.0)
-  return mean(weight * surrogates.reinforce(lp, A), aggregation.sequence_sum)
+def topr(lp, weight, reduce):
+  return mean(weight(lp, OLD, REWARDS, MASK) * surrogates.reinforce(lp, A), reduce)
+
+
+def gmpo(lp):
+  log_ratio = ratios.sequence_geometric_clipped(ratio(lp), A, MASK, eps=0.4)
+  return mean(surrogates.importance_weighted(log_ratio, A), aggregation.sequence_mean)
+
+
+def nft(lp, rate):
+  signed = (1 - rate) * np.sign(A)
+  return mean(surrogates.negative_aware(ratio(lp), signed, np.array([rate, rate])))
+
+
+def m2po(lp):
+  keep = selections.second_moment(ratio(lp), A, MASK, limit=0.04)
+  return mean(weights.selected(keep) * surrogates.importance_weighted(ratio(lp), A))
 
 
 def tba(lp, center):
-  score = log_ratio_sum(lp, REFERENCE, MASK)
-  groups = np.zeros(2, np.int32)
-  # The published loss has no factor one half.
-  return jnp.mean(2 * pointwise.consistency(score, REWARDS, groups, beta=0.5, center=center))
+  zeta = REWARDS / 0.5 - log_ratio_sum(lp, REFERENCE, MASK)
+  return jnp.mean(jnp.square(zeta - center(zeta, np.zeros(2, np.int32))))
+
+
+def p3o(lp, loss, **knobs):
+  return jnp.mean(loss(lp, OLD, jnp.asarray(REWARDS), jnp.zeros(2, jnp.int32), MASK, **knobs))
 
 
 def tis(proximal=OLD, **knobs):
@@ -129,7 +154,54 @@ METHODS = {
     lambda lp: gspo(lp, 0.15),
     (-0.348791, [0, 0, 0], [-0.113105, -0.113105, 0]),
   ),
-  'TOPR': (topr, (1.111103, [0.5, 0.5, 0.5], [-0.204683, -0.204683, 0])),
+  'SAPO': (
+    lambda lp: mean(surrogates.soft_gated(ratio(lp), A), aggregation.sequence_mean),
+    (-0.646232, [0.183687, 0.257644, 0.135340], [-0.072671, -0.163165, 0]),
+  ),
+  'GMPO': (gmpo, (-0.314778, [0.184195, 0, 0.184195], [0, -0.118904, 0])),
+  'TOPR': (
+    lambda lp: topr(lp, weights.tapered_sequence, aggregation.sequence_sum),
+    (1.111103, [0.5, 0.5, 0.5], [-0.204683, -0.204683, 0]),
+  ),
+  'TOPR with token ratios': (
+    lambda lp: topr(lp, weights.tapered_token, aggregation.token_mean),
+    (0.437543, [0.2, 0.2, 0.2], [-0.060653, -0.1, 0]),
+  ),
+  'REC-OneSide-NoIS': (
+    lambda lp: mean(weights.one_sided(ratio(lp), A) * surrogates.reinforce(lp, A)),
+    (0.5, [0.2, 0, 0.2], [0, -0.1, 0]),
+  ),
+  'REC-OneSide-IS': (
+    lambda lp: mean(
+      weights.one_sided(ratio(lp), A) * surrogates.truncated(lp, ratio(lp), A, cap=np.inf)
+    ),
+    (0.397189, [0.221034, 0, 0.163746], [0, -0.134986, 0]),
+  ),
+  'REC-TwoSide-NoIS': (
+    lambda lp: mean(weights.two_sided(ratio(lp)) * surrogates.reinforce(lp, A)),
+    (0.62, [0.2, 0, 0.2], [0, 0, 0]),
+  ),
+  'REC-Ring-NoIS': (
+    lambda lp: mean(
+      weights.ring(ratio(lp), A, outer_low=0.4, outer_high=1.3) * surrogates.reinforce(lp, A)
+    ),
+    (0.5, [0.2, 0, 0.2], [0, -0.1, 0]),
+  ),
+  'sPPO': (
+    lambda lp: mean(
+      weights.two_sided(ratio(lp), low=1 / 1.3, high=1.3) * surrogates.reinforce(lp, A)
+    ),
+    (0.62, [0.2, 0, 0.2], [0, 0, 0]),
+  ),
+  'NFT, success rate 1/2': (
+    lambda lp: nft(lp, 0.5),
+    (-0.083180, [0.1, 0.1, 0.1], [-0.043527, -0.134986, 0]),
+  ),
+  'NFT, success rate 1/4': (
+    lambda lp: nft(lp, 0.25),
+    (-0.093486, [0.15, 0.15, 0.15], [-0.026810, -0.067493, 0]),
+  ),
+  'M2PO': (m2po, (-0.249794, [0.221034, 0, 0.163746], [0, -0.134986, 0])),
   'RED-Weight': (
     lambda lp: mean(surrogates.reinforce(lp, A * np.exp(A))),
     (1.515728, [0.543656] * 3, [-0.060653, -0.060653, 0]),
@@ -170,7 +242,9 @@ METHODS = {
   ),
   'Humanline PPO': (
     lambda lp: mean(
-      surrogates.clipped(jnp.clip(ratio(lp), -0.15, 0.4), A, eps_low=0.9, eps_high=0.9)
+      surrogates.clipped(
+        ratios.clamped(ratio(lp), MASK, low=-0.15, high=0.4), A, eps_low=0.9, eps_high=0.9
+      )
     ),
     (-0.470484, [0.221034, 0, 0], [0, -0.134986, 0]),
   ),
@@ -179,12 +253,24 @@ METHODS = {
     (0.417500, [0.198, 0.188, 0.204], [-0.09, -0.106, 0]),
   ),
   'TBA': (
-    lambda lp: tba(lp, pointwise.group_mean_detached),
+    lambda lp: tba(lp, centers.group_mean_detached),
     (1.380625, [1.175] * 3, [-1.175, -1.175, 0]),
   ),
   'VarGrad': (
-    lambda lp: tba(lp, pointwise.group_mean),
+    lambda lp: tba(lp, centers.group_mean),
     (1.380625, [1.175] * 3, [-1.175, -1.175, 0]),
+  ),
+  'P3O, separate clip': (
+    lambda lp: p3o(lp, pointwise.paired_product_clip, eps=0.2),
+    (0.112394, [0, 0, 0], [-1.012394, -1.012394, 0]),
+  ),
+  'P3O, joint clip, far': (
+    lambda lp: p3o(lp, pointwise.paired_joint_clip, delta=0.2),
+    (1.619831, [0, 0, 0], [0, 0, 0]),
+  ),
+  'P3O, joint clip, near': (
+    lambda lp: p3o(lp, pointwise.paired_joint_clip, delta=0.8),
+    (1.113634, [1.012394] * 3, [-1.012394, -1.012394, 0]),
   ),
 }
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad.models import STATS, Policy, decoder, token_stats
+from polgrad.losses import distributions
+from polgrad.models import Policy, decoder, token_stats
 from polgrad.types import Array, Params
 
 VOCAB = 23
@@ -40,5 +41,5 @@ def logp(policy: Policy, params: Params, tokens: Array, segment_ids: Array) -> A
     policy.hidden(params, tokens, segment_ids),
     tokens,
     functools.partial(policy.unembed, params),
-    stats={'logp': STATS['logp']},
+    stats={'logp': distributions.logp},
   )['logp']

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.models import STATS, token_stats
-from polgrad.models.token_stats import entropy, logp
+from polgrad.losses.distributions import TABLE as STATS
+from polgrad.losses.distributions import hidden_norm, logp
+from polgrad.models import token_stats
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7
 RANDOM = np.random.default_rng(0)
@@ -138,7 +139,19 @@ def test_statistics_are_float32_whatever_the_model_computes_in():
   assert all(x.dtype == jnp.float32 for x in out.values())
 
 
-def test_log_prob_and_entropy_of_a_known_distribution():
-  logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
-  np.testing.assert_allclose(logp(logits, jnp.array([1, 0])), [np.log(0.25), 0], atol=1e-6)
-  np.testing.assert_allclose(entropy(logits), [1.5 * np.log(2), 0], atol=1e-6)
+@pytest.mark.parametrize('chunk', [6, 1000])
+def test_a_statistic_of_the_hidden_state_reads_the_one_that_scores_the_token(chunk):
+  norms = lambda hidden: token_stats(
+    hidden, TOKENS, unembed(TABLE), stats={'norm': hidden_norm}, chunk=chunk
+  )['norm']
+  expected = np.sum(np.asarray(HIDDEN) ** 2, axis=-1)[:, :-1]
+  np.testing.assert_allclose(norms(HIDDEN)[:, 1:], expected, rtol=1e-6)
+  np.testing.assert_allclose(norms(HIDDEN.astype(jnp.bfloat16))[:, 1:], expected, rtol=2e-2)
+
+
+def test_the_hidden_state_of_a_statistic_is_data():
+  plain_norm = lambda hidden: jnp.sum(hidden**2, axis=-1)
+  norms = lambda h: token_stats(h, TOKENS, unembed(TABLE), stats={'norm': plain_norm})['norm']
+  np.testing.assert_array_equal(
+    jax.grad(lambda h: jnp.sum(norms(h)))(HIDDEN), np.zeros(HIDDEN.shape)
+  )

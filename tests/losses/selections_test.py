@@ -1,0 +1,317 @@
+"""Selections: published examples, plain transcriptions, and what holds for all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import registry
+from polgrad.losses import selections, surrogates
+
+B, T = 4, 8
+MASK = np.random.default_rng(1).uniform(size=(B, T)) < 0.8
+MASK[2] = False
+TOKENS = [(b, t) for b in range(B) for t in range(T) if MASK[b, t]]
+
+
+def make(seed):
+  """The inputs of all selections, by name, zeroed where the mask is False."""
+  rng = np.random.default_rng(seed)
+  normal = ('logp', 'proxy_logp', 'log_ratio', 'advantages')
+  uniform = ('noise', 'score_norm', 'score_fisher', 'hidden_norm')
+  arrays = {name: rng.normal(size=(B, T)) for name in normal}
+  arrays |= {name: rng.uniform(size=(B, T)) for name in uniform}
+  return {name: np.where(MASK, x, 0) for name, x in arrays.items()} | {'mask': MASK}
+
+
+def call(fn, arrays, **knobs):
+  return fn(*(jnp.asarray(arrays[name]) for name in registry.inputs(fn)), **knobs)
+
+
+def covariance(a):
+  logp, advantages = (np.mean([a[n][p] for p in TOKENS]) for n in ('logp', 'advantages'))
+  return lambda p: (a['logp'][p] - logp) * (a['advantages'][p] - advantages)
+
+
+def second_moment(a, limit):
+  square = lambda p: a['log_ratio'][p] ** 2
+  moved = [p for p in TOKENS if a['log_ratio'][p] * a['advantages'][p] > 0]
+  prefix = sorted(moved, key=square)
+  while prefix and np.mean([square(p) for p in prefix]) > limit:
+    prefix.pop()
+  return [p for p in TOKENS if p not in moved or p in prefix]
+
+
+def top_covariance(a, share):
+  ranked = sorted(TOKENS, key=covariance(a), reverse=True)
+  return ranked[: max(int(share * len(TOKENS)), 1)]
+
+
+def random_covariance(a, share, low, high, eps_low, eps_high):
+  def candidate(p):
+    ratio = np.exp(a['log_ratio'][p])
+    clipped = ratio > 1 + eps_high if a['advantages'][p] > 0 else ratio < 1 - eps_low
+    return low < covariance(a)(p) < high and not clipped
+
+  ranked = sorted(filter(candidate, TOKENS), key=lambda p: a['noise'][p])
+  return ranked[: max(int(share * len(TOKENS)), 1)]
+
+
+def unlikely(a, share):
+  ranked = sorted((p for p in TOKENS if a['advantages'][p] < 0), key=lambda p: a['logp'][p])
+  count = max(int(share * len(ranked)), 1)
+  return [p for p in ranked[:count] if a['logp'][p] < a['proxy_logp'][p]] if count > 1 else []
+
+
+def curvature(a, learning_rate, limit_objective, limit_divergence):
+  def keep(p):
+    s, f, h, adv = (a[n][p] for n in ('score_norm', 'score_fisher', 'hidden_norm', 'advantages'))
+    first = learning_rate * adv**2 * s * h
+    second = learning_rate**2 / 2 * adv * ((adv * s * h) ** 2 - (adv * h) ** 2 * f)
+    divergence = learning_rate**2 / 2 * (adv * s * h) ** 2
+    return abs(first + second) < limit_objective and divergence < limit_divergence
+
+  return filter(keep, TOKENS)
+
+
+def balanced_bounds(a, share):
+  """The paper's loop with the published steps, in whole numbers of hundredths."""
+
+  def reached(low, high):
+    terms = [(np.exp(a['log_ratio'][p]), a['advantages'][p]) for p in TOKENS]
+    good = sum(x * min(r, high / 100) for r, x in terms if x > 0)
+    return good / (good - sum(x * max(r, low / 100) for r, x in terms if x < 0)) >= share
+
+  low, high = 60, 120
+  while not reached(low, high) and low + 2 <= 90:
+    if high + 5 <= 300:
+      high += 5
+    else:
+      low += 2
+  return [low / 100, high / 100]
+
+
+# fn -> (knobs, transcription -> the selected tokens); the bounds have a test of their own.
+ORACLES = {
+  selections.second_moment: (dict(limit=0.3), second_moment),
+  selections.top_covariance: (dict(share=0.2), top_covariance),
+  selections.random_covariance: (
+    dict(share=0.15, low=0.05, high=2.0, eps_low=0.5, eps_high=0.5),
+    random_covariance,
+  ),
+  selections.unlikely: (dict(share=0.6), unlikely),
+  selections.curvature: (
+    dict(learning_rate=0.5, limit_objective=0.1, limit_divergence=0.02),
+    curvature,
+  ),
+}
+KNOBS = {fn: knobs for fn, (knobs, _) in ORACLES.items()}
+KNOBS[selections.balanced_bounds] = dict(share=0.6)
+
+name_of = lambda fn: fn.__name__
+every = pytest.mark.parametrize('fn', selections.TABLE.values(), ids=name_of)
+
+
+def test_every_selection_has_a_transcription():
+  assert set(KNOBS) == set(selections.TABLE.values())
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('fn', ORACLES, ids=name_of)
+def test_equals_the_transcription(fn, seed, x64):
+  knobs, oracle = ORACLES[fn]
+  a = make(seed)
+  expected = np.zeros((B, T), bool)
+  for p in oracle(a, **knobs):
+    expected[p] = True
+  np.testing.assert_array_equal(call(fn, a, **knobs), expected)
+
+
+@pytest.mark.parametrize('fn', ORACLES, ids=name_of)
+def test_the_transcribed_cases_select_some_tokens_and_not_others(fn):
+  knobs, oracle = ORACLES[fn]
+  counts = {len(list(oracle(make(seed), **knobs))) for seed in range(4)}
+  assert counts & set(range(1, len(TOKENS)))
+
+
+@pytest.mark.parametrize('share', [0.3, 0.4, 0.5, 0.6, 0.7])
+def test_bounds_equal_those_of_the_papers_loop(share, x64):
+  for seed in range(4):
+    got = call(selections.balanced_bounds, make(seed), share=share)
+    np.testing.assert_allclose(got, balanced_bounds(make(seed), share), rtol=1e-12)
+
+
+@every
+def test_what_stands_behind_the_mask_is_neither_read_nor_selected(fn):
+  a = make(0)
+  dirty = {n: x if n == 'mask' else np.where(MASK, x, np.nan) for n, x in a.items()}
+  got = call(fn, dirty, **KNOBS[fn])
+  np.testing.assert_array_equal(got, call(fn, a, **KNOBS[fn]))
+  assert got.dtype == (jnp.float32 if fn is selections.balanced_bounds else bool)
+  if got.dtype == bool:
+    assert got.shape == MASK.shape and not np.any(got & ~MASK)
+
+
+@every
+def test_permuting_rows_with_their_noise_permutes_the_selection(fn):
+  a, order = make(0), np.array([2, 0, 3, 1])
+  got = call(fn, {n: x[order] for n, x in a.items()}, **KNOBS[fn])
+  expected = call(fn, a, **KNOBS[fn])
+  np.testing.assert_array_equal(
+    got, expected if fn is selections.balanced_bounds else expected[order]
+  )
+
+
+@every
+def test_compiled_and_eager_selections_agree(fn):
+  a = {n: jnp.asarray(x) for n, x in make(0).items()}
+  compiled = jax.jit(lambda a: call(fn, a, **KNOBS[fn]))
+  np.testing.assert_allclose(compiled(a), call(fn, a, **KNOBS[fn]), rtol=1e-6)
+
+
+@every
+def test_a_batch_without_tokens_selects_nothing(fn):
+  got = call(fn, dict(make(0), mask=np.zeros_like(MASK)))
+  expected = [0.6, 1.2] if fn is selections.balanced_bounds else np.zeros_like(MASK)
+  np.testing.assert_allclose(got, expected)
+
+
+@every
+def test_an_array_of_another_shape_is_refused(fn):
+  a = make(0)
+  for name in registry.inputs(fn):
+    with pytest.raises(AssertionError):
+      call(fn, dict(a, **{name: a[name][0]}))
+
+
+def test_m2po_drops_the_largest_moves_along_the_advantage_until_the_moment_is_small():
+  d = jnp.array([[0.05, 0.5, -0.3, 0.1, -0.6, 0.2, 0.9, -0.1]])
+  a = jnp.array([[1.0, 1, -1, 1, 1, 1, 1, -1]])
+  keep = selections.second_moment(d, a, d == d)
+  np.testing.assert_array_equal(keep, [[1, 0, 1, 1, 1, 1, 0, 1]])
+  assert np.all(selections.second_moment(d, a, d == d, limit=0.1733))  # the moment of all of them
+  trusted = keep & (a * d > 0)
+  np.testing.assert_allclose(jnp.mean(d[trusted] ** 2), 0.0305, rtol=1e-5)
+
+
+COVARIANCE = dict(
+  advantages=np.array([[1.0, 1, -1, -1, 2, 0]]),
+  logp=np.array([[-0.1, -3, -0.2, -2, -4, -1]]),
+  log_ratio=np.zeros((1, 6)),
+  mask=np.ones((1, 6), bool),
+)
+
+
+@pytest.mark.parametrize(('share', 'count'), [(0.0002, 1), (0.34, 2), (0.5, 3), (1.0, 6)])
+def test_kl_cov_takes_the_tokens_that_sharpen_most(share, count):
+  """In the order of the covariances 1.0778, .3778, -.2389, -.8556, -2.0222, -3.8056."""
+  got = call(selections.top_covariance, COVARIANCE, share=share)
+  assert set(np.flatnonzero(got)) == set([0, 3, 5, 1, 2, 4][:count])
+
+
+def test_equal_covariances_are_taken_in_the_order_of_positions():
+  x, mask = jnp.ones((2, 3)), jnp.array([[False, True, True], [True, True, False]])
+  got = selections.top_covariance(x, x, mask, share=0.5)
+  np.testing.assert_array_equal(got, [[0, 1, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(('noise', 'chosen'), [([0.1, 0.2], 0), ([0.9, 0.2], 3)])
+def test_clip_cov_takes_the_candidate_with_the_least_noise(noise, chosen):
+  draw = np.array([[noise[0], 0, 0, noise[1], 0, 0]])
+  a = dict(COVARIANCE, noise=draw)
+  got = call(selections.random_covariance, a, low=0.3)
+  np.testing.assert_array_equal(np.flatnonzero(got), [chosen])
+
+
+def test_clip_cov_passes_over_tokens_that_are_clipped_already():
+  a = dict(COVARIANCE, noise=np.zeros((1, 6)), log_ratio=np.array([[1.0, 0, 0, 0, 0, 0]]))
+  got = call(selections.random_covariance, a, low=0.3)
+  np.testing.assert_array_equal(np.flatnonzero(got), [3])
+  np.testing.assert_array_equal(call(selections.random_covariance, a), np.zeros((1, 6)))
+
+
+@pytest.mark.parametrize(('bad', 'count'), [(100, 0), (199, 0), (200, 2), (300, 3)])
+def test_lp_reg_protects_one_percent_of_the_bad_tokens_or_none(bad, count):
+  logp = -jnp.arange(400.0)[None]
+  advantages = jnp.where(jnp.arange(400) < bad, -1.0, 1.0)[None]
+  got = selections.unlikely(logp, logp + 1, advantages, logp == logp)
+  np.testing.assert_array_equal(np.flatnonzero(got), np.arange(bad - count, bad))
+
+
+def test_lp_reg_leaves_what_the_proxy_finds_even_less_likely():
+  logp = -jnp.arange(200.0)[None]
+  proxy = (logp + 1).at[0, 199].set(-1e4)
+  got = selections.unlikely(logp, proxy, -jnp.ones((1, 200)), logp == logp)
+  np.testing.assert_array_equal(np.flatnonzero(got), [198])
+
+
+RATIOS = jnp.array([[2, 1.5, 1, 0.9, 1, 1.1, 0.5, 0.8, 1]])
+SIGNS = jnp.array([[1.0] * 3 + [-1.0] * 6])
+
+
+@pytest.mark.parametrize(
+  ('share', 'bounds'), [(0.4, (0.6, 1.3)), (0.45, (0.6, 1.95)), (0.6, (0.9, 3.0)), (0, (0.6, 1.2))]
+)
+def test_bapo_widens_until_good_tokens_have_their_share(share, bounds):
+  """At the first bounds the share is exactly 0.4: no step more for a rounding error."""
+  got = selections.balanced_bounds(jnp.log(RATIOS), SIGNS, RATIOS > 0, share=float(share))
+  np.testing.assert_allclose(got, bounds, rtol=1e-6)
+
+
+def test_bapo_stays_where_it_starts_if_good_and_bad_are_balanced():
+  got = selections.balanced_bounds(
+    jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]]), jnp.ones((1, 2), bool)
+  )
+  np.testing.assert_allclose(got, [0.6, 1.2], rtol=1e-6)
+
+
+def test_bapo_with_nowhere_to_go_is_ppo():
+  knobs = dict(low=0.8, low_limit=0.8, high=1.2, high_limit=1.2)
+  d = jnp.log(RATIOS)
+  bounds = selections.balanced_bounds(d, SIGNS, RATIOS > 0, share=1.0, **knobs)
+  got = surrogates.clipped_between(d, SIGNS, bounds)
+  np.testing.assert_allclose(got, surrogates.clipped(d, SIGNS), rtol=1e-6)
+
+
+def test_bounds_have_no_gradient():
+  total = lambda d: jnp.sum(selections.balanced_bounds(d, SIGNS, RATIOS > 0))
+  np.testing.assert_array_equal(jax.grad(total)(jnp.log(RATIOS)), np.zeros((1, 9)))
+
+
+@pytest.mark.parametrize(
+  'knobs', [dict(low=0.95), dict(high_limit=1.1), dict(high_limit=np.inf), dict(step_high=0.0)]
+)
+def test_bounds_that_cannot_be_searched_are_refused(knobs):
+  with pytest.raises(ValueError, match=r'low_limit|step_low'):
+    selections.balanced_bounds(jnp.log(RATIOS), SIGNS, RATIOS > 0, **knobs)
+
+
+@pytest.mark.parametrize('scale', [0.1, 1.0, 10.0])
+def test_capo_measures_the_second_order_change_of_the_tokens_own_step(scale, x64):
+  """Against A (ratio - 1) and its exact derivatives in the last layer's weights W, logits W h."""
+  rng = np.random.default_rng(0)
+  hidden, weight = jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.normal(size=(4, 3)))
+  action, advantage, rate = 2, -0.7, 0.01 * scale
+  logp = lambda w: jax.nn.log_softmax(w @ hidden)
+  gain = lambda w: advantage * jnp.exp(logp(w)[action] - logp(weight)[action])
+  step = jax.grad(gain)(weight)
+  bend = jax.jvp(jax.grad(gain), (weight,), (step,))[1]
+  objective = rate * jnp.sum(step * step) + rate**2 / 2 * jnp.sum(step * bend)
+  score = jax.nn.one_hot(action, 4) - jnp.exp(logp(weight))
+  divergence = (score @ (rate * step @ hidden)) ** 2 / 2
+  p = jnp.exp(logp(weight))
+  fisher = score @ (jnp.diag(p) - jnp.outer(p, p)) @ score
+  inputs = (score @ score, fisher, hidden @ hidden, jnp.asarray(advantage), jnp.asarray(True))
+
+  def keep(objective_limit, divergence_limit):
+    return selections.curvature(
+      *(x.reshape(1, 1) for x in inputs),
+      learning_rate=rate,
+      limit_objective=float(objective_limit),
+      limit_divergence=float(divergence_limit),
+    )[0, 0]
+
+  size = jnp.abs(objective)
+  assert keep(size * (1 + 1e-9), divergence * (1 + 1e-9))
+  assert not keep(size * (1 - 1e-9), np.inf)
+  assert not keep(np.inf, divergence * (1 - 1e-9))
