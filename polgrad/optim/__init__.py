@@ -1,0 +1,56 @@
+"""Optimizers, schedules and anchors, under one name.
+
+Every optimizer is called as `update(grads, state, params, oracle=oracle)`; few ask the oracle. One
+that wraps another takes it as a part. Parameters of lower precision have float32 master copies.
+"""
+
+from typing import Annotated
+
+import optax
+
+from polgrad.optim.anchors import ANCHORS, AnchorPart, ema, fixed, sync
+from polgrad.optim.policy import bias_scaled, harpg, iterate, normalized_igt, signal_to_noise
+from polgrad.optim.schedules import (
+  SCHEDULES,
+  SchedulePart,
+  constant,
+  cosine,
+  inverse_linear,
+  linear,
+  stairs,
+  two_phase,
+)
+from polgrad.optim.standard import STANDARD, adamw, sgd
+from polgrad.optim.wrappers import Oracle, balanced, in_float32
+from polgrad.registry import table
+
+TABLE = STANDARD | table(normalized_igt, harpg, signal_to_noise, bias_scaled)
+Part = Annotated[optax.GradientTransformation, TABLE]
+
+__all__ = [
+  'ANCHORS',
+  'SCHEDULES',
+  'TABLE',
+  'AnchorPart',
+  'Oracle',
+  'Part',
+  'SchedulePart',
+  'adamw',
+  'balanced',
+  'bias_scaled',
+  'constant',
+  'cosine',
+  'ema',
+  'fixed',
+  'harpg',
+  'in_float32',
+  'inverse_linear',
+  'iterate',
+  'linear',
+  'normalized_igt',
+  'sgd',
+  'signal_to_noise',
+  'stairs',
+  'sync',
+  'two_phase',
+]

@@ -1,0 +1,57 @@
+"""AdamW and gradient descent: thin, named compositions of optax."""
+
+from typing import Annotated
+
+import jax.numpy as jnp
+import optax
+
+from polgrad.optim.schedules import SchedulePart, constant
+from polgrad.optim.wrappers import in_float32
+from polgrad.registry import table
+
+
+def adamw(
+  *,
+  learning_rate: float = 1e-6,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  max_grad_norm: float = 1.0,
+  schedule: SchedulePart = constant,
+  master_weights: bool = True,
+) -> optax.GradientTransformation:
+  """AdamW (arXiv:1711.05101) after clipping the gradient by its global norm.
+
+  The learning rate is `learning_rate * schedule(update)`; see `in_float32` for `master_weights`.
+  """
+  transform = optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_schedule(schedule),
+    optax.scale(-learning_rate),
+  )
+  return in_float32(transform) if master_weights else transform
+
+
+def sgd(
+  *,
+  learning_rate: float = 1e-3,
+  momentum: float = 0.0,
+  max_grad_norm: float = float('inf'),
+  schedule: SchedulePart = constant,
+  master_weights: bool = True,
+) -> optax.GradientTransformation:
+  """Gradient descent, with heavy-ball momentum if asked for; `master_weights` as in `adamw`."""
+  transform = optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.trace(momentum),
+    optax.scale_by_schedule(schedule),
+    optax.scale(-learning_rate),
+  )
+  return in_float32(transform) if master_weights else transform
+
+
+STANDARD = table(adamw, sgd)
+StandardPart = Annotated[optax.GradientTransformation, STANDARD]
