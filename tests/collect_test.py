@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.common import addition_phase, arithmetic_experiment
-from polgrad import build, collect, credit, learner, objectives, registry, train
+from polgrad import build, credit, learner, objectives, registry, train
+from polgrad.collect import judged as judging
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, aggregation, surrogates
 from polgrad.registry import part, weighted
@@ -36,20 +37,20 @@ def judged(rewards, *, first=0, valid=None):
   )
   scores = Scores(rewards.astype(float), {'r': rewards.astype(float)}, valid, {'r/X': 1}, ['m'])
   records = [{'prompt': str(i)} for i in range(first // 2, first // 2 + rows // 2)]
-  return collect.Judged(scored, scores, [str(i) for i in made], records)
+  return judging.Judged(scored, scores, [str(i) for i in made], records)
 
 
 def test_informative_groups_are_those_whose_valid_rewards_differ():
   got = judged([0, 0, 1, 0, 1, 1, 1, 0], valid=[1, 1, 1, 1, 1, 1, 1, 0])
-  np.testing.assert_array_equal(collect.informative(got.scored, 2), [False, True, False, False])
+  np.testing.assert_array_equal(judging.informative(got.scored, 2), [False, True, False, False])
   none = judged([0, 1], valid=[0, 0])
-  np.testing.assert_array_equal(collect.informative(none.scored, 2), [False])
+  np.testing.assert_array_equal(judging.informative(none.scored, 2), [False])
 
 
 def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
   old, new = judged([0, 0, 1, 0, 1, 1]), judged([1, 1, 0, 1, 0, 0], first=10)
-  useful = collect.informative(old.scored, 2)
-  got = collect.replace_groups(old, new, useful, 2)
+  useful = judging.informative(old.scored, 2)
+  got = judging.replace_groups(old, new, useful, 2)
   np.testing.assert_array_equal(got.scored.tokens[:, 0], [12, 13, 2, 3, 4, 5])
   np.testing.assert_array_equal(got.scored.rewards, [0, 1, 1, 0, 1, 1])
   np.testing.assert_array_equal(got.scored.group_ids, [0, 0, 1, 1, 2, 2])
@@ -60,13 +61,14 @@ def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
 
 
 def test_prompts_that_stand_twice_draw_other_noise():
-  ids = collect.distinct(np.array([5, 7, 5, 5], np.int32))
+  ids = judging.distinct(np.array([5, 7, 5, 5], np.int32))
   assert len(set(ids.tolist())) == 4 and ids[0] == 5 and ids[1] == 7
   assert (ids >= 0).all()
 
 
-def experiment(**rollouts):
+def experiment(anchors=None, **rollouts):
   phase = addition_phase(
+    anchors=anchors or {},
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.policy_gradient,

@@ -26,6 +26,11 @@ def greedy(policy: Array) -> Array:
   return jnp.where(jax.nn.one_hot(best[..., 0], policy.shape[-1], dtype=bool), 0.0, -jnp.inf)
 
 
+def reference(reference: Array) -> Array:
+  """The reference itself."""
+  return reference
+
+
 def geometric_mixture(policy: Array, reference: Array, *, reference_weight: float = 0.5) -> Array:
   """Normalised policy^(1 - w) * reference^w, token by token (Nash-MD, arXiv:2312.00886).
 
@@ -36,5 +41,5 @@ def geometric_mixture(policy: Array, reference: Array, *, reference_weight: floa
   return jax.nn.log_softmax((1 - w) * log_policy + w * log_reference)
 
 
-TABLE = table(current, greedy, geometric_mixture)
+TABLE = table(current, greedy, reference, geometric_mixture)
 Part = Annotated[Callable, TABLE]

@@ -1,0 +1,128 @@
+"""What a collector is, and the parts that all of them share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from polgrad import credit as credits
+from polgrad import sharding
+from polgrad.data.tokenizers import Tokenizer
+from polgrad.learner import make_annotate, parameter_sets
+from polgrad.models.policy import Policy
+from polgrad.objectives import Objective
+from polgrad.rewards.scoring import Scores
+from polgrad.sharding import to_host
+from polgrad.types import Array, Batch, TrainState
+
+Draw = Callable[[int], list[dict]]
+
+
+class Context(NamedTuple):
+  """What a collector may use."""
+
+  policy: Policy
+  tokenizer: Tokenizer
+  mesh: jax.sharding.Mesh
+  seed: int
+  objective: Objective
+  credit: credits.Estimator
+  score: Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]
+  frozen: Mapping[str, Policy]  # anchors that are models of their own
+  micro_batches: int
+
+
+class Collected(NamedTuple):
+  """One step's data and what to report of it."""
+
+  batch: Batch  # NumPy
+  credit_state: Any
+  collect_state: Any
+  metrics: dict[str, float]
+  samples: list[tuple[str, str, float]]  # prompt, completion, reward
+  messages: list[str]  # what verifiers complained of
+
+
+class Collector(NamedTuple):
+  """How a phase gets its batches.
+
+  Attributes:
+    make: context -> (state, draw, step) -> Collected, where draw(n) gives the next n records.
+    records: data records a step.
+    rows: rows of the batch that they become.
+    group: rows of one record; they stay together.
+    length: positions of a row.
+    temperature: of sampling, and therefore of all log-probs.
+    provides: the `Batch` fields and features that are there without credit or anchors.
+    roles: anchors that the sampler reads besides the policy.
+    filtered: sampling leaves tokens out (top-k, top-p, greedy, mixtures), so the policy's own
+      log-probs are not those of the sampler.
+    init: () -> state, carried in `TrainState` and its checkpoints.
+  """
+
+  make: Callable
+  records: int
+  rows: int
+  group: int
+  length: int
+  temperature: float
+  provides: frozenset[str]
+  roles: frozenset[str] = frozenset()
+  filtered: bool = False
+  init: Callable[[], Any] = lambda: ()
+
+
+def make_annotations(
+  context: Context,
+  temperature: float,
+  *,
+  recompute_proximal: bool = False,
+  stats: Mapping[str, Callable] = {},
+) -> Callable:
+  """(state, tokens, segment_ids) -> what the live parameters say of the rows, by name.
+
+  These are the `stats`, and what objective or credit read out of: `old_values`, `proximal_logp` if
+  it is recomputed, and `<anchor>_logp` for any anchor.
+  """
+  wanted = context.objective.requires | context.credit.requires
+  make = lambda policy, **outputs: jax.jit(
+    make_annotate(policy, temperature=temperature, micro_batches=context.micro_batches, **outputs)
+  )
+  own = wanted & {'old_values'} | (wanted & {'proximal_logp'} if recompute_proximal else set())
+  of_policy = make(
+    context.policy, fields=frozenset({'values'} if 'old_values' in own else ()), stats=stats
+  )
+  given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats}
+  anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
+  of_anchor = {n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors}
+
+  def annotate(state: TrainState, tokens: Array, segment_ids: Array) -> dict[str, np.ndarray]:
+    rows = sharding.place_batch(context.mesh, (tokens, segment_ids))
+    found = {}
+    if own or stats:
+      outputs = of_policy(state.params, *rows)
+      named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
+      found |= {name: named[name] for name in own} | outputs.stats
+    params = parameter_sets(state, context.frozen)
+    for name, function in of_anchor.items():
+      found[f'{name}_logp'] = function(params[name], *rows).logp
+    return to_host(found)
+
+  return annotate
+
+
+def minibatches(
+  batch: Batch, *, epochs: int, parts: int, group: int, seed: Sequence[int]
+) -> list[Batch]:
+  """`epochs` passes over the batch, each cut at random into `parts`; groups stay whole.
+
+  With one part the rows keep their order.
+  """
+  groups = np.arange(len(batch.tokens)).reshape(-1, group)
+  random = np.random.default_rng(seed)
+  cuts = []
+  for _ in range(epochs):
+    order = random.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
+    cuts += [groups[np.sort(piece)].reshape(-1) for piece in np.split(order, parts)]
+  return [jax.tree.map(lambda x, rows=rows: x[rows], batch) for rows in cuts]

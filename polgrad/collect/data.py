@@ -1,0 +1,48 @@
+"""Batches of given completions."""
+
+import functools
+from collections.abc import Callable
+
+from polgrad.collect.base import Collected, Collector, Context, Draw, make_annotations
+from polgrad.data import batching
+from polgrad.sharding import to_host
+from polgrad.types import TrainState
+
+
+def demonstrations(*, rows: int = 32, length: int = 128) -> Collector:
+  """`rows` prompts with their `answer`, each of at most `length` tokens."""
+  return Collector(
+    make=functools.partial(_make_data, layout=batching.supervised, length=length, records=rows),
+    records=rows,
+    rows=rows,
+    group=1,
+    length=length,
+    temperature=1.0,
+    provides=frozenset(),
+  )
+
+
+def preferences(*, pairs: int = 16, length: int = 128) -> Collector:
+  """`pairs` prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
+  return Collector(
+    make=functools.partial(_make_data, layout=batching.pairs, length=length, records=pairs),
+    records=pairs,
+    rows=2 * pairs,
+    group=2,
+    length=length,
+    temperature=1.0,
+    provides=frozenset({'label'}),
+  )
+
+
+def _make_data(context: Context, *, layout: Callable, length: int, records: int) -> Callable:
+  annotate = make_annotations(context, 1.0)
+
+  def collect(state: TrainState, draw: Draw, step: int) -> Collected:
+    del step
+    batch = layout(draw(records), context.tokenizer, length=length)
+    batch = batch.replace(**annotate(state, batch.tokens, batch.segment_ids))
+    metrics = {'length': float(batch.mask.sum() / len(batch.mask))}
+    return Collected(batch, to_host(state.credit_state), (), metrics, [], [])
+
+  return collect

@@ -1,0 +1,277 @@
+"""What stands in a rollout batch beside fresh samples: the past, baselines, demonstrations, features."""
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import collect, credit, learner, optim, train
+from polgrad.losses import distributions
+from polgrad.registry import bind, part
+from polgrad.sampling import roles
+from polgrad.types import Batch
+from tests.collect_test import collected, experiment
+
+
+def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **settings):
+  """Batches of some steps in a row; `change` stands for the updates between them."""
+  run = experiment(**settings)
+  phase = run.phases['rl']
+  objective = phase.objective._replace(requires=phase.objective.requires | set(requires))
+  phase = phase._replace(objective=objective)
+  run = run._replace(phases={'rl': phase}, seed=seed)
+  found = []
+  with jax.set_mesh(run.mesh):
+    state = train.begin(run, 0, None)
+    make = phase.collect.make(train.context(run, phase, 0))
+    for step in range(steps):
+      draw = train.Drawer(phase, seed=0, cursor=int(state.cursor))
+      got = make(state, draw, step)
+      found.append((state, got))
+      state = change(train.advance(run.mesh, state, got, draw.cursor))
+  return run, found
+
+
+@pytest.fixture(scope='module')
+def fresh():
+  return [got.batch for _, got in run_steps(4)[1]]
+
+
+def forward(run, params, batch, **more):
+  with jax.set_mesh(run.mesh):
+    return learner.forward(run.policy, params, batch.tokens, batch.segment_ids, **more)
+
+
+def louder(state):
+  """An update that every log-prob notices."""
+  return state.replace(params=jax.tree.map(lambda x: 1.3 * x, state.params))
+
+
+class TestLag:
+  def test_a_batch_is_used_so_many_batches_later_and_the_first_until_then(self, fresh):
+    _, found = run_steps(4, lag=2)
+    for step, (_, got) in enumerate(found):
+      used = max(step - 2, 0)
+      np.testing.assert_array_equal(got.batch.tokens, fresh[used].tokens)
+      np.testing.assert_array_equal(got.batch.advantages, fresh[used].advantages)
+      assert got.metrics['staleness'] == step - used
+      assert (got.batch.features['staleness'] == step - used).all()
+
+  def test_what_depends_on_the_live_policy_is_computed_when_the_batch_is_used(self):
+    settings = dict(lag=1, recompute_proximal=True, requires={'proximal_logp'})
+    run, found = run_steps(2, change=louder, **settings)
+    (old, _), (live, got) = found
+    live, old = (forward(run, state.params, got.batch).logp for state in (live, old))
+    where = got.batch.mask
+    np.testing.assert_allclose(got.batch.behavior_logp[where], old[where], atol=1e-5)
+    np.testing.assert_allclose(got.batch.proximal_logp[where], live[where], atol=1e-5)
+    assert np.abs(live - old)[where].max() > 1e-2
+
+  def test_samples_shown_are_fresh(self, fresh):
+    _, found = run_steps(3, lag=2)
+    shown = [text for _, text, _ in found[-1][1].samples]
+    _, plain = run_steps(3)
+    assert shown == [text for _, text, _ in plain[-1][1].samples]
+
+
+class TestReplay:
+  def test_a_share_of_the_groups_comes_whole_from_earlier_batches(self, fresh):
+    _, found = run_steps(4, replay=2, replay_share=0.5)
+    for step, (_, got) in enumerate(found):
+      batch, age = got.batch, got.batch.features['staleness'].reshape(4, 4)
+      assert (age == age[:, :1]).all() and set(age.flat) <= {0, 1, 2}
+      assert (age[:, 0] > 0).sum() == (2 if step else 0)
+      np.testing.assert_array_equal(batch.group_ids, np.arange(16) // 4)
+      for row in range(16):
+        old = fresh[step - int(age[row // 4, 0])]
+        same = (old.tokens == batch.tokens[row]).all(axis=1)
+        same &= (old.behavior_logp == batch.behavior_logp[row]).all(axis=1)
+        assert same.any()
+
+  def test_advantages_are_those_of_the_group(self):
+    batch = run_steps(3, replay=2, replay_share=0.5)[1][-1][1].batch
+    rewards = batch.rewards.reshape(4, 4)
+    want = np.repeat((rewards - rewards.mean(axis=1, keepdims=True)).reshape(-1, 1), 11, axis=1)
+    np.testing.assert_allclose(batch.advantages, np.where(batch.mask, want, 0), atol=1e-6)
+
+
+def test_memory_has_the_shapes_of_what_is_put_into_it():
+  settings = dict(lag=1, replay=1, replay_share=0.5, baseline_samples=1, demonstrations=1)
+  _, found = run_steps(2, **settings)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  (before, got), (after, _) = found
+  assert shapes(before.collect_state) == shapes(got.collect_state) == shapes(after.collect_state)
+  assert int(after.collect_state.count) == 1
+  assert run_steps(1)[1][0][0].collect_state == ()
+
+
+class TestBaseline:
+  def test_rewards_of_other_completions_stand_beside_every_row_of_their_prompt(self, fresh):
+    _, found = run_steps(1, baseline_samples=1)
+    greedy = run_steps(1, role=part(roles.greedy), recompute_proximal=True)[1][0][1].batch
+    batch = found[0][1].batch
+    got = batch.features['baseline_rewards']
+    assert got.shape == (16, 1) and got.dtype == np.float32
+    np.testing.assert_allclose(got[:, 0], greedy.rewards)
+    np.testing.assert_array_equal(batch.tokens, fresh[0].tokens)
+    np.testing.assert_array_equal(batch.advantages, fresh[0].advantages)
+
+  def test_noise_is_not_that_of_the_group(self):
+    batch = run_steps(1, baseline_samples=4, baseline_role=part(roles.current))[1][0][1].batch
+    got = batch.features['baseline_rewards'].reshape(4, 4, 4)
+    np.testing.assert_array_equal(got, np.broadcast_to(got[:, :1], got.shape))
+    assert not np.array_equal(got[:, 0], batch.rewards.reshape(4, 4))
+
+  def test_the_reference_draws_with_its_own_parameters(self):
+    settings = dict(baseline_samples=2, baseline_role=part(roles.reference))
+    anchors = {'reference': part(optim.fixed)}
+    kept = run_steps(2, change=louder, anchors=anchors, **settings)[1][-1][1].batch
+    moved = run_steps(2, anchors=anchors, **settings)[1][-1][1].batch
+    np.testing.assert_array_equal(
+      kept.features['baseline_rewards'], moved.features['baseline_rewards']
+    )
+    assert not np.array_equal(kept.tokens, moved.tokens)
+
+  def test_a_prompt_whose_baseline_failed_leaves_the_loss(self):
+    run = experiment(baseline_samples=1)
+    real = run.phases['rl'].score
+
+    def fails_on_baselines(texts, records, lengths):
+      scores = real(texts, records, lengths)
+      if len(texts) > 4:
+        return scores
+      valid = np.arange(4) != 2
+      return scores._replace(total=np.where(valid, scores.total, np.nan), valid=valid)
+
+    got, _ = collected(run, score=fails_on_baselines)
+    bad = np.arange(16) // 4 == 2
+    np.testing.assert_array_equal(got.batch.mask.any(axis=1), ~bad)
+    np.testing.assert_array_equal(got.batch.features['valid'], ~bad)
+    assert got.metrics['verifier_errors'] == 1
+    assert np.isfinite(got.batch.features['baseline_rewards']).all()
+
+
+class TestDemonstrations:
+  def test_each_group_has_the_answer_laid_out_like_a_sample(self, fresh):
+    run, found = run_steps(1, demonstrations=1)
+    got = found[0][1]
+    batch, shown = got.batch, np.arange(20) % 5 == 4
+    np.testing.assert_array_equal(batch.stream, np.where(shown, 0, 1))
+    np.testing.assert_array_equal(batch.group_ids, np.arange(20) // 5)
+    np.testing.assert_array_equal(batch.tokens[~shown], fresh[0].tokens)
+    np.testing.assert_array_equal(batch.behavior_logp[~shown], fresh[0].behavior_logp)
+    assert not batch.behavior_logp[shown].any()
+    records = train.Drawer(run.phases['rl'], seed=0, cursor=0)(4)
+    tokenizer = run.tokenizer
+    for row, record in zip(np.flatnonzero(shown), records):
+      want = [*tokenizer.encode(record['answer']), tokenizer.stop_ids[0]]
+      assert batch.tokens[row][batch.mask[row]].tolist() == want
+      assert batch.mask[row, 6 : 6 + len(want)].all()
+      prompt = batch.segment_ids[row, :6] > 0
+      assert batch.tokens[row, :6][prompt].tolist() == tokenizer.encode(record['prompt'])
+    assert len(got.samples) == 16
+
+  def test_verifiers_judge_them_and_group_statistics_count_them(self):
+    got = run_steps(1, demonstrations=1)[1][0][1]
+    rewards = got.batch.rewards.reshape(4, 5)
+    assert got.metrics['reward'] == pytest.approx(rewards[:, :4].mean())
+    assert got.metrics['reward_of_demonstration'] == pytest.approx(rewards[:, 4].mean())
+    gap = got.batch.advantages[4::5, 6] - (rewards[:, 4] - rewards.mean(axis=1))
+    np.testing.assert_allclose(gap, 0, atol=1e-6)
+
+  @pytest.mark.parametrize(
+    'change, words',
+    [
+      (lambda r: {**r, 'answer': '123456'}, 'record .*13 tokens, longer than the limit of 11'),
+      (
+        lambda r: {**r, 'prompt': '1+', 'answer': '123456'},
+        'record .*answer and its stop token are 7 tokens, more than max_new_tokens 5',
+      ),
+      (lambda r: {k: v for k, v in r.items() if k != 'answer'}, "record .*no 'answer'"),
+    ],
+  )
+  def test_answers_that_do_not_fit_are_refused_with_their_record(self, change, words):
+    phase = experiment(demonstrations=1).phases['rl']
+    source = [change(phase.source[i]) for i in range(64)]
+    with pytest.raises(ValueError, match=words):
+      collected(experiment(demonstrations=1), source=source)
+
+
+class TestFeatures:
+  def test_statistics_are_those_of_the_live_policy_on_old_rows(self):
+    stats = {'spread': part(distributions.entropy)}
+    run, found = run_steps(2, change=louder, lag=1, stats=stats)
+    state, got = found[-1]
+    want = forward(run, state.params, got.batch, fields=frozenset({'entropy'})).entropy
+    np.testing.assert_allclose(got.batch.features['spread'], want, atol=1e-5)
+
+  def test_credit_reads_features_by_name(self):
+    def apply(x, state):
+      return {'advantages': x['spread'] * x['uniform'][:, None], 'surprise': x['rewards']}, state
+
+    run = experiment(stats={'spread': part(distributions.entropy)})
+    estimator = credit.Estimator(apply=apply, requires=frozenset({'spread', 'uniform'}))
+    batch = collected(run, credit=estimator)[0].batch
+    features = batch.features
+    want = np.where(batch.mask, features['spread'] * features['uniform'][:, None], 0)
+    np.testing.assert_allclose(batch.advantages * batch.mask, want, rtol=1e-5)
+    np.testing.assert_array_equal(features['surprise'], batch.rewards)
+
+  def test_log_probs_of_any_anchor_are_there_by_its_name(self):
+    anchors = dict.fromkeys(('previous', 'reference'), part(optim.fixed))
+    reads = {'previous_logp', 'reference_logp'}
+    run, found = run_steps(2, change=louder, anchors=anchors, requires=reads)
+    (first, _), (_, got) = found
+    want = forward(run, first.params, got.batch).logp
+    np.testing.assert_allclose(got.batch.features['previous_logp'], want, atol=1e-5)
+    np.testing.assert_allclose(got.batch.reference_logp, want, atol=1e-5)
+    assert 'reference_logp' not in got.batch.features
+
+  def test_a_random_number_a_row_comes_from_seed_and_step(self, fresh):
+    draws = [batch.features['uniform'] for batch in fresh]
+    draws.append(run_steps(1, seed=1)[1][0][1].batch.features['uniform'])
+    assert all((u >= 0).all() and (u < 1).all() and u.dtype == np.float32 for u in draws)
+    assert len(np.unique(np.stack(draws))) == 5 * 16
+    again = run_steps(1)[1][0][1].batch.features['uniform']
+    np.testing.assert_array_equal(draws[0], again)
+
+  def test_every_feature_is_cut_with_its_rows(self, fresh):
+    for cut in collect.minibatches(fresh[0], epochs=1, parts=2, group=4, seed=(0,)):
+      at = [np.flatnonzero(fresh[0].features['uniform'] == u)[0] for u in cut.features['uniform']]
+      np.testing.assert_array_equal(cut.rewards, fresh[0].rewards[at])
+
+
+@pytest.mark.parametrize(
+  'wrong, words',
+  [
+    (dict(lag=-1), 'lag must be at least 0'),
+    (dict(replay=-1), 'replay must be at least 0'),
+    (dict(replay=2), 'replay_share must be'),
+    (dict(replay_share=0.5), 'replay_share must be'),
+    (dict(replay=2, replay_share=1.5), 'replay_share must be'),
+    (dict(baseline_samples=-1), 'baseline_samples must be at least 0'),
+    (dict(baseline_role=part(roles.reference)), 'baseline_samples is 0'),
+    (dict(demonstrations=2), 'demonstrations must be 0 or 1'),
+    (dict(stats={'rewards': part(distributions.entropy)}), 'stats.rewards: the name is taken'),
+    (dict(stats={'finished': part(distributions.entropy)}), 'stats.finished: the name is taken'),
+    (dict(stats={'staleness': part(distributions.entropy)}), 'stats.staleness: the name is taken'),
+  ],
+)
+def test_settings_that_cannot_be_are_refused(wrong, words):
+  with pytest.raises(ValueError, match=words):
+    bind(part(collect.rollouts, **wrong), collect.TABLE)
+
+
+def test_a_collector_says_what_it_provides():
+  settings = dict(
+    prompts=4,
+    group=3,
+    baseline_samples=2,
+    baseline_role=part(roles.reference),
+    demonstrations=1,
+    stats={'spread': part(distributions.entropy)},
+  )
+  got = bind(part(collect.rollouts, **settings), collect.TABLE)
+  assert got.rows == 16 and got.group == 4 and got.roles == {'reference'} and not got.filtered
+  named = {'valid', 'staleness', 'uniform', 'baseline_rewards', 'spread', 'stream'}
+  assert named <= got.provides
+  assert got.provides - Batch.__dataclass_fields__.keys() == named - {'stream'}
