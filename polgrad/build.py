@@ -273,14 +273,14 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(
       f'{path}.collect: {collector.records} records do not divide by {shares} devices'
     )
-  anchors = {
-    'reference_logp': 'reference', 'teacher_logp': 'teacher', 'teacher_logits': 'teacher'
-  }  # fmt: skip
   wanted = phase.objective.requires | phase.credit.requires
-  for field in sorted(wanted & anchors.keys()):
-    if anchors[field] not in phase.anchors:
+  provided = collector.provides | phase.credit.provides
+  anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
+  anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
+  for field, anchor in sorted(anchors.items()):
+    if anchor not in phase.anchors:
       raise ValueError(
-        f'{path}.anchors: {field} is read, so an anchor {anchors[field]!r} is needed; '
+        f'{path}.anchors: {field} is read, so an anchor {anchor!r} is needed; '
         f'there are {sorted(phase.anchors)}'
       )
   for role in sorted(collector.roles - phase.anchors.keys()):
@@ -289,8 +289,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
   if wanted & {'values', 'old_values'} and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
-  given = collector.provides | phase.credit.provides | anchors.keys()
-  given |= {'entropy', 'values', 'old_values', 'weights', *phase.objective.stats}
+  given = provided | anchors.keys() | {'entropy', 'values', 'old_values', 'weights'}
   missing = sorted(wanted - given)
   if missing:
     raise ValueError(

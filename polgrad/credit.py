@@ -4,16 +4,18 @@ An `Estimator` lifts the pure functions of `losses` to a whole rollout. It runs 
 before minibatches are cut, so group and batch statistics are always those of the whole rollout.
 What it returns is data: no gradient flows through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from polgrad.losses import advantages as advantage_functions
-from polgrad.losses import returns
+from polgrad.losses import centers, generators, returns
+from polgrad.losses import costs as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
-from polgrad.registry import table
+from polgrad.losses.baselines import optimal_token_baseline
+from polgrad.registry import Weighted, call, inputs, table
 from polgrad.types import Array
 
 Arrays = dict[str, Array]
@@ -24,8 +26,9 @@ class Estimator(NamedTuple):
 
   Attributes:
     apply: (arrays, state) -> (fields, state). `arrays` holds mask, rewards, valid, group_ids and
-      what `requires` names; `fields` are the `Batch` fields named by `provides`.
-    requires: extra arrays [B, T]: reference_logp, proximal_logp, old_values or teacher_logp.
+      what `requires` names; `fields` are the `Batch` fields or features named by `provides`.
+    requires: extra arrays: reference_logp, proximal_logp, behavior_logp, old_values, teacher_logp
+      [B, T], stream [B], or features of the collector.
     provides: names of the returned fields.
     init: () -> state, carried in `TrainState` and its checkpoints.
   """
@@ -46,22 +49,64 @@ def outcome(
   advantage: advantage_functions.Part = group_mean,
   normalizer: NormalizerPart = identity,
   kl_coefficient: float = 0.0,
+  costs: Mapping[str, cost_functions.Part] = {},
 ) -> Estimator:
   """One advantage a sequence, given to each of its tokens.
 
-  A = advantage(R - kl_coefficient * sum_t k1_t), k1 = proximal_logp - reference_logp: a KL penalty in
-  the reward has the gradient of KL(policy, reference) (arXiv:2402.14740).
+  A = advantage(R - kl_coefficient * sum_t k1_t - sum_k coefficient_k * cost_k), with
+  k1 = proximal_logp - reference_logp: a KL penalty in the reward has the gradient of
+  KL(policy, reference) (arXiv:2402.14740). `costs` are other functions of sum_t k1_t.
+  """
+  for name, cost in costs.items():
+    if not isinstance(cost, Weighted):
+      raise TypeError(f'costs.{name}: give it a coefficient, as in weighted(0.1, part(...))')
+
+  def apply(x, state):
+    x = dict(x)
+    if kl_coefficient or costs:
+      x['log_ratio_sum'] = jnp.sum(_k1(x), axis=1)
+      penalty = kl_coefficient * x['log_ratio_sum']
+      penalty += sum(one.weight * call(one.fn, x) for one in costs.values())
+      x['rewards'] = x['rewards'] - penalty
+    tokens = jnp.where(x['mask'], call(advantage, x)[:, None], 0.0)
+    return {'advantages': normalizer(tokens, x['mask'])}, state
+
+  return Estimator(
+    apply=apply, requires=_kl_requires(kl_coefficient or len(costs)) | _named(advantage)
+  )
+
+
+def reward_to_go(
+  *,
+  discount: float = 1.0,
+  normalizer: NormalizerPart = whiten,
+  kl_coefficient: float = 0.0,
+) -> Estimator:
+  """A_t = sum over k >= t of discount^(k - t) (r_k - kl_coefficient * k1_k), normalised.
+
+  With whitening over the batch's tokens this is REINFORCE++ (arXiv:2501.03262). A KL penalty to go
+  credits a token with its effect on later ones, which no loss of single tokens does.
   """
 
   def apply(x, state):
-    rewards = x['rewards']
-    if kl_coefficient:
-      rewards = rewards - kl_coefficient * jnp.sum(_k1(x), axis=1)
-    per_row = advantage(rewards, x['group_ids'], x['valid'])
-    tokens = jnp.where(x['mask'], per_row[:, None], 0.0)
-    return {'advantages': normalizer(tokens, x['mask'])}, state
+    rewards = _token_rewards(x, kl_coefficient)
+    future = returns.reward_to_go(rewards, x['mask'], discount=discount)
+    return {'advantages': normalizer(future, x['mask'])}, state
 
   return Estimator(apply=apply, requires=_kl_requires(kl_coefficient))
+
+
+def token_baseline(*, discount: float = 1.0) -> Estimator:
+  """Returns minus the variance-minimising baseline of each position in the group (arXiv:2602.07078).
+
+  Needs the statistic `score_norm` of the rollout's policy, from the collector's `stats`.
+  """
+
+  def apply(x, state):
+    future = returns.reward_to_go(_token_rewards(x, 0.0), x['mask'], discount=discount)
+    return {'advantages': call(optimal_token_baseline, x | {'token_returns': future})}, state
+
+  return Estimator(apply=apply, requires=frozenset({'score_norm'}))
 
 
 def generalized(
@@ -78,19 +123,71 @@ def generalized(
   """
 
   def apply(x, state):
-    rewards = returns.place_last(x['rewards'], x['mask'])
-    if kl_coefficient:
-      rewards = rewards - kl_coefficient * _k1(x)
-    values = jnp.where(x['mask'], x['old_values'], 0.0)
+    rewards, values = _token_rewards(x, kl_coefficient), x['old_values']
     advantages = returns.gae(rewards, values, x['mask'], discount=discount, trace=trace)
-    targets = jnp.where(x['mask'], advantages + values, 0.0)
-    return {'advantages': normalizer(advantages, x['mask']), 'returns': targets}, state
+    return _critic_fields(advantages, advantages + values, normalizer, x['mask']), state
 
+  return _critic(apply, _kl_requires(kl_coefficient))
+
+
+def vtrace(
+  *,
+  discount: float = 1.0,
+  trace: float = 1.0,
+  rho_bar: float = 1.0,
+  c_bar: float = 1.0,
+  rho_pg: float = 1.0,
+  normalizer: NormalizerPart = identity,
+) -> Estimator:
+  """V-trace of IMPALA (arXiv:1802.01561): value targets and advantages for rollouts of an older policy.
+
+  rho = proximal / behavior, cut at `rho_bar` in the error, at `c_bar` in the trace and at `rho_pg` in
+  the advantage.
+  """
+
+  def apply(x, state):
+    knobs = dict(discount=discount, trace=trace, rho_bar=rho_bar, c_bar=c_bar)
+    arrays = (_token_rewards(x, 0.0), x['old_values'], _log_rho(x), x['mask'])
+    advantages = returns.vtrace_advantages(*arrays, rho_pg=rho_pg, **knobs)
+    targets = returns.vtrace_targets(*arrays, **knobs)
+    return _critic_fields(advantages, targets, normalizer, x['mask']), state
+
+  return _critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
+
+
+def retrace(
+  *, discount: float = 1.0, trace: float = 0.95, normalizer: NormalizerPart = whiten
+) -> Estimator:
+  """Retrace (arXiv:1606.02647) with a critic of states: A_t = target_t - V_t.
+
+  The paper's critic is Q(s, a); ours is V(s), which stands for it (see `returns.retrace_targets`).
+  """
+
+  def apply(x, state):
+    targets = returns.retrace_targets(
+      _token_rewards(x, 0.0),
+      x['old_values'],
+      _log_rho(x),
+      x['mask'],
+      discount=discount,
+      trace=trace,
+    )
+    return _critic_fields(targets - x['old_values'], targets, normalizer, x['mask']), state
+
+  return _critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
+
+
+def _critic(apply: Callable, requires: frozenset[str]) -> Estimator:
   return Estimator(
     apply=apply,
-    requires=_kl_requires(kl_coefficient) | {'old_values'},
+    requires=requires | {'old_values'},
     provides=frozenset({'advantages', 'returns'}),
   )
+
+
+def _critic_fields(advantages: Array, targets: Array, normalizer: Callable, mask: Array) -> Arrays:
+  targets = jnp.where(mask, targets, 0.0)
+  return {'advantages': normalizer(advantages, mask), 'returns': targets}
 
 
 def moving_baseline(*, decay: float = 0.9) -> Estimator:
@@ -146,20 +243,151 @@ def preference() -> Estimator:
   return Estimator(apply=apply, provides=frozenset({'label', 'mask'}))
 
 
+def success_contrast(
+  *, standardized: bool = False, negative_weight: float = 1.0, least: float = 0.02
+) -> Estimator:
+  """A = c for right rows and -c negative_weight for wrong ones, and the group's success rate q.
+
+  c = 1 - q, or sqrt((1 - q) / q) if `standardized`; rewards are 0 or 1. For `negative_aware`
+  surrogates (arXiv:2505.18116): on-policy the two choices are the weights of Dr. GRPO and of GRPO
+  with population std. q is kept in [least, 1 - least]; groups without contrast get 0.
+  """
+
+  def apply(x, state):
+    rate = x['rewards'] - group_mean(x['rewards'], x['group_ids'], x['valid'])
+    mixed = x['valid'] & (rate > 0) & (rate < 1)
+    rate = jnp.clip(rate, least, 1 - least)
+    scale = jnp.sqrt((1 - rate) / rate) if standardized else 1 - rate
+    per_row = scale * jnp.where(x['rewards'] > 0.5, 1.0, -negative_weight)
+    per_row = jnp.where(mixed, per_row, 0.0)
+    advantages = jnp.where(x['mask'], per_row[:, None], 0.0)
+    return {'advantages': advantages, 'success_rate': rate}, state
+
+  return Estimator(apply=apply, provides=frozenset({'advantages', 'success_rate'}))
+
+
+def win_rate() -> Estimator:
+  """Labels in [0, 1]: the chance to beat another row of the group, by the sigmoid of the rewards' gap.
+
+  label_i = mean over j != i of sigmoid(R_i - R_j): SPPO's estimate (arXiv:2405.00675). A row alone
+  in its group gets one half.
+  """
+
+  def apply(x, state):
+    group, valid, rewards = x['group_ids'], x['valid'], x['rewards']
+    others = (group[:, None] == group[None, :]) & valid[None, :] & ~jnp.eye(len(group), dtype=bool)
+    wins = jnp.where(others, jax.nn.sigmoid(rewards[:, None] - rewards[None, :]), 0.0)
+    count = jnp.sum(others, axis=1)
+    label = jnp.where(count > 0, jnp.sum(wins, axis=1) / jnp.maximum(count, 1), 0.5)
+    return {'label': label}, state
+
+  return Estimator(apply=apply, provides=frozenset({'label'}))
+
+
+def divergence_reward(
+  *, derivative: generators.Part, beta: float = 1.0, decay: float = 0.9
+) -> Estimator:
+  """A = -f'(pi / p) - b: descends D_f(pi || p), p = reference exp(R / beta) / Z (arXiv:2302.08215).
+
+  Z is the mean of p's numerator over the sampling probability in the group; b is a moving average of
+  earlier pseudo-rewards (the paper averages the last 1024). State: that average and its weight.
+  """
+
+  def apply(x, state):
+    target = jnp.sum(x['reference_logp'], axis=1) + x['rewards'] / beta
+    sampled = jnp.sum(x['behavior_logp'], axis=1)
+    log_z = centers.log_partition(target - sampled, _valid_groups(x))
+    log_t = jnp.sum(x['proximal_logp'], axis=1) - target + log_z
+    pseudo = jnp.where(x['valid'], -derivative(log_t), 0.0)
+    return moving_apply(x | {'rewards': pseudo}, state)
+
+  moving_apply, init = moving_baseline(decay=decay).apply, moving_baseline(decay=decay).init
+  requires = frozenset({'reference_logp', 'proximal_logp', 'behavior_logp'})
+  return Estimator(apply=apply, requires=requires, init=init)
+
+
+def _valid_groups(x: Arrays) -> Array:
+  """Group ids in which a row that is not valid stands alone."""
+  return jnp.where(x['valid'], x['group_ids'], -1 - jnp.arange(len(x['valid'])))
+
+
 def _k1(x: Arrays) -> Array:
   return jnp.where(x['mask'], x['proximal_logp'] - x['reference_logp'], 0.0)
+
+
+def _token_rewards(x: Arrays, kl_coefficient: float) -> Array:
+  rewards = returns.place_last(x['rewards'], x['mask'])
+  return rewards - kl_coefficient * _k1(x) if kl_coefficient else rewards
+
+
+def _log_rho(x: Arrays) -> Array:
+  return x['proximal_logp'] - x['behavior_logp']
 
 
 def _kl_requires(kl_coefficient: float) -> frozenset[str]:
   return frozenset({'proximal_logp', 'reference_logp'} if kl_coefficient else ())
 
 
-TABLE = table(nothing, outcome, generalized, moving_baseline, teacher_log_ratio, preference)
+def _named(fn: Callable) -> frozenset[str]:
+  """What a function reads beyond what every scored rollout has."""
+  return frozenset(inputs(fn)) - {'mask', 'rewards', 'valid', 'group_ids'}
+
+
+SIMPLE = table(
+  nothing,
+  outcome,
+  reward_to_go,
+  token_baseline,
+  generalized,
+  vtrace,
+  retrace,
+  moving_baseline,
+  teacher_log_ratio,
+  preference,
+  success_contrast,
+  win_rate,
+  divergence_reward,
+)
+
+
+def gated(
+  *, credit: Annotated[Estimator, SIMPLE], limit: int = 0, threshold: float = 1.0
+) -> Estimator:
+  """Prompts that the policy cannot solve learn from their demonstration, the others from samples.
+
+  A group with at most `limit` samples of reward >= `threshold` keeps only its demonstration, any
+  other only its samples: HPT (arXiv:2509.04419). `credit` sees samples only. limit = -1 is pure
+  reinforcement, limit = G pure imitation.
+  """
+
+  def apply(x, state):
+    sampled = x['stream'] == 1
+    solved = sampled & x['valid'] & (x['rewards'] >= threshold)
+    same = x['group_ids'][:, None] == x['group_ids'][None, :]
+    imitate = jnp.sum(same & solved[None, :], axis=1) <= limit
+    fields, state = credit.apply(x | {'valid': x['valid'] & sampled}, state)
+    mask = fields.pop('mask', x['mask']) & (sampled != imitate)[:, None]
+    return {**fields, 'mask': mask}, state
+
+  return Estimator(
+    apply=apply,
+    requires=credit.requires | {'stream'},
+    provides=credit.provides | {'mask'},
+    init=credit.init,
+  )
+
+
+TABLE = SIMPLE | table(gated)
 Part = Annotated[Estimator, TABLE]
 
 
 def assign(estimator: Estimator, arrays: Arrays, state: Any) -> tuple[Arrays, Any]:
-  """Runs an estimator; rows without a valid reward leave the loss through the mask."""
-  arrays = arrays | {'mask': arrays['mask'] & arrays['valid'][:, None]}
+  """Runs an estimator; rows without a valid reward leave the loss through the mask.
+
+  `arrays` may hold more than the estimator reads. Masked entries become zero here.
+  """
+  mask = arrays['mask'] & arrays['valid'][:, None]
+  door = lambda x: jnp.where(mask, x, 0) if x.shape == mask.shape and x is not mask else x
+  arrays = {name: door(jnp.asarray(x)) for name, x in arrays.items()} | {'mask': mask}
   fields, state = estimator.apply(arrays, state)
-  return jax.lax.stop_gradient({'mask': arrays['mask'], **fields}), state
+  return jax.lax.stop_gradient({'mask': mask, **fields}), state

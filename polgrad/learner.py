@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from polgrad.losses.distributions import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
-from polgrad.models.token_stats import STATS, token_stats
+from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
-from polgrad.types import Array, Batch, Max, Mean, Outputs, Params, TrainState
+from polgrad.optim import Oracle
+from polgrad.types import Array, Batch, Mean, Metric, Outputs, Params, TrainState
 
 
 def forward(
@@ -35,9 +37,9 @@ def forward(
     teacher: a second model whose logits a stat reads; no gradient reaches it.
   """
   hidden = policy.hidden(params, tokens, segment_ids)
-  wanted = {'logp': STATS['logp'], **stats}
+  wanted = {'logp': logp, **stats}
   if 'entropy' in fields:
-    wanted['entropy'] = STATS['entropy']
+    wanted['entropy'] = entropy
   of_teacher = {}
   if teacher is not None:
     other, other_params = teacher[0], jax.lax.stop_gradient(teacher[1])
@@ -97,17 +99,10 @@ def make_update(
   # Entropy is a metric of every run; where no objective reads it, the compiler drops it.
   fields = (objective.requires & {'values'}) | {'entropy'}
   teacher = frozen.get('teacher', policy) if 'teacher_logits' in objective.requires else None
+  optimizer = optax.with_extra_args_support(optimizer)
 
-  def counts_of(batch: Batch, state: TrainState) -> dict[str, Array]:
-    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
-    blank = Outputs(
-      logp=zeros, entropy=zeros, values=zeros, stats={k: zeros for k in objective.stats}
-    )
-    terms, _ = objective.apply(blank, batch, state.objective_state, step=state.step)
-    return {name: term.count for name, term in terms.items()}
-
-  def loss_fn(moving: Params, batch: Batch, counts: Mapping[str, Array], state: TrainState):
-    outputs = forward(
+  def outputs_of(state: TrainState, moving: Params, batch: Batch) -> Outputs:
+    return forward(
       policy,
       overlay(state.params, moving),
       batch.tokens,
@@ -117,27 +112,74 @@ def make_update(
       temperature=temperature,
       teacher=teacher and (teacher, parameter_sets(state, frozen)['teacher']),
     )
-    terms, metrics = objective.apply(outputs, batch, state.objective_state, step=state.step)
-    shares = [Mean(total=t.total, count=counts[name]).value() for name, t in terms.items()]
+
+  def terms_of(state: TrainState, outputs: Outputs, batch: Batch):
+    return objective.apply(outputs, batch, state.objective_state, step=state.update)
+
+  def counts_of(state: TrainState, batch: Batch) -> dict[str, Array]:
+    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
+    blank = Outputs(
+      logp=zeros, entropy=zeros, values=zeros, stats={k: zeros for k in objective.stats}
+    )
+    return {name: term.count for name, term in terms_of(state, blank, batch)[0].items()}
+
+  def loss_fn(moving: Params, batch: Batch, counts: Mapping, state: TrainState, probe: str):
+    """The share of this piece in the loss (or in a probe), if `counts` are those of the whole."""
+    terms, metrics = terms_of(state, outputs_of(state, moving, batch), batch)
+    if probe and probe not in terms:
+      raise ValueError(f'the optimizer asks for {probe!r}; there is {sorted(objective.probes)}')
+    named = {probe} if probe else terms.keys() - objective.probes
+    shares = [
+      Mean(total=t.total, count=counts.get(name, t.count)).value()
+      for name, t in terms.items()
+      if name in named
+    ]
     return sum(shares), (terms, metrics)
 
-  def gradient(state: TrainState, moving: Params, batch: Batch):
-    counts = counts_of(batch, state)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  def selected(state: TrainState, moving: Params, batch: Batch) -> Batch:
+    """The batch with what compares its tokens, before it is cut."""
+    if micro_batches == 1 or objective.select is None:
+      return batch
+    parts = split(batch, micro_batches, objective.group)
+    outputs = jax.lax.map(lambda part: outputs_of(state, moving, part), parts)
+    outputs = join(outputs, objective.group)
+    found = objective.select(outputs, batch, state.objective_state, step=state.update)
+    return batch.replace(features=batch.features | found)
+
+  def gradient(state: TrainState, moving: Params, batch: Batch, probe: str = ''):
+    grad_fn = jax.value_and_grad(functools.partial(loss_fn, state=state, probe=probe), has_aux=True)
+    batch = selected(state, moving, batch)
     if micro_batches == 1:
-      return grad_fn(moving, batch, counts, state)
+      return grad_fn(moving, batch, {})
+    counts = counts_of(state, batch)
     parts = split(batch, micro_batches, objective.group)
 
     def accumulate(carry, part):
-      (loss, aux), grads = grad_fn(moving, part, counts, state)
+      (loss, aux), grads = grad_fn(moving, part, counts)
       return jax.tree.map(jnp.add, carry, (loss, grads)), aux
 
     zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), moving))
     (loss, grads), aux = jax.lax.scan(accumulate, zero, parts)
-    mergeable = lambda x: isinstance(x, Mean | Max)
+    mergeable = lambda x: isinstance(x, Metric)
     pieces = [jax.tree.map(lambda x, i=i: x[i], aux) for i in range(micro_batches)]
     aux = functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=mergeable), pieces)
     return (loss, aux), grads
+
+  def oracle_of(state: TrainState, moving: Params, batch: Batch) -> Oracle:
+    """What an optimizer may ask about this update's loss; nothing is computed that it does not ask."""
+
+    def at(params: Params, probe: str = '') -> Params:
+      return gradient(state, params, batch, probe)[1]
+
+    def halves() -> tuple[Params, Params]:
+      parts = split(batch, 2, objective.group)
+      pieces = [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(2)]
+      return tuple(gradient(state, moving, piece)[1] for piece in pieces)
+
+    def product(vector: Params) -> Params:
+      return jax.jvp(at, (moving,), (vector,))[1]
+
+    return Oracle(gradient=at, halves=halves, product=product)
 
   def update(state: TrainState, batch: Batch):
     moving = learned(policy, state.params)
@@ -145,19 +187,21 @@ def make_update(
     # A sum of squares in bfloat16 would be off by percents.
     single = jax.tree.map(lambda g: g.astype(jnp.float32), labelled(policy, grads, 'train'))
     norm = optax.tree.norm(single)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    steps, opt_state = optimizer.update(grads, state.opt_state, moving)
+    oracle = oracle_of(state, moving, batch)
+    steps, opt_state = optimizer.update(grads, state.opt_state, moving, oracle=oracle)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(steps))
     moving = optax.apply_updates(moving, steps)
-    step = state.step + 1
+    count = state.update + 1
     moved = state.replace(
       params=overlay(state.params, moving),
       opt_state=opt_state,
-      anchors={k: anchors[k](v, moving, step) for k, v in state.anchors.items()},
+      anchors={k: anchors[k](v, moving, count) for k, v in state.anchors.items()},
       objective_state=objective.advance(state.objective_state, metrics),
       skipped=jnp.zeros_like(state.skipped),
     )
     stayed = state.replace(skipped=state.skipped + 1)
-    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, stayed).replace(step=step)
+    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, stayed)
+    state = state.replace(step=state.step + 1, update=count)
     report = {f'loss/{k}': v.value() for k, v in terms.items()}
     report |= {k: v.value() for k, v in metrics.items()}
     excess = jax.tree.leaves(labelled(policy, grads, 'balance'))
@@ -175,12 +219,17 @@ def make_update(
 
 
 def make_annotate(
-  policy: Policy, *, fields: frozenset[str], temperature: float, micro_batches: int
+  policy: Policy,
+  *,
+  fields: frozenset[str],
+  temperature: float,
+  micro_batches: int,
+  stats: Mapping[str, Callable] = {},
 ) -> Callable[[Params, Array, Array], Outputs]:
   """(params, tokens, segment_ids) -> Outputs without a gradient; jit it."""
 
   def annotate(params: Params, tokens: Array, segment_ids: Array) -> Outputs:
-    one = lambda x: forward(policy, params, *x, fields=fields, temperature=temperature)
+    one = lambda x: forward(policy, params, *x, fields=fields, stats=stats, temperature=temperature)
     if micro_batches == 1:
       return one((tokens, segment_ids))
     parts = split((tokens, segment_ids), micro_batches, 1)

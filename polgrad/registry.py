@@ -12,6 +12,7 @@ function that takes another function annotates that argument with the module's `
 * a factory takes keywords only; `bind` calls it.
 """
 
+import collections
 import functools
 import inspect
 import typing
@@ -42,6 +43,11 @@ def table(*functions: Callable) -> dict[str, Callable]:
     if taken:
       raise ValueError(f'{f.__name__}: a knob cannot be called {sorted(taken)}')
   return dict(zip(names, functions))
+
+
+def either(*choices: dict[str, Callable]) -> Mapping[str, Callable]:
+  """Several tables as one; what is registered in one of them later is found here too."""
+  return collections.ChainMap(*choices)
 
 
 def register(choices: dict[str, Callable], fn: Callable) -> Callable:

@@ -116,8 +116,10 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
       step=zero if before is None else sharding.to_host(before.step),
       phase=np.asarray(index, np.int32),
       phase_step=zero,
+      update=zero,
       cursor=zero,
       skipped=zero,
+      collect_state=phase.collect.init(),
       credit_state=phase.credit.init(),
       objective_state=phase.objective.init(),
     ),
@@ -262,6 +264,7 @@ def advance(
   moved = dict(
     phase_step=np.asarray(int(state.phase_step) + 1, np.int32),
     cursor=np.asarray(cursor, np.int32),
+    collect_state=collected.collect_state,
     credit_state=collected.credit_state,
   )
   return state.replace(**sharding.replicate(mesh, moved))

@@ -40,6 +40,8 @@ def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(
     params=shapes,
     opt_state=jax.eval_shape(phase.optimizer.init, shapes),
     anchors={},
+    update=number,
+    collect_state=(),
     credit_state=(),
     objective_state=phase.objective.init(),
   )

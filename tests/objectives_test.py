@@ -10,6 +10,7 @@ import pytest
 from polgrad import learner, methods, objectives, optim
 from polgrad.losses import (
   aggregation,
+  centers,
   divergences,
   implicit_rewards,
   links,
@@ -22,7 +23,6 @@ from polgrad.registry import Weighted
 from polgrad.types import Max, Mean
 from tests import examples
 
-consistency = functools.partial(pointwise.consistency, beta=0.5)
 OBJECTIVES = {
   'sft': methods.sft().objective,
   'reinforce': methods.reinforce().objective,
@@ -45,8 +45,8 @@ OBJECTIVES = {
     weights={'mismatch': functools.partial(weights.truncated_importance, cap=2.0)},
     penalties={'k2': Weighted(0.1, penalties.k2)},
   ),
-  'consistency': objectives.pointwise(
-    score=implicit_rewards.log_ratio_sum, loss=consistency, group=2
+  'regression': objectives.regression(
+    score=implicit_rewards.log_ratio_sum, center=centers.group_mean, beta=0.5, group=2
   ),
   'logistic': objectives.pointwise(
     score=implicit_rewards.log_ratio_sum, loss=pointwise.logistic, beta=0.1
@@ -157,9 +157,10 @@ def test_requirements_are_exact(name):
   """Fields beyond `requires` may be absent; each required one is read."""
   objective = OBJECTIVES[name]
   x, batch = examples.leaves(), examples.batch()
-  always = {'tokens', 'segment_ids', 'mask', 'group_ids'}
+  always = {'tokens', 'segment_ids', 'mask', 'group_ids', 'features'}
   lean = batch.replace(
-    **{k: None for k in batch.__dataclass_fields__ if k not in objective.requires | always}
+    **{k: None for k in batch.__dataclass_fields__ if k not in objective.requires | always},
+    features={k: v for k, v in batch.features.items() if k in objective.requires},
   )
   full = batch.replace(weights=None)
   out = examples.outputs(x, objective.stats)
@@ -217,7 +218,9 @@ def test_label_below_one_half_turns_the_pair_round():
 
 def test_failed_rows_do_not_pull_the_centre_of_their_group():
   """A row that is masked out has no say in the consistency loss of its group."""
-  objective = objectives.pointwise(score=implicit_rewards.log_ratio_sum, loss=consistency, group=4)
+  objective = objectives.regression(
+    score=implicit_rewards.log_ratio_sum, center=centers.group_mean, group=4
+  )
   x, batch = examples.leaves(), examples.batch()
   batch = batch.replace(group_ids=np.repeat([0, 1], 4).astype(np.int32))
   _, grads, (terms, _) = value_and_grad(objective, x, batch)
@@ -226,7 +229,7 @@ def test_failed_rows_do_not_pull_the_centre_of_their_group():
     objective, *jax.tree.map(lambda a: a[without], (x, batch))
   )
   np.testing.assert_allclose(grads['logp'][without], fewer['logp'], rtol=1e-5, atol=1e-7)
-  assert terms['pointwise'].count == fewer_terms['pointwise'].count == 6
+  assert terms['regression'].count == fewer_terms['regression'].count == 6
 
 
 class TestWeightedSum:
@@ -256,7 +259,7 @@ class TestWeightedSum:
     )
     start, half = (loss_of(both, x, batch, step=s)[0] for s in (0, 5))
     np.testing.assert_allclose(half, start / 2, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"schedules for \['x'\]"):
+    with pytest.raises(ValueError, match=r"schedules names \['x'\]"):
       objectives.weighted_sum(
         streams={'sft': Weighted(1.0, OBJECTIVES['sft'])}, schedules={'x': optim.constant}
       )

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from polgrad import sharding
-from polgrad.models import STATS, token_stats
+from polgrad.losses.distributions import TABLE as STATS
+from polgrad.models import token_stats
 from polgrad.sampling import make_sampler
 from tests.models import tiny
 

@@ -91,6 +91,19 @@ def test_trap_24_resumed_run_equals_one_that_went_on(finished, tmp_path, last_ch
   assert rows(tmp_path) == rows(workdir)
 
 
+def test_resumed_run_goes_on_with_the_rollouts_that_it_remembered(tmp_path):
+  made = config()
+  made.phases.rl.collect.update(lag=1, replay=1, replay_share=0.5)
+  whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
+  state = train.run(made, whole)
+  assert [r['staleness'] for r in rows(whole) if 'staleness' in r] == [0, 1, 1.5, 1.5]
+  shutil.copytree(whole, broken)
+  shutil.rmtree(tmp_path / 'broken' / 'checkpoints' / '19')  # the one before is in mid-phase
+  assert int(state.collect_state.count) == 4
+  equal(train.run(made, broken), state)
+  assert rows(broken) == rows(whole)
+
+
 def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
   workdir, _ = finished
   names = set(os.listdir(workdir))

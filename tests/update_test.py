@@ -128,6 +128,8 @@ def losses_of(precision: str, *, steps: int = 40, micro_batches: int = 1, **knob
     params=start,
     opt_state=optimizer.init(start),
     anchors={},
+    update=jnp.zeros((), jnp.int32),
+    collect_state=(),
     credit_state=(),
     objective_state=objective.init(),
   )
