@@ -80,7 +80,7 @@ def addition_phase(
   steps: int = 150,
   prompts: int = 32,
   group: int = 8,
-  learning_rate: float = 3e-4,
+  learning_rate: float = 1e-4,
   rollouts: Mapping = {},
   **overrides,
 ) -> ConfigDict:
@@ -135,6 +135,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     for rows in ('prompts', 'rows', 'pairs'):
       if rows in one.collect:
         one.collect[rows] = min(one.collect[rows], 4)
-    if 'group' in one.collect:
-      one.collect.group = min(one.collect.group, 4)
+    for section in (one.collect, one.objective):  # both mean the rows of one prompt
+      if 'group' in section:
+        section.group = min(section.group, 4)
   return config

@@ -2,8 +2,9 @@
 
 loss = -token mean of min(r A, clip(r, 0.8, 1.28) A), A group-normalised; no KL. Groups whose
 rewards are all equal are replaced by fresh prompts, at most `max_resamples` times a step; what is
-then still uninformative stays, with zero advantage. Confidence: formula as in verl's recipe (code);
-the paper resamples without bound.
+then still uninformative stays, with zero advantage; the paper resamples without bound.
+Confidence: CODE (formula as in verl's recipe).
+Card: S9.
 
     python -m polgrad.train --config=experiments/policy_gradient/dapo.py --workdir=runs/dapo
 """

@@ -1,8 +1,9 @@
 """Dr. GRPO (arXiv:2503.20783): GRPO without its two normalisers.
 
 A_i = R_i - mean_g (no std); loss = sum over tokens / (rows * budget), a constant in place of the
-lengths; no KL. Equal to RLOO times (G - 1) / G but for the constant. Confidence: formula as in the
-authors' code.
+lengths; no KL. Equal to RLOO times (G - 1) / G but for the constant.
+Confidence: CODE (the authors').
+Card: S8.
 
     python -m polgrad.train --config=experiments/policy_gradient/dr_grpo.py --workdir=runs/dr_grpo
 """

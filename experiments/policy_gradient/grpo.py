@@ -2,8 +2,9 @@
 
 A_i = (R_i - mean_g) / (std_g + 1e-6), unbiased std; loss = mean over sequences of token means of
 -min(r A, clip(r, 0.8, 1.2) A) + 0.04 * k3. In expectation the k3 loss has the gradient of the
-token-level KL(reference, pi), exactly so at equal lengths; the paper does this. Confidence: formula
-as in verl and TRL (code).
+token-level KL(reference, pi), exactly so at equal lengths; the paper does this.
+Confidence: CODE (formula as in verl and TRL).
+Card: S7.
 
     python -m polgrad.train --config=experiments/policy_gradient/grpo.py --workdir=runs/grpo
 """

@@ -2,8 +2,9 @@
 
 s_i = exp(mean_t log_ratio); loss = mean over sequences of -min(s A, clip(s, 1 - 3e-4, 1 + 4e-4) A),
 written token by token (GSPO-token), which has the same value and gradient when A is one number a
-sequence. Peers that aggregate by token mean weigh long sequences more. Confidence: formula as in
-verl and TRL (code).
+sequence. Peers that aggregate by token mean weigh long sequences more.
+Confidence: CODE (formula as in verl and TRL).
+Card: S10.
 
     python -m polgrad.train --config=experiments/policy_gradient/gspo.py --workdir=runs/gspo
 """

@@ -1,8 +1,10 @@
-"""A real model learns to add: GRPO (arXiv:2402.03300, 2503.14476) on a reasoning-gym task.
+"""GRPO on a real model (arXiv:2402.03300, 2503.14476), which learns a task of reasoning-gym.
 
 The model chats its way around sums and differences of two numbers of one or two digits. The verifier is
 reasoning-gym (arXiv:2505.24760) on the last number of the reply; there are no demonstrations. The
 objective is that of DAPO: clip-higher, token mean, group-normalised advantages, no KL.
+Confidence: CODE (formula as in verl's recipe).
+Card: S9.
 
     python -m polgrad.train --config=experiments/policy_gradient/hub_grpo.py:path=FOLDER \\
       --workdir=runs/hub_grpo

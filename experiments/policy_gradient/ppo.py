@@ -1,8 +1,9 @@
-"""PPO with a value head (arXiv:1707.06347), advantages by GAE (arXiv:1506.02438).
+"""PPO (arXiv:1707.06347): clipped ratios and a value head, advantages by GAE (arXiv:1506.02438).
 
 loss = -token mean of min(r A, clip(r) A) + 0.5 * clipped value error - 0.001 * entropy; two epochs
-of two minibatches. The value head reads the policy's own hidden states. Confidence: formula as in
-verl (code).
+of two minibatches. The value head reads the policy's own hidden states.
+Confidence: CODE (formula as in verl).
+Card: S6.
 
     python -m polgrad.train --config=experiments/policy_gradient/ppo.py --workdir=runs/ppo
 """

@@ -1,7 +1,9 @@
-"""REINFORCE with a moving baseline (Williams 1992).
+"""REINFORCE (Williams 1992): the score-function estimator with a moving baseline.
 
 loss = -mean over sequences of A * log pi(y), A = R - b, b the moving average of earlier mean
-rewards. The estimator is exactly unbiased. Confidence: textbook.
+rewards. The estimator is exactly unbiased.
+Confidence: CODE.
+Card: S1.
 
     python -m polgrad.train --config=experiments/policy_gradient/reinforce.py --workdir=runs/reinforce
 """

@@ -1,8 +1,10 @@
-"""RLOO: leave-one-out baseline, KL in the reward (arXiv:2402.14740).
+"""RLOO (arXiv:2402.14740): leave-one-out baseline, KL in the reward.
 
 R_i = r_i - beta * sum_t k1_t;  A_i = R_i - mean of the other rows of the group; loss = -mean over
 sequences of A * log pi(y). Unbiased for E[r] - beta KL(pi, reference). The KL enters the reward,
-where k1 has the right gradient. Confidence: formula as in verl and TRL (code).
+where k1 has the right gradient.
+Confidence: CODE (formula as in verl and TRL).
+Card: S2.
 
     python -m polgrad.train --config=experiments/policy_gradient/rloo.py --workdir=runs/rloo
 """

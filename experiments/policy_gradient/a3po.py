@@ -1,0 +1,35 @@
+"""A-3PO (arXiv:2512.06547): decoupled PPO whose proximal policy is interpolated, not computed.
+
+log pi_prox = sg(alpha log pi_behavior + (1 - alpha) log pi), alpha = 1 / max(staleness, 1); loss
+as in `decoupled_ppo.py` with r = pi / pi_prox and rho = pi_prox / pi_behavior. The product is pi /
+pi_behavior for every alpha; the older a row, the later it is clipped. No forward pass is spent on
+pi_prox. Cap 5 on rho as in AReaL.
+Confidence: CODE (formula), MEMORY (cap).
+Card: S17.
+
+    python -m polgrad.train --config=experiments/policy_gradient/a3po.py --workdir=runs/a3po
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import advantages, aggregation, ratios, surrogates, weights
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+      aggregation=part(aggregation.token_mean),
+      proximal=part(ratios.interpolated),
+      weights={'behavior': part(weights.truncated_importance, cap=5.0)},
+    ),
+    rollouts={'lag': 4},
+    minibatches=4,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,37 @@
+"""A*-PO (arXiv:2505.20686): one answer a prompt, against the value of the best policy.
+
+V* = 0.5 log mean exp(R' / 0.5) over eight answers of the reference; loss = mean over rows of (beta
+log(pi / reference) - (R - V*))^2, beta = 0.001. The paper samples the reference once before
+training; here it is sampled with every batch. Few samples make V* too low, and prompts that the
+reference never solves have V* = 0.
+Confidence: CODE.
+Card: S29.
+
+    python -m polgrad.train --config=experiments/policy_gradient/a_star_po.py --workdir=runs/a_star_po
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives, optim
+from polgrad.losses import centers, implicit_rewards
+from polgrad.registry import part
+from polgrad.sampling import roles
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=1, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.log_ratio_sum),
+      center=part(centers.soft_baseline, baseline_temperature=0.5),
+      beta=1e-3,
+      scale=2 * 1e-3**2,  # residuals are in units of beta
+    ),
+    anchors={'reference': part(optim.fixed)},
+    rollouts={'baseline_role': part(roles.reference), 'baseline_samples': 8},
+    minibatches=2,
+    steps=o.steps,
+    prompts=128,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,38 @@
+"""Clip-Cov (arXiv:2505.22617): some of the tokens that sharpen the policy most are dropped.
+
+loss = token mean of -min(r A, clip(r, 0, 2) A), but 0 for selected tokens: those with 1 < (A -
+mean A) (log pi - mean log pi) < 5 that are not clipped already, of which a share of the
+minibatch's tokens (at least one) is drawn at random. To first order this covariance is what lowers
+the entropy. Ours: a share of 0.002 for 0.0002, since minibatches are small.
+
+Confidence: CODE.
+Card: 133.
+
+    python -m polgrad.train --config=experiments/policy_gradient/clip_cov.py \\
+      --workdir=runs/clip_cov
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import advantages, aggregation, keeps, selections, surrogates
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  bounds = {'eps_low': 1.0, 'eps_high': 1.0}
+  selected = part(selections.random_covariance, share=0.002, low=1.0, high=5.0, **bounds)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, **bounds),
+      aggregation=part(aggregation.token_mean),
+      weights={'unselected': part(keeps.unselected)},
+      selections={'selected': selected},
+    ),
+    minibatches=2,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

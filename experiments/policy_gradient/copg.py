@@ -1,0 +1,37 @@
+"""CoPG (arXiv:2406.19185): pairs of answers, each the other's baseline, on data of any policy.
+
+loss = -mean over pairs of (R - R') (D - D') - beta / 2 (D - D')^2, D = log(pi(y) / reference(y)):
+up to a constant beta / 2 times the squared difference of R / beta - D, and so it is written here.
+At rest pi = reference exp(R / beta) / Z. beta = 0.06, the paper's best. Ours: the pairs are
+sampled, four batches ago.
+Confidence: PAPER.
+Card: 90.
+
+    python -m polgrad.train --config=experiments/policy_gradient/copg.py --workdir=runs/copg
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives, optim
+from polgrad.losses import centers, implicit_rewards
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.log_ratio_sum),
+      center=part(centers.leave_one_out),
+      beta=0.06,
+      scale=0.06,
+      group=2,
+    ),
+    anchors={'reference': part(optim.fixed)},
+    minibatches=2,
+    rollouts={'lag': 4},
+    steps=o.steps,
+    prompts=128,
+    group=2,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,39 @@
+"""DRO-V (arXiv:2405.19107): a regression on single answers with a learned log Z.
+
+loss = mean over rows of (R - V - beta log(pi / reference))^2 / 2, minimised by policy and value
+together; the value head speaks in units of beta. At rest pi = reference exp(R / beta) / Z and V =
+beta log Z, whoever sampled: one answer a prompt is enough. beta = 0.2 here and 1 in the paper,
+whose value has a network and a learning rate of its own. Ours also: the data are samples of four
+batches ago instead of a fixed set.
+Confidence: MEMORY (practice), DERIVED (loss and fixed point).
+Card: S24.
+
+    python -m polgrad.train --config=experiments/policy_gradient/dro_v.py --workdir=runs/dro_v
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives, optim
+from polgrad.losses import centers, implicit_rewards
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=1, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.log_ratio_sum),
+      center=part(centers.value),
+      beta=0.2,
+      scale=0.2**2,
+    ),
+    anchors={'reference': part(optim.fixed)},
+    minibatches=2,
+    rollouts={'lag': 4},
+    steps=o.steps,
+    prompts=256,
+    group=o.group,
+  )
+  return arithmetic_experiment(
+    {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}
+  )

@@ -1,0 +1,36 @@
+"""Dual-clip PPO (arXiv:1912.09729): PPO whose loss is bounded for bad tokens, too.
+
+loss = token mean of max(-r A, -clip(r, 0.8, 1.2) A), and at most -3 A where A < 0, + 0.5 * clipped
+value error. The gradient of a bad token ends at r = 3. GAE and value head as in `ppo.py`; four
+minibatches in two epochs let ratios go that far. No entropy bonus.
+Confidence: CODE.
+Card: S6.
+
+    python -m polgrad.train --config=experiments/policy_gradient/dual_clip_ppo.py \\
+      --workdir=runs/dual_clip_ppo
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import advantages, aggregation, penalties, surrogates
+from polgrad.registry import part, weighted
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.generalized, discount=1.0, trace=0.95, normalizer=part(advantages.whiten)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.dual_clipped, eps_low=0.2, eps_high=0.2, cap=3.0),
+      aggregation=part(aggregation.token_mean),
+      penalties={'value': weighted(0.5, part(penalties.clipped_value_error, eps=0.2))},
+    ),
+    epochs=2,
+    minibatches=4,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment(
+    {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}
+  )

@@ -1,0 +1,41 @@
+"""EPO (arXiv:2509.22576): an entropy bonus, and a band around the entropy of earlier updates.
+
+loss = token mean of PPO - 0.001 H + 0.001 w [relu(0.8 H' - H) + relu(H - 1.2 H')], H' the mean
+entropy of all earlier updates, w = 1 - 0.2 (1 - exp(-2 p)) in the first half p of the run, 0.8
+exp(-3 p) in the second. The band of the released code is a step function without gradient
+(`penalties.entropy_band_published`); its slope is ours. Ours too: no condition on the number of
+turns, and tokens for turns.
+
+Confidence: CODE (weights, bounds), DERIVED (band).
+Card: 62.
+
+    python -m polgrad.train --config=experiments/policy_gradient/epo.py --workdir=runs/epo
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, memories, objectives, optim
+from polgrad.losses import advantages, aggregation, penalties, surrogates
+from polgrad.registry import part, weighted
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  minibatches = 2
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+      aggregation=part(aggregation.token_mean),
+      penalties={
+        'bonus': weighted(0.001, part(penalties.negative_entropy)),
+        'band': weighted(0.001, part(penalties.entropy_band, low=0.8, high=1.2)),
+      },
+      schedules={'band': part(optim.two_phase, steps=minibatches * o.steps)},
+      memories={'mean_entropy': part(memories.running_mean, metric='entropy')},
+    ),
+    minibatches=minibatches,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,39 @@
+"""Humanline GRPO (arXiv:2509.24207): clamped log-ratios, and a reference that follows.
+
+loss = token mean of -min(r A, clip(r, 0.99, 1.01) A) + 0.01 k3(pi, reference), log r = clip(log pi
+- log pi_old, -1, 1.5), A = (R - mean) / (std + 0.01) in the group. A token outside the clamp has
+no gradient, whatever its advantage. Rows are 4 rollouts old and treated as if they were fresh:
+ratio and reference are those of the policy when the rollout began. Ours: the reference is read
+once a rollout, so it lags as many updates as a rollout has, not one.
+
+Confidence: CODE.
+Card: 151.
+
+    python -m polgrad.train --config=experiments/policy_gradient/humanline.py \\
+      --workdir=runs/humanline
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives, optim
+from polgrad.losses import advantages, aggregation, penalties, ratios, surrogates
+from polgrad.registry import part, weighted
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=0, eps=0.01)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.01, eps_high=0.01),
+      ratio=part(ratios.clamped, low=-1.0, high=1.5),
+      aggregation=part(aggregation.token_mean),
+      penalties={'kl': weighted(0.01, part(penalties.k3))},
+    ),
+    anchors={'reference': part(optim.sync, every=1)},
+    rollouts={'recompute_proximal': True, 'lag': 4},
+    minibatches=4,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

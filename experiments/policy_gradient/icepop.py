@@ -1,0 +1,33 @@
+"""IcePop (arXiv:2510.18855): tokens on which sampler and trainer disagree are dropped.
+
+loss = -token mean of sg(rho 1[0.5 <= rho <= 5]) min(r A, clip(r, 0.8, 1.2) A), rho = pi_old /
+pi_behavior: outside the band a token is silenced, not truncated, and it stays in the denominator.
+The mismatch is made by age, as in `tis.py`.
+Confidence: CODE (formula), MEMORY (bounds).
+Card: S16.
+
+    python -m polgrad.train --config=experiments/policy_gradient/icepop.py --workdir=runs/icepop
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import advantages, aggregation, surrogates, weights
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+      aggregation=part(aggregation.token_mean),
+      weights={'mismatch': part(weights.masked_importance, low=0.5, high=5.0)},
+    ),
+    rollouts={'lag': 4, 'recompute_proximal': True},
+    minibatches=2,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

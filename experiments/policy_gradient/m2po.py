@@ -1,0 +1,37 @@
+"""M2PO (arXiv:2510.01161): a trust region by the second moment of the log-ratios of stale data.
+
+loss = token mean of -r A over kept tokens, divided by all of them. Of the tokens that moved with
+their advantage, those with the largest d^2 = (log r)^2 are dropped until the mean of d^2 over the
+rest is at most 0.04; all others are kept. Rows are 4 rollouts old, and r is against the policy
+that sampled. The paper's repository, AReaL and Trinity-RFT differ in the rule; this is algorithm 1
+as in Trinity-RFT.
+
+Confidence: CODE (Trinity-RFT).
+Card: 135.
+
+    python -m polgrad.train --config=experiments/policy_gradient/m2po.py --workdir=runs/m2po
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import advantages, aggregation, keeps, selections, surrogates
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.importance_weighted),
+      aggregation=part(aggregation.token_mean),
+      weights={'kept': part(keeps.selected)},
+      selections={'selected': part(selections.second_moment, limit=0.04)},
+    ),
+    rollouts={'lag': 4},
+    minibatches=2,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

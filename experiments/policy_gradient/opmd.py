@@ -1,0 +1,36 @@
+"""OPMD (arXiv:2509.24203): a step of mirror descent as a regression inside the group.
+
+At the optimum of E[R] - tau KL(pi, pi_old) the number a = R - tau log(pi / pi_old) is the same for
+all samples of a prompt, whoever drew them. loss = mean over rows of (a - group mean of a)^2 / (2
+tau^2), which is the sum over pairs of squared differences; the first step is REINFORCE with the
+group mean as baseline. tau = 1. Ours: rollouts are four batches old, and pi_old is the policy that
+sampled.
+Confidence: PAPER (derivation), CODE (tau), DERIVED (fixed point).
+Card: S22.
+
+    python -m polgrad.train --config=experiments/policy_gradient/opmd.py --workdir=runs/opmd
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives
+from polgrad.losses import centers, implicit_rewards
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.old_log_ratio_sum),
+      center=part(centers.group_mean),
+      beta=1.0,
+      scale=1.0,
+      group=o.group,
+    ),
+    minibatches=4,
+    rollouts={'lag': 4},
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

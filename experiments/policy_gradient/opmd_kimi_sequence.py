@@ -1,0 +1,36 @@
+"""Kimi k1.5 (arXiv:2501.12599): REINFORCE with a squared log-ratio of the whole answer.
+
+loss = mean over rows of (R - group mean - tau log(pi / pi_old))^2 / (2 tau): the gradient of the
+paper, (R - group mean) grad log pi - tau / 2 grad (log pi / pi_old)^2. The mean reward stands for
+tau log Z, so the policy at rest is not the tilted old one. tau = 0.1 is ours, none is published.
+Ours also: rollouts are four batches old, and pi_old is the policy that sampled.
+Confidence: PAPER (formula), DERIVED (fixed point).
+Card: S22.
+
+    python -m polgrad.train --config=experiments/policy_gradient/opmd_kimi_sequence.py \\
+      --workdir=runs/opmd_kimi_sequence
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives
+from polgrad.losses import centers, implicit_rewards
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.old_log_ratio_sum),
+      center=part(centers.reward_mean),
+      beta=0.1,
+      scale=0.1,
+      group=o.group,
+    ),
+    minibatches=4,
+    rollouts={'lag': 4},
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,35 @@
+"""OPMD with an estimated Z (arXiv:2501.12599): mirror descent towards pi_old exp(R / tau) / Z.
+
+loss = mean over rows of (R - tau log Z - tau log(pi / pi_old))^2 / (2 tau^2) with tau log Z
+estimated as tau log mean exp(R / tau) in the group, which is exact for many samples of pi_old
+itself and too low for few. tau = 1. Ours: four minibatches a rollout, and no staleness, for which
+the estimate is not made.
+Confidence: PAPER (formula), CODE (tau), DERIVED (fixed point).
+Card: S22.
+
+    python -m polgrad.train --config=experiments/policy_gradient/opmd_log_partition.py \\
+      --workdir=runs/opmd_log_partition
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives
+from polgrad.losses import centers, implicit_rewards
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.old_log_ratio_sum),
+      center=part(centers.log_partition),
+      beta=1.0,
+      scale=1.0,
+      group=o.group,
+    ),
+    minibatches=4,
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,33 @@
+"""P3O-V2 (arXiv:2310.00212): pairwise policy gradient with one clip around the log-odds of the pair.
+
+loss = -mean over pairs of min(c l, c clip(l, l_old - 0.2, l_old + 0.2)), l = log pi(y) - log
+pi(y'), c = s s' (R - R') / 2 detached, s the ratio of a whole answer. Adding a constant to the
+rewards of a prompt changes nothing. The paper has a KL penalty in the reward; ours has none. The
+score is only reported.
+Confidence: PAPER (gradient), MEMORY (clip and its bound).
+Card: 117.
+
+    python -m polgrad.train --config=experiments/policy_gradient/p3o.py --workdir=runs/p3o
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives
+from polgrad.losses import implicit_rewards, pointwise
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.pointwise,
+      score=part(implicit_rewards.old_log_ratio_sum),
+      loss=part(pointwise.paired_joint_clip, delta=0.2),
+      group=2,
+    ),
+    minibatches=4,
+    steps=o.steps,
+    prompts=128,
+    group=2,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,34 @@
+"""P3O-V1 (arXiv:2310.00212): pairwise policy gradient with a clip for each answer of the pair.
+
+loss = -mean over rows of min(dR x, dR clip(x, 0.8, 1.2)), dR the reward above the other answer's, x
+= s s', the ratios of both whole answers, the other's detached. Adding a constant to the rewards of
+a prompt changes nothing. The paper has a KL penalty in the reward; ours has none. The score is only
+reported.
+Confidence: PAPER (gradient), MEMORY (clip and its bound).
+Card: 117.
+
+    python -m polgrad.train --config=experiments/policy_gradient/p3o_separate.py \\
+      --workdir=runs/p3o_separate
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives
+from polgrad.losses import implicit_rewards, pointwise
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.pointwise,
+      score=part(implicit_rewards.old_log_ratio_sum),
+      loss=part(pointwise.paired_product_clip, eps=0.2),
+      group=2,
+    ),
+    minibatches=4,
+    steps=o.steps,
+    prompts=128,
+    group=2,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,37 @@
+"""PCL (arXiv:1702.08892): a policy and a value that agree on every sub-path of an answer.
+
+loss = token mean of C_t^2 / 2, C_t = -V_t + V_{t+d} + R 1[the path ends] - beta sum_{t <= k < t+d}
+log(pi_k / reference_k) over the next d = 3 tokens, with gradient to policy and value. At rest pi =
+reference exp(R / beta) / Z, whoever sampled, so half of the groups come from a memory. beta = 0.3:
+the policy's gradient is beta times the value's, with which it shares a network here. The paper has
+the uniform reference (entropy), longer sub-paths and a learning rate of its own for the value.
+Confidence: MEMORY (constants), DERIVED (formula).
+Card: S25.
+
+    python -m polgrad.train --config=experiments/policy_gradient/pcl.py --workdir=runs/pcl
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives, optim
+from polgrad.losses import aggregation, surrogates
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.path_consistency, beta=0.3, window=3),
+      aggregation=part(aggregation.token_mean),
+    ),
+    anchors={'reference': part(optim.fixed)},
+    learning_rate=3e-4,
+    minibatches=2,
+    rollouts={'replay': 4, 'replay_share': 0.5},
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment(
+    {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}
+  )

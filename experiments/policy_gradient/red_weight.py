@@ -1,0 +1,33 @@
+"""RED-Weight (arXiv:2509.24203): REINFORCE in which good rows weigh exponentially more.
+
+loss = -token mean of A log pi, A = w (R - sum w R / sum w) inside the group, w = exp((R - group
+mean) / T), T = 1: the paper's derivation, where weighted advantages add up to 0. The released code
+(Trinity-RFT) has A exp(A / T) with the plain mean, which also raises the likelihood of what was
+sampled: `baselines.exponential_times_advantage`. Ours: rollouts are four batches old.
+Confidence: PAPER (weights), CODE (the released variant and T).
+Card: 0.
+
+    python -m polgrad.train --config=experiments/policy_gradient/red_weight.py --workdir=runs/red_weight
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import aggregation, baselines, surrogates
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(baselines.exponential_group_mean, temperature=1.0)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.reinforce),
+      aggregation=part(aggregation.token_mean),
+    ),
+    minibatches=4,
+    rollouts={'lag': 4},
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

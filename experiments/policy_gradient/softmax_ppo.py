@@ -1,0 +1,35 @@
+"""sPPO (arXiv:2108.05828): the surrogate of softmax policies, on the tokens whose ratio is near 1.
+
+loss = -token mean of 1[1 / 1.3 <= r <= 1.3] A log r, r = pi / pi_old, A = R - group mean. log r has
+the gradient of log pi, and it is written so here; the region is symmetric in log space. Ours:
+rollouts are four batches old, and pi_old is the policy that sampled. Not to be confused with SPPO
+(`sppo`).
+Confidence: CODE (formula and bound).
+Card: S29.
+
+    python -m polgrad.train --config=experiments/policy_gradient/softmax_ppo.py \\
+      --workdir=runs/softmax_ppo
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import credit, objectives
+from polgrad.losses import advantages, aggregation, surrogates, weights
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=8, smoke=False)
+  phase = addition_phase(
+    credit=part(credit.outcome, advantage=part(advantages.group_mean)),
+    objective=part(
+      objectives.policy_gradient,
+      surrogate=part(surrogates.reinforce),
+      aggregation=part(aggregation.token_mean),
+      weights={'region': part(weights.two_sided, low=1 / 1.3, high=1.3)},
+    ),
+    minibatches=4,
+    rollouts={'lag': 4},
+    steps=o.steps,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -1,0 +1,35 @@
+"""TBRM (arXiv:2505.15311): a Bellman residual over the whole answer, with logits read as Q.
+
+loss = mean over rows of (V_1 + log(pi / reference) - R / beta)^2, V_1 = logsumexp of the logits
+that score the first token, which carry gradient: no critic, one answer a prompt. At rest pi =
+reference exp(R / beta) / Z and V_1 = log Z. beta = 0.2 here and about 0.002 in the paper.
+Confidence: PAPER (structure), DERIVED (fixed point), MEMORY (beta).
+Card: 147.
+
+    python -m polgrad.train --config=experiments/policy_gradient/tbrm.py --workdir=runs/tbrm
+"""
+
+from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
+from polgrad import objectives, optim
+from polgrad.losses import centers, distributions, implicit_rewards
+from polgrad.registry import part
+
+
+def get_config(text: str = ''):
+  o = options(text, steps=150, group=1, smoke=False)
+  phase = addition_phase(
+    objective=part(
+      objectives.regression,
+      score=part(implicit_rewards.bellman_sum),
+      center=part(centers.zero),
+      beta=0.2,
+      scale=2.0,
+      stats={'log_normalizer': part(distributions.log_normalizer)},
+    ),
+    anchors={'reference': part(optim.fixed)},
+    minibatches=2,
+    steps=o.steps,
+    prompts=256,
+    group=o.group,
+  )
+  return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)
