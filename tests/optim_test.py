@@ -58,7 +58,7 @@ def oracle_of(loss, params, bias=None):
   """All answers for a loss without noise: both halves of the batch give the whole gradient."""
   grad = jax.grad(loss)
   return optim.Oracle(
-    gradient=lambda at, probe='': {'': grad(at), 'clipping_bias': bias}[probe],
+    gradient=lambda at, probe='': {'': grad(at), 'probe/clipping_bias': bias}[probe],
     halves=lambda: (grad(params), grad(params)),
     product=lambda vector: jax.jvp(grad, (params,), (vector,))[1],
   )

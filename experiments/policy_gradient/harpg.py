@@ -4,8 +4,8 @@ d = (1 - eta) (d + v) + eta g(theta), v = H(theta_hat) (theta - theta_before), t
 point between both, eta_t = 2 / (t + 2); theta += gamma d / ||d|| (the normalised form, N-HARPG).
 Loss = mean over rows of -A prod_t r_t with the live ratio of the whole row, since it is
 differentiated twice where r = 1. Two updates, each with its own rollout, make one step. Ours: a
-batch for one trajectory, the leave-one-out baseline, and short steps: the noise of v grows with them
-and adds up in d.
+batch for one trajectory, the leave-one-out baseline, and short steps: the noise of v grows with
+them and adds up in d.
 
 Confidence: PAPER (updates), MEMORY (schedules).
 Card: 105.

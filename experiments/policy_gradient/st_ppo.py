@@ -31,7 +31,7 @@ def get_config(text: str = ''):
       aggregation=part(aggregation.sequence_mean),
       probes={'clipping_bias': part(surrogates.clipped_away, **bounds)},
     ),
-    optimizer=part(optim.bias_scaled, optimizer=adamw, probe='probe/clipping_bias', max_scale=10.0),
+    optimizer=part(optim.bias_scaled, optimizer=adamw, max_scale=10.0),
     minibatches=4,
     steps=o.steps,
     group=o.group,

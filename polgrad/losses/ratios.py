@@ -32,6 +32,18 @@ def kept(ratio: Array, advantages: Array, low: Array | float, high: Array | floa
   return ((advantages >= 0) & (ratio <= high)) | ((advantages <= 0) & (ratio >= low))
 
 
+def soft_gate(ratio: Array, advantages: Array, tau_positive: float, tau_negative: float) -> Array:
+  """(4 / tau) sigmoid(tau (r - 1)), tau by the sign of A: SAPO's gate, of slope 1 at r = 1.
+
+  Raises:
+    ValueError: a steepness that is not positive.
+  """
+  if tau_positive <= 0 or tau_negative <= 0:
+    raise ValueError(f'tau must be positive, got {tau_positive} and {tau_negative}')
+  tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(ratio.dtype)
+  return 4 / tau * jax.nn.sigmoid(tau * (ratio - 1))
+
+
 def within(ratio: Array, low: float, high: float) -> Array:
   """low <= r <= high, bool[...]."""
   return (ratio >= low) & (ratio <= high)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses.paths import path_consistency
-from polgrad.losses.ratios import bounded, kept
+from polgrad.losses.ratios import bounded, kept, soft_gate
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -210,7 +210,8 @@ def soft_gated(
   """-(4 / tau) sigmoid(tau (r - 1)) A: SAPO (arXiv:2511.20347).
 
   The gradient has the weight 4 p (1 - p) r A with p = sigmoid(tau (r - 1)): a trust region without
-  an edge. It is A at r = 1, and tau -> 0 gives that of `importance_weighted`.
+  an edge. It is A at r = 1, and tau -> 0 gives that of `importance_weighted`. Code that detaches the
+  gate has another algorithm: `reinforce` with `weights.soft_gate`.
 
   Args:
     log_ratio: [..., T], nats.
@@ -225,10 +226,7 @@ def soft_gated(
     ValueError: a steepness that is not positive.
   """
   chex.assert_equal_shape([log_ratio, advantages])
-  if tau_positive <= 0 or tau_negative <= 0:
-    raise ValueError(f'tau must be positive, got {tau_positive} and {tau_negative}')
-  tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(log_ratio.dtype)
-  return -4 / tau * jax.nn.sigmoid(tau * (jnp.exp(log_ratio) - 1)) * advantages
+  return -soft_gate(jnp.exp(log_ratio), advantages, tau_positive, tau_negative) * advantages
 
 
 def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> Array:

@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import ratios
 from polgrad.losses.keeps import (
   geometric_band,
   near_or_positive,
@@ -240,7 +241,37 @@ def _tapered(ratio: Array, rewards: Array, positive: tuple, negative: tuple, thr
   return jnp.where(good, jnp.clip(ratio, *positive), jnp.clip(ratio, *negative))
 
 
+def soft_gate(
+  log_ratio: Array,
+  advantages: Array,
+  *,
+  tau_positive: float = 1.0,
+  tau_negative: float = 1.05,
+) -> Array:
+  """sg((4 / tau) sigmoid(tau (r - 1))): the gate of SAPO (arXiv:2511.20347) as a constant.
+
+  With `reinforce` the weight is gate A, with the gate live (`surrogates.soft_gated`) its slope times
+  r A; on-policy they differ by the factor 2 / tau.
+
+  Args:
+    log_ratio: [..., T], nats.
+    advantages: [..., T]; only the sign is read.
+    tau_positive: steepness where A > 0.
+    tau_negative: steepness elsewhere.
+
+  Returns:
+    [..., T].
+
+  Raises:
+    ValueError: a steepness that is not positive.
+  """
+  chex.assert_equal_shape([log_ratio, advantages])
+  ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
+  return ratios.soft_gate(ratio, advantages, tau_positive, tau_negative)
+
+
 TABLE = table(
+  soft_gate,
   truncated_importance,
   masked_importance,
   truncated_sequence_importance,

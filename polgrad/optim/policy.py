@@ -182,7 +182,7 @@ def signal_to_noise(
 
 
 def bias_scaled(
-  *, optimizer: StandardPart, probe: str = 'clipping_bias', max_scale: float = 10.0
+  *, optimizer: StandardPart, probe: str = 'probe/clipping_bias', max_scale: float = 10.0
 ) -> optax.GradientTransformation:
   """Steps divided by the norm of the clipping bias C, within [1 / max_scale, 1] (ST-PPO).
 

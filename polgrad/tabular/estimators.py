@@ -6,7 +6,7 @@ what comes out is its gradient on each, its mean and its variance: no Monte Carl
 critic, no optimizer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
   anchors: Mapping[str, Array]
   values: np.ndarray
   features: Mapping[str, np.ndarray] = {}
-  staleness: int = 0
+  staleness: float = 0.0
   demonstration: int = -1
 
 
@@ -54,8 +54,8 @@ class Distribution(NamedTuple):
   variance: float  # the trace of its covariance
 
 
-def gradient_distribution(
-  setting: Setting,
+def gradient_distributions(
+  settings: Sequence[Setting],
   credit: Estimator,
   objective: Objective,
   *,
@@ -63,23 +63,27 @@ def gradient_distribution(
   stats: Mapping[str, Any] = {},
   credit_state: Any = None,
   chunk: int = 4096,
-) -> Distribution:
+) -> list[Distribution]:
   """Mean and variance of the ascent direction -grad loss over all groups of `group` samples.
 
-  An objective that compares pairs gets the group as pairs. `stats` are the collector's statistics of
-  the policy when the batch is used.
+  An objective that compares pairs gets the group as pairs. Where a method draws random numbers, each
+  group has its own. The settings differ in their arrays only, so that one program serves all.
+
+  Args:
+    stats: the collector's statistics of the policy when the batch is used.
+    credit_state: of a credit with memory; by default its first one.
   """
-  samples = np.indices((len(setting.rewards),) * group).reshape(group, -1).T
-  log_p = np.asarray(jnp.sum(tabular.logp(setting.policy, setting.behavior), axis=1))
-  probability = np.exp(log_p[samples].sum(axis=1))
+  first = settings[0]
+  samples = np.indices((len(first.rewards),) * group).reshape(group, -1).T
   pad = -len(samples) % chunk
   rows = np.concatenate([samples, np.zeros((pad, group), samples.dtype)])
-  weight = np.concatenate([probability, np.zeros(pad)])
   state = credit.init() if credit_state is None else credit_state
   numbers = np.arange(len(rows), dtype=np.uint32)
 
   @jax.jit
-  def moments(rows, weight, numbers):
+  def moments(arrays, rows, weight, numbers):
+    setting = first._replace(**arrays)
+
     def one(sample, number):
       loss = lambda params: rollout_loss(
         setting, credit, objective, params, sample, stats, state, jax.random.key(number)
@@ -89,12 +93,21 @@ def gradient_distribution(
     gradients = jax.vmap(one)(rows, numbers)
     return weight @ gradients, weight @ jnp.sum(jnp.square(gradients), axis=1)
 
-  mean, square = 0.0, 0.0
-  for start in range(0, len(rows), chunk):
-    piece = slice(start, start + chunk)
-    one, two = moments(rows[piece], weight[piece], numbers[piece])
-    mean, square = mean + np.asarray(one), square + float(two)
-  return Distribution(mean=mean, variance=max(square - float(mean @ mean), 0.0))
+  def distribution(setting: Setting) -> Distribution:
+    log_p = np.asarray(jnp.sum(tabular.logp(setting.policy, setting.behavior), axis=1))
+    weight = np.concatenate([np.exp(log_p[samples].sum(axis=1)), np.zeros(pad)])
+    arrays = {name: getattr(setting, name) for name in ARRAYS}
+    mean, square = 0.0, 0.0
+    for start in range(0, len(rows), chunk):
+      piece = slice(start, start + chunk)
+      one, two = moments(arrays, rows[piece], weight[piece], numbers[piece])
+      mean, square = mean + np.asarray(one), square + float(two)
+    return Distribution(mean=mean, variance=max(square - float(mean @ mean), 0.0))
+
+  return [distribution(setting) for setting in settings]
+
+
+ARRAYS = ('rewards', 'params', 'behavior', 'anchors', 'values', 'features', 'staleness')
 
 
 def rollout_loss(
@@ -123,7 +136,7 @@ def rollout_loss(
     'behavior_logp': jnp.where(sampled[:, None], behavior, 0.0),
     'proximal_logp': tabular.logp(policy, anchors.get('proximal', setting.behavior))[sample],
     'old_values': jnp.asarray(setting.values)[sample],
-    'staleness': jnp.full(size, float(setting.staleness)),
+    'staleness': jnp.full(size, setting.staleness),
     'uniform': jax.random.uniform(key, (size,)),
     **{f'{k}_logp': tabular.logp(policy, v)[sample] for k, v in anchors.items()},
     **_statistics(setting, stats, jax.lax.stop_gradient(params), sample),

@@ -193,6 +193,15 @@ ORACLES = {
     dict(cap=1.1, floor=0.6),
     lambda a: -np.clip(np.exp(a.log_ratio), 0.6, 1.1) * a.advantages * a.logp,
   ),
+  weights.soft_gate: (
+    dict(tau_positive=2.0, tau_negative=3.0),
+    lambda a: by_token(
+      lambda b, t: (
+        (4 / (tau := 2 if a.advantages[b, t] > 0 else 3))
+        / (1 + np.exp(-tau * (np.exp(a.log_ratio[b, t]) - 1)))
+      )
+    ),
+  ),
   surrogates.soft_gated: (
     dict(tau_positive=2.0, tau_negative=3.0),
     lambda a: by_token(
