@@ -16,6 +16,7 @@ from polgrad import credit, objectives
 from polgrad.losses import (
   advantages,
   aggregation,
+  centers,
   divergences,
   implicit_rewards,
   links,
@@ -116,6 +117,45 @@ def gspo(*, eps_low: float = 3e-4, eps_high: float = 4e-4) -> Method:
     aggregation=aggregation.sequence_mean,
   )
   return Method(credit.outcome(advantage=advantages.group_normalized), objective)
+
+
+def cispo(*, cap: float = 5.0) -> Method:
+  """CISPO: no token dropped, its weight cut at the ratio `cap` (arXiv:2506.13585)."""
+  objective = objectives.policy_gradient(
+    surrogate=functools.partial(surrogates.truncated, cap=cap), aggregation=aggregation.token_mean
+  )
+  return Method(credit.outcome(advantage=advantages.group_normalized), objective)
+
+
+def gmpo(*, eps: float = 0.4) -> Method:
+  """GMPO: the geometric mean of clipped token ratios (arXiv:2507.20673)."""
+  objective = objectives.policy_gradient(
+    surrogate=surrogates.importance_weighted,
+    ratio=functools.partial(ratios.sequence_geometric_clipped, eps=eps),
+    aggregation=aggregation.sequence_mean,
+  )
+  return Method(credit.outcome(advantage=advantages.group_normalized), objective)
+
+
+def sapo(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Method:
+  """SAPO: a soft gate in the place of the clip (arXiv:2511.20347)."""
+  gate = functools.partial(
+    surrogates.soft_gated, tau_positive=tau_positive, tau_negative=tau_negative
+  )
+  objective = objectives.policy_gradient(surrogate=gate, aggregation=aggregation.sequence_mean)
+  return Method(credit.outcome(advantage=advantages.group_normalized), objective)
+
+
+def tba(*, beta: float = 0.1, group: int = 8) -> Method:
+  """TBA: trajectory balance with log Z from the group, on anybody's samples (arXiv:2503.18929)."""
+  objective = objectives.regression(
+    score=implicit_rewards.log_ratio_sum,
+    center=centers.group_mean_detached,
+    beta=beta,
+    scale=2.0,
+    group=group,
+  )
+  return Method(credit.nothing(), objective)
 
 
 def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:

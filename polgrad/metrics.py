@@ -77,6 +77,9 @@ REPORTED = (
   'entropy',
   'kl',
   'sampler_kl',
+  'effective_sample_size',
+  'kept_positive',
+  'kept_negative',
   'length',
   'grad_norm',
 )

@@ -37,12 +37,30 @@ ALIASES = {
   'experiments.policy_gradient.dr_grpo': methods.dr_grpo(length=5),
   'experiments.policy_gradient.dapo': methods.dapo(),
   'experiments.policy_gradient.gspo': methods.gspo(),
+  'experiments.policy_gradient.cispo': methods.cispo(),
+  'experiments.policy_gradient.gmpo': methods.gmpo(),
+  'experiments.policy_gradient.sapo': methods.sapo(),
+  'experiments.policy_gradient.tba': methods.tba(),
   'experiments.preference.dpo': methods.dpo(),
   'experiments.preference.ipo': methods.ipo(),
   'experiments.preference.simpo': methods.simpo(),
   'experiments.preference.slic': methods.slic(),
   'experiments.preference.online_dpo': methods.online_dpo(),
   'experiments.distillation.on_policy': methods.on_policy_distillation(),
+}
+
+
+# What every run that samples reports of how far it is off its policy.
+OFF_POLICY = {
+  *(
+    'effective_sample_size',
+    'ratio_q01',
+    'ratio_q50',
+    'ratio_q99',
+    'sampler_kl',
+    'sampler_max_gap',
+  ),
+  'staleness',
 }
 
 
@@ -95,7 +113,11 @@ def _value_and_grad(objective: Objective, batch):
 @EACH
 def test_trains_two_smoke_steps(name, tmp_path, monkeypatch):
   monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)  # drawing takes as long as a step
-  trains(load(name), tmp_path)
+  for row in trains(load(name), tmp_path):
+    if 'reward' in row:
+      found = {key.split('/')[-1] for key in row}  # of a stream, in a weighted sum
+      assert found >= OFF_POLICY
+      assert 0 < row.get('effective_sample_size', 1) <= 1 + 1e-6
 
 
 @pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='needs the folder of SmolLM2')

@@ -89,6 +89,10 @@ def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
   return arrays | {k: v for k, v in rows.items() if v is not None} | {'mask': mask}
 
 
+RESERVED = {
+  *(Batch.__dataclass_fields__.keys() | Outputs.__dataclass_fields__.keys()),
+  *('log_ratio', 'turn_ids', 'first_value', 'step', 'noise'),
+}
 ALWAYS = {'logp', 'mask', 'turn_ids', 'group_ids', 'tokens', 'step', 'noise'}
 MADE_OF = {'first_value': 'values'}
 
@@ -118,6 +122,16 @@ def check_names(slot: str, given: Iterable[str], known: Iterable[str]) -> None:
   unknown = sorted(set(given) - set(known))
   if unknown:
     raise ValueError(f'{slot} names {unknown}; there are {sorted(known)}')
+
+
+def check_distinct(**slots: Iterable[str]) -> None:
+  """Refuses a name that two slots give to an array, or that another array has already."""
+  owners = {name: 'the batch' for name in RESERVED}
+  for slot, names in slots.items():
+    for name in names:
+      if name in owners:
+        raise ValueError(f'{slot}.{name}: the name is taken by {owners[name]}')
+      owners[name] = slot
 
 
 def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:

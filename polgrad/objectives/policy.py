@@ -21,6 +21,7 @@ from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
   WHOLE,
   Objective,
+  check_distinct,
   check_names,
   check_weighted,
   of_logits,
@@ -78,6 +79,7 @@ def policy_gradient(
   if 'policy' in penalties:
     raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
   of_vocabulary = {k: p.fn for k, p in penalties.items() if of_logits(p.fn)}
+  check_distinct(stats=stats, selections=selections, memories=memories, penalties=of_vocabulary)
 
   def arrays(outputs, batch: Batch, state: Any, step) -> dict[str, Array]:
     x = view(outputs, batch)
