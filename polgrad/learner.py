@@ -172,8 +172,11 @@ def make_update(
       return gradient(state, params, batch, probe)[1]
 
     def halves() -> tuple[Params, Params]:
-      parts = split(batch, 2, objective.group)
-      pieces = [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(2)]
+      # Samples of a prompt lie together, so halves share no prompt and are independent.
+      middle = len(batch.tokens) // 2
+      pieces = [
+        jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(middle), slice(middle, None))
+      ]
       return tuple(gradient(state, moving, piece)[1] for piece in pieces)
 
     def product(vector: Params) -> Params:
