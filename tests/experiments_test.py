@@ -111,13 +111,13 @@ def _value_and_grad(objective: Objective, batch):
 
 
 @EACH
-def test_trains_two_smoke_steps(name, tmp_path, monkeypatch):
+def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler):
   monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)  # drawing takes as long as a step
   for row in trains(load(name), tmp_path):
     if 'reward' in row:
       found = {key.split('/')[-1] for key in row}  # of a stream, in a weighted sum
       assert found >= OFF_POLICY
-      assert 0 < row.get('effective_sample_size', 1) <= 1 + 1e-6
+      assert 0 <= row.get('effective_sample_size', 1) <= 1 + 1e-6  # 0 if all pairs were ties
 
 
 @pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='needs the folder of SmolLM2')
