@@ -7,9 +7,9 @@ return -dloss/dlogp (or a dict, if the loss also moves values, entropy or statis
 import numpy as np
 import pytest
 
-from tests.policy_gradient import harness, oracles_a, oracles_b, oracles_c
+from tests.policy_gradient import harness, oracles_off_policy, oracles_standard, oracles_structured
 
-MODULES = (oracles_a, oracles_b, oracles_c)
+MODULES = (oracles_standard, oracles_off_policy, oracles_structured)
 ORACLES = {k: f for m in MODULES for k, f in m.ORACLES.items()}
 FIX_A = [(k, *row) for m in MODULES for k, rows in m.FIX_A.items() for row in rows]
 

@@ -1,4 +1,4 @@
-"""What the experiments of `oracles_c` are in their limits, and where their papers say they lead.
+"""What the experiments of `oracles_structured` are in their limits, and where papers say they lead.
 
 Bandits have ten rows in exactly the frequencies of the policy, so means over rows are expectations.
 """
@@ -12,7 +12,7 @@ from polgrad import credit, optim
 from polgrad.losses import divergences
 from polgrad.registry import bind
 from polgrad.types import Batch, Mean, Outputs
-from tests.policy_gradient import harness, oracles_c
+from tests.policy_gradient import harness, oracles_structured
 from tests.policy_gradient.harness import ppo, ratio_of, sequence_mean, sequence_sum, token_mean
 
 INF = float('inf')
@@ -141,7 +141,7 @@ def test_larger_selections_are_the_tokens_of_the_papers_rule(name, selection, kn
   overrides = {f'selections__{selection}__{k}': v for k, v in knobs.items()}
   objective = harness.objective_of(name, **overrides)
   x = harness.random_arrays(objective, seed=1)
-  oracle = oracles_c.ORACLES[name]
+  oracle = oracles_structured.ORACLES[name]
   assert np.sum(oracle(x, **knobs) != oracle(x)) > 2
   _, weight = harness.loss_and_weight(objective, x)
   np.testing.assert_allclose(weight['logp'], oracle(x, **knobs), atol=1e-12)

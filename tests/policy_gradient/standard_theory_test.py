@@ -11,7 +11,7 @@ from polgrad import credit
 from polgrad.losses import advantages, baselines, distributions
 from polgrad.registry import bind, part
 from tests.policy_gradient import harness
-from tests.policy_gradient.oracles_a import INF, ORACLES
+from tests.policy_gradient.oracles_standard import INF, ORACLES
 
 RATES = ('reference_logp', 'behavior_logp', 'proximal_logp')
 
