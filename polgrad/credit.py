@@ -15,7 +15,7 @@ from polgrad.losses import centers, generators, returns
 from polgrad.losses import costs as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
-from polgrad.registry import Weighted, call, inputs, table
+from polgrad.registry import call, check_weighted, inputs, table
 from polgrad.types import Array
 
 Arrays = dict[str, Array]
@@ -57,9 +57,7 @@ def outcome(
   k1 = proximal_logp - reference_logp: a KL penalty in the reward has the gradient of
   KL(policy, reference) (arXiv:2402.14740). `costs` are other functions of sum_t k1_t.
   """
-  for name, cost in costs.items():
-    if not isinstance(cost, Weighted):
-      raise TypeError(f'costs.{name}: give it a coefficient, as in weighted(0.1, part(...))')
+  check_weighted('costs', costs)
 
   def apply(x, state):
     x = dict(x)
@@ -299,11 +297,11 @@ def divergence_reward(
     log_z = centers.log_partition(target - sampled, _valid_groups(x))
     log_t = jnp.sum(x['proximal_logp'], axis=1) - target + log_z
     pseudo = jnp.where(x['valid'], -derivative(log_t), 0.0)
-    return moving_apply(x | {'rewards': pseudo}, state)
+    return baseline.apply(x | {'rewards': pseudo}, state)
 
-  moving_apply, init = moving_baseline(decay=decay).apply, moving_baseline(decay=decay).init
+  baseline = moving_baseline(decay=decay)
   requires = frozenset({'reference_logp', 'proximal_logp', 'behavior_logp'})
-  return Estimator(apply=apply, requires=requires, init=init)
+  return Estimator(apply=apply, requires=requires, init=baseline.init)
 
 
 def _valid_groups(x: Arrays) -> Array:

@@ -20,13 +20,11 @@ class Memory(NamedTuple):
     init: () -> state, a pytree of arrays.
     value: state -> what slots read.
     advance: (state, metrics of one update) -> state.
-    requires: optional fields that its metrics are made of.
   """
 
   init: Callable[[], Any]
   value: Callable[[Any], Array]
   advance: Callable[[Any, Mapping[str, Metric]], Any]
-  requires: frozenset[str] = frozenset()
 
 
 def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> Memory:

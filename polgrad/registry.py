@@ -122,6 +122,17 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
   return result if weight is None else Weighted(weight, result)
 
 
+def check_weighted(slot: str, parts: Mapping[str, Any]) -> None:
+  """Refuses a part without a coefficient where a slot sums several.
+
+  Raises:
+    TypeError: names the part.
+  """
+  for name, one in parts.items():
+    if not isinstance(one, Weighted):
+      raise TypeError(f'{slot}.{name}: give it a coefficient, as in weighted(0.1, part(...))')
+
+
 @functools.lru_cache(maxsize=4096)
 def inputs(fn: Callable) -> tuple[str, ...]:
   """The names of the arrays that `fn` reads: its positional parameters."""

@@ -73,11 +73,16 @@ MEANINGS = {
     objectives.regression(
       score=implicit_rewards.old_log_ratio_sum, center=center, beta=0.5, group=2
     )
-    for center in (centers.reward_mean, objectives.rows.centers.group_mean)
+    for center in (centers.reward_mean, centers.group_mean)
   ),
   'TOPR: ratio of the row or of the token': tuple(
-    policy(surrogates.reinforce, aggregation.sequence_sum, weights={'taper': taper})
-    for taper in (weights.tapered_sequence, weights.tapered_token)
+    policy(
+      surrogates.reinforce,
+      aggregation.sequence_sum,
+      ratio=level,
+      weights={'taper': weights.tapered},
+    )
+    for level in (ratios.sequence_product, ratios.token)
   ),
 }
 

@@ -10,7 +10,7 @@ Card: 64.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import advantages, aggregation, surrogates, weights
+from polgrad.losses import advantages, aggregation, ratios, surrogates, weights
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 
@@ -22,10 +22,11 @@ def get_config(text: str = ''):
     objective=part(
       objectives.policy_gradient,
       surrogate=part(surrogates.reinforce),
+      ratio=part(ratios.token),
       aggregation=part(aggregation.token_mean),
       weights={
         'taper': part(
-          weights.tapered_token,
+          weights.tapered,
           positive_low=1.0,
           positive_high=1.0,
           negative_low=0.0,

@@ -12,7 +12,7 @@ Card: S28.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import advantages, aggregation, surrogates, weights
+from polgrad.losses import advantages, aggregation, ratios, surrogates, weights
 from polgrad.registry import part
 
 
@@ -23,6 +23,7 @@ def get_config(text: str = ''):
     objective=part(
       objectives.policy_gradient,
       surrogate=part(surrogates.reinforce),
+      ratio=part(ratios.sequence_product),
       aggregation=part(aggregation.token_mean),
       weights={
         'gamma': part(

@@ -21,8 +21,7 @@ from polgrad.data import batching
 from polgrad.learner import make_annotate, make_update
 from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
-from polgrad.objectives import TABLE, Objective, policy_gradient
-from polgrad.registry import bind, part
+from polgrad.objectives import Objective, policy_gradient
 from polgrad.sharding import to_host
 from polgrad.types import Batch, Rollout, TrainState
 
@@ -101,9 +100,8 @@ def avoidance(*, eps: float) -> Objective:
 
   This is PPO with all advantages -1; the limit eps = inf is mean(r), as in ROS (arXiv:2111.14552).
   """
-  surrogate = part(surrogates.clipped, eps_low=eps, eps_high=eps)
-  spec = part(policy_gradient, surrogate=surrogate, aggregation=part(aggregation.token_mean))
-  return bind(spec, TABLE)
+  surrogate = functools.partial(surrogates.clipped, eps_low=eps, eps_high=eps)
+  return policy_gradient(surrogate=surrogate, aggregation=aggregation.token_mean)
 
 
 def start(

@@ -265,4 +265,3 @@ TABLE = table(
 Part = Annotated[Callable, TABLE]
 
 TOKEN_BASELINES = table(optimal_token_baseline)
-TokenBaselinePart = Annotated[Callable, TOKEN_BASELINES]

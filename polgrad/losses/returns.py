@@ -232,7 +232,6 @@ def _scan_backwards(step: Callable, carry, *arrays: Array):
 TABLE = table(reward_to_go, gae)
 Part = Annotated[Callable, TABLE]
 
+# For data of another policy.
 TARGETS = table(vtrace_targets, retrace_targets)
-TargetPart = Annotated[Callable, TARGETS]
 CORRECTED = table(vtrace_advantages)
-CorrectedPart = Annotated[Callable, CORRECTED]

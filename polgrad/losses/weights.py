@@ -115,11 +115,9 @@ def masked_sequence_importance(
   return jnp.broadcast_to(jnp.where(within(ratio, low, high), ratio, 0), mask.shape)
 
 
-def tapered_sequence(
-  logp: Array,
-  proximal_logp: Array,
+def tapered(
+  log_ratio: Array,
   rewards: Array,
-  mask: Array,
   *,
   positive_low: float = 1.0,
   positive_high: float = 1.0,
@@ -127,17 +125,16 @@ def tapered_sequence(
   negative_high: float = 1.0,
   threshold: float = 0.0,
 ) -> Array:
-  """sg(clip(prod_t r_t, low, high)), bounds by the sign of the reward: TOPR (arXiv:2503.14286).
+  """sg(clip(r, low, high)), bounds by the sign of the reward: TOPR (arXiv:2503.14286).
 
-  By default good rows have the weight 1, as in supervised learning, and bad ones min(prod r, 1): the
-  less likely a bad row has become, the less it is pushed down. Bounds of (0, inf) on both sides are
-  importance sampling, bounds of (1, 1) plain REINFORCE.
+  By default good rows have the weight 1, as in supervised learning, and bad ones min(r, 1): the less
+  likely a bad row has become, the less it is pushed down. Bounds of (0, inf) on both sides are
+  importance sampling, bounds of (1, 1) plain REINFORCE. The paper's ratio is that of the row
+  (`ratios.sequence_product`); that of tokens is another algorithm, which Trinity-RFT has.
 
   Args:
-    logp: [B, T], nats; detached here.
-    proximal_logp: [B, T], nats.
+    log_ratio: [B, T], nats; detached here.
     rewards: f32[B].
-    mask: bool[B, T].
     positive_low: the least weight where the reward exceeds `threshold`.
     positive_high: the largest weight there.
     negative_low: the least weight elsewhere.
@@ -145,100 +142,47 @@ def tapered_sequence(
     threshold: the largest reward of a bad row.
 
   Returns:
-    [B, T], one value per row.
+    [B, T].
   """
-  ratio = jnp.broadcast_to(_row_ratio(logp, proximal_logp, mask), mask.shape)
-  positive, negative = (positive_low, positive_high), (negative_low, negative_high)
-  return _tapered(ratio, rewards, positive, negative, threshold)
-
-
-def tapered_token(
-  logp: Array,
-  proximal_logp: Array,
-  rewards: Array,
-  mask: Array,
-  *,
-  positive_low: float = 1.0,
-  positive_high: float = 1.0,
-  negative_low: float = 0.0,
-  negative_high: float = 1.0,
-  threshold: float = 0.0,
-) -> Array:
-  """`tapered_sequence` with the ratio of each token: another algorithm than TOPR (arXiv:2503.14286).
-
-  Args:
-    logp: [B, T], nats; detached here.
-    proximal_logp: [B, T], nats.
-    rewards: f32[B].
-    mask: bool[B, T].
-    positive_low: the least weight where the reward exceeds `threshold`.
-    positive_high: the largest weight there.
-    negative_low: the least weight elsewhere.
-    negative_high: the largest weight elsewhere.
-    threshold: the largest reward of a bad row.
-
-  Returns:
-    [B, T]; 1, clipped, where `mask` is False.
-  """
-  chex.assert_equal_shape([logp, proximal_logp, mask])
-  ratio = _ratio(jnp.where(mask, logp, 0), jnp.where(mask, proximal_logp, 0))
-  positive, negative = (positive_low, positive_high), (negative_low, negative_high)
-  return _tapered(ratio, rewards, positive, negative, threshold)
+  chex.assert_rank(log_ratio, 2)
+  chex.assert_shape(rewards, log_ratio.shape[:1])
+  ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
+  good = (rewards > threshold)[:, None]
+  positive = jnp.clip(ratio, positive_low, positive_high)
+  return jnp.where(good, positive, jnp.clip(ratio, negative_low, negative_high))
 
 
 def gamma_shaped(
-  logp: Array,
-  proximal_logp: Array,
+  log_ratio: Array,
   advantages: Array,
-  mask: Array,
   *,
   power_positive: float = 2.0,
   rate_positive: float = 3.0,
   power_negative: float = 3.0,
   rate_negative: float = 2.0,
 ) -> Array:
-  """sg(W^k exp(rate (1 - W))), W = prod_t r_t, (k, rate) by the sign of A: VESPO (arXiv:2602.10693).
+  """sg(r^k exp(rate (1 - r))), (k, rate) by the sign of A: VESPO (arXiv:2602.10693).
 
-  The weight is 1 on-policy, has its maximum at W = k / rate, and decays on both sides: rows that
-  the policy has left in either direction fade out.
+  The weight is 1 on-policy, has its maximum at r = k / rate, and decays on both sides: what the
+  policy has left in either direction fades out. The paper's ratio is that of the row
+  (`ratios.sequence_product`).
 
   Args:
-    logp: [..., T], nats; detached here.
-    proximal_logp: [..., T], nats.
-    advantages: [..., T].
-    mask: bool[..., T].
+    log_ratio: [..., T], nats; detached here.
+    advantages: [..., T]; only the sign is read.
     power_positive: k where A >= 0.
     rate_positive: decay where A >= 0.
     power_negative: k where A < 0.
     rate_negative: decay where A < 0.
 
   Returns:
-    [..., T], one value per row and sign.
+    [..., T].
   """
-  chex.assert_equal_shape([logp, proximal_logp, advantages, mask])
-  total = row_sum(jax.lax.stop_gradient(logp - proximal_logp), mask)
-  log_ratio = jnp.broadcast_to(bounded(total), mask.shape)
-  good = jnp.where(mask, advantages, 0) >= 0
-  power = jnp.where(good, power_positive, power_negative)
-  rate = jnp.where(good, rate_positive, rate_negative)
-  return jnp.exp(power * log_ratio - rate * jnp.expm1(log_ratio)).astype(logp.dtype)
-
-
-def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
-  chex.assert_equal_shape([proximal_logp, behavior_logp])
-  return jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
-
-
-def _row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
-  """The detached ratio of the row: [..., 1]."""
-  chex.assert_equal_shape([logp, old_logp, mask])
-  return jnp.exp(bounded(row_sum(jax.lax.stop_gradient(logp - old_logp), mask)))
-
-
-def _tapered(ratio: Array, rewards: Array, positive: tuple, negative: tuple, threshold: float):
-  chex.assert_shape(rewards, ratio.shape[:1])
-  good = (rewards > threshold)[:, None]
-  return jnp.where(good, jnp.clip(ratio, *positive), jnp.clip(ratio, *negative))
+  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio = jax.lax.stop_gradient(log_ratio)
+  power = jnp.where(advantages >= 0, power_positive, power_negative)
+  rate = jnp.where(advantages >= 0, rate_positive, rate_negative)
+  return jnp.exp(power * log_ratio - rate * jnp.expm1(log_ratio)).astype(log_ratio.dtype)
 
 
 def soft_gate(
@@ -270,15 +214,25 @@ def soft_gate(
   return ratios.soft_gate(ratio, advantages, tau_positive, tau_negative)
 
 
+def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
+  chex.assert_equal_shape([proximal_logp, behavior_logp])
+  return jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
+
+
+def _row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
+  """The detached ratio of the row: [..., 1]."""
+  chex.assert_equal_shape([logp, old_logp, mask])
+  return jnp.exp(bounded(row_sum(jax.lax.stop_gradient(logp - old_logp), mask)))
+
+
 TABLE = table(
-  soft_gate,
   truncated_importance,
   masked_importance,
   truncated_sequence_importance,
   masked_sequence_importance,
-  tapered_sequence,
-  tapered_token,
+  tapered,
   gamma_shaped,
+  soft_gate,
   geometric_band,
   one_sided,
   two_sided,

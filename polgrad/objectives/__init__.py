@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from polgrad import optim
-from polgrad.objectives.base import Objective, check_names, check_weighted, view
+from polgrad.objectives.base import Objective, check_names, view
 from polgrad.objectives.likelihood import distillation, supervised
 from polgrad.objectives.policy import policy_gradient
 from polgrad.objectives.rows import pairwise, pointwise, regression
-from polgrad.registry import table
+from polgrad.registry import check_weighted, table
 from polgrad.types import Batch, Outputs
 
 FAMILIES = table(policy_gradient, pairwise, pointwise, regression, distillation, supervised)

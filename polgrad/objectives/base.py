@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import aggregation
-from polgrad.registry import Weighted, call, inputs
+from polgrad.registry import call, inputs
 from polgrad.types import Array, Batch, Effective, Max, Mean, Metric, Outputs, Quantile
 
 Terms = dict[str, Mean]
@@ -110,12 +110,6 @@ def reads(functions: Iterable[Callable], *, made: Iterable[str] = ()) -> frozens
 def of_logits(fn: Callable) -> bool:
   """Whether a function must run inside the pass over the vocabulary."""
   return bool({'logits', 'hidden'} & set(inputs(fn)))
-
-
-def check_weighted(slot: str, parts: Mapping[str, Any]) -> None:
-  for name, one in parts.items():
-    if not isinstance(one, Weighted):
-      raise TypeError(f'{slot}.{name}: give it a coefficient, as in weighted(0.1, part(...))')
 
 
 def check_names(slot: str, given: Iterable[str], known: Iterable[str]) -> None:

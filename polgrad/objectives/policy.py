@@ -23,7 +23,6 @@ from polgrad.objectives.base import (
   Objective,
   check_distinct,
   check_names,
-  check_weighted,
   of_logits,
   off_policy_metrics,
   reads,
@@ -31,7 +30,7 @@ from polgrad.objectives.base import (
   view,
   weigh,
 )
-from polgrad.registry import call, either, inputs
+from polgrad.registry import call, check_weighted, either, inputs
 from polgrad.types import Array, Batch
 
 PenaltyPart = Annotated[Callable, either(penalties.TABLE, divergences.TABLE)]
@@ -150,8 +149,7 @@ def policy_gradient(
   if 'proximal_logp' not in inputs(proximal):
     made.add('proximal_logp')
   return Objective(
-    requires=reads(functions, made=made)
-    | frozenset().union(*(one.requires for one in memories.values())),
+    requires=reads(functions, made=made),
     apply=apply,
     init=lambda: {name: one.init() for name, one in memories.items()},
     advance=lambda state, metrics: {

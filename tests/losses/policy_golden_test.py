@@ -106,7 +106,7 @@ def negative_aware(a):
 
 
 def gamma_shaped(a):
-  ratio = tiled(row_ratio(a.logp, a.proximal_logp))
+  ratio = np.exp(a.log_ratio)
   k, rate = np.where(a.advantages >= 0, 1.5, 2.5), np.where(a.advantages >= 0, 2.0, 0.5)
   return np.exp(rate) * ratio**k * np.exp(-rate * ratio)
 
@@ -281,11 +281,7 @@ ORACLES = {
       a.advantages >= 0, 1, tiled(geometric(a.proximal_logp, a.logp)) <= np.exp(0.1)
     ),
   ),
-  weights.tapered_sequence: (
-    TAPER,
-    lambda a: tapered(a, tiled(row_ratio(a.logp, a.proximal_logp))),
-  ),
-  weights.tapered_token: (TAPER, lambda a: tapered(a, np.exp(a.logp - a.proximal_logp))),
+  weights.tapered: (TAPER, lambda a: tapered(a, np.exp(a.log_ratio))),
   weights.gamma_shaped: (
     dict(power_positive=1.5, rate_positive=2.0, power_negative=2.5, rate_negative=0.5),
     gamma_shaped,

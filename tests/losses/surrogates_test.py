@@ -360,9 +360,8 @@ def test_equal_policies_have_weight_exactly_one():
     weights.truncated_sequence_importance(logp, logp, mask),
     weights.masked_sequence_importance(logp, logp, mask),
     weights.geometric_band(logp, logp, mask),
-    weights.tapered_sequence(logp, logp, -jnp.ones(1), mask),
-    weights.tapered_token(logp, logp, -jnp.ones(1), mask),
-    weights.gamma_shaped(logp, logp, -mask.astype(float), mask),
+    weights.tapered(logp - logp, -jnp.ones(1)),
+    weights.gamma_shaped(logp - logp, -mask.astype(float)),
   ):
     np.testing.assert_array_equal(got, jnp.ones((1, 3)))
 
@@ -425,9 +424,8 @@ def test_of_rows_that_the_policy_has_left_only_the_good_ones_teach():
 
 def test_vespo_weights_peak_at_power_over_rate():
   total = jnp.linspace(-3.0, 3.0, 601)[:, None]
-  zeros, mask = jnp.zeros_like(total), jnp.ones_like(total, bool)
   for sign, peak in ((1.0, 2 / 3), (-1.0, 1.5)):
-    weight = weights.gamma_shaped(total, zeros, sign * jnp.ones_like(total), mask)[:, 0]
+    weight = weights.gamma_shaped(total, sign * jnp.ones_like(total))[:, 0]
     np.testing.assert_allclose(jnp.exp(total[jnp.argmax(weight), 0]), peak, rtol=0.01)
     assert weight[-1] < 1e-3 and weight[0] < 0.1
 
@@ -439,8 +437,9 @@ def test_bounds_of_topr_reach_importance_sampling_and_plain_reinforce(bounds, su
   low, high = map(float, bounds)
   knobs = dict(positive_low=low, positive_high=high, negative_low=low, negative_high=high)
   ratio = jnp.exp(logp - old) if surrogate == 'importance' else jnp.ones((2, 1))
-  for taper in (weights.tapered_sequence, weights.tapered_token):
-    np.testing.assert_allclose(taper(logp, old, rewards, mask, **knobs), ratio, rtol=1e-6)
+  for level in (ratios.sequence_product, ratios.token):
+    weight = weights.tapered(level(logp - old, mask), rewards, **knobs)
+    np.testing.assert_allclose(weight, ratio, rtol=1e-6)
 
 
 @pytest.mark.parametrize(('negative_low', 'gaps'), [(1.0, (148.8, 1498.8)), (0.0, (5.67, 8.00))])
@@ -451,7 +450,8 @@ def test_bad_data_drives_the_policy_away_for_ever_unless_it_is_tapered(negative_
 
   def loss(logits):
     logp = jax.nn.log_softmax(logits)[:, None]
-    weight = weights.tapered_sequence(logp, old, rewards, mask, negative_low=negative_low)
+    log_ratio = ratios.sequence_product(logp - old, mask)
+    weight = weights.tapered(log_ratio, rewards, negative_low=negative_low)
     return aggregation.sequence_sum(
       weight * surrogates.reinforce(logp, rewards[:, None]), mask
     ).value()

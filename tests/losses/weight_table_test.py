@@ -55,8 +55,9 @@ def asynchronous_ppo(lp):
   return mean(weight * surrogates.clipped(ratio(lp, proximal), A))
 
 
-def topr(lp, weight, reduce):
-  return mean(weight(lp, OLD, REWARDS, MASK) * surrogates.reinforce(lp, A), reduce)
+def topr(lp, level, reduce):
+  weight = weights.tapered(ratio(lp, level=level), REWARDS)
+  return mean(weight * surrogates.reinforce(lp, A), reduce)
 
 
 def gmpo(lp):
@@ -160,11 +161,11 @@ METHODS = {
   ),
   'GMPO': (gmpo, (-0.314778, [0.184195, 0, 0.184195], [0, -0.118904, 0])),
   'TOPR': (
-    lambda lp: topr(lp, weights.tapered_sequence, aggregation.sequence_sum),
+    lambda lp: topr(lp, ratios.sequence_product, aggregation.sequence_sum),
     (1.111103, [0.5, 0.5, 0.5], [-0.204683, -0.204683, 0]),
   ),
   'TOPR with token ratios': (
-    lambda lp: topr(lp, weights.tapered_token, aggregation.token_mean),
+    lambda lp: topr(lp, ratios.token, aggregation.token_mean),
     (0.437543, [0.2, 0.2, 0.2], [-0.060653, -0.1, 0]),
   ),
   'REC-OneSide-NoIS': (

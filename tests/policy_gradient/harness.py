@@ -73,8 +73,7 @@ def random_arrays(objective: Objective, *, group: int = 4, seed: int = 0) -> dic
     'score_fisher': rng.uniform(0, 0.5, size=shape),
     'hidden_norm': rng.uniform(0, 2000, size=shape),
   }
-  names = [name for name in objective.stats]
-  x |= {name: rng.uniform(0.1, 1.0, size=shape) for name in names}
+  x |= {name: rng.uniform(0.1, 1.0, size=shape) for name in objective.stats}
   return {
     k: np.where(mask, v, 0.0) if k != 'mask' and np.shape(v) == shape else v for k, v in x.items()
   }
