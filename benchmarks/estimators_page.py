@@ -1,0 +1,189 @@
+"""docs/estimators.md, .json and .png from the numbers of the estimator report.
+
+`rows` are points by experiment and staleness; a point has angle, strength, noise and progress.
+"""
+
+import collections
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+
+from benchmarks import tiny_world as world
+from benchmarks.tiny_world import STALENESS
+
+DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+Rows = dict[str, dict[str, tuple]]
+
+
+def unbiased(points: dict, staleness: int) -> bool:
+  """Whether the expected gradient has exactly the stated direction (a common factor is allowed)."""
+  return points[str(staleness)].angle < 1e-4
+
+
+CLASSES = {
+  'exact on-policy and stale': lambda p: unbiased(p, 0) and unbiased(p, max(STALENESS)),
+  'exact on-policy': lambda p: unbiased(p, 0),
+  'nearly exact on-policy (under 5 degrees)': lambda p: p['0'].angle < 5,
+  'biased by design': lambda p: True,
+}
+
+
+def grouped(rows: Rows) -> dict[str, list[str]]:
+  """Names by the first class they belong to, the best progress on-policy first."""
+  found = {title: [] for title in CLASSES}
+  for name in sorted(rows, key=lambda n: -rows[n]['0'].progress):
+    title = next(t for t, belongs in CLASSES.items() if belongs(rows[name]))
+    found[title].append(name)
+  return found
+
+
+PAGE = """# What the estimators do: exact bias and noise of every policy-gradient experiment
+
+Made by `python -m benchmarks.estimators`; nothing here is sampled.
+
+The policy is a free table over {sequences} sequences of one to three tokens (three tokens, one of them
+the stop token), the reward is 0 or 1, and {group} samples are drawn. Credit and objective of each
+experiment get all {groups} groups with their probabilities, so that the mean and the covariance of the
+gradient are exact. The policy comes from {steps} exact gradient steps (mean reward {before:.2f} to
+{after:.2f}); at staleness s the samples are those of the policy s steps earlier (KL to the present
+policy {kls}).
+
+* **angle**: degrees between the expected gradient and that of the objective that the method states
+  (E[R], with its KL, entropy or chi-square term where it has one). 0 is unbiased up to a factor, 90
+  is useless, beyond 90 climbs down.
+* **noise**: standard deviation of the gradient over the length of its mean. Averaging n batches
+  divides it by sqrt(n); it does nothing to the angle.
+* **progress**: E[g] . u / sqrt(E|g|^2) with u the true direction: the share of a step's length that
+  climbs. It weighs bias against noise at this sample budget; 1 would be the exact gradient.
+
+![progress by method and staleness](estimators.png)
+
+## What to read from it
+
+{reading}
+
+Three things explain most of it.
+
+* **What is divided by sampled lengths is biased**: a mean over each sequence's tokens (`grpo`, `gspo`,
+  `gmpo`, `sapo`) most, a mean over all tokens of the batch (`dapo`, `tis`, ...) a little, a constant
+  or a sum not at all.
+* **A ratio corrects staleness and pays in noise; a clip does not correct it.** PPO's one-sided clip
+  silences tokens that have already moved the way of their advantage. After enough steps in the
+  right direction those are the tokens that carry the signal, and the mean of the rest can point
+  backwards: a clip says "stop", it is no estimate for stale data. Sequence bounds as narrow as
+  GSPO's say so after one step. Corrections that keep the token (`tis`, `cispo`, `icepop`,
+  `decoupled_ppo`, `a3po`) or weigh the sequence (`mis`, `harpg`, `topr`) stay close.
+* **Regressions** (`opmd`, `copg`, `tba`, `dro_v`, `a_star_po`) **are unbiased on-policy.** On stale
+  samples they leave the gradient, though their residual still pulls to the same optimum. In
+  `tbrm` the value moves too, so it never follows the gradient of the policy alone.
+
+## All numbers
+
+Critics are at rest (exact values of the sampling policy), moving baselines too; greedy baselines are
+exact, those of the reference have many samples. Methods with an optimizer of their own show the
+gradient that it gets. Left out: {left_out}.
+
+{tables}
+"""
+
+
+def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
+  groups = grouped(rows)
+  header = '| method | ' + ' | '.join(f'angle, noise, progress at {s}' for s in STALENESS) + ' |'
+  tables = []
+  for title, names in groups.items():
+    tables += [f'### {title.capitalize()}', '', header, '|---' * (len(STALENESS) + 1) + '|']
+    for name in names:
+      cells = [f'{_degrees(p.angle)}, {p.noise:.2f}, {p.progress:.2f}' for p in rows[name].values()]
+      tables.append(f'| `{name}` | ' + ' | '.join(cells) + ' |')
+    tables.append('')
+  policies = world.trajectory()
+  now = world.probabilities(policies[-1])
+  kls = [
+    np.sum(p * np.log(p / now))
+    for s in STALENESS
+    for p in [world.probabilities(policies[len(policies) - 1 - s])]
+  ]
+  text = PAGE.format(
+    sequences=len(world.POLICY.tokens),
+    group=group,
+    groups=len(world.POLICY.tokens) ** group,
+    steps=max(STALENESS),
+    before=world.probabilities(policies[0]) @ world.REWARDS,
+    after=now @ world.REWARDS,
+    kls=', '.join(f'{kl:.4f} at {s}' for s, kl in zip(STALENESS, kls) if s),
+    reading=reading(rows, groups),
+    left_out='; '.join(f'`{k}` ({v})' for k, v in left_out.items()),
+    tables='\n'.join(tables).rstrip(),
+  )
+  (DOCS / 'estimators.md').write_text(text)
+  numbers = {n: {s: p._asdict() for s, p in own.items()} for n, own in rows.items()}
+  (DOCS / 'estimators.json').write_text(json.dumps(numbers, indent=1) + '\n')
+
+
+def _degrees(angle: float) -> str:
+  return '0' if angle < 1e-4 else f'{angle:.1f}'
+
+
+def reading(rows: Rows, groups: dict[str, list[str]]) -> str:
+  """The findings, from the numbers."""
+  last = str(max(STALENESS))
+  listed = lambda names: ', '.join(f'`{n}`' for n in names) or 'none'
+  broken = sorted((n for n in rows if rows[n][last].angle > 60), key=lambda n: -rows[n][last].angle)
+  steady = [n for n in rows if rows[n][last].angle < 15 and rows[n][last].progress > 0.3]
+  quiet = sorted(rows, key=lambda n: rows[n]['0'].noise)[:5]
+  best = sorted(rows, key=lambda n: -rows[n][last].progress)[:8]
+  lines = {
+    f'Unbiased on-policy, and still at staleness {last}': groups['exact on-policy and stale'],
+    'Unbiased on-policy only': groups['exact on-policy'],
+    f'Further than 60 degrees off at staleness {last}': broken,
+    f'Within 15 degrees and above progress 0.3 at staleness {last}': sorted(steady),
+    'The least noise on-policy': quiet,
+    f'The most progress at staleness {last}': best,
+  }
+  return '\n'.join(f'* {title}: {listed(names)}.' for title, names in lines.items())
+
+
+def draw(rows: Rows) -> None:
+  """Left: progress of every method at every staleness. Right: angle against noise."""
+  names = sorted(rows, key=lambda n: -rows[n]['0'].progress)
+  progress = np.array([[p.progress for p in rows[n].values()] for n in names])
+  figure, (left, *right) = plt.subplots(
+    1, 3, figsize=(17, 0.16 * len(names) + 1.5), layout='constrained', width_ratios=(1, 1.3, 1.3)
+  )
+  image = left.imshow(progress, aspect='auto', cmap='RdYlGn', vmin=-0.6, vmax=0.6)
+  left.set_yticks(range(len(names)), names, fontsize=7)
+  left.set_xticks(range(len(STALENESS)), STALENESS)
+  left.set_xlabel('staleness, gradient steps')
+  left.set_title('progress of a step')
+  figure.colorbar(image, ax=left, location='bottom', shrink=0.8)
+  for axis, staleness in zip(right, (0, max(STALENESS))):
+    points = np.array([rows[n][str(staleness)][:3:2] for n in names])
+    axis.scatter(points[:, 0], points[:, 1], s=14, c=progress[:, 0], cmap='viridis')
+    together = collections.defaultdict(list)
+    for name, (angle, noise) in zip(names, points):
+      place = round(60 * angle / points[:, 0].max()), round(25 * np.log(noise))
+      together[place].append((name, angle, noise))
+    for near in together.values():
+      label = ', '.join(name for name, _, _ in near[:2])
+      label += f' + {len(near) - 2}' if len(near) > 2 else ''
+      axis.annotate(label, near[0][1:], fontsize=7, xytext=(3, 3), textcoords='offset points')
+    axis.axvline(90, color='gray', lw=0.7, ls=':')
+    axis.set_xlim(-0.05 * points[:, 0].max(), 1.2 * points[:, 0].max())
+    axis.set_yscale('log')
+    axis.set_yticks((1, 1.5, 2, 3, 4, 6), ('1', '1.5', '2', '3', '4', '6'), minor=False)
+    axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.set_ylim(0.95 * points[:, 1].min(), 1.05 * points[:, 1].max())
+    axis.set_xlabel('angle to the stated gradient, degrees')
+    axis.set_ylabel('noise: standard deviation / mean')
+    axis.set_title(f'staleness {staleness}')
+    axis.grid(alpha=0.3)
+  figure.savefig(DOCS / 'estimators.png', dpi=110)
+  plt.close(figure)
