@@ -14,16 +14,13 @@ import importlib
 import json
 import pathlib
 import time
-import types
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad import build, evaluate, sharding, train
-from polgrad.collect import minibatches
+from polgrad import build, evaluate, train
 from polgrad.types import Params
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,12 +34,22 @@ def load(name: str, seed: int, steps: int, prompts: int):
     f'steps={steps}'
   )
   config.seed = seed
-  config.checkpoint_every = config.evaluation.every = 0
+  config.samples_every = config.checkpoint_every = config.evaluation.every = 0
   for phase in config.phases.values():
     if 'prompts' in phase.collect:  # the same rows for all, however they are grouped
       rows = phase.collect.group * phase.collect.prompts
       phase.collect.prompts = phase.collect.prompts * prompts * 8 // rows
   return config
+
+
+class Recorder:
+  """Keeps the metrics of a phase in the place of a `metrics.Writer`."""
+
+  def __init__(self):
+    self.rows = []
+
+  def write(self, step: int, phase: str, values: dict) -> None:
+    self.rows.append(values)
 
 
 @functools.cache
@@ -54,62 +61,38 @@ def warm(seed: int) -> Params:
   experiment = build.build(config)
   with jax.set_mesh(experiment.mesh):
     state = train.begin(experiment, 0, None)
-    return jax.tree.map(np.asarray, train.run_phase(experiment, state, None, None).params)
+    return train.run_phase(experiment, state, None, None).params
 
 
-def learn(name: str, seeds: Sequence[int], steps: int, prompts: int) -> Iterator[dict]:
-  """Trains one method from the checkpoint of each seed; what to write down of it.
-
-  This is the phase of `polgrad.train`, but the seeds share its compiled functions.
-  """
-  config = load(name, seeds[0], steps, prompts)
+def learn(name: str, seed: int, steps: int, prompts: int) -> dict:
+  """Trains one method from the checkpoint of a seed; what to write down of it."""
+  checkpoint = warm(seed)
+  config = load(name, seed, steps, prompts)
   last = config.order[-1]
   config.phases = {last: config.phases[last]}
   config.order = (last,)
-  config.evaluation.every = 1  # to have an evaluator
   experiment = build.build(config)
-  phase = experiment.phases[last]
-  context = types.SimpleNamespace(**train.context(experiment, phase, 0)._asdict())
+  started = time.perf_counter()
   with jax.set_mesh(experiment.mesh):
-    first = train.begin(experiment, 0, None)
-    collect = phase.collect.make(context)
-    update = train.jit_update(experiment, phase, first)
+    fresh = train.begin(experiment, 0, None)
+    # A value head is not in the checkpoint. Updates take the arrays over, so the checkpoint is copied.
+    params = {**fresh.params, **jax.tree.map(jnp.copy, checkpoint)}
+    state = train.begin(experiment, 0, fresh.replace(params=params))
     measure = evaluate.make_evaluator(experiment)
     accuracy = lambda state: measure(state.params)[0]['evaluation/greedy']
-    # A value head is not in the checkpoint and begins fresh; updates take their state over.
-    fresh = jax.tree.map(np.asarray, first.params)
-    for seed in seeds:
-      started = time.perf_counter()
-      context.seed = seed
-      params = sharding.replicate(experiment.mesh, {**fresh, **warm(seed)})
-      state = train.begin(experiment, 0, first.replace(params=params, step=jnp.int32(0)))
-      before, rewards, skipped = accuracy(state), [], 0
-      for step in range(steps):
-        draw = train.Drawer(phase, seed, int(state.cursor))
-        collected = collect(state, draw, step)
-        cuts = minibatches(
-          collected.batch,
-          epochs=phase.epochs,
-          parts=phase.minibatches,
-          group=phase.objective.group,
-          seed=(seed, step),
-        )
-        for cut in cuts:
-          state, report = update(state, sharding.place_batch(experiment.mesh, cut))
-          skipped += int(report['skipped'] > 0)
-        state = train.advance(experiment.mesh, state, collected, draw.cursor)
-        rewards.append(collected.metrics.get('reward', float('nan')))
-      yield {
-        'method': name,
-        'seed': seed,
-        'steps': steps,
-        'rows': phase.collect.rows,
-        'before': before,
-        'after': accuracy(state),
-        'reward': [round(float(r), 3) for r in rewards],
-        'skipped': skipped,
-        'seconds': round(time.perf_counter() - started, 1),
-      }
+    before, recorder = accuracy(state), Recorder()
+    state = train.run_phase(experiment, state, None, recorder)
+  return {
+    'method': name,
+    'seed': seed,
+    'steps': steps,
+    'rows': experiment.phases[last].collect.rows,
+    'before': before,
+    'after': accuracy(state),
+    'reward': [round(row['reward'], 3) for row in recorder.rows if 'reward' in row],
+    'skipped': sum(row['skipped'] for row in recorder.rows),
+    'seconds': round(time.perf_counter() - started, 1),
+  }
 
 
 def done() -> set[tuple[str, int]]:
@@ -132,8 +115,10 @@ def main() -> None:
     parser.error(f'unknown {unknown}; valid: {NAMES}')
   index, count = map(int, arguments.share.split('/'))
   for name in [] if arguments.table else (arguments.methods or NAMES)[index::count]:
-    seeds = [seed for seed in range(arguments.seeds) if (name, seed) not in done()]
-    for row in learn(name, seeds, arguments.steps, arguments.prompts) if seeds else ():
+    for seed in range(arguments.seeds):
+      if (name, seed) in done():
+        continue
+      row = learn(name, seed, arguments.steps, arguments.prompts)
       with RESULTS.open('a') as f:
         f.write(json.dumps(row) + '\n')
       print({k: v for k, v in row.items() if k != 'reward'}, flush=True)

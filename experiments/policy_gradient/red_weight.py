@@ -3,7 +3,8 @@
 loss = -token mean of A log pi, A = w (R - sum w R / sum w) inside the group, w = exp((R - group
 mean) / T), T = 1: the paper's derivation, where weighted advantages add up to 0. The released code
 (Trinity-RFT) has A exp(A / T) with the plain mean, which also raises the likelihood of what was
-sampled: `baselines.exponential_times_advantage`. Ours: rollouts are four batches old.
+sampled: `baselines.exponential_times_advantage`. Ours: rollouts are four batches old, and the rate is
+3e-5: nothing bounds a step, and at 1e-4 accuracy fell from 0.43 to 0.18 in 24 batches.
 Confidence: PAPER (weights), CODE (the released variant and T).
 Card: 0.
 
@@ -25,6 +26,7 @@ def get_config(text: str = ''):
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
     ),
+    learning_rate=3e-5,
     minibatches=4,
     rollouts={'lag': 4},
     steps=o.steps,
