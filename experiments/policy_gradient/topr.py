@@ -3,7 +3,8 @@
 loss = -mean over rows of w R log pi(y), R = 1 or -1, without a baseline; w = 1 if R > 0, else
 min(pi(y) / pi_old(y), 1), the ratio of the whole answer: the less likely a bad answer has become,
 the less it is pushed down. Ours: rollouts are four batches old, and pi_old is the policy that
-sampled.
+sampled, and the rate is 2e-5: without a baseline most rows are pushed down, and at 1e-4 accuracy
+fell from 0.43 to 0.22 in 24 batches.
 Confidence: PAPER (formula and bounds).
 Card: 64.
 
@@ -41,6 +42,7 @@ def get_config(text: str = ''):
       'exact': weighted(2.0, part(verifiers.exact_match)),
       'offset': weighted(-1.0, part(verifiers.regex_format, pattern='.*')),
     },
+    learning_rate=2e-5,
     minibatches=4,
     rollouts={'lag': 4},
     steps=o.steps,

@@ -1,7 +1,8 @@
 """TOPR with token ratios (arXiv:2503.14286): the variant of Trinity-RFT, another algorithm.
 
 loss = -token mean of w R log pi, R = 1 or -1; w = 1 if R > 0, else min(pi / pi_old, 1) of the token
-alone. Ours: rollouts are four batches old, and pi_old is the policy that sampled.
+alone. Ours: rollouts are four batches old, and pi_old is the policy that sampled. The rate is
+2e-5; at 1e-4 accuracy fell from 0.43 to 0.00 in 24 batches.
 Confidence: CODE (formula and bounds).
 Card: 64.
 
@@ -39,6 +40,7 @@ def get_config(text: str = ''):
       'exact': weighted(2.0, part(verifiers.exact_match)),
       'offset': weighted(-1.0, part(verifiers.regex_format, pattern='.*')),
     },
+    learning_rate=2e-5,
     minibatches=4,
     rollouts={'lag': 4},
     steps=o.steps,

@@ -152,7 +152,7 @@ def dro_v(x):
 
 
 def tbrm(x):
-  error = first_of(x['log_normalizer'], x) + moved(x, 'reference_logp') - x['rewards'] / 0.2
+  error = first_of(x['log_normalizer'], x) + moved(x, 'reference_logp') - x['rewards'] / 0.02
   return {'logp': by_row(-2 * error, x), 'log_normalizer': at_first(-2 * error, x)}
 
 
