@@ -19,6 +19,7 @@ from polgrad.models import Part as ModelPart
 from polgrad.models.policy import Policy
 from polgrad.registry import bind, table
 from polgrad.rewards import scoring, verifiers
+from polgrad.types import Layout
 
 
 class Phase(NamedTuple):
@@ -38,6 +39,12 @@ class Phase(NamedTuple):
   anchors: Mapping[str, Callable]
   frozen: Mapping[str, Policy]
   restart: bool
+  layout: Layout
+
+  @property
+  def group(self) -> int:
+    """Rows that stay together in every cut of a batch."""
+    return max(self.objective.group, self.layout.shared, 1)
 
 
 def phase(
@@ -59,6 +66,7 @@ def phase(
   anchors: Mapping[str, optim.AnchorPart] = {},
   frozen: Mapping[str, ModelPart] = {},
   restart: bool = False,
+  share_prompts: bool = False,
 ) -> Phase:
   """Describes a phase.
 
@@ -72,6 +80,8 @@ def phase(
       begins as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
     frozen: models of their own for some of the anchors, such as a larger teacher.
     restart: re-initialise the policy when the phase begins, after its anchors were copied.
+    share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
+      groups then stay whole in minibatches, which must divide accordingly.
   """
   return Phase(
     steps=steps,
@@ -90,6 +100,7 @@ def phase(
     anchors=anchors,
     frozen=frozen,
     restart=restart,
+    layout=Layout(collect.prompt_length, collect.group if share_prompts else 1),
   )
 
 
@@ -258,10 +269,14 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
   _check_length(f'{path}.collect', collector.length, run.policy)
   shares = sharding.batch_shares(run.mesh)
-  group = max(phase.objective.group, 1)
-  if collector.rows % group or (collector.group % group and collector.group != 1):
+  if phase.layout.shared > 1 and not phase.layout.prompt_length:
     raise ValueError(
-      f'{path}.collect: groups of {collector.group} rows, but the objective compares {group}'
+      f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have'
+    )
+  compared, group = max(phase.objective.group, 1), phase.group
+  if collector.rows % compared or (collector.group % compared and collector.group != 1):
+    raise ValueError(
+      f'{path}.collect: groups of {collector.group} rows, but the objective compares {compared}'
     )
   piece = phase.minibatches * phase.micro_batches * shares
   if collector.rows % (piece * group):

@@ -14,7 +14,7 @@ from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
 from polgrad.optim import Oracle
-from polgrad.types import Array, Batch, Mean, Metric, Outputs, Params, TrainState
+from polgrad.types import PLAIN, Array, Batch, Layout, Mean, Metric, Outputs, Params, TrainState
 
 
 def forward(
@@ -27,6 +27,7 @@ def forward(
   stats: Mapping[str, Callable] = {},
   temperature: float = 1.0,
   teacher: tuple[Policy, Params] | None = None,
+  layout: Layout = PLAIN,
 ) -> Outputs:
   """Log-probs of the tokens, and only what else is asked for.
 
@@ -35,8 +36,19 @@ def forward(
     stats: further functions of (logits, tokens, teacher_logits), by name.
     temperature: divides all logits, as it did when the tokens were sampled.
     teacher: a second model whose logits a stat reads; no gradient reaches it.
+    layout: what need not be computed; what the model says of prompts is then 0.
   """
-  hidden = policy.hidden(params, tokens, segment_ids)
+  start = max(layout.prompt_length - 1, 0)
+
+  def states(policy: Policy, params: Params) -> Array:
+    if layout.shared == 1:
+      return policy.hidden(params, tokens, segment_ids)[:, start:]
+    return policy.completions(
+      params, tokens, segment_ids, prompt_length=layout.prompt_length, group=layout.shared
+    )
+
+  whole = lambda x: jnp.pad(x, ((0, 0), (start, 0)))
+  hidden = states(policy, params)
   wanted = {'logp': logp, **stats}
   if 'entropy' in fields:
     wanted['entropy'] = entropy
@@ -44,21 +56,24 @@ def forward(
   if teacher is not None:
     other, other_params = teacher[0], jax.lax.stop_gradient(teacher[1])
     of_teacher = {
-      'teacher_hidden': other.hidden(other_params, tokens, segment_ids),
+      'teacher_hidden': states(other, other_params),
       'teacher_unembed': lambda h: other.unembed(other_params, h),
     }
   out = token_stats(
     hidden,
-    tokens,
+    tokens[:, start:],
     lambda h: policy.unembed(params, h),
     stats=wanted,
     temperature=temperature,
     **of_teacher,
   )
+  if 'values' in fields:
+    out['values'] = previous(policy.value(params, hidden))
+  out = {name: whole(x) for name, x in out.items()}
   return Outputs(
     logp=out['logp'],
     entropy=out.get('entropy'),
-    values=previous(policy.value(params, hidden)) if 'values' in fields else None,
+    values=out.get('values'),
     stats={name: out[name] for name in stats},
   )
 
@@ -86,6 +101,7 @@ def make_update(
   micro_batches: int = 1,
   anchors: Mapping[str, Callable] = {},
   frozen: Mapping[str, Policy] = {},
+  layout: Layout = PLAIN,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on one minibatch: (state, batch) -> (state, metrics); jit it.
 
@@ -100,6 +116,7 @@ def make_update(
   fields = (objective.requires & {'values'}) | {'entropy'}
   teacher = frozen.get('teacher', policy) if 'teacher_logits' in objective.requires else None
   optimizer = optax.with_extra_args_support(optimizer)
+  group = max(objective.group, layout.shared)  # rows that stay together when a batch is cut
 
   def outputs_of(state: TrainState, moving: Params, batch: Batch) -> Outputs:
     return forward(
@@ -111,6 +128,7 @@ def make_update(
       stats=objective.stats,
       temperature=temperature,
       teacher=teacher and (teacher, parameter_sets(state, frozen)['teacher']),
+      layout=layout,
     )
 
   def terms_of(state: TrainState, outputs: Outputs, batch: Batch):
@@ -140,9 +158,9 @@ def make_update(
     """The batch with what compares its tokens, before it is cut."""
     if micro_batches == 1 or objective.select is None:
       return batch
-    parts = split(batch, micro_batches, objective.group)
+    parts = split(batch, micro_batches, group)
     outputs = jax.lax.map(lambda part: outputs_of(state, moving, part), parts)
-    outputs = join(outputs, objective.group)
+    outputs = join(outputs, group)
     found = objective.select(outputs, batch, state.objective_state, step=state.update)
     return batch.replace(features=batch.features | found)
 
@@ -152,7 +170,7 @@ def make_update(
     if micro_batches == 1:
       return grad_fn(moving, batch, {})
     counts = counts_of(state, batch)
-    parts = split(batch, micro_batches, objective.group)
+    parts = split(batch, micro_batches, group)
 
     def accumulate(carry, part):
       (loss, aux), grads = grad_fn(moving, part, counts)
@@ -228,15 +246,18 @@ def make_annotate(
   temperature: float,
   micro_batches: int,
   stats: Mapping[str, Callable] = {},
+  layout: Layout = PLAIN,
 ) -> Callable[[Params, Array, Array], Outputs]:
   """(params, tokens, segment_ids) -> Outputs without a gradient; jit it."""
 
   def annotate(params: Params, tokens: Array, segment_ids: Array) -> Outputs:
-    one = lambda x: forward(policy, params, *x, fields=fields, stats=stats, temperature=temperature)
+    one = lambda x: forward(
+      policy, params, *x, fields=fields, stats=stats, temperature=temperature, layout=layout
+    )
     if micro_batches == 1:
       return one((tokens, segment_ids))
-    parts = split((tokens, segment_ids), micro_batches, 1)
-    return join(jax.lax.map(one, parts), 1)
+    parts = split((tokens, segment_ids), micro_batches, layout.shared)
+    return join(jax.lax.map(one, parts), layout.shared)
 
   return annotate
 

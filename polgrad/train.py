@@ -192,7 +192,7 @@ def run_phase(
       collected.batch,
       epochs=phase.epochs,
       parts=phase.minibatches,
-      group=phase.objective.group,
+      group=phase.group,
       seed=(used.seed, step),
     )
     reports = []
@@ -239,6 +239,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     score=phase.score,
     frozen=phase.frozen,
     micro_batches=phase.micro_batches,
+    layout=phase.layout,
   )
 
 
@@ -252,6 +253,7 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
     micro_batches=phase.micro_batches,
     anchors=phase.anchors,
     frozen=phase.frozen,
+    layout=phase.layout,
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))

@@ -10,7 +10,7 @@ padding and tool output are False, and so is the first token of every segment.
 `segment_ids` says which tokens see each other: 0 is padding, 1, 2, ... are documents packed into
 one row. Padding may lie on either side. An absent field is `None`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,21 @@ class Prompts:
   mask: Array  # bool[N, Tp], False on padding
   ids: Array  # i32[N], row in the data set
   records: tuple = struct.field(pytree_node=False, default=())  # host data, for the rewards
+
+
+class Layout(NamedTuple):
+  """What all rows of a batch have in common, so that less of it needs to be computed.
+
+  Attributes:
+    prompt_length: the first columns hold prompts alone; nothing in them is scored.
+    shared: so many rows in a line have the same prompt, which is forwarded once for all of them.
+  """
+
+  prompt_length: int = 0
+  shared: int = 1
+
+
+PLAIN = Layout()  # nothing in common
 
 
 @struct.dataclass(kw_only=True)

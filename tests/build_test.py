@@ -57,6 +57,18 @@ CASES = {
     ValueError,
     ['config.phases.rl.objective.surrogate', 'epsilon', 'eps_high', 'eps_low'],
   ),
+  'nothing to share': (
+    dpo,
+    [('phases.preference.share_prompts', True)],
+    ValueError,
+    ['config.phases.preference', 'share_prompts', 'rollouts'],
+  ),
+  'shared groups that minibatches cut': (
+    grpo,
+    [('phases.rl.share_prompts', True), ('phases.rl.minibatches', 8)],
+    ValueError,
+    ['config.phases.rl', '8 minibatches', 'groups of 4'],
+  ),
   'penalty without a coefficient': (
     grpo,
     [('phases.rl.objective.penalties.kl', part(penalties.k3))],

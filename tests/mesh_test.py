@@ -25,9 +25,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-def step(data: int, fsdp: int, tensor: int, batch=None):
+def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share: bool = False):
   """One rollout of eight prompts (unless a batch is given) and one large SGD step on it."""
   made = config()
+  made.phases.rl.collect.slots = slots
+  made.phases.rl.share_prompts = share
   made.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
   made.phases.rl.collect.prompts = 8
   made.phases.rl.optimizer = part(optim.sgd, learning_rate=1.0)
@@ -60,6 +62,20 @@ def test_every_mesh_gives_the_one_device_result(one_device, shape):
   np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
   np.testing.assert_allclose(same.advantages, batch.advantages, atol=1e-5)
   assert report['grad_norm'] > 0.01
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), moved, params)
+  for name in report:
+    np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 2, 4)], ids=str)
+def test_slots_and_shared_prompts_give_the_plain_result(one_device, shape):
+  batch, params, report = one_device
+  same, moved, told = step(*shape, slots=4, share=True)
+  np.testing.assert_array_equal(same.tokens, batch.tokens)
+  np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
+  np.testing.assert_allclose(
+    same.reference_logp[same.mask], batch.reference_logp[batch.mask], atol=1e-5
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), moved, params)
   for name in report:
     np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)

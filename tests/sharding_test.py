@@ -78,6 +78,18 @@ def test_statistics_gradients_and_samples_are_those_of_one_device(shape):
   np.testing.assert_allclose(rollout.behavior_logp, expected_rollout.behavior_logp, atol=1e-5)
 
 
+@pytest.mark.parametrize('shape', [(2, 2, 2), (8, 1, 1)], ids=str)
+def test_every_share_of_a_mesh_refills_its_own_slots(shape):
+  mesh = sharding.make_mesh(**dict(zip(('data', 'fsdp', 'tensor'), shape)))
+  params = host_params()
+  params = sharding.place(params, sharding.param_shardings(mesh, POLICY.axes(params), params))
+  rollout, (_, _, expected) = sample(params, mesh=mesh, slots=8), one_device()
+  np.testing.assert_array_equal(rollout.tokens, expected.tokens)
+  np.testing.assert_allclose(rollout.behavior_logp, expected.behavior_logp, atol=1e-5)
+  with pytest.raises(ValueError, match='a multiple of the 4 shares of a batch, got 6'):
+    sample(params, mesh=sharding.make_mesh(data=4), slots=6)
+
+
 def test_parameters_and_batches_are_really_cut():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   params = host_params()

@@ -14,7 +14,7 @@ from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.rewards.scoring import Scores
 from polgrad.sharding import to_host
-from polgrad.types import Array, Batch, TrainState
+from polgrad.types import PLAIN, Array, Batch, Layout, TrainState
 
 Draw = Callable[[int], list[dict]]
 
@@ -31,6 +31,7 @@ class Context(NamedTuple):
   score: Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]
   frozen: Mapping[str, Policy]  # anchors that are models of their own
   micro_batches: int
+  layout: Layout = PLAIN
 
 
 class Collected(NamedTuple):
@@ -53,6 +54,7 @@ class Collector(NamedTuple):
     rows: rows of the batch that they become.
     group: rows of one record; they stay together.
     length: positions of a row.
+    prompt_length: how many of them hold nothing but the prompt in every row.
     temperature: of sampling, and therefore of all log-probs.
     provides: the `Batch` fields and features that are there without credit or anchors.
     roles: anchors that the sampler reads besides the policy.
@@ -70,6 +72,7 @@ class Collector(NamedTuple):
   provides: frozenset[str]
   roles: frozenset[str] = frozenset()
   filtered: bool = False
+  prompt_length: int = 0
   init: Callable[[], Any] = lambda: ()
 
 
@@ -86,9 +89,8 @@ def make_annotations(
   it is recomputed, and `<anchor>_logp` for any anchor.
   """
   wanted = context.objective.requires | context.credit.requires
-  make = lambda policy, **outputs: jax.jit(
-    make_annotate(policy, temperature=temperature, micro_batches=context.micro_batches, **outputs)
-  )
+  common = dict(temperature=temperature, micro_batches=context.micro_batches, layout=context.layout)
+  make = lambda policy, **outputs: jax.jit(make_annotate(policy, **common, **outputs))
   own = wanted & {'old_values'} | (wanted & {'proximal_logp'} if recompute_proximal else set())
   of_policy = make(
     context.policy, fields=frozenset({'values'} if 'old_values' in own else ()), stats=stats

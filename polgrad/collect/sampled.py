@@ -43,6 +43,7 @@ def rollouts(
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  slots: int = 0,
   role: roles.Part = roles.current,
   recompute_proximal: bool = False,
   max_resamples: int = 0,
@@ -59,6 +60,7 @@ def rollouts(
 
   Args:
     prompt_length: tokens; prompts are left-padded to it, a longer one is an error.
+    slots: completions that are decoded at a time (see `make_sampler`); 0 is all of them.
     role: the policy itself, greedy, an anchor, or a mixture with one.
     recompute_proximal: take the centre of the ratio from a forward pass of the trainer; otherwise
       it is the sampler's own log-prob.
@@ -88,6 +90,7 @@ def rollouts(
   _check_rollouts(lag, replay, replay_share, baseline_role, baseline_samples, demonstrations, stats)
   sampler = dict(
     group_size=group,
+    slots=slots,
     max_new_tokens=max_new_tokens,
     temperature=temperature,
     top_k=top_k,
@@ -121,6 +124,7 @@ def rollouts(
     rows=prompts * rows_each,
     group=rows_each,
     length=length,
+    prompt_length=prompt_length,
     temperature=temperature,
     provides=frozenset({'behavior_logp', 'proximal_logp', 'rewards', *stats})
     | FEATURES

@@ -21,14 +21,20 @@ class Policy(NamedTuple):
     shapes: () -> shapes and dtypes of the parameters; reads no file.
     init: key, shardings=None -> params, a nested dict of arrays, each where its sharding says.
     hidden: params, tokens i32[B, T], segment_ids i32[B, T] -> final hidden states [B, T, D].
+    completions: params, tokens, segment_ids, *, prompt_length, group -> `hidden` from column
+      prompt_length - 1 on, [B, T - prompt_length + 1, D], where every `group` rows in a line have the
+      same first `prompt_length` columns, and one segment. These are forwarded once a group.
     unembed: params, hidden [..., D] -> logits f32[..., V].
     value: params, hidden [..., D] -> f32[...]; ValueError if the config has no value head.
-    init_cache: batch, length -> an empty cache; every leaf has the batch axis first.
+    init_cache: batch, length -> an empty cache of `length` columns; every leaf has the batch axis first.
+    begin: cache, shorter cache of as many rows, rows bool[B] -> the first cache, in which `rows` hold
+      what the second one holds, in the same columns, and nothing else.
     unstack: params -> params as `decode` reads them; `unembed` and `value` take them too. Call it
       once, outside the loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->
-      (hidden [B, S, D], cache). Writes the tokens to slots index .. index + S; a token sees the
-      valid slots up to its own. S = Tp at index 0 is the prefill, S = 1 a step.
+      (hidden [B, S, D], cache). Writes the tokens to columns index .. index + S; a token sees what the
+      cache holds of positions up to its own, in any order. S = Tp at index 0 is the prefill, S = 1 a
+      step.
     axes: params -> the same tree with the logical axis names of every array.
     labels: params -> the same tree with what an update does to every array: 'train', 'frozen' (the
       base of an adapter) or 'balance' (a router's bias, see `experts`); parts of the tree will do.
@@ -38,9 +44,11 @@ class Policy(NamedTuple):
   shapes: Callable
   init: Callable
   hidden: Callable
+  completions: Callable
   unembed: Callable
   value: Callable
   init_cache: Callable
+  begin: Callable
   unstack: Callable
   decode: Callable
   axes: Callable

@@ -11,6 +11,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from polgrad.models import experts, rotary
+from polgrad.models.attention import (
+  Source,
+  attend,
+  einsum,
+  segment_mask,
+  segment_positions,
+  softcap,
+)
 from polgrad.models.config import Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.sharding import constrain
@@ -21,13 +29,13 @@ Params = Any
 HIDDEN = ('batch', 'length', 'hidden')
 CACHE = ('batch', 'length', 'kv_heads', 'head_dim')
 
+METHODS = ['__call__', 'branch']  # of a block, that are scanned over the layers
+_remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
 REMAT = {
   'none': lambda block: block,
-  'full': functools.partial(nn.remat, prevent_cse=False),
+  'full': _remat,
   'dots': functools.partial(
-    nn.remat,
-    prevent_cse=False,
-    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    _remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   ),
 }
 ACTIVATION = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=True)}
@@ -38,7 +46,7 @@ class Cache(NamedTuple):
 
   keys: tuple[Array, ...]  # [B, length, kv_heads, head_dim] each
   values: tuple[Array, ...]
-  valid: Array  # bool[B, length]
+  positions: Array  # i32[B, length], of the token in a column; -1 where there is none
 
 
 class View(NamedTuple):
@@ -48,17 +56,19 @@ class View(NamedTuple):
   mask: Array  # bool[B, S, L]
 
 
-def einsum(spec: str, *operands: Array) -> Array:
-  """Product that accumulates in float32, and is exact float32 for float32 operands on any device."""
-  return jnp.einsum(spec, *operands, precision='highest', preferred_element_type=jnp.float32)
+Views = tuple[View, ...]  # what local layers see and what the others see, or the one view of all
+
+
+def one_view(local: Array, views: Views) -> View:
+  pick = lambda near, far: jnp.where(local, near, far)
+  return jax.tree.map(pick, *views) if len(views) == 2 else views[0]
 
 
 def contract(x: Array, matrix: Array, inputs: int = 1) -> Array:
   """The last `inputs` axes of `x` against the first of `matrix`; accumulates as `einsum` does."""
-  out = jnp.tensordot(
-    x, matrix.astype(x.dtype), inputs, precision='highest', preferred_element_type=jnp.float32
-  )
-  return out.astype(x.dtype)
+  summed, kept = 'uvw'[:inputs], 'xyz'[: matrix.ndim - inputs]
+  spec = f'...{summed},{summed}{kept}->...{kept}'
+  return einsum(spec, x, matrix.astype(x.dtype)).astype(x.dtype)
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -75,50 +85,6 @@ def rms_norm(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> Arra
   square = jnp.mean(y * y, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
   scale = offset + scale.astype(jnp.float32)
   return (y * jax.lax.rsqrt(square + eps) * expand(scale, y)).astype(x.dtype)
-
-
-def softcap(x: Array, cap: float) -> Array:
-  """cap tanh(x / cap), which keeps |x| below `cap` (Gemma 2, arXiv:2408.00118); 0 is no cap."""
-  return cap * jnp.tanh(x / cap) if cap else x
-
-
-def attend(
-  query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float = 0.0
-) -> Array:
-  """Grouped-query attention (arXiv:2305.13245): heads h of a group read the same key and value head.
-
-  Args:
-    query: [B, S, heads, head_dim].
-    key: [B, L, kv_heads, head_dim].
-    value: like `key`.
-    mask: bool[B, S, L], True where a query may look. A row with no True gives finite garbage.
-    scale: multiplies the scores.
-    cap: soft cap of the scaled scores, 0 for none.
-
-  Returns:
-    [B, S, heads, head_dim]
-  """
-  batch, length, _, head_dim = query.shape
-  groups = query.reshape(batch, length, key.shape[2], -1, head_dim)
-  scores = softcap(einsum('bsngk,blnk->bngsl', groups, key) * scale, cap)
-  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return einsum('bngsl,blnk->bsngk', probs, value).astype(value.dtype).reshape(query.shape)
-
-
-def segment_positions(segment_ids: Array) -> Array:
-  """Position inside the own segment: [1, 1, 1, 2, 2] -> [0, 1, 2, 0, 1]."""
-  index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
-  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  start = jnp.where(segment_ids != before, index, 0)
-  return index - jax.lax.cummax(start, axis=1)
-
-
-def segment_mask(segment_ids: Array) -> Array:
-  """Causal attention inside each segment: i32[B, T] -> bool[B, T, T]."""
-  length = segment_ids.shape[1]
-  causal = jnp.tril(jnp.ones((1, length, length), bool))
-  return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
 class _Weights(nn.Module):
@@ -149,16 +115,25 @@ class Block(_Weights):
   def setup(self):
     self.weights = {name: self.weight(name) for name in self.config.layer}
 
-  def __call__(self, x: Array, local: Array, views: tuple[View, ...], valid: Array):
-    pick = lambda near, far: jnp.where(local, near, far)
-    view = jax.tree.map(pick, *views) if len(views) == 2 else views[0]
+  def __call__(self, x: Array, local: Array, views: Views, valid: Array):
+    view = one_view(local, views)
     query, key, value = self.project(x, view.angles)
-    return self.finish(x, self.attend(query, key, value, view.mask), valid), ()
+    return self.finish(x, self.attend(query, (key, value, view.mask)), valid), ()
 
-  def attend(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+  def branch(self, x: tuple[Array, Array], local: Array, views: tuple[Views, ...], valid: tuple):
+    """The layer for prompts and for the completions that look at them and at themselves."""
+    before, past, own = (one_view(local, v) for v in views)
+    prompts, completions = x
+    query, key, value = self.project(prompts, before.angles)
+    prompts = self.finish(prompts, self.attend(query, (key, value, before.mask)), valid[0])
+    query, own_key, own_value = self.project(completions, own.angles)
+    attended = self.attend(query, (key, value, past.mask), (own_key, own_value, own.mask))
+    return (prompts, self.finish(completions, attended, valid[1])), ()
+
+  def attend(self, query: Array, *sources: Source) -> Array:
     c = self.config
     scale = c.query_scale or c.head_dim**-0.5
-    return attend(query, key, value, mask, scale=scale, cap=c.attention_softcap)
+    return attend(query, *sources, scale=scale, cap=c.attention_softcap)
 
   def project(self, x: Array, angles: Array) -> tuple[Array, Array, Array]:
     """Queries, keys and values of [B, S, D], with positions in them."""
@@ -227,27 +202,45 @@ class Decoder(_Weights):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
+      methods=METHODS,
     )(c)
+    self.local = jnp.array([i in c.local_layers for i in range(c.num_layers)])
 
   def __call__(self, tokens: Array, segment_ids: Array) -> Array:
-    c = self.config
     positions = segment_positions(segment_ids)
     views = self.views(positions, positions, segment_mask(segment_ids))
-    local = jnp.array([i in c.local_layers for i in range(c.num_layers)])
-    x, _ = self.layers(self.embed(tokens), local, views, segment_ids > 0)
+    x, _ = self.layers(self.embed(tokens), self.local, views, segment_ids > 0)
     return self.normalise(x)
+
+  def completions(self, tokens: Array, segment_ids: Array, prompt_length: int, group: int) -> Array:
+    """Hidden states from column prompt_length - 1 on; `group` rows in a line share their prompt."""
+    positions = segment_positions(segment_ids)
+    first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0, :prompt_length]
+    cut = lambda x: (first(x), x[:, prompt_length:])
+    prompt_positions, own_positions = cut(positions)
+    prompt_ids, own_ids = cut(segment_ids)
+    past = segment_ids[:, :prompt_length]
+    views = (
+      self.views(prompt_positions, prompt_positions, segment_mask(prompt_ids)),
+      self.views(own_positions, positions[:, :prompt_length], own_ids[..., None] == past[:, None]),
+      self.views(own_positions, own_positions, segment_mask(own_ids)),
+    )
+    x, valid = jax.tree.map(self.embed, cut(tokens)), (prompt_ids > 0, own_ids > 0)
+    (prompts, own), _ = self.layers.branch(x, self.local, views, valid)
+    last = jnp.repeat(prompts[:, -1:], group, axis=0)
+    return self.normalise(jnp.concatenate([last, own], axis=1))
 
   def embed(self, tokens: Array) -> Array:
     # A token outside the vocabulary becomes NaN instead of somebody else's embedding.
     x = jnp.take(self.weights['embedding'], tokens, axis=0, mode='fill').astype(self.config.dtype)
     return constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), HIDDEN)
 
-  def views(self, positions: Array, slots: Array, mask: Array) -> tuple[View, ...]:
+  def views(self, positions: Array, keys: Array, mask: Array) -> Views:
     """What local layers see and what the others see, or the one view of all.
 
     Args:
       positions: i32[B, S], of the tokens in their segments.
-      slots: i32[B, L], of the keys.
+      keys: i32[B, L], of what they may look at.
       mask: bool[B, S, L].
     """
     c = self.config
@@ -261,7 +254,7 @@ class Decoder(_Weights):
     far = View(rotary.angles(positions, stretched), mask)
     if not c.window:
       return (far,)
-    near = mask & (positions[:, :, None] - slots[:, None, :] < c.window)
+    near = mask & (positions[:, :, None] - keys[:, None, :] < c.window)
     plain = rotary.frequencies(c.head_dim, c.local_rope_theta)
     return View(rotary.angles(positions, plain), near), far
 
@@ -379,6 +372,10 @@ def from_config(config: Config) -> Policy:
     check_length(tokens.shape[1])
     return apply(params, tokens, segment_ids)
 
+  def completions(params, tokens, segment_ids, *, prompt_length, group):
+    check_length(tokens.shape[1])
+    return apply(params, tokens, segment_ids, prompt_length, group, method='completions')
+
   def unembed(params, hidden):
     return apply(params, hidden, method='unembed')
 
@@ -391,7 +388,22 @@ def from_config(config: Config) -> Policy:
     check_length(length)
     shape = (batch, length, config.num_kv_heads, config.head_dim)
     buffers = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-    return Cache(buffers(), buffers(), jnp.zeros((batch, length), bool))
+    return Cache(buffers(), buffers(), jnp.full((batch, length), -1, jnp.int32))
+
+  def begin(cache, read, rows):
+    width = read.positions.shape[1]
+
+    def put(buffer, new):
+      first = jnp.where(rows[:, None, None, None], new, buffer[:, :width])
+      return constrain(jax.lax.dynamic_update_slice_in_dim(buffer, first, 0, axis=1), CACHE)
+
+    rest = ((0, 0), (0, cache.positions.shape[1] - width))
+    positions = jnp.pad(read.positions, rest, constant_values=-1)
+    return Cache(
+      keys=tuple(map(put, cache.keys, read.keys)),
+      values=tuple(map(put, cache.values, read.values)),
+      positions=jnp.where(rows[:, None], positions, cache.positions),
+    )
 
   def unstack(params):
     # Cast once to the dtype of use: in the loop, every step would read the stored weights again.
@@ -405,11 +417,9 @@ def from_config(config: Config) -> Policy:
     def write(buffer, new):
       return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=1)
 
-    seen = write(cache.valid, valid)
-    slots = jnp.arange(seen.shape[1])[None, None]
-    own = index + jnp.arange(tokens.shape[1])[None, :, None]
-    mask = seen[:, None, :] & (slots <= own)
-    views = apply(params, positions, jnp.cumsum(seen, axis=1) - 1, mask, method='views')
+    held = write(cache.positions, jnp.where(valid, positions, -1))
+    mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
+    views = apply(params, positions, held, mask, method='views')
     x = apply(params, tokens, method='embed')
     keys, values = [], []
     # Unrolled: a scan would copy the weights and the cache of every layer at every step.
@@ -419,9 +429,9 @@ def from_config(config: Config) -> Policy:
       query, key, value = run(x, view.angles, method='project')
       keys.append(constrain(write(cache.keys[i], key), CACHE))
       values.append(constrain(write(cache.values[i], value), CACHE))
-      attended = run(query, keys[i], values[i], view.mask, method='attend')
+      attended = run(query, (keys[i], values[i], view.mask), method='attend')
       x = run(x, attended, valid, method='finish')
-    return apply(params, x, method='normalise'), Cache(tuple(keys), tuple(values), seen)
+    return apply(params, x, method='normalise'), Cache(tuple(keys), tuple(values), held)
 
   def axes(params):
     def names(path, _):
@@ -446,9 +456,11 @@ def from_config(config: Config) -> Policy:
     shapes=lambda: jax.eval_shape(init, jax.random.key(0)),
     init=init,
     hidden=hidden,
+    completions=completions,
     unembed=unembed,
     value=value,
     init_cache=init_cache,
+    begin=begin,
     unstack=unstack,
     decode=decode,
     axes=axes,

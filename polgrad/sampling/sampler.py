@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from polgrad.models.policy import Policy
 from polgrad.registry import inputs
 from polgrad.sampling import processors, roles
-from polgrad.sharding import place_batch
+from polgrad.sharding import batch_shares, place_batch
 from polgrad.types import Array, Params, Rollout
 
 
@@ -22,6 +23,7 @@ def make_sampler(
   role: Callable = roles.current,
   default: Policy | None = None,
   group_size: int = 1,
+  slots: int = 0,
   stop_ids: Sequence[int] = (),
   pad_id: int = 0,
   temperature: float = 1.0,
@@ -33,16 +35,18 @@ def make_sampler(
 
   `params` holds a parameter set for every name that the role reads; `tokens` i32[N, Tp] and `mask`
   bool[N, Tp] are left-padded prompts, so that completions begin at column Tp in every row. The
-  rollout has B = N * group_size rows, prompt-major, and T = Tp + max_new_tokens columns. Shapes are
-  static, so pad prompts to few different lengths; `seed` and `step` may change freely. `policy_step`
-  is only written down.
+  rollout has B = N * group_size rows, prompt-major, and T = Tp + max_new_tokens columns. `seed` and
+  `step` may change freely. Padding that no prompt of a call needs is not read: a call computes with
+  Tp, a half or a quarter of it, so that one N and Tp compile at most three times. `policy_step` is
+  only written down.
 
   The distribution is softmax(top_p(top_k(role(logits) / temperature))), and `behavior_logp` is its
   log-probability of the token that was drawn; the trainer sees the same number at the same
   temperature if top_k and top_p are off. Every draw has its own key, folded from (seed, step,
-  prompt id, sample index, position in the completion): a completion does not depend on the batch it
-  was sampled in. The stop token is part of the completion. A row that meets none in
-  `max_new_tokens` is not `finished`. After the end there are `pad_id`, segment 0 and a False mask.
+  prompt id, sample index, position in the completion): a completion depends neither on the batch
+  nor on the slot that it was sampled in. The stop token is part of the completion. A row that meets
+  none in `max_new_tokens` is not `finished`. After the end there are `pad_id`, segment 0 and a False
+  mask.
 
   Args:
     policies: models by the names that the role reads; their vocabularies must agree.
@@ -50,6 +54,8 @@ def make_sampler(
     role: logits by name -> logits, see `roles`.
     default: the model of all names that `policies` lacks.
     group_size: samples a prompt; the prompt is read once for all.
+    slots: rows that are decoded at a time; where some have ended, the next ones take their places.
+      Pays off when few rows are long, and bounds the caches. 0 decodes all rows at once.
     stop_ids: tokens that end a completion.
     pad_id: fills what no row uses; it may be a stop id.
     temperature: divides the logits of the role.
@@ -58,17 +64,21 @@ def make_sampler(
     mesh: devices to spread the prompts over, which then come from the host.
 
   Raises:
-    ValueError: a setting out of range, a name that the role reads and no model has, or (from
+    ValueError: a setting out of range, a name that the role reads and no model has, slots or (from
       `sample`) prompts that do not divide over the mesh.
   """
   names = inputs(role)
   policies = {n: policies.get(n, default) for n in names}
-  _check(policies, max_new_tokens, group_size, temperature, top_k, top_p)
+  shares = 1 if mesh is None else batch_shares(mesh)
+  _check(policies, max_new_tokens, group_size, slots, shares, temperature, top_k, top_p)
   process = [functools.partial(processors.temperature, value=temperature)]
   if top_k:
     process.append(functools.partial(processors.top_k, k=top_k))
   if top_p < 1:
     process.append(functools.partial(processors.top_p, p=top_p))
+  # Every share of the mesh has its own queue and slots, so that no cache moves between devices.
+  fold = lambda x: x.reshape(shares, -1, *x.shape[1:])
+  unfold = lambda x: x.reshape(-1, *x.shape[2:])
 
   def distribution(params, hidden):
     logits = role(*(policies[n].unembed(params[n], hidden[n]) for n in names))
@@ -77,80 +87,126 @@ def make_sampler(
     return jax.nn.log_softmax(logits, axis=-1)
 
   def prefill(params, tokens, mask):
-    """Reads every prompt once; hidden state of its last token, and caches, for each sample."""
-    rows, length = tokens.shape
+    """Reads every prompt once; hidden states of the last tokens, and caches."""
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, caches = {}, {}
     for n in names:
-      cache = policies[n].init_cache(rows, length + max_new_tokens)
-      states, cache = policies[n].decode(
-        params[n], tokens, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask, cache, 0
-      )
-      hidden[n] = jnp.repeat(states[:, -1], group_size, axis=0)
-      caches[n] = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), cache)
+      cache = policies[n].init_cache(*tokens.shape)
+      states, caches[n] = policies[n].decode(params[n], tokens, positions, mask, cache, 0)
+      hidden[n] = states[:, -1]
     return hidden, caches
 
-  @jax.jit
-  def run(params, tokens, mask, prompt_ids, seed, step, policy_step) -> Rollout:
+  @functools.partial(jax.jit, static_argnames='padding')
+  def run(params, tokens, mask, prompt_ids, seed, step, policy_step, *, padding: int) -> Rollout:
     prompts, width = tokens.shape
     rows = prompts * group_size
+    end = rows // shares  # rows are numbered within their share; this number is no row
+    at_once = min(slots or rows, rows)
+    patience = max(1, at_once // shares // 8)  # idle slots of a share before it reads prompts again
     params = {n: policies[n].unstack(params[n]) for n in names}
-    hidden, caches = prefill(params, tokens, mask)
     repeat = lambda x: jnp.repeat(x, group_size, axis=0)
     keys = _row_keys(seed, step, repeat(prompt_ids), jnp.tile(jnp.arange(group_size), prompts))
-    prompt_lengths = repeat(jnp.sum(mask, axis=1))
+    of_prompt = dict(zip(('hidden', 'caches'), prefill(params, tokens, mask)))
+    of_prompt['length'] = jnp.sum(mask, axis=1)
     stops = jnp.array(stop_ids, jnp.int32)[None]
 
+    def pick(x, index):
+      """Of [all, ...] what every slot asks for by its number in the share: [slots, ...]."""
+      index = jnp.minimum(index, len(x) // shares - 1)
+      return unfold(jax.vmap(lambda x, i: x[i])(fold(x), index))
+
+    def put(x, state, value):
+      """Writes a value of every slot to its row and place; slots without a row write nothing."""
+      write = lambda x, row, place, value: x.at[row, place].set(value, mode='drop')
+      return unfold(jax.vmap(write)(fold(x), state['row'], state['made'], fold(value)))
+
+    def refill(state):
+      """Gives slots without a row the next ones of the queue."""
+      free = state['row'] == end
+      upcoming = state['upcoming'][:, None] + jnp.cumsum(free, axis=1) - 1
+      taken = free & (upcoming < end)
+      row, new = jnp.where(taken, upcoming, state['row']), taken.reshape(-1)
+      prompt = jax.tree.map(lambda x: pick(x, row // group_size), of_prompt)
+      begin = lambda n: policies[n].begin(state['caches'][n], prompt['caches'][n], new)
+      swap = lambda a, b: jnp.where(new.reshape(-1, *(1,) * (b.ndim - 1)), a, b)
+      return state | {
+        'row': row,
+        'made': jnp.where(taken, 0, state['made']),
+        'upcoming': state['upcoming'] + jnp.sum(taken, axis=1),
+        'length': swap(prompt['length'], state['length']),
+        'hidden': {n: swap(prompt['hidden'][n], state['hidden'][n]) for n in names},
+        'caches': {n: begin(n) for n in names},
+      }
+
     def draw(state):
-      """Draws token t of every row, then lets the models read it."""
-      t = state['t']
-      running = ~state['finished']
+      """Draws the next token of every slot, then lets the models read it."""
+      running, made = state['row'].reshape(-1) < end, state['made'].reshape(-1)
       log_probs = distribution(params, state['hidden'])
-      drawn = _categorical(keys, t, log_probs)
+      drawn = _categorical(pick(keys, state['row']), made, log_probs)
       token = jnp.where(running, drawn, pad_id)
       logp = jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0]
+      stopped = jnp.any(token[:, None] == stops, axis=1)
       hidden, caches = {}, {}
       for n in names:
         states, caches[n] = policies[n].decode(
           params[n],
           token[:, None],
-          (prompt_lengths + t)[:, None],
+          (state['length'] + made)[:, None],
           running[:, None],
           state['caches'][n],
-          width + t,
+          # A row lives for at most max_new_tokens steps, so it never meets its own columns again.
+          width + state['step'] % max_new_tokens,
         )
         hidden[n] = states[:, 0]
-      return {
-        't': t + 1,
-        'finished': state['finished'] | jnp.any(token[:, None] == stops, axis=1) & running,
-        'lengths': state['lengths'] + running,
-        'tokens': state['tokens'].at[:, t].set(token),
-        'logp': state['logp'].at[:, t].set(jnp.where(running, logp, 0)),
+      over = fold(stopped | (made + 1 == max_new_tokens))
+      return state | {
+        'step': state['step'] + 1,
+        'row': jnp.where(over, end, state['row']),
+        'made': state['made'] + 1,
         'hidden': hidden,
         'caches': caches,
+        'tokens': put(state['tokens'], state, token),
+        'logp': put(state['logp'], state, logp),
+        'drawn': put(state['drawn'], state, jnp.ones_like(running)),
+        'finished': put(
+          state['finished'], state | {'made': jnp.zeros_like(state['made'])}, stopped
+        ),
       }
 
+    def goes_on(state):
+      idle = state['row'] == end
+      served = (state['upcoming'] == end) | (jnp.sum(idle, axis=1) < patience)
+      return ~jnp.all(idle) & jnp.all(served)
+
     state = jax.lax.while_loop(
-      lambda s: (s['t'] < max_new_tokens) & ~jnp.all(s['finished']),
-      draw,
+      lambda s: jnp.any(s['row'] < end) | jnp.any(s['upcoming'] < end),
+      lambda s: jax.lax.while_loop(goes_on, draw, refill(s)),
       {
-        't': jnp.int32(0),
-        'finished': jnp.zeros(rows, bool),
-        'lengths': jnp.zeros(rows, jnp.int32),
+        'step': jnp.int32(0),
+        'row': jnp.full((shares, at_once // shares), end, jnp.int32),
+        'made': jnp.zeros((shares, at_once // shares), jnp.int32),
+        'upcoming': jnp.zeros(shares, jnp.int32),
+        'length': jnp.zeros(at_once, jnp.int32),
+        'hidden': jax.tree.map(
+          lambda x: jnp.zeros((at_once, *x.shape[1:]), x.dtype), of_prompt['hidden']
+        ),
+        'caches': {n: policies[n].init_cache(at_once, width + max_new_tokens) for n in names},
         'tokens': jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
         'logp': jnp.zeros((rows, max_new_tokens), jnp.float32),
-        'hidden': hidden,
-        'caches': caches,
+        'drawn': jnp.zeros((rows, max_new_tokens), bool),
+        'finished': jnp.zeros((rows, 1), bool),
       },
     )
-    # From lengths, never from token ids: the pad id may be a stop id.
-    made = jnp.arange(max_new_tokens)[None] < state['lengths'][:, None]
-    seen = jnp.concatenate([repeat(mask), made], axis=1)
+    # From what was drawn, never from token ids: the pad id may be a stop id.
+    seen = jnp.concatenate([repeat(mask), state['drawn']], axis=1)
+    left = lambda x, by, fill: jnp.pad(x, ((0, 0), (by, 0)), constant_values=fill)
+    texts = jnp.concatenate([repeat(jnp.where(mask, tokens, pad_id)), state['tokens']], axis=1)
     return Rollout(
-      tokens=jnp.concatenate([repeat(jnp.where(mask, tokens, pad_id)), state['tokens']], axis=1),
-      segment_ids=seen.astype(jnp.int32),
-      mask=seen & (jnp.arange(seen.shape[1]) >= width)[None],
-      behavior_logp=jnp.pad(state['logp'], ((0, 0), (width, 0))),
-      finished=state['finished'],
+      tokens=left(texts, padding, pad_id),
+      segment_ids=left(seen, padding, False).astype(jnp.int32),
+      mask=left(state['drawn'], padding + width, False),
+      behavior_logp=left(state['logp'], padding + width, 0),
+      finished=state['finished'][:, 0],
       prompt_ids=repeat(prompt_ids),
       group_ids=repeat(jnp.arange(prompts)),
       policy_step=jnp.full(rows, policy_step, jnp.int32),
@@ -159,13 +215,19 @@ def make_sampler(
   def sample(
     params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step, policy_step=0
   ) -> Rollout:
-    prompts = (tokens, mask, prompt_ids)
+    padding = tokens.shape[1] - _bucket(int(np.max(np.sum(mask, axis=1))), tokens.shape[1])
+    prompts = (tokens[:, padding:], mask[:, padding:], prompt_ids)
     if mesh is None:
-      return run(params, *prompts, seed, step, policy_step)
+      return run(params, *prompts, seed, step, policy_step, padding=padding)
     with jax.set_mesh(mesh):
-      return run(params, *place_batch(mesh, prompts), seed, step, policy_step)
+      return run(params, *place_batch(mesh, prompts), seed, step, policy_step, padding=padding)
 
   return sample
+
+
+def _bucket(needed: int, width: int) -> int:
+  """The least of `width`, its half and its quarter (rounded up) that `needed` columns fit into."""
+  return min(size for size in (width, -(-width // 2), -(-width // 4)) if size >= needed)
 
 
 def _row_keys(seed: Any, step: Any, prompt_ids: Array, sample_indices: Array) -> Array:
@@ -174,13 +236,13 @@ def _row_keys(seed: Any, step: Any, prompt_ids: Array, sample_indices: Array) ->
   return jax.vmap(fold)(prompt_ids, sample_indices)
 
 
-def _categorical(keys: Array, position: Array, log_probs: Array) -> Array:
+def _categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
   """One token a row, each with the key of its own row and position."""
-  draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row)
-  return jax.vmap(draw)(keys, log_probs).astype(jnp.int32)
+  draw = lambda key, position, row: jax.random.categorical(jax.random.fold_in(key, position), row)
+  return jax.vmap(draw)(keys, positions, log_probs).astype(jnp.int32)
 
 
-def _check(policies, max_new_tokens, group_size, temperature, top_k, top_p):
+def _check(policies, max_new_tokens, group_size, slots, shares, temperature, top_k, top_p):
   missing = sorted(n for n, policy in policies.items() if policy is None)
   if missing:
     raise ValueError(f'the role reads {missing}, but there is no model of that name')
@@ -189,6 +251,10 @@ def _check(policies, max_new_tokens, group_size, temperature, top_k, top_p):
     raise ValueError(f'the vocabularies of the role differ: {sizes}')
   if max_new_tokens < 1 or group_size < 1:
     raise ValueError('max_new_tokens and group_size must be at least 1')
+  if slots < 0 or slots % shares:
+    raise ValueError(
+      f'slots must be 0 or a multiple of the {shares} shares of a batch, got {slots}'
+    )
   if temperature <= 0:
     raise ValueError(f'temperature must be positive, got {temperature}; use the role greedy for 0')
   if top_k < 0 or not 0 < top_p <= 1:

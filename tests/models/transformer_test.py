@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polgrad import models
-from polgrad.models import rotary, transformer
+from polgrad.models import attention, rotary, transformer
 from polgrad.registry import bind, part
 from polgrad.sharding import RULES
 from tests.models import tiny
@@ -89,8 +89,8 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 def test_positions_and_mask_belong_to_the_segment():
   segments = jnp.array([[0, 0, 1, 1, 2, 2, 2, 0]])
-  np.testing.assert_array_equal(transformer.segment_positions(segments), [[0, 1, 0, 1, 0, 1, 2, 0]])
-  mask = transformer.segment_mask(segments)[0]
+  np.testing.assert_array_equal(attention.segment_positions(segments), [[0, 1, 0, 1, 0, 1, 2, 0]])
+  mask = attention.segment_mask(segments)[0]
   assert mask[3].tolist() == [False, False, True, True, False, False, False, False]
   assert mask[6].tolist() == [False, False, False, False, True, True, True, False]
   assert bool(jnp.all(jnp.diag(mask)))  # every position sees something, so no softmax is empty
@@ -149,7 +149,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(overrides):
   tokens = tiny.rows(6, 2, 8)
   segments = jnp.array([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
   expected = policy.hidden(params, tokens, segments)
-  positions = transformer.segment_positions(segments)
+  positions = attention.segment_positions(segments)
   unstacked, cache, found = policy.unstack(params), policy.init_cache(2, 10), []
   for start, stop in ((0, 4), (4, 8)):
     piece = slice(start, stop)
@@ -204,7 +204,7 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
 
 def test_products_of_bfloat16_accumulate_in_float32():
   ones = jnp.ones((1, 512), jnp.bfloat16)
-  total = transformer.einsum('bd,d->b', ones, jnp.full(512, 1.0078125, jnp.bfloat16))
+  total = attention.einsum('bd,d->b', ones, jnp.full(512, 1.0078125, jnp.bfloat16))
   assert total.dtype == jnp.float32 and float(total[0]) == 516.0
 
 

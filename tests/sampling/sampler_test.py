@@ -99,6 +99,68 @@ def test_a_rollout_does_not_depend_on_how_the_batch_was_cut():
   assert_equal(whole, jax.tree.map(lambda *x: jnp.concatenate(x), *halves))
 
 
+@pytest.mark.parametrize('slots', [1, 5, 8, 100])
+def test_slots_change_no_completion(slots):
+  for settings in ({}, dict(max_new_tokens=20, group_size=5)):
+    assert_equal(rollout(**settings), rollout(slots=slots, **settings))
+
+
+def test_slots_of_a_model_with_local_layers_and_of_a_mixture():
+  """Where rows have taken turns, the columns of a cache are no longer in order."""
+  local = tiny.policy(window=3, local_layers=(0,))
+  for role, params in ((roles.current, {}), (roles.geometric_mixture, {'reference': OTHER})):
+    settings = dict(SETTINGS, role=role, default=local, max_new_tokens=12)
+    draw = lambda slots, settings=settings, params=params: make_sampler(
+      {}, slots=slots, **settings
+    )({'policy': PARAMS, **params}, TOKENS, MASK, IDS, seed=0, step=0)
+    assert_equal(draw(0), draw(4))
+
+
+def test_a_slot_does_not_wait_for_the_longest_row():
+  """Lengths are geometric with mean 8; a batch at a time waits for the longest of each."""
+
+  def steps_of(rows, slots):
+    steps = []
+
+    def counted(params, hidden):
+      jax.debug.callback(lambda: steps.append(1))
+      return POLICY.unembed(params, hidden)
+
+    ending = lambda policy: (
+      jnp.full_like(policy, -10.0).at[:, 3].set(jnp.log(1 / 7)).at[:, 4].set(0.0)
+    )
+    sample = make_sampler(
+      {'policy': POLICY._replace(unembed=counted)},
+      role=ending,
+      slots=slots,
+      group_size=rows,
+      max_new_tokens=57,
+      stop_ids=(3,),
+    )
+    out = sample({'policy': PARAMS}, TOKENS[:1], MASK[:1], IDS[:1], seed=0, step=0)
+    jax.effects_barrier()
+    return len(steps), out.mask.sum(axis=1)
+
+  taken, lengths = steps_of(64, 8)
+  batches = sum(int(lengths[i : i + 8].max()) for i in range(0, 64, 8))
+  assert lengths.sum() / 8 <= taken < 0.6 * batches
+
+
+def test_padding_is_read_only_as_far_as_prompts_need_it():
+  widths = []
+
+  def decode(params, tokens, *rest):
+    widths.append(tokens.shape[1])
+    return POLICY.decode(params, tokens, *rest)
+
+  sample = make_sampler({'policy': POLICY._replace(decode=decode)}, **SETTINGS)
+  tokens = jnp.pad(TOKENS, ((0, 0), (10, 0)))
+  for length in range(1, 17):
+    mask = jnp.broadcast_to(jnp.arange(16) >= 16 - length, tokens.shape)
+    sample({'policy': PARAMS}, tokens, mask, IDS, seed=0, step=length)
+  assert [w for w in widths if w > 1] == [4, 8, 16]
+
+
 def test_more_padding_changes_no_completion():
   pad = lambda x: jnp.pad(x, ((0, 0), (2, 0)))
   wide = sampler()({'policy': PARAMS}, pad(TOKENS), pad(MASK), IDS, seed=0, step=0)
@@ -202,6 +264,7 @@ def test_a_mixture_keeps_a_cache_for_each_parameter_set():
     (dict(top_p=0.0), '0 < top_p <= 1'),
     (dict(top_k=-1), 'top_k >= 0'),
     (dict(max_new_tokens=0), 'at least 1'),
+    (dict(slots=-1), 'slots must be 0 or a multiple of the 1 shares of a batch, got -1'),
     (dict(role=roles.geometric_mixture), r"reads \['reference'\]"),
   ],
 )

@@ -1,0 +1,90 @@
+"""Who looks at whom: attention over one or several sets of keys, and its masks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+Array = jax.Array
+Source = tuple[Array, Array, Array]  # keys, values and which of them a query may look at
+
+
+def einsum(spec: str, x: Array, y: Array) -> Array:
+  """Product that accumulates in float32, and is exact float32 for float32 operands on any device.
+
+  Derivatives of bfloat16 products are bfloat16 products too. Left to themselves they would meet a
+  float32 cotangent, and copy the weights to float32 to multiply with it.
+  """
+  return (_narrow if x.dtype == y.dtype == jnp.bfloat16 else _product)(spec, x, y)
+
+
+def _product(spec: str, x: Array, y: Array) -> Array:
+  return jnp.einsum(spec, x, y, precision='highest', preferred_element_type=jnp.float32)
+
+
+_narrow = jax.custom_jvp(_product, nondiff_argnums=(0,))
+
+
+@functools.partial(_narrow.defjvp, symbolic_zeros=True)
+def _narrow_jvp(spec: str, primals: tuple[Array, Array], tangents: tuple):
+  (x, y), (dx, dy) = primals, tangents
+  terms = [(x, dy), (dx, y)]
+  kept = [t for t in terms if not any(isinstance(v, SymbolicZero) for v in t)]
+  return _narrow(spec, x, y), sum(jnp.einsum(spec, *t).astype(jnp.float32) for t in kept)
+
+
+def softcap(x: Array, cap: float) -> Array:
+  """cap tanh(x / cap), which keeps |x| below `cap` (Gemma 2, arXiv:2408.00118); 0 is no cap."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Array:
+  """Grouped-query attention (arXiv:2305.13245): heads h of a group read the same key and value head.
+
+  With several sources the queries look at all their keys. Each source is read by itself, and
+  the results are weighed by exp(lse_i), lse_i = log sum exp of its scores, which is the same softmax.
+  A source may have fewer rows than the queries: B / N consecutive rows then share one of its rows.
+
+  Args:
+    query: [B, S, heads, head_dim].
+    *sources: keys and values [N, L, kv_heads, head_dim], and a mask bool[B, S, L], True where a query
+      may look. A query with no True gives finite garbage.
+    scale: multiplies the scores.
+    cap: soft cap of the scaled scores, 0 for none.
+
+  Returns:
+    [B, S, heads, head_dim]
+  """
+  parts = [_attend_to(query, *source, scale, cap) for source in sources]
+  if len(parts) == 1:
+    return parts[0][0].astype(query.dtype)
+  weights = jax.nn.softmax(jnp.stack([lse for _, lse in parts]), axis=0)
+  return sum(w[..., None] * out for w, (out, _) in zip(weights, parts)).astype(query.dtype)
+
+
+def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):
+  """Attention to one source, f32[B, S, heads, head_dim], and the lse of its scores, f32[B, S, heads]."""
+  together = lambda x: x.reshape(len(key), -1, *x.shape[2:])  # rows that share a row, in a line
+  rows = together(query)
+  groups = rows.reshape(*rows.shape[:2], key.shape[2], -1, rows.shape[-1])
+  scores = softcap(einsum('bsngk,blnk->bngsl', groups, key) * scale, cap)
+  scores = jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
+  return einsum('bngsl,blnk->bsngk', probs, value).reshape(query.shape), lse
+
+
+def segment_positions(segment_ids: Array) -> Array:
+  """Position inside the own segment: [1, 1, 1, 2, 2] -> [0, 1, 2, 0, 1]."""
+  index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  start = jnp.where(segment_ids != before, index, 0)
+  return index - jax.lax.cummax(start, axis=1)
+
+
+def segment_mask(segment_ids: Array) -> Array:
+  """Causal attention inside each segment: i32[B, T] -> bool[B, T, T]."""
+  length = segment_ids.shape[1]
+  causal = jnp.tril(jnp.ones((1, length, length), bool))
+  return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])

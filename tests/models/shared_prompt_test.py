@@ -1,0 +1,78 @@
+"""A prompt that is forwarded once for its group: the same numbers and gradients, for less work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import learner
+from polgrad.models import attention
+from polgrad.types import Layout
+from tests.models import tiny
+
+GROUP, PROMPTS, WIDTH, NEW = 3, 2, 5, 4
+MODELS = {
+  'llama': {},
+  'qwen, values': dict(qk_norm='head', attention_bias=True, tie_embeddings=False, value_head=True),
+  'gemma, recomputed': dict(window=3, local_layers=(0,), attention_softcap=5.0, remat='full'),
+  'recomputed but products': dict(remat='dots'),
+}
+
+
+def rows() -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Tokens, segments and mask of groups whose prompts have padding and whose completions differ."""
+  tokens = tiny.rows(3, PROMPTS * GROUP, WIDTH + NEW)
+  tokens = tokens.at[:, :WIDTH].set(jnp.repeat(tokens[::GROUP, :WIDTH], GROUP, axis=0))
+  segments = jnp.ones_like(tokens).at[:GROUP, :2].set(0).at[1, 7:].set(0)
+  return tokens, segments, (segments > 0) & (jnp.arange(WIDTH + NEW) >= WIDTH)[None]
+
+
+TOKENS, SEGMENTS, MASK = rows()
+
+
+@pytest.mark.parametrize('layout', [Layout(WIDTH, 1), Layout(WIDTH, GROUP)], ids=str)
+@pytest.mark.parametrize('name', MODELS)
+def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, layout):
+  policy, params = tiny.policy(**MODELS[name]), tiny.params(**MODELS[name])
+  fields = frozenset({'entropy'} | ({'values'} if policy.config.value_head else set()))
+  weights = np.random.default_rng(0).normal(size=(3, *TOKENS.shape))
+
+  def read(params, layout):
+    out = learner.forward(policy, params, TOKENS, SEGMENTS, fields=fields, layout=layout)
+    found = [out.logp, out.entropy, *([out.values] if 'values' in fields else [])]
+    found = [jnp.where(MASK, x, 0) for x in found]
+    return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
+
+  (_, got), grads = jax.value_and_grad(read, has_aux=True)(params, layout)
+  (_, expected), expected_grads = jax.value_and_grad(read, has_aux=True)(params, Layout())
+  for a, b in zip(got, expected):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), grads, expected_grads
+  )
+
+
+def test_sources_merge_to_one_softmax():
+  random = np.random.default_rng(1)
+  query, key, value = (
+    jnp.asarray(random.normal(size=(2, 3, heads, 6)) * 3, jnp.float32) for heads in (4, 2, 2)
+  )
+  mask = jnp.asarray(random.random((2, 3, 3)) < 0.7).at[:, :, 1].set(True)
+  whole = attention.attend(query, (key, value, mask), scale=0.5, cap=4.0)
+  cuts = [(key[:, s], value[:, s], mask[:, :, s]) for s in (slice(0, 2), slice(2, 3))]
+  np.testing.assert_allclose(attention.attend(query, *cuts, scale=0.5, cap=4.0), whole, atol=1e-6)
+
+
+def test_the_work_for_a_long_prompt_is_done_once():
+  policy = tiny.policy(num_layers=1, max_length=160)
+  tokens = jnp.zeros((8, 136), jnp.int32)
+
+  def flops(layout):
+    run = functools.partial(learner.forward, policy, layout=layout)
+    compiled = jax.jit(run).lower(tiny.params(num_layers=1), tokens, tokens + 1).compile()
+    return compiled.cost_analysis()['flops']
+
+  # Tokens: 8 x 136 against 128 + 8 x 8.
+  assert flops(Layout(128, 8)) < 0.3 * flops(Layout())
