@@ -13,7 +13,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m polgrad.evaluate --config=experiments/quickstart.py:seed=$(SEED) --workdir=$(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, methods, metrics, train
+from polgrad.collect import sampled
 from polgrad.objectives import Objective
 from polgrad.registry import part
 from tests import examples
@@ -110,8 +111,27 @@ def _value_and_grad(objective: Objective, batch):
   return fn(jax.tree.map(jnp.asarray, examples.leaves()))
 
 
+@pytest.fixture(scope='module')
+def samplers():
+  """Samplers by model and settings: tracing one takes longer than a smoke step."""
+  return {}
+
+
+@pytest.fixture
+def shared_samplers(samplers, monkeypatch):
+  make_drawer = sampled.make_drawer
+
+  def shared(context, settings):
+    key = context.policy.config, tuple(context.frozen), repr(sorted(settings.items(), key=str))
+    if key not in samplers:
+      samplers[key] = make_drawer(context, settings)
+    return samplers[key]
+
+  monkeypatch.setattr(sampled, 'make_drawer', shared)
+
+
 @EACH
-def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler):
+def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler, shared_samplers):
   monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)  # drawing takes as long as a step
   for row in trains(load(name), tmp_path):
     if 'reward' in row:

@@ -67,10 +67,9 @@ def test_every_mesh_gives_the_one_device_result(one_device, shape):
     np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 2, 4)], ids=str)
-def test_slots_and_shared_prompts_give_the_plain_result(one_device, shape):
+def test_slots_and_shared_prompts_give_the_plain_result(one_device):
   batch, params, report = one_device
-  same, moved, told = step(*shape, slots=4, share=True)
+  same, moved, told = step(1, 2, 4, slots=4, share=True)
   np.testing.assert_array_equal(same.tokens, batch.tokens)
   np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
   np.testing.assert_allclose(

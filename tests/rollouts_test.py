@@ -202,7 +202,9 @@ class TestFeatures:
     run, found = run_steps(2, change=louder, lag=1, stats=stats)
     state, got = found[-1]
     want = forward(run, state.params, got.batch, fields=frozenset({'entropy'})).entropy
-    np.testing.assert_allclose(got.batch.features['spread'], want, atol=1e-5)
+    where = got.batch.mask
+    np.testing.assert_allclose(got.batch.features['spread'][where], want[where], atol=1e-5)
+    assert not got.batch.features['spread'][:, 0].any()  # prompts are not scored
 
   def test_credit_reads_features_by_name(self):
     def apply(x, state):
@@ -222,8 +224,9 @@ class TestFeatures:
     run, found = run_steps(2, change=louder, anchors=anchors, requires=reads)
     (first, _), (_, got) = found
     want = forward(run, first.params, got.batch).logp
-    np.testing.assert_allclose(got.batch.features['previous_logp'], want, atol=1e-5)
-    np.testing.assert_allclose(got.batch.reference_logp, want, atol=1e-5)
+    for found in (got.batch.features['previous_logp'], got.batch.reference_logp):
+      where = got.batch.mask
+      np.testing.assert_allclose(found[where], want[where], atol=1e-5)
     assert 'reference_logp' not in got.batch.features
 
   def test_a_random_number_a_row_comes_from_seed_and_step(self, fresh):

@@ -142,10 +142,9 @@ def make_sampler(
       """Draws the next token of every slot, then lets the models read it."""
       running, made = state['row'].reshape(-1) < end, state['made'].reshape(-1)
       log_probs = distribution(params, state['hidden'])
-      drawn = _categorical(pick(keys, state['row']), made, log_probs)
-      token = jnp.where(running, drawn, pad_id)
-      logp = jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0]
-      stopped = jnp.any(token[:, None] == stops, axis=1)
+      token = _categorical(pick(keys, state['row']), made, log_probs)
+      logp = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+      over = jnp.any(token[:, None] == stops, axis=1) | (made + 1 == max_new_tokens)
       hidden, caches = {}, {}
       for n in names:
         states, caches[n] = policies[n].decode(
@@ -158,19 +157,15 @@ def make_sampler(
           width + state['step'] % max_new_tokens,
         )
         hidden[n] = states[:, 0]
-      over = fold(stopped | (made + 1 == max_new_tokens))
       return state | {
         'step': state['step'] + 1,
-        'row': jnp.where(over, end, state['row']),
+        'row': jnp.where(fold(over), end, state['row']),
         'made': state['made'] + 1,
         'hidden': hidden,
         'caches': caches,
         'tokens': put(state['tokens'], state, token),
         'logp': put(state['logp'], state, logp),
         'drawn': put(state['drawn'], state, jnp.ones_like(running)),
-        'finished': put(
-          state['finished'], state | {'made': jnp.zeros_like(state['made'])}, stopped
-        ),
       }
 
     def goes_on(state):
@@ -194,11 +189,12 @@ def make_sampler(
         'tokens': jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
         'logp': jnp.zeros((rows, max_new_tokens), jnp.float32),
         'drawn': jnp.zeros((rows, max_new_tokens), bool),
-        'finished': jnp.zeros((rows, 1), bool),
       },
     )
-    # From what was drawn, never from token ids: the pad id may be a stop id.
+    # From what was drawn, never from token ids alone: the pad id may be a stop id.
     seen = jnp.concatenate([repeat(mask), state['drawn']], axis=1)
+    last = jnp.sum(state['drawn'], axis=1, keepdims=True) - 1
+    last = jnp.take_along_axis(state['tokens'], last, axis=1)
     left = lambda x, by, fill: jnp.pad(x, ((0, 0), (by, 0)), constant_values=fill)
     texts = jnp.concatenate([repeat(jnp.where(mask, tokens, pad_id)), state['tokens']], axis=1)
     return Rollout(
@@ -206,7 +202,7 @@ def make_sampler(
       segment_ids=left(seen, padding, False).astype(jnp.int32),
       mask=left(state['drawn'], padding + width, False),
       behavior_logp=left(state['logp'], padding + width, 0),
-      finished=state['finished'][:, 0],
+      finished=jnp.any(last == stops, axis=1),
       prompt_ids=repeat(prompt_ids),
       group_ids=repeat(jnp.arange(prompts)),
       policy_step=jnp.full(rows, policy_step, jnp.int32),

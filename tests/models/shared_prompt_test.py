@@ -32,9 +32,8 @@ def rows() -> tuple[jax.Array, jax.Array, jax.Array]:
 TOKENS, SEGMENTS, MASK = rows()
 
 
-@pytest.mark.parametrize('layout', [Layout(WIDTH, 1), Layout(WIDTH, GROUP)], ids=str)
 @pytest.mark.parametrize('name', MODELS)
-def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, layout):
+def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, quick_compiler):
   policy, params = tiny.policy(**MODELS[name]), tiny.params(**MODELS[name])
   fields = frozenset({'entropy'} | ({'values'} if policy.config.value_head else set()))
   weights = np.random.default_rng(0).normal(size=(3, *TOKENS.shape))
@@ -45,13 +44,15 @@ def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, lay
     found = [jnp.where(MASK, x, 0) for x in found]
     return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
 
-  (_, got), grads = jax.value_and_grad(read, has_aux=True)(params, layout)
-  (_, expected), expected_grads = jax.value_and_grad(read, has_aux=True)(params, Layout())
-  for a, b in zip(got, expected):
-    np.testing.assert_allclose(a, b, atol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), grads, expected_grads
-  )
+  run = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)
+  (_, expected), expected_grads = run(params, Layout())
+  for layout in (Layout(WIDTH, GROUP), Layout(WIDTH, 1))[: 2 if name == 'llama' else 1]:
+    (_, got), grads = run(params, layout)
+    for a, b in zip(got, expected):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), grads, expected_grads
+    )
 
 
 def test_sources_merge_to_one_softmax():
