@@ -1,0 +1,182 @@
+"""polgrad's part of `benchmarks.compare`: trains on the work of a folder, prints seconds as JSON.
+
+    python -m benchmarks.peers.polgrad_worker FOLDER grpo|dpo|sft
+
+The step is the trainer's own: collector, jitted update with donated state. Prompts are shared
+(`share_prompts`), and the sampler's log-probs are the behaviour policy's, as in any polgrad run.
+"""
+
+import collections
+import importlib.metadata
+import json
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from experiments.common import addition
+from polgrad import build, collect, credit, models, objectives, optim, sharding, train
+from polgrad.collect import base, sampled
+from polgrad.data import tokenizers
+from polgrad.losses import (
+  advantages,
+  aggregation,
+  implicit_rewards,
+  links,
+  penalties,
+  surrogates,
+)
+from polgrad.registry import part, register, weighted
+from polgrad.rewards import verifiers
+from polgrad.types import Batch
+
+SPENT = collections.defaultdict(list)  # seconds by part of a step
+
+
+def timed(name: str, function: Callable) -> Callable:
+  """The function, which waits for its result and writes down how long it took."""
+
+  def call(*args, **kwargs):
+    start = time.perf_counter()
+    out = jax.block_until_ready(function(*args, **kwargs))
+    SPENT[name].append(time.perf_counter() - start)
+    return out
+
+  return call
+
+
+def share_of_even(completion: str) -> float:
+  """The share of a completion's tokens with an even id."""
+  ids = [int(word[1:]) for word in completion.split()]
+  return sum(i % 2 == 0 for i in ids) / len(ids)
+
+
+def phase_of(kind: str, work: dict) -> dict:
+  """The phase of a kind of training; its data is handed over below."""
+  adamw = part(optim.adamw, learning_rate=work['learning_rate'])
+  reference = {'reference': part(optim.fixed)}
+  if kind == 'grpo':
+    return part(
+      build.phase,
+      source=addition(),
+      collect=part(
+        collect.rollouts,
+        prompts=len(work['prompts']),
+        group=work['samples'],
+        prompt_length=work['prompt_length'],
+        max_new_tokens=work['new_tokens'],
+      ),
+      reward={'even': weighted(1.0, part(share_of_even))},
+      credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
+      objective=part(
+        objectives.policy_gradient,
+        surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+        aggregation=part(aggregation.sequence_mean),
+        penalties={'kl': weighted(work['beta'], part(penalties.k3))},
+      ),
+      anchors=reference,
+      optimizer=adamw,
+      share_prompts=True,
+    )
+  if kind == 'dpo':
+    score, link = part(implicit_rewards.log_ratio_sum), part(links.logistic)
+    objective = part(objectives.pairwise, score=score, link=link, beta=work['dpo_beta'])
+    rows = part(collect.preferences, pairs=len(work['chosen']), length=len(work['chosen'][0]))
+  else:
+    objective = part(objectives.supervised, aggregation=part(aggregation.token_mean))
+    rows = part(collect.demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
+  return part(
+    build.phase,
+    source=addition(),
+    collect=rows,
+    objective=objective,
+    anchors=reference if kind == 'dpo' else {},
+    optimizer=adamw,
+  )
+
+
+def words() -> tokenizers.Tokenizer:
+  """'t5 t17' <-> [5, 17]; the stop token lies outside the model's vocabulary."""
+  return tokenizers.byte()._replace(
+    encode=lambda text: [int(word[1:]) for word in text.split()],
+    decode=lambda ids: ' '.join(f't{i}' for i in ids),
+    pad_id=0,
+    bos_id=-1,
+    stop_ids=(1024,),
+  )
+
+
+def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callable:
+  """(state, step) -> the batch of a step."""
+  phase = experiment.phases['main']
+  context = train.context(experiment, phase, 0)
+  if kind == 'grpo':
+    records = [
+      {'id': i, 'prompt': ' '.join(f't{t}' for t in ids)} for i, ids in enumerate(work['prompts'])
+    ]
+    run = phase.collect.make(context)
+    return lambda state, step: run(state, lambda _: records, step).batch
+  if kind == 'dpo':
+    rows = np.stack([work['chosen'], work['rejected']], axis=1).reshape(-1, len(work['chosen'][0]))
+    start, group = work['prompt_length'], 2
+  else:
+    rows, start, group = np.asarray(work['sft']), 1, 1
+  index = np.arange(len(rows), dtype=np.int32)
+  batch = Batch(
+    tokens=rows.astype(np.int32),
+    segment_ids=np.ones(rows.shape, np.int32),
+    mask=np.broadcast_to(np.arange(rows.shape[1]) >= start, rows.shape),
+    group_ids=index // group,
+    label=(1 - index % group).astype(np.float32) if kind == 'dpo' else None,
+  )
+  annotate = base.make_annotations(context, 1.0)
+  return lambda state, step: batch.replace(**annotate(state, batch.tokens, batch.segment_ids))
+
+
+def run(folder: pathlib.Path, kind: str) -> dict:
+  work = json.loads((folder / 'data.json').read_text())
+  work |= json.loads((folder / 'workload.json').read_text())
+  register(verifiers.TABLE, share_of_even)
+  config = part(
+    build.experiment,
+    tokenizer=part(tokenizers.byte),
+    model=part(models.pretrained, path=str(folder / 'model')),
+    phases={'main': phase_of(kind, work)},
+    order=('main',),
+  )
+  experiment = build.build(config)._replace(tokenizer=words())
+  draw, annotations = sampled.make_drawer, base.make_annotations
+  sampled.make_drawer = lambda *x: timed('rollout', draw(*x))
+  if kind != 'sft':  # it has no reference
+    base.make_annotations = lambda *x, **k: timed('reference', annotations(*x, **k))
+    sampled.make_annotations = base.make_annotations
+  with jax.set_mesh(experiment.mesh):
+    state = train.begin(experiment, 0, None)
+    gather = make_collect(experiment, kind, work)
+    update = timed('update', train.jit_update(experiment, experiment.phases['main'], state))
+    reports = []
+    for step in range(work['steps']):
+      start = time.perf_counter()
+      batch = gather(state, step)
+      state, report = update(state, sharding.place_batch(experiment.mesh, batch))
+      reports.append(sharding.to_host(report))
+      SPENT['step'].append(time.perf_counter() - start)
+  return {
+    'framework': 'polgrad',
+    'version': f'jax {importlib.metadata.version("jax")}',
+    'kind': kind,
+    'first': {name: spent[0] for name, spent in SPENT.items()},
+    'seconds': {name: spent[1:] for name, spent in SPENT.items()},
+    'tokens': int(np.sum(batch.mask)),
+    'loss': float(reports[0]['loss']),
+    'grad_norm': float(reports[0]['grad_norm']),
+    'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+  }
+
+
+if __name__ == '__main__':
+  print(json.dumps(run(pathlib.Path(sys.argv[1]), sys.argv[2])))
