@@ -52,10 +52,9 @@ class Clock(transformers.TrainerCallback):
 
   def attach(self, trainer):
     prepare = trainer._prepare_inputs
-    if hasattr(trainer, '_generate'):
-      trainer._generate = self.wrap('rollout', trainer._generate)
-    if getattr(trainer, 'ref_model', None) is not None:
-      trainer.ref_model = self.wrap('reference', trainer.ref_model)
+    for name, part in ('_generate', 'rollout'), ('ref_model', 'reference'):
+      if hasattr(trainer, name):
+        setattr(trainer, name, self.wrap(part, getattr(trainer, name)))
 
     def prepared(*args, **kwargs):
       batch = prepare(*args, **kwargs)
@@ -77,26 +76,14 @@ class Clock(transformers.TrainerCallback):
 
 def arguments(load, rows, folder):
   """The settings that the three kinds share."""
-  return dict(
-    output_dir=folder,
-    max_steps=load['steps'],
-    per_device_train_batch_size=rows,
-    bf16=False,
-    gradient_checkpointing=False,
-    use_cpu=True,
-    torch_compile=bool(os.environ.get('X_COMPILE')),
-    learning_rate=load['learning_rate'],
-    lr_scheduler_type='constant',
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    optim='adamw_torch_fused',
-    train_sampling_strategy='sequential',
-    save_strategy='no',
-    report_to='none',
-    disable_tqdm=True,
-    logging_first_step=True,
-    logging_steps=load['steps'] + 1,
-  )
+  rate, last = load['learning_rate'], load['steps'] + 1
+  plain = dict(bf16=False, gradient_checkpointing=False, use_cpu=True, max_steps=load['steps'])
+  batch = dict(per_device_train_batch_size=rows, train_sampling_strategy='sequential')
+  adamw = dict(optim='adamw_torch_fused', weight_decay=0.0, max_grad_norm=1.0)
+  adamw |= dict(learning_rate=rate, lr_scheduler_type='constant')
+  quiet = dict(save_strategy='no', report_to='none', disable_tqdm=True, output_dir=folder)
+  quiet |= dict(logging_first_step=True, logging_steps=last)
+  return plain | batch | adamw | quiet
 
 
 def words(rows):
@@ -113,35 +100,19 @@ def build_grpo(load, data, common):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
   rows = len(data['prompts']) * load['samples']
-  args = trl.GRPOConfig(
-    **common(rows),
-    num_generations=load['samples'],
-    num_iterations=1,
-    steps_per_generation=1,
-    max_completion_length=load['new_tokens'],
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    beta=load['beta'],
-    loss_type='grpo',
-    scale_rewards='group',
-    use_bias_correction_kl=False,
-    shuffle_dataset=False,
-    cache_implementation=os.environ.get('X_CACHE'),
-  )
+  group = dict(num_generations=load['samples'], num_iterations=1, steps_per_generation=1)
+  sample = dict(temperature=1.0, top_p=1.0, top_k=0, max_completion_length=load['new_tokens'])
+  sample |= dict(shuffle_dataset=False)
+  loss = dict(loss_type='grpo', scale_rewards='group', use_bias_correction_kl=False)
+  args = trl.GRPOConfig(**common(rows), **group, **sample, **loss, beta=load['beta'])
   prompts = table({'prompt': words(data['prompts'])}, load['steps'])
   return trl.GRPOTrainer, args, prompts, {'reward_funcs': reward}, rows * load['new_tokens']
 
 
 def build_dpo(load, data, common):
   cut, rows, length = data['prompt_length'], len(data['chosen']), len(data['chosen'][0])
-  args = trl.DPOConfig(
-    **common(rows),
-    beta=load['dpo_beta'],
-    loss_type=['sigmoid'],
-    max_length=length,
-    precompute_ref_log_probs=False,
-  )
+  loss = dict(beta=load['dpo_beta'], loss_type=['sigmoid'], precompute_ref_log_probs=False)
+  args = trl.DPOConfig(**common(rows), **loss, max_length=length)
   columns = {'prompt': words(ids[:cut] for ids in data['chosen'])}
   for name in 'chosen', 'rejected':
     columns[name] = [f' {text} ' for text in words(ids[cut:] for ids in data[name])]
@@ -150,9 +121,8 @@ def build_dpo(load, data, common):
 
 def build_sft(load, data, common):
   rows, length = len(data['sft']), len(data['sft'][0])
-  args = trl.SFTConfig(
-    **common(rows), packing=False, max_length=None, dataset_kwargs={'skip_prepare_dataset': True}
-  )
+  given = dict(max_length=None, packing=False, dataset_kwargs={'skip_prepare_dataset': True})
+  args = trl.SFTConfig(**common(rows), **given)
   texts = table({'input_ids': data['sft']}, load['steps'])
   return trl.SFTTrainer, args, texts, {}, rows * (length - 1)
 
@@ -160,33 +130,20 @@ def build_sft(load, data, common):
 def run(work, kind, folder):
   load, data = (json.loads((work / name).read_text()) for name in ('workload.json', 'data.json'))
   build = {'grpo': build_grpo, 'dpo': build_dpo, 'sft': build_sft}[kind]
-  trainer_class, args, rows, extra, tokens = build(
-    load, data, lambda rows: arguments(load, rows, folder)
-  )
+  trainer_of, args, rows, extra, tokens = build(load, data, lambda n: arguments(load, n, folder))
   tokenizer = transformers.AutoTokenizer.from_pretrained(work / 'model', padding_side='left')
   clock = Clock()
-  trainer = trainer_class(
-    model=str(work / 'model'),
-    args=args,
-    train_dataset=rows,
-    processing_class=tokenizer,
-    callbacks=[clock],
-    **extra,
-  )
+  given = dict(args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[clock])
+  trainer = trainer_of(str(work / 'model'), **given, **extra)
   clock.attach(trainer)
   trainer.train()
   assert len(clock.steps) == load['steps']
   first, *later = clock.steps
   logged = trainer.state.log_history[0]
   return {
-    'framework': 'trl',
-    'version': trl.__version__,
-    'kind': kind,
-    'first': first,
+    **{'framework': 'trl', 'version': trl.__version__, 'kind': kind, 'first': first},
     'seconds': {part: [step[part] for step in later] for part in first},
-    'tokens': tokens,
-    'loss': logged['loss'],
-    'grad_norm': logged['grad_norm'],
+    **{'tokens': tokens, 'loss': logged['loss'], 'grad_norm': logged['grad_norm']},
     'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
   }
 
