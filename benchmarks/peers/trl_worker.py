@@ -1,8 +1,7 @@
 """The TRL worker of the comparison: one kind of post-training in one process, timed step by step.
 
-Run as `python benchmarks/peers/trl_worker.py WORK KIND`, KIND being `grpo`, `dpo` or `sft`; the
-last line on stdout is the JSON record. `GRPOTrainer`, `DPOTrainer` and `SFTTrainer` do the work.
-For equal work their defaults are changed: float32 in place of bf16, no gradient checkpointing, no
+Run as `python benchmarks/peers/trl_worker.py WORK KIND`, KIND being `grpo`, `dpo` or `sft`. For
+equal work TRL's defaults are changed: float32 in place of bf16, no gradient checkpointing, no
 shuffling, a constant rate, no logging after the first step, and all rows of a step in one batch.
 The data set is repeated once a step, so that the run is one epoch with no restarts in between.
 
@@ -76,13 +75,12 @@ class Clock(transformers.TrainerCallback):
 
 def arguments(load, rows, folder):
   """The settings that the three kinds share."""
-  rate, last = load['learning_rate'], load['steps'] + 1
   plain = dict(bf16=False, gradient_checkpointing=False, use_cpu=True, max_steps=load['steps'])
   batch = dict(per_device_train_batch_size=rows, train_sampling_strategy='sequential')
   adamw = dict(optim='adamw_torch_fused', weight_decay=0.0, max_grad_norm=1.0)
-  adamw |= dict(learning_rate=rate, lr_scheduler_type='constant')
+  adamw |= dict(learning_rate=load['learning_rate'], lr_scheduler_type='constant')
   quiet = dict(save_strategy='no', report_to='none', disable_tqdm=True, output_dir=folder)
-  quiet |= dict(logging_first_step=True, logging_steps=last)
+  quiet |= dict(logging_first_step=True, logging_steps=load['steps'] + 1)
   return plain | batch | adamw | quiet
 
 
@@ -102,9 +100,8 @@ def build_grpo(load, data, common):
   rows = len(data['prompts']) * load['samples']
   group = dict(num_generations=load['samples'], num_iterations=1, steps_per_generation=1)
   sample = dict(temperature=1.0, top_p=1.0, top_k=0, max_completion_length=load['new_tokens'])
-  sample |= dict(shuffle_dataset=False)
-  loss = dict(loss_type='grpo', scale_rewards='group', use_bias_correction_kl=False)
-  args = trl.GRPOConfig(**common(rows), **group, **sample, **loss, beta=load['beta'])
+  loss = dict(loss_type='grpo', beta=load['beta'], use_bias_correction_kl=False)
+  args = trl.GRPOConfig(**common(rows), **group, **sample, **loss, shuffle_dataset=False)
   prompts = table({'prompt': words(data['prompts'])}, load['steps'])
   return trl.GRPOTrainer, args, prompts, {'reward_funcs': reward}, rows * load['new_tokens']
 
@@ -122,9 +119,8 @@ def build_dpo(load, data, common):
 def build_sft(load, data, common):
   rows, length = len(data['sft']), len(data['sft'][0])
   given = dict(max_length=None, packing=False, dataset_kwargs={'skip_prepare_dataset': True})
-  args = trl.SFTConfig(**common(rows), **given)
   texts = table({'input_ids': data['sft']}, load['steps'])
-  return trl.SFTTrainer, args, texts, {}, rows * (length - 1)
+  return trl.SFTTrainer, trl.SFTConfig(**common(rows), **given), texts, {}, rows * (length - 1)
 
 
 def run(work, kind, folder):
@@ -138,22 +134,17 @@ def run(work, kind, folder):
   clock.attach(trainer)
   trainer.train()
   assert len(clock.steps) == load['steps']
-  first, *later = clock.steps
-  logged = trainer.state.log_history[0]
+  first, logged = clock.steps[0], trainer.state.log_history[0]
   return {
     **{'framework': 'trl', 'version': trl.__version__, 'kind': kind, 'first': first},
-    'seconds': {part: [step[part] for step in later] for part in first},
+    'seconds': {part: [step[part] for step in clock.steps[1:]] for part in first},
     **{'tokens': tokens, 'loss': logged['loss'], 'grad_norm': logged['grad_norm']},
     'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
   }
 
 
-def main():
+if __name__ == '__main__':
   torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     record = run(pathlib.Path(sys.argv[1]), sys.argv[2], folder)
   print(json.dumps(record))
-
-
-if __name__ == '__main__':
-  main()
