@@ -92,7 +92,13 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 
 
-def batch_shares(mesh: Mesh) -> int:
+def shares() -> int:
+  """The `batch_shares` of the mesh of `jax.set_mesh`; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else batch_shares(mesh)
+
+
+def batch_shares(mesh: Any) -> int:
   """Number of parts that a batch is cut into; its rows must be a multiple."""
   return math.prod(mesh.shape[name] for name in BATCH)
 

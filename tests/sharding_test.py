@@ -37,7 +37,7 @@ def evaluate(policy, params, tokens, segment_ids):
   def loss(params):
     hidden = policy.hidden(params, tokens, segment_ids)
     out = token_stats(
-      hidden, tokens, functools.partial(policy.unembed, params), stats=STATS, chunk=16
+      hidden, tokens, functools.partial(policy.unembed, params), stats=STATS, chunk=2
     )
     out['value'] = policy.value(params, hidden)
     return sum(jnp.sum(jnp.sin(x)) for x in out.values()), out

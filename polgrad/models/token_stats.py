@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from polgrad import sharding
 from polgrad.registry import call
 
 Array = jax.Array
+
+LOGITS = 2**26  # how many a device holds at a time: 256 MiB
 
 
 def token_stats(
@@ -20,7 +23,7 @@ def token_stats(
   *,
   stats: Mapping[str, Callable],
   temperature: float | Array = 1.0,
-  chunk: int = 512,
+  chunk: int | None = None,
   teacher_hidden: Array | None = None,
   teacher_unembed: Callable[[Array], Array] | None = None,
 ) -> dict[str, Array]:
@@ -38,8 +41,8 @@ def token_stats(
     stats: functions by the name of their result.
     temperature: divides the logits, the teacher's too; the sampler's, so that log-probabilities
       are those of the policy that sampled.
-    chunk: how many tokens have their logits in memory at a time (at least one of each row; rows
-      stay whole, so that a sharded batch stays where it is).
+    chunk: how many tokens of a device have their logits in memory at a time (at least one of each
+      row, since rows stay where they are); None takes as many as have `LOGITS` logits.
     teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
     teacher_unembed: hidden [..., D'] -> f32[..., V]. A teacher is data: no gradient reaches it.
 
@@ -64,7 +67,9 @@ def token_stats(
   inputs = [tokens[:, 1:], hidden[:, :-1]]
   if teacher_hidden is not None:
     inputs.append(teacher_hidden[:, :-1])
-  columns = max(1, chunk // rows)
+  if chunk is None:
+    chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
+  columns = max(1, chunk * sharding.shares() // rows)
   if length - 1 <= columns:
     out = evaluate(*inputs)
   else:

@@ -4,6 +4,7 @@ Covers Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 2 and 3, OLMo 2, Mixtral and
 says which settings make which family. `config.py` holds names, axes and shapes of the parameters."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ CACHE = ('batch', 'length', 'kv_heads', 'head_dim')
 METHODS = ['__call__', 'branch']  # of a block, that are scanned over the layers
 _remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
 REMAT = {
-  'none': lambda block: block,
+  'none': functools.partial(_remat, policy=jax.checkpoint_policies.dots_saveable),
   'full': _remat,
   'dots': functools.partial(
     _remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -65,10 +66,14 @@ def one_view(local: Array, views: Views) -> View:
 
 
 def contract(x: Array, matrix: Array, inputs: int = 1) -> Array:
-  """The last `inputs` axes of `x` against the first of `matrix`; accumulates as `einsum` does."""
-  summed, kept = 'uvw'[:inputs], 'xyz'[: matrix.ndim - inputs]
-  spec = f'...{summed},{summed}{kept}->...{kept}'
-  return einsum(spec, x, matrix.astype(x.dtype)).astype(x.dtype)
+  """The last `inputs` axes of `x` against the first of `matrix`; accumulates as `einsum` does.
+
+  All tokens in a line: otherwise XLA's CPU backend transposes activations for the derivatives.
+  """
+  tokens = x.reshape(-1, math.prod(x.shape[-inputs:]))
+  flat = matrix.astype(x.dtype).reshape(tokens.shape[-1], -1)
+  out = einsum('nu,uv->nv', tokens, flat).astype(x.dtype)
+  return out.reshape(*x.shape[:-inputs], *matrix.shape[inputs:])
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -342,8 +347,8 @@ def decoder(
     max_length: longest row; longer ones raise ValueError.
     dtype: 'float32' or 'bfloat16', of activations; sums, norms, softmax and logits are float32.
     param_dtype: 'float32' or 'bfloat16', of the stored parameters.
-    remat: what the backward pass recomputes in a block: 'none', 'full' (all), or 'dots' (all but
-      matrix products with weights).
+    remat: which matrix products of a block the backward pass computes again: 'none', 'full' (all), or
+      'dots' (those without weights: attention). All else is cheaper to compute again than to keep.
     value_head: adds a scalar head, zero at first; also the head of a reward model.
 
   Raises:
