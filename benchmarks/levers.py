@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.compare import MODEL
 from polgrad import learner, models
+from polgrad.compiling import jit
 from polgrad.sampling import make_sampler
 from polgrad.types import Layout
 
@@ -55,7 +56,7 @@ def shared_prompts(prompt: int, completion: int, prompts: int, repeats: int) -> 
       out = learner.forward(POLICY, params, tokens, jnp.ones_like(tokens), layout=layout)
       return jnp.sum(jnp.where(mask[None], out.logp, 0)) / tails.size
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jit(jax.value_and_grad(loss))
 
   plain, shared = make(Layout()), make(Layout(prompt, GROUP))
   jax.tree.map(

@@ -16,6 +16,7 @@ from absl import app, flags
 from experiments import quickstart
 from polgrad import learner, sharding, train
 from polgrad.build import build
+from polgrad.compiling import jit
 from polgrad.models.token_stats import STATS, token_stats
 
 _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts a rollout, of 8 samples each.')
@@ -46,7 +47,7 @@ def step_times() -> dict[str, tuple[float, float, float]]:
     collect = phase.collect.make(train.context(experiment, phase, 1))
     draw = lambda: train.Drawer(phase, seed=0, cursor=0)
     batch = sharding.place_batch(experiment.mesh, collect(state, draw(), 0).batch)
-    update = jax.jit(
+    update = jit(
       learner.make_update(
         experiment.policy,
         phase.objective,
@@ -73,7 +74,7 @@ def head_bytes(vocabulary: int = 49_152, tokens: int = 2048, width: int = 576) -
     return jnp.sum(found['logp']) + jnp.sum(found['entropy'])
 
   def measure(chunk):
-    compiled = jax.jit(jax.grad(lambda *x: loss(*x, chunk), (0, 1))).lower(*shapes).compile()
+    compiled = jit(jax.grad(lambda *x: loss(*x, chunk), (0, 1))).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   return {'chunks of 512 tokens': measure(512), 'all logits': measure(10 * tokens)}

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from polgrad import checkpoint, cli, evaluate, metrics, sharding
 from polgrad.build import Experiment, Phase, build
 from polgrad.collect import Collected, Context, minibatches
+from polgrad.compiling import jit
 from polgrad.data import stream
 from polgrad.learner import make_update
 from polgrad.models.policy import Policy, learned
@@ -154,7 +155,7 @@ def init_opt_state(
 
   shapes = jax.eval_shape(optimizer.init, params)
   shardings = jax.tree_util.tree_map_with_path(place, shapes)
-  return jax.jit(optimizer.init, out_shardings=shardings)(params)
+  return jit(optimizer.init, out_shardings=shardings)(params)
 
 
 def run_phase(
@@ -256,7 +257,7 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
     layout=phase.layout,
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+  return jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def advance(

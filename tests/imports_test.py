@@ -28,6 +28,7 @@ LEVELS = {
   'collect': 4,
   'build': 5,
   'cli': 0,
+  'compiling': 0,
   'evaluate': 6,
   'convert': 7,
   'sample': 7,

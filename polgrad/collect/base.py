@@ -8,6 +8,7 @@ import numpy as np
 
 from polgrad import credit as credits
 from polgrad import sharding
+from polgrad.compiling import jit
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import make_annotate, parameter_sets
 from polgrad.models.policy import Policy
@@ -90,7 +91,7 @@ def make_annotations(
   """
   wanted = context.objective.requires | context.credit.requires
   common = dict(temperature=temperature, micro_batches=context.micro_batches, layout=context.layout)
-  make = lambda policy, **outputs: jax.jit(make_annotate(policy, **common, **outputs))
+  make = lambda policy, **outputs: jit(make_annotate(policy, **common, **outputs))
   own = wanted & {'old_values'} | (wanted & {'proximal_logp'} if recompute_proximal else set())
   of_policy = make(
     context.policy, fields=frozenset({'values'} if 'old_values' in own else ()), stats=stats

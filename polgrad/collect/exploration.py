@@ -17,6 +17,7 @@ from polgrad import optim, sharding
 from polgrad.collect.base import Collector, Context, Draw, minibatches
 from polgrad.collect.judged import distinct, metrics, score_rollout
 from polgrad.collect.sampled import FEATURES, Gathered, as_rows, make_drawer, make_rollouts
+from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.learner import make_annotate, make_update
 from polgrad.losses import aggregation, surrogates
@@ -108,7 +109,7 @@ def start(
   policy: Policy, optimizer: optax.GradientTransformation, objective: Objective, state: TrainState
 ) -> TrainState:
   """The behaviour policy at the present policy, with an optimizer of its own."""
-  opt_state = jax.jit(lambda params: optimizer.init(learned(policy, params)))(state.params)
+  opt_state = jit(lambda params: optimizer.init(learned(policy, params)))(state.params)
   return state.replace(
     opt_state=opt_state,
     anchors={},
@@ -177,12 +178,12 @@ def _make_exploring(
   optimizer = optim.balanced(optimizer, policy.labels, rate=policy.config.balance_rate)
   objective = avoidance(eps=eps)
   sample = make_drawer(context, sampler)
-  annotate = jax.jit(
+  annotate = jit(
     make_annotate(
       policy, fields=frozenset(), temperature=temperature, micro_batches=context.micro_batches
     )
   )
-  update = jax.jit(
+  update = jit(
     make_update(
       policy,
       objective,

@@ -20,6 +20,7 @@ from polgrad.collect.judged import (
   replace_groups,
   score_rollout,
 )
+from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.learner import parameter_sets
 from polgrad.losses import distributions
@@ -192,7 +193,7 @@ def make_rollouts(
   annotate = make_annotations(
     context, temperature, recompute_proximal=recompute_proximal, stats=stats
   )
-  assign = jax.jit(functools.partial(credits.assign, context.credit))
+  assign = jit(functools.partial(credits.assign, context.credit))
 
   def collect(state: TrainState, draw: Draw, step: int) -> Collected:
     judged, rows, report, messages = gather(state, draw, step)

@@ -48,8 +48,8 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
 
   Args:
     query: [B, S, heads, head_dim].
-    *sources: keys and values [N, L, kv_heads, head_dim], and a mask bool[B, S, L], True where a query
-      may look. A query with no True gives finite garbage.
+    *sources: keys [N, kv_heads, head_dim, L], values [N, kv_heads, L, head_dim], and a mask
+      bool[B, S, L], True where a query may look. A query with no True gives finite garbage.
     scale: multiplies the scores.
     cap: soft cap of the scaled scores, 0 for none.
 
@@ -67,17 +67,15 @@ def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float
   """Attention to one source, f32[B, S, heads, head_dim], and the lse of its scores, f32[B, S, heads]."""
   # Rows that share a row of keys, in a line; then one matrix of queries for each head of the keys.
   together = lambda x: x.reshape(len(key), -1, *x.shape[2:])
-  split = together(query).reshape(
-    len(key), -1, key.shape[2], query.shape[2] // key.shape[2], query.shape[3]
-  )
+  split = together(query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[3]))
   heads = jnp.transpose(split, (0, 2, 3, 1, 4))
   matrix = heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
-  scores = einsum('bnxk,bnkl->bnxl', matrix, jnp.transpose(key, (0, 2, 3, 1)))
-  scores = softcap(scores.reshape(*heads.shape[:4], -1) * scale, cap)
+  scores = einsum('bnxk,bnkl->bnxl', matrix, key).reshape(*heads.shape[:4], -1)
+  scores = softcap(scores * scale, cap)
   scores = jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
-  out = einsum('bnxl,bnlk->bnxk', probs.reshape(*matrix.shape[:3], -1), jnp.moveaxis(value, 2, 1))
+  out = einsum('bnxl,bnlk->bnxk', probs.reshape(*matrix.shape[:3], -1), value)
   return jnp.transpose(out.reshape(heads.shape), (0, 3, 1, 2, 4)).reshape(query.shape), lse
 
 

@@ -26,13 +26,14 @@ def stretch(
   return kept * frequency + (1 - kept) * frequency / factor
 
 
-def angles(positions: Array, frequency: Array) -> Array:
-  """i32[B, T], f32[head_dim / 2] -> f32[B, T, head_dim / 2]."""
-  return positions[..., None].astype(jnp.float32) * frequency[None, None]
+def turns(positions: Array, frequency: Array) -> tuple[Array, Array]:
+  """i32[B, T], f32[head_dim / 2] -> cosines and sines f32[B, T, head_dim / 2] of the angles."""
+  angles = positions[..., None].astype(jnp.float32) * frequency[None, None]
+  return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Array, angles: Array) -> Array:
+def rotate(x: Array, turns: tuple[Array, Array]) -> Array:
   """Rotates the pairs (x[i], x[i + head_dim / 2]) of [B, T, heads, head_dim]."""
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  cos, sin = (t[:, :, None] for t in turns)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -28,7 +28,9 @@ Array = jax.Array
 Params = Any
 
 HIDDEN = ('batch', 'length', 'hidden')
-CACHE = ('batch', 'length', 'kv_heads', 'head_dim')
+# Where a step multiplies with them, so that it copies neither.
+KEYS = ('batch', 'kv_heads', 'head_dim', 'length')
+VALUES = ('batch', 'kv_heads', 'length', 'head_dim')
 
 METHODS = ['__call__', 'branch']  # of a block, that are scanned over the layers
 _remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
@@ -45,15 +47,15 @@ ACTIVATION = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approx
 class Cache(NamedTuple):
   """Keys and values of the tokens so far; one buffer a layer."""
 
-  keys: tuple[Array, ...]  # [B, length, kv_heads, head_dim] each
-  values: tuple[Array, ...]
+  keys: tuple[Array, ...]  # [B, kv_heads, head_dim, length] each
+  values: tuple[Array, ...]  # [B, kv_heads, length, head_dim] each
   positions: Array  # i32[B, length], of the token in a column; -1 where there is none
 
 
 class View(NamedTuple):
-  """What a layer sees of the positions: rotary angles of its tokens, and which it may look at."""
+  """What a layer sees of the positions: rotations of its tokens, and which it may look at."""
 
-  angles: Array  # f32[B, S, head_dim / 2]
+  turns: tuple[Array, Array]  # cosines and sines, f32[B, S, head_dim / 2]
   mask: Array  # bool[B, S, L]
 
 
@@ -122,16 +124,16 @@ class Block(_Weights):
 
   def __call__(self, x: Array, local: Array, views: Views, valid: Array):
     view = one_view(local, views)
-    query, key, value = self.project(x, view.angles)
+    query, key, value = self.project(x, view.turns)
     return self.finish(x, self.attend(query, (key, value, view.mask)), valid), ()
 
   def branch(self, x: tuple[Array, Array], local: Array, views: tuple[Views, ...], valid: tuple):
     """The layer for prompts and for the completions that look at them and at themselves."""
     before, past, own = (one_view(local, v) for v in views)
     prompts, completions = x
-    query, key, value = self.project(prompts, before.angles)
+    query, key, value = self.project(prompts, before.turns)
     prompts = self.finish(prompts, self.attend(query, (key, value, before.mask)), valid[0])
-    query, own_key, own_value = self.project(completions, own.angles)
+    query, own_key, own_value = self.project(completions, own.turns)
     attended = self.attend(query, (key, value, past.mask), (own_key, own_value, own.mask))
     return (prompts, self.finish(completions, attended, valid[1])), ()
 
@@ -140,14 +142,15 @@ class Block(_Weights):
     scale = c.query_scale or c.head_dim**-0.5
     return attend(query, *sources, scale=scale, cap=c.attention_softcap)
 
-  def project(self, x: Array, angles: Array) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of [B, S, D], with positions in them."""
+  def project(self, x: Array, turns: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    """Of [B, S, D], queries [B, S, heads, head_dim], and keys and values as `Cache` has them."""
     y = self.before(x, 'attention_norm')
     query, key, value = (self.dense(y, name) for name in ('query', 'key', 'value'))
     if self.config.qk_norm != 'none':
       query = self.norm(query, self.weights['query_norm'])
       key = self.norm(key, self.weights['key_norm'])
-    return rotary.rotate(query, angles), rotary.rotate(key, angles), value
+    query, key = rotary.rotate(query, turns), rotary.rotate(key, turns)
+    return query, jnp.transpose(key, (0, 2, 3, 1)), jnp.moveaxis(value, 2, 1)
 
   def finish(self, x: Array, attended: Array, valid: Array) -> Array:
     """Adds the attention and then the feed-forward to the residual stream; valid bool[B, S]."""
@@ -256,12 +259,12 @@ class Decoder(_Weights):
       high=c.rope_high,
       original_length=c.rope_original_length,
     )
-    far = View(rotary.angles(positions, stretched), mask)
+    far = View(rotary.turns(positions, stretched), mask)
     if not c.window:
       return (far,)
     near = mask & (positions[:, :, None] - keys[:, None, :] < c.window)
     plain = rotary.frequencies(c.head_dim, c.local_rope_theta)
-    return View(rotary.angles(positions, plain), near), far
+    return View(rotary.turns(positions, plain), near), far
 
   def normalise(self, x: Array) -> Array:
     return self.norm(x, self.weights['final_norm'])
@@ -391,22 +394,31 @@ def from_config(config: Config) -> Policy:
 
   def init_cache(batch, length):
     check_length(length)
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    buffers = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-    return Cache(buffers(), buffers(), jnp.full((batch, length), -1, jnp.int32))
+    size = dict(batch=batch, length=length, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    zeros = lambda axes: jnp.zeros([size[axis] for axis in axes], config.dtype)
+    layers = range(config.num_layers)
+    return Cache(
+      keys=tuple(zeros(KEYS) for _ in layers),
+      values=tuple(zeros(VALUES) for _ in layers),
+      positions=jnp.full((batch, length), -1, jnp.int32),
+    )
+
+  def write(axes, buffer, new, index):
+    out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axes.index('length'))
+    return constrain(out, axes)
 
   def begin(cache, read, rows):
     width = read.positions.shape[1]
 
-    def put(buffer, new):
-      first = jnp.where(rows[:, None, None, None], new, buffer[:, :width])
-      return constrain(jax.lax.dynamic_update_slice_in_dim(buffer, first, 0, axis=1), CACHE)
+    def put(axes, buffer, new):
+      old = jax.lax.slice_in_dim(buffer, 0, width, axis=axes.index('length'))
+      return write(axes, buffer, jnp.where(rows[:, None, None, None], new, old), 0)
 
     rest = ((0, 0), (0, cache.positions.shape[1] - width))
     positions = jnp.pad(read.positions, rest, constant_values=-1)
     return Cache(
-      keys=tuple(map(put, cache.keys, read.keys)),
-      values=tuple(map(put, cache.values, read.values)),
+      keys=tuple(put(KEYS, *pair) for pair in zip(cache.keys, read.keys)),
+      values=tuple(put(VALUES, *pair) for pair in zip(cache.values, read.values)),
       positions=jnp.where(rows[:, None], positions, cache.positions),
     )
 
@@ -419,10 +431,7 @@ def from_config(config: Config) -> Policy:
     return {**params, 'layers': tuple(cut(i) for i in range(config.num_layers))}
 
   def decode(params, tokens, positions, valid, cache, index):
-    def write(buffer, new):
-      return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=1)
-
-    held = write(cache.positions, jnp.where(valid, positions, -1))
+    held = write(('batch', 'length'), cache.positions, jnp.where(valid, positions, -1), index)
     mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
     views = apply(params, positions, held, mask, method='views')
     x = apply(params, tokens, method='embed')
@@ -431,9 +440,9 @@ def from_config(config: Config) -> Policy:
     for i, weights in enumerate(params['layers']):
       run = functools.partial(block.apply, {'params': weights})
       view = views[0 if i in config.local_layers else -1]
-      query, key, value = run(x, view.angles, method='project')
-      keys.append(constrain(write(cache.keys[i], key), CACHE))
-      values.append(constrain(write(cache.values[i], value), CACHE))
+      query, key, value = run(x, view.turns, method='project')
+      keys.append(write(KEYS, cache.keys[i], key, index))
+      values.append(write(VALUES, cache.values[i], value, index))
       attended = run(query, (keys[i], values[i], view.mask), method='attend')
       x = run(x, attended, valid, method='finish')
     return apply(params, x, method='normalise'), Cache(tuple(keys), tuple(values), held)

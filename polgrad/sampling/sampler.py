@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from polgrad.compiling import jit
 from polgrad.models.policy import Policy
 from polgrad.registry import inputs
 from polgrad.sampling import processors, roles
@@ -96,7 +97,7 @@ def make_sampler(
       hidden[n] = states[:, -1]
     return hidden, caches
 
-  @functools.partial(jax.jit, static_argnames='padding')
+  @functools.partial(jit, static_argnames='padding')
   def run(params, tokens, mask, prompt_ids, seed, step, policy_step, *, padding: int) -> Rollout:
     prompts, width = tokens.shape
     rows = prompts * group_size
@@ -233,9 +234,14 @@ def _row_keys(seed: Any, step: Any, prompt_ids: Array, sample_indices: Array) ->
 
 
 def _categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
-  """One token a row, each with the key of its own row and position."""
-  draw = lambda key, position, row: jax.random.categorical(jax.random.fold_in(key, position), row)
-  return jax.vmap(draw)(keys, positions, log_probs).astype(jnp.int32)
+  """One token a row by its largest log-prob + Gumbel noise, with the key of row and position."""
+  fold = jax.vmap(jax.random.fold_in)
+  draw = jax.vmap(lambda key: jax.random.gumbel(key, log_probs.shape[1:]))
+  scores = log_probs + draw(fold(keys, positions))
+  # What argmax finds, in two reductions of numbers: one of pairs runs a number at a time on CPUs.
+  best = scores == jnp.max(scores, axis=1, keepdims=True)
+  places = jnp.arange(scores.shape[1], dtype=jnp.int32)
+  return jnp.min(jnp.where(best, places, scores.shape[1] - 1), axis=1)
 
 
 def _check(policies, max_new_tokens, group_size, slots, shares, temperature, top_k, top_p):

@@ -58,11 +58,12 @@ def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, qui
 def test_sources_merge_to_one_softmax():
   random = np.random.default_rng(1)
   query, key, value = (
-    jnp.asarray(random.normal(size=(2, 3, heads, 6)) * 3, jnp.float32) for heads in (4, 2, 2)
+    jnp.asarray(random.normal(size=size) * 3, jnp.float32)
+    for size in ((2, 3, 4, 6), (2, 2, 6, 3), (2, 2, 3, 6))
   )
   mask = jnp.asarray(random.random((2, 3, 3)) < 0.7).at[:, :, 1].set(True)
   whole = attention.attend(query, (key, value, mask), scale=0.5, cap=4.0)
-  cuts = [(key[:, s], value[:, s], mask[:, :, s]) for s in (slice(0, 2), slice(2, 3))]
+  cuts = [(key[..., s], value[:, :, s], mask[:, :, s]) for s in (slice(0, 2), slice(2, 3))]
   np.testing.assert_allclose(attention.attend(query, *cuts, scale=0.5, cap=4.0), whole, atol=1e-6)
 
 

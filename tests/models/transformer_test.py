@@ -79,7 +79,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
   def score(m, n):
     frequency = rotary.frequencies(6, 100.0)
-    turn = lambda x, t: rotary.rotate(x, rotary.angles(jnp.array([[t]]), frequency))
+    turn = lambda x, t: rotary.rotate(x, rotary.turns(jnp.array([[t]]), frequency))
     return float(jnp.sum(turn(query, m) * turn(key, n)))
 
   assert score(5, 2) == pytest.approx(score(13, 10), abs=1e-5)
