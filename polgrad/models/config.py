@@ -35,6 +35,7 @@ ATTENTION = ('query', 'key', 'value', 'out')
 MLP = ('gate', 'up', 'down')
 
 VALID = {
+  'attention': ('cudnn', 'einsum', 'splash'),
   'remat': ('none', 'full', 'dots'),
   'dtype': ('bfloat16', 'float32'),
   'param_dtype': ('bfloat16', 'float32'),
@@ -83,6 +84,7 @@ class Config:
   param_dtype: str
   remat: str
   value_head: bool
+  attention: str = 'einsum'
   lora_rank: int = 0
   lora_scale: float = 1.0
   lora_targets: tuple[str, ...] = ()
@@ -93,6 +95,11 @@ class Config:
         raise ValueError(f'unknown {field} {getattr(self, field)!r}; valid: {sorted(valid)}')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f'{self.num_heads} heads do not divide over {self.num_kv_heads} kv heads')
+    if self.attention == 'cudnn' and (self.dtype != 'bfloat16' or self.attention_softcap):
+      raise ValueError(
+        "attention 'cudnn' needs dtype 'bfloat16' and no attention_softcap; got dtype "
+        f'{self.dtype!r} and attention_softcap {self.attention_softcap}'
+      )
     if self.head_dim % 2:
       raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}')
     if not (self.pre_norm or self.post_norm):

@@ -75,6 +75,7 @@ def pretrained(
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str = 'none',
+  attention: str = 'einsum',
   value_head: bool = False,
   balance_rate: float = 0.0,
 ) -> Policy:
@@ -85,7 +86,7 @@ def pretrained(
   Args:
     path: folder with config.json and model.safetensors (or its index and shards).
     max_length: longest row; 0 takes the model's own limit.
-    dtype, param_dtype, remat: as in `decoder`.
+    dtype, param_dtype, remat, attention: as in `decoder`.
     value_head: adds a scalar head: that of a reward model (`score.weight`) if the folder has one,
       else zero.
     balance_rate: as in `decoder`; the biases are not in the folder, they begin at zero.
@@ -107,6 +108,7 @@ def pretrained(
     dtype=dtype,
     param_dtype=param_dtype,
     remat=remat,
+    attention=attention,
     value_head=value_head,
     balance_rate=balance_rate,
   )

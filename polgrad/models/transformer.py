@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from polgrad.models import experts, rotary
+from polgrad.models import experts, kernels, rotary
 from polgrad.models.attention import (
   Source,
   attend,
@@ -33,9 +33,10 @@ KEYS = ('batch', 'kv_heads', 'head_dim', 'length')
 VALUES = ('batch', 'kv_heads', 'length', 'head_dim')
 
 METHODS = ['__call__', 'branch']  # of a block, that are scanned over the layers
+PRODUCTS = ('dot_general', 'ragged_dot_general', 'dot_product_attention_fwd', 'pallas_call')
 _remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
 REMAT = {
-  'none': functools.partial(_remat, policy=jax.checkpoint_policies.dots_saveable),
+  'none': functools.partial(_remat, policy=lambda primitive, *_, **__: primitive.name in PRODUCTS),
   'full': _remat,
   'dots': functools.partial(
     _remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -122,10 +123,14 @@ class Block(_Weights):
   def setup(self):
     self.weights = {name: self.weight(name) for name in self.config.layer}
 
-  def __call__(self, x: Array, local: Array, views: Views, valid: Array):
+  def __call__(self, x: Array, local: Array, views: Views, segment_ids: Array):
     view = one_view(local, views)
     query, key, value = self.project(x, view.turns)
-    return self.finish(x, self.attend(query, (key, value, view.mask)), valid), ()
+    if self.config.attention == 'einsum':
+      attended = self.attend(query, (key, value, view.mask))
+    else:
+      attended = self.fused(query, key, value, segment_ids, local)
+    return self.finish(x, attended, segment_ids > 0), ()
 
   def branch(self, x: tuple[Array, Array], local: Array, views: tuple[Views, ...], valid: tuple):
     """The layer for prompts and for the completions that look at them and at themselves."""
@@ -138,9 +143,19 @@ class Block(_Weights):
     return (prompts, self.finish(completions, attended, valid[1])), ()
 
   def attend(self, query: Array, *sources: Source) -> Array:
+    return attend(query, *sources, **self.scores())
+
+  def fused(self, query: Array, key: Array, value: Array, segment_ids: Array, local: Array):
+    kernel = functools.partial(kernels.ATTENTION[self.config.attention], **self.scores())
+    arrays = (query, key, value, segment_ids)
+    if not self.config.window:
+      return kernel(*arrays, window=0)
+    near = functools.partial(kernel, window=self.config.window)
+    return jax.lax.cond(local, near, functools.partial(kernel, window=0), *arrays)
+
+  def scores(self) -> dict[str, float]:
     c = self.config
-    scale = c.query_scale or c.head_dim**-0.5
-    return attend(query, *sources, scale=scale, cap=c.attention_softcap)
+    return {'scale': c.query_scale or c.head_dim**-0.5, 'cap': c.attention_softcap}
 
   def project(self, x: Array, turns: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Of [B, S, D], queries [B, S, heads, head_dim], and keys and values as `Cache` has them."""
@@ -217,7 +232,7 @@ class Decoder(_Weights):
   def __call__(self, tokens: Array, segment_ids: Array) -> Array:
     positions = segment_positions(segment_ids)
     views = self.views(positions, positions, segment_mask(segment_ids))
-    x, _ = self.layers(self.embed(tokens), self.local, views, segment_ids > 0)
+    x, _ = self.layers(self.embed(tokens), self.local, views, segment_ids)
     return self.normalise(x)
 
   def completions(self, tokens: Array, segment_ids: Array, prompt_length: int, group: int) -> Array:
@@ -303,6 +318,7 @@ def decoder(
   qk_norm: str = 'none',
   attention_bias: bool = False,
   query_scale: float = 0.0,
+  attention: str = 'einsum',
   attention_softcap: float = 0.0,
   logit_softcap: float = 0.0,
   embedding_scale: float = 1.0,
@@ -340,6 +356,8 @@ def decoder(
     qk_norm: RMSNorm on queries and keys: 'none', 'head' (over each head) or 'all' (over all heads).
     attention_bias: bias on queries, keys and values (Qwen2).
     query_scale: multiplies attention scores; 0 stands for head_dim^-1/2.
+    attention: how whole rows attend in training: 'einsum', or a kernel: 'cudnn' (bfloat16 on GPUs; no
+      soft cap) or 'splash' (TPUs). Results are equal up to rounding.
     attention_softcap, logit_softcap: soft caps of attention scores and logits, 0 for none.
     embedding_scale: multiplies embeddings (sqrt(width) in Gemma).
     tie_embeddings: the unembedding is the embedding.

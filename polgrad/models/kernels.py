@@ -1,0 +1,118 @@
+"""Attention of whole rows by fused kernels, which never hold the [T, T] scores of a row.
+
+`ATTENTION` is their table. They stand in for `attention.attend` in `Policy.hidden`, so in training;
+prompts that are shared and cached tokens are read by `attend`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
+
+from polgrad.sharding import partition_spec
+
+Array = jax.Array
+
+LANES = 128  # splash attention reads keys in multiples of it
+BLOCKS = (512, 384, 256, LANES)
+
+
+def cudnn(
+  query: Array,
+  key: Array,
+  value: Array,
+  segment_ids: Array,
+  *,
+  window: int,
+  scale: float,
+  cap: float,
+  implementation: str = 'cudnn',
+) -> Array:
+  """cuDNN's flash attention, for bfloat16 on NVIDIA GPUs; takes no soft cap."""
+  del cap
+  place = jnp.arange(query.shape[1])
+  distance = place[:, None] - place[None]
+  near = (distance >= 0) & (distance < (window or len(place)))
+  mask = near[None] & (segment_ids[:, :, None] == segment_ids[:, None])
+  return jax.nn.dot_product_attention(
+    query,
+    jnp.transpose(key, (0, 3, 1, 2)),
+    jnp.moveaxis(value, 1, 2),
+    mask=mask[:, None],
+    scale=scale,
+    implementation=implementation,
+  )
+
+
+def splash(
+  query: Array,
+  key: Array,
+  value: Array,
+  segment_ids: Array,
+  *,
+  window: int,
+  scale: float,
+  cap: float,
+  interpret: bool = False,
+) -> Array:
+  """Splash attention, for TPUs: skips blocks of keys that no query looks at.
+
+  On a mesh every device attends for its rows and heads.
+  """
+  length, heads = query.shape[1:3]
+  padding = -length % LANES
+  padded = length + padding
+  pad = lambda x, axis: jnp.pad(x, [(0, padding * (i == axis)) for i in range(x.ndim)])
+  arrays = (
+    pad(jnp.moveaxis(query * jnp.asarray(scale, query.dtype), 2, 1), 2),
+    pad(jnp.swapaxes(key, 2, 3), 2),
+    pad(value, 2),
+    pad(segment_ids, 1),  # padding is segment 0
+  )
+  block = next(size for size in BLOCKS if padded % size == 0)
+  names = ('block_q', 'block_kv', 'block_kv_compute')
+  backward = ('block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq')
+  sizes = splash_attention.BlockSizes(**dict.fromkeys(names + backward, block))
+  mask = splash_attention.CausalMask((padded, padded))
+  if window:
+    mask = splash_attention.LocalMask((padded, padded), (window - 1, 0), 0)
+
+  def attend(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+    kernel = splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([mask] * query.shape[1]),
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      attn_logits_soft_cap=cap or None,
+      interpret=interpret,
+    )
+    segments = splash_attention.SegmentIds(segment_ids, segment_ids)
+    return jax.vmap(kernel)(query, key, value, segment_ids=segments)
+
+  out = _on_each_device(attend, heads)(*arrays)
+  return jnp.moveaxis(out[:, :, :length], 1, 2)
+
+
+def _on_each_device(attend: Callable, heads: int) -> Callable:
+  """`attend` on the rows and heads of each device of the mesh of `jax.set_mesh`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return attend
+
+  def run(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+    spec = partition_spec(mesh, ('batch', 'heads', 'length', 'head_dim'), query.shape)
+    if partition_spec(mesh, ('kv_heads',), key.shape[1:2]) != PartitionSpec(spec[1]):
+      # Fewer heads of keys than devices: every head of queries takes its own copy.
+      key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value))
+    rows = PartitionSpec(spec[0])
+    split = jax.shard_map(
+      attend, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False
+    )
+    return split(query, key, value, segment_ids)
+
+  return run
+
+
+ATTENTION = {'cudnn': cudnn, 'splash': splash}
