@@ -1,15 +1,17 @@
 """polgrad, Tunix and TRL in turn on the same work: seconds of rollout, reference, update and step.
 
     python -m benchmarks.compare                    # all kinds, three rounds; writes compare.md
-    python -m benchmarks.compare --kinds=grpo --rounds=5
+    python -m benchmarks.compare --kinds grpo --rounds=5
 
-Each framework runs in an environment of its own (made below `--environments` on the first call) and
-in a fresh process a round, one after the other, on one folder: a random Qwen3 of four layers, and
-token ids. The machine is shared and noisy, so look at the ratios: each is of two neighbours in one
-round. A run is refused if the frameworks did not do the same work.
+Each framework runs in an environment of its own (made below `--folder` on the first call, with the
+checkpoint of SmolLM2) and in a fresh process a round, one after the other, on one folder: a random
+Qwen3 of four layers or SmolLM2-135M, and token ids. The machine is shared and noisy, so look at the
+ratios: each is of two neighbours in one round. A run is refused if the frameworks did not do the
+same work.
 """
 
 import argparse
+import datetime
 import json
 import os
 import pathlib
@@ -34,54 +36,80 @@ MODEL = dict(
   vocab_size=1024, num_layers=4, width=256, num_heads=8, num_kv_heads=4, head_dim=32, mlp_width=768,
   qk_norm='head', max_length=512, rope_theta=1e6,
 )  # fmt: skip
-WORKLOAD = dict(steps=8, samples=8, new_tokens=64, beta=0.04, dpo_beta=0.1, learning_rate=1e-6)
+TRAINING = dict(steps=8, beta=0.04, dpo_beta=0.1, learning_rate=1e-6, new_tokens=64)
+# kind -> what the workers call it, the model, prompts x samples, and who takes part. Tunix 0.1.7 has
+# no model of the Llama family that reads SmolLM2's settings.
+KINDS = {
+  'grpo': ('grpo', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
+  'dpo': ('dpo', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
+  'sft': ('sft', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
+  'smollm2': ('grpo', 'smollm2', (4, 4), ('polgrad', 'trl')),
+}
+TITLES = {
+  'grpo': 'GRPO, tiny Qwen3, 8 prompts x 8 samples, 32 + 64 tokens',
+  'dpo': 'DPO, tiny Qwen3, 16 pairs of 96 tokens',
+  'sft': 'SFT, tiny Qwen3, 64 rows of 96 tokens',
+  'smollm2': 'GRPO, SmolLM2-135M, 4 prompts x 4 samples, 32 + 64 tokens',
+}
+# Large pages for every framework: each step of XLA allocates its buffers anew.
+ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  'HF_HUB_OFFLINE': '1',
+  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+}
 PARTS = ('rollout', 'reference', 'update', 'step')
 
 
-def write_work(folder: pathlib.Path) -> None:
-  """The model, a tokenizer of words t0 ... t1023, and token ids; all frameworks read these."""
-  policy = models.decoder(**MODEL)
+def write_work(folder: pathlib.Path, model: str, sizes: tuple[int, int], checkpoint) -> None:
+  """The model, a tokenizer of words t0, t1, ..., and token ids; all frameworks read these."""
+  policy = (
+    models.pretrained(path=str(checkpoint)) if model == 'smollm2' else models.decoder(**MODEL)
+  )
+  vocabulary = policy.config.vocab_size
   hf.save(folder / 'model', policy.config, policy.init(jax.random.key(0)))
   # The stop token lies outside the model's vocabulary: all completions have the full length.
-  vocabulary = {f't{i}': i for i in range(1024)} | {'</s>': 1024}
-  tokenizer = Tokenizer(kinds.WordLevel(vocabulary, unk_token='t0'))
+  words = {f't{i}': i for i in range(vocabulary)} | {'</s>': vocabulary}
+  tokenizer = Tokenizer(kinds.WordLevel(words, unk_token='t0'))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(['</s>'])
   tokenizer.save(str(folder / 'model' / 'tokenizer.json'))
   names = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='</s>', pad_token='t0')
   (folder / 'model' / 'tokenizer_config.json').write_text(json.dumps(names))
   random = np.random.default_rng(0)
-  ids = lambda *shape: random.integers(1, 1024, shape)
-  prompts, chosen, rejected = ids(8, 32), ids(16, 96), ids(16, 96)
-  rejected[:, :32] = chosen[:, :32]
-  data = dict(prompts=prompts, sft=ids(64, 96), chosen=chosen, rejected=rejected)
-  data = {name: x.tolist() for name, x in data.items()} | {'prompt_length': 32}
-  (folder / 'data.json').write_text(json.dumps(data))
-  (folder / 'workload.json').write_text(json.dumps(WORKLOAD))
+  ids = lambda *shape: random.integers(1, vocabulary, shape)
+  prompts, samples = sizes
+  data = dict(prompts=ids(prompts, 32), sft=ids(64, 96), chosen=ids(16, 96), rejected=ids(16, 96))
+  data['rejected'][:, :32] = data['chosen'][:, :32]
+  data = {name: x.tolist() for name, x in data.items()}
+  (folder / 'data.json').write_text(json.dumps(data | {'prompt_length': 32}))
+  load = TRAINING | {'samples': samples, 'vocabulary': vocabulary}
+  if model == 'smollm2':
+    load['steps'] = 4
+  (folder / 'workload.json').write_text(json.dumps(load))
 
 
-def interpreter(name: str, environments: pathlib.Path) -> str:
+def interpreter(name: str, folder: pathlib.Path) -> str:
   """The Python of a framework; its environment is made if it is not there."""
   if name == 'polgrad':
     return sys.executable
-  python = environments / name / 'bin' / 'python'
+  python = folder / name / 'bin' / 'python'
   if not python.exists():
     print(f'making {python.parent.parent}', flush=True)
-    subprocess.run([sys.executable, '-m', 'venv', str(environments / name)], check=True)
+    subprocess.run([sys.executable, '-m', 'venv', str(folder / name)], check=True)
     subprocess.run([python, '-m', 'pip', 'install', '--quiet', *PEERS[name]], check=True)
   return str(python)
 
 
-def measure(name: str, kind: str, folder: pathlib.Path, environments: pathlib.Path) -> dict:
+def measure(name: str, kind: str, work: pathlib.Path, folder: pathlib.Path) -> dict:
   """One process of a framework; the JSON of its last line."""
   if name == 'polgrad':
     program = ['-m', 'benchmarks.peers.polgrad_worker']
   else:
     program = [str(HERE / 'peers' / f'{name}_worker.py')]
   done = subprocess.run(
-    [interpreter(name, environments), *program, str(folder), kind],
+    [interpreter(name, folder), *program, str(work), kind],
     cwd=HERE.parent,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'},
+    env=os.environ | ENVIRONMENT,
     stdout=subprocess.PIPE,
     text=True,
     check=True,
@@ -106,20 +134,24 @@ def check_same_work(kind: str, rows: dict[str, dict]) -> None:
   """Refuses a comparison of unequal work.
 
   Raises:
-    ValueError: numbers of tokens, or losses that have one definition, differ.
+    ValueError: numbers of tokens differ, or losses and gradients that have one definition. GRPO's
+      depend on what was sampled.
   """
   tokens = {name: row['tokens'] for name, row in rows.items()}
   if len(set(tokens.values())) != 1:
     raise ValueError(f'{kind}: tokens of a step differ: {tokens}')
   losses = {name: row['loss'] for name, row in rows.items()}
-  if kind != 'grpo' and max(losses.values()) - min(losses.values()) > 1e-3:
+  if KINDS[kind][0] != 'grpo' and max(losses.values()) - min(losses.values()) > 1e-3:
     raise ValueError(f'{kind}: losses of the first step differ: {losses}')
+  norms = {name: row['grad_norm'] for name, row in rows.items()}
+  if KINDS[kind][0] != 'grpo' and max(norms.values()) > 1.001 * min(norms.values()):
+    raise ValueError(f'{kind}: gradient norms of the first step differ: {norms}')
 
 
 def table(kind: str, rounds: list[dict[str, dict]]) -> list[str]:
   """Medians of all steps, and ratios to polgrad by round: median (least to largest)."""
   names = list(rounds[0])
-  lines = [f'| {kind} | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 1) + '|']
+  lines = [f'| {TITLES[kind]} | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 1) + '|']
   middle = lambda row, part: statistics.median(row['seconds'][part])
   for part in PARTS:
     having = [n for n in names if all(part in r[n]['seconds'] for r in rounds)]
@@ -148,34 +180,45 @@ def table(kind: str, rounds: list[dict[str, dict]]) -> list[str]:
   return [*lines, '']
 
 
+def compare(kind: str, rounds: int, folder: pathlib.Path, rates: list) -> list[dict[str, dict]]:
+  """The records of all rounds; `rates` takes the rate of products before each."""
+  name, model, sizes, frameworks = KINDS[kind]
+  results = []
+  with tempfile.TemporaryDirectory() as place:
+    work = pathlib.Path(place)
+    write_work(work, model, sizes, folder / 'smollm2')
+    for _ in range(rounds):
+      rates.append(matmul_rate())
+      rows = {n: measure(n, name, work, folder) for n in frameworks}
+      check_same_work(kind, rows)
+      results.append(rows)
+      print(kind, {n: round(statistics.median(r['seconds']['step']), 3) for n, r in rows.items()})
+  return results
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--kinds', nargs='*', default=['grpo', 'dpo', 'sft'])
+  parser.add_argument('--kinds', nargs='*', default=list(KINDS), choices=list(KINDS))
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--frameworks', nargs='*', default=['polgrad', *PEERS])
-  cache = pathlib.Path('~/.cache/polgrad/peers').expanduser()
-  parser.add_argument('--environments', type=pathlib.Path, default=cache)
+  parser.add_argument(
+    '--folder', type=pathlib.Path, default=pathlib.Path('~/.cache/polgrad/peers').expanduser()
+  )
   arguments = parser.parse_args()
-  results, rates = {}, []
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    write_work(folder)
-    for kind in arguments.kinds:
-      results[kind] = []
-      for _ in range(arguments.rounds):
-        rates.append(matmul_rate())
-        rows = {n: measure(n, kind, folder, arguments.environments) for n in arguments.frameworks}
-        check_same_work(kind, rows)
-        results[kind].append(rows)
-        print(kind, {n: round(statistics.median(r['seconds']['step']), 3) for n, r in rows.items()})
+  checkpoint = arguments.folder / 'smollm2'
+  if 'smollm2' in arguments.kinds and not checkpoint.exists():
+    fetch = HERE.parent / 'launch' / 'fetch_smollm2.py'
+    subprocess.run([sys.executable, str(fetch), str(checkpoint)], check=True)
+  rates = []
+  results = {k: compare(k, arguments.rounds, arguments.folder, rates) for k in arguments.kinds}
   low, middle, high = min(rates), statistics.median(rates), max(rates)
   lines = [
     '# polgrad, Tunix and TRL on the same work',
     '',
-    f'`python -m benchmarks.compare`: medians of {arguments.rounds} rounds of one process each, of '
-    f'{WORKLOAD["steps"] - 1} steps after the first; ratios',
-    'are to polgrad in the same round, median (least to largest): above 1 polgrad is faster.',
-    f'float32 products ran at {middle:.0f} GFLOP/s meanwhile ({low:.0f} to {high:.0f}).',
+    f'`python -m benchmarks.compare`, {datetime.date.today()}: medians of {arguments.rounds} rounds of '
+    f'one process each, of {TRAINING["steps"] - 1} steps',
+    'after the first; ratios are to polgrad in the same round, median (least to largest): above 1 '
+    'polgrad is faster.',
+    f'float32 products of 1536 x 1536 ran at {middle:.0f} GFLOP/s in between ({low:.0f} to {high:.0f}).',
     '',
   ]
   for kind, rounds in results.items():

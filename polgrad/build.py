@@ -271,7 +271,8 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   shares = sharding.batch_shares(run.mesh)
   if phase.layout.shared > 1 and not phase.layout.prompt_length:
     raise ValueError(
-      f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have'
+      f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
+      'and preferences with a prompt_length'
     )
   compared, group = max(phase.objective.group, 1), phase.group
   if collector.rows % compared or (collector.group % compared and collector.group != 1):

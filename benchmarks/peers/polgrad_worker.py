@@ -85,7 +85,12 @@ def phase_of(kind: str, work: dict) -> dict:
   if kind == 'dpo':
     score, link = part(implicit_rewards.log_ratio_sum), part(links.logistic)
     objective = part(objectives.pairwise, score=score, link=link, beta=work['dpo_beta'])
-    rows = part(collect.preferences, pairs=len(work['chosen']), length=len(work['chosen'][0]))
+    rows = part(
+      collect.preferences,
+      pairs=len(work['chosen']),
+      length=len(work['chosen'][0]),
+      prompt_length=work['prompt_length'],
+    )
   else:
     objective = part(objectives.supervised, aggregation=part(aggregation.token_mean))
     rows = part(collect.demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
@@ -96,17 +101,18 @@ def phase_of(kind: str, work: dict) -> dict:
     objective=objective,
     anchors=reference if kind == 'dpo' else {},
     optimizer=adamw,
+    share_prompts=kind == 'dpo',
   )
 
 
-def words() -> tokenizers.Tokenizer:
+def words(vocabulary: int) -> tokenizers.Tokenizer:
   """'t5 t17' <-> [5, 17]; the stop token lies outside the model's vocabulary."""
   return tokenizers.byte()._replace(
     encode=lambda text: [int(word[1:]) for word in text.split()],
     decode=lambda ids: ' '.join(f't{i}' for i in ids),
     pad_id=0,
     bos_id=-1,
-    stop_ids=(1024,),
+    stop_ids=(vocabulary,),
   )
 
 
@@ -148,7 +154,7 @@ def run(folder: pathlib.Path, kind: str) -> dict:
     phases={'main': phase_of(kind, work)},
     order=('main',),
   )
-  experiment = build.build(config)._replace(tokenizer=words())
+  experiment = build.build(config)._replace(tokenizer=words(work['vocabulary']))
   draw, annotations = sampled.make_drawer, base.make_annotations
   sampled.make_drawer = lambda *x: timed('rollout', draw(*x))
   if kind != 'sft':  # it has no reference

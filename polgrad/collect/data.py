@@ -22,14 +22,23 @@ def demonstrations(*, rows: int = 32, length: int = 128) -> Collector:
   )
 
 
-def preferences(*, pairs: int = 16, length: int = 128) -> Collector:
-  """`pairs` prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
+def preferences(*, pairs: int = 16, length: int = 128, prompt_length: int = 0) -> Collector:
+  """`pairs` prompts with a `chosen` and a `rejected` completion: two rows each, chosen first.
+
+  Args:
+    pairs: records of a batch.
+    length: of a row; a longer one is an error.
+    prompt_length: of these, tokens that prompts are left-padded to, so that a phase may share the
+      prompts of its pairs (`share_prompts`); a longer prompt is an error. 0 pads on the right alone.
+  """
+  layout = functools.partial(batching.pairs, prompt_length=prompt_length)
   return Collector(
-    make=functools.partial(_make_data, layout=batching.pairs, length=length, records=pairs),
+    make=functools.partial(_make_data, layout=layout, length=length, records=pairs),
     records=pairs,
     rows=2 * pairs,
     group=2,
     length=length,
+    prompt_length=prompt_length,
     temperature=1.0,
     provides=frozenset({'label'}),
   )

@@ -46,19 +46,27 @@ def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int)
   return _pack([[s] for s in segments], tokenizer, length)
 
 
-def pairs(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) -> Batch:
+def pairs(
+  records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int, prompt_length: int = 0
+) -> Batch:
   """Two rows a record, chosen (label 1) then rejected (label 0), as in `supervised`.
 
-  `group_ids` are 0, 0, 1, 1, ...: a preference pair is a group of two.
+  `group_ids` are 0, 0, 1, 1, ...: a preference pair is a group of two. With a `prompt_length`,
+  completions begin at that column, and prompts are left-padded to it.
 
   Raises:
-    ValueError: as `supervised`.
+    ValueError: as `supervised`; a prompt longer than `prompt_length`, if there is one.
   """
-  segments = [
-    _segment(r, tokenizer, field, length) for r in records for field in ('chosen', 'rejected')
-  ]
+  named = [(r, field) for r in records for field in ('chosen', 'rejected')]
+  segments = [_segment(r, tokenizer, field, length) for r, field in named]
+  starts = [0] * len(segments)
+  if prompt_length:
+    for i, ((record, _), (ids, mask)) in enumerate(zip(named, segments)):
+      _check_length(record, mask.index(True), prompt_length)
+      starts[i] = prompt_length - mask.index(True)
+      _check_length(record, starts[i] + len(ids), length)
   rows = np.arange(len(segments), dtype=np.int32)
-  return _pack([[s] for s in segments], tokenizer, length).replace(
+  return _pack([[s] for s in segments], tokenizer, length, starts).replace(
     group_ids=rows // 2, label=(1 - rows % 2).astype(np.float32)
   )
 
@@ -144,13 +152,12 @@ def _size(segment):
   return len(ids)
 
 
-def _pack(rows, tokenizer, length):
-  """Lists of segments to a Batch, one list a row, from the left."""
+def _pack(rows, tokenizer, length, starts=None):
+  """Lists of segments to a Batch, one list a row, each from its start, or from the left."""
   tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
   segment_ids = np.zeros((len(rows), length), np.int32)
   mask = np.zeros((len(rows), length), bool)
-  for i, segments in enumerate(rows):
-    start = 0
+  for i, (segments, start) in enumerate(zip(rows, starts or [0] * len(rows))):
     for number, (ids, trained) in enumerate(segments, start=1):
       end = start + len(ids)
       tokens[i, start:end] = ids

@@ -154,6 +154,28 @@ def test_a_pair_is_a_group_of_two_with_chosen_first():
   assert (got.label.dtype, got.group_ids.dtype) == (np.float32, np.int32)
 
 
+def test_pairs_with_a_prompt_length_begin_their_completions_at_that_column():
+  rows = [
+    {'prompt': 'a', 'chosen': '1', 'rejected': '22', 'id': 5},
+    {'prompt': 'bb', 'chosen': '', 'rejected': '3', 'id': 6},
+  ]
+  plain = batching.pairs(rows, T, length=6)
+  got = batching.pairs(rows, T, length=6, prompt_length=3)
+  for i, start in enumerate([2, 2, 1, 1]):
+    for x, y in zip((got.tokens, got.segment_ids, got.mask), _rows(plain)):
+      np.testing.assert_array_equal(x[i], np.roll(y[i], start))
+  assert not got.mask[:, :3].any()
+  assert got.mask[:, 3].all()
+  with pytest.raises(ValueError, match='record 6: 2 tokens, longer than the limit of 1'):
+    batching.pairs(rows, T, length=6, prompt_length=1)
+  with pytest.raises(ValueError, match='record 5: 6 tokens, longer than the limit of 5'):
+    batching.pairs(rows, T, length=5, prompt_length=3)
+
+
+def _rows(batch):
+  return batch.tokens, batch.segment_ids, batch.mask
+
+
 @pytest.mark.parametrize(
   ('make', 'size'), [(batching.prompts, 5), (batching.supervised, 9), (batching.pairs, 9)]
 )

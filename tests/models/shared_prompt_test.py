@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import learner
+from polgrad.data import batching, tokenizers
 from polgrad.models import attention
 from polgrad.types import Layout
 from tests.models import tiny
@@ -78,3 +79,17 @@ def test_the_work_for_a_long_prompt_is_done_once():
 
   # Tokens: 8 x 136 against 128 + 8 x 8.
   assert flops(Layout(128, 8)) < 0.3 * flops(Layout())
+
+
+def test_pairs_of_preferences_share_their_prompts():
+  records = [
+    {'id': i, 'prompt': 'abc'[: i + 1], 'chosen': 'de', 'rejected': 'f' * (2 - i)} for i in range(3)
+  ]
+  policy, params = tiny.policy(vocab_size=260), tiny.params(vocab_size=260)
+
+  def sums(prompt_length, layout):
+    batch = batching.pairs(records, tokenizers.byte(), length=9, prompt_length=prompt_length)
+    out = learner.forward(policy, params, batch.tokens, batch.segment_ids, layout=layout)
+    return jnp.sum(jnp.where(batch.mask, out.logp, 0), axis=1)
+
+  np.testing.assert_allclose(sums(5, Layout(5, 2)), sums(0, Layout()), atol=1e-4)
