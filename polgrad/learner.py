@@ -110,7 +110,8 @@ def make_update(
   float32. Only parameters that updates change (see `Policy.labels`) have gradients, optimizer state
   and anchors.
 
-  An update whose loss or gradient is not finite leaves everything but `step` and `skipped` as it was.
+  An update whose loss or gradient is not finite (or whose steps, if the optimizer asked the oracle)
+  leaves everything but `step` and `skipped` as it was.
   """
   # Entropy is a metric of every run; where no objective reads it, the compiler drops it.
   fields = (objective.requires & {'values'}) | {'entropy'}
@@ -183,13 +184,18 @@ def make_update(
     aux = functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=mergeable), pieces)
     return (loss, aux), grads
 
-  def oracle_of(state: TrainState, moving: Params, batch: Batch) -> Oracle:
-    """What an optimizer may ask about this update's loss; nothing is computed that it does not ask."""
+  def oracle_of(state: TrainState, moving: Params, batch: Batch, asked: list) -> Oracle:
+    """What an optimizer may ask about this update's loss; nothing is computed that it does not ask.
+
+    Names of questions go to `asked`.
+    """
 
     def at(params: Params, probe: str = '') -> Params:
+      asked.append('gradient')
       return gradient(state, params, batch, probe)[1]
 
     def halves() -> tuple[Params, Params]:
+      asked.append('halves')
       # Samples of a prompt lie together, so halves share no prompt and are independent.
       middle = len(batch.tokens) // 2
       pieces = [
@@ -208,9 +214,12 @@ def make_update(
     # A sum of squares in bfloat16 would be off by percents.
     single = jax.tree.map(lambda g: g.astype(jnp.float32), labelled(policy, grads, 'train'))
     norm = optax.tree.norm(single)
-    oracle = oracle_of(state, moving, batch)
+    asked = []
+    oracle = oracle_of(state, moving, batch, asked)
     steps, opt_state = optimizer.update(grads, state.opt_state, moving, oracle=oracle)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(steps))
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if asked:  # else steps need not be there, whole, before the first parameter moves
+      finite &= jnp.isfinite(optax.tree.norm(steps))
     moving = optax.apply_updates(moving, steps)
     count = state.update + 1
     moved = state.replace(

@@ -143,7 +143,14 @@ def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
 def init_opt_state(
   optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
 ) -> Any:
-  """Optimizer state; what is kept for a parameter lies where the parameter lies."""
+  """Optimizer state, where `opt_shardings` says."""
+  return jit(optimizer.init, out_shardings=opt_shardings(optimizer, mesh, params))(params)
+
+
+def opt_shardings(
+  optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
+) -> Any:
+  """What an optimizer keeps for a parameter lies where the parameter lies; params or their shapes."""
   keys = lambda path: tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
   places = {keys(path): p for path, p in jax.tree_util.tree_leaves_with_path(params)}
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -153,9 +160,7 @@ def init_opt_state(
     owners = [places[names[i:]] for i in range(len(names)) if names[i:] in places]
     return owners[0].sharding if owners and owners[0].shape == x.shape else whole
 
-  shapes = jax.eval_shape(optimizer.init, params)
-  shardings = jax.tree_util.tree_map_with_path(place, shapes)
-  return jit(optimizer.init, out_shardings=shardings)(params)
+  return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
 def run_phase(

@@ -5,11 +5,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from polgrad import learner, models
+from polgrad import learner, methods, models
 from polgrad.losses import distributions, divergences
 from polgrad.models import token_stats
+from polgrad.types import Batch, TrainState
 
 
 def compiled(fn, *shapes):
@@ -94,6 +96,56 @@ def test_a_layer_keeps_its_input_and_its_gradient_alone_if_it_is_recomputed(rema
 def _flat(made):
   fn, shapes = made
   return fn, *shapes
+
+
+def test_an_update_holds_the_gradient_and_the_inputs_of_the_layers():
+  """Within a tenth of them, in a model so deep that one layer and the head are small beside it.
+
+  By SGD: of Adam's moments XLA's CPU backend holds a copy; `benchmarks/tpu.py` counts what TPUs hold.
+  """
+  layers = 96
+  policy = models.decoder(**SHAPE, num_layers=layers, remat='full')
+  objective, optimizer = methods.sft().objective, optax.sgd(1e-3)
+  shape = lambda *size, dtype=jnp.int32: jax.ShapeDtypeStruct(size, dtype)
+  numbers = ('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped')
+  state = TrainState(
+    **dict.fromkeys(numbers, shape()),
+    params=policy.shapes(),
+    opt_state=jax.eval_shape(optimizer.init, policy.shapes()),
+    anchors={},
+    collect_state=(),
+    credit_state=(),
+    objective_state=jax.eval_shape(objective.init),
+  )
+  rows = shape(ROWS, LENGTH)
+  batch = Batch(tokens=rows, segment_ids=rows, mask=shape(ROWS, LENGTH, dtype=bool))
+  update = jax.jit(learner.make_update(policy, objective, optimizer), donate_argnums=0)
+  held = update.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+  gradient = 4 * sum(p.size for p in jax.tree.leaves(state.params))
+  floor = gradient + 4 * layers * ROWS * LENGTH * SHAPE['width']
+  assert floor < held < 1.1 * floor
+
+
+def test_a_decoding_loop_writes_its_cache_in_place():
+  policy = models.decoder(**SHAPE, num_layers=3, max_length=1024)
+  cache = jax.eval_shape(lambda: policy.init_cache(ROWS, 1024))
+
+  def loop(params, cache, tokens):
+    params = policy.unstack(params)
+
+    def step(i, state):
+      tokens, cache = state
+      at, ones = jnp.full(tokens.shape, i), jnp.ones(tokens.shape, bool)
+      hidden, cache = policy.decode(params, tokens, at, ones, cache, i)
+      return jnp.argmax(policy.unembed(params, hidden), axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, 1024, step, (tokens, cache))
+
+  tokens = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32)
+  memory = jax.jit(loop, donate_argnums=1).lower(policy.shapes(), cache, tokens).compile()
+  held, weights = memory.memory_analysis().temp_size_in_bytes, jax.tree.leaves(policy.shapes())
+  copied = 4 * sum(p.size for p in weights)  # a layer's weights, cut from the stack
+  assert held - copied < 0.1 * sum(4 * x.size for x in jax.tree.leaves(cache))
 
 
 def test_bfloat16_parameters_are_never_copied_to_float32():
