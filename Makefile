@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 SEED ?= 0
 export JAX_PLATFORMS ?= cpu
+# Large pages: every step of XLA's CPU backend allocates its buffers anew.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test lint format clean
 

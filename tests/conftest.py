@@ -4,7 +4,9 @@ import os
 import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Of programs that run once, compiling is what takes time: as `polgrad.compiling`, for every `jax.jit`.
+QUICK = '--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
 
 import jax
 import pytest
