@@ -5,8 +5,13 @@ import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Of programs that run once, compiling is what takes time: as `polgrad.compiling`, for every `jax.jit`.
-QUICK = '--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false'
-os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    '--xla_force_host_platform_device_count=8',
+    '--xla_backend_optimization_level=1',
+    '--xla_cpu_use_fusion_emitters=false',
+  )
+)
 
 import jax
 import pytest
