@@ -13,12 +13,17 @@ CPU = {'xla_backend_optimization_level': 1, 'xla_cpu_use_fusion_emitters': False
 
 def jit(function: Callable, **settings: Any) -> Callable:
   """`jax.jit`; takes and returns what it does."""
-  return jax.jit(function, compiler_options=_options(jax.default_backend()), **settings)
+  return jax.jit(function, compiler_options=options(), **settings)
+
+
+def options() -> dict[str, Any]:
+  """The compiler's settings for the default platform."""
+  return _known() if jax.default_backend() == 'cpu' else {}
 
 
 @functools.cache
-def _options(platform: str) -> dict[str, Any]:
-  """Those of the platform's settings that this XLA knows."""
+def _known() -> dict[str, Any]:
+  """Those of `CPU` that this XLA knows."""
 
   def known(option: tuple) -> bool:
     try:
@@ -27,4 +32,4 @@ def _options(platform: str) -> dict[str, Any]:
       return False
     return True
 
-  return dict(filter(known, CPU.items())) if platform == 'cpu' else {}
+  return dict(filter(known, CPU.items()))

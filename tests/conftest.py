@@ -16,6 +16,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax
 import pytest
 
+from polgrad import compiling
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
@@ -23,8 +25,9 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 @pytest.fixture
-def quick_compiler():
+def quick_compiler(monkeypatch):
   """For tests that compile much and compute little: quick to compile, slow to run."""
+  monkeypatch.setattr(compiling, 'options', lambda: {})  # they would win over the setting below
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)

@@ -112,26 +112,33 @@ def _value_and_grad(objective: Objective, batch):
 
 
 @pytest.fixture(scope='module')
-def samplers():
-  """Samplers by model and settings: tracing one takes longer than a smoke step."""
+def made():
+  """Samplers by model and settings, parameters by model: making them takes longer than smoke steps."""
   return {}
 
 
 @pytest.fixture
-def shared_samplers(samplers, monkeypatch):
-  make_drawer = sampled.make_drawer
+def shared(made, monkeypatch):
+  make_drawer, init_params = sampled.make_drawer, train.init_params
 
-  def shared(context, settings):
+  def drawer(context, settings):
     key = context.policy.config, tuple(context.frozen), repr(sorted(settings.items(), key=str))
-    if key not in samplers:
-      samplers[key] = make_drawer(context, settings)
-    return samplers[key]
+    if key not in made:
+      made[key] = make_drawer(context, settings)
+    return made[key]
 
-  monkeypatch.setattr(sampled, 'make_drawer', shared)
+  def params(policy, mesh, seed):
+    key = policy.config, mesh, seed
+    if key not in made:
+      made[key] = init_params(policy, mesh, seed)
+    return jax.tree.map(jnp.copy, made[key])  # an update gives its arguments away
+
+  monkeypatch.setattr(sampled, 'make_drawer', drawer)
+  monkeypatch.setattr(train, 'init_params', params)
 
 
 @EACH
-def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler, shared_samplers):
+def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler, shared):
   monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)  # drawing takes as long as a step
   for row in trains(load(name), tmp_path):
     if 'reward' in row:
