@@ -165,14 +165,15 @@ def table(kind: str, rounds: list[dict[str, dict]]) -> list[str]:
       seconds = statistics.median(middle(r[name], part) for r in rounds)
       ratios = [middle(r[name], part) / middle(r['polgrad'], part) for r in rounds]
       spread = f'{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})'
-      cells.append(f'{seconds:.3f} s' + ('' if name == 'polgrad' else f', {spread}'))
+      told = f'{seconds:.3f} s, {rounds[0][name]["tokens"] / seconds:.0f} tokens/s'
+      cells.append(told if name == 'polgrad' else f'{told}, {spread}')
     lines.append(f'| {part} | ' + ' | '.join(cells) + ' |')
-  first = lambda n: statistics.median(r[n]['first']['step'] for r in rounds)
-  lines.append(
-    '| first step, with compilation | ' + ' | '.join(f'{first(n):.1f} s' for n in names) + ' |'
+  compiling = lambda n: statistics.median(
+    r[n]['first']['step'] - middle(r[n], 'step') for r in rounds
   )
-  rate = lambda n: statistics.median(r[n]['tokens'] / middle(r[n], 'step') for r in rounds)
-  lines.append('| tokens/s of the step | ' + ' | '.join(f'{rate(n):.0f}' for n in names) + ' |')
+  lines.append(
+    '| first step less a later one | ' + ' | '.join(f'{compiling(n):.1f} s' for n in names) + ' |'
+  )
   peak = lambda n: statistics.median(r[n]['peak_mib'] for r in rounds)
   lines.append(
     '| peak memory of the process | ' + ' | '.join(f'{peak(n):.0f} MiB' for n in names) + ' |'
