@@ -37,8 +37,9 @@ MODEL = dict(
   qk_norm='head', max_length=512, rope_theta=1e6,
 )  # fmt: skip
 TRAINING = dict(steps=8, beta=0.04, dpo_beta=0.1, learning_rate=1e-6, new_tokens=64)
-# kind -> what the workers call it, the model, prompts x samples, and who takes part. Tunix 0.1.7 has
-# no model of the Llama family that reads SmolLM2's settings.
+SMOLLM2_STEPS = 4
+# kind -> what the workers call it, the model, prompts x samples, and who takes part; the worker of
+# Tunix builds a Qwen3 alone.
 KINDS = {
   'grpo': ('grpo', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
   'dpo': ('dpo', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
@@ -84,7 +85,7 @@ def write_work(folder: pathlib.Path, model: str, sizes: tuple[int, int], checkpo
   (folder / 'data.json').write_text(json.dumps(data | {'prompt_length': 32}))
   load = TRAINING | {'samples': samples, 'vocabulary': vocabulary}
   if model == 'smollm2':
-    load['steps'] = 4
+    load['steps'] = SMOLLM2_STEPS
   (folder / 'workload.json').write_text(json.dumps(load))
 
 
@@ -216,7 +217,7 @@ def main() -> None:
     '# polgrad, Tunix and TRL on the same work',
     '',
     f'`python -m benchmarks.compare`, {datetime.date.today()}: medians of {arguments.rounds} rounds of '
-    f'one process each, of {TRAINING["steps"] - 1} steps',
+    f'one process each, of {TRAINING["steps"] - 1} steps (SmolLM2: {SMOLLM2_STEPS - 1})',
     'after the first; ratios are to polgrad in the same round, median (least to largest): above 1 '
     'polgrad is faster.',
     f'float32 products of 1536 x 1536 ran at {middle:.0f} GFLOP/s in between ({low:.0f} to {high:.0f}).',
