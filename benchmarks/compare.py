@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +37,34 @@ MODEL = dict(
   vocab_size=1024, num_layers=4, width=256, num_heads=8, num_kv_heads=4, head_dim=32, mlp_width=768,
   qk_norm='head', max_length=512, rope_theta=1e6,
 )  # fmt: skip
-TRAINING = dict(steps=8, beta=0.04, dpo_beta=0.1, learning_rate=1e-6, new_tokens=64)
-SMOLLM2_STEPS = 4
-# kind -> what the workers call it, the model, prompts x samples, and who takes part; the worker of
-# Tunix builds a Qwen3 alone.
+TRAINING = dict(beta=0.04, dpo_beta=0.1, learning_rate=1e-6, new_tokens=64)
+
+
+class Kind(NamedTuple):
+  """A workload: its title, what workers call it, and who takes part."""
+
+  title: str
+  worker: str
+  model: str = 'tiny'
+  prompts: int = 8
+  samples: int = 8
+  steps: int = 8
+  frameworks: tuple[str, ...] = ('polgrad', 'tunix', 'trl')
+
+
 KINDS = {
-  'grpo': ('grpo', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
-  'dpo': ('dpo', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
-  'sft': ('sft', 'tiny', (8, 8), ('polgrad', 'tunix', 'trl')),
-  'smollm2': ('grpo', 'smollm2', (4, 4), ('polgrad', 'trl')),
-}
-TITLES = {
-  'grpo': 'GRPO, tiny Qwen3, 8 prompts x 8 samples, 32 + 64 tokens',
-  'dpo': 'DPO, tiny Qwen3, 16 pairs of 96 tokens',
-  'sft': 'SFT, tiny Qwen3, 64 rows of 96 tokens',
-  'smollm2': 'GRPO, SmolLM2-135M, 4 prompts x 4 samples, 32 + 64 tokens',
+  'grpo': Kind('GRPO, tiny Qwen3, 8 prompts x 8 samples, 32 + 64 tokens', 'grpo'),
+  'dpo': Kind('DPO, tiny Qwen3, 16 pairs of 96 tokens', 'dpo'),
+  'sft': Kind('SFT, tiny Qwen3, 64 rows of 96 tokens', 'sft'),
+  'smollm2': Kind(
+    'GRPO, SmolLM2-135M, 4 prompts x 4 samples, 32 + 64 tokens',
+    'grpo',
+    model='smollm2',
+    prompts=4,
+    samples=4,
+    steps=4,
+    frameworks=('polgrad', 'trl'),  # the worker of Tunix builds a Qwen3 alone
+  ),
 }
 # Large pages for every framework: each step of XLA allocates its buffers anew.
 ENVIRONMENT = {
@@ -61,10 +75,10 @@ ENVIRONMENT = {
 PARTS = ('rollout', 'reference', 'update', 'step')
 
 
-def write_work(folder: pathlib.Path, model: str, sizes: tuple[int, int], checkpoint) -> None:
+def write_work(folder: pathlib.Path, kind: Kind, checkpoint: pathlib.Path) -> None:
   """The model, a tokenizer of words t0, t1, ..., and token ids; all frameworks read these."""
   policy = (
-    models.pretrained(path=str(checkpoint)) if model == 'smollm2' else models.decoder(**MODEL)
+    models.pretrained(path=str(checkpoint)) if kind.model == 'smollm2' else models.decoder(**MODEL)
   )
   vocabulary = policy.config.vocab_size
   hf.save(folder / 'model', policy.config, policy.init(jax.random.key(0)))
@@ -78,14 +92,12 @@ def write_work(folder: pathlib.Path, model: str, sizes: tuple[int, int], checkpo
   (folder / 'model' / 'tokenizer_config.json').write_text(json.dumps(names))
   random = np.random.default_rng(0)
   ids = lambda *shape: random.integers(1, vocabulary, shape)
-  prompts, samples = sizes
-  data = dict(prompts=ids(prompts, 32), sft=ids(64, 96), chosen=ids(16, 96), rejected=ids(16, 96))
+  data = dict(prompts=ids(kind.prompts, 32), sft=ids(64, 96))
+  data |= dict(chosen=ids(16, 96), rejected=ids(16, 96))
   data['rejected'][:, :32] = data['chosen'][:, :32]
   data = {name: x.tolist() for name, x in data.items()}
   (folder / 'data.json').write_text(json.dumps(data | {'prompt_length': 32}))
-  load = TRAINING | {'samples': samples, 'vocabulary': vocabulary}
-  if model == 'smollm2':
-    load['steps'] = SMOLLM2_STEPS
+  load = TRAINING | dict(steps=kind.steps, samples=kind.samples, vocabulary=vocabulary)
   (folder / 'workload.json').write_text(json.dumps(load))
 
 
@@ -141,18 +153,20 @@ def check_same_work(kind: str, rows: dict[str, dict]) -> None:
   tokens = {name: row['tokens'] for name, row in rows.items()}
   if len(set(tokens.values())) != 1:
     raise ValueError(f'{kind}: tokens of a step differ: {tokens}')
+  if KINDS[kind].worker == 'grpo':
+    return
   losses = {name: row['loss'] for name, row in rows.items()}
-  if KINDS[kind][0] != 'grpo' and max(losses.values()) - min(losses.values()) > 1e-3:
+  if max(losses.values()) - min(losses.values()) > 1e-3:
     raise ValueError(f'{kind}: losses of the first step differ: {losses}')
   norms = {name: row['grad_norm'] for name, row in rows.items()}
-  if KINDS[kind][0] != 'grpo' and max(norms.values()) > 1.001 * min(norms.values()):
+  if max(norms.values()) > 1.001 * min(norms.values()):
     raise ValueError(f'{kind}: gradient norms of the first step differ: {norms}')
 
 
 def table(kind: str, rounds: list[dict[str, dict]]) -> list[str]:
   """Medians of all steps, and ratios to polgrad by round: median (least to largest)."""
   names = list(rounds[0])
-  lines = [f'| {TITLES[kind]} | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 1) + '|']
+  lines = [f'| {KINDS[kind].title} | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 1) + '|']
   middle = lambda row, part: statistics.median(row['seconds'][part])
   for part in PARTS:
     having = [n for n in names if all(part in r[n]['seconds'] for r in rounds)]
@@ -184,14 +198,13 @@ def table(kind: str, rounds: list[dict[str, dict]]) -> list[str]:
 
 def compare(kind: str, rounds: int, folder: pathlib.Path, rates: list) -> list[dict[str, dict]]:
   """The records of all rounds; `rates` takes the rate of products before each."""
-  name, model, sizes, frameworks = KINDS[kind]
-  results = []
+  work_of, results = KINDS[kind], []
   with tempfile.TemporaryDirectory() as place:
     work = pathlib.Path(place)
-    write_work(work, model, sizes, folder / 'smollm2')
+    write_work(work, work_of, folder / 'smollm2')
     for _ in range(rounds):
       rates.append(matmul_rate())
-      rows = {n: measure(n, name, work, folder) for n in frameworks}
+      rows = {n: measure(n, work_of.worker, work, folder) for n in work_of.frameworks}
       check_same_work(kind, rows)
       results.append(rows)
       print(kind, {n: round(statistics.median(r['seconds']['step']), 3) for n, r in rows.items()})
@@ -217,7 +230,7 @@ def main() -> None:
     '# polgrad, Tunix and TRL on the same work',
     '',
     f'`python -m benchmarks.compare`, {datetime.date.today()}: medians of {arguments.rounds} rounds of '
-    f'one process each, of {TRAINING["steps"] - 1} steps (SmolLM2: {SMOLLM2_STEPS - 1})',
+    f'one process each, of {KINDS["grpo"].steps - 1} steps (SmolLM2: {KINDS["smollm2"].steps - 1})',
     'after the first; ratios are to polgrad in the same round, median (least to largest): above 1 '
     'polgrad is faster.',
     f'float32 products of 1536 x 1536 ran at {middle:.0f} GFLOP/s in between ({low:.0f} to {high:.0f}).',

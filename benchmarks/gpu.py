@@ -26,6 +26,7 @@ import optax
 
 from polgrad import learner, methods, models
 from polgrad.compiling import jit
+from polgrad.models import families
 from polgrad.sampling import make_sampler
 from polgrad.types import Batch, TrainState
 
@@ -109,20 +110,9 @@ def torch_part(shape: dict, work: tuple) -> dict[str, float]:
 
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
-  config = transformers.Qwen3Config(
-    vocab_size=shape['vocab_size'],
-    hidden_size=shape['width'],
-    intermediate_size=shape['mlp_width'],
-    num_hidden_layers=shape['num_layers'],
-    num_attention_heads=shape['num_heads'],
-    num_key_value_heads=shape['num_kv_heads'],
-    head_dim=shape['head_dim'],
-    max_position_embeddings=shape['max_length'],
-    tie_word_embeddings=True,
-    eos_token_id=None,
-    pad_token_id=0,
-  )
-  model = transformers.Qwen3ForCausalLM(config).to(device, torch.bfloat16)
+  settings = families.write_settings(models.decoder(**shape).config)
+  config = transformers.AutoConfig.for_model(**settings | {'eos_token_id': None, 'pad_token_id': 0})
+  model = transformers.AutoModelForCausalLM.from_config(config).to(device, torch.bfloat16)
   rows, length, batches, width, new = work
   draw = lambda *size: torch.randint(2, shape['vocab_size'], size, device=device)
 

@@ -12,7 +12,7 @@ CPU = {'xla_backend_optimization_level': 1, 'xla_cpu_use_fusion_emitters': False
 
 
 def jit(function: Callable, **settings: Any) -> Callable:
-  """`jax.jit`; takes and returns what it does."""
+  """`jax.jit` with `options`, for calls from outside: XLA refuses options of a jit within another."""
   return jax.jit(function, compiler_options=options(), **settings)
 
 

@@ -4,20 +4,15 @@ import os
 import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Of programs that run once, compiling is what takes time: as `polgrad.compiling`, for every `jax.jit`.
-os.environ['XLA_FLAGS'] = ' '.join(
-  (
-    '--xla_force_host_platform_device_count=8',
-    '--xla_backend_optimization_level=1',
-    '--xla_cpu_use_fusion_emitters=false',
-  )
-)
 
 import jax
 import pytest
 
 from polgrad import compiling
 
+# Of programs that run once, compiling is what takes time: settings of `compiling` for every `jax.jit`.
+quick = [f'--{name}={str(value).lower()}' for name, value in compiling.CPU.items()]
+os.environ['XLA_FLAGS'] = ' '.join(['--xla_force_host_platform_device_count=8', *quick])
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
 jax.config.update('jax_compilation_cache_dir', str(CACHE))

@@ -2,6 +2,11 @@
 
 `ATTENTION` is their table. They stand in for `attention.attend` in `Policy.hidden`, so in training;
 prompts that are shared and cached tokens are read by `attend`.
+
+All take queries [B, T, heads, head_dim], keys [B, kv_heads, head_dim, T], values [B, kv_heads, T,
+head_dim] and segments i32[B, T], and return softmax(cap(scale q k)) v, [B, T, heads, head_dim]: a token
+sees its own segment up to itself, and of that the last `window` tokens, or all if 0. `cap` is that of
+`attention.softcap`.
 """
 
 from collections.abc import Callable
@@ -11,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
+from polgrad.models.attention import segment_mask
 from polgrad.sharding import partition_spec
 
 Array = jax.Array
@@ -30,12 +36,17 @@ def cudnn(
   cap: float,
   implementation: str = 'cudnn',
 ) -> Array:
-  """cuDNN's flash attention, for bfloat16 on NVIDIA GPUs; takes no soft cap."""
-  del cap
-  place = jnp.arange(query.shape[1])
-  distance = place[:, None] - place[None]
-  near = (distance >= 0) & (distance < (window or len(place)))
-  mask = near[None] & (segment_ids[:, :, None] == segment_ids[:, None])
+  """cuDNN's flash attention (arXiv:2205.14135), for bfloat16 on NVIDIA GPUs.
+
+  Raises:
+    ValueError: a soft cap, which it cannot apply.
+  """
+  if cap:
+    raise ValueError(f'cuDNN attention takes no soft cap, got {cap}')
+  mask = segment_mask(segment_ids)
+  if window:
+    length = query.shape[1]
+    mask &= ~jnp.tril(jnp.ones((1, length, length), bool), -window)
   return jax.nn.dot_product_attention(
     query,
     jnp.transpose(key, (0, 3, 1, 2)),

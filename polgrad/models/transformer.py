@@ -33,6 +33,7 @@ KEYS = ('batch', 'kv_heads', 'head_dim', 'length')
 VALUES = ('batch', 'kv_heads', 'length', 'head_dim')
 
 METHODS = ['__call__', 'branch']  # of a block, that are scanned over the layers
+# What is dear to compute again; by name, since kernels' primitives are private to JAX.
 PRODUCTS = ('dot_general', 'ragged_dot_general', 'dot_product_attention_fwd', 'pallas_call')
 _remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
 REMAT = {
@@ -143,17 +144,17 @@ class Block(_Weights):
     return (prompts, self.finish(completions, attended, valid[1])), ()
 
   def attend(self, query: Array, *sources: Source) -> Array:
-    return attend(query, *sources, **self.scores())
+    return attend(query, *sources, **self.score_settings())
 
   def fused(self, query: Array, key: Array, value: Array, segment_ids: Array, local: Array):
-    kernel = functools.partial(kernels.ATTENTION[self.config.attention], **self.scores())
-    arrays = (query, key, value, segment_ids)
+    """`attend` to the own row, by the kernel of the configuration."""
+    kernel = kernels.ATTENTION[self.config.attention]
+    run = functools.partial(kernel, query, key, value, segment_ids, **self.score_settings())
     if not self.config.window:
-      return kernel(*arrays, window=0)
-    near = functools.partial(kernel, window=self.config.window)
-    return jax.lax.cond(local, near, functools.partial(kernel, window=0), *arrays)
+      return run(window=0)
+    return jax.lax.cond(local, lambda: run(window=self.config.window), lambda: run(window=0))
 
-  def scores(self) -> dict[str, float]:
+  def score_settings(self) -> dict[str, float]:
     c = self.config
     return {'scale': c.query_scale or c.head_dim**-0.5, 'cap': c.attention_softcap}
 
@@ -414,10 +415,9 @@ def from_config(config: Config) -> Policy:
     check_length(length)
     size = dict(batch=batch, length=length, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     zeros = lambda axes: jnp.zeros([size[axis] for axis in axes], config.dtype)
-    layers = range(config.num_layers)
     return Cache(
-      keys=tuple(zeros(KEYS) for _ in layers),
-      values=tuple(zeros(VALUES) for _ in layers),
+      keys=tuple(zeros(KEYS) for _ in range(config.num_layers)),
+      values=tuple(zeros(VALUES) for _ in range(config.num_layers)),
       positions=jnp.full((batch, length), -1, jnp.int32),
     )
 

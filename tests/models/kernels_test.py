@@ -19,10 +19,10 @@ ON_CPU = {
 SEGMENTS = np.array([[0, 1, 1, 1, 2, 2, 2, 2, 2, 0], [1] * 10], np.int32)
 
 
-def arrays(kv_heads=2, seed=0):
-  random = np.random.default_rng(seed)
+def arrays():
+  random = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
-  return draw(2, 10, 4, 8), draw(2, kv_heads, 8, 10), draw(2, kv_heads, 10, 8)
+  return draw(2, 10, 4, 8), draw(2, 2, 8, 10), draw(2, 2, 10, 8)
 
 
 def reference(query, key, value, segment_ids, *, window, scale, cap):
@@ -84,3 +84,5 @@ def test_a_kernel_that_cannot_be_is_refused():
     tiny.policy(attention='flash')
   with pytest.raises(ValueError, match=r"'cudnn' needs dtype 'bfloat16' and no attention_softcap"):
     tiny.policy(attention='cudnn')
+  with pytest.raises(ValueError, match=r'no soft cap, got 2\.0'):
+    ON_CPU['cudnn'](*arrays(), SEGMENTS, window=0, scale=0.4, cap=2.0)

@@ -144,7 +144,7 @@ def test_a_decoding_loop_writes_its_cache_in_place():
   tokens = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32)
   memory = jax.jit(loop, donate_argnums=1).lower(policy.shapes(), cache, tokens).compile()
   held, weights = memory.memory_analysis().temp_size_in_bytes, jax.tree.leaves(policy.shapes())
-  copied = 4 * sum(p.size for p in weights)  # a layer's weights, cut from the stack
+  copied = 4 * sum(p.size for p in weights)  # the weights of all layers, cut from their stacks
   assert held - copied < 0.1 * sum(4 * x.size for x in jax.tree.leaves(cache))
 
 
