@@ -1,4 +1,4 @@
-"""What shared prompts and slots bring, against the same work without them, in one run.
+"""What shared prompts, packed rows and slots bring, against the same work without them, in one run.
 
     python -m benchmarks.levers [--repeats=7]
 
@@ -18,8 +18,9 @@ import numpy as np
 from benchmarks.compare import MODEL
 from polgrad import learner, models
 from polgrad.compiling import jit
+from polgrad.packing import pack
 from polgrad.sampling import make_sampler
-from polgrad.types import Layout
+from polgrad.types import Batch, Layout
 
 POLICY = models.decoder(**{**MODEL, 'max_length': 1024})
 PARAMS = POLICY.init(jax.random.key(0))
@@ -43,28 +44,48 @@ def in_turn(plain: Callable, fast: Callable, repeats: int) -> str:
   return f'{a:7.3f} s -> {b:7.3f} s   {middle:.2f}x ({low:.2f} to {high:.2f})'
 
 
-def shared_prompts(prompt: int, completion: int, prompts: int, repeats: int) -> str:
-  """The gradient of an update's log-probs, every prompt forwarded eight times or once."""
+def rows(prompt: int, lengths: np.ndarray, longest: int) -> Batch:
+  """Groups of eight completions of these lengths after their prompts."""
   random = np.random.default_rng(0)
-  heads = np.repeat(random.integers(2, 1024, (prompts, prompt)), GROUP, axis=0)
-  tails = random.integers(2, 1024, (prompts * GROUP, completion))
-  tokens = jnp.asarray(np.concatenate([heads, tails], axis=1), jnp.int32)
-  mask = jnp.arange(prompt + completion) >= prompt
+  heads = np.repeat(random.integers(2, 1024, (len(lengths) // GROUP, prompt)), GROUP, axis=0)
+  tails = random.integers(2, 1024, (len(lengths), longest))
+  seen = np.arange(prompt + longest)[None] < prompt + lengths[:, None]
+  return Batch(
+    tokens=np.concatenate([heads, tails], axis=1).astype(np.int32),
+    segment_ids=seen.astype(np.int32),
+    mask=seen & (np.arange(prompt + longest) >= prompt),
+  )
 
-  def make(layout):
-    def loss(params):
-      out = learner.forward(POLICY, params, tokens, jnp.ones_like(tokens), layout=layout)
-      return jnp.sum(jnp.where(mask[None], out.logp, 0)) / tails.size
 
-    return jit(jax.value_and_grad(loss))
+def gradients(plain: Batch, fast: Batch, repeats: int) -> str:
+  """The gradient of an update's log-probs; the two batches differ in their layout alone."""
 
-  plain, shared = make(Layout()), make(Layout(prompt, GROUP))
+  @jit
+  @jax.value_and_grad
+  def loss(params, batch):
+    logp = learner.forward(POLICY, params, batch).logp
+    return jnp.sum(jnp.where(batch.mask, logp, 0)) / jnp.sum(batch.mask)
+
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    plain(PARAMS),
-    shared(PARAMS),
+    loss(PARAMS, plain),
+    loss(PARAMS, fast),
   )
-  return in_turn(lambda: plain(PARAMS), lambda: shared(PARAMS), repeats)
+  return in_turn(lambda: loss(PARAMS, plain), lambda: loss(PARAMS, fast), repeats)
+
+
+def shared_prompts(prompt: int, completion: int, prompts: int, repeats: int) -> str:
+  """Every prompt forwarded eight times, or once."""
+  batch = rows(prompt, np.full(prompts * GROUP, completion), completion)
+  return gradients(batch, batch.replace(layout=Layout(prompt, GROUP)), repeats)
+
+
+def packed_rows(prompt: int, lengths: np.ndarray, longest: int, repeats: int) -> str:
+  """Every completion in a row of its own, or several in one."""
+  batch = rows(prompt, np.minimum(lengths, longest), longest).replace(layout=Layout(prompt))
+  packed = pack(batch.replace(layout=Layout(prompt, pack=8)))
+  told = gradients(batch, packed, repeats)
+  return f'{told}   {packed.layout.rows or len(lengths)} of {len(lengths)} rows'
 
 
 def ending(policy):
@@ -104,6 +125,20 @@ def main() -> None:
     told = shared_prompts(prompt, completion, prompts, repeats)
     print(
       f'gradient, prompt {prompt:3}, completion {completion:3}, {GROUP} a prompt: {told}',
+      flush=True,
+    )
+  random = np.random.default_rng(0)
+  for prompt, longest, lengths in (
+    (32, 512, random.geometric(1 / 64, 64)),
+    (32, 256, random.integers(1, 256, 64, endpoint=True)),
+    (32, 96, random.integers(1, 96, 64, endpoint=True)),
+    (256, 128, random.geometric(1 / 48, 32)),
+    (32, 96, random.integers(64, 96, 64, endpoint=True)),
+  ):
+    told = packed_rows(prompt, lengths, longest, repeats)
+    print(
+      f'gradient, prompt {prompt:3}, completions of mean {np.minimum(lengths, longest).mean():3.0f}, '
+      f'at most {longest}: {told}',
       flush=True,
     )
   print(f'rollout, 256 rows, 32 at a time: {slots(256, 32, 512, max(2, repeats // 3))}', flush=True)

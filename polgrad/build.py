@@ -67,6 +67,7 @@ def phase(
   frozen: Mapping[str, ModelPart] = {},
   restart: bool = False,
   share_prompts: bool = False,
+  pack: int = 0,
 ) -> Phase:
   """Describes a phase.
 
@@ -82,6 +83,9 @@ def phase(
     restart: re-initialise the policy when the phase begins, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
       groups then stay whole in minibatches, which must divide accordingly.
+    pack: forward short rows several to a row; changes speed and memory, not the result. The number
+      of packed rows is rounded up to one of so many, each of which is compiled when it first comes; 0
+      forwards rows as they are.
   """
   return Phase(
     steps=steps,
@@ -100,7 +104,7 @@ def phase(
     anchors=anchors,
     frozen=frozen,
     restart=restart,
-    layout=Layout(collect.prompt_length, collect.group if share_prompts else 1),
+    layout=Layout(collect.prompt_length, collect.group if share_prompts else 1, pack),
   )
 
 
@@ -273,6 +277,11 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
       'and preferences with a prompt_length'
+    )
+  if phase.layout.pack < 0 or (phase.layout.pack and phase.layout.shared > 1):
+    raise ValueError(
+      f'{path}.pack: {phase.layout.pack} must be at least 0, and 0 with share_prompts: a prompt of '
+      'several rows stands in none of them'
     )
   compared, group = max(phase.objective.group, 1), phase.group
   if collector.rows % compared or (collector.group % compared and collector.group != 1):

@@ -14,40 +14,43 @@ from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
 from polgrad.optim import Oracle
-from polgrad.types import PLAIN, Array, Batch, Layout, Mean, Metric, Outputs, Params, TrainState
+from polgrad.packing import join, packed, split
+from polgrad.types import Array, Batch, Mean, Metric, Outputs, Params, TrainState
 
 
 def forward(
   policy: Policy,
   params: Params,
-  tokens: Array,
-  segment_ids: Array,
+  batch: Batch,
   *,
   fields: frozenset[str] = frozenset(),
   stats: Mapping[str, Callable] = {},
   temperature: float = 1.0,
   teacher: tuple[Policy, Params] | None = None,
-  layout: Layout = PLAIN,
 ) -> Outputs:
   """Log-probs of the tokens, and only what else is asked for.
 
+  What the batch's layout leaves out (prompts, and in packed rows all but the mask) is 0.
+
   Args:
+    batch: of its fields, tokens, segment_ids, mask and what the layout needs are read.
     fields: out of {'entropy', 'values'}.
     stats: further functions of (logits, tokens, teacher_logits), by name.
     temperature: divides all logits, as it did when the tokens were sampled.
     teacher: a second model whose logits a stat reads; no gradient reaches it.
-    layout: what need not be computed; what the model says of prompts is then 0.
   """
+  layout, back = batch.layout, lambda x: x
+  if layout.rows:
+    batch, back = packed(batch)
   start = max(layout.prompt_length - 1, 0)
 
   def states(policy: Policy, params: Params) -> Array:
     if layout.shared == 1:
-      return policy.hidden(params, tokens, segment_ids)[:, start:]
-    return policy.completions(
-      params, tokens, segment_ids, prompt_length=layout.prompt_length, group=layout.shared
-    )
+      return policy.hidden(params, batch.tokens, batch.segment_ids)[:, start:]
+    sizes = dict(prompt_length=layout.prompt_length, group=layout.shared)
+    return policy.completions(params, batch.tokens, batch.segment_ids, **sizes)
 
-  whole = lambda x: jnp.pad(x, ((0, 0), (start, 0)))
+  whole = lambda x: back(jnp.pad(x, ((0, 0), (start, 0))))
   hidden = states(policy, params)
   wanted = {'logp': logp, **stats}
   if 'entropy' in fields:
@@ -61,10 +64,12 @@ def forward(
     }
   out = token_stats(
     hidden,
-    tokens[:, start:],
+    batch.tokens[:, start:],
     lambda h: policy.unembed(params, h),
     stats=wanted,
     temperature=temperature,
+    where=batch.mask[:, start:] if layout.rows else None,
+    most=layout.scored,
     **of_teacher,
   )
   if 'values' in fields:
@@ -101,7 +106,6 @@ def make_update(
   micro_batches: int = 1,
   anchors: Mapping[str, Callable] = {},
   frozen: Mapping[str, Policy] = {},
-  layout: Layout = PLAIN,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """One optimizer step on one minibatch: (state, batch) -> (state, metrics); jit it.
 
@@ -117,19 +121,20 @@ def make_update(
   fields = (objective.requires & {'values'}) | {'entropy'}
   teacher = frozen.get('teacher', policy) if 'teacher_logits' in objective.requires else None
   optimizer = optax.with_extra_args_support(optimizer)
-  group = max(objective.group, layout.shared)  # rows that stay together when a batch is cut
+
+  def stay(batch: Batch) -> int:
+    """Rows that stay together when a batch is cut."""
+    return max(objective.group, batch.layout.shared)
 
   def outputs_of(state: TrainState, moving: Params, batch: Batch) -> Outputs:
     return forward(
       policy,
       overlay(state.params, moving),
-      batch.tokens,
-      batch.segment_ids,
+      batch,
       fields=fields,
       stats=objective.stats,
       temperature=temperature,
       teacher=teacher and (teacher, parameter_sets(state, frozen)['teacher']),
-      layout=layout,
     )
 
   def terms_of(state: TrainState, outputs: Outputs, batch: Batch):
@@ -159,9 +164,9 @@ def make_update(
     """The batch with what compares its tokens, before it is cut."""
     if micro_batches == 1 or objective.select is None:
       return batch
-    parts = split(batch, micro_batches, group)
+    parts = split(batch, micro_batches, stay(batch))
     outputs = jax.lax.map(lambda part: outputs_of(state, moving, part), parts)
-    outputs = join(outputs, group)
+    outputs = join(outputs, stay(batch))
     found = objective.select(outputs, batch, state.objective_state, step=state.update)
     return batch.replace(features=batch.features | found)
 
@@ -171,7 +176,7 @@ def make_update(
     if micro_batches == 1:
       return grad_fn(moving, batch, {})
     counts = counts_of(state, batch)
-    parts = split(batch, micro_batches, group)
+    parts = split(batch, micro_batches, stay(batch))
 
     def accumulate(carry, part):
       (loss, aux), grads = grad_fn(moving, part, counts)
@@ -255,40 +260,16 @@ def make_annotate(
   temperature: float,
   micro_batches: int,
   stats: Mapping[str, Callable] = {},
-  layout: Layout = PLAIN,
-) -> Callable[[Params, Array, Array], Outputs]:
-  """(params, tokens, segment_ids) -> Outputs without a gradient; jit it."""
+) -> Callable[[Params, Batch], Outputs]:
+  """(params, batch) -> Outputs without a gradient; jit it."""
 
-  def annotate(params: Params, tokens: Array, segment_ids: Array) -> Outputs:
-    one = lambda x: forward(
-      policy, params, *x, fields=fields, stats=stats, temperature=temperature, layout=layout
+  def annotate(params: Params, batch: Batch) -> Outputs:
+    one = lambda part: forward(
+      policy, params, part, fields=fields, stats=stats, temperature=temperature
     )
     if micro_batches == 1:
-      return one((tokens, segment_ids))
-    parts = split((tokens, segment_ids), micro_batches, layout.shared)
-    return join(jax.lax.map(one, parts), layout.shared)
+      return one(batch)
+    parts = split(batch, micro_batches, batch.layout.shared)
+    return join(jax.lax.map(one, parts), batch.layout.shared)
 
   return annotate
-
-
-def split(batch: Any, parts: int, group: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...], keeping runs of `group` rows together.
-
-  Groups are dealt out in turn, so that every device keeps a share of its own rows.
-  """
-
-  def deal(x: Array) -> Array:
-    x = x.reshape(-1, parts, group, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
-
-  return jax.tree.map(deal, batch)
-
-
-def join(parts: Any, group: int) -> Any:
-  """The inverse of `split`."""
-
-  def gather(x: Array) -> Array:
-    x = x.reshape(x.shape[0], -1, group, *x.shape[2:])
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
-
-  return jax.tree.map(gather, parts)

@@ -27,6 +27,7 @@ from polgrad.compiling import jit
 from polgrad.data import stream
 from polgrad.learner import make_update
 from polgrad.models.policy import Policy, learned
+from polgrad.packing import pack
 from polgrad.types import Params, TrainState
 
 
@@ -172,6 +173,12 @@ def run_phase(
   used = context(experiment, phase, int(state.phase))
   collect = phase.collect.make(used)
   update = jit_update(experiment, phase, state)
+  arrange = functools.partial(
+    pack,
+    parts=phase.micro_batches,
+    group=phase.group,
+    shares=sharding.batch_shares(experiment.mesh),
+  )
   plan = experiment.evaluation
   measure = evaluate.make_evaluator(experiment) if plan.every else None
   every = lambda n, step: n > 0 and (step % n == 0 or step == phase.steps)
@@ -203,8 +210,12 @@ def run_phase(
     )
     reports = []
     for cut in cuts:
+      cut = arrange(cut)
       state, report = update(state, sharding.place_batch(experiment.mesh, cut))
       reports.append(sharding.to_host(report))
+      if cut.layout.pack:
+        packed = cut.layout.rows * phase.micro_batches
+        reports[-1]['rows_forwarded'] = (packed or len(cut.tokens)) / len(cut.tokens)
       stop_if_broken(reports[-1], experiment.max_skipped, name, step)
     state = advance(experiment.mesh, state, collected, draw.cursor)
     row = summary(reports, collected, time.perf_counter() - started)
@@ -259,7 +270,6 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
     micro_batches=phase.micro_batches,
     anchors=phase.anchors,
     frozen=phase.frozen,
-    layout=phase.layout,
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jit(update, donate_argnums=0, out_shardings=(shardings, None))

@@ -31,18 +31,24 @@ class Prompts:
 
 
 class Layout(NamedTuple):
-  """What all rows of a batch have in common, so that less of it needs to be computed.
+  """How the rows of a batch lie, so that less of it needs to be computed.
 
   Attributes:
     prompt_length: the first columns hold prompts alone; nothing in them is scored.
     shared: so many rows in a line have the same prompt, which is forwarded once for all of them.
+    pack: may be packed into fewer rows, whose number is one of so many (`polgrad/packing.py`).
+    rows: so many packed rows hold a piece of the batch, each where `Batch.offset` says; 0: none do.
+    scored: a packed row has at most so many tokens in the mask.
   """
 
   prompt_length: int = 0
   shared: int = 1
+  pack: int = 0
+  rows: int = 0
+  scored: int = 0
 
 
-PLAIN = Layout()  # nothing in common
+PLAIN = Layout()  # all is computed
 
 
 @struct.dataclass(kw_only=True)
@@ -87,6 +93,8 @@ class Batch:
   label: Array | None = None  # f32[B], 1 for chosen or desirable rows
   weights: Array | None = None  # f32[B]
   features: dict[str, Array] = struct.field(default_factory=dict)  # [B, ...], read by name
+  offset: Array | None = None  # i32[B], where a row begins in the packed rows, laid end to end
+  layout: Layout = struct.field(pytree_node=False, default=PLAIN)
 
 
 @struct.dataclass(kw_only=True)

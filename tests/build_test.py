@@ -63,6 +63,12 @@ CASES = {
     ValueError,
     ['config.phases.preference', 'share_prompts', 'rollouts'],
   ),
+  'packed rows with shared prompts': (
+    grpo,
+    [('phases.rl.share_prompts', True), ('phases.rl.pack', 4)],
+    ValueError,
+    ['config.phases.rl.pack', 'share_prompts'],
+  ),
   'shared groups that minibatches cut': (
     grpo,
     [('phases.rl.share_prompts', True), ('phases.rl.minibatches', 8)],

@@ -165,7 +165,7 @@ def test_annotations_are_taken_in_pieces_without_a_trace(plain):
   params = run.policy.init(jax.random.key(0))
   made = [
     learner.make_annotate(run.policy, fields=frozenset(), temperature=1.0, micro_batches=m)(
-      params, plain.batch.tokens, plain.batch.segment_ids
+      params, plain.batch
     )
     for m in (1, 4)
   ]

@@ -24,6 +24,7 @@ LEVELS = {
   'tabular': 3,
   'sampling': 3,
   'learner': 3,
+  'packing': 2,
   'methods': 3,
   'collect': 4,
   'build': 5,

@@ -15,7 +15,7 @@ from experiments.distillation import on_policy
 from experiments.policy_gradient import grpo
 from experiments.preference import dpo
 from experiments.supervised import sft
-from polgrad import build, metrics, models, optim, sharding, train
+from polgrad import build, metrics, models, optim, packing, sharding, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.sharding import to_host
@@ -25,11 +25,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share: bool = False):
+def step(data: int, fsdp: int, tensor: int, batch=None, **layout):
   """One rollout of eight prompts (unless a batch is given) and one large SGD step on it."""
   made = config()
-  made.phases.rl.collect.slots = slots
-  made.phases.rl.share_prompts = share
+  made.phases.rl.collect.update(slots=layout.pop('slots', 0), max_new_tokens=30)
+  made.phases.rl.update(layout)
   made.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
   made.phases.rl.collect.prompts = 8
   made.phases.rl.optimizer = part(optim.sgd, learning_rate=1.0)
@@ -44,6 +44,8 @@ def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share
       collect = phase.collect.make(train.context(experiment, phase, 1))
       batch = collect(state, train.Drawer(phase, seed=0, cursor=0), 0).batch
     update = train.jit_update(experiment, phase, state)
+    shares = sharding.batch_shares(experiment.mesh)
+    batch = packing.pack(batch, parts=2, group=phase.group, shares=shares)
     after, report = update(state, sharding.place_batch(experiment.mesh, batch))
     return batch, to_host(after.params), to_host(report)
 
@@ -67,9 +69,11 @@ def test_every_mesh_gives_the_one_device_result(one_device, shape):
     np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
 
 
-def test_slots_and_shared_prompts_give_the_plain_result(one_device):
+@pytest.mark.parametrize('layout', [dict(slots=4, share_prompts=True), dict(pack=4)], ids=str)
+def test_slots_shared_prompts_and_packed_rows_give_the_plain_result(one_device, layout):
   batch, params, report = one_device
-  same, moved, told = step(1, 2, 4, slots=4, share=True)
+  same, moved, told = step(1, 2, 4, **layout)
+  assert bool(same.layout.rows) == ('pack' in layout)
   np.testing.assert_array_equal(same.tokens, batch.tokens)
   np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
   np.testing.assert_allclose(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import learner, methods, objectives, optim
+from polgrad import methods, objectives, optim, packing
 from polgrad.losses import (
   aggregation,
   centers,
@@ -79,7 +79,7 @@ def test_trap_01_02_micro_batches_add_up_to_the_batch(name):
   loss, grads, (terms, metrics) = value_and_grad(objective, x, batch)
   counts = {k: t.count for k, t in terms.items()}
   for parts in (2, 4):
-    pieces = learner.split((x, batch), parts, 2)
+    pieces = packing.split((x, batch), parts, 2)
     total, merged, reported = 0.0, [], []
     for i in range(parts):
       own, own_batch = jax.tree.map(lambda a, i=i: a[i], pieces)
@@ -91,7 +91,7 @@ def test_trap_01_02_micro_batches_add_up_to_the_batch(name):
     np.testing.assert_allclose(total, loss, rtol=1e-5, atol=1e-6)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-      learner.join(stacked, 2),
+      packing.join(stacked, 2),
       grads,
     )
     for key, whole in metrics.items():

@@ -38,7 +38,7 @@ def fresh():
 
 def forward(run, params, batch, **more):
   with jax.set_mesh(run.mesh):
-    return learner.forward(run.policy, params, batch.tokens, batch.segment_ids, **more)
+    return learner.forward(run.policy, params, batch, **more)
 
 
 def louder(state):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.common import addition_phase, arithmetic_experiment, warm_start
+from experiments.preference import dpo
 from polgrad import (
   build,
   checkpoint,
@@ -152,9 +153,7 @@ def test_trap_23_new_weights_reach_the_sampler(finished):
     got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
     fresh = experiment.policy.init(jax.random.key(0))
     logp = {
-      name: learner.forward(
-        experiment.policy, params, jnp.asarray(got.batch.tokens), jnp.asarray(got.batch.segment_ids)
-      ).logp
+      name: learner.forward(experiment.policy, params, got.batch).logp
       for name, params in (('now', state.params), ('start', fresh))
     }
   gap = {
@@ -190,6 +189,29 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
     )
     for name, value in report.items():
       np.testing.assert_allclose(value, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['policy gradient', 'preferences'])
+def test_packed_rows_train_as_rows_alone(name, tmp_path):
+  found = []
+  for pack in (0, 4):
+    made = config() if name == 'policy gradient' else dpo.get_config('smoke')
+    for phase in made.phases.values():
+      phase.update(pack=pack, micro_batches=2)
+      if 'length' in phase.collect:
+        phase.collect.length = 32
+      else:
+        phase.collect.max_new_tokens = 24
+    with made.unlocked():
+      made.evaluation = part(build.never)
+    train.run(made, str(tmp_path / str(pack)))
+    found.append(rows(tmp_path / str(pack)))
+  for row in found[1]:
+    assert 0 < row.pop('rows_forwarded') < 1
+  for plain, packed in zip(*found, strict=True):
+    for key, value in plain.items():
+      if not isinstance(value, str) and key != 'accuracy':  # of the first batch, of ties
+        np.testing.assert_allclose(packed[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 def _batch(experiment, state):

@@ -178,9 +178,7 @@ class TestBfloat16:
     policy = tiny.policy(dtype='bfloat16', param_dtype='bfloat16')
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny.params())
     fields = frozenset({'entropy'})
-    outputs = jax.eval_shape(
-      lambda p: learner.forward(policy, p, TOKENS, BATCH.segment_ids, fields=fields), params
-    )
+    outputs = jax.eval_shape(lambda p: learner.forward(policy, p, BATCH, fields=fields), params)
     assert outputs.logp.dtype == outputs.entropy.dtype == jnp.float32
     logits = jax.eval_shape(policy.unembed, params, jnp.zeros((3, 16), jnp.bfloat16))
     assert logits.dtype == jnp.float32

@@ -138,9 +138,11 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
     mask=np.broadcast_to(np.arange(rows.shape[1]) >= start, rows.shape),
     group_ids=index // group,
     label=(1 - index % group).astype(np.float32) if kind == 'dpo' else None,
+    layout=context.layout,
   )
   annotate = base.make_annotations(context, 1.0)
-  return lambda state, step: batch.replace(**annotate(state, batch.tokens, batch.segment_ids))
+  rows = batch.tokens, batch.segment_ids, batch.mask
+  return lambda state, step: batch.replace(**annotate(state, *rows))
 
 
 def run(folder: pathlib.Path, kind: str) -> dict:

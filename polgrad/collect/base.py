@@ -13,6 +13,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import make_annotate, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
+from polgrad.packing import pack
 from polgrad.rewards.scoring import Scores
 from polgrad.sharding import to_host
 from polgrad.types import PLAIN, Array, Batch, Layout, TrainState
@@ -84,13 +85,13 @@ def make_annotations(
   recompute_proximal: bool = False,
   stats: Mapping[str, Callable] = {},
 ) -> Callable:
-  """(state, tokens, segment_ids) -> what the live parameters say of the rows, by name.
+  """(state, tokens, segment_ids, mask) -> what the live parameters say of the rows, by name.
 
   These are the `stats`, and what objective or credit read out of: `old_values`, `proximal_logp` if
   it is recomputed, and `<anchor>_logp` for any anchor.
   """
   wanted = context.objective.requires | context.credit.requires
-  common = dict(temperature=temperature, micro_batches=context.micro_batches, layout=context.layout)
+  common = dict(temperature=temperature, micro_batches=context.micro_batches)
   make = lambda policy, **outputs: jit(make_annotate(policy, **common, **outputs))
   own = wanted & {'old_values'} | (wanted & {'proximal_logp'} if recompute_proximal else set())
   of_policy = make(
@@ -100,16 +101,18 @@ def make_annotations(
   anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
   of_anchor = {n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors}
 
-  def annotate(state: TrainState, tokens: Array, segment_ids: Array) -> dict[str, np.ndarray]:
-    rows = sharding.place_batch(context.mesh, (tokens, segment_ids))
+  def annotate(state: TrainState, tokens: Array, segment_ids: Array, mask: Array):
+    rows = Batch(tokens=tokens, segment_ids=segment_ids, mask=mask, layout=context.layout)
+    rows = pack(rows, parts=context.micro_batches, shares=sharding.batch_shares(context.mesh))
+    rows = sharding.place_batch(context.mesh, rows)
     found = {}
     if own or stats:
-      outputs = of_policy(state.params, *rows)
+      outputs = of_policy(state.params, rows)
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in own} | outputs.stats
     params = parameter_sets(state, context.frozen)
     for name, function in of_anchor.items():
-      found[f'{name}_logp'] = function(params[name], *rows).logp
+      found[f'{name}_logp'] = function(params[name], rows).logp
     return to_host(found)
 
   return annotate

@@ -50,7 +50,8 @@ def _make_data(context: Context, *, layout: Callable, length: int, records: int)
   def collect(state: TrainState, draw: Draw, step: int) -> Collected:
     del step
     batch = layout(draw(records), context.tokenizer, length=length)
-    batch = batch.replace(**annotate(state, batch.tokens, batch.segment_ids))
+    found = annotate(state, batch.tokens, batch.segment_ids, batch.mask)
+    batch = batch.replace(**found, layout=context.layout)
     metrics = {'length': float(batch.mask.sum() / len(batch.mask))}
     return Collected(batch, to_host(state.credit_state), (), metrics, [], [])
 

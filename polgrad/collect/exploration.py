@@ -196,15 +196,14 @@ def _make_exploring(
   def behavior(state: TrainState, drawn: list[Rollout], step: int) -> TrainState:
     seen = joined(drawn, rounds, records)
     place = functools.partial(sharding.place_batch, context.mesh)
-    own = to_host(annotate(state.params, *place((seen.tokens, seen.segment_ids))).logp)
     batch = Batch(
       tokens=seen.tokens,
       segment_ids=seen.segment_ids,
       mask=seen.mask,
-      behavior_logp=own,
-      proximal_logp=own,
       advantages=np.where(seen.mask, np.float32(-1), np.float32(0)),
     )
+    own = to_host(annotate(state.params, place(batch)).logp)
+    batch = batch.replace(behavior_logp=own, proximal_logp=own)
     random = (context.seed, step, 2, len(drawn))
     cuts = minibatches(batch, epochs=epochs, parts=parts, group=group, seed=random)
     begun = start(policy, optimizer, objective, state)

@@ -206,7 +206,7 @@ def make_rollouts(
     staleness = (step - rows.pop('sampled_at')).astype(np.float32)
     rows |= {'staleness': staleness, 'uniform': random.random(len(staleness), np.float32)}
     rows['proximal_logp'] = rows['behavior_logp']
-    rows |= annotate(state, rows['tokens'], rows['segment_ids'])
+    rows |= annotate(state, rows['tokens'], rows['segment_ids'], rows['mask'])
     credited, credit_state = to_host(assign(rows, to_host(state.credit_state)))
     rows |= credited
     if mask_truncated:
@@ -217,7 +217,8 @@ def make_rollouts(
       for i, text in enumerate(judged.texts)
     ]
     report |= {'staleness': float(staleness.mean())}
-    return Collected(as_batch(rows), credit_state, memory, report, samples, messages)
+    batch = as_batch(rows).replace(layout=context.layout)
+    return Collected(batch, credit_state, memory, report, samples, messages)
 
   return collect
 

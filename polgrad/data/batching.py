@@ -42,8 +42,7 @@ def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int)
     ValueError: a row longer than `length` tokens, an empty prompt, a stop token inside an answer, a
       conversation that the chat template does not keep as it is.
   """
-  segments = [_supervised(r, tokenizer, length) for r in records]
-  return _pack([[s] for s in segments], tokenizer, length)
+  return _lay([_supervised(r, tokenizer, length) for r in records], tokenizer, length)
 
 
 def pairs(
@@ -66,34 +65,9 @@ def pairs(
       starts[i] = prompt_length - mask.index(True)
       _check_length(record, starts[i] + len(ids), length)
   rows = np.arange(len(segments), dtype=np.int32)
-  return _pack([[s] for s in segments], tokenizer, length, starts).replace(
+  return _lay(segments, tokenizer, length, starts).replace(
     group_ids=rows // 2, label=(1 - rows % 2).astype(np.float32)
   )
-
-
-def pack_supervised(
-  records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int, rows: int
-) -> Batch:
-  """As `supervised`, with several records a row: best-fit decreasing into `rows` rows.
-
-  The longest record is placed first, each into the fullest row that still has room. Records of one
-  row have segment ids 1, 2, ... and do not see each other.
-
-  Raises:
-    ValueError: as `supervised`, or the records do not fit into `rows` rows.
-  """
-  segments = [_supervised(r, tokenizer, length) for r in records]
-  packed = [[] for _ in range(rows)]
-  room = np.full(rows, length)
-  for segment in sorted(segments, key=_size, reverse=True):
-    fitting = np.flatnonzero(room >= _size(segment))
-    if not fitting.size:
-      total = sum(map(_size, segments))
-      raise ValueError(f'{len(segments)} records of {total} tokens do not fit {rows}x{length}')
-    row = fitting[np.argmin(room[fitting])]
-    packed[row].append(segment)
-    room[row] -= _size(segment)
-  return _pack(packed, tokenizer, length)
 
 
 def _prompt(record, tokenizer):
@@ -147,23 +121,17 @@ def _ends_with_assistant(record):
   return 'messages' in record and record['messages'][-1]['role'] == 'assistant'
 
 
-def _size(segment):
-  ids, _ = segment
-  return len(ids)
-
-
-def _pack(rows, tokenizer, length, starts=None):
-  """Lists of segments to a Batch, one list a row, each from its start, or from the left."""
-  tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
-  segment_ids = np.zeros((len(rows), length), np.int32)
-  mask = np.zeros((len(rows), length), bool)
-  for i, (segments, start) in enumerate(zip(rows, starts or [0] * len(rows))):
-    for number, (ids, trained) in enumerate(segments, start=1):
-      end = start + len(ids)
-      tokens[i, start:end] = ids
-      segment_ids[i, start:end] = number
-      mask[i, start:end] = trained
-      start = end
+def _lay(segments, tokenizer, length, starts=None):
+  """Segments to a Batch, one a row, each from its start, or from the left."""
+  shape = len(segments), length
+  tokens = np.full(shape, tokenizer.pad_id, np.int32)
+  segment_ids = np.zeros(shape, np.int32)
+  mask = np.zeros(shape, bool)
+  for i, ((ids, trained), start) in enumerate(zip(segments, starts or [0] * len(segments))):
+    where = slice(start, start + len(ids))
+    tokens[i, where] = ids
+    segment_ids[i, where] = 1
+    mask[i, where] = trained
   return Batch(tokens=tokens, segment_ids=segment_ids, mask=mask)
 
 

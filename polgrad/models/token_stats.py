@@ -26,6 +26,8 @@ def token_stats(
   chunk: int | None = None,
   teacher_hidden: Array | None = None,
   teacher_unembed: Callable[[Array], Array] | None = None,
+  where: Array | None = None,
+  most: int = 0,
 ) -> dict[str, Array]:
   """Evaluates statistics of the next-token distribution in one pass over chunks of tokens.
 
@@ -45,11 +47,12 @@ def token_stats(
       row, since rows stay where they are); None takes as many as have `LOGITS` logits.
     teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
     teacher_unembed: hidden [..., D'] -> f32[..., V]. A teacher is data: no gradient reaches it.
+    where: bool[B, T], tokens to evaluate; None is all. Column 0 has no past and is never one of them.
+    most: at most so many of them are in a row.
 
   Returns:
-    f32[B, T] by name. Entry [b, t] speaks about `tokens[b, t]`; column 0 has no past and is 0.
+    f32[B, T] by name. Entry [b, t] speaks about `tokens[b, t]`, and is 0 where nothing is evaluated.
   """
-  rows, length = tokens.shape
 
   def evaluate(tokens, hidden, *teacher):
     def logits(unembed, x):
@@ -67,17 +70,34 @@ def token_stats(
   inputs = [tokens[:, 1:], hidden[:, :-1]]
   if teacher_hidden is not None:
     inputs.append(teacher_hidden[:, :-1])
+  if where is not None:
+    columns = jnp.argsort(~where[:, 1:], axis=1, stable=True)[:, :most]
+    inputs = [_take(x, columns) for x in inputs]
+  rows, length = inputs[0].shape
   if chunk is None:
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
-  columns = max(1, chunk * sharding.shares() // rows)
-  if length - 1 <= columns:
+  at_once = max(1, chunk * sharding.shares() // rows)
+  if length <= at_once:
     out = evaluate(*inputs)
   else:
-    pieces = [_split(x, columns) for x in inputs]
+    pieces = [_split(x, at_once) for x in inputs]
     step = jax.checkpoint(evaluate, prevent_cse=False)
     _, out = jax.lax.scan(lambda carry, piece: (carry, step(*piece)), (), pieces)
-    out = {name: _join(x)[:, : length - 1] for name, x in out.items()}
+    out = {name: _join(x)[:, :length] for name, x in out.items()}
+  if where is not None:
+    out = {name: _put(x, columns, where[:, 1:]) for name, x in out.items()}
   return {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in out.items()}
+
+
+def _take(x: Array, columns: Array) -> Array:
+  """Of every row of [B, T, ...] the columns i32[B, S]."""
+  return jnp.take_along_axis(x, jnp.expand_dims(columns, range(2, x.ndim)), axis=1)
+
+
+def _put(x: Array, columns: Array, where: Array) -> Array:
+  """The inverse of `_take`, where it was asked for: [B, S] -> [B, T], with 0 elsewhere."""
+  put = jax.vmap(lambda row, at, empty: empty.at[at].set(row))
+  return jnp.where(where, put(x, columns, jnp.zeros(where.shape, x.dtype)), 0)
 
 
 def _split(x: Array, columns: int) -> Array:

@@ -15,15 +15,6 @@ SUMS = [
 ]
 
 
-def spans(batch):
-  """{(tokens, mask)} of every segment of a batch."""
-  return sorted(
-    (tuple(tokens[where == s].tolist()), tuple(mask[where == s].tolist()))
-    for tokens, mask, where in zip(batch.tokens, batch.mask, batch.segment_ids)
-    for s in set(where[where > 0])
-  )
-
-
 def test_prompts_are_padded_on_the_left_and_keep_rows_and_records():
   got = batching.prompts(SUMS, T, length=6)
   assert got.tokens.tolist() == [
@@ -109,7 +100,7 @@ TALK = [
 ]
 
 
-def test_a_conversation_masks_every_assistant_turn_and_packs_with_other_records():
+def test_a_conversation_masks_every_assistant_turn_beside_other_records():
   rows = [{'messages': TALK, 'id': 4}, {'messages': TALK[:1], 'answer': '22', 'id': 5}]
   got = batching.supervised(rows, BYTE, length=60)
   text = b'user: a\nassistant: 1\nuser: b\nassistant: 22'
@@ -118,8 +109,6 @@ def test_a_conversation_masks_every_assistant_turn_and_packs_with_other_records(
   trained = [text.index(b'1') + 1, size - 3, size - 2, size - 1]
   assert np.flatnonzero(got.mask[0]).tolist() == trained
   assert np.flatnonzero(got.segment_ids[0]).tolist() == list(range(size))
-  packed = batching.pack_supervised(rows, BYTE, length=120, rows=1)
-  assert spans(packed) == spans(got)
 
 
 def test_the_prompt_of_the_last_turn_is_the_prompt_of_the_sampler():
@@ -191,34 +180,3 @@ def test_an_empty_prompt_and_a_missing_completion_are_errors():
     batching.supervised([{'prompt': '', 'answer': '1', 'id': 1}], T, length=4)
   with pytest.raises(ValueError, match="record 1: no 'answer'"):
     batching.supervised([{'prompt': 'a', 'id': 1}], T, length=4)
-
-
-def test_trap_22_packing_moves_whole_records_and_marks_them_apart():
-  rng = np.random.default_rng(0)
-  rows = [
-    {'prompt': '1' * rng.integers(1, 5), 'answer': '2' * rng.integers(0, 4), 'id': i}
-    for i in range(12)
-  ]
-  packed = batching.pack_supervised(rows, T, length=16, rows=8)
-  assert spans(packed) == spans(batching.supervised(rows, T, length=16))
-  for ids, mask in zip(packed.segment_ids, packed.mask):
-    real = ids[ids > 0]
-    assert (ids[len(real) :] == 0).all()  # padding lies on the right
-    assert sorted(set(real)) == list(range(1, len(set(real)) + 1))
-    starts = np.flatnonzero(np.diff(ids, prepend=0) > 0)
-    assert len(starts) == len(set(real)) and not mask[starts].any()
-
-
-def test_packing_is_best_fit_decreasing():
-  # 7, 6, 3, 2, 2 into rows of 10: 7+3 and 6+2+2 fill both; first come, first served would not.
-  rows = [{'prompt': 'a' * (n - 1), 'answer': '', 'id': n} for n in (2, 3, 2, 6, 7)]
-  packed = batching.pack_supervised(rows, T, length=10, rows=2)
-  assert (packed.segment_ids > 0).all()
-  assert packed.segment_ids.max(axis=1).tolist() == [2, 3]
-  with pytest.raises(ValueError, match='5 records of 20 tokens do not fit 1x10'):
-    batching.pack_supervised(rows, T, length=10, rows=1)
-
-
-def test_unused_rows_of_a_pack_are_padding():
-  packed = batching.pack_supervised(SUMS[:1], T, length=8, rows=2)
-  assert not packed.segment_ids[1].any() and not packed.mask[1].any()

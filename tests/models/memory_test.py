@@ -68,7 +68,8 @@ def gradient(length: int = LENGTH, **settings):
   tokens = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
 
   def loss(params, tokens, segments):
-    return jnp.sum(learner.forward(policy, params, tokens, segments).logp)
+    batch = Batch(tokens=tokens, segment_ids=segments, mask=segments > 0)
+    return jnp.sum(learner.forward(policy, params, batch).logp)
 
   return jax.grad(loss), (policy.shapes(), tokens, tokens)
 

@@ -10,7 +10,7 @@ import pytest
 from polgrad import learner
 from polgrad.data import batching, tokenizers
 from polgrad.models import attention
-from polgrad.types import Layout
+from polgrad.types import Batch, Layout
 from tests.models import tiny
 
 GROUP, PROMPTS, WIDTH, NEW = 3, 2, 5, 4
@@ -40,7 +40,8 @@ def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, qui
   weights = np.random.default_rng(0).normal(size=(3, *TOKENS.shape))
 
   def read(params, layout):
-    out = learner.forward(policy, params, TOKENS, SEGMENTS, fields=fields, layout=layout)
+    batch = Batch(tokens=TOKENS, segment_ids=SEGMENTS, mask=MASK, layout=layout)
+    out = learner.forward(policy, params, batch, fields=fields)
     found = [out.logp, out.entropy, *([out.values] if 'values' in fields else [])]
     found = [jnp.where(MASK, x, 0) for x in found]
     return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
@@ -73,8 +74,9 @@ def test_the_work_for_a_long_prompt_is_done_once():
   tokens = jnp.zeros((8, 136), jnp.int32)
 
   def flops(layout):
-    run = functools.partial(learner.forward, policy, layout=layout)
-    compiled = jax.jit(run).lower(tiny.params(num_layers=1), tokens, tokens + 1).compile()
+    batch = Batch(tokens=tokens, segment_ids=tokens + 1, mask=tokens == 0, layout=layout)
+    run = jax.jit(functools.partial(learner.forward, policy))
+    compiled = run.lower(tiny.params(num_layers=1), batch).compile()
     return compiled.cost_analysis()['flops']
 
   # Tokens: 8 x 136 against 128 + 8 x 8.
@@ -89,7 +91,7 @@ def test_pairs_of_preferences_share_their_prompts():
 
   def sums(prompt_length, layout):
     batch = batching.pairs(records, tokenizers.byte(), length=9, prompt_length=prompt_length)
-    out = learner.forward(policy, params, batch.tokens, batch.segment_ids, layout=layout)
+    out = learner.forward(policy, params, batch.replace(layout=layout))
     return jnp.sum(jnp.where(batch.mask, out.logp, 0), axis=1)
 
   np.testing.assert_allclose(sums(5, Layout(5, 2)), sums(0, Layout()), atol=1e-4)

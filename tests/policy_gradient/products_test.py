@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from polgrad import learner
+from polgrad import packing
 from polgrad.types import Batch, Mean, Outputs
 from tests.policy_gradient import harness
 from tests.policy_gradient.harness import LIVE
@@ -95,13 +95,13 @@ def test_trap_01_micro_batches_and_the_order_of_groups_change_nothing(name):
   counts = {k: t.count for k, t in terms_of(objective, leaves, whole).items()}
   group = 2 if objective.group == 2 else 4
   order = np.arange(8).reshape(-1, group)[::-1].reshape(-1)
-  pieces = learner.split((leaves, whole), 2, group)
+  pieces = packing.split((leaves, whole), 2, group)
   parts = [
     value_and_grad(objective, *jax.tree.map(lambda a, i=i: a[i], pieces), counts) for i in range(2)
   ]
   close(sum(part[0] for part in parts), loss)
   stacked = jax.tree.map(lambda *a: jnp.stack(a), *(part[1] for part in parts))
-  close(learner.join(stacked, group), grads)
+  close(packing.join(stacked, group), grads)
   if name not in DRAWS:
     turned = value_and_grad(objective, *jax.tree.map(lambda a: a[order], (leaves, batch)))
     close(turned, (loss, jax.tree.map(lambda a: a[order], grads)))
