@@ -68,7 +68,7 @@ def forward(
     lambda h: policy.unembed(params, h),
     stats=wanted,
     temperature=temperature,
-    where=batch.mask[:, start:] if layout.rows else None,
+    where=batch.mask if layout.rows else None,
     most=layout.scored,
     **of_teacher,
   )

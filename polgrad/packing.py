@@ -76,7 +76,7 @@ def pack(batch: Batch, *, parts: int = 1, group: int = 1, shares: int = 1) -> Ba
     most = max(most, np.bincount(offset[piece] // length, scored[piece]).max())
   whole = len(seen) // parts
   rows = _round_up(rows, shares * -(-whole // (shares * layout.pack)))
-  most = min(_round_up(int(most), -(-length // layout.pack)), length)
+  most = min(_round_up(max(int(most), 1), -(-length // layout.pack)), length)
   if rows >= whole:
     return batch
   layout = layout._replace(prompt_length=0, rows=rows, scored=most)

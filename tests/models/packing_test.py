@@ -82,6 +82,12 @@ def test_what_is_not_in_the_mask_is_zero_and_may_hold_anything():
   np.testing.assert_array_equal(forward(spoiled).logp, logp)
 
 
+def test_a_batch_without_a_scored_token_is_zero():
+  blank = pack(RAGGED.replace(mask=np.zeros_like(RAGGED.mask)))
+  assert blank.layout.rows
+  assert not learner.forward(tiny.policy(), tiny.params(), blank).logp.any()
+
+
 def test_documents_of_one_row_stay_apart():
   one = batch([10, 3, 2, 2])
   two = one.replace(segment_ids=np.where(np.arange(LENGTH) > 4, 2, 1) * one.segment_ids)

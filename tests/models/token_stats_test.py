@@ -73,6 +73,22 @@ def test_trap_16_a_label_moves_its_own_entry_only():
   np.testing.assert_array_equal(before['entropy'], after['entropy'])
 
 
+@pytest.mark.parametrize('chunk', [6, 1000])
+def test_only_tokens_that_are_asked_for_are_evaluated(chunk):
+  where = jnp.asarray(RANDOM.random((ROWS, LENGTH)) < 0.4).at[:, 0].set(False).at[1].set(False)
+
+  def loss(hidden, **only):
+    found = token_stats(hidden, TOKENS, unembed(TABLE), stats=STATS, chunk=chunk, **only)
+    return sum(jnp.sum(jnp.where(where, SHARED * x, 0)) for x in found.values()), found
+
+  run = jax.value_and_grad(loss, has_aux=True)
+  (_, every), gradient = run(HIDDEN)
+  (_, some), own_gradient = run(HIDDEN, where=where, most=int(where.sum(axis=1).max()))
+  for name, x in some.items():
+    np.testing.assert_allclose(x, jnp.where(where, every[name], 0), atol=1e-6)
+  np.testing.assert_allclose(own_gradient, gradient, atol=1e-6)
+
+
 def test_the_first_token_has_no_past():
   for value in chunked(HIDDEN, TABLE, 1.0).values():
     assert value.shape == TOKENS.shape
