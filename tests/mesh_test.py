@@ -19,17 +19,18 @@ from polgrad import build, metrics, models, optim, packing, sharding, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.sharding import to_host
+from polgrad.types import Layout
 from tests.train_test import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 
-def step(data: int, fsdp: int, tensor: int, batch=None, **layout):
+def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share: bool = False):
   """One rollout of eight prompts (unless a batch is given) and one large SGD step on it."""
   made = config()
-  made.phases.rl.collect.update(slots=layout.pop('slots', 0), max_new_tokens=30)
-  made.phases.rl.update(layout)
+  made.phases.rl.collect.slots = slots
+  made.phases.rl.share_prompts = share
   made.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
   made.phases.rl.collect.prompts = 8
   made.phases.rl.optimizer = part(optim.sgd, learning_rate=1.0)
@@ -69,16 +70,26 @@ def test_every_mesh_gives_the_one_device_result(one_device, shape):
     np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('layout', [dict(slots=4, share_prompts=True), dict(pack=4)], ids=str)
-def test_slots_shared_prompts_and_packed_rows_give_the_plain_result(one_device, layout):
+def test_slots_and_shared_prompts_give_the_plain_result(one_device):
   batch, params, report = one_device
-  same, moved, told = step(1, 2, 4, **layout)
-  assert bool(same.layout.rows) == ('pack' in layout)
+  same, moved, told = step(1, 2, 4, slots=4, share=True)
   np.testing.assert_array_equal(same.tokens, batch.tokens)
   np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
   np.testing.assert_allclose(
     same.reference_logp[same.mask], batch.reference_logp[batch.mask], atol=1e-5
   )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), moved, params)
+  for name in report:
+    np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_give_the_plain_result(one_device):
+  batch, params, report = one_device
+  size = batch.tokens.shape[1]
+  wide = lambda x: np.pad(x, ((0, 0), (0, size))) if x.shape[1:] == (size,) else x
+  batch = jax.tree.map(wide, batch).replace(layout=Layout(pack=4))
+  packed, moved, told = step(1, 2, 4, batch)
+  assert packed.layout.rows == 8  # of 16 in each of two pieces
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), moved, params)
   for name in report:
     np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
