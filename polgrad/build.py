@@ -83,9 +83,9 @@ def phase(
     restart: re-initialise the policy when the phase begins, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
       groups then stay whole in minibatches, which must divide accordingly.
-    pack: forward short rows several to a row; changes speed and memory, not the result. The number
-      of packed rows is rounded up to one of so many, each of which is compiled when it first comes; 0
-      forwards rows as they are.
+    pack: forward short rows several to a row; changes speed and memory, not the result. Their number,
+      and how many tokens of one are scored, are rounded up to one of so many values; each pair is
+      compiled when it first comes. 0 forwards rows as they are.
   """
   return Phase(
     steps=steps,
