@@ -101,7 +101,9 @@ def make_annotations(
   anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
   of_anchor = {n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors}
 
-  def annotate(state: TrainState, tokens: Array, segment_ids: Array, mask: Array):
+  def annotate(
+    state: TrainState, tokens: Array, segment_ids: Array, mask: Array
+  ) -> dict[str, np.ndarray]:
     rows = Batch(tokens=tokens, segment_ids=segment_ids, mask=mask, layout=context.layout)
     rows = pack(rows, parts=context.micro_batches, shares=sharding.batch_shares(context.mesh))
     rows = sharding.place_batch(context.mesh, rows)
