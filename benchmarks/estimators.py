@@ -20,7 +20,7 @@ from benchmarks import estimators_page
 from benchmarks import tiny_world as world
 from polgrad import credit as credits
 from polgrad import objectives
-from polgrad.losses import distributions
+from polgrad.losses import logit_stats
 from polgrad.registry import bind
 from polgrad.tabular.estimators import Distribution, Setting, gradient_distributions
 
@@ -64,8 +64,8 @@ def setting_of(one: Experiment, staleness: int) -> Setting:
   features = {}
   rows = GROUP + collect.get('demonstrations', 0)
   if collect.get('baseline_samples'):
-    role = collect['baseline_role']['name']
-    features['baseline_rewards'] = world.baseline_rewards(role, live, rows)
+    behavior_policy = collect['baseline_policy']['name']
+    features['baseline_rewards'] = world.baseline_rewards(behavior_policy, live, rows)
   # TOPR counts a wrong answer as -1.
   rewards = 2 * world.REWARDS - 1 if 'offset' in phase['reward'] else world.REWARDS
   return Setting(
@@ -102,9 +102,14 @@ def measure(one: Experiment) -> dict[str, Point]:
   """The estimator at every staleness."""
   settings = [setting_of(one, s) for s in world.STALENESS]
   collected = one.phase['collect'].get('stats', {})
-  stats = {name: bind(spec, distributions.TABLE) for name, spec in collected.items()}
+  stats = {name: bind(spec, logit_stats.TABLE) for name, spec in collected.items()}
   found = gradient_distributions(
-    settings, one.credit, one.objective, group=GROUP, stats=stats, credit_state=credit_state_of(one)
+    settings,
+    one.credit,
+    one.objective,
+    rows_per_prompt=GROUP,
+    stats=stats,
+    credit_state=credit_state_of(one),
   )
   climbed = jax.grad(world.stated(one.name, one.phase))
   return {

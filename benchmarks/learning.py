@@ -37,7 +37,7 @@ def load(name: str, seed: int, steps: int, prompts: int):
   config.samples_every = config.checkpoint_every = config.evaluation.every = 0
   for phase in config.phases.values():
     if 'prompts' in phase.collect:  # the same rows for all, however they are grouped
-      rows = phase.collect.group * phase.collect.prompts
+      rows = phase.collect.rows_per_prompt * phase.collect.prompts
       phase.collect.prompts = phase.collect.prompts * prompts * 8 // rows
   return config
 

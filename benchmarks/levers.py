@@ -96,7 +96,7 @@ def ending(policy):
 
 def slots(rows: int, at_once: int, longest: int, repeats: int) -> str:
   """Rows of geometric lengths: batches of `at_once` rows in turn, or as many slots and a queue."""
-  settings = dict(role=ending, max_new_tokens=longest, group_size=GROUP, stop_ids=(STOP,))
+  settings = dict(role=ending, max_new_tokens=longest, samples_per_prompt=GROUP, stop_ids=(STOP,))
   static = make_sampler({'policy': POLICY}, **settings)
   queued = make_sampler({'policy': POLICY}, slots=at_once, **settings)
   prompts = np.random.default_rng(1).integers(2, 1024, (rows // GROUP, 32)).astype(np.int32)

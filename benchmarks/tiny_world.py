@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad.tabular import policy as tabular
+from polgrad.tabular import enumerable
 
 STALENESS = (0, 1, 4, 16)  # exact gradient steps between the sampling policy and the trained one
-POLICY = tabular.table(3, 3, stop=0)  # 15 sequences of one to three tokens
+POLICY = enumerable.table(3, 3, stop=0)  # 15 sequences of one to three tokens
 REWARDS = np.zeros(len(POLICY.tokens))
 REWARDS[[2, 5, 9, 13]] = 1.0
 DEMONSTRATION = 9  # a right one
@@ -23,14 +23,14 @@ DEMONSTRATION = 9  # a right one
 def trajectory(steps: int = max(STALENESS), rate: float = 0.5) -> tuple[np.ndarray, ...]:
   """Logits after 0, 1, ..., `steps` exact gradient steps on E[R]."""
   logits = [0.7 * np.random.default_rng(0).normal(size=(len(np.unique(POLICY.prefixes)), 3))]
-  ascent = jax.jit(jax.grad(lambda x: tabular.objective(POLICY, x, jnp.asarray(REWARDS))))
+  ascent = jax.jit(jax.grad(lambda x: enumerable.objective(POLICY, x, jnp.asarray(REWARDS))))
   for _ in range(steps):
     logits.append(logits[-1] + rate * np.asarray(ascent(logits[-1])))
   return tuple(logits)
 
 
 def probabilities(logits) -> np.ndarray:
-  return np.exp(np.asarray(tabular.logp(POLICY, logits)).sum(axis=1))
+  return np.exp(np.asarray(enumerable.logp(POLICY, logits)).sum(axis=1))
 
 
 def reference() -> np.ndarray:
@@ -44,7 +44,7 @@ def reference() -> np.ndarray:
 def mean_return(number, logits, behavior):
   """E[R]."""
   del number, behavior
-  return tabular.objective(POLICY, logits, jnp.asarray(REWARDS))
+  return enumerable.objective(POLICY, logits, jnp.asarray(REWARDS))
 
 
 def minus_kl(beta, logits, behavior):
@@ -60,7 +60,7 @@ def minus_kl_to_sampler(beta, logits, behavior):
 def win_rate(target, logits, behavior):
   """E[P(beats a sample)] - KL(pi || the policy that sampled) / eta, with eta = 2 target."""
   wins = jax.nn.sigmoid(REWARDS[:, None] - REWARDS[None, :]) @ probabilities(behavior)
-  return tabular.objective(POLICY, logits, wins) - _kl(logits, behavior) / (2 * target)
+  return enumerable.objective(POLICY, logits, wins) - _kl(logits, behavior) / (2 * target)
 
 
 def plus_entropy(weight, logits, behavior):
@@ -68,12 +68,14 @@ def plus_entropy(weight, logits, behavior):
   log_p = jax.nn.log_softmax(logits)
   entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)[POLICY.prefixes]
   visited = jnp.sum(jnp.where(POLICY.mask, entropy, 0.0), axis=1)
-  return mean_return(None, logits, behavior) + weight * tabular.objective(POLICY, logits, visited)
+  return mean_return(None, logits, behavior) + weight * enumerable.objective(
+    POLICY, logits, visited
+  )
 
 
 def minus_root_chi_square(weight, logits, behavior):
   """E[R] - weight sqrt(chi2(pi || reference))."""
-  p = jnp.exp(jnp.sum(tabular.logp(POLICY, logits), axis=1))
+  p = jnp.exp(jnp.sum(enumerable.logp(POLICY, logits), axis=1))
   chi_square = jnp.sum(p * p / probabilities(reference())) - 1
   return mean_return(None, logits, behavior) - weight * jnp.sqrt(chi_square)
 
@@ -83,13 +85,13 @@ def minus_jensen_shannon(beta, logits, behavior):
   del behavior
   target = probabilities(reference()) * np.exp(REWARDS / beta)
   target = target / target.sum()
-  t = jnp.exp(jnp.sum(tabular.logp(POLICY, logits), axis=1)) / target
+  t = jnp.exp(jnp.sum(enumerable.logp(POLICY, logits), axis=1)) / target
   return -jnp.sum(target * 0.5 * (t * jnp.log(t) - (t + 1) * jnp.log((t + 1) / 2)))
 
 
 def _kl(logits, other):
-  gap = tabular.logp(POLICY, logits) - tabular.logp(POLICY, jnp.asarray(other))
-  return tabular.objective(POLICY, logits, jnp.sum(gap, axis=1))
+  gap = enumerable.logp(POLICY, logits) - enumerable.logp(POLICY, jnp.asarray(other))
+  return enumerable.objective(POLICY, logits, jnp.sum(gap, axis=1))
 
 
 IN_CREDIT, IN_LOSS = 'credit.kl_coefficient', 'objective.penalties.kl.weight'

@@ -77,7 +77,7 @@ def compile_update(mesh: Mesh, **settings):
   with jax.set_mesh(mesh):
     compiled = update.lower(state, batch).compile()
   local = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  tokens = ROWS // sharding.batch_shares(mesh) * LENGTH
+  tokens = ROWS // sharding.data_parallel_size(mesh) * LENGTH
   inputs = QWEN['num_layers'] * tokens * QWEN['width'] * 2
   head = (QWEN['vocab_size'] * QWEN['width'] * 2 + 2 * 4 * LOGITS) / mesh.shape['tensor']
   return compiled, sum(map(local, jax.tree.leaves(params))) + inputs + head

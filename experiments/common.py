@@ -15,7 +15,7 @@ ALPHABET = '0123456789+='
 
 
 def options(text: str, **defaults):
-  """Reads `experiments/x.py:group=8,smoke` into keyword values.
+  """Reads `experiments/x.py:samples_per_prompt=8,smoke` into keyword values.
 
   Raises:
     ValueError: an option that the experiment does not have, or a value of another type.
@@ -79,7 +79,7 @@ def addition_phase(
   objective: ConfigDict,
   steps: int = 150,
   prompts: int = 32,
-  group: int = 8,
+  samples_per_prompt: int = 8,
   learning_rate: float = 1e-4,
   rollouts: Mapping = {},
   **overrides,
@@ -89,7 +89,12 @@ def addition_phase(
     steps=steps,
     source=addition(),
     collect=part(
-      collect.rollouts, prompts=prompts, group=group, prompt_length=6, max_new_tokens=5, **rollouts
+      collect.rollouts,
+      prompts=prompts,
+      samples_per_prompt=samples_per_prompt,
+      prompt_length=6,
+      max_new_tokens=5,
+      **rollouts,
     ),
     reward={'exact': weighted(1.0, part(verifiers.exact_match))},
     objective=objective,
@@ -136,6 +141,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
       if rows in one.collect:
         one.collect[rows] = min(one.collect[rows], 4)
     for section in (one.collect, one.objective):  # both mean the rows of one prompt
-      if 'group' in section:
-        section.group = min(section.group, 4)
+      for rows in ('samples_per_prompt', 'rows_per_prompt'):
+        if rows in section:
+          section[rows] = min(section[rows], 4)
   return config

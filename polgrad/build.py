@@ -42,9 +42,9 @@ class Phase(NamedTuple):
   layout: Layout
 
   @property
-  def group(self) -> int:
+  def rows_per_prompt(self) -> int:
     """Rows that stay together in every cut of a batch."""
-    return max(self.objective.group, self.layout.shared, 1)
+    return max(self.objective.rows_per_prompt, self.layout.shared, 1)
 
 
 def phase(
@@ -104,7 +104,7 @@ def phase(
     anchors=anchors,
     frozen=frozen,
     restart=restart,
-    layout=Layout(collect.prompt_length, collect.group if share_prompts else 1, pack),
+    layout=Layout(collect.prompt_length, collect.rows_per_prompt if share_prompts else 1, pack),
   )
 
 
@@ -272,7 +272,7 @@ def check(run: Experiment) -> None:
 def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
   _check_length(f'{path}.collect', collector.length, run.policy)
-  shares = sharding.batch_shares(run.mesh)
+  data_parallel_size = sharding.data_parallel_size(run.mesh)
   if phase.layout.shared > 1 and not phase.layout.prompt_length:
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
@@ -283,20 +283,22 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.pack: {phase.layout.pack} must be at least 0, and 0 with share_prompts: a prompt of '
       'several rows stands in none of them'
     )
-  compared, group = max(phase.objective.group, 1), phase.group
-  if collector.rows % compared or (collector.group % compared and collector.group != 1):
+  compared, rows_per_prompt = max(phase.objective.rows_per_prompt, 1), phase.rows_per_prompt
+  if collector.rows % compared or (
+    collector.rows_per_prompt % compared and collector.rows_per_prompt != 1
+  ):
     raise ValueError(
-      f'{path}.collect: groups of {collector.group} rows, but the objective compares {compared}'
+      f'{path}.collect: groups of {collector.rows_per_prompt} rows, but the objective compares {compared}'
     )
-  piece = phase.minibatches * phase.micro_batches * shares
-  if collector.rows % (piece * group):
+  piece = phase.minibatches * phase.micro_batches * data_parallel_size
+  if collector.rows % (piece * rows_per_prompt):
     raise ValueError(
       f'{path}: {collector.rows} rows do not divide into {phase.minibatches} minibatches x '
-      f'{phase.micro_batches} micro_batches x {shares} devices x groups of {group}'
+      f'{phase.micro_batches} micro_batches x {data_parallel_size} devices x groups of {rows_per_prompt}'
     )
-  if collector.records % shares:
+  if collector.records % data_parallel_size:
     raise ValueError(
-      f'{path}.collect: {collector.records} records do not divide by {shares} devices'
+      f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices'
     )
   wanted = phase.objective.requires | phase.credit.requires
   provided = collector.provides | phase.credit.provides

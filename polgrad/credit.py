@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import advantages as advantage_functions
-from polgrad.losses import centers, generators, returns
-from polgrad.losses import costs as cost_functions
+from polgrad.losses import f_divergences, log_partition, returns
+from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
 from polgrad.registry import call, check_weighted, inputs, table
@@ -283,7 +283,7 @@ def win_rate() -> Estimator:
 
 
 def divergence_reward(
-  *, derivative: generators.Part, beta: float = 1.0, decay: float = 0.9
+  *, derivative: f_divergences.Part, beta: float = 1.0, decay: float = 0.9
 ) -> Estimator:
   """A = -f'(pi / p) - b: descends D_f(pi || p), p = reference exp(R / beta) / Z (arXiv:2302.08215).
 
@@ -294,7 +294,7 @@ def divergence_reward(
   def apply(x, state):
     target = jnp.sum(x['reference_logp'], axis=1) + x['rewards'] / beta
     sampled = jnp.sum(x['behavior_logp'], axis=1)
-    log_z = centers.log_partition(target - sampled, _valid_groups(x))
+    log_z = log_partition.log_partition(target - sampled, _valid_groups(x))
     log_t = jnp.sum(x['proximal_logp'], axis=1) - target + log_z
     pseudo = jnp.where(x['valid'], -derivative(log_t), 0.0)
     return baseline.apply(x | {'rewards': pseudo}, state)

@@ -21,7 +21,7 @@ from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import Experiment, build
 from polgrad.collect import completions, question
 from polgrad.data import batching
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.types import Params
 
@@ -81,13 +81,13 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
   """Makes params -> (metrics, greedy samples) for the experiment's `evaluation`."""
   plan, policy, tokenizer = experiment.evaluation, experiment.policy, experiment.tokenizer
 
-  def sampler(group: int, role: Callable) -> Callable:
+  def sampler(group: int, behavior_policy: Callable) -> Callable:
     return make_sampler(
       {'policy': policy},
-      group_size=group,
+      samples_per_prompt=group,
       max_new_tokens=plan.max_new_tokens,
       temperature=plan.temperature,
-      role=role,
+      behavior_policy=behavior_policy,
       mesh=experiment.mesh,
       stop_ids=tokenizer.stop_ids,
       pad_id=tokenizer.pad_id,
@@ -120,8 +120,8 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
     grouped = [texts[i : i + group] for i in range(0, len(texts), group)]
     return grouped, np.concatenate(scores).reshape(-1, group), records
 
-  greedy = sampler(1, roles.greedy)
-  several = sampler(plan.samples, roles.current) if plan.samples else None
+  greedy = sampler(1, behavior_policies.greedy)
+  several = sampler(plan.samples, behavior_policies.current) if plan.samples else None
 
   def evaluate(params: Params) -> tuple[dict[str, float], Samples]:
     texts, scores, records = solve(greedy, params, 1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polgrad.losses.distributions import entropy, logp
+from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
@@ -47,7 +47,7 @@ def forward(
   def states(policy: Policy, params: Params) -> Array:
     if layout.shared == 1:
       return policy.hidden(params, batch.tokens, batch.segment_ids)[:, start:]
-    sizes = dict(prompt_length=layout.prompt_length, group=layout.shared)
+    sizes = dict(prompt_length=layout.prompt_length, rows_per_prompt=layout.shared)
     return policy.completions(params, batch.tokens, batch.segment_ids, **sizes)
 
   whole = lambda x: back(jnp.pad(x, ((0, 0), (start, 0))))
@@ -124,7 +124,7 @@ def make_update(
 
   def stay(batch: Batch) -> int:
     """Rows that stay together when a batch is cut."""
-    return max(objective.group, batch.layout.shared)
+    return max(objective.rows_per_prompt, batch.layout.shared)
 
   def outputs_of(state: TrainState, moving: Params, batch: Batch) -> Outputs:
     return forward(

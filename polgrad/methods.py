@@ -16,11 +16,11 @@ from polgrad import credit, objectives
 from polgrad.losses import (
   advantages,
   aggregation,
-  centers,
   divergences,
   implicit_rewards,
-  links,
+  log_partition,
   penalties,
+  preference_losses,
   ratios,
   surrogates,
 )
@@ -146,14 +146,14 @@ def sapo(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Method:
   return Method(credit.outcome(advantage=advantages.group_normalized), objective)
 
 
-def tba(*, beta: float = 0.1, group: int = 8) -> Method:
+def tba(*, beta: float = 0.1, rows_per_prompt: int = 8) -> Method:
   """TBA: trajectory balance with log Z from the group, on anybody's samples (arXiv:2503.18929)."""
   objective = objectives.regression(
     score=implicit_rewards.log_ratio_sum,
-    center=centers.group_mean_detached,
+    center=log_partition.group_mean_detached,
     beta=beta,
     scale=2.0,
-    group=group,
+    rows_per_prompt=rows_per_prompt,
   )
   return Method(credit.nothing(), objective)
 
@@ -162,7 +162,7 @@ def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
   """DPO (arXiv:2305.18290); `label_smoothing` gives cDPO."""
   objective = objectives.pairwise(
     score=implicit_rewards.log_ratio_sum,
-    link=links.logistic,
+    link=preference_losses.logistic,
     beta=beta,
     label_smoothing=label_smoothing,
   )
@@ -173,7 +173,7 @@ def ipo(*, tau: float = 0.1) -> Method:
   """IPO on summed log-ratios (arXiv:2310.12036)."""
   objective = objectives.pairwise(
     score=implicit_rewards.log_ratio_sum,
-    link=functools.partial(links.squared, target=1 / (2 * tau)),
+    link=functools.partial(preference_losses.squared, target=1 / (2 * tau)),
   )
   return Method(credit.nothing(), objective)
 
@@ -181,7 +181,7 @@ def ipo(*, tau: float = 0.1) -> Method:
 def simpo(*, beta: float = 2.0, gamma: float = 0.5) -> Method:
   """SimPO (arXiv:2405.14734)."""
   objective = objectives.pairwise(
-    score=implicit_rewards.logp_mean, link=links.logistic, beta=beta, offset=gamma
+    score=implicit_rewards.logp_mean, link=preference_losses.logistic, beta=beta, offset=gamma
   )
   return Method(credit.nothing(), objective)
 
@@ -189,7 +189,8 @@ def simpo(*, beta: float = 2.0, gamma: float = 0.5) -> Method:
 def slic(*, threshold: float = 1.0, nll_coefficient: float = 0.1) -> Method:
   """SLiC-HF (arXiv:2305.10425)."""
   margin = objectives.pairwise(
-    score=implicit_rewards.logp_sum, link=functools.partial(links.hinge, threshold=threshold)
+    score=implicit_rewards.logp_sum,
+    link=functools.partial(preference_losses.hinge, threshold=threshold),
   )
   likelihood = objectives.supervised(aggregation=aggregation.sequence_sum, preferred_only=True)
   objective = objectives.weighted_sum(

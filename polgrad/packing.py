@@ -18,30 +18,32 @@ from polgrad.types import Array, Batch
 ROWS = ('batch', 'length')
 
 
-def split(batch: Any, parts: int, group: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...], keeping runs of `group` rows together.
+def split(batch: Any, parts: int, rows_per_prompt: int) -> Any:
+  """[B, ...] -> [parts, B / parts, ...], keeping runs of `rows_per_prompt` rows together.
 
   Groups are dealt out in turn, so that every device keeps a share of its own rows.
   """
 
   def deal(x: Array) -> Array:
-    x = x.reshape(-1, parts, group, *x.shape[1:])
+    x = x.reshape(-1, parts, rows_per_prompt, *x.shape[1:])
     return x.swapaxes(0, 1).reshape(parts, -1, *x.shape[3:])
 
   return jax.tree.map(deal, batch)
 
 
-def join(parts: Any, group: int) -> Any:
+def join(parts: Any, rows_per_prompt: int) -> Any:
   """The inverse of `split`."""
 
   def gather(x: Array) -> Array:
-    x = x.reshape(x.shape[0], -1, group, *x.shape[2:])
+    x = x.reshape(x.shape[0], -1, rows_per_prompt, *x.shape[2:])
     return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
   return jax.tree.map(gather, parts)
 
 
-def pack(batch: Batch, *, parts: int = 1, group: int = 1, shares: int = 1) -> Batch:
+def pack(
+  batch: Batch, *, parts: int = 1, rows_per_prompt: int = 1, data_parallel_size: int = 1
+) -> Batch:
   """Finds every row its place in fewer rows, on the host, if the layout allows it (`Layout.pack`).
 
   The longest row is placed first, each into the fullest packed row that still has room (best fit
@@ -50,9 +52,9 @@ def pack(batch: Batch, *, parts: int = 1, group: int = 1, shares: int = 1) -> Ba
 
   Args:
     batch: NumPy; tokens of a row stand in a line, with padding on either side.
-    parts: pieces that `split` will cut the batch into, keeping runs of `group` rows together; each
+    parts: pieces that `split` will cut the batch into, keeping runs of `rows_per_prompt` rows together; each
       is packed for itself.
-    shares: devices that cut the rows; packed rows are a multiple.
+    data_parallel_size: devices that cut the rows; packed rows are a multiple.
 
   Returns:
     The batch with an `offset`, and with `rows` and `scored` in its layout.
@@ -70,12 +72,12 @@ def pack(batch: Batch, *, parts: int = 1, group: int = 1, shares: int = 1) -> Ba
   length, lengths, scored = seen.shape[1], seen.sum(axis=1), batch.mask.sum(axis=1)
   offset = np.zeros(len(seen), np.int32)
   rows = most = 0
-  for piece in split(np.arange(len(seen)), parts, group):
+  for piece in split(np.arange(len(seen)), parts, rows_per_prompt):
     offset[piece], used = _best_fit(lengths[piece], length)
     rows = max(rows, used)
     most = max(most, np.bincount(offset[piece] // length, scored[piece]).max())
   whole = len(seen) // parts
-  rows = _round_up(rows, shares * -(-whole // (shares * layout.pack)))
+  rows = _round_up(rows, data_parallel_size * -(-whole // (data_parallel_size * layout.pack)))
   most = min(_round_up(max(int(most), 1), -(-length // layout.pack)), length)
   if rows >= whole:
     return batch

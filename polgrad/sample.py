@@ -19,7 +19,7 @@ from polgrad.build import Experiment, build
 from polgrad.collect import completions
 from polgrad.data import batching
 from polgrad.evaluate import restore_params
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.types import Params
 
@@ -43,10 +43,10 @@ def make_completer(
   max_new_tokens = min(max_new_tokens, experiment.policy.config.max_length // 2)
   sample = make_sampler(
     {'policy': experiment.policy},
-    group_size=1,
+    samples_per_prompt=1,
     max_new_tokens=max_new_tokens,
     temperature=temperature or 1.0,
-    role=roles.current if temperature else roles.greedy,
+    behavior_policy=behavior_policies.current if temperature else behavior_policies.greedy,
     mesh=experiment.mesh,
     stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
@@ -57,7 +57,7 @@ def make_completer(
     prompts = batching.prompts([{**record, 'id': turn}], tokenizer, length=longest)
     used = int(prompts.mask.sum())
     width = min(-(-used // BUCKET) * BUCKET, longest)
-    copies = sharding.batch_shares(experiment.mesh)  # the fewest rows that the mesh can cut
+    copies = sharding.data_parallel_size(experiment.mesh)  # the fewest rows that the mesh can cut
     tokens, mask, ids = (
       np.repeat(x[:, -width:] if x.ndim == 2 else x, copies, axis=0)
       for x in (prompts.tokens, prompts.mask, prompts.ids)
@@ -74,9 +74,9 @@ def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat
   for turn, line in enumerate(lines):
     line = line.rstrip('\n')
     if chat:
-      messages.append({'role': 'user', 'content': line})
+      messages.append({'behavior_policy': 'user', 'content': line})
       reply = complete({'messages': messages}, turn)
-      messages.append({'role': 'assistant', 'content': reply})
+      messages.append({'behavior_policy': 'assistant', 'content': reply})
     else:
       reply = complete({'prompt': line}, turn)
     print(reply, flush=True)

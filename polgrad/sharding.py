@@ -92,13 +92,13 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 
 
-def shares() -> int:
-  """The `batch_shares` of the mesh of `jax.set_mesh`; 1 without a mesh."""
+def ambient_data_parallel_size() -> int:
+  """The `data_parallel_size` of the mesh of `jax.set_mesh`; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else batch_shares(mesh)
+  return 1 if mesh.empty else data_parallel_size(mesh)
 
 
-def batch_shares(mesh: Any) -> int:
+def data_parallel_size(mesh: Any) -> int:
   """Number of parts that a batch is cut into; its rows must be a multiple."""
   return math.prod(mesh.shape[name] for name in BATCH)
 
@@ -124,12 +124,12 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
   Raises:
     ValueError: the rows do not divide over data x fsdp.
   """
-  shares = batch_shares(mesh)
+  size = data_parallel_size(mesh)
 
   def sharding(x):
-    if len(x) % shares:
+    if len(x) % size:
       sizes = f'data={mesh.shape["data"]} x fsdp={mesh.shape["fsdp"]}'
-      raise ValueError(f'{len(x)} rows do not divide over {sizes} = {shares} shares')
+      raise ValueError(f'{len(x)} rows do not divide over {sizes} = {size}')
     return batch_sharding(mesh, x.ndim)
 
   return place(tree, jax.tree.map(sharding, tree))

@@ -176,8 +176,8 @@ def run_phase(
   arrange = functools.partial(
     pack,
     parts=phase.micro_batches,
-    group=phase.group,
-    shares=sharding.batch_shares(experiment.mesh),
+    rows_per_prompt=phase.rows_per_prompt,
+    data_parallel_size=sharding.data_parallel_size(experiment.mesh),
   )
   plan = experiment.evaluation
   measure = evaluate.make_evaluator(experiment) if plan.every else None
@@ -205,7 +205,7 @@ def run_phase(
       collected.batch,
       epochs=phase.epochs,
       parts=phase.minibatches,
-      group=phase.group,
+      rows_per_prompt=phase.rows_per_prompt,
       seed=(used.seed, step),
     )
     reports = []

@@ -12,7 +12,7 @@ from polgrad import build, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.registry import part, weighted
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 
 
 def edit(make, *changes):
@@ -178,9 +178,9 @@ CASES = {
     ValueError,
     ['config.phases.rl.frozen', "'teacher'", "['reference']"],
   ),
-  'role without its anchor': (
+  'behavior_policy without its anchor': (
     quickstart,
-    [('phases.grpo.collect.role', part(roles.geometric_mixture))],
+    [('phases.grpo.collect.behavior_policy', part(behavior_policies.geometric_mixture))],
     ValueError,
     ['config.phases.grpo.anchors', "'reference'"],
   ),
@@ -212,7 +212,9 @@ def test_wrong_types_are_refused_by_the_config_itself():
     build.build(data)
 
 
-@pytest.mark.parametrize('change', [('top_k', 5), ('top_p', 0.9), ('role', part(roles.greedy))])
+@pytest.mark.parametrize(
+  'change', [('top_k', 5), ('top_p', 0.9), ('behavior_policy', part(behavior_policies.greedy))]
+)
 def test_trap_07_filtered_sampling_is_refused_unless_the_trainer_recomputes(change):
   name, value = change
   broken = edit(grpo, (f'phases.rl.collect.{name}', value))
@@ -223,7 +225,7 @@ def test_trap_07_filtered_sampling_is_refused_unless_the_trainer_recomputes(chan
 
 
 def test_options_of_an_experiment():
-  assert grpo.get_config('group=4,steps=7').phases.rl.collect.group == 4
+  assert grpo.get_config('group=4,steps=7').phases.rl.collect.samples_per_prompt == 4
   assert grpo.get_config('steps=7').phases.rl.steps == 7
   with pytest.raises(
     ValueError, match=r"unknown option 'gruop'; valid: \['group', 'smoke', 'steps'\]"

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.common import addition_phase, arithmetic_experiment
 from polgrad import build, credit, learner, objectives, registry, train
-from polgrad.collect import judged as judging
+from polgrad.collect import scored as judging
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, aggregation, surrogates
 from polgrad.registry import part, weighted

@@ -137,10 +137,10 @@ def measure(monkeypatch):
   """(answers to 'a', 'b', ... by group size, samples) -> (metrics, greedy samples)."""
 
   def run(written, *, samples):
-    def make_sampler(policies, *, group_size, **settings):
+    def make_sampler(policies, *, samples_per_prompt, **settings):
       def sample(params, tokens, mask, ids, *, seed, step):
         assert len(ids) == 2  # always one shape
-        texts = [t for i in ids for t in written[group_size][int(i)]]
+        texts = [t for i in ids for t in written[samples_per_prompt][int(i)]]
         return rollout(texts, tokens)
 
       return sample

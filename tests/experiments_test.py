@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from polgrad import build, methods, metrics, train
-from polgrad.collect import sampled
 from polgrad.objectives import Objective
 from polgrad.registry import part
 from tests import examples
@@ -96,7 +95,7 @@ def test_is_the_method_of_its_name(name):
   experiment = build.build(load(name, ''))
   phase, method = experiment.phases[experiment.order[-1]], ALIASES[name]
   assert phase.objective.requires == method.objective.requires
-  assert phase.objective.group == method.objective.group
+  assert phase.objective.rows_per_prompt == method.objective.rows_per_prompt
   batch = jax.tree.map(jnp.asarray, examples.batch().replace(weights=None))
   results = [_value_and_grad(o, batch) for o in (phase.objective, method.objective)]
   jax.tree.map(np.testing.assert_array_equal, *results)
@@ -119,7 +118,7 @@ def made():
 
 @pytest.fixture
 def shared(made, monkeypatch):
-  make_drawer, init_params = sampled.make_drawer, train.init_params
+  make_drawer, init_params = rollouts.make_drawer, train.init_params
 
   def drawer(context, settings):
     key = context.policy.config, tuple(context.frozen), repr(sorted(settings.items(), key=str))
@@ -133,7 +132,7 @@ def shared(made, monkeypatch):
       made[key] = init_params(policy, mesh, seed)
     return jax.tree.map(jnp.copy, made[key])  # an update gives its arguments away
 
-  monkeypatch.setattr(sampled, 'make_drawer', drawer)
+  monkeypatch.setattr(rollouts, 'make_drawer', drawer)
   monkeypatch.setattr(train, 'init_params', params)
 
 

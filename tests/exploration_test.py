@@ -106,7 +106,7 @@ def test_t17_sampling_error_is_less_with_ros_and_least_with_props():
 
   ROS makes a step of size 1 a bandit. On a table larger ones do better still: bandits share nothing.
   """
-  shape = dict(prompts=BANDITS, group=64, prompt_length=1, max_new_tokens=1)
+  shape = dict(prompts=BANDITS, samples_per_prompt=64, prompt_length=1, max_new_tokens=1)
   props = part(collect.explored, optimizer=part(optim.adamw, learning_rate=0.03), **shape)
   ros = part(
     collect.explored,
@@ -126,7 +126,9 @@ def test_t17_sampling_error_is_less_with_ros_and_least_with_props():
 def explored(**settings):
   """Sixteen rows of the tiny model, four prompts in two rounds of two samples."""
   run = experiment()
-  settings = dict(prompts=4, group=4, rounds=2, prompt_length=6, max_new_tokens=5) | settings
+  settings = (
+    dict(prompts=4, samples_per_prompt=4, rounds=2, prompt_length=6, max_new_tokens=5) | settings
+  )
   collector = bind(part(collect.explored, **settings), collect.TABLE)
   objective = run.phases['rl'].objective
   objective = objective._replace(requires=objective.requires | {'proximal_logp'})
@@ -202,6 +204,7 @@ def test_minibatches_that_the_devices_cannot_share_are_refused():
   with pytest.raises(ValueError, match='minibatches of 4 rows do not divide into 8 micro_batches'):
     run = experiment()
     collector = bind(
-      part(collect.explored, prompts=4, group=4, prompt_length=6, max_new_tokens=5), collect.TABLE
+      part(collect.explored, prompts=4, samples_per_prompt=4, prompt_length=6, max_new_tokens=5),
+      collect.TABLE,
     )
     collected(run, collect=collector, micro_batches=8)

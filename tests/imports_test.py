@@ -18,7 +18,7 @@ LEVELS = {
   'optim': 1,
   'checkpoint': 1,
   'metrics': 1,
-  'memories': 1,
+  'metric_history': 1,
   'credit': 2,
   'objectives': 2,
   'tabular': 3,

@@ -45,8 +45,10 @@ def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share
       collect = phase.collect.make(train.context(experiment, phase, 1))
       batch = collect(state, train.Drawer(phase, seed=0, cursor=0), 0).batch
     update = train.jit_update(experiment, phase, state)
-    shares = sharding.batch_shares(experiment.mesh)
-    batch = packing.pack(batch, parts=2, group=phase.group, shares=shares)
+    data_parallel_size = sharding.data_parallel_size(experiment.mesh)
+    batch = packing.pack(
+      batch, parts=2, rows_per_prompt=phase.rows_per_prompt, data_parallel_size=data_parallel_size
+    )
     after, report = update(state, sharding.place_batch(experiment.mesh, batch))
     return batch, to_host(after.params), to_host(report)
 

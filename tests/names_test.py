@@ -15,10 +15,10 @@ from polgrad.losses import (
   advantages,
   aggregation,
   baselines,
-  centers,
   implicit_rewards,
-  links,
+  log_partition,
   penalties,
+  preference_losses,
   ratios,
   surrogates,
   weights,
@@ -39,7 +39,9 @@ def policy(surrogate=surrogates.importance_weighted, reduce=aggregation.token_me
 
 
 def pairs(score):
-  return objectives.pairwise(score=score, link=functools.partial(links.squared, target=5.0))
+  return objectives.pairwise(
+    score=score, link=functools.partial(preference_losses.squared, target=5.0)
+  )
 
 
 CLIPPED = functools.partial(surrogates.clipped, eps_low=0.02, eps_high=0.02)
@@ -71,9 +73,9 @@ MEANINGS = {
   ),
   'OPMD: centre of rewards, or of the whole residual': tuple(
     objectives.regression(
-      score=implicit_rewards.old_log_ratio_sum, center=center, beta=0.5, group=2
+      score=implicit_rewards.old_log_ratio_sum, center=center, beta=0.5, rows_per_prompt=2
     )
-    for center in (centers.reward_mean, centers.group_mean)
+    for center in (log_partition.reward_mean, log_partition.group_mean)
   ),
   'TOPR: ratio of the row or of the token': tuple(
     policy(

@@ -10,12 +10,12 @@ import pytest
 from polgrad import methods, objectives, optim, packing
 from polgrad.losses import (
   aggregation,
-  centers,
   divergences,
   implicit_rewards,
-  links,
+  log_partition,
   penalties,
   pointwise,
+  preference_losses,
   surrogates,
   weights,
 )
@@ -46,7 +46,10 @@ OBJECTIVES = {
     penalties={'k2': Weighted(0.1, penalties.k2)},
   ),
   'regression': objectives.regression(
-    score=implicit_rewards.log_ratio_sum, center=centers.group_mean, beta=0.5, group=2
+    score=implicit_rewards.log_ratio_sum,
+    center=log_partition.group_mean,
+    beta=0.5,
+    rows_per_prompt=2,
   ),
   'logistic': objectives.pointwise(
     score=implicit_rewards.log_ratio_sum, loss=pointwise.logistic, beta=0.1
@@ -206,7 +209,7 @@ def test_trap_12_duplicating_a_pair_leaves_other_losses():
 
 def test_label_below_one_half_turns_the_pair_round():
   objective = objectives.pairwise(
-    score=implicit_rewards.log_ratio_sum, link=links.logistic, beta=0.3, offset=0.7
+    score=implicit_rewards.log_ratio_sum, link=preference_losses.logistic, beta=0.3, offset=0.7
   )
   x, batch = examples.leaves(), examples.batch().replace(weights=None)
   swap = np.arange(8).reshape(4, 2)[:, ::-1].reshape(-1)
@@ -219,7 +222,7 @@ def test_label_below_one_half_turns_the_pair_round():
 def test_failed_rows_do_not_pull_the_centre_of_their_group():
   """A row that is masked out has no say in the consistency loss of its group."""
   objective = objectives.regression(
-    score=implicit_rewards.log_ratio_sum, center=centers.group_mean, group=4
+    score=implicit_rewards.log_ratio_sum, center=log_partition.group_mean, rows_per_prompt=4
   )
   x, batch = examples.leaves(), examples.batch()
   batch = batch.replace(group_ids=np.repeat([0, 1], 4).astype(np.int32))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import objectives
-from polgrad.losses import aggregation, distributions, selections, surrogates, weights
+from polgrad.losses import aggregation, logit_stats, selections, surrogates, weights
 from polgrad.types import Batch, Effective, Outputs, Quantile
 
 RNG = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def test_kept_shares_are_of_tokens_with_a_gradient_by_sign(surrogate, slots, pos
 
 
 def test_a_name_that_two_slots_give_is_refused():
-  stat, selection = distributions.score_norm, selections.second_moment
+  stat, selection = logit_stats.score_norm, selections.second_moment
   with pytest.raises(ValueError, match=r'selections\.kept: the name is taken by stats'):
     metrics_of(
       jnp.zeros((1, 4)), surrogates.reinforce, stats={'kept': stat}, selections={'kept': selection}

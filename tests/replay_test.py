@@ -26,7 +26,9 @@ def after(count, capacity):
 
 def recalled(ring, *, lag=0, share=0.0, seed=0):
   random = np.random.default_rng(seed)
-  return replay.recalled(ring, lag=lag, share=share, group=GROUP, random=random)['tokens']
+  return replay.recalled(ring, lag=lag, fraction=share, rows_per_prompt=GROUP, random=random)[
+    'tokens'
+  ]
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 4, 9])

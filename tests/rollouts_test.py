@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from polgrad import collect, credit, learner, optim, train
-from polgrad.losses import distributions
+from polgrad.losses import logit_stats
 from polgrad.registry import bind, part
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 from polgrad.types import Batch
 from tests.collect_test import collected, experiment
 
@@ -75,7 +75,7 @@ class TestLag:
 
 class TestReplay:
   def test_a_share_of_the_groups_comes_whole_from_earlier_batches(self, fresh):
-    _, found = run_steps(4, replay=2, replay_share=0.5)
+    _, found = run_steps(4, replay=2, replay_fraction=0.5)
     for step, (_, got) in enumerate(found):
       batch, age = got.batch, got.batch.features['staleness'].reshape(4, 4)
       assert (age == age[:, :1]).all() and set(age.flat) <= {0, 1, 2}
@@ -88,14 +88,14 @@ class TestReplay:
         assert same.any()
 
   def test_advantages_are_those_of_the_group(self):
-    batch = run_steps(3, replay=2, replay_share=0.5)[1][-1][1].batch
+    batch = run_steps(3, replay=2, replay_fraction=0.5)[1][-1][1].batch
     rewards = batch.rewards.reshape(4, 4)
     want = np.repeat((rewards - rewards.mean(axis=1, keepdims=True)).reshape(-1, 1), 11, axis=1)
     np.testing.assert_allclose(batch.advantages, np.where(batch.mask, want, 0), atol=1e-6)
 
 
 def test_memory_has_the_shapes_of_what_is_put_into_it():
-  settings = dict(lag=1, replay=1, replay_share=0.5, baseline_samples=1, demonstrations=1)
+  settings = dict(lag=1, replay=1, replay_fraction=0.5, baseline_samples=1, demonstrations=1)
   _, found = run_steps(2, **settings)
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   (before, got), (after, _) = found
@@ -107,7 +107,9 @@ def test_memory_has_the_shapes_of_what_is_put_into_it():
 class TestBaseline:
   def test_rewards_of_other_completions_stand_beside_every_row_of_their_prompt(self, fresh):
     _, found = run_steps(1, baseline_samples=1)
-    greedy = run_steps(1, role=part(roles.greedy), recompute_proximal=True)[1][0][1].batch
+    greedy = run_steps(1, behavior_policy=part(behavior_policies.greedy), recompute_proximal=True)[
+      1
+    ][0][1].batch
     batch = found[0][1].batch
     got = batch.features['baseline_rewards']
     assert got.shape == (16, 1) and got.dtype == np.float32
@@ -116,13 +118,15 @@ class TestBaseline:
     np.testing.assert_array_equal(batch.advantages, fresh[0].advantages)
 
   def test_noise_is_not_that_of_the_group(self):
-    batch = run_steps(1, baseline_samples=4, baseline_role=part(roles.current))[1][0][1].batch
+    batch = run_steps(1, baseline_samples=4, baseline_policy=part(behavior_policies.current))[1][0][
+      1
+    ].batch
     got = batch.features['baseline_rewards'].reshape(4, 4, 4)
     np.testing.assert_array_equal(got, np.broadcast_to(got[:, :1], got.shape))
     assert not np.array_equal(got[:, 0], batch.rewards.reshape(4, 4))
 
   def test_the_reference_draws_with_its_own_parameters(self):
-    settings = dict(baseline_samples=2, baseline_role=part(roles.reference))
+    settings = dict(baseline_samples=2, baseline_policy=part(behavior_policies.reference))
     anchors = {'reference': part(optim.fixed)}
     kept = run_steps(2, change=louder, anchors=anchors, **settings)[1][-1][1].batch
     moved = run_steps(2, anchors=anchors, **settings)[1][-1][1].batch
@@ -198,7 +202,7 @@ class TestDemonstrations:
 
 class TestFeatures:
   def test_statistics_are_those_of_the_live_policy_on_old_rows(self):
-    stats = {'spread': part(distributions.entropy)}
+    stats = {'spread': part(logit_stats.entropy)}
     run, found = run_steps(2, change=louder, lag=1, stats=stats)
     state, got = found[-1]
     want = forward(run, state.params, got.batch, fields=frozenset({'entropy'})).entropy
@@ -210,7 +214,7 @@ class TestFeatures:
     def apply(x, state):
       return {'advantages': x['spread'] * x['uniform'][:, None], 'surprise': x['rewards']}, state
 
-    run = experiment(stats={'spread': part(distributions.entropy)})
+    run = experiment(stats={'spread': part(logit_stats.entropy)})
     estimator = credit.Estimator(apply=apply, requires=frozenset({'spread', 'uniform'}))
     batch = collected(run, credit=estimator)[0].batch
     features = batch.features
@@ -238,7 +242,7 @@ class TestFeatures:
     np.testing.assert_array_equal(draws[0], again)
 
   def test_every_feature_is_cut_with_its_rows(self, fresh):
-    for cut in collect.minibatches(fresh[0], epochs=1, parts=2, group=4, seed=(0,)):
+    for cut in collect.minibatches(fresh[0], epochs=1, parts=2, rows_per_prompt=4, seed=(0,)):
       at = [np.flatnonzero(fresh[0].features['uniform'] == u)[0] for u in cut.features['uniform']]
       np.testing.assert_array_equal(cut.rewards, fresh[0].rewards[at])
 
@@ -248,15 +252,15 @@ class TestFeatures:
   [
     (dict(lag=-1), 'lag must be at least 0'),
     (dict(replay=-1), 'replay must be at least 0'),
-    (dict(replay=2), 'replay_share must be'),
-    (dict(replay_share=0.5), 'replay_share must be'),
-    (dict(replay=2, replay_share=1.5), 'replay_share must be'),
+    (dict(replay=2), 'replay_fraction must be'),
+    (dict(replay_fraction=0.5), 'replay_fraction must be'),
+    (dict(replay=2, replay_fraction=1.5), 'replay_fraction must be'),
     (dict(baseline_samples=-1), 'baseline_samples must be at least 0'),
-    (dict(baseline_role=part(roles.reference)), 'baseline_samples is 0'),
+    (dict(baseline_policy=part(behavior_policies.reference)), 'baseline_samples is 0'),
     (dict(demonstrations=2), 'demonstrations must be 0 or 1'),
-    (dict(stats={'rewards': part(distributions.entropy)}), 'stats.rewards: the name is taken'),
-    (dict(stats={'finished': part(distributions.entropy)}), 'stats.finished: the name is taken'),
-    (dict(stats={'staleness': part(distributions.entropy)}), 'stats.staleness: the name is taken'),
+    (dict(stats={'rewards': part(logit_stats.entropy)}), 'stats.rewards: the name is taken'),
+    (dict(stats={'finished': part(logit_stats.entropy)}), 'stats.finished: the name is taken'),
+    (dict(stats={'staleness': part(logit_stats.entropy)}), 'stats.staleness: the name is taken'),
   ],
 )
 def test_settings_that_cannot_be_are_refused(wrong, words):
@@ -267,14 +271,16 @@ def test_settings_that_cannot_be_are_refused(wrong, words):
 def test_a_collector_says_what_it_provides():
   settings = dict(
     prompts=4,
-    group=3,
+    samples_per_prompt=3,
     baseline_samples=2,
-    baseline_role=part(roles.reference),
+    baseline_policy=part(behavior_policies.reference),
     demonstrations=1,
-    stats={'spread': part(distributions.entropy)},
+    stats={'spread': part(logit_stats.entropy)},
   )
   got = bind(part(collect.rollouts, **settings), collect.TABLE)
-  assert got.rows == 16 and got.group == 4 and got.roles == {'reference'} and not got.filtered
+  assert (
+    got.rows == 16 and got.rows_per_prompt == 4 and got.roles == {'reference'} and not got.filtered
+  )
   named = {'valid', 'staleness', 'uniform', 'baseline_rewards', 'spread', 'stream'}
   assert named <= got.provides
   assert got.provides - Batch.__dataclass_fields__.keys() == named - {'stream'}

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from polgrad import sharding
-from polgrad.losses.distributions import TABLE as STATS
+from polgrad.losses.logit_stats import TABLE as STATS
 from polgrad.models import token_stats
 from polgrad.sampling import make_sampler
 from tests.models import tiny
@@ -47,7 +47,7 @@ def evaluate(policy, params, tokens, segment_ids):
 
 def sample(params, **settings):
   sampler = make_sampler(
-    {'policy': POLICY}, max_new_tokens=5, group_size=2, stop_ids=(3, 4, 5), **settings
+    {'policy': POLICY}, max_new_tokens=5, samples_per_prompt=2, stop_ids=(3, 4, 5), **settings
   )
   return sampler({'policy': params}, *PROMPTS, seed=0, step=0)
 
@@ -86,7 +86,7 @@ def test_every_share_of_a_mesh_refills_its_own_slots(shape):
   rollout, (_, _, expected) = sample(params, mesh=mesh, slots=8), one_device()
   np.testing.assert_array_equal(rollout.tokens, expected.tokens)
   np.testing.assert_allclose(rollout.behavior_logp, expected.behavior_logp, atol=1e-5)
-  with pytest.raises(ValueError, match='a multiple of the 4 shares of a batch, got 6'):
+  with pytest.raises(ValueError, match='a multiple of the data-parallel size 4, got 6'):
     sample(params, mesh=sharding.make_mesh(data=4), slots=6)
 
 
@@ -115,7 +115,7 @@ def test_an_axis_that_does_not_divide_is_replicated():
 
 def test_minus_one_takes_the_remaining_devices():
   assert sharding.make_mesh(data=-1, tensor=2).shape == {'data': 4, 'fsdp': 1, 'tensor': 2}
-  assert sharding.batch_shares(sharding.make_mesh(data=-1, fsdp=2, tensor=2)) == 4
+  assert sharding.data_parallel_size(sharding.make_mesh(data=-1, fsdp=2, tensor=2)) == 4
 
 
 @pytest.mark.parametrize('sizes', [dict(data=9), dict(data=-1, tensor=3), dict(data=-1, fsdp=0)])
@@ -133,7 +133,7 @@ def test_one_process_may_leave_devices_idle_but_several_may_not(monkeypatch):
 
 def test_rows_that_do_not_divide_are_refused_before_anything_runs():
   mesh = sharding.make_mesh(data=4, fsdp=2)
-  with pytest.raises(ValueError, match=r'6 rows do not divide over data=4 x fsdp=2 = 8 shares'):
+  with pytest.raises(ValueError, match=r'6 rows do not divide over data=4 x fsdp=2 = 8'):
     sharding.place_batch(mesh, {'tokens': TOKENS[:6]})
 
 

@@ -95,7 +95,7 @@ def test_trap_24_resumed_run_equals_one_that_went_on(finished, tmp_path, last_ch
 
 def test_resumed_run_goes_on_with_the_rollouts_that_it_remembered(tmp_path):
   made = config()
-  made.phases.rl.collect.update(lag=1, replay=1, replay_share=0.5)
+  made.phases.rl.collect.update(lag=1, replay=1, replay_fraction=0.5)
   whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
   state = train.run(made, whole)
   assert [r['staleness'] for r in rows(whole) if 'staleness' in r] == [0, 1, 1.5, 1.5]
@@ -347,7 +347,7 @@ class TestAnchors:
 class TestMinibatches:
   def test_cover_the_batch_once_an_epoch_and_keep_groups(self):
     batch = examples.batch()
-    cuts = collect.minibatches(batch, epochs=3, parts=2, group=2, seed=(0, 1))
+    cuts = collect.minibatches(batch, epochs=3, parts=2, rows_per_prompt=2, seed=(0, 1))
     assert len(cuts) == 6
     for epoch in range(3):
       ids = np.concatenate([c.rewards for c in cuts[2 * epoch : 2 * epoch + 2]])
@@ -358,7 +358,7 @@ class TestMinibatches:
   def test_are_drawn_anew_each_step_and_repeat_for_the_same(self):
     batch = examples.batch()
     first, same, other = (
-      collect.minibatches(batch, epochs=1, parts=4, group=1, seed=(0, s))[0].rewards
+      collect.minibatches(batch, epochs=1, parts=4, rows_per_prompt=1, seed=(0, s))[0].rewards
       for s in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, same)

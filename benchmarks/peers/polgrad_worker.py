@@ -20,14 +20,14 @@ import numpy as np
 
 from experiments.common import addition
 from polgrad import build, collect, credit, models, objectives, optim, sharding, train
-from polgrad.collect import base, sampled
+from polgrad.collect import base, rollouts
 from polgrad.data import tokenizers
 from polgrad.losses import (
   advantages,
   aggregation,
   implicit_rewards,
-  links,
   penalties,
+  preference_losses,
   surrogates,
 )
 from polgrad.registry import part, register, weighted
@@ -83,7 +83,7 @@ def phase_of(kind: str, work: dict) -> dict:
       share_prompts=True,
     )
   if kind == 'dpo':
-    score, link = part(implicit_rewards.log_ratio_sum), part(links.logistic)
+    score, link = part(implicit_rewards.log_ratio_sum), part(preference_losses.logistic)
     objective = part(objectives.pairwise, score=score, link=link, beta=work['dpo_beta'])
     rows = part(
       collect.preferences,
@@ -157,11 +157,11 @@ def run(folder: pathlib.Path, kind: str) -> dict:
     order=('main',),
   )
   experiment = build.build(config)._replace(tokenizer=words(work['vocabulary']))
-  draw, annotations = sampled.make_drawer, base.make_annotations
-  sampled.make_drawer = lambda *x: timed('rollout', draw(*x))
+  draw, annotations = rollouts.make_drawer, base.make_annotations
+  rollouts.make_drawer = lambda *x: timed('rollout', draw(*x))
   if kind != 'sft':  # it has no reference
     base.make_annotations = lambda *x, **k: timed('reference', annotations(*x, **k))
-    sampled.make_annotations = base.make_annotations
+    rollouts.make_annotations = base.make_annotations
   with jax.set_mesh(experiment.mesh):
     state = train.begin(experiment, 0, None)
     gather = make_collect(experiment, kind, work)

@@ -25,7 +25,7 @@ def get_config(text: str = ''):
     restart=True,
     steps=o.steps,
     prompts=64,
-    group=1,
+    samples_per_prompt=1,
     learning_rate=1e-3,
   )
   return arithmetic_experiment({'teach': warm_start(), 'distill': phase}, smoke=o.smoke)

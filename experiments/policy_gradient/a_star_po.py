@@ -12,9 +12,9 @@ Card: S29.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import objectives, optim
-from polgrad.losses import centers, implicit_rewards
+from polgrad.losses import implicit_rewards, log_partition
 from polgrad.registry import part
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 
 
 def get_config(text: str = ''):
@@ -23,15 +23,15 @@ def get_config(text: str = ''):
     objective=part(
       objectives.regression,
       score=part(implicit_rewards.log_ratio_sum),
-      center=part(centers.soft_baseline, baseline_temperature=0.5),
+      center=part(log_partition.soft_baseline, baseline_temperature=0.5),
       beta=1e-3,
       scale=2 * 1e-3**2,  # residuals are in units of beta
     ),
     anchors={'reference': part(optim.fixed)},
-    rollouts={'baseline_role': part(roles.reference), 'baseline_samples': 8},
+    rollouts={'baseline_policy': part(behavior_policies.reference), 'baseline_samples': 8},
     minibatches=2,
     steps=o.steps,
     prompts=128,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

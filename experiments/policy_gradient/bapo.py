@@ -3,7 +3,7 @@
 loss = token mean of -min(r A, clip(r, low, high) A). From (0.6, 1.2) the upper bound is raised by
 0.05 up to 3, then the lower by 0.02 up to 0.9, until tokens with A > 0 have 0.4 of sum |min(r A,
 clip(r) A)|. Each update begins again at (0.6, 1.2), as in the paper. Bounds that are carried on
-instead are a selection of your own that reads them from memories.latest(metrics=('bounds/0',
+instead are a selection of your own that reads them from metric_history.latest(metrics=('bounds/0',
 'bounds/1'), ...). Rows are 4 rollouts old, and r is against the policy that sampled.
 
 Confidence: PAPER (algorithm, constants); sums of absolute values for its expectations are ours.
@@ -35,6 +35,6 @@ def get_config(text: str = ''):
     rollouts={'lag': 4},
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

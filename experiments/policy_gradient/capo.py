@@ -13,7 +13,7 @@ Card: 118.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import advantages, aggregation, distributions, selections, surrogates
+from polgrad.losses import advantages, aggregation, logit_stats, selections, surrogates
 from polgrad.registry import part
 
 
@@ -22,7 +22,7 @@ def get_config(text: str = ''):
   kept = part(
     selections.curvature, learning_rate=1.5e-5, limit_objective=0.01, limit_divergence=1e-4
   )
-  statistics = (distributions.score_norm, distributions.score_fisher, distributions.hidden_norm)
+  statistics = (logit_stats.score_norm, logit_stats.score_fisher, logit_stats.hidden_norm)
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
@@ -35,6 +35,6 @@ def get_config(text: str = ''):
     rollouts={'stats': {s.__name__: part(s) for s in statistics}},
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -14,7 +14,7 @@ Card: 133.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import advantages, aggregation, keeps, selections, surrogates
+from polgrad.losses import advantages, aggregation, selections, surrogates, trust_region_masks
 from polgrad.registry import part
 
 
@@ -28,11 +28,11 @@ def get_config(text: str = ''):
       objectives.policy_gradient,
       surrogate=part(surrogates.clipped, **bounds),
       aggregation=part(aggregation.token_mean),
-      weights={'unselected': part(keeps.unselected)},
+      weights={'unselected': part(trust_region_masks.unselected)},
       selections={'selected': selected},
     ),
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

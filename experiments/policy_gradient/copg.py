@@ -12,7 +12,7 @@ Card: 90.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import objectives, optim
-from polgrad.losses import centers, implicit_rewards
+from polgrad.losses import implicit_rewards, log_partition
 from polgrad.registry import part
 
 
@@ -22,16 +22,16 @@ def get_config(text: str = ''):
     objective=part(
       objectives.regression,
       score=part(implicit_rewards.log_ratio_sum),
-      center=part(centers.leave_one_out),
+      center=part(log_partition.leave_one_out),
       beta=0.06,
       scale=0.06,
-      group=2,
+      rows_per_prompt=2,
     ),
     anchors={'reference': part(optim.fixed)},
     minibatches=2,
     rollouts={'lag': 4},
     steps=o.steps,
     prompts=128,
-    group=2,
+    samples_per_prompt=2,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

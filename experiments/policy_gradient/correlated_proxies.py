@@ -15,7 +15,7 @@ Card: 19.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives, optim
-from polgrad.losses import advantages, aggregation, costs, surrogates
+from polgrad.losses import advantages, aggregation, reward_penalties, surrogates
 from polgrad.registry import part, weighted
 
 
@@ -25,7 +25,7 @@ def get_config(text: str = ''):
     credit=part(
       credit.outcome,
       advantage=part(advantages.leave_one_out),
-      costs={'chi': weighted(0.03, part(costs.root_chi_square, limit=10.0))},
+      costs={'chi': weighted(0.03, part(reward_penalties.root_chi_square, limit=10.0))},
     ),
     objective=part(
       objectives.policy_gradient,
@@ -35,6 +35,6 @@ def get_config(text: str = ''):
     anchors={'reference': part(optim.fixed)},
     rollouts={'recompute_proximal': True},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -13,7 +13,7 @@ Card: S24.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import objectives, optim
-from polgrad.losses import centers, implicit_rewards
+from polgrad.losses import implicit_rewards, log_partition
 from polgrad.registry import part
 
 
@@ -23,7 +23,7 @@ def get_config(text: str = ''):
     objective=part(
       objectives.regression,
       score=part(implicit_rewards.log_ratio_sum),
-      center=part(centers.value),
+      center=part(log_partition.value),
       beta=0.2,
       scale=0.2**2,
     ),
@@ -32,7 +32,7 @@ def get_config(text: str = ''):
     rollouts={'lag': 4},
     steps=o.steps,
     prompts=256,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment(
     {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}

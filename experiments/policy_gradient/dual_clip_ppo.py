@@ -29,7 +29,7 @@ def get_config(text: str = ''):
     epochs=2,
     minibatches=4,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment(
     {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}

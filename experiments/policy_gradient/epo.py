@@ -13,7 +13,7 @@ Card: 62.
 """
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
-from polgrad import credit, memories, objectives, optim
+from polgrad import credit, metric_history, objectives, optim
 from polgrad.losses import advantages, aggregation, penalties, surrogates
 from polgrad.registry import part, weighted
 
@@ -32,10 +32,10 @@ def get_config(text: str = ''):
         'band': weighted(0.001, part(penalties.entropy_band, low=0.8, high=1.2)),
       },
       schedules={'band': part(optim.two_phase, steps=minibatches * o.steps)},
-      memories={'mean_entropy': part(memories.running_mean, metric='entropy')},
+      history={'mean_entropy': part(metric_history.running_mean, metric='entropy')},
     ),
     minibatches=minibatches,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -34,6 +34,6 @@ def get_config(text: str = ''):
     anchors={'teacher': part(optim.sync, every=minibatches)},
     minibatches=minibatches,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

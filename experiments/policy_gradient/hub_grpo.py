@@ -32,7 +32,7 @@ def get_config(text: str = ''):
     collect=part(
       collect.rollouts,
       prompts=2 if o.smoke else 4,
-      group=2 if o.smoke else 8,
+      samples_per_prompt=2 if o.smoke else 8,
       prompt_length=o.prompt_length,
       max_new_tokens=4 if o.smoke else 10,
       temperature=0.7,

@@ -34,6 +34,6 @@ def get_config(text: str = ''):
     rollouts={'recompute_proximal': True, 'lag': 4},
     minibatches=4,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -31,7 +31,7 @@ def get_config(text: str = ''):
     ),
     rollouts={'lag': 4, 'recompute_proximal': True},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment(
     {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}

@@ -30,6 +30,6 @@ def get_config(text: str = ''):
     ),
     minibatches=4,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

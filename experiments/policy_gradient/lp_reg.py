@@ -14,7 +14,7 @@ Card: 50.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import advantages, aggregation, distributions, penalties, selections, surrogates
+from polgrad.losses import advantages, aggregation, logit_stats, penalties, selections, surrogates
 from polgrad.registry import part, weighted
 
 
@@ -29,9 +29,9 @@ def get_config(text: str = ''):
       selections={'selected': part(selections.unlikely, share=0.01)},
       penalties={'protection': weighted(1.0, part(penalties.selected_k3))},
     ),
-    rollouts={'stats': {'proxy_logp': part(distributions.proxy_logp, kappa=0.02)}},
+    rollouts={'stats': {'proxy_logp': part(logit_stats.proxy_logp, kappa=0.02)}},
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

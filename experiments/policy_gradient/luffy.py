@@ -40,6 +40,6 @@ def get_config(text: str = ''):
     rollouts={'demonstrations': 1},
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

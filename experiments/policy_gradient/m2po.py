@@ -14,7 +14,7 @@ Card: 135.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import advantages, aggregation, keeps, selections, surrogates
+from polgrad.losses import advantages, aggregation, selections, surrogates, trust_region_masks
 from polgrad.registry import part
 
 
@@ -26,12 +26,12 @@ def get_config(text: str = ''):
       objectives.policy_gradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.token_mean),
-      weights={'kept': part(keeps.selected)},
+      weights={'kept': part(trust_region_masks.selected)},
       selections={'selected': part(selections.second_moment, limit=0.04)},
     ),
     rollouts={'lag': 4},
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

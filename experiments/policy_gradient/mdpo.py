@@ -38,6 +38,6 @@ def get_config(text: str = ''):
     optimizer=part(optim.adamw, learning_rate=1e-4, max_grad_norm=0.5),
     epochs=updates,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -28,6 +28,6 @@ def get_config(text: str = ''):
     rollouts={'lag': 4, 'recompute_proximal': True},
     minibatches=2,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -14,7 +14,7 @@ Card: 34.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives, optim
-from polgrad.losses import aggregation, baselines, distributions, surrogates
+from polgrad.losses import aggregation, baselines, logit_stats, surrogates
 from polgrad.registry import part
 
 
@@ -28,9 +28,9 @@ def get_config(text: str = ''):
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),
-    rollouts={'stats': {'score_norm': part(distributions.score_norm)}},
+    rollouts={'stats': {'score_norm': part(logit_stats.score_norm)}},
     optimizer=part(optim.signal_to_noise, optimizer=adamw, decay=0.9),
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

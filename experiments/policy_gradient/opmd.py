@@ -13,7 +13,7 @@ Card: S22.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import objectives
-from polgrad.losses import centers, implicit_rewards
+from polgrad.losses import implicit_rewards, log_partition
 from polgrad.registry import part
 
 
@@ -23,14 +23,14 @@ def get_config(text: str = ''):
     objective=part(
       objectives.regression,
       score=part(implicit_rewards.old_log_ratio_sum),
-      center=part(centers.group_mean),
+      center=part(log_partition.group_mean),
       beta=1.0,
       scale=1.0,
-      group=o.group,
+      rows_per_prompt=o.group,
     ),
     minibatches=4,
     rollouts={'lag': 4},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

@@ -12,7 +12,7 @@ Card: S26.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives
-from polgrad.losses import aggregation, distributions, surrogates
+from polgrad.losses import aggregation, logit_stats, surrogates
 from polgrad.registry import part
 
 
@@ -25,8 +25,8 @@ def get_config(text: str = ''):
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),
-    rollouts={'stats': {'score_norm': part(distributions.score_norm)}},
+    rollouts={'stats': {'score_norm': part(logit_stats.score_norm)}},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

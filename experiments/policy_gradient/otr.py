@@ -15,7 +15,7 @@ Card: 79.
 from experiments.common import addition, arithmetic_experiment, options, warm_start
 from polgrad import collect, objectives, optim
 from polgrad.build import phase
-from polgrad.losses import aggregation, distributions
+from polgrad.losses import aggregation, logit_stats
 from polgrad.registry import part
 
 
@@ -29,7 +29,7 @@ def get_config(text: str = ''):
     objective=part(
       objectives.supervised,
       aggregation=part(aggregation.token_mean),
-      loss=part(distributions.one_token_rollout, beta=-0.1, temperature=1.3),
+      loss=part(logit_stats.one_token_rollout, beta=-0.1, temperature=1.3),
     ),
     optimizer=part(optim.adamw, learning_rate=1e-4),
   )

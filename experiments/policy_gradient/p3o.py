@@ -23,11 +23,11 @@ def get_config(text: str = ''):
       objectives.pointwise,
       score=part(implicit_rewards.old_log_ratio_sum),
       loss=part(pointwise.paired_joint_clip, delta=0.2),
-      group=2,
+      rows_per_prompt=2,
     ),
     minibatches=4,
     steps=o.steps,
     prompts=128,
-    group=2,
+    samples_per_prompt=2,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

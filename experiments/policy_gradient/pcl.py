@@ -28,9 +28,9 @@ def get_config(text: str = ''):
     anchors={'reference': part(optim.fixed)},
     learning_rate=3e-4,
     minibatches=2,
-    rollouts={'replay': 4, 'replay_share': 0.5},
+    rollouts={'replay': 4, 'replay_fraction': 0.5},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment(
     {'sft': warm_start(), 'rl': phase}, smoke=o.smoke, model={'value_head': True}

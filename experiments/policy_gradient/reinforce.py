@@ -24,6 +24,6 @@ def get_config(text: str = ''):
       aggregation=part(aggregation.sequence_sum),
     ),
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

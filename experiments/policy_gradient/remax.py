@@ -13,7 +13,7 @@ from experiments.common import addition_phase, arithmetic_experiment, options, w
 from polgrad import credit, objectives
 from polgrad.losses import aggregation, baselines, surrogates
 from polgrad.registry import part
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 
 
 def get_config(text: str = ''):
@@ -25,8 +25,8 @@ def get_config(text: str = ''):
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),
-    rollouts={'baseline_role': part(roles.greedy), 'baseline_samples': 1},
+    rollouts={'baseline_policy': part(behavior_policies.greedy), 'baseline_samples': 1},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

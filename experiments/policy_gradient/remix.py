@@ -39,9 +39,9 @@ def get_config(text: str = ''):
       },
     ),
     anchors={'reference': part(optim.sync, every=50 * epochs)},
-    rollouts={'replay': 2, 'replay_share': 0.4, 'recompute_proximal': True},
+    rollouts={'replay': 2, 'replay_fraction': 0.4, 'recompute_proximal': True},
     epochs=epochs,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

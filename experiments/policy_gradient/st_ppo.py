@@ -34,6 +34,6 @@ def get_config(text: str = ''):
     optimizer=part(optim.bias_scaled, optimizer=adamw, max_scale=10.0),
     minibatches=4,
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

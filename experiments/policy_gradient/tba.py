@@ -11,7 +11,7 @@ Card: 152.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import objectives, optim
-from polgrad.losses import centers, implicit_rewards
+from polgrad.losses import implicit_rewards, log_partition
 from polgrad.registry import part
 
 
@@ -21,15 +21,15 @@ def get_config(text: str = ''):
     objective=part(
       objectives.regression,
       score=part(implicit_rewards.log_ratio_sum),
-      center=part(centers.group_mean_detached),
+      center=part(log_partition.group_mean_detached),
       beta=0.1,
       scale=2.0,
-      group=o.group,
+      rows_per_prompt=o.group,
     ),
     anchors={'reference': part(optim.fixed)},
     minibatches=2,
-    rollouts={'replay': 4, 'replay_share': 0.5},
+    rollouts={'replay': 4, 'replay_fraction': 0.5},
     steps=o.steps,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

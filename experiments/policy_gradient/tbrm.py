@@ -12,7 +12,7 @@ Card: 147.
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import objectives, optim
-from polgrad.losses import centers, distributions, implicit_rewards
+from polgrad.losses import implicit_rewards, log_partition, logit_stats
 from polgrad.registry import part
 
 
@@ -22,15 +22,15 @@ def get_config(text: str = ''):
     objective=part(
       objectives.regression,
       score=part(implicit_rewards.bellman_sum),
-      center=part(centers.zero),
+      center=part(log_partition.zero),
       beta=0.02,
       scale=2.0,
-      stats={'log_normalizer': part(distributions.log_normalizer)},
+      stats={'log_normalizer': part(logit_stats.log_normalizer)},
     ),
     anchors={'reference': part(optim.fixed)},
     minibatches=2,
     steps=o.steps,
     prompts=256,
-    group=o.group,
+    samples_per_prompt=o.group,
   )
   return arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=o.smoke)

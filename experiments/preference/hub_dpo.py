@@ -17,7 +17,7 @@ from experiments.supervised import hub_sft
 from polgrad import collect, objectives, optim
 from polgrad.build import phase
 from polgrad.data import sources
-from polgrad.losses import implicit_rewards, links
+from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.registry import part
 
 
@@ -32,7 +32,7 @@ def get_config(text: str = ''):
     objective=part(
       objectives.pairwise,
       score=part(implicit_rewards.log_ratio_sum),
-      link=part(links.logistic),
+      link=part(preference_losses.logistic),
       beta=0.1,
     ),
     optimizer=part(optim.adamw, learning_rate=5e-5 if o.lora else 5e-6),

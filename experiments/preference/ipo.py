@@ -9,7 +9,7 @@ as in code.
 
 from experiments.common import arithmetic_experiment, options, preference_phase, warm_start
 from polgrad import objectives, optim
-from polgrad.losses import implicit_rewards, links
+from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.registry import part
 
 
@@ -19,7 +19,7 @@ def get_config(text: str = ''):
     objective=part(
       objectives.pairwise,
       score=part(implicit_rewards.log_ratio_sum),
-      link=part(links.squared, target=5.0),
+      link=part(preference_losses.squared, target=5.0),
       beta=1.0,
     ),
     anchors={'reference': part(optim.fixed)},

@@ -9,7 +9,7 @@ that tie teach nothing and are left out of loss and count. beta = 0.1. Confidenc
 
 from experiments.common import addition_phase, arithmetic_experiment, options, warm_start
 from polgrad import credit, objectives, optim
-from polgrad.losses import implicit_rewards, links
+from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.registry import part
 
 
@@ -20,12 +20,12 @@ def get_config(text: str = ''):
     objective=part(
       objectives.pairwise,
       score=part(implicit_rewards.log_ratio_sum),
-      link=part(links.logistic),
+      link=part(preference_losses.logistic),
       beta=0.1,
     ),
     anchors={'reference': part(optim.fixed)},
     steps=o.steps,
     prompts=128,
-    group=2,
+    samples_per_prompt=2,
   )
   return arithmetic_experiment({'sft': warm_start(), 'online': phase}, smoke=o.smoke)

@@ -9,7 +9,7 @@ in the authors' code.
 
 from experiments.common import arithmetic_experiment, options, preference_phase, warm_start
 from polgrad import objectives
-from polgrad.losses import implicit_rewards, links
+from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.registry import part
 
 
@@ -19,7 +19,7 @@ def get_config(text: str = ''):
     objective=part(
       objectives.pairwise,
       score=part(implicit_rewards.logp_mean),
-      link=part(links.logistic),
+      link=part(preference_losses.logistic),
       beta=2.0,
       offset=0.5,
     ),

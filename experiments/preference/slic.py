@@ -8,7 +8,7 @@ over tokens, no reference. Confidence: form as in HALOs (code), the constants 1 
 
 from experiments.common import arithmetic_experiment, options, preference_phase, warm_start
 from polgrad import objectives
-from polgrad.losses import aggregation, implicit_rewards, links
+from polgrad.losses import aggregation, implicit_rewards, preference_losses
 from polgrad.registry import part, weighted
 
 
@@ -23,7 +23,7 @@ def get_config(text: str = ''):
           part(
             objectives.pairwise,
             score=part(implicit_rewards.logp_sum),
-            link=part(links.hinge, threshold=1.0),
+            link=part(preference_losses.hinge, threshold=1.0),
           ),
         ),
         'likelihood': weighted(

@@ -13,8 +13,8 @@ from typing import Annotated
 from polgrad.collect.base import Collected, Collector, Context, minibatches
 from polgrad.collect.data import demonstrations, preferences
 from polgrad.collect.exploration import explored
-from polgrad.collect.judged import completions, question
-from polgrad.collect.sampled import rollouts
+from polgrad.collect.rollouts import rollouts
+from polgrad.collect.scored import completions, question
 from polgrad.registry import table
 
 __all__ = [

@@ -54,7 +54,7 @@ class Collector(NamedTuple):
     make: context -> (state, draw, step) -> Collected, where draw(n) gives the next n records.
     records: data records a step.
     rows: rows of the batch that they become.
-    group: rows of one record; they stay together.
+    rows_per_prompt: rows of one record; they stay together.
     length: positions of a row.
     prompt_length: how many of them hold nothing but the prompt in every row.
     temperature: of sampling, and therefore of all log-probs.
@@ -68,7 +68,7 @@ class Collector(NamedTuple):
   make: Callable
   records: int
   rows: int
-  group: int
+  rows_per_prompt: int
   length: int
   temperature: float
   provides: frozenset[str]
@@ -105,7 +105,11 @@ def make_annotations(
     state: TrainState, tokens: Array, segment_ids: Array, mask: Array
   ) -> dict[str, np.ndarray]:
     rows = Batch(tokens=tokens, segment_ids=segment_ids, mask=mask, layout=context.layout)
-    rows = pack(rows, parts=context.micro_batches, shares=sharding.batch_shares(context.mesh))
+    rows = pack(
+      rows,
+      parts=context.micro_batches,
+      data_parallel_size=sharding.data_parallel_size(context.mesh),
+    )
     rows = sharding.place_batch(context.mesh, rows)
     found = {}
     if own or stats:
@@ -121,13 +125,13 @@ def make_annotations(
 
 
 def minibatches(
-  batch: Batch, *, epochs: int, parts: int, group: int, seed: Sequence[int]
+  batch: Batch, *, epochs: int, parts: int, rows_per_prompt: int, seed: Sequence[int]
 ) -> list[Batch]:
   """`epochs` passes over the batch, each cut at random into `parts`; groups stay whole.
 
   With one part the rows keep their order.
   """
-  groups = np.arange(len(batch.tokens)).reshape(-1, group)
+  groups = np.arange(len(batch.tokens)).reshape(-1, rows_per_prompt)
   random = np.random.default_rng(seed)
   cuts = []
   for _ in range(epochs):

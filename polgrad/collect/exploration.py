@@ -15,8 +15,8 @@ import optax
 
 from polgrad import optim, sharding
 from polgrad.collect.base import Collector, Context, Draw, minibatches
-from polgrad.collect.judged import distinct, metrics, score_rollout
-from polgrad.collect.sampled import FEATURES, Gathered, as_rows, make_drawer, make_rollouts
+from polgrad.collect.rollouts import FEATURES, Gathered, as_rows, make_drawer, make_rollouts
+from polgrad.collect.scored import distinct, metrics, score_rollout
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.learner import make_annotate, make_update
@@ -30,7 +30,7 @@ from polgrad.types import Batch, Rollout, TrainState
 def explored(
   *,
   prompts: int = 8,
-  group: int = 8,
+  samples_per_prompt: int = 8,
   rounds: int = 4,
   prompt_length: int = 64,
   max_new_tokens: int = 64,
@@ -57,8 +57,8 @@ def explored(
     kl_limit: end the passes when the behaviour policy is so far from the policy, in nats a token.
     temperature, mask_truncated: as in `rollouts`.
   """
-  if rounds < 1 or group % rounds:
-    raise ValueError(f'explored: a group of {group} is not drawn in {rounds} equal rounds')
+  if rounds < 1 or samples_per_prompt % rounds:
+    raise ValueError(f'explored: a group of {samples_per_prompt} is not drawn in {rounds} equal rounds')
   if minibatches < 1 or prompts % minibatches:
     raise ValueError(f'explored: {prompts} prompts do not divide into {minibatches} minibatches')
   if epochs < 1 or eps <= 0 or kl_limit <= 0:
@@ -71,11 +71,13 @@ def explored(
       make_gather=functools.partial(
         _make_exploring,
         records=prompts,
-        group=group,
+        samples_per_prompt=samples_per_prompt,
         rounds=rounds,
         prompt_length=prompt_length,
         sampler=dict(
-          group_size=group // rounds, max_new_tokens=max_new_tokens, temperature=temperature
+          samples_per_prompt=samples_per_prompt // rounds,
+          max_new_tokens=max_new_tokens,
+          temperature=temperature,
         ),
         optimizer=optimizer,
         epochs=epochs,
@@ -88,8 +90,8 @@ def explored(
       mask_truncated=mask_truncated,
     ),
     records=prompts,
-    rows=prompts * group,
-    group=group,
+    rows=prompts * samples_per_prompt,
+    rows_per_prompt=samples_per_prompt,
     length=prompt_length + max_new_tokens,
     temperature=temperature,
     provides=frozenset({'behavior_logp', 'proximal_logp', 'rewards'}) | FEATURES,
@@ -157,7 +159,7 @@ def _make_exploring(
   context: Context,
   *,
   records: int,
-  group: int,
+  samples_per_prompt: int,
   rounds: int,
   prompt_length: int,
   sampler: Mapping,
@@ -169,10 +171,10 @@ def _make_exploring(
 ) -> Callable:
   """(state, draw, step) -> Gathered: `rounds` draws, each by a policy that avoids the earlier."""
   policy, temperature = context.policy, sampler['temperature']
-  piece = context.micro_batches * sharding.batch_shares(context.mesh)
-  if records * group // parts % piece:
+  piece = context.micro_batches * sharding.data_parallel_size(context.mesh)
+  if records * samples_per_prompt // parts % piece:
     raise ValueError(
-      f'explored: minibatches of {records * group // parts} rows do not divide into '
+      f'explored: minibatches of {records * samples_per_prompt // parts} rows do not divide into '
       f'{context.micro_batches} micro_batches x {piece // context.micro_batches} devices'
     )
   optimizer = optim.balanced(optimizer, policy.labels, rate=policy.config.balance_rate)
@@ -205,7 +207,9 @@ def _make_exploring(
     own = to_host(annotate(state.params, place(batch)).logp)
     batch = batch.replace(behavior_logp=own, proximal_logp=own)
     random = (context.seed, step, 2, len(drawn))
-    cuts = minibatches(batch, epochs=epochs, parts=parts, group=group, seed=random)
+    cuts = minibatches(
+      batch, epochs=epochs, parts=parts, rows_per_prompt=samples_per_prompt, seed=random
+    )
     begun = start(policy, optimizer, objective, state)
     return avoid(update, begun, map(place, cuts), kl_limit=kl_limit)
 
@@ -226,7 +230,7 @@ def _make_exploring(
       )
       drawn.append(to_host(rollout))
     every = joined(drawn, rounds, records)
-    every = every.replace(prompt_ids=np.repeat(prompts.ids, group))
+    every = every.replace(prompt_ids=np.repeat(prompts.ids, samples_per_prompt))
     judged = score_rollout(every, prompts.records, context)
     return Gathered(judged, as_rows(judged.scored), metrics(judged), judged.scores.messages)
 

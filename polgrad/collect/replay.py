@@ -38,17 +38,17 @@ def stored(memory: Ring, rows: Rows) -> Ring:
 
 
 def recalled(
-  memory: Ring, *, lag: int, share: float, group: int, random: np.random.Generator
+  memory: Ring, *, lag: int, fraction: float, rows_per_prompt: int, random: np.random.Generator
 ) -> Rows:
   """The batch to train on: that of `lag` batches ago, partly replaced by older groups.
 
-  While there is none that old, it is the oldest there is. Of its groups, round(share * groups) are
+  While there is none that old, it is the oldest there is. Of its groups, round(fraction * groups) are
   drawn at random and replaced by groups drawn, without repetition, from all older batches; while
   there is no older batch none is. `group_ids` stay those of the places.
 
   Args:
     lag: 0 is the batch stored last.
-    share: of the groups, 0 to 1.
+    fraction: of the groups, 0 to 1.
     group: rows of a group, which lie together.
     random: decides which groups, and by which.
   """
@@ -56,13 +56,13 @@ def recalled(
   age = min(lag, filled - 1)
   slots = (int(memory.count) - 1 - np.arange(age, filled)) % _capacity(memory)
   candidates = {name: np.concatenate(ring[slots]) for name, ring in memory.rows.items()}
-  groups = len(candidates['group_ids']) // len(slots) // group
+  groups = len(candidates['group_ids']) // len(slots) // rows_per_prompt
   source = np.arange(groups)
   if len(slots) > 1:
-    places = random.choice(groups, size=round(share * groups), replace=False)
+    places = random.choice(groups, size=round(fraction * groups), replace=False)
     older = np.arange(groups, groups * len(slots))
     source[places] = random.choice(older, size=len(places), replace=False)
-  rows = (source[:, None] * group + np.arange(group)[None]).reshape(-1)
+  rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None]).reshape(-1)
   taken = {name: x[rows] for name, x in candidates.items()}
   return taken | {'group_ids': candidates['group_ids'][: len(rows)]}
 

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses import links
+from polgrad.losses import preference_losses
 from polgrad.losses.groups import same, total
 from polgrad.losses.ratios import bounded
 from polgrad.registry import table
@@ -27,7 +27,7 @@ def logistic(score: Array, label: Array) -> Array:
   Returns:
     [...].
   """
-  return links.logistic(score, label)
+  return preference_losses.logistic(score, label)
 
 
 def sigmoid(score: Array, label: Array) -> Array:

@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.paths import path_consistency
+from polgrad.losses.path_consistency import path_consistency
 from polgrad.losses.ratios import bounded, kept, soft_gate
 from polgrad.registry import table
 from polgrad.types import Array

@@ -1,4 +1,4 @@
-"""Detached token weights: importance weights, and the masks of `keeps`. They multiply the token loss.
+"""Detached token weights: importance weights and trust-region masks, which multiply the token loss.
 
 rho = pi_proximal / pi_behavior: how far the trainer's policy at the start of the phase stands from
 what the sampler really drew from (other kernels, lower precision, older parameters). Never multiply
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import ratios
-from polgrad.losses.keeps import (
+from polgrad.losses.ratios import bounded, row_sum, within
+from polgrad.losses.trust_region_masks import (
   geometric_band,
   near_or_positive,
   one_sided,
@@ -24,7 +25,6 @@ from polgrad.losses.keeps import (
   two_sided,
   unselected,
 )
-from polgrad.losses.ratios import bounded, row_sum, within
 from polgrad.registry import table
 from polgrad.types import Array
 

@@ -76,7 +76,7 @@ def token_stats(
   rows, length = inputs[0].shape
   if chunk is None:
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
-  at_once = max(1, chunk * sharding.shares() // rows)
+  at_once = max(1, chunk * sharding.ambient_data_parallel_size() // rows)
   if length <= at_once:
     out = evaluate(*inputs)
   else:

@@ -15,8 +15,8 @@ from typing import Annotated
 from polgrad import optim
 from polgrad.objectives.base import Objective, check_names, view
 from polgrad.objectives.likelihood import distillation, supervised
-from polgrad.objectives.policy import policy_gradient
-from polgrad.objectives.rows import pairwise, pointwise, regression
+from polgrad.objectives.policy_gradient import policy_gradient
+from polgrad.objectives.sequence_level import pairwise, pointwise, regression
 from polgrad.registry import check_weighted, table
 from polgrad.types import Batch, Outputs
 
@@ -75,7 +75,7 @@ def weighted_sum(
       name: parts[name].advance(state[name], _below(name, metrics)) for name in names
     },
     stats={k: f for name in names for k, f in _above(name, parts[name].stats).items()},
-    group=max(p.group for p in parts.values()),
+    rows_per_prompt=max(p.rows_per_prompt for p in parts.values()),
     select=select if any(p.select for p in parts.values()) else None,
     probes=frozenset(f'{name}/{probe}' for name in names for probe in parts[name].probes),
   )

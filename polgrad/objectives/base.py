@@ -40,7 +40,7 @@ class Objective(NamedTuple):
   init: Callable[[], Any] = lambda: ()
   advance: Callable[[Any, Metrics], Any] = lambda state, metrics: state
   stats: Mapping[str, Callable] = {}
-  group: int = 1
+  rows_per_prompt: int = 1
   select: Callable | None = None
   probes: frozenset[str] = frozenset()
 

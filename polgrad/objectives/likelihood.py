@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from polgrad.losses import aggregation as aggregations
-from polgrad.losses import distributions, divergences, penalties
+from polgrad.losses import divergences, logit_stats, penalties
 from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
   Objective,
@@ -16,7 +16,7 @@ from polgrad.objectives.base import (
 )
 from polgrad.registry import call, table
 
-LossPart = Annotated[Callable, table(penalties.nll, distributions.one_token_rollout)]
+LossPart = Annotated[Callable, table(penalties.nll, logit_stats.one_token_rollout)]
 
 
 def distillation(*, divergence: divergences.Part, aggregation: aggregations.Part) -> Objective:

@@ -9,7 +9,6 @@ from typing import Annotated
 import optax
 
 from polgrad.optim.anchors import ANCHORS, AnchorPart, ema, fixed, sync
-from polgrad.optim.policy import bias_scaled, harpg, iterate, normalized_igt, signal_to_noise
 from polgrad.optim.schedules import (
   SCHEDULES,
   SchedulePart,
@@ -21,6 +20,13 @@ from polgrad.optim.schedules import (
   two_phase,
 )
 from polgrad.optim.standard import STANDARD, adamw, sgd
+from polgrad.optim.variance_reduction import (
+  bias_scaled,
+  harpg,
+  iterate,
+  normalized_igt,
+  signal_to_noise,
+)
 from polgrad.optim.wrappers import Oracle, balanced, in_float32
 from polgrad.registry import table
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from polgrad.compiling import jit
 from polgrad.models.policy import Policy
 from polgrad.registry import inputs
-from polgrad.sampling import processors, roles
-from polgrad.sharding import batch_shares, place_batch
+from polgrad.sampling import behavior_policies, processors
+from polgrad.sharding import data_parallel_size, place_batch
 from polgrad.types import Array, Params, Rollout
 
 
@@ -21,9 +21,9 @@ def make_sampler(
   policies: Mapping[str, Policy],
   *,
   max_new_tokens: int,
-  role: Callable = roles.current,
+  behavior_policy: Callable = behavior_policies.current,
   default: Policy | None = None,
-  group_size: int = 1,
+  samples_per_prompt: int = 1,
   slots: int = 0,
   stop_ids: Sequence[int] = (),
   pad_id: int = 0,
@@ -34,14 +34,14 @@ def make_sampler(
 ) -> Callable:
   """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step, policy_step=0) -> Rollout`.
 
-  `params` holds a parameter set for every name that the role reads; `tokens` i32[N, Tp] and `mask`
+  `params` holds a parameter set for every name that the behavior policy reads; `tokens` i32[N, Tp] and `mask`
   bool[N, Tp] are left-padded prompts, so that completions begin at column Tp in every row. The
-  rollout has B = N * group_size rows, prompt-major, and T = Tp + max_new_tokens columns. `seed` and
+  rollout has B = N * samples_per_prompt rows, prompt-major, and T = Tp + max_new_tokens columns. `seed` and
   `step` may change freely. Padding that no prompt of a call needs is not read: a call computes with
   Tp, a half or a quarter of it, so that one N and Tp compile at most three times. `policy_step` is
   only written down.
 
-  The distribution is softmax(top_p(top_k(role(logits) / temperature))), and `behavior_logp` is its
+  The distribution is softmax(top_p(top_k(behavior_policy(logits) / temperature))), and `behavior_logp` is its
   log-probability of the token that was drawn; the trainer sees the same number at the same
   temperature if top_k and top_p are off. Every draw has its own key, folded from (seed, step,
   prompt id, sample index, position in the completion): a completion depends neither on the batch
@@ -50,39 +50,39 @@ def make_sampler(
   mask.
 
   Args:
-    policies: models by the names that the role reads; their vocabularies must agree.
+    policies: models by the names that the behavior policy reads; their vocabularies must agree.
     max_new_tokens: longest completion.
-    role: logits by name -> logits, see `roles`.
+    behavior_policy: logits by name -> logits, see `behavior_policies`.
     default: the model of all names that `policies` lacks.
-    group_size: samples a prompt; the prompt is read once for all.
+    samples_per_prompt: samples a prompt; the prompt is read once for all.
     slots: rows that are decoded at a time; where some have ended, the next ones take their places.
       Pays off when few rows are long, and bounds the caches. 0 decodes all rows at once.
     stop_ids: tokens that end a completion.
     pad_id: fills what no row uses; it may be a stop id.
-    temperature: divides the logits of the role.
+    temperature: divides the logits of the behavior policy.
     top_k: keeps the k most likely tokens; 0 keeps all.
     top_p: keeps the most likely tokens with this mass; 1 keeps all.
     mesh: devices to spread the prompts over, which then come from the host.
 
   Raises:
-    ValueError: a setting out of range, a name that the role reads and no model has, slots or (from
+    ValueError: a setting out of range, a name that the behavior policy reads and no model has, slots or (from
       `sample`) prompts that do not divide over the mesh.
   """
-  names = inputs(role)
+  names = inputs(behavior_policy)
   policies = {n: policies.get(n, default) for n in names}
-  shares = 1 if mesh is None else batch_shares(mesh)
-  _check(policies, max_new_tokens, group_size, slots, shares, temperature, top_k, top_p)
+  queues = 1 if mesh is None else data_parallel_size(mesh)
+  _check(policies, max_new_tokens, samples_per_prompt, slots, queues, temperature, top_k, top_p)
   process = [functools.partial(processors.temperature, value=temperature)]
   if top_k:
     process.append(functools.partial(processors.top_k, k=top_k))
   if top_p < 1:
     process.append(functools.partial(processors.top_p, p=top_p))
   # Every share of the mesh has its own queue and slots, so that no cache moves between devices.
-  fold = lambda x: x.reshape(shares, -1, *x.shape[1:])
+  fold = lambda x: x.reshape(queues, -1, *x.shape[1:])
   unfold = lambda x: x.reshape(-1, *x.shape[2:])
 
   def distribution(params, hidden):
-    logits = role(*(policies[n].unembed(params[n], hidden[n]) for n in names))
+    logits = behavior_policy(*(policies[n].unembed(params[n], hidden[n]) for n in names))
     for processor in process:
       logits = processor(logits)
     return jax.nn.log_softmax(logits, axis=-1)
@@ -100,20 +100,22 @@ def make_sampler(
   @functools.partial(jit, static_argnames='padding')
   def run(params, tokens, mask, prompt_ids, seed, step, policy_step, *, padding: int) -> Rollout:
     prompts, width = tokens.shape
-    rows = prompts * group_size
-    end = rows // shares  # rows are numbered within their share; this number is no row
+    rows = prompts * samples_per_prompt
+    end = rows // queues  # rows are numbered within their share; this number is no row
     at_once = min(slots or rows, rows)
-    patience = max(1, at_once // shares // 8)  # idle slots of a share before it reads prompts again
+    patience = max(1, at_once // queues // 8)  # idle slots of a share before it reads prompts again
     params = {n: policies[n].unstack(params[n]) for n in names}
-    repeat = lambda x: jnp.repeat(x, group_size, axis=0)
-    keys = _row_keys(seed, step, repeat(prompt_ids), jnp.tile(jnp.arange(group_size), prompts))
+    repeat = lambda x: jnp.repeat(x, samples_per_prompt, axis=0)
+    keys = _row_keys(
+      seed, step, repeat(prompt_ids), jnp.tile(jnp.arange(samples_per_prompt), prompts)
+    )
     of_prompt = dict(zip(('hidden', 'caches'), prefill(params, tokens, mask)))
     of_prompt['length'] = jnp.sum(mask, axis=1)
     stops = jnp.array(stop_ids, jnp.int32)[None]
 
     def pick(x, index):
       """Of [all, ...] what every slot asks for by its number in the share: [slots, ...]."""
-      index = jnp.minimum(index, len(x) // shares - 1)
+      index = jnp.minimum(index, len(x) // queues - 1)
       return unfold(jax.vmap(lambda x, i: x[i])(fold(x), index))
 
     def put(x, state, value):
@@ -127,7 +129,7 @@ def make_sampler(
       upcoming = state['upcoming'][:, None] + jnp.cumsum(free, axis=1) - 1
       taken = free & (upcoming < end)
       row, new = jnp.where(taken, upcoming, state['row']), taken.reshape(-1)
-      prompt = jax.tree.map(lambda x: pick(x, row // group_size), of_prompt)
+      prompt = jax.tree.map(lambda x: pick(x, row // samples_per_prompt), of_prompt)
       begin = lambda n: policies[n].begin(state['caches'][n], prompt['caches'][n], new)
       swap = lambda a, b: jnp.where(new.reshape(-1, *(1,) * (b.ndim - 1)), a, b)
       return state | {
@@ -179,9 +181,9 @@ def make_sampler(
       lambda s: jax.lax.while_loop(goes_on, draw, refill(s)),
       {
         'step': jnp.int32(0),
-        'row': jnp.full((shares, at_once // shares), end, jnp.int32),
-        'made': jnp.zeros((shares, at_once // shares), jnp.int32),
-        'upcoming': jnp.zeros(shares, jnp.int32),
+        'row': jnp.full((queues, at_once // queues), end, jnp.int32),
+        'made': jnp.zeros((queues, at_once // queues), jnp.int32),
+        'upcoming': jnp.zeros(queues, jnp.int32),
         'length': jnp.zeros(at_once, jnp.int32),
         'hidden': jax.tree.map(
           lambda x: jnp.zeros((at_once, *x.shape[1:]), x.dtype), of_prompt['hidden']
@@ -244,20 +246,22 @@ def _categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
   return jnp.min(jnp.where(best, places, scores.shape[1] - 1), axis=1)
 
 
-def _check(policies, max_new_tokens, group_size, slots, shares, temperature, top_k, top_p):
+def _check(policies, max_new_tokens, samples_per_prompt, slots, queues, temperature, top_k, top_p):
   missing = sorted(n for n, policy in policies.items() if policy is None)
   if missing:
-    raise ValueError(f'the role reads {missing}, but there is no model of that name')
+    raise ValueError(f'the behavior policy reads {missing}, but there is no model of that name')
   sizes = {n: policy.config.vocab_size for n, policy in policies.items()}
   if len(set(sizes.values())) != 1:
-    raise ValueError(f'the vocabularies of the role differ: {sizes}')
-  if max_new_tokens < 1 or group_size < 1:
-    raise ValueError('max_new_tokens and group_size must be at least 1')
-  if slots < 0 or slots % shares:
+    raise ValueError(f'the vocabularies of the behavior policy differ: {sizes}')
+  if max_new_tokens < 1 or samples_per_prompt < 1:
+    raise ValueError('max_new_tokens and samples_per_prompt must be at least 1')
+  if slots < 0 or slots % queues:
     raise ValueError(
-      f'slots must be 0 or a multiple of the {shares} shares of a batch, got {slots}'
+      f'slots must be 0 or a multiple of the data-parallel size {queues}, got {slots}'
     )
   if temperature <= 0:
-    raise ValueError(f'temperature must be positive, got {temperature}; use the role greedy for 0')
+    raise ValueError(
+      f'temperature must be positive, got {temperature}; use behavior_policies.greedy for 0'
+    )
   if top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f'need top_k >= 0 and 0 < top_p <= 1, got {top_k} and {top_p}')

@@ -17,7 +17,7 @@ from polgrad import credit as credits
 from polgrad.credit import Estimator
 from polgrad.objectives import Objective
 from polgrad.registry import call
-from polgrad.tabular import policy as tabular
+from polgrad.tabular import enumerable
 from polgrad.types import Array, Batch, Outputs, Params
 
 
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
   """One prompt, and the policies around it. Params are logits f32[P, V].
 
   Attributes:
-    policy: the sequences, from `tabular.table`.
+    policy: the sequences, from `enumerable.table`.
     rewards: [S].
     params: the policy that is trained.
     behavior: the policy that sampled.
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     demonstration: index of a sequence that joins every group, or -1.
   """
 
-  policy: tabular.Policy
+  policy: enumerable.Policy
   rewards: np.ndarray
   params: Array
   behavior: Array
@@ -59,7 +59,7 @@ def gradient_distributions(
   credit: Estimator,
   objective: Objective,
   *,
-  group: int = 4,
+  rows_per_prompt: int = 4,
   stats: Mapping[str, Any] = {},
   credit_state: Any = None,
   chunk: int = 4096,
@@ -74,9 +74,9 @@ def gradient_distributions(
     credit_state: of a credit with memory; by default its first one.
   """
   first = settings[0]
-  samples = np.indices((len(first.rewards),) * group).reshape(group, -1).T
+  samples = np.indices((len(first.rewards),) * rows_per_prompt).reshape(rows_per_prompt, -1).T
   pad = -len(samples) % chunk
-  rows = np.concatenate([samples, np.zeros((pad, group), samples.dtype)])
+  rows = np.concatenate([samples, np.zeros((pad, rows_per_prompt), samples.dtype)])
   state = credit.init() if credit_state is None else credit_state
   numbers = np.arange(len(rows), dtype=np.uint32)
 
@@ -94,7 +94,7 @@ def gradient_distributions(
     return weight @ gradients, weight @ jnp.sum(jnp.square(gradients), axis=1)
 
   def distribution(setting: Setting) -> Distribution:
-    log_p = np.asarray(jnp.sum(tabular.logp(setting.policy, setting.behavior), axis=1))
+    log_p = np.asarray(jnp.sum(enumerable.logp(setting.policy, setting.behavior), axis=1))
     weight = np.concatenate([np.exp(log_p[samples].sum(axis=1)), np.zeros(pad)])
     arrays = {name: getattr(setting, name) for name in ARRAYS}
     mean, square = 0.0, 0.0
@@ -126,19 +126,20 @@ def rollout_loss(
     sample = jnp.append(sample, setting.demonstration)
   size = len(sample)
   sampled = jnp.arange(size) < size - (setting.demonstration >= 0)
-  behavior = tabular.logp(policy, setting.behavior)[sample]
+  behavior = enumerable.logp(policy, setting.behavior)[sample]
   mask = jnp.asarray(policy.mask)[sample]
   rows = {
     'mask': mask,
     'valid': jnp.ones(size, bool),
     'rewards': jnp.asarray(setting.rewards)[sample],
-    'group_ids': jnp.arange(size) // (objective.group if objective.group > 1 else size),
+    'group_ids': jnp.arange(size)
+    // (objective.rows_per_prompt if objective.rows_per_prompt > 1 else size),
     'behavior_logp': jnp.where(sampled[:, None], behavior, 0.0),
-    'proximal_logp': tabular.logp(policy, anchors.get('proximal', setting.behavior))[sample],
+    'proximal_logp': enumerable.logp(policy, anchors.get('proximal', setting.behavior))[sample],
     'old_values': jnp.asarray(setting.values)[sample],
     'staleness': jnp.full(size, setting.staleness),
     'uniform': jax.random.uniform(key, (size,)),
-    **{f'{k}_logp': tabular.logp(policy, v)[sample] for k, v in anchors.items()},
+    **{f'{k}_logp': enumerable.logp(policy, v)[sample] for k, v in anchors.items()},
     **_statistics(setting, stats, jax.lax.stop_gradient(params), sample),
     **{k: jnp.asarray(v) for k, v in setting.features.items()},
   }
@@ -156,7 +157,7 @@ def rollout_loss(
   log_p = jax.nn.log_softmax(policy.logits(params))
   entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)[policy.prefixes]
   outputs = Outputs(
-    logp=tabular.logp(policy, params)[sample],
+    logp=enumerable.logp(policy, params)[sample],
     entropy=entropy[sample],
     values=jnp.asarray(setting.values)[sample],
     stats=_statistics(setting, objective.stats, params, sample),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import registry
-from polgrad.losses import advantages, baselines, distributions
+from polgrad.losses import advantages, baselines, logit_stats
 
 R8 = np.array([1.0, 1, 0, 0, 0, 0, 0, 1], np.float32)
 ONE_GROUP = np.zeros(8, np.int32)
@@ -237,7 +237,7 @@ def test_the_gradient_weighted_baseline_has_the_least_variance(x64):
   """Enumerated: a row per arm, whose token statistic carries the probability of the arm."""
   logits, rewards = jnp.array([1.0, 0.2, -0.5, -1.0]), jnp.array([1.0, 0.5, 0.0, 2.0])
   pi = jax.nn.softmax(logits)
-  norms = distributions.score_norm(jnp.broadcast_to(logits, (4, 4)), jnp.arange(4))
+  norms = logit_stats.score_norm(jnp.broadcast_to(logits, (4, 4)), jnp.arange(4))
   weighted = baselines.gradient_weighted(
     rewards, (pi * norms)[:, None], jnp.ones((4, 1), bool), *ONE_ROW
   )

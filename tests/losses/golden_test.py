@@ -13,15 +13,15 @@ from polgrad.losses import (
   advantages,
   aggregation,
   baselines,
-  centers,
-  costs,
   divergences,
-  generators,
+  f_divergences,
   implicit_rewards,
-  links,
+  log_partition,
   penalties,
   pointwise,
+  preference_losses,
   returns,
+  reward_penalties,
 )
 
 RNG = np.random.default_rng(0)
@@ -359,12 +359,12 @@ ORACLES = {
   ),
   implicit_rewards.logp_sum: ({}, lambda a: row_scores(a['logp'])[0]),
   implicit_rewards.logp_mean: ({}, lambda a: np.divide(*row_scores(a['logp']))),
-  links.logistic: ({}, lambda a: bernoulli(a['margin'], a['label'])),
-  links.squared: (
+  preference_losses.logistic: ({}, lambda a: bernoulli(a['margin'], a['label'])),
+  preference_losses.squared: (
     dict(target=2.0),
     lambda a: a['label'] * (2 - a['margin']) ** 2 + (1 - a['label']) * (2 + a['margin']) ** 2,
   ),
-  links.hinge: (
+  preference_losses.hinge: (
     dict(threshold=0.5),
     lambda a: (
       a['label'] * np.maximum(0.5 - a['margin'], 0)
@@ -382,40 +382,40 @@ ORACLES = {
   ),
   pointwise.paired_product_clip: (dict(eps=0.3), lambda a: pairs(a, product_clip)),
   pointwise.paired_joint_clip: (dict(delta=0.3), lambda a: pairs(a, joint_clip)),
-  centers.zero: ({}, lambda a: np.zeros(B)),
-  centers.group_mean: ({}, lambda a: by_group(lambda x, group: group.mean(), a['residual'])),
-  centers.group_mean_detached: (
+  log_partition.zero: ({}, lambda a: np.zeros(B)),
+  log_partition.group_mean: ({}, lambda a: by_group(lambda x, group: group.mean(), a['residual'])),
+  log_partition.group_mean_detached: (
     {},
     lambda a: by_group(lambda x, group: group.mean(), a['residual']),
   ),
-  centers.leave_one_out: (
+  log_partition.leave_one_out: (
     {},
     lambda a: by_group(lambda x, group: x - others(x, group), a['residual']),
   ),
-  centers.reward_mean: (
+  log_partition.reward_mean: (
     {},
     lambda a: by_group(lambda x, group: group.mean(), a['scaled_rewards']),
   ),
-  centers.log_partition: (
+  log_partition.log_partition: (
     {},
     lambda a: by_group(lambda x, group: np.log(np.exp(group).mean()), a['scaled_rewards']),
   ),
-  centers.value: ({}, lambda a: a['first_value']),
-  centers.soft_baseline: (
+  log_partition.value: ({}, lambda a: a['first_value']),
+  log_partition.soft_baseline: (
     dict(baseline_temperature=0.4),
     lambda a: 0.4 * np.log(np.exp(a['baseline_rewards'] / 0.4).mean(-1)) / 0.3,
   ),
-  generators.forward_kl: ({}, lambda a: -1 / np.exp(a['log_t'])),
-  generators.reverse_kl: ({}, lambda a: a['log_t'] + 1),
-  generators.jensen_shannon: (
+  f_divergences.forward_kl: ({}, lambda a: -1 / np.exp(a['log_t'])),
+  f_divergences.reverse_kl: ({}, lambda a: a['log_t'] + 1),
+  f_divergences.jensen_shannon: (
     {},
     lambda a: 0.5 * (a['log_t'] - np.log((np.exp(a['log_t']) + 1) / 2)),
   ),
-  generators.total_variation: ({}, lambda a: np.where(a['log_t'] > 0, 0.5, -0.5)),
-  generators.forward_chi_square: ({}, lambda a: 1 - np.exp(a['log_t']) ** -2.0),
-  generators.reverse_chi_square: ({}, lambda a: 2 * np.exp(a['log_t']) - 2),
-  costs.chi_square: (dict(limit=4.0), lambda a: clipped_ratio(a, 4.0) - 1),
-  costs.root_chi_square: (dict(limit=4.0), root_chi_square),
+  f_divergences.total_variation: ({}, lambda a: np.where(a['log_t'] > 0, 0.5, -0.5)),
+  f_divergences.forward_chi_square: ({}, lambda a: 1 - np.exp(a['log_t']) ** -2.0),
+  f_divergences.reverse_chi_square: ({}, lambda a: 2 * np.exp(a['log_t']) - 2),
+  reward_penalties.chi_square: (dict(limit=4.0), lambda a: clipped_ratio(a, 4.0) - 1),
+  reward_penalties.root_chi_square: (dict(limit=4.0), root_chi_square),
   divergences.forward_kl: (
     {},
     lambda a: kl(softmax(a['teacher_logits']), softmax(a['logits'])),
@@ -449,11 +449,11 @@ TABLES = [
   advantages.NORMALIZERS,
   penalties.TABLE,
   implicit_rewards.TABLE,
-  links.TABLE,
+  preference_losses.TABLE,
   pointwise.TABLE,
-  centers.TABLE,
-  generators.TABLE,
-  costs.TABLE,
+  log_partition.TABLE,
+  f_divergences.TABLE,
+  reward_penalties.TABLE,
   divergences.TABLE,
   aggregation.TABLE,
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polgrad import registry
-from polgrad.losses import implicit_rewards, links, penalties, pointwise
+from polgrad.losses import implicit_rewards, penalties, pointwise, preference_losses
 
 # Row log-probabilities: chosen and rejected, policy and reference.
 PW, PL, RW, RL = (jnp.array([[x]]) for x in (-10.0, -12.0, -9.0, -11.0))
@@ -17,8 +17,8 @@ CHOSEN, REJECTED = jnp.ones(1), jnp.zeros(1)
 
 
 def test_published_numbers_of_one_pair():
-  dpo = links.logistic(0.1 * (DW - DL), CHOSEN)
-  ipo = links.squared(DW - DL, CHOSEN, target=1 / (2 * 0.1))
+  dpo = preference_losses.logistic(0.1 * (DW - DL), CHOSEN)
+  ipo = preference_losses.squared(DW - DL, CHOSEN, target=1 / (2 * 0.1))
   kto = [pointwise.sigmoid(0.1 * (d - 0.5), y) for d, y in ((DW, CHOSEN), (DL, REJECTED))]
   apo = pointwise.sigmoid(0.1 * DW, CHOSEN) + pointwise.sigmoid(0.1 * DL, REJECTED)
   sppo = [pointwise.squared(d, y, target=5.0) for d, y in ((DW, CHOSEN), (DL, REJECTED))]
@@ -35,23 +35,29 @@ def slope(link, z, p, **knobs):
 @pytest.mark.parametrize('p', [0.3, 0.5, 0.9])
 def test_the_logistic_link_is_minimal_at_the_log_odds(p):
   minimum = np.log(p / (1 - p))
-  assert slope(links.logistic, minimum, p) == pytest.approx(0, abs=1e-6)
-  assert slope(links.logistic, minimum - 1, p) < 0 < slope(links.logistic, minimum + 1, p)
+  assert slope(preference_losses.logistic, minimum, p) == pytest.approx(0, abs=1e-6)
+  assert (
+    slope(preference_losses.logistic, minimum - 1, p)
+    < 0
+    < slope(preference_losses.logistic, minimum + 1, p)
+  )
 
 
 def test_conservative_dpo_has_a_finite_optimum():
-  assert slope(links.logistic, 0.1 * 21.972, 0.9) == pytest.approx(0, abs=1e-5)
+  assert slope(preference_losses.logistic, 0.1 * 21.972, 0.9) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize('p', [0.0, 0.3, 1.0, 1.25])
 def test_the_squared_link_is_minimal_at_the_labelled_target(p):
-  assert slope(links.squared, (2 * p - 1) * 2.0, p, target=2.0) == pytest.approx(0, abs=1e-5)
+  assert slope(preference_losses.squared, (2 * p - 1) * 2.0, p, target=2.0) == pytest.approx(
+    0, abs=1e-5
+  )
 
 
 def test_the_hinge_leaves_satisfied_pairs_alone():
-  assert slope(links.hinge, 1.01, 1.0) == 0
-  assert slope(links.hinge, 0.99, 1.0) == -1
-  assert slope(links.hinge, -0.4, 0.0, threshold=0.5) == 1
+  assert slope(preference_losses.hinge, 1.01, 1.0) == 0
+  assert slope(preference_losses.hinge, 0.99, 1.0) == -1
+  assert slope(preference_losses.hinge, -0.4, 0.0, threshold=0.5) == 1
 
 
 @pytest.mark.parametrize('tau', [0.1, 0.7])
@@ -60,13 +66,13 @@ def test_ipo_scaling_identity(tau):
   h = jnp.linspace(-3, 3, 7)
   ones = jnp.ones(7)
   np.testing.assert_allclose(
-    links.squared(h, ones, target=1 / (2 * tau)),
-    links.squared(2 * tau * h, ones) / (4 * tau**2),
+    preference_losses.squared(h, ones, target=1 / (2 * tau)),
+    preference_losses.squared(2 * tau * h, ones) / (4 * tau**2),
     rtol=1e-5,
   )
 
 
-@pytest.mark.parametrize('link', links.TABLE.values())
+@pytest.mark.parametrize('link', preference_losses.TABLE.values())
 def test_flipping_the_label_flips_the_margin(link):
   rng = np.random.default_rng(0)
   z, p = rng.normal(size=5), rng.uniform(size=5)
@@ -78,8 +84,10 @@ def test_robust_labels_are_unbiased_under_flips():
   eps = 0.2
   p = (1 - eps) / (1 - 2 * eps)
   z = jnp.linspace(-2, 2, 5)
-  noisy = (1 - eps) * links.logistic(z, jnp.full(5, p)) + eps * links.logistic(-z, jnp.full(5, p))
-  np.testing.assert_allclose(noisy, links.logistic(z, jnp.ones(5)), rtol=1e-5)
+  noisy = (1 - eps) * preference_losses.logistic(
+    z, jnp.full(5, p)
+  ) + eps * preference_losses.logistic(-z, jnp.full(5, p))
+  np.testing.assert_allclose(noisy, preference_losses.logistic(z, jnp.ones(5)), rtol=1e-5)
 
 
 def test_trap_18_masked_entries_stay_out_of_row_scores():

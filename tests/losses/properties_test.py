@@ -12,16 +12,16 @@ from polgrad.losses import (
   advantages,
   aggregation,
   baselines,
-  centers,
-  costs,
   divergences,
-  generators,
+  f_divergences,
   implicit_rewards,
-  links,
+  log_partition,
   penalties,
   pointwise,
+  preference_losses,
   ratios,
   returns,
+  reward_penalties,
   selections,
   surrogates,
   weights,
@@ -48,11 +48,11 @@ SCORES = list(implicit_rewards.TABLE.values())
 REDUCTIONS = list(aggregation.TABLE.values())
 TO_ROWS = [
   *advantages.TABLE.values(),
-  *links.TABLE.values(),
+  *preference_losses.TABLE.values(),
   *pointwise.TABLE.values(),
-  *centers.TABLE.values(),
-  *generators.TABLE.values(),
-  *costs.TABLE.values(),
+  *log_partition.TABLE.values(),
+  *f_divergences.TABLE.values(),
+  *reward_penalties.TABLE.values(),
 ]
 RETURNS = [*returns.TABLE.values(), *returns.TARGETS.values(), *returns.CORRECTED.values()]
 TO_TOKENS = [
@@ -70,7 +70,7 @@ BATCH_STATISTICS = {
   *advantages.TABLE.values(),
   advantages.whiten,
   baselines.optimal_token_baseline,
-  costs.root_chi_square,
+  reward_penalties.root_chi_square,
 }
 DATA = {*BATCH_STATISTICS, advantages.identity, *RETURNS}
 ALL = [*SCORES, *REDUCTIONS, *TO_ROWS, *TO_TOKENS, *DIVERGENCES]
@@ -265,8 +265,8 @@ def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(surrogate, leve
 NOTHING = [
   *ratios.PROXIMALS.values(),
   *weights.TABLE.values(),
-  *generators.TABLE.values(),
-  *costs.TABLE.values(),
+  *f_divergences.TABLE.values(),
+  *reward_penalties.TABLE.values(),
 ]
 LIVE = {fn: set() for fn in NOTHING} | {
   surrogates.reinforce: {'logp', 'advantages'},
@@ -281,15 +281,15 @@ LIVE = {fn: set() for fn in NOTHING} | {
   divergences.forward_kl: {'logits'},
   divergences.reverse_kl: {'logits'},
   divergences.jensen_shannon: {'logits'},
-  centers.group_mean: {'residual'},
-  centers.group_mean_detached: set(),
-  centers.leave_one_out: {'residual'},
-  centers.reward_mean: set(),
-  centers.log_partition: set(),
-  centers.value: {'first_value'},
-  centers.soft_baseline: set(),
-  **dict.fromkeys(generators.TABLE.values(), frozenset()),
-  **dict.fromkeys(costs.TABLE.values(), frozenset()),
+  log_partition.group_mean: {'residual'},
+  log_partition.group_mean_detached: set(),
+  log_partition.leave_one_out: {'residual'},
+  log_partition.reward_mean: set(),
+  log_partition.log_partition: set(),
+  log_partition.value: {'first_value'},
+  log_partition.soft_baseline: set(),
+  **dict.fromkeys(f_divergences.TABLE.values(), frozenset()),
+  **dict.fromkeys(reward_penalties.TABLE.values(), frozenset()),
   implicit_rewards.bellman_sum: {'logp', 'reference_logp', 'log_normalizer'},
   penalties.entropy_band: {'entropy', 'mean_entropy'},
   penalties.entropy_band_published: set(),

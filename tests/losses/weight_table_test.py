@@ -11,7 +11,7 @@ import pytest
 
 from polgrad.losses import (
   aggregation,
-  centers,
+  log_partition,
   penalties,
   pointwise,
   ratios,
@@ -254,11 +254,11 @@ METHODS = {
     (0.417500, [0.198, 0.188, 0.204], [-0.09, -0.106, 0]),
   ),
   'TBA': (
-    lambda lp: tba(lp, centers.group_mean_detached),
+    lambda lp: tba(lp, log_partition.group_mean_detached),
     (1.380625, [1.175] * 3, [-1.175, -1.175, 0]),
   ),
   'VarGrad': (
-    lambda lp: tba(lp, centers.group_mean),
+    lambda lp: tba(lp, log_partition.group_mean),
     (1.380625, [1.175] * 3, [-1.175, -1.175, 0]),
   ),
   'P3O, separate clip': (

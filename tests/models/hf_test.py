@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from polgrad.models import families, hf
-from polgrad.sampling import make_sampler, roles
+from polgrad.sampling import behavior_policies, make_sampler
 from polgrad.sharding import make_mesh, param_shardings
 from tests.models import tiny
 
@@ -403,7 +403,9 @@ def test_smollm2_knows_the_capital_of_france():
   tokenizer = Tokenizer.from_file(f'{path}/tokenizer.json')
   policy = hf.pretrained(path=path)
   tokens = np.array([tokenizer.encode('The capital of France is').ids])
-  sample = make_sampler({'policy': policy}, role=roles.greedy, max_new_tokens=4)
+  sample = make_sampler(
+    {'policy': policy}, behavior_policy=behavior_policies.greedy, max_new_tokens=4
+  )
   params = {'policy': policy.init(jax.random.key(0))}
   out = sample(params, tokens, np.ones(tokens.shape, bool), np.zeros(1, int), seed=0, step=0)
   assert 'Paris' in tokenizer.decode(np.asarray(out.tokens[0]).tolist())

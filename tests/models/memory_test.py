@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from polgrad import learner, methods, models
-from polgrad.losses import distributions, divergences
+from polgrad.losses import divergences, logit_stats
 from polgrad.models import token_stats
 from polgrad.types import Batch, TrainState
 
@@ -27,8 +27,8 @@ def test_the_loss_head_never_holds_the_logits():
   """The vocabulary of Qwen3, 8192 tokens: log-prob, entropy and the KL to a reference in one pass."""
   rows, length, width, vocabulary = 8, 1024, 1024, 151_936
   stats = {
-    'logp': distributions.logp,
-    'entropy': distributions.entropy,
+    'logp': logit_stats.logp,
+    'entropy': logit_stats.entropy,
     'kl': divergences.reverse_kl,
   }
   shape = jax.ShapeDtypeStruct

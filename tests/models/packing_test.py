@@ -117,12 +117,14 @@ class TestPlaces:
     assert (got.layout.rows, got.layout.scored) == (2, 8)
 
   @pytest.mark.parametrize('seed', range(5))
-  @pytest.mark.parametrize(('parts', 'group', 'shares'), [(1, 1, 1), (4, 1, 2), (2, 2, 4)])
-  def test_never_overlap_and_fit_the_rows_of_their_piece(self, seed, parts, group, shares):
+  @pytest.mark.parametrize(('parts', 'group', 'data_parallel_size'), [(1, 1, 1), (4, 1, 2), (2, 2, 4)])
+  def test_never_overlap_and_fit_the_rows_of_their_piece(
+    self, seed, parts, group, data_parallel_size
+  ):
     sizes = np.random.default_rng(seed).integers(0, LENGTH // 2, 32)
     rows = batch(sizes)
-    got = pack(rows, parts=parts, group=group, shares=shares)
-    assert got.layout.rows % shares == 0 and 0 < got.layout.rows < 32 / parts
+    got = pack(rows, parts=parts, rows_per_prompt=group, data_parallel_size=data_parallel_size)
+    assert got.layout.rows % data_parallel_size == 0 and 0 < got.layout.rows < 32 / parts
     for piece in split(np.arange(32), parts, group):
       taken = np.zeros(got.layout.rows * LENGTH, int)
       scored = np.zeros(got.layout.rows, int)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad.losses import distributions
+from polgrad.losses import logit_stats
 from polgrad.models import Policy, decoder, token_stats
 from polgrad.types import Array, Params
 
@@ -41,5 +41,5 @@ def logp(policy: Policy, params: Params, tokens: Array, segment_ids: Array) -> A
     policy.hidden(params, tokens, segment_ids),
     tokens,
     functools.partial(policy.unembed, params),
-    stats={'logp': distributions.logp},
+    stats={'logp': logit_stats.logp},
   )['logp']

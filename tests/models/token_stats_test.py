@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.losses.distributions import TABLE as STATS
-from polgrad.losses.distributions import hidden_norm, logp
+from polgrad.losses.logit_stats import TABLE as STATS
+from polgrad.losses.logit_stats import hidden_norm, logp
 from polgrad.models import token_stats
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7

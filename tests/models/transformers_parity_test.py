@@ -15,7 +15,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from polgrad.models import Policy, hf
-from polgrad.sampling import make_sampler, roles
+from polgrad.sampling import behavior_policies, make_sampler
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -312,7 +312,7 @@ def test_smollm2_says_what_it_says_in_transformers():
   wanted = torch_logits(theirs, row)
   np.testing.assert_allclose(policy.unembed(params, hidden)[0], wanted, rtol=1e-4, atol=2e-3)
 
-  chats = [[{'role': 'user', 'content': prompt}] for prompt in PROMPTS]
+  chats = [[{'behavior_policy': 'user', 'content': prompt}] for prompt in PROMPTS]
   prompts = tokenizer.apply_chat_template(
     chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors='pt'
   )
@@ -321,7 +321,11 @@ def test_smollm2_says_what_it_says_in_transformers():
   tokens, mask = prompts['input_ids'].numpy(), prompts['attention_mask'].numpy() > 0
   stop = tokenizer.eos_token_id
   sample = make_sampler(
-    {'policy': policy}, role=roles.greedy, max_new_tokens=64, stop_ids=(stop,), pad_id=stop
+    {'policy': policy},
+    behavior_policy=behavior_policies.greedy,
+    max_new_tokens=64,
+    stop_ids=(stop,),
+    pad_id=stop,
   )
   found = sample({'policy': params}, tokens, mask, np.arange(len(tokens)), seed=0, step=0)
   width = tokens.shape[1]

@@ -26,7 +26,7 @@ DRAWS = {'clip_cov'}
 def case(name: str):
   """An objective with leaves and a batch in float32, two groups of four (or four of two)."""
   objective = harness.objective_of(name)
-  x = harness.random_arrays(objective, group=2 if objective.group == 2 else 4)
+  x = harness.random_arrays(objective, group=2 if objective.rows_per_prompt == 2 else 4)
   x = {k: np.asarray(v, np.float32) if v.dtype == np.float64 else v for k, v in x.items()}
   fields = {k: v for k, v in x.items() if k in Batch.__dataclass_fields__}
   leaves = {k: x[k] for k in (*LIVE, *objective.stats)}
@@ -93,7 +93,7 @@ def test_trap_01_micro_batches_and_the_order_of_groups_change_nothing(name):
   loss, grads = value_and_grad(objective, leaves, batch)
   whole = with_selections(objective, leaves, batch)
   counts = {k: t.count for k, t in terms_of(objective, leaves, whole).items()}
-  group = 2 if objective.group == 2 else 4
+  group = 2 if objective.rows_per_prompt == 2 else 4
   order = np.arange(8).reshape(-1, group)[::-1].reshape(-1)
   pieces = packing.split((leaves, whole), 2, group)
   parts = [

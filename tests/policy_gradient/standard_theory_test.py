@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import credit
-from polgrad.losses import advantages, baselines, distributions
+from polgrad.losses import advantages, baselines, logit_stats
 from polgrad.registry import bind, part
 from tests.policy_gradient import harness
 from tests.policy_gradient.oracles_standard import INF, ORACLES
@@ -219,4 +219,4 @@ def test_the_entropy_bonus_moves_logits_by_minus_p_times_log_p_plus_entropy(x64)
   logits = jnp.array([0.5, -0.3, 1.2, 0.0])
   p = np.asarray(jax.nn.softmax(logits))
   expected = -p * (np.log(p) - p @ np.log(p))
-  np.testing.assert_allclose(jax.grad(distributions.entropy)(logits), expected, atol=1e-12)
+  np.testing.assert_allclose(jax.grad(logit_stats.entropy)(logits), expected, atol=1e-12)

@@ -23,7 +23,7 @@ def test_every_experiment_has_one_oracle():
 @pytest.mark.parametrize('name', harness.NAMES)
 def test_gradient_is_the_aggregated_weight_of_the_paper(name, seed, x64):
   objective = harness.objective_of(name)
-  x = harness.random_arrays(objective, group=2 if objective.group == 2 else 4, seed=seed)
+  x = harness.random_arrays(objective, group=2 if objective.rows_per_prompt == 2 else 4, seed=seed)
   _, got = harness.loss_and_weight(objective, x)
   expected = ORACLES[name](x)
   expected = expected if isinstance(expected, dict) else {'logp': expected}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad.registry import bind, inputs, part
-from polgrad.sampling import processors, roles
+from polgrad.sampling import behavior_policies, processors
 
 PROBS = np.array([0.4, 0.1, 0.3, 0.2])
 LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))[None]
@@ -44,29 +44,34 @@ def test_what_stays_keeps_its_proportions():
 
 
 def test_processors_leave_one_certain_token_alone():
-  certain = roles.greedy(LOGITS)
+  certain = behavior_policies.greedy(LOGITS)
   assert kept(certain) == [0]
   for process in (processors.temperature, processors.top_k, processors.top_p):
     np.testing.assert_array_equal(process(certain), certain)
 
 
 def test_greedy_takes_the_first_of_equals():
-  assert kept(roles.greedy(jnp.array([[1.0, 2.0, 2.0]]))) == [1]
+  assert kept(behavior_policies.greedy(jnp.array([[1.0, 2.0, 2.0]]))) == [1]
 
 
 def test_geometric_mixture_is_the_normalised_product():
   other = np.array([0.1, 0.6, 0.2, 0.1])
   product = PROBS**0.7 * other**0.3
-  mixed = roles.geometric_mixture(LOGITS + 2.0, jnp.log(other)[None] - 1.0, reference_weight=0.3)
+  mixed = behavior_policies.geometric_mixture(
+    LOGITS + 2.0, jnp.log(other)[None] - 1.0, reference_weight=0.3
+  )
   np.testing.assert_allclose(jnp.exp(mixed)[0], product / product.sum(), atol=1e-6)
   ends = [
-    roles.geometric_mixture(LOGITS, jnp.log(other)[None], reference_weight=w) for w in (0.0, 1.0)
+    behavior_policies.geometric_mixture(LOGITS, jnp.log(other)[None], reference_weight=w)
+    for w in (0.0, 1.0)
   ]
   np.testing.assert_allclose(jnp.exp(jnp.concatenate(ends)), [PROBS, other], atol=1e-6)
 
 
 def test_roles_are_parts_that_name_their_parameter_sets():
-  role = bind(part(roles.geometric_mixture, reference_weight=0.25), roles.TABLE)
+  role = bind(
+    part(behavior_policies.geometric_mixture, reference_weight=0.25), behavior_policies.TABLE
+  )
   assert inputs(role) == ('policy', 'reference')
   assert isinstance(role, functools.partial) and role.keywords == {'reference_weight': 0.25}
-  assert inputs(roles.current) == inputs(roles.greedy) == ('policy',)
+  assert inputs(behavior_policies.current) == inputs(behavior_policies.greedy) == ('policy',)

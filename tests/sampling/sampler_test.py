@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.sampling import make_sampler, processors, roles
+from polgrad.sampling import behavior_policies, make_sampler, processors
 from polgrad.types import Rollout
 from tests.models import tiny
 
@@ -19,7 +19,7 @@ TOKENS = tiny.rows(0, 4, WIDTH)
 MASK = jnp.arange(WIDTH)[None] >= jnp.array([0, 2, 5, 1])[:, None]
 IDS = jnp.array([7, 3, 11, 4])
 SETTINGS = dict(
-  max_new_tokens=NEW, group_size=GROUP, stop_ids=STOPS, pad_id=1, temperature=0.7
+  max_new_tokens=NEW, samples_per_prompt=GROUP, stop_ids=STOPS, pad_id=1, temperature=0.7
 )  # fmt: skip
 
 
@@ -107,8 +107,11 @@ def test_slots_change_no_completion(slots):
 def test_slots_of_a_model_with_local_layers_and_of_a_mixture():
   """Where rows have taken turns, the columns of a cache are no longer in order."""
   local = tiny.policy(window=3, local_layers=(0,))
-  for role, params in ((roles.current, {}), (roles.geometric_mixture, {'reference': OTHER})):
-    settings = dict(SETTINGS, role=role, default=local, max_new_tokens=12)
+  for behavior_policy, params in (
+    (behavior_policies.current, {}),
+    (behavior_policies.geometric_mixture, {'reference': OTHER}),
+  ):
+    settings = dict(SETTINGS, behavior_policy=behavior_policy, default=local, max_new_tokens=12)
     draw = lambda slots, settings=settings, params=params: make_sampler(
       {}, slots=slots, **settings
     )({'policy': PARAMS, **params}, TOKENS, MASK, IDS, seed=0, step=0)
@@ -130,9 +133,9 @@ def test_a_slot_does_not_wait_for_the_longest_row():
     )
     sample = make_sampler(
       {'policy': POLICY._replace(unembed=counted)},
-      role=ending,
+      behavior_policy=ending,
       slots=slots,
-      group_size=rows,
+      samples_per_prompt=rows,
       max_new_tokens=57,
       stop_ids=(3,),
     )
@@ -187,7 +190,7 @@ def test_new_seeds_steps_and_parameters_do_not_retrace():
     traces.append(1)
     return policy
 
-  sample = make_sampler({'policy': POLICY}, role=counted, **SETTINGS)
+  sample = make_sampler({'policy': POLICY}, behavior_policy=counted, **SETTINGS)
   sample({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
   first = len(traces)
   for step in (1, 2**31 - 1):
@@ -211,7 +214,9 @@ def test_the_loop_ends_when_all_rows_have():
 
 def test_draws_follow_the_reported_distribution():
   count = 4000
-  sample = make_sampler({'policy': POLICY}, max_new_tokens=1, group_size=count, temperature=1.5)
+  sample = make_sampler(
+    {'policy': POLICY}, max_new_tokens=1, samples_per_prompt=count, temperature=1.5
+  )
   out = sample({'policy': PARAMS}, TOKENS[:1], MASK[:1], IDS[:1], seed=3, step=0)
   drawn = np.asarray(out.tokens)[:, WIDTH]
   probs = np.asarray(jax.nn.softmax(logits(out.tokens[:1], out.segment_ids[:1])[0, WIDTH] / 1.5))
@@ -221,7 +226,7 @@ def test_draws_follow_the_reported_distribution():
 
 
 def test_greedy_is_the_argmax_of_the_whole_forward_pass():
-  out = rollout(role=roles.greedy, group_size=1)
+  out = rollout(behavior_policy=behavior_policies.greedy, samples_per_prompt=1)
   best = jnp.argmax(logits(out.tokens, out.segment_ids), axis=-1)
   np.testing.assert_array_equal(out.tokens[out.mask], best[out.mask])
   np.testing.assert_array_equal(out.behavior_logp, 0)  # probability one
@@ -243,7 +248,7 @@ def test_trap_07_log_probs_are_those_of_the_kept_set():
 def test_a_mixture_keeps_a_cache_for_each_parameter_set():
   sample = make_sampler(
     {},
-    role=functools.partial(roles.geometric_mixture, reference_weight=0.25),
+    behavior_policy=functools.partial(behavior_policies.geometric_mixture, reference_weight=0.25),
     default=POLICY,
     **SETTINGS,
   )
@@ -259,12 +264,12 @@ def test_a_mixture_keeps_a_cache_for_each_parameter_set():
 @pytest.mark.parametrize(
   'settings, message',
   [
-    (dict(temperature=0.0), 'must be positive, got 0.0; use the role greedy'),
+    (dict(temperature=0.0), 'must be positive, got 0.0; use behavior_policies.greedy'),
     (dict(top_p=0.0), '0 < top_p <= 1'),
     (dict(top_k=-1), 'top_k >= 0'),
     (dict(max_new_tokens=0), 'at least 1'),
-    (dict(slots=-1), 'slots must be 0 or a multiple of the 1 shares of a batch, got -1'),
-    (dict(role=roles.geometric_mixture), r"reads \['reference'\]"),
+    (dict(slots=-1), 'slots must be 0 or a multiple of the data-parallel size 1, got -1'),
+    (dict(behavior_policy=behavior_policies.geometric_mixture), r"reads \['reference'\]"),
   ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):
@@ -274,5 +279,5 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 
 def test_models_with_different_vocabularies_are_refused():
   policies = {'policy': POLICY, 'reference': tiny.policy(vocab_size=9)}
-  with pytest.raises(ValueError, match='vocabularies of the role differ'):
-    make_sampler(policies, role=roles.geometric_mixture, **SETTINGS)
+  with pytest.raises(ValueError, match='vocabularies of the behavior policy differ'):
+    make_sampler(policies, behavior_policy=behavior_policies.geometric_mixture, **SETTINGS)

@@ -18,7 +18,7 @@ from polgrad import credit, objectives
 from polgrad.losses import advantages
 from polgrad.methods import Method
 from polgrad.registry import bind, part, table
-from polgrad.tabular import policy as tabular
+from polgrad.tabular import enumerable
 from polgrad.types import Batch, Outputs
 
 
@@ -28,14 +28,14 @@ class Case(NamedTuple):
   `S` sequences of length up to H, `P` prefixes, `N` prompts.
   """
 
-  policy: tabular.Policy
+  policy: enumerable.Policy
   rewards: np.ndarray  # [N, S]
   group: int  # samples a prompt
   params: dict  # 'logits' [P, V] and 'values' [N, P], which are wrong on purpose
   reference: np.ndarray  # [P, V], logits
 
 
-def make_case(policy: tabular.Policy, rewards, *, group: int) -> Case:
+def make_case(policy: enumerable.Policy, rewards, *, group: int) -> Case:
   rng = np.random.default_rng(0)
   shape = jax.eval_shape(policy.init, jax.random.key(0)).shape
   params = {
@@ -46,11 +46,11 @@ def make_case(policy: tabular.Policy, rewards, *, group: int) -> Case:
   return Case(policy, np.array(rewards, np.float64), group, params, reference)
 
 
-BANDIT = tabular.table(3, 1)
-BITS = tabular.table(2, 2)  # '00', '01', '10', '11'
-EQUAL = tabular.table(3, 2)  # nine sequences of two tokens
-STOPPING = tabular.table(3, 2, stop=0)  # '0', '10', '11', '12', '20', '21', '22'
-COUNTING = tabular.table(2, 3, stop=0)  # '0', '10', '110', '111'
+BANDIT = enumerable.table(3, 1)
+BITS = enumerable.table(2, 2)  # '00', '01', '10', '11'
+EQUAL = enumerable.table(3, 2)  # nine sequences of two tokens
+STOPPING = enumerable.table(3, 2, stop=0)  # '0', '10', '11', '12', '20', '21', '22'
+COUNTING = enumerable.table(2, 3, stop=0)  # '0', '10', '110', '111'
 CASES = {
   'equal_lengths': make_case(EQUAL, [[1, 0, 0, 0, 1, 1, 0, 0, 0]], group=3),
   'two_prompts': make_case(BANDIT, [[1, 0, 0], [0, 1, 0]], group=4),
@@ -68,7 +68,7 @@ def live(case: Case, params) -> dict:
   log_p = jax.nn.log_softmax(jnp.asarray(params['logits']))
   prefixes = case.policy.prefixes
   return {
-    'logp': tabular.logp(case.policy, jnp.asarray(params['logits'])),
+    'logp': enumerable.logp(case.policy, jnp.asarray(params['logits'])),
     'entropy': -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)[prefixes],
     'values': jnp.asarray(params['values'])[:, prefixes],
   }
@@ -124,7 +124,7 @@ def descent(case: Case, method: Method, *, state=None, sampler=None):
   state = method.credit.init() if state is None else state
   sampler = case.params if sampler is None else sampler
   samples, prompts, probabilities = rollouts(case, sampler)
-  reference = tabular.logp(case.policy, jnp.asarray(case.reference))
+  reference = enumerable.logp(case.policy, jnp.asarray(case.reference))
   data = live(case, sampler) | {'reference_logp': reference}
 
   def mean(params):
@@ -141,7 +141,7 @@ def descent(case: Case, method: Method, *, state=None, sampler=None):
 def mean_return(case: Case, params):
   """E[R], averaged over prompts."""
   rewards = jnp.asarray(case.rewards.mean(axis=0))
-  return tabular.objective(case.policy, jnp.asarray(params['logits']), rewards)
+  return enumerable.objective(case.policy, jnp.asarray(params['logits']), rewards)
 
 
 def score(case: Case, params, weights: np.ndarray):
@@ -212,9 +212,9 @@ def reinforce(case: Case, params):
 
 def rloo(case: Case, params):
   """Unbiased for the regularised return: E[R] - 0.03 KL(pi, reference), of whole sequences."""
-  reference = tabular.logp(case.policy, jnp.asarray(case.reference))
+  reference = enumerable.logp(case.policy, jnp.asarray(case.reference))
   log_ratio = jnp.sum(live(case, params)['logp'] - reference, axis=1)
-  kl = tabular.objective(case.policy, jnp.asarray(params['logits']), log_ratio)
+  kl = enumerable.objective(case.policy, jnp.asarray(params['logits']), log_ratio)
   return mean_return(case, params) - 0.03 * kl
 
 
@@ -231,7 +231,7 @@ def gspo(case: Case, params):
 
 def grpo(case: Case, params):
   """GSPO's, and -0.04 (1 - reference / pi) grad log pi for every token, over the length too."""
-  now, reference = live(case, case.params)['logp'], tabular.logp(case.policy, case.reference)
+  now, reference = live(case, case.params)['logp'], enumerable.logp(case.policy, case.reference)
   kl = -np.expm1(np.asarray(reference - now)) / lengths_of(case)[:, None]
   return gspo(case, params) - 0.04 * score(case, params, kl)
 

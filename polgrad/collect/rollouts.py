@@ -10,7 +10,7 @@ import numpy as np
 from polgrad import credit as credits
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collected, Collector, Context, Draw, make_annotations
-from polgrad.collect.judged import (
+from polgrad.collect.scored import (
   Judged,
   demonstrated,
   distinct,
@@ -23,9 +23,9 @@ from polgrad.collect.judged import (
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.learner import parameter_sets
-from polgrad.losses import distributions
+from polgrad.losses import logit_stats
 from polgrad.registry import inputs
-from polgrad.sampling import roles
+from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Outputs, Scored, TrainState
@@ -38,31 +38,31 @@ FEATURES = frozenset({'valid', 'staleness', 'uniform'})
 def rollouts(
   *,
   prompts: int = 8,
-  group: int = 8,
+  samples_per_prompt: int = 8,
   prompt_length: int = 64,
   max_new_tokens: int = 64,
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
   slots: int = 0,
-  role: roles.Part = roles.current,
+  behavior_policy: behavior_policies.Part = behavior_policies.current,
   recompute_proximal: bool = False,
   max_resamples: int = 0,
   mask_truncated: bool = False,
   lag: int = 0,
   replay: int = 0,
-  replay_share: float = 0.0,
-  baseline_role: roles.Part = roles.greedy,
+  replay_fraction: float = 0.0,
+  baseline_policy: behavior_policies.Part = behavior_policies.greedy,
   baseline_samples: int = 0,
   demonstrations: int = 0,
-  stats: Mapping[str, distributions.Part] = {},
+  stats: Mapping[str, logit_stats.Part] = {},
 ) -> Collector:
-  """Samples `group` completions for each of `prompts` prompts.
+  """Samples `samples_per_prompt` completions for each of `prompts` prompts.
 
   Args:
     prompt_length: tokens; prompts are left-padded to it, a longer one is an error.
     slots: completions that are decoded at a time (see `make_sampler`); 0 is all of them.
-    role: the policy itself, greedy, an anchor, or a mixture with one.
+    behavior_policy: the policy itself, greedy, an anchor, or a mixture with one.
     recompute_proximal: take the centre of the ratio from a forward pass of the trainer; otherwise
       it is the sampler's own log-prob.
     max_resamples: dynamic sampling (arXiv:2503.14476): draw further prompts, at most so many times,
@@ -74,12 +74,12 @@ def rollouts(
       after it was sampled. In the first `lag` steps of a phase its first batch is used again. What
       depends on the live policy (values, credit, ...) is computed when a batch is used.
     replay: keep so many batches before that one, ...
-    replay_share: ... and replace this share of its groups by groups of theirs, drawn anew each step
+    replay_fraction: ... and replace this share of its groups by groups of theirs, drawn anew each step
       (arXiv:2503.18929, arXiv:2507.06892).
     baseline_samples: sample so many further completions of every prompt, which are not trained on;
       their rewards are the feature `baseline_rewards` [B, n]. A prompt whose verifier fails on one
       of them is not trained on either.
-    baseline_role: who draws them: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight
+    baseline_policy: who draws them: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight
       times, A*-PO (arXiv:2505.20686).
     demonstrations: 1 adds to each group a row with the record's `answer` (arXiv:2504.14945). Its
       `behavior_logp` is 0, and so is `proximal_logp` unless it is recomputed. The same verifiers score
@@ -88,19 +88,23 @@ def rollouts(
     stats: statistics of the policy's next-token distribution when the batch is used; features
       under their names, for credit and objective.
   """
-  _check_rollouts(lag, replay, replay_share, baseline_role, baseline_samples, demonstrations, stats)
+  _check_rollouts(
+    lag, replay, replay_fraction, baseline_policy, baseline_samples, demonstrations, stats
+  )
   sampler = dict(
-    group_size=group,
+    samples_per_prompt=samples_per_prompt,
     slots=slots,
     max_new_tokens=max_new_tokens,
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
-    role=role,
+    behavior_policy=behavior_policy,
   )
-  baseline = sampler | dict(group_size=baseline_samples, role=baseline_role)
-  reads = {*inputs(role), *(inputs(baseline_role) if baseline_samples else ())} - {'policy'}
-  rows_each = group + demonstrations
+  baseline = sampler | dict(samples_per_prompt=baseline_samples, behavior_policy=baseline_policy)
+  reads = {*inputs(behavior_policy), *(inputs(baseline_policy) if baseline_samples else ())} - {
+    'policy'
+  }
+  rows_per_prompt = samples_per_prompt + demonstrations
   length = prompt_length + max_new_tokens
   keep = lag + replay + 1 if lag or replay else 0
   return Collector(
@@ -115,15 +119,17 @@ def rollouts(
         baseline=baseline if baseline_samples else None,
         with_demonstrations=bool(demonstrations),
       ),
-      recall=functools.partial(replays.recalled, lag=lag, share=replay_share, group=rows_each),
+      recall=functools.partial(
+        replays.recalled, lag=lag, fraction=replay_fraction, rows_per_prompt=rows_per_prompt
+      ),
       temperature=temperature,
       recompute_proximal=recompute_proximal,
       mask_truncated=mask_truncated,
       stats=stats,
     ),
     records=prompts,
-    rows=prompts * rows_each,
-    group=rows_each,
+    rows=prompts * rows_per_prompt,
+    rows_per_prompt=rows_per_prompt,
     length=length,
     prompt_length=prompt_length,
     temperature=temperature,
@@ -132,26 +138,26 @@ def rollouts(
     | ({'baseline_rewards'} if baseline_samples else set())
     | ({'stream'} if demonstrations else set()),
     roles=frozenset(reads),
-    filtered=(top_k > 0 or top_p < 1 or _function(role) is not roles.current)
+    filtered=(top_k > 0 or top_p < 1 or _function(behavior_policy) is not behavior_policies.current)
     and not recompute_proximal,
     init=functools.partial(
-      _empty_memory, prompts * rows_each, length, keep, baseline_samples, demonstrations
+      _empty_memory, prompts * rows_per_prompt, length, keep, baseline_samples, demonstrations
     ),
   )
 
 
-def _check_rollouts(lag, replay, share, baseline_role, baseline_samples, demonstrations, stats):
+def _check_rollouts(lag, replay, share, baseline_policy, baseline_samples, demonstrations, stats):
   counts = {'lag': lag, 'replay': replay, 'baseline_samples': baseline_samples}
   for name, value in counts.items():
     if value < 0:
       raise ValueError(f'rollouts: {name} must be at least 0, got {value}')
   if not 0 <= share <= 1 or bool(share) != bool(replay):
     raise ValueError(
-      f'rollouts: replay_share must be 0 without replay, and in (0, 1] with it; got replay={replay}, '
-      f'replay_share={share}'
+      f'rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; got replay={replay}, '
+      f'replay_fraction={share}'
     )
-  if _function(baseline_role) is not roles.greedy and not baseline_samples:
-    raise ValueError('rollouts: baseline_role draws nothing, because baseline_samples is 0')
+  if _function(baseline_policy) is not behavior_policies.greedy and not baseline_samples:
+    raise ValueError('rollouts: baseline_policy draws nothing, because baseline_samples is 0')
   if demonstrations not in (0, 1):
     raise ValueError(
       f'rollouts: demonstrations must be 0 or 1, got {demonstrations}: a record has one answer'
@@ -211,9 +217,9 @@ def make_rollouts(
     rows |= credited
     if mask_truncated:
       rows['mask'] = rows['mask'] & rows['finished'][:, None]
-    group = len(judged.texts) // len(judged.records)
+    samples_per_prompt = len(judged.texts) // len(judged.records)
     samples = [
-      (question(judged.records[i // group]), text, float(judged.scored.rewards[i]))
+      (question(judged.records[i // samples_per_prompt]), text, float(judged.scored.rewards[i]))
       for i, text in enumerate(judged.texts)
     ]
     report |= {'staleness': float(staleness.mean())}
@@ -267,7 +273,7 @@ def _make_sampling(
   with_demonstrations: bool,
 ) -> Callable:
   """(state, draw, step) -> Gathered: one draw, and what stands beside it."""
-  group = sampler['group_size']
+  samples_per_prompt = sampler['samples_per_prompt']
   sample = _make_judging(context, prompt_length, sampler)
   # A seed that no phase has: a baseline must not draw what it is compared with.
   sample_baseline = baseline and _make_judging(context, prompt_length, baseline, ~context.seed)
@@ -285,17 +291,21 @@ def _make_sampling(
   def gather(state: TrainState, draw: Draw, step: int) -> Gathered:
     judged = sample(state, draw(records), step)
     for _ in range(max_resamples):
-      useful = informative(judged.scored, group)
+      useful = informative(judged.scored, samples_per_prompt)
       if useful.all():
         break
-      judged = replace_groups(judged, sample(state, draw(records), step), useful, group)
+      judged = replace_groups(
+        judged, sample(state, draw(records), step), useful, samples_per_prompt
+      )
     rows, report, beside = as_rows(judged.scored), metrics(judged), {}
     if with_demonstrations:
       beside['demonstration'] = shown = demonstrate(state, judged)
-      pair = lambda x, y: np.concatenate([x.reshape(records, group, *x.shape[1:]), y[:, None]], 1)
+      pair = lambda x, y: np.concatenate(
+        [x.reshape(records, samples_per_prompt, *x.shape[1:]), y[:, None]], 1
+      )
       join = lambda x, y: pair(x, y).reshape(-1, *x.shape[1:])
       rows = jax.tree.map(join, rows, as_rows(shown.scored))
-      rows['stream'] = np.tile(np.array([1] * group + [0], np.int32), records)
+      rows['stream'] = np.tile(np.array([1] * samples_per_prompt + [0], np.int32), records)
     if sample_baseline:
       beside['baseline'] = other = sample_baseline(state, judged.records, step)
       each = len(rows['rewards']) // records
@@ -317,7 +327,7 @@ def _make_judging(
 ) -> Callable:
   """(state, records, step) -> Judged, by the sampler of these settings."""
   tokenizer = context.tokenizer
-  names = inputs(sampler['role'])
+  names = inputs(sampler['behavior_policy'])
   sample = make_drawer(context, sampler)
 
   def judge(state: TrainState, records: Sequence[dict], step: int) -> Judged:
@@ -332,7 +342,7 @@ def _make_judging(
       step=step,
       policy_step=int(state.step),
     )
-    ids = np.repeat(prompts.ids, sampler['group_size'])
+    ids = np.repeat(prompts.ids, sampler['samples_per_prompt'])
     return score_rollout(to_host(rollout).replace(prompt_ids=ids), prompts.records, context)
 
   return judge

@@ -107,7 +107,7 @@ def expected_gradient(
   params: Params,
   estimate: Callable[[Array, Array], Array],
   *,
-  group_size: int,
+  samples_per_prompt: int,
   behavior_params: Params,
 ) -> Params:
   """E over groups of independent samples of grad estimate, exactly, by summing over all S^G groups.
@@ -116,7 +116,7 @@ def expected_gradient(
     policy: the sequences.
     params: where the gradient is taken.
     estimate: (live logp f32[G, H], sequence indices i32[G]) -> a loss f32[]. It is vmapped.
-    group_size: G.
+    samples_per_prompt: G.
     behavior_params: the policy that draws the samples; it carries no gradient.
 
   Returns:
@@ -125,10 +125,10 @@ def expected_gradient(
   Raises:
     ValueError: more groups than can be enumerated; see `sampled_gradient`.
   """
-  count = len(policy.tokens) ** group_size
+  count = len(policy.tokens) ** samples_per_prompt
   if count > MAX_GROUPS:
     raise ValueError(f'{count} groups are too many to enumerate (limit {MAX_GROUPS})')
-  groups = np.indices((len(policy.tokens),) * group_size).reshape(group_size, -1).T
+  groups = np.indices((len(policy.tokens),) * samples_per_prompt).reshape(samples_per_prompt, -1).T
   log_p = jnp.sum(logp(policy, behavior_params), axis=-1)
   weights = jax.lax.stop_gradient(jnp.exp(jnp.sum(log_p[groups], axis=-1)))
 
@@ -143,7 +143,7 @@ def sampled_gradient(
   params: Params,
   estimate: Callable[[Array, Array], Array],
   *,
-  group_size: int,
+  samples_per_prompt: int,
   behavior_params: Params,
   key: Array,
   samples: int = 1000,
@@ -154,7 +154,7 @@ def sampled_gradient(
     policy: the sequences.
     params: where the gradient is taken.
     estimate: as in `expected_gradient`.
-    group_size: G.
+    samples_per_prompt: G.
     behavior_params: the policy that draws the samples.
     key: of the draw.
     samples: number of groups.
@@ -163,7 +163,7 @@ def sampled_gradient(
     The mean gradient and its standard error, both shaped like params.
   """
   log_p = jnp.sum(logp(policy, behavior_params), axis=-1)
-  groups = jax.random.categorical(key, log_p, shape=(samples, group_size))
+  groups = jax.random.categorical(key, log_p, shape=(samples, samples_per_prompt))
 
   @jax.jit
   def mean_and_error(params):

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from polgrad import registry
-from polgrad.losses import centers
+from polgrad.losses import log_partition
 from polgrad.losses.implicit_rewards import bellman_sum
 
 GROUPS = jnp.array([4, 1, 4, 1, 4])
 REWARDS = jnp.array([1.0, 0.2, -0.5, 0.9, 0.0])
 SCORES = jnp.array([0.3, -0.2, 0.1, 0.5, -0.7])
-OF_RESIDUAL = [centers.group_mean, centers.group_mean_detached, centers.leave_one_out]
+OF_RESIDUAL = [
+  log_partition.group_mean,
+  log_partition.group_mean_detached,
+  log_partition.leave_one_out,
+]
 
 
 def losses(score, center, rewards=REWARDS, groups=GROUPS, beta=0.5, **arrays):
@@ -29,19 +33,21 @@ def gradient(score, center):
 
 def test_the_descent_weight_is_the_residual():
   zeta = REWARDS / 0.5 - SCORES
-  residual = zeta - centers.group_mean(zeta, GROUPS)
-  np.testing.assert_allclose(-gradient(SCORES, centers.group_mean), residual, atol=1e-6)
+  residual = zeta - log_partition.group_mean(zeta, GROUPS)
+  np.testing.assert_allclose(-gradient(SCORES, log_partition.group_mean), residual, atol=1e-6)
 
 
 def test_detaching_the_group_mean_changes_no_gradient():
-  live, detached = (gradient(SCORES, c) for c in (centers.group_mean, centers.group_mean_detached))
+  live, detached = (
+    gradient(SCORES, c) for c in (log_partition.group_mean, log_partition.group_mean_detached)
+  )
   np.testing.assert_allclose(live, detached, rtol=1e-5, atol=1e-6)
 
 
 def test_leave_one_out_scales_the_residuals_by_g_over_g_minus_one():
   size = jnp.array([3, 2, 3, 2, 3])
-  expected = losses(SCORES, centers.group_mean) * (size / (size - 1)) ** 2
-  np.testing.assert_allclose(losses(SCORES, centers.leave_one_out), expected, rtol=1e-5)
+  expected = losses(SCORES, log_partition.group_mean) * (size / (size - 1)) ** 2
+  np.testing.assert_allclose(losses(SCORES, log_partition.leave_one_out), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('center', OF_RESIDUAL)
@@ -73,7 +79,7 @@ def test_beta_times_the_pair_regression_has_the_gradient_of_contrastive_policy_g
 
   def regression(score):
     groups = jnp.zeros(2, jnp.int32)
-    return beta * jnp.mean(losses(score, centers.leave_one_out, rewards, groups, beta))
+    return beta * jnp.mean(losses(score, log_partition.leave_one_out, rewards, groups, beta))
 
   score = jnp.array([0.35, -0.3])
   np.testing.assert_allclose(jax.grad(regression)(score), jax.grad(contrastive)(score), rtol=1e-12)
@@ -92,7 +98,8 @@ KIMI = np.array([0.10290, 0.69576, 0.20133])
 
 @pytest.mark.parametrize(
   ('center', 'expected'),
-  [(c, TILTED) for c in (*OF_RESIDUAL, centers.log_partition)] + [(centers.reward_mean, KIMI)],
+  [(c, TILTED) for c in (*OF_RESIDUAL, log_partition.log_partition)]
+  + [(log_partition.reward_mean, KIMI)],
 )
 def test_where_descent_on_samples_of_the_anchor_comes_to_rest(center, expected, x64):
   """Twenty samples in exactly the anchor's frequencies, so the group is the population."""
@@ -116,7 +123,7 @@ def test_a_learned_value_comes_to_rest_at_log_z_for_samples_of_another_policy(x6
     first_value = jnp.broadcast_to(params['value'], 10)
     groups = jnp.zeros(10, jnp.int32)
     return jnp.mean(
-      losses(score, centers.value, rewards[arms], groups, 0.5, first_value=first_value)
+      losses(score, log_partition.value, rewards[arms], groups, 0.5, first_value=first_value)
     )
 
   start = dict(logits=jnp.zeros(3), value=jnp.array(0.0))
@@ -142,7 +149,9 @@ def test_bellman_residuals_over_a_tree_come_to_rest_at_the_soft_optimum(x64):
   def loss(params):
     normalizer = jnp.full((4, 2), jax.nn.logsumexp(params[0]))
     score = bellman_sum(logp_of(params), reference, normalizer, mask)
-    return 2 * jnp.mean(losses(score, centers.zero, scaled, jnp.zeros(4, jnp.int32), beta=1.0))
+    return 2 * jnp.mean(
+      losses(score, log_partition.zero, scaled, jnp.zeros(4, jnp.int32), beta=1.0)
+    )
 
   rest = descend(loss, (jnp.zeros(2), jnp.zeros((2, 2))), rate=0.3, steps=4000)
   optimum = [0.559756, 0.075755, 0.036809, 0.327681]
@@ -154,10 +163,10 @@ def test_bellman_residuals_over_a_tree_come_to_rest_at_the_soft_optimum(x64):
 def test_the_soft_baseline_lies_between_mean_and_maximum():
   rewards, beta = jnp.array([[0.0, 1.0, 0.0, 3.0], [2.0] * 4]), jnp.array(0.1)
   for temperature, expected in ((1e4, [10, 20]), (1e-3, [30, 20])):
-    got = centers.soft_baseline(rewards, beta, baseline_temperature=temperature)
+    got = log_partition.soft_baseline(rewards, beta, baseline_temperature=temperature)
     np.testing.assert_allclose(got, expected, rtol=2e-3)
 
 
 def test_log_partition_does_not_overflow():
-  got = centers.log_partition(jnp.array([1e4, 0.0, -1e4]), jnp.array([0, 0, 1]))
+  got = log_partition.log_partition(jnp.array([1e4, 0.0, -1e4]), jnp.array([0, 0, 1]))
   np.testing.assert_allclose(got, [1e4 - np.log(2), 1e4 - np.log(2), -1e4], rtol=1e-6)

@@ -43,11 +43,13 @@ def score_rollout(rollout: Rollout, records: Sequence[dict], context: Context) -
   """Decodes and scores a rollout on the host; each process judges its share of the rows."""
   texts = completions(rollout, context.tokenizer)
   lengths = rollout.mask.sum(axis=1)
-  group = len(texts) // len(records)
+  rows_per_prompt = len(texts) // len(records)
   processes, own = jax.process_count(), jax.process_index()
   rows = range(own, len(texts), processes)
   scores = context.score(
-    [texts[i] for i in rows], [records[i // group] for i in rows], [int(lengths[i]) for i in rows]
+    [texts[i] for i in rows],
+    [records[i // rows_per_prompt] for i in rows],
+    [int(lengths[i]) for i in rows],
   )
   if processes > 1:
     scores = _gather_scores(scores, len(texts))
@@ -86,23 +88,23 @@ def distinct(ids: np.ndarray) -> np.ndarray:
   return np.asarray(out, np.int32)
 
 
-def informative(scored: Scored, group: int) -> np.ndarray:
+def informative(scored: Scored, rows_per_prompt: int) -> np.ndarray:
   """bool[N]: groups whose rewards are not all equal, so that a group baseline leaves something."""
-  rewards = np.where(scored.valid, scored.rewards, np.nan).reshape(-1, group)
+  rewards = np.where(scored.valid, scored.rewards, np.nan).reshape(-1, rows_per_prompt)
   with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # a group of failures
     return np.nanmax(rewards, axis=1) > np.nanmin(rewards, axis=1)
 
 
-def replace_groups(old: Judged, new: Judged, useful: np.ndarray, group: int) -> Judged:
+def replace_groups(old: Judged, new: Judged, useful: np.ndarray, rows_per_prompt: int) -> Judged:
   """Puts informative groups of `new` in the place of uninformative ones of `old`."""
   places = np.flatnonzero(~useful)
-  spare = np.flatnonzero(informative(new.scored, group))
+  spare = np.flatnonzero(informative(new.scored, rows_per_prompt))
   source = np.arange(len(useful))
   source[places[: len(spare)]] = len(useful) + spare[: len(places)]
-  rows = (source[:, None] * group + np.arange(group)[None, :]).reshape(-1)
+  rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None, :]).reshape(-1)
   pick = lambda a, b: np.concatenate([a, b])[rows]
   scored = jax.tree.map(pick, old.scored, new.scored)
-  names = np.repeat(np.arange(len(useful), dtype=np.int32), group)
+  names = np.repeat(np.arange(len(useful), dtype=np.int32), rows_per_prompt)
   scores = new.scores._replace(
     total=pick(old.scores.total, new.scores.total),
     components=jax.tree.map(pick, old.scores.components, new.scores.components),

@@ -13,7 +13,7 @@ from polgrad.registry import table
 from polgrad.types import Array, Metric
 
 
-class Memory(NamedTuple):
+class History(NamedTuple):
   """A carried value.
 
   Attributes:
@@ -27,7 +27,7 @@ class Memory(NamedTuple):
   advance: Callable[[Any, Mapping[str, Metric]], Any]
 
 
-def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> Memory:
+def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> History:
   """The mean of a metric over all earlier updates, weighted decay^age; 0 before the first."""
 
   def advance(state, metrics):
@@ -36,18 +36,18 @@ def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> Memory:
       'weight': decay * state['weight'] + 1.0,
     }
 
-  return Memory(
+  return History(
     init=lambda: {'total': jnp.zeros(()), 'weight': jnp.zeros(())},
     value=lambda state: state['total'] / jnp.maximum(state['weight'], 1e-8),
     advance=advance,
   )
 
 
-def latest(*, metrics: tuple, initial: tuple) -> Memory:
+def latest(*, metrics: tuple, initial: tuple) -> History:
   """The metrics of the last update, f32[n], and `initial` before the first."""
   if len(metrics) != len(initial):
     raise ValueError(f'{len(metrics)} metrics, but {len(initial)} initial values')
-  return Memory(
+  return History(
     init=lambda: jnp.asarray(initial, jnp.float32),
     value=lambda state: state,
     advance=lambda state, found: jnp.stack([found[name].value() for name in metrics]),
@@ -55,4 +55,4 @@ def latest(*, metrics: tuple, initial: tuple) -> Memory:
 
 
 TABLE = table(running_mean, latest)
-Part = Annotated[Memory, TABLE]
+Part = Annotated[History, TABLE]

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from polgrad import memories as memory
-from polgrad import optim
+from polgrad import metric_history, optim
 from polgrad.losses import aggregation as aggregations
-from polgrad.losses import distributions, divergences, penalties, ratios, surrogates
+from polgrad.losses import divergences, logit_stats, penalties, ratios, surrogates
 from polgrad.losses import selections as batch_selections
 from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
@@ -34,7 +33,7 @@ from polgrad.registry import call, check_weighted, either, inputs
 from polgrad.types import Array, Batch
 
 PenaltyPart = Annotated[Callable, either(penalties.TABLE, divergences.TABLE)]
-StatPart = Annotated[Callable, either(distributions.TABLE, divergences.TABLE)]
+StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
 
 
 def policy_gradient(
@@ -49,7 +48,7 @@ def policy_gradient(
   stats: Mapping[str, StatPart] = {},
   selections: Mapping[str, batch_selections.Part] = {},
   only: str = '',
-  memories: Mapping[str, memory.Part] = {},
+  history: Mapping[str, metric_history.Part] = {},
   probes: Mapping[str, surrogates.Part] = {},
 ) -> Objective:
   """AGG(prod_k w_k * surrogate) + sum_k coefficient_k * schedule_k(step) * AGG(penalty_k).
@@ -69,7 +68,7 @@ def policy_gradient(
     selections: what compares tokens of the whole batch, such as the top tokens by a rank; slots
       read the results by these names.
     only: a selection outside which nothing counts, neither above nor below the fraction line.
-    memories: what is carried over updates; slots read them by these names.
+    history: what is carried over updates; slots read them by these names.
     probes: losses that are no part of the objective, for an optimizer that asks for their gradient.
   """
   check_weighted('penalties', penalties)
@@ -78,12 +77,12 @@ def policy_gradient(
   if 'policy' in penalties:
     raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
   of_vocabulary = {k: p.fn for k, p in penalties.items() if of_logits(p.fn)}
-  check_distinct(stats=stats, selections=selections, memories=memories, penalties=of_vocabulary)
+  check_distinct(stats=stats, selections=selections, history=history, penalties=of_vocabulary)
 
   def arrays(outputs, batch: Batch, state: Any, step) -> dict[str, Array]:
     x = view(outputs, batch)
     x['step'] = jnp.asarray(step, jnp.float32)
-    return x | {name: one.value(state[name]) for name, one in memories.items()}
+    return x | {name: one.value(state[name]) for name, one in history.items()}
 
   def with_ratio(x: dict[str, Array], logp: Array) -> dict[str, Array]:
     """The arrays with these live log-probs, the proximal ones, and the log-ratio between them."""
@@ -145,15 +144,15 @@ def policy_gradient(
   from_ratio = {'log_ratio', 'proximal_logp'}
   if not any(from_ratio & set(inputs(f)) for f in functions if f not in (ratio, proximal)):
     functions = [f for f in functions if f not in (ratio, proximal)]
-  made = {'log_ratio', *stats, *selections, *memories}
+  made = {'log_ratio', *stats, *selections, *history}
   if 'proximal_logp' not in inputs(proximal):
     made.add('proximal_logp')
   return Objective(
     requires=reads(functions, made=made),
     apply=apply,
-    init=lambda: {name: one.init() for name, one in memories.items()},
+    init=lambda: {name: one.init() for name, one in history.items()},
     advance=lambda state, metrics: {
-      name: one.advance(state[name], metrics) for name, one in memories.items()
+      name: one.advance(state[name], metrics) for name, one in history.items()
     },
     stats={**stats, **of_vocabulary},
     select=select if selections else None,

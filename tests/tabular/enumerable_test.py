@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from polgrad.losses import (
   advantages,
   aggregation,
-  centers,
+  log_partition,
   penalties,
   ratios,
   returns,
@@ -17,11 +17,11 @@ from polgrad.losses import (
   weights,
 )
 from polgrad.losses.implicit_rewards import log_ratio_sum
-from polgrad.tabular import policy as tabular
+from polgrad.tabular import enumerable
 
-BITS = tabular.table(2, 2)  # four sequences of two tokens
-STOPPING = tabular.table(2, 2, stop=0)  # '0', '10', '11'
-NETWORK = tabular.network(2, 2, stop=0)
+BITS = enumerable.table(2, 2)  # four sequences of two tokens
+STOPPING = enumerable.table(2, 2, stop=0)  # '0', '10', '11'
+NETWORK = enumerable.network(2, 2, stop=0)
 REWARDS = {4: np.array([0.3, -1.0, 2.0, 0.7]), 3: np.array([0.3, -1.0, 2.0])}
 
 
@@ -32,18 +32,18 @@ def params_of(policy, seed=0):
 
 
 def true_gradient(policy, params, rewards):
-  return jax.jit(jax.grad(lambda p: tabular.objective(policy, p, rewards)))(params)
+  return jax.jit(jax.grad(lambda p: enumerable.objective(policy, p, rewards)))(params)
 
 
 def assert_close(got, expected, **tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, expected)
 
 
-def descent(policy, params, estimate, group_size, behavior=0):
+def descent(policy, params, estimate, samples_per_prompt, behavior=0):
   """-E[grad loss]: the direction in which the estimator pushes, in expectation."""
   behavior_params = params_of(policy, behavior)
-  gradient = tabular.expected_gradient(
-    policy, params, estimate, group_size=group_size, behavior_params=behavior_params
+  gradient = enumerable.expected_gradient(
+    policy, params, estimate, samples_per_prompt=samples_per_prompt, behavior_params=behavior_params
   )
   return jax.tree.map(lambda g: -g, gradient)
 
@@ -61,20 +61,20 @@ def policy_gradient(policy, rewards, advantage, surrogate=surrogates.reinforce):
 
 
 def test_sequences_are_all_of_them_once():
-  tokens, mask = tabular.sequences(3, 2)
+  tokens, mask = enumerable.sequences(3, 2)
   assert tokens.tolist() == [[a, b] for a in range(3) for b in range(3)]
   assert mask.all()
 
 
 def test_nothing_follows_a_stop_token():
-  tokens, mask = tabular.sequences(2, 3, stop=0)
+  tokens, mask = enumerable.sequences(2, 3, stop=0)
   assert tokens.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
   assert mask.sum(axis=1).tolist() == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize('policy', [BITS, STOPPING, NETWORK])
 def test_probabilities_of_all_sequences_add_to_one(policy, x64):
-  logp = tabular.logp(policy, params_of(policy))
+  logp = enumerable.logp(policy, params_of(policy))
   np.testing.assert_allclose(jnp.sum(jnp.exp(jnp.sum(logp, axis=-1))), 1, rtol=1e-12)
   np.testing.assert_array_equal(logp[~policy.mask], 0)
 
@@ -89,14 +89,14 @@ def test_log_probabilities_follow_the_prefix():
     [first[1], after_one[0]],
     [first[1], after_one[1]],
   ]
-  np.testing.assert_allclose(tabular.logp(BITS, params), expected, rtol=1e-6)
+  np.testing.assert_allclose(enumerable.logp(BITS, params), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('policy', [BITS, NETWORK])
 def test_the_exact_gradient_agrees_with_finite_differences(policy, x64):
   params, rewards = params_of(policy), REWARDS[len(policy.tokens)]
   flat, unravel = ravel_pytree(params)
-  value = jax.jit(lambda x: tabular.objective(policy, unravel(x), rewards))
+  value = jax.jit(lambda x: enumerable.objective(policy, unravel(x), rewards))
   exact = ravel_pytree(true_gradient(policy, params, rewards))[0]
   for i in range(0, len(flat), 3):
     step = 1e-6 * np.eye(len(flat))[i]
@@ -132,11 +132,13 @@ def test_dividing_by_the_group_std_rescales_the_gradient_of_the_success_rate(
   p, size, coefficient, x64
 ):
   """GRPO on a binary reward follows c_G(p) / (p (1 - p)) grad p, c_G(p) = E sqrt(k/G (1 - k/G))."""
-  coin = tabular.table(2, 1)
+  coin = enumerable.table(2, 1)
   params = jnp.array([[np.log(p / (1 - p)), 0.0]])
   rewards = np.array([1.0, 0.0])
   estimate = policy_gradient(coin, rewards, group_standardized)
-  got = -tabular.expected_gradient(coin, params, estimate, group_size=size, behavior_params=params)
+  got = -enumerable.expected_gradient(
+    coin, params, estimate, samples_per_prompt=size, behavior_params=params
+  )
   expected = coefficient / (p * (1 - p)) * true_gradient(coin, params, rewards)
   np.testing.assert_allclose(got, expected, rtol=5e-4)
 
@@ -145,7 +147,7 @@ def test_dividing_by_the_group_std_rescales_the_gradient_of_the_success_rate(
 def test_the_whole_sequence_weight_makes_off_policy_samples_unbiased(policy, x64):
   """Any truncation of it does not."""
   params, rewards = params_of(policy), REWARDS[len(policy.tokens)]
-  behavior = tabular.logp(policy, params_of(policy, 1))
+  behavior = enumerable.logp(policy, params_of(policy, 1))
 
   def estimate(logp, group, cap):
     mask = jnp.asarray(policy.mask)[group]
@@ -163,7 +165,7 @@ def test_token_ratios_alone_are_biased_off_policy_and_exact_on_policy(x64):
   params, rewards = params_of(BITS), REWARDS[4]
   exact = true_gradient(BITS, params, rewards)
   for seed, unbiased in ((0, True), (1, False)):
-    behavior = tabular.logp(BITS, params_of(BITS, seed))
+    behavior = enumerable.logp(BITS, params_of(BITS, seed))
 
     def estimate(logp, group, behavior=behavior):
       mask = jnp.asarray(BITS.mask)[group]
@@ -183,10 +185,12 @@ REFERENCE_LOGITS = np.array([[0.0, 0.0], [0.5, -0.5], [0.2, 0.2]])
 def test_trap_09_kl_of_whole_sequences_needs_the_reward_to_go(x64):
   """Token k2 misses that an early token moves the prefixes of later ones; k1 to go does not."""
   params = jnp.asarray(LOGITS)
-  reference = tabular.logp(BITS, jnp.asarray(REFERENCE_LOGITS))
+  reference = enumerable.logp(BITS, jnp.asarray(REFERENCE_LOGITS))
 
   def kl(params):
-    return tabular.objective(BITS, params, jnp.sum(tabular.logp(BITS, params) - reference, -1))
+    return enumerable.objective(
+      BITS, params, jnp.sum(enumerable.logp(BITS, params) - reference, -1)
+    )
 
   def token_k2(logp, group):
     return jnp.sum(penalties.k2(logp, reference[group]))
@@ -200,7 +204,9 @@ def test_trap_09_kl_of_whole_sequences_needs_the_reward_to_go(x64):
     return jnp.sum(penalties.k1(logp, reference[group]))
 
   def gradient(estimate):
-    return tabular.expected_gradient(BITS, params, estimate, group_size=1, behavior_params=params)
+    return enumerable.expected_gradient(
+      BITS, params, estimate, samples_per_prompt=1, behavior_params=params
+    )
 
   exact = jax.grad(kl)(params)
   np.testing.assert_allclose(exact[0, 0], 0.124495, atol=1e-6)
@@ -213,10 +219,10 @@ def test_trap_09_kl_of_whole_sequences_needs_the_reward_to_go(x64):
 def test_discounted_credit_by_gae_with_the_true_values_is_unbiased_at_any_trace(x64):
   """With V exact, A = GAE(trace) has the true gradient for every trace, discount 1."""
   params, rewards = params_of(BITS), jnp.asarray(REWARDS[4])
-  logp = tabular.logp(BITS, params)
+  logp = enumerable.logp(BITS, params)
   after_first = jnp.exp(logp[:, 1]) * rewards  # each sequence's share of the value after token 0
   later = jnp.repeat(after_first.reshape(2, 2).sum(axis=1), 2)
-  start = tabular.objective(BITS, params, rewards)
+  start = enumerable.objective(BITS, params, rewards)
   values = jnp.stack([jnp.full(4, start), later], axis=1)
   exact = true_gradient(BITS, params, rewards)
   for trace in (0.0, 0.5, 1.0):
@@ -230,12 +236,12 @@ def test_discounted_credit_by_gae_with_the_true_values_is_unbiased_at_any_trace(
     np.testing.assert_allclose(descent(BITS, params, estimate, 1), exact, atol=1e-12)
 
 
-@pytest.mark.parametrize('center', [centers.group_mean_detached, centers.leave_one_out])
+@pytest.mark.parametrize('center', [log_partition.group_mean_detached, log_partition.leave_one_out])
 @pytest.mark.parametrize('behavior', [0, 3])
 def test_consistency_is_at_rest_exactly_at_the_tilted_reference(center, behavior, x64):
   """pi = reference exp(R / beta) / Z is stationary for samples of any policy."""
   beta, rewards = 0.5, jnp.asarray(REWARDS[4])
-  reference = tabular.logp(BITS, params_of(BITS, 2))
+  reference = enumerable.logp(BITS, params_of(BITS, 2))
   # The tilted reference as a table: normalise bottom-up.
   tilted = jnp.exp(jnp.sum(reference, axis=-1) + rewards / beta).reshape(2, 2)
   optimum = jnp.log(jnp.stack([tilted.sum(axis=1), tilted[0], tilted[1]]))
@@ -258,9 +264,9 @@ def test_the_sampled_gradient_lies_within_its_standard_error():
   params = policy.init(jax.random.key(0))
   rewards = REWARDS[len(policy.tokens)]
   estimate = policy_gradient(policy, rewards, advantages.leave_one_out)
-  arguments = dict(group_size=2, behavior_params=params)
-  exact = tabular.expected_gradient(policy, params, estimate, **arguments)
-  mean, error = tabular.sampled_gradient(
+  arguments = dict(samples_per_prompt=2, behavior_params=params)
+  exact = enumerable.expected_gradient(policy, params, estimate, **arguments)
+  mean, error = enumerable.sampled_gradient(
     policy, params, estimate, **arguments, key=jax.random.key(0), samples=500
   )
   jax.tree.map(
@@ -271,6 +277,6 @@ def test_the_sampled_gradient_lies_within_its_standard_error():
 
 def test_too_many_groups_are_refused():
   with pytest.raises(ValueError, match='too many'):
-    tabular.expected_gradient(
-      BITS, LOGITS, lambda lp, g: 0.0, group_size=10, behavior_params=LOGITS
+    enumerable.expected_gradient(
+      BITS, LOGITS, lambda lp, g: 0.0, samples_per_prompt=10, behavior_params=LOGITS
     )

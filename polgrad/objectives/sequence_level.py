@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses import centers, distributions, implicit_rewards, links
+from polgrad.losses import implicit_rewards, log_partition, logit_stats, preference_losses
 from polgrad.losses import pointwise as pointwise_losses
 from polgrad.objectives.base import Objective, off_policy_metrics, reads, row_mean, view
 from polgrad.registry import call
@@ -15,7 +15,7 @@ from polgrad.types import Array
 def pairwise(
   *,
   score: implicit_rewards.Part,
-  link: links.Part,
+  link: preference_losses.Part,
   beta: float = 1.0,
   offset: float = 0.0,
   label_smoothing: float = 0.0,
@@ -47,7 +47,7 @@ def pairwise(
     }
     return {'preference': row_mean(loss, where)}, metrics | off_policy_metrics(x)
 
-  return Objective(requires=reads([score]) | {'label'}, apply=apply, group=2)
+  return Objective(requires=reads([score]) | {'label'}, apply=apply, rows_per_prompt=2)
 
 
 def pointwise(
@@ -55,7 +55,7 @@ def pointwise(
   score: implicit_rewards.Part,
   loss: pointwise_losses.Part,
   beta: float = 1.0,
-  group: int = 1,
+  rows_per_prompt: int = 1,
 ) -> Objective:
   """Mean over rows of loss(beta * score, ...): a label, a reward or a group says where it goes.
 
@@ -74,17 +74,19 @@ def pointwise(
     metrics = {'score': row_mean(jax.lax.stop_gradient(x['score']), where)}
     return {'pointwise': row_mean(call(loss, x), where)}, metrics | off_policy_metrics(x)
 
-  return Objective(requires=reads([score, loss], made={'score'}), apply=apply, group=group)
+  return Objective(
+    requires=reads([score, loss], made={'score'}), apply=apply, rows_per_prompt=rows_per_prompt
+  )
 
 
 def regression(
   *,
   score: implicit_rewards.Part,
-  center: centers.Part,
+  center: log_partition.Part,
   beta: float = 0.5,
   scale: float = 1.0,
-  group: int = 1,
-  stats: Mapping[str, distributions.Part] = {},
+  rows_per_prompt: int = 1,
+  stats: Mapping[str, logit_stats.Part] = {},
 ) -> Objective:
   """Mean over rows of scale * e^2 / 2, e = zeta - center, zeta = R / beta - score (arXiv:2503.18929).
 
@@ -119,7 +121,7 @@ def regression(
 
   made = {'beta', 'score', 'scaled_rewards', 'residual', *stats}
   requires = reads([score, center, *stats.values()], made=made) | {'rewards'}
-  return Objective(requires=requires, apply=apply, stats=stats, group=group)
+  return Objective(requires=requires, apply=apply, stats=stats, rows_per_prompt=rows_per_prompt)
 
 
 def _own_groups(x: dict[str, Array]) -> Array:
