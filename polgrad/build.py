@@ -167,9 +167,9 @@ def held_out(
   )
 
 
-EvaluationPart = Annotated[Evaluation, table(never, held_out)]
-PhasePart = Annotated[Phase, table(phase)]
-MeshPart = Annotated[jax.sharding.Mesh, table(sharding.make_mesh)]
+EvaluationPart = Annotated[Evaluation, table('build', never, held_out)]
+PhasePart = Annotated[Phase, table('build', phase)]
+MeshPart = Annotated[jax.sharding.Mesh, table('sharding', sharding.make_mesh)]
 
 
 class Experiment(NamedTuple):
@@ -246,7 +246,7 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
     ValueError, TypeError: names the field at fault and the valid choices.
     FileNotFoundError: a data, tokenizer or model file is missing.
   """
-  result = bind(config, table(experiment))
+  result = bind(config, table('build', experiment))
   check(result)
   return result
 

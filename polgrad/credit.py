@@ -332,6 +332,7 @@ def _named(fn: Callable) -> frozenset[str]:
 
 
 SIMPLE = table(
+  'credit',
   nothing,
   outcome,
   reward_to_go,
@@ -375,7 +376,7 @@ def gated(
   )
 
 
-TABLE = SIMPLE | table(gated)
+TABLE = SIMPLE | table('credit', gated)
 Part = Annotated[Estimator, TABLE]
 
 

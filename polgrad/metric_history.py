@@ -54,5 +54,5 @@ def latest(*, metrics: tuple, initial: tuple) -> History:
   )
 
 
-TABLE = table(running_mean, latest)
+TABLE = table('metric_history', running_mean, latest)
 Part = Annotated[History, TABLE]

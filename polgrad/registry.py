@@ -1,25 +1,38 @@
-"""Functions as configuration: `part` writes a function down as data, `bind` reads it back.
+"""Functions and dataclasses as configuration: `part` writes one down as data, `bind` reads it back.
 
     part(surrogates.clipped, eps_high=0.28)
-    -> {'name': 'clipped', 'eps_low': 0.2, 'eps_high': 0.28}
+    -> {'name': 'surrogates.clipped', 'eps_low': 0.2, 'eps_high': 0.28}
 
-A module lists what can be named in a `TABLE` and exports `Part = Annotated[Callable, TABLE]`. A
-function that takes another function annotates that argument with the module's `Part`; this is how
-`bind` knows where to look a name up. Two kinds of function stand in a table:
+A module lists what a configuration can name in a `TABLE` and exports `Part = Annotated[Callable, TABLE]`.
+A function (or dataclass) that takes another function annotates that argument with the `Part` of the
+other's module; this is how `bind` knows which names are valid there. Three kinds of entries exist:
 
-* an elementary function takes arrays by position and knobs by keyword; `bind` fixes the knobs.
-  The *names* of its positional arguments say what it reads (see `inputs` and `call`);
-* a factory takes keywords only; `bind` calls it.
+* An elementary function takes arrays by position and knobs by keyword. `bind` fixes the knobs and
+  returns a function of the arrays. The *names* of its positional arguments say which arrays it reads
+  (see `inputs` and `call`).
+* A factory takes keywords only. `bind` calls it and returns the result.
+* A dataclass is a factory whose fields are the knobs, so a field and its documentation are written once.
+
+A name is qualified by its module, because different modules have functions of the same name:
+`advantages.group_mean` is not `log_partition.group_mean`. A function of your own needs no entry in a
+table. `part(my_reward)` writes the file and the function down, `/home/me/run.py:my_reward`.
 """
 
 import collections
+import dataclasses
+import difflib
 import functools
+import importlib.util
 import inspect
+import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
+
+_NAMES: dict[Callable, str] = {}  # qualified names of what tables list
+_OWN: dict[str, Callable] = {}  # functions that no table lists, by the name that `part` gave them
 
 
 class Weighted(NamedTuple):
@@ -29,40 +42,47 @@ class Weighted(NamedTuple):
   fn: Callable
 
 
-def table(*functions: Callable) -> dict[str, Callable]:
-  """The functions under their own names; a name may stand once.
+def table(module: str, *functions: Callable) -> dict[str, Callable]:
+  """The functions by their qualified names, for example `surrogates.clipped`.
+
+  Args:
+    module: what a user writes before the dot: `surrogates` for `surrogates.clipped`.
+    functions: functions and dataclasses.
 
   Raises:
-    ValueError: a name that stands twice, or a knob called `name` or `weight`, which parts have.
+    ValueError: two functions with one name, one function with two names, or a knob called `name` or
+      `weight`, which parts have themselves.
   """
-  names = [f.__name__ for f in functions]
-  if len(set(names)) != len(names):
-    raise ValueError(f'a name stands twice in {names}')
-  for f in functions:
-    taken = {'name', 'weight'} & _knobs(f).keys()
+  entries = {}
+  for fn in functions:
+    taken = {'name', 'weight'} & _knobs(fn).keys()
     if taken:
-      raise ValueError(f'{f.__name__}: a knob cannot be called {sorted(taken)}')
-  return dict(zip(names, functions))
+      raise ValueError(f'{fn.__name__}: a knob cannot be called {sorted(taken)}')
+    name = f'{module}.{fn.__name__}'
+    if name in entries or _NAMES.setdefault(fn, name) != name:
+      raise ValueError(f'{name!r}: another entry has this name, or {_NAMES[fn]!r} is this function')
+    entries[name] = fn
+  return entries
 
 
 def either(*choices: dict[str, Callable]) -> Mapping[str, Callable]:
-  """Several tables as one; what is registered in one of them later is found here too."""
+  """Several tables as one; later additions to one of them are found here too."""
   return collections.ChainMap(*choices)
 
 
-def register(choices: dict[str, Callable], fn: Callable) -> Callable:
-  """Adds a function of your own to a table, so that a configuration can name it.
-
-      registry.register(verifiers.TABLE, is_haiku)
+def name_of(fn: Callable) -> str:
+  """The name that a configuration has for a function or dataclass.
 
   Raises:
-    ValueError: the name is polgrad's already.
+    ValueError: a function without a name (a lambda).
   """
-  known = choices.get(fn.__name__)
-  if known is not None and known.__module__.startswith('polgrad.'):
-    raise ValueError(f'{fn.__name__!r} is taken by {known.__module__}')
-  choices[fn.__name__] = fn
-  return fn
+  if fn in _NAMES:
+    return _NAMES[fn]
+  if fn.__name__ == '<lambda>':
+    raise ValueError('a lambda has no name that a configuration could hold: use def')
+  name = f'{_file_of(fn)}:{fn.__qualname__}'
+  _OWN[name] = fn
+  return name
 
 
 def part(fn: Callable, **knobs) -> ml_collections.ConfigDict:
@@ -71,16 +91,16 @@ def part(fn: Callable, **knobs) -> ml_collections.ConfigDict:
   Raises:
     ValueError: a knob that `fn` does not have, or a required one that is missing.
   """
-  spec = {'name': fn.__name__}
+  spec = {'name': name_of(fn)}
   parameters = _knobs(fn)
-  _check_names(fn.__name__, knobs, parameters)
+  _check_names(spec['name'], knobs, parameters)
   for name, parameter in parameters.items():
     value = knobs.get(name, parameter.default)
     if value is inspect.Parameter.empty:
-      raise ValueError(f'{fn.__name__} needs {name!r}')
+      raise ValueError(f'{spec["name"]} needs {name!r}')
     if isinstance(parameter.default, float) and isinstance(value, int):
       value = float(value)  # a ConfigDict would hold later overrides to int
-    spec[name] = part(value) if inspect.isfunction(value) else value
+    spec[name] = part(value) if _is_entry(value) else value
   return ml_collections.ConfigDict(spec)
 
 
@@ -94,21 +114,19 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
 
   Args:
     spec: what `part` wrote, perhaps with overridden knobs; `weighted` gives a `Weighted`.
-    choices: the table in which the name is looked up.
-    path: where the part stands in the configuration, for error messages.
+    choices: the table in which the name is looked up. A name with a colon is a file and a function.
+    path: the place of the part in the configuration, for error messages.
 
   Raises:
-    ValueError: an unknown name or knob; the message lists the valid ones.
+    ValueError: an unknown name or knob; the message lists the valid ones and suggests a near one.
     TypeError: a knob of the wrong type.
   """
   if not isinstance(spec, Mapping | ml_collections.ConfigDict) or 'name' not in spec:
     raise TypeError(f'{path}: expected a part with a name out of {sorted(choices)}, got {spec!r}')
   spec = dict(spec)
   name = spec.pop('name')
-  if name not in choices:
-    raise ValueError(f'{path}.name: unknown {name!r}; valid: {sorted(choices)}')
   weight = spec.pop('weight', None)
-  fn = choices[name]
+  fn = _look_up(name, choices, path)
   parameters = _knobs(fn)
   _check_names(path, spec, parameters)
   hints = typing.get_type_hints(fn, include_extras=True)
@@ -118,7 +136,7 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
     if value is inspect.Parameter.empty:
       raise ValueError(f'{path}: {name} needs {knob!r}')
     bound[knob] = _bind_knob(value, hints.get(knob), parameter, f'{path}.{knob}')
-  result = functools.partial(fn, **bound) if inputs(fn) else fn(**bound)
+  result = functools.partial(fn, **bound) if inputs(fn) else _make(fn, bound, path)
   return result if weight is None else Weighted(weight, result)
 
 
@@ -136,38 +154,125 @@ def check_weighted(slot: str, parts: Mapping[str, Any]) -> None:
 @functools.lru_cache(maxsize=4096)
 def inputs(fn: Callable) -> tuple[str, ...]:
   """The names of the arrays that `fn` reads: its positional parameters."""
+  if inspect.isclass(fn):
+    return ()
   kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
   return tuple(p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds)
 
 
+class UnknownArray(KeyError):
+  """A function names an array that is not there."""
+
+  def __str__(self) -> str:
+    return self.args[0]  # KeyError would print it in quotes
+
+
 def call(fn: Callable, arrays: Mapping[str, Any]) -> Any:
-  """Calls `fn` with the arrays that it names."""
+  """Calls `fn` with the arrays that it names.
+
+  Raises:
+    UnknownArray: lists the arrays that there are, and suggests one.
+  """
+  missing = [name for name in inputs(fn) if name not in arrays]
+  if missing:
+    reader = getattr(fn, 'func', fn).__name__
+    known = sorted(k for k in arrays if arrays[k] is not None)
+    raise UnknownArray(
+      f'{reader} reads {missing[0]!r}, which is not here{suggest(missing[0], known)}'
+    )
   return fn(*(arrays[name] for name in inputs(fn)))
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+  """The end of an error message: the near name, if there is one, and all valid names."""
+  known = sorted(known)
+  # `group_mean` should find `advantages.group_mean`, so the last components are compared as well.
+  last = {k.rpartition('.')[2]: k for k in reversed(known)}
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+  near = near or [
+    last[k] for k in difflib.get_close_matches(name.rpartition('.')[2], last, n=1, cutoff=0.6)
+  ]
+  return (f'; did you mean {near[0]!r}?' if near else ';') + f' valid: {known}'
+
+
+def _look_up(name: str, choices: Mapping[str, Callable], path: str) -> Callable:
+  if name in choices:
+    return choices[name]
+  if not isinstance(name, str) or ':' not in name:
+    raise ValueError(f'{path}.name: unknown {name!r}{suggest(str(name), choices)}')
+  if name not in _OWN:
+    _OWN[name] = _load(name, path)
+  return _OWN[name]
+
+
+def _load(name: str, path: str) -> Callable:
+  """Reads `file.py:function`, for example from the config.json of an earlier run."""
+  file, _, function = name.rpartition(':')
+  if not os.path.isfile(file):
+    raise ValueError(f'{path}.name: {name!r} needs the file {file}, which does not exist')
+  spec = importlib.util.spec_from_file_location('polgrad_config_' + str(abs(hash(file))), file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  for key, value in vars(module).items():  # one file is read once for all its functions
+    if callable(value) and getattr(value, '__module__', '') == module.__name__:
+      _OWN.setdefault(f'{file}:{key}', value)
+  if not callable(getattr(module, function, None)):
+    raise ValueError(f'{path}.name: there is no function {function!r} in {file}')
+  return getattr(module, function)
+
+
+def _file_of(fn: Callable) -> str:
+  """The file in which a function or class is written."""
+  functions = [fn, *vars(fn).values()] if inspect.isclass(fn) else [fn]
+  codes = [f.__code__ for f in functions if inspect.isfunction(f)]
+  files = [c.co_filename for c in codes if not c.co_filename.startswith('<')]
+  return os.path.abspath(files[0]) if files else fn.__module__
+
+
+def _is_entry(value: Any) -> bool:
+  return inspect.isfunction(value) or (inspect.isclass(value) and dataclasses.is_dataclass(value))
+
+
 def _knobs(fn: Callable) -> dict[str, inspect.Parameter]:
+  if inspect.isclass(fn):
+    return {f.name: _field_parameter(f) for f in dataclasses.fields(fn) if f.init}
   parameters = inspect.signature(fn).parameters
   return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def _field_parameter(field: dataclasses.Field) -> inspect.Parameter:
+  default = field.default
+  if field.default_factory is not dataclasses.MISSING:
+    default = field.default_factory()
+  if default is dataclasses.MISSING:
+    default = inspect.Parameter.empty
+  return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
+
+
 def _check_names(where: str, given: Mapping, parameters: Mapping) -> None:
-  unknown = sorted(set(given) - set(parameters))
-  if unknown:
-    raise ValueError(f'{where}: unknown {unknown}; valid: {sorted(parameters)}')
+  for name in sorted(set(given) - set(parameters)):
+    raise ValueError(f'{where}: unknown {name!r}{suggest(name, parameters)}')
+
+
+def _make(fn: Callable, knobs: Mapping[str, Any], path: str) -> Any:
+  """Calls a factory; an error of its own names the place in the configuration."""
+  try:
+    return fn(**knobs)
+  except (ValueError, TypeError) as error:
+    if str(error).startswith('config'):
+      raise
+    raise type(error)(f'{path}: {error}') from error
 
 
 def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
   """Binds nested parts, and checks plain values against the default's type (or the hint)."""
   if typing.get_origin(hint) is typing.Annotated:
-    if inspect.isfunction(value):
-      value = part(value)
-    bound = bind(value, hint.__metadata__[0], path)
-    if isinstance(bound, Weighted):
-      raise TypeError(f'{path}: one part stands here, so it takes no weight')
-    return bound
+    return _bind_part(value, hint, path)
   arguments = typing.get_args(hint)
   if arguments and typing.get_origin(arguments[-1]) is typing.Annotated:
-    return {k: bind(v, arguments[-1].__metadata__[0], f'{path}.{k}') for k, v in value.items()}
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+      raise TypeError(f'{path}: expected parts by name, got {value!r}')
+    return {k: _bind_part(v, arguments[-1], f'{path}.{k}', weight=True) for k, v in value.items()}
   has_default = parameter.default is not inspect.Parameter.empty
   expected = type(parameter.default) if has_default else hint
   if not isinstance(expected, type) or (isinstance(value, expected) and expected is not int):
@@ -181,3 +286,15 @@ def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
   if expected is dict and isinstance(value, ml_collections.ConfigDict):
     return value.to_dict()
   raise TypeError(f'{path}: expected {expected.__name__}, got {type(value).__name__} {value!r}')
+
+
+def _bind_part(value, hint, path: str, *, weight: bool = False):
+  """Binds a part of a slot, and checks that the slot can hold what it makes."""
+  kind, choices = hint.__origin__, hint.__metadata__[0]
+  bound = bind(part(value) if _is_entry(value) else value, choices, path)
+  made = bound.fn if isinstance(bound, Weighted) else bound
+  if isinstance(bound, Weighted) and not weight:
+    raise TypeError(f'{path}: one part belongs here, so it takes no weight')
+  if inspect.isclass(kind) and not isinstance(made, kind):
+    raise TypeError(f'{path}: expected a {kind.__name__}, got {made!r}')
+  return bound

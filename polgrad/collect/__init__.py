@@ -32,5 +32,5 @@ __all__ = [
   'rollouts',
 ]
 
-TABLE = table(rollouts, explored, demonstrations, preferences)
+TABLE = table('collect', rollouts, explored, demonstrations, preferences)
 Part = Annotated[Collector, TABLE]

@@ -58,7 +58,9 @@ def explored(
     temperature, mask_truncated: as in `rollouts`.
   """
   if rounds < 1 or samples_per_prompt % rounds:
-    raise ValueError(f'explored: a group of {samples_per_prompt} is not drawn in {rounds} equal rounds')
+    raise ValueError(
+      f'explored: a group of {samples_per_prompt} is not drawn in {rounds} equal rounds'
+    )
   if minibatches < 1 or prompts % minibatches:
     raise ValueError(f'explored: {prompts} prompts do not divide into {minibatches} minibatches')
   if epochs < 1 or eps <= 0 or kl_limit <= 0:

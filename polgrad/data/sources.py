@@ -194,10 +194,10 @@ def _plain(value):
   return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
-BASE = table(arithmetic, jsonl, tfds_records, reasoning_gym)
+BASE = table('sources', arithmetic, jsonl, tfds_records, reasoning_gym)
 
 
-def wrong_digit_pairs(*, source: Annotated[Callable, BASE], seed: int = 0) -> Source:
+def wrong_digit_pairs(*, source: Annotated[Source, BASE], seed: int = 0) -> Source:
   """Another source's records with `chosen`, the answer, and `rejected`, it with one digit changed.
 
   Row and `seed` alone decide which digit becomes which other one. Only the number 0 itself begins
@@ -227,10 +227,10 @@ def _change_digit(number, rng):
   return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
-PLAIN = BASE | table(wrong_digit_pairs)
+PLAIN = BASE | table('sources', wrong_digit_pairs)
 
 
-def as_chat(*, source: Annotated[Callable, PLAIN], system: str = '') -> Source:
+def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:
   """Another source's records with `prompt` put as `messages`: a system turn, if any, and a user's.
 
   Raises:
@@ -248,5 +248,5 @@ def as_chat(*, source: Annotated[Callable, PLAIN], system: str = '') -> Source:
   return Source(len(source), record)
 
 
-TABLE = PLAIN | table(as_chat)
-Part = Annotated[Callable, TABLE]
+TABLE = PLAIN | table('sources', as_chat)
+Part = Annotated[Source, TABLE]

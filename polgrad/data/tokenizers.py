@@ -302,5 +302,5 @@ def _need(path, what):
     raise FileNotFoundError(f'{path}: expected {what}')
 
 
-TABLE = table(byte, characters, sentencepiece, huggingface)
-Part = Annotated[Callable, TABLE]
+TABLE = table('tokenizers', byte, characters, sentencepiece, huggingface)
+Part = Annotated[Tokenizer, TABLE]

@@ -172,16 +172,16 @@ def _check(rewards: Array, group_ids: Array, valid: Array) -> None:
   chex.assert_equal_shape([rewards, group_ids, valid])
 
 
-TABLE = table(
+TABLE = baselines.TABLE | table(
+  'advantages',
   raw,
   group_mean,
   group_normalized,
   leave_one_out,
   batch_mean,
   batch_normalized,
-  *baselines.TABLE.values(),
 )
 Part = Annotated[Callable, TABLE]
 
-NORMALIZERS = table(identity, whiten)
+NORMALIZERS = table('advantages', identity, whiten)
 NormalizerPart = Annotated[Callable, NORMALIZERS]

@@ -82,5 +82,5 @@ def _count(where: Array, loss: Array) -> Array:
   return jnp.sum(where, dtype=loss.dtype)
 
 
-TABLE = table(token_mean, sequence_mean, sequence_sum, constant_length)
+TABLE = table('aggregation', token_mean, sequence_mean, sequence_sum, constant_length)
 Part = Annotated[Callable, TABLE]

@@ -253,6 +253,7 @@ def _share(valid: Array, counted: Array) -> Array:
 
 
 TABLE = table(
+  'baselines',
   sampled_baseline,
   length_weighted,
   gradient_weighted,
@@ -264,4 +265,4 @@ TABLE = table(
 )
 Part = Annotated[Callable, TABLE]
 
-TOKEN_BASELINES = table(optimal_token_baseline)
+TOKEN_BASELINES = table('baselines', optimal_token_baseline)

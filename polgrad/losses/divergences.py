@@ -90,5 +90,5 @@ def _kl(p: Array, q: Array) -> Array:
   return jnp.sum(jnp.where(possible, jnp.exp(p) * (p - q), 0), axis=-1)
 
 
-TABLE = table(forward_kl, reverse_kl, jensen_shannon)
+TABLE = table('divergences', forward_kl, reverse_kl, jensen_shannon)
 Part = Annotated[Callable, TABLE]

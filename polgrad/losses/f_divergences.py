@@ -95,6 +95,12 @@ def _data(log_t: Array) -> Array:
 
 
 TABLE = table(
-  forward_kl, reverse_kl, jensen_shannon, total_variation, forward_chi_square, reverse_chi_square
+  'f_divergences',
+  forward_kl,
+  reverse_kl,
+  jensen_shannon,
+  total_variation,
+  forward_chi_square,
+  reverse_chi_square,
 )
 Part = Annotated[Callable, TABLE]

@@ -106,5 +106,13 @@ def bellman_sum(logp: Array, reference_logp: Array, log_normalizer: Array, mask:
   return logp_sum(log_normalizer, first) + log_ratio_sum(logp, reference_logp, mask)
 
 
-TABLE = table(log_ratio_sum, log_ratio_mean, logp_sum, logp_mean, old_log_ratio_sum, bellman_sum)
+TABLE = table(
+  'implicit_rewards',
+  log_ratio_sum,
+  log_ratio_mean,
+  logp_sum,
+  logp_mean,
+  old_log_ratio_sum,
+  bellman_sum,
+)
 Part = Annotated[Callable, TABLE]

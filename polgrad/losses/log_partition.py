@@ -158,6 +158,7 @@ def _same(x: Array, group_ids: Array) -> Array:
 
 
 TABLE = table(
+  'log_partition',
   zero,
   group_mean,
   group_mean_detached,

@@ -123,6 +123,7 @@ def _probabilities(logits: Array, tokens: Array) -> tuple[Array, Array]:
 
 
 TABLE = table(
+  'logit_stats',
   logp,
   entropy,
   log_normalizer,

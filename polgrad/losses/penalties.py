@@ -249,6 +249,7 @@ def entropy_band_published(
 
 
 TABLE = table(
+  'penalties',
   k1,
   k2,
   squared_log_ratio,

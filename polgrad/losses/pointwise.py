@@ -155,5 +155,5 @@ def _gap(rewards: Array, other: Array) -> Array:
   return jnp.where(jnp.any(other, axis=-1), rewards - total(rewards, other), 0)
 
 
-TABLE = table(logistic, sigmoid, squared, paired_product_clip, paired_joint_clip)
+TABLE = table('pointwise', logistic, sigmoid, squared, paired_product_clip, paired_joint_clip)
 Part = Annotated[Callable, TABLE]

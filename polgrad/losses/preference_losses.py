@@ -66,5 +66,5 @@ def hinge(margin: Array, label: Array, *, threshold: float = 1.0) -> Array:
   return label * jax.nn.relu(threshold - margin) + (1 - label) * jax.nn.relu(threshold + margin)
 
 
-TABLE = table(logistic, squared, hinge)
+TABLE = table('preference_losses', logistic, squared, hinge)
 Part = Annotated[Callable, TABLE]

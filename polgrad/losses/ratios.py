@@ -261,6 +261,7 @@ def _straight_through(log_ratio: Array, value: Array, mask: Array) -> Array:
 
 
 TABLE = table(
+  'ratios',
   token,
   sequence_geometric,
   sequence_geometric_clipped,
@@ -272,5 +273,5 @@ TABLE = table(
 Part = Annotated[Callable, TABLE]
 
 # What the log-ratio is taken against: logp minus one of these.
-PROXIMALS = table(recorded, behavior, interpolated)
+PROXIMALS = table('ratios', recorded, behavior, interpolated)
 ProximalPart = Annotated[Callable, PROXIMALS]

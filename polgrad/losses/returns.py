@@ -229,9 +229,9 @@ def _scan_backwards(step: Callable, carry, *arrays: Array):
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
 
 
-TABLE = table(reward_to_go, gae)
+TABLE = table('returns', reward_to_go, gae)
 Part = Annotated[Callable, TABLE]
 
 # For data of another policy.
-TARGETS = table(vtrace_targets, retrace_targets)
-CORRECTED = table(vtrace_advantages)
+TARGETS = table('returns', vtrace_targets, retrace_targets)
+CORRECTED = table('returns', vtrace_advantages)

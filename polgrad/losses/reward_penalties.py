@@ -61,5 +61,5 @@ def _clipped(log_ratio_sum: Array, limit: float) -> Array:
   return jnp.clip(bounded(jax.lax.stop_gradient(log_ratio_sum)), -bound, bound)
 
 
-TABLE = table(chi_square, root_chi_square)
+TABLE = table('reward_penalties', chi_square, root_chi_square)
 Part = Annotated[Callable, TABLE]

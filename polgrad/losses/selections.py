@@ -265,6 +265,7 @@ def _centered(x: Array, mask: Array) -> Array:
 
 
 TABLE = table(
+  'selections',
   second_moment,
   top_covariance,
   random_covariance,

@@ -287,6 +287,7 @@ def _pessimistic(ratio: Array, advantages: Array, low: Array | float, high: Arra
 
 
 TABLE = table(
+  'surrogates',
   reinforce,
   importance_weighted,
   clipped,

@@ -226,6 +226,7 @@ def _row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
 
 
 TABLE = table(
+  'weights',
   truncated_importance,
   masked_importance,
   truncated_sequence_importance,
@@ -233,6 +234,8 @@ TABLE = table(
   tapered,
   gamma_shaped,
   soft_gate,
+) | table(
+  'trust_region_masks',
   geometric_band,
   one_sided,
   two_sided,

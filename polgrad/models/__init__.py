@@ -10,7 +10,7 @@ from polgrad.models.token_stats import token_stats
 from polgrad.models.transformer import decoder
 from polgrad.registry import table
 
-TABLE = BASE | table(lora)
-Part = Annotated[Callable, TABLE]
+TABLE = BASE | table('models', lora)
+Part = Annotated[Policy, TABLE]
 
 __all__ = ['TABLE', 'Part', 'Policy', 'decoder', 'lora', 'pretrained', 'token_stats']

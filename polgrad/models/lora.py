@@ -32,7 +32,7 @@ from polgrad.sharding import place, to_host, together
 
 Params = Any
 
-BASE = table(decoder, pretrained)
+BASE = table('models', decoder, pretrained)
 MODULES = {
   'query': 'self_attn.q_proj',
   'key': 'self_attn.k_proj',

@@ -20,7 +20,9 @@ from polgrad.objectives.sequence_level import pairwise, pointwise, regression
 from polgrad.registry import check_weighted, table
 from polgrad.types import Batch, Outputs
 
-FAMILIES = table(policy_gradient, pairwise, pointwise, regression, distillation, supervised)
+FAMILIES = table(
+  'objectives', policy_gradient, pairwise, pointwise, regression, distillation, supervised
+)
 
 
 def weighted_sum(
@@ -90,7 +92,7 @@ def _below(name: str, items: Mapping) -> dict:
   return {k.removeprefix(prefix): v for k, v in items.items() if k.startswith(prefix)}
 
 
-TABLE = FAMILIES | table(weighted_sum)
+TABLE = FAMILIES | table('objectives', weighted_sum)
 Part = Annotated[Objective, TABLE]
 
 __all__ = [

@@ -14,9 +14,9 @@ from polgrad.objectives.base import (
   view,
   weigh,
 )
-from polgrad.registry import call, table
+from polgrad.registry import call
 
-LossPart = Annotated[Callable, table(penalties.nll, logit_stats.one_token_rollout)]
+LossPart = Annotated[Callable, penalties.TABLE | logit_stats.TABLE]
 
 
 def distillation(*, divergence: divergences.Part, aggregation: aggregations.Part) -> Objective:

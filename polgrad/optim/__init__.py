@@ -30,7 +30,7 @@ from polgrad.optim.variance_reduction import (
 from polgrad.optim.wrappers import Oracle, balanced, in_float32
 from polgrad.registry import table
 
-TABLE = STANDARD | table(normalized_igt, harpg, signal_to_noise, bias_scaled)
+TABLE = STANDARD | table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled)
 Part = Annotated[optax.GradientTransformation, TABLE]
 
 __all__ = [

@@ -31,5 +31,5 @@ def sync(anchor: Params, params: Params, step: Array, *, every: int = 100) -> Pa
   return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, params)
 
 
-ANCHORS = table(fixed, ema, sync)
+ANCHORS = table('optim', fixed, ema, sync)
 AnchorPart = Annotated[Callable, ANCHORS]

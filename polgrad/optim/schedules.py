@@ -62,5 +62,5 @@ def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:
   return optax.join_schedules([rise, fall], [warmup])(step)
 
 
-SCHEDULES = table(constant, linear, cosine, inverse_linear, stairs, two_phase)
+SCHEDULES = table('optim', constant, linear, cosine, inverse_linear, stairs, two_phase)
 SchedulePart = Annotated[Callable[[Array], Array], SCHEDULES]

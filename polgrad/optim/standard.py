@@ -53,5 +53,5 @@ def sgd(
   return in_float32(transform) if master_weights else transform
 
 
-STANDARD = table(adamw, sgd)
+STANDARD = table('optim', adamw, sgd)
 StandardPart = Annotated[optax.GradientTransformation, STANDARD]

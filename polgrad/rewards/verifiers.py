@@ -100,5 +100,7 @@ def _task_scorer(task):
   return get_score_answer_fn(task)
 
 
-TABLE = table(exact_match, numeric_answer, regex_format, reasoning_gym_score, soft_overlong)
+TABLE = table(
+  'verifiers', exact_match, numeric_answer, regex_format, reasoning_gym_score, soft_overlong
+)
 Part = Annotated[Callable, TABLE]

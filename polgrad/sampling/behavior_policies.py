@@ -41,5 +41,5 @@ def geometric_mixture(policy: Array, reference: Array, *, reference_weight: floa
   return jax.nn.log_softmax((1 - w) * log_policy + w * log_reference)
 
 
-TABLE = table(current, greedy, reference, geometric_mixture)
+TABLE = table('behavior_policies', current, greedy, reference, geometric_mixture)
 Part = Annotated[Callable, TABLE]
