@@ -1,10 +1,16 @@
+import dataclasses
+import importlib
 import json
+import pathlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import pytest
 
-from polgrad import registry
+import polgrad
+from polgrad import credit, registry
+from polgrad.losses import log_partition
 from polgrad.registry import Weighted, bind, call, inputs, part, table, weighted
 
 
@@ -16,7 +22,7 @@ def plain(margin):
   return ('plain', margin)
 
 
-LINKS = table(hinge, plain)
+LINKS = table('links', hinge, plain)
 LinkPart = Annotated[Callable, LINKS]
 
 
@@ -34,13 +40,21 @@ def needy(*, path: str):
   return path
 
 
-FACTORIES = table(pair, needy)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  steps: int = 3
+  link: LinkPart = hinge
+  extra: Mapping[str, LinkPart] = dataclasses.field(default_factory=dict)
+
+
+FACTORIES = table('made', pair, needy, Settings)
+SettingsPart = Annotated[Settings, table('made', Settings)]
 
 
 def test_part_is_complete_json_and_binds_back():
   spec = part(pair, steps=5, extra={'a': weighted(0.5, part(plain))})
   data = json.loads(spec.to_json())
-  assert data['link'] == {'name': 'hinge', 'threshold': 1.0, 'squared': False}
+  assert data['link'] == {'name': 'links.hinge', 'threshold': 1.0, 'squared': False}
   link, steps, sizes, extra = bind(data, FACTORIES)
   assert link(2.0) == ('hinge', 2.0, 1.0, False)
   assert (steps, sizes) == (5, (1, 2))
@@ -63,24 +77,28 @@ def test_int_for_float_knob_is_float_and_can_be_overridden():
 @pytest.mark.parametrize(
   'spec, error, words',
   [
-    ({'name': 'hing'}, ValueError, ['config.name', 'hing', "['needy', 'pair']"]),
-    ({'name': 'pair', 'setps': 1}, ValueError, ['setps', "'steps'"]),
-    ({'name': 'pair', 'steps': 1.5}, TypeError, ['config.steps', 'int', '1.5']),
-    ({'name': 'pair', 'steps': True}, TypeError, ['config.steps', 'int']),
+    ({'name': 'made.pai'}, ValueError, ['config.name', 'made.pai', "did you mean 'made.pair'?"]),
+    ({'name': 'made.pair', 'setps': 1}, ValueError, ['setps', "'steps'"]),
+    ({'name': 'made.pair', 'steps': 1.5}, TypeError, ['config.steps', 'int', '1.5']),
+    ({'name': 'made.pair', 'steps': True}, TypeError, ['config.steps', 'int']),
     (
-      {'name': 'pair', 'link': {'name': 'hinge', 'threshold': 'x'}},
+      {'name': 'made.pair', 'link': {'name': 'links.hinge', 'threshold': 'x'}},
       TypeError,
       ['config.link.threshold', 'float'],
     ),
     (
-      {'name': 'pair', 'link': {'name': 'no'}},
+      {'name': 'made.pair', 'link': {'name': 'no'}},
       ValueError,
-      ['config.link.name', "['hinge', 'plain']"],
+      ['config.link.name', "['links.hinge', 'links.plain']"],
     ),
-    ({'name': 'pair', 'extra': {'k': {'name': 'no'}}}, ValueError, ['config.extra.k.name']),
-    ({'name': 'pair', 'link': 3}, TypeError, ['config.link', "['hinge', 'plain']"]),
-    ({'name': 'needy'}, ValueError, ['needy', 'path']),
-    ({'name': 'needy', 'path': 3}, TypeError, ['config.path', 'str']),
+    ({'name': 'made.pair', 'extra': {'k': {'name': 'no'}}}, ValueError, ['config.extra.k.name']),
+    (
+      {'name': 'made.pair', 'link': 3},
+      TypeError,
+      ['config.link', "['links.hinge', 'links.plain']"],
+    ),
+    ({'name': 'made.needy'}, ValueError, ['needy', 'path']),
+    ({'name': 'made.needy', 'path': 3}, TypeError, ['config.path', 'str']),
     ({'steps': 3}, TypeError, ['config', 'name']),
   ],
 )
@@ -92,7 +110,7 @@ def test_bad_parts_are_refused_with_field_and_choices(spec, error, words):
 
 
 def test_part_refuses_unknown_and_missing_knobs():
-  with pytest.raises(ValueError, match=r"unknown \['eps'\].*'squared', 'threshold'"):
+  with pytest.raises(ValueError, match=r"unknown 'eps'.*'squared', 'threshold'"):
     part(hinge, eps=1)
   with pytest.raises(ValueError, match="needy needs 'path'"):
     part(needy)
@@ -107,23 +125,84 @@ def test_inputs_are_positional_names_and_call_supplies_them():
 
 
 def test_table_refuses_a_name_twice():
-  with pytest.raises(ValueError, match='twice'):
-    table(hinge, hinge)
-
-
-def test_register_adds_own_functions_but_hides_none_of_ours():
-  choices = dict(LINKS)
-  mine = registry.register(choices, lambda margin: margin)
-  assert choices['<lambda>'] is mine
-  from polgrad.losses import surrogates
-
-  def clipped(log_ratio, advantages):
-    return log_ratio
-
-  with pytest.raises(ValueError, match=r'polgrad\.losses\.surrogates'):
-    registry.register(dict(surrogates.TABLE), clipped)
+  with pytest.raises(ValueError, match=r'links\.hinge'):
+    table('links', hinge, hinge)
+  with pytest.raises(ValueError, match=r"'other\.hinge'.*'links\.hinge'"):
+    table('other', hinge)
 
 
 def test_knobs_that_parts_use_themselves_are_refused():
   with pytest.raises(ValueError, match='weight'):
-    table(lambda x, *, weight=0.5: x)
+    table('links', lambda x, *, weight=0.5: x)
+
+
+def test_a_function_of_another_module_does_not_become_the_one_of_the_same_name():
+  """`log_partition.group_mean` in the slot of an advantage built `advantages.group_mean`."""
+  spec = part(credit.outcome, advantage=part(log_partition.group_mean))
+  with pytest.raises(
+    ValueError, match=r"advantage\.name: unknown 'log_partition\.group_mean'"
+  ) as error:
+    bind(spec, credit.TABLE)
+  assert "did you mean 'advantages.group_mean'" in str(error.value)
+
+
+def test_every_name_is_what_a_user_writes_before_and_after_the_dot():
+  modules = [m.name for m in pkgutil.walk_packages(polgrad.__path__, 'polgrad.')]
+  loaded = {name: importlib.import_module(name) for name in modules if '__main__' not in name}
+  by_last = {name.rpartition('.')[2]: module for name, module in loaded.items()}
+  for fn, name in registry._NAMES.items():
+    if fn.__module__.startswith('polgrad.'):
+      module, _, function = name.partition('.')
+      assert getattr(by_last[module], function) is fn, name
+
+
+def test_a_dataclass_is_a_part_whose_fields_are_knobs():
+  spec = part(Settings, extra={'a': part(plain)})
+  data = json.loads(spec.to_json())
+  assert data['name'] == 'made.Settings' and data['link']['name'] == 'links.hinge'
+  made = bind(data, FACTORIES)
+  assert isinstance(made, Settings) and made.steps == 3
+  assert made.link(1.0)[0] == 'hinge' and made.extra['a'](1) == ('plain', 1)
+  with pytest.raises(ValueError, match="unknown 'stepz'; did you mean 'steps'"):
+    part(Settings, stepz=3)
+
+
+def own(margin, *, scale=2.0):
+  return scale * margin
+
+
+def test_a_function_of_the_users_file_needs_no_registration(tmp_path):
+  data = json.loads(part(pair, link=part(own, scale=3.0)).to_json())
+  assert data['link']['name'] == f'{pathlib.Path(__file__)}:own'
+  assert bind(data, FACTORIES)[0](2.0) == 6.0
+  # In another process, such as `evaluate` on the config.json of a run, the file is read again.
+  file = tmp_path / 'mine.py'
+  file.write_text('def double(margin, *, by: float = 2.0):\n  return by * margin\n')
+  data['link'] = {'name': f'{file}:double', 'by': 5}
+  assert bind(data, FACTORIES)[0](2.0) == 10.0
+  for name, words in [(f'{file}:triple', 'triple'), (f'{file}.no:double', 'does not exist')]:
+    with pytest.raises(ValueError, match=words):
+      bind({**data, 'link': {'name': name}}, FACTORIES)
+  with pytest.raises(ValueError, match='lambda'):
+    part(lambda margin: margin)
+
+
+def test_what_a_slot_cannot_hold_is_refused():
+  with pytest.raises(TypeError, match='config: expected a Settings'):
+    registry._bind_part(part(wrong_settings), SettingsPart, 'config')
+
+
+def wrong_settings(*, steps: int = 1):
+  return steps
+
+
+def test_a_misspelt_array_lists_the_names_and_suggests_one():
+  def mine(log_ratio, advantage):
+    return log_ratio * advantage
+
+  with pytest.raises(registry.UnknownArray) as error:
+    call(mine, {'log_ratio': 1.0, 'advantages': 2.0})
+  assert str(error.value) == (
+    "mine reads 'advantage', which is not here; did you mean 'advantages'? "
+    "valid: ['advantages', 'log_ratio']"
+  )
