@@ -18,6 +18,8 @@ from polgrad.registry import part
 from tests import examples
 from tests.objectives_test import loss_of
 
+# The package has a function of this name as well.
+rollouts = importlib.import_module('polgrad.collect.rollouts')
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(
   p for p in (ROOT / 'experiments').rglob('*.py') if p.stem not in ('__init__', 'common', 'hub')

@@ -28,7 +28,7 @@ class Objective(NamedTuple):
     advance: (state, metrics) -> state, once an update, with the metrics of the whole batch.
     stats: functions of (logits, tokens, teacher_logits, hidden), by name, to be evaluated for every
       token in the pass over the vocabulary; they arrive as `outputs.stats`.
-    group: rows that must stay together, in this order, when a batch is split.
+    rows_per_prompt: rows that must stay together, in this order, when a batch is split.
     select: (outputs, batch, state, *, step) -> features [B, ...] that compare tokens of the whole
       batch (ranks, moments). Whoever splits a batch calls it before and adds the result to
       `batch.features`; otherwise `apply` does. None: there is nothing to compare.

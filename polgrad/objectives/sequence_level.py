@@ -63,7 +63,7 @@ def pointwise(
     score: [B] sequence score, such as the summed log-ratio to the reference.
     loss: one number a row, of the score or of any arrays that it names.
     beta: multiplies the score.
-    group: rows of one prompt; needed when `loss` compares the rows of a group.
+    rows_per_prompt: rows of one prompt; needed when `loss` compares the rows of a group.
   """
 
   def apply(outputs, batch, state, *, step):
@@ -99,7 +99,7 @@ def regression(
     center: [B], the estimate of log Z.
     beta: the temperature, in units of the reward.
     scale: multiplies the loss: 2 for e^2, beta for the gradient in units of the reward.
-    group: rows of one prompt; needed when `center` compares the rows of a group.
+    rows_per_prompt: rows of one prompt; needed when `center` compares the rows of a group.
     stats: statistics of the next-token distribution that score or centre read by these names.
   """
 
