@@ -17,6 +17,20 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+# The folder of SmolLM2, which `make test` makes. Experiments on real models read the variable too.
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ.setdefault('POLGRAD_SMOLLM2', str(ROOT / '.cache/smollm2'))
+
+
+@pytest.fixture(scope='session')
+def smollm2() -> str:
+  """The Hugging Face folder of SmolLM2-135M-Instruct."""
+  folder = os.environ['POLGRAD_SMOLLM2']
+  if not os.path.exists(folder):
+    pytest.fail(
+      f'{folder} is missing: make test (or python launch/fetch_smollm2.py {folder}) makes it'
+    )
+  return folder
 
 
 @pytest.fixture
