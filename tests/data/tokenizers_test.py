@@ -303,9 +303,9 @@ def test_table_entries_bind(folder, sentences):
     'sentencepiece': {'path': str(sentences)},
     'huggingface': {'path': str(folder)},
   }
-  assert knobs.keys() == tokenizers.TABLE.keys()
-  for name, fn in tokenizers.TABLE.items():
-    t = bind(json.loads(part(fn, **knobs[name]).to_json()), tokenizers.TABLE)
+  assert {f'tokenizers.{name}' for name in knobs} == tokenizers.TABLE.keys()
+  for fn in tokenizers.TABLE.values():
+    t = bind(json.loads(part(fn, **knobs[fn.__name__]).to_json()), tokenizers.TABLE)
     assert max(t.encode('ab')) < t.vocab_size
 
 
