@@ -3,7 +3,6 @@
 import ast
 import importlib
 import json
-import os
 import pathlib
 import re
 
@@ -148,9 +147,8 @@ def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler, sha
       assert 0 <= row.get('effective_sample_size', 1) <= 1 + 1e-6  # 0 if all pairs were ties
 
 
-@pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='needs the folder of SmolLM2')
 @pytest.mark.parametrize('name', HUB)
-def test_a_real_model_trains_two_smoke_steps(name, tmp_path):
+def test_a_real_model_trains_two_smoke_steps(name, tmp_path, smollm2):
   rows = trains(load(name), tmp_path)
   assert all(r.get('sampler_max_gap', 0) < 1e-3 for r in rows)
 
