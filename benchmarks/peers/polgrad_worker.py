@@ -31,7 +31,6 @@ from polgrad.losses import (
   surrogates,
 )
 from polgrad.registry import part, weighted
-from polgrad.rewards import verifiers
 from polgrad.types import Batch
 
 rollouts = importlib.import_module(

@@ -35,15 +35,15 @@ def make_sampler(
   """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step, policy_step=0) -> Rollout`.
 
   `params` holds a parameter set for every name that the behavior policy reads; `tokens`
-  i32[N, Tp] and `mask` bool[N, Tp] are left-padded prompts, so that completions begin at column Tp in every row. The
-  rollout has B = N * samples_per_prompt rows, prompt-major, and T = Tp + max_new_tokens columns. `seed` and
-  `step` may change freely. Padding that no prompt of a call needs is not read: a call computes with
+  i32[N, Tp] and `mask` bool[N, Tp] are left-padded prompts, so that completions begin at column Tp
+  in every row. The rollout has B = N * samples_per_prompt rows, prompt-major, and
+  T = Tp + max_new_tokens columns. `seed` and `step` may change freely. Padding that no prompt of a call needs is not read: a call computes with
   Tp, a half or a quarter of it, so that one N and Tp compile at most three times. `policy_step` is
   only written down.
 
   The distribution is softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
-  `behavior_logp` is its log-probability of the token that was drawn; the trainer sees the same number at the same
-  temperature if top_k and top_p are off. Every draw has its own key, folded from (seed, step,
+  `behavior_logp` is its log-probability of the token that was drawn; the trainer sees the same
+  number at the same temperature if top_k and top_p are off. Every draw has its own key, folded from (seed, step,
   prompt id, sample index, position in the completion): a completion depends neither on the batch
   nor on the slot that it was sampled in. The stop token is part of the completion. A row that meets
   none in `max_new_tokens` is not `finished`. After the end there are `pad_id`, segment 0 and a False
