@@ -43,11 +43,11 @@ def make_sampler(
 
   The distribution is softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
   `behavior_logp` is its log-probability of the token that was drawn; the trainer sees the same
-  number at the same temperature if top_k and top_p are off. Every draw has its own key, folded from (seed, step,
-  prompt id, sample index, position in the completion): a completion depends neither on the batch
-  nor on the slot that it was sampled in. The stop token is part of the completion. A row that meets
-  none in `max_new_tokens` is not `finished`. After the end there are `pad_id`, segment 0 and a False
-  mask.
+  number at the same temperature if top_k and top_p are off. Every draw has its own key, folded
+  from (seed, step, prompt id, sample index, position in the completion): a completion depends
+  neither on the batch nor on the slot that it was sampled in. The stop token is part of the
+  completion. A row that meets none in `max_new_tokens` is not `finished`. After the end there are
+  `pad_id`, segment 0 and a False mask.
 
   Args:
     policies: models by the names that the behavior policy reads; their vocabularies must agree.
