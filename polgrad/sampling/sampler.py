@@ -37,9 +37,9 @@ def make_sampler(
   `params` holds a parameter set for every name that the behavior policy reads; `tokens`
   i32[N, Tp] and `mask` bool[N, Tp] are left-padded prompts, so that completions begin at column Tp
   in every row. The rollout has B = N * samples_per_prompt rows, prompt-major, and
-  T = Tp + max_new_tokens columns. `seed` and `step` may change freely. Padding that no prompt of a call needs is not read: a call computes with
-  Tp, a half or a quarter of it, so that one N and Tp compile at most three times. `policy_step` is
-  only written down.
+  T = Tp + max_new_tokens columns. `seed` and `step` may change freely. Prompts are trimmed to the
+  longest of the call, rounded up to Tp / 4, Tp / 2 or Tp, so at most three shapes compile.
+  `policy_step` is only recorded.
 
   The distribution is softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
   `behavior_logp` is its log-probability of the token that was drawn; the trainer sees the same
