@@ -312,7 +312,7 @@ def test_smollm2_says_what_it_says_in_transformers():
   wanted = torch_logits(theirs, row)
   np.testing.assert_allclose(policy.unembed(params, hidden)[0], wanted, rtol=1e-4, atol=2e-3)
 
-  chats = [[{'behavior_policy': 'user', 'content': prompt}] for prompt in PROMPTS]
+  chats = [[{'role': 'user', 'content': prompt}] for prompt in PROMPTS]
   prompts = tokenizer.apply_chat_template(
     chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors='pt'
   )
