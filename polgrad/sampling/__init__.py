@@ -1,5 +1,13 @@
-"""Sampling: who draws (`roles`), from which part of the distribution (`processors`), and the loop."""
+"""Sampling: completions of prompts, drawn from a chosen distribution by one compiled program.
 
+| name | what it is |
+|---|---|
+| `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
+| `behavior_policies` | which policy draws: the current one, greedily, a reference, a mixture of two |
+| `processors` | what is done to its logits before a draw: temperature, top-k, top-p |
+"""
+
+from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.sampler import make_sampler
 
-__all__ = ['make_sampler']
+__all__ = ['behavior_policies', 'make_sampler', 'processors']

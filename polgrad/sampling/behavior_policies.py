@@ -1,7 +1,9 @@
-"""Who samples: the logits f32[..., V] of named parameter sets -> logits of the sampling policy.
+"""Behavior policies: functions from logits to the logits that completions are drawn from.
 
-The names of the positional arguments are the parameter sets that the role reads (the policy, or an
-anchor such as `reference`); the sampler keeps one cache for each.
+Each positional argument holds the logits f32[..., V] of one parameter set, and the argument's name
+says which one: `policy` is the model in training, any other name is an anchor, such as `reference`.
+The sampler keeps one key-value cache for each parameter set. The result is f32[..., V]; a token with
+logit -inf is never drawn.
 """
 
 from collections.abc import Callable
@@ -16,25 +18,31 @@ Array = jax.Array
 
 
 def current(policy: Array) -> Array:
-  """The policy itself."""
+  """The policy, unchanged."""
   return policy
 
 
 def greedy(policy: Array) -> Array:
-  """All mass on the most likely token (the first of equals)."""
+  """Probability 1 on the most likely token; of equally likely ones, on the first."""
   best = jnp.argmax(policy, axis=-1, keepdims=True)
   return jnp.where(jax.nn.one_hot(best[..., 0], policy.shape[-1], dtype=bool), 0.0, -jnp.inf)
 
 
 def reference(reference: Array) -> Array:
-  """The reference itself."""
+  """The reference policy, unchanged; the policy in training is not evaluated."""
   return reference
 
 
 def geometric_mixture(policy: Array, reference: Array, *, reference_weight: float = 0.5) -> Array:
   """Normalised policy^(1 - w) * reference^w, token by token (Nash-MD, arXiv:2312.00886).
 
-  w = `reference_weight`: 0 is the policy, 1 the reference.
+  Args:
+    policy: logits f32[..., V] of the policy.
+    reference: logits f32[..., V] of the reference.
+    reference_weight: w in [0, 1]: 0 is the policy, 1 the reference.
+
+  Returns:
+    log-probabilities f32[..., V].
   """
   w = reference_weight
   log_policy, log_reference = jax.nn.log_softmax(policy), jax.nn.log_softmax(reference)

@@ -1,0 +1,315 @@
+"""Autoregressive decoding with a key-value cache: the program that `make_sampler` compiles.
+
+`Sampler.run` is the whole program:
+
+    prefill     the models read every prompt once
+    repeat until no row is left:
+      refill    idle slots get the next rows of their queue
+      draw      draws a token in every slot; repeated until a refill is due
+    finish      prompts and completions become a `Rollout`
+
+A *row* is one completion of one prompt. A *slot* is a place in the key-value caches that decodes one
+row at a time. A *queue* is the list of rows that one part of the mesh decodes in its own slots, so
+that no cache moves between devices; without a mesh there is one queue. N prompts of Tp columns have
+B = N * samples_per_prompt rows. Each of the Q queues has S slots and B / Q rows, numbered from 0.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from polgrad.models.policy import Policy
+from polgrad.registry import call
+from polgrad.types import Array, Params, Rollout
+
+
+class Prefilled(NamedTuple):
+  """The N prompts as the models have read them. All rows of a prompt start from its entries."""
+
+  caches: dict[str, Any]  # caches of Tp columns by parameter set, N rows first
+  hidden: dict[str, Array]  # [N, D] by parameter set: final hidden state of the last prompt token
+  length: Array  # i32[N], tokens of the prompt without padding
+
+
+class Decoding(NamedTuple):
+  """State of the decode loop, for B rows in Q queues of S slots each."""
+
+  step: Array  # i32[], number of draws so far
+  row: Array  # i32[Q, S], number of the slot's row in its queue; B / Q if the slot is idle
+  made: Array  # i32[Q, S], tokens of that row drawn so far; without meaning if the slot is idle
+  upcoming: Array  # i32[Q], number of the queue's first row without a slot so far; B / Q if there is none
+  length: Array  # i32[Q * S], tokens of the prompt of the slot's row
+  caches: dict[str, Any]  # caches of Tp + max_new_tokens columns by parameter set, Q * S rows first
+  hidden: dict[str, Array]  # [Q * S, D] by parameter set: state from which the next token is drawn
+  tokens: Array  # i32[B, max_new_tokens], the completions; pad_id where nothing is drawn
+  logp: Array  # f32[B, max_new_tokens], their log-probabilities; 0 where nothing is drawn
+  drawn: Array  # bool[B, max_new_tokens], which tokens have been drawn
+
+  @property
+  def end(self) -> int:
+    """B / Q, the number of rows of a queue. Rows are numbered from 0, so no row has this number."""
+    return len(self.tokens) // len(self.upcoming)
+
+  @property
+  def idle(self) -> Array:
+    """bool[Q, S], the slots without a row."""
+    return self.row == self.end
+
+
+def rows_left(state: Decoding) -> Array:
+  """bool[], whether a row is in a slot or still waits in a queue: condition of the outer loop."""
+  return jnp.any(state.row < state.end) | jnp.any(state.upcoming < state.end)
+
+
+def no_refill_due(state: Decoding) -> Array:
+  """bool[], whether to draw again before the next refill: condition of the inner loop.
+
+  A refill rewrites the prompt columns of all caches, so it waits until an eighth of a queue's slots
+  (at least one) are idle. A queue without further rows needs no refill.
+  """
+  patience = max(1, state.row.shape[1] // 8)
+  served = (state.upcoming == state.end) | (jnp.sum(state.idle, axis=1) < patience)
+  return ~jnp.all(state.idle) & jnp.all(served)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Sampler:
+  """Settings of a sampler, and the steps of its program as methods; see `make_sampler`.
+
+  `params` are always parameter sets by name. All but those of `run` are unstacked, see `Policy`.
+  """
+
+  policies: Mapping[str, Policy]  # one model for each name that the behavior policy reads
+  behavior_policy: Callable[..., Array]  # logits of the named parameter sets -> logits
+  processors: Sequence[Callable[[Array], Array]]  # applied to its logits, in this order
+  max_new_tokens: int  # tokens of the longest completion
+  samples_per_prompt: int  # rows of each prompt
+  slots: int  # slots over all queues; 0: one for each row
+  queues: int  # Q, the data-parallel size of the mesh
+  stop_ids: Sequence[int]  # tokens that end a completion
+  pad_id: int  # token of padding
+
+  def run(
+    self,
+    params: dict[str, Params],
+    tokens: Array,
+    mask: Array,
+    prompt_ids: Array,
+    seed: Array,
+    step: Array,
+    policy_step: Array,
+    *,
+    padding: int,
+  ) -> Rollout:
+    """Samples completions of prompts from which `padding` columns on the left were trimmed."""
+    # Layers are cut from their stacks here: inside the loop it would happen at every step.
+    params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
+    keys = self.row_keys(seed, step, prompt_ids)
+    prompts = self.prefill(params, tokens, mask)
+    draw = functools.partial(self.draw, params, keys, tokens.shape[1])
+    # Refill, then draw until the next refill is due. The last draws continue until all slots are idle.
+    state = jax.lax.while_loop(
+      rows_left,
+      lambda state: jax.lax.while_loop(no_refill_due, draw, self.refill(prompts, state)),
+      self.start(prompts, tokens.shape[1]),
+    )
+    return self.finish(state, tokens, mask, prompt_ids, policy_step, padding)
+
+  def row_keys(self, seed: Array, step: Array, prompt_ids: Array) -> Array:
+    """Random keys [B], each folded from seed, step, prompt id and sample index."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    samples = jnp.tile(jnp.arange(self.samples_per_prompt), len(prompt_ids))
+    fold = lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
+    return jax.vmap(fold)(self._repeat(prompt_ids), samples)
+
+  def prefill(self, params: dict[str, Params], tokens: Array, mask: Array) -> Prefilled:
+    """Lets every model read every prompt once: i32[N, Tp] and bool[N, Tp]."""
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, caches = {}, {}
+    for name, policy in self.policies.items():
+      cache = policy.init_cache(*tokens.shape)
+      states, caches[name] = policy.decode(params[name], tokens, positions, mask, cache, 0)
+      # Prompts are left-padded, so the last column holds the last token of each.
+      hidden[name] = states[:, -1]
+    return Prefilled(caches=caches, hidden=hidden, length=jnp.sum(mask, axis=1))
+
+  def start(self, prompts: Prefilled, prompt_width: int) -> Decoding:
+    """The state before the first refill: all slots are idle, and all rows are in the queues."""
+    rows = len(prompts.length) * self.samples_per_prompt
+    slots = min(self.slots or rows, rows)
+    each = slots // self.queues
+    columns = prompt_width + self.max_new_tokens
+    return Decoding(
+      step=jnp.int32(0),
+      row=jnp.full((self.queues, each), rows // self.queues, jnp.int32),
+      made=jnp.zeros((self.queues, each), jnp.int32),
+      upcoming=jnp.zeros(self.queues, jnp.int32),
+      length=jnp.zeros(slots, jnp.int32),
+      hidden=jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), prompts.hidden),
+      caches={name: policy.init_cache(slots, columns) for name, policy in self.policies.items()},
+      tokens=jnp.full((rows, self.max_new_tokens), self.pad_id, jnp.int32),
+      logp=jnp.zeros((rows, self.max_new_tokens), jnp.float32),
+      drawn=jnp.zeros((rows, self.max_new_tokens), bool),
+    )
+
+  def refill(self, prompts: Prefilled, state: Decoding) -> Decoding:
+    """Gives idle slots the next rows of their queue, as long as there are any."""
+    # The i-th idle slot of a queue takes the i-th row that has had no slot yet.
+    candidate = state.upcoming[:, None] + jnp.cumsum(state.idle, axis=1) - 1
+    taken = state.idle & (candidate < state.end)
+    row, new = jnp.where(taken, candidate, state.row), taken.reshape(-1)
+    # Each new row continues its prompt; the other slots keep what they have.
+    prompt = jax.tree.map(lambda x: _take(x, row // self.samples_per_prompt), prompts)
+    swap = lambda a, b: jnp.where(new.reshape(-1, *(1,) * (b.ndim - 1)), a, b)
+    begin = lambda name, policy: policy.begin(state.caches[name], prompt.caches[name], new)
+    return state._replace(
+      row=row,
+      made=jnp.where(taken, 0, state.made),
+      upcoming=state.upcoming + jnp.sum(taken, axis=1),
+      length=swap(prompt.length, state.length),
+      hidden=jax.tree.map(swap, prompt.hidden, state.hidden),
+      caches={name: begin(name, policy) for name, policy in self.policies.items()},
+    )
+
+  def draw(
+    self, params: dict[str, Params], keys: Array, prompt_width: int, state: Decoding
+  ) -> Decoding:
+    """Draws the next token of every slot, then lets the models read it.
+
+    Idle slots compute too, because the program has fixed shapes, but they write no token to a row.
+    """
+    running, made = state.row.reshape(-1) < state.end, state.made.reshape(-1)
+    log_probs = self.distribution(params, state.hidden)
+    token = _categorical(_take(keys, state.row), made, log_probs)
+    logp = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+    # A row ends with a stop token or its last column. The token is recorded in either case.
+    over = self._is_stop(token) | (made + 1 == self.max_new_tokens)
+    write = lambda x, value: _put(x, state.row, state.made, value)
+    hidden, caches = self.read(params, token, running, prompt_width, state)
+    return state._replace(
+      step=state.step + 1,
+      row=jnp.where(over.reshape(state.row.shape), state.end, state.row),
+      made=state.made + 1,
+      hidden=hidden,
+      caches=caches,
+      tokens=write(state.tokens, token),
+      logp=write(state.logp, logp),
+      drawn=write(state.drawn, jnp.ones_like(running)),
+    )
+
+  def distribution(self, params: dict[str, Params], hidden: dict[str, Array]) -> Array:
+    """Log-probabilities f32[..., V] that tokens are drawn from, for hidden states [..., D]."""
+    logits = call(
+      self.behavior_policy,
+      {name: policy.unembed(params[name], hidden[name]) for name, policy in self.policies.items()},
+    )
+    for processor in self.processors:
+      logits = processor(logits)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+  def read(
+    self,
+    params: dict[str, Params],
+    token: Array,
+    running: Array,
+    prompt_width: int,
+    state: Decoding,
+  ) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Lets the models read one token of every slot: the next hidden states, and the caches."""
+    position = state.length + state.made.reshape(-1)
+    # All slots write the same cache column in a step, cycling through max_new_tokens columns. A row
+    # lives for at most that many steps, so it has ended before its first column is overwritten.
+    column = prompt_width + state.step % self.max_new_tokens
+    hidden, caches = {}, {}
+    for name, policy in self.policies.items():
+      states, caches[name] = policy.decode(
+        params[name],
+        token[:, None],
+        position[:, None],
+        running[:, None],
+        state.caches[name],
+        column,
+      )
+      hidden[name] = states[:, 0]
+    return hidden, caches
+
+  def finish(
+    self,
+    state: Decoding,
+    tokens: Array,
+    mask: Array,
+    prompt_ids: Array,
+    policy_step: Array,
+    padding: int,
+  ) -> Rollout:
+    """Joins prompts and completions, with `padding` more columns on the left."""
+    prompts, width = tokens.shape
+    repeat = self._repeat
+    texts = jnp.concatenate([repeat(jnp.where(mask, tokens, self.pad_id)), state.tokens], axis=1)
+    # Which columns are real is known from `drawn`, not from token ids: the pad id may be a stop id.
+    real = jnp.concatenate([repeat(mask), state.drawn], axis=1)
+    last = jnp.sum(state.drawn, axis=1, keepdims=True) - 1
+    last = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
+    left = lambda x, by, fill: jnp.pad(x, ((0, 0), (by, 0)), constant_values=fill)
+    return Rollout(
+      tokens=left(texts, padding, self.pad_id),
+      segment_ids=left(real, padding, False).astype(jnp.int32),
+      mask=left(state.drawn, padding + width, False),
+      behavior_logp=left(state.logp, padding + width, 0),
+      finished=self._is_stop(last),
+      prompt_ids=repeat(prompt_ids),
+      group_ids=repeat(jnp.arange(prompts)),
+      policy_step=jnp.full(len(texts), policy_step, jnp.int32),
+    )
+
+  def _repeat(self, x: Array) -> Array:
+    """From one entry for each prompt to one for each row: [N, ...] -> [B, ...]."""
+    return jnp.repeat(x, self.samples_per_prompt, axis=0)
+
+  def _is_stop(self, tokens: Array) -> Array:
+    """i32[n] -> bool[n], whether each is a stop token."""
+    stops = jnp.array(self.stop_ids, jnp.int32)[None]
+    return jnp.any(tokens[:, None] == stops, axis=1)
+
+
+def _take(x: Array, index: Array) -> Array:
+  """Entries of x [Q * n, ...] by their number in the queue, index i32[Q, S]: [Q * S, ...].
+
+  Numbers past the last entry, such as those of idle slots, give the last one.
+  """
+  queued = x.reshape(len(index), -1, *x.shape[1:])
+  index = jnp.minimum(index, queued.shape[1] - 1)
+  return _merge(jax.vmap(lambda x, i: x[i])(queued, index))
+
+
+def _put(x: Array, row: Array, column: Array, value: Array) -> Array:
+  """Writes one value [Q * S] of every slot to its row and column i32[Q, S] of x [B, ...].
+
+  Idle slots write nothing, because no row has their number.
+  """
+  write = lambda x, row, column, value: x.at[row, column].set(value, mode='drop')
+  queued = x.reshape(len(row), -1, *x.shape[1:])
+  return _merge(jax.vmap(write)(queued, row, column, value.reshape(row.shape)))
+
+
+def _merge(x: Array) -> Array:
+  """[Q, n, ...] -> [Q * n, ...]."""
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
+  """Draws one token for each row of log_probs f32[n, V]: the argmax of log_probs + Gumbel noise.
+
+  The key of a row's noise is folded with the position i32[n] of the token in its completion.
+  """
+  keys = jax.vmap(jax.random.fold_in)(keys, positions)
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, log_probs.shape[1:]))
+  scores = log_probs + noise(keys)
+  # The argmax, as two reductions of single numbers: XLA does not vectorise one of pairs on CPUs.
+  best = scores == jnp.max(scores, axis=1, keepdims=True)
+  places = jnp.arange(scores.shape[1], dtype=jnp.int32)
+  return jnp.min(jnp.where(best, places, scores.shape[1] - 1), axis=1)
