@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from polgrad.losses import logit_stats
 from polgrad.losses.logit_stats import hidden_norm, logp
 from polgrad.models import token_stats
 
