@@ -83,7 +83,7 @@ def update_seconds(shape: dict, rows: int, length: int) -> float:
   )
   ones = jnp.ones_like(tokens)
   batch = Batch(tokens=tokens, segment_ids=ones, mask=ones > 0)
-  update = jit(learner.make_update(policy, objective, optimizer), donate_argnums=0)
+  update = jit(learner.Learner(policy, objective, optimizer).update, donate_argnums=0)
 
   def run():
     nonlocal state

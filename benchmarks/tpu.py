@@ -70,7 +70,7 @@ def compile_update(mesh: Mesh, **settings):
   )
   batch = Batch(tokens=rows(jnp.int32), segment_ids=rows(jnp.int32), mask=rows(bool))
   update = jax.jit(
-    learner.make_update(policy, objective, optimizer),
+    learner.Learner(policy, objective, optimizer).update,
     donate_argnums=0,
     out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
   )

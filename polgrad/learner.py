@@ -1,5 +1,6 @@
-"""From a batch to new parameters: forward pass, gradient, optimizer, anchors."""
+"""From a batch to new parameters: the forward pass, and one optimizer step (`Learner.update`)."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
@@ -13,9 +14,10 @@ from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
+from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle
 from polgrad.packing import join, packed, split
-from polgrad.types import Array, Batch, Mean, Metric, Outputs, Params, TrainState
+from polgrad.types import Array, Batch, Layout, Mean, Metric, Outputs, Params, TrainState
 
 
 def forward(
@@ -28,53 +30,54 @@ def forward(
   temperature: float = 1.0,
   teacher: tuple[Policy, Params] | None = None,
 ) -> Outputs:
-  """Log-probs of the tokens, and only what else is asked for.
+  """Log-probabilities of the tokens, and the other outputs that are asked for.
 
-  What the batch's layout leaves out (prompts, and in packed rows all but the mask) is 0.
+  Outputs mean something only where the batch's mask is True. Elsewhere the layout may save their
+  computation: prompt columns are 0, and so is `logp` outside the mask of packed rows.
 
   Args:
-    batch: of its fields, tokens, segment_ids, mask and what the layout needs are read.
-    fields: out of {'entropy', 'values'}.
-    stats: further functions of (logits, tokens, teacher_logits), by name.
+    batch: its tokens, segment_ids, mask, layout and offset are read.
+    fields: further outputs, out of {'entropy', 'values'}.
+    stats: further functions of the next-token distribution by name, see `token_stats`.
     temperature: divides all logits, as it did when the tokens were sampled.
-    teacher: a second model whose logits a stat reads; no gradient reaches it.
+    teacher: a second model, whose logits a stat reads as `teacher_logits`; it gets no gradient.
   """
-  layout, back = batch.layout, lambda x: x
+  layout = batch.layout
+  # Packing: short rows of the batch become one row of the model. `unpack` returns the model's
+  # numbers [rows, T] to the places [B, T] of their tokens.
+  unpack = lambda x: x
   if layout.rows:
-    batch, back = packed(batch)
-  start = max(layout.prompt_length - 1, 0)
+    batch, unpack = packed(batch)
 
-  def states(policy: Policy, params: Params) -> Array:
-    if layout.shared == 1:
-      return policy.hidden(params, batch.tokens, batch.segment_ids)[:, start:]
-    sizes = dict(prompt_length=layout.prompt_length, rows_per_prompt=layout.shared)
-    return policy.completions(params, batch.tokens, batch.segment_ids, **sizes)
+  # The policy's and the teacher's pass over the same rows, without the prompt columns.
+  start = _first_column(layout)
+  hidden = _hidden(policy, params, batch, layout)
+  teacher_hidden = teacher_unembed = None
+  if teacher is not None:
+    teacher_policy, teacher_params = teacher[0], jax.lax.stop_gradient(teacher[1])
+    teacher_hidden = _hidden(teacher_policy, teacher_params, batch, layout)
+    teacher_unembed = functools.partial(teacher_policy.unembed, teacher_params)
 
-  whole = lambda x: back(jnp.pad(x, ((0, 0), (start, 0))))
-  hidden = states(policy, params)
+  # All that needs logits over the vocabulary, in one pass. Packed rows evaluate only the mask.
   wanted = {'logp': logp, **stats}
   if 'entropy' in fields:
     wanted['entropy'] = entropy
-  of_teacher = {}
-  if teacher is not None:
-    other, other_params = teacher[0], jax.lax.stop_gradient(teacher[1])
-    of_teacher = {
-      'teacher_hidden': states(other, other_params),
-      'teacher_unembed': lambda h: other.unembed(other_params, h),
-    }
   out = token_stats(
     hidden,
     batch.tokens[:, start:],
-    lambda h: policy.unembed(params, h),
+    functools.partial(policy.unembed, params),
     stats=wanted,
     temperature=temperature,
     where=batch.mask if layout.rows else None,
     most=layout.scored,
-    **of_teacher,
+    teacher_hidden=teacher_hidden,
+    teacher_unembed=teacher_unembed,
   )
   if 'values' in fields:
     out['values'] = previous(policy.value(params, hidden))
-  out = {name: whole(x) for name, x in out.items()}
+
+  # Back to [B, T]: the prompt columns return as zeros, and packed rows to their own places.
+  out = {name: unpack(jnp.pad(x, ((0, 0), (start, 0)))) for name, x in out.items()}
   return Outputs(
     logp=out['logp'],
     entropy=out.get('entropy'),
@@ -83,193 +86,289 @@ def forward(
   )
 
 
+def _hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Array:
+  """Final hidden states from `_first_column` on; consecutive rows may share one pass of their prompt."""
+  if layout.shared == 1:
+    states = policy.hidden(params, batch.tokens, batch.segment_ids)
+    return states[:, _first_column(layout) :]
+  return policy.completions(
+    params,
+    batch.tokens,
+    batch.segment_ids,
+    prompt_length=layout.prompt_length,
+    rows_per_prompt=layout.shared,
+  )
+
+
+def _first_column(layout: Layout) -> int:
+  """The last prompt column, whose hidden state predicts the first token that may be scored."""
+  return max(layout.prompt_length - 1, 0)
+
+
 def previous(x: Array) -> Array:
-  """Moves [B, T] one to the right: the value before token t speaks about token t."""
+  """Moves [B, T] one column to the right: the value of token t is taken before the model reads it."""
   return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
+def in_pieces(
+  function: Callable[[Batch], Outputs], batch: Batch, pieces: int, rows_per_prompt: int
+) -> Outputs:
+  """`function(batch)`, on one piece of the batch after another, so that only one is in memory.
+
+  Args:
+    function: Batch [B / pieces, ...] -> Outputs; each row depends on its own row of the batch only.
+    rows_per_prompt: number of consecutive rows that stay in one piece.
+  """
+  if pieces == 1:
+    return function(batch)
+  outputs = jax.lax.map(function, split(batch, pieces, rows_per_prompt))
+  return join(outputs, rows_per_prompt)
+
+
+def forward_in_pieces(
+  policy: Policy, params: Params, batch: Batch, *, micro_batches: int = 1, **settings: Any
+) -> Outputs:
+  """`forward` with its `settings`, on `micro_batches` pieces of the batch; takes no gradient."""
+  function = functools.partial(forward, policy, params, **settings)
+  return in_pieces(function, batch, micro_batches, batch.layout.shared)
+
+
 def parameter_sets(state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Params]:
-  """The policy's parameters and those of all anchors by name, each whole.
+  """All parameters of the policy (under 'policy') and of every anchor, by name.
 
-  An anchor of the policy holds only what updates change; one in `frozen` is a model of its own.
+  An anchor of the policy stores only what updates change, so the rest is filled in from the policy.
+  An anchor named in `frozen` is another model, and stores all of its parameters.
   """
-  whole = {n: a if n in frozen else overlay(state.params, a) for n, a in state.anchors.items()}
-  return {'policy': state.params, **whole}
+  anchors = {n: a if n in frozen else overlay(state.params, a) for n, a in state.anchors.items()}
+  return {'policy': state.params, **anchors}
 
 
-def make_update(
-  policy: Policy,
-  objective: Objective,
-  optimizer: optax.GradientTransformation,
-  *,
-  temperature: float = 1.0,
-  micro_batches: int = 1,
-  anchors: Mapping[str, Callable] = {},
-  frozen: Mapping[str, Policy] = {},
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-  """One optimizer step on one minibatch: (state, batch) -> (state, metrics); jit it.
+# Compared by identity, because its mappings have no hash and `jax.jit` hashes a method's object.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Learner:
+  """What one optimizer step on one minibatch needs; jit `update`, the others are its steps.
 
-  The batch is cut into `micro_batches` that are forwarded one after another. Counts are taken from the
-  whole batch first, so the gradient is that of the whole batch, whatever the cut; it is summed in
-  float32. Only parameters that updates change (see `Policy.labels`) have gradients, optimizer state
-  and anchors.
+  `trainable` is, in all methods, the part of the parameters that updates change (`Policy.labels`);
+  only these have gradients, optimizer state and anchors.
 
-  An update whose loss or gradient is not finite (or whose steps, if the optimizer asked the oracle)
-  leaves everything but `step` and `skipped` as it was.
+  The minibatch is cut into `micro_batches` that are forwarded one after another. Counts and
+  selections are taken from the whole minibatch first, so the cut changes neither loss nor gradient.
   """
-  # Entropy is a metric of every run; where no objective reads it, the compiler drops it.
-  fields = (objective.requires & {'values'}) | {'entropy'}
-  teacher = frozen.get('teacher', policy) if 'teacher_logits' in objective.requires else None
-  optimizer = optax.with_extra_args_support(optimizer)
 
-  def stay(batch: Batch) -> int:
-    """Rows that stay together when a batch is cut."""
-    return max(objective.rows_per_prompt, batch.layout.shared)
+  policy: Policy
+  objective: Objective
+  optimizer: optax.GradientTransformation  # may take `oracle=`, see `Oracle`
+  _: dataclasses.KW_ONLY
+  temperature: float = 1.0  # of sampling; divides all logits
+  micro_batches: int = 1  # must divide the rows of the minibatch; changes memory and speed only
+  # Rules by anchor name, (anchor, trainable, update number from 1) -> anchor; one for each anchor
+  # of the state, see `optim.ANCHORS`.
+  anchors: Mapping[str, Callable[[Params, Params, Array], Params]] = dataclasses.field(
+    default_factory=dict
+  )
+  # Models of the anchors that are not copies of the policy, by anchor name.
+  frozen: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
 
-  def outputs_of(state: TrainState, moving: Params, batch: Batch) -> Outputs:
-    return forward(
-      policy,
-      overlay(state.params, moving),
-      batch,
-      fields=fields,
-      stats=objective.stats,
-      temperature=temperature,
-      teacher=teacher and (teacher, parameter_sets(state, frozen)['teacher']),
+  def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step: (state, batch) -> (state, metrics).
+
+    A step is skipped if the loss or the norm of the gradient is not finite, or the norm of the step
+    of an optimizer that asked the oracle. A skipped step adds 1 to `step`, `update` and `skipped`, and
+    leaves every other field of the state unchanged. A step that is made adds 1 to `step` and `update`
+    and sets `skipped` to 0.
+    """
+    # The gradient of the whole minibatch.
+    trainable = learned(self.policy, state.params)
+    (loss, (terms, metrics)), grads = self.gradient(state, trainable, batch)
+    norm = self.gradient_norm(grads)
+
+    # The optimizer's step.
+    oracle, asked = self.oracle(state, trainable, batch)
+    optimizer = optax.with_extra_args_support(self.optimizer)
+    steps, opt_state = optimizer.update(grads, state.opt_state, trainable, oracle=oracle)
+
+    # Is it finite? Steps are checked only if other gradients went into them: checking them keeps all
+    # steps in memory at once and prevents updating the parameters in place.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if asked:
+      finite &= jnp.isfinite(optax.tree.norm(steps))
+
+    # Parameters, anchors and the objective's state, or the old ones if the step is skipped.
+    trainable = optax.apply_updates(trainable, steps)
+    count = state.update + 1
+    moved = state.replace(
+      params=overlay(state.params, trainable),
+      opt_state=opt_state,
+      anchors={k: self.anchors[k](v, trainable, count) for k, v in state.anchors.items()},
+      objective_state=self.objective.advance(state.objective_state, metrics),
+      skipped=jnp.zeros_like(state.skipped),
     )
+    skipped = state.replace(skipped=state.skipped + 1)
+    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, skipped)
+    state = state.replace(step=state.step + 1, update=count)
 
-  def terms_of(state: TrainState, outputs: Outputs, batch: Batch):
-    return objective.apply(outputs, batch, state.objective_state, step=state.update)
+    # Metrics of the minibatch, taken at the old parameters.
+    report = {f'loss/{k}': v.value() for k, v in terms.items()}
+    report |= {k: v.value() for k, v in metrics.items()}
+    report |= self.router_excess(grads, batch)
+    return state, {'loss': loss, 'grad_norm': norm, 'skipped': state.skipped, **report}
 
-  def counts_of(state: TrainState, batch: Batch) -> dict[str, Array]:
-    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
-    blank = Outputs(
-      logp=zeros, entropy=zeros, values=zeros, stats={k: zeros for k in objective.stats}
-    )
-    return {name: term.count for name, term in terms_of(state, blank, batch)[0].items()}
+  def gradient(
+    self, state: TrainState, trainable: Params, batch: Batch, probe: str = ''
+  ) -> tuple[tuple[Array, tuple[Terms, Metrics]], Params]:
+    """((loss, (terms, metrics)), gradient) of the whole minibatch at `trainable`.
 
-  def loss_fn(moving: Params, batch: Batch, counts: Mapping, state: TrainState, probe: str):
-    """The share of this piece in the loss (or in a probe), if `counts` are those of the whole."""
-    terms, metrics = terms_of(state, outputs_of(state, moving, batch), batch)
+    Sums over micro-batches are float32; without micro-batches the gradient has the parameters' dtypes.
+
+    Args:
+      probe: name of a term whose gradient is taken instead of that of the loss, see `Objective.probes`.
+    """
+    value_and_grad = jax.value_and_grad(self.loss, argnums=1, has_aux=True)
+    batch = self.select(state, trainable, batch)
+    if self.micro_batches == 1:
+      return value_and_grad(state, trainable, batch, {}, probe)
+    counts = self.counts(state, batch)
+
+    def accumulate(sums, piece):
+      (loss, aux), grads = value_and_grad(state, trainable, piece, counts, probe)
+      return jax.tree.map(jnp.add, sums, (loss, grads)), aux
+
+    # Losses and gradients add up in the loop; terms and metrics of all pieces are merged after it.
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), trainable))
+    pieces = split(batch, self.micro_batches, self.rows_per_prompt(batch))
+    (loss, grads), aux = jax.lax.scan(accumulate, zero, pieces)
+    return (loss, _merged(aux, self.micro_batches)), grads
+
+  def loss(
+    self,
+    state: TrainState,
+    trainable: Params,
+    batch: Batch,
+    counts: Mapping[str, Array],
+    probe: str = '',
+  ) -> tuple[Array, tuple[Terms, Metrics]]:
+    """(loss, (terms, metrics)), where a micro-batch gives its summand of the minibatch's loss.
+
+    Args:
+      batch: a minibatch, or one of its micro-batches.
+      counts: by which each term's total is divided, those of the minibatch; {}: those of `batch`.
+      probe: name of the only term to take; '' takes all terms of the loss.
+
+    Raises:
+      ValueError: the objective has no such probe.
+    """
+    terms, metrics = self.terms(state, self.outputs(state, trainable, batch), batch)
     if probe and probe not in terms:
-      raise ValueError(f'the optimizer asks for {probe!r}; there is {sorted(objective.probes)}')
-    named = {probe} if probe else terms.keys() - objective.probes
-    shares = [
-      Mean(total=t.total, count=counts.get(name, t.count)).value()
-      for name, t in terms.items()
-      if name in named
+      known = sorted(self.objective.probes)
+      raise ValueError(f'the optimizer asks for {probe!r}; there is {known}')
+    taken = {probe} if probe else terms.keys() - self.objective.probes
+    summands = [
+      Mean(total=term.total, count=counts.get(name, term.count)).value()
+      for name, term in terms.items()
+      if name in taken
     ]
-    return sum(shares), (terms, metrics)
+    return sum(summands), (terms, metrics)
 
-  def selected(state: TrainState, moving: Params, batch: Batch) -> Batch:
-    """The batch with what compares its tokens, before it is cut."""
-    if micro_batches == 1 or objective.select is None:
+  def outputs(self, state: TrainState, trainable: Params, batch: Batch) -> Outputs:
+    """What the objective reads of the model, with `trainable` in the place of the state's parameters."""
+    return forward(
+      self.policy,
+      overlay(state.params, trainable),
+      batch,
+      # Entropy is a metric of every run; where no metric or loss reads it, the compiler drops it.
+      fields=(self.objective.requires & {'values'}) | {'entropy'},
+      stats=self.objective.stats,
+      temperature=self.temperature,
+      teacher=self.teacher(state),
+    )
+
+  def teacher(self, state: TrainState) -> tuple[Policy, Params] | None:
+    """The anchor `teacher` as a model, if the objective compares with its logits."""
+    if 'teacher_logits' not in self.objective.requires:
+      return None
+    model = self.frozen.get('teacher', self.policy)
+    return model, parameter_sets(state, self.frozen)['teacher']
+
+  def terms(self, state: TrainState, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]:
+    """The objective's undivided terms and metrics."""
+    return self.objective.apply(outputs, batch, state.objective_state, step=state.update)
+
+  def counts(self, state: TrainState, batch: Batch) -> dict[str, Array]:
+    """The number f32[] that each term's total is divided by; it needs no pass of the model.
+
+    Counts do not depend on outputs (see `Objective.apply`), so outputs of zeros give them.
+    """
+    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
+    stats = {name: zeros for name in self.objective.stats}
+    blank = Outputs(logp=zeros, entropy=zeros, values=zeros, stats=stats)
+    terms, _ = self.terms(state, blank, batch)
+    return {name: term.count for name, term in terms.items()}
+
+  def select(self, state: TrainState, trainable: Params, batch: Batch) -> Batch:
+    """The batch with the features that compare its tokens with each other (`Objective.select`).
+
+    They need the whole minibatch, so they cost a forward pass before it is cut into micro-batches.
+    Without micro-batches the objective computes them itself, and the batch is returned unchanged.
+    """
+    if self.micro_batches == 1 or self.objective.select is None:
       return batch
-    parts = split(batch, micro_batches, stay(batch))
-    outputs = jax.lax.map(lambda part: outputs_of(state, moving, part), parts)
-    outputs = join(outputs, stay(batch))
-    found = objective.select(outputs, batch, state.objective_state, step=state.update)
+    outputs = in_pieces(
+      functools.partial(self.outputs, state, trainable),
+      batch,
+      self.micro_batches,
+      self.rows_per_prompt(batch),
+    )
+    found = self.objective.select(outputs, batch, state.objective_state, step=state.update)
     return batch.replace(features=batch.features | found)
 
-  def gradient(state: TrainState, moving: Params, batch: Batch, probe: str = ''):
-    grad_fn = jax.value_and_grad(functools.partial(loss_fn, state=state, probe=probe), has_aux=True)
-    batch = selected(state, moving, batch)
-    if micro_batches == 1:
-      return grad_fn(moving, batch, {})
-    counts = counts_of(state, batch)
-    parts = split(batch, micro_batches, stay(batch))
+  def rows_per_prompt(self, batch: Batch) -> int:
+    """Number of consecutive rows that stay together when a batch is cut into micro-batches."""
+    return max(self.objective.rows_per_prompt, batch.layout.shared)
 
-    def accumulate(carry, part):
-      (loss, aux), grads = grad_fn(moving, part, counts)
-      return jax.tree.map(jnp.add, carry, (loss, grads)), aux
+  def oracle(self, state: TrainState, trainable: Params, batch: Batch) -> tuple[Oracle, list[str]]:
+    """What the optimizer may ask about the loss of this minibatch, and the questions it has asked.
 
-    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), moving))
-    (loss, grads), aux = jax.lax.scan(accumulate, zero, parts)
-    mergeable = lambda x: isinstance(x, Metric)
-    pieces = [jax.tree.map(lambda x, i=i: x[i], aux) for i in range(micro_batches)]
-    aux = functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=mergeable), pieces)
-    return (loss, aux), grads
-
-  def oracle_of(state: TrainState, moving: Params, batch: Batch, asked: list) -> Oracle:
-    """What an optimizer may ask about this update's loss; nothing is computed that it does not ask.
-
-    Names of questions go to `asked`.
+    The list is empty until the optimizer's update is traced, and then holds the name of each question.
     """
+    asked = []
 
     def at(params: Params, probe: str = '') -> Params:
       asked.append('gradient')
-      return gradient(state, params, batch, probe)[1]
+      return self.gradient(state, params, batch, probe)[1]
 
     def halves() -> tuple[Params, Params]:
       asked.append('halves')
-      # Samples of a prompt lie together, so halves share no prompt and are independent.
       middle = len(batch.tokens) // 2
-      pieces = [
-        jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(middle), slice(middle, None))
-      ]
-      return tuple(gradient(state, moving, piece)[1] for piece in pieces)
+      first = jax.tree.map(lambda x: x[:middle], batch)
+      second = jax.tree.map(lambda x: x[middle:], batch)
+      return tuple(self.gradient(state, trainable, half)[1] for half in (first, second))
 
     def product(vector: Params) -> Params:
-      return jax.jvp(at, (moving,), (vector,))[1]
+      return jax.jvp(at, (trainable,), (vector,))[1]
 
-    return Oracle(gradient=at, halves=halves, product=product)
+    return Oracle(gradient=at, halves=halves, product=product), asked
 
-  def update(state: TrainState, batch: Batch):
-    moving = learned(policy, state.params)
-    (loss, (terms, metrics)), grads = gradient(state, moving, batch)
+  def gradient_norm(self, grads: Params) -> Array:
+    """The norm f32[] of the gradient, without the balance of routers."""
     # A sum of squares in bfloat16 would be off by percents.
-    single = jax.tree.map(lambda g: g.astype(jnp.float32), labelled(policy, grads, 'train'))
-    norm = optax.tree.norm(single)
-    asked = []
-    oracle = oracle_of(state, moving, batch, asked)
-    steps, opt_state = optimizer.update(grads, state.opt_state, moving, oracle=oracle)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    if asked:  # else steps need not be there, whole, before the first parameter moves
-      finite &= jnp.isfinite(optax.tree.norm(steps))
-    moving = optax.apply_updates(moving, steps)
-    count = state.update + 1
-    moved = state.replace(
-      params=overlay(state.params, moving),
-      opt_state=opt_state,
-      anchors={k: anchors[k](v, moving, count) for k, v in state.anchors.items()},
-      objective_state=objective.advance(state.objective_state, metrics),
-      skipped=jnp.zeros_like(state.skipped),
-    )
-    stayed = state.replace(skipped=state.skipped + 1)
-    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, stayed)
-    state = state.replace(step=state.step + 1, update=count)
-    report = {f'loss/{k}': v.value() for k, v in terms.items()}
-    report |= {k: v.value() for k, v in metrics.items()}
-    excess = jax.tree.leaves(labelled(policy, grads, 'balance'))
-    if excess:  # of the most crowded expert, as a share of the tokens
-      worst = jnp.max(jnp.stack([jnp.max(x) for x in excess]))
-      report['router_excess'] = worst / jnp.sum(batch.segment_ids > 0)
-    return state, {
-      'loss': loss,
-      'grad_norm': norm,
-      'skipped': state.skipped,
-      **report,
-    }
+    trained = labelled(self.policy, grads, 'train')
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), trained))
 
-  return update
+  def router_excess(self, grads: Params, batch: Batch) -> dict[str, Array]:
+    """Tokens of the most crowded expert above the mean load, as a fraction of all tokens.
+
+    The "gradient" of a router's bias is this excess, see `models/experts.py`. {} without experts.
+    """
+    excess = jax.tree.leaves(labelled(self.policy, grads, 'balance'))
+    if not excess:
+      return {}
+    worst = jnp.max(jnp.stack([jnp.max(x) for x in excess]))
+    return {'router_excess': worst / jnp.sum(batch.segment_ids > 0)}
 
 
-def make_annotate(
-  policy: Policy,
-  *,
-  fields: frozenset[str],
-  temperature: float,
-  micro_batches: int,
-  stats: Mapping[str, Callable] = {},
-) -> Callable[[Params, Batch], Outputs]:
-  """(params, batch) -> Outputs without a gradient; jit it."""
-
-  def annotate(params: Params, batch: Batch) -> Outputs:
-    one = lambda part: forward(
-      policy, params, part, fields=fields, stats=stats, temperature=temperature
-    )
-    if micro_batches == 1:
-      return one(batch)
-    parts = split(batch, micro_batches, batch.layout.shared)
-    return join(jax.lax.map(one, parts), batch.layout.shared)
-
-  return annotate
+def _merged(stacked: Any, pieces: int) -> Any:
+  """Terms and metrics of the whole, from those of its pieces, stacked along a first axis."""
+  mergeable = lambda x: isinstance(x, Metric)
+  parts = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(pieces)]
+  add = lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=mergeable)
+  return functools.reduce(add, parts)

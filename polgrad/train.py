@@ -1,10 +1,12 @@
-"""Runs an experiment: source, sample, score, credit, update, log, checkpoint.
+"""Trains: the main that runs all phases of an experiment, with logs and checkpoints.
 
     python -m polgrad.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Start it again with the same workdir and it goes on where the last whole checkpoint was made, bit
-for bit. Every process of a pod runs this same command."""
+The same command with the same workdir resumes from the last complete checkpoint, and gives bit for
+bit the numbers of a run without interruption. Every process of a pod runs this same command.
+"""
 
+import dataclasses
 import functools
 import json
 import os
@@ -25,10 +27,10 @@ from polgrad.build import Experiment, Phase, build
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
 from polgrad.data import stream
-from polgrad.learner import make_update
+from polgrad.learner import Learner
 from polgrad.models.policy import Policy, learned
 from polgrad.packing import pack
-from polgrad.types import Params, TrainState
+from polgrad.types import Batch, Params, TrainState
 
 
 def main(argv: list[str]) -> None:
@@ -37,18 +39,29 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> TrainState:
-  """Trains to the end, from the last checkpoint if there is one.
+  """Trains to the end of the last phase, from the last checkpoint if there is one.
 
   Args:
-    workdir: a local folder for metrics, samples and the report.
-    folder: where checkpoints go; all processes must reach it. Default: `workdir`/checkpoints.
+    workdir: a local folder for config.json, metrics and the report; only the first process writes it.
+    folder: folder of the checkpoints, which all processes must reach; '': `workdir`/checkpoints.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    ValueError, TypeError, FileNotFoundError: the configuration is refused, see `build`; or the
+      checkpoint is of other phases or other arrays.
+    FloatingPointError: `max_skipped` consecutive updates were skipped.
   """
+  # Build everything, and leave a copy of the configuration with the run.
   experiment = build(config)
   os.makedirs(workdir, exist_ok=True)
   chief = jax.process_index() == 0
   if chief:
     with open(os.path.join(workdir, 'config.json'), 'w') as f:
       json.dump(json.loads(config.to_json_best_effort()), f, indent=2)
+
+  # Resume or begin, then run the phases that are left.
   folder = folder or os.path.join(workdir, 'checkpoints')
   checkpoints = checkpoint.manager(folder, keep=experiment.keep_checkpoints)
   try:
@@ -60,7 +73,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> Tr
           state = begin(experiment, index, state)
         state = run_phase(experiment, state, checkpoints, writer)
   finally:
-    checkpoints.close()  # lets a save that is under way come to its end
+    checkpoints.close()  # waits for a save that has not finished
+
   if chief:
     writer.close()
     print(f'metrics, checkpoints and curves are in {workdir}; see {metrics.report(workdir)}')
@@ -68,7 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> Tr
 
 
 def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metrics.Writer:
-  """Metrics of the run so far, up to this state."""
+  """A writer that keeps the metrics up to this state, and drops those of later steps."""
   begun = int(state.phase) + (int(state.phase_step) > 0)
   return metrics.Writer(
     workdir,
@@ -79,38 +93,57 @@ def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metr
 
 
 def resume(experiment: Experiment, checkpoints: Any) -> TrainState:
-  """The state of the last whole checkpoint, or a new one."""
+  """The state of the last complete checkpoint, or the initial state if there is none.
+
+  Raises:
+    ValueError: the checkpoint is of a run with other phases, or holds other arrays.
+  """
   state = begin(experiment, 0, None)
   step = checkpoints.latest_step()
   if step is None:
     return state
+
+  # The checkpoint is read into the shapes and shardings of the state at the start of its phase.
   meta = checkpoint.read_meta(checkpoints, step)
   if tuple(meta['order']) != experiment.order:
     raise ValueError(f'the checkpoint ran phases {meta["order"]}, not {experiment.order}')
   if meta['phase']:
     state = begin(experiment, meta['phase'], state)
-  print(f'going on from checkpoint {step}, in phase {experiment.order[meta["phase"]]}')
+  print(f'resuming from checkpoint {step}, in phase {experiment.order[meta["phase"]]}')
+
+  # Parameters are stored apart from the rest of the state, see `checkpoint.TREES`.
   restore = functools.partial(checkpoint.restore, checkpoints, step)
   rest = restore('rest', state.replace(params=None))
   return rest.replace(params=restore('params', state.params))
 
 
 def begin(experiment: Experiment, index: int, before: TrainState | None) -> TrainState:
-  """The state at the start of a phase: new optimizer, anchors copied from the policy."""
+  """The state at the start of phase number `index`: new optimizer state, and new anchors.
+
+  Args:
+    before: the state at the end of the phase before, whose parameters are taken over; None: the
+      parameters are new.
+  """
   phase = experiment.phases[experiment.order[index]]
   mesh = experiment.mesh
   fresh = functools.partial(init_params, experiment.policy, mesh, experiment.seed)
   params = fresh() if before is None else before.params
-  moving = learned(experiment.policy, params)
+  trainable = learned(experiment.policy, params)
+
+  # Anchors are copies of the policy, or models that the phase names.
   anchors = {
     name: init_params(phase.frozen[name], mesh, experiment.seed)
     if name in phase.frozen
-    else jax.tree.map(jnp.copy, moving)
+    else jax.tree.map(jnp.copy, trainable)
     for name in phase.anchors
   }
+
+  # Only then may the policy restart: its anchors are the policy of the phase before.
   if phase.restart and before is not None:
     params = fresh()
-    moving = learned(experiment.policy, params)
+    trainable = learned(experiment.policy, params)
+
+  # Counters, and the states of collector, credit and objective, are small and on every device.
   zero = np.zeros((), np.int32)
   small = sharding.replicate(
     mesh,
@@ -128,14 +161,14 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
   )
   return TrainState(
     params=params,
-    opt_state=init_opt_state(phase.optimizer, mesh, moving),
+    opt_state=init_opt_state(phase.optimizer, mesh, trainable),
     anchors=anchors,
     **small,
   )
 
 
 def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
-  """Parameters where the mesh wants them, from the seed or from the policy's files."""
+  """Parameters, sharded over the mesh; random ones from the seed, or those of the policy's files."""
   shapes = policy.shapes()
   shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
   return policy.init(jax.random.key(seed), shardings)
@@ -144,96 +177,162 @@ def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
 def init_opt_state(
   optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
 ) -> Any:
-  """Optimizer state, where `opt_shardings` says."""
+  """The initial state of the optimizer, sharded as `opt_shardings` says."""
   return jit(optimizer.init, out_shardings=opt_shardings(optimizer, mesh, params))(params)
 
 
 def opt_shardings(
   optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
 ) -> Any:
-  """What an optimizer keeps for a parameter lies where the parameter lies; params or their shapes."""
+  """Shardings of the optimizer's state: an array that belongs to a parameter is sharded like it.
+
+  An array belongs to the parameter whose keys end its own path and whose shape it has; other arrays
+  are replicated.
+
+  Args:
+    params: arrays, or `jax.ShapeDtypeStruct` with shardings.
+  """
   keys = lambda path: tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
   places = {keys(path): p for path, p in jax.tree_util.tree_leaves_with_path(params)}
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   def place(path, x):
-    names = keys(path)  # ends with the keys of the parameter, if it is of one
+    names = keys(path)
     owners = [places[names[i:]] for i in range(len(names)) if names[i:] in places]
     return owners[0].sharding if owners and owners[0].shape == x.shape else whole
 
   return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
-def run_phase(
-  experiment: Experiment, state: TrainState, checkpoints: Any, writer: metrics.Writer | None
-) -> TrainState:
-  """Collect, update, report, until the phase has made its steps."""
-  name = experiment.order[int(state.phase)]
-  phase = experiment.phases[name]
-  used = context(experiment, phase, int(state.phase))
-  collect = phase.collect.make(used)
-  update = jit_update(experiment, phase, state)
-  arrange = functools.partial(
-    pack,
-    parts=phase.micro_batches,
-    rows_per_prompt=phase.rows_per_prompt,
-    data_parallel_size=sharding.data_parallel_size(experiment.mesh),
-  )
-  plan = experiment.evaluation
-  measure = evaluate.make_evaluator(experiment) if plan.every else None
-  every = lambda n, step: n > 0 and (step % n == 0 or step == phase.steps)
+@dataclasses.dataclass(frozen=True)
+class PhaseRun:
+  """A phase that is under way: its compiled functions, and what one collected batch goes through."""
 
-  def evaluated(step: int) -> dict[str, float]:
-    if not (every(plan.every, step) or (plan.every and step == 0)):
-      return {}
-    found, samples = measure(state.params)
-    if writer:
-      metrics.show_samples(f'{name}, step {step}: held out', samples[: experiment.show_samples])
-    return found
+  experiment: Experiment
+  name: str
+  phase: Phase
+  seed: int  # of the phase's order of data, samples and minibatches
+  collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the step
+  update: Callable  # see `jit_update`
+  measure: (
+    Callable | None
+  )  # params -> (metrics, samples) on held-out problems; None: never measured
+  writer: metrics.Writer | None  # None in all processes but the first
 
-  first = int(state.phase_step)
-  bar = tqdm(total=phase.steps, initial=first, desc=name, disable=writer is None, mininterval=1.0)
-  if first == 0 and (found := evaluated(0)) and writer:
-    writer.write(int(state.step), name, found)
-  for step in range(first, phase.steps):
-    started = time.perf_counter()
-    draw = Drawer(phase, used.seed, int(state.cursor))
-    collected = collect(state, draw, step)
-    for message in collected.messages:
-      logging.warning('verifier: %s', message)
+  def due(self, every: int, step: int) -> bool:
+    """Whether it is time after `step` batches: after every `every`-th and the last one; 0: never."""
+    return every > 0 and (step % every == 0 or step == self.phase.steps)
+
+  def update_all(
+    self, state: TrainState, batch: Batch, step: int
+  ) -> tuple[TrainState, list[dict[str, Any]]]:
+    """One update on each minibatch of a collected batch: (new state, metrics of each update)."""
+    phase, mesh = self.phase, self.experiment.mesh
     cuts = minibatches(
-      collected.batch,
+      batch,
       epochs=phase.epochs,
       parts=phase.minibatches,
       rows_per_prompt=phase.rows_per_prompt,
-      seed=(used.seed, step),
+      seed=(self.seed, step),
     )
     reports = []
-    for cut in cuts:
-      cut = arrange(cut)
-      state, report = update(state, sharding.place_batch(experiment.mesh, cut))
-      reports.append(sharding.to_host(report))
-      if cut.layout.pack:
-        packed = cut.layout.rows * phase.micro_batches
-        reports[-1]['rows_forwarded'] = (packed or len(cut.tokens)) / len(cut.tokens)
-      stop_if_broken(reports[-1], experiment.max_skipped, name, step)
+    for minibatch in cuts:
+      minibatch = pack(
+        minibatch,
+        parts=phase.micro_batches,
+        rows_per_prompt=phase.rows_per_prompt,
+        data_parallel_size=sharding.data_parallel_size(mesh),
+      )
+      state, report = self.update(state, sharding.place_batch(mesh, minibatch))
+      report = sharding.to_host(report)
+      if minibatch.layout.pack:
+        report['rows_forwarded'] = forwarded_fraction(minibatch, phase.micro_batches)
+      stop_if_broken(report, self.experiment.max_skipped, self.name, step)
+      reports.append(report)
+    return state, reports
+
+  def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+    """Held-out metrics if they are due after `step` batches, else {}; shows some samples."""
+    if not self.due(self.experiment.evaluation.every, step):
+      return {}
+    found, samples = self.measure(state.params)
+    if self.writer:
+      title = f'{self.name}, step {step}: held out'
+      metrics.show_samples(title, samples[: self.experiment.show_samples])
+    return found
+
+  def write(self, state: TrainState, values: dict[str, float]) -> None:
+    if self.writer:
+      self.writer.write(int(state.step), self.name, values)
+
+  def show(self, collected: Collected, step: int) -> None:
+    """Prints some samples of the collected batch if they are due after `step` batches."""
+    if self.writer and collected.samples and self.due(self.experiment.samples_every, step):
+      title = f'{self.name}, step {step}'
+      metrics.show_samples(title, collected.samples[: self.experiment.show_samples])
+
+
+def start_phase(
+  experiment: Experiment, state: TrainState, writer: metrics.Writer | None
+) -> PhaseRun:
+  """The phase that the state is in."""
+  name = experiment.order[int(state.phase)]
+  phase = experiment.phases[name]
+  made = context(experiment, phase, int(state.phase))
+  return PhaseRun(
+    experiment=experiment,
+    name=name,
+    phase=phase,
+    seed=made.seed,
+    collect=phase.collect.make(made),
+    update=jit_update(experiment, phase, state),
+    measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
+    writer=writer,
+  )
+
+
+def run_phase(
+  experiment: Experiment, state: TrainState, checkpoints: Any, writer: metrics.Writer | None
+) -> TrainState:
+  """Trains from the state until its phase has made all steps; a step collects and uses one batch."""
+  run = start_phase(experiment, state, writer)
+  first, last = int(state.phase_step), run.phase.steps
+  bar = tqdm(total=last, initial=first, desc=run.name, disable=writer is None, mininterval=1.0)
+
+  # A phase is also measured before its first step.
+  if first == 0 and (found := run.evaluate(state, 0)):
+    run.write(state, found)
+
+  for step in range(first, last):
+    started = time.perf_counter()
+
+    # Draw records, and collect a batch from them.
+    draw = Drawer(run.phase, run.seed, int(state.cursor))
+    collected = run.collect(state, draw, step)
+    for message in collected.messages:
+      logging.warning('verifier: %s', message)
+
+    # Update on each minibatch, then count the batch as used.
+    state, reports = run.update_all(state, collected.batch, step)
     state = advance(experiment.mesh, state, collected, draw.cursor)
+
+    # Evaluate and report. The time of a step is without its evaluation.
     row = summary(reports, collected, time.perf_counter() - started)
-    found = evaluated(step + 1)
+    found = run.evaluate(state, step + 1)
     bar.update()
     bar.set_postfix_str(postfix(row))
-    if writer and (found or every(experiment.log_every, step + 1)):
-      writer.write(int(state.step), name, row | found)
-    if writer and collected.samples and every(experiment.samples_every, step + 1):
-      metrics.show_samples(f'{name}, step {step + 1}', collected.samples[: experiment.show_samples])
-    if every(experiment.checkpoint_every, step + 1):
+    if found or run.due(experiment.log_every, step + 1):
+      run.write(state, row | found)
+    run.show(collected, step + 1)
+
+    if run.due(experiment.checkpoint_every, step + 1):
       save(experiment, checkpoints, state)
   bar.close()
   return state
 
 
 class Drawer:
-  """Draws the next records of a phase's stream and keeps count."""
+  """Draws the next records of a phase's stream; `cursor` is the position after the last of them."""
 
   def __init__(self, phase: Phase, seed: int, cursor: int):
     self.phase, self.seed, self.cursor = phase, seed, cursor
@@ -246,6 +345,7 @@ class Drawer:
 
 
 def context(experiment: Experiment, phase: Phase, index: int) -> Context:
+  """What the collector of phase number `index` reads of the run."""
   return Context(
     policy=experiment.policy,
     tokenizer=experiment.tokenizer,
@@ -261,8 +361,11 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
 
 
 def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Callable:
-  """The compiled update; it gives its state back where it found it."""
-  update = make_update(
+  """`Learner.update` of the phase, compiled.
+
+  It donates the state that it is given, and shards the new state in the same way.
+  """
+  learner = Learner(
     experiment.policy,
     phase.objective,
     phase.optimizer,
@@ -272,13 +375,17 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
     frozen=phase.frozen,
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jit(update, donate_argnums=0, out_shardings=(shardings, None))
+  return jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def advance(
   mesh: jax.sharding.Mesh, state: TrainState, collected: Collected, cursor: int
 ) -> TrainState:
-  """Counts one more collected batch."""
+  """The state after a collected batch was used: it is counted, and its new states are taken over.
+
+  Args:
+    cursor: position of the phase's stream after the records of the batch.
+  """
   moved = dict(
     phase_step=np.asarray(int(state.phase_step) + 1, np.int32),
     cursor=np.asarray(cursor, np.int32),
@@ -288,8 +395,18 @@ def advance(
   return state.replace(**sharding.replicate(mesh, moved))
 
 
+def forwarded_fraction(minibatch: Batch, micro_batches: int) -> float:
+  """Rows that the model forwards, as a fraction of the rows of a minibatch; 1 where none are packed."""
+  rows = len(minibatch.tokens)
+  return (minibatch.layout.rows * micro_batches or rows) / rows
+
+
 def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) -> None:
-  """A skipped update is reported; `limit` of them in a row end the run."""
+  """Warns if the update was skipped.
+
+  Raises:
+    FloatingPointError: it is the `limit`-th of consecutive skipped updates.
+  """
   skipped = int(report['skipped'])
   if not skipped:
     return
@@ -305,13 +422,18 @@ def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) ->
 
 
 def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[str, float]:
-  """One row of metrics: updates averaged, data as collected, and speed."""
+  """The metrics of one step.
+
+  These are the means over its updates (`skipped` is a number of updates), the metrics of the collected
+  batch, and the speed in tokens of the mask per second.
+  """
   average = {k: float(np.mean([r[k] for r in reports])) for k in reports[0]}
   average['skipped'] = float(sum(r['skipped'] > 0 for r in reports))
   tokens = float(np.sum(collected.batch.mask))
   return average | collected.metrics | {'seconds': seconds, 'tokens_per_second': tokens / seconds}
 
 
+# Metrics of the progress bar, and their short names.
 SHOWN = {
   'reward': 'reward',
   'loss': 'loss',
@@ -328,6 +450,7 @@ def postfix(row: dict[str, float]) -> str:
 
 
 def save(experiment: Experiment, checkpoints: Any, state: TrainState) -> None:
+  """Starts writing a checkpoint, numbered by the updates of all phases."""
   meta = {'order': list(experiment.order), 'phase': int(state.phase)}
   trees = {'params': state.params, 'rest': state.replace(params=None)}
   checkpoint.save(checkpoints, int(state.step), trees, meta)

@@ -164,10 +164,7 @@ def test_annotations_are_taken_in_pieces_without_a_trace(plain):
   run = experiment()
   params = run.policy.init(jax.random.key(0))
   made = [
-    learner.make_annotate(run.policy, fields=frozenset(), temperature=1.0, micro_batches=m)(
-      params, plain.batch
-    )
-    for m in (1, 4)
+    learner.forward_in_pieces(run.policy, params, plain.batch, micro_batches=m) for m in (1, 4)
   ]
   assert isinstance(made[0], Outputs)
   np.testing.assert_allclose(made[0].logp, made[1].logp, atol=1e-5)

@@ -45,8 +45,8 @@ def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(
     credit_state=(),
     objective_state=phase.objective.init(),
   )
-  update = learner.make_update(policy, phase.objective, phase.optimizer)
-  after, report = jax.eval_shape(update, state, batch)
+  made = learner.Learner(policy, phase.objective, phase.optimizer)
+  after, report = jax.eval_shape(made.update, state, batch)
   assert after.params == shapes
   assert report['loss'].dtype == jnp.float32
 

@@ -55,7 +55,8 @@ def asked(question, *, micro_batches: int = 1, objective=OBJECTIVE):
       return jax.tree.map(jnp.zeros_like, grads), opt_state
 
     transform = optax.GradientTransformationExtraArgs(lambda p: (), keep)
-    learner.make_update(policy, objective, transform, micro_batches=micro_batches)(state, batch)
+    made = learner.Learner(policy, objective, transform, micro_batches=micro_batches)
+    made.update(state, batch)
     return found['answer']
 
   return run(state.replace(objective_state=objective.init()), BATCH)

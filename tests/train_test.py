@@ -165,13 +165,12 @@ def test_trap_23_new_weights_reach_the_sampler(finished):
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
   _, state = finished
-  made = config()
-  experiment = build.build(made)
+  experiment = build.build(config())
   phase = experiment.phases['rl']
   batch = _batch(experiment, state)
   results = []
   for micro in (1, 2, 4):
-    update = learner.make_update(
+    made = learner.Learner(
       experiment.policy,
       phase.objective,
       optim.sgd(learning_rate=1.0),
@@ -180,7 +179,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
     )
     start = state.replace(opt_state=optim.sgd(learning_rate=1.0).init(state.params))
     with jax.set_mesh(experiment.mesh):
-      results.append(jax.jit(update)(start, batch))
+      results.append(jax.jit(made.update)(start, batch))
   for after, report in results[1:]:
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

@@ -133,7 +133,8 @@ def losses_of(precision: str, *, steps: int = 40, micro_batches: int = 1, **knob
     credit_state=(),
     objective_state=objective.init(),
   )
-  update = jax.jit(learner.make_update(policy, objective, optimizer, micro_batches=micro_batches))
+  made = learner.Learner(policy, objective, optimizer, micro_batches=micro_batches)
+  update = jax.jit(made.update)
   losses = []
   for _ in range(steps):
     state, report = update(state, BATCH)

@@ -1,5 +1,6 @@
 """What a collector is, and the parts that all of them share."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from polgrad import credit as credits
 from polgrad import sharding
 from polgrad.compiling import jit
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.learner import make_annotate, parameter_sets
+from polgrad.learner import forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
@@ -92,7 +93,9 @@ def make_annotations(
   """
   wanted = context.objective.requires | context.credit.requires
   common = dict(temperature=temperature, micro_batches=context.micro_batches)
-  make = lambda policy, **outputs: jit(make_annotate(policy, **common, **outputs))
+  make = lambda policy, **outputs: jit(
+    functools.partial(forward_in_pieces, policy, **common, **outputs)
+  )
   own = wanted & {'old_values'} | (wanted & {'proximal_logp'} if recompute_proximal else set())
   of_policy = make(
     context.policy, fields=frozenset({'values'} if 'old_values' in own else ()), stats=stats

@@ -19,7 +19,7 @@ from polgrad.collect.rollouts import FEATURES, Gathered, as_rows, make_drawer, m
 from polgrad.collect.scored import distinct, metrics, score_rollout
 from polgrad.compiling import jit
 from polgrad.data import batching
-from polgrad.learner import make_annotate, make_update
+from polgrad.learner import Learner, forward_in_pieces
 from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
 from polgrad.objectives import Objective, policy_gradient
@@ -183,19 +183,17 @@ def _make_exploring(
   objective = avoidance(eps=eps)
   sample = make_drawer(context, sampler)
   annotate = jit(
-    make_annotate(
-      policy, fields=frozenset(), temperature=temperature, micro_batches=context.micro_batches
-    )
-  )
-  update = jit(
-    make_update(
+    functools.partial(
+      forward_in_pieces,
       policy,
-      objective,
-      optimizer,
       temperature=temperature,
       micro_batches=context.micro_batches,
     )
   )
+  learner = Learner(
+    policy, objective, optimizer, temperature=temperature, micro_batches=context.micro_batches
+  )
+  update = jit(learner.update)
 
   def behavior(state: TrainState, drawn: list[Rollout], step: int) -> TrainState:
     seen = joined(drawn, rounds, records)

@@ -120,7 +120,7 @@ def test_an_update_holds_the_gradient_and_the_inputs_of_the_layers():
   )
   rows = shape(ROWS, LENGTH)
   batch = Batch(tokens=rows, segment_ids=rows, mask=shape(ROWS, LENGTH, dtype=bool))
-  update = jax.jit(learner.make_update(policy, objective, optimizer), donate_argnums=0)
+  update = jax.jit(learner.Learner(policy, objective, optimizer).update, donate_argnums=0)
   held = update.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
   gradient = 4 * sum(p.size for p in jax.tree.leaves(state.params))
   floor = gradient + 4 * layers * ROWS * LENGTH * SHAPE['width']
