@@ -1,4 +1,4 @@
-"""Flags and start-up that the mains share."""
+"""Flags and start-up code that all mains share."""
 
 import os
 
@@ -6,27 +6,35 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.', lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'File of the experiment.', lock_config=True
+)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: metrics, checkpoints, report.')
 CHECKPOINTS = flags.DEFINE_string(
-  'checkpoints', '', 'Folder of the checkpoints, perhaps gs://...; default: in the workdir.'
+  'checkpoints', '', 'Folder of the checkpoints, also gs://...; default: WORKDIR/checkpoints.'
 )
-STEP = flags.DEFINE_integer('step', -1, 'Which checkpoint to read; -1 is the newest.')
+STEP = flags.DEFINE_integer('step', -1, 'Number of the checkpoint to read; -1 is the newest.')
 CACHE = flags.DEFINE_string(
-  'compilation_cache', os.path.expanduser('~/.cache/polgrad/xla'), 'Compiled programs; "" for none.'
+  'compilation_cache',
+  os.path.expanduser('~/.cache/polgrad/xla'),
+  'Folder of compiled programs; "": none are kept.',
 )
-DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other processes of a pod first.')
+DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of several of a pod.')
 
 
 def start(argv: list[str]) -> None:
-  """Joins the pod if asked to, turns the compilation cache on and quiet libraries down."""
+  """Checks the flags, then sets up logging, the processes of a pod and the compilation cache.
+
+  Raises:
+    app.UsageError: there are arguments that are no flags, or --config or --workdir is missing.
+  """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
   for flag in (CONFIG, WORKDIR):
     if flag.value is None:
       raise app.UsageError(f'--{flag.name} is needed')
   if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save otherwise
+    logging.set_verbosity(logging.WARNING)  # otherwise Orbax logs every step of a save
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   if CACHE.value:
@@ -35,4 +43,5 @@ def start(argv: list[str]) -> None:
 
 
 def checkpoint_folder() -> str:
+  """The folder of the run's checkpoints, by the flags."""
   return CHECKPOINTS.value or os.path.join(WORKDIR.value, 'checkpoints')

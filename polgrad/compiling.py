@@ -1,4 +1,4 @@
-"""`jax.jit` with settings of the platform."""
+"""`jax.jit` with compiler settings for the default platform."""
 
 import functools
 from collections.abc import Callable
@@ -6,24 +6,24 @@ from typing import Any
 
 import jax
 
-# The work of a step is in products, which are library calls: these make the loops around them run as
-# fast, and compile them in about half the time (benchmarks/README.md).
+# Settings of XLA on CPU. A step spends its time in matrix products, which are library calls. With these
+# settings the code around them runs as fast, and compiles in about half the time (benchmarks/README.md).
 CPU = {'xla_backend_optimization_level': 1, 'xla_cpu_use_fusion_emitters': False}
 
 
 def jit(function: Callable, **settings: Any) -> Callable:
-  """`jax.jit` with `options`, for calls from outside: XLA refuses options of a jit within another."""
+  """`jax.jit` with `options()`; only for an outermost jit: XLA refuses options of an inner one."""
   return jax.jit(function, compiler_options=options(), **settings)
 
 
 def options() -> dict[str, Any]:
-  """The compiler's settings for the default platform."""
+  """Compiler settings by name for the default platform; {} on all platforms but CPU."""
   return _known() if jax.default_backend() == 'cpu' else {}
 
 
 @functools.cache
 def _known() -> dict[str, Any]:
-  """Those of `CPU` that this XLA knows."""
+  """The settings of `CPU` that the installed version of XLA accepts."""
 
   def known(option: tuple) -> bool:
     try:

@@ -1,12 +1,13 @@
-"""Takes the policy of a checkpoint to the Hugging Face layout, which transformers and vLLM read.
+"""Writes the policy of a checkpoint as a Hugging Face folder, which transformers and vLLM read.
 
     python -m polgrad.convert --config=experiments/supervised/hub_sft.py:path=FOLDER \\
       --workdir=runs/hub_sft --out=OUT
-    python -m polgrad.convert ... --adapter       # a LoRA adapter by itself, for PEFT
-    python -m polgrad.convert --gguf=FILE --out=OUT
+    python -m polgrad.convert ... --adapter            # only the LoRA adapter, for PEFT
+    python -m polgrad.convert --gguf=FILE --out=OUT    # a GGUF file instead of a checkpoint
 
-A LoRA adapter is merged into its base unless --adapter asks for it alone. The tokenizer's files, and
-what else stands beside the weights, come from the folder that the run began with. OUT must not exist."""
+A LoRA adapter is merged into its base, unless --adapter is given. The tokenizer and the settings of the
+model come from the Hugging Face folder that the run began with. OUT must be empty or not exist.
+"""
 
 from collections.abc import Mapping
 
@@ -19,26 +20,38 @@ from polgrad.evaluate import restore_params
 from polgrad.models import gguf, hf
 from polgrad.models.lora import merge, save_adapter
 
-_OUT = flags.DEFINE_string('out', None, 'Folder to make.', required=True)
+_OUT = flags.DEFINE_string(
+  'out', None, 'Folder to write; it must be empty or not exist.', required=True
+)
 _GGUF = flags.DEFINE_string('gguf', '', 'A GGUF file to convert instead of a checkpoint.')
 _ADAPTER = flags.DEFINE_bool(
-  'adapter', False, 'Write the LoRA adapter alone, in the layout of PEFT.'
+  'adapter', False, 'Write only the LoRA adapter, in the layout of PEFT.'
 )
 _REWARD = flags.DEFINE_bool(
-  'reward_model', False, 'Write the scalar head: sequence classification.'
+  'reward_model',
+  False,
+  'Write a classifier whose one label is the value head, not a language model.',
 )
 
 
 def origin(model: Mapping) -> str:
-  """The Hugging Face folder that a model's configuration begins with, '' if there is none."""
+  """The Hugging Face folder whose weights a model configuration starts from; '' if it names none."""
   return origin(model['base']) if 'base' in model else model.get('path', '')
 
 
 def export(config: Mapping, folder: str, out: str, *, step: int, adapter: bool, reward_model: bool):
-  """Writes the policy of a checkpoint in `folder` to `out`.
+  """Writes the policy of a checkpoint as a Hugging Face folder.
+
+  Args:
+    config: the experiment's configuration.
+    folder: folder of the run's checkpoints.
+    out: folder to write; it must be empty or not exist.
+    step: number of the checkpoint; -1 is the newest.
+    adapter: write only the LoRA adapter.
+    reward_model: write a classifier whose one label is the value head, not a language model.
 
   Raises:
-    ValueError: an adapter is asked for and there is none.
+    ValueError: `adapter`, but the model has no LoRA adapter.
   """
   experiment = build(config)
   policy, source = experiment.policy, origin(config['model'])

@@ -1,9 +1,9 @@
-"""Held-out accuracy: greedy, pass@k and maj@k.
+"""Held-out accuracy of a checkpoint: greedy, pass@k and maj@k.
 
-A verifier that fails says nothing about the answer: its samples are in no rate, they are counted as
-`evaluation/verifier_errors`.
+    python -m polgrad.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart
 
-python -m polgrad.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart
+A completion whose verifier failed is neither right nor wrong. All rates leave it out, and the metric
+`evaluation/verifier_errors` counts it.
 """
 
 import collections
@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,24 +26,29 @@ from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.types import Params
 
-EVALUATION_STEP = 2**31 - 1  # sampling noise that no training step draws
-Samples = list[tuple[str, str, float]]
+EVALUATION_STEP = 2**31 - 1  # seeds the sampling noise, with a step that no training step has
+Samples = list[tuple[str, str, float]]  # (prompt, completion, reward)
 
 
 def mark(scores: np.ndarray, threshold: float) -> np.ndarray:
-  """1 for solved (score >= threshold), 0 for not, NaN where the verifier failed; any shape."""
+  """1 where score >= threshold (solved), 0 where not, NaN where the verifier failed; any shape."""
   return np.where(np.isnan(scores), np.nan, scores >= threshold)
 
 
 def pass_at_k(marks: np.ndarray, k: int) -> float:
-  """Mean over problems of 1 - C(n - c, k) / C(n, k): the unbiased estimate (arXiv:2107.03374).
+  """Probability that at least one of k samples is right, an unbiased estimate (arXiv:2107.03374).
 
-  n counts a problem's verified samples and c the right ones among them. A problem with fewer than
-  k verified samples has no estimate and is left out; without any problem the mean is NaN.
+      mean over problems of 1 - C(n - c, k) / C(n, k)
+
+  n is the number of a problem's verified samples, and c the number of right ones among them. A problem
+  with fewer than k verified samples is left out; without any problem the mean is NaN.
 
   Args:
     marks: f[N, samples], see `mark`.
-    k: samples drawn, 1 <= k <= samples.
+    k: 1 to samples.
+
+  Raises:
+    ValueError: k is out of range.
   """
   if not 1 <= k <= marks.shape[1]:
     raise ValueError(f'pass@{k} needs k between 1 and the {marks.shape[1]} samples')
@@ -55,13 +61,15 @@ def pass_at_k(marks: np.ndarray, k: int) -> float:
 
 
 def majority_at_k(answers: Sequence[Sequence[str]], marks: np.ndarray) -> float:
-  """Share of problems whose most frequent answer is right; of equally frequent ones, the earliest.
+  """Fraction of problems whose most frequent answer is right.
 
-  Samples whose verifier failed have no vote, and a problem without votes is left out.
+  Of equally frequent answers the earliest is taken. An answer is right if the first sample that gave
+  it is. Samples whose verifier failed have no vote; a problem without votes is left out, and without
+  any problem the result is NaN.
 
   Args:
-    answers: [N][k] texts that are equal when the answers are.
-    marks: f[N, k], see `mark`; a vote counts as right if the first sample that gave it is.
+    answers: [N][k] texts, equal where the answers are equal.
+    marks: f[N, k], see `mark`.
   """
   right = []
   for row, verdicts in zip(answers, marks):
@@ -73,86 +81,119 @@ def majority_at_k(answers: Sequence[Sequence[str]], marks: np.ndarray) -> float:
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
-  """NaN, and no warning, when there is nothing to average."""
+  """The mean, and NaN without a warning if there are no values."""
   return float(np.mean(values)) if len(values) else math.nan
 
 
+class Attempts(NamedTuple):
+  """Completions of the N held-out problems with their scores."""
+
+  records: list[dict]  # the problems, [N]
+  texts: list[list[str]]  # completions, [N][samples]
+  scores: np.ndarray  # rewards f[N, samples], NaN where the verifier failed
+
+
 def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Samples]]:
-  """Makes params -> (metrics, greedy samples) for the experiment's `evaluation`."""
-  plan, policy, tokenizer = experiment.evaluation, experiment.policy, experiment.tokenizer
-
-  def sampler(group: int, behavior_policy: Callable) -> Callable:
-    return make_sampler(
-      {'policy': policy},
-      samples_per_prompt=group,
-      max_new_tokens=plan.max_new_tokens,
-      temperature=plan.temperature,
-      behavior_policy=behavior_policy,
-      mesh=experiment.mesh,
-      stop_ids=tokenizer.stop_ids,
-      pad_id=tokenizer.pad_id,
-    )
-
-  def solve(sample: Callable, params: Params, group: int):
-    """Texts [N][group], scores f[N, group] and records of the first `problems` rows."""
-    rows = range(min(plan.problems, len(plan.source)))
-    texts, scores, records = [], [], []
-    for start in range(0, len(rows), plan.batch):
-      piece = [{**plan.source[i], 'id': i} for i in rows[start : start + plan.batch]]
-      padded = piece + [piece[-1]] * (plan.batch - len(piece))  # one shape, one compilation
-      prompts = batching.prompts(padded, tokenizer, length=plan.prompt_length)
-      rollout = sharding.to_host(
-        sample(
-          {'policy': params},
-          prompts.tokens,
-          prompts.mask,
-          prompts.ids,
-          seed=experiment.seed,
-          step=EVALUATION_STEP,
-        )
-      )
-      n = len(piece) * group
-      texts += completions(rollout, tokenizer)[:n]
-      lengths = rollout.mask.sum(axis=1)[:n]
-      owners = [r for r in piece for _ in range(group)]
-      scores.append(plan.score(texts[-n:], owners, [int(x) for x in lengths]).total)
-      records += piece
-    grouped = [texts[i : i + group] for i in range(0, len(texts), group)]
-    return grouped, np.concatenate(scores).reshape(-1, group), records
-
-  greedy = sampler(1, behavior_policies.greedy)
-  several = sampler(plan.samples, behavior_policies.current) if plan.samples else None
+  """Makes `evaluate(params) -> (metrics, greedy samples)` for the experiment's `evaluation`."""
+  plan = experiment.evaluation
+  greedy = _sampler(experiment, 1, behavior_policies.greedy)
+  several = _sampler(experiment, plan.samples, behavior_policies.current) if plan.samples else None
 
   def evaluate(params: Params) -> tuple[dict[str, float], Samples]:
-    texts, scores, records = solve(greedy, params, 1)
-    errors = np.isnan(scores).sum()
+    # One greedy completion of each problem.
+    one = attempt(experiment, greedy, params, 1)
+    errors = np.isnan(one.scores).sum()
     found = {
-      'evaluation/greedy': pass_at_k(mark(scores, plan.threshold), 1),
-      'evaluation/reward': mean(scores[~np.isnan(scores)]),
+      'evaluation/greedy': pass_at_k(mark(one.scores, plan.threshold), 1),
+      'evaluation/reward': mean(one.scores[~np.isnan(one.scores)]),
     }
-    samples = [(question(r), t[0], float(s[0])) for r, t, s in zip(records, texts, scores)]
+
+    # Several samples of each problem, for pass@k and maj@k.
     if several:
-      texts, scores, _ = solve(several, params, plan.samples)
-      errors += np.isnan(scores).sum()
-      marks = mark(scores, plan.threshold)
+      many = attempt(experiment, several, params, plan.samples)
+      errors += np.isnan(many.scores).sum()
+      marks = mark(many.scores, plan.threshold)
       for k in sorted({1, plan.samples}):
         found[f'evaluation/pass@{k}'] = pass_at_k(marks, k)
-      answers = [[answer(t, plan.answer) for t in row] for row in texts]
+      answers = [[answer(text, plan.answer) for text in row] for row in many.texts]
       found[f'evaluation/maj@{plan.samples}'] = majority_at_k(answers, marks)
+
     found['evaluation/verifier_errors'] = float(errors)
-    return found, samples
+    rows = zip(one.records, one.texts, one.scores)
+    return found, [(question(r), text[0], float(score[0])) for r, text, score in rows]
 
   return evaluate
 
 
+def attempt(experiment: Experiment, sample: Callable, params: Params, samples: int) -> Attempts:
+  """Completes and scores the first `problems` rows of the evaluation's source.
+
+  Args:
+    sample: a sampler of the policy, which makes `samples` completions of each prompt.
+  """
+  plan, tokenizer = experiment.evaluation, experiment.tokenizer
+  number = min(plan.problems, len(plan.source))
+  records, texts, scores = [], [], []
+  for start in range(0, number, plan.batch):
+    stop = min(start + plan.batch, number)
+    piece = [{**plan.source[i], 'id': i} for i in range(start, stop)]
+
+    # The last batch is filled up with copies of its last problem, so that one shape compiles.
+    padded = piece + [piece[-1]] * (plan.batch - len(piece))
+    prompts = batching.prompts(padded, tokenizer, length=plan.prompt_length)
+    rollout = sample(
+      {'policy': params},
+      prompts.tokens,
+      prompts.mask,
+      prompts.ids,
+      seed=experiment.seed,
+      step=EVALUATION_STEP,
+    )
+    rollout = sharding.to_host(rollout)
+
+    # Score the completions of the real problems; the samples of a problem are consecutive rows.
+    rows = len(piece) * samples
+    written = completions(rollout, tokenizer)[:rows]
+    lengths = [int(x) for x in rollout.mask.sum(axis=1)[:rows]]
+    owners = [record for record in piece for _ in range(samples)]
+    scores.append(plan.score(written, owners, lengths).total)
+    texts += [written[i : i + samples] for i in range(0, rows, samples)]
+    records += piece
+  return Attempts(records, texts, np.concatenate(scores).reshape(-1, samples))
+
+
+def _sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> Callable:
+  """The evaluation's sampler, with `samples` completions of each prompt."""
+  plan = experiment.evaluation
+  return make_sampler(
+    {'policy': experiment.policy},
+    samples_per_prompt=samples,
+    max_new_tokens=plan.max_new_tokens,
+    temperature=plan.temperature,
+    behavior_policy=behavior_policy,
+    mesh=experiment.mesh,
+    stop_ids=experiment.tokenizer.stop_ids,
+    pad_id=experiment.tokenizer.pad_id,
+  )
+
+
 def answer(text: str, pattern: str) -> str:
-  """The last match's first group, or the whole text; without space around it."""
+  """The first group of the pattern's last match, or the text if there is none; both stripped."""
   matches = re.findall(pattern, text)
   return (matches[-1] if matches and matches[-1] else text).strip()
 
 
 def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Params:
-  """The policy's parameters from a checkpoint of `train`; step -1 is the newest."""
+  """The policy's parameters from a checkpoint of `train`.
+
+  Args:
+    folder: the folder of the run's checkpoints.
+    step: number of the checkpoint; -1 is the newest.
+
+  Raises:
+    FileNotFoundError: there is no such folder, or no complete checkpoint in it.
+    ValueError: the checkpoint is of another model.
+  """
   if not epath.Path(folder).is_dir():
     raise FileNotFoundError(f'{folder}: expected the checkpoints of a run')
   checkpoints = checkpoint.manager(folder)

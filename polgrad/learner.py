@@ -32,11 +32,11 @@ def forward(
 ) -> Outputs:
   """Log-probabilities of the tokens, and the other outputs that are asked for.
 
-  Outputs mean something only where the batch's mask is True. Elsewhere the layout may save their
-  computation: prompt columns are 0, and so is `logp` outside the mask of packed rows.
+  Outputs are meaningful only where the batch's mask is True. The layout may leave others out: they are
+  0 in prompt columns, and in packed rows all but `values` are 0 outside the mask.
 
   Args:
-    batch: its tokens, segment_ids, mask, layout and offset are read.
+    batch: only its tokens, segment_ids, mask, layout and offset are read.
     fields: further outputs, out of {'entropy', 'values'}.
     stats: further functions of the next-token distribution by name, see `token_stats`.
     temperature: divides all logits, as it did when the tokens were sampled.

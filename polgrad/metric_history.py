@@ -1,7 +1,7 @@
-"""Scalars that an objective carries over updates: of the metrics of every update to a value.
+"""State that an objective keeps between updates, for example a running mean of a metric.
 
-A memory advances once an update, on the metrics of the whole batch, and its state is checkpointed
-with the rest, so a resumed run goes on with what it had.
+A `History` advances once an update, on the metrics of the whole minibatch; its value is an argument
+that the functions of an objective can name. Its state is part of the checkpoint.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,21 +14,18 @@ from polgrad.types import Array, Metric
 
 
 class History(NamedTuple):
-  """A carried value.
+  """Three pure functions of a state, which is a pytree of arrays."""
 
-  Attributes:
-    init: () -> state, a pytree of arrays.
-    value: state -> what slots read.
-    advance: (state, metrics of one update) -> state.
-  """
-
-  init: Callable[[], Any]
-  value: Callable[[Any], Array]
-  advance: Callable[[Any, Mapping[str, Metric]], Any]
+  init: Callable[[], Any]  # () -> the state before the first update
+  value: Callable[[Any], Array]  # state -> the value that the objective's functions read
+  advance: Callable[[Any, Mapping[str, Metric]], Any]  # (state, metrics of one update) -> state
 
 
 def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> History:
-  """The mean of a metric over all earlier updates, weighted decay^age; 0 before the first."""
+  """The mean of a metric over all earlier updates, f32[]; 0 before the first update.
+
+  sum_i decay^(n - i) metric_i / sum_i decay^(n - i),     i = 1 ... n updates
+  """
 
   def advance(state, metrics):
     return {
@@ -44,7 +41,15 @@ def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> History:
 
 
 def latest(*, metrics: tuple, initial: tuple) -> History:
-  """The metrics of the last update, f32[n], and `initial` before the first."""
+  """The values of n metrics in the last update, f32[n].
+
+  Args:
+    metrics: names of the metrics.
+    initial: n values, used before the first update.
+
+  Raises:
+    ValueError: the two have different lengths.
+  """
   if len(metrics) != len(initial):
     raise ValueError(f'{len(metrics)} metrics, but {len(initial)} initial values')
   return History(

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, the progress bar, tables of samples, report.png."""
+"""What a run shows: metrics.jsonl, TensorBoard, tables of samples, and the curves of report.png."""
 
 import json
 import os
@@ -17,24 +17,33 @@ from tensorboardX import SummaryWriter
 
 
 class Writer:
-  """Appends rows of numbers to `metrics.jsonl` and, if wanted, to TensorBoard.
-
-  A resumed run drops the rows that came after its checkpoint, so the file holds one history:
-  only rows of the phases in `past`, up to update `step`, stay.
-  """
+  """Appends rows of metrics to `metrics.jsonl` and, if asked for, to TensorBoard."""
 
   def __init__(self, workdir: str, *, step: int, past: Sequence[str], tensorboard: bool):
+    """Opens the files, and drops the rows that an interrupted run wrote after its last checkpoint.
+
+    Args:
+      workdir: an existing folder.
+      step: number of updates before the run (re)starts; later rows are dropped.
+      past: names of the phases that have begun; rows of other phases are dropped.
+      tensorboard: also write `workdir`/tensorboard.
+    """
     self.path = os.path.join(workdir, 'metrics.jsonl')
+
+    # Rewrite the file with the rows to keep, as a whole, so that a crash here loses nothing.
     kept = [r for r in read(self.path) if r['step'] <= step and r['phase'] in past]
     temporary = f'{self.path}.tmp'
     with open(temporary, 'w') as f:
       f.writelines(json.dumps(r) + '\n' for r in kept)
     os.replace(temporary, self.path)
-    self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, it lives as long as the run
+
+    # Append from here on. Line buffering makes every row readable at once.
+    self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, closed by `close`
     folder = os.path.join(workdir, 'tensorboard')
     self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+    """Appends one row: the metrics after `step` updates, made in a phase."""
     row = {k: float(v) for k, v in values.items()}
     self._file.write(json.dumps({'step': step, 'phase': phase, **row}) + '\n')
     if self._board:
@@ -48,7 +57,7 @@ class Writer:
 
 
 def read(path: str) -> list[dict]:
-  """The rows of a metrics file; a last line that was cut off by a crash is dropped."""
+  """The rows of a metrics file, [] if there is none; a last line cut off by a crash is dropped."""
   if not os.path.exists(path):
     return []
   rows = []
@@ -62,7 +71,7 @@ def read(path: str) -> list[dict]:
 
 
 def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
-  """Prints (prompt, completion, reward) rows as a table."""
+  """Prints rows (prompt, completion, reward) as a table; of long texts the last 400 characters."""
   table = Table('prompt', 'completion', 'reward', title=title, title_justify='left')
   for prompt, completion, reward in rows:
     clip = lambda s: Text(s if len(s) <= 400 else '…' + s[-400:])
@@ -70,6 +79,7 @@ def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
   Console().print(table)
 
 
+# Metrics that have a curve in the report, if the run has them.
 REPORTED = (
   'evaluation/greedy',
   'reward',
@@ -86,7 +96,7 @@ REPORTED = (
 
 
 def report(workdir: str) -> str:
-  """Draws the curves of `metrics.jsonl` into `report.png`; returns its path."""
+  """Draws the curves of `metrics.jsonl` into `report.png`, one plot a metric; returns its path."""
   rows = read(os.path.join(workdir, 'metrics.jsonl'))
   names = [n for n in REPORTED if any(n in r for r in rows)] or ['loss']
   columns = min(len(names), 3)
@@ -94,30 +104,8 @@ def report(workdir: str) -> str:
   figure, axes = plt.subplots(
     height, columns, figsize=(4.2 * columns, 2.8 * height), squeeze=False, layout='constrained'
   )
-  phases = list(dict.fromkeys(r['phase'] for r in rows))
   for axis, name in zip(axes.flat, names):
-    for number, phase in enumerate(phases):
-      points = [(r['step'], r[name]) for r in rows if r['phase'] == phase and name in r]
-      if not points:
-        continue
-      x, y = np.array(points, float).T
-      color = f'C{number}'
-      dense = len(x) > 60
-      axis.plot(
-        x,
-        y,
-        color=color,
-        alpha=0.25 if dense else 1,
-        label=None if dense else phase,
-        marker='.' if len(x) < 30 else '',
-      )
-      if dense:
-        width = max(len(x) // 30, 1)
-        smooth = np.convolve(y, np.ones(width) / width, 'valid')
-        axis.plot(x[width - 1 :], smooth, color=color, label=phase)
-    axis.set_title(name)
-    axis.set_xlabel('update')
-    axis.grid(alpha=0.3)
+    _draw(axis, rows, name)
   for axis in list(axes.flat)[len(names) :]:
     axis.axis('off')
   axes.flat[0].legend()
@@ -125,3 +113,28 @@ def report(workdir: str) -> str:
   figure.savefig(path, dpi=110)
   plt.close(figure)
   return path
+
+
+def _draw(axis: plt.Axes, rows: Sequence[Mapping], name: str) -> None:
+  """Plots one metric over the updates, in a color a phase; long curves get a running mean."""
+  for number, phase in enumerate(dict.fromkeys(r['phase'] for r in rows)):
+    points = [(r['step'], r[name]) for r in rows if r['phase'] == phase and name in r]
+    if not points:
+      continue
+    x, y = np.array(points, float).T
+    dense = len(x) > 60
+    axis.plot(
+      x,
+      y,
+      color=f'C{number}',
+      alpha=0.25 if dense else 1,
+      label=None if dense else phase,
+      marker='.' if len(x) < 30 else '',
+    )
+    if dense:
+      width = max(len(x) // 30, 1)
+      smooth = np.convolve(y, np.ones(width) / width, 'valid')
+      axis.plot(x[width - 1 :], smooth, color=f'C{number}', label=phase)
+  axis.set_title(name)
+  axis.set_xlabel('update')
+  axis.grid(alpha=0.3)

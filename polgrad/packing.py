@@ -1,8 +1,8 @@
-"""Rows of a batch as the model sees them: cut into pieces, and packed into fewer rows.
+"""How the rows of a batch reach the model: cut into pieces, and packed into fewer rows.
 
-A row of a batch is one sequence, for losses, groups and counts. Packing is the model's affair alone:
-rows that are short are forwarded several to a row, and what the model says of them returns to
-their own places.
+A row of a batch is one sequence, for losses, groups and counts. Only the model sees packed rows:
+several short sequences are forwarded in one row, and the model's outputs return to the rows of
+the batch. `pack` chooses the places on the host, `packed` moves arrays there and back on devices.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,11 @@ ROWS = ('batch', 'length')
 
 
 def split(batch: Any, parts: int, rows_per_prompt: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...], keeping runs of `rows_per_prompt` rows together.
+  """Cuts arrays [B, ...] into pieces [parts, B / parts, ...].
 
-  Groups are dealt out in turn, so that every device keeps a share of its own rows.
+  `rows_per_prompt` consecutive rows are a group and stay together: group i goes to piece i % parts, so
+  every piece has rows of every device, and no row moves to another device. B must be a multiple of
+  parts * rows_per_prompt.
   """
 
   def deal(x: Array) -> Array:
@@ -44,31 +46,36 @@ def join(parts: Any, rows_per_prompt: int) -> Any:
 def pack(
   batch: Batch, *, parts: int = 1, rows_per_prompt: int = 1, data_parallel_size: int = 1
 ) -> Batch:
-  """Finds every row its place in fewer rows, on the host, if the layout allows it (`Layout.pack`).
+  """Gives every row of the batch a place in fewer rows, on the host; 0 in `Layout.pack` turns it off.
 
-  The longest row is placed first, each into the fullest packed row that still has room (best fit
-  decreasing). A layout is compiled once, so both of its sizes are rounded up to one of `pack` values.
-  Where nothing is gained the batch stays as it is.
+  Rows are placed from the longest to the shortest, each into the fullest packed row that has room
+  (best fit decreasing). The number of packed rows, and the most tokens that one of them scores, are
+  each rounded up to one of `Layout.pack` sizes, because every pair of sizes compiles once.
 
   Args:
-    batch: NumPy; tokens of a row stand in a line, with padding on either side.
-    parts: pieces that `split` will cut the batch into, keeping runs of `rows_per_prompt` rows
-      together; each is packed separately.
-    data_parallel_size: devices that cut the rows; packed rows are a multiple.
+    batch: NumPy arrays; the tokens of a row are consecutive, with padding on either side.
+    parts: number of pieces that `split` will cut the batch into; each piece is packed separately.
+    rows_per_prompt: as `split` gets it.
+    data_parallel_size: the number of packed rows is a multiple of it.
 
   Returns:
-    The batch with an `offset`, and with `rows` and `scored` in its layout.
+    The batch with `offset`, and with `rows` and `scored` in its layout; or the batch unchanged, if
+    packing is off or saves no row.
 
   Raises:
-    ValueError: padding between the tokens of a row, by its number.
+    ValueError: a row has padding between its tokens; the message gives its number.
   """
   layout = batch.layout
   if not layout.pack:
     return batch
+
+  # A packed row has no room for padding inside a sequence.
   seen = batch.segment_ids > 0
   holes = np.flatnonzero(np.count_nonzero(np.diff(seen, prepend=0, append=0), axis=1) > 2)
   if holes.size:
     raise ValueError(f'row {holes[0]} has padding between its tokens, so it cannot be packed')
+
+  # Places of every piece. All pieces get the sizes of the largest, so that they have one shape.
   length, lengths, scored = seen.shape[1], seen.sum(axis=1), batch.mask.sum(axis=1)
   offset = np.zeros(len(seen), np.int32)
   rows = most = 0
@@ -76,6 +83,8 @@ def pack(
     offset[piece], used = _best_fit(lengths[piece], length)
     rows = max(rows, used)
     most = max(most, np.bincount(offset[piece] // length, scored[piece]).max())
+
+  # Round both sizes up to one of `pack` values.
   whole = len(seen) // parts
   rows = _round_up(rows, data_parallel_size * -(-whole // (data_parallel_size * layout.pack)))
   most = min(_round_up(max(int(most), 1), -(-length // layout.pack)), length)
@@ -86,7 +95,11 @@ def pack(
 
 
 def _best_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, int]:
-  """Where each sequence begins in rows of `room` that are laid end to end, and how many rows."""
+  """Places sequences into rows of `room` tokens.
+
+  Returns:
+    The offset i32[n] of each sequence in the rows, concatenated; and the number of rows that are used.
+  """
   offset, left = np.zeros(len(lengths), np.int32), np.full(len(lengths), room)
   for i in np.argsort(-lengths, kind='stable'):
     row = np.argmin(np.where(left >= lengths[i], left, room + 1))
@@ -100,16 +113,17 @@ def _round_up(x: int, step: int) -> int:
 
 
 def packed(batch: Batch) -> tuple[Batch, Callable[[Array], Array]]:
-  """The packed rows of a batch (tokens, segments, mask), and the way back, on devices.
+  """The packed rows of a batch that went through `pack`, on devices.
 
   Returns:
-    A batch of `layout.rows` rows; a function [rows, T] -> [B, T], which returns what is said of a
-    token to its place, and leaves 0 where there is none.
+    A batch of `layout.rows` rows with tokens, segment_ids and mask; and a function [rows, T] -> [B, T]
+    that returns a number of every token to the token's place in the original batch, 0 on padding.
   """
+  # The place of each token in the concatenated packed rows; padding gets one beyond the end.
   rows, (count, length) = batch.layout.rows, batch.tokens.shape
   seen = batch.segment_ids > 0
   column = jnp.arange(length)[None] - jnp.argmax(seen, axis=1)[:, None]
-  place = jnp.where(seen, batch.offset[:, None] + column, rows * length)  # beyond the end: nowhere
+  place = jnp.where(seen, batch.offset[:, None] + column, rows * length)
 
   def there(x: Array) -> Array:
     flat = jnp.zeros(rows * length, x.dtype).at[place].set(x, mode='drop')
@@ -118,7 +132,8 @@ def packed(batch: Batch) -> tuple[Batch, Callable[[Array], Array]]:
   def back(x: Array) -> Array:
     return constrain(x.reshape(-1).at[place].get(mode='fill', fill_value=0), ROWS)
 
-  apart = jnp.arange(count)[:, None] * length  # no row sees another
+  # Segment numbers of different rows are made different, so that no row sees another one.
+  apart = jnp.arange(count)[:, None] * length
   laid = Batch(
     tokens=there(batch.tokens), segment_ids=there(apart + batch.segment_ids), mask=there(batch.mask)
   )

@@ -1,11 +1,11 @@
-"""Talks to a checkpoint from the shell.
+"""Prints completions of a checkpoint, in the shell.
 
     python -m polgrad.sample --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m polgrad.sample ... --prompt='12+34='
 
-Without --prompt it reads lines until the end of input. With --chat each line is a user's turn, put
-into the tokenizer's chat template with the turns before it; otherwise a line is a prompt as it
-stands."""
+Without --prompt, every line of the standard input is a prompt. With --chat, every line is a user's
+turn: the prompt is the conversation so far in the tokenizer's chat template.
+"""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -23,21 +23,26 @@ from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.types import Params
 
-_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Prompts to complete instead of reading lines.')
-_CHAT = flags.DEFINE_bool('chat', False, 'A conversation, in the chat template.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.')
-_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Longest completion.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the sampling noise.')
+_PROMPT = flags.DEFINE_multi_string(
+  'prompt', [], 'Prompts to complete; repeat the flag for more. Default: read lines.'
+)
+_CHAT = flags.DEFINE_bool('chat', False, 'Read lines as turns of a conversation.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Sampling temperature; 0 is greedy.')
+_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Maximum length of a completion.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling noise.')
 
-BUCKET = 64  # prompts are padded to multiples of it, so that few shapes are compiled
+BUCKET = 64  # prompts are padded to a multiple of this number of tokens, so that few shapes compile
 
 
 def make_completer(
   experiment: Experiment, params: Params, *, temperature: float, max_new_tokens: int, seed: int
 ) -> Callable[[dict, int], str]:
-  """Makes (record, turn) -> text, for records with a `prompt` or `messages`.
+  """Makes `complete(record, turn) -> text`, for records with a `prompt` or `messages`.
 
-  At least half of the context is left to the prompt, whatever `max_new_tokens`.
+  Args:
+    temperature: 0 is greedy.
+    max_new_tokens: maximum length of a completion, at most half of the model's context.
+    seed: with `turn`, a number, it seeds the sampling noise.
   """
   tokenizer = experiment.tokenizer
   max_new_tokens = min(max_new_tokens, experiment.policy.config.max_length // 2)
@@ -53,11 +58,14 @@ def make_completer(
   )
 
   def complete(record: dict, turn: int) -> str:
+    # One prompt, padded on the left to a multiple of BUCKET.
     longest = experiment.policy.config.max_length - max_new_tokens
     prompts = batching.prompts([{**record, 'id': turn}], tokenizer, length=longest)
     used = int(prompts.mask.sum())
     width = min(-(-used // BUCKET) * BUCKET, longest)
-    copies = sharding.data_parallel_size(experiment.mesh)  # the fewest rows that the mesh can cut
+
+    # The rows are sharded over the mesh, so there must be at least as many as shards: copies fill up.
+    copies = sharding.data_parallel_size(experiment.mesh)
     tokens, mask, ids = (
       np.repeat(x[:, -width:] if x.ndim == 2 else x, copies, axis=0)
       for x in (prompts.tokens, prompts.mask, prompts.ids)
@@ -69,7 +77,7 @@ def make_completer(
 
 
 def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat: bool) -> None:
-  """Prints the completion of each line; in a chat the turns add up."""
+  """Prints the completion of each line; in a chat it answers all lines and replies so far."""
   messages = []
   for turn, line in enumerate(lines):
     line = line.rstrip('\n')

@@ -1,9 +1,10 @@
-"""Where arrays live: one mesh, one table of rules from logical axes to mesh axes.
+"""How arrays are sharded: one mesh of devices, and one table of rules from logical to mesh axes.
 
-The mesh has the axes `data` (copies of the parameters), `fsdp` (parameters cut along the model
-width) and `tensor` (cut along heads, feed-forward and vocabulary). Batches are cut over `data` and
-`fsdp`. A dimension that its mesh axes do not divide is replicated, so every model runs on every
-mesh."""
+The mesh has three axes. `data` replicates the parameters, `fsdp` shards them along the model width,
+and `tensor` shards them along heads, feed-forward width and vocabulary. Rows of a batch are sharded
+over `data` and `fsdp`. A dimension that its mesh axes do not divide is replicated, so every model
+runs on every mesh.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = ('data', 'fsdp')
+# Logical axis of an array -> the mesh axes that shard it; () is replicated.
 RULES = {
   'batch': BATCH,
   'length': (),
@@ -32,17 +34,16 @@ RULES = {
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """A mesh with the axes data, fsdp and tensor.
-
-  One process may use fewer devices than it has; several processes use all of theirs.
+  """A mesh of data * fsdp * tensor devices.
 
   Args:
-    data: number of parameter copies; -1 takes all devices that the other two leave.
-    fsdp: number of parts that the parameters are cut into along their width.
-    tensor: number of parts along heads, feed-forward and vocabulary.
+    data: number of copies of the parameters; -1 takes all devices that the other two leave.
+    fsdp: number of shards of the parameters along the model width.
+    tensor: number of shards along heads, feed-forward width and vocabulary.
 
   Raises:
-    ValueError: the sizes multiply to more than the number of devices (several processes: to less).
+    ValueError: a size is below 1; or the mesh has more devices than there are; or it has fewer, and
+      there are several processes, which must use all devices.
   """
   devices = jax.device_count()
   if data == -1 and fsdp * tensor > 0 and devices % (fsdp * tensor) == 0:
@@ -61,7 +62,11 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def partition_spec(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-  """The rules for one array: a mesh axis where it divides the dimension, else replicated."""
+  """The sharding of one array by `RULES`; dimensions that their mesh axes do not divide are replicated.
+
+  Args:
+    axes: logical axis names, one a dimension of `shape`.
+  """
   if len(axes) != len(shape):
     raise ValueError(f'logical axes {tuple(axes)} do not fit shape {tuple(shape)}')
 
@@ -73,19 +78,19 @@ def partition_spec(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> Part
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
-  """A NamedSharding for every parameter; `axes` is `policy.axes(params)`."""
+  """A NamedSharding for every parameter (or its shape); `axes` is `policy.axes(params)`."""
   return jax.tree.map(
     lambda p, a: NamedSharding(mesh, partition_spec(mesh, a, p.shape)), params, axes
   )
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-  """First axis over data and fsdp, the others whole."""
+  """The sharding of a batch's array with `rank` dimensions: its rows over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH, *(None,) * (rank - 1)))
 
 
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-  """Pins an activation to the rules of the mesh of `jax.set_mesh`; without a mesh, `x` itself."""
+  """Constrains an activation to its sharding by `RULES`, if `jax.set_mesh` has set a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
@@ -99,12 +104,12 @@ def ambient_data_parallel_size() -> int:
 
 
 def data_parallel_size(mesh: Any) -> int:
-  """Number of parts that a batch is cut into; its rows must be a multiple."""
+  """Number of shards of a batch, data * fsdp; the number of its rows must be a multiple."""
   return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def place(tree: Any, shardings: Any) -> Any:
-  """Puts host values, whole and equal in every process, where `shardings` says."""
+  """Puts host values on devices, as `shardings` says; every process holds all of each value."""
 
   def put(x, sharding):
     x = np.asarray(x)
@@ -114,15 +119,18 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-  """Puts host values, equal in every process, whole on every device."""
+  """Puts a copy of host values, which are equal in every process, on every device."""
   return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
-  """Cuts host arrays, whole and equal in every process, along their rows over data and fsdp.
+  """Puts host arrays on devices, their rows sharded over data and fsdp.
+
+  Args:
+    tree: arrays [B, ...], of which every process holds all rows.
 
   Raises:
-    ValueError: the rows do not divide over data x fsdp.
+    ValueError: B is no multiple of data * fsdp.
   """
   size = data_parallel_size(mesh)
 
@@ -136,7 +144,7 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """NumPy copies of global arrays, whole on every process."""
+  """NumPy copies of global arrays; every process gets all of each array."""
 
   def fetch(x):
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -147,6 +155,6 @@ def to_host(tree: Any) -> Any:
 
 
 def together(what: str) -> None:
-  """Waits until all processes have come here."""
+  """Barrier across processes; `what` names it and must be the same in all of them."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

@@ -206,21 +206,20 @@ def opt_shardings(
 
 @dataclasses.dataclass(frozen=True)
 class PhaseRun:
-  """A phase that is under way: its compiled functions, and what one collected batch goes through."""
+  """A phase with its compiled functions; its methods are the steps that `run_phase` takes."""
 
   experiment: Experiment
   name: str
   phase: Phase
-  seed: int  # of the phase's order of data, samples and minibatches
-  collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the step
-  update: Callable  # see `jit_update`
-  measure: (
-    Callable | None
-  )  # params -> (metrics, samples) on held-out problems; None: never measured
+  seed: int  # seeds the phase's order of data, its samples and its minibatches
+  collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the number of the step
+  update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
+  # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
+  measure: Callable | None
   writer: metrics.Writer | None  # None in all processes but the first
 
   def due(self, every: int, step: int) -> bool:
-    """Whether it is time after `step` batches: after every `every`-th and the last one; 0: never."""
+    """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
     return every > 0 and (step % every == 0 or step == self.phase.steps)
 
   def update_all(
@@ -262,6 +261,7 @@ class PhaseRun:
     return found
 
   def write(self, state: TrainState, values: dict[str, float]) -> None:
+    """Appends a row to the run's metrics."""
     if self.writer:
       self.writer.write(int(state.step), self.name, values)
 
@@ -275,7 +275,7 @@ class PhaseRun:
 def start_phase(
   experiment: Experiment, state: TrainState, writer: metrics.Writer | None
 ) -> PhaseRun:
-  """The phase that the state is in."""
+  """The phase that the state is in; compiles nothing yet."""
   name = experiment.order[int(state.phase)]
   phase = experiment.phases[name]
   made = context(experiment, phase, int(state.phase))

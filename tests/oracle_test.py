@@ -33,18 +33,21 @@ OBJECTIVE = objectives.policy_gradient(
 )
 
 
+def start(objective=OBJECTIVE) -> TrainState:
+  zero = jnp.int32(0)
+  return TrainState(
+    **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), zero),
+    params=tiny.params(),
+    opt_state=(),
+    anchors={},
+    **dict.fromkeys(('collect_state', 'credit_state'), ()),
+    objective_state=objective.init(),
+  )
+
+
 def asked(question, *, micro_batches: int = 1, objective=OBJECTIVE):
   """What `question(oracle, params)` answers inside a compiled update, and the update's gradient."""
   policy = tiny.policy()
-  params = tiny.params()
-  zero = jnp.int32(0)
-  state = TrainState(
-    **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), zero),
-    params=params,
-    opt_state=(),
-    anchors={},
-    **dict.fromkeys(('collect_state', 'credit_state', 'objective_state'), ()),
-  )
 
   @jax.jit
   def run(state, batch):
@@ -59,11 +62,28 @@ def asked(question, *, micro_batches: int = 1, objective=OBJECTIVE):
     made.update(state, batch)
     return found['answer']
 
-  return run(state.replace(objective_state=objective.init()), BATCH)
+  return run(start(objective), BATCH)
 
 
 def close(a, b, **tolerance):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_counts_are_known_before_the_model_runs():
+  made = learner.Learner(tiny.policy(), OBJECTIVE, optax.sgd(1.0))
+  state = start()
+  terms, _ = made.terms(state, made.outputs(state, state.params, BATCH), BATCH)
+  counts = made.counts(state, BATCH)
+  assert counts.keys() == terms.keys() == {'policy', 'probe/away'}
+  close(counts, {name: term.count for name, term in terms.items()})
+
+
+def test_a_selection_is_taken_before_the_batch_is_cut_and_only_then():
+  state = start()
+  for micro_batches, added in ((1, set()), (2, {'selected'})):
+    made = learner.Learner(tiny.policy(), OBJECTIVE, optax.sgd(1.0), micro_batches=micro_batches)
+    found = made.select(state, state.params, BATCH)
+    assert found.features.keys() - BATCH.features.keys() == added
 
 
 @pytest.mark.parametrize('micro_batches', [1, 2])

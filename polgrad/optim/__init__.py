@@ -1,7 +1,15 @@
-"""Optimizers, schedules and anchors, under one name.
+"""Optimizers, schedules and anchor rules.
 
-Every optimizer is called as `update(grads, state, params, oracle=oracle)`; few ask the oracle. One
-that wraps another takes it as a part. Parameters of lower precision have float32 master copies.
+An optimizer is an optax transformation that the learner calls as
+`update(grads, state, params, oracle=oracle)`; `Oracle` says what it may ask besides the gradient.
+
+| module | what is inside |
+|---|---|
+| `standard` | AdamW and gradient descent |
+| `variance_reduction` | optimizers for policy gradients, with less variance |
+| `schedules` | multipliers of a learning rate or of a loss weight |
+| `anchors` | rules by which named parameter sets follow the policy |
+| `wrappers` | float32 master copies, balance steps of routers, and the oracle |
 """
 
 from typing import Annotated

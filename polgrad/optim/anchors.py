@@ -1,6 +1,7 @@
-"""Anchors: named parameter sets (reference, proximal, ema, teacher) and how they follow the policy.
+"""Anchor rules: how a named parameter set (reference, teacher, ...) follows the policy.
 
-A rule is (anchor, params, step) -> anchor, applied after update number `step` (from 1).
+A rule is a function (anchor, params, step) -> anchor. It is applied after every update: `params` are
+the policy's new parameters that updates change, `step` the number of updates in the phase, from 1.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from polgrad.types import Array, Params
 
 
 def fixed(anchor: Params, params: Params, step: Array) -> Params:
-  """The parameters at the start of the phase, for ever."""
+  """The anchor never changes: it is the policy at the start of the phase, or a frozen model."""
   del params, step
   return anchor
 
@@ -26,7 +27,7 @@ def ema(anchor: Params, params: Params, step: Array, *, decay: float = 0.99) -> 
 
 
 def sync(anchor: Params, params: Params, step: Array, *, every: int = 100) -> Params:
-  """A copy of the policy, taken after every `every` updates (arXiv:2404.09656)."""
+  """A copy of the policy, taken again after every `every` updates (arXiv:2404.09656)."""
   due = step % every == 0
   return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, params)
 

@@ -1,4 +1,7 @@
-"""Schedules multiply a learning rate or the weight of a loss; their `step` counts updates."""
+"""Schedules: functions step -> multiplier f32[] of a learning rate or of a loss weight.
+
+`step` is i32[], the number of updates that the phase has made, from 0.
+"""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -28,10 +31,13 @@ def cosine(step: Array, *, warmup: int = 0, steps: int, end: float = 0.0) -> Arr
 
 
 def inverse_linear(step: Array, *, steps: int, every: int = 1) -> Array:
-  """1 / (1 - k / steps), k = floor(step / every): from 1 at the start to `steps` at the end.
+  """1 / (1 - k / steps) with k = min(floor(step / every), steps - 1): from 1 at the start to `steps`.
 
-  The weight 1 / t_k of the divergence in mirror descent with steps t_k that shrink to zero
+  It is the weight 1 / t_k of the divergence in mirror descent whose step sizes t_k shrink to zero
   (arXiv:2005.09814).
+
+  Args:
+    steps: number of values, each held for `every` updates.
   """
   k = jnp.minimum(step // every, steps - 1)
   return steps / (steps - k).astype(jnp.float32)
@@ -40,24 +46,27 @@ def inverse_linear(step: Array, *, steps: int, every: int = 1) -> Array:
 def stairs(
   step: Array, *, begin: int, every: int, height: float, first: float = 1.0, last: float = 0.5
 ) -> Array:
-  """`first` until `begin`, then one stair of `height` towards `last` at once and after every `every`.
+  """A staircase from `first` to `last`, whose stairs have size `height`.
 
-  From 1 down to 0.5 in stairs of 0.1 it weighs ReMix's base policy (arXiv:2507.06892).
+  The value is `first` up to update `begin`. The first stair follows right after it, and another one
+  after every `every` further updates, until the value is `last`. ReMix weighs its base policy by
+  stairs of 0.1 from 1 to 0.5 (arXiv:2507.06892).
   """
   climbed = height * jnp.ceil(jnp.maximum(step - begin, 0) / every)
   return first + jnp.sign(last - first) * jnp.minimum(climbed, abs(last - first))
 
 
 def two_phase(step: Array, *, steps: int) -> Array:
-  """1 - 0.2 (1 - exp(-2 p)) in the first half of p = step / steps, 0.8 exp(-3 p) after it.
+  """1 - 0.2 (1 - exp(-2 p)) for p < 1/2, and 0.8 exp(-3 p) from there on, where p = step / steps.
 
-  It weighs the entropy band of EPO (arXiv:2509.22576); at p = 1/2 it jumps from 0.87 to 0.18.
+  EPO weighs its entropy band by it (arXiv:2509.22576). At p = 1/2 it jumps from 0.87 to 0.18.
   """
   p = step / steps
   return jnp.where(p < 0.5, 0.8 + 0.2 * jnp.exp(-2 * p), 0.8 * jnp.exp(-3 * p))
 
 
 def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:
+  """From 0 to 1 in `warmup` steps, then `fall` of the steps after these."""
   rise = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
   return optax.join_schedules([rise, fall], [warmup])(step)
 

@@ -1,4 +1,4 @@
-"""AdamW and gradient descent: thin, named compositions of optax."""
+"""AdamW and gradient descent, composed of optax transformations."""
 
 from typing import Annotated
 
@@ -21,9 +21,13 @@ def adamw(
   schedule: SchedulePart = constant,
   master_weights: bool = True,
 ) -> optax.GradientTransformation:
-  """AdamW (arXiv:1711.05101) after clipping the gradient by its global norm.
+  """AdamW (arXiv:1711.05101), on a gradient that is clipped by its global norm.
 
-  The learning rate is `learning_rate * schedule(update)`; see `in_float32` for `master_weights`.
+  Args:
+    learning_rate: is multiplied by `schedule(updates)`.
+    weight_decay: fraction of a parameter that is subtracted, times learning rate and schedule.
+    max_grad_norm: a longer gradient is scaled to this norm.
+    master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
   """
   transform = optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
@@ -43,7 +47,14 @@ def sgd(
   schedule: SchedulePart = constant,
   master_weights: bool = True,
 ) -> optax.GradientTransformation:
-  """Gradient descent, with heavy-ball momentum if asked for; `master_weights` as in `adamw`."""
+  """Gradient descent.
+
+  Args:
+    learning_rate: is multiplied by `schedule(updates)`.
+    momentum: decay of heavy-ball momentum; 0 is none.
+    max_grad_norm: a longer gradient is scaled to this norm; the default does not clip.
+    master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
+  """
   transform = optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.trace(momentum),

@@ -1,4 +1,4 @@
-"""What stands around every optimizer: float32 master copies, balance steps, and the oracle."""
+"""What surrounds every optimizer: float32 master copies, balance steps, and the oracle."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,32 +11,38 @@ from polgrad.types import Params
 
 
 class Oracle(NamedTuple):
-  """What an optimizer may ask about the loss of this update's batch, besides its gradient.
+  """What an optimizer may ask about the loss of this update's minibatch, besides its gradient.
 
-  All are functions, so that what is not asked for is not computed. Trees are like the parameters.
+  Each field is a function, so only what is asked for is computed. Gradients and vectors are trees like
+  the parameters that the optimizer gets. The minibatch has B rows.
   """
 
-  # (params, probe='') -> gradient of the loss at params; `probe` names a term that is no part of
-  # the loss, whose gradient is given instead
+  # (params, probe='') -> gradient at `params`, of the loss or of the objective's probe of that name.
   gradient: Callable
-  halves: Callable  # () -> (g1, g2): gradients of the two halves of the batch, at the parameters
-  product: Callable  # (vector) -> Hessian of the loss at the parameters times vector
+  # () -> (g1, g2), gradients at the current parameters of the loss of the first B // 2 rows, and of the
+  # loss of the others. Each half has its own counts and selections, and is cut into as many
+  # micro-batches as the minibatch. The rows of a group (samples of one prompt) are consecutive, so at
+  # most one group has rows in both halves, the one in the middle: none if the first half ends with a
+  # group. A prompt that was drawn twice is two groups, which may be in different halves.
+  halves: Callable
+  # (vector) -> the Hessian of the loss at the current parameters, times the vector.
+  product: Callable
 
 
 class MasterState(NamedTuple):
-  """Float32 copies of the parameters of lower precision (nothing for the others), and the rest."""
+  """State of `in_float32`."""
 
-  master: Params
-  inner: Any
+  master: Params  # float32 copies of the parameters of lower precision, MaskedNode for the others
+  inner: Any  # state of the optimizer
 
 
 def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Runs an optimizer on float32 master copies of parameters that are stored in bfloat16.
+  """Runs an optimizer on float32 master copies of the parameters that are stored in bfloat16.
 
-  A bfloat16 number has 8 bits, so a step below 1/256 of it would be lost, and most steps are. The
-  step is made on the master copy in float32, moments included, and the parameter is the copy,
-  rounded. Float32 parameters are their own master copies: nothing is kept for them, and wrapping
-  twice is the same as once. What an oracle says is about the rounded parameters, in float32.
+  A bfloat16 number has 8 significant bits, so adding a step below 1/256 of it would change nothing,
+  and most steps are smaller. The optimizer therefore steps on float32 copies, with float32 moments,
+  and the parameters are these copies, rounded. Nothing is kept for float32 parameters, so wrapping
+  twice is the same as once. Oracles evaluate the rounded parameters, and their answers are float32.
   """
   optimizer = optax.with_extra_args_support(optimizer)
   low = lambda p: jnp.finfo(p.dtype).bits < 32
@@ -47,13 +53,15 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     return MasterState(jax.tree.map(keep, params), optimizer.init(single(params)))
 
   def update(grads, state, params, oracle=None):
+    # The optimizer gets everything in float32: gradients, parameters and the oracle's answers.
     stored = lambda tree: jax.tree.map(lambda p, x: x.astype(p.dtype), params, tree)
     if oracle is not None:
       oracle = _seen_through(oracle, point=stored, direction=stored, answer=single)
     masters = jax.tree.map(lambda p, m: m if low(p) else p, params, state.master)
     steps, inner = optimizer.update(single(grads), state.inner, masters, oracle=oracle)
     moved = optax.apply_updates(masters, steps)
-    # The difference of two bfloat16 numbers in float32, so that adding it gives the rounded copy.
+    # A bfloat16 parameter steps to its rounded copy: the float32 difference of two bfloat16 numbers,
+    # which added to the parameter gives the copy exactly.
     rounded = lambda p, m: m.astype(p.dtype).astype(jnp.float32) - p.astype(jnp.float32)
     steps = jax.tree.map(lambda p, m, s: rounded(p, m) if low(p) else s, params, moved, steps)
     keep = lambda p, m: m if low(p) else optax.MaskedNode()
@@ -65,9 +73,13 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 def balanced(
   optimizer: optax.GradientTransformation, labels: Callable[[Params], Params], *, rate: float
 ) -> optax.GradientTransformation:
-  """Sign steps of size `rate` on what is labelled 'balance', the optimizer on what is 'train'.
+  """Balances routers: the optimizer updates parameters labelled 'train', sign steps those of 'balance'.
 
-  The gradient of a router's bias is the excess load of its experts; see `models/experts.py`.
+  The "gradient" of a router's bias is the excess load of its experts, see `models/experts.py`.
+
+  Args:
+    labels: params -> the same tree with a label for each array, see `Policy.labels`.
+    rate: size of the sign steps; 0 returns the optimizer unchanged.
   """
   if not rate:
     return optimizer
@@ -77,7 +89,8 @@ def balanced(
     if oracle is not None:
       names = labels(params)
       trained = lambda x, name: x if name == 'train' else optax.MaskedNode()
-      # A gradient is taken at the whole parameters; a direction does not move the balance.
+      # The optimizer knows only trained parameters. In its questions the others are filled in: with
+      # their values in a point, and with zeros in a direction. In the answers they are left out.
       whole = lambda rest, tree: jax.tree.map(
         lambda name, r, x: x if name == 'train' else r, names, rest, tree
       )
@@ -95,7 +108,13 @@ def balanced(
 def _seen_through(
   oracle: Oracle, *, point: Callable, direction: Callable, answer: Callable
 ) -> Oracle:
-  """The oracle of a wrapped optimizer: questions are mapped on their way in, answers back."""
+  """The oracle that a wrapper gives to its optimizer.
+
+  Args:
+    point: maps parameters in a question to those of the outer oracle.
+    direction: maps a vector in a question likewise.
+    answer: maps each answer of the outer oracle back.
+  """
   return Oracle(
     gradient=lambda params, probe='': answer(oracle.gradient(point(params), probe)),
     halves=lambda: tuple(answer(g) for g in oracle.halves()),
