@@ -24,7 +24,7 @@ BATCH = Batch(
   advantages=jnp.asarray(np.repeat(RNG.normal(size=(ROWS, 1)), 12, axis=1), jnp.float32),
   proximal_logp=jnp.asarray(-4 + 0.3 * RNG.normal(size=(ROWS, 12)), jnp.float32),
 )
-OBJECTIVE = objectives.policy_gradient(
+OBJECTIVE = objectives.PolicyGradient(
   surrogate=surrogates.importance_weighted,
   aggregation=aggregation.token_mean,
   selections={'selected': functools.partial(selections.second_moment, limit=0.5)},
@@ -97,7 +97,7 @@ def test_an_unknown_probe_is_refused_by_name():
 
 def test_halves_are_the_first_and_the_last_rows():
   """Rows have equal lengths, so without a selection the mean of both is the whole gradient."""
-  plain = objectives.policy_gradient(
+  plain = objectives.PolicyGradient(
     surrogate=surrogates.importance_weighted, aggregation=aggregation.token_mean
   )
   grads, (first, second) = asked(lambda oracle, params: oracle.halves(), objective=plain)
@@ -119,7 +119,7 @@ def test_a_product_is_the_derivative_of_the_gradient_along_a_vector():
     )
     return oracle.product(direction), difference
 
-  plain = objectives.policy_gradient(
+  plain = objectives.PolicyGradient(
     surrogate=surrogates.importance_weighted, aggregation=aggregation.token_mean
   )
   _, (product, difference) = asked(question, objective=plain)

@@ -117,7 +117,9 @@ class TestPlaces:
     assert (got.layout.rows, got.layout.scored) == (2, 8)
 
   @pytest.mark.parametrize('seed', range(5))
-  @pytest.mark.parametrize(('parts', 'group', 'data_parallel_size'), [(1, 1, 1), (4, 1, 2), (2, 2, 4)])
+  @pytest.mark.parametrize(
+    ('parts', 'group', 'data_parallel_size'), [(1, 1, 1), (4, 1, 2), (2, 2, 4)]
+  )
   def test_never_overlap_and_fit_the_rows_of_their_piece(
     self, seed, parts, group, data_parallel_size
   ):
