@@ -1,5 +1,5 @@
-# `make quickstart` and `make test` each make the environment that they need.
-PYTHON ?= python3.11
+# `make quickstart` and `make test` each make the environment that they need,
+# with any Python from 3.11 on (launch/find_python.sh).
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
@@ -7,15 +7,20 @@ SEED ?= 0
 export JAX_PLATFORMS ?= cpu
 # Large pages: every step of XLA's CPU backend allocates its buffers anew.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# A real model for the tests, made from a PyPI wheel.
+export POLGRAD_SMOLLM2 ?= $(CURDIR)/.cache/smollm2
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test smollm2 lint format clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/python -m polgrad.train --config=experiments/quickstart.py:seed=$(SEED) --workdir=$(RUN)
 	$(BIN)/python -m polgrad.evaluate --config=experiments/quickstart.py:seed=$(SEED) --workdir=$(RUN)
 
-test: lint
+test: lint smollm2
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+smollm2: $(VENV)/.test
+	$(BIN)/python launch/fetch_smollm2.py "$(POLGRAD_SMOLLM2)"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -26,13 +31,14 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.run: setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	python=$$(launch/find_python.sh) && "$$python" -m venv $(VENV)
+
+$(VENV)/.run: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.test: setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.test: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/.run
 

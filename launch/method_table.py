@@ -52,11 +52,11 @@ def slots(phase: dict) -> str:
   objective = phase['objective']
   ordered = {k: objective[k] for k in sorted(objective, key=_place)}
   chosen = [*_named('', phase['credit']), *_named('', ordered)]
-  if phase['optimizer']['name'] != 'adamw':
-    chosen.append(phase['optimizer']['name'])
+  if _short(phase['optimizer']) != 'adamw':
+    chosen.append(_short(phase['optimizer']))
   collect = phase['collect']
-  if collect['name'] != 'rollouts':
-    chosen.append(collect['name'])
+  if _short(collect) != 'rollouts':
+    chosen.append(_short(collect))
   extras = ('lag', 'replay', 'baseline_samples', 'demonstrations', 'max_resamples')
   chosen += [k for k in extras if collect.get(k)]
   return ' '.join(f'`{c}`' for c in dict.fromkeys(chosen) if c)
@@ -79,10 +79,15 @@ def _place(slot: str) -> int:
   return ORDER.index(slot) if slot in ORDER else len(ORDER)
 
 
+def _short(part: dict) -> str:
+  """The name of a function without that of its module."""
+  return part['name'].partition('.')[2]
+
+
 def _named(slot: str, part: dict) -> list[str]:
   """The names of a part and of what it holds, without the usual ones."""
-  families = ('policy_gradient', 'outcome', 'nothing', 'weighted_sum')
-  own = [] if part['name'] in families or USUAL.get(slot) == part['name'] else [part['name']]
+  families = ('PolicyGradient', 'outcome', 'nothing', 'WeightedSum')
+  own = [] if _short(part) in families or USUAL.get(slot) == _short(part) else [_short(part)]
   for knob, value in part.items():
     if isinstance(value, dict) and 'name' in value:
       own += _named(knob, value)

@@ -288,7 +288,8 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     collector.rows_per_prompt % compared and collector.rows_per_prompt != 1
   ):
     raise ValueError(
-      f'{path}.collect: groups of {collector.rows_per_prompt} rows, but the objective compares {compared}'
+      f'{path}.collect: groups of {collector.rows_per_prompt} rows, but the objective compares '
+      f'{compared}'
     )
   piece = phase.minibatches * phase.micro_batches * data_parallel_size
   if collector.rows % (piece * rows_per_prompt):

@@ -52,8 +52,8 @@ def pack(
 
   Args:
     batch: NumPy; tokens of a row stand in a line, with padding on either side.
-    parts: pieces that `split` will cut the batch into, keeping runs of `rows_per_prompt` rows together; each
-      is packed for itself.
+    parts: pieces that `split` will cut the batch into, keeping runs of `rows_per_prompt` rows
+      together; each is packed separately.
     data_parallel_size: devices that cut the rows; packed rows are a multiple.
 
   Returns:

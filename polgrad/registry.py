@@ -3,9 +3,10 @@
     part(surrogates.clipped, eps_high=0.28)
     -> {'name': 'surrogates.clipped', 'eps_low': 0.2, 'eps_high': 0.28}
 
-A module lists what a configuration can name in a `TABLE` and exports `Part = Annotated[Callable, TABLE]`.
-A function (or dataclass) that takes another function annotates that argument with the `Part` of the
-other's module; this is how `bind` knows which names are valid there. Three kinds of entries exist:
+A module lists what a configuration can name in a `TABLE` and exports
+`Part = Annotated[Callable, TABLE]`. A function (or dataclass) that takes another function annotates
+that argument with the `Part` of the other's module; this is how `bind` knows which names are valid
+there. Three kinds of entries exist:
 
 * An elementary function takes arrays by position and knobs by keyword. `bind` fixes the knobs and
   returns a function of the arrays. The *names* of its positional arguments say which arrays it reads

@@ -74,9 +74,9 @@ def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat
   for turn, line in enumerate(lines):
     line = line.rstrip('\n')
     if chat:
-      messages.append({'behavior_policy': 'user', 'content': line})
+      messages.append({'role': 'user', 'content': line})
       reply = complete({'messages': messages}, turn)
-      messages.append({'behavior_policy': 'assistant', 'content': reply})
+      messages.append({'role': 'assistant', 'content': reply})
     else:
       reply = complete({'prompt': line}, turn)
     print(reply, flush=True)

@@ -261,28 +261,17 @@ def test_options_of_an_experiment():
 
 
 def test_a_new_idea_is_a_pure_function_in_one_slot():
-  """A user's surrogate is registered, named in a configuration, overridden and built."""
-  from polgrad import registry
+  """A user's surrogate needs no registration: it is named in a configuration and built."""
 
   def squashed(log_ratio, advantages, *, slope=1.0):
     return -advantages * jax.nn.tanh(slope * log_ratio) / slope
 
-  registry.register(surrogates.TABLE, squashed)
-  try:
-    config = edit(
-      grpo,
-      (
-        'phases.rl.objective',
-        part(
-          objectives.PolicyGradient,
-          surrogate=part(squashed, slope=2.0),
-          aggregation=part(aggregation.token_mean),
-        ),
-      ),
-    )
-    made = build.build(config).phases['rl'].objective
-  finally:
-    del surrogates.TABLE['squashed']
+  own = part(
+    objectives.PolicyGradient,
+    surrogate=part(squashed, slope=2.0),
+    aggregation=part(aggregation.token_mean),
+  )
+  made = build.build(edit(grpo, ('phases.rl.objective', own))).phases['rl'].objective
   assert made.requires == {'advantages', 'proximal_logp'}
 
 
@@ -293,4 +282,4 @@ def test_requirements_decide_what_is_collected():
   }  # fmt: skip
   assert isinstance(run.phases['rl'].collect, collect.Collector)
   assert run.phases['rl'].credit.provides == {'advantages', 'returns'}
-  assert optim.ANCHORS.keys() == {'fixed', 'ema', 'sync'}
+  assert optim.ANCHORS.keys() == {'optim.fixed', 'optim.ema', 'optim.sync'}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.common import addition_phase, arithmetic_experiment
-from polgrad import build, credit, learner, objectives, registry, train
+from polgrad import build, credit, learner, objectives, train
 from polgrad.collect import scored as judging
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, aggregation, surrogates
@@ -177,14 +177,10 @@ def test_own_verifiers_can_be_named_in_a_configuration():
   def starts_with_one(completion):
     return float(completion.startswith('1'))
 
-  registry.register(verifiers.TABLE, starts_with_one)
-  try:
-    phase = addition_phase(
-      objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
-      reward={'one': weighted(2.0, part(starts_with_one))},
-    )
-    config = arithmetic_experiment({'rl': phase}, smoke=True)
-    run = build.build(json.loads(config.to_json()))
-  finally:
-    del verifiers.TABLE['starts_with_one']
+  phase = addition_phase(
+    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
+    reward={'one': weighted(2.0, part(starts_with_one))},
+  )
+  config = arithmetic_experiment({'rl': phase}, smoke=True)
+  run = build.build(json.loads(config.to_json()))
   assert run.phases['rl'].score(['12', '21'], [{}, {}], [2, 2]).total.tolist() == [2.0, 0.0]

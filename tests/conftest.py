@@ -1,22 +1,58 @@
 """Before JAX starts: eight CPU devices, no implicit broadcasting, and a cache of compiled programs."""
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
+import jaxlib
 import pytest
 
 from polgrad import compiling
 
-# Of programs that run once, compiling is what takes time: settings of `compiling` for every `jax.jit`.
-quick = [f'--{name}={str(value).lower()}' for name, value in compiling.CPU.items()]
-os.environ['XLA_FLAGS'] = ' '.join(['--xla_force_host_platform_device_count=8', *quick])
-jax.config.update('jax_numpy_rank_promotion', 'raise')
+ROOT = pathlib.Path(__file__).parents[1]
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
+ASK = 'import json; from polgrad import compiling; print(json.dumps(compiling.options()))'
+
+
+def quick() -> dict:
+  """The settings of `compiling` that this XLA knows: a flag that it does not know ends the process.
+
+  Another process asks, because XLA reads its flags only once; the answer is kept for this jaxlib.
+  """
+  path = CACHE / f'options_{jaxlib.__version__}.json'
+  if not path.exists():
+    env = {**os.environ, 'XLA_FLAGS': ''}
+    command = [sys.executable, '-c', ASK]
+    asked = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(asked.stdout)
+  return json.loads(path.read_text())
+
+
+# Most programs of the tests run once, so compiling takes the time: these hold for every `jax.jit`.
+flags = [f'--{name}={str(value).lower()}' for name, value in quick().items()]
+os.environ['XLA_FLAGS'] = ' '.join(['--xla_force_host_platform_device_count=8', *flags])
+jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+# The folder of SmolLM2, which `make test` makes. Experiments on real models read the variable too.
+os.environ.setdefault('POLGRAD_SMOLLM2', str(ROOT / '.cache/smollm2'))
+
+
+@pytest.fixture(scope='session')
+def smollm2() -> str:
+  """The Hugging Face folder of SmolLM2-135M-Instruct."""
+  folder = os.environ['POLGRAD_SMOLLM2']
+  if not os.path.exists(folder):
+    pytest.fail(
+      f'{folder} is missing: make test (or python launch/fetch_smollm2.py {folder}) makes it'
+    )
+  return folder
 
 
 @pytest.fixture

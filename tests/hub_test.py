@@ -95,9 +95,7 @@ def test_training_on_a_mesh_goes_from_a_folder_to_a_folder(model, tmp_path):
   np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
   assert np.abs(ours - began).max() > 1e-6
   tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-  assert tokenizer.apply_chat_template(
-    [{'behavior_policy': 'user', 'content': '1+1'}], tokenize=False
-  )
+  assert tokenizer.apply_chat_template([{'role': 'user', 'content': '1+1'}], tokenize=False)
   again = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert again['model_type'] == hub.PUBLISHED[model]['model_type']
 

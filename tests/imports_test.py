@@ -91,4 +91,4 @@ def test_losses_know_only_jax_and_the_ground():
 def test_trainer_and_losses_stay_small():
   sizes = {p: len(p.read_text().splitlines()) for p in FILES}
   assert all(n <= 500 for n in sizes.values()), sizes
-  assert all(n <= 320 for p, n in sizes.items() if unit(p) == 'losses'), sizes
+  assert all(n <= 400 for p, n in sizes.items() if unit(p) == 'losses'), sizes

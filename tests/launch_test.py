@@ -199,3 +199,30 @@ def test_shell_scripts_are_clean():
   scripts = [*ROOT.glob('launch/*.sh'), ROOT / '.ci/run']
   done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+  ('works', 'asked', 'found'),
+  [
+    ((), '', ''),
+    (('python3.13', 'python3'), '', 'python3.13'),
+    (('python3',), 'python3.12', 'python3'),
+    (('python3.11', 'python3.12'), 'python3.12', 'python3.12'),
+  ],
+)
+def test_a_python_that_works_is_found_or_asked_for(tmp_path, works, asked, found):
+  """Pythons are stand-ins: one that cannot make an environment exits with 1."""
+  for name in ('sh', 'cat'):
+    (tmp_path / name).symlink_to(shutil.which(name))
+  for name in ('python3.12', 'python3.13', 'python3'):
+    (tmp_path / name).write_text(f'#!/bin/sh\nexit {int(name not in works)}\n')
+    (tmp_path / name).chmod(0o755)
+  if 'python3.11' in works:
+    (tmp_path / 'python3.11').symlink_to(sys.executable)
+  env = {'PATH': str(tmp_path), 'PYTHON': asked}
+  done = subprocess.run(
+    [ROOT / 'launch/find_python.sh'], env=env, capture_output=True, text=True, check=False
+  )
+  assert done.stdout.strip() == found and (done.returncode == 0) == bool(found)
+  assert ('apt install python3 python3-venv' in done.stderr) == (not found)
+  assert ('PYTHON=python3.12 cannot be used' in done.stderr) == (asked not in works and asked != '')

@@ -146,7 +146,8 @@ class TestBfloat16:
     exact, _, _ = losses_of('float32', learning_rate=3e-3)
     close, _, state = losses_of('bfloat16', learning_rate=3e-3)
     assert exact[-1] < 0.5 * exact[0]
-    np.testing.assert_allclose(close, exact, rtol=0.08)
+    # Rounding depends on the processor: gaps of up to 1% of the first loss were seen.
+    np.testing.assert_allclose(close, exact, rtol=0, atol=0.02 * exact[0])
     assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(state.params))
     kept = jax.tree.leaves(state.opt_state)
     assert all(x.dtype == jnp.float32 for x in kept if x.ndim)

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.common import addition
 from polgrad import build, collect, credit, models, objectives, optim, sharding, train
-from polgrad.collect import base, rollouts
+from polgrad.collect import base
 from polgrad.data import tokenizers
 from polgrad.losses import (
   advantages,
@@ -30,10 +30,12 @@ from polgrad.losses import (
   preference_losses,
   surrogates,
 )
-from polgrad.registry import part, register, weighted
-from polgrad.rewards import verifiers
+from polgrad.registry import part, weighted
 from polgrad.types import Batch
 
+rollouts = importlib.import_module(
+  'polgrad.collect.rollouts'
+)  # the package has a function of this name
 SPENT = collections.defaultdict(list)  # seconds by part of a step
 
 
@@ -148,7 +150,6 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
 def run(folder: pathlib.Path, kind: str) -> dict:
   work = json.loads((folder / 'data.json').read_text())
   work |= json.loads((folder / 'workload.json').read_text())
-  register(verifiers.TABLE, share_of_even)
   config = part(
     build.experiment,
     tokenizer=part(tokenizers.byte),

@@ -21,8 +21,8 @@ from polgrad.registry import part
 def get_config(text: str = ''):
   o = options(text, steps=150, group=8, smoke=False)
   explored = part(
-    collect.explored, prompts=32, samples_per_prompt=o.group, rounds=2, prompt_length=6, max_new_tokens=5,
-    optimizer=part(optim.adamw, learning_rate=1e-3), epochs=4, minibatches=4, eps=0.3,
+    collect.explored, prompts=32, samples_per_prompt=o.group, rounds=2, prompt_length=6,
+    max_new_tokens=5, optimizer=part(optim.adamw, learning_rate=1e-3), epochs=4, minibatches=4, eps=0.3,
     kl_limit=0.01,
   )  # fmt: skip
   phase = addition_phase(

@@ -1,0 +1,85 @@
+"""Losses and what they are made of: pure functions on arrays.
+
+The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each lists its functions in a
+`TABLE`. The right column names the slot that they fill: an argument of an objective
+(`polgrad.objectives`) or of a credit estimator (`polgrad.credit`).
+
+    module              what its functions compute                               slot
+    ------------------  -------------------------------------------------------  ---------------------
+    surrogates          policy-gradient losses of one token                      surrogate, probes
+    path_consistency    squared residuals of path consistency learning           surrogate, probes
+    ratios              log importance ratios of tokens, turns or rows           ratio, proximal
+    weights             detached importance weights of tokens                    weights
+    trust_region_masks  weights that are 1 in a trust region, else 0             weights
+    penalties           KL estimators, entropy bonus, value errors, likelihood   penalties, loss
+    divergences         KL and Jensen-Shannon between teacher and student        divergence, penalties
+    logit_stats         numbers computed from the next-token distribution        stats, loss
+    selections          choices among the tokens of a whole minibatch            selections
+    aggregation         means of token losses over tokens or rows                aggregation
+    implicit_rewards    scores of rows from their log-probabilities              score
+    preference_losses   losses of a preference pair                              link
+    pointwise           losses of single rows                                    loss
+    log_partition       estimates of log Z for a regression on rewards           center
+    advantages          advantages of rows from their rewards; normalisers       advantage, normalizer
+    baselines           advantages with weighted, chosen or sampled baselines    advantage
+    reward_penalties    costs that are subtracted from rewards                   costs
+    f_divergences       derivatives of the generators of f-divergences           derivative
+    returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
+    groups              means and variances over groups of rows                  none: modules above
+
+A loss without configuration. Arrays have the shape [B, T] of rows and tokens; `mask` is True for the
+tokens that count.
+
+>>> import jax.numpy as jnp
+>>> from polgrad import losses
+>>> log_ratio, mask = jnp.zeros((2, 3)), jnp.array([[True, True, True], [True, False, False]])
+>>> loss = losses.surrogates.clipped(log_ratio, jnp.ones((2, 3)), eps_high=0.28)
+>>> print(float(losses.aggregation.token_mean(loss, mask).value()))
+-1.0
+"""
+
+from polgrad.losses import (
+  advantages,
+  aggregation,
+  baselines,
+  divergences,
+  f_divergences,
+  groups,
+  implicit_rewards,
+  log_partition,
+  logit_stats,
+  path_consistency,
+  penalties,
+  pointwise,
+  preference_losses,
+  ratios,
+  returns,
+  reward_penalties,
+  selections,
+  surrogates,
+  trust_region_masks,
+  weights,
+)
+
+__all__ = [
+  'advantages',
+  'aggregation',
+  'baselines',
+  'divergences',
+  'f_divergences',
+  'groups',
+  'implicit_rewards',
+  'log_partition',
+  'logit_stats',
+  'path_consistency',
+  'penalties',
+  'pointwise',
+  'preference_losses',
+  'ratios',
+  'returns',
+  'reward_penalties',
+  'selections',
+  'surrogates',
+  'trust_region_masks',
+  'weights',
+]

@@ -1,8 +1,17 @@
-"""Rewards of rows to advantages of rows. Everything here is data for the policy gradient.
+"""Advantages of rows from their rewards.
 
-A function names the arrays that it reads: rewards, group_ids, valid, and for some baselines the mask,
+A function of `TABLE` fills the slot `advantage` of an estimator in `credit`; `TABLE` includes the
+functions of `baselines`. A function of `NORMALIZERS` fills the slot `normalizer` and works on tokens.
+
+A function reads the arrays that it names: rewards, group_ids, valid, and for some baselines the mask,
 token statistics or rewards of other samples. A row that is not `valid` enters no statistic and gets
-0. Groups are data (see `groups`), and equal rewards give exactly 0 in any precision.
+advantage 0. Rows belong to one group when their `group_ids` are equal (see `groups`); G is the number
+of valid rows in a group. Except for `raw`, equal rewards give exactly 0 in any precision.
+
+Advantages are constants of the policy gradient: the trainer computes them before it differentiates.
+The functions themselves do not call stop_gradient.
+
+The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import advantages`.
 """
 
 from collections.abc import Callable
@@ -28,6 +37,10 @@ def raw(rewards: Array, group_ids: Array, valid: Array) -> Array:
 
   Returns:
     [B].
+
+  >>> rewards, valid = jnp.array([1.0, 3.0]), jnp.array([True, False])
+  >>> print(np.asarray(advantages.raw(rewards, jnp.array([0, 0]), valid)))
+  [1. 0.]
   """
   _check(rewards, group_ids, valid)
   return jnp.where(valid, rewards, 0)
@@ -36,8 +49,8 @@ def raw(rewards: Array, group_ids: Array, valid: Array) -> Array:
 def group_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
   """A_i = R_i - mean of its group: Dr. GRPO (arXiv:2503.20783).
 
-  The row is part of its own baseline: the expected gradient is (G - 1)/G of the true one. A group
-  of one gets 0.
+  The row is part of its own baseline, so the expected gradient is (G - 1)/G times the true one. A
+  group of one gets 0.
 
   Args:
     rewards: [B].
@@ -45,7 +58,11 @@ def group_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
     valid: bool[B].
 
   Returns:
-    [B], summing to 0 in every group.
+    [B], summing to 0 in every group up to rounding.
+
+  >>> rewards, group_ids = jnp.array([1.0, 0.0, 5.0, 3.0]), jnp.array([0, 0, 1, 1])
+  >>> print(np.asarray(advantages.group_mean(rewards, group_ids, jnp.ones(4, bool))))
+  [ 0.5 -0.5  1.  -1. ]
   """
   _check(rewards, group_ids, valid)
   return center(rewards, members(group_ids, valid))
@@ -56,18 +73,24 @@ def group_normalized(
 ) -> Array:
   """A_i = (R_i - mean) / (std + eps) inside the group: GRPO (arXiv:2402.03300).
 
-  Peers differ: verl and TRL take ddof=1, the theory and others ddof=0; eps is 1e-9 to 1e-4. A group
-  of equal rewards and a group of one get 0 (verl passes the reward of a single row through).
+  Code bases differ: verl and TRL use ddof=1, the theory and others ddof=0, and eps ranges from 1e-9 to
+  1e-4. A group of equal rewards and a group of one get 0; verl returns the reward itself for a group
+  of one.
 
   Args:
     rewards: [B].
     group_ids: i32[B].
     valid: bool[B].
-    ddof: 1 divides the sum of squares by n - 1, 0 by n.
-    eps: added to the standard deviation.
+    ddof: 1 divides the sum of squares by G - 1, 0 by G.
+    eps: added to the standard deviation, in units of the reward.
 
   Returns:
-    [B], without unit: a positive affine map of the rewards changes nothing but through eps.
+    [B], without unit. For eps = 0, a R + b with a > 0 has the same advantages as R.
+
+  >>> rewards = jnp.array([1.0, 0.0, 0.0, 0.0])
+  >>> got = advantages.group_normalized(rewards, jnp.zeros(4, int), jnp.ones(4, bool))
+  >>> print(np.asarray(got).round(2))
+  [ 1.5 -0.5 -0.5 -0.5]
   """
   _check(rewards, group_ids, valid)
   group = members(group_ids, valid)
@@ -78,8 +101,8 @@ def group_normalized(
 def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
   """A_i = R_i - mean of the other rows of its group: RLOO (arXiv:2402.14740).
 
-  Unbiased, since the baseline does not depend on the row. Equal to G/(G - 1) times `group_mean`.
-  A group of one has no baseline and gets 0.
+  The gradient is unbiased for G > 1, since the baseline does not depend on the row. The advantage is
+  G/(G - 1) times that of `group_mean`. A group of one has no baseline and gets 0.
 
   Args:
     rewards: [B].
@@ -88,6 +111,11 @@ def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
 
   Returns:
     [B].
+
+  >>> rewards = jnp.array([1.0, 0.0, 0.0])
+  >>> got = advantages.leave_one_out(rewards, jnp.zeros(3, int), jnp.ones(3, bool))
+  >>> print(np.asarray(got).round(2))
+  [ 1.  -0.5 -0.5]
   """
   _check(rewards, group_ids, valid)
   group = members(group_ids, valid)
@@ -98,6 +126,9 @@ def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
 def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
   """A_i = R_i - mean of the batch: one baseline for all prompts (standard).
 
+  The row is part of its own baseline, so the expected gradient is (n - 1)/n times the true one, with n
+  the number of valid rows.
+
   Args:
     rewards: [B].
     group_ids: i32[B]; not used.
@@ -105,6 +136,10 @@ def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
 
   Returns:
     [B].
+
+  >>> rewards, group_ids = jnp.array([1.0, 0.0, 5.0, 2.0]), jnp.array([0, 0, 1, 1])
+  >>> print(np.asarray(advantages.batch_mean(rewards, group_ids, jnp.ones(4, bool))))
+  [-1. -2.  3.  0.]
   """
   _check(rewards, group_ids, valid)
   return center(rewards, everyone(valid))
@@ -113,16 +148,22 @@ def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
 def batch_normalized(rewards: Array, group_ids: Array, valid: Array, *, eps: float = 1e-8) -> Array:
   """A_i = (R_i - mean) / sqrt(var + eps) over the batch: REINFORCE++ (arXiv:2501.03262).
 
-  The variance is the unbiased one. Rows count the same here; `whiten` counts tokens.
+  The variance is the unbiased estimate (ddof = 1). Every row counts the same; in `whiten` every token
+  counts the same.
 
   Args:
     rewards: [B].
     group_ids: i32[B]; not used.
     valid: bool[B].
-    eps: added to the variance.
+    eps: added to the variance, in squared units of the reward.
 
   Returns:
     [B].
+
+  >>> rewards = jnp.array([1.0, 0.0, 0.0, 0.0])
+  >>> got = advantages.batch_normalized(rewards, jnp.zeros(4, int), jnp.ones(4, bool))
+  >>> print(np.asarray(got).round(2))
+  [ 1.5 -0.5 -0.5 -0.5]
   """
   _check(rewards, group_ids, valid)
   batch = everyone(valid)
@@ -131,7 +172,7 @@ def batch_normalized(rewards: Array, group_ids: Array, valid: Array, *, eps: flo
 
 
 def identity(advantages: Array, mask: Array) -> Array:
-  """Advantages as they are, 0 outside the mask (standard).
+  """A where the mask is True, 0 elsewhere: no normalisation (standard).
 
   Args:
     advantages: [B, T].
@@ -139,6 +180,10 @@ def identity(advantages: Array, mask: Array) -> Array:
 
   Returns:
     [B, T].
+
+  >>> got = advantages.identity(jnp.array([[2.0, 2.0]]), jnp.array([[True, False]]))
+  >>> print(np.asarray(got))
+  [[2. 0.]]
   """
   chex.assert_equal_shape([advantages, mask])
   return jnp.where(mask, advantages, 0)
@@ -147,19 +192,26 @@ def identity(advantages: Array, mask: Array) -> Array:
 def whiten(advantages: Array, mask: Array, *, eps: float = 1e-8) -> Array:
   """(A - mean) / sqrt(var + eps) over all valid tokens (PPO practice; arXiv:2501.03262).
 
-  The variance is the unbiased one. Tokens count the same, so long rows weigh more. The statistics
-  are those of the array given: pass the whole batch, not a micro-batch.
+  The variance is the unbiased estimate (ddof = 1). Every token counts the same, so long rows have more
+  influence on the statistics. Pass the whole batch, not a micro-batch: the statistics are taken over
+  the array given.
 
   Args:
     advantages: [B, T].
     mask: bool[B, T].
-    eps: added to the variance.
+    eps: added to the variance, in squared units of the reward.
 
   Returns:
     [B, T]; exactly 0 outside the mask, and everywhere when all valid entries are equal.
+
+  >>> mask = jnp.array([[True, False], [True, True]])
+  >>> got = advantages.whiten(jnp.array([[2.0, 2.0], [0.0, 1.0]]), mask)
+  >>> print(np.asarray(got).round(2))
+  [[ 1.  0.]
+   [-1.  0.]]
   """
   chex.assert_equal_shape([advantages, mask])
-  # Measured from one valid entry, equal advantages are exactly 0 before any rounding.
+  # Subtracting one valid entry first makes equal advantages exactly 0, free of rounding.
   shifted = jnp.where(mask, advantages - advantages.ravel()[jnp.argmax(mask)], 0)
   count = jnp.sum(mask)
   centered = jnp.where(mask, shifted - jnp.sum(shifted) / jnp.maximum(count, 1), 0)

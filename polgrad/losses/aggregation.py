@@ -1,8 +1,16 @@
-"""From token losses to one number: the only reductions over rows.
+"""Reductions from token losses to one number. No other function of `losses` averages a loss over rows.
 
-A reduction returns `Mean(total, count)`. Totals and counts add over micro-batches and devices, so
-the split of a batch never changes the objective. Masked entries are replaced, not multiplied: NaN
-there changes nothing. Counts depend on `where` only, never on parameters.
+A function of `TABLE` fills the slot `aggregation` of an objective. It returns a `Mean(total, count)`.
+Totals and counts are summed over micro-batches and devices before the division, so the way a batch is
+split never changes the objective. Counts depend on `where` and the shape only, never on parameters.
+
+A masked entry is replaced by 0, not multiplied by 0. So NaN or infinity at a masked place of `loss`
+changes neither the value nor the gradient with respect to `loss`, which is exactly 0 there. The
+gradient with respect to the inputs from which `loss` was computed can still be NaN: the chain rule
+multiplies that 0 by a derivative of the loss, and 0 * NaN is NaN (for example of exp at NaN or inf).
+Replace masked entries of those inputs before the loss is computed, as `objectives.view` does.
+
+The examples need `import jax.numpy as jnp` and `from polgrad.losses import aggregation`.
 """
 
 from collections.abc import Callable
@@ -21,6 +29,14 @@ def token_mean(loss: Array, where: Array) -> Mean:
   Args:
     loss: [B, T].
     where: bool[B, T].
+
+  Returns:
+    total: the sum of the loss over valid tokens; count: the number of valid tokens.
+
+  >>> loss = jnp.array([[1.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
+  >>> where = jnp.array([[True, False, False], [True, True, True]])
+  >>> print(float(aggregation.token_mean(loss, where).value()))
+  0.25
   """
   return Mean(total=jnp.sum(_row_sums(loss, where)), count=_count(where, loss))
 
@@ -28,12 +44,20 @@ def token_mean(loss: Array, where: Array) -> Mean:
 def sequence_mean(loss: Array, where: Array) -> Mean:
   """Every row with a valid token counts the same, by its mean over tokens (GRPO, arXiv:2402.03300).
 
-  A token of a long row weighs less than one of a short row; Dr. GRPO (arXiv:2503.20783) calls this
-  the length bias.
+  A token of a long row has a smaller weight than a token of a short row; Dr. GRPO (arXiv:2503.20783)
+  calls this the length bias.
 
   Args:
     loss: [B, T].
     where: bool[B, T].
+
+  Returns:
+    total: the sum of the rows' means; count: the number of rows with a valid token.
+
+  >>> loss = jnp.array([[1.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
+  >>> where = jnp.array([[True, False, False], [True, True, True]])
+  >>> print(float(aggregation.sequence_mean(loss, where).value()))
+  0.5
   """
   lengths = jnp.maximum(jnp.sum(where, axis=-1), 1)
   return Mean(
@@ -42,29 +66,45 @@ def sequence_mean(loss: Array, where: Array) -> Mean:
 
 
 def sequence_sum(loss: Array, where: Array) -> Mean:
-  """Mean over rows with a valid token of the sum of the row (RLOO, arXiv:2402.14740).
+  """Sum over the tokens of a row, then the mean over rows with a valid token (RLOO, arXiv:2402.14740).
 
-  With `reinforce` this is the policy gradient of whole sequences.
+  With `surrogates.reinforce` this is the policy gradient of whole sequences.
 
   Args:
     loss: [B, T].
     where: bool[B, T].
+
+  Returns:
+    total: the sum of the loss over valid tokens; count: the number of rows with a valid token.
+
+  >>> loss = jnp.array([[1.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+  >>> where = jnp.array([[True, False, False], [True, True, True]])
+  >>> print(float(aggregation.sequence_sum(loss, where).value()))
+  3.5
   """
   return Mean(total=jnp.sum(_row_sums(loss, where)), count=_count(jnp.any(where, -1), loss))
 
 
 def constant_length(loss: Array, where: Array, *, length: int) -> Mean:
-  """sum / (B length): no dependence on what was sampled (Dr. GRPO, arXiv:2503.20783).
+  """sum / (B length): the denominator does not depend on the samples (Dr. GRPO, arXiv:2503.20783).
 
   B counts all rows, also those without a valid token.
 
   Args:
     loss: [B, T].
     where: bool[B, T].
-    length: the token budget of generation, not the padded length T of this batch.
+    length: the largest number of tokens that a completion may have, not the padded length T.
+
+  Returns:
+    total: the sum of the loss over valid tokens; count: B length.
 
   Raises:
     ValueError: length < 1.
+
+  >>> loss = jnp.array([[1.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+  >>> where = jnp.array([[True, False, False], [True, True, True]])
+  >>> print(float(aggregation.constant_length(loss, where, length=7).value()))
+  0.5
   """
   if length < 1:
     raise ValueError(f'length must be positive, got {length}')

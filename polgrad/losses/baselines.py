@@ -1,7 +1,13 @@
-"""Baselines that weigh or choose the rows of a group, or that look at other samples.
+"""Advantages with a baseline that weighs or chooses the rows of a group, or that uses other samples.
 
-`advantages.TABLE` lists them next to the plain ones. A baseline that depends on the row itself
-biases the gradient, as in `advantages.group_mean`; how much is left is said where it matters.
+`advantages.TABLE` includes the functions of `TABLE`, so they fill the slot `advantage` of an estimator
+in `credit`. A function of `TOKEN_BASELINES` gives one advantage per token.
+
+All baselines here except `sampled_baseline` contain the row's own reward, as that of
+`advantages.group_mean` does, so the expected gradient is not exactly the true one.
+
+`valid` is False for rows whose verifier failed: they enter no statistic and get 0. Like all
+advantages, the results are constants of the policy gradient, but no function calls stop_gradient.
 """
 
 from collections.abc import Callable
@@ -11,21 +17,21 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses._common import bounded
 from polgrad.losses.groups import center, divide, members, variance
-from polgrad.losses.ratios import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
 
 def sampled_baseline(rewards: Array, baseline_rewards: Array, valid: Array) -> Array:
-  """A_i = R_i - mean_k R'_ik, R' the rewards of other completions of the prompt.
+  """A_i = R_i - mean_k R'_ik, R' the rewards of n further completions of the prompt.
 
-  With one greedy completion this is ReMax (arXiv:2310.10505). Unbiased: those completions do not
-  depend on the row.
+  With one greedy completion this is ReMax (arXiv:2310.10505). The gradient is unbiased, since those
+  completions do not depend on the row.
 
   Args:
     rewards: [B].
-    baseline_rewards: [B, n].
+    baseline_rewards: [B, n], R'.
     valid: bool[B].
 
   Returns:
@@ -40,11 +46,12 @@ def sampled_baseline(rewards: Array, baseline_rewards: Array, valid: Array) -> A
 def length_weighted(rewards: Array, mask: Array, group_ids: Array, valid: Array) -> Array:
   """A_i = R_i - sum_j L_j R_j / sum_j L_j inside the group, L the lengths: OPO (arXiv:2505.23585).
 
-  The baseline of least variance if the squared gradient norm of a row grows like its length.
+  If the squared gradient norm of a row is proportional to its length, E[L R] / E[L] is the constant
+  baseline of least variance; the group estimates it.
 
   Args:
     rewards: [B].
-    mask: bool[B, T]; its rows sum to the lengths.
+    mask: bool[B, T]; L_i is the number of True entries of row i.
     group_ids: i32[B].
     valid: bool[B].
 
@@ -62,12 +69,12 @@ def gradient_weighted(
   """A_i = R_i - sum_j w_j R_j / sum_j w_j inside the group, w_j ~ |grad log pi(row j)|^2: the
   baseline of least variance of OBLR-PO (arXiv:2511.23310).
 
-  The squared norm is taken with respect to the logits, where it needs no backward pass: the sum of
-  the token statistic `score_norm` over the row.
+  The gradient is taken with respect to the logits, not the parameters, so it needs no backward pass:
+  w_j is the sum of the token statistic `logit_stats.score_norm` over row j.
 
   Args:
     rewards: [B].
-    score_norm: [B, T], squared norm of the score of each token.
+    score_norm: [B, T], squared norm of the gradient of log pi(token) with respect to its logits.
     mask: bool[B, T].
     group_ids: i32[B].
     valid: bool[B].
@@ -81,10 +88,12 @@ def gradient_weighted(
 
 
 def informative_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
-  """A_i = B / (B - M) (R_i - group mean), M the rows in groups of equal rewards: GPG
+  """A_i = B / (B - M) (R_i - group mean), M the number of rows in groups of equal rewards: GPG
   (arXiv:2504.02546).
 
-  Rows that teach nothing then do not shrink the mean over the batch. B and M count valid rows.
+  B and M count valid rows. A row in a group of equal rewards, or in a group of one, has advantage 0
+  but is counted by the aggregation. The factor undoes this: a mean over B rows becomes a mean over the
+  B - M others. With `aggregation.token_mean` that holds exactly only if all rows are equally long.
 
   Args:
     rewards: [B].
@@ -92,7 +101,7 @@ def informative_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
     valid: bool[B].
 
   Returns:
-    [B]; 0 when all groups are uniform.
+    [B]; all 0 when every group has equal rewards.
   """
   group = _group(rewards, group_ids, valid)
   centered = center(rewards, group)
@@ -101,9 +110,11 @@ def informative_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
 
 
 def nonzero_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
-  """A_i = B / #{R != 0} (R_i - group mean): GPG as its code has it (arXiv:2504.02546).
+  """A_i = B / #{R != 0} (R_i - group mean): the published code of GPG (arXiv:2504.02546).
 
-  Unlike `informative_mean` the factor depends on where the zero of the reward lies.
+  B and #{R != 0} count valid rows. The factor differs from that of `informative_mean`: rows of a group
+  in which all rewards are 1 are counted, rows with reward 0 of a mixed group are not. So adding a
+  constant to all rewards changes the advantages.
 
   Args:
     rewards: [B].
@@ -111,7 +122,7 @@ def nonzero_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
     valid: bool[B].
 
   Returns:
-    [B]; 0 when all rewards are 0.
+    [B]; all 0 when every reward is 0.
   """
   group = _group(rewards, group_ids, valid)
   return center(rewards, group) * _share(valid, valid & (rewards != 0))
@@ -126,30 +137,33 @@ def balanced_group_mean(
   standardized: bool = False,
   eps: float = 1e-6,
 ) -> Array:
-  """Group mean over as many rows below it as above: RED-Drop (arXiv:2509.24203).
+  """A_i = R_i - mean over the rows that are kept, at most as many bad as good: RED-Drop
+  (arXiv:2509.24203).
 
-  Rows with R >= group mean stay. Of the others as many stay as there are of those, chosen at
-  random; the rest get 0, and the mean is taken again over the rows that stayed.
+  All rows with R >= group mean are kept. Of the other rows of the group at most the same number is
+  kept, chosen at random. Dropped rows get 0.
 
   Args:
     rewards: [B].
     group_ids: i32[B].
     valid: bool[B].
-    uniform: [B], random numbers in [0, 1): rows with the smallest stay.
-    standardized: divides by the standard deviation (ddof 0) of the rows that stayed.
-    eps: added to the standard deviation.
+    uniform: [B], random numbers in [0, 1): the bad rows with the smallest numbers are kept.
+    standardized: whether to divide by the standard deviation (ddof 0) of the rows kept; default no.
+    eps: added to the standard deviation, in units of the reward.
 
   Returns:
-    [B], summing to 0 in every group if not standardized.
+    [B], summing to 0 in every group up to rounding.
   """
   group = _group(rewards, group_ids, valid)
   chex.assert_equal_shape([rewards, uniform])
   above = center(rewards, group) >= 0
+  # The rank of a row among the bad rows of its group; equal random numbers are ranked by position.
   order = jnp.arange(len(rewards))
   tie = (uniform[None, :] == uniform[:, None]) & (order[None, :] < order[:, None])
   before = (uniform[None, :] < uniform[:, None]) | tie
   rank = jnp.sum(group & before & ~above[None, :], axis=-1)
   kept = valid & (above | (rank < jnp.sum(group & above[None, :], axis=-1)))
+  # Mean and standard deviation are those of the rows kept.
   group = members(group_ids, kept)
   centered = center(rewards, group)
   if not standardized:
@@ -160,19 +174,19 @@ def balanced_group_mean(
 def exponential_group_mean(
   rewards: Array, group_ids: Array, valid: Array, *, temperature: float = 1.0
 ) -> Array:
-  """w_i (R_i - sum_j w_j R_j / sum_j w_j), w_i = exp((R_i - group mean) / temperature): RED-Weight
-  as derived (arXiv:2509.24203).
+  """A_i = w_i (R_i - sum_j w_j R_j / sum_j w_j), w_i = exp((R_i - group mean) / temperature): RED-Weight
+  as derived in the paper (arXiv:2509.24203).
 
-  Good rows count more, off-policy ones too. Exponents are clamped to +-20.
+  Rows with a higher reward have a larger weight. Exponents are clamped to +-20.
 
   Args:
     rewards: [B].
     group_ids: i32[B].
     valid: bool[B].
-    temperature: in units of the reward; large gives `group_mean`.
+    temperature: in units of the reward; a large one gives `advantages.group_mean`.
 
   Returns:
-    [B], summing to 0 in every group.
+    [B], summing to 0 in every group up to rounding.
   """
   group = _group(rewards, group_ids, valid)
   weights = jnp.exp(bounded(center(rewards, group) / temperature))
@@ -182,16 +196,18 @@ def exponential_group_mean(
 def exponential_times_advantage(
   rewards: Array, group_ids: Array, valid: Array, *, temperature: float = 1.0
 ) -> Array:
-  """A exp(A / temperature), A = R - group mean: RED-Weight as implemented (arXiv:2509.24203).
+  """A exp(A / temperature), A = R - group mean: RED-Weight as its code implements it
+  (arXiv:2509.24203).
 
-  The baseline is not weighted again, so a group sums to something >= 0: next to
-  `exponential_group_mean` this also raises the likelihood of what was sampled.
+  The baseline is the unweighted mean, so the advantages of a group sum to a number >= 0. Compared with
+  `exponential_group_mean`, this also raises the likelihood of the samples as a whole.
+  Exponents are clamped to +-20.
 
   Args:
     rewards: [B].
     group_ids: i32[B].
     valid: bool[B].
-    temperature: in units of the reward; large gives `group_mean`.
+    temperature: in units of the reward; a large one gives `advantages.group_mean`.
 
   Returns:
     [B].
@@ -206,19 +222,20 @@ def optimal_token_baseline(
   """A_it = G_it - sum_j W_jt G_jt / sum_j W_jt inside the group, W_jt = sum_{s<=t} |score_js|^2:
   the optimal token baseline (arXiv:2602.07078).
 
-  W is the squared norm, in the logits, of the score of the row up to t, so a baseline a column. The
-  columns of a group are compared as they stand: their prompts have one length. Where only one row
-  of the group has a token it is its own baseline and gets 0.
+  W_jt is the squared norm of the gradient of log pi(tokens of row j up to t) with respect to the
+  logits. There is one baseline per group and column t. Column t must be the same step of the
+  completion in all rows of a group, so their prompts must take the same number of columns. Where only
+  one row of the group has a token in a column, that row is its own baseline and gets 0.
 
   Args:
-    token_returns: [B, T], reward to go.
-    score_norm: [B, T], squared norm of the score of each token.
+    token_returns: [B, T], G, the reward to go.
+    score_norm: [B, T], squared norm of the score of each token, `logit_stats.score_norm`.
     mask: bool[B, T].
     group_ids: i32[B].
     valid: bool[B].
 
   Returns:
-    [B, T].
+    [B, T]; 0 where `mask` or `valid` is False.
   """
   chex.assert_rank([token_returns, valid], [2, 1])
   chex.assert_equal_shape([token_returns, score_norm, mask])
@@ -227,7 +244,8 @@ def optimal_token_baseline(
   total = jnp.where(where, jnp.cumsum(jnp.where(mask, score_norm, 0), axis=-1), 0)
   token_returns = jnp.where(where, token_returns, 0)
 
-  def row(x):  # one row at a time: [B, B, T] would be large
+  # One row at a time, because an array [B, B, T] would be large.
+  def row(x):
     own, group = x
     weights = jnp.where(group[:, None], total, 0)
     differences = jnp.sum(weights * (own[None, :] - token_returns), axis=0)
@@ -237,6 +255,7 @@ def optimal_token_baseline(
 
 
 def _group(rewards: Array, group_ids: Array, valid: Array) -> Array:
+  """bool[B, B]: row j counts in the statistics of row i; checks the shapes."""
   chex.assert_equal_shape([rewards, group_ids, valid])
   return members(group_ids, valid)
 
@@ -248,7 +267,7 @@ def _check_tokens(rewards: Array, *tokens: Array) -> None:
 
 
 def _share(valid: Array, counted: Array) -> Array:
-  """#valid / #counted, and 0 when nothing is counted."""
+  """#valid / #counted, and 0 when no row is counted."""
   return divide(jnp.sum(valid), jnp.sum(counted))
 
 

@@ -1,7 +1,12 @@
-"""Divergences between the next-token distributions of a teacher and of the student.
+"""Divergences between the next-token distributions of a teacher (T) and of the student (S).
 
-They read finite logits over the vocabulary, so they run where logits exist (in chunks) and not in
-the losses. The teacher is detached here. Logits are normalised in float32 at least.
+A function of `TABLE` fills the slot `divergence` of `objectives.Distillation`, or is one of the
+`penalties` or `stats` of `objectives.PolicyGradient`. It reads logits over the whole vocabulary, so
+it is evaluated in the chunked pass that computes logits (`models/token_stats.py`). The teacher is
+detached here. Log-probabilities are computed in float32 at least.
+
+Logits must be finite, with one exception: where both logits are -inf (a padded vocabulary), the token
+adds 0 to value and gradient.
 """
 
 from collections.abc import Callable
@@ -18,7 +23,7 @@ from polgrad.types import Array
 def forward_kl(teacher_logits: Array, logits: Array) -> Array:
   """KL(teacher || student) = sum T log(T / S): distillation on soft targets (arXiv:1503.02531).
 
-  Mass-covering. Gradient with respect to the student's logits: S - T.
+  This is the mass-covering direction. The gradient with respect to the student's logits is S - T.
 
   Args:
     teacher_logits: [..., V].
@@ -33,7 +38,8 @@ def forward_kl(teacher_logits: Array, logits: Array) -> Array:
 def reverse_kl(teacher_logits: Array, logits: Array) -> Array:
   """KL(student || teacher) = sum S log(S / T): MiniLLM, per token (arXiv:2306.08543).
 
-  Mode-seeking. Gradient with respect to the student's logits: S (log(S / T) - KL).
+  This is the mode-seeking direction. The gradient with respect to the student's logits is
+  S (log(S / T) - KL).
 
   Args:
     teacher_logits: [..., V].
@@ -49,14 +55,14 @@ def reverse_kl(teacher_logits: Array, logits: Array) -> Array:
 def jensen_shannon(teacher_logits: Array, logits: Array, *, teacher_weight: float = 0.5) -> Array:
   """w KL(T || M) + (1 - w) KL(S || M) with M = w T + (1 - w) S: GKD (arXiv:2306.13649).
 
-  At most the entropy of (w, 1 - w), log 2 for w = 0.5. Divided by w it tends to `forward_kl` as
-  w -> 0, and divided by 1 - w to `reverse_kl` as w -> 1; at the ends themselves it would be 0,
-  where some code bases silently return the two KLs instead.
+  The value is at most the entropy of (w, 1 - w), which is log 2 for w = 0.5. Divided by w it tends to
+  `forward_kl` as w -> 0; divided by 1 - w it tends to `reverse_kl` as w -> 1. At w = 0 and w = 1 it
+  would be 0, but some code bases return the two KLs there; this function refuses both.
 
   Args:
     teacher_logits: [..., V].
     logits: [..., V], of the student.
-    teacher_weight: of the teacher in the mixture, in (0, 1).
+    teacher_weight: w, the weight of the teacher in the mixture, in (0, 1).
 
   Returns:
     [...], nats.
@@ -67,7 +73,7 @@ def jensen_shannon(teacher_logits: Array, logits: Array, *, teacher_weight: floa
   if not 0 < teacher_weight < 1:
     raise ValueError(f'teacher_weight must lie in (0, 1), got {teacher_weight}')
   teacher, student = _log_probs(teacher_logits, logits)
-  # Where both are impossible the mixture is too, and 0 keeps the gradient finite.
+  # A token that both exclude has a log-probability of -inf in the mixture; 0 keeps the gradient finite.
   possible = jnp.maximum(teacher, student) > -jnp.inf
   mixture = jnp.logaddexp(
     jnp.where(possible, teacher, 0) + jnp.log(teacher_weight),
@@ -77,6 +83,7 @@ def jensen_shannon(teacher_logits: Array, logits: Array, *, teacher_weight: floa
 
 
 def _log_probs(teacher_logits: Array, logits: Array) -> tuple[Array, Array]:
+  """Log-probabilities (teacher, student) over the vocabulary; the teacher's are detached."""
   chex.assert_equal_shape([teacher_logits, logits])
   dtype = jnp.promote_types(logits.dtype, jnp.float32)
   teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(dtype))

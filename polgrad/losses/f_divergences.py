@@ -1,9 +1,10 @@
-"""Derivatives f'(t) of the generators of f-divergences, t = pi / p, for a target distribution p.
+"""Derivatives f'(t) of the generators f of f-divergences, t = pi / p, for a target distribution p.
 
-D_f = E_p[f(pi / p)] has the gradient E_pi[f'(t) grad log pi], so -f'(t) is a reward of the sampled
-row: f-DPG (arXiv:2302.08215). Functions take log t, clamped to +-20, and are data: no gradient flows
-through them. Forward is KL(p || pi), which covers the target; reverse KL(pi || p), which seeks its
-modes.
+A function of `TABLE` fills the slot `derivative` of an estimator in `credit`. D_f = E_p[f(pi / p)] has
+the gradient E_pi[f'(t) grad log pi], so -f'(t) acts as a reward of the sampled row: f-DPG
+(arXiv:2302.08215). The input is log t, which each function clamps to +-20 nats. The output is a
+constant: no gradient flows through it. Forward means KL(p || pi), which covers the target; reverse
+means KL(pi || p), which seeks its modes.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.ratios import bounded
+from polgrad.losses._common import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -43,7 +44,8 @@ def reverse_kl(log_t: Array) -> Array:
 
 
 def jensen_shannon(log_t: Array) -> Array:
-  """(log t - log((t + 1) / 2)) / 2: the mean of the KL of both to their mixture (arXiv:2302.08215).
+  """(log t - log((t + 1) / 2)) / 2: half KL(pi || m) + half KL(p || m), m = (pi + p) / 2
+  (arXiv:2302.08215).
 
   Args:
     log_t: [...], log pi - log p, nats.
@@ -91,6 +93,7 @@ def reverse_chi_square(log_t: Array) -> Array:
 
 
 def _data(log_t: Array) -> Array:
+  """log t, clamped and without gradient."""
   return bounded(jax.lax.stop_gradient(log_t))
 
 

@@ -1,8 +1,9 @@
-"""Statistics of rows that belong together: the arithmetic that baselines and centres share.
+"""Means and variances over groups of rows, used by `advantages`, `baselines` and `log_partition`.
 
-Groups are data: rows belong together when their `group_ids` are equal, wherever they stand in the
-batch, and groups may differ in size. A mean is subtracted as the mean of differences, so equal
-numbers give exactly 0 in any precision.
+Rows belong to one group when their `group_ids` are equal. They need not be consecutive, and groups may
+differ in size. A group is passed as a matrix bool[B, B] whose entry (i, j) says whether row j counts
+in the statistics of row i. A mean is subtracted as the mean of differences, so equal numbers give
+exactly 0 in any precision.
 """
 
 import chex
@@ -12,19 +13,19 @@ from polgrad.types import Array
 
 
 def same(group_ids: Array) -> Array:
-  """i32[B] -> bool[B, B]: rows i and j have one prompt."""
+  """i32[B] -> bool[B, B]: rows i and j are in one group."""
   chex.assert_rank(group_ids, 1)
   return group_ids[:, None] == group_ids[None, :]
 
 
 def members(group_ids: Array, valid: Array) -> Array:
-  """i32[B], bool[B] -> bool[B, B]: row j counts in the statistics of row i."""
+  """i32[B], bool[B] -> bool[B, B]: rows i and j are in one group and both valid."""
   chex.assert_equal_shape([group_ids, valid])
   return same(group_ids) & everyone(valid)
 
 
 def everyone(valid: Array) -> Array:
-  """bool[B] -> bool[B, B]: the whole batch is one group."""
+  """bool[B] -> bool[B, B]: rows i and j are both valid; the whole batch is one group."""
   return valid[:, None] & valid[None, :]
 
 
@@ -39,7 +40,7 @@ def center(x: Array, members: Array, weights: Array | None = None) -> Array:
   Args:
     x: [B].
     members: bool[B, B].
-    weights: [B], >= 0; None weighs all members alike.
+    weights: [B], >= 0; None gives all members the weight 1.
 
   Returns:
     [B]; 0 where the weights of the members sum to 0.
@@ -51,10 +52,13 @@ def center(x: Array, members: Array, weights: Array | None = None) -> Array:
 
 
 def variance(centered: Array, members: Array, ddof: int) -> Array:
-  """Sum of the squares of centred members over (their number - ddof): [B], bool[B, B] -> [B]."""
+  """Variance over the members, of numbers whose mean is subtracted already: [B], bool[B, B] -> [B].
+
+  The sum of squares is divided by max(number of members - ddof, 1).
+  """
   return total(jnp.square(centered), members) / jnp.maximum(jnp.sum(members, axis=-1) - ddof, 1)
 
 
 def divide(x: Array, scale: Array) -> Array:
-  """x / scale, and 0 where the scale is 0: a statistic of nothing, equal rewards with eps = 0."""
+  """x / scale, and 0 where scale <= 0, as for a group without members or a standard deviation of 0."""
   return jnp.where(scale > 0, x / jnp.where(scale > 0, scale, 1), 0)

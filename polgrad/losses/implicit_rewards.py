@@ -1,7 +1,11 @@
-"""Scores of whole rows that a policy implies: what preference losses compare.
+"""Scores of whole rows, made of their log-probabilities: the implicit rewards of preference losses.
 
-Sums over the mask; masked entries are replaced, so NaN there changes nothing. A coefficient beta is
-applied by the caller.
+A function of `TABLE` fills the slot `score` of `objectives.Pairwise`, `pointwise` or `regression`. It
+sums or averages over the tokens where `mask` is True. Masked entries are replaced by 0, so NaN there
+changes neither the score nor its gradient. The caller multiplies the score by beta.
+
+A policy's log-probabilities carry gradient; reference and proximal ones are constants that the caller
+does not differentiate.
 """
 
 from collections.abc import Callable
@@ -15,11 +19,11 @@ from polgrad.types import Array
 
 
 def log_ratio_sum(logp: Array, reference_logp: Array, mask: Array) -> Array:
-  """sum_t (logp - reference_logp): the implicit reward of DPO over beta (arXiv:2305.18290).
+  """sum_t (logp - reference_logp): the implicit reward of DPO, divided by beta (arXiv:2305.18290).
 
   Args:
     logp: [..., T], nats.
-    reference_logp: [..., T], nats, data.
+    reference_logp: [..., T], nats, constant.
     mask: bool[..., T].
 
   Returns:
@@ -29,15 +33,15 @@ def log_ratio_sum(logp: Array, reference_logp: Array, mask: Array) -> Array:
 
 
 def log_ratio_mean(logp: Array, reference_logp: Array, mask: Array) -> Array:
-  """`log_ratio_sum` over the number of tokens: length-normalised DPO (arXiv:2411.15124).
+  """`log_ratio_sum` divided by the number of tokens: length-normalised DPO (arXiv:2411.15124).
 
   Args:
     logp: [..., T], nats.
-    reference_logp: [..., T], nats, data.
+    reference_logp: [..., T], nats, constant.
     mask: bool[..., T].
 
   Returns:
-    [...], nats a token; 0 in a row without tokens.
+    [...], nats per token; 0 in a row without tokens.
   """
   return logp_mean(logp, mask) - logp_mean(reference_logp, mask)
 
@@ -57,25 +61,25 @@ def logp_sum(logp: Array, mask: Array) -> Array:
 
 
 def logp_mean(logp: Array, mask: Array) -> Array:
-  """`logp_sum` over the number of tokens: the score of SimPO (arXiv:2405.14734).
+  """`logp_sum` divided by the number of tokens: the score of SimPO (arXiv:2405.14734).
 
   Args:
     logp: [..., T], nats.
     mask: bool[..., T].
 
   Returns:
-    [...], nats a token; 0 in a row without tokens.
+    [...], nats per token; 0 in a row without tokens.
   """
   return logp_sum(logp, mask) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
 def old_log_ratio_sum(logp: Array, proximal_logp: Array, mask: Array) -> Array:
-  """sum_t (logp - proximal_logp): a regression around the policy at the start of the phase, as in
-  mirror descent (arXiv:2501.12599).
+  """sum_t (logp - proximal_logp): the log-ratio to the policy at the start of the phase, as in mirror
+  descent (arXiv:2501.12599).
 
   Args:
     logp: [..., T], nats.
-    proximal_logp: [..., T], nats, data.
+    proximal_logp: [..., T], nats, constant.
     mask: bool[..., T].
 
   Returns:
@@ -88,14 +92,14 @@ def bellman_sum(logp: Array, reference_logp: Array, log_normalizer: Array, mask:
   """V_1 + sum_t (logp - reference_logp), V_1 the log-normaliser of the logits that score the row's
   first token: TBRM (arXiv:2505.15311).
 
-  Logits are read as Q in units of beta, so V = logsumexp(Q) and logp = Q - V; the squared difference
-  to R / beta is a Bellman residual summed over the row. Gradient flows through V_1 too, which takes
-  the place of log Z: regress with centre zero.
+  The logits are interpreted as Q in units of beta, so V = logsumexp(Q) and logp = Q - V. The squared
+  difference to R / beta is then a Bellman residual summed over the row. V_1 takes the place of log Z
+  and carries gradient, so use it with `log_partition.zero` as the centre.
 
   Args:
     logp: [..., T], nats.
-    reference_logp: [..., T], nats, data.
-    log_normalizer: [..., T], nats, logsumexp of the logits.
+    reference_logp: [..., T], nats, constant.
+    log_normalizer: [..., T], nats, logsumexp of the logits; carries gradient.
     mask: bool[..., T].
 
   Returns:

@@ -1,12 +1,13 @@
-"""Estimates of log Z, the centre of the regression on rewards.
+"""Estimates of log Z, the centre of a regression on rewards.
 
-The policy pi = anchor exp(R / beta) / Z is where zeta = R / beta - sum_t log(pi / anchor) is the same
-number log Z for every completion of a prompt, whoever drew it. The regression
-scale * (zeta - center)^2 / 2 descends with weight scale * (zeta - center) on every log-probability of
-the row; which estimate of log Z stands in `center` makes the method. `residual` is zeta and
-`scaled_rewards` R / beta.
+A function of `TABLE` fills the slot `center` of `objectives.Regression`, whose loss is
+scale * (zeta - center)^2 / 2 with zeta = R / beta - sum_t log(pi / anchor), one number per row. For
+the policy pi = anchor exp(R / beta) / Z, the tilted anchor, zeta is log Z for every completion of a
+prompt, whichever policy sampled it. The loss gives each log-probability of the row the descent weight
+scale * (zeta - center). Methods differ in how they estimate log Z. The input `residual` is zeta;
+`scaled_rewards` is R / beta.
 
-Unless said otherwise the estimate is a constant for the gradient.
+No gradient flows through an estimate, unless its docstring says so.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from polgrad.types import Array
 
 
 def zero(residual: Array) -> Array:
-  """No centre: the reward is taken as normalised already (standard).
+  """0: the reward is assumed to be normalised already, so log Z = 0 (standard).
 
   Args:
     residual: [B].
@@ -34,7 +35,7 @@ def zero(residual: Array) -> Array:
 
 
 def group_mean(residual: Array, group_ids: Array) -> Array:
-  """The mean of the group, with its gradient: VarGrad (arXiv:2010.10436).
+  """The mean residual of the group, with gradient: VarGrad (arXiv:2010.10436).
 
   Args:
     residual: [B].
@@ -48,9 +49,10 @@ def group_mean(residual: Array, group_ids: Array) -> Array:
 
 
 def group_mean_detached(residual: Array, group_ids: Array) -> Array:
-  """`group_mean` as a constant: TBA (arXiv:2503.18929).
+  """`group_mean` without gradient: TBA (arXiv:2503.18929).
 
-  Residuals sum to 0 in a group, so the gradient of the loss is the same as with `group_mean`.
+  The differences residual - group_mean sum to 0 in a group, so the gradient of the loss is the same as
+  with `group_mean`.
 
   Args:
     residual: [B].
@@ -63,10 +65,10 @@ def group_mean_detached(residual: Array, group_ids: Array) -> Array:
 
 
 def leave_one_out(residual: Array, group_ids: Array) -> Array:
-  """The mean of the other rows of the group, with its gradient: CoPG (arXiv:2406.19185).
+  """The mean residual of the other rows of the group, with gradient: CoPG (arXiv:2406.19185).
 
-  Residuals are G/(G - 1) times those of `group_mean`; in a group of two they are the difference of
-  the pair. A group of one is its own centre and has loss 0.
+  In a group of G rows, residual - center is G/(G - 1) times that of `group_mean`; in a group of two it
+  is the difference between the two residuals. A group of one is its own centre and has loss 0.
 
   Args:
     residual: [B].
@@ -84,8 +86,8 @@ def leave_one_out(residual: Array, group_ids: Array) -> Array:
 def reward_mean(scaled_rewards: Array, group_ids: Array) -> Array:
   """The mean of R / beta in the group: Kimi k1.5 (arXiv:2501.12599).
 
-  It leaves out the mean of the log-ratios, so the policy at rest is another one than the tilted
-  anchor, and depends on who sampled.
+  It leaves out the mean of the log-ratios, so the optimum of the regression is not the tilted anchor,
+  and it depends on which policy sampled.
 
   Args:
     scaled_rewards: [B].
@@ -101,7 +103,8 @@ def reward_mean(scaled_rewards: Array, group_ids: Array) -> Array:
 def log_partition(scaled_rewards: Array, group_ids: Array) -> Array:
   """log mean exp(R / beta) over the group: mirror descent with an estimated Z (arXiv:2501.12599).
 
-  It tends to log Z for many samples of the anchor itself; with few it is too low on average.
+  If the anchor itself samples, the estimate tends to log Z as the group grows. In a small group it is
+  too low on average.
 
   Args:
     scaled_rewards: [B].
@@ -112,6 +115,7 @@ def log_partition(scaled_rewards: Array, group_ids: Array) -> Array:
   """
   group = _same(scaled_rewards, group_ids)
   of_group = jnp.where(group, scaled_rewards[None, :], -jnp.inf)
+  # log of the mean of exp, computed without overflow.
   log_mean = jax.nn.logsumexp(of_group, axis=-1) - jnp.log(jnp.sum(group, axis=-1))
   return jax.lax.stop_gradient(log_mean)
 
@@ -119,8 +123,8 @@ def log_partition(scaled_rewards: Array, group_ids: Array) -> Array:
 def value(first_value: Array) -> Array:
   """A learned V(x) / beta, trained by the same loss: DRO-V (arXiv:2405.19107).
 
-  Both are at rest at the tilted anchor and V = beta log Z, for samples of any policy that draws
-  every completion.
+  The loss is minimal at the tilted anchor with V = beta log Z, for samples of any policy that gives
+  every completion a positive probability.
 
   Args:
     first_value: [B], the critic's value before the first token, in units of beta; carries gradient.
@@ -139,9 +143,10 @@ def soft_baseline(
   the first stage of A*-PO (arXiv:2505.20686).
 
   Args:
-    baseline_rewards: [B, n], rewards of the reference's completions of the row's prompt.
-    beta: [], the temperature of the regression.
-    baseline_temperature: that of V*; small tends to the best of the n.
+    baseline_rewards: [B, n], R', rewards of n completions of the row's prompt by the reference.
+    beta: [], the temperature of the regression, in units of the reward.
+    baseline_temperature: the temperature of V*, in units of the reward. As it tends to 0, V* tends to
+      the largest of the n rewards.
 
   Returns:
     [B].
@@ -153,6 +158,7 @@ def soft_baseline(
 
 
 def _same(x: Array, group_ids: Array) -> Array:
+  """bool[B, B]: rows i and j are in one group; checks the shapes."""
   chex.assert_equal_shape([x, group_ids])
   return same(group_ids)
 

@@ -1,7 +1,12 @@
-"""Statistics of the next-token distribution: what needs the logits, one number a token.
+"""Statistics of the next-token distribution: one number per token, computed from the logits.
 
-They are evaluated in chunks (see `models/token_stats.py`), so [B, T, V] is never held. `logits`
-[..., V], `tokens` i32[...] and `hidden` [..., D] are told by name.
+A function of `TABLE` fills a slot of `stats`, for example that of `objectives.PolicyGradient`; losses
+then read the result by the name of the slot. Statistics are evaluated in chunks of tokens
+(`models/token_stats.py`), so logits [B, T, V] are not held in memory at once. A function reads what it
+names: `logits` f32[..., V], `tokens` i32[...] and the last hidden state `hidden` f32[..., D].
+
+In formulas, pi is softmax(logits) and v = e_token - pi is the score: the gradient of log pi(token)
+with respect to the logits.
 """
 
 from collections.abc import Callable
@@ -15,7 +20,8 @@ from polgrad.types import Array
 
 
 def logp(logits: Array, tokens: Array) -> Array:
-  """Log-probability of the tokens, log softmax(logits)[tokens]; f32[..., V], i32[...] -> f32[...]."""
+  """Log-probability of the tokens in nats, log softmax(logits)[tokens]; f32[..., V], i32[...] ->
+  f32[...]."""
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -27,15 +33,16 @@ def entropy(logits: Array) -> Array:
 
 
 def log_normalizer(logits: Array) -> Array:
-  """logsumexp(logits), the state value of logits read as Q (arXiv:2505.15311); f32[..., V] ->
-  f32[...]."""
+  """logsumexp(logits): the state value if the logits are interpreted as Q values (arXiv:2505.15311);
+  f32[..., V] -> f32[...]."""
   return jax.nn.logsumexp(logits, axis=-1)
 
 
 def score_norm(logits: Array, tokens: Array) -> Array:
-  """|v|^2 of the score in the logits, v = e_token - pi: 1 - 2 pi_token + sum pi^2.
+  """|v|^2 = 1 - 2 pi_token + sum pi^2, the squared norm of the score v = e_token - pi.
 
-  Data: the weight of optimal baselines (arXiv:2602.07078) and the curvature of a token's update.
+  It weighs the rows of optimal baselines (arXiv:2602.07078), and `selections.curvature` reads it. No
+  gradient flows through it.
 
   Args:
     logits: f32[..., V].
@@ -49,10 +56,11 @@ def score_norm(logits: Array, tokens: Array) -> Array:
 
 
 def score_fisher(logits: Array, tokens: Array) -> Array:
-  """v' F v with v = e_token - pi and the Fisher matrix F = diag pi - pi pi' of the logits.
+  """v' F v with the score v = e_token - pi and the Fisher matrix F = diag pi - pi pi' of the logits.
 
-  Data. The ratio pi / pi_old has the Hessian v v' - F where both agree, so along v its curvature is
-  `score_norm`^2 - `score_fisher`: CAPO (arXiv:2510.00819).
+  At pi = pi_old the ratio pi / pi_old has the Hessian v v' - F with respect to the logits, so its
+  curvature along v is `score_norm`^2 - `score_fisher`: CAPO (arXiv:2510.00819). No gradient flows
+  through it.
 
   Args:
     logits: f32[..., V].
@@ -67,23 +75,27 @@ def score_fisher(logits: Array, tokens: Array) -> Array:
 
 
 def hidden_norm(hidden: Array) -> Array:
-  """|h|^2 of the hidden state that scores the token: next to `score_norm` the squared gradient norm
-  of the last layer; f32[..., D] -> f32[...]. Data."""
+  """|h|^2 of the hidden state from which the token's logits are computed; f32[..., D] -> f32[...].
+
+  `score_norm` times `hidden_norm` is the squared norm of the gradient of log pi(token) with respect to
+  the weights of the last layer. No gradient flows through it.
+  """
   return jnp.sum(jnp.square(jax.lax.stop_gradient(hidden)), axis=-1)
 
 
 def proxy_logp(logits: Array, tokens: Array, *, kappa: float = 0.02) -> Array:
-  """Log-probability under the distribution without its tail: Lp-Reg (arXiv:2510.03222).
+  """Log-probability of the token under the distribution without its tail: Lp-Reg (arXiv:2510.03222).
 
-  Tokens with pi < kappa max pi are left out and the others normalised again. Data.
+  Tokens with pi < kappa max pi get probability 0 and the others are normalised again. No gradient
+  flows through it.
 
   Args:
     logits: f32[..., V].
     tokens: i32[...].
-    kappa: the smallest share of the largest probability that stays.
+    kappa: smallest probability that is kept, as a fraction of the largest one.
 
   Returns:
-    f32[...], nats; about -1e4 for a token that was left out.
+    f32[...], nats; about -1e4 for a token in the tail.
   """
   logits = jax.lax.stop_gradient(logits)
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
@@ -96,18 +108,18 @@ def one_token_rollout(
   """-sum_a sg(q_a R_a) log pi_a, R_a = 1 for the token of the data and beta for every other, q =
   softmax(logits / temperature): OTR (arXiv:2509.26313).
 
-  REINFORCE on one token drawn from q in the place of supervised learning, here as the expectation
-  over q instead of samples. At temperature 1 it is pi_token (1 - beta) times the gradient of
-  supervised learning.
+  The paper replaces supervised learning by REINFORCE on one token sampled from q; this is its
+  expectation over q. At temperature 1 its gradient is pi_token (1 - beta) times that of supervised
+  learning.
 
   Args:
-    logits: f32[..., V], with their gradient.
-    tokens: i32[...].
-    beta: the reward of a token that is not the data's.
-    temperature: of the sampling distribution.
+    logits: f32[..., V]; carries gradient.
+    tokens: i32[...], the tokens of the data.
+    beta: reward of a token that is not the data's.
+    temperature: temperature of the sampling distribution q.
 
   Returns:
-    f32[...], a loss.
+    f32[...], a loss to be minimised.
   """
   log_probs = jax.nn.log_softmax(logits, axis=-1)
   log_probs = jnp.where(log_probs > -jnp.inf, log_probs, 0)
@@ -117,7 +129,7 @@ def one_token_rollout(
 
 
 def _probabilities(logits: Array, tokens: Array) -> tuple[Array, Array]:
-  """All probabilities and the token's, as data: f32[..., V], i32[...] -> f32[..., V], f32[...]."""
+  """pi f32[..., V] and its value at the token, f32[...]; no gradient flows through them."""
   probs = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1)
   return probs, jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
 

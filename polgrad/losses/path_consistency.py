@@ -1,4 +1,7 @@
-"""Path consistency: one squared residual for the sub-path that starts at a token."""
+"""Path consistency learning: one squared residual per token, for the sub-path that starts there.
+
+`surrogates.TABLE` lists this function.
+"""
 
 import chex
 import jax
@@ -22,17 +25,17 @@ def path_consistency(
       C_t = -V_t + V_{t+d} + R 1[the path ends] - beta sum_{t <= k < t+d} (log pi_k - log ref_k)
 
   over the next d = min(window, tokens left) valid tokens, undiscounted, with V = 0 after the end
-  and the reward on the last token. At the optimum of E[R] - beta KL(pi, ref) every C is 0, whoever
-  sampled. The gradient goes to the policy and to the values.
+  and the reward on the last token. At the optimum of E[R] - beta KL(pi, ref) every C is 0, whichever
+  policy sampled. The gradient flows to the policy and to the values.
 
   Args:
     logp: [B, T], nats.
     reference_logp: [B, T], nats.
-    values: [B, T], of the state before the token.
+    values: [B, T], V_t, the value of the state before token t, in units of the reward.
     rewards: f32[B].
-    mask: bool[B, T]; holes are skipped.
-    beta: reward per nat.
-    window: the largest number of valid tokens in a sub-path.
+    mask: bool[B, T]; masked tokens between valid ones are skipped.
+    beta: coefficient of the KL, in units of the reward per nat.
+    window: largest number of valid tokens in a sub-path.
 
   Returns:
     [B, T]; 0 where `mask` is False.
@@ -44,9 +47,10 @@ def path_consistency(
   chex.assert_shape(rewards, mask.shape[:1])
   if window < 1:
     raise ValueError(f'window must be at least 1, got {window}')
-  end = _after(mask, window)
+  end = _after(mask, window)  # where the sub-path of each token ends
   at = lambda x: jnp.take_along_axis(x, end, axis=1)
   values = jnp.pad(jnp.where(mask, values, 0), ((0, 0), (0, 1)))
+  # The cost of a sub-path is a difference of two cumulative sums.
   cost = beta * jnp.where(mask, logp - reference_logp, 0)
   before = jnp.pad(jnp.cumsum(cost, axis=1), ((0, 0), (1, 0)))
   reward = jnp.where(end == mask.shape[1], rewards[:, None], 0)
@@ -55,10 +59,10 @@ def path_consistency(
 
 
 def _after(mask: Array, steps: int) -> Array:
-  """Where the valid token stands that is `steps` valid ones later; T past the end: i32[B, T]."""
+  """Column of the valid token `steps` valid tokens after each token; T if there is none: i32[B, T]."""
   length = mask.shape[1]
   place = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
-  places = jnp.sort(jnp.where(mask, place, length), axis=1)  # those of valid tokens, then T
+  places = jnp.sort(jnp.where(mask, place, length), axis=1)  # columns of valid tokens, then T
   places = jnp.pad(places, ((0, 0), (0, 1)), constant_values=length)
   count = jnp.cumsum(mask, axis=1) - 1 + steps
   return jnp.take_along_axis(places, jnp.minimum(count, length), axis=1)

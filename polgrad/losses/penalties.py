@@ -1,16 +1,19 @@
-"""Token penalties: each is a loss with its own coefficient, logged as its own term.
+"""Token penalties: losses that are added to the surrogate, each with its own coefficient and metric.
+
+A function of `TABLE` fills one of the `penalties` of `objectives.PolicyGradient`, or the slot `loss`
+of `objectives.Supervised`.
 
 The KL estimators use delta = logp - reference_logp of tokens that the policy sampled. What matters
 in a loss is the expected *gradient*, not the value (arXiv:2506.09477). On-policy, with the tokens
-before t held fixed:
+before t held fixed, the expected gradient is
 
-    k1              0: the score has mean zero, so only noise
+    k1              0: the score has mean zero, so the penalty adds only noise
     k2              grad KL(pi || reference)
     k3              grad KL(reference || pi): the other direction
     importance_k3   grad KL(pi || reference), also for off-policy tokens
 
-None of the token penalties sees that an early token changes the prefixes of later ones; k1 as a
-reward, summed to go, does.
+These gradients ignore that an early token changes the prefixes of later ones. To include that effect,
+subtract k1 from the reward of each token and use rewards to go (`kl_coefficient` in `credit`).
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
-from polgrad.losses.ratios import bounded
+from polgrad.losses._common import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -27,22 +30,23 @@ from polgrad.types import Array
 def k1(logp: Array, reference_logp: Array) -> Array:
   """delta: unbiased for KL(pi || reference) as a value (standard; arXiv:2506.09477).
 
-  As a loss its expected gradient is 0. It is meant for rewards and for logs.
+  As a loss its expected gradient is 0. Use it as a reward or as a metric.
 
   Args:
     logp: [..., T], nats.
     reference_logp: [..., T], nats.
 
   Returns:
-    [..., T], nats; single entries may be negative.
+    [..., T], nats; single entries can be negative.
   """
   chex.assert_equal_shape([logp, reference_logp])
   return logp - reference_logp
 
 
 def k2(logp: Array, reference_logp: Array) -> Array:
-  """delta^2 / 2: the value is KL to second order, the expected gradient is that of
-  KL(pi || reference) exactly (arXiv:2506.09477).
+  """delta^2 / 2: the expected gradient is exactly that of KL(pi || reference) (arXiv:2506.09477).
+
+  The expected value agrees with the KL to second order only.
 
   Args:
     logp: [..., T], nats.
@@ -56,9 +60,10 @@ def k2(logp: Array, reference_logp: Array) -> Array:
 
 
 def squared_log_ratio(log_ratio: Array) -> Array:
-  """log_ratio^2 / 2: `k2` to the policy that the ratio is taken against.
+  """log_ratio^2 / 2: `k2` with pi_old, the denominator of the ratio, as the reference.
 
-  To second order KL(pi || pi_old): the mirror descent of Kimi k1.5 (arXiv:2501.12599), per token.
+  The expected value is KL(pi || pi_old) to second order: the mirror descent of Kimi k1.5
+  (arXiv:2501.12599), per token.
 
   Args:
     log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
@@ -72,8 +77,8 @@ def squared_log_ratio(log_ratio: Array) -> Array:
 def k3(logp: Array, reference_logp: Array) -> Array:
   """exp(-delta) - 1 + delta: GRPO's penalty (arXiv:2402.03300).
 
-  Unbiased for KL(pi || reference) as a value and never negative. As a loss its expected gradient is
-  that of KL(reference || pi), the mass-covering direction. delta is clamped to +-20; a clamped
+  As a value it is unbiased for KL(pi || reference) and never negative. As a loss its expected gradient
+  is that of KL(reference || pi), the mass-covering direction. delta is clamped to +-20 nats; a clamped
   entry has gradient 0.
 
   Args:
@@ -89,10 +94,11 @@ def k3(logp: Array, reference_logp: Array) -> Array:
 
 
 def importance_k3(log_ratio: Array, logp: Array, reference_logp: Array) -> Array:
-  """r k3 with the gradient also through r: the unbiased KL of DeepSeek-V3.2 (arXiv:2512.02556).
+  """r k3 with gradient also through r: the unbiased KL of DeepSeek-V3.2 (arXiv:2512.02556).
 
-  Its gradient is r delta grad logp, token by token that of sg(r) k2: KL(pi || reference) for tokens
-  sampled by the old policy, and on-policy (r = 1) equal to `k2`.
+  Its gradient is r delta grad logp, which is that of sg(r) k2 for every token. So for tokens sampled by
+  the old policy the expected gradient is that of KL(pi || reference); on-policy (r = 1) the gradient
+  is that of `k2`.
 
   Args:
     log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
@@ -107,10 +113,10 @@ def importance_k3(log_ratio: Array, logp: Array, reference_logp: Array) -> Array
 
 
 def negative_entropy(entropy: Array) -> Array:
-  """-H: an entropy bonus as something to minimise (standard; arXiv:1602.01783).
+  """-H: minimising it raises the entropy (standard; arXiv:1602.01783).
 
   Args:
-    entropy: [..., T], nats, of the whole next-token distribution, with its gradient.
+    entropy: [..., T], nats, of the whole next-token distribution; carries gradient.
 
   Returns:
     [..., T].
@@ -122,8 +128,8 @@ def value_error(values: Array, returns: Array) -> Array:
   """(V - return)^2 / 2: the critic's regression (standard).
 
   Args:
-    values: [..., T].
-    returns: [..., T], data.
+    values: [..., T], in units of the return; carries gradient.
+    returns: [..., T], constant.
 
   Returns:
     [..., T].
@@ -137,13 +143,14 @@ def clipped_value_error(
 ) -> Array:
   """max of `value_error` at V and at clip(V, V_old - eps, V_old + eps) (arXiv:2005.12729).
 
-  The gradient is 0 once V has moved towards the return by more than eps.
+  The gradient is 0 where V has moved towards the return by more than eps, unless it has moved so far
+  past the return that the error at V is larger than the error at the clipped value.
 
   Args:
-    values: [..., T].
-    old_values: [..., T], values when the phase began, data.
-    returns: [..., T], data.
-    eps: in units of the return.
+    values: [..., T], V; carries gradient.
+    old_values: [..., T], V_old, values at the start of the phase, constant.
+    returns: [..., T], constant.
+    eps: largest change of the clipped value, in units of the return.
 
   Returns:
     [..., T].
@@ -154,9 +161,9 @@ def clipped_value_error(
 
 
 def nll(logp: Array) -> Array:
-  """-log pi: supervised learning on the token (standard).
+  """-log pi: the negative log-likelihood of the token, as in supervised learning (standard).
 
-  Next to a policy gradient it lowers the baseline by its coefficient: AsymRE (arXiv:2506.20520).
+  As a penalty with coefficient c it acts like a baseline that is lower by c: AsymRE (arXiv:2506.20520).
 
   Args:
     logp: [..., T], nats.
@@ -170,7 +177,7 @@ def nll(logp: Array) -> Array:
 def selected_absolute(log_ratio: Array, selected: Array) -> Array:
   """|log_ratio| of the selected tokens, 0 elsewhere: KL-Cov (arXiv:2505.22617).
 
-  The gradient is the sign of the log-ratio: none at all while policy and old policy agree.
+  The gradient is the sign of the log-ratio; it is 0 where policy and old policy agree.
 
   Args:
     log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
@@ -180,23 +187,23 @@ def selected_absolute(log_ratio: Array, selected: Array) -> Array:
     [..., T], >= 0.
   """
   chex.assert_equal_shape([log_ratio, selected])
-  # The derivative of jnp.abs at 0 is 1.
+  # Not jnp.abs, whose derivative at 0 is 1 in JAX.
   return jnp.where(selected, log_ratio * jnp.sign(log_ratio), 0)
 
 
 def selected_k3(logp: Array, proxy_logp: Array, selected: Array) -> Array:
   """min(k3 to the proxy, 10) of the selected tokens, 0 elsewhere: Lp-Reg (arXiv:2510.03222).
 
-  The proxy is the policy without its least likely tokens, so the likelihood of a selected token is
-  raised while it is below the proxy's.
+  The proxy is the policy without its least likely tokens (`logit_stats.proxy_logp`). The penalty raises
+  the likelihood of a selected token while it is below that under the proxy.
 
   Args:
     logp: [..., T], nats.
-    proxy_logp: [..., T], nats, data.
-    selected: bool[..., T].
+    proxy_logp: [..., T], nats, constant.
+    selected: bool[..., T], for example from `selections.unlikely`.
 
   Returns:
-    [..., T], in [0, 10]; gradient 0 at the bound.
+    [..., T], in [0, 10]; the gradient is 0 where k3 exceeds 10.
   """
   chex.assert_equal_shape([logp, proxy_logp, selected])
   return jnp.where(selected, jnp.minimum(k3(logp, proxy_logp), 10.0), 0)
@@ -207,17 +214,17 @@ def entropy_band(
 ) -> Array:
   """relu(low H' - H) + relu(H - high H'), H' the mean entropy of earlier updates.
 
-  The band of EPO (arXiv:2509.22576) with a gradient, which `entropy_band_published` has not: a
-  change of ours. 0 while there is no history (H' <= 0).
+  A variant of the band of EPO (arXiv:2509.22576) that has a gradient; `entropy_band_published` has none.
+  The paper does not contain this variant.
 
   Args:
-    entropy: [..., T], nats, with its gradient.
-    mean_entropy: [], nats.
-    low: lower edge, in units of the mean.
-    high: upper edge, in units of the mean.
+    entropy: [..., T], H, nats; carries gradient.
+    mean_entropy: [], H', nats; <= 0 while there are no earlier updates.
+    low: lower edge of the band, in units of H'.
+    high: upper edge of the band, in units of H'.
 
   Returns:
-    [..., T], >= 0.
+    [..., T], >= 0; 0 where H' <= 0.
   """
   chex.assert_rank(mean_entropy, 0)
   below = jnp.maximum(low * mean_entropy - entropy, 0)
@@ -231,17 +238,18 @@ def entropy_band_published(
   """`height` outside the band (low H', high H'), 0 inside: the smoothing penalty of EPO as released
   (arXiv:2509.22576).
 
-  Piecewise constant, so its gradient is 0: it moves the reported loss and no parameter.
+  The penalty is piecewise constant, so its gradient is 0: it changes the reported loss but no
+  parameter.
 
   Args:
-    entropy: [..., T], nats.
-    mean_entropy: [], nats, the mean of earlier updates; 0 before there is one.
-    low: lower edge, in units of the mean.
-    high: upper edge, in units of the mean.
+    entropy: [..., T], H, nats.
+    mean_entropy: [], H', nats, the mean entropy of earlier updates; <= 0 while there are none.
+    low: lower edge of the band, in units of H'.
+    high: upper edge of the band, in units of H'.
     height: the penalty, alpha in the paper.
 
   Returns:
-    [..., T].
+    [..., T]; 0 where H' <= 0.
   """
   chex.assert_rank(mean_entropy, 0)
   inside = (entropy > low * mean_entropy) & (entropy < high * mean_entropy)

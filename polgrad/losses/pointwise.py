@@ -1,6 +1,8 @@
-"""Losses of one row: unpaired feedback, and rewards compared inside a pair.
+"""Losses of one row: of its label (unpaired feedback), or of its reward compared within a pair.
 
-`score` is an implicit reward with beta inside. Labels and rewards are data.
+A function of `TABLE` fills the slot `loss` of `objectives.Pointwise`. `score`, z in formulas, is an
+implicit reward that is multiplied by beta already (see `implicit_rewards`). The label is p in formulas.
+Labels and rewards are constants.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import preference_losses
+from polgrad.losses._common import bounded
 from polgrad.losses.groups import same, total
-from polgrad.losses.ratios import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -34,8 +36,8 @@ def sigmoid(score: Array, label: Array) -> Array:
   """p sigmoid(-z) + (1 - p) sigmoid(z): KTO with reference point z0 = 0 (arXiv:2402.01306), which
   is APO-zero on unpaired data (arXiv:2408.06266).
 
-  Bounded, so rows that are hopeless either way lose their gradient. For KTO's z0, subtract it
-  (detached) from the score.
+  The loss is bounded, so its gradient vanishes where |z| is large, whatever the label. For a KTO
+  reference point z0 other than 0, subtract it (detached) from the score.
 
   Args:
     score: [...].
@@ -51,13 +53,13 @@ def sigmoid(score: Array, label: Array) -> Array:
 def squared(score: Array, label: Array, *, target: float = 1.0) -> Array:
   """(z - (2 p - 1) target)^2: SPPO (arXiv:2405.00675).
 
-  With p the win rate of the row against the current policy, the reference one iteration old and
-  target = 1/(2 beta), the mean over a pair is the paper's loss.
+  The mean over a pair is the paper's loss if p is the win rate of the row against the current policy,
+  the reference is the policy of the previous iteration, and target = 1/(2 beta).
 
   Args:
     score: [...].
-    label: [...], a probability of winning.
-    target: the score of a row that always wins.
+    label: [...], probability that the row wins against another sample.
+    target: the score at which a row with p = 1 has loss 0.
 
   Returns:
     [...].
@@ -75,19 +77,19 @@ def paired_product_clip(
   *,
   eps: float = 0.2,
 ) -> Array:
-  """-min(dR x, dR clip(x, 1 - eps, 1 + eps)), dR the reward above the other row of the pair, x =
-  s sg(s_other), s the sequence ratio: P3O-V1 (arXiv:2310.00212).
+  """-min(dR x, dR clip(x, 1 - eps, 1 + eps)), dR = R - R_other of the pair, x = s sg(s_other), s the
+  sequence ratio: P3O-V1 (arXiv:2310.00212).
 
-  The published loss is half the sum over the pair: the mean over rows of this. On-policy the
-  gradient is that of dR times the log-probability of the row.
+  The published loss is half the sum over the pair, which is the mean over rows of this. On-policy the
+  gradient is that of -dR log pi(row).
 
   Args:
     logp: [B, T], nats.
-    proximal_logp: [B, T], nats, data.
+    proximal_logp: [B, T], nats, constant.
     rewards: [B].
-    group_ids: i32[B]; rows in a group that is no pair have loss 0.
+    group_ids: i32[B]; a pair is a group of two rows. Rows of other groups have loss 0.
     mask: bool[B, T].
-    eps: the product of both ratios may leave 1 by this.
+    eps: largest distance of the product x of both ratios from 1.
 
   Returns:
     [B].
@@ -111,15 +113,15 @@ def paired_joint_clip(
   """-min(c l, c clip(l, l_old - delta, l_old + delta)), l = log pi(row) - log pi(other row of the
   pair), c = sg(s s_other) dR / 2: P3O-V2 (arXiv:2310.00212).
 
-  Both rows of a pair have the pair's loss, so the mean over rows is the published one.
+  Both rows of a pair have the same loss, that of the pair, so the mean over rows is the published one.
 
   Args:
     logp: [B, T], nats.
-    proximal_logp: [B, T], nats, data.
+    proximal_logp: [B, T], nats, constant.
     rewards: [B].
-    group_ids: i32[B]; rows in a group that is no pair have loss 0.
+    group_ids: i32[B]; a pair is a group of two rows. Rows of other groups have loss 0.
     mask: bool[B, T].
-    delta: how far the log-odds of the pair may move, nats.
+    delta: largest change of the log-odds l of the pair, nats.
 
   Returns:
     [B].
@@ -136,7 +138,7 @@ def paired_joint_clip(
 
 
 def _moved(logp: Array, proximal_logp: Array, mask: Array) -> Array:
-  """Log-ratio of the row to the policy when the phase began: [B, T] -> [B]."""
+  """Log-ratio of the row to the policy at the start of the phase: [B, T] -> [B], nats."""
   chex.assert_rank(mask, 2)
   chex.assert_equal_shape([logp, proximal_logp, mask])
   return jnp.sum(jnp.where(mask, logp - proximal_logp, 0), axis=-1)
@@ -151,7 +153,7 @@ def _other(rewards: Array, group_ids: Array) -> Array:
 
 
 def _gap(rewards: Array, other: Array) -> Array:
-  """Reward above the other row's; 0 for a row that has no other."""
+  """dR, the row's reward minus that of the other row; 0 for a row that is not in a pair."""
   return jnp.where(jnp.any(other, axis=-1), rewards - total(rewards, other), 0)
 
 

@@ -1,8 +1,11 @@
-"""Log importance ratios at the level at which a method compares two policies.
+"""Log importance ratios at the level at which a method compares two policies: token, turn or sequence.
 
-`log_ratio` is log pi_theta - log pi_old of the sampled tokens, 0 where the mask is False. This is
-the one place where it is clamped (to +-20 nats), so nothing downstream overflows when it
-exponentiates; a clamped entry has gradient 0.
+A function of `TABLE` fills the slot `ratio` of `objectives.PolicyGradient`. Its input `log_ratio` is
+log pi_theta - log pi_old of the sampled tokens, in nats. Its output has the same shape and is clamped
+to +-20 nats, so a surrogate or weight can exponentiate it without overflow. An entry beyond that
+limit has gradient 0.
+
+A function of `PROXIMALS` fills the slot `proximal`: it gives the log-probabilities of pi_old.
 """
 
 from collections.abc import Callable
@@ -12,55 +15,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses._common import bounded, kept, row_mean, row_sum, within
 from polgrad.registry import table
 from polgrad.types import Array
 
-LIMIT = 20.0  # nats; exp(20) is 5e8, far outside every trust region
-
-
-def bounded(log_ratio: Array) -> Array:
-  """Clamps log-ratios to what can be exponentiated safely: [...] -> [...]."""
-  return jnp.clip(log_ratio, -LIMIT, LIMIT)
-
-
-def kept(ratio: Array, advantages: Array, low: Array | float, high: Array | float) -> Array:
-  """PPO's one-sided trust region: (A >= 0 and r <= high) or (A <= 0 and r >= low), bool[...].
-
-  A token is dropped only if it moved too far in the direction of its own advantage; one on the
-  bound is kept, and so is one with A = 0. Ratio and bounds may all be logarithms.
-  """
-  return ((advantages >= 0) & (ratio <= high)) | ((advantages <= 0) & (ratio >= low))
-
-
-def soft_gate(ratio: Array, advantages: Array, tau_positive: float, tau_negative: float) -> Array:
-  """(4 / tau) sigmoid(tau (r - 1)), tau by the sign of A: SAPO's gate, of slope 1 at r = 1.
-
-  Raises:
-    ValueError: a steepness that is not positive.
-  """
-  if tau_positive <= 0 or tau_negative <= 0:
-    raise ValueError(f'tau must be positive, got {tau_positive} and {tau_negative}')
-  tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(ratio.dtype)
-  return 4 / tau * jax.nn.sigmoid(tau * (ratio - 1))
-
-
-def within(ratio: Array, low: float, high: float) -> Array:
-  """low <= r <= high, bool[...]."""
-  return (ratio >= low) & (ratio <= high)
-
-
-def row_sum(log_ratio: Array, mask: Array) -> Array:
-  """The log-ratio of the row: [..., T] -> [..., 1]."""
-  return jnp.sum(jnp.where(mask, log_ratio, 0), axis=-1, keepdims=True)
-
-
-def row_mean(log_ratio: Array, mask: Array) -> Array:
-  """The log-ratio of the row for each of its tokens: [..., T] -> [..., 1], 0 without tokens."""
-  return row_sum(log_ratio, mask) / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-
 
 def token(log_ratio: Array, mask: Array) -> Array:
-  """Every token by itself, as in PPO (arXiv:1707.06347).
+  """The log-ratio of each token by itself: PPO (arXiv:1707.06347).
 
   Args:
     log_ratio: [..., T], nats.
@@ -76,17 +37,17 @@ def token(log_ratio: Array, mask: Array) -> Array:
 def sequence_geometric(log_ratio: Array, mask: Array) -> Array:
   """The mean log-ratio of the row at each of its tokens: GSPO-token (arXiv:2507.18071).
 
-  log s_t = d_t - sg(d_t) + sg(mean_k d_k): the value is the length-normalised sequence ratio, and
-  the gradient passes through the token itself only. With one advantage per row and the
-  `sequence_mean` aggregation, value and gradient are those of the paper's sequence-level GSPO.
-  Other aggregations weight long rows more than the paper does.
+  log s_t = d_t - sg(d_t) + sg(mean_k d_k), with d = log_ratio and sg = stop_gradient. The value is the
+  log of the length-normalised sequence ratio; the gradient passes through the token's own log-ratio
+  only. With one advantage per row and the `sequence_mean` aggregation, value and gradient are those
+  of the paper's sequence-level GSPO. Other aggregations weight long rows more than the paper does.
 
   Args:
     log_ratio: [..., T], nats.
     mask: bool[..., T].
 
   Returns:
-    [..., T], clamped; 0 where `mask` is False, so also in a row without tokens.
+    [..., T], clamped; 0 where `mask` is False.
   """
   chex.assert_equal_shape([log_ratio, mask])
   log_ratio = jnp.where(mask, log_ratio, 0)
@@ -98,16 +59,16 @@ def sequence_geometric_clipped(
 ) -> Array:
   """The row's mean of one-sidedly clipped log-ratios: GMPO (arXiv:2507.20673).
 
-  log s_t = c_t - sg(c_t) + sg(mean_k c_k), with c = min(d, eps) for A >= 0 and max(d, -eps) for
-  A < 0. A clipped token still counts in the value of its row but has no gradient of its own. With
-  one advantage per row, `surrogates.importance_weighted` and the `sequence_mean` aggregation,
-  value and gradient are the paper's; eps = inf gives `sequence_geometric`.
+  log s_t = c_t - sg(c_t) + sg(mean_k c_k), with c = min(d, eps) for A > 0, max(d, -eps) for A < 0,
+  and c = d = log_ratio for A = 0. A clipped token still enters the mean of its row, but its own
+  gradient is 0. With one advantage per row, `surrogates.importance_weighted` and the `sequence_mean`
+  aggregation, value and gradient are the paper's. eps = inf gives `sequence_geometric`.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T]; only the sign is read.
     mask: bool[..., T].
-    eps: the bound in log space, nats.
+    eps: clip bound of the log-ratio, nats.
 
   Returns:
     [..., T], clamped; 0 where `mask` is False.
@@ -120,11 +81,11 @@ def sequence_geometric_clipped(
 
 
 def sequence_product(log_ratio: Array, mask: Array) -> Array:
-  """The summed log-ratio of the row at each of its tokens: the trajectory's ratio (standard).
+  """The summed log-ratio of the row at each of its tokens: the ratio of trajectories (standard).
 
   Every entry carries the gradient of the whole sum, so derivatives of any order are those of the
-  ratio of two trajectories (HARPG, arXiv:2302.01734, differentiates twice). Aggregate by
-  `sequence_mean`, in which a row counts once.
+  ratio of two trajectories (HARPG, arXiv:2302.01734, differentiates twice). Use the `sequence_mean`
+  aggregation, in which each row counts once.
 
   Args:
     log_ratio: [..., T], nats.
@@ -140,12 +101,12 @@ def sequence_product(log_ratio: Array, mask: Array) -> Array:
 def turn_geometric(log_ratio: Array, turn_ids: Array, mask: Array) -> Array:
   """The mean log-ratio of the turn at each of its tokens: Turn-PPO (arXiv:2511.20718).
 
-  Value and gradient inside a turn are as in `sequence_geometric`, which this is for rows of one
-  turn; turns of one token give `token`.
+  Within a turn, value and gradient are computed as `sequence_geometric` computes them within a row.
+  For rows of a single turn the result is `sequence_geometric`; for turns of one token it is `token`.
 
   Args:
     log_ratio: [B, T], nats.
-    turn_ids: i32[B, T], in 0..T-1 where `mask` is True.
+    turn_ids: i32[B, T], which turn of its row a token belongs to, in 0..T-1 where `mask` is True.
     mask: bool[B, T].
 
   Returns:
@@ -154,7 +115,7 @@ def turn_geometric(log_ratio: Array, turn_ids: Array, mask: Array) -> Array:
   chex.assert_equal_shape([log_ratio, turn_ids, mask])
   log_ratio = jnp.where(mask, log_ratio, 0)
   turns = mask.shape[-1]
-  ids = jnp.where(mask, turn_ids, turns)  # what is masked shares a turn of its own
+  ids = jnp.where(mask, turn_ids, turns)  # all masked tokens go to one extra turn
 
   def row(log_ratio, ids):
     total = jax.ops.segment_sum(log_ratio, ids, turns + 1)
@@ -167,20 +128,20 @@ def turn_geometric(log_ratio: Array, turn_ids: Array, mask: Array) -> Array:
 def clamped(log_ratio: Array, mask: Array, *, low: float = -1.0, high: float = 1.5) -> Array:
   """clip(d, low, high) of every token: Humanline (arXiv:2509.24207).
 
-  Outside the interval a token has gradient 0, whatever its advantage; a token on the bound keeps
-  it. Infinite bounds give `token`.
+  A token with d = log_ratio outside [low, high] has gradient 0, whatever its advantage. A token
+  exactly on a bound keeps its gradient. Infinite bounds give `token`.
 
   Args:
     log_ratio: [..., T], nats.
     mask: bool[..., T].
-    low: the least log-ratio, nats.
-    high: the largest log-ratio, nats.
+    low: smallest log-ratio, nats.
+    high: largest log-ratio, nats.
 
   Returns:
     [..., T]; 0 where `mask` is False.
 
   Raises:
-    ValueError: 0 outside [low, high], which would silence on-policy tokens.
+    ValueError: 0 is outside [low, high], so on-policy tokens would have gradient 0.
   """
   chex.assert_equal_shape([log_ratio, mask])
   if not low <= 0 <= high:
@@ -192,15 +153,16 @@ def clamped(log_ratio: Array, mask: Array, *, low: float = -1.0, high: float = 1
 def centered(log_ratio: Array, old_kl: Array, mask: Array, *, scale: float = 1.0) -> Array:
   """scale * (d + sg(KL(pi_old, pi_theta))): a general form of GRPO-Guard (arXiv:2510.22319).
 
-  E_old[d] = -KL is negative, so a clip range that is symmetric around 0 rarely binds on the upper
-  side; with the exact divergence of the position added, the mean is 0. The paper states it for
-  flow matching, where KL and scale are known in closed form; this is its form for any policy.
+  The mean of d = log_ratio under the old policy is -KL(pi_old, pi_theta) <= 0, so a clip range that is
+  symmetric around 0 binds on the lower side more often than on the upper side. Adding the exact
+  divergence at each position makes that mean 0. The paper derives this for flow matching, where KL
+  and scale have closed forms; this function works for any policy.
 
   Args:
     log_ratio: [..., T], nats.
     old_kl: [..., T], KL(pi_old, pi_theta) over the vocabulary, nats; detached here.
     mask: bool[..., T].
-    scale: multiplies the centred log-ratio.
+    scale: factor of the centred log-ratio.
 
   Returns:
     [..., T], clamped; 0 where `mask` is False.
@@ -210,7 +172,7 @@ def centered(log_ratio: Array, old_kl: Array, mask: Array, *, scale: float = 1.0
 
 
 def recorded(proximal_logp: Array) -> Array:
-  """The policy at the start of the update phase, as PPO compares (arXiv:1707.06347).
+  """Log-probabilities of the policy at the start of the update phase: PPO (arXiv:1707.06347).
 
   Args:
     proximal_logp: [..., T], nats.
@@ -222,7 +184,9 @@ def recorded(proximal_logp: Array) -> Array:
 
 
 def behavior(behavior_logp: Array) -> Array:
-  """The policy that sampled: one forward pass less, and no correction of the sampler (standard).
+  """Log-probabilities that the sampler recorded: no forward pass for a proximal policy (standard).
+
+  The ratio then also contains the mismatch between sampler and trainer, so no weight corrects for it.
 
   Args:
     behavior_logp: [..., T], nats.
@@ -236,14 +200,15 @@ def behavior(behavior_logp: Array) -> Array:
 def interpolated(logp: Array, behavior_logp: Array, staleness: Array) -> Array:
   """sg(alpha log pi_behavior + (1 - alpha) log pi), alpha = 1 / max(staleness, 1).
 
-  A-3PO (arXiv:2512.06547): a trust region around a policy between the one that sampled and the
-  live one, without a forward pass for it. Fresh rows (staleness <= 1) are compared with the policy
-  that sampled them; the older a row is, the less of it is clipped.
+  A-3PO (arXiv:2512.06547). The centre of the trust region is a policy between the sampling policy and
+  the live one, which needs no forward pass. A fresh row (staleness <= 1) is compared with the policy
+  that sampled it; the staler a row, the closer its ratio is to 1 and the fewer of its tokens are
+  clipped.
 
   Args:
     logp: [B, T], nats.
     behavior_logp: [B, T], nats.
-    staleness: f32[B], updates since the row was sampled.
+    staleness: f32[B], number of updates since the row was sampled.
 
   Returns:
     [B, T], nats, detached.
@@ -255,7 +220,7 @@ def interpolated(logp: Array, behavior_logp: Array, staleness: Array) -> Array:
 
 
 def _straight_through(log_ratio: Array, value: Array, mask: Array) -> Array:
-  """The given value, with the gradient of the token's own log-ratio."""
+  """`value` in the forward pass, with the gradient of the token's own log-ratio."""
   own = log_ratio - jax.lax.stop_gradient(log_ratio)
   return jnp.where(mask, bounded(own + jax.lax.stop_gradient(value)), 0)
 
@@ -272,6 +237,6 @@ TABLE = table(
 )
 Part = Annotated[Callable, TABLE]
 
-# What the log-ratio is taken against: logp minus one of these.
+# log_ratio = logp - proximal(...), where `proximal` is one of these.
 PROXIMALS = table('ratios', recorded, behavior, interpolated)
 ProximalPart = Annotated[Callable, PROXIMALS]

@@ -1,10 +1,15 @@
-"""Token rewards and values to returns. All outputs are data for the policy.
+"""Returns, advantages and value targets of tokens, from token rewards and values.
 
-`reward_to_go` and `gae` trust that the policy sampled the tokens. V-trace and Retrace correct for
-another sampler by clipped ratios rho = exp(log_rho), log_rho = proximal_logp - behavior_logp.
+The estimators of `credit` use these functions. Their outputs are constants of the policy gradient: the
+trainer computes them before it differentiates. The functions themselves do not call stop_gradient.
 
-Masked positions (tool output, padding) are holes: no reward is read there, nothing is discounted
-there, and the output is 0. So a row with holes gives what the same row without them gives.
+`reward_to_go` and `gae` assume that the policy itself sampled the tokens. V-trace and Retrace correct
+for another sampling policy by clipped ratios rho = exp(log_rho), log_rho = proximal_logp -
+behavior_logp.
+
+Masked positions (tool output, padding) are skipped: their reward is not read, no discount is applied
+there, and the output is 0. So a row with masked positions gives the same numbers as the row without
+them.
 """
 
 from collections.abc import Callable
@@ -14,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.ratios import bounded
+from polgrad.losses._common import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -27,7 +32,7 @@ def place_last(rewards: Array, mask: Array) -> Array:
     mask: bool[B, T].
 
   Returns:
-    [B, T]; a row without tokens loses its reward.
+    [B, T]; all 0 in a row without tokens.
   """
   chex.assert_rank([rewards, mask], [1, 2])
   chex.assert_equal(rewards.shape[0], mask.shape[0])
@@ -41,7 +46,7 @@ def reward_to_go(token_rewards: Array, mask: Array, *, discount: float = 1.0) ->
   Args:
     token_rewards: [..., T].
     mask: bool[..., T].
-    discount: per valid token.
+    discount: factor per valid token.
 
   Returns:
     [..., T].
@@ -63,16 +68,16 @@ def gae(
   """A_t = sum_k (discount trace)^k delta_{t+k}, delta_t = r_t + discount V_{t+1} - V_t: generalised
   advantage estimation (arXiv:1506.02438).
 
-  t + 1 is the next *valid* token, and the value after the last one is 0: a truncated row is treated
-  as a finished one. Value targets are advantages + values (before any normalisation).
-  discount = trace = 1 gives reward_to_go - values; trace = 0 the one-step error.
+  t + 1 is the next *valid* token. The value after the last token is 0, so a truncated row is treated
+  like a finished one. Value targets are advantages + values (before any normalisation).
+  discount = trace = 1 gives reward_to_go - values; trace = 0 gives the one-step error delta_t.
 
   Args:
     token_rewards: [..., T].
-    values: [..., T].
+    values: [..., T], V_t, the value of the state before token t.
     mask: bool[..., T].
-    discount: per valid token.
-    trace: the decay, lambda in the paper.
+    discount: factor per valid token.
+    trace: decay of the errors, lambda in the paper.
 
   Returns:
     [..., T].
@@ -104,18 +109,19 @@ def vtrace_targets(
   """V_t + e_t, e_t = min(rho_bar, rho_t) (r_t + discount V_{t+1} - V_t) + discount c_t e_{t+1}, with
   c_t = trace min(c_bar, rho_t): V-trace (arXiv:1802.01561).
 
-  rho_bar decides whose value is estimated: that of the policy ~ min(rho_bar mu, pi), mu the sampler,
-  so that of pi when infinite; c_bar only how fast. rho = 1 gives `gae` + V.
+  rho_bar determines which policy's value is estimated: that of the policy proportional to
+  min(rho_bar mu, pi), with mu the sampling policy; an infinite rho_bar gives pi. c_bar only affects the
+  speed of convergence. rho = 1 gives `gae` + V (for rho_bar, c_bar >= 1).
 
   Args:
     token_rewards: [..., T].
-    values: [..., T].
-    log_rho: [..., T], nats.
+    values: [..., T], V_t, the value of the state before token t.
+    log_rho: [..., T], nats; clamped to +-20.
     mask: bool[..., T].
-    discount: per valid token.
-    trace: the decay, lambda in the paper.
+    discount: factor per valid token.
+    trace: decay of the errors, lambda in the paper.
     rho_bar: largest weight of a one-step error.
-    c_bar: largest weight of the errors that follow.
+    c_bar: largest weight of the errors of later tokens.
 
   Returns:
     [..., T], value targets.
@@ -140,17 +146,18 @@ def vtrace_advantages(
   """A_t = min(rho_pg, rho_t) (r_t + discount (trace v_{t+1} + (1 - trace) V_{t+1}) - V_t) with v of
   `vtrace_targets` (arXiv:1802.01561).
 
-  The ratio is inside: use it with a loss that weighs by no ratio to the sampler of its own.
+  The advantage contains the ratio to the sampling policy already, so use a loss that does not multiply
+  by that ratio again.
 
   Args:
     token_rewards: [..., T].
-    values: [..., T].
-    log_rho: [..., T], nats.
+    values: [..., T], V_t, the value of the state before token t.
+    log_rho: [..., T], nats; clamped to +-20.
     mask: bool[..., T].
-    discount: per valid token.
-    trace: the decay, lambda in the paper.
+    discount: factor per valid token.
+    trace: decay of the errors, lambda in the paper.
     rho_bar: largest weight of a one-step error.
-    c_bar: largest weight of the errors that follow.
+    c_bar: largest weight of the errors of later tokens.
     rho_pg: largest weight of an advantage.
 
   Returns:
@@ -174,19 +181,20 @@ def retrace_targets(
   """G_t = r_t + discount (V_{t+1} + c_{t+1} (G_{t+1} - Q_{t+1})), c_t = trace min(1, rho_t): Retrace
   (arXiv:1606.02647), with the state value V_t in the place of Q_t.
 
-  Unlike a V-trace target G_t speaks about the token t that was taken: no ratio of its own stands
-  before it. On-policy with trace = 1 it is the reward to go, with trace = 0 the one-step target.
+  G_t is a target for the value of taking token t, so it is not multiplied by rho_t; a V-trace target is
+  one for the state before token t. On-policy, trace = 1 gives the reward to go and trace = 0 the
+  one-step target.
 
   Args:
     token_rewards: [..., T].
-    values: [..., T].
-    log_rho: [..., T], nats.
+    values: [..., T], V_t, the value of the state before token t.
+    log_rho: [..., T], nats; clamped to +-20.
     mask: bool[..., T].
-    discount: per valid token.
-    trace: the decay, lambda in the paper.
+    discount: factor per valid token.
+    trace: decay of the corrections, lambda in the paper.
 
   Returns:
-    [..., T], targets of the value of the token taken.
+    [..., T], targets for the value of the sampled token.
   """
   chex.assert_equal_shape([token_rewards, values, log_rho, mask])
 
@@ -202,7 +210,7 @@ def retrace_targets(
 
 
 def _vtrace(token_rewards, values, log_rho, mask, discount, trace, *, rho_bar, c_bar):
-  """(e_t, V_{t+1} + trace e_{t+1}) of V-trace at every valid token."""
+  """(e_t, V_{t+1} + trace e_{t+1}) of V-trace at every valid token, 0 elsewhere."""
   chex.assert_equal_shape([token_rewards, values, log_rho, mask])
 
   def step(carry, now):
@@ -219,11 +227,13 @@ def _vtrace(token_rewards, values, log_rho, mask, discount, trace, *, rho_bar, c
 
 
 def _truncated(log_rho: Array, cap: float) -> Array:
+  """min(rho, cap)."""
   return jnp.minimum(jnp.exp(bounded(log_rho)), cap)
 
 
 def _scan_backwards(step: Callable, carry, *arrays: Array):
-  """Scans [..., T] arrays from the last position to the first; a tree of [..., T] comes out."""
+  """Scans [..., T] arrays from the last position to the first; returns the outputs of `step`, stacked
+  to [..., T]."""
   time_major = tuple(jnp.moveaxis(x, -1, 0) for x in arrays)
   _, out = jax.lax.scan(step, carry, time_major, reverse=True)
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
@@ -232,6 +242,6 @@ def _scan_backwards(step: Callable, carry, *arrays: Array):
 TABLE = table('returns', reward_to_go, gae)
 Part = Annotated[Callable, TABLE]
 
-# For data of another policy.
+# Corrected for tokens that another policy sampled.
 TARGETS = table('returns', vtrace_targets, retrace_targets)
 CORRECTED = table('returns', vtrace_advantages)

@@ -1,10 +1,12 @@
-"""Selections: which tokens of a whole minibatch a loss treats apart, bool[B, T].
+"""Selections: which tokens of a whole minibatch a loss treats differently, bool[B, T].
 
-A rank, a covariance or a share is a statement about all tokens together. So a selection is
-evaluated once an update on the whole minibatch, before micro-batches are cut, and without gradient;
-weights and penalties then read it by its name in the configuration. One of them gives the bounds of
-a trust region instead, f32[2]. No token outside the mask is ever selected. Equal scores are ranked
-in the order of rows and positions.
+A function of `TABLE` fills one of the `selections` of `objectives.PolicyGradient`; weights and
+penalties read the result by its name in the configuration. A rank, a covariance or a fraction depends
+on all tokens together, so a selection is evaluated once per update on the whole minibatch, before it is
+split into micro-batches. No gradient flows through it.
+
+No token outside the mask is selected. Tokens with equal scores are ranked by row, then by position.
+`balanced_bounds` differs: it returns the bounds of a trust region, f32[2].
 """
 
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.ratios import bounded, kept
+from polgrad.losses._common import bounded, kept
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -22,16 +24,17 @@ from polgrad.types import Array
 def second_moment(
   log_ratio: Array, advantages: Array, mask: Array, *, limit: float = 0.04
 ) -> Array:
-  """Kept tokens: the second moment of the log-ratio stays below a limit: M2PO (arXiv:2510.01161).
+  """Tokens to keep, so that the second moment of the log-ratio is limited: M2PO (arXiv:2510.01161).
 
-  Only tokens that moved with their advantage (A d > 0) can be dropped: of them the longest prefix,
-  in the order of growing d^2, is kept whose mean d^2 is at most `limit`.
+  With d = log_ratio, only tokens that moved in the direction of their advantage (A d > 0) can be
+  dropped. These tokens are sorted by increasing d^2, and the longest prefix whose mean d^2 is at most
+  `limit` is kept.
 
   Args:
     log_ratio: [B, T], nats.
     advantages: [B, T].
     mask: bool[B, T].
-    limit: the largest mean of d^2 over the kept tokens, nats^2.
+    limit: largest mean of d^2 over the kept tokens with A d > 0, nats^2.
 
   Returns:
     bool[B, T], True where a token is kept.
@@ -40,8 +43,9 @@ def second_moment(
   moved = mask & (advantages * log_ratio > 0)
   moment = jnp.where(moved, log_ratio, 0) ** 2
   rank = _rank(moment, moved)
+  # Sorted squares, and the mean of each prefix.
   ordered = jnp.zeros(mask.size, moment.dtype).at[rank.ravel()].set(moment.ravel())
-  # Squares in growing order have a growing mean, so the kept ones are a prefix.
+  # The mean of a prefix grows with its length, so `mean <= limit` holds for one prefix.
   mean = jnp.cumsum(ordered) / jnp.arange(1, mask.size + 1)
   return mask & (~moved | (mean <= limit)[rank])
 
@@ -49,17 +53,17 @@ def second_moment(
 def top_covariance(logp: Array, advantages: Array, mask: Array, *, share: float = 0.0002) -> Array:
   """The tokens with the largest (A - mean A)(log pi - mean log pi): KL-Cov (arXiv:2505.22617).
 
-  To first order their updates are what lowers the entropy. max(int(share n), 1) of the n valid
-  tokens are selected.
+  To first order, the updates of these tokens lower the entropy most. max(int(share n), 1) of the n
+  valid tokens are selected.
 
   Args:
     logp: [B, T], nats.
     advantages: [B, T].
     mask: bool[B, T].
-    share: of the valid tokens.
+    share: fraction of the valid tokens to select.
 
   Returns:
-    bool[B, T].
+    bool[B, T], True where a token is selected.
   """
   covariance = _covariance(logp, advantages, mask)
   return mask & (_rank(-covariance, mask) < jnp.maximum(_part(share, mask), 1))
@@ -78,25 +82,26 @@ def random_covariance(
   eps_low: float = 1.0,
   eps_high: float = 1.0,
 ) -> Array:
-  """Random tokens out of those with a high covariance: Clip-Cov (arXiv:2505.22617).
+  """Random tokens among those with a high covariance: Clip-Cov (arXiv:2505.22617).
 
-  Candidates have low < (A - mean A)(log pi - mean log pi) < high and are not clipped already; the
-  max(int(share n), 1) with the least noise are selected, n being the number of valid tokens.
+  Candidates have low < (A - mean A)(log pi - mean log pi) < high and are not clipped by the surrogate.
+  Of these, the max(int(share n), 1) tokens with the smallest noise are selected, with n the number of
+  valid tokens.
 
   Args:
     logp: [B, T], nats.
     log_ratio: [B, T], nats.
     advantages: [B, T].
     mask: bool[B, T].
-    noise: f32[B, T], uniform numbers.
-    share: of the valid tokens.
-    low: the covariance above which a token is a candidate.
-    high: the covariance below which it is one.
+    noise: f32[B, T], uniform random numbers in [0, 1).
+    share: fraction of the valid tokens to select.
+    low: lower bound of a candidate's covariance, exclusive.
+    high: upper bound of a candidate's covariance, exclusive.
     eps_low: distance of the surrogate's lower clip bound from 1.
     eps_high: distance of the surrogate's upper clip bound from 1.
 
   Returns:
-    bool[B, T].
+    bool[B, T], True where a token is selected.
   """
   chex.assert_equal_shape([logp, log_ratio, noise])
   covariance = _covariance(logp, advantages, mask)
@@ -108,20 +113,21 @@ def random_covariance(
 def unlikely(
   logp: Array, proxy_logp: Array, advantages: Array, mask: Array, *, share: float = 0.01
 ) -> Array:
-  """Bad tokens of low probability that deserve protection: Lp-Reg (arXiv:2510.03222).
+  """Unlikely tokens with A < 0 that a penalty should protect: Lp-Reg (arXiv:2510.03222).
 
-  Of the n tokens with A < 0 the int(share n) least likely ones, and of them those that the proxy
-  finds more likely than the policy. None is selected while int(share n) < 2, as published.
+  Among the n valid tokens with A < 0, the int(share n) least likely ones are candidates. A candidate is
+  selected if the proxy gives it a higher probability than the policy. As in the published code, none
+  is selected if int(share n) < 2.
 
   Args:
     logp: [B, T], nats.
-    proxy_logp: [B, T], log-prob of the token under the proxy, nats.
+    proxy_logp: [B, T], log-probability of the token under the proxy (`logit_stats.proxy_logp`), nats.
     advantages: [B, T].
     mask: bool[B, T].
-    share: of the valid tokens with A < 0.
+    share: fraction of the valid tokens with A < 0 that are candidates.
 
   Returns:
-    bool[B, T].
+    bool[B, T], True where a token is selected.
   """
   chex.assert_equal_shape([logp, proxy_logp, advantages, mask])
   bad = mask & (advantages < 0)
@@ -143,30 +149,29 @@ def balanced_bounds(
   step_high: float = 0.05,
   step_low: float = 0.02,
 ) -> Array:
-  """Clip bounds that give good tokens their share of the loss: BAPO (arXiv:2510.18927).
+  """Clip bounds that give tokens with A > 0 a given fraction of the loss: BAPO (arXiv:2510.18927).
 
   While sum_{A > 0} |c| < share * sum |c|, c = min(r A, clip(r, low, high) A), the upper bound is
-  raised by a step; once it has reached its limit, the lower bound is. Sums of absolute values stand
-  for the paper's expectations under the sampler, whose samples these are. Each update begins again
-  at (low, high).
+  raised by one step; once it has reached its limit, the lower bound is raised. The sums over the batch
+  estimate the paper's expectations under the sampling policy. Each update starts again at (low, high).
 
   Args:
     log_ratio: [B, T], nats.
     advantages: [B, T].
     mask: bool[B, T].
-    share: the share to be reached by tokens with A > 0.
-    low: where the lower bound starts.
-    low_limit: its largest value.
-    high: where the upper bound starts.
-    high_limit: its largest value.
-    step_high: the step of the upper bound.
-    step_low: the step of the lower bound.
+    share: fraction of sum |c| that tokens with A > 0 should reach.
+    low: initial lower bound, a ratio.
+    low_limit: largest value of the lower bound.
+    high: initial upper bound, a ratio.
+    high_limit: largest value of the upper bound.
+    step_high: step of the upper bound.
+    step_low: step of the lower bound.
 
   Returns:
-    f32[2], the ratios (low, high); the starting ones if no token is valid.
+    f32[2], the ratios (low, high); the initial ones if no token is valid.
 
   Raises:
-    ValueError: a limit that is infinite or below its start, or a step that is not positive.
+    ValueError: a limit is infinite or below its initial bound, or a step is not positive.
   """
   chex.assert_equal_shape([log_ratio, advantages, mask])
   if not (low <= low_limit < jnp.inf and high <= high_limit < jnp.inf):
@@ -181,21 +186,23 @@ def balanced_bounds(
   )
   ratio = jnp.exp(bounded(log_ratio))
   good, bad = jnp.maximum(advantages, 0), jnp.maximum(-advantages, 0)
-  # Steps are counted, not added up: a bound is reached exactly, whatever the precision.
+  # How many whole steps each bound can take. Counting steps, not adding them up, avoids rounding.
   raises, lifts = (
     int((limit - start) / step + 1e-6)
     for start, limit, step in ((high, high_limit, step_high), (low, low_limit, step_low))
   )
 
+  # The bounds after a number of steps: the upper bound takes the first `raises` of them.
   def bounds(steps):
     up = jnp.minimum(steps, raises)
     return jnp.stack([low + step_low * (steps - up), high + step_high * up]).astype(ratio.dtype)
 
+  # Whether the fraction of good tokens is still too small and a bound can move.
   def short(steps):
     floor, cap = bounds(steps)
     gain = jnp.sum(good * jnp.minimum(ratio, cap))
     total = gain + jnp.sum(bad * jnp.maximum(ratio, floor))
-    return (steps < raises + lifts) & (gain < share * total * (1 - 1e-6))  # equal up to rounding
+    return (steps < raises + lifts) & (gain < share * total * (1 - 1e-6))  # allows for rounding
 
   return bounds(jax.lax.while_loop(short, lambda steps: steps + 1, 0))
 
@@ -211,25 +218,25 @@ def curvature(
   limit_objective: float = 0.01,
   limit_divergence: float = 1e-4,
 ) -> Array:
-  """Kept tokens: those whose own step would neither jump nor leave the policy: CAPO.
+  """Tokens to keep: those whose own update changes objective and policy little: CAPO (arXiv:2510.00819).
 
-  arXiv:2510.00819, in the last layer and with the step of gradient descent: a token's gradient is
+  The update is modelled as one step of gradient descent on the last layer. A token's gradient is
   G = A v h', so the logits move by eta A |h|^2 v, and to second order
 
       change of the objective = eta A^2 |v|^2 |h|^2 + eta^2 A^3 |h|^4 (|v|^4 - v'Fv) / 2
       KL of the step          = eta^2 A^2 |h|^4 |v|^4 / 2,  a one-sample estimate.
 
-  A token is kept if both are below their limits, the first in absolute value.
+  A token is kept if the absolute change of the objective and the KL are both below their limits.
 
   Args:
-    score_norm: [B, T], |v|^2 with v = e_token - pi.
-    score_fisher: [B, T], v'Fv with F = diag(pi) - pi pi'.
-    hidden_norm: [B, T], |h|^2 of the last hidden state.
+    score_norm: [B, T], |v|^2 with v = e_token - pi (`logit_stats.score_norm`).
+    score_fisher: [B, T], v'Fv with F = diag(pi) - pi pi' (`logit_stats.score_fisher`).
+    hidden_norm: [B, T], |h|^2 of the last hidden state (`logit_stats.hidden_norm`).
     advantages: [B, T].
     mask: bool[B, T].
     learning_rate: eta.
-    limit_objective: the largest change of the objective.
-    limit_divergence: the largest KL of the step, nats.
+    limit_objective: upper limit of the absolute change of the objective, exclusive.
+    limit_divergence: upper limit of the KL of the step, nats, exclusive.
 
   Returns:
     bool[B, T], True where a token is kept.
@@ -243,23 +250,29 @@ def curvature(
 
 
 def _rank(score: Array, among: Array) -> Array:
-  """The place of every entry in growing order over the whole array; first those of `among`."""
+  """Rank of every entry in increasing order over the whole array, i32[B, T]; entries outside `among`
+  come last."""
   order = jnp.argsort(jnp.where(among, score, jnp.inf), axis=None, stable=True)
   rank = jnp.zeros(order.size, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
   return rank.reshape(among.shape)
 
 
 def _part(share: float, where: Array) -> Array:
-  """int(share n): the product may fall a rounding error short of a whole number."""
+  """int(share n), with n the number of True entries.
+
+  The factor 1 + 1e-6 is for a product that should be a whole number but is rounded down.
+  """
   return jnp.floor(share * jnp.sum(where) * (1 + 1e-6)).astype(jnp.int32)
 
 
 def _covariance(logp: Array, advantages: Array, mask: Array) -> Array:
+  """(A - mean A)(log pi - mean log pi) of each valid token."""
   chex.assert_equal_shape([logp, advantages, mask])
   return _centered(logp, mask) * _centered(advantages, mask)
 
 
 def _centered(x: Array, mask: Array) -> Array:
+  """x minus its mean over the valid tokens."""
   x = jnp.where(mask, x, 0)
   return x - jnp.sum(x) / jnp.maximum(jnp.sum(mask), 1)
 

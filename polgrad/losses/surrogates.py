@@ -1,8 +1,14 @@
 """Policy-gradient losses of one token, to be minimised; r = exp(log_ratio).
 
-Each keeps the value that its paper writes, so curves can be compared. On-policy (r = 1) those of
-the trust-region family have the gradient of `reinforce`. Advantages are data. Log-ratios come
-clamped from `ratios`.
+A function of `TABLE` fills the slot `surrogate` (or is one of the `probes`) of
+`objectives.PolicyGradient`. Each returns the value that its paper writes, so loss curves can be
+compared with published ones. On-policy (r = 1) all of them have the gradient of `reinforce`, except
+`clipped_away`, `negative_aware`, `probability_shaped` and `path_consistency`.
+
+`log_ratio` comes from `ratios`, which clamps it to +-20 nats. `advantages` are constants: the caller
+does not differentiate them. `sg` means stop_gradient.
+
+The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import surrogates`.
 """
 
 from collections.abc import Callable
@@ -12,8 +18,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses._common import bounded, kept, soft_gate
 from polgrad.losses.path_consistency import path_consistency
-from polgrad.losses.ratios import bounded, kept, soft_gate
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -27,6 +33,10 @@ def reinforce(logp: Array, advantages: Array) -> Array:
 
   Returns:
     [..., T].
+
+  >>> loss = surrogates.reinforce(jnp.array([-0.5, -2.0]), jnp.array([1.0, -1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [ 0.5 -2. ]
   """
   chex.assert_equal_shape([logp, advantages])
   return -advantages * logp
@@ -41,6 +51,11 @@ def importance_weighted(log_ratio: Array, advantages: Array) -> Array:
 
   Returns:
     [..., T].
+
+  >>> log_ratio = jnp.log(jnp.array([0.5, 1.5]))
+  >>> loss = surrogates.importance_weighted(log_ratio, jnp.array([1.0, -1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [-0.5  1.5]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   return -advantages * jnp.exp(log_ratio)
@@ -51,8 +66,8 @@ def clipped(
 ) -> Array:
   """-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A): PPO (arXiv:1707.06347).
 
-  DAPO's clip-higher is `eps_high=0.28` (arXiv:2503.14476). A token on the bound counts as kept and
-  has its full gradient. Infinite bounds give `importance_weighted`.
+  DAPO's clip-higher is `eps_high=0.28` (arXiv:2503.14476). A token exactly on a bound is not clipped
+  and has its full gradient. Infinite bounds give `importance_weighted`.
 
   Args:
     log_ratio: [..., T], nats.
@@ -62,6 +77,12 @@ def clipped(
 
   Returns:
     [..., T].
+
+  >>> log_ratio = jnp.log(jnp.array([0.5, 1.5, 0.5, 1.5]))
+  >>> advantages = jnp.array([1.0, 1.0, -1.0, -1.0])
+  >>> loss = surrogates.clipped(log_ratio, advantages)
+  >>> print(np.asarray(loss).round(2))
+  [-0.5 -1.2  0.8  1.5]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   return _pessimistic(jnp.exp(log_ratio), advantages, 1 - eps_low, 1 + eps_high)
@@ -73,10 +94,16 @@ def clipped_between(log_ratio: Array, advantages: Array, bounds: Array) -> Array
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T].
-    bounds: f32[2], the least and the largest ratio, as `selections.balanced_bounds` gives them.
+    bounds: f32[2], the ratios (low, high), for example from `selections.balanced_bounds`.
 
   Returns:
     [..., T].
+
+  >>> log_ratio = jnp.log(jnp.array([0.5, 1.5]))
+  >>> bounds = jnp.array([0.6, 1.3])
+  >>> loss = surrogates.clipped_between(log_ratio, jnp.array([-1.0, 1.0]), bounds)
+  >>> print(np.asarray(loss).round(2))
+  [ 0.6 -1.3]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   chex.assert_shape(bounds, (2,))
@@ -86,10 +113,10 @@ def clipped_between(log_ratio: Array, advantages: Array, bounds: Array) -> Array
 def clipped_away(
   log_ratio: Array, advantages: Array, *, eps_low: float = 0.2, eps_high: float = 0.2
 ) -> Array:
-  """-A r of exactly the tokens that `clipped` drops, 0 elsewhere (arXiv:2511.20718).
+  """-A r of exactly the tokens that `clipped` clips, 0 elsewhere (arXiv:2511.20718).
 
-  Its gradient is ST-PPO's clipping bias: that of `importance_weighted` is the sum of those of
-  `clipped` and of this.
+  Its gradient is the clipping bias of ST-PPO: the gradient of `importance_weighted` is the gradient of
+  `clipped` plus the gradient of this function.
 
   Args:
     log_ratio: [..., T], nats.
@@ -99,6 +126,11 @@ def clipped_away(
 
   Returns:
     [..., T].
+
+  >>> log_ratio = jnp.log(jnp.array([1.1, 1.5]))
+  >>> loss = surrogates.clipped_away(log_ratio, jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [ 0.  -1.5]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   ratio = jnp.exp(log_ratio)
@@ -115,19 +147,24 @@ def centered_clip(
 ) -> Array:
   """-min(r A, clip(r, c - eps, c + eps) A), r = pi / behavior, c = proximal / behavior.
 
-  Mix-PPG of ReMix (arXiv:2507.06892): rows of older policies keep their own importance ratio, and
-  the trust region stands around the policy at the start of the phase. On-policy rows have c = 1,
-  which is `clipped`.
+  Mix-PPG of ReMix (arXiv:2507.06892). Rows sampled by older policies keep their own importance ratio,
+  and the trust region is centred on the policy at the start of the phase. Rows sampled by that policy
+  have c = 1, which gives `clipped`.
 
   Args:
     logp: [..., T], nats.
     behavior_logp: [..., T], nats.
     proximal_logp: [..., T], nats; detached here.
     advantages: [..., T].
-    eps: distance of both bounds from the centre.
+    eps: distance of both bounds from the centre c.
 
   Returns:
     [..., T].
+
+  >>> logp, behavior_logp, proximal_logp = jnp.log(jnp.array([[0.5], [0.2], [0.3]]))
+  >>> loss = surrogates.centered_clip(logp, behavior_logp, proximal_logp, jnp.array([1.0]))
+  >>> print(np.asarray(loss).round(2))  # r = 2.5 is clipped at c + eps = 1.5 + 0.2
+  [-1.7]
   """
   chex.assert_equal_shape([logp, behavior_logp, proximal_logp, advantages])
   center = jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
@@ -145,7 +182,8 @@ def dual_clipped(
 ) -> Array:
   """`clipped`, and where A < 0 the loss is at most -cap A: dual-clip PPO (arXiv:1912.09729).
 
-  Without the cap, a bad token that became much more likely has an unbounded loss.
+  Without the cap, the loss of a bad token grows without bound as the token becomes more likely. Beyond
+  the cap the gradient is 0.
 
   Args:
     log_ratio: [..., T], nats.
@@ -158,7 +196,12 @@ def dual_clipped(
     [..., T].
 
   Raises:
-    ValueError: cap <= 1, which would silence on-policy tokens.
+    ValueError: cap <= 1, so bad tokens would lose their gradient at or near r = 1.
+
+  >>> log_ratio = jnp.log(jnp.array([2.0, 9.0]))
+  >>> loss = surrogates.dual_clipped(log_ratio, jnp.array([-1.0, -1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [2. 3.]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   if cap <= 1:
@@ -173,23 +216,28 @@ def truncated(
 ) -> Array:
   """-sg(clip(r, floor, cap)) A log pi: CISPO (arXiv:2506.13585).
 
-  No token is dropped: beyond the cap its weight is cut, not its gradient. `cap` is the largest
-  ratio itself, by default that of ScaleRL (arXiv:2510.13786); some code bases take eps with
-  cap = 1 + eps. An infinite cap has the gradient of `importance_weighted`; with a floor it is the
-  truncation of arXiv:2509.24203.
+  No token is dropped: beyond the cap a token keeps a gradient, with weight `cap` instead of r. `cap`
+  is the largest ratio itself; the default is that of ScaleRL (arXiv:2510.13786). Some code bases take
+  eps, with cap = 1 + eps. An infinite cap has the gradient of `importance_weighted`; with a floor this
+  is the truncation of arXiv:2509.24203.
 
   Args:
     logp: [..., T], nats; carries the gradient.
     log_ratio: [..., T], nats; detached here.
     advantages: [..., T].
-    cap: the largest ratio.
-    floor: the least ratio.
+    cap: largest weight.
+    floor: smallest weight.
 
   Returns:
     [..., T].
 
   Raises:
-    ValueError: cap <= 0, which would silence every token, or a floor outside [0, cap].
+    ValueError: cap <= 0, so no token would have a positive weight; or a floor outside [0, cap].
+
+  >>> logp, log_ratio = jnp.array([-1.0, -1.0]), jnp.log(jnp.array([0.5, 9.0]))
+  >>> loss = surrogates.truncated(logp, log_ratio, jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [0.5 5. ]
   """
   chex.assert_equal_shape([logp, log_ratio, advantages])
   if cap <= 0:
@@ -209,36 +257,47 @@ def soft_gated(
 ) -> Array:
   """-(4 / tau) sigmoid(tau (r - 1)) A: SAPO (arXiv:2511.20347).
 
-  The gradient has the weight 4 p (1 - p) r A with p = sigmoid(tau (r - 1)): a trust region without
-  an edge. It is A at r = 1, and tau -> 0 gives that of `importance_weighted`. Code that detaches the
-  gate has another algorithm: `reinforce` with `weights.soft_gate`.
+  The gradient weight of log pi is 4 p (1 - p) r A with p = sigmoid(tau (r - 1)): a trust region that
+  fades out smoothly. The weight is A at r = 1; as tau -> 0 it tends to r A, that of
+  `importance_weighted`. Code that detaches the gate is a different algorithm: `reinforce` with
+  `weights.soft_gate`.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T].
-    tau_positive: steepness where A > 0.
-    tau_negative: steepness elsewhere.
+    tau_positive: steepness of the gate where A > 0.
+    tau_negative: steepness of the gate where A <= 0.
 
   Returns:
     [..., T].
 
   Raises:
-    ValueError: a steepness that is not positive.
+    ValueError: tau_positive <= 0 or tau_negative <= 0.
+
+  >>> log_ratio = jnp.log(jnp.array([1.0, 3.0]))
+  >>> loss = surrogates.soft_gated(log_ratio, jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [-2.   -3.52]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   return -soft_gate(jnp.exp(log_ratio), advantages, tau_positive, tau_negative) * advantages
 
 
 def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> Array:
-  """Likelihood of right rows under pi and of wrong ones under what is left: NFT (arXiv:2505.18116).
+  """Likelihood of right rows under pi, of wrong rows under an implied policy: NFT (arXiv:2505.18116).
 
-  With q the group's success rate, pi_old = q pi + (1 - q) pi_wrong defines the policy of wrong
-  answers. Right rows (A = c) have the loss -c log r, wrong ones (A = -c)
+  With q the success rate of the group, pi_old = q pi + (1 - q) pi_wrong defines pi_wrong, the policy
+  of wrong answers. Right rows (A = c) have the loss -c log r. Wrong rows (A = -c) have the loss
 
       -c log max((1 - q r) / (1 - q), 1),
 
-  the maximum in the value only, so gradients are bounded and never vanish: weights c and
-  -c q r / max(1 - q r, 1 - q). On-policy, c = 1 - q gives the weights R - q.
+  where the maximum acts on the value and its gradient is passed straight through, so wrong tokens with
+  r >= 1 keep a gradient. The gradient weight of log pi is c for right rows and
+  -c q r / max(1 - q r, 1 - q) for wrong rows. On-policy, c = 1 - q gives the weights R - q.
+
+  The weight of a wrong row tends to 0 with r. At r <= 1 its size is at most c q / (1 - q) <= 49 c;
+  at r >= 1 it is c q r / (1 - q), which grows linearly with r. It is bounded only by the clamp of the
+  log-ratio to 20 nats: at most 49 exp(20) c, about 2.4e10 c.
 
   Args:
     log_ratio: [B, T], nats.
@@ -247,11 +306,17 @@ def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> 
 
   Returns:
     [B, T].
+
+  >>> log_ratio, advantages = jnp.log(jnp.array([[1.5], [0.5]])), jnp.array([[1.0], [-1.0]])
+  >>> loss = surrogates.negative_aware(log_ratio, advantages, jnp.array([0.5, 0.5]))
+  >>> print(np.asarray(loss[:, 0]).round(2))
+  [-0.41 -0.41]
   """
   chex.assert_equal_shape([log_ratio, advantages])
   chex.assert_shape(success_rate, log_ratio.shape[:1])
   q = jnp.clip(success_rate, 0.02, 0.98)[:, None]
   wrong = (1 - q * jnp.exp(log_ratio)) / (1 - q)
+  # The value is max(wrong, 1); the gradient is that of `wrong`.
   fixed = jax.lax.stop_gradient(wrong)
   wrong = jnp.maximum(fixed, 1) + (wrong - fixed)
   return -advantages * jnp.where(advantages < 0, -jnp.log(wrong), log_ratio)
@@ -260,19 +325,25 @@ def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> 
 def probability_shaped(logp: Array, advantages: Array, *, gamma: float = 0.1) -> Array:
   """-A p / (p + gamma), p = pi(token): the off-policy part of LUFFY (arXiv:2504.14945).
 
-  The gradient has the weight gamma p / (p + gamma)^2, largest at p = gamma: tokens of a
-  demonstration that the policy finds unlikely, not impossible, are learned most.
+  The gradient weight of log pi is A gamma p / (p + gamma)^2, which is largest at p = gamma. So the
+  tokens of a demonstration that are learned most are unlikely under the policy, but not nearly
+  impossible.
 
   Args:
     logp: [..., T], nats.
     advantages: [..., T].
-    gamma: the probability that is weighted most.
+    gamma: the probability at which the gradient weight is largest.
 
   Returns:
     [..., T].
 
   Raises:
     ValueError: gamma <= 0.
+
+  >>> logp = jnp.log(jnp.array([0.01, 0.1, 0.9]))
+  >>> loss = surrogates.probability_shaped(logp, jnp.ones(3))
+  >>> print(np.asarray(loss).round(2))
+  [-0.09 -0.5  -0.9 ]
   """
   chex.assert_equal_shape([logp, advantages])
   if gamma <= 0:
@@ -281,7 +352,7 @@ def probability_shaped(logp: Array, advantages: Array, *, gamma: float = 0.1) ->
 
 
 def _pessimistic(ratio: Array, advantages: Array, low: Array | float, high: Array | float) -> Array:
-  """-min(r A, clip(r, low, high) A), written with the one bound that can bind."""
+  """-min(r A, clip(r, low, high) A): only `high` can be active for A >= 0, only `low` for A < 0."""
   bound = jnp.where(advantages >= 0, high, low).astype(ratio.dtype)
   return -advantages * jnp.where(kept(ratio, advantages, low, high), ratio, bound)
 

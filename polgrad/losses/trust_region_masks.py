@@ -1,32 +1,33 @@
-"""Keep-masks: 1 where a token lies in a trust region, else 0. They are weights of the token loss.
+"""Keep-masks: weights of the token loss that are 1 where a token is in a trust region, else 0.
 
-r = exp(log_ratio) compares the live policy with the proximal one. Bounds are ratios themselves, not
-distances from 1. `weights.TABLE` lists these functions.
+`weights.TABLE` includes these functions, so they fill one of the `weights` of
+`objectives.PolicyGradient`. r = exp(log_ratio) compares the live policy with the proximal one. Bounds
+are ratios themselves, not distances from 1. No gradient flows through a mask.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.ratios import bounded, kept, row_mean, within
+from polgrad.losses._common import bounded, kept, row_mean, within
 from polgrad.types import Array
 
 
 def one_sided(log_ratio: Array, advantages: Array, *, low: float = 0.8, high: float = 1.2) -> Array:
   """1[(A >= 0 and r <= high) or (A <= 0 and r >= low)]: REC-OneSide (arXiv:2509.24203).
 
-  With `surrogates.reinforce` it is REINFORCE with clipping, without importance sampling; with
-  `surrogates.truncated` and an infinite cap it has the gradient of `surrogates.clipped`. The
-  paper's wide bounds are low=0.4, high=3.
+  With `surrogates.reinforce` this is REINFORCE with clipping but without importance sampling. With
+  `surrogates.truncated` and an infinite cap the gradient is that of `surrogates.clipped`. The wide
+  bounds of the paper are low=0.4, high=3.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T].
-    low: the least ratio for A <= 0.
-    high: the largest ratio for A >= 0.
+    low: smallest ratio that is kept where A < 0.
+    high: largest ratio that is kept where A > 0.
 
   Returns:
-    [..., T].
+    [..., T], 0 or 1.
   """
   chex.assert_equal_shape([log_ratio, advantages])
   return kept(jnp.exp(log_ratio), advantages, low, high).astype(log_ratio.dtype)
@@ -37,11 +38,11 @@ def two_sided(log_ratio: Array, *, low: float = 0.8, high: float = 1.2) -> Array
 
   Args:
     log_ratio: [..., T], nats.
-    low: the least ratio.
-    high: the largest ratio.
+    low: smallest ratio that is kept.
+    high: largest ratio that is kept.
 
   Returns:
-    [..., T].
+    [..., T], 0 or 1.
   """
   return within(jnp.exp(log_ratio), low, high).astype(log_ratio.dtype)
 
@@ -55,21 +56,22 @@ def ring(
   outer_low: float = 0.4,
   outer_high: float = 3.0,
 ) -> Array:
-  """`two_sided`, and what lies far on the side that its advantage opposes: REC-Ring.
+  """1[low <= r <= high, or (A >= 0 and r <= outer_low), or (A <= 0 and r >= outer_high)]: REC-Ring
+  (arXiv:2509.24203).
 
-  1[low <= r <= high, or (A >= 0 and r <= outer_low), or (A <= 0 and r >= outer_high)]
-  (arXiv:2509.24203): tokens that went far the wrong way are pulled back.
+  Besides the tokens of `two_sided`, tokens that moved far against their advantage are kept, so the
+  loss can pull them back.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T].
-    low: the least ratio of the inner band.
-    high: the largest ratio of the inner band.
-    outer_low: the largest ratio from which good tokens are pulled back up.
-    outer_high: the least ratio from which bad tokens are pulled back down.
+    low: smallest ratio of the inner band.
+    high: largest ratio of the inner band.
+    outer_low: tokens with A >= 0 are kept again at ratios up to this.
+    outer_high: tokens with A <= 0 are kept again at ratios from this on.
 
   Returns:
-    [..., T].
+    [..., T], 0 or 1.
   """
   chex.assert_equal_shape([log_ratio, advantages])
   ratio = jnp.exp(log_ratio)
@@ -83,18 +85,18 @@ def probability_one_sided(
 ) -> Array:
   """1[A >= 0 and pi - mu <= high, or A <= 0 and pi - mu >= -low]: DPPO-TV (arXiv:2602.04879).
 
-  The trust region is one of probabilities, so a rare token is free to change by a large factor and
-  a likely one is not.
+  mu is the sampling policy. The trust region bounds differences of probabilities, so the probability of
+  a rare token may change by a large factor, that of a likely token only by a small one.
 
   Args:
     logp: [..., T], nats; detached here.
     behavior_logp: [..., T], nats.
     advantages: [..., T].
-    low: the largest fall of a probability, for A <= 0.
-    high: the largest rise of a probability, for A >= 0.
+    low: largest decrease of a probability that is kept where A < 0.
+    high: largest increase of a probability that is kept where A > 0.
 
   Returns:
-    [..., T].
+    [..., T], 0 or 1.
   """
   chex.assert_equal_shape([logp, behavior_logp, advantages])
   gap = jnp.exp(logp) - jnp.exp(behavior_logp)
@@ -106,17 +108,18 @@ def near_or_positive(
 ) -> Array:
   """1[A >= 0 or mean_t(log pi_old - log pi) <= limit]: DeepSeek-V3.2 (arXiv:2512.02556).
 
-  Off-policy sequence masking: of rows that the policy has left, only the good ones teach.
+  Off-policy sequence masking: a row that has become much less likely since the start of the phase is
+  kept only where its advantage is not negative.
 
   Args:
     logp: [..., T], nats; detached here.
     proximal_logp: [..., T], nats.
     advantages: [..., T].
     mask: bool[..., T].
-    limit: the largest mean distance, nats per token.
+    limit: largest mean decrease of the log-probability that is kept where A < 0, nats per token.
 
   Returns:
-    [..., T].
+    [..., T], 0 or 1.
   """
   chex.assert_equal_shape([logp, proximal_logp, advantages, mask])
   near = row_mean(jax.lax.stop_gradient(proximal_logp - logp), mask) <= limit
@@ -133,8 +136,9 @@ def geometric_band(
 ) -> Array:
   """1 in rows with low <= (prod_t rho_t)^(1/L) <= high, else 0 (standard).
 
-  Unlike that of the product, the band does not narrow with the length L of the row. Multiply it by
-  a token weight to correct what is kept.
+  rho = pi_proximal / pi_behavior, and L is the number of tokens of the row. Because of the exponent
+  1/L, the same bounds suit short and long rows. The mask only drops rows; combine it with a token
+  weight (`weights.truncated_importance`) to correct the rows that are kept.
 
   Args:
     proximal_logp: [..., T], nats.
@@ -144,7 +148,7 @@ def geometric_band(
     high: largest geometric mean that is kept.
 
   Returns:
-    [..., T], one value per row; a row without tokens is kept.
+    [..., T], 0 or 1, the same in all tokens of a row.
   """
   chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
   mean = row_mean(jax.lax.stop_gradient(proximal_logp - behavior_logp), mask)
@@ -153,24 +157,25 @@ def geometric_band(
 
 
 def selected(selected: Array) -> Array:
-  """1 where the selection of this name holds, else 0 (standard).
+  """1 where the selection named `selected` is True, else 0 (standard).
 
   Args:
     selected: bool[...].
 
   Returns:
-    f32[...].
+    f32[...], 0 or 1.
   """
   return selected.astype(float)
 
 
 def unselected(selected: Array) -> Array:
-  """0 where the selection `selected` holds, else 1: Clip-Cov drops those (arXiv:2505.22617).
+  """0 where the selection named `selected` is True, else 1: Clip-Cov drops these tokens
+  (arXiv:2505.22617).
 
   Args:
     selected: bool[...].
 
   Returns:
-    f32[...].
+    f32[...], 0 or 1.
   """
   return 1 - selected.astype(float)

@@ -1,9 +1,14 @@
-"""Detached token weights: importance weights and trust-region masks, which multiply the token loss.
+"""Detached weights that multiply the token loss: importance weights and trust-region masks.
 
-rho = pi_proximal / pi_behavior: how far the trainer's policy at the start of the phase stands from
-what the sampler really drew from (other kernels, lower precision, older parameters). Never multiply
-the reward instead: normalising advantages afterwards would undo it. Bounds are ratios themselves.
-The denominator of the aggregation stays the number of valid tokens, also where a weight is 0.
+A function of `TABLE` fills one of the `weights` of `objectives.PolicyGradient`; `TABLE` includes the
+functions of `trust_region_masks`. In formulas, rho = pi_proximal / pi_behavior is the ratio between the
+trainer's policy at the start of the phase and the distribution that the sampler really used (which
+differs by other kernels, lower precision or older parameters), r = exp(log_ratio) is the ratio between
+the live policy and the proximal one, and sg is stop_gradient. Log-ratios are clamped to +-20 nats.
+Bounds are ratios themselves, not distances from 1.
+
+A token of weight 0 still counts in the denominator of the aggregation. Weights multiply the loss, not
+the reward, because normalising the advantages would undo a factor of the reward.
 """
 
 from collections.abc import Callable
@@ -13,8 +18,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses import ratios
-from polgrad.losses.ratios import bounded, row_sum, within
+from polgrad.losses import _common
+from polgrad.losses._common import bounded, row_sum, within
 from polgrad.losses.trust_region_masks import (
   geometric_band,
   near_or_positive,
@@ -32,13 +37,13 @@ from polgrad.types import Array
 def truncated_importance(proximal_logp: Array, behavior_logp: Array, *, cap: float = 2.0) -> Array:
   """sg(min(rho, cap)): truncated importance sampling, per token (arXiv:2505.24034).
 
-  Truncation makes weights smaller only: E_behavior[min(rho, cap)] <= 1. An infinite cap is the
+  Truncation only makes weights smaller, so E_behavior[min(rho, cap)] <= 1. An infinite cap gives the
   weight of decoupled PPO (arXiv:2505.24298).
 
   Args:
     proximal_logp: [..., T], nats.
     behavior_logp: [..., T], nats.
-    cap: the largest weight.
+    cap: largest weight.
 
   Returns:
     [..., T], in [0, cap].
@@ -51,8 +56,8 @@ def masked_importance(
 ) -> Array:
   """sg(rho 1[low <= rho <= high]): IcePop (arXiv:2510.18855).
 
-  Outside the band a token is dropped, not truncated; the bounds themselves are kept.
-  `low=0, high=inf` is the full importance weight.
+  A token outside the band is dropped, not truncated; a token exactly on a bound is kept.
+  `low=0, high=inf` gives the full importance weight.
 
   Args:
     proximal_logp: [..., T], nats.
@@ -72,17 +77,17 @@ def truncated_sequence_importance(
 ) -> Array:
   """sg(min(prod_t rho_t, cap)) at every token: truncated importance sampling of rows (standard).
 
-  With an infinite cap and r = 1 the sequence-level gradient is unbiased; its variance grows
-  exponentially with the length, hence the cap.
+  With an infinite cap and r = 1 the sequence-level gradient is unbiased (as long as the clamp to 20
+  nats is not active), but its variance grows exponentially with the length. The cap limits it.
 
   Args:
     proximal_logp: [..., T], nats.
     behavior_logp: [..., T], nats.
     mask: bool[..., T].
-    cap: the largest weight.
+    cap: largest weight.
 
   Returns:
-    [..., T], one value per row; 1 in a row without tokens (if cap >= 1).
+    [..., T], the same in all tokens of a row; min(1, cap) in a row without tokens.
   """
   ratio = _row_ratio(proximal_logp, behavior_logp, mask)
   return jnp.broadcast_to(jnp.minimum(ratio, cap), mask.shape)
@@ -96,10 +101,11 @@ def masked_sequence_importance(
   low: float = 0.0,
   high: float = 3.0,
 ) -> Array:
-  """sg(R 1[low <= R <= high]), R = prod_t rho_t, at every token of the row.
+  """sg(R 1[low <= R <= high]), R = prod_t rho_t, at every token: IcePop for whole rows
+  (arXiv:2510.18855).
 
-  IcePop's rejection (arXiv:2510.18855) of whole rows: one token that the sampler drew from quite
-  another distribution spoils all that follow it.
+  Whole rows are dropped because a token sampled from a very different distribution also changes the
+  prefix of all later tokens.
 
   Args:
     proximal_logp: [..., T], nats.
@@ -109,7 +115,7 @@ def masked_sequence_importance(
     high: largest ratio of a row that is kept.
 
   Returns:
-    [..., T], one value per row.
+    [..., T], the same in all tokens of a row.
   """
   ratio = _row_ratio(proximal_logp, behavior_logp, mask)
   return jnp.broadcast_to(jnp.where(within(ratio, low, high), ratio, 0), mask.shape)
@@ -127,19 +133,19 @@ def tapered(
 ) -> Array:
   """sg(clip(r, low, high)), bounds by the sign of the reward: TOPR (arXiv:2503.14286).
 
-  By default good rows have the weight 1, as in supervised learning, and bad ones min(r, 1): the less
-  likely a bad row has become, the less it is pushed down. Bounds of (0, inf) on both sides are
-  importance sampling, bounds of (1, 1) plain REINFORCE. The paper's ratio is that of the row
-  (`ratios.sequence_product`); that of tokens is another algorithm, which Trinity-RFT has.
+  By default good rows have the weight 1, as in supervised learning, and bad rows the weight min(r, 1):
+  the less likely a bad row has become, the less it is pushed down. Bounds of (0, inf) for both signs
+  give importance sampling, bounds of (1, 1) give plain REINFORCE. The paper uses the ratio of the row
+  (`ratios.sequence_product`); Trinity-RFT uses that of tokens, which is a different algorithm.
 
   Args:
     log_ratio: [B, T], nats; detached here.
     rewards: f32[B].
-    positive_low: the least weight where the reward exceeds `threshold`.
-    positive_high: the largest weight there.
-    negative_low: the least weight elsewhere.
-    negative_high: the largest weight elsewhere.
-    threshold: the largest reward of a bad row.
+    positive_low: smallest weight of a good row.
+    positive_high: largest weight of a good row.
+    negative_low: smallest weight of a bad row.
+    negative_high: largest weight of a bad row.
+    threshold: a row is good if its reward exceeds this, otherwise bad.
 
   Returns:
     [B, T].
@@ -163,17 +169,17 @@ def gamma_shaped(
 ) -> Array:
   """sg(r^k exp(rate (1 - r))), (k, rate) by the sign of A: VESPO (arXiv:2602.10693).
 
-  The weight is 1 on-policy, has its maximum at r = k / rate, and decays on both sides: what the
-  policy has left in either direction fades out. The paper's ratio is that of the row
-  (`ratios.sequence_product`).
+  The weight is 1 on-policy, has its maximum at r = k / rate, and decays on both sides of it, so tokens
+  far from the current policy in either direction have a small weight. The paper uses the ratio of the
+  row (`ratios.sequence_product`).
 
   Args:
     log_ratio: [..., T], nats; detached here.
     advantages: [..., T]; only the sign is read.
     power_positive: k where A >= 0.
-    rate_positive: decay where A >= 0.
+    rate_positive: rate where A >= 0.
     power_negative: k where A < 0.
-    rate_negative: decay where A < 0.
+    rate_negative: rate where A < 0.
 
   Returns:
     [..., T].
@@ -194,33 +200,35 @@ def soft_gate(
 ) -> Array:
   """sg((4 / tau) sigmoid(tau (r - 1))): the gate of SAPO (arXiv:2511.20347) as a constant.
 
-  With `reinforce` the weight is gate A, with the gate live (`surrogates.soft_gated`) its slope times
-  r A; on-policy they differ by the factor 2 / tau.
+  With `surrogates.reinforce` the gradient weight of log pi is gate * A. If the gate carries gradient
+  (`surrogates.soft_gated`) it is r A times the gate's slope. On-policy the first is 2 / tau times the
+  second.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T]; only the sign is read.
-    tau_positive: steepness where A > 0.
-    tau_negative: steepness elsewhere.
+    tau_positive: steepness of the gate where A > 0.
+    tau_negative: steepness of the gate where A <= 0.
 
   Returns:
     [..., T].
 
   Raises:
-    ValueError: a steepness that is not positive.
+    ValueError: tau_positive <= 0 or tau_negative <= 0.
   """
   chex.assert_equal_shape([log_ratio, advantages])
   ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
-  return ratios.soft_gate(ratio, advantages, tau_positive, tau_negative)
+  return _common.soft_gate(ratio, advantages, tau_positive, tau_negative)
 
 
 def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
+  """The detached ratio rho of each token: [..., T]."""
   chex.assert_equal_shape([proximal_logp, behavior_logp])
   return jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
 
 
 def _row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
-  """The detached ratio of the row: [..., 1]."""
+  """The detached ratio of each row, prod_t rho_t: [..., 1]."""
   chex.assert_equal_shape([logp, old_logp, mask])
   return jnp.exp(bounded(row_sum(jax.lax.stop_gradient(logp - old_logp), mask)))
 

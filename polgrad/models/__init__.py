@@ -1,6 +1,5 @@
 """Models behind one seam, `Policy`; `TABLE` lists the factories."""
 
-from collections.abc import Callable
 from typing import Annotated
 
 from polgrad.models.hf import pretrained

@@ -236,12 +236,10 @@ class Decoder(_Weights):
     x, _ = self.layers(self.embed(tokens), self.local, views, segment_ids)
     return self.normalise(x)
 
-  def completions(
-    self, tokens: Array, segment_ids: Array, prompt_length: int, rows_per_prompt: int
-  ) -> Array:
-    """Hidden states from column prompt_length - 1 on; `rows_per_prompt` rows in a line share their prompt."""
+  def completions(self, tokens: Array, segment_ids: Array, prompt_length: int, each: int) -> Array:
+    """Hidden states from column prompt_length - 1 on; `each` consecutive rows share a prompt."""
     positions = segment_positions(segment_ids)
-    first = lambda x: x.reshape(-1, rows_per_prompt, *x.shape[1:])[:, 0, :prompt_length]
+    first = lambda x: x.reshape(-1, each, *x.shape[1:])[:, 0, :prompt_length]
     cut = lambda x: (first(x), x[:, prompt_length:])
     prompt_positions, own_positions = cut(positions)
     prompt_ids, own_ids = cut(segment_ids)
@@ -253,7 +251,7 @@ class Decoder(_Weights):
     )
     x, valid = jax.tree.map(self.embed, cut(tokens)), (prompt_ids > 0, own_ids > 0)
     (prompts, own), _ = self.layers.branch(x, self.local, views, valid)
-    last = jnp.repeat(prompts[:, -1:], rows_per_prompt, axis=0)
+    last = jnp.repeat(prompts[:, -1:], each, axis=0)
     return self.normalise(jnp.concatenate([last, own], axis=1))
 
   def embed(self, tokens: Array) -> Array:

@@ -34,20 +34,20 @@ def make_sampler(
 ) -> Callable:
   """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step, policy_step=0) -> Rollout`.
 
-  `params` holds a parameter set for every name that the behavior policy reads; `tokens` i32[N, Tp] and `mask`
-  bool[N, Tp] are left-padded prompts, so that completions begin at column Tp in every row. The
-  rollout has B = N * samples_per_prompt rows, prompt-major, and T = Tp + max_new_tokens columns. `seed` and
-  `step` may change freely. Padding that no prompt of a call needs is not read: a call computes with
-  Tp, a half or a quarter of it, so that one N and Tp compile at most three times. `policy_step` is
-  only written down.
+  `params` holds a parameter set for every name that the behavior policy reads; `tokens`
+  i32[N, Tp] and `mask` bool[N, Tp] are left-padded prompts, so that completions begin at column Tp
+  in every row. The rollout has B = N * samples_per_prompt rows, prompt-major, and
+  T = Tp + max_new_tokens columns. `seed` and `step` may change freely. Prompts are trimmed to the
+  longest of the call, rounded up to Tp / 4, Tp / 2 or Tp, so at most three shapes compile.
+  `policy_step` is only recorded.
 
-  The distribution is softmax(top_p(top_k(behavior_policy(logits) / temperature))), and `behavior_logp` is its
-  log-probability of the token that was drawn; the trainer sees the same number at the same
-  temperature if top_k and top_p are off. Every draw has its own key, folded from (seed, step,
-  prompt id, sample index, position in the completion): a completion depends neither on the batch
-  nor on the slot that it was sampled in. The stop token is part of the completion. A row that meets
-  none in `max_new_tokens` is not `finished`. After the end there are `pad_id`, segment 0 and a False
-  mask.
+  The distribution is softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
+  `behavior_logp` is its log-probability of the token that was drawn; the trainer sees the same
+  number at the same temperature if top_k and top_p are off. Every draw has its own key, folded
+  from (seed, step, prompt id, sample index, position in the completion): a completion depends
+  neither on the batch nor on the slot that it was sampled in. The stop token is part of the
+  completion. A row that meets none in `max_new_tokens` is not `finished`. After the end there are
+  `pad_id`, segment 0 and a False mask.
 
   Args:
     policies: models by the names that the behavior policy reads; their vocabularies must agree.
@@ -65,8 +65,8 @@ def make_sampler(
     mesh: devices to spread the prompts over, which then come from the host.
 
   Raises:
-    ValueError: a setting out of range, a name that the behavior policy reads and no model has, slots or (from
-      `sample`) prompts that do not divide over the mesh.
+    ValueError: a setting out of range, a name that the behavior policy reads and no model has, slots
+      or (from `sample`) prompts that do not divide over the mesh.
   """
   names = inputs(behavior_policy)
   policies = {n: policies.get(n, default) for n in names}

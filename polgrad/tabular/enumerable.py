@@ -1,11 +1,11 @@
-"""Policies over so few sequences that every expectation is a finite sum.
+"""Policies with so few sequences that every expectation is a finite sum.
 
 With `V` tokens and `H` positions there are at most V^H sequences. A policy gives logits for every
-prefix, from a table or from a small network; log-probabilities of all sequences, the true
-objective, its gradient and the expectation of any estimator over groups of samples are then exact.
-Here the theorems of papers become tests.
+prefix, from a table or from a small network. The log-probabilities of all sequences, the true
+objective, its gradient and the expectation of any estimator over groups of samples are then computed
+exactly, so that theorems of papers can be tested.
 
-`S` sequences, `P` prefixes, `G` samples a group.
+Letters in shapes: `S` sequences, `P` prefixes, `G` samples in a group.
 """
 
 import itertools
@@ -18,16 +18,16 @@ import numpy as np
 
 from polgrad.types import Array, Params
 
-NO_STOP = -1  # a stop token that is never drawn: all sequences have full length
-MAX_GROUPS = 100_000  # above it, `sampled_gradient` is the tool
+NO_STOP = -1  # a stop token that is never sampled: all sequences have full length
+MAX_GROUPS = 100_000  # `expected_gradient` enumerates at most this many groups
 
 
 class Policy(NamedTuple):
-  """All sequences of a tiny language, and the function that gives their probabilities."""
+  """All sequences of a tiny language, and a function from parameters to the logits of all prefixes."""
 
-  tokens: np.ndarray  # i32[S, H], 0 behind a stop token
-  mask: np.ndarray  # bool[S, H], False behind a stop token
-  prefixes: np.ndarray  # i32[S, H], which row of the logits predicts tokens[s, t]
+  tokens: np.ndarray  # i32[S, H], 0 after a stop token
+  mask: np.ndarray  # bool[S, H], False after a stop token
+  prefixes: np.ndarray  # i32[S, H], the row of the logits that predicts tokens[s, t]
   init: Callable[[Array], Params]  # key -> params
   logits: Callable[[Params], Array]  # params -> f32[P, V], before normalisation
 
@@ -38,31 +38,33 @@ def sequences(
   """All sequences, in lexicographic order.
 
   Args:
-    vocabulary: number of tokens.
-    horizon: largest length.
-    stop: the token that ends a sequence; it belongs to the sequence.
+    vocabulary: number of tokens, V.
+    horizon: largest length, H.
+    stop: the token that ends a sequence and is part of it; by default no token does.
 
   Returns:
-    tokens i32[S, H], 0 where mask bool[S, H] is False: behind the first stop token.
+    tokens: i32[S, H], 0 where the mask is False.
+    mask: bool[S, H], False after the first stop token.
   """
   every = np.array(list(itertools.product(range(vocabulary), repeat=horizon)), np.int32)
   stops_before = np.cumsum(every == stop, axis=1) - (every == stop)
   mask = stops_before == 0
-  # Two tuples that differ only behind a stop token are one sequence.
+  # Two tuples that differ only after a stop token are the same sequence.
   tokens, first = np.unique(np.where(mask, every, -1), axis=0, return_index=True)
   return np.maximum(tokens, 0), mask[first]
 
 
 def table(vocabulary: int, horizon: int, *, stop: int = NO_STOP) -> Policy:
-  """A free logit for every token after every prefix: params is f32[P, V]."""
+  """A policy with a free logit for every token after every prefix: params is f32[P, V]."""
   tokens, mask, prefixes, contexts = _enumerate(vocabulary, horizon, stop)
   init = lambda key: jax.random.normal(key, (len(contexts), vocabulary))
   return Policy(tokens, mask, prefixes, init, logits=lambda params: params)
 
 
 def network(vocabulary: int, horizon: int, *, hidden: int = 4, stop: int = NO_STOP) -> Policy:
-  """One hidden layer on the one-hot prefix, so that prefixes share parameters."""
+  """A policy with one hidden layer on the one-hot prefix, so that prefixes share parameters."""
   tokens, mask, prefixes, contexts = _enumerate(vocabulary, horizon, stop)
+  # One-hot features of every position of a prefix; the last feature marks an empty position.
   features = np.zeros((len(contexts), horizon, vocabulary + 1), np.float32)
   for row, context in enumerate(contexts):
     for t in range(horizon):
@@ -93,7 +95,7 @@ def objective(policy: Policy, params: Params, rewards: Array) -> Array:
 
   Args:
     policy: the sequences.
-    params: of the policy; differentiate by them for the true policy gradient.
+    params: parameters of the policy; the gradient with respect to them is the true policy gradient.
     rewards: f32[S]. They may depend on params: log pi - log pi_ref gives the KL and its gradient.
 
   Returns:
@@ -110,24 +112,25 @@ def expected_gradient(
   samples_per_prompt: int,
   behavior_params: Params,
 ) -> Params:
-  """E over groups of independent samples of grad estimate, exactly, by summing over all S^G groups.
+  """The exact expectation of grad estimate over groups of independent samples: a sum over S^G groups.
 
   Args:
     policy: the sequences.
-    params: where the gradient is taken.
+    params: parameters of the live policy, at which the gradient is taken.
     estimate: (live logp f32[G, H], sequence indices i32[G]) -> a loss f32[]. It is vmapped.
     samples_per_prompt: G.
-    behavior_params: the policy that draws the samples; it carries no gradient.
+    behavior_params: parameters of the policy that samples; they carry no gradient.
 
   Returns:
     The gradient, shaped like params.
 
   Raises:
-    ValueError: more groups than can be enumerated; see `sampled_gradient`.
+    ValueError: there are more than `MAX_GROUPS` groups; use `sampled_gradient` instead.
   """
   count = len(policy.tokens) ** samples_per_prompt
   if count > MAX_GROUPS:
     raise ValueError(f'{count} groups are too many to enumerate (limit {MAX_GROUPS})')
+  # All groups, i32[S^G, G], and their probabilities under the sampling policy.
   groups = np.indices((len(policy.tokens),) * samples_per_prompt).reshape(samples_per_prompt, -1).T
   log_p = jnp.sum(logp(policy, behavior_params), axis=-1)
   weights = jax.lax.stop_gradient(jnp.exp(jnp.sum(log_p[groups], axis=-1)))
@@ -148,16 +151,16 @@ def sampled_gradient(
   key: Array,
   samples: int = 1000,
 ) -> tuple[Params, Params]:
-  """`expected_gradient` by Monte Carlo, for groups too many to enumerate.
+  """`expected_gradient` by Monte Carlo, for cases with too many groups to enumerate.
 
   Args:
     policy: the sequences.
-    params: where the gradient is taken.
+    params: parameters of the live policy, at which the gradient is taken.
     estimate: as in `expected_gradient`.
     samples_per_prompt: G.
-    behavior_params: the policy that draws the samples.
-    key: of the draw.
-    samples: number of groups.
+    behavior_params: parameters of the policy that samples.
+    key: random key of the sampling.
+    samples: number of groups to sample, default 1000.
 
   Returns:
     The mean gradient and its standard error, both shaped like params.
@@ -176,7 +179,7 @@ def sampled_gradient(
 
 
 def _enumerate(vocabulary: int, horizon: int, stop: int):
-  """Sequences, masks, the row of the logits at every position, and the prefix of every row."""
+  """(tokens, mask, prefixes) as in `Policy`, and the list of all prefixes, one per row of the logits."""
   tokens, mask = sequences(vocabulary, horizon, stop=stop)
   rows: dict[tuple, int] = {}
   prefixes = np.zeros_like(tokens)

@@ -1,9 +1,9 @@
-"""The exact distribution of an experiment's gradient: all rollouts of a tiny policy.
+"""The exact mean and variance of a method's gradient, over all rollouts of a tiny policy.
 
-An estimator is a credit and an objective, as an experiment composes them. It gets every group of `G`
-samples that the sampling policy can produce (S^G of them), arranged as `collect` arranges them, and
-what comes out is its gradient on each, its mean and its variance: no Monte Carlo, no learned
-critic, no optimizer.
+A method is a credit estimator and an objective, as an experiment composes them. It is applied to every
+group of `G` samples that the sampling policy can produce (S^G of them, with S sequences), arranged as
+`collect` arranges a batch. The gradient of each group is weighted by the probability of the group. No
+Monte Carlo, learned critic or optimizer is involved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,19 @@ from polgrad.types import Array, Batch, Outputs, Params
 
 
 class Setting(NamedTuple):
-  """One prompt, and the policies around it. Params are logits f32[P, V].
+  """One prompt with its rewards, and the policies involved, each given by its logits f32[P, V].
 
   Attributes:
     policy: the sequences, from `enumerable.table`.
-    rewards: [S].
-    params: the policy that is trained.
-    behavior: the policy that sampled.
-    anchors: reference, teacher, ... by name; `proximal` may be among them, otherwise it is `behavior`.
-    values: [S, H], what a critic says before every token.
-    features: further arrays of the rollout, [G, ...]: one for all groups.
-    staleness: policy versions between `behavior` and `params`.
-    demonstration: index of a sequence that joins every group, or -1.
+    rewards: [S], the reward of each sequence.
+    params: logits of the policy that is trained.
+    behavior: logits of the policy that samples.
+    anchors: logits of further policies by name (reference, teacher, ...). `proximal` is `behavior` if
+      it is not given.
+    values: [S, H], a critic's value of the state before each token.
+    features: further arrays of the rollout, [G, ...], the same for all groups; default none.
+    staleness: number of updates between `behavior` and `params`, default 0.
+    demonstration: index of a sequence that is added to every group; -1 (default): none.
   """
 
   policy: enumerable.Policy
@@ -48,10 +49,10 @@ class Setting(NamedTuple):
 
 
 class Distribution(NamedTuple):
-  """A random gradient, f64[P * V]."""
+  """Mean and variance of a random gradient."""
 
-  mean: np.ndarray
-  variance: float  # the trace of its covariance
+  mean: np.ndarray  # [P * V]
+  variance: float  # trace of the covariance matrix
 
 
 def gradient_distributions(
@@ -64,22 +65,33 @@ def gradient_distributions(
   credit_state: Any = None,
   chunk: int = 4096,
 ) -> list[Distribution]:
-  """Mean and variance of the ascent direction -grad loss over all groups of `group` samples.
+  """Mean and variance of the ascent direction -grad loss over all groups of `rows_per_prompt` samples.
 
-  An objective that compares pairs gets the group as pairs. Where a method draws random numbers, each
-  group has its own. The settings differ in their arrays only, so that one program serves all.
+  An objective of pairs gets each group as consecutive pairs. If a method uses random numbers, each
+  group gets different ones.
 
   Args:
-    stats: the collector's statistics of the policy when the batch is used.
-    credit_state: of a credit with memory; by default its first one.
+    settings: prompts and policies. They may differ only in the arrays named in `ARRAYS`, so that one
+      compiled program serves all.
+    credit: estimator of advantages, returns or labels.
+    objective: the loss.
+    rows_per_prompt: G, the number of samples in a group.
+    stats: statistics of the policy, by name, that the collector computes when a batch is used.
+    credit_state: state of the credit; None (default): its initial state.
+    chunk: number of groups that are computed at once.
+
+  Returns:
+    One distribution per setting.
   """
   first = settings[0]
+  # All groups, padded with groups of weight 0 to a multiple of `chunk`, so that one shape compiles.
   samples = np.indices((len(first.rewards),) * rows_per_prompt).reshape(rows_per_prompt, -1).T
   pad = -len(samples) % chunk
   rows = np.concatenate([samples, np.zeros((pad, rows_per_prompt), samples.dtype)])
   state = credit.init() if credit_state is None else credit_state
   numbers = np.arange(len(rows), dtype=np.uint32)
 
+  # Weighted sums of the gradients and of their squared norms, over one chunk of groups.
   @jax.jit
   def moments(arrays, rows, weight, numbers):
     setting = first._replace(**arrays)
@@ -93,6 +105,7 @@ def gradient_distributions(
     gradients = jax.vmap(one)(rows, numbers)
     return weight @ gradients, weight @ jnp.sum(jnp.square(gradients), axis=1)
 
+  # The exact moments of one setting: a sum of all chunks, weighted by the groups' probabilities.
   def distribution(setting: Setting) -> Distribution:
     log_p = np.asarray(jnp.sum(enumerable.logp(setting.policy, setting.behavior), axis=1))
     weight = np.concatenate([np.exp(log_p[samples].sum(axis=1)), np.zeros(pad)])
@@ -120,14 +133,27 @@ def rollout_loss(
   credit_state: Any,
   key: Array,
 ) -> Array:
-  """The loss at `params` of the group of sequences `sample`, i32[G]."""
+  """The loss of one group of sequences, f32[], arranged as `collect` arranges a batch.
+
+  Args:
+    setting: the prompt and the policies.
+    credit: estimator of advantages, returns or labels.
+    objective: the loss; terms that are probes are left out of the sum.
+    params: logits of the live policy, at which the loss is taken.
+    sample: i32[G], indices of the sequences in the group.
+    stats: statistics of the policy, by name, that the collector computes when a batch is used.
+    credit_state: state of the credit.
+    key: random key of the group.
+  """
   policy, anchors = setting.policy, setting.anchors
+  # A demonstration is a further row, which the policy did not sample.
   if setting.demonstration >= 0:
     sample = jnp.append(sample, setting.demonstration)
   size = len(sample)
   sampled = jnp.arange(size) < size - (setting.demonstration >= 0)
   behavior = enumerable.logp(policy, setting.behavior)[sample]
   mask = jnp.asarray(policy.mask)[sample]
+  # What a collector knows of the rows before credit is assigned.
   rows = {
     'mask': mask,
     'valid': jnp.ones(size, bool),
@@ -145,6 +171,7 @@ def rollout_loss(
   }
   if setting.demonstration >= 0:
     rows['stream'] = sampled.astype(jnp.int32)
+  # Credit adds its fields; what `Batch` has no field for is a feature.
   fields, _ = credits.assign(credit, rows, credit_state)
   rows |= fields
   own = {k: v for k, v in rows.items() if k in Batch.__dataclass_fields__}
@@ -154,6 +181,7 @@ def rollout_loss(
     features={k: v for k, v in rows.items() if k not in own},
     **own,
   )
+  # What the model computes of the batch.
   log_p = jax.nn.log_softmax(policy.logits(params))
   entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)[policy.prefixes]
   outputs = Outputs(
@@ -169,7 +197,10 @@ def rollout_loss(
 def _statistics(
   setting: Setting, stats: Mapping[str, Any], params: Params, sample: Array
 ) -> dict[str, Array]:
-  """Statistics of the next-token distributions [G, H]; a free table's hidden state has norm one."""
+  """Statistics of the next-token distributions at each token of the group, [G, H], by name.
+
+  A table of logits has no hidden state; `hidden` is 1 at each token, so `hidden_norm` is 1.
+  """
   policy = setting.policy
   arrays = {
     'logits': policy.logits(params)[policy.prefixes],

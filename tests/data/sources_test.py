@@ -250,8 +250,8 @@ def test_table_entries_bind(tmp_path, sums):
       'options': {'max_terms': 2},
     },
   }
-  assert knobs.keys() == sources.TABLE.keys()
-  for name, fn in sources.TABLE.items():
-    source = bind(part(fn, **knobs[name]), sources.TABLE)
+  assert {f'sources.{name}' for name in knobs} == sources.TABLE.keys()
+  for fn in sources.TABLE.values():
+    source = bind(part(fn, **knobs[fn.__name__]), sources.TABLE)
     record = source[0]
     assert isinstance(record.get('prompt') or record['messages'][-1]['content'], str)

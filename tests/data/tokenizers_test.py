@@ -1,7 +1,6 @@
 """Tokenizers: text survives, special tokens stay out of it, and templates write what they should."""
 
 import json
-import os
 import pathlib
 
 import pytest
@@ -304,21 +303,20 @@ def test_table_entries_bind(folder, sentences):
     'sentencepiece': {'path': str(sentences)},
     'huggingface': {'path': str(folder)},
   }
-  assert knobs.keys() == tokenizers.TABLE.keys()
-  for name, fn in tokenizers.TABLE.items():
-    t = bind(json.loads(part(fn, **knobs[name]).to_json()), tokenizers.TABLE)
+  assert {f'tokenizers.{name}' for name in knobs} == tokenizers.TABLE.keys()
+  for fn in tokenizers.TABLE.values():
+    t = bind(json.loads(part(fn, **knobs[fn.__name__]).to_json()), tokenizers.TABLE)
     assert max(t.encode('ab')) < t.vocab_size
 
 
-@pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='POLGRAD_SMOLLM2 is not set')
-def test_smollm2_speaks_chatml_and_pads_with_its_stop_token():
-  t = tokenizers.huggingface(path=os.environ['POLGRAD_SMOLLM2'])
+def test_smollm2_speaks_chatml_and_pads_with_its_stop_token(smollm2):
+  t = tokenizers.huggingface(path=smollm2)
   system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
   assert t.chat(HELLO) == (
     f'<|im_start|>system\n{system}<|im_end|>\n'
     '<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n'
   )
-  config = json.loads((pathlib.Path(os.environ['POLGRAD_SMOLLM2']) / 'config.json').read_text())
+  config = json.loads((pathlib.Path(smollm2) / 'config.json').read_text())
   assert t.vocab_size == config['vocab_size'] == 49152
   assert (t.pad_id, t.bos_id, t.stop_ids) == (2, -1, (2,))
   for text in TEXTS:

@@ -1,8 +1,5 @@
 """Token ids are those of transformers: of texts, prompts, conversations and their masks."""
 
-import os
-import pathlib
-
 import numpy as np
 import pytest
 import transformers
@@ -41,16 +38,13 @@ MAKE = {
   'llama2': folders.llama2,
   'llama2-legacy': lambda folder: folders.llama2(folder, legacy=True),
 }
-REAL = 'POLGRAD_SMOLLM2'
 
 
 @pytest.fixture(scope='module', params=[*MAKE, 'smollm2'])
 def both(request, tmp_path_factory):
   """(ours, theirs, name) of one folder."""
   if request.param == 'smollm2':
-    if REAL not in os.environ:
-      pytest.skip(f'{REAL} is not set')
-    folder = pathlib.Path(os.environ[REAL])
+    folder = request.getfixturevalue('smollm2')
   else:
     folder = MAKE[request.param](tmp_path_factory.mktemp(request.param))
   ours = tokenizers.huggingface(path=str(folder))

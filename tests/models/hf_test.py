@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 
 import jax
 import ml_dtypes
@@ -395,13 +394,11 @@ def test_a_missing_folder_is_refused(tmp_path):
     hf.pretrained(path=str(tmp_path / 'nowhere'))
 
 
-@pytest.mark.skipif('POLGRAD_SMOLLM2' not in os.environ, reason='needs the weights of SmolLM2')
-def test_smollm2_knows_the_capital_of_france():
+def test_smollm2_knows_the_capital_of_france(smollm2):
   from tokenizers import Tokenizer
 
-  path = os.environ['POLGRAD_SMOLLM2']
-  tokenizer = Tokenizer.from_file(f'{path}/tokenizer.json')
-  policy = hf.pretrained(path=path)
+  tokenizer = Tokenizer.from_file(f'{smollm2}/tokenizer.json')
+  policy = hf.pretrained(path=smollm2)
   tokens = np.array([tokenizer.encode('The capital of France is').ids])
   sample = make_sampler(
     {'policy': policy}, behavior_policy=behavior_policies.greedy, max_new_tokens=4

@@ -294,17 +294,12 @@ TEXT = (
   'week. Its keeper, Anna Björk, wrote: "No fog today; the lamp burned clear until 6:30."\n\n'
   'def area(radius):\n    return 3.14159 * radius ** 2\n\nThe tower was restored for €1.2 million.'
 )
-needs_smollm2 = pytest.mark.skipif(
-  'POLGRAD_SMOLLM2' not in os.environ, reason='needs the weights of SmolLM2'
-)
 
 
-@needs_smollm2
-def test_smollm2_says_what_it_says_in_transformers():
-  path = os.environ['POLGRAD_SMOLLM2']
-  tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side='left')
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype='float32').eval()
-  policy = hf.pretrained(path=path, max_length=256)
+def test_smollm2_says_what_it_says_in_transformers(smollm2):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2, padding_side='left')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype='float32').eval()
+  policy = hf.pretrained(path=smollm2, max_length=256)
   params = policy.init(jax.random.key(0))
 
   row = tokenizer(TEXT)['input_ids']
@@ -312,7 +307,7 @@ def test_smollm2_says_what_it_says_in_transformers():
   wanted = torch_logits(theirs, row)
   np.testing.assert_allclose(policy.unembed(params, hidden)[0], wanted, rtol=1e-4, atol=2e-3)
 
-  chats = [[{'behavior_policy': 'user', 'content': prompt}] for prompt in PROMPTS]
+  chats = [[{'role': 'user', 'content': prompt}] for prompt in PROMPTS]
   prompts = tokenizer.apply_chat_template(
     chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors='pt'
   )
@@ -358,10 +353,9 @@ print(json.dumps({'peak': resident('VmHWM') - before, 'size': size}))
 """
 
 
-@needs_smollm2
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='reads /proc')
-def test_loading_smollm2_takes_little_more_memory_than_the_model():
-  command = [sys.executable, '-c', MEMORY, os.environ['POLGRAD_SMOLLM2']]
+def test_loading_smollm2_takes_little_more_memory_than_the_model(smollm2):
+  command = [sys.executable, '-c', MEMORY, smollm2]
   out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
   found = json.loads(out.splitlines()[-1])
   assert found['size'] > 530e6

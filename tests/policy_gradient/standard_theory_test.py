@@ -30,7 +30,7 @@ def aggregate(name, weight, mask):
   """The weights of tokens under the aggregation of an experiment."""
   spec = harness.phase_of(name).objective.aggregation
   knobs = {k: v for k, v in spec.items() if k != 'name'}
-  return getattr(harness, spec['name'])(weight, mask, **knobs)
+  return getattr(harness, spec['name'].partition('.')[2])(weight, mask, **knobs)
 
 
 def credited(name, arrays, **knobs):

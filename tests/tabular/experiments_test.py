@@ -17,7 +17,7 @@ import pytest
 from polgrad import credit, objectives
 from polgrad.losses import advantages
 from polgrad.methods import Method
-from polgrad.registry import bind, part, table
+from polgrad.registry import bind, part
 from polgrad.tabular import enumerable
 from polgrad.types import Batch, Outputs
 
@@ -276,7 +276,7 @@ def hub_grpo(case: Case, params):
   return dapo(case, params)
 
 
-EXPECTED = table(reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo, hub_grpo)
+EXPECTED = {f.__name__: f for f in (reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo, hub_grpo)}
 
 
 def assert_follows(got, case: Case, function):

@@ -1,0 +1,53 @@
+"""Helpers that several modules of losses share: the clamp of log-ratios, trust regions, row sums."""
+
+import jax
+import jax.numpy as jnp
+
+from polgrad.types import Array
+
+LIMIT = 20.0  # nats; exp(20) is 5e8, far outside every trust region
+
+
+def bounded(log_ratio: Array) -> Array:
+  """Clamps log-ratios to +-20 nats, so that exp cannot overflow: [...] -> [...].
+
+  A log-ratio beyond the limit has gradient 0.
+  """
+  return jnp.clip(log_ratio, -LIMIT, LIMIT)
+
+
+def kept(ratio: Array, advantages: Array, low: Array | float, high: Array | float) -> Array:
+  """PPO's one-sided trust region: (A >= 0 and r <= high) or (A <= 0 and r >= low), bool[...].
+
+  A token is dropped only if it moved too far in the direction of its own advantage. A token exactly
+  on a bound is kept. With low <= high, a token with A = 0 is always kept. Ratio and bounds may all be
+  logarithms.
+  """
+  return ((advantages >= 0) & (ratio <= high)) | ((advantages <= 0) & (ratio >= low))
+
+
+def soft_gate(ratio: Array, advantages: Array, tau_positive: float, tau_negative: float) -> Array:
+  """(4 / tau) sigmoid(tau (r - 1)), tau by the sign of A: SAPO's gate, of slope 1 at r = 1.
+
+  Raises:
+    ValueError: tau_positive <= 0 or tau_negative <= 0.
+  """
+  if tau_positive <= 0 or tau_negative <= 0:
+    raise ValueError(f'tau must be positive, got {tau_positive} and {tau_negative}')
+  tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(ratio.dtype)
+  return 4 / tau * jax.nn.sigmoid(tau * (ratio - 1))
+
+
+def within(ratio: Array, low: float, high: float) -> Array:
+  """low <= r <= high, bool[...]."""
+  return (ratio >= low) & (ratio <= high)
+
+
+def row_sum(log_ratio: Array, mask: Array) -> Array:
+  """Sum over the valid tokens of each row: [..., T] -> [..., 1]."""
+  return jnp.sum(jnp.where(mask, log_ratio, 0), axis=-1, keepdims=True)
+
+
+def row_mean(log_ratio: Array, mask: Array) -> Array:
+  """Mean over the valid tokens of each row: [..., T] -> [..., 1]; 0 in a row without tokens."""
+  return row_sum(log_ratio, mask) / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)

@@ -1,0 +1,23 @@
+"""What `pip install` gets: one top-level name, one version, and a licence."""
+
+import pathlib
+import runpy
+
+import setuptools
+
+import polgrad
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_setup_has_the_version_of_the_package_and_one_top_level_name(monkeypatch):
+  found = {}
+  monkeypatch.setattr(setuptools, 'setup', lambda **settings: found.update(settings))
+  monkeypatch.chdir(ROOT)
+  runpy.run_path('setup.py')
+  assert found['version'] == polgrad.__version__
+  assert {name.split('.')[0] for name in found['packages']} == {'polgrad'}
+  folders = {path.parent.relative_to(ROOT) for path in ROOT.glob('polgrad/**/*.py')}
+  assert {name.replace('.', '/') for name in found['packages']} == set(map(str, folders))
+  assert found['license'] == 'Apache-2.0'
+  assert 'Apache License' in (ROOT / found['license_files'][0]).read_text()
