@@ -173,7 +173,9 @@ def check_vocabulary(slot: str, fn: Callable) -> None:
       )
 
 
-def check_reads(path: str, objective: Objective, missing: Iterable[str], known: Iterable[str]):
+def check_reads(
+  path: str, objective: Objective, missing: Iterable[str], known: Iterable[str]
+) -> None:
   """Refuses the first function of an objective that reads an array which no part provides.
 
   Args:
@@ -213,7 +215,11 @@ def call_slot(slot: str, fn: Callable, arrays: Mapping[str, Array]) -> Array:
 
 
 def check_distinct(**slots: Iterable[str]) -> None:
-  """Refuses a name that two slots give to an array, or that another array has already."""
+  """Refuses a name that two slots give to an array, or that an array of the batch has.
+
+  Raises:
+    ValueError: names the slot, the name and its other owner.
+  """
   owners = {name: 'the batch' for name in RESERVED}
   for slot, names in slots.items():
     for name in names:
@@ -223,12 +229,15 @@ def check_distinct(**slots: Iterable[str]) -> None:
 
 
 def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
-  """How far the policy is from the one that sampled, whatever the loss does about it.
+  """The distance of the policy from the one that sampled, independent of the loss.
 
-  The log-ratio is log pi - log pi_behavior of the sampled tokens, in nats: `sampler_kl` is the k3
-  estimate of KL(sampler || policy), never negative and 0 when both agree; `sampler_max_gap` the
-  largest difference; `ratio_q..` quantiles of the ratio; `effective_sample_size` the share
-  (sum r)^2 / (n sum r^2) of the tokens that importance-weighted sums rest on.
+  All are of the log-ratio log pi - log pi_behavior of the sampled tokens, in nats, or of the ratio r.
+
+  * `entropy`: mean entropy of the next-token distribution, nats.
+  * `sampler_kl`: the k3 estimate of KL(sampler || policy), nats; never negative, and 0 if both agree.
+  * `sampler_max_gap`: the largest absolute log-ratio, nats.
+  * `effective_sample_size`: (sum r)^2 / (n sum r^2), a fraction; 1 if all n ratios are equal.
+  * `ratio_q01`, `ratio_q50`, `ratio_q99`: quantiles of r.
   """
   metrics = {}
   where = x['mask']
@@ -245,10 +254,12 @@ def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
 
 
 def token_mean(x: Array, where: Array) -> Mean:
+  """The mean of [B, T] over the tokens in `where`, without gradient."""
   return aggregation.token_mean(jax.lax.stop_gradient(x), where)
 
 
 def row_mean(x: Array, where: Array) -> Mean:
+  """The mean of [n] over the rows (or pairs) in `where`."""
   total = jnp.sum(jnp.where(where, x, 0).astype(jnp.float32))
   return Mean(total=total, count=jnp.sum(where).astype(jnp.float32))
 
