@@ -125,7 +125,7 @@ def test_as_chat_composes_in_a_configuration():
     'Add.',
     sources.arithmetic(digits=1)[0]['prompt'],
   ]
-  with pytest.raises(ValueError, match="unknown 'as_chat'"):
+  with pytest.raises(ValueError, match=r"unknown 'sources\.as_chat'"):
     bind(part(sources.as_chat, source=spec), sources.TABLE)
 
 

@@ -329,7 +329,7 @@ def test_a_configuration_names_the_base():
   policy = bind(json.loads(spec.to_json()), models.TABLE)
   assert policy.config == lora(base=tiny.policy(), rank=2, targets=('key',)).config
   with pytest.raises(
-    ValueError, match=r"base.name: unknown 'lora'; valid: \['decoder', 'pretrained'\]"
+    ValueError, match=r"unknown 'models\.lora'.*'models\.decoder', 'models\.pretrained'"
   ):
     bind(part(lora, base=part(lora, base=part(models.decoder, **tiny.SHAPE))), models.TABLE)
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.losses.logit_stats import TABLE as STATS
+from polgrad.losses import logit_stats
 from polgrad.losses.logit_stats import hidden_norm, logp
 from polgrad.models import token_stats
 
+STATS = {fn.__name__: fn for fn in logit_stats.TABLE.values()}
 ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7
 RANDOM = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
