@@ -18,10 +18,7 @@ from flax import struct
 
 Array = jax.Array
 Params = Any
-STREAMS = (
-  'demonstration',
-  'sampled',
-)  # kinds of rows in a mixed batch; `Batch.stream` is the index
+STREAMS = ('demonstration', 'sampled')  # kinds of rows in a batch; `Batch.stream` is the index
 
 
 @struct.dataclass(kw_only=True)
