@@ -54,7 +54,7 @@ def warm_start(*, steps: int = 180) -> ConfigDict:
     steps=steps,
     source=addition(),
     collect=part(collect.demonstrations, rows=64, length=12),
-    objective=part(objectives.supervised, aggregation=part(aggregation.token_mean)),
+    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
     optimizer=part(optim.adamw, learning_rate=1e-3),
   )
 

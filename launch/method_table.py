@@ -86,7 +86,7 @@ def _short(part: dict) -> str:
 
 def _named(slot: str, part: dict) -> list[str]:
   """The names of a part and of what it holds, without the usual ones."""
-  families = ('policy_gradient', 'outcome', 'nothing', 'weighted_sum')
+  families = ('PolicyGradient', 'outcome', 'nothing', 'WeightedSum')
   own = [] if _short(part) in families or USUAL.get(slot) == _short(part) else [_short(part)]
   for knob, value in part.items():
     if isinstance(value, dict) and 'name' in value:

@@ -301,6 +301,8 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(
       f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices'
     )
+  if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
+    phase.objective.check_streams(f'{path}.objective.streams')
   wanted = phase.objective.requires | phase.credit.requires
   provided = collector.provides | phase.credit.provides
   anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
@@ -319,6 +321,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
   given = provided | anchors.keys() | {'entropy', 'values', 'old_values', 'weights'}
   missing = sorted(wanted - given)
+  objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:
     raise ValueError(
       f'{path}: the objective reads {missing}, which neither collect ({sorted(collector.provides)}) '

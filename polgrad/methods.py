@@ -36,13 +36,13 @@ class Method(NamedTuple):
 
 def sft() -> Method:
   """Supervised fine-tuning: token mean of -log pi (standard)."""
-  objective = objectives.supervised(aggregation=aggregation.token_mean)
+  objective = objectives.Supervised(aggregation=aggregation.token_mean)
   return Method(credit.nothing(), objective)
 
 
 def reinforce(*, decay: float = 0.9) -> Method:
   """REINFORCE with a moving-average baseline (Williams 1992)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=surrogates.reinforce, aggregation=aggregation.sequence_sum
   )
   return Method(credit.moving_baseline(decay=decay), objective)
@@ -50,7 +50,7 @@ def reinforce(*, decay: float = 0.9) -> Method:
 
 def rloo(*, kl_coefficient: float = 0.03) -> Method:
   """RLOO: leave-one-out baseline, KL in the reward (arXiv:2402.14740)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=surrogates.reinforce, aggregation=aggregation.sequence_sum
   )
   return Method(
@@ -67,7 +67,7 @@ def ppo(
   entropy_coefficient: float = 0.001,
 ) -> Method:
   """PPO with clipped values and whitened GAE (arXiv:1707.06347, 1506.02438)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=_clipped(eps, eps),
     aggregation=aggregation.token_mean,
     penalties={
@@ -84,7 +84,7 @@ def ppo(
 
 def grpo(*, kl_coefficient: float = 0.04, eps: float = 0.2) -> Method:
   """GRPO with its k3 loss (arXiv:2402.03300)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=_clipped(eps, eps),
     aggregation=aggregation.sequence_mean,
     penalties={'kl': Weighted(kl_coefficient, penalties.k3)},
@@ -94,7 +94,7 @@ def grpo(*, kl_coefficient: float = 0.04, eps: float = 0.2) -> Method:
 
 def dr_grpo(*, length: int, eps: float = 0.2) -> Method:
   """Dr. GRPO: no std, and a constant `length` (the token budget) for lengths (arXiv:2503.20783)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=_clipped(eps, eps),
     aggregation=functools.partial(aggregation.constant_length, length=length),
   )
@@ -103,7 +103,7 @@ def dr_grpo(*, length: int, eps: float = 0.2) -> Method:
 
 def dapo(*, eps_low: float = 0.2, eps_high: float = 0.28) -> Method:
   """DAPO's loss (arXiv:2503.14476); its sampling and length reward belong to the rollout."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=_clipped(eps_low, eps_high), aggregation=aggregation.token_mean
   )
   return Method(credit.outcome(advantage=advantages.group_normalized), objective)
@@ -111,7 +111,7 @@ def dapo(*, eps_low: float = 0.2, eps_high: float = 0.28) -> Method:
 
 def gspo(*, eps_low: float = 3e-4, eps_high: float = 4e-4) -> Method:
   """GSPO in its token form (arXiv:2507.18071)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=_clipped(eps_low, eps_high),
     ratio=ratios.sequence_geometric,
     aggregation=aggregation.sequence_mean,
@@ -121,7 +121,7 @@ def gspo(*, eps_low: float = 3e-4, eps_high: float = 4e-4) -> Method:
 
 def cispo(*, cap: float = 5.0) -> Method:
   """CISPO: no token dropped, its weight cut at the ratio `cap` (arXiv:2506.13585)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=functools.partial(surrogates.truncated, cap=cap), aggregation=aggregation.token_mean
   )
   return Method(credit.outcome(advantage=advantages.group_normalized), objective)
@@ -129,7 +129,7 @@ def cispo(*, cap: float = 5.0) -> Method:
 
 def gmpo(*, eps: float = 0.4) -> Method:
   """GMPO: the geometric mean of clipped token ratios (arXiv:2507.20673)."""
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=surrogates.importance_weighted,
     ratio=functools.partial(ratios.sequence_geometric_clipped, eps=eps),
     aggregation=aggregation.sequence_mean,
@@ -142,13 +142,13 @@ def sapo(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Method:
   gate = functools.partial(
     surrogates.soft_gated, tau_positive=tau_positive, tau_negative=tau_negative
   )
-  objective = objectives.policy_gradient(surrogate=gate, aggregation=aggregation.sequence_mean)
+  objective = objectives.PolicyGradient(surrogate=gate, aggregation=aggregation.sequence_mean)
   return Method(credit.outcome(advantage=advantages.group_normalized), objective)
 
 
 def tba(*, beta: float = 0.1, rows_per_prompt: int = 8) -> Method:
   """TBA: trajectory balance with log Z from the group, on anybody's samples (arXiv:2503.18929)."""
-  objective = objectives.regression(
+  objective = objectives.Regression(
     score=implicit_rewards.log_ratio_sum,
     center=log_partition.group_mean_detached,
     beta=beta,
@@ -160,7 +160,7 @@ def tba(*, beta: float = 0.1, rows_per_prompt: int = 8) -> Method:
 
 def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
   """DPO (arXiv:2305.18290); `label_smoothing` gives cDPO."""
-  objective = objectives.pairwise(
+  objective = objectives.Pairwise(
     score=implicit_rewards.log_ratio_sum,
     link=preference_losses.logistic,
     beta=beta,
@@ -171,7 +171,7 @@ def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
 
 def ipo(*, tau: float = 0.1) -> Method:
   """IPO on summed log-ratios (arXiv:2310.12036)."""
-  objective = objectives.pairwise(
+  objective = objectives.Pairwise(
     score=implicit_rewards.log_ratio_sum,
     link=functools.partial(preference_losses.squared, target=1 / (2 * tau)),
   )
@@ -180,7 +180,7 @@ def ipo(*, tau: float = 0.1) -> Method:
 
 def simpo(*, beta: float = 2.0, gamma: float = 0.5) -> Method:
   """SimPO (arXiv:2405.14734)."""
-  objective = objectives.pairwise(
+  objective = objectives.Pairwise(
     score=implicit_rewards.logp_mean, link=preference_losses.logistic, beta=beta, offset=gamma
   )
   return Method(credit.nothing(), objective)
@@ -188,12 +188,12 @@ def simpo(*, beta: float = 2.0, gamma: float = 0.5) -> Method:
 
 def slic(*, threshold: float = 1.0, nll_coefficient: float = 0.1) -> Method:
   """SLiC-HF (arXiv:2305.10425)."""
-  margin = objectives.pairwise(
+  margin = objectives.Pairwise(
     score=implicit_rewards.logp_sum,
     link=functools.partial(preference_losses.hinge, threshold=threshold),
   )
-  likelihood = objectives.supervised(aggregation=aggregation.sequence_sum, preferred_only=True)
-  objective = objectives.weighted_sum(
+  likelihood = objectives.Supervised(aggregation=aggregation.sequence_sum, preferred_only=True)
+  objective = objectives.WeightedSum(
     streams={'margin': Weighted(1.0, margin), 'likelihood': Weighted(nll_coefficient, likelihood)}
   )
   return Method(credit.nothing(), objective)
@@ -206,7 +206,7 @@ def online_dpo(*, beta: float = 0.1) -> Method:
 
 def on_policy_distillation() -> Method:
   """Reverse KL to a teacher on the student's samples (arXiv:2306.13649)."""
-  objective = objectives.distillation(
+  objective = objectives.Distillation(
     divergence=divergences.reverse_kl, aggregation=aggregation.token_mean
   )
   return Method(credit.nothing(), objective)

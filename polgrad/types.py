@@ -18,6 +18,7 @@ from flax import struct
 
 Array = jax.Array
 Params = Any
+STREAMS = ('demonstration', 'sampled')  # kinds of rows in a batch; `Batch.stream` is the index
 
 
 @struct.dataclass(kw_only=True)
@@ -81,7 +82,7 @@ class Batch:
   segment_ids: Array  # i32[B, T]
   mask: Array  # bool[B, T]
   group_ids: Array | None = None  # i32[B]; a preference pair is a group of two
-  stream: Array | None = None  # i32[B], which objective of a weighted sum owns the row
+  stream: Array | None = None  # i32[B], index into STREAMS; one stream of a weighted sum owns it
   behavior_logp: Array | None = None  # f32[B, T], the policy that sampled
   proximal_logp: Array | None = None  # f32[B, T], the policy at the start of the update phase
   reference_logp: Array | None = None  # f32[B, T]

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments import quickstart
-from experiments.policy_gradient import grpo, ppo
+from experiments.policy_gradient import grpo, hpt, ppo
 from experiments.preference import dpo
 from polgrad import build, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
@@ -36,6 +36,15 @@ def no_compilation(monkeypatch):
     raise AssertionError('something was compiled')
 
   monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+
+
+def misspelt(log_ratio, advantage):
+  return -log_ratio * advantage
+
+
+def renamed_streams():
+  streams = hpt.get_config('smoke').phases.rl.objective.streams
+  return {'sft': streams.demonstration, 'rl': streams.sampled}
 
 
 CASES = {
@@ -127,7 +136,23 @@ CASES = {
     grpo,
     [('phases.rl.credit', part(credit.nothing))],
     ValueError,
-    ['config.phases.rl', "['advantages']", 'credit'],
+    ['config.phases.rl.objective.surrogate', "clipped reads 'advantages'", 'credit'],
+  ),
+  'misspelt array': (
+    grpo,
+    [('phases.rl.objective.surrogate', part(misspelt))],
+    ValueError,
+    [
+      "config.phases.rl.objective.surrogate: misspelt reads 'advantage'",
+      "did you mean 'advantages'?",
+      "'log_ratio', 'logp'",
+    ],
+  ),
+  'streams of a mixed batch that are renamed': (
+    hpt,
+    [('phases.rl.objective.streams', renamed_streams())],
+    ValueError,
+    ['config.phases.rl.objective.streams', "['rl', 'sft']", "['demonstration', 'sampled']"],
   ),
   'labels that nobody makes': (
     grpo,
@@ -242,7 +267,7 @@ def test_a_new_idea_is_a_pure_function_in_one_slot():
     return -advantages * jax.nn.tanh(slope * log_ratio) / slope
 
   own = part(
-    objectives.policy_gradient,
+    objectives.PolicyGradient,
     surrogate=part(squashed, slope=2.0),
     aggregation=part(aggregation.token_mean),
   )

@@ -71,7 +71,7 @@ def experiment(anchors=None, **rollouts):
     anchors=anchors or {},
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
     ),
@@ -175,7 +175,7 @@ def test_own_verifiers_can_be_named_in_a_configuration():
     return float(completion.startswith('1'))
 
   phase = addition_phase(
-    objective=part(objectives.supervised, aggregation=part(aggregation.token_mean)),
+    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
     reward={'one': weighted(2.0, part(starts_with_one))},
   )
   config = arithmetic_experiment({'rl': phase}, smoke=True)

@@ -1,9 +1,12 @@
 """Random batches with every field, for tests of objectives."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polgrad.objectives import Objective
 from polgrad.registry import call
 from polgrad.types import Batch, Outputs
 
@@ -59,3 +62,11 @@ def outputs(x: dict, stats: dict) -> Outputs:
     values=x['values'],
     stats={name: call(f, arrays) for name, f in stats.items()},
   )
+
+
+def changed(objective: Objective, **attributes) -> Objective:
+  """A copy of an objective in which attributes or methods are replaced, derived ones included."""
+  other = copy.copy(objective)
+  for name, value in attributes.items():
+    object.__setattr__(other, name, value)
+  return other

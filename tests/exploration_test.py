@@ -15,6 +15,7 @@ from polgrad.objectives import Objective
 from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
 from polgrad.types import Rollout, TrainState
+from tests import examples
 from tests.collect_test import collected, experiment
 
 ARMS = np.array([0.5, 0.0, -0.5, -1.0], np.float32)
@@ -67,7 +68,7 @@ def sampling_error(collector: collect.Collector) -> float:
     tokenizer=tokenizer,
     mesh=mesh,
     seed=0,
-    objective=Objective(requires=frozenset({'proximal_logp'}), apply=None),
+    objective=examples.changed(Objective(), requires=frozenset({'proximal_logp'})),
     credit=credit.nothing(),
     score=score,
     frozen={},
@@ -131,7 +132,7 @@ def explored(**settings):
   )
   collector = bind(part(collect.explored, **settings), collect.TABLE)
   objective = run.phases['rl'].objective
-  objective = objective._replace(requires=objective.requires | {'proximal_logp'})
+  objective = examples.changed(objective, requires=objective.requires | {'proximal_logp'})
   return collected(run, collect=collector, objective=objective)[0].batch
 
 

@@ -35,11 +35,11 @@ def gradient(objective, batch=None):
 
 
 def policy(surrogate=surrogates.importance_weighted, reduce=aggregation.token_mean, **slots):
-  return objectives.policy_gradient(surrogate=surrogate, aggregation=reduce, **slots)
+  return objectives.PolicyGradient(surrogate=surrogate, aggregation=reduce, **slots)
 
 
 def pairs(score):
-  return objectives.pairwise(
+  return objectives.Pairwise(
     score=score, link=functools.partial(preference_losses.squared, target=5.0)
   )
 
@@ -72,7 +72,7 @@ MEANINGS = {
     policy(penalties={'kl': Weighted(0.1, penalties.importance_k3)}),
   ),
   'OPMD: centre of rewards, or of the whole residual': tuple(
-    objectives.regression(
+    objectives.Regression(
       score=implicit_rewards.old_log_ratio_sum, center=center, beta=0.5, rows_per_prompt=2
     )
     for center in (log_partition.reward_mean, log_partition.group_mean)

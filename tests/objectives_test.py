@@ -1,5 +1,6 @@
 """What every objective owes: additivity, blindness to padding, symmetry, honest requirements."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,7 +20,7 @@ from polgrad.losses import (
   surrogates,
   weights,
 )
-from polgrad.registry import Weighted
+from polgrad.registry import UnknownArray, Weighted
 from polgrad.types import Max, Mean
 from tests import examples
 
@@ -36,22 +37,22 @@ OBJECTIVES = {
   'simpo': methods.simpo().objective,
   'slic': methods.slic().objective,
   'distillation': methods.on_policy_distillation().objective,
-  'forward_kl': objectives.distillation(
+  'forward_kl': objectives.Distillation(
     divergence=divergences.forward_kl, aggregation=aggregation.sequence_mean
   ),
-  'truncated_is': objectives.policy_gradient(
+  'truncated_is': objectives.PolicyGradient(
     surrogate=surrogates.truncated,
     aggregation=aggregation.token_mean,
     weights={'mismatch': functools.partial(weights.truncated_importance, cap=2.0)},
     penalties={'k2': Weighted(0.1, penalties.k2)},
   ),
-  'regression': objectives.regression(
+  'regression': objectives.Regression(
     score=implicit_rewards.log_ratio_sum,
     center=log_partition.group_mean,
     beta=0.5,
     rows_per_prompt=2,
   ),
-  'logistic': objectives.pointwise(
+  'logistic': objectives.Pointwise(
     score=implicit_rewards.log_ratio_sum, loss=pointwise.logistic, beta=0.1
   ),
 }
@@ -208,7 +209,7 @@ def test_trap_12_duplicating_a_pair_leaves_other_losses():
 
 
 def test_label_below_one_half_turns_the_pair_round():
-  objective = objectives.pairwise(
+  objective = objectives.Pairwise(
     score=implicit_rewards.log_ratio_sum, link=preference_losses.logistic, beta=0.3, offset=0.7
   )
   x, batch = examples.leaves(), examples.batch().replace(weights=None)
@@ -221,7 +222,7 @@ def test_label_below_one_half_turns_the_pair_round():
 
 def test_failed_rows_do_not_pull_the_centre_of_their_group():
   """A row that is masked out has no say in the consistency loss of its group."""
-  objective = objectives.regression(
+  objective = objectives.Regression(
     score=implicit_rewards.log_ratio_sum, center=log_partition.group_mean, rows_per_prompt=4
   )
   x, batch = examples.leaves(), examples.batch()
@@ -239,45 +240,63 @@ class TestWeightedSum:
   def test_is_the_sum(self):
     x, batch = examples.leaves(), examples.batch()
     a, b = OBJECTIVES['grpo'], OBJECTIVES['sft']
-    both = objectives.weighted_sum(streams={'a': Weighted(0.3, a), 'b': Weighted(2.0, b)})
+    both = objectives.WeightedSum(streams={'a': Weighted(0.3, a), 'b': Weighted(2.0, b)})
     wanted = 0.3 * value_and_grad(a, x, batch)[0] + 2.0 * value_and_grad(b, x, batch)[0]
     np.testing.assert_allclose(value_and_grad(both, x, batch)[0], wanted, rtol=1e-6)
     assert both.requires == a.requires | b.requires
 
   def test_streams_own_their_rows(self):
     x, batch = examples.leaves(), examples.batch()
-    both = objectives.weighted_sum(
-      streams={'rl': Weighted(1.0, OBJECTIVES['grpo']), 'sft': Weighted(1.0, OBJECTIVES['sft'])}
-    )
+    owners = {'demonstration': OBJECTIVES['sft'], 'sampled': OBJECTIVES['grpo']}
     mixed = batch.replace(stream=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32))
-    _, _, (terms, _) = value_and_grad(both, x, mixed)
-    assert terms['sft/nll'].count == batch.mask[[2, 3, 6, 7]].sum()
-    assert terms['rl/policy'].count == 2
+    for order in (owners, dict(reversed(owners.items()))):
+      both = objectives.WeightedSum(streams={k: Weighted(1.0, v) for k, v in order.items()})
+      _, _, (terms, _) = value_and_grad(both, x, mixed)
+      assert terms['demonstration/nll'].count == batch.mask[[0, 1, 4, 5]].sum()
+      assert terms['sampled/policy'].count == batch.mask[[2, 3, 6, 7]].any(axis=1).sum()
+
+  def test_a_stream_without_an_objective_counts_for_none(self):
+    x, batch = examples.leaves(), examples.batch()
+    mixed = batch.replace(stream=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32))
+    only = objectives.WeightedSum(streams={'sampled': Weighted(1.0, OBJECTIVES['sft'])})
+    _, _, (terms, _) = value_and_grad(only, x, mixed)
+    assert terms['sampled/nll'].count == batch.mask[[2, 3, 6, 7]].sum()
+
+  def test_renamed_streams_of_a_mixed_batch_are_refused(self):
+    """In alphabetical order `rl` would own the demonstrations, and `sft` the samples."""
+    x, batch = examples.leaves(), examples.batch()
+    both = objectives.WeightedSum(
+      streams={'sft': Weighted(1.0, OBJECTIVES['sft']), 'rl': Weighted(1.0, OBJECTIVES['grpo'])}
+    )
+    assert loss_of(both, x, batch)[0] != 0  # without streams, any names are valid
+    mixed = batch.replace(stream=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32))
+    with pytest.raises(ValueError, match=r"\['rl', 'sft'\].*valid: \['demonstration', 'sampled'\]"):
+      loss_of(both, x, mixed)
 
   def test_schedules_multiply_weights(self):
     x, batch = examples.leaves(), examples.batch()
-    both = objectives.weighted_sum(
+    both = objectives.WeightedSum(
       streams={'sft': Weighted(2.0, OBJECTIVES['sft'])},
       schedules={'sft': functools.partial(optim.linear, warmup=0, steps=10)},
     )
     start, half = (loss_of(both, x, batch, step=s)[0] for s in (0, 5))
     np.testing.assert_allclose(half, start / 2, rtol=1e-6)
     with pytest.raises(ValueError, match=r"schedules names \['x'\]"):
-      objectives.weighted_sum(
+      objectives.WeightedSum(
         streams={'sft': Weighted(1.0, OBJECTIVES['sft'])}, schedules={'x': optim.constant}
       )
 
   def test_statistics_of_two_distillations_do_not_mix(self):
     x, batch = examples.leaves(), examples.batch()
     a, b = OBJECTIVES['distillation'], OBJECTIVES['forward_kl']
-    both = objectives.weighted_sum(streams={'a': Weighted(1.0, a), 'b': Weighted(1.0, b)})
+    both = objectives.WeightedSum(streams={'a': Weighted(1.0, a), 'b': Weighted(1.0, b)})
     wanted = value_and_grad(a, x, batch)[0] + value_and_grad(b, x, batch)[0]
     np.testing.assert_allclose(value_and_grad(both, x, batch)[0], wanted, rtol=1e-6)
 
 
 def test_a_penalty_cannot_hide_the_surrogate():
   with pytest.raises(ValueError, match='policy'):
-    objectives.policy_gradient(
+    objectives.PolicyGradient(
       surrogate=surrogates.reinforce,
       aggregation=aggregation.token_mean,
       penalties={'policy': Weighted(1.0, penalties.k2)},
@@ -297,12 +316,12 @@ def test_trap_08_sampler_gap_is_reported():
 
 def test_trap_10_weights_are_detached():
   """A weight made of live log-probs multiplies the loss and has no gradient of its own."""
-  live = objectives.policy_gradient(
+  live = objectives.PolicyGradient(
     surrogate=surrogates.reinforce,
     aggregation=aggregation.token_mean,
     weights={'live': lambda logp: jnp.exp(logp)},
   )
-  supervised = objectives.supervised(
+  supervised = objectives.Supervised(
     aggregation=aggregation.token_mean, weights={'live': lambda logp: jnp.exp(logp)}
   )
   x, batch = examples.leaves(), examples.batch()
@@ -311,3 +330,65 @@ def test_trap_10_weights_are_detached():
   np.testing.assert_allclose(grads['logp'], -weight * batch.advantages, rtol=1e-5)
   _, grads, _ = value_and_grad(supervised, x, batch)
   np.testing.assert_allclose(grads['logp'], -weight, rtol=1e-5)
+
+
+def misspelt(log_ratio, advantage):
+  return -log_ratio * advantage
+
+
+def test_a_misspelt_array_is_an_error_that_names_slot_and_function():
+  """The error lists the arrays there are and suggests the near one."""
+  rest = dict(aggregation=aggregation.token_mean)
+  score = dict(score=implicit_rewards.log_ratio_sum)
+  reinforce = dict(surrogate=surrogates.reinforce, **rest)
+  one = {'mine': misspelt}
+  weighted = {'mine': Weighted(1.0, misspelt)}
+  cases = {
+    'surrogate': objectives.PolicyGradient(surrogate=misspelt, **rest),
+    'weights.mine': objectives.PolicyGradient(weights=one, **reinforce),
+    'penalties.mine': objectives.PolicyGradient(penalties=weighted, **reinforce),
+    'selections.mine': objectives.PolicyGradient(selections=one, **reinforce),
+    'probes.mine': objectives.PolicyGradient(probes=one, **reinforce),
+    'score': objectives.Pairwise(score=misspelt, link=preference_losses.logistic),
+    'loss': objectives.Pointwise(loss=lambda scores: scores, **score),
+    'center': objectives.Regression(center=lambda residuals: residuals, **score),
+  }
+  x, batch = examples.leaves(), examples.batch()
+  for slot, objective in cases.items():
+    with pytest.raises(UnknownArray) as caught:
+      loss_of(objective, x, batch)
+    assert str(caught.value).startswith(f'{slot}: ')
+    if objective.slots[slot] is misspelt and slot != 'score':
+      wanted = "misspelt reads 'advantage', which is not here; did you mean 'advantages'? valid: ["
+      assert wanted in str(caught.value)
+
+
+def test_a_misspelt_array_of_a_statistic_is_refused_at_once():
+  with pytest.raises(ValueError, match=r"stats.mine.*'logit'.*did you mean 'logits'"):
+    objectives.PolicyGradient(
+      surrogate=surrogates.reinforce,
+      aggregation=aggregation.token_mean,
+      stats={'mine': lambda logit, tokens: logit},
+    )
+
+
+def test_equal_scores_are_half_a_success():
+  """Before the first update of DPO all margins are 0, up to the rounding of the log-probs."""
+  x, batch = examples.leaves(), examples.batch()
+  _, metrics = loss_of(OBJECTIVES['dpo'], x, batch.replace(reference_logp=x['logp']))[1]
+  assert metrics['accuracy'].value() == 0.5
+  assert metrics['margin'].value() == 0
+
+
+def test_a_copy_with_other_knobs_is_valid():
+  """Knobs that are completed when the objective is made are completed once."""
+  objective = objectives.PolicyGradient(
+    surrogate=surrogates.reinforce,
+    aggregation=aggregation.token_mean,
+    penalties={'kl': Weighted(1.0, divergences.forward_kl)},
+    probes={'away': surrogates.clipped_away},
+  )
+  other = dataclasses.replace(objective, aggregation=aggregation.sequence_mean)
+  assert other.stats.keys() == objective.stats.keys() == {'kl'}
+  assert set(other.probes) == set(objective.probes) == {'probe/away'}
+  assert other.requires == objective.requires

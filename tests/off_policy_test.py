@@ -46,7 +46,7 @@ def test_on_policy_all_facts_say_so():
 
 
 def metrics_of(log_ratio, surrogate, **slots):
-  objective = objectives.policy_gradient(
+  objective = objectives.PolicyGradient(
     surrogate=surrogate, aggregation=aggregation.token_mean, **slots
   )
   shape = log_ratio.shape

@@ -9,6 +9,7 @@ from polgrad.losses import logit_stats
 from polgrad.registry import bind, part
 from polgrad.sampling import behavior_policies
 from polgrad.types import Batch
+from tests import examples
 from tests.collect_test import collected, experiment
 
 
@@ -16,7 +17,7 @@ def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **setti
   """Batches of some steps in a row; `change` stands for the updates between them."""
   run = experiment(**settings)
   phase = run.phases['rl']
-  objective = phase.objective._replace(requires=phase.objective.requires | set(requires))
+  objective = examples.changed(phase.objective, requires=phase.objective.requires | set(requires))
   phase = phase._replace(objective=objective)
   run = run._replace(phases={'rl': phase}, seed=seed)
   found = []

@@ -40,7 +40,7 @@ def config(**overrides):
       'short': weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4)),
     },
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped),
       aggregation=part(aggregation.token_mean),
       penalties={'kl': weighted(0.1, part(penalties.k2))},
@@ -374,7 +374,7 @@ def test_update_does_not_retrace():
     traced.append(True)
     return phase.objective.apply(*arguments, **keywords)
 
-  counting = phase._replace(objective=phase.objective._replace(apply=apply))
+  counting = phase._replace(objective=examples.changed(phase.objective, apply=apply))
   state = train.begin(experiment, 1, None)
   update = train.jit_update(experiment, counting, state)
   collecting = phase.collect.make(train.context(experiment, phase, 1))

@@ -116,7 +116,7 @@ def losses_of(precision: str, *, steps: int = 40, micro_batches: int = 1, **knob
   start = jax.tree.map(lambda p: p.astype(precision), tiny.params())
   optimizer = optim.adamw(**knobs)
   objective = bind(
-    part(objectives.supervised, aggregation=part(aggregation.token_mean)), objectives.TABLE
+    part(objectives.Supervised, aggregation=part(aggregation.token_mean)), objectives.TABLE
   )
   zero = jnp.int32(0)
   state = TrainState(

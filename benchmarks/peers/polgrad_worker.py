@@ -75,7 +75,7 @@ def phase_of(kind: str, work: dict) -> dict:
       reward={'even': weighted(1.0, part(share_of_even))},
       credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
       objective=part(
-        objectives.policy_gradient,
+        objectives.PolicyGradient,
         surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
         aggregation=part(aggregation.sequence_mean),
         penalties={'kl': weighted(work['beta'], part(penalties.k3))},
@@ -86,7 +86,7 @@ def phase_of(kind: str, work: dict) -> dict:
     )
   if kind == 'dpo':
     score, link = part(implicit_rewards.log_ratio_sum), part(preference_losses.logistic)
-    objective = part(objectives.pairwise, score=score, link=link, beta=work['dpo_beta'])
+    objective = part(objectives.Pairwise, score=score, link=link, beta=work['dpo_beta'])
     rows = part(
       collect.preferences,
       pairs=len(work['chosen']),
@@ -94,7 +94,7 @@ def phase_of(kind: str, work: dict) -> dict:
       prompt_length=work['prompt_length'],
     )
   else:
-    objective = part(objectives.supervised, aggregation=part(aggregation.token_mean))
+    objective = part(objectives.Supervised, aggregation=part(aggregation.token_mean))
     rows = part(collect.demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
   return part(
     build.phase,

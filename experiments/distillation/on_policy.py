@@ -17,7 +17,7 @@ def get_config(text: str = ''):
   o = options(text, steps=300, smoke=False)
   phase = addition_phase(
     objective=part(
-      objectives.distillation,
+      objectives.Distillation,
       divergence=part(divergences.reverse_kl),
       aggregation=part(aggregation.token_mean),
     ),

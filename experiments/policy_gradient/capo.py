@@ -26,7 +26,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.sequence_mean),
       selections={'kept': kept},

@@ -19,7 +19,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.truncated, cap=5.0, floor=0.0),
       aggregation=part(aggregation.token_mean),
     ),

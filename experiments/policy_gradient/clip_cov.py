@@ -25,7 +25,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, **bounds),
       aggregation=part(aggregation.token_mean),
       weights={'unselected': part(trust_region_masks.unselected)},

@@ -20,7 +20,7 @@ def get_config(text: str = ''):
   o = options(text, steps=150, smoke=False)
   phase = addition_phase(
     objective=part(
-      objectives.regression,
+      objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),
       center=part(log_partition.leave_one_out),
       beta=0.06,

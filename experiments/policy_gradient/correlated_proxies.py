@@ -28,7 +28,7 @@ def get_config(text: str = ''):
       costs={'chi': weighted(0.03, part(reward_penalties.root_chi_square, limit=10.0))},
     ),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),

@@ -23,7 +23,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
       aggregation=part(aggregation.sequence_mean),
       weights={'opsm': part(weights.near_or_positive, limit=0.5)},

@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.token_mean),
       proximal=part(ratios.behavior),

@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.generalized, discount=1.0, trace=0.95, normalizer=part(advantages.whiten)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.dual_clipped, eps_low=0.2, eps_high=0.2, cap=3.0),
       aggregation=part(aggregation.token_mean),
       penalties={'value': weighted(0.5, part(penalties.clipped_value_error, eps=0.2))},

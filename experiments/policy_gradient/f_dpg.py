@@ -25,7 +25,7 @@ def get_config(text: str = ''):
       credit.divergence_reward, derivative=part(f_divergences.jensen_shannon), beta=0.3, decay=0.9
     ),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),

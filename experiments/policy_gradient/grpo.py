@@ -20,7 +20,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
       aggregation=part(aggregation.sequence_mean),
       penalties={'kl': weighted(0.04, part(penalties.k3))},

@@ -20,7 +20,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=3e-4, eps_high=4e-4),
       ratio=part(ratios.sequence_geometric),
       aggregation=part(aggregation.sequence_mean),

@@ -19,9 +19,9 @@ from polgrad.registry import part, weighted
 
 def get_config(text: str = ''):
   o = options(text, steps=150, group=8, smoke=False)
-  imitate = part(objectives.supervised, aggregation=part(aggregation.token_mean))
+  imitate = part(objectives.Supervised, aggregation=part(aggregation.token_mean))
   reinforce = part(
-    objectives.policy_gradient,
+    objectives.PolicyGradient,
     surrogate=part(surrogates.reinforce),
     aggregation=part(aggregation.constant_length, length=5),
     penalties={'entropy': weighted(0.001, part(penalties.negative_entropy))},
@@ -30,7 +30,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.gated, credit=outcome, limit=0, threshold=1.0),
     objective=part(
-      objectives.weighted_sum,
+      objectives.WeightedSum,
       streams={'demonstration': weighted(1.0, imitate), 'sampled': weighted(1.0, reinforce)},
     ),
     rollouts={'demonstrations': 1},

@@ -24,7 +24,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=0, eps=0.01)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=0.01, eps_high=0.01),
       ratio=part(ratios.clamped, low=-1.0, high=1.5),
       aggregation=part(aggregation.token_mean),

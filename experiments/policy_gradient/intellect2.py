@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.dual_clipped, eps_low=0.2, eps_high=0.2, cap=4.0),
       aggregation=part(aggregation.token_mean),
       penalties={

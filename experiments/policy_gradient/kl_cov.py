@@ -22,7 +22,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.token_mean),
       selections={'selected': part(selections.top_covariance, share=0.02)},

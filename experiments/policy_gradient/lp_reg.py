@@ -23,7 +23,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=1.0, eps_high=9.0),
       aggregation=part(aggregation.token_mean),
       selections={'selected': part(selections.unlikely, share=0.01)},

@@ -22,19 +22,19 @@ def get_config(text: str = ''):
   o = options(text, steps=150, group=8, smoke=False)
   budget = part(aggregation.constant_length, length=5)
   demonstration = part(
-    objectives.policy_gradient,
+    objectives.PolicyGradient,
     surrogate=part(surrogates.probability_shaped, gamma=0.1),
     aggregation=budget,
   )
   sampled = part(
-    objectives.policy_gradient,
+    objectives.PolicyGradient,
     surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
     aggregation=budget,
   )
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
     objective=part(
-      objectives.weighted_sum,
+      objectives.WeightedSum,
       streams={'demonstration': weighted(1.0, demonstration), 'sampled': weighted(1.0, sampled)},
     ),
     rollouts={'demonstrations': 1},

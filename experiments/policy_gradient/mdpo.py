@@ -28,7 +28,7 @@ def get_config(text: str = ''):
       normalizer=part(advantages.whiten),
     ),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.token_mean),
       penalties={'kl': weighted(1.0, part(divergences.reverse_kl))},

@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.success_contrast, standardized=False, negative_weight=1.0, least=0.02),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.negative_aware),
       aggregation=part(aggregation.constant_length, length=5),
     ),

@@ -22,7 +22,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
       penalties={'mirror': weighted(0.1, part(penalties.squared_log_ratio))},

@@ -27,7 +27,7 @@ def get_config(text: str = ''):
     source=addition(),
     collect=part(collect.demonstrations, rows=64, length=12),
     objective=part(
-      objectives.supervised,
+      objectives.Supervised,
       aggregation=part(aggregation.token_mean),
       loss=part(logit_stats.one_token_rollout, beta=-0.1, temperature=1.3),
     ),

@@ -20,7 +20,7 @@ def get_config(text: str = ''):
   o = options(text, steps=150, smoke=False)
   phase = addition_phase(
     objective=part(
-      objectives.pointwise,
+      objectives.Pointwise,
       score=part(implicit_rewards.old_log_ratio_sum),
       loss=part(pointwise.paired_joint_clip, delta=0.2),
       rows_per_prompt=2,

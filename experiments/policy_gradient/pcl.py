@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   o = options(text, steps=150, group=8, smoke=False)
   phase = addition_phase(
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.path_consistency, beta=0.3, window=3),
       aggregation=part(aggregation.token_mean),
     ),

@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
       weights={'region': part(weights.two_sided, low=0.8, high=1.2)},

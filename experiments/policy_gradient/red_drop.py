@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(baselines.balanced_group_mean, standardized=False)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
     ),

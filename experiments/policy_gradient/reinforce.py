@@ -19,7 +19,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.moving_baseline, decay=0.9),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),

@@ -27,7 +27,7 @@ def get_config(text: str = ''):
       kl_coefficient=0.01,
     ),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
       aggregation=part(aggregation.token_mean),
     ),

@@ -25,7 +25,7 @@ def get_config(text: str = ''):
       normalizer=part(advantages.whiten, eps=1e-8),
     ),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
       aggregation=part(aggregation.token_mean),
       penalties={'kl': weighted(0.01, part(penalties.k2))},

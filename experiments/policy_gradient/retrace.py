@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.retrace, discount=1.0, trace=0.95, normalizer=part(advantages.whiten)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
       aggregation=part(aggregation.token_mean),
       weights={'mismatch': part(weights.truncated_importance, cap=2.0)},

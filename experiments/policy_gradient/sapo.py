@@ -20,7 +20,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.soft_gated, tau_positive=1.0, tau_negative=1.05),
       aggregation=part(aggregation.sequence_mean),
     ),

@@ -21,7 +21,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.win_rate),
     objective=part(
-      objectives.pointwise,
+      objectives.Pointwise,
       score=part(implicit_rewards.log_ratio_sum),
       loss=part(pointwise.squared, target=5.0),  # eta / 2: the target of P = 1
     ),

@@ -25,7 +25,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
-      objectives.policy_gradient,
+      objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, **bounds),
       ratio=part(ratios.turn_geometric),
       aggregation=part(aggregation.sequence_mean),

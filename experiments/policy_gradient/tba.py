@@ -19,7 +19,7 @@ def get_config(text: str = ''):
   o = options(text, steps=150, group=8, smoke=False)
   phase = addition_phase(
     objective=part(
-      objectives.regression,
+      objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),
       center=part(log_partition.group_mean_detached),
       beta=0.1,

@@ -20,7 +20,7 @@ def get_config(text: str = ''):
   o = options(text, steps=150, group=1, smoke=False)
   phase = addition_phase(
     objective=part(
-      objectives.regression,
+      objectives.Regression,
       score=part(implicit_rewards.bellman_sum),
       center=part(log_partition.zero),
       beta=0.02,

@@ -30,7 +30,7 @@ def get_config(text: str = ''):
     source=part(sources.as_chat, source=pairs, system=SYSTEM),
     collect=part(collect.preferences, pairs=4 if o.smoke else 8, length=o.prompt_length + 10),
     objective=part(
-      objectives.pairwise,
+      objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.logistic),
       beta=0.1,

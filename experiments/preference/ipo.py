@@ -17,7 +17,7 @@ def get_config(text: str = ''):
   o = options(text, steps=100, smoke=False)
   phase = preference_phase(
     objective=part(
-      objectives.pairwise,
+      objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.squared, target=5.0),
       beta=1.0,

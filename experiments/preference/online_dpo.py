@@ -18,7 +18,7 @@ def get_config(text: str = ''):
   phase = addition_phase(
     credit=part(credit.preference),
     objective=part(
-      objectives.pairwise,
+      objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.logistic),
       beta=0.1,

@@ -16,12 +16,12 @@ def get_config(text: str = ''):
   o = options(text, steps=100, smoke=False)
   phase = preference_phase(
     objective=part(
-      objectives.weighted_sum,
+      objectives.WeightedSum,
       streams={
         'margin': weighted(
           1.0,
           part(
-            objectives.pairwise,
+            objectives.Pairwise,
             score=part(implicit_rewards.logp_sum),
             link=part(preference_losses.hinge, threshold=1.0),
           ),
@@ -29,7 +29,7 @@ def get_config(text: str = ''):
         'likelihood': weighted(
           0.1,
           part(
-            objectives.supervised,
+            objectives.Supervised,
             aggregation=part(aggregation.sequence_sum),
             preferred_only=True,
           ),

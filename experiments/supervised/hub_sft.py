@@ -25,7 +25,7 @@ def worked_sums(o, *, steps: int):
     steps=2 if o.smoke else steps,
     source=sums(size=2000, seed=0),
     collect=part(collect.demonstrations, rows=4 if o.smoke else 16, length=o.prompt_length + 10),
-    objective=part(objectives.supervised, aggregation=part(aggregation.token_mean)),
+    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
     optimizer=part(optim.adamw, learning_rate=2e-4 if o.lora else 2e-5),
   )
 

@@ -22,7 +22,7 @@ from polgrad.data import batching
 from polgrad.learner import Learner, forward_in_pieces
 from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
-from polgrad.objectives import Objective, policy_gradient
+from polgrad.objectives import Objective, PolicyGradient
 from polgrad.sharding import to_host
 from polgrad.types import Batch, Rollout, TrainState
 
@@ -106,7 +106,7 @@ def avoidance(*, eps: float) -> Objective:
   This is PPO with all advantages -1; the limit eps = inf is mean(r), as in ROS (arXiv:2111.14552).
   """
   surrogate = functools.partial(surrogates.clipped, eps_low=eps, eps_high=eps)
-  return policy_gradient(surrogate=surrogate, aggregation=aggregation.token_mean)
+  return PolicyGradient(surrogate=surrogate, aggregation=aggregation.token_mean)
 
 
 def start(

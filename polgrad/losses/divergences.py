@@ -1,7 +1,7 @@
 """Divergences between the next-token distributions of a teacher (T) and of the student (S).
 
-A function of `TABLE` fills the slot `divergence` of `objectives.distillation`, or is one of the
-`penalties` or `stats` of `objectives.policy_gradient`. It reads logits over the whole vocabulary, so
+A function of `TABLE` fills the slot `divergence` of `objectives.Distillation`, or is one of the
+`penalties` or `stats` of `objectives.PolicyGradient`. It reads logits over the whole vocabulary, so
 it is evaluated in the chunked pass that computes logits (`models/token_stats.py`). The teacher is
 detached here. Log-probabilities are computed in float32 at least.
 

@@ -1,6 +1,6 @@
 """Scores of whole rows, made of their log-probabilities: the implicit rewards of preference losses.
 
-A function of `TABLE` fills the slot `score` of `objectives.pairwise`, `pointwise` or `regression`. It
+A function of `TABLE` fills the slot `score` of `objectives.Pairwise`, `Pointwise` or `Regression`. It
 sums or averages over the tokens where `mask` is True. Masked entries are replaced by 0, so NaN there
 changes neither the score nor its gradient. The caller multiplies the score by beta.
 

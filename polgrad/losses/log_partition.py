@@ -1,6 +1,6 @@
 """Estimates of log Z, the centre of a regression on rewards.
 
-A function of `TABLE` fills the slot `center` of `objectives.regression`, whose loss is
+A function of `TABLE` fills the slot `center` of `objectives.Regression`, whose loss is
 scale * (zeta - center)^2 / 2 with zeta = R / beta - sum_t log(pi / anchor), one number per row. For
 the policy pi = anchor exp(R / beta) / Z, the tilted anchor, zeta is log Z for every completion of a
 prompt, whichever policy sampled it. The loss gives each log-probability of the row the descent weight

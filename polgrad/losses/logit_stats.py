@@ -1,6 +1,6 @@
 """Statistics of the next-token distribution: one number per token, computed from the logits.
 
-A function of `TABLE` fills a slot of `stats`, for example that of `objectives.policy_gradient`; losses
+A function of `TABLE` fills a slot of `stats`, for example that of `objectives.PolicyGradient`; losses
 then read the result by the name of the slot. Statistics are evaluated in chunks of tokens
 (`models/token_stats.py`), so logits [B, T, V] are not held in memory at once. A function reads what it
 names: `logits` f32[..., V], `tokens` i32[...] and the last hidden state `hidden` f32[..., D].

@@ -1,7 +1,7 @@
 """Token penalties: losses that are added to the surrogate, each with its own coefficient and metric.
 
-A function of `TABLE` fills one of the `penalties` of `objectives.policy_gradient`, or the slot `loss`
-of `objectives.supervised`.
+A function of `TABLE` fills one of the `penalties` of `objectives.PolicyGradient`, or the slot `loss`
+of `objectives.Supervised`.
 
 The KL estimators use delta = logp - reference_logp of tokens that the policy sampled. What matters
 in a loss is the expected *gradient*, not the value (arXiv:2506.09477). On-policy, with the tokens

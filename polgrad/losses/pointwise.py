@@ -1,6 +1,6 @@
 """Losses of one row: of its label (unpaired feedback), or of its reward compared within a pair.
 
-A function of `TABLE` fills the slot `loss` of `objectives.pointwise`. `score`, z in formulas, is an
+A function of `TABLE` fills the slot `loss` of `objectives.Pointwise`. `score`, z in formulas, is an
 implicit reward that is multiplied by beta already (see `implicit_rewards`). The label is p in formulas.
 Labels and rewards are constants.
 """

@@ -1,6 +1,6 @@
 """Losses of a preference pair, computed from its margin.
 
-A function of `TABLE` fills the slot `link` of `objectives.pairwise`. The margin is
+A function of `TABLE` fills the slot `link` of `objectives.Pairwise`. The margin is
 z = beta (score of the chosen row - score of the rejected row) - offset. The label p is the
 probability that the chosen row is the better one; it is a constant. Each function combines a link l,
 a function of the margin, with the label as

@@ -1,6 +1,6 @@
 """Log importance ratios at the level at which a method compares two policies: token, turn or sequence.
 
-A function of `TABLE` fills the slot `ratio` of `objectives.policy_gradient`. Its input `log_ratio` is
+A function of `TABLE` fills the slot `ratio` of `objectives.PolicyGradient`. Its input `log_ratio` is
 log pi_theta - log pi_old of the sampled tokens, in nats. Its output has the same shape and is clamped
 to +-20 nats, so a surrogate or weight can exponentiate it without overflow. An entry beyond that
 limit has gradient 0.

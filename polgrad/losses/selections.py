@@ -1,6 +1,6 @@
 """Selections: which tokens of a whole minibatch a loss treats differently, bool[B, T].
 
-A function of `TABLE` fills one of the `selections` of `objectives.policy_gradient`; weights and
+A function of `TABLE` fills one of the `selections` of `objectives.PolicyGradient`; weights and
 penalties read the result by its name in the configuration. A rank, a covariance or a fraction depends
 on all tokens together, so a selection is evaluated once per update on the whole minibatch, before it is
 split into micro-batches. No gradient flows through it.

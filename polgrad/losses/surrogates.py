@@ -1,7 +1,7 @@
 """Policy-gradient losses of one token, to be minimised; r = exp(log_ratio).
 
 A function of `TABLE` fills the slot `surrogate` (or is one of the `probes`) of
-`objectives.policy_gradient`. Each returns the value that its paper writes, so loss curves can be
+`objectives.PolicyGradient`. Each returns the value that its paper writes, so loss curves can be
 compared with published ones. On-policy (r = 1) all of them have the gradient of `reinforce`, except
 `clipped_away`, `negative_aware`, `probability_shaped` and `path_consistency`.
 

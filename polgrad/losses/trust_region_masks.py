@@ -1,7 +1,7 @@
 """Keep-masks: weights of the token loss that are 1 where a token is in a trust region, else 0.
 
 `weights.TABLE` includes these functions, so they fill one of the `weights` of
-`objectives.policy_gradient`. r = exp(log_ratio) compares the live policy with the proximal one. Bounds
+`objectives.PolicyGradient`. r = exp(log_ratio) compares the live policy with the proximal one. Bounds
 are ratios themselves, not distances from 1. No gradient flows through a mask.
 """
 

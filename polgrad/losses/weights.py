@@ -1,6 +1,6 @@
 """Detached weights that multiply the token loss: importance weights and trust-region masks.
 
-A function of `TABLE` fills one of the `weights` of `objectives.policy_gradient`; `TABLE` includes the
+A function of `TABLE` fills one of the `weights` of `objectives.PolicyGradient`; `TABLE` includes the
 functions of `trust_region_masks`. In formulas, rho = pi_proximal / pi_behavior is the ratio between the
 trainer's policy at the start of the phase and the distribution that the sampler really used (which
 differs by other kernels, lower precision or older parameters), r = exp(log_ratio) is the ratio between

@@ -1,48 +1,83 @@
-"""What an objective is, the arrays that it may read, and what every run reports for free."""
+"""What an objective is, the arrays that it may read, and the metrics that every run reports."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+import functools
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from polgrad.losses import aggregation
-from polgrad.registry import call, inputs
+from polgrad.registry import UnknownArray, call, inputs, suggest
 from polgrad.types import Array, Batch, Effective, Max, Mean, Metric, Outputs, Quantile
 
 Terms = dict[str, Mean]
 Metrics = dict[str, Metric]
+State = Any  # a pytree of arrays
+StatFunction = Callable[..., Array]  # (logits, tokens, hidden, teacher_logits), some of them -> [n]
+Select = Callable[..., dict[str, Array]]  # (outputs, batch, state, *, step) -> features [B, ...]
+EMPTY = types.MappingProxyType({})
 
 
-class Objective(NamedTuple):
-  """A loss with its state.
+class Objective:
+  """A loss and the state that it keeps between updates; base class of all families.
 
   Attributes:
-    requires: optional `Batch` and `Outputs` fields, and features, that it reads; nothing else is
-      computed.
-    apply: (outputs, batch, state, *, step) -> (terms, metrics). The loss is the sum of
-      `term.value()` over all terms but `probes`. Counts never depend on the outputs once `select`
-      has run, so they can be taken beforehand.
-    init: () -> state, carried in `TrainState` and its checkpoints.
-    advance: (state, metrics) -> state, once an update, with the metrics of the whole batch.
-    stats: functions of (logits, tokens, teacher_logits, hidden), by name, to be evaluated for every
-      token in the pass over the vocabulary; they arrive as `outputs.stats`.
-    rows_per_prompt: rows that must stay together, in this order, when a batch is split.
-    select: (outputs, batch, state, *, step) -> features [B, ...] that compare tokens of the whole
-      batch (ranks, moments). Whoever splits a batch calls it before and adds the result to
-      `batch.features`; otherwise `apply` does. None: there is nothing to compare.
+    slots: functions that read arrays by name, keyed by their slot, e.g. `penalties.kl`. Errors name
+      the slot.
+    makes: names of arrays that the objective computes for these functions itself.
+    requires: optional fields of `Batch` and `Outputs`, and features, that the objective reads; no
+      other optional field is computed.
+    stats: functions of (logits, tokens, hidden, teacher_logits) by name. They are evaluated for every
+      token in the pass over the vocabulary and arrive as `outputs.stats`.
+    rows_per_prompt: number of consecutive rows that stay together, in this order, when a batch is
+      split (1: any row may be separated from the next).
     probes: names of terms that are not part of the loss; an optimizer may ask for their gradient.
+    select: (outputs, batch, state, *, step) -> features [B, ...] that compare tokens of the whole
+      batch, such as ranks. A caller that splits the batch calls it before the split and adds the
+      result to `batch.features`; otherwise `apply` calls it. None: nothing is compared.
   """
 
-  requires: frozenset[str]
-  apply: Callable
-  init: Callable[[], Any] = lambda: ()
-  advance: Callable[[Any, Metrics], Any] = lambda state, metrics: state
-  stats: Mapping[str, Callable] = {}
+  slots: Mapping[str, Callable] = EMPTY
+  makes: frozenset[str] = frozenset()
+  stats: Mapping[str, StatFunction] = EMPTY
   rows_per_prompt: int = 1
-  select: Callable | None = None
-  probes: frozenset[str] = frozenset()
+  probes: Collection[str] = frozenset()
+  select: Select | None = None
+
+  @functools.cached_property
+  def requires(self) -> frozenset[str]:
+    return reads(self.slots.values(), made=self.makes)
+
+  def apply(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> tuple[Terms, Metrics]:
+    """The terms of the loss, and metrics.
+
+    The loss is the sum of `term.value()` over all terms except `probes`. Counts of the terms do not
+    depend on the outputs once `select` has run, so they can be taken beforehand.
+
+    Args:
+      outputs: of the model, for the rows of the batch.
+      batch: a minibatch or a part of it.
+      state: what `init` or `advance` returned.
+      step: number of the update in its phase; schedules read it.
+
+    Raises:
+      UnknownArray: a function of a slot reads an array that is absent; the message names the slot.
+    """
+    raise NotImplementedError
+
+  def init(self) -> State:
+    """The state before the first update; it is part of `TrainState` and its checkpoints."""
+    return ()
+
+  def advance(self, state: State, metrics: Metrics) -> State:
+    """The state after an update, given the metrics of its whole batch."""
+    del metrics
+    return state
 
 
 WHOLE = 'whole/'  # marks a feature that is one value of the whole batch, repeated for every row
@@ -95,6 +130,7 @@ RESERVED = {
 }
 ALWAYS = {'logp', 'mask', 'turn_ids', 'group_ids', 'tokens', 'step', 'noise'}
 MADE_OF = {'first_value': 'values'}
+VOCABULARY_ARRAYS = {'logits', 'tokens', 'hidden', 'teacher_logits'}
 
 
 def reads(functions: Iterable[Callable], *, made: Iterable[str] = ()) -> frozenset[str]:
@@ -113,13 +149,77 @@ def of_logits(fn: Callable) -> bool:
 
 
 def check_names(slot: str, given: Iterable[str], known: Iterable[str]) -> None:
+  """Refuses names that are not among the known ones.
+
+  Raises:
+    ValueError: lists the unknown names and the valid ones, and suggests one.
+  """
   unknown = sorted(set(given) - set(known))
   if unknown:
-    raise ValueError(f'{slot} names {unknown}; there are {sorted(known)}')
+    raise ValueError(f'{slot} names {unknown}{suggest(unknown[0], known)}')
+
+
+def check_vocabulary(slot: str, fn: Callable) -> None:
+  """Refuses a statistic that reads what the pass over the vocabulary does not have.
+
+  Raises:
+    ValueError: names the slot, the function and the array, and suggests one.
+  """
+  for name in inputs(fn):
+    if name not in VOCABULARY_ARRAYS:
+      raise ValueError(
+        f'{slot}: {function_name(fn)} reads {name!r}, which is no array of the pass over the '
+        f'vocabulary{suggest(name, VOCABULARY_ARRAYS)}'
+      )
+
+
+def check_reads(
+  path: str, objective: Objective, missing: Iterable[str], known: Iterable[str]
+) -> None:
+  """Refuses the first function of an objective that reads an array which no part provides.
+
+  Args:
+    path: place of the objective in the configuration.
+    objective: the objective whose slots are searched.
+    missing: arrays that no part provides.
+    known: arrays that other parts provide.
+
+  Raises:
+    ValueError: names the slot, the function and the array, lists all arrays and suggests one.
+  """
+  known = {*known, *ALWAYS, *objective.makes}
+  for slot, fn in objective.slots.items():
+    for name in inputs(fn):
+      if name in missing and name not in objective.makes:
+        raise ValueError(
+          f'{path}.{slot}: {function_name(fn)} reads {name!r}, which neither collect nor credit '
+          f'provides{suggest(name, known)}'
+        )
+
+
+def function_name(fn: Callable) -> str:
+  """The name of a function whose knobs may be bound."""
+  return getattr(getattr(fn, 'func', fn), '__name__', repr(fn))
+
+
+def call_slot(slot: str, fn: Callable, arrays: Mapping[str, Array]) -> Array:
+  """Calls the function of a slot with the arrays that it names.
+
+  Raises:
+    UnknownArray: names the slot, the function and the array, lists all arrays and suggests one.
+  """
+  try:
+    return call(fn, arrays)
+  except UnknownArray as error:
+    raise UnknownArray(f'{slot}: {error}') from None
 
 
 def check_distinct(**slots: Iterable[str]) -> None:
-  """Refuses a name that two slots give to an array, or that another array has already."""
+  """Refuses a name that two slots give to an array, or that an array of the batch has.
+
+  Raises:
+    ValueError: names the slot, the name and its other owner.
+  """
   owners = {name: 'the batch' for name in RESERVED}
   for slot, names in slots.items():
     for name in names:
@@ -129,12 +229,15 @@ def check_distinct(**slots: Iterable[str]) -> None:
 
 
 def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
-  """How far the policy is from the one that sampled, whatever the loss does about it.
+  """The distance of the policy from the one that sampled, independent of the loss.
 
-  The log-ratio is log pi - log pi_behavior of the sampled tokens, in nats: `sampler_kl` is the k3
-  estimate of KL(sampler || policy), never negative and 0 when both agree; `sampler_max_gap` the
-  largest difference; `ratio_q..` quantiles of the ratio; `effective_sample_size` the share
-  (sum r)^2 / (n sum r^2) of the tokens that importance-weighted sums rest on.
+  All are of the log-ratio log pi - log pi_behavior of the sampled tokens, in nats, or of the ratio r.
+
+  * `entropy`: mean entropy of the next-token distribution, nats.
+  * `sampler_kl`: the k3 estimate of KL(sampler || policy), nats; never negative, and 0 if both agree.
+  * `sampler_max_gap`: the largest absolute log-ratio, nats.
+  * `effective_sample_size`: (sum r)^2 / (n sum r^2), a fraction; 1 if all n ratios are equal.
+  * `ratio_q01`, `ratio_q50`, `ratio_q99`: quantiles of r.
   """
   metrics = {}
   where = x['mask']
@@ -151,16 +254,18 @@ def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
 
 
 def token_mean(x: Array, where: Array) -> Mean:
+  """The mean of [B, T] over the tokens in `where`, without gradient."""
   return aggregation.token_mean(jax.lax.stop_gradient(x), where)
 
 
 def row_mean(x: Array, where: Array) -> Mean:
+  """The mean of [n] over the rows (or pairs) in `where`."""
   total = jnp.sum(jnp.where(where, x, 0).astype(jnp.float32))
   return Mean(total=total, count=jnp.sum(where).astype(jnp.float32))
 
 
 def weigh(loss: Array, weights: Mapping[str, Callable], x: Mapping[str, Array]) -> Array:
-  """The loss times every weight; weights are data."""
-  for weight in weights.values():
-    loss = loss * jax.lax.stop_gradient(call(weight, x))
+  """The token loss multiplied by all weights; no gradient passes through a weight."""
+  for name, weight in weights.items():
+    loss = loss * jax.lax.stop_gradient(call_slot(f'weights.{name}', weight, x))
   return loss

@@ -1,13 +1,15 @@
-"""The policy gradient: to first order every method is -AGG(mask * sg(w) * logp) with
+"""The policy gradient. To first order every method is -AGG(mask * sg(w) * logp) with
 
     w = K I psi A - sum_k coefficient_k kappa_k
 
-a keep-mask K, an importance weight I, a gate psi, an advantage A and penalties. Each factor is a slot
-here; what a paper calls its method is a choice for each.
+where K is a keep-mask, I an importance weight, psi a gate, A an advantage and kappa_k are penalties.
+`PolicyGradient` has a slot for each factor; a method is one choice for each slot.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,152 +21,235 @@ from polgrad.losses import selections as batch_selections
 from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
   WHOLE,
+  Metrics,
   Objective,
+  Select,
+  State,
+  Terms,
+  call_slot,
   check_distinct,
   check_names,
+  check_vocabulary,
   of_logits,
   off_policy_metrics,
-  reads,
   token_mean,
   view,
   weigh,
 )
-from polgrad.registry import call, check_weighted, either, inputs
-from polgrad.types import Array, Batch
+from polgrad.registry import check_weighted, either, inputs
+from polgrad.types import Array, Batch, Outputs
 
 PenaltyPart = Annotated[Callable, either(penalties.TABLE, divergences.TABLE)]
 StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
+FROM_RATIO = frozenset({'log_ratio', 'proximal_logp'})  # made by the slots `ratio` and `proximal`
+PROBE = 'probe/'  # prefix of the terms of probes
 
 
-def policy_gradient(
-  *,
-  surrogate: surrogates.Part,
-  aggregation: aggregations.Part,
-  ratio: ratios.Part = ratios.token,
-  proximal: ratios.ProximalPart = ratios.recorded,
-  weights: Mapping[str, token_weights.Part] = {},
-  penalties: Mapping[str, PenaltyPart] = {},
-  schedules: Mapping[str, optim.SchedulePart] = {},
-  stats: Mapping[str, StatPart] = {},
-  selections: Mapping[str, batch_selections.Part] = {},
-  only: str = '',
-  history: Mapping[str, metric_history.Part] = {},
-  probes: Mapping[str, surrogates.Part] = {},
-) -> Objective:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradient(Objective):
   """AGG(prod_k w_k * surrogate) + sum_k coefficient_k * schedule_k(step) * AGG(penalty_k).
 
-  Args:
-    surrogate: [B, T] loss of log-ratios (or log-probs) and advantages.
+  Attributes:
+    surrogate: loss of every token, [B, T], of log-ratios (or log-probs) and advantages.
     aggregation: how token losses become one number.
     ratio: the level of the log-ratio: token, turn or sequence.
-    proximal: what the log-ratio is taken against.
-    weights: detached token weights and keep-masks that multiply the surrogate. A token of weight 0
-      still counts in the denominator.
+    proximal: log-probs of the policy that the log-ratio is taken against, [B, T].
+    weights: token weights and keep-masks by name; the surrogate is multiplied by all of them, and no
+      gradient passes through them. A token of weight 0 still counts in the normaliser.
     penalties: regularisers with their coefficients, e.g.
-      `{'kl': weighted(0.04, part(penalties.k3))}`; each is a term and a metric of its own. One of
-      `divergences` compares whole distributions, with the anchor `teacher`.
-    schedules: multipliers of a penalty's coefficient over the updates, for some of the names.
-    stats: statistics of the next-token distribution; slots read them by these names.
-    selections: what compares tokens of the whole batch, such as the top tokens by a rank; slots
-      read the results by these names.
-    only: a selection outside which nothing counts, neither above nor below the fraction line.
-    history: what is carried over updates; slots read them by these names.
-    probes: losses that are no part of the objective, for an optimizer that asks for their gradient.
-  """
-  check_weighted('penalties', penalties)
-  check_names('schedules', schedules, penalties)
-  check_names('only', {only} - {''}, selections)
-  if 'policy' in penalties:
-    raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
-  of_vocabulary = {k: p.fn for k, p in penalties.items() if of_logits(p.fn)}
-  check_distinct(stats=stats, selections=selections, history=history, penalties=of_vocabulary)
+      `{'kl': weighted(0.04, part(penalties.k3))}`. Each is a term and a metric under its name. One
+      from `divergences` compares whole next-token distributions with those of the anchor `teacher`.
+    schedules: factors of a penalty's coefficient by update, for some of the penalties.
+    stats: statistics of the next-token distribution; slots read them by these names. Penalties from
+      `divergences` are added to them, because they need the logits too.
+    selections: functions that compare tokens of the whole batch, such as the top tokens by a rank;
+      slots read the results by these names.
+    only: name of a selection; other tokens are left out of both the sum and its normaliser. The
+      empty name, the default, leaves out no token.
+    history: values that are kept between updates; slots read them by these names.
+    probes: losses by name that are not minimised; an optimizer may ask for the gradient of the term
+      `probe/NAME`. Their keys are these names of terms once the objective is made.
 
-  def arrays(outputs, batch: Batch, state: Any, step) -> dict[str, Array]:
+  Raises:
+    TypeError: a penalty without a coefficient.
+    ValueError: a schedule without its penalty, an unknown name in `only`, a name that two arrays
+      would have, a penalty called `policy`, or a statistic that reads an unknown array.
+  """
+
+  surrogate: surrogates.Part
+  aggregation: aggregations.Part
+  ratio: ratios.Part = ratios.token
+  proximal: ratios.ProximalPart = ratios.recorded
+  weights: Mapping[str, token_weights.Part] = dataclasses.field(default_factory=dict)
+  penalties: Mapping[str, PenaltyPart] = dataclasses.field(default_factory=dict)
+  schedules: Mapping[str, optim.SchedulePart] = dataclasses.field(default_factory=dict)
+  stats: Mapping[str, StatPart] = dataclasses.field(default_factory=dict)
+  selections: Mapping[str, batch_selections.Part] = dataclasses.field(default_factory=dict)
+  only: str = ''
+  history: Mapping[str, metric_history.Part] = dataclasses.field(default_factory=dict)
+  probes: Mapping[str, surrogates.Part] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    check_weighted('penalties', self.penalties)
+    check_names('schedules', self.schedules, self.penalties)
+    check_names('only', {self.only} - {''}, self.selections)
+    if 'policy' in self.penalties:
+      raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
+    of_vocabulary = self.of_vocabulary
+    # `dataclasses.replace` passes statistics and probes to which the lines below were applied before.
+    own_stats = {k: f for k, f in self.stats.items() if of_vocabulary.get(k) is not f}
+    check_distinct(
+      stats=own_stats,
+      selections=self.selections,
+      history=self.history,
+      penalties=of_vocabulary,
+    )
+    for name, stat in own_stats.items():
+      check_vocabulary(f'stats.{name}', stat)
+    for name, penalty in of_vocabulary.items():
+      check_vocabulary(f'penalties.{name}', penalty)
+    probes = {PROBE + k.removeprefix(PROBE): f for k, f in self.probes.items()}
+    object.__setattr__(self, 'stats', {**own_stats, **of_vocabulary})
+    object.__setattr__(self, 'probes', probes)
+
+  @functools.cached_property
+  def slots(self) -> Mapping[str, Callable]:
+    slots = self._readers
+    if self.uses_ratio:
+      slots = {'ratio': self.ratio, 'proximal': self.proximal, **slots}
+    return {'surrogate': self.surrogate, **slots}
+
+  @functools.cached_property
+  def uses_ratio(self) -> bool:
+    """Whether a slot reads the log-ratio or the log-probs that it is taken against."""
+    readers = [self.surrogate, *self._readers.values()]
+    return any(FROM_RATIO & set(inputs(fn)) for fn in readers)
+
+  @functools.cached_property
+  def of_vocabulary(self) -> dict[str, Callable]:
+    """The penalties that need the logits, so they run in the pass over the vocabulary."""
+    return {k: p.fn for k, p in self.penalties.items() if of_logits(p.fn)}
+
+  @functools.cached_property
+  def _readers(self) -> dict[str, Callable]:
+    """The functions of the slots that hold several, by `slot.name`."""
+    groups = {
+      'weights': self.weights,
+      'probes': {k.removeprefix(PROBE): f for k, f in self.probes.items()},
+      'selections': self.selections,
+      'penalties': {k: p.fn for k, p in self.penalties.items()},
+      'stats': {k: f for k, f in self.stats.items() if k not in self.of_vocabulary},
+    }
+    return {f'{slot}.{k}': f for slot, group in groups.items() for k, f in group.items()}
+
+  @functools.cached_property
+  def makes(self) -> frozenset[str]:
+    made = {'log_ratio', *self.stats, *self.selections, *self.history}
+    return frozenset(made if 'proximal_logp' in inputs(self.proximal) else made | FROM_RATIO)
+
+  @property
+  def select(self) -> Select | None:
+    return self.compare if self.selections else None
+
+  def init(self) -> State:
+    return {name: one.init() for name, one in self.history.items()}
+
+  def advance(self, state: State, metrics: Metrics) -> State:
+    return {name: one.advance(state[name], metrics) for name, one in self.history.items()}
+
+  def apply(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> tuple[Terms, Metrics]:
+    # A caller that splits the batch has compared its tokens before the split.
+    if not all({name, WHOLE + name} & batch.features.keys() for name in self.selections):
+      found = self.compare(outputs, batch, state, step=step)
+      batch = batch.replace(features=batch.features | found)
+    x = self.arrays(outputs, batch, state, step)
+    where = batch.mask & (x[self.only] > 0) if self.only else batch.mask
+
+    metrics = self.policy_metrics(x, batch, where)
+    terms = {'policy': self.aggregation(self.token_loss(x, x['logp']), where)}
+
+    # Each penalty is also a metric, without its coefficient.
+    x_with_ratio = self.with_ratio(x, x['logp'])
+    for name, (coefficient, penalty) in self.penalties.items():
+      if name in self.of_vocabulary:
+        value = x[name]
+      else:
+        value = call_slot(f'penalties.{name}', penalty, x_with_ratio)
+      metrics[name] = self.aggregation(value, where)
+      factor = self.schedules[name](step) if name in self.schedules else 1.0
+      terms[name] = metrics[name].scale(coefficient * factor)
+
+    for name, probe in self.probes.items():
+      slot = f'probes.{name.removeprefix(PROBE)}'
+      terms[name] = self.aggregation(self.token_loss(x, x['logp'], slot, probe), where)
+    return terms, metrics
+
+  def arrays(
+    self, outputs: Outputs, batch: Batch, state: State, step: Array | int
+  ) -> dict[str, Array]:
+    """Every array that a slot may name, except those that depend on the log-ratio."""
     x = view(outputs, batch)
     x['step'] = jnp.asarray(step, jnp.float32)
-    return x | {name: one.value(state[name]) for name, one in history.items()}
+    return x | {name: one.value(state[name]) for name, one in self.history.items()}
 
-  def with_ratio(x: dict[str, Array], logp: Array) -> dict[str, Array]:
-    """The arrays with these live log-probs, the proximal ones, and the log-ratio between them."""
-    x = x | {'logp': logp}
-    if set(inputs(proximal)) <= x.keys():
-      x['proximal_logp'] = jax.lax.stop_gradient(call(proximal, x))
+  def with_ratio(self, x: Mapping[str, Array], logp: Array) -> dict[str, Array]:
+    """The arrays with `logp` replaced, and with the log-ratio where a slot reads it."""
+    x = {**x, 'logp': logp}
+    if self.uses_ratio:
+      x['proximal_logp'] = jax.lax.stop_gradient(call_slot('proximal', self.proximal, x))
       x['log_ratio'] = logp - x['proximal_logp']
-      x['log_ratio'] = call(ratio, x)
+      x['log_ratio'] = call_slot('ratio', self.ratio, x)
     return x
 
-  def select(outputs, batch, state, *, step):
+  def token_loss(
+    self,
+    x: Mapping[str, Array],
+    logp: Array,
+    slot: str = 'surrogate',
+    loss: Callable | None = None,
+  ) -> Array:
+    """The surrogate (or another loss of its kind) times all weights, [B, T], at these log-probs."""
+    x = self.with_ratio(x, logp)
+    return weigh(call_slot(slot, loss or self.surrogate, x), self.weights, x)
+
+  def compare(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> dict[str, Array]:
+    """The results of all selections as features [B, ...], without gradient; see `select`."""
     outputs = jax.lax.stop_gradient(outputs)
-    x = arrays(outputs, batch, state, step)
+    x = self.arrays(outputs, batch, state, step)
+    # The noise depends on the update alone, so a repeated update selects the same tokens.
     x['noise'] = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step), batch.mask.shape)
-    x = with_ratio(x, x['logp'])
+    x = self.with_ratio(x, x['logp'])
     found = {}
-    for name, selection in selections.items():
-      value = jax.lax.stop_gradient(call(selection, x))
-      if value.shape != batch.mask.shape:  # one value of the whole batch
+    for name, selection in self.selections.items():
+      value = jax.lax.stop_gradient(call_slot(f'selections.{name}', selection, x))
+      # One value of the whole batch is repeated for every row, so that it survives a split.
+      if value.shape != batch.mask.shape:
         name, value = WHOLE + name, jnp.broadcast_to(value, (len(batch.mask), *value.shape))
       found[name] = value
     return found
 
-  def apply(outputs, batch, state, *, step):
-    if not all({name, WHOLE + name} & batch.features.keys() for name in selections):
-      batch = batch.replace(features=batch.features | select(outputs, batch, state, step=step))
-    x = arrays(outputs, batch, state, step)
-    where = batch.mask & (x[only] > 0) if only else batch.mask
-
-    def token_loss(logp: Array, loss: Callable = surrogate) -> Array:
-      y = with_ratio(x, logp)
-      return weigh(call(loss, y), weights, y)
-
+  def policy_metrics(self, x: Mapping[str, Array], batch: Batch, where: Array) -> Metrics:
+    """Distance to the sampler, fraction of tokens with a gradient, and results of selections."""
     metrics = off_policy_metrics(x)
     if 'advantages' in x:
-      metrics |= _kept(token_loss, x, where)
-    metrics |= {
-      f'{name}/{i}': token_mean(jnp.broadcast_to(v, batch.mask.shape), batch.mask)
-      for name in selections
-      if name not in batch.features
-      for i, v in enumerate(jnp.ravel(x[name]))
+      metrics |= self.kept_metrics(x, where)
+    # Of the selections, only values of the whole batch are reported, such as bounds.
+    for name in self.selections:
+      if name not in batch.features:
+        for i, value in enumerate(jnp.ravel(x[name])):
+          value = jnp.broadcast_to(value, batch.mask.shape)
+          metrics[f'{name}/{i}'] = token_mean(value, batch.mask)
+    return metrics
+
+  def kept_metrics(self, x: Mapping[str, Array], where: Array) -> Metrics:
+    """The fraction of tokens whose surrogate has a gradient, by the sign of the advantage."""
+    total = lambda logp: jnp.sum(self.token_loss(x, logp))
+    kept = (jax.grad(total)(jax.lax.stop_gradient(x['logp'])) != 0).astype(jnp.float32)
+    return {
+      'kept_positive': token_mean(kept, where & (x['advantages'] > 0)),
+      'kept_negative': token_mean(kept, where & (x['advantages'] < 0)),
     }
-    terms = {'policy': aggregation(token_loss(x['logp']), where)}
-    x = with_ratio(x, x['logp'])
-    for name, (coefficient, penalty) in penalties.items():
-      value = x[name] if name in of_vocabulary else call(penalty, x)
-      metrics[name] = aggregation(value, where)
-      factor = schedules[name](step) if name in schedules else 1.0
-      terms[name] = metrics[name].scale(coefficient * factor)
-    for name, probe in probes.items():
-      terms[f'probe/{name}'] = aggregation(token_loss(x['logp'], probe), where)
-    return terms, metrics
-
-  functions = [
-    *(surrogate, ratio, proximal, *weights.values(), *probes.values(), *selections.values()),
-    *(p.fn for p in penalties.values()),
-    *stats.values(),
-  ]
-  from_ratio = {'log_ratio', 'proximal_logp'}
-  if not any(from_ratio & set(inputs(f)) for f in functions if f not in (ratio, proximal)):
-    functions = [f for f in functions if f not in (ratio, proximal)]
-  made = {'log_ratio', *stats, *selections, *history}
-  if 'proximal_logp' not in inputs(proximal):
-    made.add('proximal_logp')
-  return Objective(
-    requires=reads(functions, made=made),
-    apply=apply,
-    init=lambda: {name: one.init() for name, one in history.items()},
-    advance=lambda state, metrics: {
-      name: one.advance(state[name], metrics) for name, one in history.items()
-    },
-    stats={**stats, **of_vocabulary},
-    select=select if selections else None,
-    probes=frozenset(f'probe/{name}' for name in probes),
-  )
-
-
-def _kept(token_loss: Callable, x: Mapping[str, Array], where: Array) -> dict:
-  """The share of tokens whose surrogate has a gradient, by the sign of their advantage."""
-  weight = jax.grad(lambda logp: jnp.sum(token_loss(logp)))(jax.lax.stop_gradient(x['logp']))
-  kept = (weight != 0).astype(jnp.float32)
-  return {
-    'kept_positive': token_mean(kept, where & (x['advantages'] > 0)),
-    'kept_negative': token_mean(kept, where & (x['advantages'] < 0)),
-  }

@@ -1,131 +1,204 @@
 """Objectives of whole rows: pairs of scores, single scores, and regressions on the reward."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from polgrad.losses import implicit_rewards, log_partition, logit_stats, preference_losses
 from polgrad.losses import pointwise as pointwise_losses
-from polgrad.objectives.base import Objective, off_policy_metrics, reads, row_mean, view
-from polgrad.registry import call
-from polgrad.types import Array
+from polgrad.objectives.base import (
+  Metrics,
+  Objective,
+  State,
+  Terms,
+  call_slot,
+  check_vocabulary,
+  off_policy_metrics,
+  row_mean,
+  view,
+)
+from polgrad.types import Array, Batch, Outputs
 
 
-def pairwise(
-  *,
-  score: implicit_rewards.Part,
-  link: preference_losses.Part,
-  beta: float = 1.0,
-  offset: float = 0.0,
-  label_smoothing: float = 0.0,
-) -> Objective:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairwise(Objective):
   """Mean over pairs of link(beta * (score_w - score_l) - offset, 1 - label_smoothing).
 
-  Rows 2i and 2i + 1 are a pair. `label[2i]` is the probability that row 2i is preferred; a label
-  below one half turns the pair round, so sampled pairs need no reordering. A pair with a fully
-  masked row (a tie, a failed verifier) counts neither above nor below the fraction line. `weights`,
-  where given, multiply a pair's loss and stay out of the count.
+  Rows 2i and 2i + 1 are a pair. `label[2i]` is the probability that row 2i is preferred; if it is
+  below one half, row 2i + 1 is the preferred one, so sampled pairs need no reordering. A pair with a
+  fully masked row (a tie, a failed verifier) is left out of both the sum and the number of pairs.
+  `Batch.weights`, where given, multiply a pair's loss and do not change the number of pairs.
+
+  The metric `accuracy` is the fraction of pairs whose preferred row has the higher score. Equal
+  scores count as one half, as they do before the first update of DPO, where rounding would decide
+  otherwise. `margin` is the mean of score_w - score_l.
+
+  Attributes:
+    score: of a row, [B], such as the summed log-ratio to the reference.
+    link: loss of a pair, [B / 2], of its scaled score difference and the confidence of its label.
+    beta: multiplies the score difference.
+    offset: margin that is subtracted from it, in units of the loss's argument.
+    label_smoothing: probability that a label is wrong, in [0, 1/2].
   """
 
-  def apply(outputs, batch, state, *, step):
+  score: implicit_rewards.Part
+  link: preference_losses.Part
+  beta: float = 1.0
+  offset: float = 0.0
+  label_smoothing: float = 0.0
+
+  rows_per_prompt = 2  # a pair is never split; this is no field, because it cannot be chosen
+
+  @functools.cached_property
+  def slots(self) -> Mapping[str, Callable]:
+    return {'score': self.score}
+
+  @functools.cached_property
+  def requires(self) -> frozenset[str]:
+    return super().requires | {'label'}
+
+  def apply(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> tuple[Terms, Metrics]:
     del state, step
     x = view(outputs, batch)
+
+    # The preferred row is the one whose label is at least one half.
     label = x['label'].reshape(-1, 2)[:, 0]
-    turn = jnp.where(label >= 0.5, 1.0, -1.0)
+    sign = jnp.where(label >= 0.5, 1.0, -1.0)
     confidence = jnp.maximum(label, 1.0 - label)
-    confidence = confidence * (1.0 - label_smoothing) + (1.0 - confidence) * label_smoothing
-    scores = call(score, x).reshape(-1, 2)
-    gap = turn * (scores[:, 0] - scores[:, 1])
-    loss = link(beta * gap - offset, confidence)
+    smoothing = self.label_smoothing
+    confidence = confidence * (1.0 - smoothing) + (1.0 - confidence) * smoothing
+
+    scores = call_slot('score', self.score, x).reshape(-1, 2)
+    gap = sign * (scores[:, 0] - scores[:, 1])
+    loss = self.link(self.beta * gap - self.offset, confidence)
+
+    # Pairs count only if both of their rows have tokens.
     where = jnp.any(batch.mask, axis=1).reshape(-1, 2).all(axis=1)
     if batch.weights is not None:
       loss = loss * batch.weights.reshape(-1, 2)[:, 0]
     metrics = {
-      'accuracy': row_mean(gap > 0, where),
+      'accuracy': row_mean((gap > 0) + 0.5 * (gap == 0), where),
       'margin': row_mean(jax.lax.stop_gradient(gap), where),
     }
     return {'preference': row_mean(loss, where)}, metrics | off_policy_metrics(x)
 
-  return Objective(requires=reads([score]) | {'label'}, apply=apply, rows_per_prompt=2)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pointwise(Objective):
+  """Mean over rows of loss(beta * score, ...); the loss reads a label, a reward or a group.
 
-def pointwise(
-  *,
-  score: implicit_rewards.Part,
-  loss: pointwise_losses.Part,
-  beta: float = 1.0,
-  rows_per_prompt: int = 1,
-) -> Objective:
-  """Mean over rows of loss(beta * score, ...): a label, a reward or a group says where it goes.
-
-  Args:
-    score: [B] sequence score, such as the summed log-ratio to the reference.
-    loss: one number a row, of the score or of any arrays that it names.
+  Attributes:
+    score: of a row, [B], such as the summed log-ratio to the reference.
+    loss: of a row, [B], of the score (times beta) and of any arrays that it names.
     beta: multiplies the score.
-    rows_per_prompt: rows of one prompt; needed when `loss` compares the rows of a group.
+    rows_per_prompt: number of consecutive rows with the same prompt; more than 1 is needed only if
+      `loss` compares the rows of a group.
   """
 
-  def apply(outputs, batch, state, *, step):
+  score: implicit_rewards.Part
+  loss: pointwise_losses.Part
+  beta: float = 1.0
+  rows_per_prompt: int = 1
+
+  makes = frozenset({'score'})
+
+  @functools.cached_property
+  def slots(self) -> Mapping[str, Callable]:
+    return {'score': self.score, 'loss': self.loss}
+
+  def apply(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> tuple[Terms, Metrics]:
     del state, step
     x = view(outputs, batch)
-    x['score'] = beta * call(score, x)
-    where = _own_groups(x)
+    x['score'] = self.beta * call_slot('score', self.score, x)
+    where = isolate_empty_rows(x)
     metrics = {'score': row_mean(jax.lax.stop_gradient(x['score']), where)}
-    return {'pointwise': row_mean(call(loss, x), where)}, metrics | off_policy_metrics(x)
-
-  return Objective(
-    requires=reads([score, loss], made={'score'}), apply=apply, rows_per_prompt=rows_per_prompt
-  )
+    loss = call_slot('loss', self.loss, x)
+    return {'pointwise': row_mean(loss, where)}, metrics | off_policy_metrics(x)
 
 
-def regression(
-  *,
-  score: implicit_rewards.Part,
-  center: log_partition.Part,
-  beta: float = 0.5,
-  scale: float = 1.0,
-  rows_per_prompt: int = 1,
-  stats: Mapping[str, logit_stats.Part] = {},
-) -> Objective:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regression(Objective):
   """Mean over rows of scale * e^2 / 2, e = zeta - center, zeta = R / beta - score (arXiv:2503.18929).
 
-  With the score sum_t log(pi / anchor), e is zero for every sample, whoever drew it, exactly at
-  pi = anchor exp(R / beta) / Z if the centre is log Z. The descent weight of a row's log-probs is
-  scale * e. What papers call their method is the choice of anchor and centre.
+  With the score sum_t log(pi / anchor) and the center log Z, e is zero for every sample, whichever
+  policy drew it, exactly at pi = anchor exp(R / beta) / Z. The descent weight of a row's log-probs
+  is scale * e. A method is the choice of anchor and center.
 
-  Args:
-    score: [B], nats; a log-ratio to the anchor.
-    center: [B], the estimate of log Z.
+  Attributes:
+    score: of a row, [B], nats; a log-ratio to the anchor.
+    center: of a row, [B], nats; the estimate of log Z.
     beta: the temperature, in units of the reward.
-    scale: multiplies the loss: 2 for e^2, beta for the gradient in units of the reward.
-    rows_per_prompt: rows of one prompt; needed when `center` compares the rows of a group.
-    stats: statistics of the next-token distribution that score or centre read by these names.
+    scale: multiplies the loss (1: e^2 / 2): 2 gives e^2, and beta gives the gradient in units of the
+      reward.
+    rows_per_prompt: number of consecutive rows with the same prompt; more than 1 is needed only if
+      `center` compares the rows of a group.
+    stats: statistics of the next-token distribution; score and center read them by these names.
+
+  Raises:
+    ValueError: a statistic that reads an unknown array.
   """
 
-  def apply(outputs, batch, state, *, step):
+  score: implicit_rewards.Part
+  center: log_partition.Part
+  beta: float = 0.5
+  scale: float = 1.0
+  rows_per_prompt: int = 1
+  stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name, stat in self.stats.items():
+      check_vocabulary(f'stats.{name}', stat)
+
+  @functools.cached_property
+  def slots(self) -> Mapping[str, Callable]:
+    stats = {f'stats.{k}': f for k, f in self.stats.items()}
+    return {'score': self.score, 'center': self.center, **stats}
+
+  @functools.cached_property
+  def makes(self) -> frozenset[str]:
+    return frozenset({'beta', 'score', 'scaled_rewards', 'residual', *self.stats})
+
+  @functools.cached_property
+  def requires(self) -> frozenset[str]:
+    return super().requires | {'rewards'}
+
+  def apply(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> tuple[Terms, Metrics]:
     del state, step
     x = view(outputs, batch)
-    where = _own_groups(x)
-    x['beta'] = jnp.asarray(beta)
-    x['score'] = call(score, x)
-    x['scaled_rewards'] = x['rewards'] / beta
+    where = isolate_empty_rows(x)
+
+    # The center may read everything that the residual is made of.
+    x['beta'] = jnp.asarray(self.beta)
+    x['score'] = call_slot('score', self.score, x)
+    x['scaled_rewards'] = x['rewards'] / self.beta
     x['residual'] = x['scaled_rewards'] - x['score']
-    error = x['residual'] - call(center, x)
+    error = x['residual'] - call_slot('center', self.center, x)
+
     metrics = {
       'score': row_mean(jax.lax.stop_gradient(x['score']), where),
       'residual': row_mean(jax.lax.stop_gradient(jnp.abs(error)), where),
     }
-    loss = row_mean(0.5 * scale * jnp.square(error), where)
+    loss = row_mean(0.5 * self.scale * jnp.square(error), where)
     return {'regression': loss}, metrics | off_policy_metrics(x)
 
-  made = {'beta', 'score', 'scaled_rewards', 'residual', *stats}
-  requires = reads([score, center, *stats.values()], made=made) | {'rewards'}
-  return Objective(requires=requires, apply=apply, stats=stats, rows_per_prompt=rows_per_prompt)
 
+def isolate_empty_rows(x: dict[str, Array]) -> Array:
+  """Gives each row without tokens a group id that no other row has, in place.
 
-def _own_groups(x: dict[str, Array]) -> Array:
-  """Which rows have tokens, bool[B]; a row without any has no say in its group."""
+  A failed row therefore does not change the statistics of its group.
+
+  Returns:
+    bool[B], True for rows that have tokens.
+  """
   where = jnp.any(x['mask'], axis=1)
   if 'group_ids' in x:
     x['group_ids'] = jnp.where(where, x['group_ids'], -1 - jnp.arange(len(where)))

@@ -105,8 +105,13 @@ def fix_a(objective: Objective) -> dict[str, np.ndarray]:
   }
 
 
-def loss_and_weight(objective: Objective, x: dict[str, np.ndarray], *, step: int = 3):
-  """The loss, and minus its gradient by logp, entropy, values and every statistic."""
+def loss_and_weight(
+  objective: Objective, x: dict[str, np.ndarray], *, step: int = 3, with_probes: bool = False
+):
+  """The loss, and minus its gradient by logp, entropy, values and every statistic.
+
+  Probes are added to the loss if `with_probes` is True.
+  """
   fields = {k: jnp.asarray(v) for k, v in x.items() if k in Batch.__dataclass_fields__}
   known = {*fields, *LIVE, *objective.stats}
   batch = Batch(
@@ -122,7 +127,7 @@ def loss_and_weight(objective: Objective, x: dict[str, np.ndarray], *, step: int
       **{k: leaves.get(k) for k in LIVE}, stats={k: leaves[k] for k in objective.stats}
     )
     terms, _ = objective.apply(outputs, batch, objective.init(), step=step)
-    return sum(t.value() for k, t in terms.items() if k not in objective.probes)
+    return sum(t.value() for k, t in terms.items() if with_probes or k not in objective.probes)
 
   value, gradient = jax.value_and_grad(loss)(leaves)
   return np.asarray(value), {k: -np.asarray(v) for k, v in gradient.items()}

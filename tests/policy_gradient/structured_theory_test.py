@@ -12,6 +12,7 @@ from polgrad import credit, optim
 from polgrad.losses import divergences
 from polgrad.registry import bind
 from polgrad.types import Batch, Mean, Outputs
+from tests import examples
 from tests.policy_gradient import harness, oracles_structured
 from tests.policy_gradient.harness import ppo, ratio_of, sequence_mean, sequence_sum, token_mean
 
@@ -202,7 +203,7 @@ def test_epo_pulls_the_entropy_back_into_the_band_of_earlier_updates(x64):
   objective = harness.objective_of('epo')
   x = harness.random_arrays(objective)
   history = objective.advance(objective.init(), {'entropy': Mean(total=24.0, count=24.0)})
-  _, weight = harness.loss_and_weight(objective._replace(init=lambda: history), x, step=0)
+  _, weight = harness.loss_and_weight(examples.changed(objective, init=lambda: history), x, step=0)
   pull = (x['entropy'] < 0.8) * 1.0 - (x['entropy'] > 1.2)
   assert {-1, 0, 1} <= set(pull[x['mask']])
   np.testing.assert_allclose(weight['entropy'], token_mean(0.001 * (1 + pull), x['mask']))
@@ -233,9 +234,8 @@ def test_st_ppo_probe_is_what_clipping_takes_from_the_importance_weighted_gradie
   objective = harness.objective_of('st_ppo')
   x = harness.random_arrays(objective)
   _, kept = harness.loss_and_weight(objective, x)
-  _, both = harness.loss_and_weight(objective._replace(probes=frozenset()), x)
+  _, both = harness.loss_and_weight(objective, x, with_probes=True)
   unclipped = harness.objective_of('st_ppo', surrogate__eps_low=INF, surrogate__eps_high=INF)
-  unclipped = unclipped._replace(probes=objective.probes)
   _, whole = harness.loss_and_weight(unclipped, x)
   np.testing.assert_allclose(both['logp'], whole['logp'], atol=1e-12)
   assert np.abs(whole['logp'] - kept['logp']).max() > 0.01
