@@ -41,9 +41,7 @@ class Decoding(NamedTuple):
   step: Array  # i32[], number of draws so far
   row: Array  # i32[Q, S], number of the slot's row in its queue; B / Q if the slot is idle
   made: Array  # i32[Q, S], tokens of that row drawn so far; without meaning if the slot is idle
-  upcoming: (
-    Array  # i32[Q], number of the queue's first row without a slot so far; B / Q if there is none
-  )
+  upcoming: Array  # i32[Q], number of the first row that waits in the queue; B / Q if none waits
   length: Array  # i32[Q * S], tokens of the prompt of the slot's row
   caches: dict[str, Any]  # caches of Tp + max_new_tokens columns by parameter set, Q * S rows first
   hidden: dict[str, Array]  # [Q * S, D] by parameter set: state from which the next token is drawn
