@@ -184,6 +184,25 @@ def call(fn: Callable, arrays: Mapping[str, Any]) -> Any:
   return fn(*(arrays[name] for name in inputs(fn)))
 
 
+def find(name: str, choices: Mapping[str, Callable], path: str) -> Callable:
+  """The function that a user means by a name: `exact_match`, `verifiers.exact_match`, `file.py:mine`.
+
+  Args:
+    choices: the table in which the name is looked up, with or without the module before the dot.
+    path: what the name was given for, for error messages.
+
+  Raises:
+    ValueError: an unknown name; the message lists the valid ones and suggests a near one.
+  """
+  if ':' in name:
+    file, _, function = name.rpartition(':')
+    return _look_up(f'{os.path.abspath(os.path.expanduser(file))}:{function}', choices, path)
+  found = [fn for known, fn in choices.items() if name in (known, known.partition('.')[2])]
+  if len(found) != 1:
+    raise ValueError(f'{path}: unknown {name!r}{suggest(name, choices)}')
+  return found[0]
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
   """The end of an error message: the near name, if there is one, and all valid names."""
   known = sorted(known)

@@ -197,7 +197,29 @@ def _plain(value):
 BASE = table('sources', arithmetic, jsonl, tfds_records, reasoning_gym)
 
 
-def wrong_digit_pairs(*, source: Annotated[Source, BASE], seed: int = 0) -> Source:
+def fraction(
+  *, source: Annotated[Source, BASE], start: float = 0.0, end: float = 1.0, seed: int = 0
+) -> Source:
+  """The part of another source between two fractions of its rows, shuffled by `seed` first.
+
+  Two parts of one source and seed that do not overlap share no row.
+
+  Raises:
+    ValueError: 0 <= start < end <= 1 does not hold, or no row lies between them.
+  """
+  if not 0 <= start < end <= 1:
+    raise ValueError(f'start {start} and end {end} must satisfy 0 <= start < end <= 1')
+  rows = range(round(start * len(source)), round(end * len(source)))
+  if not rows:
+    raise ValueError(f'no row of {len(source)} lies between {start} and {end}')
+  order = grain.MapDataset.range(len(source)).shuffle(seed=seed)
+  return Source(len(rows), lambda row: source[int(order[rows[row]])])
+
+
+FRACTION = BASE | table('sources', fraction)
+
+
+def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
   """Another source's records with `chosen`, the answer, and `rejected`, it with one digit changed.
 
   Row and `seed` alone decide which digit becomes which other one. Only the number 0 itself begins
@@ -227,22 +249,21 @@ def _change_digit(number, rng):
   return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
-PLAIN = BASE | table('sources', wrong_digit_pairs)
+PLAIN = FRACTION | table('sources', wrong_digit_pairs)
 
 
 def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:
-  """Another source's records with `prompt` put as `messages`: a system turn, if any, and a user's.
+  """Another source's records as conversations, for models that were tuned to chat.
 
-  Raises:
-    ValueError: on access, a record that has messages already.
+  A `prompt` becomes `messages` with a user turn. `system`, if any, is put first, unless the record has
+  a system turn already.
   """
 
   def record(row):
     fields = dict(source[row])
-    if 'messages' in fields:
-      raise ValueError(f'row {row} has messages already: {fields["messages"]!r}')
-    turns = [{'role': 'system', 'content': system}] if system else []
-    turns.append({'role': 'user', 'content': fields.pop('prompt')})
+    turns = fields.pop('messages', None) or [{'role': 'user', 'content': fields.pop('prompt')}]
+    if system and turns[0]['role'] != 'system':
+      turns = [{'role': 'system', 'content': system}, *turns]
     return {'messages': turns, **fields}
 
   return Source(len(source), record)

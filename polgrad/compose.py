@@ -1,0 +1,248 @@
+"""Joins a method, a task and a model into one complete configuration.
+
+    compose(methods.dapo, tasks.chain_sum(), presets.smollm2(path='~/smollm2'))
+    from_text('method=dapo,task=chain_sum,model=smollm2,path=~/smollm2,steps=30')
+
+The result is what `polgrad.build` reads; every value in it can still be changed, in Python or with
+`--config.phases.train...` on the command line. The phase of the method is called `train`. A model that
+was not pretrained first learns the task's demonstrations, in a phase called `warm_start`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from polgrad import build, collect, methods, models, optim
+from polgrad.data import sources
+from polgrad.methods import Method
+from polgrad.presets import Preset
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+from polgrad.tasks import Task
+
+# What a method function gets from the run if it names it as an argument and is not given it.
+BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
+SMOKE = dict(steps=2, prompts=4, samples_per_prompt=4, demonstration_rows=4, pairs=4, held_out=8)
+
+
+def compose(
+  method: Method | Callable[..., Method],
+  task: Task,
+  model: Preset,
+  *,
+  steps: int = 0,
+  warm_start: int = -1,
+  learning_rate: float = 0.0,
+  prompts: int = 0,
+  teacher: str = '',
+  seed: int = 0,
+  smoke: bool = False,
+) -> ConfigDict:
+  """A complete run of a method on a task with a model.
+
+  Args:
+    method: a `Method`, or a function that makes one; arguments of the function that are in `BUDGETS`
+      are taken from the task and the run.
+    steps: batches to collect; 0 is the task's number.
+    warm_start: supervised steps before the method begins; -1 is the number of the preset, 0 is none.
+    learning_rate: of AdamW; 0 is that of the preset for what the method learns.
+    prompts: prompts of a batch of rollouts; 0 is the task's rows / samples per prompt.
+    teacher: Hugging Face folder of the anchor `teacher`, for distillation from another model.
+    seed: of parameters, data order and sampling.
+    smoke: two steps of small batches on one device (with a smaller model, if it is `tiny`).
+
+  Raises:
+    ValueError: the task lacks what the method needs, or the method cannot use what is asked for.
+  """
+  run = _Run(task, model, steps or task.steps, learning_rate, prompts, smoke)
+  if not isinstance(method, Method):
+    method = run.make(method)
+  warm_start = model.warm_start if warm_start < 0 else warm_start
+  if method.needs == 'demonstrations' and not method.anchors and run.is_sft(method):
+    warm_start = 0  # the method itself is what the warm start would be
+  _check_fit(method, task, warm_start)
+  phases = {'train': run.phase(method, teacher=teacher)}
+  if warm_start:
+    first = dataclasses.replace(run, steps=2 if smoke else warm_start, learning_rate=0.0)
+    phases = {'warm_start': first.phase(methods.sft()), **phases}
+  return part(
+    build.experiment,
+    seed=seed,
+    tokenizer=model.tokenizer,
+    model=run.model_for(method),
+    mesh=ConfigDict({**model.mesh, 'data': 1}) if smoke else model.mesh,
+    phases=phases,
+    order=tuple(phases),
+    evaluation=run.evaluation(),
+    tensorboard=not smoke,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A task and a model, and the sizes of this run."""
+
+  task: Task
+  preset: Preset
+  steps: int
+  learning_rate: float
+  prompts: int
+  smoke: bool
+
+  def make(self, function: Callable[..., Method], **options: Any) -> Method:
+    """Calls a method function with the budgets that it names."""
+    known = {
+      'max_new_tokens': self.task.max_new_tokens,
+      'samples_per_prompt': self.samples_per_prompt,
+      'steps': self.total_steps,
+      'learning_rate': self.learning_rate or self.preset.learning_rates['reinforce'],
+    }
+    wanted = inspect.signature(function).parameters
+    return function(**{k: v for k, v in known.items() if k in wanted} | options)
+
+  @property
+  def total_steps(self) -> int:
+    return SMOKE['steps'] if self.smoke else self.steps
+
+  @property
+  def samples_per_prompt(self) -> int:
+    size = self.task.samples_per_prompt
+    return min(size, SMOKE['samples_per_prompt']) if self.smoke else size
+
+  @property
+  def prompt_length(self) -> int:
+    return self.task.prompt_length + self.preset.template_tokens
+
+  @property
+  def length(self) -> int:
+    own = self.task.length or self.task.prompt_length + self.task.max_new_tokens
+    return own + self.preset.template_tokens
+
+  def is_sft(self, method: Method) -> bool:
+    return method.objective.to_dict() == methods.sft().objective.to_dict()
+
+  def source(self, source: ConfigDict) -> ConfigDict:
+    """The source as the model reads it: in a chat template or not."""
+    if not self.preset.chat:
+      return source
+    return part(sources.as_chat, source=source, system=self.task.system)
+
+  def phase(self, method: Method, *, teacher: str = '') -> ConfigDict:
+    """The phase of a method."""
+    task, needs = self.task, method.needs
+    scaled = {
+      name: weighted(method.reward_scale * spec.weight, _without_weight(spec))
+      for name, spec in task.rewards.items()
+    }
+    frozen = {'teacher': part(models.pretrained, path=teacher)} if teacher else {}
+    return part(
+      build.phase,
+      steps=self.total_steps,
+      source=self.source(getattr(task, needs)),
+      collect=self.collector(method),
+      credit=method.credit,
+      objective=method.objective,
+      reward=scaled | dict(method.rewards) if needs == 'problems' else {},
+      optimizer=method.optimizer or part(optim.adamw, learning_rate=self.rate(method)),
+      anchors=dict(method.anchors),
+      frozen=frozen,
+      restart=method.restart and not teacher,
+      epochs=method.epochs,
+      minibatches=method.minibatches,
+    )
+
+  def rate(self, method: Method) -> float:
+    usual = {'problems': 'reinforce', 'pairs': 'preference', 'demonstrations': 'imitate'}
+    base = self.learning_rate or self.preset.learning_rates[method.learns or usual[method.needs]]
+    return float(f'{method.learning_rate * base:.6g}')
+
+  def collector(self, method: Method) -> ConfigDict:
+    """The method's collector, with the budgets of the task where the method asks for none."""
+    task, kind = self.task, method.collect.func
+    asked = dict(method.collect.keywords)
+    samples = asked.get('samples_per_prompt', self.samples_per_prompt)
+    prompts = self.prompts or max(task.rows // samples, 1)
+    rows, pairs = task.demonstration_rows, task.pairs_per_batch
+    if self.smoke:
+      asked['samples_per_prompt'] = samples = min(samples, SMOKE['samples_per_prompt'])
+      prompts = min(prompts, SMOKE['prompts'])
+      rows, pairs = min(rows, SMOKE['demonstration_rows']), min(pairs, SMOKE['pairs'])
+    budgets = {
+      'prompts': prompts,
+      'samples_per_prompt': samples,
+      'prompt_length': self.prompt_length,
+      'max_new_tokens': task.max_new_tokens,
+      'temperature': task.temperature,
+      'rows': rows,
+      'pairs': pairs,
+      'length': self.length,
+    }
+    if kind in (collect.demonstrations, collect.preferences):
+      budgets.pop('prompt_length')
+    knobs = part(kind).keys()
+    return part(kind, **{k: v for k, v in (budgets | asked).items() if k in knobs})
+
+  def model_for(self, method: Method) -> ConfigDict:
+    """The preset's model, long enough for the rows, with a value head if the method reads values."""
+    model = ConfigDict(self.preset.model)
+    base = model.base if 'base' in model else model
+    base.max_length = max(
+      base.max_length, self.length, self.prompt_length + self.task.max_new_tokens
+    )
+    credited, objective = method.bound()
+    if (objective.requires | credited.requires) & {'values', 'old_values'}:
+      base.value_head = True
+    if self.smoke and 'num_layers' in base:
+      base.update(num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64)
+    return model
+
+  def evaluation(self) -> ConfigDict:
+    task = self.task
+    if task.held_out is None or not task.rewards:
+      return part(build.never)
+    limit = SMOKE['held_out'] if self.smoke else task.held_out_problems
+    return part(
+      build.held_out,
+      every=task.evaluate_every,
+      source=self.source(task.held_out),
+      reward=dict(task.rewards),
+      problems=limit,
+      batch=min(limit, task.evaluation_batch),
+      prompt_length=self.prompt_length,
+      max_new_tokens=task.max_new_tokens,
+    )
+
+
+def _without_weight(spec: Mapping) -> dict:
+  return {k: v for k, v in spec.items() if k != 'weight'}
+
+
+def _check_fit(method: Method, task: Task, warm_start: int) -> None:
+  """Refuses a task that lacks what the method needs; the message names tasks and methods that fit."""
+  if method.needs not in task.has:
+    raise ValueError(
+      f'the method needs {method.needs}, but the task has {list(task.has)}; '
+      f'tasks with {method.needs}: {_examples(method.needs)}'
+    )
+  rewarded = bool(task.rewards or method.rewards)
+  if method.needs == 'problems' and 'rewards' in method.reads and not rewarded:
+    raise ValueError(
+      'the method learns from rewards, but the task has no verifier; name one with '
+      f'reward=..., valid: {sorted(k.partition(".")[2] for k in verifiers.TABLE)}'
+    )
+  asked = method.collect.keywords
+  if asked.get('demonstrations') and 'demonstrations' not in task.has:
+    raise ValueError('the method learns from the answers in the data, but the records have none')
+  if warm_start and 'demonstrations' not in task.has:
+    raise ValueError(
+      'the model is not pretrained, so it first learns from answers in the data, but the records have '
+      'none; use warm_start=0 or a pretrained model'
+    )
+
+
+def _examples(need: str) -> str:
+  fields = {'problems': 'prompt', 'pairs': 'chosen and rejected', 'demonstrations': 'answer'}
+  return f'addition, chain_sum, and jsonl whose records have {fields[need]}'

@@ -1,0 +1,155 @@
+"""What a method is: the choices of a paper, apart from the task and the model."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from polgrad import collect as collectors
+from polgrad import credit as credits
+from polgrad import objectives
+from polgrad.collect.rollouts import as_batch
+from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
+from polgrad.types import Array, Outputs
+
+# What a method function may ask of the run by naming it as an argument; see `compose.compose`.
+BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
+LIVE = ('logp', 'entropy', 'values')  # what the model says; only these carry a gradient
+VOCABULARY = (
+  'logits',
+  'teacher_logits',
+  'hidden',
+)  # read by statistics of the next-token distribution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """The choices of a paper as parts (see `polgrad.registry`), which can be read and changed.
+
+      method = methods.dapo(max_new_tokens=256)
+      method.objective.surrogate.eps_high = 0.3
+      loss, metrics = method.loss(logp=..., behavior_logp=..., rewards=..., mask=..., group_ids=...)
+
+  Attributes:
+    objective: the loss, a part of `polgrad.objectives`.
+    credit: rewards to advantages, returns or labels, a part of `polgrad.credit`.
+    collect: the collector (a class of `polgrad.collect`) with what the method asks of it. All other
+      settings, such as the number of prompts, come from the task.
+    rewards: verifiers that the method adds to those of the task, each with its weight.
+    reward_scale: multiplies the weights of the task's verifiers.
+    anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
+    optimizer: a part of `polgrad.optim`; None is AdamW.
+    learning_rate: multiplies the learning rate of the model's preset, if `optimizer` is None.
+    learns: which learning rate of the preset is meant: 'reinforce', 'preference' or 'imitate'. Empty
+      means the usual one of the collector.
+    epochs: passes over a collected batch.
+    minibatches: updates in each pass.
+    restart: initialise the policy again after the anchors were copied from it (distillation).
+  """
+
+  objective: ConfigDict
+  credit: ConfigDict = dataclasses.field(default_factory=lambda: part(credits.nothing))
+  collect: functools.partial = dataclasses.field(
+    default_factory=lambda: functools.partial(collectors.rollouts)
+  )
+  rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
+  reward_scale: float = 1.0
+  anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
+  optimizer: ConfigDict | None = None
+  learning_rate: float = 1.0
+  learns: str = ''
+  epochs: int = 1
+  minibatches: int = 1
+  restart: bool = False
+
+  @property
+  def needs(self) -> str:
+    """What the data must have: 'problems' to sample from, 'pairs' or 'demonstrations'."""
+    kinds = {collectors.demonstrations: 'demonstrations', collectors.preferences: 'pairs'}
+    return kinds.get(self.collect.func, 'problems')
+
+  @property
+  def reads(self) -> frozenset[str]:
+    """Names of the arrays that `loss` needs, besides `mask`."""
+    credit, objective = self.bound()
+    return _reads(credit, objective)
+
+  def bound(self) -> tuple[credits.Estimator, objectives.Objective]:
+    """Credit and objective as functions of arrays."""
+    credit = bind(self.credit, credits.TABLE, 'method.credit')
+    return credit, bind(self.objective, objectives.TABLE, 'method.objective')
+
+  def loss(self, *, mask: Array, step: Array | int = 0, **arrays: Array) -> tuple[Array, dict]:
+    """The loss f32[] of a batch, and metrics. Its gradient is that by logp, entropy, values, logits.
+
+    Rewards become advantages as the method says. What credit would make (`advantages`, `returns`,
+    `label`) may be given instead of rewards. `proximal_logp` is `behavior_logp` unless it is given.
+    State that a method keeps between updates starts anew in each call; `bound()` gives the functions
+    for a loop that carries it.
+
+    Args:
+      mask: bool[B, T], tokens that the policy made.
+      step: number of the update; schedules read it.
+      arrays: by name, see `reads`.
+
+    Raises:
+      UnknownArray: an array that the method reads is missing, or a name that it does not read.
+    """
+    credit, objective = self.bound()
+    arrays = _checked(credit, objective, arrays)
+    mask = jnp.asarray(mask, bool)
+    tokens = arrays.get('tokens', jnp.zeros(mask.shape, jnp.int32))
+    live = {name: arrays.pop(name, None) for name in LIVE}
+    stats = {
+      name: call(stat, {'tokens': tokens, **arrays}) for name, stat in objective.stats.items()
+    }
+    # Credit comes first. What it makes is data, so no gradient flows through it.
+    data = {name: x for name, x in arrays.items() if name not in VOCABULARY}
+    data |= {'tokens': tokens, 'mask': mask}
+    if not _made(credit) <= data.keys():
+      fields, _ = credits.assign(credit, data, credit.init())
+      data |= fields
+    batch = as_batch(data | {'segment_ids': mask.astype(jnp.int32)})
+    terms, metrics = objective.apply(
+      Outputs(stats=stats, **live), batch, objective.init(), step=step
+    )
+    loss = sum(t.value() for name, t in terms.items() if name not in objective.probes)
+    return loss, {name: metric.value() for name, metric in metrics.items()}
+
+
+def _made(credit: credits.Estimator) -> frozenset[str]:
+  """What credit makes of the rewards, apart from the mask."""
+  return credit.provides - {'mask'}
+
+
+def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozenset[str]:
+  of_credit = credit.requires | ({'rewards', 'group_ids'} if _made(credit) else set())
+  of_groups = {n for f in objective.slots.values() for n in inputs(f)} & {'group_ids'}
+  of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & set(VOCABULARY)
+  fields = objective.requires - {'teacher_logits', 'weights'} - objective.stats.keys()
+  return frozenset({'logp'} | (fields - _made(credit)) | of_credit | of_vocabulary | of_groups)
+
+
+def _checked(
+  credit: credits.Estimator, objective: objectives.Objective, arrays: Mapping[str, Array]
+) -> dict[str, Array]:
+  """The arrays with defaults, or an error that says which ones the method reads."""
+  arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+  wanted = _reads(credit, objective)
+  known = (
+    wanted | _made(credit) | {'tokens', 'valid', 'weights', 'behavior_logp', 'entropy', 'group_ids'}
+  )
+  for name in sorted(arrays.keys() - known):
+    raise UnknownArray(f'this method does not read {name!r}{suggest(name, known)}')
+  if 'behavior_logp' in arrays:
+    arrays.setdefault('proximal_logp', arrays['behavior_logp'])
+  if _made(credit) and _made(credit) <= arrays.keys():
+    wanted -= credit.requires | {'rewards', 'group_ids'} - objective.requires
+  missing = sorted(wanted - arrays.keys())
+  if missing:
+    raise UnknownArray(f'{missing} missing: this method reads mask and {sorted(wanted)}')
+  if 'rewards' in arrays:
+    arrays.setdefault('valid', jnp.ones(arrays['rewards'].shape, bool))
+  return arrays

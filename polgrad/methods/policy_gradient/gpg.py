@@ -1,0 +1,22 @@
+from polgrad import credit, objectives
+from polgrad.losses import aggregation, baselines, surrogates
+from polgrad.methods.base import Method
+from polgrad.registry import part
+
+
+def gpg() -> Method:
+  """GPG (arXiv:2504.02546): REINFORCE with a group mean, rescaled by the groups that teach something.
+
+  A_i = B / (B - M) (R_i - mean_g), M the rows in groups of equal rewards; loss = -token mean of A
+  log pi. No ratio, clip, KL or standard deviation. The published code has B / #{R != 0} in the place
+  of B / (B - M): `baselines.nonzero_mean`.
+  Confidence: CODE (loss), PAPER (factor).
+  """
+  return Method(
+    credit=part(credit.outcome, advantage=part(baselines.informative_mean)),
+    objective=part(
+      objectives.PolicyGradient,
+      surrogate=part(surrogates.reinforce),
+      aggregation=part(aggregation.token_mean),
+    ),
+  )

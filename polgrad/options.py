@@ -1,0 +1,158 @@
+"""Runs as text: `method=dapo,task=chain_sum,model=smollm2,path=~/smollm2,steps=30`.
+
+An option belongs to whoever has an argument of its name: the run (`compose.compose`), the function of
+the method, of the task or of the model, or a field of `Task`. A name that has two owners is refused,
+and so is one that has none.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from polgrad import methods, presets, tasks
+from polgrad.compose import BUDGETS, compose
+from polgrad.registry import suggest
+from polgrad.tasks import Task
+
+CHOICES = ('method', 'task', 'model')
+SIMPLE = (int, float, bool, str)
+
+
+def from_text(text: str, **defaults: str) -> ConfigDict:
+  """The configuration of a run.
+
+  Args:
+    text: `name=value` pairs with commas between them; a name alone means true.
+    defaults: further pairs, for names that the text does not give.
+
+  Raises:
+    ValueError: an unknown method, task, model or option, or a value of another type; the message
+      lists the valid ones and suggests a near one.
+  """
+  given = {name: str(value) for name, value in defaults.items()} | parse(text)
+  for name in CHOICES:
+    if name not in given:
+      raise ValueError(f'{name}=... is missing; valid: {sorted(_tables()[name])}')
+  method, model = (_choose(kind, given.pop(kind)) for kind in ('method', 'model'))
+  task, rest = _task_function(given.pop('task'), given)
+  owners = {
+    'run': _knobs(compose),
+    'method': {k: v for k, v in _knobs(method).items() if k not in BUDGETS},
+    'task': _knobs(task),
+    'model': {k: v for k, v in _knobs(model).items() if k != 'alphabet'},
+  }
+  values = _assign(rest, owners)
+  fields = values.pop('fields')
+  made = dataclasses.replace(task(**values['task']), **fields)
+  if 'alphabet' in _knobs(model):
+    values['model']['alphabet'] = made.alphabet
+  preset = model(**values['model'])
+  own = lambda **budgets: method(**{**budgets, **values['method']})
+  own.__signature__ = inspect.signature(method)
+  return compose(own, made, preset, **values['run'])
+
+
+def parse(text: str) -> dict[str, str]:
+  """`a=1,b` -> {'a': '1', 'b': 'true'}."""
+  items = [item.partition('=') for item in text.split(',') if item]
+  return {name.strip(): value.strip() if equals else 'true' for name, equals, value in items}
+
+
+def convert(name: str, text: str, kind: type) -> Any:
+  """The value of an option.
+
+  Raises:
+    ValueError: the text is no value of this type.
+  """
+  if kind is bool:
+    if text.lower() not in ('true', 'false', '1', '0'):
+      raise ValueError(f'option {name}: expected true or false, got {text!r}')
+    return text.lower() in ('true', '1')
+  try:
+    return kind(text)
+  except ValueError as error:
+    raise ValueError(f'option {name}: expected {kind.__name__}, got {text!r}') from error
+
+
+def _tables() -> dict[str, Mapping[str, Callable]]:
+  return {'method': methods.TABLE, 'task': tasks.TABLE, 'model': presets.TABLE}
+
+
+def _choose(kind: str, name: str) -> Callable:
+  table = _tables()[kind]
+  if name not in table:
+    raise ValueError(f'option {kind}: unknown {name!r}{suggest(name, table)}')
+  return table[name]
+
+
+def _task_function(name: str, given: Mapping[str, str]) -> tuple[Callable, dict[str, str]]:
+  """The task's function and the options that are left; other names are tasks of reasoning-gym.
+
+  Options that are settings of a reasoning-gym task, and `reward.tolerance=...`, are put together.
+  """
+  rest = dict(given)
+  knobs = {k.partition('.')[2]: rest.pop(k) for k in list(rest) if k.startswith('reward.')}
+  if name in tasks.TABLE:
+    function = tasks.TABLE[name]
+    if knobs:
+      if 'reward_options' not in _knobs(function):
+        raise ValueError(f'options {sorted(knobs)} of the reward: task={name} has its own reward')
+      return _with(function, reward_options={k: _number(v) for k, v in knobs.items()}), rest
+    return function, rest
+  gym = tasks.gym_settings(name)
+  if gym is None:
+    known = [*tasks.TABLE, *tasks.gym_names()]
+    raise ValueError(f'option task: unknown {name!r}{suggest(name, known)}')
+  options = {k: _number(rest.pop(k)) for k in list(rest) if k in gym}
+  return _with(tasks.reasoning_gym, task=name, options=options), rest
+
+
+def _with(function: Callable, **fixed: Any) -> Callable:
+  """The function with some arguments given, which are then no options any more."""
+
+  def call(**others: Any) -> Any:
+    return function(**fixed, **others)
+
+  parameters = [p for n, p in inspect.signature(function).parameters.items() if n not in fixed]
+  call.__signature__ = inspect.Signature(parameters)
+  return call
+
+
+def _number(text: str) -> int | float | str:
+  for kind in (int, float):
+    try:
+      return kind(text)
+    except ValueError:
+      continue
+  return {'true': True, 'false': False}.get(text.lower(), text)
+
+
+def _knobs(function: Callable) -> dict[str, type]:
+  """Arguments by keyword that a text can give, with their types."""
+  parameters = inspect.signature(function).parameters.values()
+  return {
+    p.name: p.annotation
+    for p in parameters
+    if p.kind is inspect.Parameter.KEYWORD_ONLY and (p.annotation in SIMPLE or p.annotation is dict)
+  }
+
+
+def _assign(given: Mapping[str, str], owners: Mapping[str, Mapping[str, type]]) -> dict[str, dict]:
+  """The options of each owner, converted; `fields` are those of `Task` itself."""
+  fields = {f.name: f.type for f in dataclasses.fields(Task) if f.type in SIMPLE}
+  values = {name: {} for name in (*owners, 'fields')}
+  for name, text in given.items():
+    found = [owner for owner, knobs in owners.items() if name in knobs]
+    if len(found) > 1:
+      raise ValueError(f'option {name}: both the {found[0]} and the {found[1]} have it')
+    if found:
+      values[found[0]][name] = convert(name, text, owners[found[0]][name])
+    elif name in fields:
+      values['fields'][name] = convert(name, text, fields[name])
+    else:
+      valid = {*CHOICES, *fields, *(n for knobs in owners.values() for n in knobs)}
+      raise ValueError(f'unknown option {name!r}{suggest(name, valid)}')
+  return values

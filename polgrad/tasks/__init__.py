@@ -1,0 +1,31 @@
+"""Tasks by name: what to learn, how it is judged, and sensible sizes of batches.
+
+| task | what it is |
+|---|---|
+| `addition` | sums of two numbers, for small models made from nothing |
+| `chain_sum` | sums and differences as questions in words |
+| `reasoning_gym` | any task of reasoning-gym by name |
+| `jsonl` | your own file: problems, pairs, demonstrations or conversations |
+| `tfds` | a TensorFlow Datasets folder |
+
+Each is a function that returns a `Task`. `polgrad.compose` joins it with a method and a model.
+"""
+
+from polgrad.tasks.addition import addition
+from polgrad.tasks.base import Task
+from polgrad.tasks.files import jsonl, tfds
+from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
+
+TABLE = {fn.__name__: fn for fn in (addition, chain_sum, reasoning_gym, jsonl, tfds)}
+
+__all__ = [
+  'TABLE',
+  'Task',
+  'addition',
+  'chain_sum',
+  'gym_names',
+  'gym_settings',
+  'jsonl',
+  'reasoning_gym',
+  'tfds',
+]

@@ -1,0 +1,62 @@
+"""What a task is: what to learn, how it is judged, and how much of it makes a batch."""
+
+import dataclasses
+import string
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+PRINTABLE = string.printable[:95] + '\n'  # of ASCII
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """Data, verifiers and budgets as parts; what a task does not have is None.
+
+  Attributes:
+    problems: source of prompts to sample from.
+    demonstrations: source of prompts with an `answer`, or of whole conversations.
+    pairs: source of prompts with `chosen` and `rejected` completions.
+    held_out: source of problems that are not trained on, for evaluation.
+    rewards: verifiers by name, each with its weight; their weighted sum is the reward.
+    system: system turn that is put before each prompt where the model has a chat template.
+    alphabet: characters of prompts and answers, for models whose tokens are characters.
+    prompt_length: tokens that a prompt may have, without those of a chat template.
+    max_new_tokens: tokens that a completion may have, the stop token included.
+    length: tokens of a row with its given completion; 0 means prompt_length + max_new_tokens.
+    rows: completions in a batch of rollouts; rows / samples_per_prompt prompts are drawn.
+    samples_per_prompt: completions of a prompt, unless the method asks for another number.
+    demonstration_rows: rows in a batch of demonstrations.
+    pairs_per_batch: pairs in a batch of preferences.
+    temperature: of sampling.
+    steps: batches to collect.
+    evaluate_every: batches between evaluations.
+    held_out_problems: problems in an evaluation.
+    evaluation_batch: of these, how many are decoded at once.
+  """
+
+  problems: ConfigDict | None = None
+  demonstrations: ConfigDict | None = None
+  pairs: ConfigDict | None = None
+  held_out: ConfigDict | None = None
+  rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
+  system: str = ''
+  alphabet: str = PRINTABLE
+  prompt_length: int = 256
+  max_new_tokens: int = 256
+  length: int = 0
+  rows: int = 64
+  samples_per_prompt: int = 8
+  demonstration_rows: int = 32
+  pairs_per_batch: int = 16
+  temperature: float = 1.0
+  steps: int = 100
+  evaluate_every: int = 50
+  held_out_problems: int = 200
+  evaluation_batch: int = 50
+
+  @property
+  def has(self) -> tuple[str, ...]:
+    """What methods can ask for: 'problems', 'demonstrations', 'pairs'."""
+    kinds = ('problems', 'demonstrations', 'pairs')
+    return tuple(kind for kind in kinds if getattr(self, kind) is not None)
