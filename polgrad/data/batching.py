@@ -1,8 +1,8 @@
-"""Records to arrays, in NumPy; whoever owns the mesh puts them on devices.
+"""Records to NumPy arrays of tokens.
 
-A prompt is tokenised once, as it stands, and a completion is token ids from then on. Nothing is cut
-to fit: a row that is too long is an error that names its record. Masks come from lengths, never
-from token ids, so the pad id may be a stop id.
+A prompt is tokenised once, and the ids of a completion are never decoded and tokenised again. Nothing is
+truncated: a row that is too long raises an error that names its record. Masks are computed from lengths,
+never from token ids, so the pad id may also be a stop id.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,15 @@ from polgrad.types import Batch, Prompts
 
 
 def prompts(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) -> Prompts:
-  """Prompts for the sampler, left-padded to `length`; `id` of a record is its data set row.
+  """Prompts for the sampler, left-padded to `length` tokens.
+
+  Args:
+    records: see `sources`; the field `id` is the row in the data set.
+    tokenizer: tokenises the prompts.
+    length: number of columns.
 
   Raises:
-    ValueError: a prompt that is empty or longer than `length` tokens, by record id.
+    ValueError: a prompt that is empty or longer than `length` tokens; the message names the record.
   """
   rows = [_prompt(r, tokenizer) for r in records]
   for record, row in zip(records, rows):
@@ -33,14 +38,15 @@ def prompts(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) ->
 
 
 def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) -> Batch:
-  """prompt + answer + stop token, one record a row, right-padded; the mask is answer and stop.
+  """Rows for supervised training: prompt + answer + stop token, right-padded to `length` tokens.
 
-  A record without `answer`, whose `messages` end with an assistant turn, is a whole conversation:
-  the mask is every assistant turn, each with the stop token that ends it.
+  Each record is one row, whose mask covers the answer and the stop token. A record that has no `answer`
+  and whose `messages` end with an assistant turn is a whole conversation: its mask covers every
+  assistant turn with the stop token that ends it.
 
   Raises:
-    ValueError: a row longer than `length` tokens, an empty prompt, a stop token inside an answer, a
-      conversation that the chat template does not keep as it is.
+    ValueError: a row longer than `length` tokens, an empty prompt, a stop token inside an answer, or a
+      conversation whose text the chat template changes (see `chat.make_conversation`).
   """
   return _lay([_supervised(r, tokenizer, length) for r in records], tokenizer, length)
 
@@ -48,18 +54,25 @@ def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int)
 def pairs(
   records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int, prompt_length: int = 0
 ) -> Batch:
-  """Two rows a record, chosen (label 1) then rejected (label 0), as in `supervised`.
+  """Two rows for each record: prompt + chosen (label 1), then prompt + rejected (label 0).
 
-  `group_ids` are 0, 0, 1, 1, ...: a preference pair is a group of two. With a `prompt_length`,
-  completions begin at that column, and prompts are left-padded to it.
+  Rows are made as in `supervised`. `group_ids` are 0, 0, 1, 1, ...: a preference pair is a group of two
+  rows.
+
+  Args:
+    records: with `chosen` and `rejected`.
+    tokenizer: tokenises prompts and completions.
+    length: number of columns.
+    prompt_length: column at which all completions begin; prompts are left-padded to it. 0: rows begin
+      at column 0, and completions directly after their prompt.
 
   Raises:
-    ValueError: as `supervised`; a prompt longer than `prompt_length`, if there is one.
+    ValueError: as in `supervised`; a prompt longer than `prompt_length`, unless that is 0.
   """
   named = [(r, field) for r in records for field in ('chosen', 'rejected')]
   segments = [_segment(r, tokenizer, field, length) for r, field in named]
   starts = [0] * len(segments)
-  if prompt_length:
+  if prompt_length:  # move every row to the right, so that its prompt ends at that column
     for i, ((record, _), (ids, mask)) in enumerate(zip(named, segments)):
       _check_length(record, mask.index(True), prompt_length)
       starts[i] = prompt_length - mask.index(True)
@@ -71,7 +84,7 @@ def pairs(
 
 
 def _prompt(record, tokenizer):
-  """The prompt's ids."""
+  """Token ids of the prompt, with bos where the tokenizer has one."""
   text = tokenizer.chat(record['messages']) if 'messages' in record else record['prompt']
   ids = _bos(record, tokenizer, tokenizer.encode(text))
   if not ids:
@@ -80,7 +93,7 @@ def _prompt(record, tokenizer):
 
 
 def _bos(record, tokenizer, ids):
-  """Opens a sequence with bos, once, where the tokenizer has one; a template writes its own."""
+  """Puts bos before the ids, unless there is none, it is there already, or a chat template writes it."""
   writes_own = 'messages' in record and tokenizer.chat is not plain_chat
   if tokenizer.bos_id < 0 or writes_own or ids[:1] == [tokenizer.bos_id]:
     return ids
@@ -101,12 +114,13 @@ def _supervised(record, tokenizer, length):
 
 
 def _segment(record, tokenizer, field, length):
-  """(ids, mask): the completion, alone in the mask, ends with the stop token, exactly once."""
+  """(ids, mask) of a prompt with the completion in `field`, which ends with exactly one stop token."""
   if field not in record:
     raise ValueError(f'record {record["id"]}: no {field!r}, only {sorted(record)}')
   if _ends_with_assistant(record):
     raise ValueError(f'record {record["id"]}: {field!r} after messages that end with an assistant')
   prompt = _prompt(record, tokenizer)
+  # The text may end with a stop token already; a stop token further inside would hide what follows it.
   completion = list(tokenizer.encode(record[field]))
   if completion and completion[-1] in tokenizer.stop_ids:
     completion.pop()
@@ -122,7 +136,7 @@ def _ends_with_assistant(record):
 
 
 def _lay(segments, tokenizer, length, starts=None):
-  """Segments to a Batch, one a row, each from its start, or from the left."""
+  """A Batch with one segment (ids, mask) in each row, at the column that `starts` says (default 0)."""
   shape = len(segments), length
   tokens = np.full(shape, tokenizer.pad_id, np.int32)
   segment_ids = np.zeros(shape, np.int32)

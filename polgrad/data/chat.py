@@ -1,4 +1,4 @@
-"""Conversations as text: chat templates, and which tokens of a conversation the assistant said."""
+"""Conversations as text: chat templates, and which tokens of a conversation are the assistant's."""
 
 import datetime
 import itertools
@@ -10,39 +10,42 @@ import jinja2
 import jinja2.sandbox
 import numpy as np
 
-MARK = '\ufdd0'  # Unicode keeps this code point for private marks; no text holds it
+MARK = '\ufdd0'  # a code point that Unicode reserves for internal use, so no text contains it
 
 Chat = Callable[..., str]  # (messages, add_generation_prompt=True) -> text
-Align = Callable[[str], tuple[list[int], list[tuple[int, int]]]]  # text -> ids, where each stands
+Align = Callable[[str], tuple[list[int], list[tuple[int, int]]]]  # text -> ids, their spans in it
+# messages -> ids, and for each id whether it is trained
 Conversation = Callable[[Sequence[Mapping]], tuple[list[int], list[bool]]]
 
 
 def plain_chat(messages: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
-  """`role: content` lines, for tokenizers that bring no template of their own."""
+  """One line `role: content` for each message, for tokenizers without a template."""
   text = ''.join(f'{m["role"]}: {m["content"]}\n' for m in messages)
   return text + 'assistant: ' if add_generation_prompt else text
 
 
 def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
-  """A chat template; what it writes within {% generation %} is put between two `mark`s.
+  """Makes a chat function of a Jinja template.
 
-  Templates come with downloaded weights, so they run in a sandbox that can change nothing.
+  Templates come with downloaded weights, so they run in a sandbox that cannot change anything.
 
   Args:
-    source: the template.
-    special: `bos_token`, `eos_token`, ... as text.
+    source: text of the template.
+    special: texts of special tokens by name: `bos_token`, `eos_token`, ...
+    mark: put before and after every text that the template writes within {% generation %}.
 
   Raises:
-    ValueError: (of the function made) the template refuses the messages, or fails on them.
+    ValueError: from the function that is returned, if the template refuses the messages or fails.
   """
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
-  # jinja's own tojson escapes HTML, which models have not seen.
+  # Jinja's tojson escapes HTML, which models have not seen in training.
   environment.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
   environment.filters['generation'] = lambda text: f'{mark}{text}{mark}'
   environment.globals['raise_exception'] = _raise_exception
   environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+  # Jinja has no {% generation %}; a filter of this name has the same effect.
   source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
   source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endfilter\2', source)
   template = environment.from_string(source)
@@ -63,12 +66,12 @@ def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
 
 
 def marks_generation(source: str) -> bool:
-  """Whether a template says itself, by {% generation %}, what the assistant's words are."""
+  """Whether a template marks the assistant's words with {% generation %}."""
   return bool(re.search(r'\{%[-+]?\s*generation\s*[-+]?%\}', source))
 
 
 def no_chat(path: str) -> Chat:
-  """Stands in where a model has no template."""
+  """A chat function that raises ValueError, for a model without a template."""
 
   def chat(messages, add_generation_prompt=True):
     raise ValueError(
@@ -89,61 +92,33 @@ def make_conversation(
 ) -> Conversation:
   """Makes `conversation(messages) -> (ids, trained)`, for messages that end with an assistant turn.
 
-  Trained is every assistant turn with the stop token that ends it: what stands in the text between
-  the prompt that a sampler would be given for that turn and the end of that token. Text after the
-  last turn (a newline, mostly) is left out. The ids are those of the whole text at once, but no
-  token reaches over the start of the last turn: before it stand exactly the sampler's prompt ids. A
-  token that reaches over the start of an earlier turn belongs to where its first letter stands.
+  `trained` is True for every assistant turn and the stop token that ends it. A turn is the text between
+  the prompt that a sampler would get for it and the end of its stop token. Text after the last turn,
+  such as a newline, is dropped. If the template writes no stop token after a turn, only the words are
+  trained, and `stop_id` is added after the last turn.
 
-  Where the template writes no stop token after a turn, only the words are trained, and `stop_id`
-  follows the last ones.
+  The whole text is tokenised at once, except that no token crosses the start of the last turn, so that
+  the ids before it are exactly those of the sampler's prompt. A token that crosses the start of an
+  earlier turn is trained if its first letter is in the turn.
 
   Args:
-    align: text to token ids and the span of characters that each stands for.
+    align: text to token ids, and the span of characters of each token.
     chat: the template.
-    stop_id: what ends the row if the template writes no stop token.
-    stops: stop tokens as the template may write them.
-    marked: the template with `MARK`s around the assistant's words, if it knows them; they are then
-      trained as marked, with a stop token that follows them directly.
+    stop_id: id that is added if the template writes no stop token.
+    stops: texts of the stop tokens that the template may write.
+    marked: the template with a `MARK` before and after the assistant's words, if the template marks
+      them. Then the marked words are trained, with a stop token that directly follows them.
 
   Raises:
-    ValueError: (of the function made) the messages do not end with an assistant turn or begin with
-      one; the template changes earlier text or words as turns are added (some strip thoughts), so
-      that no mask would be right; it ends a turn with something that is no stop token.
+    ValueError: from `conversation`: the messages do not end with an assistant turn, or begin with one;
+      the template changes earlier text when turns are added (some remove thoughts), so that no mask
+      would be right; a turn ends with text that is no stop token.
   """
   stops = tuple(stops)
 
   def conversation(messages):
-    turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
-    if not turns or turns[-1] != len(messages) - 1:
-      raise ValueError('a conversation to train on ends with an assistant turn')
-    text = chat(messages, add_generation_prompt=False)
-    cut = _start(chat, text, messages, turns[-1])
-    if marked:
-      spans = _marked_spans(marked(messages, add_generation_prompt=False), text, cut, stops)
-    else:
-      starts = [_start(chat, text, messages, i) for i in turns[:-1]] + [cut]
-      spans = [
-        _turn_span(text, start, limit, i, messages[i], stops)
-        for start, limit, i in zip(starts, [*starts[1:], len(text)], turns)
-      ]
-    return tokens(text[: spans[-1][1]], cut, spans)
-
-  def tokens(text, cut, spans):
-    prompt, before = align(text[:cut])
-    ids, offsets = align(text)
-    n = len(prompt)
-    if ids[:n] == prompt:
-      turn, after = ids[n:], offsets[n:]
-    else:  # a token reaches over the cut, where a sampler cannot draw one
-      turn, after = align(text[cut:])
-      after = [(cut + start, cut + end) for start, end in after]
-    inside = np.zeros(len(text) + 1, bool)
-    for start, end in spans:
-      inside[start:end] = True
-    places = [_first_letter(text, *o) for o in before]
-    places += [max(cut, _first_letter(text, *o)) for o in after]
-    ids, trained = prompt + turn, inside[places].tolist()
+    text, cut, spans = _spans(chat, marked, messages, stops)
+    ids, trained = _tokens(align, text, cut, spans)
     if not text.endswith(stops):
       ids, trained = [*ids, stop_id], [*trained, True]
     return ids, trained
@@ -151,8 +126,46 @@ def make_conversation(
   return conversation
 
 
+def _spans(chat, marked, messages, stops):
+  """(text, cut, spans): the text through the last turn, the start of that turn, and what is trained."""
+  turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
+  if not turns or turns[-1] != len(messages) - 1:
+    raise ValueError('a conversation to train on ends with an assistant turn')
+  text = chat(messages, add_generation_prompt=False)
+  cut = _start(chat, text, messages, turns[-1])
+  if marked:
+    spans = _marked_spans(marked(messages, add_generation_prompt=False), text, cut, stops)
+  else:
+    # Each turn reaches at most to the start of the next one.
+    starts = [_start(chat, text, messages, i) for i in turns[:-1]] + [cut]
+    spans = [
+      _turn_span(text, start, limit, i, messages[i], stops)
+      for start, limit, i in zip(starts, [*starts[1:], len(text)], turns)
+    ]
+  return text[: spans[-1][1]], cut, spans
+
+
+def _tokens(align, text, cut, spans):
+  """(ids, trained) of a text, of which the spans are trained; no token crosses `cut`."""
+  prompt, before = align(text[:cut])
+  ids, offsets = align(text)
+  n = len(prompt)
+  if ids[:n] == prompt:
+    turn, after = ids[n:], offsets[n:]
+  else:  # a token crosses the cut, which no sampler could draw: tokenise the last turn separately
+    turn, after = align(text[cut:])
+    after = [(cut + start, cut + end) for start, end in after]
+  # A token is trained if its first letter is in a span. (The last place is for empty tokens at the end.)
+  inside = np.zeros(len(text) + 1, bool)
+  for start, end in spans:
+    inside[start:end] = True
+  places = [_first_letter(text, *o) for o in before]
+  places += [max(cut, _first_letter(text, *o)) for o in after]
+  return prompt + turn, inside[places].tolist()
+
+
 def _start(chat, text, messages, i):
-  """Where turn `i` begins: at the end of the prompt that a sampler is given for it."""
+  """Place in the text where turn `i` begins: the end of the prompt that a sampler would get for it."""
   if i == 0:
     raise ValueError('a conversation cannot begin with the assistant: there is no prompt')
   prompt = chat(messages[:i])
@@ -165,10 +178,12 @@ def _start(chat, text, messages, i):
 
 
 def _turn_span(text, start, limit, i, message, stops):
-  """The turn in text[start:limit], through its stop token if there is one."""
+  """The span of a turn in text[start:limit], including its stop token if there is one."""
   content = message.get('content') or ''
   if not isinstance(content, str):
     raise ValueError(f'message {i}: content must be text, got {content!r}')
+  # With a stop token, what precedes it must end with the content. (With tool calls it must only contain
+  # the content, because the template writes the calls after it.)
   found = re.compile('|'.join(map(re.escape, stops))).search(text, start, limit) if stops else None
   if found:
     said = text[start : found.start()].rstrip()
@@ -177,6 +192,7 @@ def _turn_span(text, start, limit, i, message, stops):
     raise ValueError(
       f'message {i}: the chat template does not write the content as it is before {found[0]!r}'
     )
+  # Without one, the turn must begin with the content, and only white space may follow the last turn.
   words = f'{re.escape(content)}|{re.escape(content.strip())}'
   bare = re.compile(rf'\s*?(?:{words})').match(text, start, limit)
   if not bare:
@@ -191,7 +207,8 @@ def _turn_span(text, start, limit, i, message, stops):
 
 
 def _marked_spans(marked, text, cut, stops):
-  """Spans of the marked words: without space after their stop token, with one that follows."""
+  """Spans of the marked words, each ending with the stop token that is in it or directly after it."""
+  # The marks alternate between the start and the end of marked words.
   pieces = marked.split(MARK)
   if ''.join(pieces) != text:
     raise ValueError(f'the messages hold {MARK!r}, a code point that is no character')
@@ -210,7 +227,7 @@ def _marked_spans(marked, text, cut, stops):
 
 
 def _first_letter(text, start, end):
-  """Where a token's text begins, spaces left out: ' word' stands where the word does."""
+  """Place of the first character of a token that is not white space, or its start if there is none."""
   piece = text[start:end]
   return start + len(piece) - len(piece.lstrip()) if piece.strip() else start
 

@@ -1,8 +1,8 @@
-"""Random access data sets of records: `len(source)`, `source[i] -> dict`.
+"""Random-access data sets of records: `len(source)`, `source[i] -> dict`.
 
-A record holds `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for
-rewards and supervised training; `chosen` and `rejected` (texts) for preference training; and
-whatever else the reward wants to see.
+A record has `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for rewards and
+supervised training; `chosen` and `rejected` (texts) for preference training; and any other field that a
+reward reads.
 """
 
 import dataclasses
@@ -46,18 +46,26 @@ def arithmetic(
   holdout: float = 0.1,
   seed: int = 0,
 ) -> Source:
-  """All problems `a+b=` with `digits`-digit numbers, shuffled and cut in 'train' and 'heldout'.
+  """All problems `a+b=` with numbers of `digits` digits, shuffled and split in 'train' and 'heldout'.
 
-  The splits are disjoint and together complete for one (digits, operator, holdout, seed). Numbers
-  do not begin with 0, but for 0 itself when `digits` is 1. `holdout` is the share not trained on.
+  For the same other arguments, the two splits are disjoint and together contain every problem once.
+  Numbers do not begin with 0, except 0 itself when `digits` is 1.
+
+  Args:
+    digits: digits of a and b, at least 1.
+    operator: '+', '-' or '*'.
+    split: 'train' or 'heldout'.
+    holdout: fraction of the problems in 'heldout', in [0, 1].
+    seed: seed of the shuffle.
 
   Raises:
-    ValueError: an operator other than + - *, an unknown split, a share outside [0, 1].
+    ValueError: an argument out of its range.
   """
   if operator not in OPERATORS:
     raise ValueError(f'operator {operator!r}; valid: {sorted(OPERATORS)}')
   if not (digits >= 1 and 0 <= holdout <= 1):
     raise ValueError(f'digits {digits} must be at least 1 and holdout {holdout} within [0, 1]')
+  # A problem is a number below numbers**2; the first ones of a fixed shuffle are held out.
   low = 10 ** (digits - 1) if digits > 1 else 0
   numbers = 10**digits - low
   held = round(holdout * numbers**2)
@@ -75,7 +83,9 @@ def arithmetic(
 
 
 def jsonl(*, path: str) -> Source:
-  """One JSON object a line; blank lines are skipped. Read and checked whole, at once.
+  """The records of a file with one JSON object per line. All lines are read and checked at once.
+
+  Blank lines are skipped.
 
   Raises:
     FileNotFoundError: `path` is not a file.
@@ -84,7 +94,7 @@ def jsonl(*, path: str) -> Source:
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines')
   rows = []
-  # Split at newlines only: str.splitlines would also cut at U+2028 inside a JSON string.
+  # Split at newlines only: str.splitlines would also split at U+2028 inside a JSON string.
   lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')
   for number, line in enumerate(lines, start=1):
     if line.strip():
@@ -96,6 +106,7 @@ def jsonl(*, path: str) -> Source:
 
 
 def _checked(record):
+  """The record, if its fields have the right types and combinations; else ValueError."""
   if not isinstance(record, dict):
     raise ValueError(f'expected an object, got {type(record).__name__}')
   if ('prompt' in record) == ('messages' in record):
@@ -124,19 +135,19 @@ def tfds_records(
   """A TensorFlow Datasets directory in array_record form, read without TensorFlow.
 
   Args:
-    path: the version's directory, the one that holds dataset_info.json.
+    path: the directory of a version, which contains dataset_info.json.
     split: a split or a slice of one, such as `train[:90%]`.
     prompt_field: the field that becomes `prompt`.
-    answer_field: the field that becomes `answer`, '' for none; all others keep their names. Bytes
-      are decoded as UTF-8.
+    answer_field: the field that becomes `answer`, '' for none. All other fields keep their names, and
+      bytes are decoded as UTF-8.
 
   Raises:
-    FileNotFoundError: no data set in `path`.
+    FileNotFoundError: `path` has no data set.
     ValueError: a field that the data set does not have.
   """
   if not (pathlib.Path(path) / 'dataset_info.json').is_file():
     raise FileNotFoundError(f'{path}: expected a TFDS directory with dataset_info.json')
-  import tensorflow_datasets as tfds  # takes seconds
+  import tensorflow_datasets as tfds  # here, because it takes seconds
 
   rows = tfds.builder_from_directory(path).as_data_source(split)
   names = {prompt_field: 'prompt', answer_field: 'answer'}
@@ -159,19 +170,20 @@ def reasoning_gym(
   seed: int,
   options: dict = {},  # noqa: B006
 ) -> Source:
-  """Problems that reasoning-gym makes up (arXiv 2505.24760), `entry` being all that it says of one.
+  """Problems that the package reasoning-gym generates (arXiv:2505.24760).
 
-  Item i + 1 of a seed is item i of the next seed: keep training and evaluation seeds further apart
-  than `size`.
+  A record has `prompt`, `answer` if there is one, and `entry`, which is everything that reasoning-gym
+  returns for the problem. Problem i + 1 of a seed is problem i of the next seed, so the seeds of
+  training and evaluation must differ by more than `size`.
 
   Args:
     task: a data set of reasoning-gym, such as `countdown`.
-    size: how many problems.
-    seed: of the first one.
+    size: number of problems.
+    seed: seed of the first problem.
     options: settings of the task.
 
   Raises:
-    ImportError: the package is not installed.
+    ImportError: reasoning-gym is not installed.
     ValueError: an unknown task.
   """
   try:
@@ -189,7 +201,7 @@ def reasoning_gym(
 
 
 def _plain(value):
-  """What a scalar or text feature is in Python; other arrays stay what they are."""
+  """Scalars and texts as Python values; other arrays are returned unchanged."""
   value = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
   return value.decode('utf-8') if isinstance(value, bytes) else value
 
@@ -220,13 +232,13 @@ FRACTION = BASE | table('sources', fraction)
 
 
 def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
-  """Another source's records with `chosen`, the answer, and `rejected`, it with one digit changed.
+  """Adds a preference pair to the records of another source whose answers are whole numbers.
 
-  Row and `seed` alone decide which digit becomes which other one. Only the number 0 itself begins
-  with 0.
+  `chosen` is the answer, and `rejected` is the answer with one digit changed. The change depends only on
+  the row and `seed`. A changed number begins with 0 only if it has one digit.
 
   Raises:
-    ValueError: on access, an answer that is no whole number.
+    ValueError: on access, an answer that is not a whole number.
   """
 
   def record(row):
@@ -241,7 +253,7 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
 
 
 def _change_digit(number, rng):
-  """A different number, as long: one digit replaced, the sign kept."""
+  """A different number of the same length: one digit is replaced, and the sign is kept."""
   places = [i for i, character in enumerate(number) if character.isdigit()]
   place = rng.choice(places)
   leads = place == places[0] and len(number) > 1

@@ -1,4 +1,4 @@
-"""An endless stream over a source whose whole state is one int, the cursor."""
+"""An endless stream of records from a source; its only state is an integer, the cursor."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,11 +8,21 @@ import grain
 def records(
   source: Sequence[Mapping], *, seed: int, cursor: int, count: int, shuffle: bool = True
 ) -> list[dict]:
-  """Records `cursor .. cursor + count - 1` of the endless stream, each with its row as `id`.
+  """Records `cursor .. cursor + count - 1` of the endless stream.
 
-  Every row comes once an epoch. Each epoch has its own order, a function of (seed, epoch) alone, so
-  reading k records and then m is reading k + m, and a resumed run sees what it would have seen.
-  `id` replaces a field of that name in the record.
+  Every row of the source comes once in each epoch, in an order that depends only on (seed, epoch). So
+  reading k records and then m gives the same records as reading k + m, and a resumed run reads what it
+  would have read without the interruption.
+
+  Args:
+    source: a data set, see `sources`.
+    seed: seed of the shuffle.
+    cursor: number of records that were read before.
+    count: number of records to read.
+    shuffle: False reads the rows in their order.
+
+  Returns:
+    The records, each with its row in the source as `id`, which replaces a field of that name.
 
   Raises:
     ValueError: the source is empty.

@@ -1,10 +1,4 @@
-"""Text to token ids and back: a `Tokenizer` is a tuple of plain functions and ids.
-
-`encode` adds no special token of its own accord. `stop_ids[0]` is the token that ends completions
-we train on; the others end a completion too when the policy draws them. `bos_id` is the token that
-opens a sequence, -1 where the tokenizer has none. The pad id may equal a stop id: nothing in
-polgrad reads a mask off token ids.
-"""
+"""Text to token ids and back. A `Tokenizer` is a tuple of functions and ids."""
 
 import collections
 import contextlib
@@ -25,22 +19,22 @@ from polgrad.registry import table
 
 
 class Tokenizer(NamedTuple):
-  """What polgrad asks of a tokenizer."""
+  """What polgrad needs of a tokenizer."""
 
-  encode: Callable[[str], list[int]]
-  decode: Callable[[Sequence[int]], str]  # leaves special tokens out
+  encode: Callable[[str], list[int]]  # text -> ids; adds no special tokens
+  decode: Callable[[Sequence[int]], str]  # ids -> text; leaves special tokens out
   chat: chats.Chat  # (messages, add_generation_prompt=True) -> text to encode
-  conversation: chats.Conversation  # messages -> (ids, bools: is the token the assistant's)
-  vocab_size: int
-  pad_id: int
-  bos_id: int
-  stop_ids: tuple[int, ...]
+  conversation: chats.Conversation  # messages -> (ids, for each whether it is the assistant's)
+  vocab_size: int  # all ids are smaller
+  pad_id: int  # may equal a stop id, because masks are never computed from token ids
+  bos_id: int  # the token that begins a sequence, -1 for none
+  stop_ids: tuple[int, ...]  # tokens that end a completion; the first ends completions we train on
 
 
 def byte() -> Tokenizer:
-  """UTF-8 bytes 0..255, then pad 256, bos 257 and eos 258; needs no file.
+  """UTF-8 bytes as ids 0 to 255, then pad 256, bos 257 and eos 258; needs no file.
 
-  Bytes that are not UTF-8 (half a code point, say) decode to U+FFFD.
+  Bytes that are not valid UTF-8, such as half a code point, decode to U+FFFD.
   """
 
   def align(text):
@@ -61,10 +55,10 @@ def byte() -> Tokenizer:
 
 
 def characters(*, alphabet: str) -> Tokenizer:
-  """One token a character: pad 0, eos 1, then the alphabet in its order.
+  """One token for each character: pad 0, eos 1, then the characters of the alphabet in order.
 
   Raises:
-    ValueError: a character stands twice in the alphabet, or (`encode`) is not in it.
+    ValueError: the alphabet has a character twice; from `encode`, a character is not in the alphabet.
   """
   ids = {c: i for i, c in enumerate(alphabet, start=2)}
   if len(ids) != len(alphabet):
@@ -93,13 +87,13 @@ def characters(*, alphabet: str) -> Tokenizer:
 
 
 def sentencepiece(*, path: str) -> Tokenizer:
-  """A SentencePiece model file. Where the model has no pad token, eos pads.
+  """A SentencePiece model file. The pad token is eos if the model has none.
 
-  A model that comes with more (special tokens, a chat template) is read by `huggingface`.
+  Use `huggingface` for a folder that has special tokens and a chat template beside the model file.
 
   Raises:
     FileNotFoundError: `path` is not a file.
-    ValueError: the model has no eos token, so that nothing could end a completion.
+    ValueError: the model has no eos token, so nothing could end a completion.
   """
   _need(pathlib.Path(path), 'a SentencePiece model file')
   model = spm.SentencePieceProcessor(model_file=path)
@@ -119,51 +113,42 @@ def sentencepiece(*, path: str) -> Tokenizer:
 
 
 def huggingface(*, path: str) -> Tokenizer:
-  """A Hugging Face directory: tokenizer.json, and beside it what a model release carries.
+  """The tokenizer of a Hugging Face folder: tokenizer.json and the files beside it.
 
-  * Where there is no tokenizer.json, tokenizer.model (SentencePiece) is read, and the special
-    tokens of the other files become single ids.
+  * Without tokenizer.json, tokenizer.model (SentencePiece) is read, and the special tokens of the other
+    files become single ids.
   * The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json.
-  * Stop tokens are the eos of tokenizer_config.json (else special_tokens_map.json) and all of
-    generation_config.json. The one that the template writes after an assistant's turn comes first:
-    it ends what we train on.
-  * `bos_id` is the bos token if the tokenizer itself opens a plain text with it, else -1: some
-    models name a bos token that they never saw in front of text.
+  * Stop tokens are the eos token of tokenizer_config.json (else special_tokens_map.json) and all those
+    of generation_config.json. The first one, which ends completions we train on, is the one that the
+    template writes after an assistant turn.
+  * `bos_id` is the bos token only if the tokenizer puts it before a plain text, else -1. Some models
+    name a bos token that never preceded text in their training.
 
   Raises:
-    FileNotFoundError: neither tokenizer.json nor tokenizer.model in `path`.
-    ValueError: no stop token is named anywhere; (`chat`) there is no template, or it refuses;
-      (`conversation`) see `chat.make_conversation`.
+    FileNotFoundError: `path` has neither tokenizer.json nor tokenizer.model.
+    ValueError: no file names a stop token; from `chat`, there is no template, or it refuses the
+      messages; from `conversation`, see `chat.make_conversation`.
   """
   folder = pathlib.Path(path)
   config = _read_json(folder / 'tokenizer_config.json')
-  generation = _read_json(folder / 'generation_config.json')
-  named = _read_json(folder / 'special_tokens_map.json') | {k: v for k, v in config.items() if v}
-  special = {k: _text(v) for k, v in named.items() if k.endswith('_token')}
-  special = {k: v for k, v in special.items() if isinstance(v, str)}
+  special = _special_tokens(folder, config)
+  # The vocabulary knows special tokens that the other files do not name.
   if not (folder / 'tokenizer.json').is_file() and (folder / 'tokenizer.model').is_file():
     vocabulary = _read_sentencepiece(folder, config, special)
   else:
     vocabulary = _read_fast(folder, special)
   align, ids, special = vocabulary.align, vocabulary.ids, vocabulary.special
 
-  more = generation.get('eos_token_id', [])
-  more = [more] if isinstance(more, int) else more or []
-  eos = ids.get(special.get('eos_token'))
-  stops = list(dict.fromkeys(i for i in [eos, *more] if i is not None))
-  if not stops:
-    raise ValueError(
-      f'{path}: no stop token; expected eos_token in tokenizer_config.json '
-      'or eos_token_id in generation_config.json'
-    )
+  stops = _stop_ids(folder, ids.get(special.get('eos_token')))
 
+  # The template, if there is one, decides which stop token comes first.
   chat, marked = chats.no_chat(path), None
   template = _template(folder, config)
   if template:
     chat = chats.jinja_chat(template, special)
     if chats.marks_generation(template):
       marked = chats.jinja_chat(template, special, chats.MARK)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # a template may refuse these messages
       turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
       written = [i for i in align(chat(turns, add_generation_prompt=False))[0] if i in stops]
       stops = list(dict.fromkeys(written[-1:] + stops))
@@ -181,24 +166,45 @@ def huggingface(*, path: str) -> Tokenizer:
   )
 
 
+def _special_tokens(folder, config):
+  """Texts of the special tokens that the files name: bos_token, eos_token, ..."""
+  named = _read_json(folder / 'special_tokens_map.json') | {k: v for k, v in config.items() if v}
+  special = {k: _text(v) for k, v in named.items() if k.endswith('_token')}
+  return {k: v for k, v in special.items() if isinstance(v, str)}
+
+
+def _stop_ids(folder, eos):
+  """The eos id, unless it is None, and the stop ids of generation_config.json."""
+  more = _read_json(folder / 'generation_config.json').get('eos_token_id', [])
+  more = [more] if isinstance(more, int) else more or []
+  stops = list(dict.fromkeys(i for i in [eos, *more] if i is not None))
+  if not stops:
+    raise ValueError(
+      f'{folder}: no stop token; expected eos_token in tokenizer_config.json '
+      'or eos_token_id in generation_config.json'
+    )
+  return stops
+
+
 class _Vocabulary(NamedTuple):
-  """What tokenizer.json and tokenizer.model have in common."""
+  """What `huggingface` needs of tokenizer.json or tokenizer.model."""
 
   align: chats.Align
   decode: Callable[[Sequence[int]], str]
-  ids: dict[str, int]  # added tokens included
-  special: dict[str, str]  # bos_token, eos_token, ... as text
-  opens: bool  # the tokenizer puts bos before a plain text
+  ids: dict[str, int]  # ids by token, including added tokens
+  special: dict[str, str]  # texts of bos_token, eos_token, ...
+  opens: bool  # whether the tokenizer puts bos before a plain text
 
 
 def _read_fast(folder, special):
-  """tokenizer.json. Its post-processor says whether bos opens a text, whatever the rest says."""
+  """Reads tokenizer.json. Only its post-processor decides whether bos begins a text."""
   _need(folder / 'tokenizer.json', 'a Hugging Face tokenizer')
   model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-  model.no_truncation()  # the file may ask for either, and would be obeyed in silence
+  # The file may turn on truncation and padding, which would change texts without notice.
+  model.no_truncation()
   model.no_padding()
   opens = special.get('bos_token') in model.encode('a').tokens[:1]
-  model.post_processor = None  # it may cut spaces off the offsets
+  model.post_processor = None  # it may remove spaces from the offsets
 
   def align(text):
     encoding = model.encode(text, add_special_tokens=False)
@@ -214,49 +220,26 @@ def _read_fast(folder, special):
 
 
 def _read_sentencepiece(folder, config, special):
-  """tokenizer.model, with the special tokens of the files beside it split out of the text.
+  """Reads tokenizer.model, and the special tokens of the files beside it.
 
-  SentencePiece itself never reads a control token such as </s> out of text. A space goes before
-  the text as the model wants it, but after a special token only if the files say `legacy`.
+  SentencePiece never recognises a control token such as </s> in a text, so special tokens are found with
+  a regular expression, and only the text between them is given to SentencePiece.
   """
+  # A second model that does not put a space before the text, see `_align_between`.
   model = spm.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
   proto = sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto())
   proto.normalizer_spec.add_dummy_prefix = False
   bare = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-  names = dict(enumerate(map(model.id_to_piece, range(model.vocab_size()))))
-  own = {f'{k}_token': names.get(getattr(model, f'{k}_id')()) for k in ('bos', 'eos', 'unk', 'pad')}
-  special = {k: v for k, v in own.items() if v} | special
-  added = {names[i]: {'special': True} for i in names if model.is_control(i)}
-  for token, i in _read_json(folder / 'added_tokens.json').items():
-    names[i], added[token] = token, {'special': True}
-  for i, token in config.get('added_tokens_decoder', {}).items():
-    names[int(i)], added[token['content']] = token['content'], token
+  names, added, special = _pieces(folder, config, model, special)
   ids = {token: i for i, token in names.items()}
   added |= {token: {'special': True} for token in special.values() if token in ids.keys() - added}
   hidden = {ids[token] for token, flags in added.items() if flags.get('special')}
+  # Longer tokens come first, so that a token is preferred to its own beginning.
   split = re.compile('|'.join(_pattern(t, added[t]) for t in sorted(added, key=len, reverse=True)))
-
-  def align(text):
-    tokens, offsets, end = [], [], 0
-
-    def plain(start, end):
-      piece = text[start:end]
-      opens = start == 0 or (config.get('legacy') and not piece.startswith(' '))
-      found, places = _align(model if opens else bare, piece)
-      tokens.extend(found)
-      offsets.extend((start + a, start + b) for a, b in places)
-
-    for match in split.finditer(text):
-      plain(end, match.start())
-      tokens.append(ids[match[match.lastindex]])
-      offsets.append(match.span())
-      end = match.end()
-    plain(end, len(text))
-    return tokens, offsets
-
+  legacy = bool(config.get('legacy'))
   return _Vocabulary(
-    align=align,
+    align=lambda text: _align_between(text, split, ids, model, bare, legacy),
     decode=lambda ids: model.decode_pieces(
       [names[int(i)] for i in ids if int(i) in names and int(i) not in hidden]
     ),
@@ -266,20 +249,65 @@ def _read_sentencepiece(folder, config, special):
   )
 
 
+def _pieces(folder, config, model, special):
+  """The tokens of a SentencePiece model and of the files beside it.
+
+  Returns:
+    names: tokens by id.
+    added: flags of special and added tokens, which are found in a text before the rest is split.
+    special: texts of bos_token, eos_token, ...
+  """
+  names = dict(enumerate(map(model.id_to_piece, range(model.vocab_size()))))
+  own = {f'{k}_token': names.get(getattr(model, f'{k}_id')()) for k in ('bos', 'eos', 'unk', 'pad')}
+  special = {k: v for k, v in own.items() if v} | special
+  added = {names[i]: {'special': True} for i in names if model.is_control(i)}
+  # Older models list added tokens in a file, newer ones in tokenizer_config.json.
+  for token, i in _read_json(folder / 'added_tokens.json').items():
+    names[i], added[token] = token, {'special': True}
+  for i, token in config.get('added_tokens_decoder', {}).items():
+    names[int(i)], added[token['content']] = token['content'], token
+  return names, added, special
+
+
+def _align_between(text, split, ids, model, bare, legacy):
+  """Ids and spans of a text: `split` finds special tokens, SentencePiece reads the text between them.
+
+  `model` puts a space before the text, `bare` does not. `model` reads the beginning of the text, and
+  `bare` reads what follows a special token. With `legacy`, `model` reads that too, unless it begins with
+  a space.
+  """
+  tokens, offsets, end = [], [], 0
+
+  def plain(start, end):
+    piece = text[start:end]
+    opens = start == 0 or (legacy and not piece.startswith(' '))
+    found, places = _align(model if opens else bare, piece)
+    tokens.extend(found)
+    offsets.extend((start + a, start + b) for a, b in places)
+
+  for match in split.finditer(text):
+    plain(end, match.start())
+    tokens.append(ids[match[match.lastindex]])
+    offsets.append(match.span())
+    end = match.end()
+  plain(end, len(text))
+  return tokens, offsets
+
+
 def _pattern(token, flags):
-  """A special token as a group of its own, with the space that it takes in."""
+  """A regular expression for a special token, in a group, and the white space that it absorbs."""
   before, after = (r'\s*' if flags.get(side) else '' for side in ('lstrip', 'rstrip'))
   return f'{before}({re.escape(token)}){after}'
 
 
 def _align(model, text):
-  """Ids and spans of characters of a SentencePiece model."""
+  """Ids of a text by a SentencePiece model, and the span of characters of each."""
   found = model.encode(text, return_type='offset_mapping')
   return found['ids'], found['offsets']
 
 
 def _template(folder, config):
-  """The template's source, '' if there is none; of several named ones, the default."""
+  """Text of the chat template, '' if there is none; if there are several, the one named `default`."""
   if (folder / 'chat_template.jinja').is_file():
     return (folder / 'chat_template.jinja').read_text(encoding='utf-8')
   template = config.get('chat_template') or ''
@@ -289,11 +317,12 @@ def _template(folder, config):
 
 
 def _text(token):
-  """A special token is written as a string or as an object with its content."""
+  """Text of a special token, which files write as a string or as an object with `content`."""
   return token['content'] if isinstance(token, dict) else token
 
 
 def _read_json(path):
+  """Content of a JSON file, {} if it does not exist."""
   return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""Who looks at whom: attention over one or several sets of keys, and its masks."""
+"""Attention over one or several sets of keys, and the masks that say which tokens see each other."""
 
 import functools
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 Array = jax.Array
-Source = tuple[Array, Array, Array]  # keys, values and which of them a query may look at
+Source = tuple[Array, Array, Array]  # keys, values, and a mask of what each query may look at
 
 
 def einsum(spec: str, x: Array, y: Array) -> Array:
-  """Product that accumulates in float32, and is exact float32 for float32 operands on any device.
+  """`jnp.einsum` that accumulates in float32, with full float32 precision for float32 operands.
 
-  Derivatives of bfloat16 products are bfloat16 products too. Left to themselves they would meet a
-  float32 cotangent, and copy the weights to float32 to multiply with it.
+  The derivatives of a bfloat16 product are bfloat16 products. Without this rule they would multiply a
+  float32 cotangent, for which XLA copies the weights to float32.
   """
   return (_narrow if x.dtype == y.dtype == jnp.bfloat16 else _product)(spec, x, y)
 
@@ -30,28 +30,31 @@ _narrow = jax.custom_jvp(_product, nondiff_argnums=(0,))
 def _narrow_jvp(spec: str, primals: tuple[Array, Array], tangents: tuple):
   (x, y), (dx, dy) = primals, tangents
   terms = [(x, dy), (dx, y)]
+  # Operands that do not depend on what is differentiated, frozen weights for example, need no product.
   kept = [t for t in terms if not any(isinstance(v, SymbolicZero) for v in t)]
   return _narrow(spec, x, y), sum(jnp.einsum(spec, *t).astype(jnp.float32) for t in kept)
 
 
 def softcap(x: Array, cap: float) -> Array:
-  """cap tanh(x / cap), which keeps |x| below `cap` (Gemma 2, arXiv:2408.00118); 0 is no cap."""
+  """cap tanh(x / cap), so that the result stays within +-cap (Gemma 2, arXiv:2408.00118); 0: no cap."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Array:
-  """Grouped-query attention (arXiv:2305.13245): heads h of a group read the same key and value head.
+  """Grouped-query attention (arXiv:2305.13245): a group of query heads reads one key and value head.
 
-  With several sources the queries look at all their keys. Each source is read by itself, and
-  the results are weighed by exp(lse_i), lse_i = log sum exp of its scores, which is the same softmax.
-  A source may have fewer rows than the queries: B / N consecutive rows then share one of its rows.
+  The softmax is over the keys of all sources together. Each source is read separately, and the results
+  are averaged with weights proportional to exp(lse_i), where lse_i is the log sum exp of the scores of
+  source i; this equals the softmax over all keys. A source may have fewer rows (N) than the queries
+  (B): then B / N consecutive rows of queries read the same row of the source.
 
   Args:
     query: [B, S, heads, head_dim].
     *sources: keys [N, kv_heads, head_dim, L], values [N, kv_heads, L, head_dim], and a mask
-      bool[B, S, L], True where a query may look. A query with no True gives finite garbage.
+      bool[B, S, L], True where a query may look. A query without any True gets a finite, meaningless
+      result.
     scale: multiplies the scores.
-    cap: soft cap of the scaled scores, 0 for none.
+    cap: soft cap of the scaled scores (0: none).
 
   Returns:
     [B, S, heads, head_dim]
@@ -65,22 +68,25 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
 
 def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):
   """Attention to one source, f32[B, S, heads, head_dim], and the lse of its scores, f32[B, S, heads]."""
-  # Rows that share a row of keys, in a line; then one matrix of queries for each head of the keys.
+  # Merge the positions of all rows that read the same row of keys: [N, rows * S, ...].
   together = lambda x: x.reshape(len(key), -1, *x.shape[2:])
   split = together(query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[3]))
+  # One matrix of queries for each head of keys, so that both products below are plain matrix products.
   heads = jnp.transpose(split, (0, 2, 3, 1, 4))
   matrix = heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
   scores = einsum('bnxk,bnkl->bnxl', matrix, key).reshape(*heads.shape[:4], -1)
   scores = softcap(scores * scale, cap)
+  # The smallest finite number, not -inf: a query that sees nothing gets no NaN.
   scores = jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  # Back to the layout of the queries.
   lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
   out = einsum('bnxl,bnlk->bnxk', probs.reshape(*matrix.shape[:3], -1), value)
   return jnp.transpose(out.reshape(heads.shape), (0, 3, 1, 2, 4)).reshape(query.shape), lse
 
 
 def segment_positions(segment_ids: Array) -> Array:
-  """Position inside the own segment: [1, 1, 1, 2, 2] -> [0, 1, 2, 0, 1]."""
+  """Position of each token within its segment, i32[B, T]: [1, 1, 1, 2, 2] -> [0, 1, 2, 0, 1]."""
   index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
   before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   start = jnp.where(segment_ids != before, index, 0)
@@ -88,7 +94,7 @@ def segment_positions(segment_ids: Array) -> Array:
 
 
 def segment_mask(segment_ids: Array) -> Array:
-  """Causal attention inside each segment: i32[B, T] -> bool[B, T, T]."""
+  """Causal mask within each segment: i32[B, T] -> bool[B, T, T], [b, t, s]: does token t see s?"""
   length = segment_ids.shape[1]
   causal = jnp.tril(jnp.ones((1, length, length), bool))
   return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])

@@ -1,7 +1,8 @@
-"""The shape of a decoder: one dataclass and one table of axes.
+"""The configuration of a decoder, and the parameters that follow from it.
 
-The configuration says which parameters there are (`top`, `layer`) and `AXES` names the axes of each;
-shapes, initial scales, sharding and the reading and writing of files all follow from these two."""
+`Config.top` and `Config.layer` name the parameters that a configuration has, and `AXES` names the
+axes of each parameter. Shapes, initial scales, sharding and the reading and writing of files all
+follow from these names."""
 
 import dataclasses
 import math
@@ -44,64 +45,81 @@ VALID = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """The shape of a decoder; see `decoder` for the fields, and `lora` for those of an adapter."""
+  """All settings of a decoder. `decoder` takes each of them as a keyword, except those of an adapter.
 
-  vocab_size: int
-  num_layers: int
-  width: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_width: int
-  activation: str
-  rope_theta: float
-  rope_factor: float
-  rope_low: float
-  rope_high: float
-  rope_original_length: int
-  window: int
-  local_layers: tuple[int, ...]
-  local_rope_theta: float
-  norm_eps: float
-  norm_offset: float
-  pre_norm: bool
-  post_norm: bool
-  qk_norm: str
-  attention_bias: bool
-  query_scale: float
-  attention_softcap: float
-  logit_softcap: float
-  embedding_scale: float
-  tie_embeddings: bool
-  num_experts: int
-  experts_per_token: int
-  normalize_experts: bool
-  balance_rate: float
-  max_length: int
-  dtype: str
-  param_dtype: str
-  remat: str
-  value_head: bool
+  Raises:
+    ValueError: an impossible combination of sizes, or an unknown choice; the message lists the valid
+      ones.
+  """
+
+  vocab_size: int  # number of tokens in the vocabulary
+  num_layers: int = 2  # number of blocks
+  width: int = 64  # size of the residual stream
+  num_heads: int = 4  # query heads
+  num_kv_heads: int = 2  # key and value heads; divides num_heads
+  head_dim: int = 16  # size of a head, even
+  mlp_width: int = 192  # inner size of the feed-forward, or of each expert
+  activation: str = 'silu'  # of the gate: 'silu', or 'gelu' in its tanh form
+
+  # Rotary positions. The middle four extend the context, see `rotary.stretch`.
+  rope_theta: float = 10_000.0  # base of the frequencies
+  rope_factor: float = 1.0
+  rope_low: float = 1.0
+  rope_high: float = 4.0
+  rope_original_length: int = 0
+
+  # Local layers look at a sliding window; all other layers look at the whole past.
+  window: int = (
+    0  # tokens that a local layer sees, its own included; 0 if there are no local layers
+  )
+  local_layers: tuple[int, ...] = ()  # indices of the local layers
+  local_rope_theta: float = 10_000.0  # base of the frequencies of local layers, never stretched
+
+  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+  norm_offset: float = 0.0  # norms multiply by norm_offset + scale (1 in Gemma)
+  pre_norm: bool = True  # normalise the inputs of attention and feed-forward
+  post_norm: bool = False  # normalise their outputs, before the addition (OLMo 2; Gemma has both)
+  qk_norm: str = (
+    'none'  # RMSNorm of queries and keys: 'none', 'head' (each head) or 'all' (all heads)
+  )
+
+  attention_bias: bool = False  # queries, keys and values have a bias (Qwen2)
+  query_scale: float = 0.0  # multiplies attention scores; 0 means head_dim^-1/2
+  # How training attends within whole rows: 'einsum', or a kernel: 'cudnn' (NVIDIA GPUs; bfloat16, no
+  # soft cap) or 'splash' (TPUs). Results are equal up to rounding.
   attention: str = 'einsum'
-  lora_rank: int = 0
-  lora_scale: float = 1.0
-  lora_targets: tuple[str, ...] = ()
+  attention_softcap: float = 0.0  # soft cap of attention scores, 0 for none
+  logit_softcap: float = 0.0  # soft cap of logits, 0 for none
+  embedding_scale: float = 1.0  # multiplies embeddings (sqrt(width) in Gemma)
+  tie_embeddings: bool = True  # the embedding is also the unembedding
+
+  # A mixture of experts, see `experts`.
+  num_experts: int = 0  # experts of every feed-forward, 0 for a dense feed-forward
+  experts_per_token: int = 2  # experts that process each token
+  normalize_experts: bool = True  # divide the weights of a token's experts by their sum
+  balance_rate: float = 0.0  # step of the bias that balances the load of experts; 0 for no bias
+
+  max_length: int = 2048  # longest row in tokens; longer rows raise ValueError
+  dtype: str = 'float32'  # of activations, or 'bfloat16'; sums, norms, softmax, logits are float32
+  param_dtype: str = 'float32'  # of the stored parameters, or 'bfloat16'
+  # The matrix products of a block that the backward pass computes again: 'none', 'full' (all of them)
+  # or 'dots' (attention, whose products have no weights). Everything between products is always
+  # computed again, because keeping it would cost more.
+  remat: str = 'none'
+  value_head: bool = False  # adds a scalar head, zero at first; also the head of a reward model
+
+  # A low-rank adapter; only `lora` sets these.
+  lora_rank: int = 0  # inner size of the factors, 0 for no adapter
+  lora_scale: float = 1.0  # multiplies the product of the factors
+  lora_targets: tuple[str, ...] = ()  # names of the matrices that have factors
 
   def __post_init__(self):
     for field, valid in VALID.items():
       if getattr(self, field) not in valid:
         raise ValueError(f'unknown {field} {getattr(self, field)!r}; valid: {sorted(valid)}')
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(f'{self.num_heads} heads do not divide over {self.num_kv_heads} kv heads')
-    if self.attention == 'cudnn' and (self.dtype != 'bfloat16' or self.attention_softcap):
-      raise ValueError(
-        "attention 'cudnn' needs dtype 'bfloat16' and no attention_softcap; got dtype "
-        f'{self.dtype!r} and attention_softcap {self.attention_softcap}'
-      )
-    if self.head_dim % 2:
-      raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}')
+    self._check_attention()
     if not (self.pre_norm or self.post_norm):
       raise ValueError('pre_norm and post_norm: at least one of them must be True')
     if bool(self.window) != bool(self.local_layers):
@@ -116,6 +134,17 @@ class Config:
     if self.lora_rank and not set(self.lora_targets) <= set(targets):
       raise ValueError(f'lora targets {self.lora_targets}; valid: {targets}')
 
+  def _check_attention(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f'{self.num_heads} heads do not divide over {self.num_kv_heads} kv heads')
+    if self.attention == 'cudnn' and (self.dtype != 'bfloat16' or self.attention_softcap):
+      raise ValueError(
+        "attention 'cudnn' needs dtype 'bfloat16' and no attention_softcap; got dtype "
+        f'{self.dtype!r} and attention_softcap {self.attention_softcap}'
+      )
+    if self.head_dim % 2:
+      raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}')
+
   @property
   def top(self) -> tuple[str, ...]:
     """Names of the parameters outside the layers."""
@@ -124,7 +153,7 @@ class Config:
 
   @property
   def layer(self) -> tuple[str, ...]:
-    """Names of the parameters of a layer, all layers alike."""
+    """Names of the parameters of one layer; all layers have the same names."""
     optional = {
       'attention_norm': self.pre_norm,
       'query_bias': self.attention_bias,
@@ -143,13 +172,14 @@ class Config:
 
   @property
   def adapter(self) -> tuple[str, ...]:
-    """Names of the low-rank factors of a layer."""
+    """Names of the low-rank factors of one layer, for example `query_lora_a`."""
     targets = self.lora_targets if self.lora_rank else ()
     return tuple(f'{name}_lora_{half}' for name in targets for half in 'ab')
 
   def axes(self, name: str) -> tuple[str, ...]:
-    """Logical axes of a parameter (of one layer, for those of a layer)."""
+    """Logical axes of a parameter, without the axis over layers."""
     base, adapter, half = name.partition('_lora_')
+    # The factors have the axes of their matrix, with the rank in place of its outputs (a) or inputs (b).
     if adapter:
       inputs = num_inputs(base)
       return {'a': (*AXES[base][:inputs], 'rank'), 'b': ('rank', *AXES[base][inputs:])}[half]
@@ -160,7 +190,7 @@ class Config:
     return AXES[name]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a parameter (of one layer, for those of a layer)."""
+    """Shape of a parameter, without the axis over layers."""
     sizes = {
       'vocab': self.vocab_size,
       'embed': self.width,
@@ -174,7 +204,7 @@ class Config:
     return tuple(sizes[axis] for axis in self.axes(name))
 
   def fan_in(self, name: str) -> int:
-    """How many inputs an output of a matrix sums over; matrices of experts begin with that axis."""
+    """Number of inputs that one output of a matrix sums over, for one expert where there are experts."""
     if name in ('embedding', 'unembedding'):
       return self.width
     shape = self.shape(name)
@@ -184,5 +214,5 @@ class Config:
 
 
 def num_inputs(name: str) -> int:
-  """How many leading axes of a matrix are contracted with the activations."""
+  """Number of leading axes of a matrix that a product with activations sums over."""
   return 2 if name in ('out', 'out_lora_a') else 1

@@ -1,8 +1,9 @@
-"""A mixture of experts without capacity limits, and its auxiliary-loss-free balance.
+"""A mixture of experts without capacity limits, balanced without an auxiliary loss.
 
-Every token goes to the K experts with the highest score s + b, and their outputs are added with
-weights from s alone. The bias b only steers the choice: after each update it moves by
-u sign(mean load - load), so crowded experts are chosen less (arXiv:2408.15664). No loss is added."""
+Every token goes to the k experts with the highest s + b, where s is the router's score and b a bias of
+the expert. The outputs of these experts are added with weights computed from s alone, so the bias only
+affects the choice. Each update moves b by u sign(mean load - load), so crowded experts are chosen less
+often (arXiv:2408.15664)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ Array = jax.Array
 
 
 def route(logits: Array, bias: Array, *, k: int, normalize: bool) -> tuple[Array, Array]:
-  """The experts of every token and their weights.
+  """Chooses the experts of every token and computes their weights.
 
   Args:
-    logits: f32[N, E]; the scores are softmax(logits).
+    logits: f32[N, E], N tokens and E experts; the scores are softmax(logits).
     bias: f32[E], added to the scores for the choice only.
-    k: experts a token.
-    normalize: the weights of the chosen experts add up to 1.
+    k: number of experts per token.
+    normalize: divide the weights of the chosen experts by their sum.
 
   Returns:
     weights f32[N, k] and chosen i32[N, k].
@@ -33,7 +34,7 @@ def route(logits: Array, bias: Array, *, k: int, normalize: bool) -> tuple[Array
 
 
 def excess(chosen: Array, valid: Array, num_experts: int) -> Array:
-  """Tokens of every expert above the mean load, over valid tokens; i32[N, k], bool[N] -> f32[E]."""
+  """Load of each expert minus the mean load, in valid tokens; i32[N, k], bool[N] -> f32[E]."""
   hits = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32) * valid[:, None, None]
   load = jnp.sum(hits, axis=(0, 1))
   return load - jnp.mean(load)
@@ -41,10 +42,10 @@ def excess(chosen: Array, valid: Array, num_experts: int) -> Array:
 
 @jax.custom_vjp
 def with_load_gradient(weights: Array, bias: Array, excess: Array) -> Array:
-  """`weights` themselves, but the "gradient" of the bias is the excess load.
+  """Returns `weights`, and reports `excess` as the gradient of the bias, whatever the loss is.
 
-  So loads leave the model as gradients do, summed over micro-batches and devices, and the bias is
-  an ordinary parameter whose update is a sign step (`optim.balanced`). The loss does not matter.
+  Loads are thereby summed over micro-batches and devices as gradients are, and the bias is an ordinary
+  parameter whose update is a sign step (`optim.balanced`).
   """
   del bias, excess
   return weights
@@ -65,17 +66,18 @@ with_load_gradient.defvjp(_forward, _backward)
 def mixture(
   x: Array, weights: Array, chosen: Array, gate: Array, up: Array, down: Array, *, activation
 ) -> Array:
-  """sum_k weight_k down_k(activation(gate_k x) * up_k x), each token through its own experts.
+  """Sum over the k experts of each token of weight_k down_k(activation(gate_k x) * up_k x).
 
-  Tokens are sorted by expert, so that each expert's matrix meets a contiguous block of rows
-  (`jax.lax.ragged_dot`); none is dropped.
+  Tokens are sorted by expert, so that each expert multiplies a contiguous block of rows
+  (`jax.lax.ragged_dot`). No token is dropped.
 
   Args:
-    x: [B, T, D].
-    weights: f32[B, T, k].
-    chosen: i32[B, T, k].
-    gate, up: [E, D, F].
+    x: [B, T, D], activations.
+    weights: f32[B, T, k], from `route`.
+    chosen: i32[B, T, k], from `route`.
+    gate, up: [E, D, F], matrices of all experts.
     down: [E, F, D].
+    activation: function of the gate.
 
   Returns:
     f32[B, T, D]
@@ -83,7 +85,8 @@ def mixture(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return _mixture(x, weights, chosen, gate, up, down, activation=activation, split=())
-  # Each device sorts its own rows; the matrices are whole along the width, cut along `mlp`.
+  # Each device sorts and multiplies its own rows. It gathers the matrices along the width, and keeps
+  # them split along `mlp`.
   rows = partition_spec(mesh, ('batch', 'length', 'hidden'), x.shape)
   wide = partition_spec(mesh, ('experts', 'hidden', 'mlp'), gate.shape)
   narrow = partition_spec(mesh, ('experts', 'mlp', 'hidden'), down.shape)
@@ -98,11 +101,12 @@ def mixture(
 
 def _mixture(x, weights, chosen, gate, up, down, *, activation, split):
   k, num_experts = chosen.shape[-1], gate.shape[0]
+  # One entry for each (token, choice), sorted by expert; entry i of a token's list is token i // k.
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
 
   def product(rows, matrices):
-    # The TPU's kernel refuses 'highest' for bfloat16, whose products are exact in float32 anyway.
+    # The TPU kernel rejects 'highest' for bfloat16, whose products are exact in float32 anyway.
     out = jax.lax.ragged_dot(
       rows,
       matrices.astype(rows.dtype),
@@ -115,6 +119,7 @@ def _mixture(x, weights, chosen, gate, up, down, *, activation, split):
   rows = x.reshape(-1, x.shape[-1])[order // k]
   inner = activation(product(rows, gate)) * product(rows, up)
   out = product(inner, down).astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+  # Add the k outputs of each token; devices that split `mlp` hold partial sums.
   total = jnp.zeros((x.shape[0] * x.shape[1], x.shape[-1]), jnp.float32).at[order // k].add(out)
   total = jax.lax.psum(total, split) if split else total
   return total.reshape(x.shape)

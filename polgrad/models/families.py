@@ -1,8 +1,8 @@
-"""Families of models on the Hugging Face hub: what config.json says, and what tensors are called.
+"""Families of models on the Hugging Face hub: how to read config.json, and the names of tensors.
 
-A family is a row of `FAMILIES`. A row says how it differs from Llama: fields of `Config` that hold
-for the whole family, keys of config.json that say the others, what a key means where it is absent,
-which layers are local, and other names of tensors."""
+Each family is an entry of `FAMILIES`, which says how the family differs from Llama: the fields of
+`Config` that are fixed in the family, the keys of config.json that hold the other fields, the values of
+absent keys, the layers that are local, and the names of tensors."""
 
 import dataclasses
 import types
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from polgrad.models.config import Config
 
+# Tensors by our names of the parameters: outside the layers, and of one layer in the kinds of families.
 TOP = {
   'embedding': 'model.embed_tokens.weight',
   'final_norm': 'model.norm.weight',
@@ -53,6 +54,7 @@ MIXTRAL_EXPERTS = ATTENTION | {
   'down': 'block_sparse_moe.experts.{expert}.w2.weight',
 }
 
+# Fields of `Config` that no key of config.json holds in Llama; families override them.
 LLAMA = dict(
   norm_offset=0.0,
   pre_norm=True,
@@ -68,6 +70,7 @@ LLAMA = dict(
   normalize_experts=True,
   local_rope_theta=10_000.0,
 )
+# Field of `Config` -> key of config.json; then key -> its value where it is absent.
 KEYS = dict(
   vocab_size='vocab_size',
   num_layers='num_hidden_layers',
@@ -100,7 +103,6 @@ GEMMA_DEFAULTS = dict(
 QWEN_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
 MIXTURE_KEYS = dict(num_experts='num_experts', experts_per_token='num_experts_per_tok')
 
-
 NOTHING = types.MappingProxyType({})
 
 
@@ -108,13 +110,13 @@ class Family(NamedTuple):
   """How a family differs from Llama.
 
   Attributes:
-    architecture: stem of the classes of transformers.
-    fixed: fields of `Config`.
+    architecture: beginning of the class names in the transformers library, `Llama` for example.
+    fixed: field of `Config` -> its value in the whole family.
     keys: field of `Config` -> key of config.json.
-    defaults: key of config.json -> what is meant where it is absent.
-    layer: parameter of a layer -> stored name.
-    local: config.json, layer -> is it local? None if no layer can be.
-    names_layers: config.json may say which layers are local in `layer_types`.
+    defaults: key of config.json -> its value where the key is absent.
+    layer: parameter of a layer -> name of its tensor in the layer.
+    local: (config.json, layer) -> whether the layer is local; None if the family has no local layers.
+    names_layers: whether config.json may list in `layer_types` which layers are local.
   """
 
   architecture: str
@@ -189,7 +191,7 @@ FAMILIES = {
 }  # fmt: skip
 
 ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu'}
-# How a value of config.json becomes a field, and back.
+# Field -> (value of config.json -> value of the field, and the inverse).
 CONVERT = {
   'rope_theta': (float, float),
   'local_rope_theta': (float, float),
@@ -214,7 +216,7 @@ ROPE = {  # rope_type -> field -> key
 }  # fmt: skip
 PLAIN_ROPE = dict(rope_factor=1.0, rope_low=1.0, rope_high=4.0, rope_original_length=0)
 
-# Keys that would change what is computed, and the one value that does not; absent and null neither.
+# Keys of features that are not supported, with the only value that is accepted; absent and null are too.
 INERT = dict(
   attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0, quantization_config=None,
   use_bidirectional_attention=False, mlp_only_layers=[], decoder_sparse_step=1,
@@ -223,11 +225,11 @@ LAYER_TYPES = {'full_attention': False, 'sliding_attention': True}
 
 
 def read_settings(config: dict) -> dict:
-  """The fields of `Config` that config.json fixes.
+  """The fields of `Config` that config.json determines.
 
   Raises:
-    ValueError: a family that is not supported, a key that is missing, or a value with which the
-      decoder would compute something else; the message names the key and what is supported.
+    ValueError: a family that is not supported, a missing key, or a value of a feature that the decoder
+      does not have; the message names the key and what is supported.
   """
   kind = config.get('model_type')
   if 'vision_config' in config:
@@ -237,12 +239,14 @@ def read_settings(config: dict) -> dict:
   family = FAMILIES[kind]
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
   given = _with_defaults(config, family, rope)
-  # Newer files have the rotary positions of either kind of layer apart.
+  # Newer files have separate rotary settings for full and for local layers.
   far, near = rope.get('full_attention', rope), rope.get('sliding_attention', {})
+  # Refuse features that the decoder does not have, instead of computing another model.
   for key, value in INERT.items():
     _require(key, given.get(key, value), (value, None))
   _require('partial_rotary_factor', far.get('partial_rotary_factor'), (1.0, None))
   _require('rope type of local layers', near.get('rope_type', 'default'), ('default',))
+  # Read the fields that the family has keys for.
   keys = KEYS | family.keys
   missing = sorted({key for key in keys.values() if given.get(key) is None} - _nullable(family))
   if missing:
@@ -250,27 +254,30 @@ def read_settings(config: dict) -> dict:
   fields = {field: CONVERT.get(field, SAME)[0](given[key]) for field, key in keys.items()}
   _require(keys['activation'], given[keys['activation']], tuple(ACTIVATIONS))
   if is_classifier(config):
-    fields['tie_embeddings'] = True  # there is a score in the place of the unembedding
+    fields['tie_embeddings'] = True  # a reward model has a score instead of the unembedding
+  # Derive the fields that depend on several keys: rotary positions and local layers.
   fields |= _read_rope(far)
   local = _local_layers(given, family)
   fields |= dict(window=given['sliding_window'] if local else 0, local_layers=local)
-  if local and 'local_rope_theta' not in keys:
+  if local and 'local_rope_theta' not in keys:  # local layers then rotate like the others
     fields['local_rope_theta'] = fields['rope_theta']
     _require('rope factor with a sliding window', fields['rope_factor'], (1.0,))
   return LLAMA | family.fixed | fields
 
 
 def write_settings(config: Config, reward_model: bool = False) -> dict:
-  """A config.json that says `config`, for transformers and whatever reads its files.
+  """The config.json of a model, as the transformers library would write it.
 
   Args:
-    config: the model; of the families that it fits, the first is taken.
-    reward_model: a classifier with one label instead of a language model.
+    config: the model. The first family that can express it is used.
+    reward_model: describe a classifier with one label instead of a language model.
 
   Raises:
-    ValueError: the model fits no family; the message has what stands in the way of the nearest.
+    ValueError: no family can express the model; the message lists the differences to the nearest one.
   """
+  # Files hold the scale itself, so 0, which means the default, is resolved first.
   config = dataclasses.replace(config, query_scale=config.query_scale or config.head_dim**-0.5)
+  # A family fits if its config.json, read back, gives the same fields.
   differences = {}
   for kind in FAMILIES:
     written = _body(config, kind) | _head(config, kind, reward_model)
@@ -285,10 +292,15 @@ def write_settings(config: Config, reward_model: bool = False) -> dict:
 
 
 def keep_settings(stated: dict, config: Config, reward_model: bool = False) -> dict:
-  """The config.json that a model came from, for what became of it: another class or dtype at most.
+  """The config.json that a model was read from, updated to the model's present class and dtype.
+
+  Args:
+    stated: the config.json that the model was read from.
+    config: the model now; apart from class and dtype it must be the same.
+    reward_model: describe a classifier with one label instead of a language model.
 
   Raises:
-    ValueError: it says another model; the message has the differences.
+    ValueError: `stated` describes another model; the message lists the differences.
   """
   kept = {key: value for key, value in stated.items() if key not in ('dtype', 'torch_dtype')}
   kept |= _head(config, stated.get('model_type'), reward_model)
@@ -299,12 +311,12 @@ def keep_settings(stated: dict, config: Config, reward_model: bool = False) -> d
 
 
 def stored_name(kind: str, name: str) -> str:
-  """Stored name of a parameter, with {layer} and {expert} where it has one tensor for each."""
+  """Name of a parameter's tensors, with placeholders {layer} and {expert} where each has a tensor."""
   return TOP[name] if name in TOP else 'model.layers.{layer}.' + FAMILIES[kind].layer[name]
 
 
 def is_classifier(config: dict) -> bool:
-  """Does the folder hold a reward model: a score where a language model has its unembedding?"""
+  """Whether config.json is that of a reward model, which has a score instead of an unembedding."""
   return any(
     name.endswith('ForSequenceClassification') for name in config.get('architectures') or ()
   )
@@ -318,12 +330,13 @@ def _require(key: str, found: Any, supported: tuple) -> None:
 
 
 def _nullable(family: Family) -> set[str]:
+  """Keys of config.json that may be null."""
   softcaps = ('attention_softcap', 'logit_softcap')
   return {family.keys[field] for field in softcaps if field in family.keys}
 
 
 def _with_defaults(config: dict, family: Family, rope: dict) -> dict:
-  """config.json with everything in its old place and nothing left to guess."""
+  """config.json with absent keys filled in, and the keys of newer files moved to their older places."""
   theta = dict(
     rope_theta=rope.get('full_attention', rope).get('rope_theta'),
     rope_local_base_freq=rope.get('sliding_attention', {}).get('rope_theta'),
@@ -334,11 +347,12 @@ def _with_defaults(config: dict, family: Family, rope: dict) -> dict:
   if given.get('head_dim') is None and {'hidden_size', 'num_attention_heads'} <= given.keys():
     given['head_dim'] = given['hidden_size'] // given['num_attention_heads']
   for ours, theirs in (('num_experts', 'num_local_experts'), ('num_local_experts', 'num_experts')):
-    given.setdefault(ours, given.get(theirs))  # either is written for one model
+    given.setdefault(ours, given.get(theirs))  # files of one model may use either name
   return given
 
 
 def _read_rope(rope: dict) -> dict:
+  """The fields of `Config` that say how rotary positions are extended to longer contexts."""
   kind = rope.get('rope_type', rope.get('type', 'default'))
   _require('rope type', kind, tuple(ROPE))
   missing = sorted(set(ROPE[kind].values()) - rope.keys())
@@ -348,6 +362,7 @@ def _read_rope(rope: dict) -> dict:
 
 
 def _local_layers(given: dict, family: Family) -> tuple[int, ...]:
+  """Indices of the local layers: those that `layer_types` lists, else by the rule of the family."""
   if family.local is None or not (given['use_sliding_window'] and given['sliding_window']):
     return ()
   layers = range(given['num_hidden_layers'])
@@ -362,7 +377,7 @@ def _local_layers(given: dict, family: Family) -> tuple[int, ...]:
 
 
 def _head(config: Config, kind: str, reward_model: bool) -> dict:
-  """What of config.json depends on the use of a model."""
+  """The keys of config.json that depend on what the model is used for: class, dtype and labels."""
   if kind not in FAMILIES:
     raise ValueError(f'model_type {kind!r} is not supported; supported: {sorted(FAMILIES)}')
   text = 'Text' if reward_model and kind == 'gemma3_text' else ''
@@ -377,16 +392,19 @@ def _head(config: Config, kind: str, reward_model: bool) -> dict:
 
 
 def _body(config: Config, kind: str) -> dict:
-  """What config.json of a family would say of `config`, as far as it can."""
+  """The keys of config.json that describe `config`, as far as the family can express it."""
   family, written = FAMILIES[kind], {}
+  # Fields that have a key; two fields may share one key, whose first value is kept.
   for field, key in (KEYS | family.keys).items():
     written.setdefault(key, CONVERT.get(field, SAME)[1](getattr(config, field)))
   rope = (
     'default' if config.rope_factor == 1 else 'llama3' if config.rope_original_length else 'linear'
   )
+  # Rotary positions of longer contexts.
   if rope != 'default':
     values = {key: getattr(config, field) for field, key in ROPE[rope].items()}
     written['rope_scaling'] = dict(rope_type=rope, **values)
+  # Local layers, in every form that the family reads.
   if family.local:
     written['sliding_window'] = config.window or None
   if 'use_sliding_window' in family.defaults:
@@ -399,7 +417,7 @@ def _body(config: Config, kind: str) -> dict:
 
 
 def _differences(config: Config, written: dict, reward_model: bool) -> list[str]:
-  """Where the model that config.json says is not `config`, or why it says none."""
+  """The fields in which the model of config.json differs from `config`, or why it cannot be read."""
   try:
     found = read_settings(written)
   except ValueError as error:
@@ -413,7 +431,8 @@ def _differences(config: Config, written: dict, reward_model: bool) -> list[str]
 
 
 def _effective(fields: dict, reward_model: bool) -> dict:
-  """The fields that make a difference, defaults spelt out."""
+  """The fields that change what the model computes, with the default of `query_scale` resolved."""
+  # Field -> whether it has no effect here.
   idle = {
     'max_length': True,  # rows may be kept shorter than the model allows
     'local_rope_theta': not fields['window'],

@@ -1,8 +1,8 @@
-"""Makes Hugging Face folders of GGUF files: Llama, Qwen2 and Qwen3 models with a byte-level tokenizer.
+"""Converts GGUF files to Hugging Face folders: Llama, Qwen2 and Qwen3 with a byte-level tokenizer.
 
-A GGUF file holds settings, tokenizer and tensors, most often quantised; see
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors have the layout of Hugging Face, but
-files of `llama` keep a rotary pair in neighbouring rows instead of half a head apart."""
+A GGUF file holds settings, tokenizer and tensors, which are mostly quantised; see
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors have the layout of Hugging Face, with
+one exception: in files of `llama` the rows of a rotary pair are neighbours, not half a head apart."""
 
 import json
 import pathlib
@@ -17,7 +17,8 @@ from polgrad.models.hf import check, slots
 from polgrad.models.tensors import Tensor, new_folder, write_folder
 
 SUPPORTED = ('llama', 'qwen2', 'qwen3')
-NEIGHBOURS = ('llama',)  # keep rotary pairs in neighbouring rows
+NEIGHBOURS = ('llama',)  # architectures whose rotary pairs are neighbouring rows
+# Names of tensors in a GGUF file -> names in a Hugging Face folder, outside the layers and in a layer.
 TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 LAYER = {
   'attn_norm': 'input_layernorm',
@@ -44,27 +45,31 @@ KEYS = {  # key of config.json -> key of the file, after the name of the archite
   'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
   'rope_theta': 'rope.freq_base',
 }
+# Three keys for the size of a head; the keys of context extension; and settings that have no effect.
 HEAD_DIM = ('attention.key_length', 'attention.value_length', 'rope.dimension_count')
 SCALING, FACTOR = 'rope.scaling.type', 'rope.scaling.factor'
 HARMLESS = (
   'vocab_size', 'tensor_data_layout', 'rope.scaling.original_context_length',
   'rope.scaling.finetuned',
 )  # fmt: skip
-# How Llama 3.1 and later were stretched; their files have the quotients of the frequencies alone.
+# The context extension of Llama 3.1 and later. Their files hold only the factor of each frequency.
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
-CONTROL, USER_DEFINED = 3, 4  # types of tokens that text is searched for before it is cut
+# Types of tokens that a tokenizer finds in the text before it splits the rest.
+CONTROL, USER_DEFINED = 3, 4
+# Keys of config.json -> keys of the file.
 IDS = {
   'bos_token_id': 'tokenizer.ggml.bos_token_id',
   'eos_token_id': 'tokenizer.ggml.eos_token_id',
   'pad_token_id': 'tokenizer.ggml.padding_token_id',
 }
+# Steps of tokenizer.json that split text into words.
 BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 DIGITS = {'type': 'Digits', 'individual_digits': True}
 
 
 def _words(numbers: str) -> list[dict]:
-  """Cuts text as Llama 3 and Qwen do, which differ in their numbers, and then into bytes."""
+  """The steps of Llama 3 and Qwen, which differ in how they split numbers (a regular expression)."""
   pattern = (
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
     r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -74,12 +79,12 @@ def _words(numbers: str) -> list[dict]:
 
 
 class Cut(NamedTuple):
-  """What a tokenizer does besides merging; a file only names it."""
+  """How a tokenizer splits text before it merges bytes; a GGUF file has only the name of it."""
 
-  steps: list[dict]
-  normalizer: dict | None = None
-  ignore_merges: bool = False  # a word that is a token is not cut
-  bos: bool = False  # texts begin with the bos token, unless the file says otherwise
+  steps: list[dict]  # pre-tokenizers of tokenizer.json
+  normalizer: dict | None = None  # of tokenizer.json
+  ignore_merges: bool = False  # whether a word that is itself a token is never split
+  bos: bool = False  # whether texts begin with the bos token; a file may override this
 
 
 CUTS = {
@@ -91,12 +96,12 @@ CUTS = {
 
 
 class Contents(NamedTuple):
-  """What a file says, as a Hugging Face folder would.
+  """The contents of a GGUF file in the form of a Hugging Face folder.
 
   Attributes:
-    config: config.json.
-    tensors: by their names there, f32; each is de-quantised when it is read.
-    companions: name of another JSON file, without its suffix -> content.
+    config: content of config.json.
+    tensors: tensors by their names in the folder, f32; each is de-quantised when it is read.
+    companions: contents of other JSON files by their names without suffix.
   """
 
   config: dict
@@ -105,11 +110,11 @@ class Contents(NamedTuple):
 
 
 def convert(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
-  """Makes a Hugging Face folder, in float32, of a GGUF file: whole or not at all.
+  """Converts a GGUF file to a Hugging Face folder in float32. The folder appears when it is complete.
 
   Raises:
-    FileExistsError: there is something in the folder.
-    ImportError, FileNotFoundError, ValueError: as `read`.
+    FileExistsError: the folder is not empty.
+    ImportError, FileNotFoundError, ValueError: see `read`.
   """
   contents = read(path)
   with new_folder(folder) as made:
@@ -119,12 +124,12 @@ def convert(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
 
 
 def read(path: str | pathlib.Path) -> Contents:
-  """Opens a file; its tensors are read when they are asked for.
+  """Opens a GGUF file and reads all but its tensors, which are read on demand.
 
   Raises:
     ImportError: the package gguf is not installed.
-    FileNotFoundError: there is no file.
-    ValueError: the file is not whole or not of GGUF; an architecture, setting or tokenizer that is
+    FileNotFoundError: the file is missing.
+    ValueError: an incomplete file, or not a GGUF file; an architecture, setting or tokenizer that is
       not supported; tensors that are missing, unknown or of another shape.
   """
   try:
@@ -137,6 +142,7 @@ def read(path: str | pathlib.Path) -> Contents:
     said = {key: field.contents() for key, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError, OverflowError) as error:
     raise ValueError(f'{path} is not a whole GGUF file: {error}') from error
+  # Convert, and check the result as if it were a folder.
   try:
     contents = _contents(said, {tensor.name: tensor for tensor in reader.tensors})
     plain = dict(dtype='float32', param_dtype='float32', remat='none', value_head=False)
@@ -148,26 +154,31 @@ def read(path: str | pathlib.Path) -> Contents:
 
 
 def _contents(said: dict, stored: dict) -> Contents:
+  """Converts the settings (`said`) and tensors (`stored`) of a file, both by their names in the file."""
   kind = said.get('general.architecture')
   _require('general.architecture', kind, SUPPORTED)
   _require('split.count', said.get('split.count', 1), (0, 1))
   own = {k.removeprefix(f'{kind}.'): v for k, v in said.items() if k.startswith(f'{kind}.')}
+  # config.json, with the context extension that some files state as a tensor.
   config = _config(kind, own)
   stretched = stored.pop(FREQUENCIES, None)
   if stretched is not None:
     config['rope_scaling'] = _llama3_scaling(_dequantized(stretched), config)
+  # Tensors; in `llama`, rows of queries and keys are moved.
   heads = {'attn_q': config['num_attention_heads'], 'attn_k': config['num_key_value_heads']}
   heads = heads if kind in NEIGHBOURS else {}
   tensors = {_name(n): _tensor(x, heads.get(n.split('.')[-2:][0], 0)) for n, x in stored.items()}
   embedding = tensors.get('model.embed_tokens.weight')
   if embedding is None:
     raise ValueError('token_embd.weight is missing')
+  # Settings that only the tensors and the tokenizer show: size of the vocabulary and special tokens.
   ids = {ours: said[theirs] for ours, theirs in IDS.items() if theirs in said}
   config |= {
     'vocab_size': embedding.shape[0],
     'tie_word_embeddings': 'lm_head.weight' not in tensors,
     **ids,
   }
+  # Chat models have a second stop token; only generation_config.json can list several.
   stops = [said[k] for k in (IDS['eos_token_id'], 'tokenizer.ggml.eot_token_id') if k in said]
   if len(set(stops)) > 1:
     ids = ids | {'eos_token_id': stops}
@@ -183,17 +194,19 @@ def _require(key: str, found: Any, supported: tuple) -> None:
 
 
 def _config(kind: str, own: dict) -> dict:
-  """The part of config.json that the settings say."""
+  """The part of config.json that follows from the settings of the architecture (`own`)."""
   heads = own.get('attention.head_count')
   own = {'attention.head_count_kv': heads, 'rope.freq_base': 10_000.0} | own
   missing = sorted(f'{kind}.{key}' for key in KEYS.values() if own.get(key) is None)
   if missing:
     raise ValueError(f'{missing} are missing')
+  # Refuse settings that are not read, and those that differ from layer to layer.
   known = {*KEYS.values(), *HEAD_DIM, SCALING, FACTOR, *HARMLESS}
   odd = {f'{kind}.{key}': value for key, value in own.items() if value and key not in known}
   odd |= {f'{kind}.{key}': own[key] for key in KEYS.values() if isinstance(own[key], list)}
   if odd:
     raise ValueError(f'settings {odd} are not supported; layers are alike, dense and plain')
+  # The size of a head must be the same wherever the file states it.
   head_dim = own.get(HEAD_DIM[0]) or own['embedding_length'] // heads
   for key in HEAD_DIM:
     _require(f'{kind}.{key}', own.get(key, head_dim), (head_dim,))
@@ -205,7 +218,7 @@ def _config(kind: str, own: dict) -> dict:
     'torch_dtype': 'float32',
     **{ours: own[theirs] for ours, theirs in KEYS.items()},
   }
-  config['rms_norm_eps'] = float(f'{config["rms_norm_eps"]:.6g}')  # was written in decimal once
+  config['rms_norm_eps'] = float(f'{config["rms_norm_eps"]:.6g}')  # undoes rounding to f32
   factor = own.get(FACTOR) or 1.0
   if factor != 1:
     _require(f'{kind}.{SCALING}', own.get(SCALING, 'linear'), ('linear',))
@@ -214,10 +227,10 @@ def _config(kind: str, own: dict) -> dict:
 
 
 def _llama3_scaling(quotients: np.ndarray, config: dict) -> dict:
-  """The `rope_scaling` that slows the frequencies down by these quotients.
+  """The `rope_scaling` that divides each frequency by its quotient.
 
   Raises:
-    ValueError: they are not those of Llama 3.1 and later, or positions are scaled twice.
+    ValueError: the quotients are not those of Llama 3.1 and later, or positions are scaled twice.
   """
   factor = float(quotients.max())
   frequency = rotary.frequencies(config['head_dim'], config['rope_theta'])
@@ -233,7 +246,7 @@ def _llama3_scaling(quotients: np.ndarray, config: dict) -> dict:
 
 
 def _name(stored: str) -> str:
-  """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+  """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names are kept."""
   match stored.split('.'):
     case [part, suffix] if part in TOP:
       return f'{TOP[part]}.{suffix}'
@@ -243,7 +256,12 @@ def _name(stored: str) -> str:
 
 
 def _tensor(stored: Any, heads: int) -> Tensor:
-  """A tensor to be read; `heads` is not 0 if it has rotary pairs to be split."""
+  """A tensor that is de-quantised when it is read.
+
+  Args:
+    stored: the tensor of the file.
+    heads: number of heads if the rows of its rotary pairs must be moved apart, else 0.
+  """
 
   def take(index):
     x = _dequantized(stored)
@@ -253,6 +271,7 @@ def _tensor(stored: Any, heads: int) -> Tensor:
 
 
 def _shape(stored: Any) -> tuple[int, ...]:
+  """Sizes of the axes, which GGUF lists from the last to the first."""
   return tuple(stored.shape[::-1].tolist())
 
 
@@ -264,23 +283,25 @@ def _dequantized(stored: Any) -> np.ndarray:
 
 
 def _split_rotary_pairs(x: np.ndarray, heads: int) -> np.ndarray:
-  """Rows 0, 2, 4, ... of every head before its rows 1, 3, 5, ..."""
+  """Puts rows 0, 2, 4, ... of every head before its rows 1, 3, 5, ..."""
   pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, -1)
   return pairs.swapaxes(1, 2).reshape(x.shape)
 
 
 def _tokenizer(said: dict, config: dict) -> dict[str, dict]:
-  """tokenizer.json and tokenizer_config.json."""
+  """The contents of tokenizer.json and tokenizer_config.json."""
   get = lambda key: said.get(f'tokenizer.ggml.{key}')
   _require('tokenizer.ggml.model', get('model'), ('gpt2',))
   _require('tokenizer.ggml.pre', get('pre'), tuple(CUTS))
   cut, texts = CUTS[get('pre')], get('tokens')
+  # Tokens that are found in the text before the rest is split.
   added = [
     dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False,
          special=kind == CONTROL)
     for i, (t, kind) in enumerate(zip(texts, get('token_type')))
     if kind in (CONTROL, USER_DEFINED)
   ]  # fmt: skip
+  # Whether a text begins with the bos token: the file decides, else the kind of tokenizer.
   begins = cut.bos if get('add_bos_token') is None else get('add_bos_token')
   prefixed = begins and 'bos_token_id' in config
   tokenizer = {
@@ -310,7 +331,7 @@ def _tokenizer(said: dict, config: dict) -> dict[str, dict]:
 
 
 def _prefix(texts: list[str], bos: int) -> dict:
-  """A post-processor that puts the bos token before every text."""
+  """A post-processor of tokenizer.json that puts the bos token before every text."""
   token = {'SpecialToken': {'id': texts[bos], 'type_id': 0}}
   first, second = ({'Sequence': {'id': name, 'type_id': i}} for i, name in enumerate('AB'))
   return {

@@ -1,9 +1,9 @@
-"""Reads and writes Hugging Face folders: config.json and safetensors, of the families in `families.py`.
+"""Reads and writes Hugging Face folders: config.json and safetensors, for the families in `families.py`.
 
-Hugging Face stores a matrix as [outputs, inputs] with heads and head size merged, one tensor a layer
-and expert; here it is [inputs, outputs] with heads apart, and layers are stacked. Both keep the
-halves of a rotary pair half a head apart. A `Slot` says where a parameter lies, and is all the
-difference there is."""
+Hugging Face stores a matrix as [outputs, inputs], with the axes of heads and head size merged, as one
+tensor for each layer and expert. Here a matrix is [inputs, outputs], heads have an axis, and layers (and
+experts) are stacked. The two halves of a rotary pair are half a head apart in both. A `Slot` describes
+the tensors of a parameter; this is the only difference between the two layouts."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ from polgrad.sharding import to_host, together
 from polgrad.types import Params
 
 Path = tuple[str, ...]
-# What a folder has besides the model itself.
+# Files that a folder has besides the model; `save` copies them.
 COMPANIONS = (
   'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'tokenizer.model',
   'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja',
@@ -42,13 +42,13 @@ COMPANIONS = (
 
 
 class Slot(NamedTuple):
-  """Where a parameter lies in a folder.
+  """The tensors of a folder in which a parameter is stored.
 
   Attributes:
-    pattern: name of its tensors, with {layer} and {expert} where there is one for each.
-    lead: sizes of these leading axes.
-    shape: of the rest, which is one tensor.
-    merged: for every stored axis, the axes of `shape` that it is made of.
+    pattern: name of the tensors, with {layer} and {expert} where each layer or expert has a tensor.
+    lead: sizes of the leading axes of the parameter over layers and experts.
+    shape: the other axes of the parameter; they are one tensor.
+    merged: for every axis of the tensor, the axes of `shape` that are merged into it, in order.
   """
 
   pattern: str
@@ -57,6 +57,7 @@ class Slot(NamedTuple):
   merged: tuple[tuple[int, ...], ...]
 
   def name(self, place: tuple[int, ...]) -> str:
+    """Name of the tensor at an index of the leading axes."""
     return self.pattern.format(**dict(zip(('layer', 'expert'), place)))
 
   @property
@@ -65,6 +66,7 @@ class Slot(NamedTuple):
 
   @property
   def order(self) -> list[int]:
+    """The axes of `shape` in the order in which the tensor has them."""
     return [axis for axes in self.merged for axis in axes]
 
 
@@ -81,20 +83,20 @@ def pretrained(
 ) -> Policy:
   """A decoder whose `init` reads its parameters from a Hugging Face folder.
 
-  One parameter is read at a time, and of it only what the devices of this process hold.
+  `init` reads one parameter at a time, and only the slices that the devices of this process hold.
 
   Args:
     path: folder with config.json and model.safetensors (or its index and shards).
-    max_length: longest row; 0 takes the model's own limit.
-    dtype, param_dtype, remat, attention: as in `decoder`.
+    max_length: longest row in tokens; 0 takes the limit in config.json.
+    dtype, param_dtype, remat, attention: see `Config`.
     value_head: adds a scalar head: that of a reward model (`score.weight`) if the folder has one,
       else zero.
-    balance_rate: as in `decoder`; the biases are not in the folder, they begin at zero.
+    balance_rate: see `Config`. Folders do not store the router's biases, so they begin at zero.
 
   Raises:
-    FileNotFoundError: no such folder, or a file of it is missing.
-    ValueError: an architecture or setting that is not supported; from `init`, files that are not
-      whole, and tensors that are missing, unknown or of another shape.
+    FileNotFoundError: the folder or one of its files is missing.
+    ValueError: an architecture or setting that is not supported; from `init`, incomplete files, and
+      tensors that are missing, unknown or of another shape.
   """
   folder = pathlib.Path(path).expanduser()
   stated = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
@@ -115,33 +117,42 @@ def pretrained(
   policy = from_config(config)
 
   def init(key, shardings=None):
-    del key
+    del key  # nothing is random
     stored = slots(config, stated['model_type'])
-    tensors = open_folder(folder)
-    if 'score.weight' not in tensors:
-      stored.pop(('value_head',), None)
-    check(folder, tensors, stored)
-    flat = traverse_util.flatten_dict(shardings or {})
-    params = {
-      path: _place(x, flat.get(path), tensors, stored.get(path))
-      for path, x in traverse_util.flatten_dict(policy.shapes()).items()
-    }
-    return traverse_util.unflatten_dict(params)
+    return _read_params(folder, stored, policy.shapes(), shardings)
 
   return policy._replace(init=init)
 
 
+def _read_params(
+  folder: pathlib.Path, stored: dict[Path, Slot], shapes: Params, shardings: Params | None
+) -> Params:
+  """The parameters of a folder, placed by their shardings, or on the default device."""
+  tensors = open_folder(folder)
+  if 'score.weight' not in tensors:  # the value head then begins at zero
+    stored.pop(('value_head',), None)
+  check(folder, tensors, stored)
+  flat = traverse_util.flatten_dict(shardings or {})
+  params = {
+    path: _place(x, flat.get(path), tensors, stored.get(path))
+    for path, x in traverse_util.flatten_dict(shapes).items()
+  }
+  return traverse_util.unflatten_dict(params)
+
+
 def slots(config: Config, kind: str) -> dict[Path, Slot]:
-  """Where the parameters of a model lie in a folder of its family; a router's bias is in none."""
+  """The slot of every parameter in a folder of the family `kind`; a router's bias has none."""
   found = {}
   for name in (*config.top, *config.layer):
     if name == 'router_bias':
       continue
+    # Axes over layers and experts are not in a tensor: each layer and expert has its own.
     shape, lead, path = config.shape(name), (), (name,)
     if name in config.layer:
       lead, path = (config.num_layers,), ('layers', name)
     if name in MLP and config.num_experts:
       lead, shape = (*lead, shape[0]), shape[1:]
+    # Vectors are stored flat, embeddings unchanged, and matrices transposed to [outputs, inputs].
     axes, inputs = tuple(range(len(shape))), num_inputs(name)
     if name.endswith(('norm', 'bias')):
       merged = (axes,)
@@ -154,7 +165,7 @@ def slots(config: Config, kind: str) -> dict[Path, Slot]:
 
 
 def check(folder: pathlib.Path, tensors: Mapping[str, Tensor], stored: Mapping[Path, Slot]) -> None:
-  """Compares names and shapes before anything is read.
+  """Compares the names and shapes of all tensors with those of the slots, before any data is read.
 
   Raises:
     ValueError: see `tensors.check_shapes`.
@@ -164,7 +175,8 @@ def check(folder: pathlib.Path, tensors: Mapping[str, Tensor], stored: Mapping[P
     for slot in stored.values()
     for place in np.ndindex(slot.lead)
   }
-  # Files of tied models may repeat the embedding, and old ones hold what follows from config.json.
+  # Ignore two spare tensors: files of tied models may repeat the embedding, and old files hold rotary
+  # frequencies, which follow from config.json.
   spare = lambda name: name == 'lm_head.weight' or name.endswith('rotary_emb.inv_freq')
   used = {name: x for name, x in tensors.items() if name in wanted or not spare(name)}
   check_shapes(folder, used, wanted)
@@ -173,7 +185,7 @@ def check(folder: pathlib.Path, tensors: Mapping[str, Tensor], stored: Mapping[P
 def read(
   tensors: Mapping[str, Tensor], slot: Slot, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
-  """A part of a parameter: one slice for each of its axes, start and stop given."""
+  """Reads a part of a parameter; `index` has a slice with start and stop for each of its axes."""
   size = len(slot.lead)
   out = np.empty([s.stop - s.start for s in index], dtype)
   for place in np.ndindex(out.shape[:size]):
@@ -183,7 +195,11 @@ def read(
 
 
 def from_stored(slot: Slot, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-  """A part of one tensor, in our layout. A merged axis is read from its first to its last row."""
+  """Reads a part of one tensor in our layout; `index` has a slice for each axis of `slot.shape`.
+
+  A merged axis is read for a range of its first component only; the result is then cut along the others.
+  """
+  # cut: slices of the tensor; sizes: shape of what is read; rest: slices that are still to be applied.
   cut, sizes, rest = [], [], list(index)
   for axes in slot.merged:
     inner = [slot.shape[axis] for axis in axes[1:]]
@@ -198,7 +214,7 @@ def from_stored(slot: Slot, tensor: Tensor, index: tuple[slice, ...]) -> np.ndar
 
 
 def to_stored(slot: Slot, x: np.ndarray) -> np.ndarray:
-  """What `from_stored` undoes."""
+  """One tensor in the layout of the folder; the inverse of `from_stored`."""
   return x.transpose(slot.order).reshape(slot.stored_shape)
 
 
@@ -211,24 +227,26 @@ def save(
   reward_model: bool = False,
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes a folder that transformers reads, whole or not at all; one tensor is fetched at a time.
+  """Writes a folder that the transformers library reads. The folder appears when it is complete.
 
-  Every process must call it; the first writes. The value head is left out unless `reward_model`.
+  Every process must call this function; the first process writes. Tensors are fetched from the devices
+  one at a time. The value head is written only if `reward_model` is True.
 
   Args:
-    folder: must be empty or not there.
+    folder: must be empty or not exist.
     config: of the policy, without an adapter.
-    params: its parameters, on any devices; they are written in their own dtype.
-    source: the folder that the model came from, whose config.json, tokenizer and generation settings
-      are taken over.
-    reward_model: writes a classifier with one label, the value head, in place of a language model.
-    max_shard_bytes: size of a file, if no tensor is larger.
+    params: its parameters, on any devices; they are written in the dtype that they have.
+    source: the folder that the model was read from, if any; its config.json, tokenizer and generation
+      settings are copied.
+    reward_model: write a classifier with one label, the value head, instead of a language model.
+    max_shard_bytes: largest size of a file, unless a single tensor is larger.
 
   Raises:
-    FileExistsError: there is something in the folder.
+    FileExistsError: the folder is not empty.
     ValueError: an adapter, a balancing bias that is not zero, a reward model without a value head,
-      a model that fits no family, or not the `source`.
+      a model that no family can express, or one that differs from that of `source`.
   """
+  # Refuse what a folder cannot hold.
   check_free(folder)
   source = pathlib.Path(source).expanduser() if source else None
   if config.lora_rank:
@@ -242,11 +260,8 @@ def save(
       'layers/router_bias is not zero: no family has a place for it, and without it tokens would go '
       'to other experts'
     )
-  if source:
-    stated = json.loads((source / 'config.json').read_text(encoding='utf-8'))
-    settings = families.keep_settings(stated, config, reward_model)
-  else:
-    settings = families.write_settings(config, reward_model)
+  settings = _settings(config, source, reward_model)
+  # Find the tensors of each parameter; nothing is fetched yet.
   stored = slots(config, settings['model_type'])
   if stored.keys() != flat.keys():
     raise ValueError(
@@ -259,16 +274,27 @@ def save(
     for path, slot in stored.items()
     for place in np.ndindex(slot.lead)
   }
-  together('checked')  # before the folder comes to be
+  together(
+    'checked'
+  )  # barrier: all processes have checked the folder before the first one makes it
   if jax.process_index():
     for tensor in tensors.values():
-      tensor.all()  # takes part in the gathering
+      tensor.all()  # takes part in gathering the tensor from all processes
   else:
     _write(folder, tensors, settings, source, max_shard_bytes)
-  together('written')  # now every process finds the folder
+  together('written')  # barrier: from here on every process finds the folder
+
+
+def _settings(config: Config, source: pathlib.Path | None, reward_model: bool) -> dict:
+  """The config.json to be written: that of the source, if there is one, else a new one."""
+  if source is None:
+    return families.write_settings(config, reward_model)
+  stated = json.loads((source / 'config.json').read_text(encoding='utf-8'))
+  return families.keep_settings(stated, config, reward_model)
 
 
 def _write(folder, tensors, settings, source, max_shard_bytes) -> None:
+  """Writes weights, settings and the companions of the source to a new folder."""
   with new_folder(folder) as made:
     write_folder(made, tensors, max_shard_bytes)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
@@ -279,9 +305,9 @@ def _write(folder, tensors, settings, source, max_shard_bytes) -> None:
 
 
 def _place(shape: jax.ShapeDtypeStruct, sharding, tensors: Mapping[str, Tensor], slot: Slot | None):
-  """One parameter where its sharding says, or on the default device; zero if it has no slot."""
+  """Reads one parameter onto the devices of its sharding, or the default one; zero if it has no slot."""
 
-  @functools.cache  # several devices may hold the same part
+  @functools.cache  # several devices may hold the same part, which is read once
   def part(bounds):
     index = tuple(slice(*b) for b in bounds)
     if slot is None:
@@ -297,7 +323,7 @@ def _place(shape: jax.ShapeDtypeStruct, sharding, tensors: Mapping[str, Tensor],
 
 
 def _tensor(slot: Slot, param: jax.Array, place: tuple[int, ...]) -> Tensor:
-  """A tensor to be written, fetched when it is read."""
+  """A tensor of the folder; it is fetched from the devices when it is read."""
 
   def fetch(index):
     return to_stored(slot, to_host(param[place]))[index]

@@ -1,11 +1,12 @@
-"""Attention of whole rows by fused kernels, which never hold the [T, T] scores of a row.
+"""Fused attention kernels for whole rows; they never store the [T, T] scores of a row.
 
-`ATTENTION` is their table. They stand in for `attention.attend` in `Policy.hidden`, so in training;
-prompts that are shared and cached tokens are read by `attend`.
+`ATTENTION` lists them by the name that `Config.attention` has. They replace `attention.attend` in
+`Policy.hidden`, which training uses. Shared prompts and the cache of decoding always use `attend`.
 
 All take queries [B, T, heads, head_dim], keys [B, kv_heads, head_dim, T], values [B, kv_heads, T,
-head_dim] and segments i32[B, T], and return softmax(cap(scale q k)) v, [B, T, heads, head_dim]: a token
-sees its own segment up to itself, and of that the last `window` tokens, or all if 0. `cap` is that of
+head_dim] and segment_ids i32[B, T], and return softmax(cap(scale q k)) v, [B, T, heads, head_dim]. A
+token sees itself and the earlier tokens of its segment: the last `window` of them, itself included, or
+all of them if `window` is 0. `scale` multiplies the scores; `cap` is the argument of
 `attention.softcap`.
 """
 
@@ -21,8 +22,8 @@ from polgrad.sharding import partition_spec
 
 Array = jax.Array
 
-LANES = 128  # splash attention reads keys in multiples of it
-BLOCKS = (512, 384, 256, LANES)
+LANES = 128  # splash attention reads keys in multiples of this number
+BLOCKS = (512, 384, 256, LANES)  # sizes of blocks, the preferred one first
 
 
 def cudnn(
@@ -39,12 +40,12 @@ def cudnn(
   """cuDNN's flash attention (arXiv:2205.14135), for bfloat16 on NVIDIA GPUs.
 
   Raises:
-    ValueError: a soft cap, which it cannot apply.
+    ValueError: a soft cap, which cuDNN cannot apply.
   """
   if cap:
     raise ValueError(f'cuDNN attention takes no soft cap, got {cap}')
   mask = segment_mask(segment_ids)
-  if window:
+  if window:  # remove the keys that are `window` or more columns back
     length = query.shape[1]
     mask &= ~jnp.tril(jnp.ones((1, length, length), bool), -window)
   return jax.nn.dot_product_attention(
@@ -70,8 +71,9 @@ def splash(
 ) -> Array:
   """Splash attention, for TPUs: skips blocks of keys that no query looks at.
 
-  On a mesh every device attends for its rows and heads.
+  On a mesh every device computes its own rows and heads.
   """
+  # The kernel wants heads before positions and a whole number of blocks.
   length, heads = query.shape[1:3]
   padding = -length % LANES
   padded = length + padding
@@ -82,10 +84,12 @@ def splash(
     pad(value, 2),
     pad(segment_ids, 1),  # padding is segment 0
   )
+  # One block size for all passes: the largest one that divides the padded length.
   block = next(size for size in BLOCKS if padded % size == 0)
   names = ('block_q', 'block_kv', 'block_kv_compute')
   backward = ('block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq')
   sizes = splash_attention.BlockSizes(**dict.fromkeys(names + backward, block))
+  # Both masks are static, so the kernel knows which blocks to skip; segments are checked inside blocks.
   mask = splash_attention.CausalMask((padded, padded))
   if window:
     mask = splash_attention.LocalMask((padded, padded), (window - 1, 0), 0)
@@ -107,7 +111,7 @@ def splash(
 
 
 def _on_each_device(attend: Callable, heads: int) -> Callable:
-  """`attend` on the rows and heads of each device of the mesh of `jax.set_mesh`."""
+  """Runs `attend` on each device of the mesh (that of `jax.set_mesh`) with its own rows and heads."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return attend
@@ -115,7 +119,7 @@ def _on_each_device(attend: Callable, heads: int) -> Callable:
   def run(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
     spec = partition_spec(mesh, ('batch', 'heads', 'length', 'head_dim'), query.shape)
     if partition_spec(mesh, ('kv_heads',), key.shape[1:2]) != PartitionSpec(spec[1]):
-      # Fewer heads of keys than devices: every head of queries takes its own copy.
+      # Fewer key heads than devices: give every query head a copy, so that both split the same way.
       key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value))
     rows = PartitionSpec(spec[0])
     split = jax.shard_map(

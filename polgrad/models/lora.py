@@ -1,8 +1,8 @@
-"""Low-rank adapters (arXiv:2106.09685): a frozen base, and factors A and B beside its matrices.
+"""Low-rank adapters (arXiv:2106.09685): a frozen base, with trained factors added to its matrices.
 
-W x becomes W x + s B A x, with s = alpha / rank, or alpha / sqrt(rank) (rank-stabilised,
-arXiv:2312.03732). Adapters are read and written in PEFT's layout, which stores a factor as [outputs,
-inputs] with heads and head size merged."""
+W x becomes W x + s B A x with factors A and B, and s = alpha / rank, or alpha / sqrt(rank) if
+rank-stabilised (arXiv:2312.03732). Adapters are read and written in the layout of the PEFT library,
+which stores a factor as [outputs, inputs] with the axes of heads and head size merged."""
 
 import dataclasses
 import json
@@ -43,12 +43,12 @@ MODULES = {
   'down': 'mlp.down_proj',
 }
 TENSOR = 'base_model.model.model.layers.{}.{}.lora_{}.weight'  # layer, module, A or B
-# What adapter_config.json says without changing what the adapted model computes.
+# Fields of adapter_config.json that do not change what the adapted model computes.
 HARMLESS = {
   'auto_mapping', 'base_model_name_or_path', 'ensure_weight_tying', 'eva_config', 'inference_mode',
   'lora_dropout', 'megatron_core', 'peft_version', 'qalora_group_size', 'revision', 'task_type',
 }  # fmt: skip
-# Fields with more than one value; other starts than these change the base, which is then not ours.
+# Fields and the values that are accepted. Other ways to initialise the factors also change the base.
 CHOICES = {
   'peft_type': ('LORA',),
   'bias': ('none',),
@@ -65,24 +65,24 @@ def lora(
   rank_stabilized: bool = False,
   adapter: str = '',
 ) -> Policy:
-  """Another model with a low-rank adapter: only that is trained, and a value head if there is one.
+  """Adds a low-rank adapter to a model. Only the adapter is trained, and a value head if there is one.
 
-  A is normal with variance 1 / fan-in and B is zero, so the model begins as its base.
+  A is normal with variance 1 / fan-in and B is zero, so the model begins equal to its base.
 
   Args:
-    base: the model whose parameters stay as they are.
+    base: the model to adapt; its parameters are frozen.
     rank: inner size of the factors.
-    alpha: multiplies the adapter, over `rank`.
-    targets: the matrices with factors, out of query, key, value, out, gate, up, down; a mixture of
-      experts has only those of attention.
-    rank_stabilized: divide alpha by sqrt(rank) instead.
-    adapter: a folder in PEFT's layout to begin with; it says rank, alpha and targets itself, and
-      those given here do not count.
+    alpha: the adapter is multiplied by alpha / rank.
+    targets: the matrices that get factors, out of query, key, value, out, gate, up, down; in a mixture
+      of experts only the first four.
+    rank_stabilized: multiply by alpha / sqrt(rank) instead.
+    adapter: a folder in PEFT's layout to read the factors from; it also determines rank, alpha and
+      targets, so those given here are ignored. '' starts with new factors.
 
   Raises:
-    FileNotFoundError: no such folder, or a file of it is missing.
-    ValueError: a rank below 1, targets that the base does not have, or what `read_settings` refuses;
-      from `init`, what `read_adapter` refuses.
+    FileNotFoundError: the folder or one of its files is missing.
+    ValueError: a rank below 1, targets that the base does not have, or anything that `read_settings`
+      refuses; from `init`, anything that `read_adapter` refuses.
   """
   if base.config.lora_rank:
     raise ValueError('base has an adapter already; merge it first')
@@ -94,10 +94,11 @@ def lora(
   policy = from_config(config)
 
   def init(key, shardings=None):
+    # The base makes or reads its own parameters; the adapter is added to the tree.
     of_base, of_adapter = (None, None) if shardings is None else _split(shardings)
     frozen = base.init(key, of_base)
     if not adapter:
-      # Compiled, so that the random base that comes with it is never made.
+      # Compiled, so that the random base, which `policy.init` makes as well, is dropped by the compiler.
       random = jax.jit(lambda key: _split(policy.init(key))[1], out_shardings=of_adapter)
       return overlay(frozen, random(key))
     found = read_adapter(adapter, config)
@@ -108,7 +109,7 @@ def lora(
 
 
 def merge(config: Config, params: Params) -> tuple[Config, Params]:
-  """The model without an adapter that computes the same: W + s A B in float32, then W's dtype."""
+  """An equal model without an adapter: W + s A B, computed in float32 and rounded to the dtype of W."""
   frozen, adapter = _split(params)
   factors = adapter.get('layers', {})
   layers = dict(frozen['layers'])
@@ -122,15 +123,16 @@ def merge(config: Config, params: Params) -> tuple[Config, Params]:
 
 
 def read_settings(folder: str | pathlib.Path) -> dict:
-  """The fields of `Config` that adapter_config.json says.
+  """The fields of `Config` that adapter_config.json determines.
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: a field that asks for more than A and B beside whole matrices (DoRA, biases, ranks by
-      layer, ...), or modules that are not in `MODULES`.
+    FileNotFoundError: the file is missing.
+    ValueError: a field of a feature that is not supported (DoRA, biases, ranks by layer, ...), or
+      modules that are not in `MODULES`.
   """
   path = pathlib.Path(folder).expanduser() / 'adapter_config.json'
   found = json.loads(path.read_text(encoding='utf-8'))
+  # Take out the fields that are understood. Of the others, those that are set must be harmless.
   for field, valid in CHOICES.items():
     value = found.pop(field, valid[0])
     if value not in valid:
@@ -141,6 +143,7 @@ def read_settings(folder: str | pathlib.Path) -> dict:
   for field, value in found.items():
     if value and field not in HARMLESS:
       raise ValueError(f'{path}: {field} {value!r} is not supported; it must not be set')
+  # Modules may be written with or without their parent, `self_attn.q_proj` or `q_proj`.
   names = {module.rpartition('.')[2]: name for name, module in MODULES.items()}
   if not isinstance(modules, list):
     raise ValueError(f'{path}: target_modules {modules!r} is not supported, only a list of names')
@@ -152,11 +155,11 @@ def read_settings(folder: str | pathlib.Path) -> dict:
 
 
 def read_adapter(folder: str | pathlib.Path, config: Config) -> Params:
-  """The factors in a folder as NumPy arrays, {'layers': {'query_lora_a': [layers, ...], ...}}.
+  """The factors of a folder as NumPy arrays, {'layers': {'query_lora_a': [layers, ...], ...}}.
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: a file that is not whole; what `tensors.check_shapes` refuses.
+    FileNotFoundError: the file is missing.
+    ValueError: an incomplete file, or tensors that `tensors.check_shapes` refuses.
   """
   path = pathlib.Path(folder).expanduser() / 'adapter_model.safetensors'
   layers = range(config.num_layers)
@@ -175,13 +178,15 @@ def read_adapter(folder: str | pathlib.Path, config: Config) -> Params:
 def save_adapter(
   folder: str | pathlib.Path, config: Config, params: Params, *, base_model: str = ''
 ) -> None:
-  """Writes the adapter, without base and value head, as PEFT reads it: whole or not at all.
+  """Writes the adapter, without base and value head, in PEFT's layout. The folder appears when complete.
+
+  Every process must call this function; the first process writes.
 
   Args:
-    folder: must be new or empty.
+    folder: must be empty or not exist.
     config: of the policy, with an adapter.
-    params: all parameters, or those of the adapter; every process must call, one writes.
-    base_model: name or folder of the base, for the reader.
+    params: all parameters, or only those of the adapter.
+    base_model: name or folder of the base, written down for readers; '' for none.
 
   Raises:
     FileExistsError: the folder is not empty.
@@ -191,7 +196,7 @@ def save_adapter(
     raise ValueError('the model has no adapter (lora_rank is 0)')
   tensors = {}
   for name in config.adapter:
-    # [inputs..., rank] and [rank, outputs...]: either way the rank parts the matrix.
+    # A is [inputs..., rank] and B [rank, outputs...]. Merge the axes on each side of the rank.
     rows = config.lora_rank if name.endswith('b') else math.prod(config.shape(name)[:-1])
     for i, x in enumerate(to_host(params['layers'][name])):
       stored, shape = _stored(config, name, i)
@@ -211,15 +216,18 @@ def save_adapter(
     'target_modules': [MODULES[name].rpartition('.')[2] for name in config.lora_targets],
   }
   check_free(folder)
-  together('checked')
+  together(
+    'checked'
+  )  # barrier: all processes have checked the folder before the first one makes it
   if jax.process_index() == 0:
     with new_folder(folder) as made:
       write_file(made / 'adapter_model.safetensors', tensors)
       (made / 'adapter_config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
-  together('written')
+  together('written')  # barrier: from here on every process finds the folder
 
 
 def _fields(rank, alpha, targets, stabilized) -> dict:
+  """The fields of `Config` that describe an adapter."""
   if rank < 1 or not targets or len(set(targets)) < len(targets):
     raise ValueError(
       f'an adapter of rank {rank} on {tuple(targets)}: need rank >= 1 and names, once'
@@ -229,7 +237,7 @@ def _fields(rank, alpha, targets, stabilized) -> dict:
 
 
 def _split(params):
-  """Base and adapter of a tree like the parameters'."""
+  """Splits a tree with the keys of the parameters into base and adapter."""
   flat = traverse_util.flatten_dict(params)
   adapter = {path for path in flat if '_lora_' in path[-1]}
   base = {path: x for path, x in flat.items() if path not in adapter}
@@ -237,7 +245,7 @@ def _split(params):
 
 
 def _stored(config: Config, name: str, layer: int) -> tuple[str, tuple[int, int]]:
-  """PEFT's name and shape for a factor of a layer."""
+  """The name and shape that PEFT's layout has for a factor of a layer."""
   target, _, half = name.partition('_lora_')
   shape, rank = config.shape(name), config.lora_rank
   stored = (rank, math.prod(shape[:-1])) if half == 'a' else (math.prod(shape[1:]), rank)

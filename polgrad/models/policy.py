@@ -1,4 +1,4 @@
-"""The seam between a model and everything else: pure functions of the parameters."""
+"""The interface between a model and everything else: pure functions of the parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,35 +9,39 @@ Params = Any
 
 
 class Policy(NamedTuple):
-  """A language model as pure functions; nothing outside `models` knows what is behind them.
+  """A language model as pure functions; nothing outside `models` depends on how they are implemented.
 
   `B` rows, `T` positions, `S` new tokens, `D` width, `V` vocabulary. Positions count from the start
-  of a token's own segment and a token sees only the earlier tokens of its segment, so padding on
-  either side and packing change nothing. Segment 0 is padding: its outputs are finite and mean
-  nothing.
+  of a token's segment, and a token sees only itself and the earlier tokens of its segment, so padding
+  on either side and packing do not change the results. Segment 0 is padding; its outputs are finite and
+  meaningless.
 
   Attributes:
     config: frozen dataclass; has at least `vocab_size`, `max_length` and `value_head`.
     shapes: () -> shapes and dtypes of the parameters; reads no file.
-    init: key, shardings=None -> params, a nested dict of arrays, each where its sharding says.
+    init: key, shardings=None -> params, a nested dict of arrays, each placed by its sharding.
     hidden: params, tokens i32[B, T], segment_ids i32[B, T] -> final hidden states [B, T, D].
-    completions: params, tokens, segment_ids, *, prompt_length, group -> `hidden` from column
-      prompt_length - 1 on, [B, T - prompt_length + 1, D], where every `group` rows in a line have the
-      same first `prompt_length` columns, and one segment. These are forwarded once a group.
+    completions: params, tokens, segment_ids, *, prompt_length, rows_per_prompt -> the columns of
+      `hidden` from prompt_length - 1 on, [B, T - prompt_length + 1, D]. Requires that each row has one
+      segment, and that `rows_per_prompt` consecutive rows have the same first `prompt_length` columns,
+      which are then forwarded once for all these rows.
     unembed: params, hidden [..., D] -> logits f32[..., V].
     value: params, hidden [..., D] -> f32[...]; ValueError if the config has no value head.
     init_cache: batch, length -> an empty cache of `length` columns; every leaf has the batch axis first.
-    begin: cache, shorter cache of as many rows, rows bool[B] -> the first cache, in which `rows` hold
-      what the second one holds, in the same columns, and nothing else.
-    unstack: params -> params as `decode` reads them; `unembed` and `value` take them too. Call it
-      once, outside the loop.
+    begin: cache, shorter cache with equally many rows, rows bool[B] -> the first cache, in which the
+      selected rows are replaced by those of the second cache, in the same columns; their other columns
+      are emptied.
+    unstack: params -> params in the form that `decode` reads; `unembed` and `value` accept this form
+      too. Call it once, outside the decode loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->
-      (hidden [B, S, D], cache). Writes the tokens to columns index .. index + S; a token sees what the
-      cache holds of positions up to its own, in any order. S = Tp at index 0 is the prefill, S = 1 a
-      step.
-    axes: params -> the same tree with the logical axis names of every array.
-    labels: params -> the same tree with what an update does to every array: 'train', 'frozen' (the
-      base of an adapter) or 'balance' (a router's bias, see `experts`); parts of the tree will do.
+      (hidden [B, S, D], cache). Writes the tokens to columns index .. index + S - 1, those that are
+      not valid as empty columns. A token sees every token in the cache whose position is at most its
+      own, whatever the order of the columns. Prefill has S = prompt length and index 0; a step of
+      decoding has S = 1.
+    axes: params -> the same tree with a tuple of logical axis names for every array.
+    labels: params, or any part of the tree -> the same tree with a label for every array that says what
+      an update does to it: 'train', 'frozen' (the base of an adapter) or 'balance' (a router's bias,
+      see `experts`).
   """
 
   config: Any
@@ -56,21 +60,18 @@ class Policy(NamedTuple):
 
 
 def labelled(policy: Policy, tree: Params, *labels: str) -> Params:
-  """The part of the parameters (or of gradients like them) that has one of the labels.
-
-  The rest is not in the tree.
-  """
+  """The arrays that have one of the labels, as a smaller tree; `tree` holds parameters or gradients."""
   named = traverse_util.flatten_dict(policy.labels(tree))
   flat = traverse_util.flatten_dict(tree)
   return traverse_util.unflatten_dict({k: x for k, x in flat.items() if named[k] in labels})
 
 
 def learned(policy: Policy, tree: Params) -> Params:
-  """The part of the parameters that updates change."""
+  """The arrays that updates change, as a smaller tree."""
   return labelled(policy, tree, 'train', 'balance')
 
 
 def overlay(params: Params, part: Params) -> Params:
-  """`params` with the arrays of `part` in their places."""
+  """`params` with the arrays of `part` added, or replaced where both have them."""
   flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(part)
   return traverse_util.unflatten_dict(flat)

@@ -1,8 +1,8 @@
-"""Named tensors that are read when they are asked for, and folders of safetensors files.
+"""Named tensors that are read on demand, and folders of safetensors files.
 
-A safetensors file is the length of its header (u64), the header (JSON: name -> dtype, shape and the
-range of its bytes), and the bytes. Files are never mapped: mapped pages would count as memory of the
-process for as long as the file is open."""
+A safetensors file consists of the length of its header (u64), the header (JSON: name -> dtype, shape and
+range of bytes), and the bytes of all tensors. Files are not memory-mapped, because mapped pages count as
+memory of the process as long as the file is open."""
 
 import contextlib
 import json
@@ -27,10 +27,9 @@ class Tensor(NamedTuple):
   """A tensor that has not been read.
 
   Attributes:
-    shape: its sizes.
-    dtype: of its elements.
-    read: one slice an axis (start and stop given, step 1), at least one axis -> that part, as a
-      NumPy array.
+    shape: sizes of its axes, at least one.
+    dtype: dtype of its elements.
+    read: one slice for each axis (with start and stop, step 1) -> that part as a NumPy array.
   """
 
   shape: tuple[int, ...]
@@ -47,11 +46,11 @@ class Tensor(NamedTuple):
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-  """The tensors of a folder by name: of model.safetensors, or of the shards that its index lists.
+  """The tensors of a folder by name, from model.safetensors or from the shards that an index lists.
 
   Raises:
-    FileNotFoundError: files that are missing, all of them named.
-    ValueError: a file that is not whole, or tensors that the index promises and no shard has.
+    FileNotFoundError: files are missing; the message names all of them.
+    ValueError: an incomplete file, or tensors that the index lists and no shard has.
   """
   index = folder / INDEX
   promised = json.loads(index.read_text())['weight_map'] if index.exists() else {}
@@ -74,6 +73,7 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
   Raises:
     ValueError: the file is not as long as its header says, or has a tensor of another dtype.
   """
+  # Read the header; check the size of the file against it, so that a partial download is noticed.
   size = path.stat().st_size
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
@@ -95,7 +95,7 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     start = 8 + length + entry['data_offsets'][0]
 
     def read(index):
-      # Rows lie one after the other: only those asked for are read.
+      # Rows are consecutive in the file, so only the selected rows are read; other axes are cut after.
       row = math.prod(shape[1:]) * dtype.itemsize
       count = (index[0].stop - index[0].start) * row
       data = np.fromfile(path, np.uint8, count, offset=start + index[0].start * row)
@@ -109,10 +109,10 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
 def check_shapes(
   where: pathlib.Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-  """Compares the tensors of a file or folder with the names and shapes that a model has.
+  """Compares the tensors of a file or folder with the names and shapes that a model needs.
 
   Raises:
-    ValueError: tensors that are missing, unknown or of another shape; all are listed, up to eight.
+    ValueError: tensors that are missing, unknown or of another shape; the message lists up to eight.
   """
   problems = [f'{name} is missing' for name in wanted.keys() - tensors.keys()]
   problems += [f'{name} is unknown' for name in tensors.keys() - wanted.keys()]
@@ -129,11 +129,12 @@ def check_shapes(
 def write_folder(
   folder: pathlib.Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 5_000_000_000
 ) -> None:
-  """Writes model.safetensors, or shards and their index; holds one tensor at a time.
+  """Writes model.safetensors, or several shards and their index; only one tensor is in memory at a time.
 
-  Tensors are read and written in the order of the mapping. A shard has at most `max_shard_bytes`,
-  or a single tensor.
+  Tensors are written in the order of the mapping. A shard has at most `max_shard_bytes` bytes, unless it
+  consists of one larger tensor.
   """
+  # Fill one shard after the other.
   shards, size = [{}], 0
   for name, tensor in tensors.items():
     if shards[-1] and size + tensor.nbytes > max_shard_bytes:
@@ -143,6 +144,7 @@ def write_folder(
     size += tensor.nbytes
   if len(shards) == 1:
     return write_file(folder / WHOLE, tensors)
+  # The index says which shard has which tensor.
   places = {}
   for i, shard in enumerate(shards, 1):
     file = f'model-{i:05}-of-{len(shards):05}.safetensors'
@@ -154,7 +156,8 @@ def write_folder(
 
 
 def write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
-  """Writes one safetensors file, tensor by tensor."""
+  """Writes one safetensors file, one tensor after the other."""
+  # The header comes first, so the place of every tensor is computed before anything is read.
   names = {dtype: name for name, dtype in DTYPES.items()}
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for name, tensor in tensors.items():
@@ -174,10 +177,12 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """A temporary sibling that becomes `folder` when all went well: a folder is whole or absent.
+  """Yields a temporary folder, which is renamed to `folder` at the end unless an error was raised.
+
+  So `folder` is complete or absent.
 
   Raises:
-    FileExistsError: there is something in the folder.
+    FileExistsError: the folder is not empty.
   """
   folder = check_free(folder)
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -189,10 +194,10 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_free(folder: str | pathlib.Path) -> pathlib.Path:
-  """The folder, if there is nothing in it.
+  """Returns the folder, with ~ expanded, if it is empty or does not exist.
 
   Raises:
-    FileExistsError: there is something.
+    FileExistsError: the folder is not empty.
   """
   folder = pathlib.Path(folder).expanduser()
   if folder.exists() and any(folder.iterdir()):

@@ -1,8 +1,8 @@
-"""Runs verifiers over a batch of completions, and survives them.
+"""Runs verifiers over a batch of completions, and contains their failures.
 
-A verifier that raises, hangs, dies or answers with something that is not a finite number makes its
-row invalid: counted, reported, NaN. It never becomes a reward of 0, which would teach the policy
-that its answer was wrong.
+If a verifier raises, hangs, dies or returns anything but a finite number, the reward of its row is NaN
+and the row is invalid; failures are counted and reported. The reward is never set to 0, which would
+teach the policy that its answer was wrong.
 """
 
 import collections
@@ -20,26 +20,26 @@ import numpy as np
 
 from polgrad import registry
 
-READS = ('completion', 'record', 'length')
-START_S = 120.0  # a worker imports the modules of its verifiers first
-MESSAGES = 5
+READS = ('completion', 'record', 'length')  # names of the arguments that a verifier may have
+START_S = 120.0  # seconds that a worker may take to start: it imports the modules of its verifiers
+MESSAGES = 5  # number of failures that are reported in words for each batch
 
 
 class Scores(NamedTuple):
-  """Rewards of a batch and what went wrong; a failed verification is NaN."""
+  """Rewards of a batch, and the failures of its verifiers."""
 
   total: np.ndarray  # f64[B], sum of weight * component; NaN where not valid
-  components: dict[str, np.ndarray]  # f64[B] each, before weighting
-  valid: np.ndarray  # bool[B], every verifier of the row answered
-  errors: dict[str, int]  # how often, by 'term/kind'
-  messages: list[str]  # the first few, with row and reason
+  components: dict[str, np.ndarray]  # f64[B] each, before weighting; NaN where a verifier failed
+  valid: np.ndarray  # bool[B], whether all verifiers of the row returned a number
+  errors: dict[str, int]  # number of failures by 'term/kind'
+  messages: list[str]  # row and reason of the first few failures
 
 
 class Failure(NamedTuple):
-  """Why a verification gave no number."""
+  """Why a verifier returned no number."""
 
-  kind: str
-  reason: str
+  kind: str  # name of the exception, or 'NotFinite', 'Timeout' or 'Died'
+  reason: str  # for people
 
 
 def make_scorer(
@@ -52,18 +52,21 @@ def make_scorer(
   """Makes `score(completions, records, lengths) -> Scores`.
 
   Args:
-    terms: named verifiers, each a bound part or any callable whose positional arguments are out of
-      completion, record and length; `registry.Weighted` gives a coefficient, a bare callable has 1.
-    timeout_s: seconds for one verifier on one row; only isolation can enforce it.
-    workers: processes, when isolated. They start with the first call and live as long as `score`.
-    isolate: run verifiers in processes of their own. One that hangs is killed and replaced, one
-      that dies is replaced. This contains accidents; it is no sandbox for hostile code. Without it
-      the verifiers run here, one after the other: exceptions are contained, a hang is not.
+    terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
+      completion, record and length. `registry.Weighted` gives it a coefficient; otherwise that is 1.
+    timeout_s: seconds that one verifier may take on one row; enforced only with `isolate`.
+    workers: number of processes with `isolate`. They start with the first call and live as long as
+      `score`.
+    isolate: run verifiers in separate processes. A process that hangs is killed and replaced, one that
+      dies is replaced. This contains accidents, but it is no sandbox for hostile code. Without
+      `isolate`, verifiers run in this process, one after the other: exceptions are contained, a hang
+      is not.
 
   Raises:
-    ValueError: a verifier reads something else.
-    TypeError: isolation of a function that cannot be pickled (a lambda, a closure).
+    ValueError: a verifier with another argument.
+    TypeError: with `isolate`, a function that cannot be pickled (a lambda, a closure).
   """
+  # Check everything now, so that a mistake is reported before the first rollout.
   terms = {
     name: term if isinstance(term, registry.Weighted) else registry.Weighted(1.0, term)
     for name, term in terms.items()
@@ -75,9 +78,11 @@ def make_scorer(
 
   def score(completions, records, lengths):
     rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]
+    # One task for each pair of verifier and row; results come in the order of the tasks.
     tasks = [(name, row) for name in verifiers for row in range(len(rows))]
     results = dict(zip(tasks, run([(name, rows[row]) for name, row in tasks])))
 
+    # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
     components = {name: np.full(len(rows), np.nan) for name in verifiers}
     errors, messages = collections.Counter(), []
     for (name, row), result in results.items():
@@ -93,6 +98,7 @@ def make_scorer(
 
 
 def _check(name, fn, isolate):
+  """Refuses a verifier with unknown arguments, or one that cannot be sent to another process."""
   unknown = sorted(set(registry.inputs(fn)) - set(READS))
   if unknown:
     raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {list(READS)}')
@@ -107,9 +113,10 @@ def _check(name, fn, isolate):
 
 
 def _verify(fn, row) -> float | Failure:
+  """Runs one verifier on one row; every error becomes a `Failure`."""
   try:
     value = float(registry.call(fn, row))
-  except (Exception, SystemExit) as error:  # whatever a verifier does, the batch goes on
+  except (Exception, SystemExit) as error:  # the batch continues whatever a verifier does
     return Failure(type(error).__name__, str(error)[:500])
   return value if math.isfinite(value) else Failure('NotFinite', f'returned {value}')
 
@@ -119,7 +126,10 @@ def _run_here(verifiers):
 
 
 def _run_isolated(verifiers, workers, timeout_s):
-  """One thread a worker process: it hands out a task, and waits for the answer or the deadline."""
+  """Runs tasks in worker processes.
+
+  Each process has a thread here, which sends it a task and waits for the answer or the deadline.
+  """
   idle = queue.SimpleQueue()
   for _ in range(workers):
     idle.put(_Worker(verifiers, timeout_s))
@@ -139,13 +149,14 @@ def _run_isolated(verifiers, workers, timeout_s):
 
 
 class _Worker:
-  """A process that verifies, started when it is first asked and again after it had to go."""
+  """A process that runs verifiers. It starts with the first task, and again after it was stopped."""
 
   def __init__(self, verifiers, timeout_s):
     self._verifiers, self._timeout_s = verifiers, timeout_s
     self._process = self._pipe = None
 
   def ask(self, task) -> float | Failure:
+    """Sends a task (name of a verifier, row) and waits for the result."""
     if self._process is None:
       self._start()
     try:
@@ -157,16 +168,18 @@ class _Worker:
       failure = Failure('Died', 'the worker process ended')
     except Exception as error:  # a record that cannot be pickled: nothing was sent
       return Failure(type(error).__name__, str(error)[:500])
+    # A worker that hangs or has died is not used again; the next task starts a new one.
     self._stop()
     return failure
 
   def _start(self):
-    # A forked child would inherit the locks of JAX's threads, so start from nothing.
+    # Spawned, not forked: a forked child would inherit the locks of JAX's threads.
     context = multiprocessing.get_context('spawn')
     self._pipe, child = context.Pipe()
     self._process = context.Process(target=_work, args=(child, self._verifiers), daemon=True)
     self._process.start()
-    child.close()  # the worker now holds the only end, so its death is our end of file
+    child.close()  # now only the worker has this end, so its death ends our file
+    # Wait until the worker has imported its modules, so that no verifier loses that time.
     try:
       if self._pipe.poll(START_S):
         self._pipe.recv()
@@ -186,8 +199,8 @@ class _Worker:
 
 
 def _work(pipe, verifiers):
-  """Says that it is ready, then answers one task after the other until the pipe is closed."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+  """Main function of a worker: reports that it is ready, then answers tasks until the pipe closes."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
   pipe.send('ready')
   with contextlib.suppress(EOFError, BrokenPipeError):
     while True:

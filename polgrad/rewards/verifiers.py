@@ -1,10 +1,12 @@
-"""Elementary verifiers: what a completion is worth, by rule.
+"""Verifiers: functions that judge one completion by a rule and return a float.
 
-The positional names say what a verifier reads: `completion` (text, without the stop token),
-`record` (the data row) and `length` (completion tokens, the stop token included). Each returns a
-float. A verifier raises when it cannot judge, for want of a field, say; it never guesses 0.
+The names of the positional arguments say what a verifier reads: `completion` (text without the stop
+token), `record` (the record of the prompt) and `length` (number of completion tokens, including the stop
+token). A verifier that cannot judge, because the record lacks a field for example, raises an error
+instead of returning 0.
 
-JAX is not imported here: verifiers also run in worker processes, which should start quickly.
+This module does not import JAX, because verifiers also run in worker processes, which should start
+quickly.
 """
 
 import functools
@@ -14,7 +16,7 @@ from typing import Annotated
 
 from polgrad.registry import table
 
-# A sign counts where it does not subtract: after a digit or a closing bracket it is an operator.
+# A minus is a sign only if it does not subtract, that is, not after a digit or a closing bracket.
 NUMBER = re.compile(
   r'((?<![\d)\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)'
   r'(?:[eE][+-]?\d+)?(?:/0*[1-9]\d*)?'
@@ -27,7 +29,10 @@ MARKED = re.compile(r'(?:answer(?:\s*is)?\s*:|####)\s*(.*)', re.IGNORECASE)
 def exact_match(
   completion: str, record: dict, *, field: str = 'answer', strip: bool = True
 ) -> float:
-  """1 if the completion is the record's answer, else 0; `strip` ignores space around both."""
+  """1 if the completion equals the answer in `record[field]`, else 0.
+
+  With `strip`, white space around both is ignored.
+  """
   given, wanted = completion, record[field]
   if strip:
     given, wanted = given.strip(), wanted.strip()
@@ -37,14 +42,14 @@ def exact_match(
 def numeric_answer(
   completion: str, record: dict, *, field: str = 'answer', tolerance: float = 1e-6
 ) -> float:
-  """1 if the completion's final number x is the record's y: |x - y| <= tolerance.
+  """1 if |x - y| <= tolerance, else 0; x and y are the final numbers of completion and `record[field]`.
 
-  The final number is the last one in the last `\\boxed{}`, else the first after the last `Answer:`
-  or `####`, else the last in the text; `1,234.5`, `-3`, `2e-3`, `3/4` and `\\frac{3}{4}` are
-  numbers. A completion without one is wrong.
+  The final number of a text is the last one in its last `\\boxed{}`, else the first one after its last
+  `Answer:` or `####`, else its last one. `1,234.5`, `-3`, `2e-3`, `3/4` and `\\frac{3}{4}` are numbers.
+  A completion without a number gets 0.
 
   Raises:
-    ValueError: the record's own answer holds no number.
+    ValueError: the answer in the record has no number.
   """
   wanted = _final_number(record[field])
   if wanted is None:
@@ -61,9 +66,11 @@ def regex_format(completion: str, *, pattern: str) -> float:
 def reasoning_gym_score(
   completion: str, record: dict, *, pattern: str = '<answer>(.*?)</answer>'
 ) -> float:
-  """The score that reasoning-gym gives, in [0, 1]; some tasks give part marks (arXiv 2505.24760).
+  """The score of the package reasoning-gym, in [0, 1] (arXiv:2505.24760).
 
-  The answer is the last match of `pattern` (its first group), else the whole text, stripped.
+  Some tasks give partial credit. The answer is the first group of the last match of `pattern`, else
+  the whole completion; white space around it is removed. The record must come from
+  `sources.reasoning_gym`.
   """
   found = re.findall(pattern, completion, re.DOTALL)
   answer = found[-1] if found else completion
@@ -72,10 +79,10 @@ def reasoning_gym_score(
 
 
 def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096) -> float:
-  """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), in [-1, 0].
+  """Soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13), in [-1, 0].
 
-  0 up to `max_length - cache` tokens, then linearly down to -1 at `max_length`, and -1 beyond. The
-  published numbers are the defaults.
+  The result is 0 up to `max_length - cache` tokens, falls linearly to -1 at `max_length` tokens, and is
+  -1 beyond. The defaults are those of the paper.
   """
   if length > max_length:
     return -1.0
@@ -83,7 +90,9 @@ def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096) ->
 
 
 def _final_number(text):
+  """The final number of a text as a float (see `numeric_answer`), or None."""
   text = FRACTION.sub(r'\1/\2', text.replace('\N{MINUS SIGN}', '-'))
+  # Search the last box, then the text after the last mark, then the whole text.
   boxed, marked = BOXED.findall(text), MARKED.findall(text)
   for region, pick in [*((b, -1) for b in boxed[-1:]), *((m, 0) for m in marked[-1:]), (text, -1)]:
     numbers = [m.group().replace(',', '') for m in NUMBER.finditer(region)]

@@ -1,0 +1,62 @@
+"""The cache of decoding: keys and values of the tokens so far, and the functions that write them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from polgrad.models.config import Config
+from polgrad.sharding import constrain
+
+Array = jax.Array
+
+# Axes of the buffers, in the order in which attention multiplies with them, so that a step of decoding
+# transposes neither.
+KEYS = ('batch', 'kv_heads', 'head_dim', 'length')
+VALUES = ('batch', 'kv_heads', 'length', 'head_dim')
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far, one buffer for each layer."""
+
+  keys: tuple[Array, ...]  # [B, kv_heads, head_dim, length] each
+  values: tuple[Array, ...]  # [B, kv_heads, length, head_dim] each
+  positions: Array  # i32[B, length], position of the token in each column; -1 in empty columns
+
+
+def empty(config: Config, batch: int, length: int) -> Cache:
+  """A cache of `length` empty columns for `batch` rows."""
+  size = dict(batch=batch, length=length, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+  zeros = lambda axes: jnp.zeros([size[axis] for axis in axes], config.dtype)
+  return Cache(
+    keys=tuple(zeros(KEYS) for _ in range(config.num_layers)),
+    values=tuple(zeros(VALUES) for _ in range(config.num_layers)),
+    positions=jnp.full((batch, length), -1, jnp.int32),
+  )
+
+
+def write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) -> Array:
+  """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both."""
+  out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axes.index('length'))
+  return constrain(out, axes)
+
+
+def begin(cache: Cache, read: Cache, rows: Array) -> Cache:
+  """Replaces the rows of `cache` where `rows` bool[B] is True by those of `read`, which is shorter.
+
+  The contents keep their columns; the columns that `read` lacks become empty.
+  """
+  width = read.positions.shape[1]
+
+  def put(axes, buffer, new):
+    old = jax.lax.slice_in_dim(buffer, 0, width, axis=axes.index('length'))
+    return write(axes, buffer, jnp.where(rows[:, None, None, None], new, old), 0)
+
+  # A position of -1 alone makes a column empty: keys and values behind it are never looked at.
+  rest = ((0, 0), (0, cache.positions.shape[1] - width))
+  positions = jnp.pad(read.positions, rest, constant_values=-1)
+  return Cache(
+    keys=tuple(put(KEYS, *pair) for pair in zip(cache.keys, read.keys)),
+    values=tuple(put(VALUES, *pair) for pair in zip(cache.values, read.values)),
+    positions=jnp.where(rows[:, None], positions, cache.positions),
+  )
