@@ -97,7 +97,7 @@ class _Run:
     known = {
       'max_new_tokens': self.task.max_new_tokens,
       'samples_per_prompt': self.samples_per_prompt,
-      'steps': self.total_steps,
+      'steps': self.steps,  # of the whole run, also where a smoke run makes two
       'learning_rate': self.learning_rate or self.preset.learning_rates['reinforce'],
     }
     wanted = inspect.signature(function).parameters
