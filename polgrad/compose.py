@@ -11,7 +11,6 @@ was not pretrained first learns the task's demonstrations, in a phase called `wa
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -64,6 +63,11 @@ def compose(
   if method.needs == 'demonstrations' and not method.anchors and run.is_sft(method):
     warm_start = 0  # the method itself is what the warm start would be
   _check_fit(method, task, warm_start)
+  if method.restart and not (warm_start or teacher):
+    raise ValueError(
+      'the method distils a teacher: name its folder with teacher=FOLDER, or use warm_start=STEPS to '
+      'train one first'
+    )
   phases = {'train': run.phase(method, teacher=teacher)}
   if warm_start:
     first = dataclasses.replace(run, steps=2 if smoke else warm_start, learning_rate=0.0)
@@ -92,7 +96,7 @@ class _Run:
   prompts: int
   smoke: bool
 
-  def make(self, function: Callable[..., Method], **options: Any) -> Method:
+  def make(self, function: Callable[..., Method]) -> Method:
     """Calls a method function with the budgets that it names."""
     known = {
       'max_new_tokens': self.task.max_new_tokens,
@@ -101,7 +105,7 @@ class _Run:
       'learning_rate': self.learning_rate or self.preset.learning_rates['reinforce'],
     }
     wanted = inspect.signature(function).parameters
-    return function(**{k: v for k, v in known.items() if k in wanted} | options)
+    return function(**{k: v for k, v in known.items() if k in wanted})
 
   @property
   def total_steps(self) -> int:

@@ -61,6 +61,21 @@ def parse(text: str) -> dict[str, str]:
   return {name.strip(): value.strip() if equals else 'true' for name, equals, value in items}
 
 
+def values(text: str, **defaults: Any) -> ConfigDict:
+  """Options of a named run: `values(text, seed=0, smoke=False)` reads `seed=3,smoke`.
+
+  Raises:
+    ValueError: an option without a default, or a value of another type.
+  """
+  given = parse(text)
+  for name in given:
+    if name not in defaults:
+      raise ValueError(f'unknown option {name!r}{suggest(name, defaults)}')
+  return ConfigDict(
+    {k: convert(k, given[k], type(v)) if k in given else v for k, v in defaults.items()}
+  )
+
+
 def convert(name: str, text: str, kind: type) -> Any:
   """The value of an option.
 
