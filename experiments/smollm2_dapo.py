@@ -26,7 +26,7 @@ def get_config(text: str = ''):
   task = tasks.chain_sum()
   method = dataclasses.replace(
     methods.dapo(max_new_tokens=task.max_new_tokens),
-    collect=partial(collect.rollouts, max_resamples=1),
+    collect=partial(collect.Rollouts, max_resamples=1),
     rewards={},
     minibatches=1,
   )

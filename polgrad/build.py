@@ -17,7 +17,7 @@ from polgrad import collect, credit, objectives, optim, sharding
 from polgrad.data import sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.policy import Policy
-from polgrad.registry import bind, table
+from polgrad.registry import bind, suggest, table
 from polgrad.rewards import scoring, verifiers
 from polgrad.types import Layout
 
@@ -313,8 +313,8 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
         f'{path}.anchors: {field} is read, so an anchor {anchor!r} is needed; '
         f'there are {sorted(phase.anchors)}'
       )
-  for role in sorted(collector.roles - phase.anchors.keys()):
-    raise ValueError(f"{path}.anchors: the sampler's role needs an anchor {role!r}")
+  for anchor in sorted(collector.anchors_read - phase.anchors.keys()):
+    raise ValueError(f'{path}.anchors: the behavior policy needs an anchor {anchor!r}')
   for name in sorted(phase.frozen.keys() - phase.anchors.keys()):
     raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
   if wanted & {'values', 'old_values'} and not run.policy.config.value_head:
@@ -325,7 +325,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   if missing:
     raise ValueError(
       f'{path}: the objective reads {missing}, which neither collect ({sorted(collector.provides)}) '
-      f'nor credit ({sorted(phase.credit.provides)}) provides'
+      f'nor credit ({sorted(phase.credit.provides)}) provides{suggest(missing[0], given)}'
     )
   if collector.filtered and wanted & {'proximal_logp', 'advantages'}:
     raise ValueError(

@@ -184,7 +184,7 @@ class _Run:
       'pairs': pairs,
       'length': self.length,
     }
-    if kind in (collect.demonstrations, collect.preferences):
+    if kind in (collect.Demonstrations, collect.Preferences):
       budgets.pop('prompt_length')
     knobs = part(kind).keys()
     return part(kind, **{k: v for k, v in (budgets | asked).items() if k in knobs})

@@ -1,8 +1,8 @@
-"""Credit: from a scored rollout to the advantages, returns or labels that an objective reads.
+"""Credit: from rewards to the advantages, returns or labels that an objective reads.
 
-An `Estimator` lifts the pure functions of `losses` to a whole rollout. It runs once a rollout,
-before minibatches are cut, so group and batch statistics are always those of the whole rollout.
-What it returns is data: no gradient flows through it."""
+An `Estimator` applies the pure functions of `losses` to a whole collected batch. It runs once, before
+minibatches are cut, so statistics of groups and of the batch are those of all rows. Its results are
+data: no gradient flows through them. `assign` runs an estimator."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -10,30 +10,31 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from polgrad.arrays import per_token
 from polgrad.losses import advantages as advantage_functions
 from polgrad.losses import f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
 from polgrad.registry import call, check_weighted, inputs, table
-from polgrad.types import Array
+from polgrad.types import STREAMS, Array, Batch
 
-Arrays = dict[str, Array]
+Apply = Callable[[Batch, Any], tuple[Batch, Any]]
 
 
 class Estimator(NamedTuple):
   """Credit assignment with its state.
 
   Attributes:
-    apply: (arrays, state) -> (fields, state). `arrays` holds mask, rewards, valid, group_ids and
-      what `requires` names; `fields` are the `Batch` fields or features named by `provides`.
-    requires: extra arrays: reference_logp, proximal_logp, behavior_logp, old_values, teacher_logp
-      [B, T], stream [B], or features of the collector.
-    provides: names of the returned fields.
-    init: () -> state, carried in `TrainState` and its checkpoints.
+    apply: (batch, state) -> (batch, state). It gets a batch with mask, rewards, valid, group_ids and
+      what `requires` names, and returns it with the arrays that `provides` names.
+    requires: further arrays of the batch that it reads: reference_logp, proximal_logp,
+      behavior_logp, old_values, teacher_logp, stream, or features of the collector.
+    provides: the fields or features of the batch that it fills in. Changes to others are dropped.
+    init: () -> the first state. The state is part of `TrainState` and its checkpoints.
   """
 
-  apply: Callable[[Arrays, Any], tuple[Arrays, Any]]
+  apply: Apply
   requires: frozenset[str] = frozenset()
   provides: frozenset[str] = frozenset({'advantages'})
   init: Callable[[], Any] = lambda: ()
@@ -41,7 +42,7 @@ class Estimator(NamedTuple):
 
 def nothing() -> Estimator:
   """No credit: for objectives that read only the data (supervised, distillation)."""
-  return Estimator(apply=lambda x, state: ({}, state), provides=frozenset())
+  return Estimator(apply=lambda batch, state: (batch, state), provides=frozenset())
 
 
 def outcome(
@@ -51,7 +52,7 @@ def outcome(
   kl_coefficient: float = 0.0,
   costs: Mapping[str, cost_functions.Part] = {},
 ) -> Estimator:
-  """One advantage a sequence, given to each of its tokens.
+  """One advantage per sequence, which each of its tokens gets.
 
   A = advantage(R - kl_coefficient * sum_t k1_t - sum_k coefficient_k * cost_k), with
   k1 = proximal_logp - reference_logp: a KL penalty in the reward has the gradient of
@@ -59,15 +60,16 @@ def outcome(
   """
   check_weighted('costs', costs)
 
-  def apply(x, state):
-    x = dict(x)
+  def apply(batch, state):
+    penalized = batch
     if kl_coefficient or costs:
-      x['log_ratio_sum'] = jnp.sum(_k1(x), axis=1)
-      penalty = kl_coefficient * x['log_ratio_sum']
-      penalty += sum(one.weight * call(one.fn, x) for one in costs.values())
-      x['rewards'] = x['rewards'] - penalty
-    tokens = jnp.where(x['mask'], call(advantage, x)[:, None], 0.0)
-    return {'advantages': normalizer(tokens, x['mask'])}, state
+      log_ratio_sum = jnp.sum(_k1(batch), axis=1)
+      penalized = batch.with_arrays(log_ratio_sum=log_ratio_sum)
+      penalty = kl_coefficient * log_ratio_sum
+      penalty += sum(one.weight * call(one.fn, penalized) for one in costs.values())
+      penalized = penalized.with_arrays(rewards=batch.rewards - penalty)
+    advantages = _to_tokens(call(advantage, penalized), batch.mask)
+    return batch.with_arrays(advantages=normalizer(advantages, batch.mask)), state
 
   return Estimator(
     apply=apply, requires=_kl_requires(kl_coefficient or len(costs)) | _named(advantage)
@@ -86,10 +88,10 @@ def reward_to_go(
   credits a token with its effect on later ones, which no loss of single tokens does.
   """
 
-  def apply(x, state):
-    rewards = _token_rewards(x, kl_coefficient)
-    future = returns.reward_to_go(rewards, x['mask'], discount=discount)
-    return {'advantages': normalizer(future, x['mask'])}, state
+  def apply(batch, state):
+    rewards = _token_rewards(batch, kl_coefficient)
+    future = returns.reward_to_go(rewards, batch.mask, discount=discount)
+    return batch.with_arrays(advantages=normalizer(future, batch.mask)), state
 
   return Estimator(apply=apply, requires=_kl_requires(kl_coefficient))
 
@@ -100,9 +102,10 @@ def token_baseline(*, discount: float = 1.0) -> Estimator:
   Needs the statistic `score_norm` of the rollout's policy, from the collector's `stats`.
   """
 
-  def apply(x, state):
-    future = returns.reward_to_go(_token_rewards(x, 0.0), x['mask'], discount=discount)
-    return {'advantages': call(optimal_token_baseline, x | {'token_returns': future})}, state
+  def apply(batch, state):
+    future = returns.reward_to_go(_token_rewards(batch), batch.mask, discount=discount)
+    advantages = call(optimal_token_baseline, batch.with_arrays(token_returns=future))
+    return batch.with_arrays(advantages=advantages), state
 
   return Estimator(apply=apply, requires=frozenset({'score_norm'}))
 
@@ -116,14 +119,14 @@ def generalized(
 ) -> Estimator:
   """Generalised advantage estimation (arXiv:1506.02438) against a learned value.
 
-  The reward stands on the last policy token, the KL penalty on every token. Returns are taken
-  before the advantages are normalised.
+  The last policy token gets the reward of its row, and every token its KL penalty. Returns are
+  computed before the advantages are normalised.
   """
 
-  def apply(x, state):
-    rewards, values = _token_rewards(x, kl_coefficient), x['old_values']
-    advantages = returns.gae(rewards, values, x['mask'], discount=discount, trace=trace)
-    return _critic_fields(advantages, advantages + values, normalizer, x['mask']), state
+  def apply(batch, state):
+    rewards, values = _token_rewards(batch, kl_coefficient), batch.old_values
+    advantages = returns.gae(rewards, values, batch.mask, discount=discount, trace=trace)
+    return _with_targets(batch, advantages, advantages + values, normalizer), state
 
   return _critic(apply, _kl_requires(kl_coefficient))
 
@@ -137,18 +140,18 @@ def vtrace(
   rho_pg: float = 1.0,
   normalizer: NormalizerPart = identity,
 ) -> Estimator:
-  """V-trace of IMPALA (arXiv:1802.01561): value targets and advantages for rollouts of an older policy.
+  """V-trace of IMPALA (arXiv:1802.01561): value targets and advantages for samples of an older policy.
 
   rho = proximal / behavior, cut at `rho_bar` in the error, at `c_bar` in the trace and at `rho_pg` in
   the advantage.
   """
 
-  def apply(x, state):
+  def apply(batch, state):
     knobs = dict(discount=discount, trace=trace, rho_bar=rho_bar, c_bar=c_bar)
-    arrays = (_token_rewards(x, 0.0), x['old_values'], _log_rho(x), x['mask'])
+    arrays = (_token_rewards(batch), batch.old_values, _log_rho(batch), batch.mask)
     advantages = returns.vtrace_advantages(*arrays, rho_pg=rho_pg, **knobs)
     targets = returns.vtrace_targets(*arrays, **knobs)
-    return _critic_fields(advantages, targets, normalizer, x['mask']), state
+    return _with_targets(batch, advantages, targets, normalizer), state
 
   return _critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
 
@@ -158,24 +161,20 @@ def retrace(
 ) -> Estimator:
   """Retrace (arXiv:1606.02647) with a critic of states: A_t = target_t - V_t.
 
-  The paper's critic is Q(s, a); ours is V(s), which stands for it (see `returns.retrace_targets`).
+  The paper's critic is Q(s, a); ours is V(s) in its place (see `returns.retrace_targets`).
   """
 
-  def apply(x, state):
-    targets = returns.retrace_targets(
-      _token_rewards(x, 0.0),
-      x['old_values'],
-      _log_rho(x),
-      x['mask'],
-      discount=discount,
-      trace=trace,
-    )
-    return _critic_fields(targets - x['old_values'], targets, normalizer, x['mask']), state
+  def apply(batch, state):
+    values = batch.old_values
+    arrays = (_token_rewards(batch), values, _log_rho(batch), batch.mask)
+    targets = returns.retrace_targets(*arrays, discount=discount, trace=trace)
+    return _with_targets(batch, targets - values, targets, normalizer), state
 
   return _critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
 
 
-def _critic(apply: Callable, requires: frozenset[str]) -> Estimator:
+def _critic(apply: Apply, requires: frozenset[str]) -> Estimator:
+  """An estimator with a critic: it reads old values, and provides targets for new ones."""
   return Estimator(
     apply=apply,
     requires=requires | {'old_values'},
@@ -183,30 +182,36 @@ def _critic(apply: Callable, requires: frozenset[str]) -> Estimator:
   )
 
 
-def _critic_fields(advantages: Array, targets: Array, normalizer: Callable, mask: Array) -> Arrays:
-  targets = jnp.where(mask, targets, 0.0)
-  return {'advantages': normalizer(advantages, mask), 'returns': targets}
+def _with_targets(
+  batch: Batch, advantages: Array, targets: Array, normalizer: Callable[[Array, Array], Array]
+) -> Batch:
+  """The batch with normalised advantages, and with targets that are 0 outside the mask."""
+  return batch.with_arrays(
+    advantages=normalizer(advantages, batch.mask), returns=jnp.where(batch.mask, targets, 0.0)
+  )
 
 
 def moving_baseline(*, decay: float = 0.9) -> Estimator:
-  """A = R - b with b a moving average of the mean rewards of earlier rollouts.
+  """A = R - b with b a moving average of the mean rewards of earlier batches.
 
-  b does not depend on the rollout that it is taken from, so the estimate of the policy gradient is
-  exactly unbiased (Williams 1992). State: the average and its weight (for the first rollouts,
-  sum_k decay^k r / sum_k decay^k).
+  b does not depend on the batch that it is subtracted from, so the estimate of the policy gradient is
+  exactly unbiased (Williams 1992). State: total = sum_k decay^k r_k and weight = sum_k decay^k, with
+  r_k the mean reward k + 1 batches ago; b = total / weight, and 0 for the first batch.
   """
 
-  def apply(x, state):
+  def apply(batch, state):
+    valid, rewards = batch.valid, batch.rewards
     baseline = state['total'] / jnp.maximum(state['weight'], 1e-8)
-    per_row = jnp.where(x['valid'], x['rewards'] - baseline, 0.0)
-    rows = jnp.sum(x['valid'])
-    mean = jnp.sum(jnp.where(x['valid'], x['rewards'], 0.0)) / jnp.maximum(rows, 1)
+    per_row = jnp.where(valid, rewards - baseline, 0.0)
+    # A batch without valid rows has no mean, and leaves the average as it is.
+    rows = jnp.sum(valid)
+    mean = jnp.sum(jnp.where(valid, rewards, 0.0)) / jnp.maximum(rows, 1)
     seen = (rows > 0).astype(jnp.float32)
     state = {
       'total': jnp.where(seen, decay * state['total'] + mean, state['total']),
       'weight': jnp.where(seen, decay * state['weight'] + 1.0, state['weight']),
     }
-    return {'advantages': jnp.where(x['mask'], per_row[:, None], 0.0)}, state
+    return batch.with_arrays(advantages=_to_tokens(per_row, batch.mask)), state
 
   return Estimator(apply=apply, init=lambda: {'total': jnp.zeros(()), 'weight': jnp.zeros(())})
 
@@ -218,9 +223,9 @@ def teacher_log_ratio(*, clip: float = 10.0) -> Estimator:
   (arXiv:2306.13649). Rewards are not read.
   """
 
-  def apply(x, state):
-    gap = jnp.where(x['mask'], x['teacher_logp'] - x['proximal_logp'], 0.0)
-    return {'advantages': jnp.clip(gap, -clip, clip)}, state
+  def apply(batch, state):
+    gap = jnp.where(batch.mask, batch.teacher_logp - batch.proximal_logp, 0.0)
+    return batch.with_arrays(advantages=jnp.clip(gap, -clip, clip)), state
 
   return Estimator(apply=apply, requires=frozenset({'teacher_logp', 'proximal_logp'}))
 
@@ -231,12 +236,13 @@ def preference() -> Estimator:
   A tie, or a pair with a failed verifier, is masked out of loss and count.
   """
 
-  def apply(x, state):
-    rewards = x['rewards'].reshape(-1, 2)
-    usable = x['valid'].reshape(-1, 2).all(axis=1) & (rewards[:, 0] != rewards[:, 1])
+  def apply(batch, state):
+    rewards = batch.rewards.reshape(-1, 2)
+    usable = batch.valid.reshape(-1, 2).all(axis=1) & (rewards[:, 0] != rewards[:, 1])
     better = rewards > rewards[:, ::-1]
-    mask = x['mask'] & jnp.repeat(usable, 2)[:, None]
-    return {'label': better.astype(jnp.float32).reshape(-1), 'mask': mask}, state
+    mask = batch.mask & jnp.repeat(usable, 2)[:, None]
+    label = better.astype(jnp.float32).reshape(-1)
+    return batch.with_arrays(label=label, mask=mask), state
 
   return Estimator(apply=apply, provides=frozenset({'label', 'mask'}))
 
@@ -251,33 +257,35 @@ def success_contrast(
   with population std. q is kept in [least, 1 - least]; groups without contrast get 0.
   """
 
-  def apply(x, state):
-    rate = x['rewards'] - group_mean(x['rewards'], x['group_ids'], x['valid'])
-    mixed = x['valid'] & (rate > 0) & (rate < 1)
+  def apply(batch, state):
+    rewards, valid = batch.rewards, batch.valid
+    # A reward minus its group-centred value is the mean of the group.
+    rate = rewards - group_mean(rewards, batch.group_ids, valid)
+    mixed = valid & (rate > 0) & (rate < 1)
     rate = jnp.clip(rate, least, 1 - least)
     scale = jnp.sqrt((1 - rate) / rate) if standardized else 1 - rate
-    per_row = scale * jnp.where(x['rewards'] > 0.5, 1.0, -negative_weight)
+    per_row = scale * jnp.where(rewards > 0.5, 1.0, -negative_weight)
     per_row = jnp.where(mixed, per_row, 0.0)
-    advantages = jnp.where(x['mask'], per_row[:, None], 0.0)
-    return {'advantages': advantages, 'success_rate': rate}, state
+    advantages = _to_tokens(per_row, batch.mask)
+    return batch.with_arrays(advantages=advantages, success_rate=rate), state
 
   return Estimator(apply=apply, provides=frozenset({'advantages', 'success_rate'}))
 
 
 def win_rate() -> Estimator:
-  """Labels in [0, 1]: the chance to beat another row of the group, by the sigmoid of the rewards' gap.
+  """Labels in [0, 1]: an estimated probability that the row beats another row of its group.
 
-  label_i = mean over j != i of sigmoid(R_i - R_j): SPPO's estimate (arXiv:2405.00675). A row alone
-  in its group gets one half.
+  label_i = mean over valid j != i of the group of sigmoid(R_i - R_j): SPPO's estimate
+  (arXiv:2405.00675). A row without such a j gets one half.
   """
 
-  def apply(x, state):
-    group, valid, rewards = x['group_ids'], x['valid'], x['rewards']
+  def apply(batch, state):
+    group, valid, rewards = batch.group_ids, batch.valid, batch.rewards
     others = (group[:, None] == group[None, :]) & valid[None, :] & ~jnp.eye(len(group), dtype=bool)
     wins = jnp.where(others, jax.nn.sigmoid(rewards[:, None] - rewards[None, :]), 0.0)
     count = jnp.sum(others, axis=1)
     label = jnp.where(count > 0, jnp.sum(wins, axis=1) / jnp.maximum(count, 1), 0.5)
-    return {'label': label}, state
+    return batch.with_arrays(label=label), state
 
   return Estimator(apply=apply, provides=frozenset({'label'}))
 
@@ -287,39 +295,46 @@ def divergence_reward(
 ) -> Estimator:
   """A = -f'(pi / p) - b: descends D_f(pi || p), p = reference exp(R / beta) / Z (arXiv:2302.08215).
 
-  Z is the mean of p's numerator over the sampling probability in the group; b is a moving average of
-  earlier pseudo-rewards (the paper averages the last 1024). State: that average and its weight.
+  Z is the mean over the group of p's numerator divided by the sampling probability; b is a moving
+  average of earlier pseudo-rewards (the paper averages the last 1024), as in `moving_baseline`.
   """
 
-  def apply(x, state):
-    target = jnp.sum(x['reference_logp'], axis=1) + x['rewards'] / beta
-    sampled = jnp.sum(x['behavior_logp'], axis=1)
-    log_z = log_partition.log_partition(target - sampled, _valid_groups(x))
-    log_t = jnp.sum(x['proximal_logp'], axis=1) - target + log_z
-    pseudo = jnp.where(x['valid'], -derivative(log_t), 0.0)
-    return baseline.apply(x | {'rewards': pseudo}, state)
+  def apply(batch, state):
+    target = jnp.sum(batch.reference_logp, axis=1) + batch.rewards / beta
+    sampled = jnp.sum(batch.behavior_logp, axis=1)
+    log_z = log_partition.log_partition(target - sampled, _valid_groups(batch))
+    log_t = jnp.sum(batch.proximal_logp, axis=1) - target + log_z
+    pseudo = jnp.where(batch.valid, -derivative(log_t), 0.0)
+    return baseline.apply(batch.with_arrays(rewards=pseudo), state)
 
   baseline = moving_baseline(decay=decay)
   requires = frozenset({'reference_logp', 'proximal_logp', 'behavior_logp'})
   return Estimator(apply=apply, requires=requires, init=baseline.init)
 
 
-def _valid_groups(x: Arrays) -> Array:
-  """Group ids in which a row that is not valid stands alone."""
-  return jnp.where(x['valid'], x['group_ids'], -1 - jnp.arange(len(x['valid'])))
+def _to_tokens(per_row: Array, mask: Array) -> Array:
+  """[B] -> [B, T]: each token in the mask gets the number of its row, all others 0."""
+  return jnp.where(mask, per_row[:, None], 0.0)
 
 
-def _k1(x: Arrays) -> Array:
-  return jnp.where(x['mask'], x['proximal_logp'] - x['reference_logp'], 0.0)
+def _valid_groups(batch: Batch) -> Array:
+  """Group ids in which each row that is not valid is a group by itself."""
+  return jnp.where(batch.valid, batch.group_ids, -1 - jnp.arange(len(batch.valid)))
 
 
-def _token_rewards(x: Arrays, kl_coefficient: float) -> Array:
-  rewards = returns.place_last(x['rewards'], x['mask'])
-  return rewards - kl_coefficient * _k1(x) if kl_coefficient else rewards
+def _k1(batch: Batch) -> Array:
+  """The k1 estimate of KL(proximal, reference) at each token, nats."""
+  return jnp.where(batch.mask, batch.proximal_logp - batch.reference_logp, 0.0)
 
 
-def _log_rho(x: Arrays) -> Array:
-  return x['proximal_logp'] - x['behavior_logp']
+def _token_rewards(batch: Batch, kl_coefficient: float = 0.0) -> Array:
+  """Rewards of tokens [B, T]: the row's at its last token, minus the KL penalty at every token."""
+  rewards = returns.place_last(batch.rewards, batch.mask)
+  return rewards - kl_coefficient * _k1(batch) if kl_coefficient else rewards
+
+
+def _log_rho(batch: Batch) -> Array:
+  return batch.proximal_logp - batch.behavior_logp
 
 
 def _kl_requires(kl_coefficient: float) -> frozenset[str]:
@@ -327,7 +342,7 @@ def _kl_requires(kl_coefficient: float) -> frozenset[str]:
 
 
 def _named(fn: Callable) -> frozenset[str]:
-  """What a function reads beyond what every scored rollout has."""
+  """What a function reads beyond what every scored batch has."""
   return frozenset(inputs(fn)) - {'mask', 'rewards', 'valid', 'group_ids'}
 
 
@@ -354,19 +369,19 @@ def gated(
 ) -> Estimator:
   """Prompts that the policy cannot solve learn from their demonstration, the others from samples.
 
-  A group with at most `limit` samples of reward >= `threshold` keeps only its demonstration, any
-  other only its samples: HPT (arXiv:2509.04419). `credit` sees samples only. limit = -1 is pure
-  reinforcement, limit = G pure imitation.
+  A group with at most `limit` samples of reward >= `threshold` keeps only its demonstration in the
+  mask, any other only its samples: HPT (arXiv:2509.04419). `credit` sees only samples as valid rows.
+  limit = -1 is pure reinforcement, limit = number of samples pure imitation.
   """
 
-  def apply(x, state):
-    sampled = x['stream'] == 1
-    solved = sampled & x['valid'] & (x['rewards'] >= threshold)
-    same = x['group_ids'][:, None] == x['group_ids'][None, :]
+  def apply(batch, state):
+    sampled = batch.stream == STREAMS.index('sampled')
+    solved = sampled & batch.valid & (batch.rewards >= threshold)
+    same = batch.group_ids[:, None] == batch.group_ids[None, :]
     imitate = jnp.sum(same & solved[None, :], axis=1) <= limit
-    fields, state = credit.apply(x | {'valid': x['valid'] & sampled}, state)
-    mask = fields.pop('mask', x['mask']) & (sampled != imitate)[:, None]
-    return {**fields, 'mask': mask}, state
+    credited, state = credit.apply(batch.with_arrays(valid=batch.valid & sampled), state)
+    mask = credited.mask & (sampled != imitate)[:, None]
+    return credited.with_arrays(mask=mask), state
 
   return Estimator(
     apply=apply,
@@ -380,13 +395,21 @@ TABLE = SIMPLE | table('credit', gated)
 Part = Annotated[Estimator, TABLE]
 
 
-def assign(estimator: Estimator, arrays: Arrays, state: Any) -> tuple[Arrays, Any]:
+def assign(estimator: Estimator, batch: Batch, state: Any) -> tuple[Batch, Any]:
   """Runs an estimator; rows without a valid reward leave the loss through the mask.
 
-  `arrays` may hold more than the estimator reads. Masked entries become zero here.
+  Args:
+    batch: scored and annotated; it may hold more than the estimator reads.
+    state: of the estimator.
+
+  Returns:
+    The batch with the arrays that the estimator provides, and with its mask: constants, through which
+    no gradient flows; and the next state.
   """
-  mask = arrays['mask'] & arrays['valid'][:, None]
-  door = lambda x: jnp.where(mask, x, 0) if x.shape == mask.shape and x is not mask else x
-  arrays = {name: door(jnp.asarray(x)) for name, x in arrays.items()} | {'mask': mask}
-  fields, state = estimator.apply(arrays, state)
-  return jax.lax.stop_gradient({'mask': mask, **fields}), state
+  batch = jax.tree.map(jnp.asarray, batch)
+  mask = batch.mask & batch.valid[:, None]
+  # The estimator finds zeros outside the mask; the batch that is returned keeps what was there.
+  zeroed = {n: jnp.where(mask, batch[n], 0) for n in batch if per_token(n, batch[n], mask)}
+  credited, state = estimator.apply(batch.with_arrays(**zeroed | {'mask': mask}), state)
+  found = {name: credited[name] for name in {'mask', *estimator.provides}}
+  return batch.with_arrays(**jax.lax.stop_gradient(found)), state

@@ -17,7 +17,8 @@ from polgrad.objectives import Objective
 from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle
 from polgrad.packing import join, packed, split
-from polgrad.types import Array, Batch, Layout, Mean, Metric, Outputs, Params, TrainState
+from polgrad.reductions import Mean, Metric
+from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
 
 
 def forward(

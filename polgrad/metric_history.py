@@ -9,8 +9,9 @@ from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 
+from polgrad.reductions import Metric
 from polgrad.registry import table
-from polgrad.types import Array, Metric
+from polgrad.types import Array
 
 
 class History(NamedTuple):

@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-
 from experiments.common import addition_phase, arithmetic_experiment
+
 from polgrad import build, credit, learner, objectives, train
 from polgrad.collect import scored as judging
 from polgrad.data import tokenizers
@@ -14,7 +14,7 @@ from polgrad.losses import advantages, aggregation, surrogates
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.rewards.scoring import Scores
-from polgrad.types import Outputs, Scored
+from polgrad.types import Batch, Outputs
 
 
 def judged(rewards, *, first=0, valid=None):
@@ -23,7 +23,7 @@ def judged(rewards, *, first=0, valid=None):
   rows = len(rewards)
   valid = np.ones(rows, bool) if valid is None else np.asarray(valid)
   made = first + np.arange(rows, dtype=np.int32)
-  scored = Scored(
+  batch = Batch(
     tokens=np.repeat(made[:, None], 3, axis=1),
     segment_ids=np.ones((rows, 3), np.int32),
     mask=np.tile([False, True, True], (rows, 1)),
@@ -31,31 +31,30 @@ def judged(rewards, *, first=0, valid=None):
     finished=np.ones(rows, bool),
     prompt_ids=made // 2,
     group_ids=np.arange(rows, dtype=np.int32) // 2,
-    policy_step=np.zeros(rows, np.int32),
     rewards=rewards,
     valid=valid,
   )
   scores = Scores(rewards.astype(float), {'r': rewards.astype(float)}, valid, {'r/X': 1}, ['m'])
   records = [{'prompt': str(i)} for i in range(first // 2, first // 2 + rows // 2)]
-  return judging.Judged(scored, scores, [str(i) for i in made], records)
+  return batch, judging.Texts([str(i) for i in made], records, scores)
 
 
 def test_informative_groups_are_those_whose_valid_rewards_differ():
   got = judged([0, 0, 1, 0, 1, 1, 1, 0], valid=[1, 1, 1, 1, 1, 1, 1, 0])
-  np.testing.assert_array_equal(judging.informative(got.scored, 2), [False, True, False, False])
+  np.testing.assert_array_equal(judging.informative(got[0], 2), [False, True, False, False])
   none = judged([0, 1], valid=[0, 0])
-  np.testing.assert_array_equal(judging.informative(none.scored, 2), [False])
+  np.testing.assert_array_equal(judging.informative(none[0], 2), [False])
 
 
 def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
   old, new = judged([0, 0, 1, 0, 1, 1]), judged([1, 1, 0, 1, 0, 0], first=10)
-  useful = judging.informative(old.scored, 2)
-  got = judging.replace_groups(old, new, useful, 2)
-  np.testing.assert_array_equal(got.scored.tokens[:, 0], [12, 13, 2, 3, 4, 5])
-  np.testing.assert_array_equal(got.scored.rewards, [0, 1, 1, 0, 1, 1])
-  np.testing.assert_array_equal(got.scored.group_ids, [0, 0, 1, 1, 2, 2])
-  np.testing.assert_array_equal(got.scores.total, got.scored.rewards)
-  assert got.texts == ['12', '13', '2', '3', '4', '5']
+  useful = judging.informative(old[0], 2)
+  batch, got = judging.replace_groups(old, new, useful, 2)
+  np.testing.assert_array_equal(batch.tokens[:, 0], [12, 13, 2, 3, 4, 5])
+  np.testing.assert_array_equal(batch.rewards, [0, 1, 1, 0, 1, 1])
+  np.testing.assert_array_equal(batch.group_ids, [0, 0, 1, 1, 2, 2])
+  np.testing.assert_array_equal(got.scores.total, batch.rewards)
+  assert got.completions == ['12', '13', '2', '3', '4', '5']
   assert [r['prompt'] for r in got.records] == ['6', '1', '2']
   assert got.scores.errors == {'r/X': 2}
 

@@ -12,7 +12,7 @@ from polgrad.build import Evaluation
 from polgrad.data import sources, tokenizers
 from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
 from polgrad.rewards import scoring, verifiers
-from polgrad.types import Rollout
+from polgrad.types import Batch
 
 NAN = math.nan
 
@@ -113,7 +113,7 @@ def rollout(texts, prompts):
     tokens[row, prompts.shape[1] : stop] = ids
     mask[row, prompts.shape[1] : stop] = True
   rows = np.zeros(len(texts), np.int32)
-  return Rollout(
+  return Batch(
     tokens=tokens,
     segment_ids=mask.astype(np.int32),
     mask=mask,
@@ -121,7 +121,6 @@ def rollout(texts, prompts):
     finished=rows == 0,
     prompt_ids=rows,
     group_ids=rows,
-    policy_step=rows,
   )
 
 

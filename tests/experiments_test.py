@@ -100,9 +100,8 @@ def test_is_the_method_of_its_name(name):
   batch = jax.tree.map(jnp.asarray, examples.batch().replace(weights=None))
   results = [_value_and_grad(o, batch) for o in (phase.objective, method.objective)]
   jax.tree.map(np.testing.assert_array_equal, *results)
-  arrays = {k: getattr(batch, k) for k in batch.__dataclass_fields__ if k != 'weights'}
-  arrays['valid'] = jnp.ones(len(batch.mask), bool)
-  credited = [c.apply(arrays, c.init()) for c in (phase.credit, method.credit)]
+  batch = batch.replace(valid=jnp.ones(len(batch.mask), bool))
+  credited = [c.apply(batch, c.init()) for c in (phase.credit, method.credit)]
   jax.tree.map(np.testing.assert_array_equal, *credited)
 
 

@@ -14,7 +14,7 @@ from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
-from polgrad.types import Rollout, TrainState
+from polgrad.types import Batch, TrainState
 from tests import examples
 from tests.collect_test import collected, experiment
 
@@ -108,16 +108,16 @@ def test_t17_sampling_error_is_less_with_ros_and_least_with_props():
   ROS makes a step of size 1 a bandit. On a table larger ones do better still: bandits share nothing.
   """
   shape = dict(prompts=BANDITS, samples_per_prompt=64, prompt_length=1, max_new_tokens=1)
-  props = part(collect.explored, optimizer=part(optim.adamw, learning_rate=0.03), **shape)
+  props = part(collect.Explored, optimizer=part(optim.adamw, learning_rate=0.03), **shape)
   ros = part(
-    collect.explored,
+    collect.Explored,
     optimizer=part(optim.sgd, learning_rate=1.0 * BANDITS),
     eps=float('inf'),
     epochs=1,
     minibatches=1,
     **shape,
   )
-  specs = {'on-policy': part(collect.rollouts, **shape), 'ros': ros, 'props': props}
+  specs = {'on-policy': part(collect.Rollouts, **shape), 'ros': ros, 'props': props}
   error = {name: sampling_error(bind(spec, collect.TABLE)) for name, spec in specs.items()}
   assert error['props'] < 0.85 * error['ros'] < 0.85**2 * error['on-policy']
   want = {'on-policy': 0.0247, 'ros': 0.0177, 'props': 0.0135}
@@ -130,7 +130,7 @@ def explored(**settings):
   settings = (
     dict(prompts=4, samples_per_prompt=4, rounds=2, prompt_length=6, max_new_tokens=5) | settings
   )
-  collector = bind(part(collect.explored, **settings), collect.TABLE)
+  collector = bind(part(collect.Explored, **settings), collect.TABLE)
   objective = run.phases['rl'].objective
   objective = examples.changed(objective, requires=objective.requires | {'proximal_logp'})
   return collected(run, collect=collector, objective=objective)[0].batch
@@ -169,7 +169,7 @@ def test_rounds_lie_side_by_side_and_those_to_come_are_masked_out():
     rows = np.arange(first, first + 4)
     column = rows[:, None]
     mask = np.ones((4, 1), bool)
-    return Rollout(
+    return Batch(
       tokens=column,
       segment_ids=column,
       mask=mask,
@@ -177,7 +177,6 @@ def test_rounds_lie_side_by_side_and_those_to_come_are_masked_out():
       finished=rows,
       prompt_ids=rows,
       group_ids=rows // 2,
-      policy_step=rows,
     )
 
   got = exploration.joined([drawn(0), drawn(10)], 3, prompts=2)
@@ -198,14 +197,14 @@ def test_rounds_lie_side_by_side_and_those_to_come_are_masked_out():
 )
 def test_settings_that_cannot_be_are_refused(wrong, words):
   with pytest.raises(ValueError, match=words):
-    bind(part(collect.explored, **wrong), collect.TABLE)
+    bind(part(collect.Explored, **wrong), collect.TABLE)
 
 
 def test_minibatches_that_the_devices_cannot_share_are_refused():
   with pytest.raises(ValueError, match='minibatches of 4 rows do not divide into 8 micro_batches'):
     run = experiment()
     collector = bind(
-      part(collect.explored, prompts=4, samples_per_prompt=4, prompt_length=6, max_new_tokens=5),
+      part(collect.Explored, prompts=4, samples_per_prompt=4, prompt_length=6, max_new_tokens=5),
       collect.TABLE,
     )
     collected(run, collect=collector, micro_batches=8)

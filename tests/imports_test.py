@@ -9,6 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent / 'polgrad'
 # The page docs/architecture.md shows this table; a folder stands for its modules.
 LEVELS = {
   'types': 0,
+  'arrays': 0,
+  'reductions': 0,
   'registry': 0,
   'losses': 1,
   'sharding': 1,
@@ -38,7 +40,7 @@ LEVELS = {
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it
 HOMES = {
-  'flax': {'types', 'models'},
+  'flax': {'types', 'reductions', 'models'},
   'ml_collections': {'registry', 'build', 'cli', 'train'},
   'orbax': {'checkpoint'},
   'absl': {'cli', 'convert', 'evaluate', 'sample', 'train'},

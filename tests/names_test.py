@@ -24,6 +24,7 @@ from polgrad.losses import (
   weights,
 )
 from polgrad.registry import Weighted
+from polgrad.types import Batch
 from tests import examples
 from tests.objectives_test import loss_of
 
@@ -120,15 +121,17 @@ def test_gpg_scales_by_groups_with_signal_or_by_rewards_that_are_not_zero(scale)
 
 def test_kl_in_the_reward_is_credit_and_in_the_loss_a_term():
   mask = jnp.ones((4, 1), bool)
-  arrays = {
-    'mask': mask,
-    'rewards': REWARDS,
-    'valid': VALID,
-    'group_ids': GROUP,
-    'proximal_logp': jnp.asarray([[-1.0], [-2.0], [-1.0], [-1.0]]),
-    'reference_logp': -jnp.ones((4, 1)),
-  }
-  within = credit.outcome(advantage=advantages.raw, kl_coefficient=0.1).apply(arrays, ())[0]
+  batch = Batch(
+    tokens=jnp.zeros((4, 1), jnp.int32),
+    segment_ids=jnp.ones((4, 1), jnp.int32),
+    mask=mask,
+    rewards=REWARDS,
+    valid=VALID,
+    group_ids=GROUP,
+    proximal_logp=jnp.asarray([[-1.0], [-2.0], [-1.0], [-1.0]]),
+    reference_logp=-jnp.ones((4, 1)),
+  )
+  within = credit.outcome(advantage=advantages.raw, kl_coefficient=0.1).apply(batch, ())[0]
   np.testing.assert_allclose(within['advantages'][:, 0], [1.0, 0.1, 0.0, 0.0], atol=1e-6)
   without = policy(penalties={'kl': Weighted(0.1, penalties.k2)})
   terms, _ = without.apply(examples.outputs(examples.leaves(), {}), examples.batch(), (), step=0)

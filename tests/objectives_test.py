@@ -20,8 +20,8 @@ from polgrad.losses import (
   surrogates,
   weights,
 )
+from polgrad.reductions import Max, Mean
 from polgrad.registry import UnknownArray, Weighted
-from polgrad.types import Max, Mean
 from tests import examples
 
 OBJECTIVES = {

@@ -9,7 +9,8 @@ import pytest
 
 from polgrad import objectives
 from polgrad.losses import aggregation, logit_stats, selections, surrogates, weights
-from polgrad.types import Batch, Effective, Outputs, Quantile
+from polgrad.reductions import EffectiveSampleSize, Quantile
+from polgrad.types import Batch, Outputs
 
 RNG = np.random.default_rng(0)
 GAP = (0.7 * RNG.normal(size=(6, 40))).astype(np.float32)
@@ -18,22 +19,22 @@ WHERE = RNG.uniform(size=GAP.shape) < 0.7
 
 def test_the_effective_sample_size_is_that_of_importance_weights():
   weight = np.exp(GAP[WHERE])
-  got = Effective.of(jnp.exp(GAP), WHERE)
+  got = EffectiveSampleSize.of(jnp.exp(GAP), WHERE)
   np.testing.assert_allclose(
     got.value(), weight.sum() ** 2 / (weight.size * (weight**2).sum()), rtol=1e-5
   )
-  parts = [Effective.of(jnp.exp(GAP[i : i + 3]), WHERE[i : i + 3]) for i in (0, 3)]
+  parts = [EffectiveSampleSize.of(jnp.exp(GAP[i : i + 3]), WHERE[i : i + 3]) for i in (0, 3)]
   np.testing.assert_allclose((parts[0] + parts[1]).value(), got.value(), rtol=1e-5)
-  assert Effective.of(jnp.full((2, 3), 7.0), np.ones((2, 3), bool)).value() == 1
-  assert Effective.of(jnp.ones((2, 3)), np.zeros((2, 3), bool)).value() == 0
+  assert EffectiveSampleSize.of(jnp.full((2, 3), 7.0), np.ones((2, 3), bool)).value() == 1
+  assert EffectiveSampleSize.of(jnp.ones((2, 3)), np.zeros((2, 3), bool)).value() == 0
 
 
-@pytest.mark.parametrize('share', [0.01, 0.5, 0.9])
-def test_quantiles_are_within_a_tenth_of_the_log_ratio_and_merge_exactly(share):
-  got = Quantile.of(GAP, WHERE, share=share)
-  expected = np.quantile(GAP[WHERE], share, method='inverted_cdf')
+@pytest.mark.parametrize('fraction', [0.01, 0.5, 0.9])
+def test_quantiles_are_within_a_tenth_of_the_log_ratio_and_merge_exactly(fraction):
+  got = Quantile.of(GAP, WHERE, fraction=fraction)
+  expected = np.quantile(GAP[WHERE], fraction, method='inverted_cdf')
   np.testing.assert_allclose(np.log(got.value()), expected, rtol=0.1, atol=1e-3)
-  parts = [Quantile.of(GAP[i : i + 2], WHERE[i : i + 2], share=share) for i in (0, 2, 4)]
+  parts = [Quantile.of(GAP[i : i + 2], WHERE[i : i + 2], fraction=fraction) for i in (0, 2, 4)]
   assert (parts[0] + parts[1] + parts[2]).value() == got.value()
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from polgrad.collect import replay
+from polgrad.types import Batch
 
 GROUPS, GROUP = 4, 2
 ROWS = GROUPS * GROUP
@@ -11,10 +12,13 @@ ROWS = GROUPS * GROUP
 
 def batch(number):
   """Rows 100 * number + 0, 1, 2, ..."""
-  return {
-    'tokens': 100 * number + np.arange(ROWS),
-    'group_ids': np.repeat(np.arange(GROUPS), GROUP),
-  }
+  rows = 100 * number + np.arange(ROWS)
+  return Batch(
+    tokens=rows,
+    segment_ids=np.ones(ROWS, np.int32),
+    mask=np.ones(ROWS, bool),
+    group_ids=np.repeat(np.arange(GROUPS), GROUP),
+  )
 
 
 def after(count, capacity):
@@ -26,15 +30,13 @@ def after(count, capacity):
 
 def recalled(ring, *, lag=0, share=0.0, seed=0):
   random = np.random.default_rng(seed)
-  return replay.recalled(ring, lag=lag, fraction=share, rows_per_prompt=GROUP, random=random)[
-    'tokens'
-  ]
+  return replay.recalled(ring, lag=lag, fraction=share, rows_per_prompt=GROUP, random=random).tokens
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 4, 9])
 def test_the_batch_of_so_long_ago_or_the_oldest_there_is(count):
   got = recalled(after(count, capacity=3), lag=2)
-  np.testing.assert_array_equal(got, batch(max(count - 3, 0))['tokens'])
+  np.testing.assert_array_equal(got, batch(max(count - 3, 0)).tokens)
 
 
 @pytest.mark.parametrize('lag', [0, 1])
@@ -55,16 +57,14 @@ def test_a_share_of_the_groups_is_older_whole_and_not_repeated(lag):
 
 def test_everything_can_be_older_and_nothing_is_while_there_is_nothing():
   assert (recalled(after(5, capacity=2), share=1.0) // 100 == 3).all()
-  np.testing.assert_array_equal(recalled(after(1, capacity=2), share=1.0), batch(0)['tokens'])
-  np.testing.assert_array_equal(
-    recalled(after(2, capacity=4), lag=1, share=1.0), batch(0)['tokens']
-  )
+  np.testing.assert_array_equal(recalled(after(1, capacity=2), share=1.0), batch(0).tokens)
+  np.testing.assert_array_equal(recalled(after(2, capacity=4), lag=1, share=1.0), batch(0).tokens)
 
 
 def test_storing_leaves_the_old_ring_as_it_was():
   before = after(2, capacity=2)
   replay.stored(before, batch(9))
-  np.testing.assert_array_equal(recalled(before), batch(1)['tokens'])
+  np.testing.assert_array_equal(recalled(before), batch(1).tokens)
 
 
 def test_the_same_random_numbers_take_the_same_rows():

@@ -55,7 +55,7 @@ class TestLag:
       np.testing.assert_array_equal(got.batch.tokens, fresh[used].tokens)
       np.testing.assert_array_equal(got.batch.advantages, fresh[used].advantages)
       assert got.metrics['staleness'] == step - used
-      assert (got.batch.features['staleness'] == step - used).all()
+      assert (got.batch.staleness == step - used).all()
 
   def test_what_depends_on_the_live_policy_is_computed_when_the_batch_is_used(self):
     settings = dict(lag=1, recompute_proximal=True, requires={'proximal_logp'})
@@ -78,7 +78,7 @@ class TestReplay:
   def test_a_share_of_the_groups_comes_whole_from_earlier_batches(self, fresh):
     _, found = run_steps(4, replay=2, replay_fraction=0.5)
     for step, (_, got) in enumerate(found):
-      batch, age = got.batch, got.batch.features['staleness'].reshape(4, 4)
+      batch, age = got.batch, got.batch.staleness.reshape(4, 4)
       assert (age == age[:, :1]).all() and set(age.flat) <= {0, 1, 2}
       assert (age[:, 0] > 0).sum() == (2 if step else 0)
       np.testing.assert_array_equal(batch.group_ids, np.arange(16) // 4)
@@ -112,7 +112,7 @@ class TestBaseline:
       1
     ][0][1].batch
     batch = found[0][1].batch
-    got = batch.features['baseline_rewards']
+    got = batch.baseline_rewards
     assert got.shape == (16, 1) and got.dtype == np.float32
     np.testing.assert_allclose(got[:, 0], greedy.rewards)
     np.testing.assert_array_equal(batch.tokens, fresh[0].tokens)
@@ -122,7 +122,7 @@ class TestBaseline:
     batch = run_steps(1, baseline_samples=4, baseline_policy=part(behavior_policies.current))[1][0][
       1
     ].batch
-    got = batch.features['baseline_rewards'].reshape(4, 4, 4)
+    got = batch.baseline_rewards.reshape(4, 4, 4)
     np.testing.assert_array_equal(got, np.broadcast_to(got[:, :1], got.shape))
     assert not np.array_equal(got[:, 0], batch.rewards.reshape(4, 4))
 
@@ -150,9 +150,9 @@ class TestBaseline:
     got, _ = collected(run, score=fails_on_baselines)
     bad = np.arange(16) // 4 == 2
     np.testing.assert_array_equal(got.batch.mask.any(axis=1), ~bad)
-    np.testing.assert_array_equal(got.batch.features['valid'], ~bad)
+    np.testing.assert_array_equal(got.batch.valid, ~bad)
     assert got.metrics['verifier_errors'] == 1
-    assert np.isfinite(got.batch.features['baseline_rewards']).all()
+    assert np.isfinite(got.batch.baseline_rewards).all()
 
 
 class TestDemonstrations:
@@ -213,10 +213,15 @@ class TestFeatures:
 
   def test_credit_reads_features_by_name(self):
     def apply(x, state):
-      return {'advantages': x['spread'] * x['uniform'][:, None], 'surprise': x['rewards']}, state
+      advantages = x['spread'] * x['uniform'][:, None]
+      return x.with_arrays(advantages=advantages, surprise=x.rewards), state
 
     run = experiment(stats={'spread': part(logit_stats.entropy)})
-    estimator = credit.Estimator(apply=apply, requires=frozenset({'spread', 'uniform'}))
+    estimator = credit.Estimator(
+      apply=apply,
+      requires=frozenset({'spread', 'uniform'}),
+      provides=frozenset({'advantages', 'surprise'}),
+    )
     batch = collected(run, credit=estimator)[0].batch
     features = batch.features
     want = np.where(batch.mask, features['spread'] * features['uniform'][:, None], 0)
@@ -266,7 +271,7 @@ class TestFeatures:
 )
 def test_settings_that_cannot_be_are_refused(wrong, words):
   with pytest.raises(ValueError, match=words):
-    bind(part(collect.rollouts, **wrong), collect.TABLE)
+    bind(part(collect.Rollouts, **wrong), collect.TABLE)
 
 
 def test_a_collector_says_what_it_provides():
@@ -278,10 +283,13 @@ def test_a_collector_says_what_it_provides():
     demonstrations=1,
     stats={'spread': part(logit_stats.entropy)},
   )
-  got = bind(part(collect.rollouts, **settings), collect.TABLE)
+  got = bind(part(collect.Rollouts, **settings), collect.TABLE)
   assert (
-    got.rows == 16 and got.rows_per_prompt == 4 and got.roles == {'reference'} and not got.filtered
+    got.rows == 16
+    and got.rows_per_prompt == 4
+    and got.anchors_read == {'reference'}
+    and not got.filtered
   )
   named = {'valid', 'staleness', 'uniform', 'baseline_rewards', 'spread', 'stream'}
   assert named <= got.provides
-  assert got.provides - Batch.__dataclass_fields__.keys() == named - {'stream'}
+  assert got.provides - Batch.__dataclass_fields__.keys() == {'uniform', 'spread'}

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from experiments.common import addition_phase, arithmetic_experiment, warm_start
 from experiments.preference import dpo
+
 from polgrad import (
   build,
   checkpoint,
@@ -251,9 +251,9 @@ class TestBrokenUpdates:
     real = credit.moving_baseline
 
     def poisoned(x, state):
-      fields, state = real().apply(x, state)
-      bad = jnp.where(jnp.any(x['mask']), jnp.nan, 0.0)
-      return {'advantages': fields['advantages'] + bad}, state
+      batch, state = real().apply(x, state)
+      bad = jnp.where(jnp.any(x.mask), jnp.nan, 0.0)
+      return batch.with_arrays(advantages=batch.advantages + bad), state
 
     made = config()
     made.max_skipped = 3

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-
 from experiments.common import addition
+
 from polgrad import build, collect, credit, models, objectives, optim, sharding, train
 from polgrad.collect import base
 from polgrad.data import tokenizers
@@ -66,7 +66,7 @@ def phase_of(kind: str, work: dict) -> dict:
       build.phase,
       source=addition(),
       collect=part(
-        collect.rollouts,
+        collect.Rollouts,
         prompts=len(work['prompts']),
         group=work['samples'],
         prompt_length=work['prompt_length'],
@@ -88,14 +88,14 @@ def phase_of(kind: str, work: dict) -> dict:
     score, link = part(implicit_rewards.log_ratio_sum), part(preference_losses.logistic)
     objective = part(objectives.Pairwise, score=score, link=link, beta=work['dpo_beta'])
     rows = part(
-      collect.preferences,
+      collect.Preferences,
       pairs=len(work['chosen']),
       length=len(work['chosen'][0]),
       prompt_length=work['prompt_length'],
     )
   else:
     objective = part(objectives.Supervised, aggregation=part(aggregation.token_mean))
-    rows = part(collect.demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
+    rows = part(collect.Demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
   return part(
     build.phase,
     source=addition(),

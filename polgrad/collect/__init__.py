@@ -1,19 +1,26 @@
 """Collectors: from data records to the batch of one training step.
 
-`rollouts` (or `explored`, which draws them another way) samples, scores and credits;
-`demonstrations` and `preferences` read completions off the data. All end in the same `Batch`, so
-reinforcement, preference learning, distillation and supervised learning share one loop.
+| name | what it does |
+|---|---|
+| `Rollouts` | samples completions of prompts, scores and credits them |
+| `Explored` | the same, but draws them so that they cover the policy's distribution better |
+| `Demonstrations` | reads prompts with their answers off the data |
+| `Preferences` | reads pairs of completions off the data |
+| `Collector` | the interface of all of these; its fields are settings, `make` gives the function |
+| `minibatches` | cuts a batch for several updates |
 
-Batches live on the host, as NumPy: rewards, groups and credit belong to the whole rollout, which is
-small next to the model, and every process sees all of it. Only model work is spread over the mesh.
+All make a `types.Batch`, so reinforcement, preference learning, distillation and supervised learning
+share one loop. Batches are NumPy arrays on the host, because rewards, groups and credit concern the
+whole batch: it is small next to the model, and every process sees all of it. Only model work is spread
+over the mesh.
 """
 
 from typing import Annotated
 
 from polgrad.collect.base import Collected, Collector, Context, minibatches
-from polgrad.collect.data import demonstrations, preferences
-from polgrad.collect.exploration import explored
-from polgrad.collect.rollouts import rollouts
+from polgrad.collect.data import Demonstrations, Preferences
+from polgrad.collect.exploration import Explored
+from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import completions, question
 from polgrad.registry import table
 
@@ -22,15 +29,15 @@ __all__ = [
   'Collected',
   'Collector',
   'Context',
+  'Demonstrations',
+  'Explored',
   'Part',
+  'Preferences',
+  'Rollouts',
   'completions',
-  'demonstrations',
-  'explored',
   'minibatches',
-  'preferences',
   'question',
-  'rollouts',
 ]
 
-TABLE = table('collect', rollouts, explored, demonstrations, preferences)
+TABLE = table('collect', Rollouts, Explored, Demonstrations, Preferences)
 Part = Annotated[Collector, TABLE]

@@ -1,5 +1,7 @@
-"""What a collector is, and the parts that all of them share."""
+"""The interface of collectors, and the parts that all of them share."""
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +18,14 @@ from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
 from polgrad.rewards.scoring import Scores
-from polgrad.sharding import to_host
-from polgrad.types import PLAIN, Array, Batch, Layout, TrainState
+from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, TrainState
 
-Draw = Callable[[int], list[dict]]
+Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
+Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # texts, records, lengths
 
 
 class Context(NamedTuple):
-  """What a collector may use."""
+  """What a phase gives to its collector."""
 
   policy: Policy
   tokenizer: Tokenizer
@@ -31,100 +33,164 @@ class Context(NamedTuple):
   seed: int
   objective: Objective
   credit: credits.Estimator
-  score: Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]
-  frozen: Mapping[str, Policy]  # anchors that are models of their own
+  score: Score
+  frozen: Mapping[str, Policy]  # models of the anchors that are not copies of the policy
   micro_batches: int
   layout: Layout = PLAIN
 
 
 class Collected(NamedTuple):
-  """One step's data and what to report of it."""
+  """The data of one step, and what to report of it."""
 
   batch: Batch  # NumPy
   credit_state: Any
   collect_state: Any
   metrics: dict[str, float]
   samples: list[tuple[str, str, float]]  # prompt, completion, reward
-  messages: list[str]  # what verifiers complained of
+  messages: list[str]  # of verifiers that failed
 
 
-class Collector(NamedTuple):
-  """How a phase gets its batches.
+Collect = Callable[[TrainState, Draw, int], Collected]
 
-  Attributes:
-    make: context -> (state, draw, step) -> Collected, where draw(n) gives the next n records.
-    records: data records a step.
-    rows: rows of the batch that they become.
-    rows_per_prompt: rows of one record; they stay together.
-    length: positions of a row.
-    prompt_length: how many of them hold nothing but the prompt in every row.
-    temperature: of sampling, and therefore of all log-probs.
-    provides: the `Batch` fields and features that are there without credit or anchors.
-    roles: anchors that the sampler reads besides the policy.
-    filtered: sampling leaves tokens out (top-k, top-p, greedy, mixtures), so the policy's own
-      log-probs are not those of the sampler.
-    init: () -> state, carried in `TrainState` and its checkpoints.
+
+class Collector(abc.ABC):
+  """How a phase gets its batches: the interface of all collectors.
+
+  A collector is a frozen dataclass whose fields are its settings. It holds no state: what it remembers
+  is `TrainState.collect_state`, and what it compiles belongs to the function that `make` returns.
   """
 
-  make: Callable
-  records: int
-  rows: int
-  rows_per_prompt: int
-  length: int
-  temperature: float
-  provides: frozenset[str]
-  roles: frozenset[str] = frozenset()
-  filtered: bool = False
-  prompt_length: int = 0
-  init: Callable[[], Any] = lambda: ()
+  @abc.abstractmethod
+  def make(self, context: Context) -> Collect:
+    """Makes collect(state, draw, step) -> Collected, the function that makes the batch of a step.
+
+    `step` is the number of batches that the phase has collected before.
+    """
+
+  @property
+  @abc.abstractmethod
+  def records(self) -> int:
+    """Data records that a step draws, without those of dynamic sampling."""
+
+  @property
+  @abc.abstractmethod
+  def rows_per_prompt(self) -> int:
+    """Consecutive rows of the batch that belong to one record."""
+
+  @property
+  def rows(self) -> int:
+    """Rows of the batch."""
+    return self.records * self.rows_per_prompt
+
+  @property
+  @abc.abstractmethod
+  def length(self) -> int:
+    """Positions of a row."""
+
+  @property
+  def prompt_length(self) -> int:
+    """Leading positions that hold only prompt or padding in every row; 0: no such guarantee."""
+    return 0
+
+  @property
+  def temperature(self) -> float:
+    """Temperature of sampling, and therefore of all log-probs."""
+    return 1.0
+
+  @property
+  def provides(self) -> frozenset[str]:
+    """Fields and features of the batch that are there without credit or anchors."""
+    return frozenset()
+
+  @property
+  def anchors_read(self) -> frozenset[str]:
+    """Anchors that the sampler reads besides the policy."""
+    return frozenset()
+
+  @property
+  def filtered(self) -> bool:
+    """Whether sampling differs from the policy (top-k, top-p, greedy, mixtures).
+
+    The log-probs of the sampler are then not those of the policy.
+    """
+    return False
+
+  def init(self) -> Any:
+    """The first `TrainState.collect_state`."""
+    return ()
 
 
-def make_annotations(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Annotator:
+  """Fills in what the live parameters compute for the rows of a batch; see `make_annotator`."""
+
+  context: Context
+  own: frozenset[str]  # out of {'proximal_logp', 'old_values'}
+  of_policy: Callable[[Params, Batch], Outputs] | None  # None: nothing of the policy is needed
+  of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
+
+  def __call__(self, state: TrainState, batch: Batch) -> Batch:
+    """The batch (NumPy) with the fields and features that are read."""
+    rows = self._placed(batch)
+    found = {}
+    if self.of_policy is not None:
+      outputs = self.of_policy(state.params, rows)
+      named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
+      found |= {name: named[name] for name in self.own} | outputs.stats
+    params = parameter_sets(state, self.context.frozen)
+    for name, function in self.of_anchor.items():
+      found[f'{name}_logp'] = function(params[name], rows).logp
+    return batch.with_arrays(**sharding.to_host(found))
+
+  def _placed(self, batch: Batch) -> Batch:
+    """What the forward pass reads of the batch, on the devices."""
+    context = self.context
+    rows = Batch(
+      tokens=batch.tokens,
+      segment_ids=batch.segment_ids,
+      mask=batch.mask,
+      layout=context.layout,
+    )
+    devices = sharding.data_parallel_size(context.mesh)
+    rows = pack(rows, parts=context.micro_batches, data_parallel_size=devices)
+    return sharding.place_batch(context.mesh, rows)
+
+
+def make_annotator(
   context: Context,
   temperature: float,
   *,
   recompute_proximal: bool = False,
   stats: Mapping[str, Callable] = {},
-) -> Callable:
-  """(state, tokens, segment_ids, mask) -> what the live parameters say of the rows, by name.
+) -> Annotator:
+  """Finds out what objective and credit read, and compiles the forward passes that compute it.
 
-  These are the `stats`, and what objective or credit read out of: `old_values`, `proximal_logp` if
-  it is recomputed, and `<anchor>_logp` for any anchor.
+  Args:
+    temperature: divides all logits, as it did when the rows were sampled.
+    recompute_proximal: compute `proximal_logp` with the live policy, if it is read.
+    stats: statistics of the live policy's next-token distribution; features under these names.
+
+  Returns:
+    (state, batch) -> batch with the `stats`, `old_values`, `proximal_logp` and `<anchor>_logp` of any
+    anchor.
   """
   wanted = context.objective.requires | context.credit.requires
   common = dict(temperature=temperature, micro_batches=context.micro_batches)
   make = lambda policy, **outputs: jit(
     functools.partial(forward_in_pieces, policy, **common, **outputs)
   )
-  own = wanted & {'old_values'} | (wanted & {'proximal_logp'} if recompute_proximal else set())
-  of_policy = make(
-    context.policy, fields=frozenset({'values'} if 'old_values' in own else ()), stats=stats
-  )
+  # Of the policy: old values and, if it is recomputed, the proximal log-probs.
+  own = wanted & ({'old_values', 'proximal_logp'} if recompute_proximal else {'old_values'})
+  values = frozenset({'values'} if 'old_values' in own else ())
+  # Of anchors: all log-probs that come neither from the policy nor from a statistic.
   given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats}
   anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
-  of_anchor = {n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors}
-
-  def annotate(
-    state: TrainState, tokens: Array, segment_ids: Array, mask: Array
-  ) -> dict[str, np.ndarray]:
-    rows = Batch(tokens=tokens, segment_ids=segment_ids, mask=mask, layout=context.layout)
-    rows = pack(
-      rows,
-      parts=context.micro_batches,
-      data_parallel_size=sharding.data_parallel_size(context.mesh),
-    )
-    rows = sharding.place_batch(context.mesh, rows)
-    found = {}
-    if own or stats:
-      outputs = of_policy(state.params, rows)
-      named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
-      found |= {name: named[name] for name in own} | outputs.stats
-    params = parameter_sets(state, context.frozen)
-    for name, function in of_anchor.items():
-      found[f'{name}_logp'] = function(params[name], rows).logp
-    return to_host(found)
-
-  return annotate
+  return Annotator(
+    context=context,
+    own=own,
+    of_policy=make(context.policy, fields=values, stats=stats) if own or stats else None,
+    of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
+  )
 
 
 def minibatches(

@@ -1,58 +1,92 @@
 """Batches of given completions."""
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
-from polgrad.collect.base import Collected, Collector, Context, Draw, make_annotations
+from polgrad.collect.base import (
+  Annotator,
+  Collect,
+  Collected,
+  Collector,
+  Context,
+  Draw,
+  make_annotator,
+)
 from polgrad.data import batching
 from polgrad.sharding import to_host
-from polgrad.types import TrainState
+from polgrad.types import Batch, TrainState
 
 
-def demonstrations(*, rows: int = 32, length: int = 128) -> Collector:
-  """`rows` prompts with their `answer`, each of at most `length` tokens."""
-  return Collector(
-    make=functools.partial(_make_data, layout=batching.supervised, length=length, records=rows),
-    records=rows,
-    rows=rows,
-    rows_per_prompt=1,
-    length=length,
-    temperature=1.0,
-    provides=frozenset(),
-  )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demonstrations(Collector):
+  """Prompts with their `answer`."""
+
+  # Records of a batch, one row each.
+  rows: int = 32
+  # Largest number of tokens of a row; a longer one is an error.
+  length: int = 128
+
+  @property
+  def records(self) -> int:
+    return self.rows
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return 1
+
+  def make(self, context: Context) -> Collect:
+    lay = lambda records: batching.supervised(records, context.tokenizer, length=self.length)
+    annotate = make_annotator(context, self.temperature)
+    return _Given(records=self.records, lay=lay, annotate=annotate).collect
 
 
-def preferences(*, pairs: int = 16, length: int = 128, prompt_length: int = 0) -> Collector:
-  """`pairs` prompts with a `chosen` and a `rejected` completion: two rows each, chosen first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preferences(Collector):
+  """Prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
 
-  Args:
-    pairs: records of a batch.
-    length: of a row; a longer one is an error.
-    prompt_length: of these, tokens that prompts are left-padded to, so that a phase may share the
-      prompts of its pairs (`share_prompts`); a longer prompt is an error. 0 pads on the right alone.
-  """
-  layout = functools.partial(batching.pairs, prompt_length=prompt_length)
-  return Collector(
-    make=functools.partial(_make_data, layout=layout, length=length, records=pairs),
-    records=pairs,
-    rows=2 * pairs,
-    rows_per_prompt=2,
-    length=length,
-    prompt_length=prompt_length,
-    temperature=1.0,
-    provides=frozenset({'label'}),
-  )
+  # Records of a batch.
+  pairs: int = 16
+  # Largest number of tokens of a row; a longer one is an error.
+  length: int = 128
+  # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
+  # that the phase can share the prompts of its pairs (`share_prompts`). A longer prompt is an error.
+  prompt_length: int = 0
+
+  @property
+  def records(self) -> int:
+    return self.pairs
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return 2
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset({'label'})
+
+  def make(self, context: Context) -> Collect:
+    sizes = dict(length=self.length, prompt_length=self.prompt_length)
+    lay = lambda records: batching.pairs(records, context.tokenizer, **sizes)
+    annotate = make_annotator(context, self.temperature)
+    return _Given(records=self.records, lay=lay, annotate=annotate).collect
 
 
-def _make_data(context: Context, *, layout: Callable, length: int, records: int) -> Callable:
-  annotate = make_annotations(context, 1.0)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+  """Collects completions that the data hold."""
 
-  def collect(state: TrainState, draw: Draw, step: int) -> Collected:
+  records: int
+  lay: Callable[[Sequence[dict]], Batch]  # records to rows
+  annotate: Annotator
+
+  def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
     del step
-    batch = layout(draw(records), context.tokenizer, length=length)
-    found = annotate(state, batch.tokens, batch.segment_ids, batch.mask)
-    batch = batch.replace(**found, layout=context.layout)
-    metrics = {'length': float(batch.mask.sum() / len(batch.mask))}
-    return Collected(batch, to_host(state.credit_state), (), metrics, [], [])
-
-  return collect
+    batch = self.annotate(state, self.lay(draw(self.records)))
+    return Collected(
+      batch=batch.replace(layout=self.annotate.context.layout),
+      credit_state=to_host(state.credit_state),
+      collect_state=(),
+      metrics={'length': float(batch.mask.sum() / len(batch.mask))},
+      samples=[],
+      messages=[],
+    )

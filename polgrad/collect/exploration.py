@@ -1,22 +1,25 @@
-"""A behaviour policy that goes where the present policy should have been sampled more.
+"""A behavior policy that moves to where the policy should have been sampled more.
 
 PROPS (proximal robust on-policy sampling, arXiv:2311.08290): a finite on-policy sample differs from
-the policy by chance. Before more is drawn, the sampler moves away from what was drawn already, so
-that all samples together come closer to the policy than independent ones would. They are then used
-as if they were on-policy, without an importance correction.
+the policy by chance. Before more is drawn, the behavior policy moves away from the rows that were
+drawn already, so that all samples together are closer to the policy than independent ones would be.
+They are then used as if they were on-policy, without an importance correction.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
 import optax
 
 from polgrad import optim, sharding
-from polgrad.collect.base import Collector, Context, Draw, minibatches
-from polgrad.collect.rollouts import FEATURES, Gathered, as_rows, make_drawer, make_rollouts
-from polgrad.collect.scored import distinct, metrics, score_rollout
+from polgrad.collect import base
+from polgrad.collect.base import Collect, Collector, Context, Draw
+from polgrad.collect.rollouts import make_drawer
+from polgrad.collect.scored import distinct
+from polgrad.collect.steps import PROVIDED, Steps, common
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.learner import Learner, forward_in_pieces
@@ -24,84 +27,200 @@ from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
 from polgrad.objectives import Objective, PolicyGradient
 from polgrad.sharding import to_host
-from polgrad.types import Batch, Rollout, TrainState
+from polgrad.types import Array, Batch, Params, Prompts, TrainState
 
 
-def explored(
-  *,
-  prompts: int = 8,
-  samples_per_prompt: int = 8,
-  rounds: int = 4,
-  prompt_length: int = 64,
-  max_new_tokens: int = 64,
-  temperature: float = 1.0,
-  optimizer: optim.Part = optim.adamw,
-  epochs: int = 16,
-  minibatches: int = 4,
-  eps: float = 0.3,
-  kl_limit: float = 0.01,
-  mask_truncated: bool = False,
-) -> Collector:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explored(Collector):
   """Rollouts that cover the policy's distribution better than independent ones (arXiv:2311.08290).
 
-  Each group is drawn in `rounds` parts. Before each part but the first a behaviour policy starts at
-  the present policy and is trained to `avoid` what was drawn already; it then draws the part. The
-  objective treats all rows as samples of the policy: `proximal_logp` is the policy's own,
-  `behavior_logp` that of whoever drew.
-
-  Args:
-    optimizer: of the behaviour policy.
-    epochs: passes over the rows drawn already.
-    minibatches: updates of a pass.
-    eps: how far the ratio is pushed; inf with one pass of one minibatch is ROS (arXiv:2111.14552).
-    kl_limit: end the passes when the behaviour policy is so far from the policy, in nats a token.
-    temperature, mask_truncated: as in `rollouts`.
+  Each group is drawn in `rounds` parts. Before each part but the first, a behavior policy starts at
+  the present policy and is trained to `avoid` the rows that were drawn already; it then draws the
+  part. The objective treats all rows as samples of the policy: `proximal_logp` is the policy's own,
+  `behavior_logp` that of the behavior policy that drew the row.
   """
-  if rounds < 1 or samples_per_prompt % rounds:
-    raise ValueError(
-      f'explored: a group of {samples_per_prompt} is not drawn in {rounds} equal rounds'
+
+  # Data records of a step.
+  prompts: int = 8
+  # Completions of each prompt; a multiple of `rounds`.
+  samples_per_prompt: int = 8
+  # Parts that a group is drawn in.
+  rounds: int = 4
+  # Tokens that prompts are left-padded to; a longer prompt is an error.
+  prompt_length: int = 64
+  # Largest number of tokens of a completion, stop token included.
+  max_new_tokens: int = 64
+  # Divides all logits, in sampling and in every later forward pass.
+  temperature: float = 1.0
+  # Of the behavior policy.
+  optimizer: optim.Part = optim.adamw
+  # Passes of the behavior policy over the rows that were drawn already.
+  epochs: int = 16
+  # Updates of the behavior policy in a pass.
+  minibatches: int = 4
+  # How far the ratio behavior / policy is pushed below 1; inf with one pass of one minibatch is ROS
+  # (arXiv:2111.14552).
+  eps: float = 0.3
+  # The passes end when the behavior policy is this far from the policy, in nats per token.
+  kl_limit: float = 0.01
+  # Overlong filtering, as in `Rollouts`.
+  mask_truncated: bool = False
+
+  def __post_init__(self):
+    if self.rounds < 1 or self.samples_per_prompt % self.rounds:
+      raise ValueError(
+        f'Explored: a group of {self.samples_per_prompt} is not drawn in {self.rounds} equal rounds'
+      )
+    if self.minibatches < 1 or self.prompts % self.minibatches:
+      raise ValueError(
+        f'Explored: {self.prompts} prompts do not divide into {self.minibatches} minibatches'
+      )
+    if self.epochs < 1 or self.eps <= 0 or self.kl_limit <= 0:
+      raise ValueError(
+        'Explored: epochs, eps and kl_limit must be positive, '
+        f'got {self.epochs}, {self.eps} and {self.kl_limit}'
+      )
+
+  @property
+  def records(self) -> int:
+    return self.prompts
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return self.samples_per_prompt
+
+  @property
+  def length(self) -> int:
+    return self.prompt_length + self.max_new_tokens
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return PROVIDED
+
+  def make(self, context: Context) -> Collect:
+    sampler = dict(
+      samples_per_prompt=self.samples_per_prompt // self.rounds,
+      max_new_tokens=self.max_new_tokens,
+      temperature=self.temperature,
     )
-  if minibatches < 1 or prompts % minibatches:
-    raise ValueError(f'explored: {prompts} prompts do not divide into {minibatches} minibatches')
-  if epochs < 1 or eps <= 0 or kl_limit <= 0:
-    raise ValueError(
-      f'explored: epochs, eps and kl_limit must be positive, got {epochs}, {eps} and {kl_limit}'
-    )
-  return Collector(
-    make=functools.partial(
-      make_rollouts,
-      make_gather=functools.partial(
-        _make_exploring,
-        records=prompts,
-        samples_per_prompt=samples_per_prompt,
-        rounds=rounds,
-        prompt_length=prompt_length,
-        sampler=dict(
-          samples_per_prompt=samples_per_prompt // rounds,
-          max_new_tokens=max_new_tokens,
-          temperature=temperature,
-        ),
-        optimizer=optimizer,
-        epochs=epochs,
-        parts=minibatches,
-        eps=eps,
-        kl_limit=kl_limit,
+    return ExploredSteps(
+      settings=self,
+      sampler=make_drawer(context, sampler),
+      behavior=_make_behavior(self, context),
+      **common(
+        context,
+        temperature=self.temperature,
+        recompute_proximal=True,
+        mask_truncated=self.mask_truncated,
       ),
-      temperature=temperature,
-      recompute_proximal=True,
-      mask_truncated=mask_truncated,
-    ),
-    records=prompts,
-    rows=prompts * samples_per_prompt,
-    rows_per_prompt=samples_per_prompt,
-    length=prompt_length + max_new_tokens,
-    temperature=temperature,
-    provides=frozenset({'behavior_logp', 'proximal_logp', 'rewards'}) | FEATURES,
+    ).collect
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExploredSteps(Steps):
+  """The steps of `Explored`: sampling is done in rounds, the others are those of all collectors."""
+
+  settings: Explored
+  sampler: Callable  # from `make_sampler`, for the rows of one round
+  behavior: 'Behavior'
+
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
+    settings, context = self.settings, self.context
+    records = draw(settings.prompts)
+    prompts = batching.prompts(records, context.tokenizer, length=settings.prompt_length)
+    # Each round gets ids of its own, because noise is folded from them.
+    ids = distinct(np.tile(prompts.ids, settings.rounds)).reshape(settings.rounds, -1)
+    drawn = []
+    for number in range(settings.rounds):
+      params = self._params(state, drawn, step)
+      drawn.append(self._round(params, prompts, ids[number], step))
+    batch = joined(drawn, settings.rounds, settings.prompts)
+    prompt_ids = np.repeat(prompts.ids, settings.samples_per_prompt)
+    return batch.replace(prompt_ids=prompt_ids), prompts.records
+
+  def _params(self, state: TrainState, drawn: Sequence[Batch], step: int) -> Params:
+    """Of the policy in the first round, then of a policy that avoids what was drawn."""
+    if not drawn:
+      return state.params
+    seen = joined(drawn, self.settings.rounds, self.settings.prompts)
+    seed = (self.context.seed, step, 2, len(drawn))
+    return self.behavior.avoiding(state, seen, seed=seed).params
+
+  def _round(self, params: Params, prompts: Prompts, ids: np.ndarray, step: int) -> Batch:
+    """One part of every group, NumPy."""
+    seed = self.context.seed
+    arrays = (prompts.tokens, prompts.mask, ids)
+    return to_host(self.sampler({'policy': params}, *arrays, seed=seed, step=step))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Behavior:
+  """Trains a behavior policy to avoid given rows, with functions that are compiled once a phase."""
+
+  settings: Explored
+  context: Context
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  logp: Callable[[Params, Batch], Array]  # of the policy, compiled
+  update: Callable  # of the behavior policy, compiled
+
+  def avoiding(self, state: TrainState, seen: Batch, *, seed: Sequence[int]) -> TrainState:
+    """A policy that starts at the present one and is trained on the rows `seen`.
+
+    Args:
+      seen: rows of all rounds; those still to come are masked out.
+      seed: of the order of the rows.
+    """
+    settings = self.settings
+    place = functools.partial(sharding.place_batch, self.context.mesh)
+    rows = Batch(
+      tokens=seen.tokens,
+      segment_ids=seen.segment_ids,
+      mask=seen.mask,
+      advantages=np.where(seen.mask, np.float32(-1), np.float32(0)),
+    )
+    own = to_host(self.logp(state.params, place(rows)))
+    cuts = base.minibatches(
+      rows.replace(behavior_logp=own, proximal_logp=own),
+      epochs=settings.epochs,
+      parts=settings.minibatches,
+      rows_per_prompt=settings.samples_per_prompt,
+      seed=seed,
+    )
+    begun = start(self.context.policy, self.optimizer, self.objective, state)
+    return avoid(self.update, begun, map(place, cuts), kl_limit=settings.kl_limit)
+
+
+def _make_behavior(settings: Explored, context: Context) -> Behavior:
+  """Compiles what trains the behavior policy.
+
+  Raises:
+    ValueError: a minibatch does not divide into micro-batches and devices.
+  """
+  policy, micro_batches = context.policy, context.micro_batches
+  devices = sharding.data_parallel_size(context.mesh)
+  rows = settings.rows // settings.minibatches
+  if rows % (micro_batches * devices):
+    raise ValueError(
+      f'Explored: minibatches of {rows} rows do not divide into '
+      f'{micro_batches} micro_batches x {devices} devices'
+    )
+  sizes = dict(temperature=settings.temperature, micro_batches=micro_batches)
+  objective = avoidance(eps=settings.eps)
+  optimizer = optim.balanced(settings.optimizer, policy.labels, rate=policy.config.balance_rate)
+  learner = Learner(policy, objective, optimizer, **sizes)
+  return Behavior(
+    settings=settings,
+    context=context,
+    objective=objective,
+    optimizer=optimizer,
+    logp=jit(lambda params, batch: forward_in_pieces(policy, params, batch, **sizes).logp),
+    update=jit(learner.update),
   )
 
 
 def avoidance(*, eps: float) -> Objective:
-  """mean over tokens of max(r, clip(r, 1 - eps, 1 + eps)), r = behaviour / policy.
+  """Mean over tokens of max(r, clip(r, 1 - eps, 1 + eps)), r = behavior / policy.
 
   This is PPO with all advantages -1; the limit eps = inf is mean(r), as in ROS (arXiv:2111.14552).
   """
@@ -112,7 +231,7 @@ def avoidance(*, eps: float) -> Objective:
 def start(
   policy: Policy, optimizer: optax.GradientTransformation, objective: Objective, state: TrainState
 ) -> TrainState:
-  """The behaviour policy at the present policy, with an optimizer of its own."""
+  """The state of a behavior policy: the present policy's parameters, and a new optimizer."""
   opt_state = jit(lambda params: optimizer.init(learned(policy, params)))(state.params)
   return state.replace(
     opt_state=opt_state,
@@ -126,9 +245,10 @@ def start(
 def avoid(
   update: Callable, state: TrainState, cuts: Iterable[Batch], *, kl_limit: float
 ) -> TrainState:
-  """Updates the behaviour policy on one minibatch after the other.
+  """Updates the behavior policy on one minibatch after the other.
 
-  It ends before the first whose mean k3 estimate of KL(policy, behaviour) is above `kl_limit`.
+  It ends before the first minibatch whose mean k3 estimate of KL(policy, behavior) is above
+  `kl_limit`, in nats per token.
 
   Args:
     update: (state, batch) -> (state, report), the update of `avoidance`.
@@ -142,10 +262,11 @@ def avoid(
   return state
 
 
-def joined(rounds: Sequence[Rollout], total: int, prompts: int) -> Rollout:
-  """All rounds as one prompt-major rollout; those still to come are there, masked out.
+def joined(rounds: Sequence[Batch], total: int, prompts: int) -> Batch:
+  """The rows of `total` rounds as one prompt-major batch; those still to come are masked out.
 
-  So the shapes are the same before every round. Rows of one prompt lie round after round.
+  Rows to come are there so that shapes are the same before every round. Rows of one prompt are
+  ordered by round.
   """
   to_come = rounds[0].replace(mask=np.zeros_like(rounds[0].mask))
   rounds = [*rounds, *[to_come] * (total - len(rounds))]
@@ -155,83 +276,3 @@ def joined(rounds: Sequence[Rollout], total: int, prompts: int) -> Rollout:
     return grouped.reshape(-1, *grouped.shape[3:])
 
   return jax.tree.map(join, *rounds)
-
-
-def _make_exploring(
-  context: Context,
-  *,
-  records: int,
-  samples_per_prompt: int,
-  rounds: int,
-  prompt_length: int,
-  sampler: Mapping,
-  optimizer: optax.GradientTransformation,
-  epochs: int,
-  parts: int,
-  eps: float,
-  kl_limit: float,
-) -> Callable:
-  """(state, draw, step) -> Gathered: `rounds` draws, each by a policy that avoids the earlier."""
-  policy, temperature = context.policy, sampler['temperature']
-  piece = context.micro_batches * sharding.data_parallel_size(context.mesh)
-  if records * samples_per_prompt // parts % piece:
-    raise ValueError(
-      f'explored: minibatches of {records * samples_per_prompt // parts} rows do not divide into '
-      f'{context.micro_batches} micro_batches x {piece // context.micro_batches} devices'
-    )
-  optimizer = optim.balanced(optimizer, policy.labels, rate=policy.config.balance_rate)
-  objective = avoidance(eps=eps)
-  sample = make_drawer(context, sampler)
-  annotate = jit(
-    functools.partial(
-      forward_in_pieces,
-      policy,
-      temperature=temperature,
-      micro_batches=context.micro_batches,
-    )
-  )
-  learner = Learner(
-    policy, objective, optimizer, temperature=temperature, micro_batches=context.micro_batches
-  )
-  update = jit(learner.update)
-
-  def behavior(state: TrainState, drawn: list[Rollout], step: int) -> TrainState:
-    seen = joined(drawn, rounds, records)
-    place = functools.partial(sharding.place_batch, context.mesh)
-    batch = Batch(
-      tokens=seen.tokens,
-      segment_ids=seen.segment_ids,
-      mask=seen.mask,
-      advantages=np.where(seen.mask, np.float32(-1), np.float32(0)),
-    )
-    own = to_host(annotate(state.params, place(batch)).logp)
-    batch = batch.replace(behavior_logp=own, proximal_logp=own)
-    random = (context.seed, step, 2, len(drawn))
-    cuts = minibatches(
-      batch, epochs=epochs, parts=parts, rows_per_prompt=samples_per_prompt, seed=random
-    )
-    begun = start(policy, optimizer, objective, state)
-    return avoid(update, begun, map(place, cuts), kl_limit=kl_limit)
-
-  def gather(state: TrainState, draw: Draw, step: int) -> Gathered:
-    prompts = batching.prompts(draw(records), context.tokenizer, length=prompt_length)
-    ids = distinct(np.tile(prompts.ids, rounds)).reshape(rounds, -1)
-    drawn = []
-    for number in range(rounds):
-      drawer = behavior(state, drawn, step) if drawn else state
-      rollout = sample(
-        {'policy': drawer.params},
-        prompts.tokens,
-        prompts.mask,
-        ids[number],
-        seed=context.seed,
-        step=step,
-        policy_step=int(state.step),
-      )
-      drawn.append(to_host(rollout))
-    every = joined(drawn, rounds, records)
-    every = every.replace(prompt_ids=np.repeat(prompts.ids, samples_per_prompt))
-    judged = score_rollout(every, prompts.records, context)
-    return Gathered(judged, as_rows(judged.scored), metrics(judged), judged.scores.messages)
-
-  return gather

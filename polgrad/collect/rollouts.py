@@ -1,351 +1,241 @@
-"""Rollouts: sample, score, remember, credit."""
+"""Rollouts: completions that the policy, or a policy near it, samples for the prompts of a step."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from polgrad import credit as credits
 from polgrad.collect import replay as replays
-from polgrad.collect.base import Collected, Collector, Context, Draw, make_annotations
+from polgrad.collect.base import Collect, Collector, Context, Draw
 from polgrad.collect.scored import (
-  Judged,
+  Texts,
   demonstrated,
   distinct,
   informative,
-  metrics,
-  question,
   replace_groups,
-  score_rollout,
+  score_rows,
 )
-from polgrad.compiling import jit
+from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.data import batching
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
+from polgrad.objectives.base import RESERVED
 from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sharding import to_host
-from polgrad.types import Array, Batch, Outputs, Scored, TrainState
-
-# Of every rollout batch, one number a row: did its verifiers answer, how many collected batches ago
-# it was sampled, and a number of its own in [0, 1).
-FEATURES = frozenset({'valid', 'staleness', 'uniform'})
+from polgrad.types import STREAMS, Batch, TrainState
 
 
-def rollouts(
-  *,
-  prompts: int = 8,
-  samples_per_prompt: int = 8,
-  prompt_length: int = 64,
-  max_new_tokens: int = 64,
-  temperature: float = 1.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
-  slots: int = 0,
-  behavior_policy: behavior_policies.Part = behavior_policies.current,
-  recompute_proximal: bool = False,
-  max_resamples: int = 0,
-  mask_truncated: bool = False,
-  lag: int = 0,
-  replay: int = 0,
-  replay_fraction: float = 0.0,
-  baseline_policy: behavior_policies.Part = behavior_policies.greedy,
-  baseline_samples: int = 0,
-  demonstrations: int = 0,
-  stats: Mapping[str, logit_stats.Part] = {},
-) -> Collector:
-  """Samples `samples_per_prompt` completions for each of `prompts` prompts.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts(Collector):
+  """Samples completions of prompts, scores and credits them."""
 
-  Args:
-    prompt_length: tokens; prompts are left-padded to it, a longer one is an error.
-    slots: completions that are decoded at a time (see `make_sampler`); 0 is all of them.
-    behavior_policy: the policy itself, greedy, an anchor, or a mixture with one.
-    recompute_proximal: take the centre of the ratio from a forward pass of the trainer; otherwise
-      it is the sampler's own log-prob.
-    max_resamples: dynamic sampling (arXiv:2503.14476): draw further prompts, at most so many times,
-      to replace groups whose rewards are all equal.
-    mask_truncated: overlong filtering (arXiv:2503.14476): rows that met no stop token keep their say
-      in the statistics of their group and leave the loss. Whether they also leave its denominator
-      is the aggregation's choice: `constant_length` counts all rows, the others what is masked in.
-    lag: asynchronous training (arXiv:2505.24298): a batch is trained on so many collected batches
-      after it was sampled. In the first `lag` steps of a phase its first batch is used again. What
-      depends on the live policy (values, credit, ...) is computed when a batch is used.
-    replay: keep so many batches before that one, ...
-    replay_fraction: ... and replace this share of its groups by groups of theirs, drawn anew each step
-      (arXiv:2503.18929, arXiv:2507.06892).
-    baseline_samples: sample so many further completions of every prompt, which are not trained on;
-      their rewards are the feature `baseline_rewards` [B, n]. A prompt whose verifier fails on one
-      of them is not trained on either.
-    baseline_policy: who draws them: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight
-      times, A*-PO (arXiv:2505.20686).
-    demonstrations: 1 adds to each group a row with the record's `answer` (arXiv:2504.14945). Its
-      `behavior_logp` is 0, and so is `proximal_logp` unless it is recomputed. The same verifiers score
-      it, and `Batch.stream` tells it (0) from the sampled rows (1), in the order of the names
-      'demonstration' and 'sampled'.
-    stats: statistics of the policy's next-token distribution when the batch is used; features
-      under their names, for credit and objective.
-  """
-  _check_rollouts(
-    lag, replay, replay_fraction, baseline_policy, baseline_samples, demonstrations, stats
-  )
-  sampler = dict(
-    samples_per_prompt=samples_per_prompt,
-    slots=slots,
-    max_new_tokens=max_new_tokens,
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    behavior_policy=behavior_policy,
-  )
-  baseline = sampler | dict(samples_per_prompt=baseline_samples, behavior_policy=baseline_policy)
-  reads = {*inputs(behavior_policy), *(inputs(baseline_policy) if baseline_samples else ())} - {
-    'policy'
-  }
-  rows_per_prompt = samples_per_prompt + demonstrations
-  length = prompt_length + max_new_tokens
-  keep = lag + replay + 1 if lag or replay else 0
-  return Collector(
-    make=functools.partial(
-      make_rollouts,
-      make_gather=functools.partial(
-        _make_sampling,
-        records=prompts,
-        prompt_length=prompt_length,
-        max_resamples=max_resamples,
-        sampler=sampler,
-        baseline=baseline if baseline_samples else None,
-        with_demonstrations=bool(demonstrations),
+  # Data records of a step.
+  prompts: int = 8
+  # Completions of each prompt.
+  samples_per_prompt: int = 8
+  # Tokens that prompts are left-padded to; a longer prompt is an error.
+  prompt_length: int = 64
+  # Largest number of tokens of a completion, stop token included.
+  max_new_tokens: int = 64
+  # Divides all logits, in sampling and in every later forward pass.
+  temperature: float = 1.0
+  # Number of most likely tokens that sampling keeps; 0 keeps all.
+  top_k: int = 0
+  # Probability mass of the most likely tokens that sampling keeps; 1 keeps all.
+  top_p: float = 1.0
+  # Completions that are decoded at a time (see `make_sampler`); 0 decodes all at once.
+  slots: int = 0
+  # Who samples: the policy itself, greedy, an anchor, or a mixture with one.
+  behavior_policy: behavior_policies.Part = behavior_policies.current
+  # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
+  recompute_proximal: bool = False
+  # Dynamic sampling (arXiv:2503.14476): how often, at most, further prompts are drawn to replace
+  # groups whose rewards are all equal.
+  max_resamples: int = 0
+  # Overlong filtering (arXiv:2503.14476): rows without a stop token count in the statistics of their
+  # group and leave the loss. Whether they also leave its denominator is decided by the aggregation:
+  # `constant_length` counts all rows, the others what is in the mask.
+  mask_truncated: bool = False
+  # Asynchronous training (arXiv:2505.24298): collected batches between sampling a batch and training
+  # on it. The first `lag` steps of a phase reuse its first batch. What depends on the live policy
+  # (values, credit, ...) is computed when a batch is used.
+  lag: int = 0
+  # Number of batches, older than that one, that are kept for replay; 0 replays nothing.
+  replay: int = 0
+  # Fraction of the groups of a batch that are replaced by groups of the kept ones, drawn anew each
+  # step (arXiv:2503.18929, arXiv:2507.06892).
+  replay_fraction: float = 0.0
+  # Who samples the baseline: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight times,
+  # is A*-PO (arXiv:2505.20686).
+  baseline_policy: behavior_policies.Part = behavior_policies.greedy
+  # Further completions of each prompt that are not trained on; their rewards are `baseline_rewards`
+  # [B, n]. A prompt whose verifier fails on one of them is not trained on either.
+  baseline_samples: int = 0
+  # 1 adds a row with the record's `answer` to each group (arXiv:2504.14945), scored by the same
+  # verifiers. Its `behavior_logp` is 0, and so is its `proximal_logp` unless that is recomputed.
+  # `Batch.stream` tells these rows from the sampled ones.
+  demonstrations: int = 0
+  # Statistics of the policy's next-token distribution when the batch is used: features under their
+  # names, for credit and objective.
+  stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    _check_counts(self)
+    _check_stats(self.stats)
+
+  @property
+  def records(self) -> int:
+    return self.prompts
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return self.samples_per_prompt + self.demonstrations
+
+  @property
+  def length(self) -> int:
+    return self.prompt_length + self.max_new_tokens
+
+  @property
+  def provides(self) -> frozenset[str]:
+    some = {'baseline_rewards': self.baseline_samples, 'stream': self.demonstrations}
+    return PROVIDED | self.stats.keys() | {name for name, there in some.items() if there}
+
+  @property
+  def anchors_read(self) -> frozenset[str]:
+    baseline = inputs(self.baseline_policy) if self.baseline_samples else ()
+    return frozenset({*inputs(self.behavior_policy), *baseline} - {'policy'})
+
+  @property
+  def filtered(self) -> bool:
+    mixed = _function(self.behavior_policy) is not behavior_policies.current
+    return (self.top_k > 0 or self.top_p < 1 or mixed) and not self.recompute_proximal
+
+  def init(self) -> replays.Ring | tuple:
+    """An empty memory for the batches that `lag` and `replay` need; () without them."""
+    if not (self.lag or self.replay):
+      return ()
+    return replays.empty(self._blank(), capacity=self.lag + self.replay + 1)
+
+  def _blank(self) -> Batch:
+    """A batch of zeros with the arrays, shapes and dtypes that are remembered."""
+    tokens = lambda dtype: np.zeros((self.rows, self.length), dtype)
+    rows = lambda dtype, *shape: np.zeros((self.rows, *shape), dtype)
+    samples = self.baseline_samples
+    return Batch(
+      tokens=tokens(np.int32),
+      segment_ids=tokens(np.int32),
+      mask=tokens(bool),
+      behavior_logp=tokens(np.float32),
+      finished=rows(bool),
+      prompt_ids=rows(np.int32),
+      group_ids=rows(np.int32),
+      stream=rows(np.int32) if self.demonstrations else None,
+      sampled_at=rows(np.int32),
+      rewards=rows(np.float32),
+      valid=rows(bool),
+      baseline_rewards=rows(np.float32, samples) if samples else None,
+    )
+
+  def make(self, context: Context) -> Collect:
+    draw_rows = self._row_sampler(context, self.behavior_policy, self.samples_per_prompt)
+    draw_baselines = None
+    if self.baseline_samples:
+      # A seed that no phase has: a baseline must not draw the noise of what it is compared with.
+      other = context._replace(seed=~context.seed)
+      draw_baselines = self._row_sampler(other, self.baseline_policy, self.baseline_samples)
+    return RolloutSteps(
+      settings=self,
+      draw_rows=draw_rows,
+      draw_baselines=draw_baselines,
+      **common(
+        context,
+        temperature=self.temperature,
+        recompute_proximal=self.recompute_proximal,
+        mask_truncated=self.mask_truncated,
+        stats=self.stats,
       ),
-      recall=functools.partial(
-        replays.recalled, lag=lag, fraction=replay_fraction, rows_per_prompt=rows_per_prompt
-      ),
-      temperature=temperature,
-      recompute_proximal=recompute_proximal,
-      mask_truncated=mask_truncated,
-      stats=stats,
-    ),
-    records=prompts,
-    rows=prompts * rows_per_prompt,
-    rows_per_prompt=rows_per_prompt,
-    length=length,
-    prompt_length=prompt_length,
-    temperature=temperature,
-    provides=frozenset({'behavior_logp', 'proximal_logp', 'rewards', *stats})
-    | FEATURES
-    | ({'baseline_rewards'} if baseline_samples else set())
-    | ({'stream'} if demonstrations else set()),
-    roles=frozenset(reads),
-    filtered=(top_k > 0 or top_p < 1 or _function(behavior_policy) is not behavior_policies.current)
-    and not recompute_proximal,
-    init=functools.partial(
-      _empty_memory, prompts * rows_per_prompt, length, keep, baseline_samples, demonstrations
-    ),
-  )
+    ).collect
+
+  def _row_sampler(
+    self, context: Context, behavior_policy: Callable, samples_per_prompt: int
+  ) -> 'RowSampler':
+    same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
+    settings = {name: getattr(self, name) for name in same} | {
+      'samples_per_prompt': samples_per_prompt,
+      'behavior_policy': behavior_policy,
+    }
+    return RowSampler(
+      context=context,
+      prompt_length=self.prompt_length,
+      samples_per_prompt=samples_per_prompt,
+      reads=inputs(behavior_policy),
+      sample=make_drawer(context, settings),
+    )
 
 
-def _check_rollouts(lag, replay, share, baseline_policy, baseline_samples, demonstrations, stats):
-  counts = {'lag': lag, 'replay': replay, 'baseline_samples': baseline_samples}
-  for name, value in counts.items():
+def _check_counts(settings: Rollouts) -> None:
+  for name in ('lag', 'replay', 'baseline_samples'):
+    value = getattr(settings, name)
     if value < 0:
-      raise ValueError(f'rollouts: {name} must be at least 0, got {value}')
-  if not 0 <= share <= 1 or bool(share) != bool(replay):
+      raise ValueError(f'Rollouts: {name} must be at least 0, got {value}')
+  fraction, replay = settings.replay_fraction, settings.replay
+  if not 0 <= fraction <= 1 or bool(fraction) != bool(replay):
     raise ValueError(
-      f'rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; got replay={replay}, '
-      f'replay_fraction={share}'
+      'Rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; '
+      f'got replay={replay}, replay_fraction={fraction}'
     )
-  if _function(baseline_policy) is not behavior_policies.greedy and not baseline_samples:
-    raise ValueError('rollouts: baseline_policy draws nothing, because baseline_samples is 0')
-  if demonstrations not in (0, 1):
+  greedy = _function(settings.baseline_policy) is behavior_policies.greedy
+  if not greedy and not settings.baseline_samples:
+    raise ValueError('Rollouts: baseline_policy draws nothing, because baseline_samples is 0')
+  if settings.demonstrations not in (0, 1):
     raise ValueError(
-      f'rollouts: demonstrations must be 0 or 1, got {demonstrations}: a record has one answer'
+      f'Rollouts: demonstrations must be 0 or 1, got {settings.demonstrations}: a record has one '
+      'answer'
     )
-  taken = {*FEATURES, 'baseline_rewards'}
-  for holder in (Batch, Scored, Outputs):
-    taken |= holder.__dataclass_fields__.keys()
+
+
+def _check_stats(stats: Mapping[str, Callable]) -> None:
   for name, stat in stats.items():
-    if name in taken:
-      raise ValueError(f'rollouts: stats.{name}: the name is taken; taken are {sorted(taken)}')
+    if name in RESERVED:
+      raise ValueError(f'Rollouts: stats.{name}: the name is taken; taken are {sorted(RESERVED)}')
     if 'teacher_logits' in inputs(stat):
-      raise ValueError(f'rollouts: stats.{name} reads teacher_logits; only the policy is there')
+      raise ValueError(f'Rollouts: stats.{name} reads teacher_logits; only the policy is there')
 
 
 def _function(fn: Callable) -> Callable:
+  """The function without its bound knobs."""
   return getattr(fn, 'func', fn)
 
 
-class Gathered(NamedTuple):
-  """What a step sampled, and what it has to say about it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSampler:
+  """Samples completions of records with one behavior policy."""
 
-  judged: Judged  # what the policy made
-  rows: replays.Rows  # all rows to train on, now or later: the fields of `Scored`, and more
-  metrics: dict[str, float]
-  messages: list[str]
+  context: Context
+  prompt_length: int
+  samples_per_prompt: int
+  reads: tuple[str, ...]  # parameter sets of the behavior policy
+  sample: Callable  # from `make_sampler`
 
-
-def make_rollouts(
-  context: Context,
-  *,
-  make_gather: Callable,
-  temperature: float,
-  recompute_proximal: bool,
-  mask_truncated: bool,
-  recall: Callable | None = None,
-  stats: Mapping[str, Callable] = {},
-) -> Callable:
-  gather = make_gather(context)
-  annotate = make_annotations(
-    context, temperature, recompute_proximal=recompute_proximal, stats=stats
-  )
-  assign = jit(functools.partial(credits.assign, context.credit))
-
-  def collect(state: TrainState, draw: Draw, step: int) -> Collected:
-    judged, rows, report, messages = gather(state, draw, step)
-    random = np.random.default_rng((context.seed, step, 1))  # minibatches take (seed, step)
-    rows = rows | {'sampled_at': np.full(len(rows['rewards']), step, np.int32)}
-    memory = to_host(state.collect_state)
-    if memory:
-      memory = replays.stored(memory, rows)
-      rows = recall(memory, random=random)
-    staleness = (step - rows.pop('sampled_at')).astype(np.float32)
-    rows |= {'staleness': staleness, 'uniform': random.random(len(staleness), np.float32)}
-    rows['proximal_logp'] = rows['behavior_logp']
-    rows |= annotate(state, rows['tokens'], rows['segment_ids'], rows['mask'])
-    credited, credit_state = to_host(assign(rows, to_host(state.credit_state)))
-    rows |= credited
-    if mask_truncated:
-      rows['mask'] = rows['mask'] & rows['finished'][:, None]
-    samples_per_prompt = len(judged.texts) // len(judged.records)
-    samples = [
-      (question(judged.records[i // samples_per_prompt]), text, float(judged.scored.rewards[i]))
-      for i, text in enumerate(judged.texts)
-    ]
-    report |= {'staleness': float(staleness.mean())}
-    batch = as_batch(rows).replace(layout=context.layout)
-    return Collected(batch, credit_state, memory, report, samples, messages)
-
-  return collect
-
-
-UNREAD = ('finished', 'prompt_ids', 'policy_step')
-
-
-def as_batch(rows: Mapping[str, Array]) -> Batch:
-  """Arrays by name to a batch: those that are no field of it become features."""
-  own = Batch.__dataclass_fields__
-  features = {name: x for name, x in rows.items() if name not in own and name not in UNREAD}
-  return Batch(**{name: x for name, x in rows.items() if name in own}, features=features)
-
-
-def as_rows(scored: Scored) -> replays.Rows:
-  """The fields of a scored rollout by name."""
-  return {name: getattr(scored, name) for name in Scored.__dataclass_fields__}
-
-
-def _empty_memory(
-  rows: int, length: int, capacity: int, baseline_samples: int, demonstrations: int
-) -> replays.Ring | tuple:
-  """Room for the rows of `capacity` batches, in the shapes that `_make_sampling` gives them."""
-  if not capacity:
-    return ()
-  shapes = {
-    'int32': dict.fromkeys(('tokens', 'segment_ids'), (rows, length))
-    | dict.fromkeys(('prompt_ids', 'group_ids', 'policy_step', 'sampled_at'), (rows,))
-    | ({'stream': (rows,)} if demonstrations else {}),
-    'float32': {'behavior_logp': (rows, length), 'rewards': (rows,)}
-    | ({'baseline_rewards': (rows, baseline_samples)} if baseline_samples else {}),
-    'bool': {'mask': (rows, length), 'finished': (rows,), 'valid': (rows,)},
-  }
-  like = {n: np.zeros(x, dtype) for dtype, named in shapes.items() for n, x in named.items()}
-  return replays.empty(like, capacity=capacity)
-
-
-def _make_sampling(
-  context: Context,
-  *,
-  records: int,
-  prompt_length: int,
-  max_resamples: int,
-  sampler: Mapping,
-  baseline: Mapping | None,
-  with_demonstrations: bool,
-) -> Callable:
-  """(state, draw, step) -> Gathered: one draw, and what stands beside it."""
-  samples_per_prompt = sampler['samples_per_prompt']
-  sample = _make_judging(context, prompt_length, sampler)
-  # A seed that no phase has: a baseline must not draw what it is compared with.
-  sample_baseline = baseline and _make_judging(context, prompt_length, baseline, ~context.seed)
-
-  def demonstrate(state: TrainState, judged: Judged) -> Judged:
-    rollout = demonstrated(
-      judged.records,
-      context.tokenizer,
-      prompt_length=prompt_length,
-      max_new_tokens=sampler['max_new_tokens'],
-      policy_step=int(state.step),
-    )
-    return score_rollout(rollout, judged.records, context)
-
-  def gather(state: TrainState, draw: Draw, step: int) -> Gathered:
-    judged = sample(state, draw(records), step)
-    for _ in range(max_resamples):
-      useful = informative(judged.scored, samples_per_prompt)
-      if useful.all():
-        break
-      judged = replace_groups(
-        judged, sample(state, draw(records), step), useful, samples_per_prompt
-      )
-    rows, report, beside = as_rows(judged.scored), metrics(judged), {}
-    if with_demonstrations:
-      beside['demonstration'] = shown = demonstrate(state, judged)
-      pair = lambda x, y: np.concatenate(
-        [x.reshape(records, samples_per_prompt, *x.shape[1:]), y[:, None]], 1
-      )
-      join = lambda x, y: pair(x, y).reshape(-1, *x.shape[1:])
-      rows = jax.tree.map(join, rows, as_rows(shown.scored))
-      rows['stream'] = np.tile(np.array([1] * samples_per_prompt + [0], np.int32), records)
-    if sample_baseline:
-      beside['baseline'] = other = sample_baseline(state, judged.records, step)
-      each = len(rows['rewards']) // records
-      spread = lambda x: np.repeat(x.reshape(records, -1), each, axis=0)
-      rows['baseline_rewards'] = spread(other.scored.rewards)
-      rows['valid'] = rows['valid'] & spread(other.scored.valid).all(axis=1)
-    messages = list(judged.scores.messages)
-    for name, one in beside.items():
-      report[f'reward_of_{name}'] = metrics(one)['reward']
-      report['verifier_errors'] += metrics(one)['verifier_errors']
-      messages += one.scores.messages
-    return Gathered(judged, rows, report, messages)
-
-  return gather
-
-
-def _make_judging(
-  context: Context, prompt_length: int, sampler: Mapping, seed: int | None = None
-) -> Callable:
-  """(state, records, step) -> Judged, by the sampler of these settings."""
-  tokenizer = context.tokenizer
-  names = inputs(sampler['behavior_policy'])
-  sample = make_drawer(context, sampler)
-
-  def judge(state: TrainState, records: Sequence[dict], step: int) -> Judged:
-    prompts = batching.prompts(records, tokenizer, length=prompt_length)
+  def __call__(self, state: TrainState, records: Sequence[dict], step: int) -> Batch:
+    """Completions of the records, NumPy."""
+    context = self.context
+    prompts = batching.prompts(records, context.tokenizer, length=self.prompt_length)
     params = parameter_sets(state, context.frozen)
-    rollout = sample(
-      {name: params[name] for name in names},
+    batch = self.sample(
+      {name: params[name] for name in self.reads},
       prompts.tokens,
       prompts.mask,
       distinct(prompts.ids),
-      seed=context.seed if seed is None else seed,
+      seed=context.seed,
       step=step,
-      policy_step=int(state.step),
     )
-    ids = np.repeat(prompts.ids, sampler['samples_per_prompt'])
-    return score_rollout(to_host(rollout).replace(prompt_ids=ids), prompts.records, context)
-
-  return judge
+    # The sampler got ids that differ where a prompt is there twice.
+    ids = np.repeat(prompts.ids, self.samples_per_prompt)
+    return to_host(batch).replace(prompt_ids=ids)
 
 
 def make_drawer(context: Context, settings: Mapping) -> Callable:
@@ -359,3 +249,86 @@ def make_drawer(context: Context, settings: Mapping) -> Callable:
     pad_id=tokenizer.pad_id,
     **settings,
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutSteps(Steps):
+  """The steps of `Rollouts`."""
+
+  settings: Rollouts
+  draw_rows: RowSampler
+  draw_baselines: RowSampler | None  # None: there are no baselines
+
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
+    records = draw(self.settings.prompts)
+    return self.draw_rows(state, records, step), records
+
+  def score(
+    self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+  ) -> tuple[Batch, Report]:
+    """Scores the rows, replaces dull groups, and adds demonstrations and baselines."""
+    batch, texts = score_rows(batch, records, self.context)
+    batch, texts = self._resample(batch, texts, state, draw, step)
+    report = Report.of(batch, texts)
+    if self.settings.demonstrations:
+      batch, report = self._add_demonstrations(batch, texts.records, report)
+    if self.draw_baselines is not None:
+      batch, report = self._add_baselines(batch, texts.records, report, state, step)
+    return batch, report
+
+  def recall(self, memory: replays.Ring, random: np.random.Generator) -> Batch:
+    settings = self.settings
+    return replays.recalled(
+      memory,
+      lag=settings.lag,
+      fraction=settings.replay_fraction,
+      rows_per_prompt=settings.rows_per_prompt,
+      random=random,
+    )
+
+  def _resample(
+    self, batch: Batch, texts: Texts, state: TrainState, draw: Draw, step: int
+  ) -> tuple[Batch, Texts]:
+    """Dynamic sampling: replaces groups with equal rewards by groups of further prompts."""
+    samples = self.settings.samples_per_prompt
+    for _ in range(self.settings.max_resamples):
+      useful = informative(batch, samples)
+      if useful.all():
+        break
+      fresh = score_rows(*self.sample(state, draw, step), self.context)
+      batch, texts = replace_groups((batch, texts), fresh, useful, samples)
+    return batch, texts
+
+  def _add_demonstrations(
+    self, batch: Batch, records: Sequence[dict], report: Report
+  ) -> tuple[Batch, Report]:
+    """Adds the record's answer to each group, behind its samples, and the stream of each row."""
+    settings, prompts = self.settings, len(records)
+    answers = demonstrated(
+      records,
+      self.context.tokenizer,
+      prompt_length=settings.prompt_length,
+      max_new_tokens=settings.max_new_tokens,
+    )
+    answers, texts = score_rows(answers, records, self.context)
+
+    def join(x, y):
+      groups = np.concatenate([x.reshape(prompts, -1, *x.shape[1:]), y[:, None]], axis=1)
+      return groups.reshape(-1, *x.shape[1:])
+
+    group = ['sampled'] * settings.samples_per_prompt + ['demonstration']
+    stream = np.array([STREAMS.index(name) for name in group], np.int32)
+    batch = jax.tree.map(join, batch, answers).replace(stream=np.tile(stream, prompts))
+    return batch, report.beside('demonstration', answers, texts.scores)
+
+  def _add_baselines(
+    self, batch: Batch, records: Sequence[dict], report: Report, state: TrainState, step: int
+  ) -> tuple[Batch, Report]:
+    """Samples and scores the baseline of each prompt, and gives its rewards to the prompt's rows."""
+    others = self.draw_baselines(state, records, step)
+    others, texts = score_rows(others, records, self.context)
+    spread = lambda x: np.repeat(x.reshape(len(records), -1), self.settings.rows_per_prompt, axis=0)
+    # Without its whole baseline a prompt has no advantages.
+    valid = batch.valid & spread(others.valid).all(axis=1)
+    batch = batch.replace(baseline_rewards=spread(others.rewards), valid=valid)
+    return batch, report.beside('baseline', others, texts.scores)

@@ -1,4 +1,4 @@
-"""Rollouts with their rewards, on the host: texts, groups, demonstrations, what to report."""
+"""Scores sampled rows on the host: texts, rewards, groups, demonstrations, what to report."""
 
 import collections
 import warnings
@@ -13,16 +13,15 @@ from polgrad.collect.base import Context
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.rewards.scoring import Scores
-from polgrad.types import Rollout, Scored
+from polgrad.types import Batch
 
 
-class Judged(NamedTuple):
-  """A rollout with its rewards, texts and data rows."""
+class Texts(NamedTuple):
+  """What the host knows of scored rows besides their `Batch`."""
 
-  scored: Scored  # NumPy
-  scores: Scores
-  texts: list[str]  # [B]
-  records: list[dict]  # [N]
+  completions: list[str]  # [B], decoded
+  records: list[dict]  # [N], data records of the prompts
+  scores: Scores  # of the completions, by term, with errors and messages
 
 
 def question(record: Mapping) -> str:
@@ -30,20 +29,21 @@ def question(record: Mapping) -> str:
   return record['prompt'] if 'prompt' in record else record['messages'][-1]['content']
 
 
-def completions(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+def completions(batch: Batch, tokenizer: Tokenizer) -> list[str]:
   """The text of each row's completion, without the stop token that ended it."""
   texts = []
-  for tokens, mask, finished in zip(rollout.tokens, rollout.mask, rollout.finished):
+  for tokens, mask, finished in zip(batch.tokens, batch.mask, batch.finished):
     ids = [int(i) for i in tokens[mask]]
     texts.append(tokenizer.decode(ids[:-1] if finished else ids))
   return texts
 
 
-def score_rollout(rollout: Rollout, records: Sequence[dict], context: Context) -> Judged:
-  """Decodes and scores a rollout on the host; each process judges its share of the rows."""
-  texts = completions(rollout, context.tokenizer)
-  lengths = rollout.mask.sum(axis=1)
+def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple[Batch, Texts]:
+  """Decodes sampled rows (NumPy) and fills in `rewards` and `valid`."""
+  texts = completions(batch, context.tokenizer)
+  lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)
+  # Each process verifies every n-th row, and gets the scores of all.
   processes, own = jax.process_count(), jax.process_index()
   rows = range(own, len(texts), processes)
   scores = context.score(
@@ -53,21 +53,17 @@ def score_rollout(rollout: Rollout, records: Sequence[dict], context: Context) -
   )
   if processes > 1:
     scores = _gather_scores(scores, len(texts))
-  scored = Scored(
-    rewards=np.where(scores.valid, scores.total, 0.0).astype(np.float32),
-    valid=scores.valid,
-    **{name: getattr(rollout, name) for name in Rollout.__dataclass_fields__},
-  )
-  return Judged(scored, scores, texts, list(records))
+  rewards = np.where(scores.valid, scores.total, 0.0).astype(np.float32)
+  return batch.replace(rewards=rewards, valid=scores.valid), Texts(texts, list(records), scores)
 
 
 def _gather_scores(scores: Scores, rows: int) -> Scores:
-  """Interleaves the processes' shares; error counts and messages stay those of this process."""
+  """Interleaves the rows of all processes; errors and messages remain those of this process."""
   processes = jax.process_count()
-  share = -(-rows // processes)
+  rows_each = -(-rows // processes)  # rounded up, because all processes must gather equal shapes
 
   def gather(x: np.ndarray) -> np.ndarray:
-    padded = np.zeros(share, np.float64)
+    padded = np.zeros(rows_each, np.float64)
     padded[: len(x)] = x
     return multihost_utils.process_allgather(padded).T.reshape(-1)[:rows]
 
@@ -79,59 +75,55 @@ def _gather_scores(scores: Scores, rows: int) -> Scores:
 
 
 def distinct(ids: np.ndarray) -> np.ndarray:
-  """Ids for sampling keys: a prompt that stands twice in a batch must not draw the same noise."""
+  """Ids for sampling keys, all different: a prompt that a batch has twice draws other noise."""
   seen = collections.Counter()
   out = []
   for i in ids.tolist():
-    out.append((i + seen[i] * 0x9E3779B1) % 2**31)  # a step far beyond any data set's rows
+    out.append((i + seen[i] * 0x9E3779B1) % 2**31)  # a step beyond the rows of any data set
     seen[i] += 1
   return np.asarray(out, np.int32)
 
 
-def informative(scored: Scored, rows_per_prompt: int) -> np.ndarray:
-  """bool[N]: groups whose rewards are not all equal, so that a group baseline leaves something."""
-  rewards = np.where(scored.valid, scored.rewards, np.nan).reshape(-1, rows_per_prompt)
+def informative(batch: Batch, rows_per_prompt: int) -> np.ndarray:
+  """bool[N]: groups whose valid rewards are not all equal; the others have no advantages."""
+  rewards = np.where(batch.valid, batch.rewards, np.nan).reshape(-1, rows_per_prompt)
   with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # a group of failures
     return np.nanmax(rewards, axis=1) > np.nanmin(rewards, axis=1)
 
 
-def replace_groups(old: Judged, new: Judged, useful: np.ndarray, rows_per_prompt: int) -> Judged:
-  """Puts informative groups of `new` in the place of uninformative ones of `old`."""
+def replace_groups(
+  old: tuple[Batch, Texts], new: tuple[Batch, Texts], useful: np.ndarray, rows_per_prompt: int
+) -> tuple[Batch, Texts]:
+  """Replaces groups of `old` that are not useful, bool[N], by informative groups of `new`."""
+  # Which group of (old, then new) each place gets, and which rows these groups have.
   places = np.flatnonzero(~useful)
-  spare = np.flatnonzero(informative(new.scored, rows_per_prompt))
+  spare = np.flatnonzero(informative(new[0], rows_per_prompt))
   source = np.arange(len(useful))
   source[places[: len(spare)]] = len(useful) + spare[: len(places)]
   rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None, :]).reshape(-1)
   pick = lambda a, b: np.concatenate([a, b])[rows]
-  scored = jax.tree.map(pick, old.scored, new.scored)
-  names = np.repeat(np.arange(len(useful), dtype=np.int32), rows_per_prompt)
-  scores = new.scores._replace(
-    total=pick(old.scores.total, new.scores.total),
-    components=jax.tree.map(pick, old.scores.components, new.scores.components),
-    valid=pick(old.scores.valid, new.scores.valid),
-    errors=dict(collections.Counter(old.scores.errors) + collections.Counter(new.scores.errors)),
-    messages=old.scores.messages + new.scores.messages,
+  # Groups are numbered by their places, because a new group may have the number of an old one.
+  groups = np.repeat(np.arange(len(useful), dtype=np.int32), rows_per_prompt)
+  batch = jax.tree.map(pick, old[0], new[0]).replace(group_ids=groups)
+  # Errors and messages of rows that were replaced are reported too.
+  before, after = old[1].scores, new[1].scores
+  scores = after._replace(
+    total=pick(before.total, after.total),
+    components=jax.tree.map(pick, before.components, after.components),
+    valid=pick(before.valid, after.valid),
+    errors=dict(collections.Counter(before.errors) + collections.Counter(after.errors)),
+    messages=before.messages + after.messages,
   )
-  texts, records = old.texts + new.texts, old.records + new.records
-  return Judged(
-    scored=scored.replace(group_ids=names),
-    scores=scores,
-    texts=[texts[i] for i in rows],
-    records=[records[i] for i in source],
-  )
+  texts, records = old[1].completions + new[1].completions, old[1].records + new[1].records
+  return batch, Texts([texts[i] for i in rows], [records[i] for i in source], scores)
 
 
 def demonstrated(
-  records: Sequence[Mapping],
-  tokenizer: Tokenizer,
-  *,
-  prompt_length: int,
-  max_new_tokens: int,
-  policy_step: int,
-) -> Rollout:
-  """The records' answers as if they had been sampled with probability one: one row a record.
+  records: Sequence[Mapping], tokenizer: Tokenizer, *, prompt_length: int, max_new_tokens: int
+) -> Batch:
+  """The records' answers as if they had been sampled with probability one: one row per record.
 
-  Laid out as the sampler does: the completion, stop token included, begins at `prompt_length`.
+  As in a sampled row, the completion begins at `prompt_length` and includes the stop token.
 
   Raises:
     ValueError: a record without `answer`, or with one of more than `max_new_tokens` tokens.
@@ -141,18 +133,9 @@ def demonstrated(
       raise ValueError(f"record {record['id']}: no 'answer' to demonstrate, only {sorted(record)}")
   prompts = batching.prompts(records, tokenizer, length=prompt_length)
   answered = batching.supervised(records, tokenizer, length=prompt_length + max_new_tokens)
-  tokens = np.full((len(records), max_new_tokens), tokenizer.pad_id, np.int32)
-  lengths = answered.mask.sum(axis=1)
-  for i, (record, length) in enumerate(zip(records, lengths)):
-    if length > max_new_tokens:
-      raise ValueError(
-        f'record {record["id"]}: the answer and its stop token are {length} tokens, '
-        f'more than max_new_tokens {max_new_tokens}'
-      )
-    tokens[i, :length] = answered.tokens[i][answered.mask[i]]
-  made = np.arange(max_new_tokens)[None] < lengths[:, None]
+  tokens, made = _completions_alone(records, answered, tokenizer.pad_id, max_new_tokens)
   seen = np.concatenate([prompts.mask, made], axis=1)
-  return Rollout(
+  return Batch(
     tokens=np.concatenate([prompts.tokens, tokens], axis=1),
     segment_ids=seen.astype(np.int32),
     mask=np.concatenate([np.zeros_like(prompts.mask), made], axis=1),
@@ -160,24 +143,46 @@ def demonstrated(
     finished=np.ones(len(records), bool),
     prompt_ids=prompts.ids,
     group_ids=np.arange(len(records), dtype=np.int32),
-    policy_step=np.full(len(records), policy_step, np.int32),
   )
 
 
-def metrics(judged: Judged) -> dict[str, float]:
-  """Rewards, lengths and failures of a rollout."""
-  scored, scores = judged.scored, judged.scores
-  valid = scored.valid
+def _completions_alone(
+  records: Sequence[Mapping], answered: Batch, pad_id: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens in the mask of each row, moved to column 0: i32[N, width], and their mask."""
+  tokens = np.full((len(records), width), pad_id, np.int32)
+  lengths = answered.mask.sum(axis=1)
+  for i, (record, length) in enumerate(zip(records, lengths)):
+    if length > width:
+      raise ValueError(
+        f'record {record["id"]}: the answer and its stop token are {length} tokens, '
+        f'more than max_new_tokens {width}'
+      )
+    tokens[i, :length] = answered.tokens[i][answered.mask[i]]
+  return tokens, np.arange(width)[None] < lengths[:, None]
+
+
+def metrics(batch: Batch, scores: Scores) -> dict[str, float]:
+  """Rewards, lengths and failures of scored rows."""
+  valid, rewards = batch.valid, batch.rewards
   mean = lambda x: float(np.mean(x[valid])) if valid.any() else float('nan')
-  rewards = scored.rewards
-  _, group = np.unique(scored.group_ids, return_inverse=True)
+  _, group = np.unique(batch.group_ids, return_inverse=True)
   spread = [np.ptp(rewards[(group == g) & valid]) for g in set(group[valid])]
   return {
     'reward': mean(rewards),
     **{f'reward/{name}': mean(value) for name, value in scores.components.items()},
     'reward/same_in_group': float(np.mean(np.array(spread) == 0)) if spread else float('nan'),
-    'length': float(scored.mask.sum(axis=1).mean()),
-    'truncated': float(1 - scored.finished.mean()),
+    'length': float(batch.mask.sum(axis=1).mean()),
+    'truncated': float(1 - batch.finished.mean()),
     'verifier_errors': float(len(valid) - valid.sum()),
     **{f'verifier_errors/{name}': float(n) for name, n in scores.errors.items()},
   }
+
+
+def shown(batch: Batch, texts: Texts) -> list[tuple[str, str, float]]:
+  """The rows of a table of samples: prompt, completion, reward."""
+  rows_per_prompt = len(texts.completions) // len(texts.records)
+  return [
+    (question(texts.records[i // rows_per_prompt]), text, float(batch.rewards[i]))
+    for i, text in enumerate(texts.completions)
+  ]

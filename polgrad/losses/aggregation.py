@@ -19,8 +19,9 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
+from polgrad.reductions import Mean
 from polgrad.registry import table
-from polgrad.types import Array, Mean
+from polgrad.types import Array
 
 
 def token_mean(loss: Array, where: Array) -> Mean:

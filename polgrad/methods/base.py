@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
-from polgrad.collect.rollouts import as_batch
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
-from polgrad.types import Array, Outputs
+from polgrad.types import Array, Batch, Outputs
 
 # What a method function may ask of the run by naming it as an argument; see `compose.compose`.
 BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
@@ -52,7 +51,7 @@ class Method:
   objective: ConfigDict
   credit: ConfigDict = dataclasses.field(default_factory=lambda: part(credits.nothing))
   collect: functools.partial = dataclasses.field(
-    default_factory=lambda: functools.partial(collectors.rollouts)
+    default_factory=lambda: functools.partial(collectors.Rollouts)
   )
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   reward_scale: float = 1.0
@@ -67,7 +66,7 @@ class Method:
   @property
   def needs(self) -> str:
     """What the data must have: 'problems' to sample from, 'pairs' or 'demonstrations'."""
-    kinds = {collectors.demonstrations: 'demonstrations', collectors.preferences: 'pairs'}
+    kinds = {collectors.Demonstrations: 'demonstrations', collectors.Preferences: 'pairs'}
     return kinds.get(self.collect.func, 'problems')
 
   @property
@@ -106,12 +105,11 @@ class Method:
       name: call(stat, {'tokens': tokens, **arrays}) for name, stat in objective.stats.items()
     }
     # Credit comes first. What it makes is data, so no gradient flows through it.
-    data = {name: x for name, x in arrays.items() if name not in VOCABULARY}
-    data |= {'tokens': tokens, 'mask': mask}
-    if not _made(credit) <= data.keys():
-      fields, _ = credits.assign(credit, data, credit.init())
-      data |= fields
-    batch = as_batch(data | {'segment_ids': mask.astype(jnp.int32)})
+    batch = Batch(tokens=tokens, segment_ids=mask.astype(jnp.int32), mask=mask).with_arrays(
+      **{name: x for name, x in arrays.items() if name not in VOCABULARY}
+    )
+    if not _made(credit) <= arrays.keys():
+      batch, _ = credits.assign(credit, batch, credit.init())
     terms, metrics = objective.apply(
       Outputs(stats=stats, **live), batch, objective.init(), step=step
     )

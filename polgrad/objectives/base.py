@@ -9,9 +9,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.arrays import ARRAYS, OBJECTIVE, OWNED, VOCABULARY, per_token
 from polgrad.losses import aggregation
+from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
 from polgrad.registry import UnknownArray, call, inputs, suggest
-from polgrad.types import Array, Batch, Effective, Max, Mean, Metric, Outputs, Quantile
+from polgrad.types import Array, Batch, Outputs
 
 Terms = dict[str, Mean]
 Metrics = dict[str, Metric]
@@ -84,59 +86,54 @@ WHOLE = 'whole/'  # marks a feature that is one value of the whole batch, repeat
 
 
 def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
-  """Every array that a slot may name; this is the door at which masked entries become zero.
+  """Every array that a slot may name; masked entries of per-token arrays become zero here.
 
-  Per token [B, T]: logp, entropy, values, behavior_logp, proximal_logp, reference_logp,
-  teacher_logp, advantages, returns, old_values, turn_ids (runs of the mask, -1 outside), mask.
-  Per row [B]: rewards, label, group_ids, weights, first_value (the value before the first token).
-  Further: statistics of the logits and features of the rollout under their own names.
+  These are the arrays of the batch, those of the model, the statistics of the logits, and two that
+  are computed here: `turn_ids` and, where there are values, `first_value`. `polgrad/arrays.py` says
+  what each array is. A feature with the prefix `whole/` holds one value for the whole batch.
+
+  Raises:
+    AssertionError: a per-token array does not have the shape [B, T] of the mask.
   """
-  tokens = {
-    'logp': outputs.logp,
-    'entropy': outputs.entropy,
-    'values': outputs.values,
-    'behavior_logp': batch.behavior_logp,
-    'proximal_logp': batch.proximal_logp,
-    'reference_logp': batch.reference_logp,
-    'teacher_logp': batch.teacher_logp,
-    'advantages': batch.advantages,
-    'returns': batch.returns,
-    'old_values': batch.old_values,
-    **outputs.stats,
-  }
   mask = batch.mask
-  rows = {k: getattr(batch, k) for k in ('rewards', 'label', 'group_ids', 'weights')}
-  for name, x in batch.features.items():
-    if name.startswith(WHOLE):
-      rows[name.removeprefix(WHOLE)] = x[0]
-    elif x.ndim == 2 and x.shape == mask.shape:
-      tokens[name] = x
-    else:
-      rows[name] = x
-  tokens = {k: v for k, v in tokens.items() if v is not None}
+  named = {n: getattr(outputs, n) for n in ('logp', 'entropy', 'values')} | outputs.stats
+  found = {n: x for n, x in named.items() if x is not None} | {n: batch[n] for n in batch}
+  # Each row repeats a value of the whole batch, so that it is cut like every other feature.
+  whole = {n: x for n, x in found.items() if n.startswith(WHOLE)}
+  found = {n: x for n, x in found.items() if n not in whole}
+  tokens = {n: x for n, x in found.items() if n in outputs.stats or per_token(n, x, mask)}
   chex.assert_equal_shape([mask, *tokens.values()])  # a [B] array must not broadcast
-  arrays = {k: jnp.where(mask, v, jnp.zeros_like(v)) for k, v in tokens.items()}
+  zeroed = {n: jnp.where(mask, x, jnp.zeros_like(x)) for n, x in tokens.items()}
+  arrays = found | zeroed | {n.removeprefix(WHOLE): x[0] for n, x in whole.items()}
+  arrays['mask'] = mask
   starts = mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
   arrays['turn_ids'] = jnp.where(mask, jnp.cumsum(starts, axis=1) - 1, -1)
   if 'values' in arrays:
     first = jnp.argmax(mask, axis=1)[:, None]
     arrays['first_value'] = jnp.take_along_axis(arrays['values'], first, axis=1)[:, 0]
-  return arrays | {k: v for k, v in rows.items() if v is not None} | {'mask': mask}
+  return arrays
 
 
-RESERVED = {
-  *(Batch.__dataclass_fields__.keys() | Outputs.__dataclass_fields__.keys()),
-  *('log_ratio', 'turn_ids', 'first_value', 'step', 'noise'),
+RESERVED = frozenset(OWNED)  # names that statistics, selections and histories cannot have
+# What is there for every function: required fields, group ids, and what the objective computes.
+ALWAYS = {
+  *('tokens', 'segment_ids', 'mask', 'group_ids', 'logp'),
+  *(name for name, array in OBJECTIVE.items() if not array.made_of),
 }
-ALWAYS = {'logp', 'mask', 'turn_ids', 'group_ids', 'tokens', 'step', 'noise'}
-MADE_OF = {'first_value': 'values'}
-VOCABULARY_ARRAYS = {'logits', 'tokens', 'hidden', 'teacher_logits'}
+MADE_OF = {name: array.made_of for name, array in ARRAYS.items() if array.made_of}
+VOCABULARY_ARRAYS = {*VOCABULARY, 'tokens'}
 
 
 def reads(functions: Iterable[Callable], *, made: Iterable[str] = ()) -> frozenset[str]:
-  """The optional fields that these functions name; `made` is what the objective makes itself.
+  """The arrays that these functions name and that some batches do not have.
 
-  What is read inside the pass over the vocabulary needs no field, except for a teacher's logits.
+  Args:
+    functions: of `losses`.
+    made: names of arrays that the objective computes itself.
+
+  Returns:
+    Names of optional fields of `Batch` and `Outputs` and of features. `logits` and `hidden` are not
+    among them, because the pass over the vocabulary always has them; `teacher_logits` is.
   """
   named = {name for f in functions for name in inputs(f)} - set(made)
   named = {MADE_OF.get(name, name) for name in named}
@@ -247,9 +244,11 @@ def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
     gap = jax.lax.stop_gradient(x['behavior_logp'] - x['logp'])
     metrics['sampler_kl'] = token_mean(jnp.expm1(-gap) + gap, where)
     metrics['sampler_max_gap'] = Max(maximum=jnp.max(jnp.abs(gap)))
-    metrics['effective_sample_size'] = Effective.of(jnp.exp(jnp.clip(-gap, -20, 20)), where)
+    metrics['effective_sample_size'] = EffectiveSampleSize.of(
+      jnp.exp(jnp.clip(-gap, -20, 20)), where
+    )
     for percent in (1, 50, 99):
-      metrics[f'ratio_q{percent:02d}'] = Quantile.of(-gap, where, share=percent / 100)
+      metrics[f'ratio_q{percent:02d}'] = Quantile.of(-gap, where, fraction=percent / 100)
   return metrics
 
 

@@ -6,7 +6,7 @@
     repeat until no row is left:
       refill    idle slots get the next rows of their queue
       draw      draws a token in every slot; repeated until a refill is due
-    finish      prompts and completions become a `Rollout`
+    finish      prompts and completions become a `Batch`
 
 A *row* is one completion of one prompt. A *slot* is a place in the key-value caches that decodes one
 row at a time. A *queue* is the list of rows that one part of the mesh decodes in its own slots, so
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from polgrad.models.policy import Policy
 from polgrad.registry import call
-from polgrad.types import Array, Params, Rollout
+from polgrad.types import Array, Batch, Params
 
 
 class Prefilled(NamedTuple):
@@ -101,10 +101,9 @@ class Sampler:
     prompt_ids: Array,
     seed: Array,
     step: Array,
-    policy_step: Array,
     *,
     padding: int,
-  ) -> Rollout:
+  ) -> Batch:
     """Samples completions of prompts from which `padding` columns on the left were trimmed."""
     # Layers are cut from their stacks here: inside the loop it would happen at every step.
     params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
@@ -117,7 +116,7 @@ class Sampler:
       lambda state: jax.lax.while_loop(no_refill_due, draw, self.refill(prompts, state)),
       self.start(prompts, tokens.shape[1]),
     )
-    return self.finish(state, tokens, mask, prompt_ids, policy_step, padding)
+    return self.finish(state, tokens, mask, prompt_ids, padding)
 
   def row_keys(self, seed: Array, step: Array, prompt_ids: Array) -> Array:
     """Random keys [B], each folded from seed, step, prompt id and sample index."""
@@ -243,9 +242,8 @@ class Sampler:
     tokens: Array,
     mask: Array,
     prompt_ids: Array,
-    policy_step: Array,
     padding: int,
-  ) -> Rollout:
+  ) -> Batch:
     """Joins prompts and completions, with `padding` more columns on the left."""
     prompts, width = tokens.shape
     repeat = self._repeat
@@ -255,7 +253,7 @@ class Sampler:
     last = jnp.sum(state.drawn, axis=1, keepdims=True) - 1
     last = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
     left = lambda x, by, fill: jnp.pad(x, ((0, 0), (by, 0)), constant_values=fill)
-    return Rollout(
+    return Batch(
       tokens=left(texts, padding, self.pad_id),
       segment_ids=left(real, padding, False).astype(jnp.int32),
       mask=left(state.drawn, padding + width, False),
@@ -263,7 +261,6 @@ class Sampler:
       finished=self._is_stop(last),
       prompt_ids=repeat(prompt_ids),
       group_ids=repeat(jnp.arange(prompts)),
-      policy_step=jnp.full(len(texts), policy_step, jnp.int32),
     )
 
   def _repeat(self, x: Array) -> Array:

@@ -16,7 +16,7 @@ from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Sampler
 from polgrad.sharding import data_parallel_size, place_batch
-from polgrad.types import Array, Params, Rollout
+from polgrad.types import Array, Batch, Params
 
 
 def make_sampler(
@@ -33,17 +33,16 @@ def make_sampler(
   top_k: int = 0,
   top_p: float = 1.0,
   mesh: Mesh | None = None,
-) -> Callable[..., Rollout]:
-  """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step, policy_step=0) -> Rollout`.
+) -> Callable[..., Batch]:
+  """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step) -> Batch`.
 
   `params` holds one parameter set for every name that the behavior policy reads. `tokens` i32[N, Tp]
   and `mask` bool[N, Tp] are left-padded prompts, so every completion begins at column Tp;
   `prompt_ids` i32[N] are the prompts' rows in the data set.
 
-  The rollout has B = N * samples_per_prompt rows, prompt-major, and T = Tp + max_new_tokens columns.
+  The batch has B = N * samples_per_prompt rows, prompt-major, and T = Tp + max_new_tokens columns.
   A stop token is part of its completion; a row without one after `max_new_tokens` tokens is not
-  `finished`. After the completion a row holds `pad_id`, segment 0 and a False mask. `policy_step` is
-  only copied to the rollout.
+  `finished`. After the completion a row holds `pad_id`, segment 0 and a False mask.
 
   Tokens are drawn from softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
   `behavior_logp` is the log-probability of a token under exactly this distribution. With top_k and
@@ -51,7 +50,7 @@ def make_sampler(
   folded from (seed, step, prompt id, sample index, position in the completion), so a completion
   depends neither on the rest of the batch nor on its slot.
 
-  New values of `seed`, `step` and `policy_step` do not recompile. Prompts are trimmed to the longest of
+  New values of `seed` and `step` do not recompile. Prompts are trimmed to the longest of
   the call, rounded up to Tp / 4, Tp / 2 or Tp, so at most three programs compile for one N and Tp.
 
   Args:
@@ -90,15 +89,13 @@ def make_sampler(
   )
   run = jit(sampler.run, static_argnames='padding')
 
-  def sample(
-    params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step, policy_step=0
-  ) -> Rollout:
+  def sample(params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step) -> Batch:
     padding = tokens.shape[1] - _bucket(int(np.max(np.sum(mask, axis=1))), tokens.shape[1])
     prompts = (tokens[:, padding:], mask[:, padding:], prompt_ids)
     if mesh is None:
-      return run(params, *prompts, seed, step, policy_step, padding=padding)
+      return run(params, *prompts, seed, step, padding=padding)
     with jax.set_mesh(mesh):
-      return run(params, *place_batch(mesh, prompts), seed, step, policy_step, padding=padding)
+      return run(params, *place_batch(mesh, prompts), seed, step, padding=padding)
 
   return sample
 

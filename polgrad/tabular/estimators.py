@@ -18,7 +18,7 @@ from polgrad.credit import Estimator
 from polgrad.objectives import Objective
 from polgrad.registry import call
 from polgrad.tabular import enumerable
-from polgrad.types import Array, Batch, Outputs, Params
+from polgrad.types import STREAMS, Array, Batch, Outputs, Params
 
 
 class Setting(NamedTuple):
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
       it is not given.
     values: [S, H], a critic's value of the state before each token.
     features: further arrays of the rollout, [G, ...], the same for all groups; default none.
-    staleness: number of updates between `behavior` and `params`, default 0.
+    staleness: batches collected between sampling by `behavior` and use by `params`, default 0.
     demonstration: index of a sequence that is added to every group; -1 (default): none.
   """
 
@@ -145,43 +145,21 @@ def rollout_loss(
     credit_state: state of the credit.
     key: random key of the group.
   """
-  policy, anchors = setting.policy, setting.anchors
+  policy = setting.policy
   # A demonstration is a further row, which the policy did not sample.
   if setting.demonstration >= 0:
     sample = jnp.append(sample, setting.demonstration)
-  size = len(sample)
-  sampled = jnp.arange(size) < size - (setting.demonstration >= 0)
-  behavior = enumerable.logp(policy, setting.behavior)[sample]
-  mask = jnp.asarray(policy.mask)[sample]
-  # What a collector knows of the rows before credit is assigned.
-  rows = {
-    'mask': mask,
-    'valid': jnp.ones(size, bool),
-    'rewards': jnp.asarray(setting.rewards)[sample],
-    'group_ids': jnp.arange(size)
-    // (objective.rows_per_prompt if objective.rows_per_prompt > 1 else size),
-    'behavior_logp': jnp.where(sampled[:, None], behavior, 0.0),
-    'proximal_logp': enumerable.logp(policy, anchors.get('proximal', setting.behavior))[sample],
-    'old_values': jnp.asarray(setting.values)[sample],
-    'staleness': jnp.full(size, setting.staleness),
-    'uniform': jax.random.uniform(key, (size,)),
+  batch = _scored(setting, sample, objective.rows_per_prompt)
+  # Annotations: what critic, anchors and statistics say of the rows, and a random number a row.
+  anchors = {'proximal': setting.behavior} | setting.anchors
+  batch = batch.with_arrays(
+    old_values=jnp.asarray(setting.values)[sample],
+    uniform=jax.random.uniform(key, (len(sample),)),
     **{f'{k}_logp': enumerable.logp(policy, v)[sample] for k, v in anchors.items()},
     **_statistics(setting, stats, jax.lax.stop_gradient(params), sample),
     **{k: jnp.asarray(v) for k, v in setting.features.items()},
-  }
-  if setting.demonstration >= 0:
-    rows['stream'] = sampled.astype(jnp.int32)
-  # Credit adds its fields; what `Batch` has no field for is a feature.
-  fields, _ = credits.assign(credit, rows, credit_state)
-  rows |= fields
-  own = {k: v for k, v in rows.items() if k in Batch.__dataclass_fields__}
-  batch = Batch(
-    tokens=jnp.asarray(policy.tokens)[sample],
-    segment_ids=mask.astype(jnp.int32),
-    features={k: v for k, v in rows.items() if k not in own},
-    **own,
   )
-  # What the model computes of the batch.
+  batch, _ = credits.assign(credit, batch, credit_state)
   log_p = jax.nn.log_softmax(policy.logits(params))
   entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)[policy.prefixes]
   outputs = Outputs(
@@ -192,6 +170,28 @@ def rollout_loss(
   )
   terms, _ = objective.apply(outputs, batch, objective.init(), step=0)
   return sum(term.value() for name, term in terms.items() if name not in objective.probes)
+
+
+def _scored(setting: Setting, sample: Array, rows_per_prompt: int) -> Batch:
+  """The group as sampled and scored rows; the last one may be the demonstration."""
+  policy, size = setting.policy, len(sample)
+  shown = setting.demonstration >= 0
+  sampled = jnp.arange(size) < size - shown
+  mask = jnp.asarray(policy.mask)[sample]
+  behavior = enumerable.logp(policy, setting.behavior)[sample]
+  streams = jnp.array([STREAMS.index('demonstration'), STREAMS.index('sampled')], jnp.int32)
+  return Batch(
+    tokens=jnp.asarray(policy.tokens)[sample],
+    segment_ids=mask.astype(jnp.int32),
+    mask=mask,
+    behavior_logp=jnp.where(sampled[:, None], behavior, 0.0),
+    # An objective that compares pairs gets pairs as groups.
+    group_ids=jnp.arange(size) // (rows_per_prompt if rows_per_prompt > 1 else size),
+    stream=streams[sampled.astype(jnp.int32)] if shown else None,
+    rewards=jnp.asarray(setting.rewards)[sample],
+    valid=jnp.ones(size, bool),
+    staleness=jnp.full(size, setting.staleness),
+  )
 
 
 def _statistics(

@@ -105,6 +105,25 @@ def fix_a(objective: Objective) -> dict[str, np.ndarray]:
   }
 
 
+def batch_of(x: dict) -> Batch:
+  """A batch with these arrays; what no field has room for is a feature."""
+  mask = x['mask']
+  batch = Batch(tokens=np.zeros(mask.shape, np.int32), segment_ids=mask.astype(np.int32), mask=mask)
+  return batch.with_arrays(**x)
+
+
+def scored(*, rewards, length: int = 1, **arrays) -> Batch:
+  """Valid rows of `length` tokens, in one group unless told otherwise, with these arrays."""
+  rows = len(rewards)
+  x = {
+    'mask': jnp.ones((rows, length), bool),
+    'valid': jnp.ones(rows, bool),
+    'group_ids': jnp.zeros(rows, jnp.int32),
+    'rewards': rewards,
+  }
+  return batch_of(x | arrays)
+
+
 def loss_and_weight(
   objective: Objective, x: dict[str, np.ndarray], *, step: int = 3, with_probes: bool = False
 ):
@@ -112,14 +131,7 @@ def loss_and_weight(
 
   Probes are added to the loss if `with_probes` is True.
   """
-  fields = {k: jnp.asarray(v) for k, v in x.items() if k in Batch.__dataclass_fields__}
-  known = {*fields, *LIVE, *objective.stats}
-  batch = Batch(
-    tokens=jnp.zeros(x['mask'].shape, jnp.int32),
-    segment_ids=jnp.asarray(x['mask'], jnp.int32),
-    features={k: jnp.asarray(v) for k, v in x.items() if k not in known},
-    **fields,
-  )
+  batch = batch_of({k: jnp.asarray(v) for k, v in x.items() if k not in (*LIVE, *objective.stats)})
   leaves = {k: jnp.asarray(x[k]) for k in (*LIVE, *objective.stats) if k in x}
 
   def loss(leaves):

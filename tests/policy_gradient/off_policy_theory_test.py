@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from experiments.preference import ipo
+
 from polgrad import credit, objectives
 from polgrad.credit import assign
 from polgrad.registry import bind
@@ -22,17 +22,9 @@ from tests.policy_gradient import harness
 
 def credit_of(name: str, rewards, **features):
   """The fields that an experiment's credit makes of one group of rows of one token."""
-  rewards = jnp.asarray(rewards, float)
-  rows = len(rewards)
-  arrays = dict(
-    mask=jnp.ones((rows, 1), bool),
-    valid=jnp.ones(rows, bool),
-    group_ids=jnp.zeros(rows, int),
-    rewards=rewards,
-    **features,
-  )
+  batch = harness.scored(rewards=jnp.asarray(rewards, float), **features)
   estimator = bind(harness.phase_of(name).credit, credit.TABLE)
-  return assign(estimator, arrays, estimator.init())[0]
+  return assign(estimator, batch, estimator.init())[0]
 
 
 def bandit(anchor, counts, rewards, **fields):
@@ -261,8 +253,8 @@ def test_nft_on_fresh_data_is_dr_grpo_and_standardized_grpo_of_the_population(no
   spec.standardized = normalized
   estimator = bind(spec, credit.TABLE)
   x = on_policy(arrays_for('nft')) | {'mask': np.ones((8, 6), bool)}
-  arrays = dict(mask=x['mask'], valid=np.ones(8, bool), group_ids=np.zeros(8, int), rewards=rewards)
-  fields, _ = assign(estimator, arrays, estimator.init())
+  batch = harness.scored(mask=x['mask'], rewards=rewards)
+  fields, _ = assign(estimator, batch, estimator.init())
   x |= {name: np.asarray(fields[name]) for name in ('advantages', 'success_rate')}
   expected = rewards - 0.25
   if normalized:

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from polgrad import packing
-from polgrad.types import Batch, Mean, Outputs
+from polgrad.reductions import Mean
+from polgrad.types import Outputs
 from tests.policy_gradient import harness
 from tests.policy_gradient.harness import LIVE
 
@@ -28,14 +29,8 @@ def case(name: str):
   objective = harness.objective_of(name)
   x = harness.random_arrays(objective, group=2 if objective.rows_per_prompt == 2 else 4)
   x = {k: np.asarray(v, np.float32) if v.dtype == np.float64 else v for k, v in x.items()}
-  fields = {k: v for k, v in x.items() if k in Batch.__dataclass_fields__}
   leaves = {k: x[k] for k in (*LIVE, *objective.stats)}
-  batch = Batch(
-    tokens=np.zeros(x['mask'].shape, np.int32),
-    segment_ids=x['mask'].astype(np.int32),
-    features={k: v for k, v in x.items() if k not in fields.keys() | leaves.keys()},
-    **fields,
-  )
+  batch = harness.batch_of({k: v for k, v in x.items() if k not in leaves})
   return objective, leaves, batch
 
 

@@ -39,19 +39,18 @@ def credited(name, arrays, **knobs):
     for knob, value in knobs.items():
       spec[knob] = value
   estimator = bind(spec, credit.TABLE)
-  fields, _ = credit.assign(estimator, arrays, estimator.init())
-  return fields
+  return credit.assign(estimator, arrays, estimator.init())[0]
 
 
 def rows(rewards, groups, **arrays):
   """Scored rows of one token, or of as many as the arrays have."""
   shape = next((v.shape for v in arrays.values() if v.ndim == 2), (len(rewards), 1))
-  return {
-    'rewards': jnp.asarray(rewards, float),
-    'group_ids': jnp.asarray(groups),
-    'valid': jnp.ones(len(rewards), bool),
-    'mask': jnp.ones(shape, bool),
-  } | {k: jnp.asarray(v) for k, v in arrays.items()}
+  return harness.scored(
+    rewards=jnp.asarray(rewards, float),
+    group_ids=jnp.asarray(groups),
+    length=shape[1],
+    **{k: jnp.asarray(v) for k, v in arrays.items()},
+  )
 
 
 @pytest.mark.parametrize('name', sorted(ORACLES))

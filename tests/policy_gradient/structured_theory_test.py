@@ -10,8 +10,9 @@ import pytest
 
 from polgrad import credit, optim
 from polgrad.losses import divergences
+from polgrad.reductions import Mean
 from polgrad.registry import bind
-from polgrad.types import Batch, Mean, Outputs
+from polgrad.types import Batch, Outputs
 from tests import examples
 from tests.policy_gradient import harness, oracles_structured
 from tests.policy_gradient.harness import ppo, ratio_of, sequence_mean, sequence_sum, token_mean
@@ -47,16 +48,13 @@ def credited(name, reference, rewards=REWARDS):
   """Advantages that the credit of an experiment gives to the ten pulls."""
   estimator = bind(harness.phase_of(name).credit, credit.TABLE)
   old = column(np.log(OLD))
-  arrays = {
-    'mask': jnp.ones((10, 1), bool),
-    'valid': jnp.ones(10, bool),
-    'rewards': jnp.asarray(rewards)[ARMS],
-    'group_ids': jnp.zeros(10, jnp.int32),
-    'proximal_logp': old,
-    'behavior_logp': old,
-    'reference_logp': column(np.log(reference)),
-  }
-  return credit.assign(estimator, arrays, estimator.init())[0]['advantages']
+  batch = harness.scored(
+    rewards=jnp.asarray(rewards)[ARMS],
+    proximal_logp=old,
+    behavior_logp=old,
+    reference_logp=column(np.log(reference)),
+  )
+  return credit.assign(estimator, batch, estimator.init())[0].advantages
 
 
 def kl(p, q):
@@ -215,18 +213,17 @@ def test_hpt_imitates_where_at_most_so_many_samples_are_right(limit, imitating):
   spec.limit = limit
   estimator = bind(spec, credit.TABLE)
   solved = np.array([[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]])
-  arrays = {
-    'mask': jnp.ones((15, 2), bool),
-    'valid': jnp.ones(15, bool),
-    'rewards': jnp.asarray(np.pad(solved, ((0, 0), (0, 1)), constant_values=1).ravel(), float),
-    'group_ids': jnp.repeat(jnp.arange(3), 5),
-    'stream': jnp.tile(jnp.array([1, 1, 1, 1, 0]), 3),
-  }
-  fields, _ = credit.assign(estimator, arrays, estimator.init())
-  kept = np.asarray(fields['mask']).all(axis=1).reshape(3, 5)
+  batch = harness.scored(
+    length=2,
+    rewards=jnp.asarray(np.pad(solved, ((0, 0), (0, 1)), constant_values=1).ravel(), float),
+    group_ids=jnp.repeat(jnp.arange(3), 5),
+    stream=jnp.tile(jnp.array([1, 1, 1, 1, 0]), 3),
+  )
+  credited, _ = credit.assign(estimator, batch, estimator.init())
+  kept = np.asarray(credited.mask).all(axis=1).reshape(3, 5)
   expected = [[False] * 4 + [True] if g in imitating else [True] * 4 + [False] for g in range(3)]
   np.testing.assert_array_equal(kept, expected)
-  advantages = np.asarray(fields['advantages'])[:, 0].reshape(3, 5)[:, :4]
+  advantages = np.asarray(credited.advantages)[:, 0].reshape(3, 5)[:, :4]
   np.testing.assert_allclose(advantages, [[0] * 4, [0.5, -0.5, 0.5, -0.5], [0] * 4])
 
 
@@ -290,15 +287,12 @@ def test_oblr_baseline_has_the_least_variance(x64):
   pi /= pi.sum()
   scores = np.eye(4) - pi
   squares = np.sum(scores**2, axis=1)
-  arrays = {
-    'mask': jnp.ones((4, 1), bool),
-    'valid': jnp.ones(4, bool),
-    'rewards': jnp.asarray(rewards),
-    'group_ids': jnp.zeros(4, jnp.int32),
-    'score_norm': jnp.asarray(pi * squares)[:, None],  # rows weigh what they would in samples of pi
-  }
+  batch = harness.scored(
+    rewards=jnp.asarray(rewards),
+    score_norm=jnp.asarray(pi * squares)[:, None],  # rows weigh what they would in samples of pi
+  )
   estimator = bind(harness.phase_of('oblr_po').credit, credit.TABLE)
-  advantages = credit.assign(estimator, arrays, ())[0]['advantages'][:, 0]
+  advantages = credit.assign(estimator, batch, ())[0].advantages[:, 0]
   advantages = np.asarray(advantages)
   np.testing.assert_allclose(rewards - advantages, 0.739991, atol=1e-6)
   gradient = (pi * advantages) @ scores

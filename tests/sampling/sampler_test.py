@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad.sampling import behavior_policies, make_sampler, processors
-from polgrad.types import Rollout
+from polgrad.types import Batch
 from tests.models import tiny
 
 POLICY, PARAMS, OTHER = tiny.policy(), tiny.params(), tiny.params(1)
@@ -29,7 +29,7 @@ def sampler(**settings):
 
 
 @functools.cache
-def rollout(seed: int = 0, step: int = 0, **settings) -> Rollout:
+def rollout(seed: int = 0, step: int = 0, **settings) -> Batch:
   return sampler(**settings)({'policy': PARAMS}, TOKENS, MASK, IDS, seed=seed, step=step)
 
 
@@ -39,18 +39,17 @@ def logits(tokens, segment_ids, params=PARAMS):
   return jnp.pad(full[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
-def assert_equal(a: Rollout, b: Rollout, fields=('tokens', 'segment_ids', 'mask', 'finished')):
+def assert_equal(a: Batch, b: Batch, fields=('tokens', 'segment_ids', 'mask', 'finished')):
   for field in fields:
     np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=field)
   np.testing.assert_allclose(a.behavior_logp, b.behavior_logp, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_are_prompt_major_and_begin_with_their_prompt():
-  out = sampler()({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0, policy_step=5)
+  out = sampler()({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
   assert out.tokens.shape == (12, WIDTH + NEW)
   assert out.prompt_ids.tolist() == [7] * 3 + [3] * 3 + [11] * 3 + [4] * 3
   assert out.group_ids.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-  assert out.policy_step.tolist() == [5] * 12
   prompts, mask = np.repeat(TOKENS, GROUP, axis=0), np.repeat(MASK, GROUP, axis=0)
   np.testing.assert_array_equal(out.tokens[:, :WIDTH][mask], prompts[mask])
   np.testing.assert_array_equal(out.segment_ids[:, :WIDTH], mask)
@@ -194,7 +193,7 @@ def test_new_seeds_steps_and_parameters_do_not_retrace():
   sample({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
   first = len(traces)
   for step in (1, 2**31 - 1):
-    sample({'policy': OTHER}, TOKENS, MASK, IDS, seed=9, step=step, policy_step=step)
+    sample({'policy': OTHER}, TOKENS, MASK, IDS, seed=9, step=step)
   assert first and len(traces) == first
 
 

@@ -92,25 +92,21 @@ def load(name: str, **credit_knobs) -> Method:
 
 
 def loss(case: Case, method: Method, params, sample, prompts, data, state):
-  """The loss of one rollout: what `collect.rollouts` and the learner compute, without the sampler."""
+  """The loss of one rollout: what `collect.Rollouts` and the learner compute, without the sampler."""
   mask = jnp.asarray(case.policy.mask)[sample]
-  arrays = {
-    'mask': mask,
-    'rewards': jnp.asarray(case.rewards)[prompts, sample],
-    'valid': jnp.ones(len(prompts), bool),
-    'group_ids': jnp.asarray(prompts),
-    'proximal_logp': data['logp'][sample],
-    'reference_logp': data['reference_logp'][sample],
-    'old_values': data['values'][prompts, sample],
-  }
-  fields, _ = credit.assign(method.credit, arrays, state)
   batch = Batch(
     tokens=jnp.asarray(case.policy.tokens)[sample],
     segment_ids=mask.astype(jnp.int32),
-    behavior_logp=arrays['proximal_logp'],
-    **{k: v for k, v in arrays.items() if k not in ('mask', 'valid')},
-    **fields,
+    mask=mask,
+    behavior_logp=data['logp'][sample],
+    group_ids=jnp.asarray(prompts),
+    rewards=jnp.asarray(case.rewards)[prompts, sample],
+    valid=jnp.ones(len(prompts), bool),
+    proximal_logp=data['logp'][sample],
+    reference_logp=data['reference_logp'][sample],
+    old_values=data['values'][prompts, sample],
   )
+  batch, _ = credit.assign(method.credit, batch, state)
   now = live(case, params)
   outputs = Outputs(
     logp=now['logp'][sample], entropy=now['entropy'][sample], values=now['values'][prompts, sample]

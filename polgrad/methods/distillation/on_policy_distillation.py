@@ -14,7 +14,7 @@ def on_policy_distillation() -> Method:
   weights. Confidence: CODE, formula as in TRL (code).
   """
   return Method(
-    collect=partial(collect.rollouts, samples_per_prompt=1),
+    collect=partial(collect.Rollouts, samples_per_prompt=1),
     objective=part(
       objectives.Distillation,
       divergence=part(divergences.reverse_kl),

@@ -16,7 +16,7 @@ def a3po() -> Method:
   Confidence: CODE (formula), MEMORY (cap).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

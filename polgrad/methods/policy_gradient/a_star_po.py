@@ -18,7 +18,7 @@ def a_star_po() -> Method:
   """
   return Method(
     collect=partial(
-      collect.rollouts,
+      collect.Rollouts,
       samples_per_prompt=1,
       baseline_policy=part(behavior_policies.reference),
       baseline_samples=8,

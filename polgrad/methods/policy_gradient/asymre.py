@@ -15,7 +15,7 @@ def asymre() -> Method:
   Confidence: CODE (formula), MEMORY (shifts other than 0.1).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

@@ -28,7 +28,7 @@ def bapo() -> Method:
     step_low=0.02,
   )
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

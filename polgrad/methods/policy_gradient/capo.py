@@ -21,7 +21,7 @@ def capo() -> Method:
   )
   statistics = (logit_stats.score_norm, logit_stats.score_fisher, logit_stats.hidden_norm)
   return Method(
-    collect=partial(collect.rollouts, stats={s.__name__: part(s) for s in statistics}),
+    collect=partial(collect.Rollouts, stats={s.__name__: part(s) for s in statistics}),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

@@ -16,7 +16,7 @@ def copg() -> Method:
   Confidence: PAPER.
   """
   return Method(
-    collect=partial(collect.rollouts, samples_per_prompt=2, lag=4),
+    collect=partial(collect.Rollouts, samples_per_prompt=2, lag=4),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),

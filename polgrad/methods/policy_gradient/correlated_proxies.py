@@ -18,7 +18,7 @@ def correlated_proxies() -> Method:
   Confidence: CODE (control form), DERIVED (language models).
   """
   return Method(
-    collect=partial(collect.rollouts, recompute_proximal=True),
+    collect=partial(collect.Rollouts, recompute_proximal=True),
     credit=part(
       credit.outcome,
       advantage=part(advantages.leave_one_out),

@@ -16,7 +16,7 @@ def dapo(*, max_new_tokens: int) -> Method:
   Confidence: CODE (formula as in verl's recipe).
   """
   return Method(
-    collect=partial(collect.rollouts, max_resamples=2),
+    collect=partial(collect.Rollouts, max_resamples=2),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

@@ -17,7 +17,7 @@ def decoupled_ppo() -> Method:
   Confidence: CODE (formula), MEMORY (cap).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4, recompute_proximal=True),
+    collect=partial(collect.Rollouts, lag=4, recompute_proximal=True),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

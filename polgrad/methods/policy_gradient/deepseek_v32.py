@@ -17,7 +17,7 @@ def deepseek_v32() -> Method:
   Confidence: CODE (formula), MEMORY (limit, coefficient of the KL).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

@@ -16,7 +16,7 @@ def dppo() -> Method:
   Confidence: CODE (formula), MEMORY (bounds).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

@@ -15,7 +15,7 @@ def dro() -> Method:
   Confidence: CODE (formula), MEMORY (beta).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

@@ -17,7 +17,7 @@ def dro_v() -> Method:
   Confidence: MEMORY (practice), DERIVED (loss and fixed point).
   """
   return Method(
-    collect=partial(collect.rollouts, samples_per_prompt=1, lag=4),
+    collect=partial(collect.Rollouts, samples_per_prompt=1, lag=4),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),

@@ -25,7 +25,7 @@ def hpt(*, max_new_tokens: int) -> Method:
   )
   outcome = part(credit.outcome, advantage=part(advantages.group_mean))
   return Method(
-    collect=partial(collect.rollouts, demonstrations=1),
+    collect=partial(collect.Rollouts, demonstrations=1),
     credit=part(credit.gated, credit=outcome, limit=0, threshold=1.0),
     objective=part(
       objectives.WeightedSum,

@@ -18,7 +18,7 @@ def humanline() -> Method:
   Confidence: CODE.
   """
   return Method(
-    collect=partial(collect.rollouts, recompute_proximal=True, lag=4),
+    collect=partial(collect.Rollouts, recompute_proximal=True, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=0, eps=0.01)),
     objective=part(
       objectives.PolicyGradient,

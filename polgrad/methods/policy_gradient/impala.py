@@ -16,7 +16,7 @@ def impala() -> Method:
   Confidence: CODE (targets), MEMORY (coefficients).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4, recompute_proximal=True),
+    collect=partial(collect.Rollouts, lag=4, recompute_proximal=True),
     credit=part(credit.vtrace, discount=1.0, trace=1.0, rho_bar=1.0, c_bar=1.0, rho_pg=1.0),
     objective=part(
       objectives.PolicyGradient,

@@ -15,7 +15,7 @@ def intellect2() -> Method:
   Confidence: CODE (formula), MEMORY (coefficients).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=2),
+    collect=partial(collect.Rollouts, lag=2),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

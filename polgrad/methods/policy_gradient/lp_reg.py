@@ -19,7 +19,7 @@ def lp_reg() -> Method:
   """
   return Method(
     collect=partial(
-      collect.rollouts, stats={'proxy_logp': part(logit_stats.proxy_logp, kappa=0.02)}
+      collect.Rollouts, stats={'proxy_logp': part(logit_stats.proxy_logp, kappa=0.02)}
     ),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(

@@ -29,7 +29,7 @@ def luffy(*, max_new_tokens: int) -> Method:
     aggregation=budget,
   )
   return Method(
-    collect=partial(collect.rollouts, demonstrations=1),
+    collect=partial(collect.Rollouts, demonstrations=1),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
     objective=part(
       objectives.WeightedSum,

@@ -15,7 +15,7 @@ def mis() -> Method:
   Confidence: CODE.
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4, recompute_proximal=True),
+    collect=partial(collect.Rollouts, lag=4, recompute_proximal=True),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

@@ -19,7 +19,7 @@ def oblr_po(*, learning_rate: float) -> Method:
   """
   adamw = part(optim.adamw, learning_rate=10 * learning_rate)
   return Method(
-    collect=partial(collect.rollouts, stats={'score_norm': part(logit_stats.score_norm)}),
+    collect=partial(collect.Rollouts, stats={'score_norm': part(logit_stats.score_norm)}),
     credit=part(credit.outcome, advantage=part(baselines.gradient_weighted)),
     objective=part(
       objectives.PolicyGradient,

@@ -17,7 +17,7 @@ def opmd(*, samples_per_prompt: int = 8) -> Method:
   Confidence: PAPER (derivation), CODE (tau), DERIVED (fixed point).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.old_log_ratio_sum),

@@ -17,7 +17,7 @@ def opmd_kimi() -> Method:
   Confidence: CODE (token form), PAPER (centre), DERIVED (fixed point).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

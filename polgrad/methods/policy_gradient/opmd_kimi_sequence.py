@@ -16,7 +16,7 @@ def opmd_kimi_sequence(*, samples_per_prompt: int = 8) -> Method:
   Confidence: PAPER (formula), DERIVED (fixed point).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.old_log_ratio_sum),

@@ -15,7 +15,7 @@ def opmd_simple() -> Method:
   Confidence: CODE (formula and tau), DERIVED (division of the rate).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

@@ -16,7 +16,7 @@ def otb() -> Method:
   Confidence: CODE.
   """
   return Method(
-    collect=partial(collect.rollouts, stats={'score_norm': part(logit_stats.score_norm)}),
+    collect=partial(collect.Rollouts, stats={'score_norm': part(logit_stats.score_norm)}),
     credit=part(credit.token_baseline, discount=1.0),
     objective=part(
       objectives.PolicyGradient,

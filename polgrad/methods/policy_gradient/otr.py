@@ -18,7 +18,8 @@ def otr() -> Method:
   Confidence: PAPER (reward), MEMORY (constants), DERIVED (expectation).
   """
   return Method(
-    collect=partial(collect.demonstrations),
+    learns='reinforce',
+    collect=partial(collect.Demonstrations),
     objective=part(
       objectives.Supervised,
       aggregation=part(aggregation.token_mean),

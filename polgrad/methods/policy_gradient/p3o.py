@@ -16,7 +16,7 @@ def p3o() -> Method:
   Confidence: PAPER (gradient), MEMORY (clip and its bound).
   """
   return Method(
-    collect=partial(collect.rollouts, samples_per_prompt=2),
+    collect=partial(collect.Rollouts, samples_per_prompt=2),
     objective=part(
       objectives.Pointwise,
       score=part(implicit_rewards.old_log_ratio_sum),

@@ -17,7 +17,7 @@ def pcl() -> Method:
   Confidence: MEMORY (constants), DERIVED (formula).
   """
   return Method(
-    collect=partial(collect.rollouts, replay=4, replay_fraction=0.5),
+    collect=partial(collect.Rollouts, replay=4, replay_fraction=0.5),
     objective=part(
       objectives.PolicyGradient,
       surrogate=part(surrogates.path_consistency, beta=0.3, window=3),

@@ -19,7 +19,7 @@ def props() -> Method:
   """
   return Method(
     collect=partial(
-      collect.explored,
+      collect.Explored,
       rounds=2,
       optimizer=part(optim.adamw, learning_rate=1e-3),
       epochs=4,

@@ -16,7 +16,7 @@ def rec_one_side() -> Method:
   Confidence: CODE (mask and bounds), PAPER (derivation).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

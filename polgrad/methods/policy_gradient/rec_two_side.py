@@ -15,7 +15,7 @@ def rec_two_side() -> Method:
   Confidence: CODE (mask and bounds), PAPER (derivation).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

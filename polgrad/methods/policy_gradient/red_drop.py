@@ -16,7 +16,7 @@ def red_drop() -> Method:
   Confidence: CODE (selection), PAPER (derivation).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(baselines.balanced_group_mean, standardized=False)),
     objective=part(
       objectives.PolicyGradient,

@@ -17,7 +17,7 @@ def red_weight() -> Method:
   Confidence: PAPER (weights), CODE (the released variant and T).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(baselines.exponential_group_mean, temperature=1.0)),
     objective=part(
       objectives.PolicyGradient,

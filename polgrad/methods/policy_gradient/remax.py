@@ -17,7 +17,7 @@ def remax() -> Method:
   """
   return Method(
     collect=partial(
-      collect.rollouts, baseline_policy=part(behavior_policies.greedy), baseline_samples=1
+      collect.Rollouts, baseline_policy=part(behavior_policies.greedy), baseline_samples=1
     ),
     credit=part(credit.outcome, advantage=part(baselines.sampled_baseline)),
     objective=part(

@@ -21,7 +21,7 @@ def remix() -> Method:
   epochs, beta = 2, 0.01
   fall = {'begin': 50 * epochs, 'every': 10 * epochs, 'height': 0.1}
   return Method(
-    collect=partial(collect.rollouts, replay=2, replay_fraction=0.4, recompute_proximal=True),
+    collect=partial(collect.Rollouts, replay=2, replay_fraction=0.4, recompute_proximal=True),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

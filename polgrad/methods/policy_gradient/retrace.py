@@ -16,7 +16,7 @@ def retrace() -> Method:
   Confidence: CODE (targets), DERIVED (V in the place of Q).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4, recompute_proximal=True),
+    collect=partial(collect.Rollouts, lag=4, recompute_proximal=True),
     credit=part(credit.retrace, discount=1.0, trace=0.95, normalizer=part(advantages.whiten)),
     objective=part(
       objectives.PolicyGradient,

@@ -16,7 +16,7 @@ def softmax_ppo() -> Method:
   Confidence: CODE (formula and bound).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
       objectives.PolicyGradient,

@@ -15,7 +15,7 @@ def tba(*, samples_per_prompt: int = 8) -> Method:
   Confidence: CODE (formula), MEMORY (share of the memory).
   """
   return Method(
-    collect=partial(collect.rollouts, replay=4, replay_fraction=0.5),
+    collect=partial(collect.Rollouts, replay=4, replay_fraction=0.5),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),

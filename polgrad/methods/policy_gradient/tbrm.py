@@ -16,7 +16,7 @@ def tbrm() -> Method:
   Confidence: PAPER (structure), DERIVED (fixed point), MEMORY (beta).
   """
   return Method(
-    collect=partial(collect.rollouts, samples_per_prompt=1),
+    collect=partial(collect.Rollouts, samples_per_prompt=1),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.bellman_sum),

@@ -18,7 +18,7 @@ def topr() -> Method:
   Confidence: PAPER (formula and bounds).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.raw)),
     objective=part(
       objectives.PolicyGradient,

@@ -16,7 +16,7 @@ def topr_token() -> Method:
   Confidence: CODE (formula and bounds).
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.raw)),
     objective=part(
       objectives.PolicyGradient,

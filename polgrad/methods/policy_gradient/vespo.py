@@ -16,7 +16,7 @@ def vespo() -> Method:
   Confidence: CODE.
   """
   return Method(
-    collect=partial(collect.rollouts, lag=4),
+    collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,

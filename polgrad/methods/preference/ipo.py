@@ -14,7 +14,7 @@ def ipo() -> Method:
   as in code.
   """
   return Method(
-    collect=partial(collect.preferences),
+    collect=partial(collect.Preferences),
     objective=part(
       objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),

@@ -14,7 +14,7 @@ def online_dpo() -> Method:
   (code).
   """
   return Method(
-    collect=partial(collect.rollouts, samples_per_prompt=2),
+    collect=partial(collect.Rollouts, samples_per_prompt=2),
     credit=part(credit.preference),
     objective=part(
       objectives.Pairwise,

@@ -14,7 +14,7 @@ def simpo() -> Method:
   in the authors' code.
   """
   return Method(
-    collect=partial(collect.preferences),
+    collect=partial(collect.Preferences),
     objective=part(
       objectives.Pairwise,
       score=part(implicit_rewards.logp_mean),

@@ -13,7 +13,7 @@ def slic() -> Method:
   over tokens, no reference. Confidence: form as in HALOs (code), the constants 1 and 0.1 from memory.
   """
   return Method(
-    collect=partial(collect.preferences),
+    collect=partial(collect.Preferences),
     objective=part(
       objectives.WeightedSum,
       streams={

@@ -14,6 +14,6 @@ def sft() -> Method:
   Confidence: CODE.
   """
   return Method(
-    collect=partial(collect.demonstrations),
+    collect=partial(collect.Demonstrations),
     objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
   )

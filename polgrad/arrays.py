@@ -1,0 +1,127 @@
+"""Every array that a loss, an estimator of credit or a selection may name as an argument.
+
+The names of a function's positional arguments say which arrays it reads (`registry.inputs`). `ARRAYS`
+is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` width of the model, `n`
+further completions of a prompt. The entry of a per-token array `x[b, t]` belongs to `tokens[b, t]`.
+Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
+
+Two further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
+under that anchor, [B, T]. A configuration may also choose names of its own: those of its `stats`
+(of the collector or of the objective), `selections` and `history`. The names in `CONFIGURED` are of
+this kind; they are listed because functions in `losses` read them.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Spec(NamedTuple):
+  """What is known of an array."""
+
+  shape: str  # 'B T', 'B', '' for a scalar, '...' for any
+  doc: str  # what it is, its unit and who provides it
+  made_of: str = ''  # the array that it is computed from, if the objective computes it from one
+
+
+# Fields of `types.Batch`.
+BATCH = {
+  'tokens': Spec('B T', 'token ids, i32; from the sampler or the data'),
+  'segment_ids': Spec('B T', 'which tokens see each other, i32, 0 is padding; from the same'),
+  'mask': Spec('B T', 'tokens that the loss looks at, bool; from the same, narrowed by credit'),
+  'behavior_logp': Spec('B T', 'log-prob under the sampling distribution; from the sampler'),
+  'finished': Spec('B', 'whether a stop token was drawn, bool; from the sampler'),
+  'prompt_ids': Spec('B', 'row of the prompt in the data set, i32; from the sampler'),
+  'group_ids': Spec('B', 'equal for rows of one prompt, i32; from the sampler or the data'),
+  'stream': Spec('B', 'index into types.STREAMS, i32; from a collector that mixes streams'),
+  'sampled_at': Spec('B', 'batches that the phase had collected before, i32; from the collector'),
+  'rewards': Spec('B', 'reward of the row, 0 where it is not valid; from the verifiers'),
+  'valid': Spec('B', 'whether all verifiers of the row answered, bool; from the verifiers'),
+  'baseline_rewards': Spec(
+    'B n', 'rewards of n other completions of the prompt; from the verifiers'
+  ),
+  'staleness': Spec('B', 'batches collected between sampling and use, f32; from the collector'),
+  'proximal_logp': Spec('B T', 'log-prob when the update phase began; from the collector'),
+  'reference_logp': Spec('B T', 'log-prob under the anchor `reference`; from the collector'),
+  'teacher_logp': Spec('B T', 'log-prob under the anchor `teacher`; from the collector'),
+  'old_values': Spec('B T', 'critic before the token, when the phase began; from the collector'),
+  'advantages': Spec('B T', 'unit of the reward, or normalised; from credit'),
+  'returns': Spec('B T', 'targets of the critic; from credit'),
+  'label': Spec(
+    'B', '1 chosen or desirable, 0 rejected, or a probability; from credit or the data'
+  ),
+  'weights': Spec('B', 'factors of the losses of preference pairs; from the data'),
+}
+
+# Features that polgrad's own collectors and estimators add to a batch.
+FEATURES = {
+  'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
+  'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
+}
+
+# Fields of `types.Outputs`: they carry gradients.
+MODEL = {
+  'logp': Spec('B T', 'log-prob under the policy that is trained; from the model'),
+  'entropy': Spec('B T', 'entropy of the next-token distribution, nats; from the model'),
+  'values': Spec('B T', 'critic before the token; from the model'),
+}
+
+# What an objective computes before it calls a function.
+OBJECTIVE = {
+  'turn_ids': Spec(
+    'B T', 'number of the turn (run of mask) in the row, i32, from 0; -1 outside the mask'
+  ),
+  'first_value': Spec('B', 'critic before the first token of the mask', made_of='values'),
+  'step': Spec('', 'updates of the phase so far, f32'),
+  'noise': Spec('B T', 'one uniform random number in [0, 1) a token; in selections only'),
+}
+
+# What one family of objectives or one slot computes for the functions of one table.
+LOCAL = {
+  'log_ratio': Spec(
+    'B T', 'logp - proximal_logp at the level of `ratio`, nats; in policy gradients'
+  ),
+  'loss': Spec('B T', 'loss of a token, unreduced; in aggregations'),
+  'where': Spec('B T', 'tokens that are averaged, bool; in aggregations'),
+  'score': Spec('B', 'beta times the score of the row, nats; in pointwise losses'),
+  'margin': Spec('B', "gap between the scores of a pair's rows, in preference losses"),
+  'beta': Spec('', 'temperature of the regression, unit of the reward; in log_partition'),
+  'scaled_rewards': Spec('B', 'rewards / beta, nats; in log_partition'),
+  'residual': Spec('B', 'rewards / beta - score, nats; in log_partition'),
+  'log_ratio_sum': Spec('B', 'log pi - log reference of the row, nats; in reward penalties'),
+  'log_t': Spec('B', 'log pi - log target of the row, nats; in f_divergences'),
+  'token_rewards': Spec('B T', 'reward of a token: the row has its own at its last; in returns'),
+  'token_returns': Spec('B T', 'sum of the rewards from the token on; in token baselines'),
+  'log_rho': Spec('B T', 'proximal_logp - behavior_logp, nats; in corrected returns'),
+}
+
+# What a function inside the pass over the vocabulary gets: statistics of logits, divergences.
+VOCABULARY = {
+  'logits': Spec('... V', 'of the policy, divided by the temperature; from the model'),
+  'teacher_logits': Spec('... V', 'of the anchor `teacher`; from the model'),
+  'hidden': Spec('... D', 'state that the logits are computed from; from the model'),
+}
+
+# Statistics, selections and histories, under the names that functions of `losses` expect.
+CONFIGURED = {
+  'score_norm': Spec('B T', 'statistic: squared norm of the gradient of logp by the logits'),
+  'score_fisher': Spec('B T', 'statistic: that gradient in the Fisher metric of the logits'),
+  'hidden_norm': Spec('B T', 'statistic: squared norm of the hidden state'),
+  'proxy_logp': Spec('B T', 'statistic: log-prob under the distribution without its tail, nats'),
+  'log_normalizer': Spec('B T', 'statistic: logsumexp of the logits'),
+  'old_kl': Spec('B T', 'statistic: divergence between teacher and policy, nats'),
+  'selected': Spec('B T', 'selection: chosen tokens, bool'),
+  'bounds': Spec('2', 'selection: least and largest ratio of the trust region'),
+  'mean_entropy': Spec('', 'history: mean entropy of earlier updates, nats'),
+}
+
+# Names with one meaning everywhere, which a configuration therefore cannot give to another array.
+OWNED = BATCH | FEATURES | MODEL | OBJECTIVE | LOCAL | VOCABULARY
+ARRAYS = OWNED | CONFIGURED
+
+
+def per_token(name: str, x: jax.Array, mask: jax.Array) -> bool:
+  """Whether an array has one entry for each token: by its listed shape, or by that of the mask."""
+  if name in OWNED:
+    return OWNED[name].shape == 'B T'
+  return x.shape == mask.shape

@@ -1,0 +1,132 @@
+"""The five steps of every collector that samples: sample, score, remember, annotate, credit."""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polgrad import credit as credits
+from polgrad.collect import replay
+from polgrad.collect.base import Annotator, Collected, Context, Draw, make_annotator
+from polgrad.collect.scored import Texts, metrics, score_rows, shown
+from polgrad.compiling import jit
+from polgrad.rewards.scoring import Scores
+from polgrad.sharding import to_host
+from polgrad.types import Batch, TrainState
+
+# What every batch of sampled rows has without credit or anchors.
+PROVIDED = frozenset({
+  *('behavior_logp', 'finished', 'prompt_ids', 'sampled_at', 'rewards', 'valid'),
+  *('staleness', 'proximal_logp', 'uniform'),
+})  # fmt: skip
+
+
+class Report(NamedTuple):
+  """What to report of the rows that a step sampled, whether or not it trains on them."""
+
+  metrics: dict[str, float]
+  samples: list[tuple[str, str, float]]  # prompt, completion, reward
+  messages: list[str]  # of verifiers that failed
+
+  @classmethod
+  def of(cls, batch: Batch, texts: Texts) -> 'Report':
+    """The report of scored rows that the policy sampled."""
+    scores = texts.scores
+    return cls(metrics(batch, scores), shown(batch, texts), list(scores.messages))
+
+  def beside(self, name: str, batch: Batch, scores: Scores) -> 'Report':
+    """Adds the mean reward and the failures of further rows, such as demonstrations."""
+    found = metrics(batch, scores)
+    added = {
+      f'reward_of_{name}': found['reward'],
+      'verifier_errors': self.metrics['verifier_errors'] + found['verifier_errors'],
+    }
+    return self._replace(metrics=self.metrics | added, messages=self.messages + scores.messages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps(abc.ABC):
+  """Collects one batch a call, with functions that are compiled once a phase.
+
+  A subclass says how rows are sampled, and may add to scoring and remembering.
+  """
+
+  context: Context
+  annotate: Annotator  # (state, batch) -> batch with log-probs, values and statistics
+  assign: Callable[[Batch, Any], tuple[Batch, Any]]  # compiled: (batch, state) -> credited, state
+  mask_truncated: bool  # whether rows that met no stop token leave the loss
+
+  def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
+    """The batch of a step; `step` is the number of batches collected in the phase before it."""
+    batch, records = self.sample(state, draw, step)
+    batch, report = self.score(batch, records, state, draw, step)
+    batch, memory = self.remember(batch, state, step)
+    batch = self.annotate(state, batch)
+    batch, credit_state = self.credit(batch, state)
+    report.metrics['staleness'] = float(batch.staleness.mean())
+    return Collected(batch, credit_state, memory, *report)
+
+  @abc.abstractmethod
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
+    """Completions (NumPy) of the records that `draw` gives, and these records."""
+
+  def score(
+    self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+  ) -> tuple[Batch, Report]:
+    """The rows with `rewards` and `valid`, and what to report of them."""
+    del state, draw, step
+    batch, texts = score_rows(batch, records, self.context)
+    return batch, Report.of(batch, texts)
+
+  def remember(self, batch: Batch, state: TrainState, step: int) -> tuple[Batch, Any]:
+    """Stores the batch, where there is a memory, and takes out the one to train on.
+
+    Returns:
+      The batch with the age of its rows (`sampled_at`, `staleness`), a random number a row and the
+      sampler's log-probs as proximal ones; the next memory.
+    """
+    random = np.random.default_rng((self.context.seed, step, 1))  # minibatches take (seed, step)
+    batch = batch.replace(sampled_at=np.full(len(batch.tokens), step, np.int32))
+    memory = to_host(state.collect_state)
+    if memory:
+      memory = replay.stored(memory, batch)
+      batch = self.recall(memory, random)
+    batch = batch.with_arrays(
+      staleness=(step - batch.sampled_at).astype(np.float32),
+      uniform=random.random(len(batch.tokens), np.float32),
+      proximal_logp=batch.behavior_logp,
+    )
+    return batch, memory
+
+  def recall(self, memory: replay.Ring, random: np.random.Generator) -> Batch:
+    """The batch of the memory to train on; only for collectors that have a memory."""
+    raise NotImplementedError(f'{type(self).__name__} has no memory')
+
+  def credit(self, batch: Batch, state: TrainState) -> tuple[Batch, Any]:
+    """The batch with advantages, returns or labels, and the next state of the estimator."""
+    batch, credit_state = to_host(self.assign(batch, to_host(state.credit_state)))
+    if self.mask_truncated:  # after credit: these rows count in the statistics of their group
+      batch = batch.replace(mask=batch.mask & batch.finished[:, None])
+    return batch.replace(layout=self.context.layout), credit_state
+
+
+def common(
+  context: Context,
+  *,
+  temperature: float,
+  recompute_proximal: bool,
+  mask_truncated: bool,
+  stats: Mapping[str, Callable] = {},
+) -> dict[str, Any]:
+  """The fields of `Steps`, from the settings of a collector."""
+  return dict(
+    context=context,
+    annotate=make_annotator(
+      context, temperature, recompute_proximal=recompute_proximal, stats=stats
+    ),
+    assign=jit(functools.partial(credits.assign, context.credit)),
+    mask_truncated=mask_truncated,
+  )
