@@ -6,13 +6,12 @@ import jax
 import pytest
 
 from experiments import quickstart
-from experiments.policy_gradient import grpo, hpt, ppo
-from experiments.preference import dpo
 from polgrad import build, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.registry import part, weighted
 from polgrad.sampling import behavior_policies
+from tests.runs import dpo, grpo, hpt, ppo
 
 
 def edit(make, *changes):
@@ -43,64 +42,64 @@ def misspelt(log_ratio, advantage):
 
 
 def renamed_streams():
-  streams = hpt.get_config('smoke').phases.rl.objective.streams
+  streams = hpt.get_config('smoke').phases.train.objective.streams
   return {'sft': streams.demonstration, 'rl': streams.sampled}
 
 
 CASES = {
   'unknown key': (
     grpo,
-    [('phases.rl.setps', 3)],
+    [('phases.train.setps', 3)],
     ValueError,
-    ['config.phases.rl', 'setps', 'steps'],
+    ['config.phases.train', 'setps', 'steps'],
   ),
   'unknown part': (
     grpo,
-    [('phases.rl.objective.surrogate.name', 'cliped')],
+    [('phases.train.objective.surrogate.name', 'cliped')],
     ValueError,
-    ['config.phases.rl.objective.surrogate.name', 'cliped', 'clipped', 'reinforce'],
+    ['config.phases.train.objective.surrogate.name', 'cliped', 'clipped', 'reinforce'],
   ),
   'unknown knob': (
     grpo,
-    [('phases.rl.objective.surrogate.epsilon', 0.1)],
+    [('phases.train.objective.surrogate.epsilon', 0.1)],
     ValueError,
-    ['config.phases.rl.objective.surrogate', 'epsilon', 'eps_high', 'eps_low'],
+    ['config.phases.train.objective.surrogate', 'epsilon', 'eps_high', 'eps_low'],
   ),
   'nothing to share': (
     dpo,
-    [('phases.preference.share_prompts', True)],
+    [('phases.train.share_prompts', True)],
     ValueError,
-    ['config.phases.preference', 'share_prompts', 'rollouts'],
+    ['config.phases.train', 'share_prompts', 'rollouts'],
   ),
   'packed rows with shared prompts': (
     grpo,
-    [('phases.rl.share_prompts', True), ('phases.rl.pack', 4)],
+    [('phases.train.share_prompts', True), ('phases.train.pack', 4)],
     ValueError,
-    ['config.phases.rl.pack', 'share_prompts'],
+    ['config.phases.train.pack', 'share_prompts'],
   ),
   'shared groups that minibatches cut': (
     grpo,
-    [('phases.rl.share_prompts', True), ('phases.rl.minibatches', 8)],
+    [('phases.train.share_prompts', True), ('phases.train.minibatches', 8)],
     ValueError,
-    ['config.phases.rl', '8 minibatches', 'groups of 4'],
+    ['config.phases.train', '8 minibatches', 'groups of 4'],
   ),
   'penalty without a coefficient': (
     grpo,
-    [('phases.rl.objective.penalties.kl', part(penalties.k3))],
+    [('phases.train.objective.penalties.kl', part(penalties.k3))],
     TypeError,
     ['penalties.kl', 'weighted('],
   ),
   'weight where one part stands': (
     grpo,
-    [('phases.rl.objective.surrogate', weighted(2.0, part(surrogates.clipped)))],
+    [('phases.train.objective.surrogate', weighted(2.0, part(surrogates.clipped)))],
     TypeError,
-    ['config.phases.rl.objective.surrogate', 'no weight'],
+    ['config.phases.train.objective.surrogate', 'no weight'],
   ),
   'unknown penalty': (
     grpo,
-    [('phases.rl.objective.penalties.kl.name', 'k4')],
+    [('phases.train.objective.penalties.kl.name', 'k4')],
     ValueError,
-    ['config.phases.rl.objective.penalties.kl.name', 'k4', 'k3'],
+    ['config.phases.train.objective.penalties.kl.name', 'k4', 'k3'],
   ),
   'order without its phase': (
     grpo,
@@ -110,9 +109,9 @@ CASES = {
   ),
   'prompt and completion longer than the context': (
     grpo,
-    [('phases.rl.collect.max_new_tokens', 100)],
+    [('phases.train.collect.max_new_tokens', 100)],
     ValueError,
-    ['config.phases.rl.collect', '106', 'config.model.max_length', '64'],
+    ['config.phases.train.collect', '106', 'config.model.max_length', '64'],
   ),
   'vocabulary smaller than the tokenizer': (
     grpo,
@@ -122,66 +121,66 @@ CASES = {
   ),
   'reference that is not there': (
     grpo,
-    [('phases.rl.anchors', {})],
+    [('phases.train.anchors', {})],
     ValueError,
-    ['config.phases.rl.anchors', 'reference_logp', "'reference'"],
+    ['config.phases.train.anchors', 'reference_logp', "'reference'"],
   ),
   'values without a head': (
     ppo,
     [('model.value_head', False)],
     ValueError,
-    ['config.phases.rl', 'config.model.value_head'],
+    ['config.phases.train', 'config.model.value_head'],
   ),
   'advantages that nobody makes': (
     grpo,
-    [('phases.rl.credit', part(credit.nothing))],
+    [('phases.train.credit', part(credit.nothing))],
     ValueError,
-    ['config.phases.rl.objective.surrogate', "clipped reads 'advantages'", 'credit'],
+    ['config.phases.train.objective.surrogate', "clipped reads 'advantages'", 'credit'],
   ),
   'misspelt array': (
     grpo,
-    [('phases.rl.objective.surrogate', part(misspelt))],
+    [('phases.train.objective.surrogate', part(misspelt))],
     ValueError,
     [
-      "config.phases.rl.objective.surrogate: misspelt reads 'advantage'",
+      "config.phases.train.objective.surrogate: misspelt reads 'advantage'",
       "did you mean 'advantages'?",
       "'log_ratio', 'logp'",
     ],
   ),
   'streams of a mixed batch that are renamed': (
     hpt,
-    [('phases.rl.objective.streams', renamed_streams())],
+    [('phases.train.objective.streams', renamed_streams())],
     ValueError,
-    ['config.phases.rl.objective.streams', "['rl', 'sft']", "['demonstration', 'sampled']"],
+    ['config.phases.train.objective.streams', "['rl', 'sft']", "['demonstration', 'sampled']"],
   ),
   'labels that nobody makes': (
     grpo,
-    [('phases.rl.objective', dpo.get_config('smoke').phases.preference.objective)],
+    [('phases.train.objective', dpo.get_config('smoke').phases.train.objective)],
     ValueError,
-    ['config.phases.rl', "['label']"],
+    ['config.phases.train', "['label']"],
   ),
   'minibatches that do not divide': (
     grpo,
-    [('phases.rl.minibatches', 3)],
+    [('phases.train.minibatches', 3)],
     ValueError,
-    ['config.phases.rl', '16 rows', '3 minibatches'],
+    ['config.phases.train', '16 rows', '3 minibatches'],
   ),
   'mesh that is too large': (grpo, [('mesh.data', 16)], ValueError, ['data=16', '8 devices']),
   'rows that the mesh cannot cut': (
     grpo,
     [('mesh.data', 8)],
     ValueError,
-    ['config.phases.rl.collect', '4 records', '8 devices'],
+    ['config.phases.train.collect', '4 records', '8 devices'],
   ),
   'bad operator': (
     grpo,
-    [('phases.rl.source.operator', '/')],
+    [('phases.train.source.operator', '/')],
     ValueError,
     ["'/'", "'+'"],
   ),
   'source file that is missing': (
     grpo,
-    [('phases.rl.source', part(sources.jsonl, path='/nowhere/data.jsonl'))],
+    [('phases.train.source', part(sources.jsonl, path='/nowhere/data.jsonl'))],
     FileNotFoundError,
     ['/nowhere/data.jsonl'],
   ),
@@ -199,21 +198,21 @@ CASES = {
   ),
   'anchor of a frozen model that is not there': (
     grpo,
-    [('phases.rl.frozen', {'teacher': grpo.get_config('smoke').model})],
+    [('phases.train.frozen', {'teacher': grpo.get_config('smoke').model})],
     ValueError,
-    ['config.phases.rl.frozen', "'teacher'", "['reference']"],
+    ['config.phases.train.frozen', "'teacher'", "['reference']"],
   ),
   'behavior_policy without its anchor': (
     quickstart,
-    [('phases.grpo.collect.behavior_policy', part(behavior_policies.geometric_mixture))],
+    [('phases.train.collect.behavior_policy', part(behavior_policies.geometric_mixture))],
     ValueError,
-    ['config.phases.grpo.anchors', "'reference'"],
+    ['config.phases.train.anchors', "'reference'"],
   ),
   'pairs cut through': (
     dpo,
-    [('phases.preference.minibatches', 8)],
+    [('phases.train.minibatches', 8)],
     ValueError,
-    ['config.phases.preference', '8 minibatches', 'groups of 2'],
+    ['config.phases.train', '8 minibatches', 'groups of 2'],
   ),
 }
 
@@ -230,7 +229,7 @@ def test_is_refused(case):
 def test_wrong_types_are_refused_by_the_config_itself():
   config = grpo.get_config('smoke')
   with pytest.raises(TypeError):
-    config.phases.rl.steps = 0.5
+    config.phases.train.steps = 0.5
   data = json.loads(config.to_json())
   data['phases']['rl']['objective']['surrogate']['eps_low'] = 'small'
   with pytest.raises(TypeError, match=r'config\.phases\.rl\.objective\.surrogate\.eps_low.*float'):
@@ -242,16 +241,16 @@ def test_wrong_types_are_refused_by_the_config_itself():
 )
 def test_trap_07_filtered_sampling_is_refused_unless_the_trainer_recomputes(change):
   name, value = change
-  broken = edit(grpo, (f'phases.rl.collect.{name}', value))
+  broken = edit(grpo, (f'phases.train.collect.{name}', value))
   with pytest.raises(ValueError, match='recompute_proximal=True'):
     build.build(broken)
-  broken.phases.rl.collect.recompute_proximal = True
+  broken.phases.train.collect.recompute_proximal = True
   build.build(broken)
 
 
 def test_options_of_an_experiment():
-  assert grpo.get_config('group=4,steps=7').phases.rl.collect.samples_per_prompt == 4
-  assert grpo.get_config('steps=7').phases.rl.steps == 7
+  assert grpo.get_config('group=4,steps=7').phases.train.collect.samples_per_prompt == 4
+  assert grpo.get_config('steps=7').phases.train.steps == 7
   with pytest.raises(
     ValueError, match=r"unknown option 'gruop'; valid: \['group', 'smoke', 'steps'\]"
   ):
@@ -271,15 +270,15 @@ def test_a_new_idea_is_a_pure_function_in_one_slot():
     surrogate=part(squashed, slope=2.0),
     aggregation=part(aggregation.token_mean),
   )
-  made = build.build(edit(grpo, ('phases.rl.objective', own))).phases['rl'].objective
+  made = build.build(edit(grpo, ('phases.train.objective', own))).phases['train'].objective
   assert made.requires == {'advantages', 'proximal_logp'}
 
 
 def test_requirements_decide_what_is_collected():
   run = build.build(ppo.get_config('smoke'))
-  assert run.phases['rl'].objective.requires == {
+  assert run.phases['train'].objective.requires == {
     'advantages', 'entropy', 'old_values', 'proximal_logp', 'returns', 'values',
   }  # fmt: skip
-  assert isinstance(run.phases['rl'].collect, collect.Collector)
-  assert run.phases['rl'].credit.provides == {'advantages', 'returns'}
+  assert isinstance(run.phases['train'].collect, collect.Collector)
+  assert run.phases['train'].credit.provides == {'advantages', 'returns'}
   assert optim.ANCHORS.keys() == {'optim.fixed', 'optim.ema', 'optim.sync'}

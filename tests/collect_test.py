@@ -1,20 +1,22 @@
 """From records to a batch, on the host: groups, failures, truncation, dynamic sampling."""
 
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
-from experiments.common import addition_phase, arithmetic_experiment
 
-from polgrad import build, credit, learner, objectives, train
+from polgrad import build, collect, credit, learner, objectives, train
 from polgrad.collect import scored as judging
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.methods import Method
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.rewards.scoring import Scores
 from polgrad.types import Batch, Outputs
+from tests.runs import addition, method_of
 
 
 def judged(rewards, *, first=0, valid=None):
@@ -66,7 +68,8 @@ def test_prompts_that_stand_twice_draw_other_noise():
 
 
 def experiment(anchors=None, **rollouts):
-  phase = addition_phase(
+  method = Method(
+    collect=functools.partial(collect.Rollouts, **rollouts),
     anchors=anchors or {},
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),
     objective=part(
@@ -74,14 +77,13 @@ def experiment(anchors=None, **rollouts):
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
     ),
-    reward={'short': weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4))},
-    rollouts=rollouts,
   )
-  return build.build(arithmetic_experiment({'rl': phase}, smoke=True))
+  short = weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4))
+  return build.build(addition(method, rewards={'short': short}))
 
 
 def collected(run, **changes):
-  phase = run.phases['rl']._replace(**changes)
+  phase = run.phases['train']._replace(**changes)
   with jax.set_mesh(run.mesh):
     state = train.begin(run, 0, None)
     make = phase.collect.make(train.context(run, phase, 0))
@@ -112,7 +114,7 @@ def test_trap_04_truncated_rows_leave_the_denominator_only_where_that_is_named(p
 
 def test_trap_25_failed_verifiers_leave_loss_and_statistics(plain):
   run = experiment()
-  real = run.phases['rl'].score
+  real = run.phases['train'].score
 
   def sometimes(completions, records, lengths):
     scores = real(completions, records, lengths)
@@ -173,10 +175,6 @@ def test_own_verifiers_can_be_named_in_a_configuration():
   def starts_with_one(completion):
     return float(completion.startswith('1'))
 
-  phase = addition_phase(
-    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
-    reward={'one': weighted(2.0, part(starts_with_one))},
-  )
-  config = arithmetic_experiment({'rl': phase}, smoke=True)
+  config = addition(method_of('grpo'), rewards={'one': weighted(2.0, part(starts_with_one))})
   run = build.build(json.loads(config.to_json()))
-  assert run.phases['rl'].score(['12', '21'], [{}, {}], [2, 2]).total.tolist() == [2.0, 0.0]
+  assert run.phases['train'].score(['12', '21'], [{}, {}], [2, 2]).total.tolist() == [2.0, 0.0]

@@ -131,7 +131,7 @@ def explored(**settings):
     dict(prompts=4, samples_per_prompt=4, rounds=2, prompt_length=6, max_new_tokens=5) | settings
   )
   collector = bind(part(collect.Explored, **settings), collect.TABLE)
-  objective = run.phases['rl'].objective
+  objective = run.phases['train'].objective
   objective = examples.changed(objective, requires=objective.requires | {'proximal_logp'})
   return collected(run, collect=collector, objective=objective)[0].batch
 

@@ -25,7 +25,7 @@ MODELS = pytest.mark.parametrize('model', hub.PUBLISHED)
 def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(model, tmp_path):
   path = hub.published(model, tmp_path)
   experiment = build.build(hub_sft.get_config(f'model={model},path={path}'))
-  policy, phase = experiment.policy, experiment.phases['sft']
+  policy, phase = experiment.policy, experiment.phases['warm_start']
   shapes = policy.shapes()
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == hub.SIZES[model]
   rows = jax.ShapeDtypeStruct((32, 106), jnp.int32)

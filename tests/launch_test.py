@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SLICE = ('--name=grpo', '--zone=us-central2-b')
 NEW = (*SLICE, '--type=v4-32', '--bucket=gs://mine/runs/')
-CONFIG = '--config=experiments/policy_gradient/grpo.py:group=8,smoke'
+CONFIG = '--config=experiments/run.py:method=grpo,task=addition,model=tiny,smoke'
 GCLOUD = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$CALLS/$(ls "$CALLS" | wc -l)"
 case "$4" in

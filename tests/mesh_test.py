@@ -11,15 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.distillation import on_policy
-from experiments.policy_gradient import grpo
-from experiments.preference import dpo
-from experiments.supervised import sft
 from polgrad import build, metrics, models, optim, packing, sharding, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.sharding import to_host
 from polgrad.types import Layout
+from tests.runs import dpo, grpo, on_policy_distillation, sft
 from tests.train_test import config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,16 +26,16 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share: bool = False):
   """One rollout of eight prompts (unless a batch is given) and one large SGD step on it."""
   made = config()
-  made.phases.rl.collect.slots = slots
-  made.phases.rl.share_prompts = share
+  made.phases.train.collect.slots = slots
+  made.phases.train.share_prompts = share
   made.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
-  made.phases.rl.collect.prompts = 8
-  made.phases.rl.optimizer = part(optim.sgd, learning_rate=1.0)
-  made.phases.rl.epochs = made.phases.rl.minibatches = 1
-  made.phases.rl.micro_batches = 2
-  made.phases.sft.collect.rows = 8
+  made.phases.train.collect.prompts = 8
+  made.phases.train.optimizer = part(optim.sgd, learning_rate=1.0)
+  made.phases.train.epochs = made.phases.train.minibatches = 1
+  made.phases.train.micro_batches = 2
+  made.phases.warm_start.collect.rows = 8
   experiment = build.build(made)
-  phase = experiment.phases['rl']
+  phase = experiment.phases['train']
   with jax.set_mesh(experiment.mesh):
     state = train.begin(experiment, 1, None)
     if batch is None:
@@ -97,7 +94,7 @@ def test_packed_rows_give_the_plain_result(one_device):
     np.testing.assert_allclose(told[name], report[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('experiment', [sft, dpo, on_policy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('experiment', [sft, dpo, on_policy_distillation], ids=lambda run: run.name)
 def test_every_family_gives_the_one_device_result(experiment, tmp_path):
   """Policy gradients are above; these are the other families, two smoke steps of each."""
   found = []
@@ -117,8 +114,8 @@ def test_every_family_gives_the_one_device_result(experiment, tmp_path):
 def test_state_lies_where_the_rules_say():
   made = config()
   made.mesh.update(data=2, fsdp=2, tensor=2)
-  made.phases.rl.collect.prompts = 8
-  made.phases.sft.collect.rows = 8
+  made.phases.train.collect.prompts = 8
+  made.phases.warm_start.collect.rows = 8
   experiment = build.build(made)
   state = train.begin(experiment, 1, None)
   gate = state.params['layers']['gate']
@@ -163,7 +160,7 @@ def grpo_smoke():
   """The GRPO experiment, with a reward that random weights can earn."""
   made = grpo.get_config('smoke')
   with made.unlocked():
-    made.phases.rl.reward.short = weighted(
+    made.phases.train.reward.short = weighted(
       1.0, part(verifiers.soft_overlong, max_length=5, cache=4)
     )
   return made

@@ -16,7 +16,7 @@ from tests.collect_test import collected, experiment
 def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **settings):
   """Batches of some steps in a row; `change` stands for the updates between them."""
   run = experiment(**settings)
-  phase = run.phases['rl']
+  phase = run.phases['train']
   objective = examples.changed(phase.objective, requires=phase.objective.requires | set(requires))
   phase = phase._replace(objective=objective)
   run = run._replace(phases={'rl': phase}, seed=seed)
@@ -138,7 +138,7 @@ class TestBaseline:
 
   def test_a_prompt_whose_baseline_failed_leaves_the_loss(self):
     run = experiment(baseline_samples=1)
-    real = run.phases['rl'].score
+    real = run.phases['train'].score
 
     def fails_on_baselines(texts, records, lengths):
       scores = real(texts, records, lengths)
@@ -165,7 +165,7 @@ class TestDemonstrations:
     np.testing.assert_array_equal(batch.tokens[~shown], fresh[0].tokens)
     np.testing.assert_array_equal(batch.behavior_logp[~shown], fresh[0].behavior_logp)
     assert not batch.behavior_logp[shown].any()
-    records = train.Drawer(run.phases['rl'], seed=0, cursor=0)(4)
+    records = train.Drawer(run.phases['train'], seed=0, cursor=0)(4)
     tokenizer = run.tokenizer
     for row, record in zip(np.flatnonzero(shown), records):
       want = [*tokenizer.encode(record['answer']), tokenizer.stop_ids[0]]
@@ -195,7 +195,7 @@ class TestDemonstrations:
     ],
   )
   def test_answers_that_do_not_fit_are_refused_with_their_record(self, change, words):
-    phase = experiment(demonstrations=1).phases['rl']
+    phase = experiment(demonstrations=1).phases['train']
     source = [change(phase.source[i]) for i in range(64)]
     with pytest.raises(ValueError, match=words):
       collected(experiment(demonstrations=1), source=source)

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.common import addition_phase, arithmetic_experiment, warm_start
-from experiments.preference import dpo
 
 from polgrad import (
   build,
@@ -26,19 +24,21 @@ from polgrad import (
   train,
 )
 from polgrad.losses import aggregation, penalties, surrogates
+from polgrad.methods import Method
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from tests import examples
+from tests.runs import addition, dpo
 
 
-def config(**overrides):
+def config():
   """Supervised, then policy gradient with everything that carries state."""
-  phase = addition_phase(
+  rewards = {  # random weights never add up; lengths give them something to learn
+    'exact': weighted(1.0, part(verifiers.exact_match)),
+    'short': weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4)),
+  }
+  method = Method(
     credit=part(credit.moving_baseline),
-    reward={  # random weights never add up; lengths give them something to learn
-      'exact': weighted(1.0, part(verifiers.exact_match)),
-      'short': weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4)),
-    },
     objective=part(
       objectives.PolicyGradient,
       surrogate=part(surrogates.clipped),
@@ -48,11 +48,11 @@ def config(**overrides):
     anchors={'reference': part(optim.ema, decay=0.9)},
     epochs=2,
     minibatches=2,
-    learning_rate=1e-3,
+    learning_rate=10.0,
   )
-  made = arithmetic_experiment({'sft': warm_start(), 'rl': phase}, smoke=True, **overrides)
-  made.phases.sft.steps = 3
-  made.phases.rl.steps = 4
+  made = addition(method, rewards=rewards, warm_start=180)
+  made.phases.warm_start.steps = 3
+  made.phases.train.steps = 4
   made.checkpoint_every = 2
   made.keep_checkpoints = 10
   return made
@@ -95,7 +95,7 @@ def test_trap_24_resumed_run_equals_one_that_went_on(finished, tmp_path, last_ch
 
 def test_resumed_run_goes_on_with_the_rollouts_that_it_remembered(tmp_path):
   made = config()
-  made.phases.rl.collect.update(lag=1, replay=1, replay_fraction=0.5)
+  made.phases.train.collect.update(lag=1, replay=1, replay_fraction=0.5)
   whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
   state = train.run(made, whole)
   assert [r['staleness'] for r in rows(whole) if 'staleness' in r] == [0, 1, 1.5, 1.5]
@@ -124,17 +124,17 @@ def test_trap_06_08_on_policy_ratio_is_one(finished):
   found = [r for r in rows(finished[0]) if r['phase'] == 'rl' and 'sampler_kl' in r]
   assert len(found) == 4
   hot = config()
-  hot.phases.rl.collect.temperature = 0.7
-  hot.phases.rl.minibatches = hot.phases.rl.epochs = 1
+  hot.phases.train.collect.temperature = 0.7
+  hot.phases.train.minibatches = hot.phases.train.epochs = 1
   for row in _first_rows(hot):
     assert row['sampler_max_gap'] < 1e-5
 
 
 def _first_rows(made):
   """Metrics of one policy-gradient step from fresh weights."""
-  made.phases.rl.steps = 1
+  made.phases.train.steps = 1
   made.order = ('rl',)
-  del made.phases['sft']
+  del made.phases['warm_start']
   made.evaluation = part(build.never)
   import tempfile
 
@@ -147,7 +147,7 @@ def test_trap_23_new_weights_reach_the_sampler(finished):
   """After updates, what the sampler reports of its tokens is what the trainer's forward says."""
   _, state = finished
   experiment = build.build(config())
-  phase = experiment.phases['rl']
+  phase = experiment.phases['train']
   made = phase.collect.make(train.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
     got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
@@ -166,7 +166,7 @@ def test_trap_23_new_weights_reach_the_sampler(finished):
 def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
   _, state = finished
   experiment = build.build(config())
-  phase = experiment.phases['rl']
+  phase = experiment.phases['train']
   batch = _batch(experiment, state)
   results = []
   for micro in (1, 2, 4):
@@ -214,7 +214,7 @@ def test_packed_rows_train_as_rows_alone(name, tmp_path):
 
 
 def _batch(experiment, state):
-  phase = experiment.phases['rl']
+  phase = experiment.phases['train']
   made = phase.collect.make(train.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
     got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
@@ -223,7 +223,7 @@ def _batch(experiment, state):
 
 class TestBrokenUpdates:
   def _update(self, experiment, **poison):
-    phase = experiment.phases['rl']
+    phase = experiment.phases['train']
     state = train.begin(experiment, 1, None)
     batch = _batch(experiment, state).replace(**poison)
     update = train.jit_update(experiment, phase, state)
@@ -258,7 +258,7 @@ class TestBrokenUpdates:
     made = config()
     made.max_skipped = 3
     experiment = build.build(made)
-    spoiled = experiment.phases['rl']._replace(credit=real()._replace(apply=poisoned))
+    spoiled = experiment.phases['train']._replace(credit=real()._replace(apply=poisoned))
     broken = experiment._replace(phases={**experiment.phases, 'rl': spoiled})
     monkeypatch.setattr(train, 'build', lambda _: broken)
     with pytest.raises(FloatingPointError, match='rl, step 0: 3 updates in a row'):
@@ -320,7 +320,7 @@ def test_phases_hand_over_parameters_and_restart_begins_again(finished):
   equal(second.params, trained.params)
   equal(second.anchors['reference'], trained.params)
   restarting = experiment._replace(
-    phases={**experiment.phases, 'rl': experiment.phases['rl']._replace(restart=True)}
+    phases={**experiment.phases, 'rl': experiment.phases['train']._replace(restart=True)}
   )
   third = train.begin(restarting, 1, trained)
   equal(third.params, first.params)
@@ -367,7 +367,7 @@ class TestMinibatches:
 
 def test_update_does_not_retrace():
   experiment = build.build(config())
-  phase = experiment.phases['rl']
+  phase = experiment.phases['train']
   traced = []
 
   def apply(*arguments, **keywords):

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments.preference import dpo
-from experiments.supervised import sft
 from polgrad import build, evaluate, learner, metrics, models, objectives, optim, train
 from polgrad.losses import aggregation
 from polgrad.models.policy import labelled
 from polgrad.registry import bind, part
 from polgrad.types import Batch, TrainState
 from tests.models import tiny
+from tests.runs import dpo, sft
 
 MOE = dict(num_experts=4, experts_per_token=2, balance_rate=0.01)
 
@@ -83,7 +82,7 @@ def sparse(**mesh):
   config = without_evaluation(sft.get_config('smoke'))
   config.model.update(MOE)
   config.mesh.update(mesh)
-  config.phases.sft.collect.rows = 8
+  config.phases.warm_start.collect.rows = 8
   return config
 
 

@@ -1,33 +1,28 @@
 """Batches on which the loss of an experiment meets its weight, -dloss/dlogp, written in NumPy."""
 
-import importlib
-import pathlib
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad import objectives
+from polgrad import methods, objectives
 from polgrad.objectives.base import Objective
 from polgrad.registry import bind
 from polgrad.types import Batch, Outputs
+from tests.runs import method_of
 
-FOLDER = pathlib.Path(__file__).parents[2] / 'experiments' / 'policy_gradient'
-NAMES = sorted(p.stem for p in FOLDER.glob('*.py') if p.stem != '__init__')
+NAMES = sorted(file.name for file in pkgutil.iter_modules(methods.policy_gradient.__path__))
 TOKENS = ('behavior_logp', 'proximal_logp', 'reference_logp', 'teacher_logp', 'advantages',
           'returns', 'old_values')  # fmt: skip
 LIVE = ('logp', 'entropy', 'values')
 
 
-def phase_of(name: str):
-  text = 'path=.' if name.startswith('hub_') else ''  # no folder is read before parts are bound
-  config = importlib.import_module(f'experiments.policy_gradient.{name}').get_config(text)
-  return config.phases[config.order[-1]]
 
 
 def objective_of(name: str, **overrides) -> Objective:
   """The objective of an experiment; overrides by dotted path, `a__b=1` for a.b."""
-  spec = phase_of(name).objective
+  spec = method_of(name).objective
   for path, value in overrides.items():
     *parents, last = path.split('__')
     node = spec

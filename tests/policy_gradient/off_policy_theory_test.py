@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from experiments.preference import ipo
 
 from polgrad import credit, objectives
 from polgrad.credit import assign
@@ -18,12 +17,13 @@ from polgrad.rewards.scoring import make_scorer
 from polgrad.rewards.verifiers import TABLE as VERIFIERS
 from polgrad.types import Batch, Outputs
 from tests.policy_gradient import harness
+from tests.runs import method_of
 
 
 def credit_of(name: str, rewards, **features):
   """The fields that an experiment's credit makes of one group of rows of one token."""
   batch = harness.scored(rewards=jnp.asarray(rewards, float), **features)
-  estimator = bind(harness.phase_of(name).credit, credit.TABLE)
+  estimator = bind(method_of(name).credit, credit.TABLE)
   return assign(estimator, batch, estimator.init())[0]
 
 
@@ -249,7 +249,7 @@ def test_on_fresh_data_a_pair_has_half_its_gap_whatever_is_added_to_both_rewards
 def test_nft_on_fresh_data_is_dr_grpo_and_standardized_grpo_of_the_population(normalized, x64):
   """The credit and the loss together: weights R - q, or (R - q) / std."""
   rewards = np.array([1.0, 0, 0, 1, 0, 0, 0, 0])
-  spec = harness.phase_of('nft').credit
+  spec = method_of('nft').credit
   spec.standardized = normalized
   estimator = bind(spec, credit.TABLE)
   x = on_policy(arrays_for('nft')) | {'mask': np.ones((8, 6), bool)}
@@ -267,7 +267,7 @@ def test_nft_on_fresh_data_is_dr_grpo_and_standardized_grpo_of_the_population(no
 def test_rec_with_importance_weights_is_dr_grpo_with_a_token_mean(x64):
   x = arrays_for('rec_one_side_is')
   x['logp'] = x['proximal_logp'] + 4 * (x['logp'] - x['proximal_logp'])  # far enough to be clipped
-  aggregation = harness.phase_of('rec_one_side_is').objective.aggregation
+  aggregation = method_of('rec_one_side_is').objective.aggregation
   ppo = weight(
     'dr_grpo', x, surrogate__eps_low=0.6, surrogate__eps_high=2.0, aggregation=aggregation
   )
@@ -299,7 +299,7 @@ def test_pairs_in_trajectory_balance_are_contrastive_policy_gradients(x64):
 def test_ipo_is_the_contrastive_policy_gradient_of_rewards_of_a_quarter(x64):
   x = arrays_for('copg', group=2) | {'mask': np.ones((8, 6), bool)}
   x |= {'rewards': np.tile([0.25, -0.25], 4), 'label': np.tile([1.0, 0.0], 4)}
-  spec = ipo.get_config().phases[ipo.get_config().order[-1]].objective
+  spec = method_of('ipo').objective
   spec.link.target = 1 / (2 * 0.06)
   squared = harness.loss_and_weight(bind(spec, objectives.TABLE), x)[1]['logp']
   np.testing.assert_allclose(weight('copg', x), 0.06 / 2 * squared, rtol=1e-9)
@@ -321,7 +321,7 @@ def test_red_weight_adds_up_to_nothing():
 
 @pytest.mark.parametrize('name', ['topr', 'topr_token'])
 def test_topr_rewards_right_answers_with_one_and_all_others_with_minus_one(name):
-  terms = harness.phase_of(name).reward
+  terms = method_of(name).reward
   score = make_scorer({k: bind(v, VERIFIERS) for k, v in terms.items()})
   scores = score(['12', '13', '', '1\n'], [{'answer': '12'}] * 4, [2, 2, 1, 2])
   np.testing.assert_array_equal(scores.total, [1, -1, -1, -1])

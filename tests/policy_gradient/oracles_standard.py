@@ -205,7 +205,6 @@ ORACLES = {
   'grpo': grpo,
   'dr_grpo': dr_grpo,
   'dapo': dapo,
-  'hub_grpo': dapo,
   'gspo': gspo,
   'ppo': ppo_with_values,
   'dual_clip_ppo': dual_clip_ppo,

@@ -11,6 +11,7 @@ from polgrad import credit
 from polgrad.losses import advantages, baselines, logit_stats
 from polgrad.registry import bind, part
 from tests.policy_gradient import harness
+from tests.runs import method_of
 from tests.policy_gradient.oracles_standard import INF, ORACLES
 
 RATES = ('reference_logp', 'behavior_logp', 'proximal_logp')
@@ -28,13 +29,13 @@ def arrays_of(name, **changes):
 
 def aggregate(name, weight, mask):
   """The weights of tokens under the aggregation of an experiment."""
-  spec = harness.phase_of(name).objective.aggregation
+  spec = method_of(name).objective.aggregation
   knobs = {k: v for k, v in spec.items() if k != 'name'}
   return getattr(harness, spec['name'].partition('.')[2])(weight, mask, **knobs)
 
 
 def credited(name, arrays, **knobs):
-  spec = harness.phase_of(name).credit
+  spec = method_of(name).credit
   with spec.unlocked():
     for knob, value in knobs.items():
       spec[knob] = value

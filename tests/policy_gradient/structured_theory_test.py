@@ -46,7 +46,7 @@ def loss_of(objective, logits, advantages, **stats):
 
 def credited(name, reference, rewards=REWARDS):
   """Advantages that the credit of an experiment gives to the ten pulls."""
-  estimator = bind(harness.phase_of(name).credit, credit.TABLE)
+  estimator = bind(method_of(name).credit, credit.TABLE)
   old = column(np.log(OLD))
   batch = harness.scored(
     rewards=jnp.asarray(rewards)[ARMS],
@@ -161,11 +161,11 @@ def test_mdpo_inner_updates_lead_to_the_tilted_old_policy(x64):
 
 
 def schedule(name, penalty):
-  return bind(harness.phase_of(name).objective.schedules[penalty], optim.SCHEDULES)
+  return bind(method_of(name).objective.schedules[penalty], optim.SCHEDULES)
 
 
 def test_mdpo_weighs_the_kl_by_one_over_a_step_that_shrinks_with_every_rollout():
-  phase, weigh = harness.phase_of('mdpo'), schedule('mdpo', 'kl')
+  phase, weigh = method_of('mdpo'), schedule('mdpo', 'kl')
   assert phase.anchors.teacher.every == phase.epochs
   rollout = np.array([1, 1, 2, 76, phase.steps, phase.steps])
   updates = (rollout - 1) * phase.epochs + np.array([0, phase.epochs - 1, 0, 1, 0, 9])
@@ -209,7 +209,7 @@ def test_epo_pulls_the_entropy_back_into_the_band_of_earlier_updates(x64):
 
 @pytest.mark.parametrize(('limit', 'imitating'), [(-1, []), (0, [0]), (2, [0, 1]), (4, [0, 1, 2])])
 def test_hpt_imitates_where_at_most_so_many_samples_are_right(limit, imitating):
-  spec = harness.phase_of('hpt').credit
+  spec = method_of('hpt').credit
   spec.limit = limit
   estimator = bind(spec, credit.TABLE)
   solved = np.array([[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]])
@@ -236,7 +236,7 @@ def test_st_ppo_probe_is_what_clipping_takes_from_the_importance_weighted_gradie
   _, whole = harness.loss_and_weight(unclipped, x)
   np.testing.assert_allclose(both['logp'], whole['logp'], atol=1e-12)
   assert np.abs(whole['logp'] - kept['logp']).max() > 0.01
-  assert harness.phase_of('st_ppo').optimizer.probe in objective.probes
+  assert method_of('st_ppo').optimizer.probe in objective.probes
 
 
 def test_harpg_loss_has_the_hessian_of_the_expected_return(x64):
@@ -291,7 +291,7 @@ def test_oblr_baseline_has_the_least_variance(x64):
     rewards=jnp.asarray(rewards),
     score_norm=jnp.asarray(pi * squares)[:, None],  # rows weigh what they would in samples of pi
   )
-  estimator = bind(harness.phase_of('oblr_po').credit, credit.TABLE)
+  estimator = bind(method_of('oblr_po').credit, credit.TABLE)
   advantages = credit.assign(estimator, batch, ())[0].advantages[:, 0]
   advantages = np.asarray(advantages)
   np.testing.assert_allclose(rewards - advantages, 0.739991, atol=1e-6)

@@ -1,11 +1,10 @@
 """What the best-known policy gradients follow in expectation, exactly: unbiased, or biased as stated.
 
-The credit and the objective of a file in experiments/policy_gradient/ get every rollout that a
+Credit and objective of a method get every rollout that a
 tiny policy can produce: N prompts, G samples each, with their probabilities. The sum is the exact
 expected gradient, and it is compared with the gradient of a function that is written here from the
 theory."""
 
-import importlib
 import math
 from typing import NamedTuple
 
@@ -14,12 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import credit, objectives
+from polgrad import credit
+from polgrad.credit import Estimator
 from polgrad.losses import advantages
-from polgrad.methods import Method
-from polgrad.registry import bind, part
+from polgrad.objectives import Objective
+from polgrad.registry import part
 from polgrad.tabular import enumerable
 from polgrad.types import Batch, Outputs
+from tests.runs import method_of
+
+
+class Estimate(NamedTuple):
+  """Credit and objective of a method, as functions of arrays."""
+
+  credit: Estimator
+  objective: Objective
 
 
 class Case(NamedTuple):
@@ -83,15 +91,13 @@ def rollouts(case: Case, params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return samples, prompts, np.exp(row_logp[samples].sum(axis=1))
 
 
-def load(name: str, **credit_knobs) -> Method:
-  config = importlib.import_module(f'experiments.policy_gradient.{name}').get_config('smoke')
-  phase = config.phases.rl
-  for knob, value in credit_knobs.items():
-    phase.credit[knob] = value
-  return Method(bind(phase.credit, credit.TABLE), bind(phase.objective, objectives.TABLE))
+def load(name: str, **credit_knobs) -> Estimate:
+  method = method_of(name)
+  method.credit.update(credit_knobs)
+  return Estimate(*method.bound())
 
 
-def loss(case: Case, method: Method, params, sample, prompts, data, state):
+def loss(case: Case, method: Estimate, params, sample, prompts, data, state):
   """The loss of one rollout: what `collect.Rollouts` and the learner compute, without the sampler."""
   mask = jnp.asarray(case.policy.mask)[sample]
   batch = Batch(
@@ -115,7 +121,7 @@ def loss(case: Case, method: Method, params, sample, prompts, data, state):
   return sum(term.value() for term in terms.values())
 
 
-def descent(case: Case, method: Method, *, state=None, sampler=None):
+def descent(case: Case, method: Estimate, *, state=None, sampler=None):
   """-E[grad loss], exactly, over all rollouts of the sampler (by default the policy itself)."""
   state = method.credit.init() if state is None else state
   sampler = case.params if sampler is None else sampler
@@ -267,12 +273,7 @@ def ppo(case: Case, params):
   return jnp.sum(probability[:, None, None] / tokens * ascent)
 
 
-def hub_grpo(case: Case, params):
-  """DAPO's, in spite of the name: it takes the token mean and has no KL."""
-  return dapo(case, params)
-
-
-EXPECTED = {f.__name__: f for f in (reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo, hub_grpo)}
+EXPECTED = {f.__name__: f for f in (reinforce, rloo, dr_grpo, grpo, dapo, gspo, ppo)}
 
 
 def assert_follows(got, case: Case, function):

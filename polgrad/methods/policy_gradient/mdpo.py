@@ -4,18 +4,26 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def mdpo(*, steps: int, learning_rate: float) -> Method:
-  """MDPO (arXiv:2005.09814): every rollout is one step of mirror descent, solved by several updates.
+def mdpo(*, steps: int, learning_rate: float, updates: int = 4) -> Method:
+  """MDPO (arXiv:2005.09814): each rollout is one step of mirror descent, solved by several updates.
 
-  loss = token mean of -r A + (1 / t_k) KL(pi || pi_old), t_k = 1 - (k - 1) / K at rollout k of K.
-  The KL is exact, over the vocabulary at each token; pi_old is the anchor `teacher`, which follows
-  the policy after the updates of a rollout. They lead towards pi_old exp(t_k A), and the first of
-  them is the plain policy gradient. Ours: 4 updates for 10, whitened rewards of the group for GAE, a
-  constant learning rate.
+      loss = token mean of -r A + (1 / t_k) KL(pi || pi_old),   t_k = 1 - (k - 1) / K
+
+  at rollout k of K, with r = pi / pi_old. A is the reward minus the group mean, whitened over the
+  batch. The KL is exact: it sums over the vocabulary at each token. pi_old is the anchor `teacher`,
+  a copy of the policy that is renewed after the updates of a rollout. The updates lead towards
+  pi_old exp(t_k A) / Z, and the first one is the plain policy gradient.
+
+  Differences: There are 4 updates per rollout instead of 10, the advantages come from rewards
+  instead of GAE, and the learning rate is constant.
+
+  Args:
+    steps: number of rollouts K; the run fills it in.
+    learning_rate: of AdamW; the run fills it in.
+    updates: updates per rollout, each on the whole rollout.
 
   Confidence: CODE (on-policy form), DERIVED (per token of a language model).
   """
-  updates = 4
   return Method(
     credit=part(
       credit.outcome,

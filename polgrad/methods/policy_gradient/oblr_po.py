@@ -6,14 +6,24 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def oblr_po(*, learning_rate: float) -> Method:
-  """OBLR-PO (arXiv:2511.23310): the baseline of least variance, and steps that know their noise.
+def oblr_po(*, learning_rate: float, decay: float = 0.9) -> Method:
+  """OBLR-PO (arXiv:2511.23310): the baseline of least variance, and steps scaled by their noise.
 
-  A_i = R_i - sum_j w_j R_j / sum_j w_j in the group, w the squared norm of the row's score; loss =
-  mean over rows of -A log pi(y). A step is scaled by SNR / (1 + SNR), SNR = ||g||^2 over the
-  variance of its estimate. Ours: w is taken in the logits, where it needs no backward pass; the SNR
-  comes from the gradients of two halves of the batch (which share groups), as a running mean; Adam's
-  whole step is scaled.
+      loss = -mean over rows of A_i log pi(y_i)
+      A_i = R_i - sum_j w_j R_j / sum_j w_j in the group
+      step = (step of AdamW) SNR / (1 + SNR)
+
+  w_j is the squared norm of the gradient of log pi(y_j), and SNR = ||g||^2 / (variance of the
+  estimated gradient g).
+
+  Differences: w_j is taken with respect to the logits, which needs no backward pass. SNR is
+  estimated from the gradients of the two halves of the batch, by running means. The halves share no
+  group if the number of prompts is even, and otherwise the one group in the middle. The step of
+  AdamW is scaled, not the gradient. Its learning rate is 10 times that of the run.
+
+  Args:
+    learning_rate: a tenth of the learning rate of AdamW; the run fills it in.
+    decay: decay of the running means, per update.
 
   Confidence: DERIVED (formulas), MEMORY (estimators).
   """
@@ -26,5 +36,5 @@ def oblr_po(*, learning_rate: float) -> Method:
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.sequence_sum),
     ),
-    optimizer=part(optim.signal_to_noise, optimizer=adamw, decay=0.9),
+    optimizer=part(optim.signal_to_noise, optimizer=adamw, decay=decay),
   )

@@ -6,12 +6,19 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def opmd_simple() -> Method:
-  """OPMD-simple (arXiv:2509.24203): REINFORCE with the group mean, and nothing of the old policy.
+def opmd_simple(*, tau: float = 1.0) -> Method:
+  """OPMD-simple (arXiv:2509.24203): REINFORCE against the group mean, without the old policy.
 
-  loss = -token mean of (R - group mean) log pi / (1 + tau): mirror descent to first order. The
-  published code divides the loss, which Adam would undo; so here the learning rate is divided by 1 +
-  tau = 2, and this is the whole method. Ours: rollouts are four batches old.
+      loss = -token mean of (R - group mean) log pi / (1 + tau)
+
+  This is mirror descent to first order.
+
+  Differences: The published code divides the loss by 1 + tau, which Adam would undo. Here the
+  learning rate is divided by it instead. Rollouts are four batches old (lag=4).
+
+  Args:
+    tau: strength of the KL to the old policy; a larger one makes shorter steps.
+
   Confidence: CODE (formula and tau), DERIVED (division of the rate).
   """
   return Method(
@@ -23,5 +30,5 @@ def opmd_simple() -> Method:
       aggregation=part(aggregation.token_mean),
     ),
     minibatches=4,
-    learning_rate=0.5,
+    learning_rate=1 / (1 + tau),
   )

@@ -7,10 +7,11 @@ from polgrad.registry import part
 def opo() -> Method:
   """OPO (arXiv:2505.23585): on-policy REINFORCE with the length-weighted baseline.
 
-  b = sum_j L_j R_j / sum_j L_j over the group; loss = -mean over sequences of (R - b) log pi(y). The
-  baseline of least variance if the squared gradient norm of a row grows like its length L. One
-  update a rollout, no clip, no KL, as in the paper. Answers of the task have two or three digits, so
-  lengths differ little.
+      loss = -mean over sequences of (R - b) log pi(y),   b = sum_j L_j R_j / sum_j L_j in the group
+
+  b is the baseline of least variance if the squared gradient norm of a row is proportional to its
+  length L. As in the paper there is one update per rollout, no clipping and no KL.
+
   Confidence: PAPER.
   """
   return Method(

@@ -6,14 +6,20 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def otr() -> Method:
+def otr(*, beta: float = -0.1, sampling_temperature: float = 1.3) -> Method:
   """OTR (arXiv:2509.26313): supervised learning as REINFORCE on one token drawn at each position.
 
-  loss = token mean of -sum_a q_a R_a log pi_a, q = softmax(logits / 1.3) as data, R = 1 for the
-  token of the data and -0.1 for every other. The paper draws 256 tokens from q; this is the
-  expectation over them. A token is learned in proportion to its probability, so what is far from the
-  policy is hardly imitated. The warm start stands for the pretrained model that the paper goes on
-  from.
+      loss = token mean of -sum_a q_a R_a log pi_a,   q = softmax(logits / sampling_temperature)
+
+  R_a is 1 for the token of the data and `beta` for every other token. No gradient flows through q.
+  A token is learned in proportion to its probability, so tokens that are unlikely under the policy
+  are hardly imitated.
+
+  Differences: The paper draws 256 tokens from q; this is the expectation over them.
+
+  Args:
+    beta: reward of a token that is not the one of the data.
+    sampling_temperature: of the distribution q.
 
   Confidence: PAPER (reward), MEMORY (constants), DERIVED (expectation).
   """
@@ -23,6 +29,6 @@ def otr() -> Method:
     objective=part(
       objectives.Supervised,
       aggregation=part(aggregation.token_mean),
-      loss=part(logit_stats.one_token_rollout, beta=-0.1, temperature=1.3),
+      loss=part(logit_stats.one_token_rollout, beta=beta, temperature=sampling_temperature),
     ),
   )

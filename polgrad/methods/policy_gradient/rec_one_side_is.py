@@ -6,13 +6,21 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def rec_one_side_is() -> Method:
-  """REC-OneSide-IS (arXiv:2509.24203): REC-OneSide with importance weights, which is GRPO without the std.
+def rec_one_side_is(*, low: float = 0.4, high: float = 3.0) -> Method:
+  """REC-OneSide-IS (arXiv:2509.24203): REC-OneSide with importance weights, or GRPO without std.
 
-  loss = -token mean of 1[(A >= 0 and r <= 3) or (A <= 0 and r >= 0.4)] r A, r = pi / pi_old, A = R -
-  group mean: PPO's gradient at these bounds. The published code detaches r and multiplies log pi,
-  which changes the value and not the gradient. Ours: rollouts are four batches old, and pi_old is the
-  policy that sampled.
+      loss = -token mean of 1[(A >= 0 and r <= high) or (A <= 0 and r >= low)] r A
+
+  A = R - group mean and r = pi / pi_old. The gradient is that of PPO at these bounds.
+
+  Differences: The published code detaches r and multiplies it by log pi, which changes the value of
+  the loss and not its gradient. Rollouts are four batches old (lag=4), and pi_old is the policy
+  that sampled them.
+
+  Args:
+    low: smallest ratio of a token with A < 0 that is kept.
+    high: largest ratio of a token with A > 0 that is kept.
+
   Confidence: CODE (mask and bounds), PAPER (derivation).
   """
   return Method(
@@ -22,7 +30,7 @@ def rec_one_side_is() -> Method:
       objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.token_mean),
-      weights={'region': part(weights.one_sided, low=0.4, high=3.0)},
+      weights={'region': part(weights.one_sided, low=low, high=high)},
     ),
     minibatches=4,
   )

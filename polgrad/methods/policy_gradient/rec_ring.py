@@ -6,13 +6,25 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def rec_ring() -> Method:
+def rec_ring(
+  *, low: float = 0.8, high: float = 1.2, outer_low: float = 0.4, outer_high: float = 3.0
+) -> Method:
   """REC-Ring (arXiv:2509.24203): tokens near the old policy, and those that went far the wrong way.
 
-  loss = -token mean of K A log pi, A = R - group mean, r = pi / pi_old, and K = 1 if 0.8 <= r <= 1.2,
-  or A >= 0 and r <= 0.4, or A <= 0 and r >= 3; else 0. Good tokens that became unlikely are pulled
-  back up, bad ones that became likely back down. Ours: rollouts are four batches old, and pi_old is
-  the policy that sampled.
+      loss = -token mean of K A log pi
+      K = 1[low <= r <= high, or (A >= 0 and r <= outer_low), or (A <= 0 and r >= outer_high)]
+
+  A = R - group mean and r = pi / pi_old. The outer tokens are good ones that became unlikely and
+  are pulled up again, and bad ones that became likely and are pulled down again.
+
+  Differences: Rollouts are four batches old (lag=4), and pi_old is the policy that sampled them.
+
+  Args:
+    low: smallest ratio of the inner band.
+    high: largest ratio of the inner band.
+    outer_low: largest ratio at which good tokens are kept again.
+    outer_high: smallest ratio at which bad tokens are kept again.
+
   Confidence: CODE (mask and bounds), PAPER (derivation).
   """
   return Method(
@@ -22,7 +34,9 @@ def rec_ring() -> Method:
       objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
-      weights={'region': part(weights.ring, low=0.8, high=1.2, outer_low=0.4, outer_high=3.0)},
+      weights={
+        'region': part(weights.ring, low=low, high=high, outer_low=outer_low, outer_high=outer_high)
+      },
     ),
     minibatches=4,
   )

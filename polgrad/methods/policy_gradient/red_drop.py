@@ -6,18 +6,27 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def red_drop() -> Method:
-  """RED-Drop (arXiv:2509.24203): REINFORCE on as many bad rows as there are good ones.
+def red_drop(*, standardized: bool = False) -> Method:
+  """RED-Drop (arXiv:2509.24203): REINFORCE on a balanced number of good and bad rows.
 
-  loss = -token mean of A log pi. In each group rows with R >= group mean stay, of the others equally
-  many, chosen at random; A = R - mean of the rows that stayed, and 0 for the rest, which still count
-  in the denominator. No ratio is read. Ours: rollouts are four batches old, and the rate is 3e-5:
-  nothing bounds a step, and at 1e-4 accuracy fell from 0.43 to 0.29 in 24 batches.
+      loss = -token mean of A log pi,   A = R - mean of the rows that are kept
+
+  All rows with R >= group mean are kept. Of the others at most the same number is kept, chosen at
+  random. Dropped rows have A = 0 and still count in the denominator. No ratio is computed.
+
+  Differences: Rollouts are four batches old (lag=4). The learning rate is 0.3 times that of the
+  run, because nothing bounds a step.
+
+  Args:
+    standardized: whether A is also divided by the standard deviation of the rows that are kept.
+
   Confidence: CODE (selection), PAPER (derivation).
   """
   return Method(
     collect=partial(collect.Rollouts, lag=4),
-    credit=part(credit.outcome, advantage=part(baselines.balanced_group_mean, standardized=False)),
+    credit=part(
+      credit.outcome, advantage=part(baselines.balanced_group_mean, standardized=standardized)
+    ),
     objective=part(
       objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),

@@ -10,9 +10,13 @@ from polgrad.sampling import behavior_policies
 def remax() -> Method:
   """ReMax (arXiv:2310.10505): REINFORCE with the reward of the greedy answer as the baseline.
 
-  A_i = R_i - R(greedy answer to the prompt); loss = -mean over sequences of A * log pi(y). Unbiased,
-  since the greedy answer does not depend on the sample. The paper draws one sample a prompt and adds
-  a KL penalty to the reward; we draw `group` samples against one greedy answer, without KL.
+      loss = -mean over sequences of A log pi(y),   A = R - R(greedy answer to the prompt)
+
+  The estimate of the gradient is unbiased, because the greedy answer does not depend on the sample.
+
+  Differences: The paper draws one sample per prompt and adds a KL penalty to the reward. Here all
+  samples of a prompt share one greedy answer, and there is no KL.
+
   Confidence: CODE.
   """
   return Method(

@@ -4,13 +4,20 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def sppo() -> Method:
+def sppo(*, eta: float = 10.0) -> Method:
   """SPPO (arXiv:2405.00675): self-play that regresses log-ratios on win rates.
 
-  loss = mean over rows of (log(pi / reference) - eta (P - 1/2))^2, P the chance to beat another
-  answer of the group, by the mean sigmoid of the rewards' gap; the reference is the policy that
-  sampled, taken anew for every batch of four updates. To first order that is multiplicative weights.
-  eta = 10 here and 1000 in the paper (beta = 0.001), with rounds of many batches and a learned judge.
+      loss = mean over rows of (log(pi / reference) - eta (P - 1/2))^2
+
+  P is a win probability: the mean of sigmoid(R - R') over the rewards R' of the other answers of
+  the group. The reference is the policy that sampled, a copy that is renewed after the four updates
+  of every batch. To first order this is the multiplicative weights update.
+
+  Differences: The paper has eta = 1000 (beta = 0.001), rounds of many batches and a learned judge.
+
+  Args:
+    eta: at the optimum the log-ratio is eta / 2 where P = 1.
+
   Confidence: CODE (formula and the paper's eta).
   """
   return Method(
@@ -18,7 +25,7 @@ def sppo() -> Method:
     objective=part(
       objectives.Pointwise,
       score=part(implicit_rewards.log_ratio_sum),
-      loss=part(pointwise.squared, target=5.0),  # eta / 2: the target of P = 1
+      loss=part(pointwise.squared, target=eta / 2),  # the target of P = 1
     ),
     anchors={'reference': part(optim.sync, every=4)},
     minibatches=4,

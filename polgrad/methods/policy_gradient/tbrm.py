@@ -6,13 +6,21 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def tbrm() -> Method:
-  """TBRM (arXiv:2505.15311): a Bellman residual over the whole answer, with logits read as Q.
+def tbrm(*, beta: float = 0.02) -> Method:
+  """TBRM (arXiv:2505.15311): a Bellman residual over the whole answer, with the logits as Q values.
 
-  loss = mean over rows of (V_1 + log(pi / reference) - R / beta)^2, V_1 = logsumexp of the logits
-  that score the first token, which carry gradient: no critic, one answer a prompt. At rest pi =
-  reference exp(R / beta) / Z and V_1 = log Z. beta = 0.02 here and about 0.002 in the paper: R / beta
-  must be large next to the logits' own logsumexp, where V_1 begins (with 0.2 accuracy fell).
+      loss = mean over rows of (V_1 + log(pi / reference) - R / beta)^2
+
+  V_1 is the logsumexp of the logits that score the first token, and carries gradient. There is no
+  critic, and a single answer per prompt is sampled. At the optimum pi = reference exp(R / beta) / Z
+  and V_1 = log Z.
+
+  Differences: The paper has a beta of about 0.002. R / beta must be large compared with the
+  logsumexp of the model's logits, which is the first value of V_1.
+
+  Args:
+    beta: coefficient of the KL to the reference, in units of the reward.
+
   Confidence: PAPER (structure), DERIVED (fixed point), MEMORY (beta).
   """
   return Method(
@@ -21,7 +29,7 @@ def tbrm() -> Method:
       objectives.Regression,
       score=part(implicit_rewards.bellman_sum),
       center=part(log_partition.zero),
-      beta=0.02,
+      beta=beta,
       scale=2.0,
       stats={'log_normalizer': part(logit_stats.log_normalizer)},
     ),

@@ -6,12 +6,23 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def tis() -> Method:
+def tis(*, eps_low: float = 0.2, eps_high: float = 0.28, cap: float = 2.0) -> Method:
   """TIS (arXiv:2505.24034): truncated importance weights for the mismatch of sampler and trainer.
 
-  loss = -token mean of sg(min(rho, 2)) min(r A, clip(r, 0.8, 1.28) A), rho = pi_old / pi_behavior.
-  The weight multiplies the loss, never the reward. Here sampler and trainer compute alike, so the
-  mismatch is made by age: rollouts are trained on four batches after they were sampled.
+      loss = -token mean of sg(min(rho, cap)) min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+
+  rho = pi_old / pi_behavior, r = pi / pi_old, and A is the group-normalised reward. pi_behavior is
+  the policy that sampled, and pi_old the policy when training on the rollout begins. The weight
+  multiplies the loss, never the reward.
+
+  Differences: Rollouts are four batches old (lag=4). Sampler and trainer run the same model here,
+  so this age is what makes pi_old and pi_behavior differ.
+
+  Args:
+    eps_low: distance of the lower clipping bound from 1.
+    eps_high: distance of the upper clipping bound from 1.
+    cap: largest importance weight.
+
   Confidence: CODE.
   """
   return Method(
@@ -19,9 +30,9 @@ def tis() -> Method:
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,
-      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.28),
+      surrogate=part(surrogates.clipped, eps_low=eps_low, eps_high=eps_high),
       aggregation=part(aggregation.token_mean),
-      weights={'mismatch': part(weights.truncated_importance, cap=2.0)},
+      weights={'mismatch': part(weights.truncated_importance, cap=cap)},
     ),
     minibatches=2,
   )
