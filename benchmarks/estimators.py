@@ -8,8 +8,6 @@ of what the method says it maximises. See docs/estimators.md for how to read it.
 """
 
 import argparse
-import importlib
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -19,16 +17,15 @@ import numpy as np
 from benchmarks import estimators_page
 from benchmarks import tiny_world as world
 from polgrad import credit as credits
-from polgrad import objectives
+from polgrad import methods, objectives
 from polgrad.losses import logit_stats
+from polgrad.options import from_text
 from polgrad.registry import bind
 from polgrad.tabular.estimators import Distribution, Setting, gradient_distributions
 
-FOLDER = pathlib.Path(__file__).parent.parent / 'experiments' / 'policy_gradient'
 GROUP = 4
 # Not estimators from rollouts of one policy, or the same as another.
 LEFT_OUT = {
-  'hub_grpo': 'the objective of dapo on a real model',
   'otr': 'learns from demonstrations',
   'props': 'changes who samples; its estimator is that of a plain PPO',
 }
@@ -44,8 +41,7 @@ class Experiment(NamedTuple):
 
 
 def load(name: str) -> Experiment:
-  config = importlib.import_module(f'experiments.policy_gradient.{name}').get_config('')
-  phase = config.phases[config.order[-1]]
+  phase = from_text(f'method={name},task=addition,model=tiny').phases.train
   credit = bind(phase.credit, credits.TABLE)
   return Experiment(name, phase.to_dict(), credit, bind(phase.objective, objectives.TABLE))
 
@@ -140,7 +136,7 @@ def report(names: list[str]) -> dict[str, dict[str, Point]]:
 
 
 def all_names() -> list[str]:
-  return sorted(p.stem for p in FOLDER.glob('*.py') if p.stem not in {'__init__', *LEFT_OUT})
+  return sorted(set(methods.FAMILIES['policy_gradient']) - LEFT_OUT.keys())
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def update_seconds(shape: dict, rows: int, length: int) -> float:
   policy = models.decoder(
     **shape, dtype='bfloat16', param_dtype='bfloat16', attention=attention, remat='none'
   )
-  objective, optimizer = methods.sft().objective, optax.adamw(1e-6)
+  objective, optimizer = methods.sft().bound()[1], optax.adamw(1e-6)
   params = policy.init(jax.random.key(0))
   zero = jnp.int32(0)
   numbers = ('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped')

@@ -10,7 +10,6 @@ number of collected batches of the same size. Results are appended to docs/learn
 
 import argparse
 import functools
-import importlib
 import json
 import pathlib
 import time
@@ -20,24 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad import build, evaluate, train
+from polgrad import build, evaluate, methods, train
+from polgrad.options import from_text
 from polgrad.types import Params
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOLDER = ROOT / 'experiments' / 'policy_gradient'
 RESULTS, PAGE = ROOT / 'docs' / 'learning.jsonl', ROOT / 'docs' / 'learning.md'
-NAMES = sorted(p.stem for p in FOLDER.glob('*.py') if not p.stem.startswith(('__', 'hub_')))
+NAMES = methods.FAMILIES['policy_gradient']
 
 
 def load(name: str, seed: int, steps: int, prompts: int):
-  config = importlib.import_module(f'experiments.policy_gradient.{name}').get_config(
-    f'steps={steps}'
-  )
+  config = from_text(f'method={name},task=addition,model=tiny,steps={steps}')
   config.seed = seed
   config.samples_every = config.checkpoint_every = config.evaluation.every = 0
   for phase in config.phases.values():
     if 'prompts' in phase.collect:  # the same rows for all, however they are grouped
-      rows = phase.collect.rows_per_prompt * phase.collect.prompts
+      rows = phase.collect.samples_per_prompt * phase.collect.prompts
       phase.collect.prompts = phase.collect.prompts * prompts * 8 // rows
   return config
 
@@ -56,8 +53,8 @@ class Recorder:
 def warm(seed: int) -> Params:
   """The parameters after the supervised phase that all experiments share."""
   config = load('grpo', seed, 1, 32)
-  config.phases = {'sft': config.phases.sft}
-  config.order = ('sft',)
+  config.phases = {'warm_start': config.phases.warm_start}
+  config.order = ('warm_start',)
   experiment = build.build(config)
   with jax.set_mesh(experiment.mesh):
     state = train.begin(experiment, 0, None)

@@ -45,7 +45,7 @@ def placed(x, where):
 def compile_update(mesh: Mesh, **settings):
   """The compiled update, and the bytes of its floor on a device."""
   policy = models.decoder(**QWEN, **settings)
-  objective = methods.sft().objective
+  objective = methods.sft().bound()[1]
   optimizer = optim.adamw(learning_rate=1e-5)
   shapes = policy.shapes()
   where = sharding.param_shardings(mesh, policy.axes(shapes), shapes)

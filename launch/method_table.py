@@ -1,62 +1,77 @@
-"""Writes the table of policy-gradient methods in README.md from the experiments themselves.
+"""Writes docs/methods.md, the table of all methods, from the methods themselves.
 
-python launch/method_table.py           # rewrites the table
-python launch/method_table.py --check   # exits with 1 if it is not what the experiments say
+python launch/method_table.py           # rewrites the page
+python launch/method_table.py --check   # exits with 1 if it is not what the methods say
 """
 
-import importlib
 import pathlib
 import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDER = ROOT / 'experiments' / 'policy_gradient'
-BEGIN, END = '<!-- methods: launch/method_table.py -->', '<!-- end of methods -->'
+sys.path.insert(0, str(ROOT))  # this clone, not another polgrad that may be installed
+
+from polgrad import methods  # noqa: E402
+from polgrad.options import from_text  # noqa: E402
+
+PAGE = ROOT / 'docs' / 'methods.md'
 # What goes without saying.
 USUAL = {'ratio': 'token', 'proximal': 'recorded', 'loss': 'nll', 'normalizer': 'identity'}
+TITLES = {
+  'policy_gradient': 'Policy gradients',
+  'preference': 'Preferences',
+  'distillation': 'Distillation',
+  'supervised': 'Supervised learning',
+}
+INTRODUCTION = """# Methods
+
+Written by `python launch/method_table.py`; a test compares the page with the methods.
+
+Any method runs on any task and model that have what it needs:
+`--config=experiments/run.py:method=NAME,task=...,model=...`. In a notebook it is
+`polgrad.methods.NAME(...)`. The parts are what a method chooses beyond the usual. The last column says
+how sure we are of the formula: CODE, read in released code; PAPER, in the paper; DERIVED, follows from
+one of them; MEMORY, written down from memory."""
+NEEDS = {'collect.Demonstrations': 'demonstrations', 'collect.Preferences': 'pairs'}
 
 
 def main() -> None:
-  path = ROOT / 'README.md'
-  text = path.read_text()
-  before, rest = text.split(BEGIN)
-  _, after = rest.split(END)
-  new = f'{before}{BEGIN}\n{table()}\n{END}{after}'
+  text = page()
   if '--check' in sys.argv:
-    sys.exit(text != new)
-  path.write_text(new)
+    sys.exit(PAGE.read_text() != text)
+  PAGE.write_text(text)
 
 
-def table() -> str:
-  names = sorted(p.stem for p in FOLDER.glob('*.py') if not p.stem.startswith(('__', 'hub_')))
-  lines = ['| method | slots | card | config |', '|---|---|---|---|']
-  return '\n'.join([*lines, *(row(name) for name in names)])
+def page() -> str:
+  lines = [INTRODUCTION]
+  for family, names in methods.FAMILIES.items():
+    head = ['| method | parts | needs | source | sure |', '|---|---|---|---|---|']
+    lines += ['', f'## {TITLES[family]}', '', *head, *(row(family, name) for name in names)]
+  return '\n'.join(lines) + '\n'
 
 
-def row(name: str) -> str:
-  module = importlib.import_module(f'experiments.policy_gradient.{name}')
-  title, source = re.match(r'(.*?) \((.*?)\):', module.__doc__).groups()
-  confidence = re.search(r'Confidence:\s+(.*?)(?:\.\s|\.$|\n\n)', module.__doc__, re.DOTALL)[1]
-  words = re.findall(r'CODE|PAPER|DERIVED|MEMORY', confidence)
-  card = re.search(r'Card: (.*?)\.\n', module.__doc__)[1]
-  config = module.get_config('')
-  phase = config.phases[config.order[-1]].to_dict()
-  path = f'experiments/policy_gradient/{name}.py'
+def row(family: str, name: str) -> str:
+  doc = methods.TABLE[name].__doc__
+  title, source = re.match(r'(.*?) \((.*?)\):', doc).groups()
+  confidence = re.search(r'Confidence:\s+(.*?)(?:\.\s|\.$|\n\n|$)', doc, re.DOTALL)[1]
+  grades = ', '.join(dict.fromkeys(re.findall(r'CODE|PAPER|DERIVED|MEMORY', confidence)))
+  phase = from_text(f'method={name},task=addition,model=tiny').phases.train.to_dict()
+  needs = NEEDS.get(phase['collect']['name'], 'problems')
   sources = re.sub(r'(?:arXiv:)?(\d{4}\.\d{4,5})', r'[\1](https://arxiv.org/abs/\1)', source)
-  grades = ', '.join(dict.fromkeys(words))
-  return f'| {title} | {slots(phase)} | {card}; {sources}; {grades} | [`{name}`]({path}) |'
+  path = f'../polgrad/methods/{family}/{name}.py'
+  return f'| [`{name}`]({path}) {title} | {slots(phase)} | {needs} | {sources} | {grades} |'
 
 
 def slots(phase: dict) -> str:
-  """The parts that a configuration chose, by slot."""
+  """The parts that a method chose, by slot."""
   objective = phase['objective']
   ordered = {k: objective[k] for k in sorted(objective, key=_place)}
   chosen = [*_named('', phase['credit']), *_named('', ordered)]
   if _short(phase['optimizer']) != 'adamw':
     chosen.append(_short(phase['optimizer']))
   collect = phase['collect']
-  if _short(collect) != 'rollouts':
-    chosen.append(_short(collect))
+  if _short(collect) == 'Explored':
+    chosen.append('Explored')
   extras = ('lag', 'replay', 'baseline_samples', 'demonstrations', 'max_resamples')
   chosen += [k for k in extras if collect.get(k)]
   return ' '.join(f'`{c}`' for c in dict.fromkeys(chosen) if c)

@@ -1,242 +1,196 @@
 """From configuration to objects: an experiment is one part, and its sections are parts of it.
 
-    part(experiment, model=part(decoder, ...), phases={'rl': part(phase, ...)}, order=('rl',))
+    part(Experiment, model=part(decoder, ...), phases={'train': part(Phase, ...)}, order=('train',))
 
-Everything that can be refused without compiling is refused here: unknown keys, names and types by
-`bind`, and by `check` whatever only shows when the parts meet.
+What can be refused without compiling is refused here: unknown keys, names and types by `bind`, and
+parts that do not fit each other by `check`. `check_data` reads a few records of every source, so that
+a prompt that does not fit is found before the first step.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import jax
 import ml_collections
-import optax
 
 from polgrad import collect, credit, objectives, optim, sharding
-from polgrad.data import sources, tokenizers
+from polgrad.data import batching, sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.policy import Policy
 from polgrad.registry import bind, suggest, table
 from polgrad.rewards import scoring, verifiers
 from polgrad.types import Layout
 
+CHECKED = 64  # records of a source that are read before a run
 
-class Phase(NamedTuple):
-  """One stage of a run: a data source, a way to collect, and an objective."""
 
-  steps: int
-  source: sources.Source
-  shuffle: bool
-  collect: collect.Collector
-  score: Callable
-  credit: credit.Estimator
-  objective: objectives.Objective
-  optimizer: optax.GradientTransformation
-  epochs: int
-  minibatches: int
-  micro_batches: int
-  anchors: Mapping[str, Callable]
-  frozen: Mapping[str, Policy]
-  restart: bool
-  layout: Layout
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+  """One stage of a run: a data source, a way to collect batches, and an objective.
+
+  Attributes:
+    steps: batches to collect; each is used for epochs * minibatches updates.
+    source: where records come from.
+    collect: from records to a batch.
+    objective: the loss.
+    optimizer: what makes a step of its gradient.
+    credit: from rewards to advantages, returns or labels.
+    reward: verifiers with their weights; their weighted sum is the reward.
+    verifier_timeout: seconds for one verifier on one row, when isolated.
+    verifier_workers: processes of isolated verifiers.
+    isolate_verifiers: run verifiers in processes that are killed when they hang.
+    shuffle: draw records in an order that changes with each epoch.
+    epochs: passes over a collected batch.
+    minibatches: updates in each pass.
+    micro_batches: pieces that a minibatch is forwarded in; changes memory, not the result.
+    anchors: parameter sets by name (reference, teacher, ...) and how they follow the policy. Each starts
+      as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
+    frozen: other models that some of the anchors are, such as a larger teacher.
+    restart: initialise the policy again when the phase starts, after its anchors were copied.
+    share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
+      groups then stay whole in minibatches, which must divide accordingly.
+    pack: 0 turns packing off; otherwise short rows are forwarded several to a row, and the numbers of
+      packed rows and of scored tokens are each rounded up to one of `pack` sizes, so few shapes compile.
+  """
+
+  steps: int = 100
+  source: sources.Part
+  collect: collect.Part
+  objective: objectives.Part
+  optimizer: optim.Part = optim.adamw
+  credit: credit.Part = credit.nothing
+  reward: Mapping[str, verifiers.Part] = dataclasses.field(default_factory=dict)
+  verifier_timeout: float = 5.0
+  verifier_workers: int = 2
+  isolate_verifiers: bool = False
+  shuffle: bool = True
+  epochs: int = 1
+  minibatches: int = 1
+  micro_batches: int = 1
+  anchors: Mapping[str, optim.AnchorPart] = dataclasses.field(default_factory=dict)
+  frozen: Mapping[str, ModelPart] = dataclasses.field(default_factory=dict)
+  restart: bool = False
+  share_prompts: bool = False
+  pack: int = 0
+
+  @functools.cached_property
+  def score(self) -> Callable:
+    """(completions, records, lengths) -> `Scores`."""
+    return scoring.make_scorer(
+      self.reward,
+      timeout_s=self.verifier_timeout,
+      workers=self.verifier_workers,
+      isolate=self.isolate_verifiers,
+    )
+
+  @functools.cached_property
+  def layout(self) -> Layout:
+    """What of a batch need not be computed."""
+    shared = self.collect.rows_per_prompt if self.share_prompts else 1
+    return Layout(self.collect.prompt_length, shared, self.pack)
 
   @property
   def rows_per_prompt(self) -> int:
-    """Rows that stay together in every cut of a batch."""
+    """Consecutive rows that stay together in every cut of a batch."""
     return max(self.objective.rows_per_prompt, self.layout.shared, 1)
 
 
-def phase(
-  *,
-  steps: int = 100,
-  source: sources.Part,
-  collect: collect.Part,
-  objective: objectives.Part,
-  optimizer: optim.Part = optim.adamw,
-  credit: credit.Part = credit.nothing,
-  reward: Mapping[str, verifiers.Part] = {},
-  verifier_timeout: float = 5.0,
-  verifier_workers: int = 2,
-  isolate_verifiers: bool = False,
-  shuffle: bool = True,
-  epochs: int = 1,
-  minibatches: int = 1,
-  micro_batches: int = 1,
-  anchors: Mapping[str, optim.AnchorPart] = {},
-  frozen: Mapping[str, ModelPart] = {},
-  restart: bool = False,
-  share_prompts: bool = False,
-  pack: int = 0,
-) -> Phase:
-  """Describes a phase.
+class Evaluation:
+  """What to measure on held-out problems; `every` counts collected batches, 0 is never."""
 
-  Args:
-    steps: batches to collect; each is used for epochs * minibatches updates.
-    reward: verifiers with their weights; their weighted sum is the reward.
-    verifier_timeout: seconds for one verifier on one row, when isolated.
-    isolate_verifiers: run verifiers in `verifier_workers` processes that are killed when they hang.
-    micro_batches: pieces that a minibatch is forwarded in; changes memory, not the result.
-    anchors: parameter sets by name (reference, teacher, ...) and how they follow the policy; each
-      begins as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
-    frozen: models of their own for some of the anchors, such as a larger teacher.
-    restart: re-initialise the policy when the phase begins, after its anchors were copied.
-    share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
-      groups then stay whole in minibatches, which must divide accordingly.
-    pack: forward short rows several to a row; changes speed and memory, not the result. Their number,
-      and how many tokens of one are scored, are rounded up to one of so many values; each pair is
-      compiled when it first comes. 0 forwards rows as they are.
+  every: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Never(Evaluation):
+  """No evaluation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut(Evaluation):
+  """Accuracy on the first `problems` rows of a source, greedy and, if asked for, sampled.
+
+  Attributes:
+    every: collected batches between evaluations; each phase is also measured before and after.
+    source: where the problems come from.
+    reward: verifiers with their weights.
+    problems: how many problems.
+    batch: problems that are decoded at once.
+    prompt_length: tokens that prompts are padded to.
+    max_new_tokens: longest completion.
+    samples: completions of a problem for pass@k and maj@k; 0 measures greedy decoding only.
+    temperature: of the sampled completions.
+    threshold: the least reward that counts as solved.
+    answer: regular expression; maj@k compares the first group of its last match.
   """
-  return Phase(
-    steps=steps,
-    source=source,
-    shuffle=shuffle,
-    collect=collect,
-    score=scoring.make_scorer(
-      reward, timeout_s=verifier_timeout, workers=verifier_workers, isolate=isolate_verifiers
-    ),
-    credit=credit,
-    objective=objective,
-    optimizer=optimizer,
-    epochs=epochs,
-    minibatches=minibatches,
-    micro_batches=micro_batches,
-    anchors=anchors,
-    frozen=frozen,
-    restart=restart,
-    layout=Layout(collect.prompt_length, collect.rows_per_prompt if share_prompts else 1, pack),
-  )
 
-
-class Evaluation(NamedTuple):
-  """What to measure on held-out problems, and how often."""
-
-  every: int
-  source: sources.Source | None = None
-  score: Callable | None = None
-  problems: int = 0
-  batch: int = 0
-  prompt_length: int = 0
-  max_new_tokens: int = 0
+  every: int = 50
+  source: sources.Part
+  reward: Mapping[str, verifiers.Part]
+  problems: int = 200
+  batch: int = 100
+  prompt_length: int = 64
+  max_new_tokens: int = 64
   samples: int = 0
   temperature: float = 1.0
   threshold: float = 1.0
-  answer: str = ''
+  answer: str = '(?s)(.*)'
+
+  @functools.cached_property
+  def score(self) -> Callable:
+    """(completions, records, lengths) -> `Scores`."""
+    return scoring.make_scorer(self.reward)
 
 
-def never() -> Evaluation:
-  """No evaluation."""
-  return Evaluation(every=0)
-
-
-def held_out(
-  *,
-  every: int = 50,
-  source: sources.Part,
-  reward: Mapping[str, verifiers.Part],
-  problems: int = 200,
-  batch: int = 100,
-  prompt_length: int = 64,
-  max_new_tokens: int = 64,
-  samples: int = 0,
-  temperature: float = 1.0,
-  threshold: float = 1.0,
-  answer: str = '(?s)(.*)',
-) -> Evaluation:
-  """Accuracy on the first `problems` rows of a source, greedy and (if asked for) sampled.
-
-  Args:
-    every: collected batches between evaluations; each phase is also measured before and after.
-    batch: problems decoded at once.
-    samples: completions a problem for pass@k and maj@k; 0 measures greedy decoding only.
-    threshold: the least reward that counts as solved.
-    answer: what two completions must share to be one answer of a vote: the last match's first group.
-  """
-  return Evaluation(
-    every=every,
-    source=source,
-    score=scoring.make_scorer(reward),
-    problems=problems,
-    batch=batch,
-    prompt_length=prompt_length,
-    max_new_tokens=max_new_tokens,
-    samples=samples,
-    temperature=temperature,
-    threshold=threshold,
-    answer=answer,
-  )
-
-
-EvaluationPart = Annotated[Evaluation, table('build', never, held_out)]
-PhasePart = Annotated[Phase, table('build', phase)]
+PhasePart = Annotated[Phase, table('build', Phase)]
+EvaluationPart = Annotated[Evaluation, table('build', Never, HeldOut)]
 MeshPart = Annotated[jax.sharding.Mesh, table('sharding', sharding.make_mesh)]
 
 
-class Experiment(NamedTuple):
-  """Everything that a run needs."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """Everything that a run needs.
 
-  seed: int
-  tokenizer: tokenizers.Tokenizer
-  policy: Policy
-  mesh: jax.sharding.Mesh
-  phases: Mapping[str, Phase]
-  order: tuple[str, ...]
-  evaluation: Evaluation
-  checkpoint_every: int
-  keep_checkpoints: int
-  log_every: int
-  show_samples: int
-  samples_every: int
-  tensorboard: bool
-  max_skipped: int
-
-
-def experiment(
-  *,
-  seed: int = 0,
-  tokenizer: tokenizers.Part,
-  model: ModelPart,
-  mesh: MeshPart = sharding.make_mesh,
-  phases: Mapping[str, PhasePart],
-  order: tuple,
-  evaluation: EvaluationPart = never,
-  checkpoint_every: int = 100,
-  keep_checkpoints: int = 2,
-  log_every: int = 1,
-  show_samples: int = 4,
-  samples_every: int = 50,
-  tensorboard: bool = True,
-  max_skipped: int = 5,
-) -> Experiment:
-  """Describes a run.
-
-  Args:
+  Attributes:
+    seed: of parameters, data order and sampling.
+    tokenizer: between texts and token ids.
+    model: the policy.
+    mesh: the devices.
+    phases: stages by name.
     order: the names of `phases`, in the order in which they run.
-    checkpoint_every, log_every, samples_every: in collected batches.
+    evaluation: what is measured on held-out problems.
+    checkpoint_every: collected batches between checkpoints.
+    keep_checkpoints: how many checkpoints are kept.
+    log_every: collected batches between rows of metrics.
     show_samples: rows of the table of sampled completions.
-    max_skipped: stop after so many updates in a row whose loss or gradient was not finite.
+    samples_every: collected batches between these tables.
+    tensorboard: write metrics for TensorBoard as well.
+    max_skipped: consecutive updates with a non-finite loss or gradient after which the run stops.
   """
-  return Experiment(
-    seed=seed,
-    tokenizer=tokenizer,
-    policy=model,
-    mesh=mesh,
-    phases={
-      name: one._replace(
-        optimizer=optim.balanced(one.optimizer, model.labels, rate=model.config.balance_rate)
-      )
-      for name, one in phases.items()
-    },
-    order=tuple(order),
-    evaluation=evaluation,
-    checkpoint_every=checkpoint_every,
-    keep_checkpoints=keep_checkpoints,
-    log_every=log_every,
-    show_samples=show_samples,
-    samples_every=samples_every,
-    tensorboard=tensorboard,
-    max_skipped=max_skipped,
-  )
+
+  seed: int = 0
+  tokenizer: tokenizers.Part
+  model: ModelPart
+  mesh: MeshPart = sharding.make_mesh
+  phases: Mapping[str, PhasePart]
+  order: tuple
+  evaluation: EvaluationPart = Never
+  checkpoint_every: int = 100
+  keep_checkpoints: int = 2
+  log_every: int = 1
+  show_samples: int = 4
+  samples_every: int = 50
+  tensorboard: bool = True
+  max_skipped: int = 5
+
+  @property
+  def policy(self) -> Policy:
+    return self.model
+
+
+TABLE = table('build', Experiment)
 
 
 def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
@@ -246,9 +200,16 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
     ValueError, TypeError: names the field at fault and the valid choices.
     FileNotFoundError: a data, tokenizer or model file is missing.
   """
-  result = bind(config, table('build', experiment))
-  check(result)
-  return result
+  run = bind(config, TABLE)
+  model = run.model
+  balanced = functools.partial(optim.balanced, labels=model.labels, rate=model.config.balance_rate)
+  phases = {
+    name: dataclasses.replace(phase, optimizer=balanced(phase.optimizer))
+    for name, phase in run.phases.items()
+  }
+  run = dataclasses.replace(run, phases=phases)
+  check(run)
+  return run
 
 
 def check(run: Experiment) -> None:
@@ -262,6 +223,7 @@ def check(run: Experiment) -> None:
       f'{run.tokenizer.vocab_size}'
     )
   for name, one in run.phases.items():
+    one.score  # refuses verifiers that cannot run  # noqa: B018
     _check_phase(f'config.phases.{name}', one, run)
   evaluation = run.evaluation
   if evaluation.every:
@@ -281,7 +243,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   if phase.layout.pack < 0 or (phase.layout.pack and phase.layout.shared > 1):
     raise ValueError(
       f'{path}.pack: {phase.layout.pack} must be at least 0, and 0 with share_prompts: a prompt of '
-      'several rows stands in none of them'
+      'several rows is in none of them'
     )
   compared, rows_per_prompt = max(phase.objective.rows_per_prompt, 1), phase.rows_per_prompt
   if collector.rows % compared or (
@@ -303,6 +265,12 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
+  _check_reads(path, phase, run)
+
+
+def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
+  """Refuses a phase in which nobody provides what objective or credit read."""
+  collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
   provided = collector.provides | phase.credit.provides
   anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
@@ -329,9 +297,9 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if collector.filtered and wanted & {'proximal_logp', 'advantages'}:
     raise ValueError(
-      f'{path}.collect: top_k, top_p or a role other than current sample from another distribution '
-      'than the policy, so its log-probs are not those of the samples; set recompute_proximal=True '
-      "to go on with the policy's own"
+      f'{path}.collect: top_k, top_p or another behavior policy than current sample from another '
+      'distribution than the policy, so its log-probs are not those of the samples; set '
+      "recompute_proximal=True to use the policy's own"
     )
 
 
@@ -340,3 +308,30 @@ def _check_length(path: str, length: int, policy: Policy) -> None:
     raise ValueError(
       f'{path}: rows of {length} tokens, but config.model.max_length is {policy.config.max_length}'
     )
+
+
+def check_data(run: Experiment) -> None:
+  """Lays out a few records of every source, evenly spaced, as the run will.
+
+  Raises:
+    ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
+      message names the section of the configuration and the record.
+  """
+  for name, phase in run.phases.items():
+    look = functools.partial(phase.collect.lay_out, tokenizer=run.tokenizer)
+    _look(f'config.phases.{name}', phase.source, len(phase.source), look)
+  evaluation = run.evaluation
+  if evaluation.every:
+    look = functools.partial(
+      batching.prompts, tokenizer=run.tokenizer, length=evaluation.prompt_length
+    )
+    rows = min(evaluation.problems, len(evaluation.source))
+    _look('config.evaluation', evaluation.source, rows, look)
+
+
+def _look(path: str, source: sources.Source, rows: int, look: Callable) -> None:
+  for i in sorted({row * rows // CHECKED for row in range(CHECKED)} if rows else ()):
+    try:
+      look([{**source[i], 'id': i}])
+    except ValueError as error:
+      raise ValueError(f'{path}.source: {error}') from error

@@ -73,7 +73,7 @@ def compose(
     first = dataclasses.replace(run, steps=2 if smoke else warm_start, learning_rate=0.0)
     phases = {'warm_start': first.phase(methods.sft()), **phases}
   return part(
-    build.experiment,
+    build.Experiment,
     seed=seed,
     tokenizer=model.tokenizer,
     model=run.model_for(method),
@@ -143,7 +143,7 @@ class _Run:
     }
     frozen = {'teacher': part(models.pretrained, path=teacher)} if teacher else {}
     return part(
-      build.phase,
+      build.Phase,
       steps=self.total_steps,
       source=self.source(getattr(task, needs)),
       collect=self.collector(method),
@@ -206,10 +206,10 @@ class _Run:
   def evaluation(self) -> ConfigDict:
     task = self.task
     if task.held_out is None or not task.rewards:
-      return part(build.never)
+      return part(build.Never)
     limit = SMOKE['held_out'] if self.smoke else task.held_out_problems
     return part(
-      build.held_out,
+      build.HeldOut,
       every=task.evaluate_every,
       source=self.source(task.held_out),
       reward=dict(task.rewards),

@@ -9,8 +9,9 @@
 | `gemma3` | gemma-3-1b-it, for the same |
 | `hf` | any folder of a supported family, see `polgrad.models.families` |
 
-Each is a function that returns a `Preset`. `path` is a Hugging Face folder, and `lora=8` trains an
-adapter of that rank in place of all parameters. POLGRAD_SMOLLM2 and its like may name the folder instead.
+Each is a function that returns a `Preset`. `path` is a Hugging Face folder, or the variable
+POLGRAD_SMOLLM2 (POLGRAD_QWEN3, ...) names it. `lora=8` trains an adapter of that rank instead of all
+parameters.
 """
 
 import dataclasses

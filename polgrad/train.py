@@ -23,7 +23,7 @@ from absl import app, logging
 from tqdm import tqdm
 
 from polgrad import checkpoint, cli, evaluate, metrics, sharding
-from polgrad.build import Experiment, Phase, build
+from polgrad.build import Experiment, Phase, build, check_data
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
 from polgrad.data import stream
@@ -55,6 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> Tr
   """
   # Build everything, and leave a copy of the configuration with the run.
   experiment = build(config)
+  check_data(experiment)
   os.makedirs(workdir, exist_ok=True)
   chief = jax.process_index() == 0
   if chief:

@@ -105,7 +105,7 @@ CASES = {
     grpo,
     [('order', ('sft', 'dpo'))],
     ValueError,
-    ['config.order', "['rl', 'sft']"],
+    ['config.order', "['train', 'warm_start']"],
   ),
   'prompt and completion longer than the context': (
     grpo,
@@ -231,8 +231,10 @@ def test_wrong_types_are_refused_by_the_config_itself():
   with pytest.raises(TypeError):
     config.phases.train.steps = 0.5
   data = json.loads(config.to_json())
-  data['phases']['rl']['objective']['surrogate']['eps_low'] = 'small'
-  with pytest.raises(TypeError, match=r'config\.phases\.rl\.objective\.surrogate\.eps_low.*float'):
+  data['phases']['train']['objective']['surrogate']['eps_low'] = 'small'
+  with pytest.raises(
+    TypeError, match=r'config\.phases\.train\.objective\.surrogate\.eps_low.*float'
+  ):
     build.build(data)
 
 
@@ -248,15 +250,12 @@ def test_trap_07_filtered_sampling_is_refused_unless_the_trainer_recomputes(chan
   build.build(broken)
 
 
-def test_options_of_an_experiment():
-  assert grpo.get_config('group=4,steps=7').phases.train.collect.samples_per_prompt == 4
-  assert grpo.get_config('steps=7').phases.train.steps == 7
-  with pytest.raises(
-    ValueError, match=r"unknown option 'gruop'; valid: \['group', 'smoke', 'steps'\]"
-  ):
-    grpo.get_config('gruop=4')
-  with pytest.raises(ValueError, match="option group: expected int, got 'four'"):
-    grpo.get_config('group=four')
+def test_options_of_a_named_run():
+  assert quickstart.get_config('seed=4,steps=7').phases.train.steps == 7
+  with pytest.raises(ValueError, match=r"unknown option 'sead'; did you mean 'seed'\? valid: "):
+    quickstart.get_config('sead=4')
+  with pytest.raises(ValueError, match="option seed: expected int, got 'four'"):
+    quickstart.get_config('seed=four')
 
 
 def test_a_new_idea_is_a_pure_function_in_one_slot():

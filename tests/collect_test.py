@@ -16,6 +16,7 @@ from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.rewards.scoring import Scores
 from polgrad.types import Batch, Outputs
+from tests import examples
 from tests.runs import addition, method_of
 
 
@@ -83,7 +84,7 @@ def experiment(anchors=None, **rollouts):
 
 
 def collected(run, **changes):
-  phase = run.phases['train']._replace(**changes)
+  phase = examples.changed(run.phases['train'], **changes)
   with jax.set_mesh(run.mesh):
     state = train.begin(run, 0, None)
     make = phase.collect.make(train.context(run, phase, 0))

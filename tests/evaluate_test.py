@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from polgrad import evaluate
-from polgrad.build import Evaluation
+from polgrad.build import HeldOut
 from polgrad.data import sources, tokenizers
 from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
-from polgrad.rewards import scoring, verifiers
+from polgrad.rewards import verifiers
 from polgrad.types import Batch
 
 NAN = math.nan
@@ -146,10 +146,10 @@ def measure(monkeypatch):
 
     monkeypatch.setattr(evaluate, 'make_sampler', make_sampler)
     problems = [{'prompt': p, 'answer': p} for p in 'abc']
-    plan = Evaluation(
+    plan = HeldOut(
       every=1,
       source=sources.Source(len(problems), problems.__getitem__),
-      score=scoring.make_scorer({'moody': moody}),
+      reward={'moody': moody},
       problems=9,
       batch=2,  # the second batch is one problem and one to fill it up
       prompt_length=2,

@@ -1,12 +1,12 @@
 """Random batches with every field, for tests of objectives."""
 
 import copy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad.objectives import Objective
 from polgrad.registry import call
 from polgrad.types import Batch, Outputs
 
@@ -64,9 +64,9 @@ def outputs(x: dict, stats: dict) -> Outputs:
   )
 
 
-def changed(objective: Objective, **attributes) -> Objective:
-  """A copy of an objective in which attributes or methods are replaced, derived ones included."""
-  other = copy.copy(objective)
+def changed(made: Any, **attributes) -> Any:
+  """A copy of a frozen dataclass in which attributes or methods are replaced, derived ones included."""
+  other = copy.copy(made)
   for name, value in attributes.items():
     object.__setattr__(other, name, value)
   return other

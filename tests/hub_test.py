@@ -10,10 +10,8 @@ import pytest
 import torch
 import transformers
 
-from experiments.policy_gradient import hub_grpo
-from experiments.preference import hub_dpo
-from experiments.supervised import hub_sft
 from polgrad import build, convert, learner, metrics, models, train
+from polgrad.options import from_text
 from polgrad.registry import part
 from polgrad.types import Batch, TrainState
 from tests import hub
@@ -24,8 +22,8 @@ MODELS = pytest.mark.parametrize('model', hub.PUBLISHED)
 @MODELS
 def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(model, tmp_path):
   path = hub.published(model, tmp_path)
-  experiment = build.build(hub_sft.get_config(f'model={model},path={path}'))
-  policy, phase = experiment.policy, experiment.phases['warm_start']
+  experiment = build.build(from_text(f'method=sft,task=chain_sum,model={model},path={path}'))
+  policy, phase = experiment.policy, experiment.phases['train']
   shapes = policy.shapes()
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == hub.SIZES[model]
   rows = jax.ShapeDtypeStruct((32, 106), jnp.int32)
@@ -51,11 +49,12 @@ def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(
   assert report['loss'].dtype == jnp.float32
 
 
-def run(module, model, tmp_path, *options):
-  text = ','.join(['smoke', f'model={model}', f'path={hub.small(model, tmp_path)}', *options])
-  config = module.get_config(text)
+def run(method, model, tmp_path, *options):
+  path = hub.small(model, tmp_path)
+  names = ['smoke', f'method={method}', 'task=chain_sum', f'model={model}', f'path={path}']
+  config = from_text(','.join([*names, *options]))
   with config.unlocked():
-    config.evaluation = part(build.never)
+    config.evaluation = part(build.Never)
   for phase in config.phases.values():  # small vocabularies make long prompts
     phase.collect.update(
       {k: v for k, v in dict(length=150, prompt_length=140).items() if k in phase.collect}
@@ -87,7 +86,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (2, 9))
 
 @pytest.mark.parametrize('model', ['qwen3', 'llama3'])
 def test_training_on_a_mesh_goes_from_a_folder_to_a_folder(model, tmp_path):
-  config, work = run(hub_sft, model, tmp_path)
+  config, work = run('sft', model, tmp_path)
   out = str(tmp_path / 'out')
   convert.export(config, work + '/checkpoints', out, step=-1, adapter=False, reward_model=False)
   began = our_logits(config.model.path, TOKENS)
@@ -101,7 +100,7 @@ def test_training_on_a_mesh_goes_from_a_folder_to_a_folder(model, tmp_path):
 
 
 def test_reinforcement_of_a_model_with_local_layers_samples_what_it_trains(tmp_path):
-  _, work = run(hub_grpo, 'gemma3', tmp_path)
+  _, work = run('grpo', 'gemma3', tmp_path)
   rows = metrics.read(work + '/metrics.jsonl')
   assert all(r['sampler_max_gap'] < 0.1 for r in rows)  # bfloat16
 
@@ -109,7 +108,7 @@ def test_reinforcement_of_a_model_with_local_layers_samples_what_it_trains(tmp_p
 def test_an_adapter_of_preference_learning_is_written_for_peft_or_merged(tmp_path):
   import peft
 
-  config, work = run(hub_dpo, 'qwen3', tmp_path, 'lora=2')
+  config, work = run('dpo', 'qwen3', tmp_path, 'lora=2', 'warm_start=2')
   folder = work + '/checkpoints'
   merged, alone = str(tmp_path / 'merged'), str(tmp_path / 'alone')
   convert.export(config, folder, merged, step=-1, adapter=False, reward_model=False)
@@ -126,11 +125,14 @@ def test_an_adapter_of_preference_learning_is_written_for_peft_or_merged(tmp_pat
 
 
 def test_an_adapter_is_not_asked_of_a_run_without_one(tmp_path):
-  config = hub_sft.get_config(f'smoke,model=qwen3,path={hub.small("qwen3", tmp_path)}')
+  path = hub.small('qwen3', tmp_path)
+  config = from_text(f'smoke,method=sft,task=chain_sum,model=qwen3,path={path}')
   with pytest.raises(ValueError, match=r'--adapter: config\.model is no lora'):
     convert.export(config, '', str(tmp_path / 'x'), step=-1, adapter=True, reward_model=False)
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():
-  with pytest.raises(ValueError, match=r"unknown 'qwen9'; valid: \['gemma3', 'llama3', 'qwen3'"):
-    hub_sft.get_config('model=qwen9')
+  with pytest.raises(
+    ValueError, match=r"unknown 'qwen9'; did you mean 'qwen3'\? valid: \['gemma3'"
+  ):
+    from_text('method=sft,task=chain_sum,model=qwen9')

@@ -23,20 +23,26 @@ from polgrad.losses import (
 from polgrad.reductions import Max, Mean
 from polgrad.registry import UnknownArray, Weighted
 from tests import examples
+from tests.runs import method_of
 
 OBJECTIVES = {
-  'sft': methods.sft().objective,
-  'reinforce': methods.reinforce().objective,
-  'ppo': methods.ppo().objective,
-  'grpo': methods.grpo().objective,
-  'dr_grpo': methods.dr_grpo(length=7).objective,
-  'dapo': methods.dapo().objective,
-  'gspo': methods.gspo().objective,
-  'dpo': methods.dpo(label_smoothing=0.1).objective,
-  'ipo': methods.ipo().objective,
-  'simpo': methods.simpo().objective,
-  'slic': methods.slic().objective,
-  'distillation': methods.on_policy_distillation().objective,
+  'sft': method_of('sft').bound()[1],
+  'reinforce': method_of('reinforce').bound()[1],
+  'ppo': method_of('ppo').bound()[1],
+  'grpo': method_of('grpo').bound()[1],
+  'dr_grpo': methods.dr_grpo(max_new_tokens=7).bound()[1],
+  'dapo': method_of('dapo').bound()[1],
+  'gspo': method_of('gspo').bound()[1],
+  'dpo': objectives.Pairwise(
+    score=implicit_rewards.log_ratio_sum,
+    link=preference_losses.logistic,
+    beta=0.1,
+    label_smoothing=0.1,
+  ),
+  'ipo': method_of('ipo').bound()[1],
+  'simpo': method_of('simpo').bound()[1],
+  'slic': method_of('slic').bound()[1],
+  'distillation': method_of('on_policy_distillation').bound()[1],
   'forward_kl': objectives.Distillation(
     divergence=divergences.forward_kl, aggregation=aggregation.sequence_mean
   ),

@@ -1,5 +1,7 @@
 """What stands in a rollout batch beside fresh samples: the past, baselines, demonstrations, features."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -18,8 +20,8 @@ def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **setti
   run = experiment(**settings)
   phase = run.phases['train']
   objective = examples.changed(phase.objective, requires=phase.objective.requires | set(requires))
-  phase = phase._replace(objective=objective)
-  run = run._replace(phases={'rl': phase}, seed=seed)
+  phase = dataclasses.replace(phase, objective=objective)
+  run = dataclasses.replace(run, phases={'train': phase}, seed=seed)
   found = []
   with jax.set_mesh(run.mesh):
     state = train.begin(run, 0, None)

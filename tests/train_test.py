@@ -1,5 +1,6 @@
 """The loop: resume, phases, anchors, updates that are refused, and what a run leaves behind."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -121,7 +122,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
 
 def test_trap_06_08_on_policy_ratio_is_one(finished):
   """The first update of a rollout sees the sampler's own log-probs."""
-  found = [r for r in rows(finished[0]) if r['phase'] == 'rl' and 'sampler_kl' in r]
+  found = [r for r in rows(finished[0]) if r['phase'] == 'train' and 'sampler_kl' in r]
   assert len(found) == 4
   hot = config()
   hot.phases.train.collect.temperature = 0.7
@@ -133,9 +134,9 @@ def test_trap_06_08_on_policy_ratio_is_one(finished):
 def _first_rows(made):
   """Metrics of one policy-gradient step from fresh weights."""
   made.phases.train.steps = 1
-  made.order = ('rl',)
+  made.order = ('train',)
   del made.phases['warm_start']
-  made.evaluation = part(build.never)
+  made.evaluation = part(build.Never)
   import tempfile
 
   with tempfile.TemporaryDirectory() as workdir:
@@ -202,7 +203,7 @@ def test_packed_rows_train_as_rows_alone(name, tmp_path):
       else:
         phase.collect.max_new_tokens = 24
     with made.unlocked():
-      made.evaluation = part(build.never)
+      made.evaluation = part(build.Never)
     train.run(made, str(tmp_path / str(pack)))
     found.append(rows(tmp_path / str(pack)))
   for row in found[1]:
@@ -258,10 +259,12 @@ class TestBrokenUpdates:
     made = config()
     made.max_skipped = 3
     experiment = build.build(made)
-    spoiled = experiment.phases['train']._replace(credit=real()._replace(apply=poisoned))
-    broken = experiment._replace(phases={**experiment.phases, 'rl': spoiled})
+    spoiled = dataclasses.replace(
+      experiment.phases['train'], credit=real()._replace(apply=poisoned)
+    )
+    broken = dataclasses.replace(experiment, phases={**experiment.phases, 'train': spoiled})
     monkeypatch.setattr(train, 'build', lambda _: broken)
-    with pytest.raises(FloatingPointError, match='rl, step 0: 3 updates in a row'):
+    with pytest.raises(FloatingPointError, match='train, step 0: 3 updates in a row'):
       train.run(made, str(tmp_path))
     checkpoints = checkpoint.manager(str(tmp_path / 'checkpoints'))
     assert checkpoints.latest_step() == 3  # the end of the supervised phase
@@ -319,8 +322,12 @@ def test_phases_hand_over_parameters_and_restart_begins_again(finished):
   second = train.begin(experiment, 1, trained)
   equal(second.params, trained.params)
   equal(second.anchors['reference'], trained.params)
-  restarting = experiment._replace(
-    phases={**experiment.phases, 'rl': experiment.phases['train']._replace(restart=True)}
+  restarting = dataclasses.replace(
+    experiment,
+    phases={
+      **experiment.phases,
+      'train': dataclasses.replace(experiment.phases['train'], restart=True),
+    },
   )
   third = train.begin(restarting, 1, trained)
   equal(third.params, first.params)
@@ -374,7 +381,7 @@ def test_update_does_not_retrace():
     traced.append(True)
     return phase.objective.apply(*arguments, **keywords)
 
-  counting = phase._replace(objective=examples.changed(phase.objective, apply=apply))
+  counting = dataclasses.replace(phase, objective=examples.changed(phase.objective, apply=apply))
   state = train.begin(experiment, 1, None)
   update = train.jit_update(experiment, counting, state)
   collecting = phase.collect.make(train.context(experiment, phase, 1))

@@ -26,7 +26,7 @@ def flat(tree) -> dict:
 
 def without_evaluation(config):
   with config.unlocked():
-    config.evaluation = part(build.never)
+    config.evaluation = part(build.Never)
   return config
 
 
@@ -66,7 +66,7 @@ class TestAdapter:
     folder, state = adapter_run
     assert all('_lora_' in name for name in flat(state.anchors['reference']))
     rows = metrics.read(str(folder / 'metrics.jsonl'))
-    losses = [r['loss'] for r in rows if r['phase'] == 'preference']
+    losses = [r['loss'] for r in rows if r['phase'] == 'train']
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[1] != pytest.approx(math.log(2), abs=1e-6)
 
@@ -82,7 +82,7 @@ def sparse(**mesh):
   config = without_evaluation(sft.get_config('smoke'))
   config.model.update(MOE)
   config.mesh.update(mesh)
-  config.phases.warm_start.collect.rows = 8
+  config.phases.train.collect.rows = 8
   return config
 
 

@@ -63,7 +63,7 @@ def phase_of(kind: str, work: dict) -> dict:
   reference = {'reference': part(optim.fixed)}
   if kind == 'grpo':
     return part(
-      build.phase,
+      build.Phase,
       source=addition(),
       collect=part(
         collect.Rollouts,
@@ -97,7 +97,7 @@ def phase_of(kind: str, work: dict) -> dict:
     objective = part(objectives.Supervised, aggregation=part(aggregation.token_mean))
     rows = part(collect.Demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
   return part(
-    build.phase,
+    build.Phase,
     source=addition(),
     collect=rows,
     objective=objective,
@@ -151,13 +151,13 @@ def run(folder: pathlib.Path, kind: str) -> dict:
   work = json.loads((folder / 'data.json').read_text())
   work |= json.loads((folder / 'workload.json').read_text())
   config = part(
-    build.experiment,
+    build.Experiment,
     tokenizer=part(tokenizers.byte),
     model=part(models.pretrained, path=str(folder / 'model')),
     phases={'main': phase_of(kind, work)},
     order=('main',),
   )
-  experiment = build.build(config)._replace(tokenizer=words(work['vocabulary']))
+  experiment = dataclasses.replace(build.build(config), tokenizer=words(work['vocabulary']))
   draw, annotations = rollouts.make_drawer, base.make_annotations
   rollouts.make_drawer = lambda *x: timed('rollout', draw(*x))
   if kind != 'sft':  # it has no reference

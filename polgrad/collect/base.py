@@ -12,13 +12,14 @@ import numpy as np
 from polgrad import credit as credits
 from polgrad import sharding
 from polgrad.compiling import jit
+from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
 from polgrad.rewards.scoring import Scores
-from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, TrainState
+from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
 
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
 Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # texts, records, lengths
@@ -66,6 +67,14 @@ class Collector(abc.ABC):
 
     `step` is the number of batches that the phase has collected before.
     """
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer) -> Batch | Prompts:
+    """The arrays of these records (each with an `id`) before anything is sampled.
+
+    Raises:
+      ValueError: a record that does not fit the lengths or lacks a field.
+    """
+    return batching.prompts(records, tokenizer, length=self.prompt_length)
 
   @property
   @abc.abstractmethod

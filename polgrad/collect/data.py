@@ -1,6 +1,7 @@
 """Batches of given completions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from polgrad.collect.base import (
@@ -13,6 +14,7 @@ from polgrad.collect.base import (
   make_annotator,
 )
 from polgrad.data import batching
+from polgrad.data.tokenizers import Tokenizer
 from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState
 
@@ -34,8 +36,11 @@ class Demonstrations(Collector):
   def rows_per_prompt(self) -> int:
     return 1
 
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer) -> Batch:
+    return batching.supervised(records, tokenizer, length=self.length)
+
   def make(self, context: Context) -> Collect:
-    lay = lambda records: batching.supervised(records, context.tokenizer, length=self.length)
+    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer)
     annotate = make_annotator(context, self.temperature)
     return _Given(records=self.records, lay=lay, annotate=annotate).collect
 
@@ -64,9 +69,12 @@ class Preferences(Collector):
   def provides(self) -> frozenset[str]:
     return frozenset({'label'})
 
-  def make(self, context: Context) -> Collect:
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer) -> Batch:
     sizes = dict(length=self.length, prompt_length=self.prompt_length)
-    lay = lambda records: batching.pairs(records, context.tokenizer, **sizes)
+    return batching.pairs(records, tokenizer, **sizes)
+
+  def make(self, context: Context) -> Collect:
+    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer)
     annotate = make_annotator(context, self.temperature)
     return _Given(records=self.records, lay=lay, annotate=annotate).collect
 

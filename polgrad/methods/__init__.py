@@ -6,9 +6,9 @@
     loss, metrics = method.loss(logp=..., behavior_logp=..., rewards=..., mask=..., group_ids=...)
 
 Every function returns a `Method`, and its docstring is the record of the paper: source, formula,
-differences, and how sure we are of them. CODE means that the formula was read in released code,
-PAPER in the paper, DERIVED that it follows from one of them, and MEMORY that it was written down
-from memory. `polgrad.compose` joins a method with a task and a model; docs/methods.md lists all of them.
+differences, and how sure we are of the formula. CODE means that it was read in released code, PAPER in
+the paper, DERIVED that it follows from one of them, MEMORY that it was written down from memory.
+`polgrad.compose` joins a method with a task and a model; docs/methods.md lists all of them.
 """
 
 import importlib
@@ -17,23 +17,22 @@ import pkgutil
 from polgrad.methods import distillation, policy_gradient, preference, supervised
 from polgrad.methods.base import Method
 
+_PACKAGES = (policy_gradient, preference, distillation, supervised)
+# Names of the methods by family: the files of its folder.
 FAMILIES = {
-  module.__name__.rpartition('.')[2]: module
-  for module in (policy_gradient, preference, distillation, supervised)
+  package.__name__.rpartition('.')[2]: tuple(
+    sorted(file.name for file in pkgutil.iter_modules(package.__path__))
+  )
+  for package in _PACKAGES
 }
 
 
-def _find() -> dict:
-  """The function of every file; it has the name of the file."""
-  found = {}
-  for family in FAMILIES.values():
-    for file in pkgutil.iter_modules(family.__path__):
-      module = importlib.import_module(f'{family.__name__}.{file.name}')
-      found[file.name] = getattr(module, file.name)
-  return found
+def _function(family: str, name: str):
+  """The function of a file; it has the name of the file."""
+  return getattr(importlib.import_module(f'polgrad.methods.{family}.{name}'), name)
 
 
-TABLE = _find()
+TABLE = {name: _function(family, name) for family, names in FAMILIES.items() for name in names}
 globals().update(TABLE)
 
 __all__ = ['FAMILIES', 'TABLE', 'Method', *TABLE]

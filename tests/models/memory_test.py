@@ -106,7 +106,7 @@ def test_an_update_holds_the_gradient_and_the_inputs_of_the_layers():
   """
   layers = 96
   policy = models.decoder(**SHAPE, num_layers=layers, remat='full')
-  objective, optimizer = methods.sft().objective, optax.sgd(1e-3)
+  objective, optimizer = methods.sft().bound()[1], optax.sgd(1e-3)
   shape = lambda *size, dtype=jnp.int32: jax.ShapeDtypeStruct(size, dtype)
   numbers = ('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped')
   state = TrainState(

@@ -1,7 +1,5 @@
 """Batches on which the loss of an experiment meets its weight, -dloss/dlogp, written in NumPy."""
 
-import pkgutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +10,10 @@ from polgrad.registry import bind
 from polgrad.types import Batch, Outputs
 from tests.runs import method_of
 
-NAMES = sorted(file.name for file in pkgutil.iter_modules(methods.policy_gradient.__path__))
+NAMES = list(methods.FAMILIES['policy_gradient'])
 TOKENS = ('behavior_logp', 'proximal_logp', 'reference_logp', 'teacher_logp', 'advantages',
           'returns', 'old_values')  # fmt: skip
 LIVE = ('logp', 'entropy', 'values')
-
-
 
 
 def objective_of(name: str, **overrides) -> Objective:

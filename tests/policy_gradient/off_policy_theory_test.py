@@ -10,14 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from polgrad import credit, objectives
+from polgrad import build, credit, objectives
 from polgrad.credit import assign
 from polgrad.registry import bind
-from polgrad.rewards.scoring import make_scorer
-from polgrad.rewards.verifiers import TABLE as VERIFIERS
 from polgrad.types import Batch, Outputs
 from tests.policy_gradient import harness
-from tests.runs import method_of
+from tests.runs import Run, method_of
 
 
 def credit_of(name: str, rewards, **features):
@@ -321,8 +319,8 @@ def test_red_weight_adds_up_to_nothing():
 
 @pytest.mark.parametrize('name', ['topr', 'topr_token'])
 def test_topr_rewards_right_answers_with_one_and_all_others_with_minus_one(name):
-  terms = method_of(name).reward
-  score = make_scorer({k: bind(v, VERIFIERS) for k, v in terms.items()})
+  run = build.build(Run(name).get_config('smoke'))
+  score = run.phases['train'].score
   scores = score(['12', '13', '', '1\n'], [{'answer': '12'}] * 4, [2, 2, 1, 2])
   np.testing.assert_array_equal(scores.total, [1, -1, -1, -1])
   got = credit_of(name, scores.total)['advantages'][:, 0]

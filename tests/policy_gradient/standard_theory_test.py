@@ -11,8 +11,8 @@ from polgrad import credit
 from polgrad.losses import advantages, baselines, logit_stats
 from polgrad.registry import bind, part
 from tests.policy_gradient import harness
-from tests.runs import method_of
 from tests.policy_gradient.oracles_standard import INF, ORACLES
+from tests.runs import method_of
 
 RATES = ('reference_logp', 'behavior_logp', 'proximal_logp')
 

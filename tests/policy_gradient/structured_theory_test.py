@@ -16,6 +16,7 @@ from polgrad.types import Batch, Outputs
 from tests import examples
 from tests.policy_gradient import harness, oracles_structured
 from tests.policy_gradient.harness import ppo, ratio_of, sequence_mean, sequence_sum, token_mean
+from tests.runs import method_of
 
 INF = float('inf')
 OLD = np.array([0.5, 0.3, 0.2])

@@ -93,7 +93,9 @@ def rollouts(case: Case, params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def load(name: str, **credit_knobs) -> Estimate:
   method = method_of(name)
-  method.credit.update(credit_knobs)
+  for knob, value in credit_knobs.items():
+    with method.credit.unlocked():
+      method.credit[knob] = value
   return Estimate(*method.bound())
 
 

@@ -1,0 +1,197 @@
+"""Every method: it composes, survives JSON, says its source, gives a loss from arrays, and trains."""
+
+import importlib
+import inspect
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import build, methods, metrics, tasks, train
+from polgrad.arrays import ARRAYS
+from polgrad.compose import BUDGETS
+from polgrad.options import from_text
+from polgrad.registry import UnknownArray, part
+from tests.runs import Run, method_of
+
+rollouts = importlib.import_module('polgrad.collect.rollouts')
+ROOT = pathlib.Path(__file__).parent.parent
+EACH = pytest.mark.parametrize('name', methods.TABLE)
+# Methods that are trained: together they use every slot of phases, collectors and objectives.
+TRAINED = (
+  *('ppo', 'grpo', 'reinforce', 'remax', 'a_star_po', 'tba', 'hpt', 'props', 'remix', 'otr'),
+  *('harpg', 'oblr_po', 'st_ppo', 'm2po', 'epo', 'lp_reg', 'grpo_guard', 'impala', 'decoupled_ppo'),
+  *('dapo', 'f_dpg', 'humanline', 'online_dpo', 'dpo', 'slic', 'on_policy_distillation', 'sft'),
+)
+OFF_POLICY = {
+  *('effective_sample_size', 'ratio_q01', 'ratio_q50', 'ratio_q99', 'sampler_kl'),
+  *('sampler_max_gap', 'staleness'),
+}
+
+
+@EACH
+def test_composes_and_survives_json(name):
+  for text in ('', 'smoke'):
+    config = Run(name).get_config(text)
+    data = json.loads(config.to_json())
+    assert build.build(data).order == config.order
+    assert json.loads(config.to_json()) == data
+
+
+@EACH
+def test_says_its_source_and_how_sure_we_are(name):
+  function = methods.TABLE[name]
+  doc = inspect.getdoc(function)
+  assert re.search(r'arXiv:\d{4}\.\d{4,5}|standard|Williams 1992', doc.splitlines()[0])
+  assert re.search(r'Confidence: .*(CODE|PAPER|DERIVED|MEMORY)', doc)
+  for knob in inspect.signature(function).parameters:
+    assert knob in BUDGETS or re.search(rf'^\s*(\w+, )*{knob}\b.*:', doc, re.MULTILINE), knob
+  lines, _ = inspect.getsourcelines(function)
+  assert len(lines) - len(function.__doc__.splitlines()) <= 50
+
+
+def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random values of everything that the method reads: four groups of two rows of five tokens."""
+  random = np.random.default_rng(seed)
+  shapes = {
+    'B T': (8, 5),
+    'B': (8,),
+    'B n': (8, 3),
+    '... V': (8, 5, 7),
+    '... D': (8, 5, 4),
+    '2': (2,),
+  }
+  found = {name: random.random(shapes[ARRAYS[name].shape]) for name in method.reads}
+  found = {name: -x if name.endswith('logp') else x for name, x in found.items()}
+  if 'rewards' in found:
+    found['rewards'] = np.tile([1.0, 0.0], 4)
+  if 'group_ids' in found:
+    found['group_ids'] = np.repeat(np.arange(4), 2)
+  if 'stream' in found:
+    found['stream'] = np.tile([0, 1], 4)
+  return found
+
+
+@EACH
+def test_gives_a_loss_and_its_gradient_from_arrays(name):
+  method = method_of(name)
+  arrays = arrays_of(method)
+  live = {k: arrays.pop(k) for k in ('logp', 'entropy', 'values', 'logits') if k in arrays}
+  mask = np.ones((8, 5), bool)
+
+  def loss(live):
+    return method.loss(mask=mask, **live, **arrays)[0]
+
+  value, gradient = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, live))
+  assert np.isfinite(value)
+  assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+
+
+def test_the_loss_of_a_method_is_that_of_its_credit_and_objective():
+  """DAPO by hand: three rows, of which the first group has the rewards 1 and 0."""
+  logp = np.log([[0.5, 0.2], [0.5, 0.4], [0.3, 0.3], [0.2, 0.1]])
+  old = np.log([[0.4, 0.2], [0.5, 0.5], [0.3, 0.3], [0.2, 0.1]])
+  mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1]], bool)
+  rewards, groups = np.array([1.0, 0, 2, 2]), np.array([0, 0, 1, 1])
+  std = np.sqrt(0.5)  # of 1 and 0, unbiased
+  advantages = np.array([0.5, -0.5, 0, 0]) / (std + 1e-6)
+  ratio = np.exp(logp - old)
+  clipped = np.clip(ratio, 0.8, 1.28)
+  token = -np.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+  expected = (token * mask).sum() / mask.sum()
+  arrays = dict(logp=logp, behavior_logp=old, rewards=rewards, mask=mask, group_ids=groups)
+  loss, found = methods.dapo(max_new_tokens=2).loss(**arrays)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert 'sampler_kl' in found
+
+
+def test_missing_and_misspelt_arrays_are_named():
+  method = methods.grpo()
+  with pytest.raises(UnknownArray, match=r"'rewards'.*this method reads"):
+    method.loss(mask=np.ones((2, 3), bool), logp=np.zeros((2, 3)))
+  with pytest.raises(UnknownArray, match="does not read 'reward'; did you mean 'rewards'"):
+    method.loss(mask=np.ones((2, 3), bool), logp=np.zeros((2, 3)), reward=np.zeros(2))
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('task=addition,model=tiny', ['method=... is missing', 'dapo']),
+    ('method=dapoo,task=addition,model=tiny', ["unknown 'dapoo'; did you mean 'dapo'"]),
+    ('method=dapo,task=chain_sums,model=tiny', ["unknown 'chain_sums'; did you mean 'chain_sum'"]),
+    ('method=dapo,task=addition,model=tinny', ["unknown 'tinny'; did you mean 'tiny'"]),
+    ('method=dapo,task=addition,model=tiny,step=3', ["unknown option 'step'", "'steps'"]),
+    ('method=dapo,task=addition,model=tiny,steps=x', ["option steps: expected int, got 'x'"]),
+    ('method=dpo,task=countdown,model=tiny', ['needs pairs', 'addition, chain_sum, and jsonl']),
+    ('method=on_policy_distillation,task=addition,model=tiny,warm_start=0', ['teacher=FOLDER']),
+    ('method=sft,task=chain_sum,model=hf', ['model=hf needs path=FOLDER']),
+  ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(text, words):
+  with pytest.raises(ValueError) as error:
+    from_text(text)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_options_belong_to_the_method_the_task_or_the_run():
+  config = from_text(
+    'method=dapo,task=countdown,model=tiny,max_numbers=4,eps_high=0.3,rows=16,steps=7'
+  )
+  phase = config.phases.train
+  assert phase.steps == 7 and phase.collect.prompts == 2
+  assert phase.objective.surrogate.eps_high == 0.3
+  assert phase.source.options.max_numbers == 4
+  knobs = {n: set(inspect.signature(f).parameters) - set(BUDGETS) for n, f in methods.TABLE.items()}
+  own = {f.name for f in tasks.Task.__dataclass_fields__.values()}
+  own |= {p for f in tasks.TABLE.values() for p in inspect.signature(f).parameters}
+  assert not {n: k & own for n, k in knobs.items() if k & own}
+
+
+@pytest.fixture(scope='module')
+def made():
+  """Samplers by model and settings, parameters by model: making them takes longer than smoke steps."""
+  return {}
+
+
+@pytest.fixture
+def shared(made, monkeypatch):
+  make_drawer, init_params = rollouts.make_drawer, train.init_params
+
+  def drawer(context, settings):
+    key = context.policy.config, tuple(context.frozen), repr(sorted(settings.items(), key=str))
+    if key not in made:
+      made[key] = make_drawer(context, settings)
+    return made[key]
+
+  def params(policy, mesh, seed):
+    key = policy.config, mesh, seed
+    if key not in made:
+      made[key] = init_params(policy, mesh, seed)
+    return jax.tree.map(jnp.copy, made[key])  # an update gives its arguments away
+
+  monkeypatch.setattr(rollouts, 'make_drawer', drawer)
+  monkeypatch.setattr(train, 'init_params', params)
+
+
+@pytest.mark.parametrize('name', TRAINED)
+def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler, shared):
+  monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)  # drawing takes as long as a step
+  config = Run(name).get_config('smoke')
+  with config.unlocked():
+    config.evaluation = part(build.Never)
+    config.phases = {'train': config.phases.train}
+    config.order = ('train',)
+  state = train.run(config, str(tmp_path))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
+  rows = metrics.read(str(tmp_path / 'metrics.jsonl'))
+  assert [r['skipped'] for r in rows] == [0.0] * 2
+  for row in rows:
+    assert np.isfinite(row['loss'])
+    if 'reward' in row:
+      assert {key.split('/')[-1] for key in row} >= OFF_POLICY
+      assert 0 <= row.get('effective_sample_size', 1) <= 1 + 1e-6  # 0 if all pairs were ties
