@@ -15,7 +15,8 @@ from typing import Annotated
 import jax
 import ml_collections
 
-from polgrad import collect, credit, objectives, optim, sharding
+from polgrad import collect, objectives, optim, sharding
+from polgrad import credit as credits
 from polgrad.data import batching, sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.policy import Policy
@@ -60,7 +61,7 @@ class Phase:
   collect: collect.Part
   objective: objectives.Part
   optimizer: optim.Part = optim.adamw
-  credit: credit.Part = credit.nothing
+  credit: credits.Part = credits.nothing
   reward: Mapping[str, verifiers.Part] = dataclasses.field(default_factory=dict)
   verifier_timeout: float = 5.0
   verifier_workers: int = 2
