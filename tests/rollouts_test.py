@@ -133,9 +133,7 @@ class TestBaseline:
     anchors = {'reference': part(optim.fixed)}
     kept = run_steps(2, change=louder, anchors=anchors, **settings)[1][-1][1].batch
     moved = run_steps(2, anchors=anchors, **settings)[1][-1][1].batch
-    np.testing.assert_array_equal(
-      kept.features['baseline_rewards'], moved.features['baseline_rewards']
-    )
+    np.testing.assert_array_equal(kept['baseline_rewards'], moved['baseline_rewards'])
     assert not np.array_equal(kept.tokens, moved.tokens)
 
   def test_a_prompt_whose_baseline_failed_leaves_the_loss(self):

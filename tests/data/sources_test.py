@@ -109,14 +109,19 @@ def test_as_chat_turns_the_prompt_into_messages_and_keeps_the_rest(system):
   assert record == {'messages': turns if system else turns[1:], **pair}
 
 
-def test_as_chat_names_a_record_that_is_a_chat_already(tmp_path):
+def test_as_chat_puts_the_system_turn_before_prompts_and_before_chats_without_one(tmp_path):
   source = read(
-    tmp_path / 'rows', '{"prompt": "a"}', '{"messages": [{"role": "user", "content": "b"}]}'
+    tmp_path / 'rows',
+    '{"prompt": "a"}',
+    '{"messages": [{"role": "user", "content": "b"}]}',
+    '{"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "c"}]}',
   )
   chat = sources.as_chat(source=source)
   assert chat[0] == {'messages': [{'role': 'user', 'content': 'a'}]}
-  with pytest.raises(ValueError, match=r"row 1 has messages already: .*'content': 'b'"):
-    chat[1]
+  assert chat[1]['messages'] == source[1]['messages']
+  chat = sources.as_chat(source=source, system='short')
+  turns = [[turn['content'] for turn in record['messages']] for record in chat]
+  assert turns == [['short', 'a'], ['short', 'b'], ['own', 'c']]
 
 
 def test_as_chat_composes_in_a_configuration():
@@ -227,6 +232,19 @@ def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     sources.reasoning_gym(task='countdown', size=1, seed=0)
 
 
+def test_fractions_of_one_source_share_no_row_and_miss_none():
+  whole = sources.arithmetic(digits=1)
+  held, train = (sources.fraction(source=whole, start=a, end=b) for a, b in [(0, 0.1), (0.1, 1)])
+  assert (len(held), len(train)) == (9, 81)
+  rows = [record['prompt'] for part in (held, train) for record in part]
+  assert sorted(rows) == sorted(record['prompt'] for record in whole)
+  assert [r['prompt'] for r in held] != [whole[i]['prompt'] for i in range(9)]  # shuffled
+  with pytest.raises(ValueError, match='start 0.5 and end 0.5'):
+    sources.fraction(source=whole, start=0.5, end=0.5)
+  with pytest.raises(ValueError, match='no row of 90 lies between 0.0 and 0.001'):
+    sources.fraction(source=whole, start=0.0, end=0.001)
+
+
 @pytest.mark.parametrize(
   'make', [sources.jsonl, lambda path: sources.tfds_records(path=path, split='a')]
 )
@@ -241,6 +259,7 @@ def test_table_entries_bind(tmp_path, sums):
     'arithmetic': {'digits': 1},
     'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
     'as_chat': {'source': part(sources.arithmetic, digits=1)},
+    'fraction': {'source': part(sources.arithmetic, digits=1)},
     'jsonl': {'path': str(tmp_path / 'rows')},
     'tfds_records': {'path': sums, 'split': 'train', 'prompt_field': 'question'},
     'reasoning_gym': {

@@ -145,7 +145,7 @@ def test_policy_and_value_come_to_rest_together_whoever_sampled(name, overrides,
 def test_a_star_po_rests_at_the_best_policy_once_its_value_is_exact(x64):
   """Rewards of the reference in exactly its frequencies, and one temperature for both stages."""
   baseline = np.repeat(VALUED['rewards'], [3, 3, 4])
-  batch, arms = bandit(**VALUED, features={'baseline_rewards': jnp.tile(baseline, (10, 1))})
+  batch, arms = bandit(**VALUED, baseline_rewards=jnp.tile(baseline, (10, 1)))
   objective = harness.objective_of('a_star_po', beta=0.5, scale=0.5)
   gradient = jax.grad(lambda params: loss_of(objective, batch, arms, params))
   at_rest = gradient({'logits': jnp.log(jnp.asarray(BEST / BEST.sum()))})['logits']

@@ -167,11 +167,12 @@ def schedule(name, penalty):
 
 def test_mdpo_weighs_the_kl_by_one_over_a_step_that_shrinks_with_every_rollout():
   phase, weigh = method_of('mdpo'), schedule('mdpo', 'kl')
-  assert phase.anchors.teacher.every == phase.epochs
-  rollout = np.array([1, 1, 2, 76, phase.steps, phase.steps])
+  assert phase.anchors['teacher'].every == phase.epochs
+  steps = 150  # of the run, see `method_of`
+  rollout = np.array([1, 1, 2, 76, steps, steps])
   updates = (rollout - 1) * phase.epochs + np.array([0, phase.epochs - 1, 0, 1, 0, 9])
   found = weigh(jnp.asarray(updates))
-  np.testing.assert_allclose(found, 1 / (1 - (rollout - 1) / phase.steps), rtol=1e-6)
+  np.testing.assert_allclose(found, 1 / (1 - (rollout - 1) / steps), rtol=1e-6)
 
 
 def test_epo_weighs_its_band_as_published():
