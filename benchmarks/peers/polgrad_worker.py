@@ -7,6 +7,7 @@ The step is the trainer's own: collector, jitted update with donated state. Prom
 """
 
 import collections
+import dataclasses
 import importlib.metadata
 import json
 import pathlib

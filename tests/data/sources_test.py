@@ -239,9 +239,9 @@ def test_fractions_of_one_source_share_no_row_and_miss_none():
   rows = [record['prompt'] for part in (held, train) for record in part]
   assert sorted(rows) == sorted(record['prompt'] for record in whole)
   assert [r['prompt'] for r in held] != [whole[i]['prompt'] for i in range(9)]  # shuffled
-  with pytest.raises(ValueError, match='start 0.5 and end 0.5'):
+  with pytest.raises(ValueError, match=r'start 0\.5 and end 0\.5'):
     sources.fraction(source=whole, start=0.5, end=0.5)
-  with pytest.raises(ValueError, match='no row of 90 lies between 0.0 and 0.001'):
+  with pytest.raises(ValueError, match=r'no row of 90 lies between 0\.0 and 0\.001'):
     sources.fraction(source=whole, start=0.0, end=0.001)
 
 

@@ -7,11 +7,16 @@ from polgrad.registry import part
 
 
 def on_policy_distillation() -> Method:
-  """On-policy distillation (arXiv:2306.13649, GKD with lambda = 1): reverse KL on the student's samples.
+  """On-policy distillation (arXiv:2306.13649, GKD with lambda = 1): reverse KL on samples.
 
-  loss = token mean of KL(student || teacher) over the whole vocabulary; the samples carry no
-  gradient. The teacher is the model after a supervised phase, the student starts again from its first
-  weights. Confidence: CODE, formula as in TRL (code).
+      loss = token mean of KL(student || teacher)
+
+  The KL is exact: it sums over the vocabulary at each token. No gradient flows through the
+  sampling. The teacher is the anchor `teacher`. If the run names no model for it, the teacher is a
+  copy of the policy when the phase begins, after which the policy is initialised again and becomes
+  the student.
+
+  Confidence: CODE (formula as in TRL).
   """
   return Method(
     collect=partial(collect.Rollouts, samples_per_prompt=1),

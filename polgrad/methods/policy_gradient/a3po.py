@@ -6,13 +6,23 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def a3po() -> Method:
+def a3po(*, eps: float = 0.2, cap: float = 5.0) -> Method:
   """A-3PO (arXiv:2512.06547): decoupled PPO whose proximal policy is interpolated, not computed.
 
-  log pi_prox = sg(alpha log pi_behavior + (1 - alpha) log pi), alpha = 1 / max(staleness, 1); loss
-  as in `decoupled_ppo.py` with r = pi / pi_prox and rho = pi_prox / pi_behavior. The product is pi /
-  pi_behavior for every alpha; the older a row, the later it is clipped. No forward pass is spent on
-  pi_prox. Cap 5 on rho as in AReaL.
+      log pi_prox = sg(alpha log pi_behavior + (1 - alpha) log pi),   alpha = 1 / max(staleness, 1)
+      loss = -token mean of sg(min(rho, cap)) min(r A, clip(r, 1 - eps, 1 + eps) A)
+
+  r = pi / pi_prox, rho = pi_prox / pi_behavior, and A is the group-normalised reward. pi_behavior
+  is the policy that sampled, and the staleness is the number of updates since then. r rho is
+  pi / pi_behavior for every alpha. The older a row, the closer its r is to 1, and the later it is
+  clipped. pi_prox needs no forward pass.
+
+  Differences: Rollouts are four batches old (lag=4). The cap on rho is that of AReaL.
+
+  Args:
+    eps: distance of the clipping bounds from 1.
+    cap: largest importance weight.
+
   Confidence: CODE (formula), MEMORY (cap).
   """
   return Method(
@@ -20,10 +30,10 @@ def a3po() -> Method:
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,
-      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+      surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
       aggregation=part(aggregation.token_mean),
       proximal=part(ratios.interpolated),
-      weights={'behavior': part(weights.truncated_importance, cap=5.0)},
+      weights={'behavior': part(weights.truncated_importance, cap=cap)},
     ),
     minibatches=4,
   )

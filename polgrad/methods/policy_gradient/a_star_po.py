@@ -7,13 +7,26 @@ from polgrad.registry import part
 from polgrad.sampling import behavior_policies
 
 
-def a_star_po() -> Method:
-  """A*-PO (arXiv:2505.20686): one answer a prompt, against the value of the best policy.
+def a_star_po(
+  *, beta: float = 1e-3, baseline_temperature: float = 0.5, baseline_samples: int = 8
+) -> Method:
+  """A*-PO (arXiv:2505.20686): one answer per prompt, against the value of the best policy.
 
-  V* = 0.5 log mean exp(R' / 0.5) over eight answers of the reference; loss = mean over rows of (beta
-  log(pi / reference) - (R - V*))^2, beta = 0.001. The paper samples the reference once before
-  training; here it is sampled with every batch. Few samples make V* too low, and prompts that the
-  reference never solves have V* = 0.
+      loss = mean over rows of (beta log(pi / reference) - (R - V*))^2
+      V* = baseline_temperature log(mean of exp(R' / baseline_temperature))
+
+  R' are the rewards of `baseline_samples` answers of the reference to the same prompt. With few of
+  them V* is too low on average, and a prompt that the reference never solves has V* = 0 if rewards
+  are 0 or 1.
+
+  Differences: The paper samples the reference once, before training. Here it is sampled with every
+  batch.
+
+  Args:
+    beta: coefficient of the KL to the reference, in units of the reward.
+    baseline_temperature: temperature of V*, in units of the reward.
+    baseline_samples: answers of the reference per prompt.
+
   Confidence: CODE.
   """
   return Method(
@@ -21,14 +34,14 @@ def a_star_po() -> Method:
       collect.Rollouts,
       samples_per_prompt=1,
       baseline_policy=part(behavior_policies.reference),
-      baseline_samples=8,
+      baseline_samples=baseline_samples,
     ),
     objective=part(
       objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),
-      center=part(log_partition.soft_baseline, baseline_temperature=0.5),
-      beta=1e-3,
-      scale=2 * 1e-3**2,  # residuals are in units of beta
+      center=part(log_partition.soft_baseline, baseline_temperature=baseline_temperature),
+      beta=beta,
+      scale=2 * beta**2,  # the objective measures residuals in units of beta
     ),
     anchors={'reference': part(optim.fixed)},
     minibatches=2,

@@ -6,23 +6,34 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def bapo() -> Method:
-  """BAPO (arXiv:2510.18927): clip bounds that give good tokens their share of the loss.
+def bapo(*, fraction: float = 0.4, low: float = 0.6, high: float = 1.2) -> Method:
+  """BAPO (arXiv:2510.18927): clipping bounds that give good tokens a fixed fraction of the loss.
 
-  loss = token mean of -min(r A, clip(r, low, high) A). From (0.6, 1.2) the upper bound is raised by
-  0.05 up to 3, then the lower by 0.02 up to 0.9, until tokens with A > 0 have 0.4 of sum |min(r A,
-  clip(r) A)|. Each update begins again at (0.6, 1.2), as in the paper. Bounds that are carried on
-  instead are a selection of your own that reads them from metric_history.latest(metrics=('bounds/0',
-  'bounds/1'), ...). Rows are 4 rollouts old, and r is against the policy that sampled.
+      loss = -token mean of min(r A, clip(r, low, high) A)
+
+  r = pi / pi_old, with pi_old the policy that sampled, and A is the group-normalised reward. In
+  each update the bounds start at `low` and `high`. Then `high` is raised in steps of 0.05 up to 3,
+  and after it `low` in steps of 0.02 up to 0.9, until tokens with A > 0 have `fraction` of the sum
+  over tokens of |min(r A, clip(r, low, high) A)|. Bounds that continue from the last update, which
+  are not the paper's, need another selection: one that reads
+  metric_history.latest(metrics=('bounds/0', 'bounds/1'), ...).
+
+  Differences: Rollouts are four batches old (lag=4). The fraction is computed from sums of absolute
+  values over the batch, in the place of the paper's expectations.
+
+  Args:
+    fraction: fraction of the loss that tokens with A > 0 should have.
+    low: first lower bound of the ratio, at most 0.9.
+    high: first upper bound of the ratio, at most 3.
 
   Confidence: PAPER (algorithm, constants); sums of absolute values for its expectations are ours.
   """
   bounds = part(
     selections.balanced_bounds,
-    share=0.4,
-    low=0.6,
+    share=fraction,
+    low=low,
     low_limit=0.9,
-    high=1.2,
+    high=high,
     high_limit=3.0,
     step_high=0.05,
     step_low=0.02,

@@ -6,18 +6,34 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def capo() -> Method:
-  """CAPO (arXiv:2510.00819): tokens whose own step would jump or leave the policy are left out.
+def capo(
+  *, step_size: float = 1.5e-5, limit_objective: float = 0.01, limit_divergence: float = 1e-4
+) -> Method:
+  """CAPO (arXiv:2510.00819): tokens whose own step would change too much are left out.
 
-  loss = mean over sequences of the mean of -r A over kept tokens. A token is kept if its own step in
-  the last layer changes the objective by less than 0.01 and the policy by less than 1e-4 nats, to
-  second order with eta = 1.5e-5. Dropped tokens also leave the denominator, as in the authors' code.
-  Ours: the step of gradient descent for Adam's, and the whole vocabulary for the top k.
+      loss = -mean over sequences of the mean of r A over kept tokens
+
+  r = pi / pi_old, and A is the group-normalised reward. The rule looks at the step of size
+  `step_size` that a token alone would make in the last layer. A token is kept if this step changes
+  the objective by less than `limit_objective` and the policy by a KL of less than
+  `limit_divergence`, both to second order. As in the authors' code, dropped tokens also leave the
+  denominator.
+
+  Differences: The step is that of gradient descent instead of Adam, and the whole vocabulary is
+  used instead of the top k tokens.
+
+  Args:
+    step_size: learning rate of the step that is modelled; it does not set that of the run.
+    limit_objective: largest change of the objective, in units of the advantage.
+    limit_divergence: largest KL of the step, in nats.
 
   Confidence: CODE (rule, constants), DERIVED (curvature).
   """
   kept = part(
-    selections.curvature, learning_rate=1.5e-5, limit_objective=0.01, limit_divergence=1e-4
+    selections.curvature,
+    learning_rate=step_size,
+    limit_objective=limit_objective,
+    limit_divergence=limit_divergence,
   )
   statistics = (logit_stats.score_norm, logit_stats.score_fisher, logit_stats.hidden_norm)
   return Method(

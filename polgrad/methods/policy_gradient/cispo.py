@@ -4,18 +4,25 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def cispo() -> Method:
+def cispo(*, cap: float = 5.0) -> Method:
   """CISPO (arXiv:2506.13585): the importance weight is truncated and detached; no token is dropped.
 
-  loss = -token mean of sg(min(r, 5)) A log pi. The cap is the ratio itself, that of ScaleRL
-  (arXiv:2510.13786); the paper does not state its own. There is no lower bound and no KL.
+      loss = -token mean of sg(min(r, cap)) A log pi
+
+  r = pi / pi_old, and A is the group-normalised reward. There is no lower bound and no KL.
+
+  Differences: The paper does not state its cap. The default is that of ScaleRL (arXiv:2510.13786).
+
+  Args:
+    cap: largest ratio itself, not its distance from 1.
+
   Confidence: CODE.
   """
   return Method(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,
-      surrogate=part(surrogates.truncated, cap=5.0, floor=0.0),
+      surrogate=part(surrogates.truncated, cap=cap, floor=0.0),
       aggregation=part(aggregation.token_mean),
     ),
     minibatches=4,

@@ -4,18 +4,30 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def clip_cov() -> Method:
+def clip_cov(
+  *, fraction: float = 0.002, low: float = 1.0, high: float = 5.0, eps: float = 1.0
+) -> Method:
   """Clip-Cov (arXiv:2505.22617): some of the tokens that sharpen the policy most are dropped.
 
-  loss = token mean of -min(r A, clip(r, 0, 2) A), but 0 for selected tokens: those with 1 < (A -
-  mean A) (log pi - mean log pi) < 5 that are not clipped already, of which a share of the
-  minibatch's tokens (at least one) is drawn at random. To first order this covariance is what lowers
-  the entropy. Ours: a share of 0.002 for 0.0002, since minibatches are small.
+      loss = -token mean of min(r A, clip(r, 1 - eps, 1 + eps) A), but 0 for selected tokens
+      c = (A - mean A) (log pi - mean log pi)
+
+  r = pi / pi_old, and A is the group-normalised reward. Tokens with low < c < high that are not
+  clipped are candidates. As many of them as `fraction` of the minibatch's tokens, but at least one,
+  are selected at random. To first order, the covariance c is what lowers the entropy.
+
+  Differences: The fraction is 0.002 instead of 0.0002, because minibatches are small.
+
+  Args:
+    fraction: selected tokens, as a fraction of the tokens of a minibatch.
+    low: lower bound of c for candidates.
+    high: upper bound of c for candidates.
+    eps: distance of the clipping bounds from 1.
 
   Confidence: CODE.
   """
-  bounds = {'eps_low': 1.0, 'eps_high': 1.0}
-  selected = part(selections.random_covariance, share=0.002, low=1.0, high=5.0, **bounds)
+  bounds = {'eps_low': eps, 'eps_high': eps}
+  selected = part(selections.random_covariance, share=fraction, low=low, high=high, **bounds)
   return Method(
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(

@@ -6,13 +6,21 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def copg() -> Method:
-  """CoPG (arXiv:2406.19185): pairs of answers, each the other's baseline, on data of any policy.
+def copg(*, beta: float = 0.06) -> Method:
+  """CoPG (arXiv:2406.19185): the answers of a pair are each other's baseline, on any data.
 
-  loss = -mean over pairs of (R - R') (D - D') - beta / 2 (D - D')^2, D = log(pi(y) / reference(y)):
-  up to a constant beta / 2 times the squared difference of R / beta - D, and so it is written here.
-  At rest pi = reference exp(R / beta) / Z. beta = 0.06, the paper's best. Ours: the pairs are
-  sampled, four batches ago.
+      loss = -mean over pairs of (R - R') (D - D') - (beta / 2) (D - D')^2
+
+  D = log(pi(y) / reference(y)). Up to a constant this is beta / 2 times the square of the
+  difference of R / beta - D within the pair, and the method is composed in this form. At the
+  optimum pi = reference exp(R / beta) / Z, whichever policy sampled.
+
+  Differences: Pairs are sampled from the policy, four batches ago (lag=4), instead of read from a
+  fixed set. The default of beta is the paper's best value.
+
+  Args:
+    beta: coefficient of the KL to the reference, in units of the reward.
+
   Confidence: PAPER.
   """
   return Method(
@@ -21,8 +29,8 @@ def copg() -> Method:
       objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),
       center=part(log_partition.leave_one_out),
-      beta=0.06,
-      scale=0.06,
+      beta=beta,
+      scale=beta,
       rows_per_prompt=2,
     ),
     anchors={'reference': part(optim.fixed)},

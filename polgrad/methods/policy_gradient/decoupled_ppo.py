@@ -6,14 +6,22 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def decoupled_ppo() -> Method:
-  """Decoupled PPO (arXiv:2505.24298; idea: 2110.00641): the trust region leaves the stale sampler.
+def decoupled_ppo(*, eps: float = 0.2, cap: float = 5.0) -> Method:
+  """Decoupled PPO (arXiv:2505.24298; idea: 2110.00641): trust region around a recent policy.
 
-  loss = -token mean of sg(min(rho, 5)) min(r A, clip(r, 0.8, 1.2) A), r = pi / pi_prox and rho =
-  pi_prox / pi_behavior, pi_prox the trainer's policy when the batch arrives: old data are
-  reweighted, and only steps away from the recent policy are clipped. Advantages are
-  group-normalised. The formula has no cap; AReaL has one, above which its code drops tokens and ours
-  truncates.
+      loss = -token mean of sg(min(rho, cap)) min(r A, clip(r, 1 - eps, 1 + eps) A)
+
+  r = pi / pi_prox, rho = pi_prox / pi_behavior, and A is the group-normalised reward. pi_behavior
+  is the policy that sampled, and pi_prox the policy when training on the rollout begins. So old
+  data are reweighted, and only steps away from the recent policy are clipped.
+
+  Differences: Rollouts are four batches old (lag=4). The formula of the paper has no cap. AReaL's
+  code has one and drops the tokens above it; here their weight is truncated.
+
+  Args:
+    eps: distance of the clipping bounds from 1.
+    cap: largest importance weight.
+
   Confidence: CODE (formula), MEMORY (cap).
   """
   return Method(
@@ -21,9 +29,9 @@ def decoupled_ppo() -> Method:
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,
-      surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+      surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
       aggregation=part(aggregation.token_mean),
-      weights={'behavior': part(weights.truncated_importance, cap=5.0)},
+      weights={'behavior': part(weights.truncated_importance, cap=cap)},
     ),
     minibatches=4,
   )

@@ -4,18 +4,30 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def demo_regularized() -> Method:
-  """Demonstration-regularised RL (arXiv:2310.17303): reinforce with a KL to the imitator.
+def demo_regularized(*, kl_coefficient: float = 0.1) -> Method:
+  """Demonstration-regularised RL (arXiv:2310.17303): REINFORCE with a KL to a policy that imitates.
 
-  R_i = r_i - 0.1 sum_t k1_t to the policy that the demonstrations taught; A_i = R_i - mean of the
-  other rows of the group; loss = mean over sequences of -A log pi(y). The optimum is worth at least
-  V(expert) - 0.1 KL(expert || imitator), and better the better the imitator is. Ours: KL of sampled
-  rows in the reward, where it has the right gradient; the imitator is the warm start.
+      R_i = r_i - kl_coefficient sum_t k1_t
+      A_i = R_i - mean of the other rows of the group
+      loss = -mean over sequences of A_i log pi(y_i)
+
+  k1 = log pi_old - log imitator. The imitator is the anchor `reference`, a copy of the policy when
+  this phase begins, so the policy must have learned the demonstrations before. The value of the
+  optimum is at least V(expert) - kl_coefficient KL(expert || imitator), so a better imitator gives
+  a better bound.
+
+  Differences: The KL is estimated on sampled rows and is part of the reward, where k1 has the right
+  gradient.
+
+  Args:
+    kl_coefficient: of the KL penalty in the reward.
 
   Confidence: PAPER (method), DERIVED (bound).
   """
   return Method(
-    credit=part(credit.outcome, advantage=part(advantages.leave_one_out), kl_coefficient=0.1),
+    credit=part(
+      credit.outcome, advantage=part(advantages.leave_one_out), kl_coefficient=kl_coefficient
+    ),
     objective=part(
       objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),

@@ -6,12 +6,20 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def dro() -> Method:
-  """DRO per token (arXiv:2405.19107): REINFORCE with a squared log-ratio to the old policy, as in verl.
+def dro(*, beta: float = 0.1) -> Method:
+  """DRO per token (arXiv:2405.19107): REINFORCE with a squared log-ratio to the old policy.
 
-  loss = token mean of -A log pi + beta / 2 (log pi - log pi_old)^2, A = R - group mean, beta = 0.1.
-  The paper regresses whole answers on a learned value (`dro_v`) and has no such form. Ours: rollouts
-  are four batches old, and pi_old is the policy that sampled.
+      loss = token mean of -A log pi + (beta / 2) (log pi - log pi_old)^2
+
+  The form is that of verl. A is the reward minus the group mean, and pi_old the policy that
+  sampled.
+
+  Differences: The paper has no form per token: it regresses whole answers on a learned value
+  (`dro_v`). Rollouts are four batches old (lag=4).
+
+  Args:
+    beta: coefficient of the squared log-ratio.
+
   Confidence: CODE (formula), MEMORY (beta).
   """
   return Method(
@@ -21,7 +29,7 @@ def dro() -> Method:
       objectives.PolicyGradient,
       surrogate=part(surrogates.reinforce),
       aggregation=part(aggregation.token_mean),
-      penalties={'mirror': weighted(0.1, part(penalties.squared_log_ratio))},
+      penalties={'mirror': weighted(beta, part(penalties.squared_log_ratio))},
     ),
     minibatches=4,
   )

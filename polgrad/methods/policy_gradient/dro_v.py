@@ -6,14 +6,21 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def dro_v() -> Method:
+def dro_v(*, beta: float = 0.2) -> Method:
   """DRO-V (arXiv:2405.19107): a regression on single answers with a learned log Z.
 
-  loss = mean over rows of (R - V - beta log(pi / reference))^2 / 2, minimised by policy and value
-  together; the value head speaks in units of beta. At rest pi = reference exp(R / beta) / Z and V =
-  beta log Z, whoever sampled: one answer a prompt is enough. beta = 0.2 here and 1 in the paper,
-  whose value has a network and a learning rate of its own. Ours also: the data are samples of four
-  batches ago instead of a fixed set.
+      loss = mean over rows of (R - V - beta log(pi / reference))^2 / 2
+
+  The loss is minimised by the policy and the value V together; the value head predicts V / beta. At
+  the optimum pi = reference exp(R / beta) / Z and V = beta log Z, whichever policy sampled, so one
+  answer per prompt is enough.
+
+  Differences: The paper has beta = 1, a separate network for the value with another learning rate,
+  and a fixed set of data. Here the data are rollouts that are four batches old (lag=4).
+
+  Args:
+    beta: coefficient of the KL to the reference, in units of the reward.
+
   Confidence: MEMORY (practice), DERIVED (loss and fixed point).
   """
   return Method(
@@ -22,8 +29,8 @@ def dro_v() -> Method:
       objectives.Regression,
       score=part(implicit_rewards.log_ratio_sum),
       center=part(log_partition.value),
-      beta=0.2,
-      scale=0.2**2,
+      beta=beta,
+      scale=beta**2,
     ),
     anchors={'reference': part(optim.fixed)},
     minibatches=2,

@@ -4,13 +4,19 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def gmpo() -> Method:
+def gmpo(*, eps: float = 0.4) -> Method:
   """GMPO (arXiv:2507.20673): the geometric mean of one-sidedly clipped token ratios.
 
-  s_i = exp(mean_t min(d_t, 0.4)) for A >= 0 and exp(mean_t max(d_t, -0.4)) for A < 0, d the
-  log-ratio; loss = -mean over sequences of s A. A clipped token still counts in s but has no
-  gradient of its own: w = s A 1[not clipped] / L. We write it token by token, with the same value
-  and gradient.
+      loss = -mean over sequences of s A
+      s = exp(mean_t min(d_t, eps)) if A >= 0, otherwise exp(mean_t max(d_t, -eps))
+
+  d = log pi - log pi_old, and A is the group-normalised reward. The gradient of log pi has the
+  weight s A / L in a row of L tokens, and 0 at a clipped token, which still counts in s. The loss
+  is computed token by token, with the same value and gradient.
+
+  Args:
+    eps: bound of the log-ratio of a token, in nats.
+
   Confidence: CODE.
   """
   return Method(
@@ -18,7 +24,7 @@ def gmpo() -> Method:
     objective=part(
       objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
-      ratio=part(ratios.sequence_geometric_clipped, eps=0.4),
+      ratio=part(ratios.sequence_geometric_clipped, eps=eps),
       aggregation=part(aggregation.sequence_mean),
     ),
     minibatches=4,

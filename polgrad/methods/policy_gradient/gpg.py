@@ -5,11 +5,16 @@ from polgrad.registry import part
 
 
 def gpg() -> Method:
-  """GPG (arXiv:2504.02546): REINFORCE with a group mean, rescaled by the groups that teach something.
+  """GPG (arXiv:2504.02546): REINFORCE with a group mean, rescaled by the informative groups.
 
-  A_i = B / (B - M) (R_i - mean_g), M the rows in groups of equal rewards; loss = -token mean of A
-  log pi. No ratio, clip, KL or standard deviation. The published code has B / #{R != 0} in the place
-  of B / (B - M): `baselines.nonzero_mean`.
+      loss = -token mean of A log pi,   A_i = (B / (B - M)) (R_i - mean_g)
+
+  B is the number of rows of the batch, and M the number of rows in groups of equal rewards. There
+  is no ratio, clipping, KL or standard deviation.
+
+  Differences: The published code has B / #{R != 0} in the place of B / (B - M), which is
+  `baselines.nonzero_mean`.
+
   Confidence: CODE (loss), PAPER (factor).
   """
   return Method(

@@ -4,15 +4,27 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def harpg(*, steps: int) -> Method:
-  """HARPG (arXiv:2302.01734): momentum that a product with the Hessian carries along.
+def harpg(*, steps: int, step_size: float = 0.01, exponent: float = 1.0) -> Method:
+  """HARPG (arXiv:2302.01734): momentum that is moved to the iterate by a product with the Hessian.
 
-  d = (1 - eta) (d + v) + eta g(theta), v = H(theta_hat) (theta - theta_before), theta_hat a random
-  point between both, eta_t = 2 / (t + 2); theta += gamma d / ||d|| (the normalised form, N-HARPG).
-  Loss = mean over rows of -A prod_t r_t with the live ratio of the whole row, since it is
-  differentiated twice where r = 1. Two updates, each with its own rollout, make one step. Ours: a
-  batch for one trajectory, the leave-one-out baseline, and short steps: the noise of v grows with
-  them and adds up in d.
+      d = (1 - eta_t) (d + v) + eta_t g(theta),   eta_t = (2 / (t + 2))^exponent
+      v = H(theta_hat) (theta - previous theta)
+      theta += gamma_t d / ||d||
+
+  g and H are the gradient and the Hessian of the mean over rows of A prod_t r_t. A is the reward
+  minus the mean of the other rows of the group, and prod_t r_t the ratio of the whole row, which is
+  1 but is differentiated twice. theta_hat is a random point between the last two theta. gamma_t
+  falls linearly from `step_size` to a tenth of it over the run. The normalised step makes this
+  N-HARPG. One step takes two updates, each with its own rollout: one at theta for g, one at
+  theta_hat for v.
+
+  Differences: Gradient and Hessian are taken over a batch of answers instead of one trajectory, and
+  there is a baseline. Steps are short, because the noise of v grows with them and adds up in d.
+
+  Args:
+    steps: number of rollouts; the run fills it in.
+    step_size: first length of a step of theta, in the norm of all parameters together.
+    exponent: how fast eta_t falls.
 
   Confidence: PAPER (updates), MEMORY (schedules).
   """
@@ -26,9 +38,9 @@ def harpg(*, steps: int) -> Method:
     ),
     optimizer=part(
       optim.harpg,
-      learning_rate=0.01,
+      learning_rate=step_size,
       schedule=part(optim.linear, steps=steps, end=0.1),
-      exponent=1.0,
+      exponent=exponent,
       normalize=True,
     ),
   )

@@ -6,13 +6,27 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def hpt(*, max_new_tokens: int) -> Method:
+def hpt(
+  *, max_new_tokens: int, limit: int = 0, threshold: float = 1.0, entropy_coefficient: float = 0.001
+) -> Method:
   """HPT (arXiv:2509.04419): prompts that no sample solves imitate, all others reinforce.
 
-  A prompt with at most 0 solved samples of 8 keeps its demonstration only, loss -log pi(token) with
-  weight 1; any other its samples only, loss -A log pi with A = R - mean of the group, a constant in
-  place of lengths, no clip, and 0.001 of entropy. Ours: imitation is the mean over the tokens of the
-  demonstrations in use, whose number shrinks as the policy learns.
+      imitation:     loss = -token mean of log pi over the demonstration
+      reinforcement: loss = -(sum over tokens of A log pi + entropy_coefficient H)
+                            / (rows max_new_tokens)
+
+  A prompt with at most `limit` solved samples keeps only its demonstration, and any other prompt
+  only its samples. The loss is the sum of both parts. A is the reward minus the group mean, and H
+  the entropy of the next token. There is no clipping.
+
+  Differences: Imitation is averaged over the tokens of the demonstrations in use. Their number
+  shrinks as the policy learns.
+
+  Args:
+    max_new_tokens: largest number of tokens of an answer; the run fills it in.
+    limit: largest number of solved samples of a prompt that is imitated.
+    threshold: smallest reward of a solved sample.
+    entropy_coefficient: of the entropy, in nats.
 
   Confidence: CODE (gate, losses, constants).
   """
@@ -21,12 +35,12 @@ def hpt(*, max_new_tokens: int) -> Method:
     objectives.PolicyGradient,
     surrogate=part(surrogates.reinforce),
     aggregation=part(aggregation.constant_length, length=max_new_tokens),
-    penalties={'entropy': weighted(0.001, part(penalties.negative_entropy))},
+    penalties={'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   )
   outcome = part(credit.outcome, advantage=part(advantages.group_mean))
   return Method(
     collect=partial(collect.Rollouts, demonstrations=1),
-    credit=part(credit.gated, credit=outcome, limit=0, threshold=1.0),
+    credit=part(credit.gated, credit=outcome, limit=limit, threshold=threshold),
     objective=part(
       objectives.WeightedSum,
       streams={'demonstration': weighted(1.0, imitate), 'sampled': weighted(1.0, reinforce)},

@@ -4,13 +4,22 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def kl_cov() -> Method:
+def kl_cov(*, fraction: float = 0.02, kl_coefficient: float = 1.0) -> Method:
   """KL-Cov (arXiv:2505.22617): the tokens that sharpen the policy most are held at the old policy.
 
-  loss = token mean of -r A + 1.0 |log r| on selected tokens: the share of the minibatch's tokens (at
-  least one) with the largest (A - mean A)(log pi - mean log pi), which to first order is what lowers
-  the entropy. No clip. On the first minibatch log r = 0 and the penalty has no gradient. Ours: a
-  share of 0.02 for 0.002, since minibatches are small.
+      loss = token mean of -r A + kl_coefficient |log r| 1[token is selected]
+      c = (A - mean A) (log pi - mean log pi)
+
+  r = pi / pi_old, and A is the group-normalised reward. The tokens of a minibatch with the largest
+  c are selected: `fraction` of all, but at least one. To first order, the covariance c is what
+  lowers the entropy. There is no clipping. In the first minibatch of a rollout log r = 0, and the
+  penalty has no gradient.
+
+  Differences: The fraction is 0.02 instead of 0.002, because minibatches are small.
+
+  Args:
+    fraction: selected tokens, as a fraction of the tokens of a minibatch.
+    kl_coefficient: of the penalty |log r|.
 
   Confidence: CODE.
   """
@@ -20,8 +29,8 @@ def kl_cov() -> Method:
       objectives.PolicyGradient,
       surrogate=part(surrogates.importance_weighted),
       aggregation=part(aggregation.token_mean),
-      selections={'selected': part(selections.top_covariance, share=0.02)},
-      penalties={'kl': weighted(1.0, part(penalties.selected_absolute))},
+      selections={'selected': part(selections.top_covariance, share=fraction)},
+      penalties={'kl': weighted(kl_coefficient, part(penalties.selected_absolute))},
     ),
     minibatches=4,
   )

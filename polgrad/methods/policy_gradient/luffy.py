@@ -6,26 +6,38 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def luffy(*, max_new_tokens: int) -> Method:
+def luffy(*, max_new_tokens: int, gamma: float = 0.1, eps: float = 0.2) -> Method:
   """LUFFY (arXiv:2504.14945): a demonstration in every group, learned from by a shaped probability.
 
-  A_i is group-normalised over samples and demonstration together. Samples have the clipped loss, the
-  demonstration -A p / (p + 0.1), p = pi(token), whose gradient has the weight 0.1 p / (p + 0.1)^2:
-  most where the policy finds a token unlikely, not impossible. Both are sums over one constant, so a
-  token weighs the same in both. Ours: one demonstration for 8 samples, and a constant for the number
-  of tokens.
+      samples:        loss = -(sum over tokens of min(r A, clip(r, 1 - eps, 1 + eps) A))
+                             / (rows max_new_tokens)
+      demonstrations: loss = -(sum over tokens of A p / (p + gamma)) / (rows max_new_tokens)
+
+  r = pi / pi_old, and p = pi(token). A is group-normalised over the samples and the demonstration
+  together. The gradient of log pi at a token of a demonstration has the weight
+  gamma p / (p + gamma)^2, which is largest at p = gamma: at tokens that the policy finds unlikely,
+  but not nearly impossible. The loss is the sum of both parts. The constant is the same in both, so
+  that a token has the same weight in both.
+
+  Differences: There is one demonstration per prompt, beside the samples. The loss is divided by a
+  constant instead of the number of tokens.
+
+  Args:
+    max_new_tokens: largest number of tokens of an answer; the run fills it in.
+    gamma: probability at which a token of a demonstration is learned most.
+    eps: distance of the clipping bounds from 1.
 
   Confidence: CODE (shaping, weight), MEMORY (the normalisers).
   """
   budget = part(aggregation.constant_length, length=max_new_tokens)
   demonstration = part(
     objectives.PolicyGradient,
-    surrogate=part(surrogates.probability_shaped, gamma=0.1),
+    surrogate=part(surrogates.probability_shaped, gamma=gamma),
     aggregation=budget,
   )
   sampled = part(
     objectives.PolicyGradient,
-    surrogate=part(surrogates.clipped, eps_low=0.2, eps_high=0.2),
+    surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
     aggregation=budget,
   )
   return Method(

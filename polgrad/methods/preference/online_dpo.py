@@ -6,12 +6,22 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def online_dpo() -> Method:
-  """Online DPO (arXiv:2402.04792): two samples a prompt, ranked by their rewards, then the DPO loss.
+def online_dpo(*, beta: float = 0.1) -> Method:
+  """Online DPO (arXiv:2402.04792): the DPO loss on two samples, ranked by their rewards.
 
-  The paper asks a language model for the preference; here the verifier says which sum is right. Pairs
-  that tie teach nothing and are left out of loss and count. beta = 0.1. Confidence: CODE, formula as in TRL
-  (code).
+      loss = mean over pairs of softplus(-beta h)
+      h = log(pi / reference)(better) - log(pi / reference)(worse)
+
+  The log-ratios are sums over the tokens of an answer. A pair of equal rewards is left out of both
+  the sum and the number of pairs.
+
+  Differences: The paper asks a language model which answer is better. Here it is the one with the
+  larger reward.
+
+  Args:
+    beta: coefficient of the KL to the reference.
+
+  Confidence: CODE (formula as in TRL).
   """
   return Method(
     collect=partial(collect.Rollouts, samples_per_prompt=2),
@@ -20,7 +30,7 @@ def online_dpo() -> Method:
       objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.logistic),
-      beta=0.1,
+      beta=beta,
     ),
     anchors={'reference': part(optim.fixed)},
   )

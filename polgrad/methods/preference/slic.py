@@ -6,11 +6,19 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def slic() -> Method:
+def slic(*, threshold: float = 1.0, nll_coefficient: float = 0.1) -> Method:
   """SLiC-HF (arXiv:2305.10425): hinge on log-probs, and likelihood of the chosen completion.
 
-  loss = mean over pairs of max(0, 1 - log pi(chosen) + log pi(rejected)) + 0.1 * NLL(chosen); sums
-  over tokens, no reference. Confidence: form as in HALOs (code), the constants 1 and 0.1 from memory.
+      loss = mean over pairs of max(0, threshold - log pi(chosen) + log pi(rejected))
+             - nll_coefficient (mean over pairs of log pi(chosen))
+
+  The log-probs are sums over the tokens of a completion. There is no reference.
+
+  Args:
+    threshold: margin at which a pair has loss 0, in nats.
+    nll_coefficient: of the negative log-likelihood of the chosen completion.
+
+  Confidence: CODE (form as in HALOs), MEMORY (the constants 1 and 0.1).
   """
   return Method(
     collect=partial(collect.Preferences),
@@ -22,11 +30,11 @@ def slic() -> Method:
           part(
             objectives.Pairwise,
             score=part(implicit_rewards.logp_sum),
-            link=part(preference_losses.hinge, threshold=1.0),
+            link=part(preference_losses.hinge, threshold=threshold),
           ),
         ),
         'likelihood': weighted(
-          0.1,
+          nll_coefficient,
           part(
             objectives.Supervised,
             aggregation=part(aggregation.sequence_sum),

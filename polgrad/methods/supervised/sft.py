@@ -9,8 +9,11 @@ from polgrad.registry import part
 def sft() -> Method:
   """SFT (standard): supervised fine-tuning on the answers of the data.
 
-  loss = token mean of -log pi over the answers and their stop tokens. The denominator is the number
-  of these tokens in the whole batch, for any number of micro-batches and devices.
+      loss = -token mean of log pi
+
+  The mean is over the tokens of the answers, including their stop tokens. The denominator is the
+  number of these tokens in the whole batch, for any number of micro-batches and devices.
+
   Confidence: CODE.
   """
   return Method(

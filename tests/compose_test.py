@@ -1,0 +1,159 @@
+"""Methods, tasks and models composed: own files, own functions, and data that do not fit."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from polgrad import build, methods, presets, tasks
+from polgrad.compose import compose
+from polgrad.data import sources
+from polgrad.options import from_text
+from polgrad.registry import part, weighted
+from tests.runs import grpo
+
+
+def lines(path, *records) -> str:
+  path.write_text('\n'.join(json.dumps(r) for r in records))
+  return str(path)
+
+
+PROBLEMS = [{'prompt': f'{i}+1=', 'answer': str(i + 1)} for i in range(20)]
+PAIRS = [{'prompt': f'{i}+1=', 'chosen': str(i + 1), 'rejected': 'no'} for i in range(20)]
+CHATS = [
+  {'messages': [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': 'so'}]}
+  for i in range(20)
+]
+
+
+@pytest.mark.parametrize(
+  ('records', 'has'),
+  [
+    (PROBLEMS, ('problems', 'demonstrations')),
+    (PAIRS, ('problems', 'pairs')),
+    (CHATS, ('demonstrations',)),
+    ([{'prompt': 'a'}, *PROBLEMS], ('problems',)),  # not every record has an answer
+  ],
+)
+def test_a_file_offers_what_all_its_records_have(records, has, tmp_path):
+  assert tasks.jsonl(data=lines(tmp_path / 'a.jsonl', *records)).has == has
+
+
+@pytest.mark.parametrize(
+  ('method', 'records'), [('grpo', PROBLEMS), ('dpo', PAIRS), ('sft', CHATS), ('luffy', PROBLEMS)]
+)
+def test_a_file_and_a_text_make_a_run(method, records, tmp_path):
+  path = lines(tmp_path / 'a.jsonl', *records)
+  warm = '' if method in ('sft', 'luffy', 'grpo') else ',warm_start=0'
+  text = f'method={method},task=jsonl,data={path},reward=numeric_answer,model=tiny{warm}'
+  run = build.build(
+    from_text(f'{text},reward.tolerance=0.5,prompt_length=24,max_new_tokens=4,rows=128')
+  )
+  build.check_data(run)
+  phase = run.phases['train']
+  assert len(phase.source) == 18  # a tenth is held out
+  if method in ('grpo', 'luffy'):
+    assert phase.score(['7.4'], [{'answer': '7'}], [1]).total.tolist() == [1.0]
+    assert len(run.evaluation.source) == 2
+
+
+def test_records_that_do_not_fit_are_found_before_the_first_step(tmp_path):
+  path = lines(tmp_path / 'a.jsonl', *PROBLEMS, {'prompt': 'far too long', 'answer': '1'})
+  text = (
+    f'method=grpo,task=jsonl,data={path},holdout=0,reward=exact_match,model=tiny,prompt_length=8'
+  )
+  with pytest.raises(ValueError, match=r'config\.phases\.\w+\.source: record 20: 12 tokens'):
+    build.check_data(build.build(from_text(text)))
+  config = grpo.get_config('smoke')
+  config.tokenizer.alphabet = '0123456789='
+  with pytest.raises(ValueError, match=r"'\+'.*not in the alphabet"):
+    build.check_data(build.build(config))
+
+
+OWN = """
+import jax.numpy as jnp
+
+from polgrad import credit, methods, objectives, presets, tasks
+from polgrad.compose import compose
+from polgrad.losses import advantages, aggregation
+from polgrad.registry import part, weighted
+
+
+def tanh_clip(log_ratio, advantages, *, slope: float = 2.0):
+  return -advantages * jnp.tanh(slope * log_ratio) / slope
+
+
+def brevity(completion, *, limit: int = 3):
+  return float(len(completion) <= limit)
+
+
+def mine(*, slope: float = 2.0) -> methods.Method:
+  return methods.Method(
+    credit=part(credit.outcome, advantage=part(advantages.group_mean)),
+    objective=part(
+      objectives.PolicyGradient,
+      surrogate=part(tanh_clip, slope=slope),
+      aggregation=part(aggregation.token_mean),
+    ),
+  )
+
+
+def get_config(text=''):
+  task = tasks.addition()
+  task.rewards['brevity'] = weighted(0.1, part(brevity))
+  return compose(mine, task, presets.tiny(alphabet=task.alphabet), smoke=True, warm_start=0)
+"""
+
+
+def test_own_method_surrogate_and_verifier_in_an_own_file_need_no_registration(tmp_path):
+  """In a process of its own, as a user runs it; the checkpoint is then read by another one."""
+  (tmp_path / 'mine.py').write_text(OWN)
+  common = [f'--config={tmp_path}/mine.py', f'--workdir={tmp_path}/run']
+  for main in ('train', 'evaluate'):
+    command = [sys.executable, '-m', f'polgrad.{main}', *common]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert (
+    saved['phases']['train']['objective']['surrogate']['name'] == f'{tmp_path}/mine.py:tanh_clip'
+  )
+  assert build.build(saved).phases['train'].objective.requires == {'advantages', 'proximal_logp'}
+
+
+def test_budgets_come_from_the_task():
+  task = dataclasses.replace(tasks.addition(), max_new_tokens=7, samples_per_prompt=4, rows=64)
+  model = presets.tiny(alphabet=task.alphabet)
+  phase = compose(methods.dr_grpo, task, model).phases.train
+  assert phase.objective.aggregation.length == phase.collect.max_new_tokens == 7
+  assert phase.collect.prompts * phase.collect.samples_per_prompt == 64
+  assert compose(methods.tba, task, model).phases.train.objective.rows_per_prompt == 4
+  overlong = compose(methods.dapo, task, model).phases.train.reward.overlong
+  assert overlong.max_length == 7
+
+
+def test_a_critic_is_given_to_methods_that_read_values_only():
+  values = {
+    name: from_text(f'method={name},task=addition,model=tiny').model.value_head
+    for name in ('ppo', 'grpo')
+  }
+  assert values == {'ppo': True, 'grpo': False}
+
+
+def test_a_task_of_your_own_is_a_value():
+  task = tasks.Task(
+    problems=part(sources.arithmetic, digits=1),
+    rewards={'exact': weighted(1.0, part(tens))},
+    prompt_length=8,
+    max_new_tokens=4,
+  )
+  model = presets.tiny(alphabet=task.alphabet)
+  run = build.build(compose(methods.rloo, task, model, warm_start=0))
+  assert run.phases['train'].score(['10', '9'], [{}, {}], [1, 1]).total.tolist() == [1.0, 0.0]
+  with pytest.raises(ValueError, match='records have none; use warm_start=0'):
+    compose(methods.rloo, task, model)
+
+
+def tens(completion):
+  return float(completion.endswith('0'))
