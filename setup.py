@@ -1,4 +1,4 @@
-"""polgrad: post-training losses, samplers and experiments for JAX."""
+"""polgrad: post-training losses, methods, a sampler and a trainer for JAX."""
 
 import pathlib
 import re
@@ -32,7 +32,7 @@ TEST = [
 setup(
   name='polgrad',
   version=VERSION,
-  description='Proved policy-gradient, preference, distillation and supervised losses in JAX.',
+  description='Policy-gradient, preference, distillation and supervised post-training in JAX.',
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',

@@ -1,13 +1,16 @@
-"""The estimator report: bias and noise of every policy-gradient experiment, exactly.
+"""The estimator report: bias and noise of every policy-gradient method, exactly.
 
-    python -m benchmarks.estimators            # writes docs/estimators.md, .json and .png
+    python -m benchmarks.estimators              # all methods; writes docs/estimators.md, .json and .png
+    python -m benchmarks.estimators grpo cispo   # measures these again and merges them into the report
+    python -m benchmarks.estimators --table      # writes the page from the numbers that there are
 
-For each experiment, its own credit and objective get every group of four samples that a tiny policy
-can produce, and the mean and covariance of the resulting gradient are compared with the gradient
-of what the method says it maximises. See docs/estimators.md for how to read it.
+Credit and objective of each method get every group of four samples that a tiny policy can produce, and
+the mean and covariance of the resulting gradient are compared with the gradient of what the method
+states that it maximises (`tiny_world.STATED`). docs/estimators.md says how to read the report.
 """
 
 import argparse
+import json
 from typing import NamedTuple
 
 import jax
@@ -31,8 +34,8 @@ LEFT_OUT = {
 }
 
 
-class Experiment(NamedTuple):
-  """What of a configuration makes the gradient."""
+class Estimate(NamedTuple):
+  """The parts of a method that make its gradient."""
 
   name: str
   phase: dict
@@ -40,14 +43,14 @@ class Experiment(NamedTuple):
   objective: objectives.Objective
 
 
-def load(name: str) -> Experiment:
+def load(name: str) -> Estimate:
   phase = from_text(f'method={name},task=addition,model=tiny').phases.train
   credit = bind(phase.credit, credits.TABLE)
-  return Experiment(name, phase.to_dict(), credit, bind(phase.objective, objectives.TABLE))
+  return Estimate(name, phase.to_dict(), credit, bind(phase.objective, objectives.TABLE))
 
 
-def setting_of(one: Experiment, staleness: int) -> Setting:
-  """What the experiment's rollout would hold at this staleness."""
+def setting_of(one: Estimate, staleness: int) -> Setting:
+  """What the method's rollouts would hold at this staleness."""
   history = world.trajectory()
   live, behavior = history[-1], history[len(history) - 1 - staleness]
   phase, collect = one.phase, one.phase['collect']
@@ -77,7 +80,7 @@ def setting_of(one: Experiment, staleness: int) -> Setting:
   )
 
 
-def credit_state_of(one: Experiment):
+def credit_state_of(one: Estimate):
   """Moving baselines at rest: the mean reward so far."""
   if one.phase['credit']['name'] != 'credit.moving_baseline':
     return None
@@ -94,7 +97,7 @@ class Point(NamedTuple):
   progress: float  # E[g] . direction / sqrt(E |g|^2): ascent a step of unit size buys, at most 1
 
 
-def measure(one: Experiment) -> dict[str, Point]:
+def measure(one: Estimate) -> dict[str, Point]:
   """The estimator at every staleness."""
   settings = [setting_of(one, s) for s in world.STALENESS]
   collected = one.phase['collect'].get('stats', {})
@@ -126,7 +129,8 @@ def compare(found: Distribution, true) -> Point:
   )
 
 
-def report(names: list[str]) -> dict[str, dict[str, Point]]:
+def report(names: list[str]) -> estimators_page.Rows:
+  """Measures the methods and prints a line for each."""
   rows = {}
   for name in names:
     rows[name] = measure(load(name))
@@ -135,14 +139,31 @@ def report(names: list[str]) -> dict[str, dict[str, Point]]:
   return rows
 
 
+def stored() -> estimators_page.Rows:
+  """The numbers of the last report, without methods that are gone."""
+  numbers = json.loads(estimators_page.NUMBERS.read_text())
+  return {n: {s: Point(**p) for s, p in numbers[n].items()} for n in numbers if n in all_names()}
+
+
 def all_names() -> list[str]:
   return sorted(set(methods.FAMILIES['policy_gradient']) - LEFT_OUT.keys())
 
 
 def main() -> None:
-  argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+  names = all_names()
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('methods', nargs='*', help=f'out of {", ".join(names)}; none: all')
+  parser.add_argument('--table', action='store_true', help='only write the page')
+  arguments = parser.parse_args()
+  unknown = sorted(set(arguments.methods) - set(names))
+  if unknown:
+    parser.error(f'unknown {unknown}; valid: {names}')
+
+  # The numbers of methods that are not measured come from the last report.
+  before = stored() if arguments.methods or arguments.table else {}
   with jax.enable_x64(True):
-    rows = report(all_names())
+    found = report([] if arguments.table else arguments.methods or names)
+  rows = dict(sorted((before | found).items()))
   estimators_page.draw(rows)
   estimators_page.write(rows, group=GROUP, left_out=LEFT_OUT)
 

@@ -1,6 +1,6 @@
 """docs/estimators.md, .json and .png from the numbers of the estimator report.
 
-`rows` are points by experiment and staleness; a point has angle, strength, noise and progress.
+`rows` are points by method and staleness; a point has angle, strength, noise and progress.
 """
 
 import collections
@@ -19,6 +19,7 @@ from benchmarks import tiny_world as world
 from benchmarks.tiny_world import STALENESS
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+NUMBERS = DOCS / 'estimators.json'
 Rows = dict[str, dict[str, tuple]]
 
 
@@ -44,23 +45,23 @@ def grouped(rows: Rows) -> dict[str, list[str]]:
   return found
 
 
-PAGE = """# What the estimators do: exact bias and noise of every policy-gradient experiment
+PAGE = """# What the estimators do: exact bias and noise of every policy-gradient method
 
-Made by `python -m benchmarks.estimators`; nothing here is sampled.
+Made by `python -m benchmarks.estimators`, which computes expectations exactly instead of sampling.
 
 The policy is a free table over {sequences} sequences of one to three tokens (three tokens, one of them
 the stop token), the reward is 0 or 1, and {group} samples are drawn. Credit and objective of each
-experiment get all {groups} groups with their probabilities, so that the mean and the covariance of the
+method get all {groups} groups with their probabilities, so that the mean and the covariance of the
 gradient are exact. The policy comes from {steps} exact gradient steps (mean reward {before:.2f} to
 {after:.2f}); at staleness s the samples are those of the policy s steps earlier (KL to the present
 policy {kls}).
 
 * **angle**: degrees between the expected gradient and that of the objective that the method states
   (E[R], with its KL, entropy or chi-square term where it has one). 0 is unbiased up to a factor, 90
-  is useless, beyond 90 climbs down.
+  is useless, and beyond 90 degrees a step goes downhill.
 * **noise**: standard deviation of the gradient over the length of its mean. Averaging n batches
   divides it by sqrt(n); it does nothing to the angle.
-* **progress**: E[g] . u / sqrt(E|g|^2) with u the true direction: the share of a step's length that
+* **progress**: E[g] . u / sqrt(E|g|^2) with u the true direction: the fraction of a step's length that
   climbs. It weighs bias against noise at this sample budget; 1 would be the exact gradient.
 
 ![progress by method and staleness](estimators.png)
@@ -88,7 +89,7 @@ Three things explain most of it.
 
 Critics are at rest (exact values of the sampling policy), moving baselines too; greedy baselines are
 exact, those of the reference have many samples. Methods with an optimizer of their own show the
-gradient that it gets. Left out: {left_out}.
+gradient that this optimizer gets. Left out: {left_out}.
 
 {tables}
 """
@@ -125,7 +126,7 @@ def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
   )
   (DOCS / 'estimators.md').write_text(text)
   numbers = {n: {s: p._asdict() for s, p in own.items()} for n, own in rows.items()}
-  (DOCS / 'estimators.json').write_text(json.dumps(numbers, indent=1) + '\n')
+  NUMBERS.write_text(json.dumps(numbers, indent=1) + '\n')
 
 
 def _degrees(angle: float) -> str:

@@ -1,6 +1,6 @@
-"""Does it learn? Every policy-gradient experiment on the quickstart's task, from one checkpoint a seed.
+"""Does it learn? Every policy-gradient method on the quickstart's task, from one checkpoint a seed.
 
-    python -m benchmarks.learning              # all methods, three seeds; goes on where it stopped
+    python -m benchmarks.learning              # all methods, three seeds; resumes where it stopped
     python -m benchmarks.learning grpo cispo   # some of them
     python -m benchmarks.learning --table      # writes docs/learning.md from what there is
 
@@ -51,7 +51,7 @@ class Recorder:
 
 @functools.cache
 def warm(seed: int) -> Params:
-  """The parameters after the supervised phase that all experiments share."""
+  """The parameters after the supervised phase that all methods share."""
   config = load('grpo', seed, 1, 32)
   config.phases = {'warm_start': config.phases.warm_start}
   config.order = ('warm_start',)
@@ -130,7 +130,7 @@ def write_page() -> None:
   seeds = sorted({row['seed'] for row in rows})
   mean = lambda name: np.mean([r['after'] for r in by_method[name].values()])
   lines = [
-    '# Learning: every policy-gradient experiment on one task',
+    '# Learning: every policy-gradient method on one task',
     '',
     f'`python -m benchmarks.learning`: two-digit addition, {rows[0]["steps"]} collected batches of '
     f'{rows[0]["rows"]} rows from the supervised',

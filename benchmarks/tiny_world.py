@@ -96,7 +96,7 @@ def _kl(logits, other):
 
 IN_CREDIT, IN_LOSS = 'credit.kl_coefficient', 'objective.penalties.kl.weight'
 BONUS = 'objective.penalties.entropy.weight'
-# experiment -> what it states, and where its phase has the number; E[R] for all others
+# method -> what it states, and where its phase has the number; E[R] for all others
 STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('rloo', 'demo_regularized', 'reinforce_plus_plus'), (minus_kl, IN_CREDIT)),
   **dict.fromkeys(
@@ -117,15 +117,51 @@ STATED: dict[str, tuple[Callable, str]] = {
   'correlated_proxies': (minus_root_chi_square, 'credit.costs.chi.weight'),
   'f_dpg': (minus_jensen_shannon, 'credit.beta'),
 }
-# experiment -> where its phase has the temperature of a critic of soft values
+# method -> why its regulariser is not part of what it states, which is E[R]
+NOT_STATED = {
+  'asymre': 'the likelihood of all samples shifts the baseline',
+  'kl_cov': 'the penalty is a trust region for a few selected tokens',
+  'lp_reg': 'the penalty protects a few selected tokens',
+}
+# Penalties that regularise the critic, not the policy.
+OF_VALUES = ('penalties.value_error', 'penalties.clipped_value_error')
+# method -> where its phase has the temperature of a critic of soft values
 SOFT_VALUES = {'dro_v': 'objective.beta', 'pcl': 'objective.surrogate.beta'}
 
 
 def stated(name: str, phase: dict) -> Callable:
-  """(logits, behavior) -> what the experiment says it maximises, with its own number."""
+  """(logits, behavior) -> what the method states that it maximises, with its own number."""
   function, path = STATED.get(name, (mean_return, ''))
   number = number_at(phase, path) if path else None
   return functools.partial(function, number)
+
+
+def regularisers(phase: dict) -> list[str]:
+  """Where a phase has a KL, entropy, chi-square or other term that acts on the policy.
+
+  These are a nonzero `kl_coefficient`, `costs` and `penalties` (but not errors of values) with a
+  nonzero weight, the `beta` of a regression, and an anchor `reference`.
+  """
+  found = ['anchors.reference'] if 'reference' in phase['anchors'] else []
+  for path, node in _nodes({k: phase[k] for k in ('credit', 'objective')}):
+    if node.get('kl_coefficient'):
+      found.append(f'{path}.kl_coefficient')
+    if node.get('name') == 'objectives.Regression':
+      found.append(f'{path}.beta')
+    if path.rpartition('.')[2] in ('penalties', 'costs'):
+      found += [
+        f'{path}.{k}' for k, v in node.items() if v['weight'] and v['name'] not in OF_VALUES
+      ]
+  return found
+
+
+def _nodes(tree: dict, path: str = ''):
+  """Every dict in a tree with its dotted path."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      own = f'{path}.{key}' if path else key
+      yield own, value
+      yield from _nodes(value, own)
 
 
 def number_at(phase: dict, path: str) -> float:
@@ -155,8 +191,8 @@ def _prefix_mean(x: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def baseline_rewards(role: str, live, rows: int) -> np.ndarray:
-  """Rewards [rows, n] of the greedy answer, or of so many samples of the reference that counts are
-  shares."""
+  """Rewards [rows, n] of the greedy answer, or of about 1000 samples of the reference, each sequence
+  as often as its probability says."""
   if role == 'greedy':
     best = np.asarray(live).argmax(axis=1)
     taken = np.where(POLICY.mask, best[POLICY.prefixes] == POLICY.tokens, True).all(axis=1)

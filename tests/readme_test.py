@@ -1,33 +1,95 @@
-"""What the README shows works as it stands."""
+"""What the README shows works as written."""
 
+import importlib.util
+import json
+import math
 import pathlib
 import re
 
-from polgrad import build
+import jax
+import numpy as np
+import pytest
+
+from polgrad import build, methods, metrics, optim, train
+from polgrad.options import from_text
+from polgrad.registry import part
+from tests import hub
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+PAGES = ('README.md', 'CONTRIBUTING.md', 'docs/architecture.md')
+LOSS, MINE = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
-def test_importing_a_loss(capsys):
-  exec(compile(BLOCKS[0], 'README.md', 'exec'), {})
-  printed = capsys.readouterr().out
-  assert 'Array' in printed and 'nan' not in printed
-
-
-def test_an_idea_of_your_own():
-  """The block up to the run itself, which takes minutes; then the configuration builds."""
-  setup, _, run = BLOCKS[1].rpartition('train.run(')
+def test_the_loss_runs():
   names = {}
-  exec(compile('import jax.numpy as jnp\n' + setup, 'README.md', 'exec'), names)
-  assert run.strip().startswith('config')
-  objective = build.build(names['config']).phases['rl'].objective
-  assert objective.requires == {'advantages', 'proximal_logp'}
+  exec(compile(LOSS, 'README.md', 'exec'), names)
+  assert math.isfinite(names['value'])
+  # The tokens of the better row become more likely, those of the other less.
+  assert (np.asarray(names['gradient'][0]) < 0).all()
+  assert (np.asarray(names['gradient'][1]) > 0).all()
 
 
-def test_paths_exist():
-  for path in re.findall(
-    r'(?:experiments|launch|docs|colabs|polgrad)/[\w/.]+\.(?:py|sh|md|ipynb)', README
-  ):
+@pytest.fixture
+def mine(tmp_path):
+  """The config file of the README beside its data, and the text of its options."""
+  record = json.loads(re.search(r'`(\{"prompt.*?\})`', README)[1])
+  data = tmp_path / 'problems.jsonl'
+  data.write_text(''.join(json.dumps(record) + '\n' for _ in range(100)))
+  file = tmp_path / 'mine.py'
+  file.write_text(MINE)
+  spec = importlib.util.spec_from_file_location('mine', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module, f'path={hub.small("qwen3", tmp_path)},data={data},steps=50'
+
+
+def test_the_config_file_has_its_own_data_reward_system_prompt_and_schedule(mine):
+  module, options = mine
+  config = module.get_config(options)
+  phase = config.phases.train
+  schedule = part(optim.cosine, warmup=10, steps=100, end=0.1)
+  assert phase.optimizer.schedule.to_dict() == schedule.to_dict()
+  # A flag of the README, and what it says of schedules.
+  path, value = re.search(r'--config\.(\S+)=([\d.]+)\n', README).groups()
+  config.update_from_flattened_dict({path: float(value)})
+  config.phases.train.steps = 40
+  assert phase.optimizer.schedule.steps == 100
+  built = build.build(config).phases['train']
+  record = built.source[0]
+  assert record['messages'][0] == {'role': 'system', 'content': 'Answer with one word.'}
+  scores = built.score(['Lima', 'It is Lima', 'Quito'], [record] * 3, [1, 3, 1])
+  np.testing.assert_allclose(scores.total, [1.0, 0.8, 0.0], atol=1e-6)
+
+
+def test_the_config_file_trains(mine, tmp_path, monkeypatch, quick_compiler):
+  monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)
+  module, options = mine
+  config = module.get_config(f'{options},smoke')
+  config.phases.train.collect.prompt_length = 150  # the test's small vocabulary makes long prompts
+  config.evaluation.prompt_length = 150
+  state = train.run(config, str(tmp_path / 'run'))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
+  assert int(state.phase_step) == 2
+
+
+def test_the_numbers_of_methods():
+  count = {family: len(names) for family, names in methods.FAMILIES.items()}
+  assert f'and {sum(count.values())} published methods' in README
+  said = f'{count["policy_gradient"]} policy gradients, {count["preference"]} preference losses'
+  assert said in README
+
+
+@pytest.mark.parametrize('text', re.findall(r'experiments/run\.py:(\S*method=\S+)', README))
+def test_the_commands_compose(text):
+  build.build(from_text(text))
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_paths_exist(page):
+  text = (ROOT / page).read_text()
+  folders = 'experiments|launch|docs|colabs|polgrad|benchmarks|tests'
+  for path in re.findall(rf'(?<![\w/.])(?:{folders})/[\w/.]*\w\.(?:py|sh|md|ipynb|png)', text):
     assert (ROOT / path).exists(), path
+  for target in re.findall(r'\]\(([^):#]+)\)', text):
+    assert ((ROOT / page).parent / target).exists(), target

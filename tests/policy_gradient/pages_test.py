@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import estimators, estimators_page
+from benchmarks import estimators, estimators_page, tiny_world
 from launch import method_table
 
 
@@ -22,6 +22,39 @@ def test_the_report_has_every_estimator(numbers):
   assert sorted(numbers) == estimators.all_names()
   page = (estimators_page.DOCS / 'estimators.md').read_text()
   assert all(f'| `{name}` |' in page for name in numbers)
+
+
+@pytest.mark.parametrize('name', estimators.all_names())
+def test_what_a_regularised_method_maximises_is_stated(name):
+  """Otherwise the report would compare its gradient with that of E[R] alone."""
+  known = tiny_world.STATED.keys() | tiny_world.NOT_STATED.keys()
+  found = tiny_world.regularisers(estimators.load(name).phase)
+  assert not found or name in known, (
+    f'{name} regularises the policy by {found}: write what it maximises into STATED in '
+    'benchmarks/tiny_world.py, or into NOT_STATED why that is E[R]'
+  )
+
+
+def test_the_statements_are_about_regularised_methods():
+  assert not tiny_world.STATED.keys() & tiny_world.NOT_STATED.keys()
+  for name in tiny_world.NOT_STATED:
+    assert tiny_world.regularisers(estimators.load(name).phase)
+
+
+def test_methods_that_are_measured_again_are_merged_into_the_report(monkeypatch, tmp_path):
+  numbers = json.loads(estimators_page.NUMBERS.read_text())
+  old = {'gone': numbers['grpo'], 'dapo': numbers['grpo'], 'gspo': numbers['gspo']}
+  (tmp_path / 'estimators.json').write_text(json.dumps(old))
+  monkeypatch.setattr(estimators_page, 'DOCS', tmp_path)
+  monkeypatch.setattr(estimators_page, 'NUMBERS', tmp_path / 'estimators.json')
+  points = {s: estimators.Point(**p) for s, p in numbers['dapo'].items()}
+  monkeypatch.setattr(estimators, 'measure', lambda one: points)
+  monkeypatch.setattr('sys.argv', ['estimators', 'dapo'])
+  estimators.main()
+  merged = json.loads((tmp_path / 'estimators.json').read_text())
+  assert merged == {name: numbers[name] for name in ('dapo', 'gspo')}
+  assert '| `dapo` |' in (tmp_path / 'estimators.md').read_text()
+  assert (tmp_path / 'estimators.png').exists()
 
 
 @pytest.mark.parametrize('name', ['reinforce', 'tis', 'copg'])
