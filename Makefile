@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # A real model for the tests, made from a PyPI wheel.
 export POLGRAD_SMOLLM2 ?= $(CURDIR)/.cache/smollm2
 
-.PHONY: quickstart test smollm2 lint format clean
+.PHONY: quickstart test smollm2 lint format pages clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/python -m polgrad.train --config=experiments/quickstart.py:seed=$(SEED) --workdir=$(RUN)
@@ -30,6 +30,11 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages that are made from the methods; measures the estimators of new ones.
+pages: $(VENV)/.test
+	$(BIN)/python launch/method_table.py
+	$(BIN)/python -m benchmarks.estimators --new
 
 $(BIN)/python:
 	python=$$(launch/find_python.sh) && "$$python" -m venv $(VENV)

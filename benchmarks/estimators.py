@@ -2,6 +2,7 @@
 
     python -m benchmarks.estimators              # all methods; writes docs/estimators.md, .json and .png
     python -m benchmarks.estimators grpo cispo   # measures these again and merges them into the report
+    python -m benchmarks.estimators --new        # measures methods that the report does not have yet
     python -m benchmarks.estimators --table      # writes the page from the numbers that there are
 
 Credit and objective of each method get every group of four samples that a tiny policy can produce, and
@@ -153,6 +154,7 @@ def main() -> None:
   names = all_names()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('methods', nargs='*', help=f'out of {", ".join(names)}; none: all')
+  parser.add_argument('--new', action='store_true', help='those that the report does not have')
   parser.add_argument('--table', action='store_true', help='only write the page')
   arguments = parser.parse_args()
   unknown = sorted(set(arguments.methods) - set(names))
@@ -160,9 +162,10 @@ def main() -> None:
     parser.error(f'unknown {unknown}; valid: {names}')
 
   # The numbers of methods that are not measured come from the last report.
-  before = stored() if arguments.methods or arguments.table else {}
+  before = stored() if arguments.methods or arguments.new or arguments.table else {}
+  new = [name for name in names if name not in before]
   with jax.enable_x64(True):
-    found = report([] if arguments.table else arguments.methods or names)
+    found = report([] if arguments.table else arguments.methods or new)
   rows = dict(sorted((before | found).items()))
   estimators_page.draw(rows)
   estimators_page.write(rows, group=GROUP, left_out=LEFT_OUT)

@@ -11,6 +11,10 @@ problems (standard error 0.06) after 0, 10, 20, 30 steps is 0.08, 0.41, 0.48, 0.
 of five steps at a time: 0.29, 0.45, 0.34, 0.66, 0.52, 0.52 (dynamic sampling replaces groups without
 signal, so it reads high at first). The model learns to answer at once and to the point, and then to
 add. One-digit problems are few, so they also occur in training.
+
+Plain GRPO (arXiv:2402.03300), `experiments/run.py:method=grpo,task=chain_sum,model=smollm2`, takes 10
+s a step and comes less far: 0.47, 0.47, 0.41 after 10, 20, 30 steps. Two thirds of its groups have equal
+rewards and teach nothing (dynamic sampling replaces these), and its KL penalty pulls it back.
 """
 
 import dataclasses

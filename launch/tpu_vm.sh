@@ -2,11 +2,12 @@
 # Runs one polgrad command on every worker of a TPU VM or pod slice.
 #
 #   launch/tpu_vm.sh --name=grpo --zone=us-central2-b --type=v4-32 --bucket=gs://mine/runs -- \
-#     --config=experiments/policy_gradient/grpo.py
+#     --config=experiments/run.py:method=grpo,task=addition,model=tiny
 #
-# Steps: create (or reuse), copy, install, run, follow. What stands after -- goes to `python -m
-# polgrad.train`, with --checkpoints=BUCKET/NAME, --workdir=~/runs/NAME and --distributed added. The run is detached: it outlives
-# this shell. Started again with the same name, it goes on from the last checkpoint.
+# Steps: create (or reuse), copy, install, run, follow. The arguments after -- are passed to `python -m
+# polgrad.train`, with --checkpoints=BUCKET/NAME, --workdir=~/runs/NAME and --distributed added. The run
+# is detached: it outlives this shell. Started again with the same name, it resumes from the last
+# checkpoint.
 set -euo pipefail
 
 usage() {

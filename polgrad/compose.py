@@ -22,8 +22,6 @@ from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks import Task
 
-# What a method function gets from the run if it names it as an argument and is not given it.
-BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
 SMOKE = dict(steps=2, prompts=4, samples_per_prompt=4, demonstration_rows=4, pairs=4, held_out=8)
 
 
@@ -43,8 +41,8 @@ def compose(
   """A complete run of a method on a task with a model.
 
   Args:
-    method: a `Method`, or a function that makes one; arguments of the function that are in `BUDGETS`
-      are taken from the task and the run.
+    method: a `Method`, or a function that makes one; arguments of the function that are in
+      `methods.base.BUDGETS` are taken from the task and the run.
     steps: batches to collect; 0 is the task's number.
     warm_start: supervised steps before the method begins; -1 is the number of the preset, 0 is none.
     learning_rate: of AdamW; 0 is that of the preset for what the method learns.

@@ -13,7 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from polgrad import methods, presets, tasks
-from polgrad.compose import BUDGETS, compose
+from polgrad.compose import compose
+from polgrad.methods.base import BUDGETS
 from polgrad.registry import suggest
 from polgrad.tasks import Task
 

@@ -13,7 +13,7 @@ import pytest
 
 from polgrad import build, methods, metrics, tasks, train
 from polgrad.arrays import ARRAYS
-from polgrad.compose import BUDGETS
+from polgrad.methods.base import BUDGETS
 from polgrad.options import from_text
 from polgrad.registry import UnknownArray, part
 from tests.runs import Run, method_of

@@ -80,7 +80,7 @@ def test_the_numbers_of_methods():
   assert said in README
 
 
-@pytest.mark.parametrize('text', re.findall(r'experiments/run\.py:(\S*method=\S+)', README))
+@pytest.mark.parametrize('text', re.findall(r'experiments/run\.py:([^\s`]*method=[^\s`]+)', README))
 def test_the_commands_compose(text):
   build.build(from_text(text))
 

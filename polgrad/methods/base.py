@@ -10,17 +10,13 @@ from ml_collections import ConfigDict
 from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
+from polgrad.arrays import MODEL, VOCABULARY
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
 
-# What a method function may ask of the run by naming it as an argument; see `compose.compose`.
+# What a method function gets from the run, if it has an argument of that name (`compose.compose`).
 BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
-LIVE = ('logp', 'entropy', 'values')  # what the model says; only these carry a gradient
-VOCABULARY = (
-  'logits',
-  'teacher_logits',
-  'hidden',
-)  # read by statistics of the next-token distribution
+LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,7 @@ def _made(credit: credits.Estimator) -> frozenset[str]:
 def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozenset[str]:
   of_credit = credit.requires | ({'rewards', 'group_ids'} if _made(credit) else set())
   of_groups = {n for f in objective.slots.values() for n in inputs(f)} & {'group_ids'}
-  of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & set(VOCABULARY)
+  of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & VOCABULARY.keys()
   fields = objective.requires - {'teacher_logits', 'weights'} - objective.stats.keys()
   return frozenset({'logp'} | (fields - _made(credit)) | of_credit | of_vocabulary | of_groups)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import registry
+from polgrad.arrays import ARRAYS
 from polgrad.losses import (
   advantages,
   aggregation,
@@ -27,19 +28,7 @@ from polgrad.losses import (
   weights,
 )
 
-VOCABULARY = {
-  *('logp', 'entropy', 'values', 'log_ratio', 'reference_logp', 'proximal_logp', 'behavior_logp'),
-  *('teacher_logp', 'advantages', 'returns', 'old_values', 'mask', 'label', 'rewards'),
-  *('group_ids', 'valid', 'score', 'margin', 'loss', 'where', 'logits', 'teacher_logits'),
-  *('token_rewards', 'residual', 'turn_ids', 'old_kl', 'staleness', 'success_rate', 'bounds'),
-  *('selected', 'noise', 'proxy_logp', 'score_norm', 'score_fisher', 'hidden_norm'),
-}
-ROW_INPUTS = {'label', 'rewards', 'group_ids', 'valid', 'score', 'margin', 'residual'}
-ROW_INPUTS |= {'staleness', 'success_rate', 'scaled_rewards', 'first_value', 'uniform', 'log_t'}
-ROW_INPUTS |= {'log_ratio_sum'}
 WHOLE = {'bounds': [0.8, 1.2], 'mean_entropy': 0.7, 'beta': 0.5}  # numbers of the whole batch
-VOCABULARY |= ROW_INPUTS | WHOLE.keys()
-VOCABULARY |= {'baseline_rewards', 'log_normalizer', 'log_rho', 'token_returns'}
 SELECTORS = {'mask', 'where', 'valid'}
 REQUIRED_KNOBS = {aggregation.constant_length: {'length': 8}}
 B, T, V = 4, 3, 5
@@ -107,7 +96,7 @@ def make(fn, seed=0, rows=B):
       arrays[name] = rng.uniform(size=(rows, 2)).astype(np.float32)
     elif name == 'score_norm':
       arrays[name] = np.where(mask, rng.uniform(0, 2, size=(rows, T)), 0).astype(np.float32)
-    elif name in ROW_INPUTS:
+    elif ARRAYS[name].shape == 'B':
       arrays[name] = rng.uniform(size=rows).astype(np.float32)
     elif name in ('logits', 'teacher_logits'):
       arrays[name] = rng.normal(size=(rows, T, V)).astype(np.float32)
@@ -135,7 +124,7 @@ def test_arrays_are_positional_and_knobs_are_keywords_with_numbers(fn):
     else:
       assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
       assert parameter.default is inspect.Parameter.empty
-      assert parameter.name in VOCABULARY
+      assert parameter.name in ARRAYS
 
 
 @listed

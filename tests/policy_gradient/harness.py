@@ -1,4 +1,4 @@
-"""Batches on which the loss of an experiment meets its weight, -dloss/dlogp, written in NumPy."""
+"""Batches on which the loss of a method meets its weight, -dloss/dlogp, written in NumPy."""
 
 import jax
 import jax.numpy as jnp
