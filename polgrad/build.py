@@ -262,7 +262,8 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if collector.records % data_parallel_size:
     raise ValueError(
-      f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices'
+      f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices; '
+      f'take a multiple of {data_parallel_size}, or fewer devices (config.mesh)'
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
