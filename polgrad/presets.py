@@ -51,27 +51,30 @@ class Preset:
   template_tokens: int = 0
 
 
-def tiny(*, alphabet: str) -> Preset:
+def tiny(*, alphabet: str, lora: int = 0) -> Preset:
   """Three layers of width 96; learns two-digit addition in minutes on a CPU.
 
   Args:
     alphabet: characters of prompts and answers; the task gives them.
+    lora: rank of an adapter; the base is random and frozen, so this is only for trying adapters out.
   """
+  decoder = part(
+    models.decoder,
+    vocab_size=len(alphabet) + 2,
+    num_layers=3,
+    width=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=24,
+    mlp_width=288,
+    max_length=64,
+  )
+  model, rates = _adapted(decoder, lora, {'reinforce': 1e-4, 'preference': 1e-4, 'imitate': 1e-3})
   return Preset(
     tokenizer=part(tokenizers.characters, alphabet=alphabet),
-    model=part(
-      models.decoder,
-      vocab_size=len(alphabet) + 2,
-      num_layers=3,
-      width=96,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=24,
-      mlp_width=288,
-      max_length=64,
-    ),
+    model=model,
     mesh=part(sharding.make_mesh, data=-1),
-    learning_rates={'reinforce': 1e-4, 'preference': 1e-4, 'imitate': 1e-3},
+    learning_rates=rates,
     warm_start=180,
   )
 
@@ -128,10 +131,7 @@ def _pretrained(
   remat: str = 'none',
 ) -> Preset:
   model = part(models.pretrained, path=folder, max_length=256, dtype=dtype, remat=remat)
-  rates = {'reinforce': 1e-5, 'preference': 5e-6, 'imitate': 2e-5}
-  if lora:
-    model = part(models.lora, base=model, rank=lora, alpha=2.0 * lora)
-    rates = {name: 10 * rate for name, rate in rates.items()}
+  model, rates = _adapted(model, lora, {'reinforce': 1e-5, 'preference': 5e-6, 'imitate': 2e-5})
   return Preset(
     tokenizer=part(tokenizers.huggingface, path=folder),
     model=model,
@@ -140,6 +140,16 @@ def _pretrained(
     chat=chat,
     template_tokens=template_tokens,
   )
+
+
+def _adapted(
+  model: ConfigDict, rank: int, rates: dict[str, float]
+) -> tuple[ConfigDict, dict[str, float]]:
+  """The model with an adapter of this rank, learning at ten times the rates; rank 0 changes nothing."""
+  if not rank:
+    return model, rates
+  adapted = part(models.lora, base=model, rank=rank, alpha=2.0 * rank)
+  return adapted, {name: 10 * rate for name, rate in rates.items()}
 
 
 def _folder(preset: str, path: str) -> str:

@@ -241,7 +241,7 @@ def test_wrong_types_are_refused_by_the_config_itself():
 @pytest.mark.parametrize(
   'change', [('top_k', 5), ('top_p', 0.9), ('behavior_policy', part(behavior_policies.greedy))]
 )
-def test_trap_07_filtered_sampling_is_refused_unless_the_trainer_recomputes(change):
+def test_filtered_sampling_is_refused_unless_the_trainer_recomputes(change):
   name, value = change
   broken = edit(grpo, (f'phases.train.collect.{name}', value))
   with pytest.raises(ValueError, match='recompute_proximal=True'):

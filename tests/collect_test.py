@@ -97,7 +97,7 @@ def plain():
   return collected(experiment())[0]
 
 
-def test_trap_04_truncated_rows_leave_the_denominator_only_where_that_is_named(plain):
+def test_truncated_rows_leave_the_denominator_only_where_that_is_named(plain):
   kept = plain.batch
   masked = collected(experiment(mask_truncated=True))[0].batch
   cut = kept.mask.any(axis=1) & ~masked.mask.any(axis=1)
@@ -113,7 +113,7 @@ def test_trap_04_truncated_rows_leave_the_denominator_only_where_that_is_named(p
     assert other(loss, masked.mask).count < other(loss, kept.mask).count
 
 
-def test_trap_25_failed_verifiers_leave_loss_and_statistics(plain):
+def test_failed_verifiers_leave_loss_and_statistics(plain):
   run = experiment()
   real = run.phases['train'].score
 
@@ -152,7 +152,7 @@ def test_resampling_draws_on_and_the_cursor_knows():
   assert got.batch.mask.any(axis=1).all()
 
 
-def test_trap_19_completions_are_the_sampler_s_ids(plain):
+def test_completions_are_the_sampler_s_ids(plain):
   """Texts are for verifiers only: the batch holds the tokens that were drawn."""
   tokenizer = tokenizers.characters(alphabet='0123456789+=')
   texts = [text for _, text, _ in plain.samples]

@@ -12,6 +12,7 @@ from polgrad.compose import compose
 from polgrad.data import sources
 from polgrad.options import from_text
 from polgrad.registry import part, weighted
+from tests import hub
 from tests.runs import grpo
 
 
@@ -157,3 +158,13 @@ def test_a_task_of_your_own_is_a_value():
 
 def tens(completion):
   return float(completion.endswith('0'))
+
+
+@pytest.mark.parametrize('model', presets.TABLE)
+def test_every_model_takes_an_adapter_which_learns_faster(model, tmp_path):
+  path = '' if model == 'tiny' else f',path={hub.published("qwen3", tmp_path)}'
+  text = f'method=sft,task=chain_sum,model={model}{path}'
+  whole, adapter = from_text(text), from_text(f'{text},lora=4')
+  assert adapter.model.rank == 4 and adapter.model.base.to_dict() == whole.model.to_dict()
+  rates = [c.phases.train.optimizer.learning_rate for c in (whole, adapter)]
+  assert rates[1] == pytest.approx(10 * rates[0])

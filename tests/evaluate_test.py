@@ -52,7 +52,7 @@ def test_pass_at_k_needs_as_many_samples(k):
     pass_at_k(np.ones((2, 3)), k)
 
 
-def test_trap_25_failed_verifier_is_neither_right_nor_wrong():
+def test_failed_verifier_is_neither_right_nor_wrong():
   scores = np.array([[1.0, 0.0, NAN, 0.5]])
   np.testing.assert_array_equal(mark(scores, 0.5), [[1, 0, NAN, 1]])
   assert pass_at_k(mark(scores, 0.5), 1) == 2 / 3
@@ -174,7 +174,7 @@ def test_greedy_accuracy_is_over_each_problem_once(measure):
   assert samples == [('a', 'a', 1.0), ('b', 'x', 0.0), ('c', 'c', 1.0)]
 
 
-def test_trap_25_verifier_errors_are_counted_and_stay_out_of_every_rate(measure):
+def test_verifier_errors_are_counted_and_stay_out_of_every_rate(measure):
   greedy = [['a'], ['?'], ['x']]
   several = [['a', '?', '?'], ['x', 'x', 'b'], ['c', 'c', 'x']]
   found, samples = measure({1: greedy, 3: several}, samples=3)
@@ -189,7 +189,7 @@ def test_trap_25_verifier_errors_are_counted_and_stay_out_of_every_rate(measure)
   assert math.isnan(samples[1][2])
 
 
-def test_trap_25_when_every_verifier_fails_nothing_is_claimed(measure):
+def test_when_every_verifier_fails_nothing_is_claimed(measure):
   found, _ = measure({1: [['?']] * 3}, samples=0)
   assert math.isnan(found['evaluation/greedy']) and math.isnan(found['evaluation/reward'])
   assert found['evaluation/verifier_errors'] == 3

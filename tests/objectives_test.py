@@ -83,7 +83,7 @@ def value_and_grad(objective, x, batch, counts=None):
 
 
 @EACH
-def test_trap_01_02_micro_batches_add_up_to_the_batch(name):
+def test_02_micro_batches_add_up_to_the_batch(name):
   objective = OBJECTIVES[name]
   x, batch = examples.leaves(), examples.batch()
   loss, grads, (terms, metrics) = value_and_grad(objective, x, batch)
@@ -110,7 +110,7 @@ def test_trap_01_02_micro_batches_add_up_to_the_batch(name):
 
 
 @EACH
-def test_trap_18_masked_slots_change_nothing(name):
+def test_masked_slots_change_nothing(name):
   objective = OBJECTIVES[name]
   x, batch = examples.leaves(), examples.batch()
   loss, grads, _ = value_and_grad(objective, x, batch)
@@ -141,7 +141,7 @@ def test_permuting_pairs_permutes_gradients(name):
 
 
 @EACH
-def test_trap_05_nothing_to_look_at_gives_zero(name):
+def test_nothing_to_look_at_gives_zero(name):
   objective = OBJECTIVES[name]
   x, batch = examples.leaves(), examples.batch()
   empty = batch.replace(mask=np.zeros_like(batch.mask))
@@ -188,7 +188,7 @@ def test_requirements_are_exact(name):
         objective.apply(out, full.replace(**{field: None}), objective.init(), step=0)
 
 
-def test_trap_13_square_batches_do_not_broadcast():
+def test_square_batches_do_not_broadcast():
   """B == T: a per-row array must not slip in where a per-token one belongs."""
   x, batch = examples.leaves(length=8), examples.batch(length=8)
   assert batch.tokens.shape == (8, 8)
@@ -203,7 +203,7 @@ def test_trap_13_square_batches_do_not_broadcast():
     objective.apply(examples.outputs(x, {}), batch.replace(advantages=batch.rewards), (), step=0)
 
 
-def test_trap_12_duplicating_a_pair_leaves_other_losses():
+def test_duplicating_a_pair_leaves_other_losses():
   objective = OBJECTIVES['dpo']
   x, batch = examples.leaves(), examples.batch()
   twice = np.array([0, 1, 0, 1, 2, 3, 4, 5, 6, 7])
@@ -309,7 +309,7 @@ def test_a_penalty_cannot_hide_the_surrogate():
     )
 
 
-def test_trap_08_sampler_gap_is_reported():
+def test_sampler_gap_is_reported():
   x, batch = examples.leaves(), examples.batch()
   _, metrics = OBJECTIVES['grpo'].apply(examples.outputs(x, {}), batch, (), step=0)
   gap = np.abs(batch.behavior_logp - x['logp'])[batch.mask]
@@ -320,7 +320,7 @@ def test_trap_08_sampler_gap_is_reported():
   assert metrics['sampler_kl'].value() == 0
 
 
-def test_trap_10_weights_are_detached():
+def test_weights_are_detached():
   """A weight made of live log-probs multiplies the loss and has no gradient of its own."""
   live = objectives.PolicyGradient(
     surrogate=surrogates.reinforce,

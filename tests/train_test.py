@@ -80,7 +80,7 @@ def equal(a, b):
 
 # Updates: 3 in sft, then 4 a step in rl. Killed inside rl, at the phase's border, and inside sft.
 @pytest.mark.parametrize('last_checkpoint', [11, 3, 2])
-def test_trap_24_resumed_run_equals_one_that_went_on(finished, tmp_path, last_checkpoint):
+def test_resumed_run_equals_one_that_went_on(finished, tmp_path, last_checkpoint):
   workdir, state = finished
   shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
   kept = tmp_path / 'checkpoints'
@@ -120,7 +120,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
     assert f.read(8) == b'\x89PNG\r\n\x1a\n'
 
 
-def test_trap_06_08_on_policy_ratio_is_one(finished):
+def test_08_on_policy_ratio_is_one(finished):
   """The first update of a rollout sees the sampler's own log-probs."""
   found = [r for r in rows(finished[0]) if r['phase'] == 'train' and 'sampler_kl' in r]
   assert len(found) == 4
@@ -144,7 +144,7 @@ def _first_rows(made):
     return rows(workdir)
 
 
-def test_trap_23_new_weights_reach_the_sampler(finished):
+def test_new_weights_reach_the_sampler(finished):
   """After updates, what the sampler reports of its tokens is what the trainer's forward says."""
   _, state = finished
   experiment = build.build(config())

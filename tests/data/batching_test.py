@@ -38,7 +38,7 @@ def test_supervised_masks_answer_and_stop_token_only():
   assert got.weights is None and got.label is None
 
 
-def test_trap_14_the_completion_ends_with_the_stop_token_exactly_once():
+def test_the_completion_ends_with_the_stop_token_exactly_once():
   t = T._replace(encode=lambda text: [EOS if c == 'c' else i for c, i in zip(text, T.encode(text))])
   rows = [{'prompt': 'a', 'answer': answer, 'id': 0} for answer in ('12', '12c')]
   got = batching.supervised(rows, t, length=8)
@@ -49,7 +49,7 @@ def test_trap_14_the_completion_ends_with_the_stop_token_exactly_once():
     batching.supervised([{'prompt': 'a', 'answer': '1c2', 'id': 0}], t, length=8)
 
 
-def test_trap_15_pad_equal_to_stop_changes_no_mask():
+def test_pad_equal_to_stop_changes_no_mask():
   same = T._replace(pad_id=EOS)
   for make in (batching.supervised, batching.prompts):
     ours, theirs = make(SUMS, T, length=10), make(SUMS, same, length=10)
@@ -58,7 +58,7 @@ def test_trap_15_pad_equal_to_stop_changes_no_mask():
   assert (got.tokens[0, 5:] == EOS).all() and got.mask[0].sum() == 2
 
 
-def test_trap_19_prompt_ids_are_those_of_the_sampler_and_no_merge_crosses_into_the_answer():
+def test_prompt_ids_are_those_of_the_sampler_and_no_merge_crosses_into_the_answer():
   # A tokenizer that merges '=2' into one token would change the prompt if both were encoded at once.
   merging = T._replace(
     encode=lambda text: [99] if text == '1+1=2' else T.encode(text), vocab_size=100

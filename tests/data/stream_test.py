@@ -21,7 +21,7 @@ def test_every_row_comes_once_an_epoch_in_a_new_order():
 
 
 @pytest.mark.parametrize('k', [0, 1, 10, ROWS, 40])
-def test_trap_24_reading_k_then_m_is_reading_both_at_once(k):
+def test_reading_k_then_m_is_reading_both_at_once(k):
   assert ids(5, k) + ids(5 + k, 57 - k) == ids(5, 57)
 
 

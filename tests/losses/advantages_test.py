@@ -53,14 +53,14 @@ def run(fn, rewards, group_ids, valid, rows=slice(8)):
 @pytest.mark.parametrize('fn', CENTERED)
 @pytest.mark.parametrize('reward', [0.1, 1 / 3, 1e6 + 0.1, -7.7])
 @pytest.mark.parametrize('size', [3, 7])
-def test_trap_21_equal_rewards_give_exactly_zero_in_float32(fn, reward, size):
+def test_equal_rewards_give_exactly_zero_in_float32(fn, reward, size):
   rewards = jnp.full(size, reward, jnp.float32)
   got = run(fn, rewards, jnp.zeros(size, jnp.int32), jnp.ones(size, bool))
   np.testing.assert_array_equal(got, np.zeros(size))
 
 
 @pytest.mark.parametrize('ddof', [0, 1])
-def test_trap_21_equal_rewards_give_exactly_zero_without_eps(ddof):
+def test_equal_rewards_give_exactly_zero_without_eps(ddof):
   rewards = jnp.full(3, 0.1, jnp.float32)
   args = rewards, jnp.zeros(3, jnp.int32), jnp.ones(3, bool)
   got = advantages.group_normalized(*args, ddof=ddof, eps=0.0)
@@ -68,14 +68,14 @@ def test_trap_21_equal_rewards_give_exactly_zero_without_eps(ddof):
 
 
 @pytest.mark.parametrize('fn', GROUPED)
-def test_trap_21_a_group_of_one_gets_zero(fn):
+def test_a_group_of_one_gets_zero(fn):
   rewards = jnp.array([5.0, 1.0, 0.0])
   got = run(fn, rewards, jnp.array([0, 1, 1]), jnp.ones(3, bool))
   assert got[0] == 0
   assert np.all(got[1:] != 0)
 
 
-def test_trap_21_equal_advantages_are_whitened_to_exactly_zero():
+def test_equal_advantages_are_whitened_to_exactly_zero():
   mask = jnp.array([[True, True, False], [True, False, True]])
   for value in (0.1, 1e6 + 0.1):
     got = advantages.whiten(jnp.full((2, 3), value, jnp.float32), mask)
@@ -83,7 +83,7 @@ def test_trap_21_equal_advantages_are_whitened_to_exactly_zero():
 
 
 @pytest.mark.parametrize('fn', [fn for fn in GROUPED if fn not in SCALED])
-def test_trap_20_groups_may_be_scattered_and_uneven(fn):
+def test_groups_may_be_scattered_and_uneven(fn):
   """Three interleaved groups of sizes 3, 2 and 1 give what each gives alone."""
   rewards = jnp.array([0.3, 1.0, -2.0, 0.5, 4.0, 0.9])
   groups = np.array([5, 0, 5, 0, 9, 5])

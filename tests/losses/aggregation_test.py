@@ -18,7 +18,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(('case', 'expected'), [*zip(ALL, [1 / 4, 1 / 2, 1 / 2, 1 / 8])])
-def test_trap_03_rows_of_one_and_three_tokens_by_hand(case, expected):
+def test_rows_of_one_and_three_tokens_by_hand(case, expected):
   fn, knobs = case
   assert fn(LOSS, WHERE, **knobs).value() == expected
 
@@ -27,7 +27,7 @@ def test_trap_03_rows_of_one_and_three_tokens_by_hand(case, expected):
   ('case', 'expected'),
   [*zip(ALL, [[1 / 4, 1 / 4], [1 / 2, 1 / 6], [1 / 2, 1 / 2], [1 / 8, 1 / 8]])],
 )
-def test_trap_03_what_one_token_of_a_short_and_of_a_long_row_weighs(case, expected):
+def test_what_one_token_of_a_short_and_of_a_long_row_weighs(case, expected):
   fn, knobs = case
   gradient = jax.grad(lambda x: fn(x, WHERE, **knobs).value())(LOSS)
   np.testing.assert_allclose(gradient[:, 0], expected, rtol=1e-6)
@@ -36,7 +36,7 @@ def test_trap_03_what_one_token_of_a_short_and_of_a_long_row_weighs(case, expect
 
 @pytest.mark.parametrize(('fn', 'knobs'), ALL)
 @pytest.mark.parametrize('junk', [0.0, np.nan, np.inf])
-def test_trap_05_fully_masked_batch_is_zero_with_zero_gradient(fn, knobs, junk):
+def test_fully_masked_batch_is_zero_with_zero_gradient(fn, knobs, junk):
   where = jnp.zeros((2, 3), bool)
   loss = jnp.full((2, 3), junk)
   value, gradient = jax.jit(jax.value_and_grad(lambda x: fn(x, where, **knobs).value()))(loss)
@@ -45,7 +45,7 @@ def test_trap_05_fully_masked_batch_is_zero_with_zero_gradient(fn, knobs, junk):
 
 
 @pytest.mark.parametrize(('fn', 'knobs'), ALL[:3])
-def test_trap_05_fully_masked_row_leaves_the_mean_of_the_others_alone(fn, knobs):
+def test_fully_masked_row_leaves_the_mean_of_the_others_alone(fn, knobs):
   loss = jnp.concatenate([LOSS, jnp.full((1, 3), jnp.nan)])
   where = jnp.concatenate([WHERE, jnp.zeros((1, 3), bool)])
   assert fn(loss, where, **knobs).value() == fn(LOSS, WHERE, **knobs).value()

@@ -75,14 +75,14 @@ def test_the_two_kl_gradients_are_those_of_the_exact_divergences(x64):
 
 
 @pytest.mark.parametrize('name', ON_POLICY)
-def test_trap_09_expected_gradient_on_policy(name, x64):
+def test_expected_gradient_on_policy(name, x64):
   loss, expected = ON_POLICY[name]
   got = expected_gradient(loss, jax.nn.log_softmax(jnp.asarray(LOGITS)))
   np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize('name', OFF_POLICY)
-def test_trap_09_expected_gradient_off_policy(name, x64):
+def test_expected_gradient_off_policy(name, x64):
   loss, expected = OFF_POLICY[name]
   np.testing.assert_allclose(expected_gradient(loss, OLD), expected, atol=2e-6)
 
@@ -95,7 +95,7 @@ def test_k1_and_k3_are_unbiased_values_and_k2_is_not(x64):
   assert abs(mean(penalties.k2) - 0.239642) > 1e-3
 
 
-def test_trap_11_detaching_the_ratio_of_importance_k3_turns_reverse_into_forward(x64):
+def test_detaching_the_ratio_of_importance_k3_turns_reverse_into_forward(x64):
   """The same value, another algorithm."""
   detached = lambda logp: penalties.importance_k3(
     jax.lax.stop_gradient(ratio(logp)), logp, REFERENCE

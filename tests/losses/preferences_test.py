@@ -90,7 +90,7 @@ def test_robust_labels_are_unbiased_under_flips():
   np.testing.assert_allclose(noisy, preference_losses.logistic(z, jnp.ones(5)), rtol=1e-5)
 
 
-def test_trap_18_masked_entries_stay_out_of_row_scores():
+def test_masked_entries_stay_out_of_row_scores():
   mask = jnp.array([[True, False, True]])
   clean = jnp.array([[-1.0, 0.0, -3.0]])
   for junk in (jnp.nan, 1e9, -jnp.inf):

@@ -179,7 +179,7 @@ def test_permuting_rows_permutes_the_output(fn):
 @pytest.mark.parametrize(
   'fn', [f for f in ALL if f not in REDUCTIONS and f not in BATCH_STATISTICS], ids=name_of
 )
-def test_trap_12_duplicating_a_row_changes_no_other_row(fn):
+def test_duplicating_a_row_changes_no_other_row(fn):
   arrays = make(fn)
   twice = {n: x if n in WHOLE else x.at[3].set(x[0]) for n, x in arrays.items()}
   if 'group_ids' in arrays:  # the last row is a group of its own
@@ -190,7 +190,7 @@ def test_trap_12_duplicating_a_row_changes_no_other_row(fn):
 @pytest.mark.parametrize(
   'fn', [f for f in ALL if len({*registry.inputs(f)} - WHOLE.keys()) > 1], ids=name_of
 )
-def test_trap_13_a_row_vector_does_not_broadcast_even_when_the_batch_is_square(fn):
+def test_a_row_vector_does_not_broadcast_even_when_the_batch_is_square(fn):
   arrays = {n: x if n in WHOLE else x[:T] for n, x in make(fn).items()}
   for name, x in arrays.items():
     if name in WHOLE:  # not per row, whatever its shape
@@ -286,7 +286,7 @@ LIVE = {fn: set() for fn in NOTHING} | {
 
 
 @pytest.mark.parametrize('fn', LIVE, ids=name_of)
-def test_trap_10_gradient_flows_where_the_definition_says_and_nowhere_else(fn):
+def test_gradient_flows_where_the_definition_says_and_nowhere_else(fn):
   arrays = make(fn, seed=1)
   floats = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
   out = run(fn, arrays)

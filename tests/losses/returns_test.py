@@ -33,7 +33,7 @@ def insert_holes(x, at, junk):
 
 
 @pytest.mark.parametrize('at', [[0, 0], [1, 3], [0, 4], [4, 4]])
-def test_trap_17_masked_tokens_anywhere_leave_the_others_alone(at):
+def test_masked_tokens_anywhere_leave_the_others_alone(at):
   rng = np.random.default_rng(0)
   rewards, values = rng.normal(size=(2, 3, 4)).astype(np.float32)
   mask = np.ones((3, 4), bool)

@@ -75,7 +75,7 @@ MASK = jnp.array([[True, True, True, False], [True, False, False, False]])
 
 
 @pytest.mark.parametrize('eps', [0.05, 0.3, 10.0])
-def test_trap_11_gspo_token_has_value_and_gradient_of_the_sequence_form(eps, x64):
+def test_gspo_token_has_value_and_gradient_of_the_sequence_form(eps, x64):
   """The straight-through form against -mean_i min(s_i A_i, clip(s_i) A_i), differentiated whole."""
   rng = np.random.default_rng(0)
   d = jnp.where(MASK, jnp.asarray(rng.normal(scale=0.3, size=(2, 4))), 0)
@@ -94,7 +94,7 @@ def test_trap_11_gspo_token_has_value_and_gradient_of_the_sequence_form(eps, x64
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, expected)
 
 
-def test_trap_10_the_sequence_ratio_has_gradient_through_the_own_token_only():
+def test_the_sequence_ratio_has_gradient_through_the_own_token_only():
   """With token advantages the weight of token t is s A_t, not the mean of the A of its row."""
   d = jnp.array([[0.2, -0.4, 0.5, 0.0]])
   a = jnp.array([[1.0, -2.0, 0.5, 3.0]])

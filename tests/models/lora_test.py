@@ -161,7 +161,7 @@ def test_factors_begin_random_and_zero():
 
 
 @pytest.mark.parametrize('stabilized, scale', [(False, 16 / 4), (True, 16 / 2)])
-def test_trap_23_the_adapter_counts_once(stabilized, scale):
+def test_the_adapter_counts_once(stabilized, scale):
   targets = ('query', 'out', 'gate')
   policy = lora(base=tiny.policy(), rank=4, alpha=16.0, targets=targets, rank_stabilized=stabilized)
   params = with_adapter(targets=targets)[1]

@@ -43,7 +43,7 @@ def close(got, want, **tolerance):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_trap_22_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compiler):
+def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compiler):
   policy, params = tiny.policy(**MODELS[name]), tiny.params(**MODELS[name])
   fields = frozenset({'entropy'} | ({'values'} if policy.config.value_head else set()))
   teacher = tiny.policy(), tiny.params(seed=1)

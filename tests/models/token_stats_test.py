@@ -58,14 +58,14 @@ def test_gradients_are_those_of_the_full_logits(chunk):
     np.testing.assert_allclose(a, b, atol=5e-6)
 
 
-def test_trap_16_a_hidden_state_moves_the_entry_of_the_next_token_only():
+def test_a_hidden_state_moves_the_entry_of_the_next_token_only():
   before = chunked(HIDDEN, TABLE, 1.0)
   after = chunked(HIDDEN.at[1, 4].add(1.0), TABLE, 1.0)
   for name in STATS:
     assert np.argwhere(before[name] != after[name]).tolist() == [[1, 5]]
 
 
-def test_trap_16_a_label_moves_its_own_entry_only():
+def test_a_label_moves_its_own_entry_only():
   other = TOKENS.at[2, 6].set((TOKENS[2, 6] + 1) % VOCAB)
   before, after = (
     token_stats(HIDDEN, t, unembed(TABLE), stats=STATS, chunk=6) for t in (TOKENS, other)

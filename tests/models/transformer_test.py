@@ -116,7 +116,7 @@ def test_padding_on_either_side_changes_no_log_prob():
     np.testing.assert_allclose(logp[row : row + 1, left + 1 : left + 6], expected, atol=1e-5)
 
 
-def test_trap_22_packed_equals_unpacked_log_probs_and_gradients():
+def test_packed_equals_unpacked_log_probs_and_gradients():
   a, b = tiny.rows(4, 1, 5), tiny.rows(5, 1, 4)
   packed = jnp.concatenate([a, b, jnp.zeros((1, 3), jnp.int32)], axis=1)
   packed_segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])

@@ -68,7 +68,7 @@ def close(a, b):
 
 
 @EACH
-def test_trap_18_padding_may_hold_anything(name):
+def test_padding_may_hold_anything(name):
   objective, leaves, batch = case(name)
   loss, grads = value_and_grad(objective, leaves, batch)
   mask = batch.mask
@@ -83,7 +83,7 @@ def test_trap_18_padding_may_hold_anything(name):
 
 
 @EACH
-def test_trap_01_micro_batches_and_the_order_of_groups_change_nothing(name):
+def test_micro_batches_and_the_order_of_groups_change_nothing(name):
   objective, leaves, batch = case(name)
   loss, grads = value_and_grad(objective, leaves, batch)
   whole = with_selections(objective, leaves, batch)
@@ -103,7 +103,7 @@ def test_trap_01_micro_batches_and_the_order_of_groups_change_nothing(name):
 
 
 @EACH
-def test_trap_05_a_batch_without_tokens_has_loss_and_gradient_zero(name):
+def test_a_batch_without_tokens_has_loss_and_gradient_zero(name):
   objective, leaves, batch = case(name)
   empty = batch.replace(mask=np.zeros_like(batch.mask))
   loss, grads = value_and_grad(objective, leaves, empty)

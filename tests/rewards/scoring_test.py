@@ -1,4 +1,4 @@
-"""Scoring: weighted sums, and canaries for every way in which a verifier can fail (trap 25)."""
+"""Scoring: weighted sums, and canaries for every way in which a verifier can fail."""
 
 import functools
 import gc
@@ -93,30 +93,30 @@ def assert_contained(got, kind, reason):
 
 
 @pytest.mark.parametrize(('action', 'kind', 'reason'), FAILURES)
-def test_trap_25_a_failing_verifier_is_an_error_and_never_zero(here, action, kind, reason):
+def test_a_failing_verifier_is_an_error_and_never_zero(here, action, kind, reason):
   assert_contained(judge(here, '1', action, '0'), kind, reason)
 
 
 @pytest.mark.parametrize(('action', 'kind', 'reason'), FAILURES + ENDINGS)
-def test_trap_25_isolation_contains_failures_hangs_and_deaths(isolated, action, kind, reason):
+def test_isolation_contains_failures_hangs_and_deaths(isolated, action, kind, reason):
   assert_contained(judge(isolated, '1', action, '0'), kind, reason)
   assert judge(isolated, '2', '3').total.tolist() == [2, 3]
 
 
-def test_trap_25_every_worker_may_go_at_once(isolated):
+def test_every_worker_may_go_at_once(isolated):
   got = judge(isolated, 'die', 'hang', '1', 'die', 'raise', '2')
   assert got.valid.tolist() == [False, False, True, False, False, True]
   assert got.total[got.valid].tolist() == [1, 2]
   assert got.errors == {'canary/Died': 2, 'canary/Timeout': 1, 'canary/ZeroDivisionError': 1}
 
 
-def test_trap_25_a_record_that_cannot_be_sent_is_an_error(isolated):
+def test_a_record_that_cannot_be_sent_is_an_error(isolated):
   got = isolated(['1', '2'], [{}, {'lock': multiprocessing.Lock()}], [1, 1])
   assert got.valid.tolist() == [True, False]
   assert sum(got.errors.values()) == 1
 
 
-def test_trap_25_one_failed_term_invalidates_the_row_but_not_the_other_terms():
+def test_one_failed_term_invalidates_the_row_but_not_the_other_terms():
   got = judge(scoring.make_scorer({'a': canary, 'b': Weighted(0.0, size)}), 'raise', '2')
   assert got.valid.tolist() == [False, True]
   assert got.components['b'].tolist() == [1, 1]

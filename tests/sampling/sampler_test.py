@@ -56,7 +56,7 @@ def test_rows_are_prompt_major_and_begin_with_their_prompt():
   assert not out.mask[:, :WIDTH].any()
 
 
-def test_trap_06_and_08_sampler_log_probs_are_those_of_the_trainer():
+def test_and_08_sampler_log_probs_are_those_of_the_trainer():
   out = rollout()
   full = logits(out.tokens, out.segment_ids)
   for temperature, equal in ((0.7, True), (1.0, False)):
@@ -67,7 +67,7 @@ def test_trap_06_and_08_sampler_log_probs_are_those_of_the_trainer():
   np.testing.assert_array_equal(np.asarray(out.behavior_logp)[~np.asarray(out.mask)], 0)
 
 
-def test_trap_14_the_first_stop_token_counts_once_and_nothing_after_it():
+def test_the_first_stop_token_counts_once_and_nothing_after_it():
   out = rollout()
   lengths = out.mask.sum(axis=1)
   assert 0 < int(jnp.sum(out.finished)) < len(lengths)  # both kinds of rows
@@ -81,7 +81,7 @@ def test_trap_14_the_first_stop_token_counts_once_and_nothing_after_it():
     assert not out.segment_ids[row, WIDTH + length :].any()
 
 
-def test_trap_15_a_pad_id_that_is_a_stop_id_changes_nothing_real():
+def test_a_pad_id_that_is_a_stop_id_changes_nothing_real():
   a, b = rollout(), rollout(pad_id=STOPS[0])
   assert_equal(a, b, fields=('segment_ids', 'mask', 'finished'))
   real = np.asarray(a.segment_ids) > 0
@@ -231,7 +231,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass():
   np.testing.assert_array_equal(out.behavior_logp, 0)  # probability one
 
 
-def test_trap_07_log_probs_are_those_of_the_kept_set():
+def test_log_probs_are_those_of_the_kept_set():
   out = rollout(top_k=5, top_p=0.8)
   kept = processors.top_p(processors.top_k(logits(out.tokens, out.segment_ids) / 0.7, k=5), p=0.8)
   drawn = jnp.take_along_axis(kept, out.tokens[..., None], axis=-1)[..., 0]

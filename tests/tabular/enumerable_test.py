@@ -182,7 +182,7 @@ LOGITS = np.array([[0.4, -0.2], [0.3, 0.1], [-0.6, 0.5]])
 REFERENCE_LOGITS = np.array([[0.0, 0.0], [0.5, -0.5], [0.2, 0.2]])
 
 
-def test_trap_09_kl_of_whole_sequences_needs_the_reward_to_go(x64):
+def test_kl_of_whole_sequences_needs_the_reward_to_go(x64):
   """Token k2 misses that an early token moves the prefixes of later ones; k1 to go does not."""
   params = jnp.asarray(LOGITS)
   reference = enumerable.logp(BITS, jnp.asarray(REFERENCE_LOGITS))

@@ -350,7 +350,7 @@ def test_in_groups_of_two_or_three_standardizing_is_a_constant(size, x64):
   assert_follows(got, case, lambda case, params: scale * mean_return(case, params))
 
 
-def test_trap_09_grpo_adds_the_forward_kl_of_tokens_exactly_at_equal_lengths_only(x64):
+def test_grpo_adds_the_forward_kl_of_tokens_exactly_at_equal_lengths_only(x64):
   """GRPO is GSPO - 0.04 / H grad KL(reference || pi); dividing by sampled lengths turns it."""
   kl, forward = {}, {}
   for name in ('equal_lengths', 'stop_token'):
@@ -366,7 +366,7 @@ def test_trap_09_grpo_adds_the_forward_kl_of_tokens_exactly_at_equal_lengths_onl
   ('name', 'equal_lengths', 'stop_token'),
   [('gspo', 1, 0.96964), ('dapo', 1, 0.99778), ('ppo', 0.98949, 0.98915)],
 )
-def test_trap_03_what_normalizers_cost_in_direction(name, equal_lengths, stop_token, x64):
+def test_what_normalizers_cost_in_direction(name, equal_lengths, stop_token, x64):
   """The cosine with the gradient of E[R]: for one prompt, lengths turn it where they differ, and
   whitening always. The critic is exact, so PPO has no other bias but its entropy term."""
   for case, expected in (('equal_lengths', equal_lengths), ('stop_token', stop_token)):
