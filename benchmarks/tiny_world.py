@@ -100,7 +100,8 @@ BONUS = 'objective.penalties.entropy.weight'
 STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('rloo', 'demo_regularized', 'reinforce_plus_plus'), (minus_kl, IN_CREDIT)),
   **dict.fromkeys(
-    ('grpo', 'reinforce_plus_plus_baseline', 'deepseek_v32', 'intellect2'), (minus_kl, IN_LOSS)
+    ('grpo', 'aspo', 'reinforce_plus_plus_baseline', 'deepseek_v32', 'intellect2'),
+    (minus_kl, IN_LOSS),
   ),
   **dict.fromkeys(('a_star_po', 'copg', 'dro_v', 'tba', 'tbrm'), (minus_kl, 'objective.beta')),
   'pcl': (minus_kl, 'objective.surrogate.beta'),

@@ -211,6 +211,51 @@ def dual_clipped(
   return jnp.where(capped, -cap * advantages, loss)
 
 
+def flipped(
+  log_ratio: Array,
+  advantages: Array,
+  *,
+  eps_low: float = 0.2,
+  eps_high: float = 0.2,
+  cap: float = 3.0,
+) -> Array:
+  """-w A with w = 1 / r where A >= 0 and w = r where A < 0: ASPO (arXiv:2510.06062).
+
+  Good tokens have the inverse ratio, so those that the policy has come to neglect are learned most;
+  the gradient weight of log pi is w A (+A / r, not the -A / r of a differentiated 1 / r). Tokens that
+  `clipped` drops are dropped here too, with the value of the bound. Where w > cap, value and weight are
+  those of w = cap, so the gradient is bounded but not lost.
+
+  Args:
+    log_ratio: [..., T], nats.
+    advantages: [..., T].
+    eps_low: distance of the lower bound of r from 1, for A < 0.
+    eps_high: distance of the upper bound of r from 1, for A >= 0.
+    cap: the largest w itself (not a distance from 1).
+
+  Returns:
+    [..., T].
+
+  Raises:
+    ValueError: cap <= 1, so tokens would have another weight than A at or near r = 1.
+
+  >>> log_ratio = jnp.log(jnp.array([0.5, 0.1, 1.5, 0.5, 1.5]))
+  >>> loss = surrogates.flipped(log_ratio, jnp.array([1.0, 1.0, 1.0, -1.0, -1.0]))
+  >>> print(np.asarray(loss).round(2))
+  [-2.   -3.   -0.83  0.8   1.5 ]
+  """
+  chex.assert_equal_shape([log_ratio, advantages])
+  if cap <= 1:
+    raise ValueError(f'cap is an absolute weight and must exceed 1, got {cap}')
+  low, high = 1 - eps_low, 1 + eps_high
+  fixed = jax.lax.stop_gradient(log_ratio)
+  good, bad = jnp.clip(jnp.exp(-fixed), 1 / high, cap), jnp.clip(jnp.exp(fixed), low, cap)
+  weight = jnp.where(advantages >= 0, good, bad)
+  # 1 in value, with the gradient of log pi where the trust region keeps the token.
+  live = jnp.where(kept(jnp.exp(fixed), advantages, low, high), jnp.exp(log_ratio - fixed), 1)
+  return -advantages * weight * live
+
+
 def truncated(
   logp: Array, log_ratio: Array, advantages: Array, *, cap: float = 5.0, floor: float = 0.0
 ) -> Array:
@@ -366,6 +411,7 @@ TABLE = table(
   clipped_away,
   dual_clipped,
   centered_clip,
+  flipped,
   truncated,
   soft_gated,
   negative_aware,

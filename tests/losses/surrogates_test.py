@@ -44,10 +44,25 @@ def test_dual_clip_caps_the_loss_of_bad_tokens():
   np.testing.assert_allclose(loss, [0.8, 1, 2, 3], rtol=1e-6)
 
 
+@pytest.mark.parametrize('fn', [surrogates.dual_clipped, surrogates.flipped])
 @pytest.mark.parametrize('cap', [0.2, 1.0])
-def test_a_cap_given_as_a_distance_from_one_is_refused(cap):
-  with pytest.raises(ValueError, match='absolute ratio'):
-    surrogates.dual_clipped(jnp.zeros(1), jnp.ones(1), cap=cap)
+def test_a_cap_given_as_a_distance_from_one_is_refused(fn, cap):
+  with pytest.raises(ValueError, match='absolute'):
+    fn(jnp.zeros(1), jnp.ones(1), cap=cap)
+
+
+@pytest.mark.parametrize(
+  ('advantage', 'ratio', 'weight'),
+  [
+    *((1.0, 0.5, 2), (1.0, 0.1, 3), (1.0, 1.1, 1 / 1.1), (1.0, 1.3, 0)),
+    *((-1.0, 1.1, -1.1), (-1.0, 9.0, -3), (-1.0, 0.7, 0)),
+  ],
+)
+def test_aspo_teaches_neglected_good_tokens_most_and_a_cap_keeps_the_gradient(
+  advantage, ratio, weight
+):
+  got = derivative(surrogates.flipped, np.log(ratio), advantage)
+  np.testing.assert_allclose(got, weight, rtol=1e-6)
 
 
 def test_a_cap_that_silences_every_token_is_refused():

@@ -119,6 +119,14 @@ def sapo(x):
   return sequence_mean(4 * p * (1 - p) * ratio * x['advantages'], x['mask'])
 
 
+def aspo(x):
+  """w A, w the inverse ratio of good tokens and the ratio of bad ones, and 0 where PPO clips."""
+  ratio, good = ratio_of(x), x['advantages'] >= 0
+  keep = np.where(good, ratio <= 1.2, ratio >= 0.8)
+  weight = keep * np.minimum(np.where(good, 1 / ratio, ratio), 3) * x['advantages']
+  return token_mean(weight + 0.001 * forward_kl(x), x['mask'])
+
+
 def log_rho(x):
   return x['proximal_logp'] - x['behavior_logp']
 
@@ -213,6 +221,7 @@ ORACLES = {
   'cispo': cispo,
   'gmpo': gmpo,
   'sapo': sapo,
+  'aspo': aspo,
   'tis': tis,
   'mis': mis,
   'icepop': icepop,
@@ -225,6 +234,20 @@ ORACLES = {
   'vespo': vespo,
   'dppo': dppo,
   'entropy_bonus': entropy_bonus,
+}
+
+FUNCTIONS = {
+  surrogates.flipped: (
+    dict(eps_low=0.2, eps_high=0.3, cap=1.5),
+    lambda a: (
+      -a.advantages
+      * np.where(
+        a.advantages >= 0,
+        np.minimum(1 / np.minimum(np.exp(a.log_ratio), 1.3), 1.5),
+        np.minimum(np.maximum(np.exp(a.log_ratio), 0.8), 1.5),
+      )
+    ),
+  ),
 }
 
 TOKENS = {'aggregation': part(aggregation.token_mean)}
@@ -299,6 +322,14 @@ FIX_A = {
   ],
   'gmpo': [({}, -0.314778, [0.184195, 0, 0.184195], [0, -0.118904, 0])],
   'sapo': [({}, -0.646232, [0.183687, 0.257644, 0.135340], [-0.072671, -0.163165, 0])],
+  'aspo': [
+    (
+      {'surrogate__cap': 1.1, 'penalties': {}},
+      -0.377634,
+      [0.180967, 0, 0.22],
+      [0, -0.11, 0],
+    )
+  ],
   'tis': [
     ({}, -0.680713, [0.221034, 0, 0.148164], [0, -0.134986, 0]),
     (
