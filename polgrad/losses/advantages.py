@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import baselines
-from polgrad.losses.groups import center, divide, everyone, members, variance
+from polgrad.losses.groups import center, divide, everyone, members, total, variance
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -121,6 +121,61 @@ def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
   group = members(group_ids, valid)
   size = jnp.sum(group, axis=-1)
   return center(rewards, group) * size / jnp.maximum(size - 1, 1)
+
+
+def pass_at_k(
+  rewards: Array,
+  group_ids: Array,
+  valid: Array,
+  *,
+  k: int = 2,
+  least: float = 1.0,
+  eps: float = 1e-6,
+) -> Array:
+  """A_i = m (right_i - mean) / (sigma + eps): pass@k training (arXiv:2508.10751).
+
+  A group of n rows, c of them right, is seen as all its subsets of k rows; a subset has the reward 1 if
+  one of its rows is right. Its mean reward is rho = 1 - C(n - c, k) / C(n, k), its standard deviation
+  sigma = sqrt(rho (1 - rho)), and a row gets the mean normalised advantage of the subsets that it is
+  in: (1 - rho) / (sigma + eps) if it is right, (1 - rho - m) / (sigma + eps) if it is wrong, where
+  m = C(n - c - 1, k - 1) / C(n - 1, k - 1). Since 1 - rho = (1 - c/n) m, that is the formula above.
+
+  k = 1 is `group_normalized` of right and wrong with ddof=0. A group with fewer than k wrong rows is
+  always passed and gets 0, and so does every group of fewer than k rows.
+
+  Args:
+    rewards: [B].
+    group_ids: i32[B].
+    valid: bool[B].
+    k: number of rows of which one should be right.
+    least: least reward of a right row, in units of the reward.
+    eps: added to the standard deviation of the reward 0 or 1 of a subset.
+
+  Returns:
+    [B], without unit, summing to 0 in every group up to rounding.
+
+  Raises:
+    ValueError: k < 1.
+
+  >>> rewards = jnp.array([1.0, 0.0, 0.0, 0.0])
+  >>> got = advantages.pass_at_k(rewards, jnp.zeros(4, int), jnp.ones(4, bool))
+  >>> print(np.asarray(got).round(2))
+  [ 1.   -0.33 -0.33 -0.33]
+  """
+  _check(rewards, group_ids, valid)
+  if k < 1:
+    raise ValueError(f'k is a number of rows and must be at least 1, got {k}')
+  group = members(group_ids, valid)
+  right = (rewards >= least).astype(rewards.dtype)
+  size = jnp.sum(group, axis=-1).astype(rewards.dtype)
+  wrong = total(1 - right, group)
+  # C(wrong - 1, k - 1) / C(size - 1, k - 1) as a product, for group sizes that are only data.
+  drawn = jnp.arange(1, k, dtype=rewards.dtype)[None, :]
+  left = jnp.maximum(wrong[:, None] - drawn, 0) / jnp.maximum(size[:, None] - drawn, 1)
+  others_wrong = jnp.prod(left, axis=-1)
+  failed = divide(wrong, size) * others_wrong  # 1 - rho
+  std = jnp.sqrt(failed * (1 - failed))
+  return divide(others_wrong * center(right, group), std + eps)
 
 
 def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
@@ -230,6 +285,7 @@ TABLE = baselines.TABLE | table(
   group_mean,
   group_normalized,
   leave_one_out,
+  pass_at_k,
   batch_mean,
   batch_normalized,
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from polgrad.losses import aggregation, surrogates, weights
+from polgrad.losses import advantages, aggregation, surrogates, weights
 from polgrad.registry import part
 from tests.policy_gradient.harness import (
   constant_length,
@@ -127,6 +127,13 @@ def aspo(x):
   return token_mean(weight + 0.001 * forward_kl(x), x['mask'])
 
 
+def pass_at_one(a):
+  """Right or wrong, normalised by the population std over the two valid rows of the only group."""
+  right = (a.rewards >= 0.5).astype(float)
+  pair = right[[0, 3]]
+  return np.array([1, 0, 0, 1]) * (right - pair.mean()) / (pair.std() + 0.1)
+
+
 def log_rho(x):
   return x['proximal_logp'] - x['behavior_logp']
 
@@ -213,6 +220,7 @@ ORACLES = {
   'grpo': grpo,
   'dr_grpo': dr_grpo,
   'dapo': dapo,
+  'pass_at_k': dapo,
   'gspo': gspo,
   'ppo': ppo_with_values,
   'dual_clip_ppo': dual_clip_ppo,
@@ -237,6 +245,7 @@ ORACLES = {
 }
 
 FUNCTIONS = {
+  advantages.pass_at_k: (dict(k=1, least=0.5, eps=0.1), pass_at_one),
   surrogates.flipped: (
     dict(eps_low=0.2, eps_high=0.3, cap=1.5),
     lambda a: (
