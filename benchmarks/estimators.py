@@ -99,7 +99,11 @@ class Point(NamedTuple):
 
 
 def measure(one: Estimate) -> dict[str, Point]:
-  """The estimator at every staleness."""
+  """The estimator at every staleness.
+
+  Raises:
+    ValueError: its expected gradient is zero.
+  """
   settings = [setting_of(one, s) for s in world.STALENESS]
   collected = one.phase['collect'].get('stats', {})
   stats = {name: bind(spec, logit_stats.TABLE) for name, spec in collected.items()}
@@ -111,6 +115,11 @@ def measure(one: Estimate) -> dict[str, Point]:
     stats=stats,
     credit_state=credit_state_of(one),
   )
+  if not all(np.abs(distribution.mean).max() > 1e-12 for distribution in found):
+    raise ValueError(
+      f'{one.name}: its expected gradient is zero in groups of {GROUP}; choose other defaults, or write '
+      'into LEFT_OUT why it has no entry'
+    )
   climbed = jax.grad(world.stated(one.name, one.phase))
   return {
     str(s): compare(distribution, climbed(setting.params, setting.behavior))

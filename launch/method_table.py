@@ -1,7 +1,7 @@
-"""Writes docs/methods.md, the table of all methods, from the methods themselves.
+"""Writes docs/methods.md, the table of all methods, and their numbers in README.md, from the methods.
 
-python launch/method_table.py           # rewrites the page
-python launch/method_table.py --check   # exits with 1 if it is not what the methods say
+python launch/method_table.py           # rewrites both
+python launch/method_table.py --check   # exits with 1 if they are not what the methods say
 """
 
 import pathlib
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))  # this clone, not another polgrad that may be ins
 from polgrad import methods  # noqa: E402
 from polgrad.options import from_text  # noqa: E402
 
-PAGE = ROOT / 'docs' / 'methods.md'
+PAGE, README = ROOT / 'docs' / 'methods.md', ROOT / 'README.md'
 # What goes without saying.
 USUAL = {'ratio': 'token', 'proximal': 'recorded', 'loss': 'nll', 'normalizer': 'identity'}
 TITLES = {
@@ -36,10 +36,22 @@ NEEDS = {'collect.Demonstrations': 'demonstrations', 'collect.Preferences': 'pai
 
 
 def main() -> None:
-  text = page()
+  wanted = {PAGE: page(), README: readme()}
   if '--check' in sys.argv:
-    sys.exit(PAGE.read_text() != text)
-  PAGE.write_text(text)
+    sys.exit(any(path.read_text() != text for path, text in wanted.items()))
+  for path, text in wanted.items():
+    path.write_text(text)
+
+
+def readme() -> str:
+  """README.md with the numbers of methods as they are."""
+  count = {family: len(names) for family, names in methods.FAMILIES.items()}
+  gradients, preferences = count['policy_gradient'], count['preference']
+  text = re.sub(
+    r'\d+ published methods', f'{sum(count.values())} published methods', README.read_text()
+  )
+  text = re.sub(r'\d+ policy gradients', f'{gradients} policy gradients', text)
+  return re.sub(r'\d+ preference losses', f'{preferences} preference losses', text)
 
 
 def page() -> str:

@@ -1,5 +1,7 @@
 """Weights of the standard methods: REINFORCE and PPO, their baselines and off-policy corrections."""
 
+import itertools
+
 import numpy as np
 
 from polgrad.losses import advantages, aggregation, surrogates, weights
@@ -127,11 +129,17 @@ def aspo(x):
   return token_mean(weight + 0.001 * forward_kl(x), x['mask'])
 
 
-def pass_at_one(a):
-  """Right or wrong, normalised by the population std over the two valid rows of the only group."""
-  right = (a.rewards >= 0.5).astype(float)
-  pair = right[[0, 3]]
-  return np.array([1, 0, 0, 1]) * (right - pair.mean()) / (pair.std() + 0.1)
+def pass_at_two(a):
+  """The mean normalised advantage of the pairs of rows of the group that a row is in."""
+  out = np.zeros(len(a.rewards))
+  for group in set(a.group_ids):
+    rows = np.flatnonzero((a.group_ids == group) & a.valid)
+    pairs = list(itertools.combinations(rows, 2))
+    passed = np.array([max(a.rewards[list(pair)] >= 0.1) for pair in pairs], float)
+    for row in rows if pairs else ():
+      own = [row in pair for pair in pairs]
+      out[row] = (passed[own].mean() - passed.mean()) / (passed.std() + 0.1)
+  return out
 
 
 def log_rho(x):
@@ -245,7 +253,7 @@ ORACLES = {
 }
 
 FUNCTIONS = {
-  advantages.pass_at_k: (dict(k=1, least=0.5, eps=0.1), pass_at_one),
+  advantages.pass_at_k: (dict(k=2, least=0.1, eps=0.1), pass_at_two),
   surrogates.flipped: (
     dict(eps_low=0.2, eps_high=0.3, cap=1.5),
     lambda a: (

@@ -9,8 +9,9 @@ from benchmarks import estimators, estimators_page, tiny_world
 from launch import method_table
 
 
-def test_the_table_of_methods_is_current():
-  assert method_table.PAGE.read_text() == method_table.page()
+def test_the_table_of_methods_and_the_numbers_in_the_readme_are_current():
+  assert method_table.PAGE.read_text() == method_table.page(), 'run `make pages`'
+  assert method_table.README.read_text() == method_table.readme(), 'run `make pages`'
 
 
 @pytest.fixture(scope='module')
@@ -19,7 +20,7 @@ def numbers() -> dict:
 
 
 def test_the_report_has_every_estimator(numbers):
-  assert sorted(numbers) == estimators.all_names()
+  assert sorted(numbers) == estimators.all_names(), 'run `make pages`'
   page = (estimators_page.DOCS / 'estimators.md').read_text()
   assert all(f'| `{name}` |' in page for name in numbers)
 
