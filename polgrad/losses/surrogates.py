@@ -256,6 +256,54 @@ def flipped(
   return -advantages * weight * live
 
 
+def gradient_preserving(
+  log_ratio: Array,
+  advantages: Array,
+  *,
+  eps_low: float = 0.2,
+  eps_high: float = 0.2,
+  beta_low: float = 0.75,
+  beta_high: float = 1.0,
+) -> Array:
+  """`clipped`, but a clipped token has the weight beta times its bound: CE-GPPO (arXiv:2509.20712).
+
+  The loss is -w A r / sg(r) with w = beta_high (1 + eps_high) where A > 0 and r is above the bounds,
+  w = beta_low (1 - eps_low) where A < 0 and r is below them, and w = r elsewhere. The gradient weight
+  of log pi is w A. With both betas 0 the gradient is that of `clipped`; its weight does not jump at
+  a bound whose beta is 1.
+
+  Args:
+    log_ratio: [..., T], nats.
+    advantages: [..., T].
+    eps_low: distance of the lower bound from 1.
+    eps_high: distance of the upper bound from 1.
+    beta_low: scale of clipped tokens with A < 0 (beta_1 in the paper).
+    beta_high: scale of clipped tokens with A > 0 (beta_2 in the paper).
+
+  Returns:
+    [..., T].
+
+  Raises:
+    ValueError: beta_low < 0 or beta_high < 0, so clipped tokens would be pushed against their advantage.
+
+  >>> log_ratio = jnp.log(jnp.array([0.5, 1.5, 0.5, 1.5]))
+  >>> advantages = jnp.array([1.0, 1.0, -1.0, -1.0])
+  >>> loss = surrogates.gradient_preserving(log_ratio, advantages)
+  >>> print(np.asarray(loss).round(2))
+  [-0.5 -1.2  0.6  1.5]
+  """
+  chex.assert_equal_shape([log_ratio, advantages])
+  if beta_low < 0 or beta_high < 0:
+    raise ValueError(f'beta must not be negative, got {beta_low} and {beta_high}')
+  low, high = 1 - eps_low, 1 + eps_high
+  fixed = jax.lax.stop_gradient(log_ratio)
+  ratio = jnp.exp(fixed)
+  bound = jnp.where(advantages >= 0, beta_high * high, beta_low * low).astype(ratio.dtype)
+  weight = jnp.where(kept(ratio, advantages, low, high), ratio, bound)
+  # r / sg(r) is 1 in value, with the gradient of log pi.
+  return -advantages * weight * jnp.exp(log_ratio - fixed)
+
+
 def truncated(
   logp: Array, log_ratio: Array, advantages: Array, *, cap: float = 5.0, floor: float = 0.0
 ) -> Array:
@@ -412,6 +460,7 @@ TABLE = table(
   dual_clipped,
   centered_clip,
   flipped,
+  gradient_preserving,
   truncated,
   soft_gated,
   negative_aware,

@@ -36,6 +36,8 @@ def test_infinite_bounds_undo_clipping():
   np.testing.assert_array_equal(wide, expected)
   far = surrogates.dual_clipped(d, a, eps_low=np.inf, eps_high=np.inf, cap=np.inf)
   np.testing.assert_array_equal(far, expected)
+  kept = surrogates.gradient_preserving(d, a, eps_low=np.inf, eps_high=np.inf)
+  np.testing.assert_allclose(kept, expected, rtol=1e-6)
 
 
 def test_dual_clip_caps_the_loss_of_bad_tokens():
@@ -63,6 +65,30 @@ def test_aspo_teaches_neglected_good_tokens_most_and_a_cap_keeps_the_gradient(
 ):
   got = derivative(surrogates.flipped, np.log(ratio), advantage)
   np.testing.assert_allclose(got, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('advantage', 'ratio', 'weight'),
+  [
+    *((1.0, 0.1, 0.1), (1.0, 1.1, 1.1), (1.0, 1.3, 1.2), (1.0, 9.0, 1.2)),
+    *((-1.0, 9.0, -9.0), (-1.0, 0.9, -0.9), (-1.0, 0.7, -0.6), (-1.0, 0.1, -0.6)),
+  ],
+)
+def test_ce_gppo_keeps_a_bounded_gradient_of_tokens_that_ppo_clips(advantage, ratio, weight):
+  got = derivative(surrogates.gradient_preserving, np.log(ratio), advantage)
+  np.testing.assert_allclose(got, weight, rtol=1e-6)
+
+
+def test_ce_gppo_without_its_betas_has_the_gradient_of_ppo():
+  for d, a in np.random.default_rng(0).normal(size=(16, 2)):
+    got = derivative(surrogates.gradient_preserving, d, a, beta_low=0.0, beta_high=0.0)
+    np.testing.assert_allclose(got, derivative(surrogates.clipped, d, a), rtol=1e-6)
+
+
+@pytest.mark.parametrize('beta', ['beta_low', 'beta_high'])
+def test_a_scale_that_reverses_clipped_tokens_is_refused(beta):
+  with pytest.raises(ValueError, match='negative'):
+    surrogates.gradient_preserving(jnp.zeros(1), jnp.ones(1), **{beta: -0.5})
 
 
 def test_a_cap_that_silences_every_token_is_refused():

@@ -129,6 +129,14 @@ def aspo(x):
   return token_mean(weight + 0.001 * forward_kl(x), x['mask'])
 
 
+def ce_gppo(x):
+  """r A, or where PPO clips 1.2 A of good tokens and 0.75 times 0.8 A of bad ones."""
+  ratio, a = ratio_of(x), x['advantages']
+  weight = np.where((a > 0) & (ratio > 1.2), 1.2, ratio)
+  weight = np.where((a < 0) & (ratio < 0.8), 0.75 * 0.8, weight)
+  return token_mean(weight * a, x['mask'])
+
+
 def pass_at_two(a):
   """The mean normalised advantage of the pairs of rows of the group that a row is in."""
   out = np.zeros(len(a.rewards))
@@ -238,6 +246,7 @@ ORACLES = {
   'gmpo': gmpo,
   'sapo': sapo,
   'aspo': aspo,
+  'ce_gppo': ce_gppo,
   'tis': tis,
   'mis': mis,
   'icepop': icepop,
@@ -262,6 +271,20 @@ FUNCTIONS = {
         a.advantages >= 0,
         np.minimum(1 / np.minimum(np.exp(a.log_ratio), 1.3), 1.5),
         np.minimum(np.maximum(np.exp(a.log_ratio), 0.8), 1.5),
+      )
+    ),
+  ),
+  surrogates.gradient_preserving: (
+    dict(eps_low=0.2, eps_high=0.3, beta_low=0.5, beta_high=0.9),
+    lambda a: (
+      -a.advantages
+      * np.select(
+        [
+          (a.advantages > 0) & (np.exp(a.log_ratio) > 1.3),
+          (a.advantages < 0) & (np.exp(a.log_ratio) < 0.8),
+        ],
+        [0.9 * 1.3, 0.5 * 0.8],
+        np.exp(a.log_ratio),
       )
     ),
   ),
