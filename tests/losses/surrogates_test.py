@@ -1,11 +1,15 @@
 """Boundaries, limits and reductions of surrogates, ratios and weights."""
 
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from polgrad.losses import aggregation, ratios, surrogates, weights
+from polgrad.registry import call
 
 
 def derivative(fn, log_ratio, advantage, **knobs):
@@ -38,6 +42,26 @@ def test_infinite_bounds_undo_clipping():
   np.testing.assert_array_equal(far, expected)
   kept = surrogates.gradient_preserving(d, a, eps_low=np.inf, eps_high=np.inf)
   np.testing.assert_allclose(kept, expected, rtol=1e-6)
+
+
+BOUNDED = [
+  fn
+  for fn in surrogates.TABLE.values()
+  if {'eps_low', 'eps_high'} <= inspect.signature(fn).parameters.keys()
+]
+
+
+@pytest.mark.parametrize('fn', BOUNDED, ids=lambda fn: fn.__name__)
+def test_infinite_bounds_leave_value_and_gradient_finite(fn):
+  log_ratio, advantages = np.random.default_rng(0).normal(size=(2, 8))
+
+  def loss(log_ratio):
+    logp = log_ratio - 1
+    arrays = dict(log_ratio=log_ratio, logp=logp, behavior_logp=-np.ones(8), advantages=advantages)
+    return call(functools.partial(fn, eps_low=np.inf, eps_high=np.inf), arrays).sum()
+
+  value, gradient = jax.value_and_grad(loss)(jnp.asarray(log_ratio))
+  assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_dual_clip_caps_the_loss_of_bad_tokens():
