@@ -134,6 +134,23 @@ def test_budgets_come_from_the_task():
   assert overlong.max_length == 7
 
 
+@pytest.mark.parametrize('digits', [1, 3])
+def test_choices_have_one_right_letter_and_fit(digits):
+  text = f'method=dpo,task=choices,model=tiny,digits={digits},warm_start=0'
+  run = build.build(from_text(text))
+  build.check_data(run)
+  train, held_out = run.phases['train'].source, run.evaluation.source
+  for record in [train[i] for i in range(50)] + [held_out[i] for i in range(3)]:
+    question, *lines = record['prompt'].split('\n')
+    named = dict(line.split() for line in lines)
+    assert list(named) == list('ABCD') and len(set(named.values())) == 4
+    a, b = question.removesuffix('=').split('+')
+    assert int(named[record['answer']]) == int(a) + int(b)
+    assert record['chosen'] == record['answer'] != record['rejected'] in named
+    assert run.evaluation.score([f'Not D: {record["answer"]}.'], [record], [4]).total == 1
+  assert train[3] == build.build(from_text(text)).phases['train'].source[3]
+
+
 def test_a_critic_is_given_to_methods_that_read_values_only():
   values = {
     name: from_text(f'method={name},task=addition,model=tiny').model.value_head

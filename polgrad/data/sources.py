@@ -243,13 +243,61 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
 
   def record(row):
     fields = source[row]
-    answer = fields.get('answer', '')
-    if not re.fullmatch(r'-?\d+', answer):
-      raise ValueError(f'row {row}: the answer {answer!r} is no whole number')
+    answer = _whole_number(row, fields)
     wrong = _change_digit(answer, np.random.default_rng((seed, row)))
     return {**fields, 'chosen': answer, 'rejected': wrong}
 
   return Source(len(source), record)
+
+
+def with_choices(
+  *, source: Annotated[Source, FRACTION], letters: str = 'ABCD', seed: int = 0
+) -> Source:
+  """Makes multiple-choice questions of another source whose answers are whole numbers.
+
+  The choices follow the prompt, one a line, as `A 46`. One is the answer; the others are the answer
+  with one digit changed, and all differ. `answer` becomes the letter of the right choice, `chosen` is
+  the same and `rejected` the letter of a wrong one. All depend only on the row and `seed`.
+
+  Args:
+    source: records with `prompt` and `answer`.
+    letters: names of the choices, from two to eight.
+    seed: seed of the choices and their order.
+
+  Raises:
+    ValueError: letters too few, too many or alike; on access, an answer that is not a whole number.
+  """
+  if not 2 <= len(letters) <= 8 or len(set(letters)) < len(letters):
+    raise ValueError(f'letters {letters!r} must be two to eight different ones')
+
+  def record(row):
+    fields = source[row]
+    answer = _whole_number(row, fields)
+    rng = np.random.default_rng((seed, row))
+    choices = [answer]
+    while len(choices) < len(letters):
+      wrong = _change_digit(answer, rng)
+      if wrong not in choices:
+        choices.append(wrong)
+    order = [int(i) for i in rng.permutation(len(letters))]
+    lines = [f'{letter} {choices[i]}' for letter, i in zip(letters, order, strict=True)]
+    right = letters[order.index(0)]
+    return {
+      **fields,
+      'prompt': '\n'.join([fields['prompt'], *lines]),
+      'answer': right,
+      'chosen': right,
+      'rejected': letters[order.index(1)],
+    }
+
+  return Source(len(source), record)
+
+
+def _whole_number(row, fields):
+  answer = fields.get('answer', '')
+  if not re.fullmatch(r'-?\d+', answer):
+    raise ValueError(f'row {row}: the answer {answer!r} is no whole number')
+  return answer
 
 
 def _change_digit(number, rng):
@@ -261,7 +309,7 @@ def _change_digit(number, rng):
   return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
-PLAIN = FRACTION | table('sources', wrong_digit_pairs)
+PLAIN = FRACTION | table('sources', wrong_digit_pairs, with_choices)
 
 
 def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:

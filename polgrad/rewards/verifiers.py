@@ -58,6 +58,25 @@ def numeric_answer(
   return float(given is not None and abs(given - wanted) <= tolerance)
 
 
+def choice_letter(
+  completion: str, record: dict, *, field: str = 'answer', letters: str = 'ABCD'
+) -> float:
+  """1 if the chosen letter is the one in `record[field]`, else 0; for multiple-choice questions.
+
+  The chosen letter is the last one of `letters` that stands alone, in the given case: `B`, `(B)`,
+  `**B**`, `B.` and `\\boxed{B}` choose B; `Bob`, `B2` and `b` choose nothing. A completion that
+  chooses nothing gets 0.
+
+  Raises:
+    ValueError: `record[field]` is not one of `letters`.
+  """
+  wanted = record[field].strip()
+  if len(wanted) != 1 or wanted not in letters:
+    raise ValueError(f"the record's {field} is none of the letters {letters}: {record[field]!r}")
+  chosen = re.findall(rf'(?<![^\W_])[{re.escape(letters)}](?![^\W_])', completion)
+  return float(chosen[-1:] == [wanted])
+
+
 def regex_format(completion: str, *, pattern: str) -> float:
   """1 if the whole completion matches the regular expression (`.` matches newlines), else 0."""
   return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
@@ -110,6 +129,12 @@ def _task_scorer(task):
 
 
 TABLE = table(
-  'verifiers', exact_match, numeric_answer, regex_format, reasoning_gym_score, soft_overlong
+  'verifiers',
+  exact_match,
+  numeric_answer,
+  choice_letter,
+  regex_format,
+  reasoning_gym_score,
+  soft_overlong,
 )
 Part = Annotated[Callable, TABLE]

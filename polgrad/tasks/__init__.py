@@ -3,6 +3,7 @@
 | task | what it is |
 |---|---|
 | `addition` | sums of two numbers, for small models made from nothing |
+| `choices` | sums with four choices, answered by a letter |
 | `chain_sum` | sums and differences as questions in words |
 | `reasoning_gym` | any task of reasoning-gym by name |
 | `jsonl` | your own file: problems, pairs, demonstrations or conversations |
@@ -13,16 +14,18 @@ Each is a function that returns a `Task`. `polgrad.compose` joins it with a meth
 
 from polgrad.tasks.addition import addition
 from polgrad.tasks.base import Task
+from polgrad.tasks.choices import choices
 from polgrad.tasks.files import jsonl, tfds
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
 
-TABLE = {fn.__name__: fn for fn in (addition, chain_sum, reasoning_gym, jsonl, tfds)}
+TABLE = {fn.__name__: fn for fn in (addition, choices, chain_sum, reasoning_gym, jsonl, tfds)}
 
 __all__ = [
   'TABLE',
   'Task',
   'addition',
   'chain_sum',
+  'choices',
   'gym_names',
   'gym_settings',
   'jsonl',

@@ -99,6 +99,29 @@ def test_pairs_of_words_are_refused(tmp_path):
     pairs[0]
 
 
+@pytest.mark.parametrize('digits', [1, 2])
+def test_choices_are_the_answer_and_numbers_that_differ_in_one_digit(digits):
+  problems = sources.arithmetic(digits=digits)
+  source = sources.with_choices(source=problems, letters='xyz')
+  assert len(source) == len(problems)
+  for problem, record in zip(problems, source, strict=True):
+    question, *lines = record['prompt'].split('\n')
+    numbers = dict(line.split() for line in lines)
+    assert question == problem['prompt'] and list(numbers) == list('xyz')
+    assert numbers.pop(record['answer']) == problem['answer'] and record['rejected'] in numbers
+    assert len(set(numbers.values())) == 2
+    for number in numbers.values():
+      assert sum(map(str.__ne__, number, problem['answer'])) == 1
+  assert {r['answer'] for r in source} == set('xyz')
+  assert list(source) == list(sources.with_choices(source=problems, letters='xyz'))
+
+
+@pytest.mark.parametrize('letters', ['A', 'AA', 'ABCDEFGHI'])
+def test_choices_need_different_letters(letters):
+  with pytest.raises(ValueError, match=f"letters '{letters}' must be two to eight different ones"):
+    sources.with_choices(source=sources.arithmetic(), letters=letters)
+
+
 @pytest.mark.parametrize('system', ['', 'Answer with a number.'])
 def test_as_chat_turns_the_prompt_into_messages_and_keeps_the_rest(system):
   pairs = pairs_of(digits=1)
@@ -258,6 +281,7 @@ def test_table_entries_bind(tmp_path, sums):
   knobs = {
     'arithmetic': {'digits': 1},
     'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
+    'with_choices': {'source': part(sources.arithmetic, digits=1)},
     'as_chat': {'source': part(sources.arithmetic, digits=1)},
     'fraction': {'source': part(sources.arithmetic, digits=1)},
     'jsonl': {'path': str(tmp_path / 'rows')},

@@ -95,6 +95,39 @@ def test_numeric_answer_is_linear_in_the_length_of_the_text():
     assert verifiers.numeric_answer(text, {'answer': '123456789'}) == 0
 
 
+@pytest.mark.parametrize(
+  ('completion', 'letter'),
+  [
+    ('B', 'B'),
+    (' (B)\n', 'B'),
+    ('**B**', 'B'),
+    ('_B_', 'B'),
+    ('B. 46', 'B'),
+    (r'\boxed{B}', 'B'),
+    ('A or C? Answer: B', 'B'),
+    ('Not A, but B, said Dan', 'B'),
+    ('B, as in Bob', 'B'),
+    ('B E', 'B'),
+    ('Bob', None),
+    ('B2', None),
+    ('éB', None),
+    ('b', None),
+    ('', None),
+  ],
+)
+def test_choice_letter_takes_the_last_letter_that_stands_alone(completion, letter):
+  scores = {x: verifiers.choice_letter(completion, {'answer': x}) for x in 'ABCD'}
+  assert scores == {x: x == letter for x in 'ABCD'}
+
+
+def test_choice_letter_of_other_letters_and_of_a_record_without_one():
+  assert verifiers.choice_letter('E ]', {'key': ' E\n'}, field='key', letters='EFG') == 1
+  assert verifiers.choice_letter('x ] E', {'answer': ']'}, letters=']^-') == 1
+  for answer in ('46', '', 'AB', 'E'):
+    with pytest.raises(ValueError, match="the record's answer is none of the letters ABCD"):
+      verifiers.choice_letter('A', {'answer': answer})
+
+
 def test_format_is_of_the_whole_completion():
   score = lambda text: verifiers.regex_format(text, pattern='<think>.*</think>a')
   assert score('<think>\n\n</think>a') == 1
@@ -130,9 +163,13 @@ def test_soft_overlong_follows_the_published_equation():
 def test_table_entries_bind_and_score():
   entry = reasoning_gym.create_dataset('basic_arithmetic', size=1, seed=3)[0]
   arrays = {'completion': '4', 'record': {'answer': '4', 'entry': entry}, 'length': 1}
+  knobs = {
+    verifiers.regex_format: {'pattern': '(.*)'},
+    verifiers.choice_letter: {'letters': '1234'},
+  }
   for fn in verifiers.TABLE.values():
-    knobs = {'pattern': '(.*)'} if fn is verifiers.regex_format else {}
-    bound = registry.bind(json.loads(registry.part(fn, **knobs).to_json()), verifiers.TABLE)
+    spec = registry.part(fn, **knobs.get(fn, {}))
+    bound = registry.bind(json.loads(spec.to_json()), verifiers.TABLE)
     assert set(registry.inputs(bound)) <= set(arrays)
     assert isinstance(registry.call(bound, arrays), float)
 
