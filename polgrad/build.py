@@ -287,6 +287,13 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(f'{path}.anchors: the behavior policy needs an anchor {anchor!r}')
   for name in sorted(phase.frozen.keys() - phase.anchors.keys()):
     raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
+  for name, model in sorted(phase.frozen.items()):
+    sizes = model.config.vocab_size, run.policy.config.vocab_size
+    if (sizes[0] != sizes[1] and f'{name}_logits' in wanted) or sizes[0] < run.tokenizer.vocab_size:
+      raise ValueError(
+        f'{path}.frozen.{name}: its vocabulary has {sizes[0]} tokens, that of config.model {sizes[1]}; '
+        'both must be of one tokenizer'
+      )
   if wanted & {'values', 'old_values'} and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
   given = provided | anchors.keys() | {'entropy', 'values', 'old_values', 'weights'}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from polgrad import build, collect, methods, models, optim
+from polgrad import build, collect, methods, models, optim, tasks
 from polgrad.data import sources
 from polgrad.methods import Method
 from polgrad.presets import Preset
@@ -247,4 +247,5 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
 
 def _examples(need: str) -> str:
   fields = {'problems': 'prompt', 'pairs': 'chosen and rejected', 'demonstrations': 'answer'}
-  return f'addition, chain_sum, and jsonl whose records have {fields[need]}'
+  made = [name for name in ('addition', 'choices', 'chain_sum') if need in tasks.TABLE[name]().has]
+  return f'{", ".join(made)}, and jsonl whose records have {fields[need]}'

@@ -115,8 +115,54 @@ def test_missing_and_misspelt_arrays_are_named():
   method = methods.grpo()
   with pytest.raises(UnknownArray, match=r"'rewards'.*this method reads"):
     method.loss(mask=np.ones((2, 3), bool), logp=np.zeros((2, 3)))
-  with pytest.raises(UnknownArray, match="does not read 'reward'; did you mean 'rewards'"):
+  with pytest.raises(UnknownArray, match="no method reads 'reward'; did you mean 'rewards'"):
     method.loss(mask=np.ones((2, 3), bool), logp=np.zeros((2, 3)), reward=np.zeros(2))
+  with pytest.raises(UnknownArray, match=r'proximal_logp.* \(or behavior_logp in its place\)'):
+    method.loss(mask=np.ones((2, 3), bool), logp=np.zeros((2, 3)), rewards=np.zeros(2))
+
+
+def gspo_arrays(**arrays) -> dict:
+  given = dict(mask=np.ones((2, 3), bool), logp=-np.ones((2, 3)), behavior_logp=-np.ones((2, 3)))
+  return given | dict(rewards=np.array([1.0, 0.0]), group_ids=np.array([0, 0])) | arrays
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('rewards', np.zeros((2, 1))),
+    ('rewards', np.zeros(3)),
+    ('rewards', 1.0),
+    ('logp', np.zeros((2, 4))),
+    ('behavior_logp', np.zeros(2)),
+    ('mask', np.ones(3, bool)),
+    ('mask', np.zeros((0, 3), bool)),
+  ],
+)
+def test_an_array_of_another_shape_is_named(name, value):
+  with pytest.raises(
+    ValueError, match=f'{name} has shape {re.escape(str(np.shape(value)))}; expected'
+  ):
+    methods.gspo().loss(**gspo_arrays(**{name: value}))
+
+
+def test_other_types_give_the_same_loss():
+  method = methods.gspo()
+  loss, _ = method.loss(**gspo_arrays())
+  for other in (
+    dict(mask=np.ones((2, 3), int)),
+    dict(rewards=np.array([True, False])),
+    dict(rewards=np.array([1, 0])),
+    dict(behavior_logp=-np.ones((2, 3), int)),
+    dict(reference_logp=np.zeros((2, 3)), values=np.zeros((2, 3))),  # read by other methods
+  ):
+    assert method.loss(**gspo_arrays(**other))[0] == loss
+  ours = np.array([0.7, -0.7])
+  rows, tokens = (
+    method.loss(**gspo_arrays(advantages=a))[0] for a in (ours, np.tile(ours[:, None], 3))
+  )
+  assert rows == tokens
+  with pytest.raises(ValueError, match=r'mask is float.*for example mask > 0'):
+    method.loss(**gspo_arrays(mask=np.ones((2, 3))))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +174,7 @@ def test_missing_and_misspelt_arrays_are_named():
     ('method=dapo,task=addition,model=tinny', ["unknown 'tinny'; did you mean 'tiny'"]),
     ('method=dapo,task=addition,model=tiny,step=3', ["unknown option 'step'", "'steps'"]),
     ('method=dapo,task=addition,model=tiny,steps=x', ["option steps: expected int, got 'x'"]),
-    ('method=dpo,task=countdown,model=tiny', ['needs pairs', 'addition, chain_sum, and jsonl']),
+    ('method=dpo,task=countdown,model=tiny', ['needs pairs', 'addition, choices, chain_sum, and jsonl']),
     ('method=on_policy_distillation,task=addition,model=tiny,warm_start=0', ['teacher=FOLDER']),
     ('method=sft,task=chain_sum,model=hf', ['model=hf needs path=FOLDER']),
   ],

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -10,13 +11,18 @@ from ml_collections import ConfigDict
 from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
-from polgrad.arrays import MODEL, VOCABULARY
+from polgrad.arrays import ARRAYS, MODEL, VOCABULARY
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
 
 # What a method function gets from the run, if it has an argument of that name (`compose.compose`).
 BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
 LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
+# Arrays that are not numbers but ids or choices.
+DISCRETE = frozenset({
+  *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids'),
+  *('mask', 'where', 'valid', 'finished', 'selected'),
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,16 +91,18 @@ class Method:
     for a loop that carries it.
 
     Args:
-      mask: bool[B, T], tokens that the policy made.
+      mask: bool[B, T], tokens that the policy made; integers 0 and 1 are taken as well.
       step: number of the update; schedules read it.
-      arrays: by name, see `reads`.
+      arrays: by name, see `reads`; shapes are those of `polgrad/arrays.py`, and advantages and returns
+        may be [B] too. Arrays that other methods read are ignored.
 
     Raises:
-      UnknownArray: an array that the method reads is missing, or a name that it does not read.
+      UnknownArray: an array that the method reads is missing, or a name that no method reads.
+      ValueError: an array of another shape.
     """
     credit, objective = self.bound()
-    arrays = _checked(credit, objective, arrays)
-    mask = jnp.asarray(mask, bool)
+    mask = _mask(mask)
+    arrays = _checked(credit, objective, _shaped(arrays, mask.shape))
     tokens = arrays.get('tokens', jnp.zeros(mask.shape, jnp.int32))
     live = {name: arrays.pop(name, None) for name in LIVE}
     stats = {
@@ -126,24 +134,61 @@ def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozen
   return frozenset({'logp'} | (fields - _made(credit)) | of_credit | of_vocabulary | of_groups)
 
 
+def _mask(mask: Array) -> Array:
+  mask = jnp.asarray(mask)
+  if mask.ndim != 2 or not mask.size:
+    raise ValueError(
+      f'mask has shape {mask.shape}; expected [B, T] with at least one row and token'
+    )
+  if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+    raise ValueError(f'mask is {mask.dtype}; expected bool, for example mask > 0')
+  return mask.astype(bool)
+
+
+def _shaped(arrays: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Array]:
+  """The arrays that are given, numbers as floats; `shape` is that of the mask.
+
+  Raises:
+    ValueError: an array of another shape than `ARRAYS` says.
+  """
+  rows, _ = shape
+  sizes = {'B T': shape, 'B': (rows,), '': (), 'B n': (rows, None), '2': (2,)}
+  sizes |= {'... V': (*shape, None), '... D': (*shape, None)}  # None: any size
+  arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+  for name, x in arrays.items():
+    if name in ('advantages', 'returns') and x.shape == (rows,):
+      x = jnp.broadcast_to(x[:, None], shape)
+    spec = ARRAYS[name].shape if name in ARRAYS else 'B T' if name.endswith('_logp') else '...'
+    wanted = sizes.get(spec, x.shape)
+    if len(x.shape) != len(wanted) or any(n not in (m, None) for n, m in zip(wanted, x.shape)):
+      raise ValueError(
+        f'{name} has shape {x.shape}; expected [{spec.replace(" ", ", ")}], where [B, T] is the shape '
+        f'{shape} of mask'
+      )
+    discrete = name in DISCRETE or jnp.issubdtype(x.dtype, jnp.floating)
+    arrays[name] = x if discrete else x.astype(jnp.float32)
+  return arrays
+
+
 def _checked(
   credit: credits.Estimator, objective: objectives.Objective, arrays: Mapping[str, Array]
 ) -> dict[str, Array]:
-  """The arrays with defaults, or an error that says which ones the method reads."""
-  arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+  """The arrays that the method reads, with defaults, or an error that says which ones it reads."""
   wanted = _reads(credit, objective)
   known = (
     wanted | _made(credit) | {'tokens', 'valid', 'weights', 'behavior_logp', 'entropy', 'group_ids'}
   )
-  for name in sorted(arrays.keys() - known):
-    raise UnknownArray(f'this method does not read {name!r}{suggest(name, known)}')
+  for name in sorted(arrays.keys() - known - ARRAYS.keys()):
+    raise UnknownArray(f'no method reads {name!r}{suggest(name, known)}')
+  arrays = {name: x for name, x in arrays.items() if name in known}
   if 'behavior_logp' in arrays:
     arrays.setdefault('proximal_logp', arrays['behavior_logp'])
   if _made(credit) and _made(credit) <= arrays.keys():
     wanted -= credit.requires | {'rewards', 'group_ids'} - objective.requires
   missing = sorted(wanted - arrays.keys())
   if missing:
-    raise UnknownArray(f'{missing} missing: this method reads mask and {sorted(wanted)}')
+    either = ' (or behavior_logp in its place)' if 'proximal_logp' in missing else ''
+    raise UnknownArray(f'{missing} missing{either}: this method reads mask and {sorted(wanted)}')
   if 'rewards' in arrays:
     arrays.setdefault('valid', jnp.ones(arrays['rewards'].shape, bool))
   return arrays

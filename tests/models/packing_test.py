@@ -70,7 +70,9 @@ def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compi
   (_, want), gradient = read(params, RAGGED)
   (_, got), packed_gradient = read(params, packed)
   close(got, want, atol=1e-5)
-  close(packed_gradient, gradient, rtol=1e-5, atol=3e-5)
+  # Sums over tokens are rounded in another order: 1e-5 of the largest entry (8 in the embedding).
+  scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
+  close(packed_gradient, gradient, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_what_is_not_in_the_mask_is_zero_and_may_hold_anything():
