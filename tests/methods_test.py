@@ -174,7 +174,10 @@ def test_other_types_give_the_same_loss():
     ('method=dapo,task=addition,model=tinny', ["unknown 'tinny'; did you mean 'tiny'"]),
     ('method=dapo,task=addition,model=tiny,step=3', ["unknown option 'step'", "'steps'"]),
     ('method=dapo,task=addition,model=tiny,steps=x', ["option steps: expected int, got 'x'"]),
-    ('method=dpo,task=countdown,model=tiny', ['needs pairs', 'addition, choices, chain_sum, and jsonl']),
+    (
+      'method=dpo,task=countdown,model=tiny',
+      ['needs pairs', 'addition, choices, chain_sum, and jsonl'],
+    ),
     ('method=on_policy_distillation,task=addition,model=tiny,warm_start=0', ['teacher=FOLDER']),
     ('method=sft,task=chain_sum,model=hf', ['model=hf needs path=FOLDER']),
   ],

@@ -1,13 +1,16 @@
-"""What `pip install` gets: one top-level name, one version, and a licence."""
+"""What `pip install` gets: one top-level name, one version, and a licence; benchmarks fit it."""
 
+import importlib
 import pathlib
 import runpy
 
+import pytest
 import setuptools
 
 import polgrad
 
 ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = sorted(f.stem for f in (ROOT / 'benchmarks').glob('*.py'))
 
 
 def test_setup_has_the_version_of_the_package_and_one_top_level_name(monkeypatch):
@@ -21,3 +24,9 @@ def test_setup_has_the_version_of_the_package_and_one_top_level_name(monkeypatch
   assert {name.replace('.', '/') for name in found['packages']} == set(map(str, folders))
   assert found['license'] == 'Apache-2.0'
   assert 'Apache License' in (ROOT / found['license_files'][0]).read_text()
+
+
+@pytest.mark.parametrize('name', [*BENCHMARKS, 'peers.polgrad_worker'])
+def test_benchmarks_import_what_there_is(name):
+  """Their runs are too long for a test; the workers of peers need the peers."""
+  assert importlib.import_module(f'benchmarks.{name}').__doc__

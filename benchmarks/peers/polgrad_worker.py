@@ -18,11 +18,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from experiments.common import addition
 
 from polgrad import build, collect, credit, models, objectives, optim, sharding, train
 from polgrad.collect import base
-from polgrad.data import tokenizers
+from polgrad.data import sources, tokenizers
 from polgrad.losses import (
   advantages,
   aggregation,
@@ -34,9 +33,6 @@ from polgrad.losses import (
 from polgrad.registry import part, weighted
 from polgrad.types import Batch
 
-rollouts = importlib.import_module(
-  'polgrad.collect.rollouts'
-)  # the package has a function of this name
 SPENT = collections.defaultdict(list)  # seconds by part of a step
 
 
@@ -52,8 +48,8 @@ def timed(name: str, function: Callable) -> Callable:
   return call
 
 
-def share_of_even(completion: str) -> float:
-  """The share of a completion's tokens with an even id."""
+def fraction_of_even(completion: str) -> float:
+  """The fraction of a completion's tokens with an even id."""
   ids = [int(word[1:]) for word in completion.split()]
   return sum(i % 2 == 0 for i in ids) / len(ids)
 
@@ -65,15 +61,15 @@ def phase_of(kind: str, work: dict) -> dict:
   if kind == 'grpo':
     return part(
       build.Phase,
-      source=addition(),
+      source=part(sources.arithmetic),
       collect=part(
         collect.Rollouts,
         prompts=len(work['prompts']),
-        group=work['samples'],
+        samples_per_prompt=work['samples'],
         prompt_length=work['prompt_length'],
         max_new_tokens=work['new_tokens'],
       ),
-      reward={'even': weighted(1.0, part(share_of_even))},
+      reward={'even': weighted(1.0, part(fraction_of_even))},
       credit=part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6)),
       objective=part(
         objectives.PolicyGradient,
@@ -99,7 +95,7 @@ def phase_of(kind: str, work: dict) -> dict:
     rows = part(collect.Demonstrations, rows=len(work['sft']), length=len(work['sft'][0]))
   return part(
     build.Phase,
-    source=addition(),
+    source=part(sources.arithmetic),
     collect=rows,
     objective=objective,
     anchors=reference if kind == 'dpo' else {},
@@ -127,8 +123,10 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
     records = [
       {'id': i, 'prompt': ' '.join(f't{t}' for t in ids)} for i, ids in enumerate(work['prompts'])
     ]
-    run = phase.collect.make(context)
-    return lambda state, step: run(state, lambda _: records, step).batch
+    steps = phase.collect.make(context).__self__
+    rows = dataclasses.replace(steps.draw_rows, sample=timed('rollout', steps.draw_rows.sample))
+    steps = dataclasses.replace(steps, draw_rows=rows, annotate=timed('reference', steps.annotate))
+    return lambda state, step: steps.collect(state, lambda _: records, step).batch
   if kind == 'dpo':
     rows = np.stack([work['chosen'], work['rejected']], axis=1).reshape(-1, len(work['chosen'][0]))
     start, group = work['prompt_length'], 2
@@ -143,9 +141,10 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
     label=(1 - index % group).astype(np.float32) if kind == 'dpo' else None,
     layout=context.layout,
   )
-  annotate = base.make_annotations(context, 1.0)
-  rows = batch.tokens, batch.segment_ids, batch.mask
-  return lambda state, step: batch.replace(**annotate(state, *rows))
+  annotate = base.make_annotator(context, 1.0)
+  if kind == 'dpo':  # SFT has no reference
+    annotate = timed('reference', annotate)
+  return lambda state, step: annotate(state, batch)
 
 
 def run(folder: pathlib.Path, kind: str) -> dict:
@@ -159,11 +158,6 @@ def run(folder: pathlib.Path, kind: str) -> dict:
     order=('main',),
   )
   experiment = dataclasses.replace(build.build(config), tokenizer=words(work['vocabulary']))
-  draw, annotations = rollouts.make_drawer, base.make_annotations
-  rollouts.make_drawer = lambda *x: timed('rollout', draw(*x))
-  if kind != 'sft':  # it has no reference
-    base.make_annotations = lambda *x, **k: timed('reference', annotations(*x, **k))
-    rollouts.make_annotations = base.make_annotations
   with jax.set_mesh(experiment.mesh):
     state = train.begin(experiment, 0, None)
     gather = make_collect(experiment, kind, work)
