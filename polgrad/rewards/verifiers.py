@@ -10,11 +10,13 @@ quickly.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Annotated
 
 from polgrad.registry import table
+from polgrad.rewards import expressions
 
 # A minus is a sign only if it does not subtract, that is, not after a digit or a closing bracket.
 NUMBER = re.compile(
@@ -23,6 +25,22 @@ NUMBER = re.compile(
 )
 FRACTION = re.compile(r'\\[dt]?frac\{(-?\d+)\}\{(\d+)\}')
 BOXED = re.compile(r'\\boxed\{([^{}]*)\}')
+ANSWER = '<answer>(.*?)</answer>'
+# Tasks of reasoning-gym whose scorers evaluate the answer -> which answers they may get.
+EVALUATED = {
+  **dict.fromkeys(('countdown', 'puzzle24'), expressions.is_arithmetic),
+  **dict.fromkeys(
+    ('simple_integration', 'intermediate_integration', 'polynomial_multiplication'),
+    expressions.is_formula,
+  ),
+  **dict.fromkeys(
+    ('string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens'), expressions.is_literal
+  ),
+}
+TRUSTED = (
+  'number_sorting',
+)  # evaluates the answer of its own entry, and reads the model's as JSON
+EVALUATORS = re.compile(r'\b(eval|exec|compile|parse_expr|sympify|literal_eval)\s*\(')
 MARKED = re.compile(r'(?:answer(?:\s*is)?\s*:|####)\s*(.*)', re.IGNORECASE)
 
 
@@ -82,19 +100,27 @@ def regex_format(completion: str, *, pattern: str) -> float:
   return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
 
 
-def reasoning_gym_score(
-  completion: str, record: dict, *, pattern: str = '<answer>(.*?)</answer>'
-) -> float:
+def reasoning_gym_score(completion: str, record: dict, *, pattern: str = ANSWER) -> float:
   """The score of the package reasoning-gym, in [0, 1] (arXiv:2505.24760).
 
   Some tasks give partial credit. The answer is the first group of the last match of `pattern`, else
   the whole completion; white space around it is removed. The record must come from
   `sources.reasoning_gym`.
+
+  The scorers of nine tasks evaluate the answer as Python. There, an answer that is not arithmetic (or
+  a list, or a formula; see `EVALUATED`) is scored like an empty one, so no text of a model is run.
+
+  Raises:
+    ValueError: the scorer of the task evaluates answers, and `EVALUATED` does not say of which form.
   """
-  found = re.findall(pattern, completion, re.DOTALL)
-  answer = found[-1] if found else completion
   entry = record['entry']
-  return float(_task_scorer(entry['metadata']['source_dataset'])(answer.strip(), entry))
+  task = entry['metadata']['source_dataset']
+  answer = _extracted(completion, pattern).strip()
+  if task in EVALUATED:
+    stated = (entry['answer'], *entry['metadata'].get('valid_answers', ()))
+    if answer not in stated and not EVALUATED[task](answer):
+      answer = ''
+  return float(_task_scorer(task)(answer, entry))
 
 
 def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096) -> float:
@@ -121,10 +147,27 @@ def _final_number(text):
   return None
 
 
+def _extracted(text, pattern):
+  """The first group of the last match of a pattern, or the whole text."""
+  if pattern == ANSWER:  # searched by hand: the regular expression takes time quadratic in the text
+    end = text.rfind('</answer>')
+    start = text.rfind('<answer>', 0, max(end, 0))
+    return text[start + len('<answer>') : end] if start >= 0 else text
+  found = re.findall(pattern, text, re.DOTALL)
+  return found[-1] if found else text
+
+
 @functools.cache
 def _task_scorer(task):
   from reasoning_gym import get_score_answer_fn  # an optional dependency
+  from reasoning_gym.factory import DATASETS
 
+  source = inspect.getsource(DATASETS[task][0].score_answer)
+  if task not in (*EVALUATED, *TRUSTED) and EVALUATORS.search(source):
+    raise ValueError(
+      f'{task}: its scorer evaluates answers as Python, and polgrad does not know which answers are '
+      f'harmless; known: {sorted(EVALUATED)}'
+    )
   return get_score_answer_fn(task)
 
 
