@@ -41,6 +41,7 @@ setup(
     'absl-py>=2.1',
     'array-record>=0.5',
     'chex>=0.1.88',
+    'cloudpickle>=3.0',
     'flax>=0.10',
     'grain>=0.2.3',
     'jax>=0.6',

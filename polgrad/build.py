@@ -28,7 +28,38 @@ CHECKED = 64  # records of a source that are read before a run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
+class Judged:
+  """Verifiers and the limits that they run under; `rewards/worker.py` says what these keep out.
+
+  Attributes:
+    reward: verifiers with their weights; their weighted sum is the reward.
+    isolate_verifiers: run verifiers in processes that are killed when they hang, except those of
+      polgrad that need none.
+    verifier_timeout: seconds for one isolated verifier on one row.
+    verifier_workers: processes of isolated verifiers.
+    verifier_memory: GiB of address space of each of these processes; 0: no limit.
+  """
+
+  reward: Mapping[str, verifiers.Part] = dataclasses.field(default_factory=dict)
+  isolate_verifiers: bool = True
+  verifier_timeout: float = 5.0
+  verifier_workers: int = 2
+  verifier_memory: float = 4.0
+
+  @functools.cached_property
+  def score(self) -> Callable:
+    """(completions, records, lengths) -> `Scores`."""
+    return scoring.make_scorer(
+      self.reward,
+      timeout_s=self.verifier_timeout,
+      workers=self.verifier_workers,
+      memory_gib=self.verifier_memory,
+      isolate=self.isolate_verifiers,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase(Judged):
   """One stage of a run: a data source, a way to collect batches, and an objective.
 
   Attributes:
@@ -38,10 +69,6 @@ class Phase:
     objective: the loss.
     optimizer: what makes a step of its gradient.
     credit: from rewards to advantages, returns or labels.
-    reward: verifiers with their weights; their weighted sum is the reward.
-    verifier_timeout: seconds for one verifier on one row, when isolated.
-    verifier_workers: processes of isolated verifiers.
-    isolate_verifiers: run verifiers in processes that are killed when they hang.
     shuffle: draw records in an order that changes with each epoch.
     epochs: passes over a collected batch.
     minibatches: updates in each pass.
@@ -62,10 +89,6 @@ class Phase:
   objective: objectives.Part
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
-  reward: Mapping[str, verifiers.Part] = dataclasses.field(default_factory=dict)
-  verifier_timeout: float = 5.0
-  verifier_workers: int = 2
-  isolate_verifiers: bool = False
   shuffle: bool = True
   epochs: int = 1
   minibatches: int = 1
@@ -75,16 +98,6 @@ class Phase:
   restart: bool = False
   share_prompts: bool = False
   pack: int = 0
-
-  @functools.cached_property
-  def score(self) -> Callable:
-    """(completions, records, lengths) -> `Scores`."""
-    return scoring.make_scorer(
-      self.reward,
-      timeout_s=self.verifier_timeout,
-      workers=self.verifier_workers,
-      isolate=self.isolate_verifiers,
-    )
 
   @functools.cached_property
   def layout(self) -> Layout:
@@ -110,13 +123,12 @@ class Never(Evaluation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOut(Evaluation):
+class HeldOut(Judged, Evaluation):
   """Accuracy on the first `problems` rows of a source, greedy and, if asked for, sampled.
 
   Attributes:
     every: collected batches between evaluations; each phase is also measured before and after.
     source: where the problems come from.
-    reward: verifiers with their weights.
     problems: how many problems.
     batch: problems that are decoded at once.
     prompt_length: tokens that prompts are padded to.
@@ -129,7 +141,6 @@ class HeldOut(Evaluation):
 
   every: int = 50
   source: sources.Part
-  reward: Mapping[str, verifiers.Part]
   problems: int = 200
   batch: int = 100
   prompt_length: int = 64
@@ -138,11 +149,6 @@ class HeldOut(Evaluation):
   temperature: float = 1.0
   threshold: float = 1.0
   answer: str = '(?s)(.*)'
-
-  @functools.cached_property
-  def score(self) -> Callable:
-    """(completions, records, lengths) -> `Scores`."""
-    return scoring.make_scorer(self.reward)
 
 
 PhasePart = Annotated[Phase, table('build', Phase)]

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -9,13 +10,13 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-import types
 
 import numpy as np
 import pytest
 
-from polgrad.registry import Weighted, bind, part, weighted
+from polgrad.registry import Weighted, bind, find, part, weighted
 from polgrad.rewards import scoring, verifiers
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -50,17 +51,40 @@ def sees_jax():
   return 'jax' in sys.modules
 
 
+def fork(completion):
+  os.fork()
+  return float(completion)
+
+
+def uses_a_pool(completion):
+  with multiprocessing.get_context('fork').Pool(1) as pool:
+    return pool.map(float, [completion])[0] * 2
+
+
+def starts_a_child(completion, record):
+  child = subprocess.Popen(['sleep', '1000'])
+  pathlib.Path(record['file']).write_text(str(child.pid))
+  child.wait()
+
+
+def fills_memory(completion):
+  return len(bytearray(2**32)) * 0.0
+
+
+def tells_and(completion, record):
+  pathlib.Path(record['file']).write_text(str(os.getpid()))
+  return canary(completion, record)
+
+
 @pytest.fixture(scope='module')
 def isolated():
   """A scorer that lives through the whole file: whatever happened before, it goes on working."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT)  # workers import this file by name
-    yield scoring.make_scorer({'canary': canary}, timeout_s=1.5, workers=2, isolate=True)
+  return scoring.make_scorer({'canary': canary}, timeout_s=1.5, workers=2)
 
 
 @pytest.fixture
 def here():
-  return scoring.make_scorer({'canary': canary})
+  return scoring.make_scorer({'canary': canary}, isolate=False)
 
 
 def judge(score, *completions):
@@ -117,7 +141,9 @@ def test_a_record_that_cannot_be_sent_is_an_error(isolated):
 
 
 def test_one_failed_term_invalidates_the_row_but_not_the_other_terms():
-  got = judge(scoring.make_scorer({'a': canary, 'b': Weighted(0.0, size)}), 'raise', '2')
+  got = judge(
+    scoring.make_scorer({'a': canary, 'b': Weighted(0.0, size)}, isolate=False), 'raise', '2'
+  )
   assert got.valid.tolist() == [False, True]
   assert got.components['b'].tolist() == [1, 1]
 
@@ -167,59 +193,115 @@ def test_a_verifier_that_reads_something_else_is_refused():
     scoring.make_scorer({'odd': lambda prompt, completion: 0.0})
 
 
-@pytest.mark.parametrize('fn', [lambda completion: 0.0, functools.partial(lambda length: 0.0)])
-def test_isolation_refuses_what_cannot_be_pickled(fn):
-  with pytest.raises(TypeError, match=r'f: isolated verifiers .* top of a module'):
-    scoring.make_scorer({'f': fn}, isolate=True)
+def test_isolation_refuses_what_cannot_be_sent():
+  lock = threading.Lock()
+  with pytest.raises(
+    TypeError, match=r'f: verifiers run in other processes.*isolate_verifiers=False'
+  ):
+    scoring.make_scorer({'f': lambda completion: float(lock.locked())})
 
 
-def test_workers_are_other_processes_that_do_not_load_jax_and_end_with_the_scorer(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT)
-  before = set(multiprocessing.active_children())
-  score = scoring.make_scorer({'process': process, 'jax': sees_jax}, workers=1, isolate=True)
+def test_functions_that_no_module_has_can_be_isolated(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'FACTOR = 3\n\ndef reward(completion, *, more=1):\n  return FACTOR * len(completion) + more\n'
+  )
+  own = bind(part(find(f'{file}:reward', verifiers.TABLE, 'x'), more=2), verifiers.TABLE)
+  closure = (lambda factor: lambda length: factor * length)(0.5)
+  got = judge(scoring.make_scorer({'own': own, 'closure': closure}), 'aa')
+  assert got.components['own'].tolist() == [8] and got.components['closure'].tolist() == [0.5]
+
+
+def test_workers_are_other_processes_that_do_not_load_jax_and_end_with_the_scorer():
+  score = scoring.make_scorer({'process': process, 'jax': sees_jax}, workers=1)
   first, again = judge(score, 'a', 'b'), judge(score, 'c', 'd')
-  (worker,) = set(multiprocessing.active_children()) - before
+  pid = int(first.components['process'][0])
   for got in (first, again):
-    assert got.components['process'].tolist() == [worker.pid] * 2 != [os.getpid()] * 2
+    assert got.components['process'].tolist() == [pid] * 2 != [os.getpid()] * 2
     assert not got.components['jax'].any()
   del score
   gc.collect()
-  worker.join(timeout=30)
-  assert not worker.is_alive()
+  assert_ends(pid)
 
 
-def test_verifiers_that_workers_cannot_import_stop_the_run(monkeypatch, capfd):
-  module = types.ModuleType('known_to_the_parent_only')
-  exec('def verifier(completion): return 0.0', module.__dict__)
-  monkeypatch.setitem(sys.modules, module.__name__, module)
-  score = scoring.make_scorer({'a': module.verifier}, workers=1, isolate=True)
+def test_what_needs_no_process_has_none():
+  score = scoring.make_scorer({'exact': verifiers.exact_match, 'process': process})
+  assert score(['a'], [{'answer': 'a'}], [1]).components['exact'].tolist() == [1]
+  before = threading.active_count()
+  alone = scoring.make_scorer({'exact': verifiers.exact_match}, timeout_s=1e-9)
+  assert alone(['a'], [{'answer': 'a'}], [1]).total.tolist() == [1]
+  assert threading.active_count() == before
+
+
+def test_verifiers_that_workers_cannot_load_stop_the_run(monkeypatch, tmp_path, capfd):
+  (tmp_path / 'gone_in_workers.py').write_text('def verifier(completion): return 0.0')
+  with monkeypatch.context() as patch:
+    patch.syspath_prepend(tmp_path)
+    module = importlib.import_module('gone_in_workers')
+  score = scoring.make_scorer({'a': module.verifier}, workers=1)
   with pytest.raises(RuntimeError, match='ended before its first task'):
     judge(score, 'a')
-  assert 'known_to_the_parent_only' in capfd.readouterr().err
+  assert 'gone_in_workers' in capfd.readouterr().err
 
 
-def test_workers_end_when_the_parent_is_killed():
-  code = """
-    import os, signal, multiprocessing
-    from polgrad.rewards import scoring, verifiers
-    if __name__ == '__main__':
-      score = scoring.make_scorer({'a': verifiers.exact_match}, workers=1, isolate=True)
-      score(['a'], [{'answer': 'a'}], [1])
-      print(multiprocessing.active_children()[0].pid, flush=True)
-      os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize('isolate', [False, True])
+def test_a_fork_inside_a_verifier_is_not_a_second_trainer(isolate):
+  """Its copy would answer later rows, or train."""
+  score = scoring.make_scorer({'fork': fork}, workers=1, isolate=isolate)
+  for _ in range(3):
+    assert judge(score, '1', '2', '3').total.tolist() == [1, 2, 3]
+
+
+def test_verifiers_may_use_processes():
+  assert judge(scoring.make_scorer({'a': uses_a_pool}, workers=1), '1', '2').total.tolist() == [
+    2,
+    4,
+  ]
+
+
+def test_the_children_of_a_killed_worker_die_with_it(tmp_path):
+  score = scoring.make_scorer({'a': starts_a_child}, workers=1, timeout_s=2.0)
+  file = tmp_path / 'pid'
+  assert score(['a'], [{'file': str(file)}], [1]).errors == {'a/Timeout': 1}
+  assert_ends(int(file.read_text()))
+
+
+def test_memory_is_limited():
+  score = scoring.make_scorer({'a': fills_memory, 'b': canary}, workers=1, memory_gib=1.0)
+  got = judge(score, '5')
+  assert got.errors == {'a/MemoryError': 1} and got.components['b'].tolist() == [5]
+
+
+@pytest.mark.parametrize('limits', [dict(timeout_s=0.0), dict(workers=0), dict(memory_gib=-1.0)])
+def test_limits_without_a_meaning_are_refused(limits):
+  with pytest.raises(ValueError, match='must be positive'):
+    scoring.make_scorer({'a': canary}, **limits)
+
+
+@pytest.mark.parametrize('verifier', ['spin', 'hang'])
+def test_workers_end_when_the_parent_is_killed_whatever_they_do(verifier, tmp_path):
+  file = tmp_path / 'pid'
+  code = f"""
+    import os, signal, threading, time
+    from polgrad.rewards import scoring
+    from tests.rewards.scoring_test import tells_and
+    score = scoring.make_scorer({{'a': tells_and}}, workers=1, timeout_s=1000.0)
+    row = ['{verifier}'], [{{'file': '{file}'}}], [1]
+    threading.Thread(target=score, args=row, daemon=True).start()
+    while not os.path.exists('{file}') or not open('{file}').read():
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
   """
-  done = subprocess.run(
-    [sys.executable, '-c', textwrap.dedent(code)],
-    stdout=subprocess.PIPE,
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    timeout=60,
-  )
-  pid = int(done.stdout)
+  subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, timeout=60)
+  assert_ends(int(file.read_text()))
+
+
+def assert_ends(pid):
   for _ in range(100):
     if not alive(pid):
-      break
+      return
     time.sleep(0.1)
-  assert not alive(pid)
+  raise AssertionError(f'process {pid} lives')
 
 
 def alive(pid):

@@ -1,0 +1,176 @@
+"""A process that runs verifiers, so that one that hangs, dies or fills the memory harms nothing else.
+
+`Worker` is the trainer's side. `main` is the other: a guard that only watches whether the trainer
+lives, and its child, which runs the verifiers. Both are in one process group, together with every
+process that a verifier starts, and the group is killed as a whole.
+
+This contains accidents. It is no sandbox: a verifier can read and write files, use the network, and
+leave the group on purpose.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import cloudpickle
+
+from polgrad import registry
+
+START = 'import sys; from polgrad.rewards import worker; worker.main(*map(int, sys.argv[1:]))'
+START_S = 120.0  # seconds that a worker may take to start: it imports the modules of its verifiers
+
+
+class Failure(NamedTuple):
+  """Why a verifier returned no number."""
+
+  kind: str  # name of the exception, or 'NotFinite', 'Timeout' or 'Died'
+  reason: str  # for people
+
+
+def verify(fn: Callable, row: Mapping) -> float | Failure:
+  """Runs one verifier on one row; every error becomes a `Failure`."""
+  process = os.getpid()
+  try:
+    value = float(registry.call(fn, row))
+  except (Exception, SystemExit) as error:  # the batch continues whatever a verifier does
+    value = Failure(type(error).__name__, str(error)[:500])
+  if os.getpid() != process:  # the verifier forked, and this is the copy: it must not train as well
+    os._exit(1)
+  if isinstance(value, Failure):
+    return value
+  return value if math.isfinite(value) else Failure('NotFinite', f'returned {value}')
+
+
+def dumps(verifiers: Mapping[str, Callable]) -> bytes:
+  """The functions as bytes; those of files that another process cannot import travel whole.
+
+  Raises:
+    TypeError: names the function that cannot be sent.
+  """
+  for name, fn in verifiers.items():
+    try:
+      cloudpickle.dumps(fn)
+    except Exception as error:  # whatever the objects that it refers to raise
+      raise TypeError(
+        f'{name}: verifiers run in other processes, and this one cannot be sent there ({error}): let it '
+        'refer to no locks, files or other open objects, or set isolate_verifiers=False'
+      ) from error
+  return cloudpickle.dumps(dict(verifiers))
+
+
+class Worker:
+  """Starts the process with the first task, and again after it was stopped.
+
+  Args:
+    verifiers: of `dumps`.
+    timeout_s: seconds for one task.
+    memory_gib: address space that the process may use; 0: no limit.
+  """
+
+  def __init__(self, verifiers: bytes, timeout_s: float, memory_gib: float):
+    self._verifiers, self._timeout_s, self._memory_gib = verifiers, timeout_s, memory_gib
+    self._process = self._pipe = self._life = None
+    self._sent = 0  # number of the last task
+
+  def ask(self, task: tuple[str, Mapping]) -> float | Failure:
+    """Sends a task (name of a verifier, row) and waits for its answer."""
+    if self._process is None:
+      self._start()
+    self._sent += 1
+    try:
+      self._pipe.send((self._sent, *task))
+      return self._answer(time.monotonic() + self._timeout_s)
+    except TimeoutError:
+      failure = Failure('Timeout', f'no answer in {self._timeout_s} s')
+    except (EOFError, OSError):
+      failure = Failure('Died', 'the worker process ended')
+    except Exception as error:  # a record that cannot be pickled: nothing was sent
+      return Failure(type(error).__name__, str(error)[:500])
+    # A worker that hangs or has died is not used again; the next task starts a new one.
+    self.stop()
+    return failure
+
+  def _answer(self, deadline: float) -> float | Failure:
+    """The answer with the number of the last task; others are of processes that a verifier forked."""
+    while self._pipe.poll(max(deadline - time.monotonic(), 0)):
+      number, answer = self._pipe.recv()
+      if number == self._sent:
+        return answer
+    raise TimeoutError
+
+  def _start(self):
+    ours, theirs = socket.socketpair()
+    alive, self._life = os.pipe()  # the guard reads the end of the file when this process is gone
+    # The new process finds modules where this one does.
+    path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    self._process = subprocess.Popen(
+      [sys.executable, '-c', START, str(theirs.fileno()), str(alive)],
+      pass_fds=(theirs.fileno(), alive),
+      env={**os.environ, 'PYTHONPATH': path},
+      stdin=subprocess.DEVNULL,
+      start_new_session=True,
+    )
+    theirs.close()
+    os.close(alive)
+    self._pipe = Connection(ours.detach())
+    # Wait until the worker has imported its modules, so that no verifier loses that time.
+    reason = 'ended before its first task; its own message is on stderr'
+    with contextlib.suppress(EOFError, OSError):
+      self._pipe.send((self._verifiers, self._memory_gib))
+      if self._pipe.poll(START_S):
+        self._pipe.recv()
+        return
+      reason = f'did not start in {START_S} s'
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(1.0)  # time to write its message
+    self.stop()
+    raise RuntimeError(f'a verifier process {reason}')
+
+  def stop(self):
+    """Kills the process and all that it started."""
+    if self._process is None:
+      return
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self._process.pid, signal.SIGKILL)
+    self._process.wait()
+    self._pipe.close()
+    os.close(self._life)
+    self._process = self._pipe = self._life = None
+
+  def __del__(self):
+    self.stop()
+
+
+def main(pipe: int, alive: int) -> None:
+  """The guard forks the process that works, and kills the group when the trainer has gone."""
+  if os.fork():
+    os.close(pipe)
+    os.read(alive, 1)  # returns at the end of the file
+    os.killpg(0, signal.SIGKILL)
+  os.close(alive)
+  os.set_inheritable(pipe, False)
+  work(Connection(pipe))
+
+
+def work(pipe: Connection) -> None:
+  """Loads the verifiers, says that they are there, then answers tasks until the pipe closes."""
+  verifiers, memory_gib = pipe.recv()
+  verifiers = cloudpickle.loads(verifiers)
+  if memory_gib:
+    import resource  # not on Windows
+
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+  pipe.send('ready')
+  with contextlib.suppress(EOFError, BrokenPipeError):
+    while True:
+      number, name, row = pipe.recv()
+      pipe.send((number, verify(verifiers[name], row)))
