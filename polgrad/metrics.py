@@ -1,7 +1,10 @@
 """What a run shows: metrics.jsonl, TensorBoard, tables of samples, and the curves of report.png."""
 
+import itertools
 import json
+import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -10,6 +13,7 @@ matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt
 import numpy as np
+from absl import logging
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,11 +34,22 @@ class Writer:
     """
     self.path = os.path.join(workdir, 'metrics.jsonl')
 
+    # A file with unreadable lines is kept aside; only a last line that a crash cut off is not missed.
+    rows, damaged = parse(self.path)
+    if damaged:
+      aside = _unused(f'{self.path}.damaged')
+      shutil.copyfile(self.path, aside)
+      logging.warning(
+        '%s: lines %s are no rows of metrics; the file is kept as %s', self.path, damaged[:5], aside
+      )
+
     # Rewrite the file with the rows to keep, as a whole, so that a crash here loses nothing.
-    kept = [r for r in read(self.path) if r['step'] <= step and r['phase'] in past]
+    kept = [r for r in rows if r['step'] <= step and r['phase'] in past]
     temporary = f'{self.path}.tmp'
     with open(temporary, 'w') as f:
-      f.writelines(json.dumps(r) + '\n' for r in kept)
+      f.writelines(_line(r) for r in kept)
+      f.flush()
+      os.fsync(f.fileno())
     os.replace(temporary, self.path)
 
     # Append from here on. Line buffering makes every row readable at once.
@@ -43,9 +58,9 @@ class Writer:
     self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-    """Appends one row: the metrics after `step` updates, made in a phase."""
+    """Appends one row: the metrics after `step` updates, made in a phase. JSON has null for NaN."""
     row = {k: float(v) for k, v in values.items()}
-    self._file.write(json.dumps({'step': step, 'phase': phase, **row}) + '\n')
+    self._file.write(_line({'step': step, 'phase': phase, **row}))
     if self._board:
       for name, value in row.items():
         self._board.add_scalar(f'{phase}/{name}', value, step)
@@ -57,17 +72,38 @@ class Writer:
 
 
 def read(path: str) -> list[dict]:
-  """The rows of a metrics file, [] if there is none; a last line cut off by a crash is dropped."""
+  """The readable rows of a metrics file, [] if there is none."""
+  return parse(path)[0]
+
+
+def parse(path: str) -> tuple[list[dict], list[int]]:
+  """The rows of a metrics file, and the numbers of the lines (from 1) that are none.
+
+  A last line without a line end was cut off by a crash and is left out of both.
+  """
   if not os.path.exists(path):
-    return []
-  rows = []
-  with open(path) as f:
-    for line in f:
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
-  return rows
+    return [], []
+  with open(path, 'rb') as f:
+    *lines, _ = f.read().split(b'\n')
+  rows, damaged = [], []
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      rows.append({**row, 'step': int(row['step']), 'phase': str(row['phase'])})
+    except (ValueError, KeyError, TypeError, RecursionError):
+      damaged.append(number)
+  return rows, damaged
+
+
+def _line(row: Mapping) -> str:
+  known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+  return json.dumps(known, allow_nan=False) + '\n'
+
+
+def _unused(path: str) -> str:
+  """The path, or the first of path.1, path.2, ... that is free."""
+  names = itertools.chain([path], (f'{path}.{n}' for n in itertools.count(1)))
+  return next(name for name in names if not os.path.exists(name))
 
 
 def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
@@ -118,7 +154,7 @@ def report(workdir: str) -> str:
 def _draw(axis: plt.Axes, rows: Sequence[Mapping], name: str) -> None:
   """Plots one metric over the updates, in a color a phase; long curves get a running mean."""
   for number, phase in enumerate(dict.fromkeys(r['phase'] for r in rows)):
-    points = [(r['step'], r[name]) for r in rows if r['phase'] == phase and name in r]
+    points = [(r['step'], r[name]) for r in rows if r['phase'] == phase and r.get(name) is not None]
     if not points:
       continue
     x, y = np.array(points, float).T

@@ -50,7 +50,7 @@ HOMES = {
     *('methods', 'tasks', 'presets', 'compose', 'options'),
   },
   'orbax': {'checkpoint'},
-  'absl': {'cli', 'convert', 'evaluate', 'sample', 'train'},
+  'absl': {'cli', 'convert', 'evaluate', 'metrics', 'sample', 'train'},
 }
 
 
