@@ -1,11 +1,15 @@
 """Checkpoints, stored by Orbax: pytrees of arrays with a piece of JSON, each complete or absent."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from polgrad.digests import digests, not_finite, path_name
 
 # The pytrees of a checkpoint. Parameters are stored apart, so that they can be read alone.
 TREES = ('params', 'rest')
@@ -28,34 +32,83 @@ def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
 def save(
   checkpoints: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping
 ) -> None:
-  """Starts writing checkpoint number `step`.
+  """Starts writing checkpoint number `step`, with the digest of every array.
 
   Args:
     trees: the pytrees by their names in `TREES`.
     meta: values that JSON can hold; `read_meta` returns them.
+
+  Raises:
+    FloatingPointError: parameters, moments of the optimizer or anchors are not finite; nothing is saved.
   """
+  bad = [
+    f'{name}/{path}'
+    for name, tree in trees.items()
+    for path in not_finite(tree)
+    if name == 'params' or path.startswith(('opt_state', 'anchors'))
+  ]
+  if bad:
+    raise FloatingPointError(
+      f'step {step}: {len(bad)} arrays are not finite, such as {bad[:3]}, so no checkpoint is written; '
+      f'the last whole one in {checkpoints.directory} is {checkpoints.latest_step()}'
+    )
+  meta = {**meta, 'digests': {name: digests(tree) for name, tree in trees.items()}}
   items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-  checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items))
+  checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
 
 def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
-  """The `meta` of checkpoint number `step`."""
-  return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  """The `meta` of checkpoint number `step`.
+
+  Raises:
+    ValueError: the checkpoint is damaged.
+  """
+  with _named(checkpoints, step, 'meta'):
+    return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any) -> Any:
-  """Reads one pytree of checkpoint number `step`.
+  """Reads one pytree of checkpoint number `step`, and compares it with its digests.
 
   Args:
     name: of `TREES`.
     like: pytree of arrays or `jax.ShapeDtypeStruct`, whose dtypes and shardings the result has.
 
   Raises:
-    ValueError: the checkpoint holds other arrays or shapes; the message names the first that differ.
+    ValueError: the checkpoint holds other arrays or shapes, and the message names the first that differ;
+      or it is damaged.
   """
-  _check_fit(checkpoints, step, name, like)
+  stored = read_meta(checkpoints, step).get('digests', {}).get(name)
+  with _named(checkpoints, step, name):
+    metadata = checkpoints.item_metadata(step)[name].tree
+  _check_fit(checkpoints, step, name, metadata, like)
   args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-  return checkpoints.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+  with _named(checkpoints, step, name):
+    tree = checkpoints.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+  if stored is not None and _same_dtypes(metadata, like):
+    found = digests(tree)
+    changed = [path for path in found if found[path] != stored.get(path)]
+    if changed:
+      raise _damaged(checkpoints, step, f'{name}: bits of {changed[:3]} have changed')
+  return tree
+
+
+@contextlib.contextmanager
+def _named(checkpoints: ocp.CheckpointManager, step: int, name: str) -> Iterator[None]:
+  """Turns what reading a damaged file raises into a ValueError that names the checkpoint."""
+  try:
+    yield
+  except Exception as error:  # of JSON, of TensorStore, of the file system
+    reason = str(error).strip().split('\n')[0][:300]
+    raise _damaged(checkpoints, step, f'{name}: {type(error).__name__}: {reason}') from error
+
+
+def _damaged(checkpoints: ocp.CheckpointManager, step: int, reason: str) -> ValueError:
+  others = sorted(s for s in checkpoints.all_steps() if s != step)
+  advice = (
+    f'--step={max(others)} takes an earlier one of {others}' if others else 'there is no other'
+  )
+  return ValueError(f'checkpoint {step} in {checkpoints.directory} is damaged ({reason}); {advice}')
 
 
 def latest(checkpoints: ocp.CheckpointManager, folder: str) -> int:
@@ -73,10 +126,11 @@ def latest(checkpoints: ocp.CheckpointManager, folder: str) -> int:
   return step
 
 
-def _check_fit(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any) -> None:
+def _check_fit(
+  checkpoints: ocp.CheckpointManager, step: int, name: str, metadata: Any, like: Any
+) -> None:
   """Refuses a stored pytree whose paths or shapes differ from those of `like`."""
-  saved = _shapes(checkpoints.item_metadata(step)[name].tree)
-  wanted = _shapes(like)
+  saved, wanted = _shapes(metadata), _shapes(like)
   where = f'{name} of checkpoint {step} in {checkpoints.directory} do not fit'
   if saved.keys() != wanted.keys():
     missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
@@ -89,12 +143,11 @@ def _check_fit(checkpoints: ocp.CheckpointManager, step: int, name: str, like: A
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """The shape of every array by its path, for example 'layers/gate'."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {'/'.join(_key(k) for k in path): tuple(x.shape) for path, x in leaves}
+  return {path_name(path): tuple(x.shape) for path, x in leaves}
 
 
-def _key(entry: Any) -> str:
-  """The text of one entry of a tree path, which is an attribute, a dict key or an index."""
-  for field in ('name', 'key', 'idx'):
-    if hasattr(entry, field):
-      return str(getattr(entry, field))
-  return str(entry)
+def _same_dtypes(metadata: Any, like: Any) -> bool:
+  """Whether the arrays were stored as they are read; otherwise they are converted, and bits differ."""
+  leaves = jax.tree_util.tree_leaves_with_path
+  dtypes = lambda tree: {path_name(path): np.dtype(x.dtype) for path, x in leaves(tree)}
+  return dtypes(metadata) == dtypes(like)

@@ -13,7 +13,9 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: metrics, chec
 CHECKPOINTS = flags.DEFINE_string(
   'checkpoints', '', 'Folder of the checkpoints, also gs://...; default: WORKDIR/checkpoints.'
 )
-STEP = flags.DEFINE_integer('step', -1, 'Number of the checkpoint to read; -1 is the newest.')
+STEP = flags.DEFINE_integer(
+  'step', -1, 'Number of the checkpoint to read or resume from; -1 is the newest.'
+)
 CACHE = flags.DEFINE_string(
   'compilation_cache',
   os.path.expanduser('~/.cache/polgrad/xla'),
@@ -42,6 +44,11 @@ def start(argv: list[str]) -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+def workdir() -> str:
+  """The folder of the run, by the flags."""
+  return os.path.expanduser(WORKDIR.value)
+
+
 def checkpoint_folder() -> str:
   """The folder of the run's checkpoints, by the flags."""
-  return CHECKPOINTS.value or os.path.join(WORKDIR.value, 'checkpoints')
+  return os.path.expanduser(CHECKPOINTS.value) or os.path.join(workdir(), 'checkpoints')

@@ -6,12 +6,14 @@ The same command with the same workdir resumes from the last complete checkpoint
 bit the numbers of a run without interruption. Every process of a pod runs this same command.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +21,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import app, logging
+from absl import app, flags, logging
 from tqdm import tqdm
 
-from polgrad import checkpoint, cli, evaluate, metrics, sharding
+from polgrad import checkpoint, cli, evaluate, identity, metrics, sharding
 from polgrad.build import Experiment, Phase, build, check_data
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
@@ -32,54 +34,165 @@ from polgrad.models.policy import Policy, learned
 from polgrad.packing import pack
 from polgrad.types import Batch, Params, TrainState
 
+_ON_MISMATCH = flags.DEFINE_enum(
+  'on_mismatch',
+  'stop',
+  ['stop', 'continue'],
+  'What to do if the checkpoint is of another configuration, other data or another version.',
+)
+
 
 def main(argv: list[str]) -> None:
   cli.start(argv)
-  run(cli.CONFIG.value, cli.WORKDIR.value, cli.checkpoint_folder())
+  run(
+    cli.CONFIG.value,
+    cli.workdir(),
+    cli.checkpoint_folder(),
+    step=cli.STEP.value,
+    on_mismatch=_ON_MISMATCH.value,
+  )
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, folder: str = '') -> TrainState:
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  folder: str = '',
+  *,
+  step: int = -1,
+  on_mismatch: str = 'stop',
+) -> TrainState:
   """Trains to the end of the last phase, from the last checkpoint if there is one.
 
   Args:
     workdir: a local folder for config.json, metrics and the report; only the first process writes it.
     folder: folder of the checkpoints, which all processes must reach; '': `workdir`/checkpoints.
+    step: number of the checkpoint to resume from, after which later ones are deleted; -1: the last.
+    on_mismatch: 'stop' or 'continue', if the checkpoint is of another run (see `identity`).
 
   Returns:
     The state after the last step.
 
   Raises:
     ValueError, TypeError, FileNotFoundError: the configuration is refused, see `build`; or the
-      checkpoint is of other phases or other arrays.
-    FloatingPointError: `max_skipped` consecutive updates were skipped.
+      checkpoint is of another run, other phases or other arrays, or damaged.
+    RuntimeError: another process trains in `workdir`.
+    FloatingPointError: `max_skipped` consecutive updates were skipped, or parameters are not finite.
   """
-  # Build everything, and leave a copy of the configuration with the run.
+  # Build everything, and refuse what cannot run.
   experiment = build(config)
   check_data(experiment)
+  own = identity.describe(config)
   os.makedirs(workdir, exist_ok=True)
   chief = jax.process_index() == 0
-  if chief:
-    with open(os.path.join(workdir, 'config.json'), 'w') as f:
-      json.dump(json.loads(config.to_json_best_effort()), f, indent=2)
-
-  # Resume or begin, then run the phases that are left.
   folder = folder or os.path.join(workdir, 'checkpoints')
-  checkpoints = checkpoint.manager(folder, keep=experiment.keep_checkpoints)
-  try:
-    with jax.set_mesh(experiment.mesh):
-      state = resume(experiment, checkpoints)
-      writer = open_writer(experiment, state, workdir) if chief else None
-      for index in range(int(state.phase), len(experiment.order)):
-        if index > int(state.phase):
-          state = begin(experiment, index, state)
-        state = run_phase(experiment, state, checkpoints, writer)
-  finally:
-    checkpoints.close()  # waits for a save that has not finished
+  with contextlib.ExitStack() as stack:
+    if chief:
+      stack.enter_context(locked(workdir))
+    checkpoints = checkpoint.manager(folder, keep=experiment.keep_checkpoints)
+    stack.callback(checkpoints.close)  # waits for a save that has not finished
+    stack.enter_context(jax.set_mesh(experiment.mesh))
+
+    # Resume or begin, and only then leave the configuration with the run.
+    before = select(checkpoints, step, folder)
+    if before is not None:
+      check_identity(checkpoint.read_meta(checkpoints, before), own, on_mismatch)
+    state = resume(experiment, checkpoints, before)
+    writer = None
+    if chief:
+      write_config(workdir, own['config'], int(state.step))
+      writer = open_writer(experiment, state, workdir)
+      tell_what_is_left(experiment, state)
+
+    # Run the phases that are left.
+    for index in range(int(state.phase), len(experiment.order)):
+      if index > int(state.phase):
+        state = begin(experiment, index, state)
+      state = run_phase(experiment, state, checkpoints, writer, own)
 
   if chief:
     writer.close()
     print(f'metrics, checkpoints and curves are in {workdir}; see {metrics.report(workdir)}')
   return state
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+  """Holds a lock on the folder, which the system releases when this process ends, however it ends.
+
+  Raises:
+    RuntimeError: another process holds it.
+  """
+  with open(os.path.join(workdir, '.lock'), 'a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise RuntimeError(
+        f'{workdir}: another process trains here; wait for it, or name another folder'
+      ) from error
+    yield
+
+
+def select(checkpoints: Any, step: int, folder: str) -> int | None:
+  """The number of the checkpoint to resume from, or None; deletes those after it.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint `step`.
+  """
+  if step < 0:
+    return checkpoints.latest_step()
+  if step not in checkpoints.all_steps():
+    raise FileNotFoundError(
+      f'no checkpoint {step} in {folder}; there are {sorted(checkpoints.all_steps())}'
+    )
+  for later in checkpoints.all_steps():
+    if later > step:
+      checkpoints.delete(later)
+  return step
+
+
+def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:
+  """Compares the run of a checkpoint with this one.
+
+  Raises:
+    ValueError: they differ, and `on_mismatch` is 'stop'; the message lists in what.
+  """
+  found = identity.differences(meta['identity'], own)
+  if not found:
+    return
+  listed = '\n  '.join(found)
+  if on_mismatch == 'stop':
+    raise ValueError(
+      f'the checkpoint is of another run:\n  {listed}\nuse another --workdir, or --on_mismatch=continue'
+    )
+  logging.warning('continuing a run that differs:\n  %s', listed)
+
+
+def write_config(workdir: str, config: dict, step: int) -> None:
+  """Writes config.json; one that differs is kept as config_until_STEP.json."""
+  path = os.path.join(workdir, 'config.json')
+  text = json.dumps(config, indent=2)
+  if os.path.exists(path):
+    with open(path) as f:
+      same = f.read() == text
+    if same:
+      return
+    os.replace(path, os.path.join(workdir, f'config_until_{step}.json'))
+  with open(f'{path}.tmp', 'w') as f:
+    f.write(text)
+  os.replace(f'{path}.tmp', path)
+
+
+def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
+  """Says if a run is finished already, or will leave no checkpoint."""
+  last = len(experiment.order) - 1
+  name = experiment.order[last]
+  if int(state.phase) == last and int(state.phase_step) >= experiment.phases[name].steps:
+    print(
+      f'this run is finished: {name} has made its {int(state.phase_step)} steps; for more of them use '
+      f'--config.phases.{name}.steps=..., for a new run another --workdir'
+    )
+  if not experiment.checkpoint_every:
+    logging.warning('config.checkpoint_every is 0: this run leaves no checkpoint')
 
 
 def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metrics.Writer:
@@ -93,14 +206,13 @@ def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metr
   )
 
 
-def resume(experiment: Experiment, checkpoints: Any) -> TrainState:
-  """The state of the last complete checkpoint, or the initial state if there is none.
+def resume(experiment: Experiment, checkpoints: Any, step: int | None) -> TrainState:
+  """The state of checkpoint number `step`, or the initial state if that is None.
 
   Raises:
-    ValueError: the checkpoint is of a run with other phases, or holds other arrays.
+    ValueError: the checkpoint is of a run with other phases, holds other arrays, or is damaged.
   """
   state = begin(experiment, 0, None)
-  step = checkpoints.latest_step()
   if step is None:
     return state
 
@@ -293,9 +405,17 @@ def start_phase(
 
 
 def run_phase(
-  experiment: Experiment, state: TrainState, checkpoints: Any, writer: metrics.Writer | None
+  experiment: Experiment,
+  state: TrainState,
+  checkpoints: Any,
+  writer: metrics.Writer | None,
+  own: dict,
 ) -> TrainState:
-  """Trains from the state until its phase has made all steps; a step collects and uses one batch."""
+  """Trains from the state until its phase has made all steps; a step collects and uses one batch.
+
+  Args:
+    own: the identity of the run, which goes into checkpoints.
+  """
   run = start_phase(experiment, state, writer)
   first, last = int(state.phase_step), run.phase.steps
   bar = tqdm(total=last, initial=first, desc=run.name, disable=writer is None, mininterval=1.0)
@@ -327,7 +447,7 @@ def run_phase(
     run.show(collected, step + 1)
 
     if run.due(experiment.checkpoint_every, step + 1):
-      save(experiment, checkpoints, state)
+      save(experiment, checkpoints, state, own)
   bar.close()
   return state
 
@@ -450,9 +570,9 @@ def postfix(row: dict[str, float]) -> str:
   return ' '.join(f'{short} {row[name]:.3g}' for name, short in SHOWN.items() if name in row)
 
 
-def save(experiment: Experiment, checkpoints: Any, state: TrainState) -> None:
+def save(experiment: Experiment, checkpoints: Any, state: TrainState, own: dict) -> None:
   """Starts writing a checkpoint, numbered by the updates of all phases."""
-  meta = {'order': list(experiment.order), 'phase': int(state.phase)}
+  meta = {'order': list(experiment.order), 'phase': int(state.phase), 'identity': own}
   trees = {'params': state.params, 'rest': state.replace(params=None)}
   checkpoint.save(checkpoints, int(state.step), trees, meta)
 

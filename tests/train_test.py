@@ -26,6 +26,7 @@ from polgrad import (
 )
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.methods import Method
+from polgrad.options import from_text
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from tests import examples
@@ -271,6 +272,124 @@ class TestBrokenUpdates:
     monkeypatch.undo()
     state = train.run(config(), str(tmp_path))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  """A copy of the finished run, with its last checkpoint taken away so that something is left to do."""
+  shutil.copytree(finished[0], tmp_path / 'copy')
+  shutil.rmtree(tmp_path / 'copy' / 'checkpoints' / '19')
+  return tmp_path / 'copy'
+
+
+def last(workdir):
+  return max(int(f.name) for f in (workdir / 'checkpoints').iterdir() if f.name.isdigit())
+
+
+class TestADamagedCheckpoint:
+  """Is named, costs nothing else, and an earlier one resumes to the same end."""
+
+  def _refused(self, workdir, finished):
+    with pytest.raises(
+      ValueError, match=rf'checkpoint 11 in .*{workdir.name}.* is damaged .*--step=3'
+    ):
+      train.run(config(), str(workdir))
+    equal(train.run(config(), str(workdir), step=3), finished[1])
+    assert rows(workdir) == rows(finished[0])
+
+  def test_with_a_flipped_bit(self, copied, finished, monkeypatch):
+    """Written as a file system would return it: whole, readable, and with another bit."""
+    path = copied / 'checkpoints' / '11' / 'meta' / 'metadata'
+    meta = json.loads(path.read_text())
+    name = next(iter(meta['digests']['params']))
+    meta['digests']['params'][name] = f'{int(meta["digests"]["params"][name], 16) ^ 1:016x}'
+    path.write_text(json.dumps(meta))
+    self._refused(copied, finished)
+
+  @pytest.mark.parametrize('part', ['params', 'rest', 'meta'])
+  def test_without_some_of_its_files(self, part, copied, finished):
+    for file in (copied / 'checkpoints' / '11' / part).rglob('*'):
+      if file.is_file() and file.name != '_METADATA':
+        file.unlink()
+    self._refused(copied, finished)
+
+  @pytest.mark.parametrize('part', ['params', 'rest', 'meta'])
+  def test_with_files_of_noise(self, part, copied, finished):
+    for file in (copied / 'checkpoints' / '11' / part).rglob('*'):
+      if file.is_file():
+        file.write_bytes(b'\xff' * file.stat().st_size)
+    self._refused(copied, finished)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(copied):
+  with pytest.raises(FileNotFoundError, match=r'no checkpoint 5 in .*; there are \[2, 3, 11\]'):
+    train.run(config(), str(copied), step=5)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+  made = config()
+  made.phases.train.optimizer.b2 = 1.0  # divides by zero
+  with pytest.raises(FloatingPointError, match='not finite'):
+    train.run(made, str(tmp_path))
+  experiment = build.build(made)
+  params = evaluate.restore_params(experiment, str(tmp_path / 'checkpoints'))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+class TestAnotherRunInTheSameFolder:
+  def _other(self):
+    made = config()
+    made.seed = 1
+    made.phases.train.optimizer.learning_rate = 1e-2
+    return made
+
+  def test_is_refused_with_all_that_differs_and_changes_nothing(self, copied):
+    before = (copied / 'config.json').read_text()
+    with pytest.raises(ValueError, match='of another run') as error:
+      train.run(self._other(), str(copied))
+    assert 'config.seed: 0 before, 1 now' in str(error.value)
+    assert 'config.phases.train.optimizer.learning_rate: 0.001 before, 0.01 now' in str(error.value)
+    assert (copied / 'config.json').read_text() == before and last(copied) == 11
+
+  def test_continues_if_asked_and_keeps_both_configurations(self, copied):
+    before = (copied / 'config.json').read_text()
+    train.run(self._other(), str(copied), on_mismatch='continue')
+    assert last(copied) == 19
+    assert (copied / 'config_until_11.json').read_text() == before
+    assert json.loads((copied / 'config.json').read_text())['seed'] == 1
+
+  def test_is_none_if_only_its_length_or_its_reports_differ(self, copied):
+    made = config()
+    made.phases.train.steps = 5
+    made.log_every = made.samples_every = 2
+    made.phases.train.micro_batches = 2
+    assert int(train.run(made, str(copied)).step) == 23
+
+  def test_has_other_data(self, tmp_path):
+    data = tmp_path / 'data.jsonl'
+    config = lambda: from_text(
+      f'method=sft,task=jsonl,data={data},model=tiny,smoke,prompt_length=8,max_new_tokens=4,holdout=0'
+    )
+    line = '{"prompt": "1+1=", "answer": "2"}\n'
+    data.write_text(line * 20)
+    train.run(config(), str(tmp_path / 'run'))
+    data.write_text(line * 19 + line.replace('2', '3'))
+    with pytest.raises(ValueError, match=r'data\.jsonl: other contents than before'):
+      train.run(config(), str(tmp_path / 'run'))
+
+  def test_waits_until_the_first_has_ended(self, copied):
+    with (
+      train.locked(str(copied)),
+      pytest.raises(RuntimeError, match='another process trains here'),
+    ):
+      train.run(config(), str(copied))
+    train.run(config(), str(copied))
+
+
+def test_a_finished_run_says_so(finished, tmp_path, capsys):
+  shutil.copytree(finished[0], tmp_path / 'copy')
+  train.run(config(), str(tmp_path / 'copy'))
+  assert 'finished: train has made its 4 steps' in capsys.readouterr().out
 
 
 def test_checkpoint_that_does_not_fit_is_refused_with_the_arrays(finished, tmp_path):
