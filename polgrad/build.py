@@ -20,7 +20,7 @@ from polgrad import credit as credits
 from polgrad.data import batching, sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.policy import Policy
-from polgrad.registry import bind, suggest, table
+from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, bind, suggest, table
 from polgrad.rewards import scoring, verifiers
 from polgrad.types import Layout
 
@@ -42,9 +42,9 @@ class Judged:
 
   reward: Mapping[str, verifiers.Part] = dataclasses.field(default_factory=dict)
   isolate_verifiers: bool = True
-  verifier_timeout: float = 5.0
-  verifier_workers: int = 2
-  verifier_memory: float = 4.0
+  verifier_timeout: Positive = 5.0
+  verifier_workers: AtLeastOne = 2
+  verifier_memory: NotNegative = 4.0
 
   @functools.cached_property
   def score(self) -> Callable:
@@ -83,21 +83,21 @@ class Phase(Judged):
       packed rows and of scored tokens are each rounded up to one of `pack` sizes, so few shapes compile.
   """
 
-  steps: int = 100
+  steps: AtLeastOne = 100
   source: sources.Part
   collect: collect.Part
   objective: objectives.Part
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
   shuffle: bool = True
-  epochs: int = 1
-  minibatches: int = 1
-  micro_batches: int = 1
+  epochs: AtLeastOne = 1
+  minibatches: AtLeastOne = 1
+  micro_batches: AtLeastOne = 1
   anchors: Mapping[str, optim.AnchorPart] = dataclasses.field(default_factory=dict)
   frozen: Mapping[str, ModelPart] = dataclasses.field(default_factory=dict)
   restart: bool = False
   share_prompts: bool = False
-  pack: int = 0
+  pack: Count = 0
 
   @functools.cached_property
   def layout(self) -> Layout:
@@ -139,14 +139,14 @@ class HeldOut(Judged, Evaluation):
     answer: regular expression; maj@k compares the first group of its last match.
   """
 
-  every: int = 50
+  every: Count = 50
   source: sources.Part
-  problems: int = 200
-  batch: int = 100
-  prompt_length: int = 64
-  max_new_tokens: int = 64
-  samples: int = 0
-  temperature: float = 1.0
+  problems: AtLeastOne = 200
+  batch: AtLeastOne = 100
+  prompt_length: AtLeastOne = 64
+  max_new_tokens: AtLeastOne = 64
+  samples: Count = 0
+  temperature: Positive = 1.0
   threshold: float = 1.0
   answer: str = '(?s)(.*)'
 
@@ -177,20 +177,20 @@ class Experiment:
     max_skipped: consecutive updates with a non-finite loss or gradient after which the run stops.
   """
 
-  seed: int = 0
+  seed: Annotated[int, Range(at_least=0, below=2**31)] = 0
   tokenizer: tokenizers.Part
   model: ModelPart
   mesh: MeshPart = sharding.make_mesh
   phases: Mapping[str, PhasePart]
   order: tuple
   evaluation: EvaluationPart = Never
-  checkpoint_every: int = 100
-  keep_checkpoints: int = 2
-  log_every: int = 1
-  show_samples: int = 4
-  samples_every: int = 50
+  checkpoint_every: Count = 100
+  keep_checkpoints: AtLeastOne = 2
+  log_every: Count = 1
+  show_samples: Count = 4
+  samples_every: Count = 50
   tensorboard: bool = True
-  max_skipped: int = 5
+  max_skipped: AtLeastOne = 5
 
   @property
   def policy(self) -> Policy:

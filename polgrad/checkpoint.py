@@ -111,18 +111,21 @@ def _damaged(checkpoints: ocp.CheckpointManager, step: int, reason: str) -> Valu
   return ValueError(f'checkpoint {step} in {checkpoints.directory} is damaged ({reason}); {advice}')
 
 
-def latest(checkpoints: ocp.CheckpointManager, folder: str) -> int:
-  """The number of the newest checkpoint.
+def numbered(checkpoints: ocp.CheckpointManager, folder: str, step: int = -1) -> int:
+  """The number of a checkpoint that is there: `step`, or the newest if that is negative.
 
   Args:
     folder: its name in the error.
 
   Raises:
-    FileNotFoundError: there is no complete checkpoint.
+    FileNotFoundError: there is no complete checkpoint of this number.
   """
-  step = checkpoints.latest_step()
-  if step is None:
-    raise FileNotFoundError(f'no whole checkpoint in {folder}')
+  steps = sorted(checkpoints.all_steps())
+  if step < 0 and steps:
+    return steps[-1]
+  if step not in steps:
+    which = 'whole checkpoint' if step < 0 else f'checkpoint {step}'
+    raise FileNotFoundError(f'no {which} in {folder}; there are {steps}')
   return step
 
 

@@ -1,6 +1,9 @@
 """Flags and start-up code that all mains share."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 
 import jax
 from absl import app, flags, logging
@@ -35,6 +38,8 @@ def start(argv: list[str]) -> None:
   for flag in (CONFIG, WORKDIR):
     if flag.value is None:
       raise app.UsageError(f'--{flag.name} is needed')
+  with refusals():
+    CONFIG.value.keys()  # raises what a file that could not be read had raised
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # otherwise Orbax logs every step of a save
   if DISTRIBUTED.value:
@@ -42,6 +47,21 @@ def start(argv: list[str]) -> None:
   if CACHE.value:
     jax.config.update('jax_compilation_cache_dir', CACHE.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+  """Ends the process with one line where the user's configuration, data or folder is at fault.
+
+  The traceback is shown with --verbosity=1.
+  """
+  try:
+    yield
+  except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    if logging.get_verbosity() >= logging.DEBUG:
+      raise
+    print(f'{type(error).__name__}: {error}', file=sys.stderr)
+    sys.exit(2)
 
 
 def workdir() -> str:

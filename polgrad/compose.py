@@ -11,6 +11,7 @@ was not pretrained first learns the task's demonstrations, in a phase called `wa
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from polgrad import build, collect, methods, models, optim, tasks
 from polgrad.data import sources
 from polgrad.methods import Method
 from polgrad.presets import Preset
-from polgrad.registry import part, weighted
+from polgrad.registry import Count, NotNegative, Range, check_ranges, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks import Task
 
@@ -30,12 +31,12 @@ def compose(
   task: Task,
   model: Preset,
   *,
-  steps: int = 0,
-  warm_start: int = -1,
-  learning_rate: float = 0.0,
-  prompts: int = 0,
+  steps: Count = 0,
+  warm_start: Annotated[int, Range(at_least=-1)] = -1,
+  learning_rate: NotNegative = 0.0,
+  prompts: Count = 0,
   teacher: str = '',
-  seed: int = 0,
+  seed: Count = 0,
   smoke: bool = False,
 ) -> ConfigDict:
   """A complete run of a method on a task with a model.
@@ -54,6 +55,8 @@ def compose(
   Raises:
     ValueError: the task lacks what the method needs, or the method cannot use what is asked for.
   """
+  numbers = dict(steps=steps, warm_start=warm_start, learning_rate=learning_rate, prompts=prompts)
+  check_ranges(compose, numbers | {'seed': seed})
   run = _Run(task, model, steps or task.steps, learning_rate, prompts, smoke)
   if not isinstance(method, Method):
     method = run.make(method)

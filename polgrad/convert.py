@@ -67,18 +67,20 @@ def export(config: Mapping, folder: str, out: str, *, step: int, adapter: bool, 
 
 
 def main(argv: list[str]) -> None:
-  if _GGUF.value:
-    gguf.convert(_GGUF.value, _OUT.value)
-  else:
+  if not _GGUF.value:
     cli.start(argv)
-    export(
-      cli.CONFIG.value,
-      cli.checkpoint_folder(),
-      _OUT.value,
-      step=cli.STEP.value,
-      adapter=_ADAPTER.value,
-      reward_model=_REWARD.value,
-    )
+  with cli.refusals():
+    if _GGUF.value:
+      gguf.convert(_GGUF.value, _OUT.value)
+    else:
+      export(
+        cli.CONFIG.value,
+        cli.checkpoint_folder(),
+        _OUT.value,
+        step=cli.STEP.value,
+        adapter=_ADAPTER.value,
+        reward_model=_REWARD.value,
+      )
   print(f'wrote {_OUT.value}')
 
 

@@ -197,7 +197,7 @@ def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Param
   if not epath.Path(folder).is_dir():
     raise FileNotFoundError(f'{folder}: expected the checkpoints of a run')
   checkpoints = checkpoint.manager(folder)
-  step = checkpoint.latest(checkpoints, folder) if step < 0 else step
+  step = checkpoint.numbered(checkpoints, folder, step)
   policy = experiment.policy
   shapes = policy.shapes()
   shardings = sharding.param_shardings(experiment.mesh, policy.axes(shapes), shapes)
@@ -209,11 +209,12 @@ def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Param
 
 def main(argv: list[str]) -> None:
   cli.start(argv)
-  experiment = build(cli.CONFIG.value)
-  if not experiment.evaluation.every:
-    raise ValueError('config.evaluation: the experiment has no held-out problems')
-  with jax.set_mesh(experiment.mesh):
+  with cli.refusals():
+    experiment = build(cli.CONFIG.value)
+    if not experiment.evaluation.every:
+      raise ValueError('config.evaluation: the experiment has no held-out problems')
     params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
+  with jax.set_mesh(experiment.mesh):
     found, samples = make_evaluator(experiment)(params)
   metrics.show_samples('held out, greedy', samples[: experiment.show_samples])
   print(json.dumps(found, indent=2))

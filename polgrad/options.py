@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from polgrad import methods, presets, tasks
 from polgrad.compose import compose
 from polgrad.methods.base import BUDGETS
-from polgrad.registry import suggest
+from polgrad.registry import plain, suggest
 from polgrad.tasks import Task
 
 CHOICES = ('method', 'task', 'model')
@@ -38,7 +38,8 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
     if name not in given:
       raise ValueError(f'{name}=... is missing; valid: {sorted(_tables()[name])}')
   method, model = (_choose(kind, given.pop(kind)) for kind in ('method', 'model'))
-  task, rest = _task_function(given.pop('task'), given)
+  task_name = given.pop('task')
+  task, rest = _task_function(task_name, given)
   owners = {
     'run': _knobs(compose),
     'method': {k: v for k, v in _knobs(method).items() if k not in BUDGETS},
@@ -46,6 +47,9 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
     'model': {k: v for k, v in _knobs(model).items() if k != 'alphabet'},
   }
   values = _assign(rest, owners)
+  for name, parameter in inspect.signature(task).parameters.items():
+    if parameter.default is inspect.Parameter.empty and name not in values['task']:
+      raise ValueError(f'task={task_name} needs {name}=...')
   fields = values.pop('fields')
   made = dataclasses.replace(task(**values['task']), **fields)
   if 'alphabet' in _knobs(model):
@@ -57,9 +61,17 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
 
 
 def parse(text: str) -> dict[str, str]:
-  """`a=1,b` -> {'a': '1', 'b': 'true'}."""
+  """`a=1,b` -> {'a': '1', 'b': 'true'}.
+
+  Raises:
+    ValueError: a name that occurs twice.
+  """
   items = [item.partition('=') for item in text.split(',') if item]
-  return {name.strip(): value.strip() if equals else 'true' for name, equals, value in items}
+  pairs = [(name.strip(), value.strip() if equals else 'true') for name, equals, value in items]
+  for name, _ in pairs:
+    if [n for n, _ in pairs].count(name) > 1:
+      raise ValueError(f'option {name} is given twice')
+  return dict(pairs)
 
 
 def values(text: str, **defaults: Any) -> ConfigDict:
@@ -114,7 +126,7 @@ def _task_function(name: str, given: Mapping[str, str]) -> tuple[Callable, dict[
   if name in tasks.TABLE:
     function = tasks.TABLE[name]
     if knobs:
-      if 'reward_options' not in _knobs(function):
+      if 'reward_options' not in inspect.signature(function).parameters:
         raise ValueError(f'options {sorted(knobs)} of the reward: task={name} has its own reward')
       return _with(function, reward_options={k: _number(v) for k, v in knobs.items()}), rest
     return function, rest
@@ -150,15 +162,15 @@ def _knobs(function: Callable) -> dict[str, type]:
   """Arguments by keyword that a text can give, with their types."""
   parameters = inspect.signature(function).parameters.values()
   return {
-    p.name: p.annotation
+    p.name: plain(p.annotation)
     for p in parameters
-    if p.kind is inspect.Parameter.KEYWORD_ONLY and (p.annotation in SIMPLE or p.annotation is dict)
+    if p.kind is inspect.Parameter.KEYWORD_ONLY and plain(p.annotation) in SIMPLE
   }
 
 
 def _assign(given: Mapping[str, str], owners: Mapping[str, Mapping[str, type]]) -> dict[str, dict]:
   """The options of each owner, converted; `fields` are those of `Task` itself."""
-  fields = {f.name: f.type for f in dataclasses.fields(Task) if f.type in SIMPLE}
+  fields = {f.name: plain(f.type) for f in dataclasses.fields(Task) if plain(f.type) in SIMPLE}
   values = {name: {} for name in (*owners, 'fields')}
   for name, text in given.items():
     found = [owner for owner, knobs in owners.items() if name in knobs]

@@ -25,10 +25,11 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import math
 import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_collections
 
@@ -41,6 +42,63 @@ class Weighted(NamedTuple):
 
   weight: float
   fn: Callable
+
+
+class Range(NamedTuple):
+  """The numbers that a knob may have, written beside it: `rows: Annotated[int, Range(at_least=1)]`."""
+
+  at_least: float = -math.inf
+  above: float = -math.inf
+  at_most: float = math.inf
+  below: float = math.nan  # NaN: no bound, so that infinity is allowed
+
+  def __contains__(self, x: float) -> bool:
+    inside = self.at_least <= x <= self.at_most and (x > self.above or self.above == -math.inf)
+    return inside and not x >= self.below
+
+  def __str__(self) -> str:
+    bounds = {n.replace('_', ' '): x for n, x in self._asdict().items() if math.isfinite(x)}
+    finite = ['finite'] if self.below == math.inf else []
+    return ' and '.join([*(f'{name} {x:g}' for name, x in bounds.items()), *finite])
+
+
+Count = Annotated[int, Range(at_least=0)]
+AtLeastOne = Annotated[int, Range(at_least=1)]
+NotNegative = Annotated[float, Range(at_least=0, below=math.inf)]
+Positive = Annotated[float, Range(above=0, below=math.inf)]
+Fraction = Annotated[float, Range(at_least=0, at_most=1)]
+Decay = Annotated[float, Range(at_least=0, below=1)]
+
+
+def plain(hint: Any) -> Any:
+  """The type without its range."""
+  return hint.__origin__ if _range(hint) else hint
+
+
+def check_ranges(owner: Callable, values: Mapping[str, Any], path: str = '') -> None:
+  """Refuses values outside the ranges that a function or dataclass writes beside its arguments.
+
+  Raises:
+    ValueError: names the argument and its range.
+  """
+  hints = typing.get_type_hints(owner, include_extras=True)
+  for name, value in values.items():
+    _check_number(value, hints.get(name), f'{path}.{name}' if path else name)
+
+
+def _range(hint: Any) -> Range | None:
+  found = getattr(hint, '__metadata__', ())
+  return found[0] if found and isinstance(found[0], Range) else None
+
+
+def _check_number(value: Any, hint: Any, path: str) -> None:
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return
+  if math.isnan(value):
+    raise ValueError(f'{path}: expected a number, got nan')
+  bounds = _range(hint)
+  if bounds is not None and value not in bounds:
+    raise ValueError(f'{path}: expected a number {bounds}, got {value}')
 
 
 def table(module: str, *functions: Callable) -> dict[str, Callable]:
@@ -127,6 +185,10 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
   spec = dict(spec)
   name = spec.pop('name')
   weight = spec.pop('weight', None)
+  if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+    raise TypeError(f'{path}.weight: expected a number, got {weight!r}')
+  if weight is not None and not math.isfinite(weight):
+    raise ValueError(f'{path}.weight: expected a finite number, got {weight}')
   fn = _look_up(name, choices, path)
   parameters = _knobs(fn)
   _check_names(path, spec, parameters)
@@ -286,8 +348,15 @@ def _make(fn: Callable, knobs: Mapping[str, Any], path: str) -> Any:
 
 def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
   """Binds nested parts, and checks plain values against the default's type (or the hint)."""
-  if typing.get_origin(hint) is typing.Annotated:
+  if _range(hint) is None and typing.get_origin(hint) is typing.Annotated:
     return _bind_part(value, hint, path)
+  value = _bind_plain(value, plain(hint), parameter, path)
+  _check_number(value, hint, path)
+  return value
+
+
+def _bind_plain(value, hint, parameter: inspect.Parameter, path: str):
+  """Binds parts by name, and values that are no parts."""
   arguments = typing.get_args(hint)
   if arguments and typing.get_origin(arguments[-1]) is typing.Annotated:
     if not isinstance(value, Mapping | ml_collections.ConfigDict):

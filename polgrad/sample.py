@@ -92,9 +92,10 @@ def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat
 
 def main(argv: list[str]) -> None:
   cli.start(argv)
-  experiment = build(cli.CONFIG.value)
-  with jax.set_mesh(experiment.mesh):
+  with cli.refusals():
+    experiment = build(cli.CONFIG.value)
     params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
+  with jax.set_mesh(experiment.mesh):
     complete = make_completer(
       experiment,
       params,

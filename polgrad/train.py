@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,29 @@ _ON_MISMATCH = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
   cli.start(argv)
-  run(
-    cli.CONFIG.value,
-    cli.workdir(),
-    cli.checkpoint_folder(),
-    step=cli.STEP.value,
-    on_mismatch=_ON_MISMATCH.value,
-  )
+  with contextlib.ExitStack() as stack:
+    with cli.refusals():
+      session = stack.enter_context(
+        prepare(
+          cli.CONFIG.value,
+          cli.workdir(),
+          cli.checkpoint_folder(),
+          step=cli.STEP.value,
+          on_mismatch=_ON_MISMATCH.value,
+        )
+      )
+    run_phases(session)
+
+
+class Session(NamedTuple):
+  """A run that can begin: nothing of it is refused any more."""
+
+  experiment: Experiment
+  identity: dict  # goes into checkpoints
+  workdir: str
+  checkpoints: Any
+  state: TrainState
+  writer: metrics.Writer | None  # None in all processes but the first
 
 
 def run(
@@ -78,6 +94,15 @@ def run(
     RuntimeError: another process trains in `workdir`.
     FloatingPointError: `max_skipped` consecutive updates were skipped, or parameters are not finite.
   """
+  with prepare(config, workdir, folder, step=step, on_mismatch=on_mismatch) as session:
+    return run_phases(session)
+
+
+@contextlib.contextmanager
+def prepare(
+  config: ml_collections.ConfigDict, workdir: str, folder: str, *, step: int, on_mismatch: str
+) -> Iterator[Session]:
+  """Does everything that can refuse a run, and then opens its files; see `run`."""
   # Build everything, and refuse what cannot run.
   experiment = build(config)
   check_data(experiment)
@@ -101,17 +126,21 @@ def run(
     if chief:
       write_config(workdir, own['config'], int(state.step))
       writer = open_writer(experiment, state, workdir)
+      stack.callback(writer.close)
       tell_what_is_left(experiment, state)
+    yield Session(experiment, own, workdir, checkpoints, state, writer)
 
-    # Run the phases that are left.
-    for index in range(int(state.phase), len(experiment.order)):
-      if index > int(state.phase):
-        state = begin(experiment, index, state)
-      state = run_phase(experiment, state, checkpoints, writer, own)
 
-  if chief:
-    writer.close()
-    print(f'metrics, checkpoints and curves are in {workdir}; see {metrics.report(workdir)}')
+def run_phases(session: Session) -> TrainState:
+  """Runs the phases that are left, and draws the report."""
+  experiment, state = session.experiment, session.state
+  for index in range(int(state.phase), len(experiment.order)):
+    if index > int(state.phase):
+      state = begin(experiment, index, state)
+    state = run_phase(experiment, state, session.checkpoints, session.writer, session.identity)
+  if session.writer:
+    path = metrics.report(session.workdir)
+    print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
   return state
 
 
@@ -140,10 +169,7 @@ def select(checkpoints: Any, step: int, folder: str) -> int | None:
   """
   if step < 0:
     return checkpoints.latest_step()
-  if step not in checkpoints.all_steps():
-    raise FileNotFoundError(
-      f'no checkpoint {step} in {folder}; there are {sorted(checkpoints.all_steps())}'
-    )
+  step = checkpoint.numbered(checkpoints, folder, step)
   for later in checkpoints.all_steps():
     if later > step:
       checkpoints.delete(later)

@@ -1,6 +1,7 @@
 """Bad input is refused before anything compiles, with the field and the valid choices."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -281,3 +282,72 @@ def test_requirements_decide_what_is_collected():
   assert isinstance(run.phases['train'].collect, collect.Collector)
   assert run.phases['train'].credit.provides == {'advantages', 'returns'}
   assert optim.ANCHORS.keys() == {'optim.fixed', 'optim.ema', 'optim.sync'}
+
+
+BOUNDED = {  # what no run can have, and the range that the error names
+  'seed': (-1, 'at least 0'),
+  'keep_checkpoints': (0, 'at least 1'),
+  'max_skipped': (0, 'at least 1'),
+  'evaluation.problems': (0, 'at least 1'),
+  'evaluation.temperature': (0.0, 'above 0'),
+  'phases.train.steps': (-3, 'at least 1'),
+  'phases.train.epochs': (0, 'at least 1'),
+  'phases.train.minibatches': (0, 'at least 1'),
+  'phases.train.micro_batches': (-1, 'at least 1'),
+  'phases.train.pack': (-1, 'at least 0'),
+  'phases.train.verifier_timeout': (0.0, 'above 0'),
+  'phases.train.collect.prompts': (0, 'at least 1'),
+  'phases.train.collect.samples_per_prompt': (0, 'at least 1'),
+  'phases.train.collect.temperature': (0.0, 'above 0'),
+  'phases.train.collect.top_p': (0.0, 'above 0 and at most 1'),
+  'phases.train.collect.top_k': (-1, 'at least 0'),
+  'phases.train.collect.lag': (-1, 'at least 0'),
+  'phases.train.optimizer.learning_rate': (-1.0, 'at least 0'),
+  'phases.train.optimizer.b2': (1.0, 'at least 0 and below 1'),
+  'phases.train.optimizer.max_grad_norm': (0.0, 'above 0'),
+}
+
+
+@pytest.mark.parametrize('path', BOUNDED)
+def test_a_number_that_no_run_can_have_is_refused_with_its_range(path):
+  value, words = BOUNDED[path]
+  config = grpo.get_config('smoke')
+  config.update_from_flattened_dict({path: value})
+  with pytest.raises(ValueError, match=rf'config\.{re.escape(path)}: expected a number .*{words}'):
+    build.build(config)
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    'phases.train.optimizer.learning_rate',
+    'phases.train.objective.surrogate.eps_high',
+    'phases.train.objective.penalties.kl.weight',
+    'phases.train.reward.exact.weight',
+    'phases.train.collect.temperature',
+  ],
+)
+def test_nan_is_refused_everywhere(path):
+  config = grpo.get_config('smoke')
+  config.update_from_flattened_dict({path: float('nan')})
+  with pytest.raises(ValueError, match=rf'config\.{re.escape(path)}: expected a .*number.*nan'):
+    build.build(config)
+
+
+@pytest.mark.parametrize(
+  ('option', 'words'),
+  [
+    ('steps=-3', 'steps: expected a number at least 0'),
+    ('warm_start=-5', 'warm_start: expected a number at least -1'),
+    ('learning_rate=nan', 'learning_rate: expected a number, got nan'),
+    ('prompts=-2', 'prompts: expected a number at least 0'),
+    ('rows=-8', 'task.rows: expected a number at least 1'),
+    ('temperature=0', 'task.temperature: expected a number above 0'),
+    ('method=dapo', 'option method is given twice'),
+    ('seed=-1', 'seed: expected a number at least 0'),
+    ('smoke=yes', "option smoke: expected true or false, got 'yes'"),
+  ],
+)
+def test_options_that_no_run_can_have_are_refused(option, words):
+  with pytest.raises(ValueError, match=re.escape(words)):
+    grpo.get_config(option)

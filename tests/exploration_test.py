@@ -189,7 +189,7 @@ def test_rounds_lie_side_by_side_and_those_to_come_are_masked_out():
   'wrong, words',
   [
     (dict(rounds=3), 'group of 8 is not drawn in 3'),
-    (dict(rounds=0), 'in 0 equal rounds'),
+    (dict(rounds=0), 'rounds: expected a number at least 1'),
     (dict(minibatches=3), '8 prompts do not divide into 3'),
     (dict(eps=0.0), 'eps'),
     (dict(kl_limit=-1.0), 'kl_limit'),

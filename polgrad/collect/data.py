@@ -15,6 +15,7 @@ from polgrad.collect.base import (
 )
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.registry import AtLeastOne, Count
 from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState
 
@@ -24,9 +25,9 @@ class Demonstrations(Collector):
   """Prompts with their `answer`."""
 
   # Records of a batch, one row each.
-  rows: int = 32
+  rows: AtLeastOne = 32
   # Largest number of tokens of a row; a longer one is an error.
-  length: int = 128
+  length: AtLeastOne = 128
 
   @property
   def records(self) -> int:
@@ -50,12 +51,12 @@ class Preferences(Collector):
   """Prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
 
   # Records of a batch.
-  pairs: int = 16
+  pairs: AtLeastOne = 16
   # Largest number of tokens of a row; a longer one is an error.
-  length: int = 128
+  length: AtLeastOne = 128
   # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
   # that the phase can share the prompts of its pairs (`share_prompts`). A longer prompt is an error.
-  prompt_length: int = 0
+  prompt_length: Count = 0
 
   @property
   def records(self) -> int:

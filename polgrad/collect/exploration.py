@@ -9,6 +9,7 @@ They are then used as if they were on-policy, without an importance correction.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from polgrad.learner import Learner, forward_in_pieces
 from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
 from polgrad.objectives import Objective, PolicyGradient
+from polgrad.registry import AtLeastOne, Positive, Range
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Params, Prompts, TrainState
 
@@ -41,44 +43,39 @@ class Explored(Collector):
   """
 
   # Data records of a step.
-  prompts: int = 8
+  prompts: AtLeastOne = 8
   # Completions of each prompt; a multiple of `rounds`.
-  samples_per_prompt: int = 8
+  samples_per_prompt: AtLeastOne = 8
   # Parts that a group is drawn in.
-  rounds: int = 4
+  rounds: AtLeastOne = 4
   # Tokens that prompts are left-padded to; a longer prompt is an error.
-  prompt_length: int = 64
+  prompt_length: AtLeastOne = 64
   # Largest number of tokens of a completion, stop token included.
-  max_new_tokens: int = 64
+  max_new_tokens: AtLeastOne = 64
   # Divides all logits, in sampling and in every later forward pass.
-  temperature: float = 1.0
+  temperature: Positive = 1.0
   # Of the behavior policy.
   optimizer: optim.Part = optim.adamw
   # Passes of the behavior policy over the rows that were drawn already.
-  epochs: int = 16
+  epochs: AtLeastOne = 16
   # Updates of the behavior policy in a pass.
-  minibatches: int = 4
+  minibatches: AtLeastOne = 4
   # How far the ratio behavior / policy is pushed below 1; inf with one pass of one minibatch is ROS
   # (arXiv:2111.14552).
-  eps: float = 0.3
+  eps: Annotated[float, Range(above=0)] = 0.3
   # The passes end when the behavior policy is this far from the policy, in nats per token.
-  kl_limit: float = 0.01
+  kl_limit: Annotated[float, Range(above=0)] = 0.01
   # Overlong filtering, as in `Rollouts`.
   mask_truncated: bool = False
 
   def __post_init__(self):
-    if self.rounds < 1 or self.samples_per_prompt % self.rounds:
+    if self.samples_per_prompt % self.rounds:
       raise ValueError(
         f'Explored: a group of {self.samples_per_prompt} is not drawn in {self.rounds} equal rounds'
       )
-    if self.minibatches < 1 or self.prompts % self.minibatches:
+    if self.prompts % self.minibatches:
       raise ValueError(
         f'Explored: {self.prompts} prompts do not divide into {self.minibatches} minibatches'
-      )
-    if self.epochs < 1 or self.eps <= 0 or self.kl_limit <= 0:
-      raise ValueError(
-        'Explored: epochs, eps and kl_limit must be positive, '
-        f'got {self.epochs}, {self.eps} and {self.kl_limit}'
       )
 
   @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from polgrad.data import batching
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
-from polgrad.registry import inputs
+from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sharding import to_host
@@ -33,28 +34,28 @@ class Rollouts(Collector):
   """Samples completions of prompts, scores and credits them."""
 
   # Data records of a step.
-  prompts: int = 8
+  prompts: AtLeastOne = 8
   # Completions of each prompt.
-  samples_per_prompt: int = 8
+  samples_per_prompt: AtLeastOne = 8
   # Tokens that prompts are left-padded to; a longer prompt is an error.
-  prompt_length: int = 64
+  prompt_length: AtLeastOne = 64
   # Largest number of tokens of a completion, stop token included.
-  max_new_tokens: int = 64
+  max_new_tokens: AtLeastOne = 64
   # Divides all logits, in sampling and in every later forward pass.
-  temperature: float = 1.0
+  temperature: Positive = 1.0
   # Number of most likely tokens that sampling keeps; 0 keeps all.
-  top_k: int = 0
+  top_k: Count = 0
   # Probability mass of the most likely tokens that sampling keeps; 1 keeps all.
-  top_p: float = 1.0
+  top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
   # Completions that are decoded at a time (see `make_sampler`); 0 decodes all at once.
-  slots: int = 0
+  slots: Count = 0
   # Who samples: the policy itself, greedy, an anchor, or a mixture with one.
   behavior_policy: behavior_policies.Part = behavior_policies.current
   # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
   recompute_proximal: bool = False
   # Dynamic sampling (arXiv:2503.14476): how often, at most, further prompts are drawn to replace
   # groups whose rewards are all equal.
-  max_resamples: int = 0
+  max_resamples: Count = 0
   # Overlong filtering (arXiv:2503.14476): rows without a stop token count in the statistics of their
   # group and leave the loss. Whether they also leave its denominator is decided by the aggregation:
   # `constant_length` counts all rows, the others what is in the mask.
@@ -62,18 +63,18 @@ class Rollouts(Collector):
   # Asynchronous training (arXiv:2505.24298): collected batches between sampling a batch and training
   # on it. The first `lag` steps of a phase reuse its first batch. What depends on the live policy
   # (values, credit, ...) is computed when a batch is used.
-  lag: int = 0
+  lag: Count = 0
   # Number of batches, older than that one, that are kept for replay; 0 replays nothing.
-  replay: int = 0
+  replay: Count = 0
   # Fraction of the groups of a batch that are replaced by groups of the kept ones, drawn anew each
   # step (arXiv:2503.18929, arXiv:2507.06892).
-  replay_fraction: float = 0.0
+  replay_fraction: Fraction = 0.0
   # Who samples the baseline: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight times,
   # is A*-PO (arXiv:2505.20686).
   baseline_policy: behavior_policies.Part = behavior_policies.greedy
   # Further completions of each prompt that are not trained on; their rewards are `baseline_rewards`
   # [B, n]. A prompt whose verifier fails on one of them is not trained on either.
-  baseline_samples: int = 0
+  baseline_samples: Count = 0
   # 1 adds a row with the record's `answer` to each group (arXiv:2504.14945), scored by the same
   # verifiers. Its `behavior_logp` is 0, and so is its `proximal_logp` unless that is recomputed.
   # `Batch.stream` tells these rows from the sampled ones.
@@ -177,10 +178,6 @@ class Rollouts(Collector):
 
 
 def _check_counts(settings: Rollouts) -> None:
-  for name in ('lag', 'replay', 'baseline_samples'):
-    value = getattr(settings, name)
-    if value < 0:
-      raise ValueError(f'Rollouts: {name} must be at least 0, got {value}')
   fraction, replay = settings.replay_fraction, settings.replay
   if not 0 <= fraction <= 1 or bool(fraction) != bool(replay):
     raise ValueError(

@@ -10,7 +10,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from polgrad.registry import table
+from polgrad.registry import AtLeastOne, Fraction, table
 from polgrad.types import Array, Params
 
 
@@ -20,13 +20,13 @@ def fixed(anchor: Params, params: Params, step: Array) -> Params:
   return anchor
 
 
-def ema(anchor: Params, params: Params, step: Array, *, decay: float = 0.99) -> Params:
+def ema(anchor: Params, params: Params, step: Array, *, decay: Fraction = 0.99) -> Params:
   """decay * anchor + (1 - decay) * params, after every update."""
   del step
   return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), anchor, params)
 
 
-def sync(anchor: Params, params: Params, step: Array, *, every: int = 100) -> Params:
+def sync(anchor: Params, params: Params, step: Array, *, every: AtLeastOne = 100) -> Params:
   """A copy of the policy, taken again after every `every` updates (arXiv:2404.09656)."""
   due = step % every == 0
   return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, params)

@@ -7,17 +7,17 @@ import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.wrappers import in_float32
-from polgrad.registry import table
+from polgrad.registry import Decay, NotNegative, Range, table
 
 
 def adamw(
   *,
-  learning_rate: float = 1e-6,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  max_grad_norm: float = 1.0,
+  learning_rate: NotNegative = 1e-6,
+  b1: Decay = 0.9,
+  b2: Decay = 0.999,
+  eps: NotNegative = 1e-8,
+  weight_decay: NotNegative = 0.0,
+  max_grad_norm: Annotated[float, Range(above=0)] = 1.0,
   schedule: SchedulePart = constant,
   master_weights: bool = True,
 ) -> optax.GradientTransformation:
@@ -41,9 +41,9 @@ def adamw(
 
 def sgd(
   *,
-  learning_rate: float = 1e-3,
-  momentum: float = 0.0,
-  max_grad_norm: float = float('inf'),
+  learning_rate: NotNegative = 1e-3,
+  momentum: Decay = 0.0,
+  max_grad_norm: Annotated[float, Range(above=0)] = float('inf'),
   schedule: SchedulePart = constant,
   master_weights: bool = True,
 ) -> optax.GradientTransformation:

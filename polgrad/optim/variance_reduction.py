@@ -14,6 +14,7 @@ import optax
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.standard import StandardPart
 from polgrad.optim.wrappers import Oracle, in_float32
+from polgrad.registry import NotNegative
 from polgrad.types import Array, Params
 
 
@@ -27,7 +28,7 @@ class TransportState(NamedTuple):
 
 def normalized_igt(
   *,
-  learning_rate: float = 0.01,
+  learning_rate: NotNegative = 0.01,
   schedule: SchedulePart = constant,
   exponent: float = 0.8,
   normalize: bool = True,
@@ -79,7 +80,7 @@ class HessianState(NamedTuple):
 
 def harpg(
   *,
-  learning_rate: float = 0.01,
+  learning_rate: NotNegative = 0.01,
   schedule: SchedulePart = constant,
   exponent: float = 1.0,
   normalize: bool = False,

@@ -9,6 +9,7 @@ leave the group on purpose.
 """
 
 import contextlib
+import importlib.machinery
 import math
 import os
 import signal
@@ -57,6 +58,7 @@ def dumps(verifiers: Mapping[str, Callable]) -> bytes:
   """
   for name, fn in verifiers.items():
     try:
+      _send_whole(fn)
       cloudpickle.dumps(fn)
     except Exception as error:  # whatever the objects that it refers to raise
       raise TypeError(
@@ -64,6 +66,16 @@ def dumps(verifiers: Mapping[str, Callable]) -> bytes:
         'refer to no locks, files or other open objects, or set isolate_verifiers=False'
       ) from error
   return cloudpickle.dumps(dict(verifiers))
+
+
+def _send_whole(fn: Callable) -> None:
+  """Lets a function of a module that a fresh process would not find travel by value: a config file."""
+  module = sys.modules.get(getattr(fn, 'func', fn).__module__)
+  if module is None or module.__name__ == '__main__':
+    return  # these travel by value anyway
+  package = module.__name__.partition('.')[0]
+  if importlib.machinery.PathFinder.find_spec(package) is None:
+    cloudpickle.register_pickle_by_value(module)
 
 
 class Worker:

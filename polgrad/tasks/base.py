@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from polgrad.registry import AtLeastOne, Count, Positive, check_ranges
+
 PRINTABLE = string.printable[:95] + '\n'  # of ASCII
 
 
@@ -42,18 +44,21 @@ class Task:
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   system: str = ''
   alphabet: str = PRINTABLE
-  prompt_length: int = 256
-  max_new_tokens: int = 256
-  length: int = 0
-  rows: int = 64
-  samples_per_prompt: int = 8
-  demonstration_rows: int = 32
-  pairs_per_batch: int = 16
-  temperature: float = 1.0
-  steps: int = 100
-  evaluate_every: int = 50
-  held_out_problems: int = 200
-  evaluation_batch: int = 50
+  prompt_length: AtLeastOne = 256
+  max_new_tokens: AtLeastOne = 256
+  length: Count = 0
+  rows: AtLeastOne = 64
+  samples_per_prompt: AtLeastOne = 8
+  demonstration_rows: AtLeastOne = 32
+  pairs_per_batch: AtLeastOne = 16
+  temperature: Positive = 1.0
+  steps: AtLeastOne = 100
+  evaluate_every: Count = 50
+  held_out_problems: AtLeastOne = 200
+  evaluation_batch: AtLeastOne = 50
+
+  def __post_init__(self):
+    check_ranges(type(self), vars(self), 'task')
 
   @property
   def has(self) -> tuple[str, ...]:

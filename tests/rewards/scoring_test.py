@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from polgrad.registry import Weighted, bind, find, part, weighted
-from polgrad.rewards import scoring, verifiers
+from polgrad.rewards import scoring, verifiers, worker
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -233,15 +233,19 @@ def test_what_needs_no_process_has_none():
   assert threading.active_count() == before
 
 
-def test_verifiers_that_workers_cannot_load_stop_the_run(monkeypatch, tmp_path, capfd):
-  (tmp_path / 'gone_in_workers.py').write_text('def verifier(completion): return 0.0')
+def test_functions_of_modules_that_a_worker_would_not_find_travel_whole(monkeypatch, tmp_path):
+  (tmp_path / 'gone_in_workers.py').write_text('def verifier(completion): return 0.5')
   with monkeypatch.context() as patch:
     patch.syspath_prepend(tmp_path)
     module = importlib.import_module('gone_in_workers')
-  score = scoring.make_scorer({'a': module.verifier}, workers=1)
+  assert judge(scoring.make_scorer({'a': module.verifier}, workers=1), 'x').total.tolist() == [0.5]
+
+
+def test_workers_that_cannot_start_stop_the_run(monkeypatch, capfd):
+  monkeypatch.setattr(worker, 'START', 'raise SystemExit("why it failed")')
   with pytest.raises(RuntimeError, match='ended before its first task'):
-    judge(score, 'a')
-  assert 'gone_in_workers' in capfd.readouterr().err
+    judge(scoring.make_scorer({'a': process}, workers=1), 'a')
+  assert 'why it failed' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('isolate', [False, True])
