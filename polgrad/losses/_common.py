@@ -1,4 +1,4 @@
-"""Helpers that several modules of losses share: the clamp of log-ratios, trust regions, row sums."""
+"""Helpers that several modules of losses share: precision, log-ratios, trust regions, row sums."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,11 @@ import jax.numpy as jnp
 from polgrad.types import Array
 
 LIMIT = 20.0  # nats; exp(20) is 5e8, far outside every trust region
+
+
+def single(x: Array) -> Array:
+  """The array in float32, if its precision is lower: sums of many terms need it."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def bounded(log_ratio: Array) -> Array:
@@ -45,7 +50,7 @@ def within(ratio: Array, low: float, high: float) -> Array:
 
 def row_sum(log_ratio: Array, mask: Array) -> Array:
   """Sum over the valid tokens of each row: [..., T] -> [..., 1]."""
-  return jnp.sum(jnp.where(mask, log_ratio, 0), axis=-1, keepdims=True)
+  return jnp.sum(jnp.where(mask, single(log_ratio), 0), axis=-1, keepdims=True)
 
 
 def row_mean(log_ratio: Array, mask: Array) -> Array:

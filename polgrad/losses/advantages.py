@@ -167,6 +167,7 @@ def pass_at_k(
     raise ValueError(f'k is a number of rows and must be at least 1, got {k}')
   group = members(group_ids, valid)
   right = (rewards >= least).astype(rewards.dtype)
+  right = jnp.where(jnp.isnan(rewards), rewards, right)
   size = jnp.sum(group, axis=-1).astype(rewards.dtype)
   wrong = total(1 - right, group)
   # C(wrong - 1, k - 1) / C(size - 1, k - 1) as a product, for group sizes that are only data.

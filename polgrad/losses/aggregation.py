@@ -10,6 +10,8 @@ gradient with respect to the inputs from which `loss` was computed can still be 
 multiplies that 0 by a derivative of the loss, and 0 * NaN is NaN (for example of exp at NaN or inf).
 Replace masked entries of those inputs before the loss is computed, as `objectives.view` does.
 
+Sums and counts of losses in half precision are float32.
+
 The examples need `import jax.numpy as jnp` and `from polgrad.losses import aggregation`.
 """
 
@@ -19,6 +21,7 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
+from polgrad.losses._common import single
 from polgrad.reductions import Mean
 from polgrad.registry import table
 from polgrad.types import Array
@@ -116,11 +119,11 @@ def constant_length(loss: Array, where: Array, *, length: int) -> Mean:
 def _row_sums(loss: Array, where: Array) -> Array:
   chex.assert_rank([loss, where], 2)
   chex.assert_equal_shape([loss, where])
-  return jnp.sum(jnp.where(where, loss, 0), axis=-1)
+  return jnp.sum(jnp.where(where, single(loss), 0), axis=-1)
 
 
 def _count(where: Array, loss: Array) -> Array:
-  return jnp.sum(where, dtype=loss.dtype)
+  return jnp.sum(where, dtype=single(loss).dtype)
 
 
 TABLE = table('aggregation', token_mean, sequence_mean, sequence_sum, constant_length)

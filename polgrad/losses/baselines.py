@@ -156,7 +156,7 @@ def balanced_group_mean(
   """
   group = _group(rewards, group_ids, valid)
   chex.assert_equal_shape([rewards, uniform])
-  above = center(rewards, group) >= 0
+  above = ~(center(rewards, group) < 0)  # NaN is kept, and shows
   # The rank of a row among the bad rows of its group; equal random numbers are ranked by position.
   order = jnp.arange(len(rewards))
   tie = (uniform[None, :] == uniform[:, None]) & (order[None, :] < order[:, None])

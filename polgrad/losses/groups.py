@@ -60,5 +60,9 @@ def variance(centered: Array, members: Array, ddof: int) -> Array:
 
 
 def divide(x: Array, scale: Array) -> Array:
-  """x / scale, and 0 where scale <= 0, as for a group without members or a standard deviation of 0."""
-  return jnp.where(scale > 0, x / jnp.where(scale > 0, scale, 1), 0)
+  """x / scale, and 0 where scale <= 0, as for a group without members or a standard deviation of 0.
+
+  NaN stays NaN: a reward that is none must not look like a group without signal.
+  """
+  empty = scale <= 0
+  return jnp.where(empty, 0, x / jnp.where(empty, 1, scale))

@@ -14,6 +14,7 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
+from polgrad.losses._common import single
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -29,7 +30,7 @@ def log_ratio_sum(logp: Array, reference_logp: Array, mask: Array) -> Array:
   Returns:
     [...], nats; 0 in a row without tokens.
   """
-  return logp_sum(logp, mask) - logp_sum(reference_logp, mask)
+  return jnp.sum(_differences(logp, reference_logp, mask), axis=-1)
 
 
 def log_ratio_mean(logp: Array, reference_logp: Array, mask: Array) -> Array:
@@ -43,7 +44,7 @@ def log_ratio_mean(logp: Array, reference_logp: Array, mask: Array) -> Array:
   Returns:
     [...], nats per token; 0 in a row without tokens.
   """
-  return logp_mean(logp, mask) - logp_mean(reference_logp, mask)
+  return log_ratio_sum(logp, reference_logp, mask) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
 def logp_sum(logp: Array, mask: Array) -> Array:
@@ -57,7 +58,7 @@ def logp_sum(logp: Array, mask: Array) -> Array:
     [...], nats; 0 in a row without tokens.
   """
   chex.assert_equal_shape([logp, mask])
-  return jnp.sum(jnp.where(mask, logp, 0), axis=-1)
+  return jnp.sum(jnp.where(mask, single(logp), 0), axis=-1)
 
 
 def logp_mean(logp: Array, mask: Array) -> Array:
@@ -108,6 +109,14 @@ def bellman_sum(logp: Array, reference_logp: Array, log_normalizer: Array, mask:
   chex.assert_equal_shape([log_normalizer, mask])
   first = mask & (jnp.cumsum(mask, axis=-1) == 1)
   return logp_sum(log_normalizer, first) + log_ratio_sum(logp, reference_logp, mask)
+
+
+def _differences(logp: Array, other: Array, mask: Array) -> Array:
+  """logp - other, 0 outside the mask. Differences are summed, because a difference of two long sums
+  has lost the digits in which they differ."""
+  chex.assert_equal_shape([logp, other, mask])
+  own, other = (jnp.where(mask, single(x), 0) for x in (logp, other))
+  return own - other
 
 
 TABLE = table(
