@@ -14,6 +14,7 @@ from typing import Annotated
 
 import jax
 import ml_collections
+import numpy as np
 
 from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
@@ -25,6 +26,7 @@ from polgrad.rewards import scoring, verifiers
 from polgrad.types import Layout
 
 CHECKED = 64  # records of a source that are read before a run
+TRIED = 4  # records on which verifiers are tried
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,18 +332,37 @@ def check_data(run: Experiment) -> None:
 
   Raises:
     ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
-      message names the section of the configuration and the record.
+      message names the section of the configuration and the record. Or verifiers that fail on all of
+      them.
   """
   for name, phase in run.phases.items():
+    _try_verifiers(f'config.phases.{name}.reward', phase, phase.source)
     look = functools.partial(phase.collect.lay_out, tokenizer=run.tokenizer)
     _look(f'config.phases.{name}', phase.source, len(phase.source), look)
   evaluation = run.evaluation
   if evaluation.every:
+    _try_verifiers('config.evaluation.reward', evaluation, evaluation.source)
     look = functools.partial(
       batching.prompts, tokenizer=run.tokenizer, length=evaluation.prompt_length
     )
     rows = min(evaluation.problems, len(evaluation.source))
     _look('config.evaluation', evaluation.source, rows, look)
+
+
+def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
+  """Lets the verifiers judge the answers of a few records; records without one get an empty text."""
+  if not judged.reward or not len(source):
+    return
+  records = [source[i] for i in sorted({row * len(source) // TRIED for row in range(TRIED)})]
+  completions = [str(record.get('answer', '')) for record in records]
+  scores = judged.score(completions, records, [max(len(c.split()), 1) for c in completions])
+  for name, values in scores.components.items():
+    if np.isnan(values).all():
+      reason = next(m for m in scores.messages if f': {name}: ' in m).partition(f': {name}: ')[2]
+      raise ValueError(
+        f'{path}.{name}: it fails on all of {len(records)} records, where it judges their own answers '
+        f'({reason}); a wrong completion should get a low number, not an error'
+      )
 
 
 def _look(path: str, source: sources.Source, rows: int, look: Callable) -> None:

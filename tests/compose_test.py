@@ -48,10 +48,9 @@ def test_a_file_offers_what_all_its_records_have(records, has, tmp_path):
 def test_a_file_and_a_text_make_a_run(method, records, tmp_path):
   path = lines(tmp_path / 'a.jsonl', *records)
   warm = '' if method in ('sft', 'luffy', 'grpo') else ',warm_start=0'
-  text = f'method={method},task=jsonl,data={path},reward=numeric_answer,model=tiny{warm}'
-  run = build.build(
-    from_text(f'{text},reward.tolerance=0.5,prompt_length=24,max_new_tokens=4,rows=128')
-  )
+  reward = 'reward=numeric_answer,reward.tolerance=0.5,' if records is PROBLEMS else ''
+  text = f'method={method},task=jsonl,data={path},model=tiny{warm}'
+  run = build.build(from_text(f'{text},{reward}prompt_length=24,max_new_tokens=4,rows=128'))
   build.check_data(run)
   phase = run.phases['train']
   assert len(phase.source) == 18  # a tenth is held out
@@ -185,3 +184,15 @@ def test_every_model_takes_an_adapter_which_learns_faster(model, tmp_path):
   assert adapter.model.rank == 4 and adapter.model.base.to_dict() == whole.model.to_dict()
   rates = [c.phases.train.optimizer.learning_rate for c in (whole, adapter)]
   assert rates[1] == pytest.approx(10 * rates[0])
+
+
+@pytest.mark.parametrize(
+  'body', ["record['no such field']", '1 / 0', "'text'", "float('nan')", 'None']
+)
+def test_a_verifier_that_always_fails_is_refused_before_the_first_step(body, tmp_path):
+  (tmp_path / 'own.py').write_text(f'def own(completion, record):\n  return {body}\n')
+  path = lines(tmp_path / 'a.jsonl', *PROBLEMS)
+  text = f'method=grpo,task=jsonl,data={path},reward={tmp_path}/own.py:own,model=tiny,smoke'
+  run = build.build(from_text(f'{text},prompt_length=24,max_new_tokens=4'))
+  with pytest.raises(ValueError, match=r'config\.phases\.train\.reward\.own: it fails on all of 4'):
+    build.check_data(run)

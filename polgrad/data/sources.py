@@ -5,21 +5,24 @@ supervised training; `chosen` and `rejected` (texts) for preference training; an
 reward reads.
 """
 
+import codecs
 import dataclasses
+import gzip
 import json
 import operator as operators
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable
 from typing import Annotated
 
 import grain
 import numpy as np
 
+from polgrad.data.records import normalized
 from polgrad.registry import table
 
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
-TEXT_FIELDS = ('prompt', 'answer', 'chosen', 'rejected')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,48 +88,41 @@ def arithmetic(
 def jsonl(*, path: str) -> Source:
   """The records of a file with one JSON object per line. All lines are read and checked at once.
 
-  Blank lines are skipped.
+  Records may have any of the forms in `polgrad/data/records.py`. Blank lines are skipped. The file is
+  UTF-8, or UTF-16 with a byte-order mark, and may be packed by gzip.
 
   Raises:
     FileNotFoundError: `path` is not a file.
-    ValueError: a malformed row, as `path:line: why`.
+    ValueError: a malformed row, as `path:line: why`; or there is none.
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines')
   rows = []
-  # Split at newlines only: str.splitlines would also split at U+2028 inside a JSON string.
-  lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')
-  for number, line in enumerate(lines, start=1):
-    if line.strip():
-      try:
-        rows.append(_checked(json.loads(line)))
-      except ValueError as error:
-        raise ValueError(f'{path}:{number}: {error}') from error
+  for number, line in enumerate(_lines(path), start=1):
+    try:
+      text = line.decode('utf-8')
+      if text.strip():
+        rows.append(normalized(json.loads(text)))
+        # Halves of surrogate pairs are no text; no tokenizer takes them.
+        json.dumps(rows[-1], ensure_ascii=False).encode('utf-8')
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'{path}:{number}: {error}') from error
+  if not rows:
+    raise ValueError(f'{path}: no records')
   return Source(len(rows), rows.__getitem__)
 
 
-def _checked(record):
-  """The record, if its fields have the right types and combinations; else ValueError."""
-  if not isinstance(record, dict):
-    raise ValueError(f'expected an object, got {type(record).__name__}')
-  if ('prompt' in record) == ('messages' in record):
-    raise ValueError(f'expected either prompt or messages, got {sorted(record)}')
-  for field in TEXT_FIELDS:
-    if not isinstance(record.get(field, ''), str):
-      raise ValueError(f'{field} must be text, got {record[field]!r}')
-  if ('chosen' in record) != ('rejected' in record):
-    raise ValueError('chosen and rejected come together')
-  if 'messages' in record:
-    _check_messages(record['messages'])
-  return record
-
-
-def _check_messages(messages):
-  if not isinstance(messages, list) or not messages:
-    raise ValueError('messages must be a list of {role, content}')
-  for message in messages:
-    if not isinstance(message, Mapping) or not {'role', 'content'} <= set(message):
-      raise ValueError(f'a message needs role and content, got {message!r}')
+def _lines(path: str) -> list[bytes]:
+  """The lines of a text file in UTF-8, split at newlines only: U+2028 may be inside a JSON string."""
+  data = pathlib.Path(path).read_bytes()
+  try:
+    if data.startswith(b'\x1f\x8b'):
+      data = gzip.decompress(data)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+      data = data.decode('utf-16').encode('utf-8')
+  except (OSError, EOFError, ValueError, zlib.error) as error:
+    raise ValueError(f'{path}: {error}') from error
+  return data.removeprefix(codecs.BOM_UTF8).split(b'\n')
 
 
 def tfds_records(

@@ -9,13 +9,14 @@ This module does not import JAX, because verifiers also run in worker processes,
 quickly.
 """
 
+import fractions
 import functools
 import inspect
 import re
 from collections.abc import Callable
 from typing import Annotated
 
-from polgrad.registry import table
+from polgrad.registry import NotNegative, table
 from polgrad.rewards import expressions
 
 # A minus is a sign only if it does not subtract, that is, not after a digit or a closing bracket.
@@ -23,8 +24,14 @@ NUMBER = re.compile(
   r'((?<![\d)\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)'
   r'(?:[eE][+-]?\d+)?(?:/0*[1-9]\d*)?'
 )
+LONGEST = 1000  # characters of a number
 FRACTION = re.compile(r'\\[dt]?frac\{(-?\d+)\}\{(\d+)\}')
-BOXED = re.compile(r'\\boxed\{([^{}]*)\}')
+# A number next to these is part of an expression: 2\\sqrt{3}, 10^3, x_1.
+EXPRESSION_BEFORE = re.compile(
+  r'(?:[\^_]\s*\{?|\\(?:sqrt|frac|pi|log|ln|sin|cos|tan)\b\s*[\[{]?)\s*$'
+)
+EXPRESSION_AFTER = re.compile(r'\s*(?:[\^_]|\\(?:sqrt|frac|pi|cdot|times|div)\b)')
+BOXED = re.compile(r'\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}')
 ANSWER = '<answer>(.*?)</answer>'
 # Tasks of reasoning-gym whose scorers evaluate the answer -> which answers they may get.
 EVALUATED = {
@@ -58,13 +65,14 @@ def exact_match(
 
 
 def numeric_answer(
-  completion: str, record: dict, *, field: str = 'answer', tolerance: float = 1e-6
+  completion: str, record: dict, *, field: str = 'answer', tolerance: NotNegative = 1e-6
 ) -> float:
   """1 if |x - y| <= tolerance, else 0; x and y are the final numbers of completion and `record[field]`.
 
   The final number of a text is the last one in its last `\\boxed{}`, else the first one after its last
-  `Answer:` or `####`, else its last one. `1,234.5`, `-3`, `2e-3`, `3/4` and `\\frac{3}{4}` are numbers.
-  A completion without a number gets 0.
+  `Answer:` or `####`, else its last one. `1,234.5`, `-3`, `2e-3`, `3/4` and `\\frac{3}{4}` are numbers,
+  which are compared exactly. `2\\sqrt{3}` and `10^3` are none: a number that is part of an expression
+  is not taken for the whole. A completion without a number gets 0.
 
   Raises:
     ValueError: the answer in the record has no number.
@@ -134,17 +142,26 @@ def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096) ->
   return min(0.0, (max_length - cache - length) / cache)
 
 
-def _final_number(text):
-  """The final number of a text as a float (see `numeric_answer`), or None."""
-  text = FRACTION.sub(r'\1/\2', text.replace('\N{MINUS SIGN}', '-'))
+def _final_number(text: str) -> fractions.Fraction | None:
+  """The final number of a text (see `numeric_answer`), or None."""
+  text = FRACTION.sub(r'\1/\2', text.replace('\N{MINUS SIGN}', '-').replace('{,}', ','))
   # Search the last box, then the text after the last mark, then the whole text.
   boxed, marked = BOXED.findall(text), MARKED.findall(text)
   for region, pick in [*((b, -1) for b in boxed[-1:]), *((m, 0) for m in marked[-1:]), (text, -1)]:
-    numbers = [m.group().replace(',', '') for m in NUMBER.finditer(region)]
+    numbers = list(NUMBER.finditer(region))
     if numbers:
-      numerator, _, denominator = numbers[pick].partition('/')
-      return float(numerator) / float(denominator or 1)
+      return _value(region, numbers[pick])
   return None
+
+
+def _value(text: str, found: re.Match) -> fractions.Fraction | None:
+  """The number at a place of a text, exactly; None if it is part of a larger expression."""
+  if EXPRESSION_BEFORE.search(text[: found.start()]) or EXPRESSION_AFTER.match(text[found.end() :]):
+    return None
+  numerator, _, denominator = found.group().replace(',', '').partition('/')
+  if len(found.group()) > LONGEST or len(numerator.lower().partition('e')[2].lstrip('+-')) > 3:
+    return None  # 1e9999999 would fill the memory
+  return fractions.Fraction(numerator) / fractions.Fraction(denominator or 1)
 
 
 def _extracted(text, pattern):

@@ -1,6 +1,7 @@
 """Sources: every problem once, every malformed row named."""
 
 import builtins
+import gzip
 import json
 import re
 import sys
@@ -166,14 +167,105 @@ def test_jsonl_reads_every_kind_of_record_and_skips_blank_lines(tmp_path):
   assert list(read(tmp_path / 'rows', *lines)) == rows
 
 
+HELLO = {'role': 'assistant', 'content': 'hello'}
+HI = {'role': 'user', 'content': 'hi'}
+
+
+def user(content, role='user') -> str:
+  return json.dumps({'messages': [{'role': role, 'content': content}]})
+
+
+@pytest.mark.parametrize(
+  ('record', 'expected'),
+  [
+    ({'question': '2+2', 'answer': 4}, {'prompt': '2+2', 'answer': '4'}),
+    ({'prompt': 'a', 'completion': 'b'}, {'prompt': 'a', 'answer': 'b'}),
+    ({'prompt': [HI], 'answer': 'b'}, {'messages': [HI], 'answer': 'b'}),
+    ({'prompt': [HI], 'completion': [HELLO]}, {'messages': [HI, HELLO]}),
+    (
+      {'conversations': [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'hello'}]},
+      {'messages': [HI, HELLO]},
+    ),
+    (
+      {'prompt': [HI], 'chosen': [HELLO], 'rejected': [HELLO | {'content': 'x'}]},
+      {'messages': [HI], 'chosen': 'hello', 'rejected': 'x'},
+    ),
+    (
+      {'chosen': [HI, HELLO], 'rejected': [HI, HELLO | {'content': 'x'}]},
+      {'messages': [HI], 'chosen': 'hello', 'rejected': 'x'},
+    ),
+    (
+      {'prompt': 'hi', 'chosen': [HI, HELLO], 'rejected': [HI, HELLO | {'content': 'x'}]},
+      {'prompt': 'hi', 'chosen': 'hello', 'rejected': 'x'},
+    ),
+    (
+      {
+        'messages': [
+          HI | {'content': [{'type': 'text', 'text': 'h'}, {'type': 'text', 'text': 'i'}]}
+        ]
+      },
+      {'messages': [HI]},
+    ),
+    (
+      {'messages': [HI, {'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]}]},
+      {'messages': [HI, {'role': 'assistant', 'content': '', 'tool_calls': [{'name': 'f'}]}]},
+    ),
+    ({'prompt': 'a', 'id': 'task-77'}, {'prompt': 'a', 'record_id': 'task-77'}),
+  ],
+)
+def test_usual_forms_of_records_are_read(tmp_path, record, expected):
+  assert read(tmp_path / 'rows', json.dumps(record))[0] == expected
+
+
+@pytest.mark.parametrize(
+  'encode',
+  [
+    lambda text: b'\xef\xbb\xbf' + text.encode(),
+    lambda text: text.encode('utf-16'),
+    lambda text: gzip.compress(text.encode()),
+    lambda text: text.replace('\n', '\r\n').encode(),
+  ],
+  ids=['byte-order mark', 'utf-16', 'gzip', 'carriage returns'],
+)
+def test_files_that_are_not_plain_utf8_are_read(tmp_path, encode):
+  rows = [{'prompt': 'é', 'answer': '1'}, {'prompt': 'b', 'answer': '2'}]
+  (tmp_path / 'rows').write_bytes(
+    encode(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
+  )
+  assert list(sources.jsonl(path=str(tmp_path / 'rows'))) == rows
+
+
+@pytest.mark.parametrize(
+  ('data', 'why'),
+  [
+    (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"rows:2: 'utf-8' codec"),
+    (b'', 'rows: no records'),
+    (b'\n \n', 'rows: no records'),
+    (gzip.compress(b'{"prompt": "a"}')[:-9], 'rows: Compressed file ended'),
+    (b'\xff\xfea', "rows: 'utf-16"),
+  ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, data, why):
+  (tmp_path / 'rows').write_bytes(data)
+  with pytest.raises(ValueError, match=why):
+    sources.jsonl(path=str(tmp_path / 'rows'))
+
+
 @pytest.mark.parametrize(
   ('line', 'why'),
   [
     ('{"prompt": ', 'Expecting value'),
     ('[1]', 'expected an object, got list'),
-    ('{"question": "a"}', r"either prompt or messages, got \['question'\]"),
+    ('{"text": "a"}', r"either prompt or messages, got \['text'\]"),
     ('{"prompt": "a", "messages": []}', 'either prompt or messages'),
-    ('{"prompt": "a", "answer": 4}', 'answer must be text, got 4'),
+    ('{"prompt": "a", "answer": true}', 'answer must be text, got True'),
+    ('{"prompt": "a", "answer": null}', 'answer must be text, got None'),
+    ('{"prompt": "a\\ud800"}', 'surrogates not allowed'),
+    ('[' * 100_000, 'recursion'),
+    (user(None), r'messages\[0\]\.content: expected text, got None'),
+    (user([{'type': 'image', 'url': 'x'}]), r'messages\[0\]\.content: expected text'),
+    (user('hi', role='usr'), r"messages\[0\]\.role: unknown 'usr'; valid: \['system'"),
+    (json.dumps(dict(chosen=[HELLO], rejected=[HELLO | {'content': 'x'}])), 'have no prompt'),
     ('{"prompt": "a", "chosen": "b"}', 'chosen and rejected'),
     ('{"messages": []}', 'messages must be a list'),
     ('{"messages": ["a"]}', 'needs role and content'),

@@ -134,6 +134,31 @@ def test_format_is_of_the_whole_completion():
   assert score(' <think></think>a') == score('<think></think>ab') == 0
 
 
+@pytest.mark.parametrize(
+  ('completion', 'answer', 'score'),
+  [
+    (r'\boxed{2\sqrt{3}}', '3', 0),
+    (r'\boxed{\sqrt{3}}', '3', 0),
+    ('answer: 10^3', '10', 0),
+    ('so x = 2^10', '10', 0),
+    (r'\boxed{2\pi}', '2', 0),
+    (r'\boxed{x_1 = 5}', '5', 1),
+    (r'\boxed{1{,}234}', '1234', 1),
+    (r'\boxed{1,234}', '1234', 1),
+    (r'\boxed{\frac{3}{4}}', '0.75', 1),
+    (r'\boxed{5\text{ cm}}', '5', 1),
+    (str(2**53 + 1), str(2**53), 0),
+    (str(2**53 + 1), str(2**53 + 1), 1),
+    ('0.1', '1/10', 1),
+    ('1e99999999', '1', 0),
+    ('1' * 10_000, '1', 0),
+    ('The answer is 7!', '7', 1),
+  ],
+)
+def test_a_number_is_the_whole_answer_and_compared_exactly(completion, answer, score):
+  assert verifiers.numeric_answer(completion, {'answer': answer}) == score
+
+
 def test_reasoning_gym_scores_the_last_extracted_answer():
   entry = reasoning_gym.create_dataset('basic_arithmetic', size=1, seed=3)[0]
   score = lambda text: verifiers.reasoning_gym_score(text, {'entry': entry})

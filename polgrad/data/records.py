@@ -1,0 +1,120 @@
+"""Records of users' files in one form: `prompt` or `messages`, `answer`, `chosen` and `rejected`.
+
+| a file has | it becomes |
+|---|---|
+| `question` | `prompt` |
+| `completion` | `answer` |
+| `conversations`: [{from, value}] | `messages`: [{role, content}] |
+| `prompt` as messages | `messages` |
+| `prompt` and `completion` as messages | `messages`, a whole conversation |
+| `chosen` and `rejected` as messages | texts of their last turns; what both begin with is the prompt |
+| a number as `answer` | its text |
+| `content` as a list of texts | the texts, joined |
+| `id` | `record_id`, because `id` is the row in the file |
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TEXTS = ('prompt', 'answer', 'chosen', 'rejected')
+ROLES = ('system', 'developer', 'user', 'assistant', 'tool', 'function')
+NAMES = {'human': 'user', 'gpt': 'assistant', 'bot': 'assistant', 'model': 'assistant'}
+OTHER_NAMES = {
+  'question': 'prompt',
+  'completion': 'answer',
+  'conversations': 'messages',
+  'id': 'record_id',
+}
+
+
+def normalized(record: Any) -> dict:
+  """The record in the form above; other fields are kept.
+
+  Raises:
+    ValueError: a field of another type, or fields that do not go together; the message names it.
+  """
+  if not isinstance(record, Mapping):
+    raise ValueError(f'expected an object, got {type(record).__name__}')
+  fields = dict(record)
+  for other, name in OTHER_NAMES.items():
+    if other in fields and name not in fields and not (name == 'prompt' and 'messages' in fields):
+      fields[name] = fields.pop(other)
+  if isinstance(fields.get('prompt'), list) and 'messages' not in fields:
+    fields['messages'] = fields.pop('prompt')
+  paired = isinstance(fields.get('chosen'), list) and isinstance(fields.get('rejected'), list)
+  if ('prompt' in fields) + ('messages' in fields) != 1 and not (paired and 'prompt' not in fields):
+    raise ValueError(f'expected either prompt or messages, got {sorted(record)}')
+  if ('chosen' in fields) != ('rejected' in fields):
+    raise ValueError('chosen and rejected come together')
+  if 'messages' in fields:
+    fields['messages'] = _turns(fields['messages'], 'messages')
+  if isinstance(fields.get('answer'), list):
+    fields['messages'] = [*fields.get('messages', []), *_turns(fields.pop('answer'), 'completion')]
+  if paired:
+    fields |= _pair(fields)
+  if isinstance(fields.get('answer'), int | float) and not isinstance(fields['answer'], bool):
+    fields['answer'] = str(fields['answer'])
+  for name in TEXTS:
+    if not isinstance(fields.get(name, ''), str):
+      raise ValueError(f'{name} must be text, got {fields[name]!r}')
+  return fields
+
+
+def _pair(fields: Mapping) -> dict:
+  """The texts of a pair that is given as messages, and the messages that both begin with."""
+  chosen, rejected = (_turns(fields[name], name) for name in ('chosen', 'rejected'))
+  before = fields.get('messages') or _common(chosen, rejected)
+  if 'prompt' in fields:  # a text, which the completions may repeat as their first turn
+    before = [{'role': 'user', 'content': fields['prompt']}]
+  if not before:
+    raise ValueError(
+      'chosen and rejected have no prompt: no field of that name, and no turns in common'
+    )
+  found = {} if 'prompt' in fields else {'messages': before}
+  for name, turns in (('chosen', chosen), ('rejected', rejected)):
+    rest = turns[len(before) :] if turns[: len(before)] == before else turns
+    if len(rest) != 1 or rest[0]['role'] != 'assistant':
+      raise ValueError(
+        f'{name}: expected one assistant turn after the prompt, got {len(rest)} turns'
+      )
+    found[name] = rest[0]['content']
+  return found
+
+
+def _common(a: Sequence, b: Sequence) -> list:
+  """The turns that two conversations begin with."""
+  count = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+  return list(a[:count])
+
+
+def _turns(turns: Any, name: str) -> list[dict]:
+  """Messages as [{role, content, ...}] with known roles and texts."""
+  if not isinstance(turns, list) or not turns:
+    raise ValueError(f'{name} must be a list of {{role, content}}')
+  return [_turn(turn, f'{name}[{i}]') for i, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, where: str) -> dict:
+  if not isinstance(turn, Mapping):
+    raise ValueError(f'{where} needs role and content, got {turn!r}')
+  turn = {{'from': 'role', 'value': 'content'}.get(key, key): x for key, x in turn.items()}
+  if 'role' not in turn or ('content' not in turn and not turn.get('tool_calls')):
+    raise ValueError(f'{where} needs role and content, got {turn!r}')
+  role = NAMES.get(turn['role'], turn['role']) if isinstance(turn['role'], str) else turn['role']
+  if role not in ROLES:
+    raise ValueError(f'{where}.role: unknown {role!r}; valid: {list(ROLES)}')
+  return {**turn, 'role': role, 'content': _text(turn, f'{where}.content')}
+
+
+def _text(turn: Mapping, where: str) -> str:
+  """The content of a turn as text."""
+  content = turn.get('content')
+  if content is None and turn.get('tool_calls'):
+    return ''
+  if isinstance(content, list):
+    parts = [c.get('text') if isinstance(c, Mapping) else c for c in content]
+    if all(isinstance(p, str) for p in parts):
+      return ''.join(parts)
+  if not isinstance(content, str):
+    raise ValueError(f'{where}: expected text, got {content!r}')
+  return content
