@@ -102,7 +102,7 @@ def sampling_error(collector: collect.Collector) -> float:
   return float((shares * (logs - log_policy)).sum(axis=1).mean())
 
 
-def test_t17_sampling_error_is_less_with_ros_and_least_with_props():
+def test_sampling_error_is_less_with_ros_and_least_with_props():
   """64 draws of four arms; independent ones err by (K - 1) / 2n = .0234 nats in expectation.
 
   ROS makes a step of size 1 a bandit. On a table larger ones do better still: bandits share nothing.
