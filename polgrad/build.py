@@ -177,6 +177,8 @@ class Experiment:
     samples_every: collected batches between these tables.
     tensorboard: write metrics for TensorBoard as well.
     max_skipped: consecutive updates with a non-finite loss or gradient after which the run stops.
+    max_silent: consecutive collected batches without any gradient after which the run stops, for
+      example because all rewards of each group are equal; 0 only warns.
   """
 
   seed: Annotated[int, Range(at_least=0, below=2**31)] = 0
@@ -193,6 +195,7 @@ class Experiment:
   samples_every: Count = 50
   tensorboard: bool = True
   max_skipped: AtLeastOne = 5
+  max_silent: Count = 0
 
   @property
   def policy(self) -> Policy:

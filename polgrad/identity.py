@@ -14,7 +14,7 @@ from polgrad import __version__
 # Values of the configuration that change neither data nor updates, and the numbers of steps.
 FREE = (
   *('checkpoint_every', 'keep_checkpoints', 'log_every', 'show_samples', 'samples_every'),
-  *('tensorboard', 'max_skipped', 'evaluation.*', 'mesh.*', 'phases.*.steps'),
+  *('tensorboard', 'max_skipped', 'max_silent', 'evaluation.*', 'mesh.*', 'phases.*.steps'),
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
 )

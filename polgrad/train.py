@@ -445,6 +445,7 @@ def run_phase(
   run = start_phase(experiment, state, writer)
   first, last = int(state.phase_step), run.phase.steps
   bar = tqdm(total=last, initial=first, desc=run.name, disable=writer is None, mininterval=1.0)
+  silent = 0  # consecutive batches without a gradient
 
   # A phase is also measured before its first step.
   if first == 0 and (found := run.evaluate(state, 0)):
@@ -465,6 +466,8 @@ def run_phase(
 
     # Evaluate and report. The time of a step is without its evaluation.
     row = summary(reports, collected, time.perf_counter() - started)
+    silent = silent + 1 if row['silent'] else 0
+    warn_if_silent(row, silent, experiment.max_silent, run.name, step)
     found = run.evaluate(state, step + 1)
     bar.update()
     bar.set_postfix_str(postfix(row))
@@ -577,7 +580,31 @@ def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[s
   average = {k: float(np.mean([r[k] for r in reports])) for k in reports[0]}
   average['skipped'] = float(sum(r['skipped'] > 0 for r in reports))
   tokens = float(np.sum(collected.batch.mask))
-  return average | collected.metrics | {'seconds': seconds, 'tokens_per_second': tokens / seconds}
+  silent = float(average['grad_norm'] == 0)
+  return (
+    average
+    | collected.metrics
+    | {'silent': silent, 'seconds': seconds, 'tokens_per_second': tokens / seconds}
+  )
+
+
+def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, step: int) -> None:
+  """Says why batches teach nothing, after 5, 10, 20, ... consecutive ones.
+
+  Raises:
+    RuntimeError: `limit` consecutive batches, if it is not 0, had no gradient.
+  """
+  if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):
+    why = 'every verifier failed'
+  elif row.get('reward/same_in_group') == 1:
+    why = 'the rewards of each group are all equal'
+  else:
+    why = 'no token in the loss has a gradient'
+  text = f'{phase}, step {step}: {silent} batches in a row taught nothing: {why}'
+  if limit and silent >= limit:
+    raise RuntimeError(f'{text} (config.max_silent)')
+  if silent in {5 * 2**n for n in range(20)}:
+    logging.warning('%s', text)
 
 
 # Metrics of the progress bar, and their short names.

@@ -17,6 +17,7 @@ from polgrad import (
   credit,
   evaluate,
   learner,
+  methods,
   metrics,
   objectives,
   optim,
@@ -512,3 +513,18 @@ def test_update_does_not_retrace():
       state = train.advance(experiment.mesh, state, got, 4 * step + 4)
       first = first or len(traced)
   assert len(traced) == first > 0
+
+
+def test_batches_that_teach_nothing_are_reported_and_stop_the_run_if_asked(tmp_path, caplog):
+  made = addition(methods.dr_grpo(max_new_tokens=5))  # without KL; random weights solve nothing
+  made.phases.train.update(steps=6)
+  with caplog.at_level('WARNING'):
+    train.run(made, str(tmp_path / 'whole'))
+  assert [r['silent'] for r in rows(tmp_path / 'whole') if 'silent' in r] == [1.0] * 6
+  assert (
+    'train, step 4: 5 batches in a row taught nothing: the rewards of each group are all equal'
+    in caplog.text
+  )
+  made.max_silent = 2
+  with pytest.raises(RuntimeError, match=r'step 1: 2 batches in a row taught nothing.*max_silent'):
+    train.run(made, str(tmp_path / 'stopped'))
