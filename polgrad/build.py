@@ -25,7 +25,8 @@ from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, bi
 from polgrad.rewards import scoring, verifiers
 from polgrad.types import Layout
 
-CHECKED = 64  # records of a source that are read before a run
+CHECKED = 64  # records of a generated source that are laid out before a run
+CHECKED_OF_FILES = 20_000  # records of a file, which may be of any length
 TRIED = 4  # records on which verifiers are tried
 
 
@@ -331,7 +332,7 @@ def _check_length(path: str, length: int, policy: Policy) -> None:
 
 
 def check_data(run: Experiment) -> None:
-  """Lays out a few records of every source, evenly spaced, as the run will.
+  """Lays out records of every source as the run will: of files all, of generators some, evenly spaced.
 
   Raises:
     ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
@@ -369,7 +370,8 @@ def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
 
 
 def _look(path: str, source: sources.Source, rows: int, look: Callable) -> None:
-  for i in sorted({row * rows // CHECKED for row in range(CHECKED)} if rows else ()):
+  count = CHECKED_OF_FILES if source.irregular else CHECKED
+  for i in sorted({row * rows // count for row in range(count)} if rows else ()):
     try:
       look([{**source[i], 'id': i}])
     except ValueError as error:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import app, flags, logging
@@ -25,6 +25,21 @@ CACHE = flags.DEFINE_string(
   'Folder of compiled programs; "": none are kept.',
 )
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of several of a pod.')
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs a main; its config file can import what lies beside it."""
+  app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Reads the flags, after the folder of the config file was made importable."""
+  for flag, value in zip(argv, [*argv[1:], '']):
+    name, equals, given = flag.lstrip('-').partition('=')
+    if name == 'config' and flag.startswith('-'):
+      file = os.path.expanduser(given if equals else value).partition(':')[0]
+      sys.path.append(os.path.dirname(os.path.abspath(file)))
+  return app.parse_flags_with_usage(argv)
 
 
 def start(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ model come from the Hugging Face folder that the run began with. OUT must be emp
 from collections.abc import Mapping
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from polgrad import cli
 from polgrad.build import build
@@ -85,4 +85,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app
 from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
@@ -221,4 +220,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)

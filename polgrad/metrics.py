@@ -107,11 +107,14 @@ def _unused(path: str) -> str:
 
 
 def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
-  """Prints rows (prompt, completion, reward) as a table; of long texts the last 400 characters."""
+  """Prints rows (prompt, completion, reward) as a table; of long texts the last 400 characters. A reward
+  of NaN is one whose verifier failed."""
   table = Table('prompt', 'completion', 'reward', title=title, title_justify='left')
   for prompt, completion, reward in rows:
     clip = lambda s: Text(s if len(s) <= 400 else '…' + s[-400:])
-    table.add_row(clip(prompt), clip(completion), f'{reward:.3g}')
+    table.add_row(
+      clip(prompt), clip(completion), 'failed' if math.isnan(reward) else f'{reward:.3g}'
+    )
   Console().print(table)
 
 

@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import math
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -292,6 +293,8 @@ def _load(name: str, path: str) -> Callable:
   file, _, function = name.rpartition(':')
   if not os.path.isfile(file):
     raise ValueError(f'{path}.name: {name!r} needs the file {file}, which does not exist')
+  if os.path.dirname(file) not in sys.path:  # the file may import what lies beside it
+    sys.path.append(os.path.dirname(file))
   spec = importlib.util.spec_from_file_location('polgrad_config_' + str(abs(hash(file))), file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from polgrad import cli, sharding
 from polgrad.build import Experiment, build
@@ -107,4 +107,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)

@@ -8,9 +8,7 @@ bit the numbers of a run without interruption. Every process of a pod runs this 
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +19,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
-from polgrad import checkpoint, cli, evaluate, identity, metrics, sharding
+from polgrad import checkpoint, cli, evaluate, identity, metrics, sharding, workdirs
 from polgrad.build import Experiment, Phase, build, check_data
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
@@ -112,19 +110,19 @@ def prepare(
   folder = folder or os.path.join(workdir, 'checkpoints')
   with contextlib.ExitStack() as stack:
     if chief:
-      stack.enter_context(locked(workdir))
+      stack.enter_context(workdirs.locked(workdir))
     checkpoints = checkpoint.manager(folder, keep=experiment.keep_checkpoints)
     stack.callback(checkpoints.close)  # waits for a save that has not finished
     stack.enter_context(jax.set_mesh(experiment.mesh))
 
     # Resume or begin, and only then leave the configuration with the run.
-    before = select(checkpoints, step, folder)
+    before = workdirs.select(checkpoints, step, folder)
     if before is not None:
-      check_identity(checkpoint.read_meta(checkpoints, before), own, on_mismatch)
+      workdirs.check_identity(checkpoint.read_meta(checkpoints, before), own, on_mismatch)
     state = resume(experiment, checkpoints, before)
     writer = None
     if chief:
-      write_config(workdir, own['config'], int(state.step))
+      workdirs.write_config(workdir, own['config'], int(state.step))
       writer = open_writer(experiment, state, workdir)
       stack.callback(writer.close)
       tell_what_is_left(experiment, state)
@@ -142,70 +140,6 @@ def run_phases(session: Session) -> TrainState:
     path = metrics.report(session.workdir)
     print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
   return state
-
-
-@contextlib.contextmanager
-def locked(workdir: str) -> Iterator[None]:
-  """Holds a lock on the folder, which the system releases when this process ends, however it ends.
-
-  Raises:
-    RuntimeError: another process holds it.
-  """
-  with open(os.path.join(workdir, '.lock'), 'a') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise RuntimeError(
-        f'{workdir}: another process trains here; wait for it, or name another folder'
-      ) from error
-    yield
-
-
-def select(checkpoints: Any, step: int, folder: str) -> int | None:
-  """The number of the checkpoint to resume from, or None; deletes those after it.
-
-  Raises:
-    FileNotFoundError: there is no checkpoint `step`.
-  """
-  if step < 0:
-    return checkpoints.latest_step()
-  step = checkpoint.numbered(checkpoints, folder, step)
-  for later in checkpoints.all_steps():
-    if later > step:
-      checkpoints.delete(later)
-  return step
-
-
-def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:
-  """Compares the run of a checkpoint with this one.
-
-  Raises:
-    ValueError: they differ, and `on_mismatch` is 'stop'; the message lists in what.
-  """
-  found = identity.differences(meta['identity'], own)
-  if not found:
-    return
-  listed = '\n  '.join(found)
-  if on_mismatch == 'stop':
-    raise ValueError(
-      f'the checkpoint is of another run:\n  {listed}\nuse another --workdir, or --on_mismatch=continue'
-    )
-  logging.warning('continuing a run that differs:\n  %s', listed)
-
-
-def write_config(workdir: str, config: dict, step: int) -> None:
-  """Writes config.json; one that differs is kept as config_until_STEP.json."""
-  path = os.path.join(workdir, 'config.json')
-  text = json.dumps(config, indent=2)
-  if os.path.exists(path):
-    with open(path) as f:
-      same = f.read() == text
-    if same:
-      return
-    os.replace(path, os.path.join(workdir, f'config_until_{step}.json'))
-  with open(f'{path}.tmp', 'w') as f:
-    f.write(text)
-  os.replace(f'{path}.tmp', path)
 
 
 def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
@@ -574,10 +508,11 @@ def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) ->
 def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[str, float]:
   """The metrics of one step.
 
-  These are the means over its updates (`skipped` is a number of updates), the metrics of the collected
-  batch, and the speed in tokens of the mask per second.
+  These are the means over its updates (of `LARGEST` the maxima; `skipped` is a number of updates), the
+  metrics of the collected batch, and the speed in tokens of the mask per second.
   """
-  average = {k: float(np.mean([r[k] for r in reports])) for k in reports[0]}
+  join = lambda name: np.max if name in LARGEST else np.mean
+  average = {k: float(join(k)([r[k] for r in reports])) for k in reports[0]}
   average['skipped'] = float(sum(r['skipped'] > 0 for r in reports))
   tokens = float(np.sum(collected.batch.mask))
   silent = float(average['grad_norm'] == 0)
@@ -607,6 +542,7 @@ def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, s
     logging.warning('%s', text)
 
 
+LARGEST = ('sampler_max_gap',)  # metrics whose maximum over the updates of a step is reported
 # Metrics of the progress bar, and their short names.
 SHOWN = {
   'reward': 'reward',
@@ -631,4 +567,4 @@ def save(experiment: Experiment, checkpoints: Any, state: TrainState, own: dict)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)

@@ -74,6 +74,7 @@ def test_records_that_do_not_fit_are_found_before_the_first_step(tmp_path):
 
 OWN = """
 import jax.numpy as jnp
+from beside import LIMIT  # a module beside the config file
 
 from polgrad import credit, methods, objectives, presets, tasks
 from polgrad.compose import compose
@@ -85,7 +86,7 @@ def tanh_clip(log_ratio, advantages, *, slope: float = 2.0):
   return -advantages * jnp.tanh(slope * log_ratio) / slope
 
 
-def brevity(completion, *, limit: int = 3):
+def brevity(completion, *, limit: int = LIMIT):
   return float(len(completion) <= limit)
 
 
@@ -110,6 +111,7 @@ def get_config(text=''):
 def test_own_method_surrogate_and_verifier_in_an_own_file_need_no_registration(tmp_path):
   """In a process of its own, as a user runs it; the checkpoint is then read by another one."""
   (tmp_path / 'mine.py').write_text(OWN)
+  (tmp_path / 'beside.py').write_text('LIMIT = 3\n')
   common = [f'--config={tmp_path}/mine.py', f'--workdir={tmp_path}/run']
   for main in ('train', 'evaluate'):
     command = [sys.executable, '-m', f'polgrad.{main}', *common]

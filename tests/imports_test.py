@@ -42,6 +42,7 @@ LEVELS = {
   'convert': 7,
   'sample': 7,
   'train': 7,
+  'workdirs': 2,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it
@@ -52,7 +53,7 @@ HOMES = {
     *('methods', 'tasks', 'presets', 'compose', 'options'),
   },
   'orbax': {'checkpoint'},
-  'absl': {'cli', 'convert', 'evaluate', 'metrics', 'sample', 'train'},
+  'absl': {'cli', 'convert', 'evaluate', 'metrics', 'sample', 'train', 'workdirs'},
 }
 
 

@@ -24,12 +24,15 @@ from polgrad import (
   sample,
   sharding,
   train,
+  workdirs,
 )
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.methods import Method
+from polgrad.objectives.base import off_policy_metrics
 from polgrad.options import from_text
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
+from polgrad.types import Batch
 from tests import examples
 from tests.runs import addition, dpo
 
@@ -380,7 +383,7 @@ class TestAnotherRunInTheSameFolder:
 
   def test_waits_until_the_first_has_ended(self, copied):
     with (
-      train.locked(str(copied)),
+      workdirs.locked(str(copied)),
       pytest.raises(RuntimeError, match='another process trains here'),
     ):
       train.run(config(), str(copied))
@@ -528,3 +531,26 @@ def test_batches_that_teach_nothing_are_reported_and_stop_the_run_if_asked(tmp_p
   made.max_silent = 2
   with pytest.raises(RuntimeError, match=r'step 1: 2 batches in a row taught nothing.*max_silent'):
     train.run(made, str(tmp_path / 'stopped'))
+
+
+def test_metrics_of_a_step_are_means_over_its_updates_and_maxima_of_largest_values():
+  reports = [dict(loss=1.0, sampler_max_gap=0.1, grad_norm=0.0, skipped=0)]
+  reports += [dict(loss=2.0, sampler_max_gap=0.9, grad_norm=1.0, skipped=2)]
+  batch = Batch(tokens=np.zeros((1, 4)), segment_ids=np.ones((1, 4)), mask=np.ones((1, 4), bool))
+  collected = collect.Collected(batch, (), (), {'reward': 0.5}, [], [])
+  got = train.summary(reports, collected, 2.0)
+  assert got['loss'] == 1.5 and got['sampler_max_gap'] == 0.9 and got['skipped'] == 1
+  assert got['reward'] == 0.5 and got['tokens_per_second'] == 2.0 and got['silent'] == 0
+
+
+def test_a_token_that_is_99_nats_off_leaves_the_metrics_finite():
+  logp = jnp.full((1, 2), -1.0)
+  x = dict(mask=jnp.ones((1, 2), bool), logp=logp, behavior_logp=logp - 99)
+  found = {k: float(m.value()) for k, m in off_policy_metrics(x).items()}
+  assert all(np.isfinite(list(found.values()))) and found['sampler_max_gap'] == 99
+
+
+def test_a_row_whose_verifier_failed_is_shown_as_failed(capsys):
+  metrics.show_samples('title', [('2+2=', '4', 1.0), ('2+3=', '5', float('nan'))])
+  out = capsys.readouterr().out
+  assert 'failed' in out and 'nan' not in out

@@ -180,9 +180,13 @@ def metrics(batch: Batch, scores: Scores) -> dict[str, float]:
 
 
 def shown(batch: Batch, texts: Texts) -> list[tuple[str, str, float]]:
-  """The rows of a table of samples: prompt, completion, reward."""
+  """The rows of a table of samples: prompt, completion, reward (NaN where a verifier failed)."""
   rows_per_prompt = len(texts.completions) // len(texts.records)
   return [
-    (question(texts.records[i // rows_per_prompt]), text, float(batch.rewards[i]))
+    (
+      question(texts.records[i // rows_per_prompt]),
+      text,
+      float(batch.rewards[i] if batch.valid[i] else np.nan),
+    )
     for i, text in enumerate(texts.completions)
   ]

@@ -31,6 +31,7 @@ class Source:
 
   size: int
   record: Callable[[int], dict]
+  irregular: bool = False  # whether one row says little of the others, as in a user's file
 
   def __len__(self) -> int:
     return self.size
@@ -109,7 +110,7 @@ def jsonl(*, path: str) -> Source:
       raise ValueError(f'{path}:{number}: {error}') from error
   if not rows:
     raise ValueError(f'{path}: no records')
-  return Source(len(rows), rows.__getitem__)
+  return Source(len(rows), rows.__getitem__, irregular=True)
 
 
 def _lines(path: str) -> list[bytes]:
@@ -156,7 +157,7 @@ def tfds_records(
   def record(row):
     return {names.get(field, field): _plain(value) for field, value in rows[row].items()}
 
-  return Source(len(rows), record)
+  return Source(len(rows), record, irregular=True)
 
 
 def reasoning_gym(
@@ -221,7 +222,7 @@ def fraction(
   if not rows:
     raise ValueError(f'no row of {len(source)} lies between {start} and {end}')
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed)
-  return Source(len(rows), lambda row: source[int(order[rows[row]])])
+  return Source(len(rows), lambda row: source[int(order[rows[row]])], source.irregular)
 
 
 FRACTION = BASE | table('sources', fraction)
@@ -243,7 +244,7 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
     wrong = _change_digit(answer, np.random.default_rng((seed, row)))
     return {**fields, 'chosen': answer, 'rejected': wrong}
 
-  return Source(len(source), record)
+  return Source(len(source), record, source.irregular)
 
 
 def with_choices(
@@ -286,7 +287,7 @@ def with_choices(
       'rejected': letters[order.index(1)],
     }
 
-  return Source(len(source), record)
+  return Source(len(source), record, source.irregular)
 
 
 def _whole_number(row, fields):
@@ -322,7 +323,7 @@ def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:
       turns = [{'role': 'system', 'content': system}, *turns]
     return {'messages': turns, **fields}
 
-  return Source(len(source), record)
+  return Source(len(source), record, source.irregular)
 
 
 TABLE = PLAIN | table('sources', as_chat)

@@ -232,6 +232,7 @@ def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
 
   * `entropy`: mean entropy of the next-token distribution, nats.
   * `sampler_kl`: the k3 estimate of KL(sampler || policy), nats; never negative, and 0 if both agree.
+    Gaps count up to 20 nats.
   * `sampler_max_gap`: the largest absolute log-ratio, nats.
   * `effective_sample_size`: (sum r)^2 / (n sum r^2), a fraction; 1 if all n ratios are equal.
   * `ratio_q01`, `ratio_q50`, `ratio_q99`: quantiles of r.
@@ -242,7 +243,8 @@ def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
     metrics['entropy'] = token_mean(x['entropy'], where)
   if 'behavior_logp' in x:
     gap = jax.lax.stop_gradient(x['behavior_logp'] - x['logp'])
-    metrics['sampler_kl'] = token_mean(jnp.expm1(-gap) + gap, where)
+    near = jnp.clip(gap, -20, 20)  # exp of a larger one would overflow
+    metrics['sampler_kl'] = token_mean(jnp.expm1(-near) + near, where)
     metrics['sampler_max_gap'] = Max(maximum=jnp.max(jnp.abs(gap)))
     metrics['effective_sample_size'] = EffectiveSampleSize.of(
       jnp.exp(jnp.clip(-gap, -20, 20)), where

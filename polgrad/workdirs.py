@@ -1,0 +1,76 @@
+"""The folder of a run: one run at a time, resumed only as itself, with its configurations kept."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+
+from polgrad import checkpoint, identity
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+  """Holds a lock on the folder, which the system releases when this process ends, however it ends.
+
+  Raises:
+    RuntimeError: another process holds it.
+  """
+  with open(os.path.join(workdir, '.lock'), 'a') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise RuntimeError(
+        f'{workdir}: another process trains here; wait for it, or name another folder'
+      ) from error
+    yield
+
+
+def select(checkpoints: Any, step: int, folder: str) -> int | None:
+  """The number of the checkpoint to resume from, or None; deletes those after it.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint `step`.
+  """
+  if step < 0:
+    return checkpoints.latest_step()
+  step = checkpoint.numbered(checkpoints, folder, step)
+  for later in checkpoints.all_steps():
+    if later > step:
+      checkpoints.delete(later)
+  return step
+
+
+def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:
+  """Compares the run of a checkpoint with this one.
+
+  Raises:
+    ValueError: they differ, and `on_mismatch` is 'stop'; the message lists in what.
+  """
+  found = identity.differences(meta['identity'], own)
+  if not found:
+    return
+  listed = '\n  '.join(found)
+  if on_mismatch == 'stop':
+    raise ValueError(
+      f'the checkpoint is of another run:\n  {listed}\nuse another --workdir, or --on_mismatch=continue'
+    )
+  logging.warning('continuing a run that differs:\n  %s', listed)
+
+
+def write_config(workdir: str, config: dict, step: int) -> None:
+  """Writes config.json; one that differs is kept as config_until_STEP.json."""
+  path = os.path.join(workdir, 'config.json')
+  text = json.dumps(config, indent=2)
+  if os.path.exists(path):
+    with open(path) as f:
+      same = f.read() == text
+    if same:
+      return
+    os.replace(path, os.path.join(workdir, f'config_until_{step}.json'))
+  with open(f'{path}.tmp', 'w') as f:
+    f.write(text)
+  os.replace(f'{path}.tmp', path)
