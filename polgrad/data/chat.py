@@ -12,6 +12,15 @@ import numpy as np
 
 MARK = '\ufdd0'  # a code point that Unicode reserves for internal use, so no text contains it
 
+LARGEST = 20_000_000  # characters that a template may write, and numbers that its loops may count
+REFUSED = (
+  jinja2.TemplateError,
+  ArithmeticError,
+  LookupError,
+  TypeError,
+  ValueError,
+  RecursionError,
+)
 Chat = Callable[..., str]  # (messages, add_generation_prompt=True) -> text
 Align = Callable[[str], tuple[list[int], list[tuple[int, int]]]]  # text -> ids, their spans in it
 # messages -> ids, and for each id whether it is trained
@@ -37,13 +46,15 @@ def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
   Raises:
     ValueError: from the function that is returned, if the template refuses the messages or fails.
   """
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  environment = _Sandbox(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
   # Jinja's tojson escapes HTML, which models have not seen in training.
   environment.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
   environment.filters['generation'] = lambda text: f'{mark}{text}{mark}'
   environment.globals['raise_exception'] = _raise_exception
+  budget = _Budget()
+  environment.globals['range'] = budget.range
   environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
   # Jinja has no {% generation %}; a filter of this name has the same effect.
   source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
@@ -51,18 +62,56 @@ def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
   template = environment.from_string(source)
 
   def chat(messages, add_generation_prompt=True):
+    budget.reset()
+    pieces = template.generate(
+      messages=[dict(m) for m in messages],
+      add_generation_prompt=add_generation_prompt,
+      tools=None,
+      documents=None,
+      **special,
+    )
     try:
-      return template.render(
-        messages=[dict(m) for m in messages],
-        add_generation_prompt=add_generation_prompt,
-        tools=None,
-        documents=None,
-        **special,
-      )
-    except (jinja2.TemplateError, TypeError) as error:
+      return ''.join(budget.write(piece) for piece in pieces)
+    except REFUSED as error:
       raise ValueError(f'the chat template fails: {error}') from error
 
   return chat
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+  """A sandbox in which products and powers stay small: 'a' * 10**12 would fill the memory."""
+
+  intercepted_binops = frozenset(('*', '**'))
+
+  def call_binop(self, context, operator, left, right):
+    sized = [x for x in (left, right) if hasattr(x, '__len__')]
+    counts = [x for x in (left, right) if isinstance(x, int)]
+    if operator == '*' and sized and counts and len(sized[0]) * counts[0] > LARGEST:
+      raise ValueError(f'it writes or counts more than {LARGEST}')
+    if operator == '**' and any(abs(x) > 1000 for x in counts):
+      raise ValueError('it computes a power of large numbers')
+    return super().call_binop(context, operator, left, right)
+
+
+class _Budget:
+  """How much a template may write and count in one rendering."""
+
+  def reset(self):
+    self._left = LARGEST
+
+  def write(self, piece: str) -> str:
+    self._spend(len(piece))
+    return piece
+
+  def range(self, *bounds: int) -> range:
+    numbers = range(*bounds)
+    self._spend(len(numbers))
+    return numbers
+
+  def _spend(self, amount: int) -> None:
+    self._left -= amount
+    if self._left < 0:
+      raise ValueError(f'it writes or counts more than {LARGEST}')
 
 
 def marks_generation(source: str) -> bool:

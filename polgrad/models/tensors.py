@@ -50,12 +50,13 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
   Raises:
     FileNotFoundError: files are missing; the message names all of them.
-    ValueError: an incomplete file, or tensors that the index lists and no shard has.
+    ValueError: an incomplete or malformed file, an index that names files outside the folder, or tensors
+      that the index lists and no shard has.
   """
   index = folder / INDEX
-  promised = json.loads(index.read_text())['weight_map'] if index.exists() else {}
+  promised = _read_index(index) if index.exists() else {}
   files = [folder / name for name in sorted(set(promised.values()) or {WHOLE})]
-  missing = [str(file) for file in files if not file.exists()]
+  missing = [str(file) for file in files if not file.is_file()]
   if missing:
     raise FileNotFoundError(f'{", ".join(missing)} is missing')
   tensors = {}
@@ -67,11 +68,26 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+  """The file of each tensor, by the index of a folder."""
+  try:
+    places = json.loads(index.read_text())['weight_map']
+    names = set(places.values())
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(f'{index} is no index of tensors ({type(error).__name__}: {error})') from error
+  for name in names:
+    plain = isinstance(name, str) and pathlib.PurePath(name).name == name and '\\' not in name
+    if not plain or name in ('', '.', '..'):
+      raise ValueError(f'{index} names {name!r}, which is no file of its folder')
+  return places
+
+
 def open_file(path: pathlib.Path) -> dict[str, Tensor]:
   """The tensors of one safetensors file by name.
 
   Raises:
-    ValueError: the file is not as long as its header says, or has a tensor of another dtype.
+    ValueError: the file is not as long as its header says, has a tensor of another dtype, or its tensors
+      overlap, leave gaps or do not have the size of their shape.
   """
   # Read the header; check the size of the file against it, so that a partial download is noticed.
   size = path.stat().st_size
@@ -80,15 +96,22 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     header = file.read(length) if 8 + length <= size else b''
   if len(header) < length or not header:
     raise ValueError(f'{path}: {size} bytes are too few for the header, {8 + length} bytes')
-  entries = json.loads(header)
-  entries.pop('__metadata__', None)
-  expected = 8 + length + max((e['data_offsets'][1] for e in entries.values()), default=0)
+  try:
+    entries = json.loads(header)
+    entries.pop('__metadata__', None)
+    end = max((e['data_offsets'][1] for e in entries.values()), default=0)
+    expected = 8 + length + end
+  except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    raise ValueError(
+      f'{path}: its header is malformed ({type(error).__name__}: {error})'
+    ) from error
   if size != expected:
     raise ValueError(f'{path} has {size} bytes instead of {expected}; was it cut off?')
   odd = {name: e['dtype'] for name, e in entries.items() if e['dtype'] not in DTYPES}
   if odd:
     name, dtype = next(iter(odd.items()))
     raise ValueError(f'{path}: {name} has dtype {dtype}; supported: {sorted(DTYPES)}')
+  _check_places(path, entries)
 
   def tensor(entry):
     shape, dtype = tuple(entry['shape']), DTYPES[entry['dtype']]
@@ -104,6 +127,23 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     return Tensor(shape, dtype, read)
 
   return {name: tensor(entry) for name, entry in entries.items()}
+
+
+def _check_places(path: pathlib.Path, entries: Mapping[str, Mapping]) -> None:
+  """Refuses tensors whose bytes are not what their shapes need, or that overlap or leave gaps."""
+  natural = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
+  reached = 0
+  for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets'][:1]):
+    shape, places = entry.get('shape'), entry['data_offsets']
+    lists = isinstance(shape, list) and isinstance(places, list) and len(places) == 2
+    if not lists or not all(map(natural, [*shape, *places])):
+      raise ValueError(f'{path}: {name} has shape {shape!r} and bytes {places!r}')
+    needed = math.prod(shape) * DTYPES[entry['dtype']].itemsize
+    if places[1] - places[0] != needed:
+      raise ValueError(f'{path}: {name} of shape {shape} needs {needed} bytes, and has {places}')
+    if places[0] != reached:
+      raise ValueError(f'{path}: {name} begins at byte {places[0]}, where {reached} is expected')
+    reached = places[1]
 
 
 def check_shapes(

@@ -266,3 +266,23 @@ def test_plain_chat_with_the_reply_continues_the_generation_prompt():
   asked = chat.plain_chat(TALK[:1])
   assert asked == 'user: hi <there>\nassistant: '
   assert chat.plain_chat(TALK[:2], add_generation_prompt=False) == asked + 'Hello, 👩!\n'
+
+
+@pytest.mark.parametrize(
+  'source',
+  [
+    '{% for i in range(10**9) %}{% endfor %}',
+    '{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}',
+    '{% for i in range(10**6) %}' + 'x' * 1000 + '{% endfor %}',
+    "{{ 'a' * 10**9 }}",
+    '{% set a = [0] * 10**9 %}',
+    '{{ 9**9**9 }}',
+    '{{ 1 // 0 }}',
+    '{{ [][5] + 1 }}',
+    "{{ ''.__class__.__mro__ }}",
+    '{{ messages.append(1) }}',
+  ],
+)
+def test_a_template_that_grows_without_end_or_leaves_its_sandbox_is_refused(source):
+  with pytest.raises(ValueError, match='the chat template fails'):
+    chat.jinja_chat(source, {})([{'role': 'user', 'content': 'hi'}])

@@ -1,6 +1,7 @@
 """Safetensors files: parts are read as they were written, and a broken file is refused by name."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -114,3 +115,60 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
   assert [path.name for path in (tmp_path / 'a').iterdir()] == ['b']
   with pytest.raises(FileExistsError, match='not empty'), tensors.new_folder(tmp_path / 'a' / 'b'):
     raise AssertionError('it must not come this far')
+
+
+def header_file(path, entries, size=None):
+  """A file with this header, and as many bytes as it says."""
+  header = json.dumps(entries).encode() if isinstance(entries, dict) else entries
+  end = size if size is not None else max(e['data_offsets'][1] for e in entries.values())
+  path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(end))
+
+
+def entry(begin, end, shape, dtype='F32'):
+  return {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
+
+
+@pytest.mark.parametrize(
+  ('entries', 'why'),
+  [
+    ({'a': entry(0, 8, [2]), 'b': entry(4, 12, [2])}, 'b begins at byte 4, where 8 is expected'),
+    ({'a': entry(0, 8, [2]), 'b': entry(12, 20, [2])}, 'b begins at byte 12, where 8 is expected'),
+    ({'a': entry(4, 12, [2])}, 'a begins at byte 4, where 0 is expected'),
+    ({'a': entry(0, 8, [3])}, r'a of shape \[3\] needs 12 bytes'),
+    ({'a': entry(0, 8, [-2])}, r'a has shape \[-2\]'),
+    ({'a': entry(-8, 8, [2])}, 'a has shape'),
+    ({'a': entry(0, 8, 2)}, 'a has shape 2'),
+    ({'a': entry(0, 8, [2.0])}, 'a has shape'),
+    ({'a': {'dtype': 'F32', 'data_offsets': [0, 8]}}, 'a has shape None'),
+    (b'{"a": 1}', 'header is malformed'),
+    (b'[]', 'header is malformed'),
+    (b'{"a"', 'header is malformed'),
+    (b'[' * 50_000, 'header is malformed'),
+    (b'\xff' * 20, 'header is malformed'),
+  ],
+)
+def test_headers_that_lie_are_refused(entries, why, tmp_path):
+  header_file(tmp_path / 'model.safetensors', entries, None if isinstance(entries, dict) else 8)
+  with pytest.raises(ValueError, match=rf'model\.safetensors.*{why}'):
+    tensors.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['../model.safetensors', '/etc/passwd', 'a/b', '..', '', 3])
+def test_an_index_that_names_files_elsewhere_is_refused(name, tmp_path):
+  index = {'weight_map': {'a': name}}
+  (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(ValueError, match='which is no file of its folder'):
+    tensors.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"weight_map": 1}', '{}', '\x00'])
+def test_a_malformed_index_is_refused(text, tmp_path):
+  (tmp_path / 'model.safetensors.index.json').write_text(text)
+  with pytest.raises(ValueError, match='is no index of tensors'):
+    tensors.open_folder(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'model.safetensors')
+  with pytest.raises(FileNotFoundError, match='is missing'):
+    tensors.open_folder(tmp_path)
