@@ -21,7 +21,7 @@ import numpy as np
 
 from polgrad import build, evaluate, methods, train
 from polgrad.options import from_text
-from polgrad.types import Params
+from polgrad.types import Params, TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / 'docs' / 'learning.jsonl', ROOT / 'docs' / 'learning.md'
@@ -49,6 +49,10 @@ class Recorder:
     self.rows.append(values)
 
 
+def keep_nothing(state: TrainState) -> None:
+  """Where a checkpoint would be written."""
+
+
 @functools.cache
 def warm(seed: int) -> Params:
   """The parameters after the supervised phase that all methods share."""
@@ -58,7 +62,7 @@ def warm(seed: int) -> Params:
   experiment = build.build(config)
   with jax.set_mesh(experiment.mesh):
     state = train.begin(experiment, 0, None)
-    return train.run_phase(experiment, state, None, None).params
+    return train.run_phase(experiment, state, None, keep_nothing).params
 
 
 def learn(name: str, seed: int, steps: int, prompts: int) -> dict:
@@ -78,7 +82,7 @@ def learn(name: str, seed: int, steps: int, prompts: int) -> dict:
     measure = evaluate.make_evaluator(experiment)
     accuracy = lambda state: measure(state.params)[0]['evaluation/greedy']
     before, recorder = accuracy(state), Recorder()
-    state = train.run_phase(experiment, state, None, recorder)
+    state = train.run_phase(experiment, state, recorder, keep_nothing)
   return {
     'method': name,
     'seed': seed,

@@ -129,13 +129,19 @@ def prepare(
     yield Session(experiment, own, workdir, checkpoints, state, writer)
 
 
-def run_phases(session: Session) -> TrainState:
-  """Runs the phases that are left, and draws the report."""
+def run_phases(session: Session, keep: Callable[[TrainState], None] | None = None) -> TrainState:
+  """Runs the phases that are left, and draws the report.
+
+  Args:
+    keep: is called with the state where a checkpoint is due; None saves one.
+  """
   experiment, state = session.experiment, session.state
+  if keep is None:
+    keep = functools.partial(save, experiment, session.checkpoints, session.identity)
   for index in range(int(state.phase), len(experiment.order)):
     if index > int(state.phase):
       state = begin(experiment, index, state)
-    state = run_phase(experiment, state, session.checkpoints, session.writer, session.identity)
+    state = run_phase(experiment, state, session.writer, keep)
   if session.writer:
     path = metrics.report(session.workdir)
     print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
@@ -367,14 +373,13 @@ def start_phase(
 def run_phase(
   experiment: Experiment,
   state: TrainState,
-  checkpoints: Any,
   writer: metrics.Writer | None,
-  own: dict,
+  keep: Callable[[TrainState], None],
 ) -> TrainState:
   """Trains from the state until its phase has made all steps; a step collects and uses one batch.
 
   Args:
-    own: the identity of the run, which goes into checkpoints.
+    keep: is called with the state where a checkpoint is due.
   """
   run = start_phase(experiment, state, writer)
   first, last = int(state.phase_step), run.phase.steps
@@ -410,7 +415,7 @@ def run_phase(
     run.show(collected, step + 1)
 
     if run.due(experiment.checkpoint_every, step + 1):
-      save(experiment, checkpoints, state, own)
+      keep(state)
   bar.close()
   return state
 
@@ -559,7 +564,7 @@ def postfix(row: dict[str, float]) -> str:
   return ' '.join(f'{short} {row[name]:.3g}' for name, short in SHOWN.items() if name in row)
 
 
-def save(experiment: Experiment, checkpoints: Any, state: TrainState, own: dict) -> None:
+def save(experiment: Experiment, checkpoints: Any, own: dict, state: TrainState) -> None:
   """Starts writing a checkpoint, numbered by the updates of all phases."""
   meta = {'order': list(experiment.order), 'phase': int(state.phase), 'identity': own}
   trees = {'params': state.params, 'rest': state.replace(params=None)}

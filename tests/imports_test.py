@@ -42,6 +42,7 @@ LEVELS = {
   'convert': 7,
   'sample': 7,
   'train': 7,
+  'verify': 8,
   'workdirs': 2,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
@@ -49,11 +50,11 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '_
 HOMES = {
   'flax': {'types', 'reductions', 'models'},
   'ml_collections': {
-    *('registry', 'build', 'cli', 'identity', 'train'),
+    *('registry', 'build', 'cli', 'identity', 'train', 'verify'),
     *('methods', 'tasks', 'presets', 'compose', 'options'),
   },
   'orbax': {'checkpoint'},
-  'absl': {'cli', 'convert', 'evaluate', 'metrics', 'sample', 'train', 'workdirs'},
+  'absl': {'cli', 'convert', 'evaluate', 'metrics', 'sample', 'train', 'verify', 'workdirs'},
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -24,6 +25,7 @@ from polgrad import (
   sample,
   sharding,
   train,
+  verify,
   workdirs,
 )
 from polgrad.losses import aggregation, penalties, surrogates
@@ -388,6 +390,23 @@ class TestAnotherRunInTheSameFolder:
     ):
       train.run(config(), str(copied))
     train.run(config(), str(copied))
+
+
+def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path):
+  workdir, _ = finished
+  before = {f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()}
+  assert verify.differences(workdir, 3) == []
+  assert {
+    f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()
+  } == before
+  with pytest.raises(FileNotFoundError, match='no checkpoint after 19'):
+    verify.differences(workdir, -1)
+  shutil.copytree(workdir, tmp_path / 'copy')
+  path = tmp_path / 'copy' / 'checkpoints' / '11' / 'meta' / 'metadata'
+  meta = json.loads(path.read_text())
+  meta['digests']['params']['final_norm'] = '0' * 16
+  path.write_text(json.dumps(meta))
+  assert verify.differences(str(tmp_path / 'copy'), 3) == ['params/final_norm']
 
 
 def test_a_finished_run_says_so(finished, tmp_path, capsys):

@@ -1,0 +1,94 @@
+"""Replays the steps after a checkpoint, and compares all bits with the next checkpoint.
+
+    python -m polgrad.verify --workdir=runs/quickstart --step=300
+
+The configuration is config.json of the run. Nothing in the run's folder is changed. A difference means
+that the run cannot be reproduced here: another machine, another version of a library, other data, or a
+verifier that is not a function of its arguments.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import ml_collections
+from absl import app
+
+from polgrad import checkpoint, cli, train
+from polgrad.digests import digests
+from polgrad.types import TrainState
+
+
+class _Replayed(Exception):
+  """The state of the next checkpoint has been reached."""
+
+  def __init__(self, state: TrainState):
+    super().__init__()
+    self.state = state
+
+
+def differences(workdir: str, step: int, folder: str = '') -> list[str]:
+  """The arrays that differ after a replay from checkpoint `step` to the next one; [] if none does.
+
+  Args:
+    workdir: folder of the run.
+    folder: folder of its checkpoints; '': `workdir`/checkpoints.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint `step`, none after it, or no config.json.
+    ValueError: the run is not the one of the checkpoint, or a checkpoint is damaged.
+  """
+  folder = folder or os.path.join(workdir, 'checkpoints')
+  with open(os.path.join(workdir, 'config.json')) as f:
+    config = ml_collections.ConfigDict(json.load(f))
+  stored = checkpoint.manager(folder, keep=10**6)
+  try:
+    step = checkpoint.numbered(stored, folder, step)
+    later = [s for s in sorted(stored.all_steps()) if s > step]
+    if not later:
+      raise FileNotFoundError(f'no checkpoint after {step} in {folder} to compare with')
+    wanted = checkpoint.read_meta(stored, later[0])['digests']
+  finally:
+    stored.close()
+  with tempfile.TemporaryDirectory() as place:
+    own = pathlib.Path(place) / 'checkpoints'
+    shutil.copytree(os.path.join(folder, str(step)), own / str(step))
+    state = _replay(config, place, str(own), later[0])
+  trees = {'params': state.params, 'rest': state.replace(params=None)}
+  found = {f'{name}/{k}': x for name, tree in trees.items() for k, x in digests(tree).items()}
+  wanted = {f'{name}/{k}': x for name, tree in wanted.items() for k, x in tree.items()}
+  return sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+
+
+def _replay(config: ml_collections.ConfigDict, workdir: str, folder: str, until: int) -> TrainState:
+  """The state after `until` updates of a run that resumes in `folder`."""
+
+  def keep(state: TrainState) -> None:
+    if int(state.step) == until:
+      raise _Replayed(state)
+
+  with train.prepare(config, workdir, folder, step=-1, on_mismatch='stop') as session:
+    try:
+      train.run_phases(session, keep)
+    except _Replayed as reached:
+      return reached.state
+  raise ValueError(f'the run made no checkpoint after {until} updates')
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  if not cli.WORKDIR.value:
+    raise app.UsageError('--workdir is needed')
+  with cli.refusals():
+    found = differences(cli.workdir(), cli.STEP.value, cli.checkpoint_folder())
+  if found:
+    print(f'{len(found)} arrays differ, such as {found[:5]}')
+    sys.exit(1)
+  print('every bit is the same')
+
+
+if __name__ == '__main__':
+  cli.run(main)
