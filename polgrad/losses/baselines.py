@@ -110,7 +110,7 @@ def informative_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
 
 
 def nonzero_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
-  """A_i = B / #{R != 0} (R_i - group mean): the published code of GPG (arXiv:2504.02546).
+  """A_i = B / #{R != 0} (R_i - group mean): GPG (arXiv:2504.02546) as verl has it.
 
   B and #{R != 0} count valid rows. The factor differs from that of `informative_mean`: rows of a group
   in which all rewards are 1 are counted, rows with reward 0 of a mixed group are not. So adding a

@@ -57,12 +57,14 @@ def stairs(
 
 
 def two_phase(step: Array, *, steps: int) -> Array:
-  """1 - 0.2 (1 - exp(-2 p)) for p < 1/2, and 0.8 exp(-3 p) from there on, where p = step / steps.
+  """1 - 0.2 (1 - exp(-2 p)) in the first half of `steps`, and 0.8 exp(-3 p) in the second.
 
-  EPO weighs its entropy band by it (arXiv:2509.22576). At p = 1/2 it jumps from 0.87 to 0.18.
+  p is the part of the half that is done, from 0 to 1, so the value falls from 1 to 0.83 and from 0.8 to
+  0.04. EPO weighs its entropy band by it (arXiv:2509.22576), with p as in the released code; the paper's
+  p is the part of the whole run.
   """
-  p = step / steps
-  return jnp.where(p < 0.5, 0.8 + 0.2 * jnp.exp(-2 * p), 0.8 * jnp.exp(-3 * p))
+  p = 2 * step / steps
+  return jnp.where(p < 1, 0.8 + 0.2 * jnp.exp(-2 * p), 0.8 * jnp.exp(-3 * (p - 1)))
 
 
 def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:

@@ -16,10 +16,11 @@ def epo(
 
       loss = token mean of -min(r A, clip(r, 0.8, 1.2) A) - entropy_coefficient H
              + band_coefficient w [relu(low H' - H) + relu(H - high H')]
-      w = 1 - 0.2 (1 - exp(-2 p)) if p < 1/2, otherwise 0.8 exp(-3 p)
+      w = 1 - 0.2 (1 - exp(-2 p)) in the first half of the run, 0.8 exp(-3 p) in the second
 
   r = pi / pi_old, and A is the group-normalised reward. H is the entropy of the next token, H' its
-  mean over all earlier updates, and p the fraction of the run that is done.
+  mean over all earlier updates, and p the fraction of the half that is done, so w falls from 1 to 0.83
+  and from 0.8 to 0.04.
 
   Differences: The band of the released code is a step function, whose gradient is 0
   (`penalties.entropy_band_published`); the slope outside the band is ours. Tokens take the place of

@@ -12,10 +12,9 @@ def gpg() -> Method:
   B is the number of rows of the batch, and M the number of rows in groups of equal rewards. There
   is no ratio, clipping, KL or standard deviation.
 
-  Differences: The published code has B / #{R != 0} in the place of B / (B - M), which is
-  `baselines.nonzero_mean`.
+  Differences: verl has B / #{R != 0} in the place of B / (B - M), which is `baselines.nonzero_mean`.
 
-  Confidence: CODE (loss), PAPER (factor).
+  Confidence: CODE.
   """
   return Method(
     credit=part(credit.outcome, advantage=part(baselines.informative_mean)),
