@@ -256,12 +256,15 @@ class TestFeatures:
 @pytest.mark.parametrize(
   'wrong, words',
   [
-    (dict(lag=-1), 'lag must be at least 0'),
-    (dict(replay=-1), 'replay must be at least 0'),
+    (dict(lag=-1), 'lag: expected a number at least 0'),
+    (dict(replay=-1), 'replay: expected a number at least 0'),
     (dict(replay=2), 'replay_fraction must be'),
     (dict(replay_fraction=0.5), 'replay_fraction must be'),
-    (dict(replay=2, replay_fraction=1.5), 'replay_fraction must be'),
-    (dict(baseline_samples=-1), 'baseline_samples must be at least 0'),
+    (
+      dict(replay=2, replay_fraction=1.5),
+      'replay_fraction: expected a number at least 0 and at most 1',
+    ),
+    (dict(baseline_samples=-1), 'baseline_samples: expected a number at least 0'),
     (dict(baseline_policy=part(behavior_policies.reference)), 'baseline_samples is 0'),
     (dict(demonstrations=2), 'demonstrations must be 0 or 1'),
     (dict(stats={'rewards': part(logit_stats.entropy)}), 'stats.rewards: the name is taken'),
