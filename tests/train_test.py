@@ -332,15 +332,18 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(copied):
     train.run(config(), str(copied), step=5)
 
 
-def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
-  made = config()
-  made.phases.train.optimizer.learning_rate = 3e38  # the first update has a finite gradient
-  made.max_skipped = 100
-  with pytest.raises(FloatingPointError, match='not finite'):
-    train.run(made, str(tmp_path))
-  experiment = build.build(made)
-  params = evaluate.restore_params(experiment, str(tmp_path / 'checkpoints'))
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+@pytest.mark.parametrize('part', ['params', 'opt_state', 'anchors'])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_what_is_not_finite_is_never_saved(part, value, copied, finished):
+  _, state = finished
+  leaves, tree = jax.tree.flatten(getattr(state, part))
+  spoiled = [x.at[(0,) * x.ndim].set(value) if x.dtype == jnp.float32 else x for x in leaves]
+  state = state.replace(**{part: jax.tree.unflatten(tree, spoiled)})
+  checkpoints = checkpoint.manager(str(copied / 'checkpoints'))
+  with pytest.raises(FloatingPointError, match=r"such as \['\w+/.*the last whole one in .* is 11"):
+    train.save(build.build(config()), checkpoints, {}, state)
+  checkpoints.close()
+  assert last(copied) == 11
 
 
 class TestAnotherRunInTheSameFolder:
