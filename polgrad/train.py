@@ -120,6 +120,8 @@ def prepare(
     if before is not None:
       workdirs.check_identity(checkpoint.read_meta(checkpoints, before), own, on_mismatch)
     state = resume(experiment, checkpoints, before)
+    if before is not None:
+      workdirs.drop_later(checkpoints, before)
     writer = None
     if chief:
       workdirs.write_config(workdir, own['config'], int(state.step))

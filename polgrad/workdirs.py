@@ -30,18 +30,19 @@ def locked(workdir: str) -> Iterator[None]:
 
 
 def select(checkpoints: Any, step: int, folder: str) -> int | None:
-  """The number of the checkpoint to resume from, or None; deletes those after it.
+  """The number of the checkpoint to resume from: `step`, or the newest if it is negative, or None.
 
   Raises:
     FileNotFoundError: there is no checkpoint `step`.
   """
-  if step < 0:
-    return checkpoints.latest_step()
-  step = checkpoint.numbered(checkpoints, folder, step)
-  for later in checkpoints.all_steps():
+  return checkpoints.latest_step() if step < 0 else checkpoint.numbered(checkpoints, folder, step)
+
+
+def drop_later(checkpoints: Any, step: int) -> None:
+  """Deletes the checkpoints after `step`, which a run that resumes there writes anew."""
+  for later in sorted(checkpoints.all_steps()):
     if later > step:
       checkpoints.delete(later)
-  return step
 
 
 def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:

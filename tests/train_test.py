@@ -359,6 +359,8 @@ class TestAnotherRunInTheSameFolder:
       train.run(self._other(), str(copied))
     assert 'config.seed: 0 before, 1 now' in str(error.value)
     assert 'config.phases.train.optimizer.learning_rate: 0.001 before, 0.01 now' in str(error.value)
+    with pytest.raises(ValueError, match='of another run'):
+      train.run(self._other(), str(copied), step=3)
     assert (copied / 'config.json').read_text() == before and last(copied) == 11
 
   def test_continues_if_asked_and_keeps_both_configurations(self, copied):
