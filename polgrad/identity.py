@@ -1,8 +1,10 @@
 """What a run is: its configuration and the files that it reads, so that it is resumed only as itself."""
 
+import ast
 import fnmatch
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,9 +27,10 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The identity of a run, in values that JSON can hold: configuration, digests of files, version."""
   values = json.loads(config.to_json_best_effort())
   paths = sorted({path for path in _paths(values) if path.exists()})
+  functions = sorted({f for f in _functions(values) if os.path.exists(f.rpartition(':')[0])})
   return {
     'config': values,
-    'files': {str(path): _digest(path) for path in paths},
+    'files': {str(path): _digest(path) for path in paths} | {f: _source(f) for f in functions},
     'version': __version__,
   }
 
@@ -38,7 +41,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   found = [
     f'config.{key}: {old.get(key, "absent")!r} before, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, free) for free in FREE)
+    if old.get(key) != new.get(key) and not _free(key)
   ]
   for path in sorted(before['files'].keys() & now['files'].keys()):
     if before['files'][path] != now['files'][path]:
@@ -46,6 +49,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   if before['version'] != now['version']:
     found.append(f'polgrad: {before["version"]} before, {now["version"]} now')
   return found
+
+
+def _free(key: str) -> bool:
+  """Whether a value may differ: its path fits one of `FREE`, in which * is one part of a path."""
+  own = key.split('.')
+  if own[0] == 'evaluation':
+    return True
+  patterns = [pattern.split('.') for pattern in FREE]
+  return any(
+    len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts)) for parts in patterns
+  )
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -58,14 +72,25 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def _paths(values: Mapping) -> Iterator[pathlib.Path]:
-  """Files and folders that a configuration names: paths, and files of functions."""
+  """Files and folders that the configuration of a run names."""
   for key, value in _leaves(values):
-    last = key.rpartition('.')[2]
-    if isinstance(value, str) and value:
-      if last in ('path', 'adapter'):
-        yield pathlib.Path(value)
-      elif last == 'name' and ':' in value:
-        yield pathlib.Path(value.rpartition(':')[0])
+    if key.rpartition('.')[2] in ('path', 'adapter') and value and not _free(key):
+      yield pathlib.Path(str(value)).expanduser()
+
+
+def _functions(values: Mapping) -> Iterator[str]:
+  """Functions of a user's files, as file.py:function."""
+  for key, value in _leaves(values):
+    if key.rpartition('.')[2] == 'name' and ':' in str(value) and not _free(key):
+      yield str(value)
+
+
+def _source(function: str) -> str:
+  """The digest of one function of a file, without its comments; other parts of the file may change."""
+  file, _, name = function.rpartition(':')
+  tree = ast.parse(pathlib.Path(file).read_bytes())
+  found = [ast.dump(node) for node in tree.body if getattr(node, 'name', None) == name]
+  return hashlib.sha256(''.join(found).encode()).hexdigest()
 
 
 def _digest(path: pathlib.Path) -> str:

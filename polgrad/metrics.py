@@ -79,20 +79,31 @@ def read(path: str) -> list[dict]:
 def parse(path: str) -> tuple[list[dict], list[int]]:
   """The rows of a metrics file, and the numbers of the lines (from 1) that are none.
 
-  A last line without a line end was cut off by a crash and is left out of both.
+  A last line that a crash cut off is left out of both.
   """
   if not os.path.exists(path):
     return [], []
   with open(path, 'rb') as f:
-    *lines, _ = f.read().split(b'\n')
+    *lines, last = f.read().split(b'\n')
   rows, damaged = [], []
-  for number, line in enumerate(lines, 1):
-    try:
-      row = json.loads(line)
-      rows.append({**row, 'step': int(row['step']), 'phase': str(row['phase'])})
-    except (ValueError, KeyError, TypeError, RecursionError):
+  for number, line in enumerate([*lines, last] if _row(last) else lines, 1):
+    row = _row(line)
+    if row is None:
       damaged.append(number)
+    else:
+      rows.append(row)
   return rows, damaged
+
+
+def _row(line: bytes) -> dict | None:
+  """The row of a line, or None if it is none: a step, a phase, and numbers or null."""
+  try:
+    row = json.loads(line)
+    row = {**row, 'step': int(row['step']), 'phase': str(row['phase'])}
+  except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    return None
+  numbers = all(x is None or isinstance(x, int | float) for k, x in row.items() if k != 'phase')
+  return row if numbers else None
 
 
 def _line(row: Mapping) -> str:

@@ -66,8 +66,10 @@ def differences(workdir: str, step: int, folder: str = '') -> list[str]:
 def _replay(config: ml_collections.ConfigDict, workdir: str, folder: str, until: int) -> TrainState:
   """The state after `until` updates of a run that resumes in `folder`."""
 
+  config.checkpoint_every = 1  # the run may have saved at other steps
+
   def keep(state: TrainState) -> None:
-    if int(state.step) == until:
+    if int(state.step) >= until:
       raise _Replayed(state)
 
   with train.prepare(config, workdir, folder, step=-1, on_mismatch='stop') as session:

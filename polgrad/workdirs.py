@@ -51,7 +51,8 @@ def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:
   Raises:
     ValueError: they differ, and `on_mismatch` is 'stop'; the message lists in what.
   """
-  found = identity.differences(meta['identity'], own)
+  unknown = {'config': {}, 'files': {}, 'version': 'unknown'}
+  found = identity.differences(meta.get('identity', unknown), own)
   if not found:
     return
   listed = '\n  '.join(found)

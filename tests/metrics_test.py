@@ -27,8 +27,23 @@ def test_a_last_line_that_a_crash_cut_off_is_dropped(tmp_path):
   assert not list(tmp_path.glob('*.damaged*'))
 
 
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+  assert reopened(tmp_path, TEXT.encode()[:-1]) == ROWS
+
+
 @pytest.mark.parametrize(
-  'line', [b'{"step": 3, "pha', b'\xff\xfe', b'', b'[1]', b'{"step": 3}', b'NULL', b'[' * 100_000]
+  'line',
+  [
+    b'{"step": 3, "pha',
+    b'\xff\xfe',
+    b'',
+    b'[1]',
+    b'{"step": 3}',
+    b'NULL',
+    b'[' * 100_000,
+    b'{"step": Infinity, "phase": "a"}',
+    b'{"step": 1, "phase": "train", "loss": "abc"}',
+  ],
 )
 def test_a_bad_line_costs_no_other_row_and_the_file_is_kept(line, tmp_path):
   first, second, *rest = TEXT.encode().splitlines(keepends=True)

@@ -14,12 +14,8 @@ MARK = '\ufdd0'  # a code point that Unicode reserves for internal use, so no te
 
 LARGEST = 20_000_000  # characters that a template may write, and numbers that its loops may count
 REFUSED = (
-  jinja2.TemplateError,
-  ArithmeticError,
-  LookupError,
-  TypeError,
-  ValueError,
-  RecursionError,
+  *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError),
+  *(ValueError, RecursionError),
 )
 Chat = Callable[..., str]  # (messages, add_generation_prompt=True) -> text
 Align = Callable[[str], tuple[list[int], list[tuple[int, int]]]]  # text -> ids, their spans in it
@@ -59,7 +55,10 @@ def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
   # Jinja has no {% generation %}; a filter of this name has the same effect.
   source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
   source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endfilter\2', source)
-  template = environment.from_string(source)
+  try:
+    template = environment.from_string(source)
+  except REFUSED as error:
+    raise ValueError(f'the chat template cannot be read: {error}') from error
 
   def chat(messages, add_generation_prompt=True):
     budget.reset()

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TEXTS = ('prompt', 'answer', 'chosen', 'rejected')
-ROLES = ('system', 'developer', 'user', 'assistant', 'tool', 'function')
+ROLES = ('system', 'developer', 'user', 'assistant', 'tool', 'function', 'ipython', 'observation')
 NAMES = {'human': 'user', 'gpt': 'assistant', 'bot': 'assistant', 'model': 'assistant'}
 OTHER_NAMES = {
   'question': 'prompt',
@@ -37,7 +37,12 @@ def normalized(record: Any) -> dict:
     raise ValueError(f'expected an object, got {type(record).__name__}')
   fields = dict(record)
   for other, name in OTHER_NAMES.items():
-    if other in fields and name not in fields and not (name == 'prompt' and 'messages' in fields):
+    asked = (
+      {'prompt', 'messages'} & fields.keys()
+      if name in ('prompt', 'messages')
+      else {name} & fields.keys()
+    )
+    if other in fields and not asked:
       fields[name] = fields.pop(other)
   if isinstance(fields.get('prompt'), list) and 'messages' not in fields:
     fields['messages'] = fields.pop('prompt')
@@ -49,7 +54,10 @@ def normalized(record: Any) -> dict:
   if 'messages' in fields:
     fields['messages'] = _turns(fields['messages'], 'messages')
   if isinstance(fields.get('answer'), list):
-    fields['messages'] = [*fields.get('messages', []), *_turns(fields.pop('answer'), 'completion')]
+    before = fields.get('messages', [])
+    if 'prompt' in fields:
+      before = [{'role': 'user', 'content': fields.pop('prompt')}]
+    fields['messages'] = [*before, *_turns(fields.pop('answer'), 'completion')]
   if paired:
     fields |= _pair(fields)
   if isinstance(fields.get('answer'), int | float) and not isinstance(fields['answer'], bool):
@@ -97,7 +105,10 @@ def _turns(turns: Any, name: str) -> list[dict]:
 def _turn(turn: Any, where: str) -> dict:
   if not isinstance(turn, Mapping):
     raise ValueError(f'{where} needs role and content, got {turn!r}')
-  turn = {{'from': 'role', 'value': 'content'}.get(key, key): x for key, x in turn.items()}
+  turn = dict(turn)
+  for other, name in (('from', 'role'), ('value', 'content')):
+    if other in turn and name not in turn:
+      turn[name] = turn.pop(other)
   if 'role' not in turn or ('content' not in turn and not turn.get('tool_calls')):
     raise ValueError(f'{where} needs role and content, got {turn!r}')
   role = NAMES.get(turn['role'], turn['role']) if isinstance(turn['role'], str) else turn['role']

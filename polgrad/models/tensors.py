@@ -101,13 +101,13 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     entries.pop('__metadata__', None)
     end = max((e['data_offsets'][1] for e in entries.values()), default=0)
     expected = 8 + length + end
+    odd = {name: e['dtype'] for name, e in entries.items() if e['dtype'] not in DTYPES}
   except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
     raise ValueError(
       f'{path}: its header is malformed ({type(error).__name__}: {error})'
     ) from error
   if size != expected:
     raise ValueError(f'{path} has {size} bytes instead of {expected}; was it cut off?')
-  odd = {name: e['dtype'] for name, e in entries.items() if e['dtype'] not in DTYPES}
   if odd:
     name, dtype = next(iter(odd.items()))
     raise ValueError(f'{path}: {name} has dtype {dtype}; supported: {sorted(DTYPES)}')
@@ -133,11 +133,13 @@ def _check_places(path: pathlib.Path, entries: Mapping[str, Mapping]) -> None:
   """Refuses tensors whose bytes are not what their shapes need, or that overlap or leave gaps."""
   natural = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
   reached = 0
-  for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets'][:1]):
+  for name, entry in entries.items():
     shape, places = entry.get('shape'), entry['data_offsets']
     lists = isinstance(shape, list) and isinstance(places, list) and len(places) == 2
-    if not lists or not all(map(natural, [*shape, *places])):
+    if not lists or not shape or not all(map(natural, [*shape, *places])):
       raise ValueError(f'{path}: {name} has shape {shape!r} and bytes {places!r}')
+  for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets']):
+    shape, places = entry['shape'], entry['data_offsets']
     needed = math.prod(shape) * DTYPES[entry['dtype']].itemsize
     if places[1] - places[0] != needed:
       raise ValueError(f'{path}: {name} of shape {shape} needs {needed} bytes, and has {places}')

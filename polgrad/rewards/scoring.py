@@ -79,9 +79,12 @@ def make_scorer(
   def run(tasks):
     here = lambda name, row: verify(verifiers[name], row)
     # Workers start first, and this process judges while they do.
-    with futures.ThreadPoolExecutor(workers) as threads:
+    threads = futures.ThreadPoolExecutor(workers)
+    try:
       answers = [threads.submit(ask, t) if t[0] in apart else None for t in tasks]
       return [a.result() if a else here(*t) for a, t in zip(answers, tasks)]
+    finally:  # after an interruption, the tasks that wait are not done
+      threads.shutdown(wait=False, cancel_futures=True)
 
   def score(completions, records, lengths):
     rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]

@@ -27,10 +27,8 @@ NUMBER = re.compile(
 LONGEST = 1000  # characters of a number
 FRACTION = re.compile(r'\\[dt]?frac\{(-?\d+)\}\{(\d+)\}')
 # A number next to these is part of an expression: 2\\sqrt{3}, 10^3, x_1.
-EXPRESSION_BEFORE = re.compile(
-  r'(?:[\^_]\s*\{?|\\(?:sqrt|frac|pi|log|ln|sin|cos|tan)\b\s*[\[{]?)\s*$'
-)
-EXPRESSION_AFTER = re.compile(r'\s*(?:[\^_]|\\(?:sqrt|frac|pi|cdot|times|div)\b)')
+EXPRESSION_BEFORE = re.compile(r'(?:[\^_]\{?|\\(?:sqrt|frac|pi|log|ln|sin|cos|tan)[\[{]?)$')
+EXPRESSION_AFTER = re.compile(r'[\^_]|\\(?:sqrt|frac|pi|cdot|times|div)\b')
 BOXED = re.compile(r'\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}')
 ANSWER = '<answer>(.*?)</answer>'
 # Tasks of reasoning-gym whose scorers evaluate the answer -> which answers they may get.
@@ -156,7 +154,9 @@ def _final_number(text: str) -> fractions.Fraction | None:
 
 def _value(text: str, found: re.Match) -> fractions.Fraction | None:
   """The number at a place of a text, exactly; None if it is part of a larger expression."""
-  if EXPRESSION_BEFORE.search(text[: found.start()]) or EXPRESSION_AFTER.match(text[found.end() :]):
+  before = text[max(found.start() - 16, 0) : found.start()].rstrip()
+  after = text[found.end() : found.end() + 16].lstrip()
+  if EXPRESSION_BEFORE.search(before) or EXPRESSION_AFTER.match(after):
     return None
   numerator, _, denominator = found.group().replace(',', '').partition('/')
   if len(found.group()) > LONGEST or len(numerator.lower().partition('e')[2].lstrip('+-')) > 3:

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -42,12 +42,20 @@ def verify(fn: Callable, row: Mapping) -> float | Failure:
   try:
     value = float(registry.call(fn, row))
   except (Exception, SystemExit) as error:  # the batch continues whatever a verifier does
-    value = Failure(type(error).__name__, str(error)[:500])
+    value = Failure(type(error).__name__, words(error))
   if os.getpid() != process:  # the verifier forked, and this is the copy: it must not train as well
     os._exit(1)
   if isinstance(value, Failure):
     return value
   return value if math.isfinite(value) else Failure('NotFinite', f'returned {value}')
+
+
+def words(error: BaseException) -> str:
+  """What an error says, also if saying it fails."""
+  try:
+    return str(error)[:500]
+  except Exception:  # an exception of the user, with a __str__ of the user
+    return 'its message cannot be shown'
 
 
 def dumps(verifiers: Mapping[str, Callable]) -> bytes:
@@ -91,32 +99,56 @@ class Worker:
     self._verifiers, self._timeout_s, self._memory_gib = verifiers, timeout_s, memory_gib
     self._process = self._pipe = self._life = None
     self._sent = 0  # number of the last task
+    self._worked = False  # whether the process has started once
 
   def ask(self, task: tuple[str, Mapping]) -> float | Failure:
-    """Sends a task (name of a verifier, row) and waits for its answer."""
+    """Sends a task (name of a verifier, row) and waits for its answer.
+
+    Raises:
+      RuntimeError: the process cannot start at all. If it cannot start again, that is a `Failure`.
+    """
     if self._process is None:
-      self._start()
+      try:
+        self._start()
+      except (RuntimeError, OSError) as error:
+        if not self._worked:
+          raise
+        return Failure('Died', f'no new worker could be started: {words(error)}')
+    self._worked = True
     self._sent += 1
+    # At the deadline the group is killed, which ends every wait below: for room in the pipe as well.
+    late = threading.Event()
+    timer = threading.Timer(self._timeout_s, self._kill, [late])
+    timer.daemon = True
+    timer.start()
     try:
-      self._pipe.send((self._sent, *task))
-      return self._answer(time.monotonic() + self._timeout_s)
-    except TimeoutError:
+      answer = self._exchange(task)
+      if not late.is_set():
+        return answer
       failure = Failure('Timeout', f'no answer in {self._timeout_s} s')
     except (EOFError, OSError):
-      failure = Failure('Died', 'the worker process ended')
+      hung = Failure('Timeout', f'no answer in {self._timeout_s} s')
+      failure = hung if late.is_set() else Failure('Died', 'the worker process ended')
     except Exception as error:  # a record that cannot be pickled: nothing was sent
-      return Failure(type(error).__name__, str(error)[:500])
+      return Failure(type(error).__name__, words(error))
+    finally:
+      timer.cancel()
     # A worker that hangs or has died is not used again; the next task starts a new one.
     self.stop()
     return failure
 
-  def _answer(self, deadline: float) -> float | Failure:
-    """The answer with the number of the last task; others are of processes that a verifier forked."""
-    while self._pipe.poll(max(deadline - time.monotonic(), 0)):
+  def _exchange(self, task: tuple[str, Mapping]) -> float | Failure:
+    """The answer with the number of this task; others are of processes that a verifier forked."""
+    self._pipe.send((self._sent, *task))
+    while True:
       number, answer = self._pipe.recv()
       if number == self._sent:
         return answer
-    raise TimeoutError
+
+  def _kill(self, late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(ProcessLookupError, AttributeError):
+      os.killpg(self._process.pid, signal.SIGKILL)
 
   def _start(self):
     ours, theirs = socket.socketpair()

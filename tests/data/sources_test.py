@@ -210,6 +210,9 @@ def user(content, role='user') -> str:
       {'messages': [HI, {'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]}]},
       {'messages': [HI, {'role': 'assistant', 'content': '', 'tool_calls': [{'name': 'f'}]}]},
     ),
+    ({'prompt': 'hi', 'completion': [HELLO]}, {'messages': [HI, HELLO]}),
+    ({'messages': [HI | {'value': 0.5}]}, {'messages': [HI | {'value': 0.5}]}),
+    ({'prompt': 'a', 'conversations': 3}, {'prompt': 'a', 'conversations': 3}),
     ({'prompt': 'a', 'id': 'task-77'}, {'prompt': 'a', 'record_id': 'task-77'}),
   ],
 )

@@ -270,6 +270,37 @@ def test_the_children_of_a_killed_worker_die_with_it(tmp_path):
   assert_ends(int(file.read_text()))
 
 
+class Unsayable(Exception):
+  def __str__(self):
+    raise RuntimeError('no words')
+
+
+def says_nothing(completion):
+  raise Unsayable
+
+
+@pytest.mark.parametrize('isolate', [False, True])
+def test_an_error_that_cannot_be_shown_is_contained(isolate):
+  got = judge(scoring.make_scorer({'a': says_nothing}, isolate=isolate, workers=1), 'x')
+  assert got.errors == {'a/Unsayable': 1}
+
+
+def stops_reading(completion, record):
+  """Leaves a copy that holds the pipe, and dies: nobody reads the next record."""
+  if completion == 'leave':
+    if os.fork():
+      os._exit(0)
+    time.sleep(1000)
+  return 1.0
+
+
+def test_a_record_that_nobody_reads_does_not_hang_the_trainer():
+  score = scoring.make_scorer({'a': stops_reading}, workers=1, timeout_s=2.0)
+  large = {'text': 'x' * 2_000_000}
+  got = score(['leave', 'b', 'c'], [large] * 3, [1] * 3)
+  assert got.valid.tolist()[0] is False and got.valid.tolist()[-1] is True
+
+
 def test_memory_is_limited():
   score = scoring.make_scorer({'a': fills_memory, 'b': canary}, workers=1, memory_gib=1.0)
   got = judge(score, '5')

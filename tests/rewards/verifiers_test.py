@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -157,6 +158,13 @@ def test_format_is_of_the_whole_completion():
 )
 def test_a_number_is_the_whole_answer_and_compared_exactly(completion, answer, score):
   assert verifiers.numeric_answer(completion, {'answer': answer}) == score
+
+
+def test_numbers_are_found_in_linear_time():
+  for text in ('^' + ' ' * 300_000 + 'x 5', 'x' + ' ' * 300_000 + '5', r'\sqrt' * 60_000 + ' 5'):
+    started = time.perf_counter()
+    verifiers.numeric_answer(text, {'answer': '5'})
+    assert time.perf_counter() - started < 5  # it took minutes
 
 
 def test_reasoning_gym_scores_the_last_extracted_answer():
