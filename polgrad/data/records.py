@@ -35,28 +35,24 @@ def normalized(record: Any) -> dict:
   """
   if not isinstance(record, Mapping):
     raise ValueError(f'expected an object, got {type(record).__name__}')
-  fields = dict(record)
-  for other, name in OTHER_NAMES.items():
-    asked = (
-      {'prompt', 'messages'} & fields.keys()
-      if name in ('prompt', 'messages')
-      else {name} & fields.keys()
-    )
-    if other in fields and not asked:
-      fields[name] = fields.pop(other)
+  fields = _renamed(record)
+
+  # What is asked: a text, or messages. Pairs without either have it in the turns that both begin with.
   if isinstance(fields.get('prompt'), list) and 'messages' not in fields:
     fields['messages'] = fields.pop('prompt')
   paired = isinstance(fields.get('chosen'), list) and isinstance(fields.get('rejected'), list)
-  if ('prompt' in fields) + ('messages' in fields) != 1 and not (paired and 'prompt' not in fields):
+  asked = ('prompt' in fields) + ('messages' in fields)
+  if asked > 1 or not (asked or paired):
     raise ValueError(f'expected either prompt or messages, got {sorted(record)}')
   if ('chosen' in fields) != ('rejected' in fields):
     raise ValueError('chosen and rejected come together')
   if 'messages' in fields:
     fields['messages'] = _turns(fields['messages'], 'messages')
+
+  # What is answered: texts, or turns that continue the messages.
   if isinstance(fields.get('answer'), list):
-    before = fields.get('messages', [])
-    if 'prompt' in fields:
-      before = [{'role': 'user', 'content': fields.pop('prompt')}]
+    before = _before(fields)
+    fields.pop('prompt', None)
     fields['messages'] = [*before, *_turns(fields.pop('answer'), 'completion')]
   if paired:
     fields |= _pair(fields)
@@ -68,12 +64,28 @@ def normalized(record: Any) -> dict:
   return fields
 
 
+def _renamed(record: Mapping) -> dict:
+  """The fields under our names; a field that has our name already keeps it."""
+  fields = dict(record)
+  asked = {'prompt', 'messages'}
+  for other, name in OTHER_NAMES.items():
+    same = asked if name in asked else {name}
+    if other in fields and not same & fields.keys():
+      fields[name] = fields.pop(other)
+  return fields
+
+
+def _before(fields: Mapping) -> list[dict]:
+  """The messages that a completion follows."""
+  if 'prompt' in fields:
+    return [{'role': 'user', 'content': fields['prompt']}]
+  return fields.get('messages', [])
+
+
 def _pair(fields: Mapping) -> dict:
   """The texts of a pair that is given as messages, and the messages that both begin with."""
   chosen, rejected = (_turns(fields[name], name) for name in ('chosen', 'rejected'))
-  before = fields.get('messages') or _common(chosen, rejected)
-  if 'prompt' in fields:  # a text, which the completions may repeat as their first turn
-    before = [{'role': 'user', 'content': fields['prompt']}]
+  before = _before(fields) or _common(chosen, rejected)
   if not before:
     raise ValueError(
       'chosen and rejected have no prompt: no field of that name, and no turns in common'
