@@ -61,8 +61,8 @@ def compose(
   if not isinstance(method, Method):
     method = run.make(method)
   warm_start = model.warm_start if warm_start < 0 else warm_start
-  if method.needs == 'demonstrations' and not method.anchors and run.is_sft(method):
-    warm_start = 0  # the method itself is what the warm start would be
+  if not method.warm_start:
+    warm_start = 0
   _check_fit(method, task, warm_start)
   if method.restart and not (warm_start or teacher):
     raise ValueError(
@@ -125,9 +125,6 @@ class _Run:
   def length(self) -> int:
     own = self.task.length or self.task.prompt_length + self.task.max_new_tokens
     return own + self.preset.template_tokens
-
-  def is_sft(self, method: Method) -> bool:
-    return method.objective.to_dict() == methods.sft().objective.to_dict()
 
   def source(self, source: ConfigDict) -> ConfigDict:
     """The source as the model reads it: in a chat template or not."""

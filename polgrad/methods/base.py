@@ -48,6 +48,7 @@ class Method:
     epochs: passes over a collected batch.
     minibatches: updates in each pass.
     restart: initialise the policy again after the anchors were copied from it (distillation).
+    warm_start: whether a model that was not pretrained learns the task's demonstrations first.
   """
 
   objective: ConfigDict
@@ -64,6 +65,7 @@ class Method:
   epochs: int = 1
   minibatches: int = 1
   restart: bool = False
+  warm_start: bool = True
 
   @property
   def needs(self) -> str:

@@ -1,10 +1,11 @@
-from functools import partial
+import dataclasses
 
-from polgrad import collect, credit, objectives
-from polgrad.losses import advantages, aggregation, ratios, surrogates, weights
+from ml_collections import ConfigDict
+
+from polgrad.losses import aggregation, ratios
 from polgrad.methods.base import Method
-from polgrad.registry import part, weighted
-from polgrad.rewards import verifiers
+from polgrad.methods.policy_gradient.topr import topr
+from polgrad.registry import part
 
 
 def topr_token(
@@ -34,27 +35,12 @@ def topr_token(
 
   Confidence: CODE (formula and bounds).
   """
-  return Method(
-    collect=partial(collect.Rollouts, lag=4),
-    credit=part(credit.outcome, advantage=part(advantages.raw)),
-    objective=part(
-      objectives.PolicyGradient,
-      surrogate=part(surrogates.reinforce),
-      ratio=part(ratios.token),
-      aggregation=part(aggregation.token_mean),
-      weights={
-        'taper': part(
-          weights.tapered,
-          positive_low=positive_low,
-          positive_high=positive_high,
-          negative_low=negative_low,
-          negative_high=negative_high,
-        )
-      },
-    ),
-    # R is 1 for a right answer and -1 for a wrong one; the pattern fits every text.
-    reward_scale=2.0,
-    rewards={'offset': weighted(-1.0, part(verifiers.regex_format, pattern='.*'))},
-    minibatches=4,
-    learning_rate=0.2,
+  method = topr(
+    positive_low=positive_low,
+    positive_high=positive_high,
+    negative_low=negative_low,
+    negative_high=negative_high,
   )
+  of_tokens = {'ratio': part(ratios.token), 'aggregation': part(aggregation.token_mean)}
+  objective = ConfigDict({**method.objective, **of_tokens})
+  return dataclasses.replace(method, objective=objective)

@@ -19,4 +19,5 @@ def sft() -> Method:
   return Method(
     collect=partial(collect.Demonstrations),
     objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
+    warm_start=False,  # this method is what the warm start does
   )
