@@ -125,7 +125,7 @@ class ExploredSteps(Steps):
     settings, context = self.settings, self.context
     records = draw(settings.prompts)
     prompts = batching.prompts(records, context.tokenizer, length=settings.prompt_length)
-    # Each round gets ids of its own, because noise is folded from them.
+    # Each round gets other ids, because noise is folded from them.
     ids = distinct(np.tile(prompts.ids, settings.rounds)).reshape(settings.rounds, -1)
     drawn = []
     for number in range(settings.rounds):

@@ -22,7 +22,7 @@ from polgrad.data import batching
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
-from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs
+from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs, unbound
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sharding import to_host
@@ -111,7 +111,7 @@ class Rollouts(Collector):
 
   @property
   def filtered(self) -> bool:
-    mixed = _function(self.behavior_policy) is not behavior_policies.current
+    mixed = unbound(self.behavior_policy) is not behavior_policies.current
     return (self.top_k > 0 or self.top_p < 1 or mixed) and not self.recompute_proximal
 
   def init(self) -> replays.Ring | tuple:
@@ -184,7 +184,7 @@ def _check_counts(settings: Rollouts) -> None:
       'Rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; '
       f'got replay={replay}, replay_fraction={fraction}'
     )
-  greedy = _function(settings.baseline_policy) is behavior_policies.greedy
+  greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
     raise ValueError('Rollouts: baseline_policy draws nothing, because baseline_samples is 0')
   if settings.demonstrations not in (0, 1):
@@ -200,11 +200,6 @@ def _check_stats(stats: Mapping[str, Callable]) -> None:
       raise ValueError(f'Rollouts: stats.{name}: the name is taken; taken are {sorted(RESERVED)}')
     if 'teacher_logits' in inputs(stat):
       raise ValueError(f'Rollouts: stats.{name} reads teacher_logits; only the policy is there')
-
-
-def _function(fn: Callable) -> Callable:
-  """The function without its bound knobs."""
-  return getattr(fn, 'func', fn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,15 +268,22 @@ class RolloutSteps(Steps):
       batch, report = self._add_baselines(batch, texts.records, report, state, step)
     return batch, report
 
-  def recall(self, memory: replays.Ring, random: np.random.Generator) -> Batch:
+  def exchange(
+    self, batch: Batch, memory: replays.Ring | tuple, random: np.random.Generator
+  ) -> tuple[Batch, replays.Ring | tuple]:
+    """Stores the batch, and takes out the one to train on, if `lag` or `replay` need a memory."""
+    if not memory:
+      return batch, memory
+    memory = replays.stored(memory, batch)
     settings = self.settings
-    return replays.recalled(
+    taken = replays.recalled(
       memory,
       lag=settings.lag,
       fraction=settings.replay_fraction,
       rows_per_prompt=settings.rows_per_prompt,
       random=random,
     )
+    return taken, memory
 
   def _resample(
     self, batch: Batch, texts: Texts, state: TrainState, draw: Draw, step: int

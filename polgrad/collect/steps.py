@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad.collect import replay
 from polgrad.collect.base import Annotator, Collected, Context, Draw, make_annotator
 from polgrad.collect.scored import Texts, metrics, score_rows, shown
 from polgrad.compiling import jit
@@ -90,10 +89,7 @@ class Steps(abc.ABC):
     """
     random = np.random.default_rng((self.context.seed, step, 1))  # minibatches take (seed, step)
     batch = batch.replace(sampled_at=np.full(len(batch.tokens), step, np.int32))
-    memory = to_host(state.collect_state)
-    if memory:
-      memory = replay.stored(memory, batch)
-      batch = self.recall(memory, random)
+    batch, memory = self.exchange(batch, to_host(state.collect_state), random)
     batch = batch.with_arrays(
       staleness=(step - batch.sampled_at).astype(np.float32),
       uniform=random.random(len(batch.tokens), np.float32),
@@ -101,9 +97,10 @@ class Steps(abc.ABC):
     )
     return batch, memory
 
-  def recall(self, memory: replay.Ring, random: np.random.Generator) -> Batch:
-    """The batch of the memory to train on; only for collectors that have a memory."""
-    raise NotImplementedError(f'{type(self).__name__} has no memory')
+  def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
+    """The batch to train on, and the next memory; without a memory it is the batch itself."""
+    del random
+    return batch, memory
 
   def credit(self, batch: Batch, state: TrainState) -> tuple[Batch, Any]:
     """The batch with advantages, returns or labels, and the next state of the estimator."""

@@ -1,5 +1,6 @@
 """What an objective is, the arrays that it may read, and the metrics that every run reports."""
 
+import abc
 import functools
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from polgrad.arrays import ARRAYS, OBJECTIVE, OWNED, VOCABULARY, per_token
 from polgrad.losses import aggregation
 from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
-from polgrad.registry import UnknownArray, call, inputs, suggest
+from polgrad.registry import UnknownArray, call, inputs, suggest, unbound
 from polgrad.types import Array, Batch, Outputs
 
 Terms = dict[str, Mean]
@@ -23,7 +24,7 @@ Select = Callable[..., dict[str, Array]]  # (outputs, batch, state, *, step) -> 
 EMPTY = types.MappingProxyType({})
 
 
-class Objective:
+class Objective(abc.ABC):
   """A loss and the state that it keeps between updates; base class of all families.
 
   Attributes:
@@ -53,6 +54,7 @@ class Objective:
   def requires(self) -> frozenset[str]:
     return reads(self.slots.values(), made=self.makes)
 
+  @abc.abstractmethod
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
@@ -70,7 +72,6 @@ class Objective:
     Raises:
       UnknownArray: a function of a slot reads an array that is absent; the message names the slot.
     """
-    raise NotImplementedError
 
   def init(self) -> State:
     """The state before the first update; it is part of `TrainState` and its checkpoints."""
@@ -196,7 +197,7 @@ def check_reads(
 
 def function_name(fn: Callable) -> str:
   """The name of a function whose knobs may be bound."""
-  return getattr(getattr(fn, 'func', fn), '__name__', repr(fn))
+  return getattr(unbound(fn), '__name__', repr(fn))
 
 
 def call_slot(slot: str, fn: Callable, arrays: Mapping[str, Array]) -> Array:
