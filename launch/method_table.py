@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def readme() -> str:
-  """README.md with the numbers of methods as they are."""
+  """The text of README.md with the current numbers of methods."""
   count = {family: len(names) for family, names in methods.FAMILIES.items()}
   gradients, preferences = count['policy_gradient'], count['preference']
   text = re.sub(

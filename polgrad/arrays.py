@@ -6,7 +6,7 @@ further completions of a prompt. The entry of a per-token array `x[b, t]` belong
 Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
 
 Two further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
-under that anchor, [B, T]. A configuration may also choose names of its own: those of its `stats`
+under that anchor, [B, T]. A configuration may also choose names: those of its `stats`
 (of the collector or of the objective), `selections` and `history`. The names in `CONFIGURED` are of
 this kind; they are listed because functions in `losses` read them.
 """

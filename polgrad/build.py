@@ -362,7 +362,8 @@ def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
   scores = judged.score(completions, records, [max(len(c.split()), 1) for c in completions])
   for name, values in scores.components.items():
     if np.isnan(values).all():
-      reason = next(m for m in scores.messages if f': {name}: ' in m).partition(f': {name}: ')[2]
+      said = [m.partition(f': {name}: ')[2] for m in scores.messages if f': {name}: ' in m]
+      reason = said[0] if said else 'as others do'
       raise ValueError(
         f'{path}.{name}: it fails on all of {len(records)} records, where it judges their own answers '
         f'({reason}); a wrong completion should get a low number, not an error'

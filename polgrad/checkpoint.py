@@ -104,9 +104,11 @@ def _named(checkpoints: ocp.CheckpointManager, step: int, name: str) -> Iterator
 
 
 def _damaged(checkpoints: ocp.CheckpointManager, step: int, reason: str) -> ValueError:
-  others = sorted(s for s in checkpoints.all_steps() if s != step)
+  earlier = sorted(s for s in checkpoints.all_steps() if s < step)
   advice = (
-    f'--step={max(others)} takes an earlier one of {others}' if others else 'there is no other'
+    f'--step={earlier[-1]} takes an earlier one of {earlier}'
+    if earlier
+    else 'there is no earlier one'
   )
   return ValueError(f'checkpoint {step} in {checkpoints.directory} is damaged ({reason}); {advice}')
 
@@ -150,7 +152,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _same_dtypes(metadata: Any, like: Any) -> bool:
-  """Whether the arrays were stored as they are read; otherwise they are converted, and bits differ."""
+  """Whether arrays are read in the dtypes in which they were stored, so bits can be compared."""
   leaves = jax.tree_util.tree_leaves_with_path
   dtypes = lambda tree: {path_name(path): np.dtype(x.dtype) for path, x in leaves(tree)}
   return dtypes(metadata) == dtypes(like)

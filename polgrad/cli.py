@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -42,19 +42,20 @@ def _parse(argv: list[str]) -> list[str]:
   return app.parse_flags_with_usage(argv)
 
 
-def start(argv: list[str]) -> None:
+def start(argv: list[str], *, needed: Sequence[flags.FlagHolder] = (CONFIG, WORKDIR)) -> None:
   """Checks the flags, then sets up logging, the processes of a pod and the compilation cache.
 
   Raises:
-    app.UsageError: there are arguments that are no flags, or --config or --workdir is missing.
+    app.UsageError: there are arguments that are no flags, or a flag that is needed is missing.
   """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
-  for flag in (CONFIG, WORKDIR):
+  for flag in needed:
     if flag.value is None:
       raise app.UsageError(f'--{flag.name} is needed')
-  with refusals():
-    CONFIG.value.keys()  # raises what a file that could not be read had raised
+  if CONFIG in needed:
+    with refusals():
+      CONFIG.value.keys()  # raises what a file that could not be read had raised
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # otherwise Orbax logs every step of a save
   if DISTRIBUTED.value:
@@ -72,6 +73,8 @@ def refusals() -> Iterator[None]:
   """
   try:
     yield
+  except jax.errors.JaxRuntimeError:  # of devices or other processes, not of the user
+    raise
   except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
     if logging.get_verbosity() >= logging.DEBUG:
       raise

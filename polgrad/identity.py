@@ -13,10 +13,11 @@ import ml_collections
 
 from polgrad import __version__
 
-# Values of the configuration that change neither data nor updates, and the numbers of steps.
+# Values that may differ, with all below them: they change neither data nor updates, or are numbers of
+# steps. A * is one part of a path.
 FREE = (
   *('checkpoint_every', 'keep_checkpoints', 'log_every', 'show_samples', 'samples_every'),
-  *('tensorboard', 'max_skipped', 'max_silent', 'evaluation.*', 'mesh.*', 'phases.*.steps'),
+  *('tensorboard', 'max_skipped', 'max_silent', 'evaluation', 'mesh', 'phases.*.steps'),
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
 )
@@ -52,13 +53,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _free(key: str) -> bool:
-  """Whether a value may differ: its path fits one of `FREE`, in which * is one part of a path."""
+  """Whether a value may differ: a pattern of `FREE` fits its path, or the beginning of its path."""
   own = key.split('.')
-  if own[0] == 'evaluation':
-    return True
   patterns = [pattern.split('.') for pattern in FREE]
   return any(
-    len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts)) for parts in patterns
+    len(parts) <= len(own) and all(map(fnmatch.fnmatchcase, own, parts)) for parts in patterns
   )
 
 

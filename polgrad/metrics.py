@@ -34,7 +34,7 @@ class Writer:
     """
     self.path = os.path.join(workdir, 'metrics.jsonl')
 
-    # A file with unreadable lines is kept aside; only a last line that a crash cut off is not missed.
+    # A copy of a file with unreadable lines is kept; a last line that a crash cut off is none of them.
     rows, damaged = parse(self.path)
     if damaged:
       aside = _unused(f'{self.path}.damaged')

@@ -224,6 +224,11 @@ def inputs(fn: Callable) -> tuple[str, ...]:
   return tuple(p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds)
 
 
+def unbound(fn: Callable) -> Callable:
+  """The function without the knobs that `bind` has fixed."""
+  return getattr(fn, 'func', fn)
+
+
 class UnknownArray(KeyError):
   """A function names an array that is not there."""
 
@@ -239,7 +244,7 @@ def call(fn: Callable, arrays: Mapping[str, Any]) -> Any:
   """
   missing = [name for name in inputs(fn) if name not in arrays]
   if missing:
-    reader = getattr(fn, 'func', fn).__name__
+    reader = unbound(fn).__name__
     known = sorted(k for k in arrays if arrays[k] is not None)
     raise UnknownArray(
       f'{reader} reads {missing[0]!r}, which is not here{suggest(missing[0], known)}'

@@ -15,7 +15,6 @@ import sys
 import tempfile
 
 import ml_collections
-from absl import app
 
 from polgrad import checkpoint, cli, train
 from polgrad.digests import digests
@@ -81,9 +80,7 @@ def _replay(config: ml_collections.ConfigDict, workdir: str, folder: str, until:
 
 
 def main(argv: list[str]) -> None:
-  del argv
-  if not cli.WORKDIR.value:
-    raise app.UsageError('--workdir is needed')
+  cli.start(argv, needed=(cli.WORKDIR,))
   with cli.refusals():
     found = differences(cli.workdir(), cli.STEP.value, cli.checkpoint_folder())
   if found:

@@ -109,7 +109,7 @@ def get_config(text=''):
 
 
 def test_own_method_surrogate_and_verifier_in_an_own_file_need_no_registration(tmp_path):
-  """In a process of its own, as a user runs it; the checkpoint is then read by another one."""
+  """In another process, as a user runs it; a third one then reads the checkpoint."""
   (tmp_path / 'mine.py').write_text(OWN)
   (tmp_path / 'beside.py').write_text('LIMIT = 3\n')
   common = [f'--config={tmp_path}/mine.py', f'--workdir={tmp_path}/run']

@@ -2,10 +2,12 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / 'polgrad'
+PAGE = ROOT.parent / 'docs' / 'architecture.md'
 # The page docs/architecture.md shows this table; a folder stands for its modules.
 LEVELS = {
   'types': 0,
@@ -88,6 +90,12 @@ def test_libraries_stay_in_their_place(path):
   for name in imported(path):
     library = name.split('.')[0]
     assert unit(path) in HOMES.get(library, {unit(path)}), f'{path} imports {name}'
+
+
+def test_the_page_has_the_level_of_every_unit():
+  rows = re.findall(r'^\| (\d) \| (.*?) \|', PAGE.read_text(), re.MULTILINE)
+  found = {name.rstrip('/'): int(n) for n, names in rows for name in re.findall('`(.*?)`', names)}
+  assert found == LEVELS
 
 
 def test_every_unit_has_a_level():

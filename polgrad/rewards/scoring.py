@@ -73,7 +73,9 @@ def make_scorer(
   verifiers = {name: term.fn for name, term in terms.items()}
   for name, fn in verifiers.items():
     _check(name, fn)
-  apart = {name: fn for name, fn in verifiers.items() if isolate and _root(fn) not in IN_PROCESS}
+  apart = {
+    name: fn for name, fn in verifiers.items() if isolate and registry.unbound(fn) not in IN_PROCESS
+  }
   ask = _asker(apart, workers, timeout_s, memory_gib) if apart else None
 
   def run(tasks):
@@ -105,11 +107,6 @@ def make_scorer(
     return Scores(total, components, np.isfinite(total), dict(errors), messages[:MESSAGES])
 
   return score
-
-
-def _root(fn: Callable) -> Callable:
-  """The function without the knobs that `bind` has fixed."""
-  return getattr(fn, 'func', fn)
 
 
 def _check(name: str, fn: Callable) -> None:

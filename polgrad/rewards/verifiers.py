@@ -42,9 +42,8 @@ EVALUATED = {
     ('string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens'), expressions.is_literal
   ),
 }
-TRUSTED = (
-  'number_sorting',
-)  # evaluates the answer of its own entry, and reads the model's as JSON
+# Its scorer evaluates the answer in the entry, and reads the model's answer as JSON.
+TRUSTED = ('number_sorting',)
 EVALUATORS = re.compile(r'\b(eval|exec|compile|parse_expr|sympify|literal_eval)\s*\(')
 MARKED = re.compile(r'(?:answer(?:\s*is)?\s*:|####)\s*(.*)', re.IGNORECASE)
 
@@ -87,9 +86,9 @@ def choice_letter(
 ) -> float:
   """1 if the chosen letter is the one in `record[field]`, else 0; for multiple-choice questions.
 
-  The chosen letter is the last one of `letters` that stands alone, in the given case: `B`, `(B)`,
-  `**B**`, `B.` and `\\boxed{B}` choose B; `Bob`, `B2` and `b` choose nothing. A completion that
-  chooses nothing gets 0.
+  The chosen letter is the last one of `letters` without letters or digits beside it, in the given
+  case: `B`, `(B)`, `**B**`, `B.` and `\\boxed{B}` choose B; `Bob`, `B2` and `b` choose nothing. A
+  completion that chooses nothing gets 0.
 
   Raises:
     ValueError: `record[field]` is not one of `letters`.

@@ -78,7 +78,7 @@ def dumps(verifiers: Mapping[str, Callable]) -> bytes:
 
 def _send_whole(fn: Callable) -> None:
   """Lets a function of a module that a fresh process would not find travel by value: a config file."""
-  module = sys.modules.get(getattr(fn, 'func', fn).__module__)
+  module = sys.modules.get(registry.unbound(fn).__module__)
   if module is None or module.__name__ == '__main__':
     return  # these travel by value anyway
   package = module.__name__.partition('.')[0]
@@ -151,20 +151,27 @@ class Worker:
       os.killpg(self._process.pid, signal.SIGKILL)
 
   def _start(self):
+    """Starts the guard and the process that works, and waits until it has loaded the verifiers."""
+    # The two sockets are the conversation. The pipe tells the guard that this process is gone: the guard
+    # then reads the end of the file.
     ours, theirs = socket.socketpair()
-    alive, self._life = os.pipe()  # the guard reads the end of the file when this process is gone
+    alive, self._life = os.pipe()
+    self._pipe = Connection(ours.detach())
     # The new process finds modules where this one does.
     path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-    self._process = subprocess.Popen(
-      [sys.executable, '-c', START, str(theirs.fileno()), str(alive)],
-      pass_fds=(theirs.fileno(), alive),
-      env={**os.environ, 'PYTHONPATH': path},
-      stdin=subprocess.DEVNULL,
-      start_new_session=True,
-    )
-    theirs.close()
-    os.close(alive)
-    self._pipe = Connection(ours.detach())
+    try:
+      self._process = subprocess.Popen(
+        [sys.executable, '-c', START, str(theirs.fileno()), str(alive)],
+        pass_fds=(theirs.fileno(), alive),
+        env={**os.environ, 'PYTHONPATH': path},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+      )
+    finally:
+      theirs.close()
+      os.close(alive)
+      if self._process is None:
+        self._close()
     # Wait until the worker has imported its modules, so that no verifier loses that time.
     reason = 'ended before its first task; its own message is on stderr'
     with contextlib.suppress(EOFError, OSError):
@@ -185,6 +192,9 @@ class Worker:
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()
+    self._close()
+
+  def _close(self):
     self._pipe.close()
     os.close(self._life)
     self._process = self._pipe = self._life = None

@@ -1,7 +1,7 @@
 """Every function of every table against a plain NumPy transcription of its equation, in float64.
 
 Ratios, surrogates and weights have theirs in policy_golden_test.py, selections in
-selections_test.py; further rows may stand in `FUNCTIONS` of tests/policy_gradient/oracles_*.py.
+selections_test.py; further rows are in `FUNCTIONS` of tests/policy_gradient/oracles_*.py.
 """
 
 import jax.numpy as jnp
