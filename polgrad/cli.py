@@ -42,7 +42,7 @@ def _parse(argv: list[str]) -> list[str]:
   return app.parse_flags_with_usage(argv)
 
 
-def start(argv: list[str], *, needed: Sequence[flags.FlagHolder] = (CONFIG, WORKDIR)) -> None:
+def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> None:
   """Checks the flags, then sets up logging, the processes of a pod and the compilation cache.
 
   Raises:
@@ -50,10 +50,10 @@ def start(argv: list[str], *, needed: Sequence[flags.FlagHolder] = (CONFIG, WORK
   """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
-  for flag in needed:
-    if flag.value is None:
-      raise app.UsageError(f'--{flag.name} is needed')
-  if CONFIG in needed:
+  for name in needed:
+    if flags.FLAGS[name].value is None:
+      raise app.UsageError(f'--{name} is needed')
+  if 'config' in needed:
     with refusals():
       CONFIG.value.keys()  # raises what a file that could not be read had raised
   if not flags.FLAGS['verbosity'].present:

@@ -80,7 +80,7 @@ def _replay(config: ml_collections.ConfigDict, workdir: str, folder: str, until:
 
 
 def main(argv: list[str]) -> None:
-  cli.start(argv, needed=(cli.WORKDIR,))
+  cli.start(argv, needed=['workdir'])
   with cli.refusals():
     found = differences(cli.workdir(), cli.STEP.value, cli.checkpoint_folder())
   if found:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from polgrad import (
@@ -435,13 +437,17 @@ class TestAnotherRunInTheSameFolder:
     train.run(config(), str(copied))
 
 
-def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path):
+def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path, capsys):
   workdir, _ = finished
   before = {f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()}
   assert verify.differences(workdir, 3) == []
   assert {
     f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()
   } == before
+  with flagsaver.flagsaver():
+    flags.FLAGS(['verify', f'--workdir={workdir}', '--step=3', '--compilation_cache='])
+    verify.main(['verify'])
+  assert 'every bit is the same' in capsys.readouterr().out
   with pytest.raises(FileNotFoundError, match='no checkpoint after 19'):
     verify.differences(workdir, -1)
   shutil.copytree(workdir, tmp_path / 'copy')
