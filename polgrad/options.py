@@ -6,6 +6,7 @@ and so is one that has none.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +34,7 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
     ValueError: an unknown method, task, model or option, or a value of another type; the message
       lists the valid ones and suggests a near one.
   """
+  # Choose the functions of method, task and model.
   given = {name: str(value) for name, value in defaults.items()} | parse(text)
   for name in CHOICES:
     if name not in given:
@@ -40,6 +42,8 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   method, model = (_choose(kind, given.pop(kind)) for kind in ('method', 'model'))
   task_name = given.pop('task')
   task, rest = _task_function(task_name, given)
+
+  # Give every other option to the function that has an argument of its name.
   owners = {
     'run': _knobs(compose),
     'method': {k: v for k, v in _knobs(method).items() if k not in BUDGETS},
@@ -50,14 +54,14 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   for name, parameter in inspect.signature(task).parameters.items():
     if parameter.default is inspect.Parameter.empty and name not in values['task']:
       raise ValueError(f'task={task_name} needs {name}=...')
+
+  # Call them. A model of characters takes its alphabet from the task.
   fields = values.pop('fields')
   made = dataclasses.replace(task(**values['task']), **fields)
   if 'alphabet' in _knobs(model):
     values['model']['alphabet'] = made.alphabet
   preset = model(**values['model'])
-  own = lambda **budgets: method(**{**budgets, **values['method']})
-  own.__signature__ = inspect.signature(method)
-  return compose(own, made, preset, **values['run'])
+  return compose(functools.partial(method, **values['method']), made, preset, **values['run'])
 
 
 def parse(text: str) -> dict[str, str]:
