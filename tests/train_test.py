@@ -444,8 +444,8 @@ def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path
   assert {
     f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()
   } == before
-  with flagsaver.flagsaver():
-    flags.FLAGS(['verify', f'--workdir={workdir}', '--step=3', '--compilation_cache='])
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(workdir=workdir, step=3, compilation_cache=''):
     verify.main(['verify'])
   assert 'every bit is the same' in capsys.readouterr().out
   with pytest.raises(FileNotFoundError, match='no checkpoint after 19'):
