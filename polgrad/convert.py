@@ -6,10 +6,14 @@
     python -m polgrad.convert --gguf=FILE --out=OUT    # a GGUF file instead of a checkpoint
 
 A LoRA adapter is merged into its base, unless --adapter is given. The tokenizer and the settings of the
-model come from the Hugging Face folder that the run began with. OUT must be empty or not exist.
+model come from the Hugging Face folder that the run began with; generation_config.json also gets the
+stop tokens of the run that it lacks, such as one that only the chat template writes. OUT must be empty
+or not exist.
 """
 
-from collections.abc import Mapping
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import flags
@@ -61,9 +65,23 @@ def export(config: Mapping, folder: str, out: str, *, step: int, adapter: bool, 
     params = restore_params(experiment, folder, step)
     if adapter:
       return save_adapter(out, policy.config, params, base_model=source)
-    if policy.config.lora_rank:
-      return hf.save(out, *merge(policy.config, params), source=source, reward_model=reward_model)
-    return hf.save(out, policy.config, params, source=source, reward_model=reward_model)
+    whole = merge(policy.config, params) if policy.config.lora_rank else (policy.config, params)
+    hf.save(out, *whole, source=source, reward_model=reward_model)
+  if source and not reward_model and jax.process_index() == 0:
+    add_stops(out, experiment.tokenizer.stop_ids)
+
+
+def add_stops(folder: str, stop_ids: Sequence[int]) -> None:
+  """Names all stop tokens in generation_config.json, if it or config.json lacks one of them."""
+  path = pathlib.Path(folder) / 'generation_config.json'
+  read = lambda file: json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+  stated = read(path)
+  named = (stated or read(path.with_name('config.json'))).get('eos_token_id')
+  named = [named] if isinstance(named, int) else named or []
+  missing = [i for i in stop_ids if i not in named]
+  if missing:
+    text = json.dumps(stated | {'eos_token_id': [*named, *missing]}, indent=2)
+    path.write_text(text, encoding='utf-8')
 
 
 def main(argv: list[str]) -> None:

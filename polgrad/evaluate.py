@@ -152,7 +152,7 @@ def attempt(experiment: Experiment, sample: Callable, params: Params, samples: i
 
     # Score the completions of the real problems; the samples of a problem are consecutive rows.
     rows = len(piece) * samples
-    written = completions(rollout, tokenizer)[:rows]
+    written = completions(rollout, padded, tokenizer)[:rows]
     lengths = [int(x) for x in rollout.mask.sum(axis=1)[:rows]]
     owners = [record for record in piece for _ in range(samples)]
     scores.append(plan.score(written, owners, lengths).total)

@@ -71,7 +71,7 @@ def make_completer(
       for x in (prompts.tokens, prompts.mask, prompts.ids)
     )
     rollout = sample({'policy': params}, tokens, mask, ids, seed=seed, step=turn)
-    return completions(sharding.to_host(rollout), tokenizer)[0]
+    return completions(sharding.to_host(rollout), [record] * copies, tokenizer)[0]
 
   return complete
 

@@ -162,6 +162,20 @@ def test_completions_are_the_sampler_s_ids(plain):
   assert (plain.batch.behavior_logp[plain.batch.mask] < 0).all()
 
 
+def test_a_completion_of_messages_begins_with_what_the_prompt_opened():
+  tokenizer = tokenizers.byte()._replace(opening='<think>\n')
+  said = np.array([tokenizer.encode('so</think>4')] * 4, np.int32)
+  batch = Batch(
+    tokens=said,
+    segment_ids=np.ones_like(said),
+    mask=np.ones(said.shape, bool),
+    finished=np.zeros(4, bool),
+  )
+  records = [{'messages': [{'role': 'user', 'content': '2+2'}]}, {'prompt': '2+2'}]
+  texts = collect.completions(batch, records, tokenizer)
+  assert texts == ['<think>\nso</think>4'] * 2 + ['so</think>4'] * 2
+
+
 def test_annotations_are_taken_in_pieces_without_a_trace(plain):
   run = experiment()
   params = run.policy.init(jax.random.key(0))

@@ -124,6 +124,15 @@ def test_an_adapter_of_preference_learning_is_written_for_peft_or_merged(tmp_pat
   assert np.abs(expected - began).max() > 1e-6
 
 
+def test_a_folder_names_the_stop_token_that_only_the_chat_template_writes(tmp_path):
+  path = tmp_path / 'generation_config.json'
+  convert.add_stops(str(tmp_path), [2, 0])
+  assert json.loads(path.read_text()) == {'eos_token_id': [2, 0]}
+  path.write_text('{"eos_token_id": 0, "top_k": 5}')
+  convert.add_stops(str(tmp_path), [2, 0])
+  assert json.loads(path.read_text()) == {'eos_token_id': [0, 2], 'top_k': 5}
+
+
 def test_an_adapter_is_not_asked_of_a_run_without_one(tmp_path):
   path = hub.small('qwen3', tmp_path)
   config = from_text(f'smoke,method=sft,task=chain_sum,model=qwen3,path={path}')

@@ -29,18 +29,27 @@ def question(record: Mapping) -> str:
   return record['prompt'] if 'prompt' in record else record['messages'][-1]['content']
 
 
-def completions(batch: Batch, tokenizer: Tokenizer) -> list[str]:
-  """The text of each row's completion, without the stop token that ended it."""
+def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) -> list[str]:
+  """The text of each row's completion, without the stop token that ended it.
+
+  It is the whole assistant turn: what the chat template wrote of it in the prompt, such as `<think>`,
+  comes first. Of special tokens only stop, pad and bos tokens are left out.
+
+  Args:
+    records: of the prompts, in the order of the rows; each has the same number of rows.
+  """
+  rows_per_prompt = len(batch.tokens) // len(records)
   texts = []
-  for tokens, mask, finished in zip(batch.tokens, batch.mask, batch.finished):
+  for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
+    opened = tokenizer.opening if 'messages' in records[i // rows_per_prompt] else ''
     ids = [int(i) for i in tokens[mask]]
-    texts.append(tokenizer.decode(ids[:-1] if finished else ids))
+    texts.append(opened + tokenizer.decode(ids[:-1] if finished else ids))
   return texts
 
 
 def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple[Batch, Texts]:
   """Decodes sampled rows (NumPy) and fills in `rewards` and `valid`."""
-  texts = completions(batch, context.tokenizer)
+  texts = completions(batch, records, context.tokenizer)
   lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)
   # Each process verifies every n-th row, and gets the scores of all.

@@ -1,5 +1,13 @@
 """Records to NumPy arrays of tokens.
 
+One rule holds for all completions that data give, whether `answer`, `chosen`, `rejected` or the last
+turn of `messages`: what is trained is what the chat template writes of the turn after the sampler's
+prompt, through its stop token. So an empty block of thoughts that a template puts into the turn is
+trained, and one that the generation prompt writes is not. Where a template does not continue the prompt
+with the words as they are (some drop thoughts), a field's own words follow the prompt, without the text
+that the prompt writes of them already; a conversation of `messages` alone is refused. A `prompt` that is
+text has no template: the completion follows it word for word.
+
 A prompt is tokenised once, and the ids of a completion are never decoded and tokenised again. Nothing is
 truncated: a row that is too long raises an error that names its record. Masks are computed from lengths,
 never from token ids, so the pad id may also be a stop id.
@@ -85,7 +93,16 @@ def pairs(
 
 def _prompt(record, tokenizer):
   """Token ids of the prompt, with bos where the tokenizer has one."""
-  text = tokenizer.chat(record['messages']) if 'messages' in record else record['prompt']
+  tools = record.get('tools')
+  if 'messages' in record:
+    try:
+      text = tokenizer.chat(record['messages'], tools=tools)
+    except ValueError as error:
+      raise ValueError(f'record {record["id"]}: {error}') from error
+  elif tools:
+    raise ValueError(f'record {record["id"]}: a prompt that is text has no place for its tools')
+  else:
+    text = record['prompt']
   ids = _bos(record, tokenizer, tokenizer.encode(text))
   if not ids:
     raise ValueError(f'record {record["id"]}: the prompt has no tokens to condition on')
@@ -105,7 +122,7 @@ def _supervised(record, tokenizer, length):
   if 'answer' in record or not _ends_with_assistant(record):
     return _segment(record, tokenizer, 'answer', length)
   try:
-    said, mask = tokenizer.conversation(record['messages'])
+    said, mask = tokenizer.conversation(record['messages'], tools=record.get('tools'))
   except ValueError as error:
     raise ValueError(f'record {record["id"]}: {error}') from error
   ids = _bos(record, tokenizer, said)
@@ -114,21 +131,45 @@ def _supervised(record, tokenizer, length):
 
 
 def _segment(record, tokenizer, field, length):
-  """(ids, mask) of a prompt with the completion in `field`, which ends with exactly one stop token."""
+  """(ids, mask) of a prompt with the completion in `field`, through its stop token."""
   if field not in record:
     raise ValueError(f'record {record["id"]}: no {field!r}, only {sorted(record)}')
   if _ends_with_assistant(record):
     raise ValueError(f'record {record["id"]}: {field!r} after messages that end with an assistant')
   prompt = _prompt(record, tokenizer)
+  completion, trained = _turn(record, tokenizer, field) or _words(record, tokenizer, field)
+  _check_length(record, len(prompt) + len(completion), length)
+  return prompt + completion, [False] * len(prompt) + trained
+
+
+def _turn(record, tokenizer, field):
+  """(ids, mask) of the completion as the template writes it after the prompt; None if it cannot."""
+  if 'messages' not in record:
+    return None
+  asked, tools = record['messages'], record.get('tools')
+  reply = {'role': 'assistant', 'content': record[field]}
+  try:
+    ids, mask = tokenizer.conversation([*asked, reply], tools=tools, only_last=True)
+  except ValueError:  # the template changes the words, or they hold a stop token
+    return None
+  begin = len(tokenizer.encode(tokenizer.chat(asked, tools=tools)))
+  return ids[begin:], mask[begin:]
+
+
+def _words(record, tokenizer, field):
+  """(ids, mask) of the completion word for word, and one stop token."""
+  text = record[field]
+  if 'messages' in record and tokenizer.opening:
+    for opened in (tokenizer.opening, tokenizer.opening.strip()):
+      text = text.removeprefix(opened)
   # The text may end with a stop token already; a stop token further inside would hide what follows it.
-  completion = list(tokenizer.encode(record[field]))
+  completion = list(tokenizer.encode(text))
   if completion and completion[-1] in tokenizer.stop_ids:
     completion.pop()
   if set(completion) & set(tokenizer.stop_ids):
     raise ValueError(f'record {record["id"]}: a stop token inside {field!r}')
   completion.append(tokenizer.stop_ids[0])
-  _check_length(record, len(prompt) + len(completion), length)
-  return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+  return completion, [True] * len(completion)
 
 
 def _ends_with_assistant(record):

@@ -1,12 +1,14 @@
 """Conversations as text: chat templates, and which tokens of a conversation are the assistant's."""
 
 import datetime
+import functools
 import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 
@@ -17,19 +19,32 @@ REFUSED = (
   *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError),
   *(ValueError, RecursionError),
 )
-Chat = Callable[..., str]  # (messages, add_generation_prompt=True) -> text
+# A tag that begins thoughts, such as <think> or [THINK].
+THOUGHTS = re.compile(r'[<\[][\w:]*(?:think|thought|reason)\w*[>\]]', re.IGNORECASE)
+DATE = '2024-07-26'  # what Llama 3.2's template says where it is not told the date
+Chat = Callable[..., str]  # (messages, add_generation_prompt=True, tools=None) -> text
 Align = Callable[[str], tuple[list[int], list[tuple[int, int]]]]  # text -> ids, their spans in it
-# messages -> ids, and for each id whether it is trained
-Conversation = Callable[[Sequence[Mapping]], tuple[list[int], list[bool]]]
+# (messages, tools=None, only_last=False) -> ids, and for each id whether it is trained
+Conversation = Callable[..., tuple[list[int], list[bool]]]
 
 
-def plain_chat(messages: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
-  """One line `role: content` for each message, for tokenizers without a template."""
+def plain_chat(
+  messages: Sequence[Mapping], add_generation_prompt: bool = True, tools: Sequence | None = None
+) -> str:
+  """One line `role: content` for each message, for tokenizers without a template.
+
+  Raises:
+    ValueError: there are tools.
+  """
+  if tools:
+    raise ValueError('tools need a tokenizer with a chat template that reads them')
   text = ''.join(f'{m["role"]}: {m["content"]}\n' for m in messages)
   return text + 'assistant: ' if add_generation_prompt else text
 
 
-def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
+def jinja_chat(
+  source: str, special: Mapping[str, str], *, mark: str = '', date: str = DATE
+) -> Chat:
   """Makes a chat function of a Jinja template.
 
   Templates come with downloaded weights, so they run in a sandbox that cannot change anything.
@@ -38,10 +53,13 @@ def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
     source: text of the template.
     special: texts of special tokens by name: `bos_token`, `eos_token`, ...
     mark: put before and after every text that the template writes within {% generation %}.
+    date: YYYY-MM-DD, what a template is told that asks for the date of today.
 
   Raises:
-    ValueError: from the function that is returned, if the template refuses the messages or fails.
+    ValueError: `date` is no date; or, from the function that is returned: the template refuses the
+      messages or fails, or there are tools and it does not read them.
   """
+  today = datetime.datetime.fromisoformat(date)
   environment = _Sandbox(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
@@ -51,21 +69,24 @@ def jinja_chat(source: str, special: Mapping[str, str], mark: str = '') -> Chat:
   environment.globals['raise_exception'] = _raise_exception
   budget = _Budget()
   environment.globals['range'] = budget.range
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+  environment.globals['strftime_now'] = today.strftime
   # Jinja has no {% generation %}; a filter of this name has the same effect.
   source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
   source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endfilter\2', source)
   try:
     template = environment.from_string(source)
+    reads_tools = 'tools' in jinja2.meta.find_undeclared_variables(environment.parse(source))
   except REFUSED as error:
     raise ValueError(f'the chat template cannot be read: {error}') from error
 
-  def chat(messages, add_generation_prompt=True):
+  def chat(messages, add_generation_prompt=True, tools=None):
+    if tools and not reads_tools:
+      raise ValueError('the record has tools, but the chat template does not read them')
     budget.reset()
     pieces = template.generate(
       messages=[dict(m) for m in messages],
       add_generation_prompt=add_generation_prompt,
-      tools=None,
+      tools=tools or None,
       documents=None,
       **special,
     )
@@ -121,13 +142,49 @@ def marks_generation(source: str) -> bool:
 def no_chat(path: str) -> Chat:
   """A chat function that raises ValueError, for a model without a template."""
 
-  def chat(messages, add_generation_prompt=True):
+  def chat(messages, add_generation_prompt=True, tools=None):
     raise ValueError(
       f'{path}: no chat template; expected chat_template.jinja or chat_template in '
       'tokenizer_config.json, or records with a prompt in place of messages'
     )
 
   return chat
+
+
+def opening(chat: Chat) -> str:
+  """What a generation prompt writes of the assistant's turn itself, such as `<think>` and a newline.
+
+  It begins where the generation prompt departs from how the template writes an assistant turn that is
+  given, or at a tag that begins thoughts, if that is earlier; '' if nothing but space is left.
+  """
+  user, reply = {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': MARK}
+  try:
+    prompt, before = chat([user]), chat([user], add_generation_prompt=False)
+    given = [chat(m, add_generation_prompt=False) for m in ([user, reply], [user, reply, user])]
+  except ValueError:  # a template may refuse these messages
+    return ''
+  cut = max(_common(prompt, text) for text in given)
+  for tag in re.finditer(
+    r'<[^<>\s]*>', prompt
+  ):  # </think> and <think> differ after their first letter
+    cut = tag.start() if tag.start() < cut < tag.end() else cut
+  thoughts = THOUGHTS.search(prompt, len(before) if prompt.startswith(before) else cut)
+  text = prompt[min(cut, thoughts.start()) if thoughts else cut :]
+  return text if text.strip() else ''
+
+
+def ending(chat: Chat) -> str:
+  """What a template writes after the words of a last assistant turn; '' if it cannot be told."""
+  turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': MARK}]
+  try:
+    return chat(turns, add_generation_prompt=False).partition(MARK)[2]
+  except ValueError:  # a template may refuse these messages
+    return ''
+
+
+def _common(a: str, b: str) -> int:
+  """How many characters two texts have in common at their beginning."""
+  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def make_conversation(
@@ -138,12 +195,14 @@ def make_conversation(
   stops: Sequence[str] = (),
   marked: Chat | None = None,
 ) -> Conversation:
-  """Makes `conversation(messages) -> (ids, trained)`, for messages that end with an assistant turn.
+  """Makes `conversation(messages, tools=None, only_last=False) -> (ids, trained)`.
+
+  The messages end with an assistant turn.
 
   `trained` is True for every assistant turn and the stop token that ends it. A turn is the text between
   the prompt that a sampler would get for it and the end of its stop token. Text after the last turn,
   such as a newline, is dropped. If the template writes no stop token after a turn, only the words are
-  trained, and `stop_id` is added after the last turn.
+  trained, and `stop_id` is added after the last turn. With `only_last`, earlier turns are not trained.
 
   The whole text is tokenised at once, except that no token crosses the start of the last turn, so that
   the ids before it are exactly those of the sampler's prompt. A token that crosses the start of an
@@ -164,8 +223,10 @@ def make_conversation(
   """
   stops = tuple(stops)
 
-  def conversation(messages):
-    text, cut, spans = _spans(chat, marked, messages, stops)
+  def conversation(messages, tools=None, only_last=False):
+    write = functools.partial(chat, tools=tools)
+    mark = functools.partial(marked, tools=tools) if marked else None
+    text, cut, spans = _spans(write, mark, messages, stops, only_last)
     ids, trained = _tokens(align, text, cut, spans)
     if not text.endswith(stops):
       ids, trained = [*ids, stop_id], [*trained, True]
@@ -174,15 +235,17 @@ def make_conversation(
   return conversation
 
 
-def _spans(chat, marked, messages, stops):
+def _spans(chat, marked, messages, stops, only_last):
   """(text, cut, spans): the text through the last turn, the start of that turn, and what is trained."""
   turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
   if not turns or turns[-1] != len(messages) - 1:
     raise ValueError('a conversation to train on ends with an assistant turn')
   text = chat(messages, add_generation_prompt=False)
   cut = _start(chat, text, messages, turns[-1])
+  turns = turns[-1:] if only_last else turns
   if marked:
     spans = _marked_spans(marked(messages, add_generation_prompt=False), text, cut, stops)
+    spans = [(a, b) for a, b in spans if b > cut] if only_last else spans
   else:
     # Each turn reaches at most to the start of the next one.
     starts = [_start(chat, text, messages, i) for i in turns[:-1]] + [cut]
@@ -230,12 +293,12 @@ def _turn_span(text, start, limit, i, message, stops):
   content = message.get('content') or ''
   if not isinstance(content, str):
     raise ValueError(f'message {i}: content must be text, got {content!r}')
-  # With a stop token, what precedes it must end with the content. (With tool calls it must only contain
-  # the content, because the template writes the calls after it.)
+  # With a stop token, what precedes it must end with the content, whose beginning the prompt may have
+  # written. (With tool calls it must only contain the content, because the calls are written after it.)
   found = re.compile('|'.join(map(re.escape, stops))).search(text, start, limit) if stops else None
   if found:
-    said = text[start : found.start()].rstrip()
-    if content.strip() in said if message.get('tool_calls') else said.endswith(content.strip()):
+    said, words = text[: found.start()].rstrip(), content.strip()
+    if words in said[start:] if message.get('tool_calls') else said.endswith(words):
       return start, found.end()
     raise ValueError(
       f'message {i}: the chat template does not write the content as it is before {found[0]!r}'

@@ -10,9 +10,11 @@
 | `chosen` and `rejected` as messages | texts of their last turns; what both begin with is the prompt |
 | a number as `answer` | its text |
 | `content` as a list of texts | the texts, joined |
+| `tools` as JSON text | the list that it is; the chat template gets it |
 | `id` | `record_id`, because `id` is the row in the file |
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,10 +60,20 @@ def normalized(record: Any) -> dict:
     fields |= _pair(fields)
   if isinstance(fields.get('answer'), int | float) and not isinstance(fields['answer'], bool):
     fields['answer'] = str(fields['answer'])
+  if fields.get('tools') is not None:
+    fields['tools'] = _tools(fields['tools'])
   for name in TEXTS:
     if not isinstance(fields.get(name, ''), str):
       raise ValueError(f'{name} must be text, got {fields[name]!r}')
   return fields
+
+
+def _tools(tools: Any) -> list:
+  """The tools that the assistant may call, as a list of their descriptions."""
+  found = json.loads(tools) if isinstance(tools, str) else tools
+  if not isinstance(found, list):
+    raise ValueError(f'tools must be a list, got {tools!r}')
+  return found
 
 
 def _renamed(record: Mapping) -> dict:

@@ -1,8 +1,8 @@
 """Random-access data sets of records: `len(source)`, `source[i] -> dict`.
 
 A record has `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for rewards and
-supervised training; `chosen` and `rejected` (texts) for preference training; and any other field that a
-reward reads.
+supervised training; `chosen` and `rejected` (texts) for preference training; `tools` (a list) beside
+messages, for the chat template; and any other field that a reward reads.
 """
 
 import codecs

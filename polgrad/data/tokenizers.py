@@ -1,8 +1,8 @@
 """Text to token ids and back. A `Tokenizer` is a tuple of functions and ids."""
 
 import collections
-import contextlib
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -22,13 +22,16 @@ class Tokenizer(NamedTuple):
   """What polgrad needs of a tokenizer."""
 
   encode: Callable[[str], list[int]]  # text -> ids; adds no special tokens
-  decode: Callable[[Sequence[int]], str]  # ids -> text; leaves special tokens out
-  chat: chats.Chat  # (messages, add_generation_prompt=True) -> text to encode
+  decode: Callable[[Sequence[int]], str]  # ids -> text; leaves stop, pad and bos tokens out
+  chat: chats.Chat  # (messages, add_generation_prompt=True, tools=None) -> text to encode
   conversation: chats.Conversation  # messages -> (ids, for each whether it is the assistant's)
   vocab_size: int  # all ids are smaller
   pad_id: int  # may equal a stop id, because masks are never computed from token ids
   bos_id: int  # the token that begins a sequence, -1 for none
   stop_ids: tuple[int, ...]  # tokens that end a completion; the first ends completions we train on
+  opening: str = (
+    ''  # what the generation prompt of `chat` writes of the assistant's turn: `<think>`
+  )
 
 
 def byte() -> Tokenizer:
@@ -100,34 +103,50 @@ def sentencepiece(*, path: str) -> Tokenizer:
   eos, size = model.eos_id(), model.vocab_size()
   if eos < 0:
     raise ValueError(f'{path}: the model has no eos token')
+  pad = model.pad_id() if model.pad_id() >= 0 else eos
+  names = dict(enumerate(map(model.id_to_piece, range(size))))
   return Tokenizer(
     encode=lambda text: model.encode(text),
-    decode=lambda ids: model.decode([int(i) for i in ids if i < size]),
+    decode=_make_decode(
+      model,
+      _without_prefix(model),
+      names,
+      whole={i for i in names if model.is_control(i)},
+      hidden={eos, pad, model.bos_id()},
+    ),
     chat=plain_chat,
     conversation=make_conversation(functools.partial(_align, model), plain_chat, stop_id=eos),
     vocab_size=size,
-    pad_id=model.pad_id() if model.pad_id() >= 0 else eos,
+    pad_id=pad,
     bos_id=model.bos_id(),
     stop_ids=(eos,),
   )
 
 
-def huggingface(*, path: str) -> Tokenizer:
+def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
   """The tokenizer of a Hugging Face folder: tokenizer.json and the files beside it.
 
   * Without tokenizer.json, tokenizer.model (SentencePiece) is read, and the special tokens of the other
     files become single ids.
-  * The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json.
-  * Stop tokens are the eos token of tokenizer_config.json (else special_tokens_map.json) and all those
-    of generation_config.json. The first one, which ends completions we train on, is the one that the
-    template writes after an assistant turn.
+  * The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json. A record
+    with tools is written by the template `tool_use`, if there is one of that name.
+  * Stop tokens are the token with which the template ends an assistant turn, the eos token of
+    tokenizer_config.json (else special_tokens_map.json) and all those of generation_config.json. The
+    first one ends completions we train on: that of the template, or eos if the template writes none.
+  * A decoded text lacks the stop tokens, pad and bos. All other special tokens, such as `<think>` in
+    some models, are in it as they are written.
   * `bos_id` is the bos token only if the tokenizer puts it before a plain text, else -1. Some models
     name a bos token that never preceded text in their training.
 
+  Args:
+    path: the folder.
+    date: what a template is told that asks for the date of today, as YYYY-MM-DD. It is part of the
+      configuration, so prompts are the same on every day.
+
   Raises:
     FileNotFoundError: `path` has neither tokenizer.json nor tokenizer.model.
-    ValueError: no file names a stop token; from `chat`, there is no template, or it refuses the
-      messages; from `conversation`, see `chat.make_conversation`.
+    ValueError: there is no stop token, or `date` is no date; from `chat`, there is no template, or it
+      refuses the messages; from `conversation`, see `chat.make_conversation`.
   """
   folder = pathlib.Path(path)
   config = _read_json(folder / 'tokenizer_config.json')
@@ -139,31 +158,43 @@ def huggingface(*, path: str) -> Tokenizer:
     vocabulary = _read_fast(folder, special)
   align, ids, special = vocabulary.align, vocabulary.ids, vocabulary.special
 
-  stops = _stop_ids(folder, ids.get(special.get('eos_token')))
-
-  # The template, if there is one, decides which stop token comes first.
-  chat, marked = chats.no_chat(path), None
-  template = _template(folder, config)
-  if template:
-    chat = chats.jinja_chat(template, special)
-    if chats.marks_generation(template):
-      marked = chats.jinja_chat(template, special, chats.MARK)
-    with contextlib.suppress(ValueError):  # a template may refuse these messages
-      turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
-      written = [i for i in align(chat(turns, add_generation_prompt=False))[0] if i in stops]
-      stops = list(dict.fromkeys(written[-1:] + stops))
-
-  texts = [token for token, i in ids.items() if i in stops]
+  # The template, if there is one, says how a turn ends, and may open one.
+  chat, marked = _chats(path, _templates(folder, config), special, date)
+  ends = [i for i in align(chats.ending(chat))[0] if i in vocabulary.added]
+  stops = _stop_ids(folder, [*ends[:1], ids.get(special.get('eos_token'))])
+  pad = ids.get(special.get('pad_token'), stops[0])
   return Tokenizer(
     encode=lambda text: align(text)[0],
-    decode=vocabulary.decode,
+    decode=vocabulary.make_decode({*stops, pad, ids.get(special.get('bos_token'))}),
     chat=chat,
-    conversation=make_conversation(align, chat, stop_id=stops[0], stops=texts, marked=marked),
+    conversation=make_conversation(
+      align, chat, stop_id=stops[0], stops=[t for t, i in ids.items() if i in stops], marked=marked
+    ),
     vocab_size=max(ids.values()) + 1,
-    pad_id=ids.get(special.get('pad_token'), stops[0]),
+    pad_id=pad,
     bos_id=ids[special['bos_token']] if vocabulary.opens else -1,
     stop_ids=tuple(stops),
+    opening=chats.opening(chat),
   )
+
+
+def _chats(path, templates, special, date):
+  """The chat function of the templates, and one that marks the assistant's words, or None."""
+  make = lambda mark: {
+    name: chats.jinja_chat(text, special, mark=mark, date=date) for name, text in templates.items()
+  }
+
+  def choose(made):
+    def chat(messages, add_generation_prompt=True, tools=None):
+      name = 'tool_use' if tools and 'tool_use' in made else 'default'
+      return made[name](messages, add_generation_prompt, tools)
+
+    return chat
+
+  if 'default' not in templates:
+    return chats.no_chat(path), None
+  marks = all(map(chats.marks_generation, templates.values()))
+  return choose(make('')), choose(make(chats.MARK)) if marks else None
 
 
 def _special_tokens(folder, config):
@@ -173,11 +204,11 @@ def _special_tokens(folder, config):
   return {k: v for k, v in special.items() if isinstance(v, str)}
 
 
-def _stop_ids(folder, eos):
-  """The eos id, unless it is None, and the stop ids of generation_config.json."""
+def _stop_ids(folder, found):
+  """The ids in `found` that are not None, and the stop ids of generation_config.json."""
   more = _read_json(folder / 'generation_config.json').get('eos_token_id', [])
   more = [more] if isinstance(more, int) else more or []
-  stops = list(dict.fromkeys(i for i in [eos, *more] if i is not None))
+  stops = list(dict.fromkeys(i for i in [*found, *more] if i is not None))
   if not stops:
     raise ValueError(
       f'{folder}: no stop token; expected eos_token in tokenizer_config.json '
@@ -190,8 +221,10 @@ class _Vocabulary(NamedTuple):
   """What `huggingface` needs of tokenizer.json or tokenizer.model."""
 
   align: chats.Align
-  decode: Callable[[Sequence[int]], str]
+  # ids of tokens to leave out -> the function from ids to text
+  make_decode: Callable[[set[int]], Callable[[Sequence[int]], str]]
   ids: dict[str, int]  # ids by token, including added tokens
+  added: frozenset[int]  # special tokens, and others that are found in a text before it is split
   special: dict[str, str]  # texts of bos_token, eos_token, ...
   opens: bool  # whether the tokenizer puts bos before a plain text
 
@@ -210,10 +243,16 @@ def _read_fast(folder, special):
     encoding = model.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
 
+  def make_decode(hidden):
+    return lambda ids: model.decode(
+      [int(i) for i in ids if int(i) not in hidden], skip_special_tokens=False
+    )
+
   return _Vocabulary(
     align=align,
-    decode=lambda ids: model.decode([int(i) for i in ids], skip_special_tokens=True),
+    make_decode=make_decode,
     ids=model.get_vocab(with_added_tokens=True),
+    added=frozenset(model.get_added_tokens_decoder()),
     special=special,
     opens=opens,
   )
@@ -225,28 +264,51 @@ def _read_sentencepiece(folder, config, special):
   SentencePiece never recognises a control token such as </s> in a text, so special tokens are found with
   a regular expression, and only the text between them is given to SentencePiece.
   """
-  # A second model that does not put a space before the text, see `_align_between`.
   model = spm.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
-  proto = sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto())
-  proto.normalizer_spec.add_dummy_prefix = False
-  bare = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
-
+  bare = _without_prefix(model)
   names, added, special = _pieces(folder, config, model, special)
   ids = {token: i for i, token in names.items()}
   added |= {token: {'special': True} for token in special.values() if token in ids.keys() - added}
-  hidden = {ids[token] for token, flags in added.items() if flags.get('special')}
+  whole = {ids[token] for token in added if token in ids}
   # Longer tokens come first, so that a token is preferred to its own beginning.
   split = re.compile('|'.join(_pattern(t, added[t]) for t in sorted(added, key=len, reverse=True)))
   legacy = bool(config.get('legacy'))
   return _Vocabulary(
     align=lambda text: _align_between(text, split, ids, model, bare, legacy),
-    decode=lambda ids: model.decode_pieces(
-      [names[int(i)] for i in ids if int(i) in names and int(i) not in hidden]
-    ),
+    make_decode=lambda hidden: _make_decode(model, bare, names, whole=whole, hidden=hidden),
     ids=ids,
+    added=frozenset(whole),
     special=special,
     opens=special.get('bos_token') in ids and config.get('add_bos_token', True),
   )
+
+
+def _without_prefix(model):
+  """The same model, but it puts no space before a text: it reads what follows a special token."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto())
+  proto.normalizer_spec.add_dummy_prefix = False
+  return spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+def _make_decode(model, bare, names, *, whole, hidden):
+  """Makes the function from ids to text of a SentencePiece model.
+
+  Args:
+    model, bare: with and without a space before the text; the first reads what begins the text.
+    names: tokens by id; other ids are left out.
+    whole: ids of tokens that are written as they are named.
+    hidden: ids that are left out.
+  """
+
+  def decode(ids):
+    kept = [int(i) for i in ids if int(i) in names and int(i) not in hidden]
+    text = ''
+    for named, run in itertools.groupby(kept, key=whole.__contains__):
+      pieces = [names[i] for i in run]
+      text += ''.join(pieces) if named else (bare if text else model).decode_pieces(pieces)
+    return text
+
+  return decode
 
 
 def _pieces(folder, config, model, special):
@@ -306,14 +368,15 @@ def _align(model, text):
   return found['ids'], found['offsets']
 
 
-def _template(folder, config):
-  """Text of the chat template, '' if there is none; if there are several, the one named `default`."""
-  if (folder / 'chat_template.jinja').is_file():
-    return (folder / 'chat_template.jinja').read_text(encoding='utf-8')
-  template = config.get('chat_template') or ''
+def _templates(folder, config):
+  """Texts of the chat templates by name; the one without a name is `default`."""
+  template = config.get('chat_template') or {}
   if isinstance(template, list):
-    template = {t['name']: t['template'] for t in template}.get('default', '')
-  return template
+    template = {t['name']: t['template'] for t in template}
+  found = {'default': template} if isinstance(template, str) else dict(template)
+  others = sorted((folder / 'additional_chat_templates').glob('*.jinja'))
+  files = {'default': folder / 'chat_template.jinja'} | {f.stem: f for f in others}
+  return found | {name: f.read_text(encoding='utf-8') for name, f in files.items() if f.is_file()}
 
 
 def _text(token):

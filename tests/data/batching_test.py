@@ -84,7 +84,7 @@ def test_messages_go_through_the_chat_template():
 
 
 def test_a_template_writes_its_own_bos_and_plain_lines_are_given_one():
-  writes_none = BYTE._replace(chat=lambda messages, add_generation_prompt=True: 'x')
+  writes_none = BYTE._replace(chat=lambda messages, tools=None: 'x')
   record = {'messages': [{'role': 'user', 'content': 'a'}], 'id': 0}
   assert batching.prompts([record], writes_none, length=1).tokens.tolist() == [[120]]
   assert batching.prompts([record], BYTE, length=30).tokens[0, -20] == BYTE.bos_id

@@ -241,14 +241,10 @@ def test_a_conversation_that_cannot_be_trained_says_why(tmp_path, messages, why)
 
 
 def test_an_end_of_turn_that_is_no_stop_token_is_named(tmp_path):
-  folder = folders.chatml(tmp_path)
-  config = json.loads((folder / 'tokenizer_config.json').read_text())
-  folders.write(folder, 'tokenizer_config.json', **config | {'eos_token': '<|endoftext|>'})
+  folder = folders.chatml(tmp_path, folders.CHATML.replace('<|im_end|>', '###'))
   t = tokenizers.huggingface(path=str(folder))
-  with pytest.raises(ValueError, match=r"message 3: .* '<\|im_end\|>', which is none of the stop"):
+  with pytest.raises(ValueError, match=r"message 3: .* '###', which is none of the stop"):
     t.conversation(TALK)
-  folders.write(folder, 'generation_config.json', eos_token_id=[0, 2])
-  assert len(trained(tokenizers.huggingface(path=str(folder)), TALK)) == 2
 
 
 def test_a_stop_token_takes_in_the_newline_that_it_is_declared_to_take_in(tmp_path):
@@ -286,3 +282,94 @@ def test_plain_chat_with_the_reply_continues_the_generation_prompt():
 def test_a_template_that_grows_without_end_or_leaves_its_sandbox_is_refused(source):
   with pytest.raises(ValueError, match='the chat template fails'):
     chat.jinja_chat(source, {})([{'role': 'user', 'content': 'hi'}])
+
+
+def turn_of(folder, record, length=150):
+  """What is trained of a record, with special tokens."""
+  t = tokenizers.huggingface(path=str(folder))
+  row = batching.supervised([{**record, 'id': 0}], t, length=length)
+  return read(folder, row.tokens[0, row.mask[0]].tolist())
+
+
+OPENED = "{{ '<|im_start|>assistant\n<think>\n' }}"
+
+
+def opened(template):
+  return template.replace("{{ '<|im_start|>assistant\n' }}", OPENED)
+
+
+@pytest.mark.parametrize('field', ['answer', 'chosen'])
+def test_an_empty_block_of_thoughts_is_trained_alike_in_every_form_of_a_record(tmp_path, field):
+  folder = folders.chatml(tmp_path, folders.THOUGHTS)
+  t = tokenizers.huggingface(path=str(folder))
+  spoken = {'messages': TALK, 'id': 0}
+  want = '<think>\n\n</think>\n\nnaïve\ncafé<|im_end|>'
+  ids, mask = t.conversation(TALK, only_last=True)
+  assert read(folder, [i for i, on in zip(ids, mask) if on]) == want
+  asked = {'messages': TALK[:3], field: TALK[3]['content'], 'rejected': 'no', 'id': 0}
+  make = batching.supervised if field == 'answer' else batching.pairs
+  row, whole = make([asked], t, length=150), batching.supervised([spoken], t, length=150)
+  assert row.tokens[0].tolist() == whole.tokens[0].tolist()
+  assert read(folder, row.tokens[0, row.mask[0]].tolist()) == want
+
+
+def test_a_block_of_thoughts_that_the_prompt_writes_is_not_trained(tmp_path):
+  block = "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+  template = folders.THOUGHTS.replace("{{ '<|im_start|>assistant\n' }}", block)
+  folder = folders.chatml(tmp_path, template)
+  for record in ({'messages': TALK[:2]}, {'messages': TALK[:1], 'answer': 'Hello, 👩!'}):
+    assert turn_of(folder, record) == 'Hello, 👩!<|im_end|>'
+
+
+@pytest.mark.parametrize('template', [folders.CHATML, folders.THOUGHTS])
+def test_an_answer_may_begin_with_the_thoughts_that_the_prompt_opens_or_continue_them(
+  tmp_path, template
+):
+  folder = folders.chatml(tmp_path, opened(template))
+  whole = '<think>\nso\n</think>\n\nyes'
+  for answer in (whole, whole.removeprefix('<think>\n')):
+    got = turn_of(folder, {'messages': TALK[:1], 'answer': answer})
+    assert got == 'so\n</think>\n\nyes<|im_end|>'
+  spoken = [TALK[0], {'role': 'assistant', 'content': whole}]
+  assert turn_of(folder, {'messages': spoken}) == 'so\n</think>\n\nyes<|im_end|>'
+
+
+def test_earlier_turns_of_a_record_with_an_answer_are_not_trained_nor_refused(tmp_path):
+  folder = folders.chatml(tmp_path, folders.THOUGHTS)
+  thought = {'role': 'assistant', 'content': '<think>so</think>yes'}
+  record = {'messages': [TALK[0], thought, TALK[2]], 'answer': 'no'}
+  assert turn_of(folder, record) == '<think>\n\n</think>\n\nno<|im_end|>'
+
+
+TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
+
+
+def test_tools_of_a_record_reach_prompts_answers_pairs_and_conversations(tmp_path):
+  template = '{% if tools %}{{ tools | tojson }}{% endif %}' + folders.CHATML
+  t = tokenizers.huggingface(path=str(folders.chatml(tmp_path, template)))
+  spoken = {'messages': TALK, 'id': 0}
+  asked = {'messages': TALK[:3], 'answer': 'a', 'chosen': 'b', 'rejected': 'c', 'id': 0}
+  for make, record in (
+    (batching.prompts, asked),
+    (batching.supervised, asked),
+    (batching.supervised, spoken),
+    (batching.pairs, asked),
+  ):
+    texts = [
+      read(tmp_path, row) for row in make([{**record, 'tools': TOOLS}], t, length=250).tokens
+    ]
+    assert all(json.dumps(TOOLS) in text for text in texts)
+
+
+def test_tools_that_nothing_reads_are_refused_with_their_record(tmp_path):
+  t = tokenizers.huggingface(path=str(folders.chatml(tmp_path)))
+  asked = {'messages': TALK[:1], 'answer': 'a', 'tools': TOOLS, 'id': 7}
+  for make in (batching.prompts, batching.supervised):
+    with pytest.raises(ValueError, match=r'record 7: .*template does not read them'):
+      make([asked], t, length=250)
+  with pytest.raises(ValueError, match=r'record 7: .*template does not read them'):
+    batching.supervised([{'messages': TALK, 'tools': TOOLS, 'id': 7}], t, length=250)
+  with pytest.raises(
+    ValueError, match='record 7: a prompt that is text has no place for its tools'
+  ):
+    batching.prompts([{'prompt': 'a', 'tools': TOOLS, 'id': 7}], t, length=250)

@@ -213,6 +213,8 @@ def user(content, role='user') -> str:
     ({'prompt': 'hi', 'completion': [HELLO]}, {'messages': [HI, HELLO]}),
     ({'messages': [HI | {'value': 0.5}]}, {'messages': [HI | {'value': 0.5}]}),
     ({'prompt': 'a', 'conversations': 3}, {'prompt': 'a', 'conversations': 3}),
+    ({'messages': [HI], 'tools': '[{"name": "f"}]'}, {'messages': [HI], 'tools': [{'name': 'f'}]}),
+    ({'messages': [HI], 'tools': None}, {'messages': [HI], 'tools': None}),
     ({'prompt': 'a', 'id': 'task-77'}, {'prompt': 'a', 'record_id': 'task-77'}),
   ],
 )
@@ -271,6 +273,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, data, why):
     (json.dumps(dict(chosen=[HELLO], rejected=[HELLO | {'content': 'x'}])), 'have no prompt'),
     ('{"prompt": "a", "chosen": "b"}', 'chosen and rejected'),
     ('{"messages": []}', 'messages must be a list'),
+    ('{"prompt": "a", "tools": {"name": "f"}}', 'tools must be a list'),
     ('{"messages": ["a"]}', 'needs role and content'),
   ],
 )

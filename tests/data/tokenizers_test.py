@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import sentencepiece as spm
 import tokenizers as hf
 
-from polgrad.data import tokenizers
+from polgrad.data import batching, tokenizers
 from polgrad.registry import bind, part
 from tests.data import folders
 from tests.data.folders import CHATML
@@ -131,7 +132,7 @@ def test_huggingface_chat_writes_special_tokens_that_encode_reads(folder):
   assert text == '<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n'
   ids = t.encode(text)
   assert (ids[0], ids.count(1), ids.count(2)) == (1, 2, 1)
-  assert t.decode(ids) == 'user\nHello\nassistant\n'
+  assert t.decode(ids) == '<|im_start|>user\nHello\n<|im_start|>assistant\n'
 
 
 def test_a_template_file_wins_over_the_configuration(folder):
@@ -198,6 +199,139 @@ def test_special_tokens_may_be_named_in_their_own_file_and_the_configuration_win
   assert (t.stop_ids, t.pad_id) == ((2,), 3)
 
 
+@pytest.mark.parametrize('eos', ['<eos>', None])
+def test_the_token_with_which_the_template_ends_a_turn_stops_though_no_file_names_it(folder, eos):
+  configure(folder, eos_token=eos, chat_template=CHATML)
+  t = tokenizers.huggingface(path=str(folder))
+  assert t.stop_ids == ((2, 3) if eos else (2,))
+  # Some templates write the end of the text after that of the turn.
+  text = CHATML.replace('{% if add', "{{ '<eos>' }}{% if add")
+  configure(folder, eos_token='<eos>', chat_template=text)
+  assert tokenizers.huggingface(path=str(folder)).stop_ids == (2, 3)
+
+
+def test_a_turn_that_ends_with_no_token_of_its_own_ends_with_eos(folder):
+  text = CHATML.replace('<|im_end|>', '###')
+  configure(folder, eos_token='<eos>', chat_template=text)
+  assert tokenizers.huggingface(path=str(folder)).stop_ids == (3,)
+
+
+def test_a_base_model_with_the_template_of_smollm2_stops_at_the_turn_and_at_eos(smollm2, tmp_path):
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copy(pathlib.Path(smollm2) / name, tmp_path / name)
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  configure(tmp_path, **config | {'eos_token': '<|endoftext|>'})
+  t = tokenizers.huggingface(path=str(tmp_path))
+  assert t.stop_ids == (2, 0)
+  record = {'messages': HELLO, 'answer': 'Hi', 'id': 0}
+  row = batching.supervised([record], t, length=60)
+  assert row.tokens[0, row.mask[0]].tolist() == [*t.encode('Hi'), 2]
+
+
+def test_only_stop_pad_and_bos_tokens_are_left_out_of_a_decoded_text(folder):
+  model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tags = ['<think>', '</think>', '<answer>', '</answer>']
+  model.add_special_tokens(tags)
+  model.save(str(folder / 'tokenizer.json'))
+  configure(folder, eos_token='<eos>', pad_token='<pad>', bos_token='<s>', chat_template=CHATML)
+  t = tokenizers.huggingface(path=str(folder))
+  text = '<think>so</think>\n<answer>4</answer>'
+  ids = t.encode(text)
+  assert {model.token_to_id(tag) for tag in tags} <= set(ids)
+  assert t.decode([t.pad_id, *t.encode('<s>'), *ids, *t.stop_ids]) == text
+
+
+@pytest.mark.parametrize('kind', ['control_symbols', 'user_defined_symbols'])
+def test_tokens_of_a_sentencepiece_model_for_thoughts_are_decoded(tmp_path, kind):
+  (tmp_path / 'text').write_text('\n'.join(['Hello world', 'a b c d e f', '0123456789'] * 5))
+  spm.SentencePieceTrainer.train(
+    input=str(tmp_path / 'text'),
+    model_prefix=str(tmp_path / 'tokenizer'),
+    vocab_size=60,
+    hard_vocab_limit=False,
+    minloglevel=2,
+    **{kind: ['<think>', '</think>']},
+  )
+  path = tmp_path / 'tokenizer.model'
+  model = spm.SentencePieceProcessor(model_file=str(path))
+  think, end = model.piece_to_id(['<think>', '</think>'])
+  for t in (tokenizers.sentencepiece(path=str(path)), tokenizers.huggingface(path=str(tmp_path))):
+    ids = [t.bos_id, think, *t.encode('a b'), end, *t.encode('c'), *t.stop_ids]
+    assert t.decode(ids).replace(' ', '') == '<think>ab</think>c'
+
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+  ('template', 'opening'),
+  [
+    (CHATML, ''),
+    (folders.THOUGHTS, ''),
+    (folders.GEMMA, ''),
+    (folders.LLAMA2, ''),
+    # Thoughts are opened; earlier turns have none, an empty block, or are opened alike.
+    (CHATML.replace("assistant\n'", "assistant\n<think>\n'"), '<think>\n'),
+    (folders.THOUGHTS.replace("assistant\n'", "assistant\n<think>\n'"), '<think>\n'),
+    (folders.THOUGHTS.replace(' and not loop.last', '').replace("assistant\n'", "assistant\n<think>'"),
+     '<think>'),
+    # No thoughts are wanted: the prompt closes them at once.
+    (CHATML.replace("assistant\n'", "assistant\n<think>\n\n</think>\n\n'"),
+     '<think>\n\n</think>\n\n'),
+    # Earlier turns begin with the end of thoughts, which has its first letter in common.
+    ("{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot></think>' }}{{ m.content }}"
+     "{% endfor %}{% if add_generation_prompt %}{{ '<bot><think>' }}{% endif %}", '<think>'),
+    # The tag is also in a system turn.
+    ('Use <think>. ' + CHATML.replace("assistant\n'", "assistant\n[THINK]'"), '[THINK]'),
+    ("{{ raise_exception('no') }}", ''),
+  ],
+)  # fmt: skip
+def test_what_the_generation_prompt_writes_of_the_turn_is_told(folder, template, opening):
+  configure(folder, eos_token='<eos>', chat_template=template)
+  assert tokenizers.huggingface(path=str(folder)).opening == opening
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_configuration(folder, monkeypatch):
+  configure(folder, eos_token='<eos>', chat_template="{{ strftime_now('%d %b %Y') }}")
+  chat = lambda **date: tokenizers.huggingface(path=str(folder), **date).chat(HELLO)
+  assert chat(date='2025-03-01') == '01 Mar 2025'
+  assert chat() == '26 Jul 2024'
+  with pytest.raises(ValueError, match='tomorrow'):
+    chat(date='tomorrow')
+
+
+TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
+
+
+def test_tools_reach_a_template_that_reads_them_and_are_refused_by_others(folder):
+  reads = '{% if tools %}{{ tools | tojson }}{% endif %}' + CHATML
+  configure(folder, eos_token='<eos>', chat_template=reads)
+  t = tokenizers.huggingface(path=str(folder))
+  assert t.chat(HELLO, tools=TOOLS) == json.dumps(TOOLS) + t.chat(HELLO)
+  for none in (None, []):
+    assert t.chat(HELLO, tools=none) == t.chat(HELLO)
+  configure(folder, eos_token='<eos>', chat_template=CHATML)
+  t = tokenizers.huggingface(path=str(folder))
+  with pytest.raises(ValueError, match='chat template does not read them'):
+    t.chat(HELLO, tools=TOOLS)
+  with pytest.raises(ValueError, match='tools need a tokenizer with a chat template'):
+    tokenizers.byte().chat(HELLO, tools=TOOLS)
+
+
+def test_a_template_of_its_own_writes_records_with_tools(folder):
+  named = [
+    {'name': 'default', 'template': 'plain'},
+    {'name': 'tool_use', 'template': 'T{{ tools }}'},
+  ]
+  configure(folder, eos_token='<eos>', chat_template=named)
+  t = tokenizers.huggingface(path=str(folder))
+  assert (t.chat(HELLO), t.chat(HELLO, tools=['a'])) == ('plain', "T['a']")
+  (folder / 'additional_chat_templates').mkdir()
+  (folder / 'additional_chat_templates' / 'tool_use.jinja').write_text('F{{ tools }}')
+  assert tokenizers.huggingface(path=str(folder)).chat(HELLO, tools=['a']) == "F['a']"
+
+
 def test_no_stop_token_is_an_error(folder):
   configure(folder)
   with pytest.raises(ValueError, match='no stop token'):
@@ -235,7 +369,7 @@ def test_a_sentencepiece_model_alone_reads_the_special_tokens_of_its_folder(tmp_
   assert t.decode(ids) == 'user\nHello\nassistant\n'
 
 
-def test_tokens_added_to_a_sentencepiece_model_that_are_not_special_are_text(tmp_path):
+def test_tokens_added_to_a_sentencepiece_model_are_text_whether_special_or_not(tmp_path):
   folders.llama2(tmp_path)
   folders.write(tmp_path, 'added_tokens.json', **{'<|more|>': 500})
   config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
@@ -244,7 +378,7 @@ def test_tokens_added_to_a_sentencepiece_model_that_are_not_special_are_text(tmp
   configure(tmp_path, **config)
   t = tokenizers.huggingface(path=str(tmp_path))
   assert t.encode('<|more|><tool>  ') == [500, 501]
-  assert t.decode(t.encode('Hello<|more|><tool> world')) == 'Hello<tool>world'
+  assert t.decode(t.encode('Hello<|more|><tool> world')) == 'Hello<|more|><tool>world'
   assert t.vocab_size == 502
 
 
