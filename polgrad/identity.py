@@ -3,6 +3,7 @@
 import ast
 import fnmatch
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -21,18 +22,30 @@ FREE = (
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
 )
-SMALL = 64 * 2**20  # bytes of a file up to which it is read whole; of larger ones the ends are read
+SMALL = (
+  64 * 2**20
+)  # bytes of a file up to which it is read whole; of larger weights the ends are read
+# Libraries that decide the numbers of a run: of arrays, the order of data, token ids and problems.
+LIBRARIES = (
+  *('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain'),
+  *('tokenizers', 'sentencepiece', 'jinja2', 'reasoning-gym'),
+)
 
 
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The identity of a run, in values that JSON can hold: configuration, digests of files, version."""
+  """The identity of a run, in values that JSON can hold: configuration, digests of files, versions.
+
+  Files are those that the configuration names: data, tokenizers with their chat templates, weights.
+  """
   values = json.loads(config.to_json_best_effort())
-  paths = sorted({path for path in _paths(values) if path.exists()})
+  paths = {path: whole for path, whole in sorted(_paths(values)) if path.exists()}
   functions = sorted({f for f in _functions(values) if os.path.exists(f.rpartition(':')[0])})
   return {
     'config': values,
-    'files': {str(path): _digest(path) for path in paths} | {f: _source(f) for f in functions},
+    'files': {str(path): _digest(path, whole) for path, whole in paths.items()}
+    | {f: _source(f) for f in functions},
     'version': __version__,
+    'libraries': {name: _version(name) for name in LIBRARIES},
   }
 
 
@@ -50,6 +63,24 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   if before['version'] != now['version']:
     found.append(f'polgrad: {before["version"]} before, {now["version"]} now')
   return found
+
+
+def other_libraries(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """Libraries of other versions than before, one text each: they may change the last bits of a run.
+
+  A run goes on with them, because an upgrade must not be the end of it.
+  """
+  old, new = before.get('libraries', {}), now['libraries']
+  return [
+    f'{name}: {old[name]} before, {new[name]} now' for name in sorted(old) if old[name] != new[name]
+  ]
+
+
+def _version(library: str) -> str:
+  try:
+    return importlib.metadata.version(library)
+  except importlib.metadata.PackageNotFoundError:
+    return 'none'
 
 
 def _free(key: str) -> bool:
@@ -70,11 +101,18 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     yield path, tree
 
 
-def _paths(values: Mapping) -> Iterator[pathlib.Path]:
-  """Files and folders that the configuration of a run names."""
+def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
+  """Files and folders that the configuration of a run names, and whether they are read whole.
+
+  Data are read whole, and a source may call its file as it likes. Of weights the ends are enough.
+  """
   for key, value in _leaves(values):
-    if key.rpartition('.')[2] in ('path', 'adapter') and value and not _free(key):
-      yield pathlib.Path(str(value)).expanduser()
+    name, data = key.rpartition('.')[2], '.source.' in key
+    if not value or _free(key) or not isinstance(value, str):
+      continue
+    path = pathlib.Path(value).expanduser()
+    if name in ('path', 'adapter') or (data and os.sep in value and path.is_file()):
+      yield path, data
 
 
 def _functions(values: Mapping) -> Iterator[str]:
@@ -92,7 +130,7 @@ def _source(function: str) -> str:
   return hashlib.sha256(''.join(found).encode()).hexdigest()
 
 
-def _digest(path: pathlib.Path) -> str:
+def _digest(path: pathlib.Path, whole: bool) -> str:
   """The digest of a file, or of the names and contents of the files of a folder."""
   files = sorted(f for f in path.rglob('*') if f.is_file()) if path.is_dir() else [path]
   total = hashlib.sha256()
@@ -100,6 +138,9 @@ def _digest(path: pathlib.Path) -> str:
     size = file.stat().st_size
     total.update(f'{file.relative_to(path)} {size}\n'.encode())
     with file.open('rb') as f:
+      if whole:
+        total.update(hashlib.file_digest(f, 'sha256').digest())
+        continue
       total.update(f.read(min(size, SMALL)))
       if size > SMALL:
         f.seek(max(size - SMALL, SMALL))

@@ -46,13 +46,18 @@ def drop_later(checkpoints: Any, step: int) -> None:
 
 
 def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:
-  """Compares the run of a checkpoint with this one.
+  """Compares the run of a checkpoint with this one; libraries of other versions are only told.
 
   Raises:
     ValueError: they differ, and `on_mismatch` is 'stop'; the message lists in what.
   """
-  unknown = {'config': {}, 'files': {}, 'version': 'unknown'}
-  found = identity.differences(meta.get('identity', unknown), own)
+  before = meta.get('identity', {'config': {}, 'files': {}, 'version': 'unknown'})
+  libraries = identity.other_libraries(before, own)
+  if libraries:
+    logging.warning(
+      'numbers may differ in their last bits, because libraries do:\n  %s', '\n  '.join(libraries)
+    )
+  found = identity.differences(before, own)
   if not found:
     return
   listed = '\n  '.join(found)

@@ -32,6 +32,7 @@ from polgrad import (
   verify,
   workdirs,
 )
+from polgrad.data import tokenizers
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.methods import Method
 from polgrad.objectives.base import off_policy_metrics
@@ -40,6 +41,7 @@ from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.types import Batch
 from tests import examples
+from tests.data import folders
 from tests.runs import addition, dpo
 
 
@@ -403,6 +405,49 @@ class TestAnotherRunInTheSameFolder:
       return {'config': values, 'files': {}, 'version': '1'}
 
     assert (identity.differences(one(1), one(value)) == []) == free
+
+  @pytest.mark.parametrize(
+    'name', ['tokenizer_config.json', 'tokenizer.json', 'chat_template.jinja']
+  )
+  def test_has_another_template_or_tokenizer_in_its_folder(self, tmp_path, name):
+    folders.chatml(tmp_path)
+    (tmp_path / 'chat_template.jinja').write_text(folders.CHATML)
+    made = ConfigDict({'tokenizer': part(tokenizers.huggingface, path=str(tmp_path))})
+    before = identity.describe(made)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + ' ')
+    after = identity.describe(made)
+    assert identity.differences(before, after) == [f'{tmp_path}: other contents than before']
+
+  def test_has_another_date_in_its_prompts(self, tmp_path):
+    made = ConfigDict({'tokenizer': part(tokenizers.huggingface, path=str(tmp_path))})
+    before = identity.describe(made)
+    made.tokenizer.date = '2025-01-01'
+    [found] = identity.differences(before, identity.describe(made))
+    assert found == "config.tokenizer.date: '2024-07-26' before, '2025-01-01' now"
+
+  @pytest.mark.parametrize('name', ['path', 'table'])
+  def test_has_data_that_differ_in_the_middle_of_a_large_file(self, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(identity, 'SMALL', 4)
+    file = tmp_path / 'data.jsonl'
+    made = ConfigDict({'phases': {'train': {'source': {'name': 'mine', name: str(file)}}}})
+    file.write_text('a' * 50)
+    before = identity.describe(made)
+    file.write_text('a' * 25 + 'b' + 'a' * 24)
+    [found] = identity.differences(before, identity.describe(made))
+    assert found == f'{file}: other contents than before'
+
+  def test_goes_on_and_tells_which_libraries_have_other_versions(self, monkeypatch):
+    told = []
+    monkeypatch.setattr(workdirs.logging, 'warning', lambda text, *args: told.append(text % args))
+    own = identity.describe(ConfigDict())
+    workdirs.check_identity({'identity': own}, own, 'stop')
+    assert not told and own['libraries']['jax'] == jax.__version__
+    before = own | {'libraries': own['libraries'] | {'jax': '0.1', 'grain': '0.2'}}
+    workdirs.check_identity({'identity': before}, own, 'stop')
+    assert 'jax: 0.1 before' in told[0] and 'grain: 0.2 before' in told[0]
+    del before['libraries']  # a checkpoint of an earlier polgrad
+    workdirs.check_identity({'identity': before}, own, 'stop')
+    assert len(told) == 1
 
   def test_has_other_functions_but_not_other_text_beside_them(self, tmp_path):
     file = tmp_path / 'own.py'
