@@ -66,6 +66,8 @@ def test_prompts_that_stand_twice_draw_other_noise():
   ids = judging.distinct(np.array([5, 7, 5, 5], np.int32))
   assert len(set(ids.tolist())) == 4 and ids[0] == 5 and ids[1] == 7
   assert (ids >= 0).all()
+  again = judging.distinct(np.array([5, 8], np.int32), before=[5, 7, 5, 5])
+  assert again[1] == 8 and again[0] not in ids
 
 
 def experiment(anchors=None, **rollouts):
@@ -150,6 +152,25 @@ def test_resampling_draws_on_and_the_cursor_knows():
   assert drawer.cursor == 4 * 4  # three more tries, then what is dull stays
   assert got.metrics['reward/same_in_group'] == 1.0 and not got.batch.advantages.any()
   assert got.batch.mask.any(axis=1).all()
+
+
+def test_a_prompt_that_is_drawn_again_within_a_step_draws_other_noise():
+  run = experiment(max_resamples=1)
+  source = [run.phases['train'].source[i] for i in range(4)]  # each prompt comes in both attempts
+  attempts = []
+
+  def dull_at_first(texts, *_):
+    attempts.append(texts)
+    rewards = np.arange(len(texts)) % 4 * float(len(attempts) > 1)
+    return Scores(rewards, {'r': rewards}, np.ones(len(texts), bool), {}, [])
+
+  got = collected(run, score=dull_at_first, source=source)[0].batch
+  first = collected(experiment(), source=source)[0].batch
+  for prompt in range(4):
+    drawn = [b.tokens[b.prompt_ids == prompt] for b in (first, got)]
+    assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn)
+  # The first attempt is that of a step without others.
+  assert attempts[0] == collect.completions(first, source, run.tokenizer)
 
 
 def test_completions_are_the_sampler_s_ids(plain):

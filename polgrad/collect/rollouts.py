@@ -212,8 +212,14 @@ class RowSampler:
   reads: tuple[str, ...]  # parameter sets of the behavior policy
   sample: Callable  # from `make_sampler`
 
-  def __call__(self, state: TrainState, records: Sequence[dict], step: int) -> Batch:
-    """Completions of the records, NumPy."""
+  def __call__(
+    self, state: TrainState, records: Sequence[dict], step: int, before: Sequence[int] = ()
+  ) -> Batch:
+    """Completions of the records, NumPy.
+
+    Args:
+      before: ids of records whose completions the step has drawn already: noise is not drawn again.
+    """
     context = self.context
     prompts = batching.prompts(records, context.tokenizer, length=self.prompt_length)
     params = parameter_sets(state, context.frozen)
@@ -221,7 +227,7 @@ class RowSampler:
       {name: params[name] for name in self.reads},
       prompts.tokens,
       prompts.mask,
-      distinct(prompts.ids),
+      distinct(prompts.ids, before),
       seed=context.seed,
       step=step,
     )
@@ -290,11 +296,14 @@ class RolloutSteps(Steps):
   ) -> tuple[Batch, Texts]:
     """Dynamic sampling: replaces groups with equal rewards by groups of further prompts."""
     samples = self.settings.samples_per_prompt
+    drawn = [record['id'] for record in texts.records]  # a small data set gives a prompt again
     for _ in range(self.settings.max_resamples):
       useful = informative(batch, samples)
       if useful.all():
         break
-      fresh = score_rows(*self.sample(state, draw, step), self.context)
+      records = draw(self.settings.prompts)
+      fresh = score_rows(self.draw_rows(state, records, step, drawn), records, self.context)
+      drawn += [record['id'] for record in records]
       batch, texts = replace_groups((batch, texts), fresh, useful, samples)
     return batch, texts
 

@@ -83,9 +83,14 @@ def _gather_scores(scores: Scores, rows: int) -> Scores:
   )
 
 
-def distinct(ids: np.ndarray) -> np.ndarray:
-  """Ids for sampling keys, all different: a prompt that a batch has twice draws other noise."""
-  seen = collections.Counter()
+def distinct(ids: np.ndarray, before: Sequence[int] = ()) -> np.ndarray:
+  """Ids for sampling keys, all different: a prompt that a step has twice draws other noise.
+
+  Args:
+    ids: of the prompts.
+    before: ids of prompts that the step has drawn already.
+  """
+  seen = collections.Counter(before)
   out = []
   for i in ids.tolist():
     out.append((i + seen[i] * 0x9E3779B1) % 2**31)  # a step beyond the rows of any data set
