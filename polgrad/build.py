@@ -7,9 +7,10 @@ parts that do not fit each other by `check`. `check_data` reads a few records of
 a prompt that does not fit is found before the first step.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -23,7 +24,7 @@ from polgrad.models import Part as ModelPart
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, bind, suggest, table
 from polgrad.rewards import scoring, verifiers
-from polgrad.types import Layout
+from polgrad.types import Layout, Prompts
 
 CHECKED = 64  # records of a generated source that are laid out before a run
 CHECKED_OF_FILES = 20_000  # records of a file, which may be of any length
@@ -140,6 +141,7 @@ class HeldOut(Judged, Evaluation):
     temperature: of the sampled completions.
     threshold: the least reward that counts as solved.
     answer: regular expression; maj@k compares the first group of its last match.
+    overlong: of problems whose prompt is longer: 'error', 'drop' or 'truncate', see `collect.Collector`.
   """
 
   every: Count = 50
@@ -152,6 +154,13 @@ class HeldOut(Judged, Evaluation):
   temperature: Positive = 1.0
   threshold: float = 1.0
   answer: str = '(?s)(.*)'
+  overlong: batching.Overlong = 'error'
+
+  def lay_out(
+    self, records: Sequence[dict], *, tokenizer: tokenizers.Tokenizer, cut: bool = False
+  ) -> Prompts:
+    """The prompts of these problems, each of which has an `id`."""
+    return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
 
 
 PhasePart = Annotated[Phase, table('build', Phase)]
@@ -331,26 +340,28 @@ def _check_length(path: str, length: int, policy: Policy) -> None:
     )
 
 
-def check_data(run: Experiment) -> None:
+def check_data(run: Experiment) -> list[str]:
   """Lays out records of every source as the run will: of files all, of generators some, evenly spaced.
+
+  Returns:
+    How many records the run will drop or cut because they are too long, one text a source.
 
   Raises:
     ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
-      message names the section of the configuration and the record. Or verifiers that fail on all of
-      them.
+      message names the section of the configuration and the record. Or all of them are dropped, or
+      verifiers fail on all.
   """
+  told = []
   for name, phase in run.phases.items():
     _try_verifiers(f'config.phases.{name}.reward', phase, phase.source)
-    look = functools.partial(phase.collect.lay_out, tokenizer=run.tokenizer)
-    _look(f'config.phases.{name}', phase.source, len(phase.source), look)
+    path, rows = f'config.phases.{name}', len(phase.source)
+    told += _look(path, phase.source, rows, phase.collect, run.tokenizer)
   evaluation = run.evaluation
   if evaluation.every:
     _try_verifiers('config.evaluation.reward', evaluation, evaluation.source)
-    look = functools.partial(
-      batching.prompts, tokenizer=run.tokenizer, length=evaluation.prompt_length
-    )
     rows = min(evaluation.problems, len(evaluation.source))
-    _look('config.evaluation', evaluation.source, rows, look)
+    told += _look('config.evaluation', evaluation.source, rows, evaluation, run.tokenizer)
+  return told
 
 
 def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
@@ -370,10 +381,31 @@ def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
       )
 
 
-def _look(path: str, source: sources.Source, rows: int, look: Callable) -> None:
+def _look(
+  path: str,
+  source: sources.Source,
+  rows: int,
+  reader: collect.Collector | HeldOut,
+  tokenizer: tokenizers.Tokenizer,
+) -> list[str]:
+  """Lays out some of the first `rows` records of a source, and says how many do not fit, if any."""
   count = CHECKED_OF_FILES if source.irregular else CHECKED
+  fates = collections.Counter()
   for i in sorted({row * rows // count for row in range(count)} if rows else ()):
+    record = {**source[i], 'id': i}
     try:
-      look([{**source[i], 'id': i}])
+      fates[batching.fate(reader.lay_out, record, tokenizer, reader.overlong)] += 1
+    except batching.TooLong as error:
+      raise ValueError(
+        f'{path}.source: {error}; give more room, or set overlong to drop or truncate such records'
+      ) from error
     except ValueError as error:
       raise ValueError(f'{path}.source: {error}') from error
+  if fates and fates['dropped'] == fates.total():
+    raise ValueError(f'{path}.source: each of {fates.total()} records is too long, and dropped')
+  if fates['dropped'] + fates['cut'] == 0:
+    return []
+  return [
+    f'{path}.source: of {fates.total()} records that were looked at, {fates["dropped"]} are too long '
+    f'and dropped, {fates["cut"]} are cut'
+  ]

@@ -181,6 +181,7 @@ class _Run:
       'rows': rows,
       'pairs': pairs,
       'length': self.length,
+      'overlong': task.overlong,
     }
     if kind in (collect.Demonstrations, collect.Preferences):
       budgets.pop('prompt_length')
@@ -215,6 +216,7 @@ class _Run:
       batch=min(limit, task.evaluation_batch),
       prompt_length=self.prompt_length,
       max_new_tokens=task.max_new_tokens,
+      overlong=task.overlong,
     )
 
 

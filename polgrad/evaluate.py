@@ -118,6 +118,9 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
       found[f'evaluation/maj@{plan.samples}'] = majority_at_k(answers, marks)
 
     found['evaluation/verifier_errors'] = float(errors)
+    if plan.overlong != 'error':
+      counts = collections.Counter(fate for _, fate in problems(experiment))
+      found |= {f'evaluation/{fate}': float(counts[fate]) for fate in ('dropped', 'cut')}
     rows = zip(one.records, one.texts, one.scores)
     return found, [(question(r), text[0], float(score[0])) for r, text, score in rows]
 
@@ -125,21 +128,20 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
 
 
 def attempt(experiment: Experiment, sample: Callable, params: Params, samples: int) -> Attempts:
-  """Completes and scores the first `problems` rows of the evaluation's source.
+  """Completes and scores the first `problems` rows of the evaluation's source that are not dropped.
 
   Args:
     sample: a sampler of the policy, which makes `samples` completions of each prompt.
   """
   plan, tokenizer = experiment.evaluation, experiment.tokenizer
-  number = min(plan.problems, len(plan.source))
+  kept = [record for record, fate in problems(experiment) if fate != 'dropped']
   records, texts, scores = [], [], []
-  for start in range(0, number, plan.batch):
-    stop = min(start + plan.batch, number)
-    piece = [{**plan.source[i], 'id': i} for i in range(start, stop)]
+  for start in range(0, len(kept), plan.batch):
+    piece = kept[start : start + plan.batch]
 
     # The last batch is filled up with copies of its last problem, so that one shape compiles.
     padded = piece + [piece[-1]] * (plan.batch - len(piece))
-    prompts = batching.prompts(padded, tokenizer, length=plan.prompt_length)
+    prompts = plan.lay_out(padded, tokenizer=tokenizer, cut=plan.overlong == 'truncate')
     rollout = sample(
       {'policy': params},
       prompts.tokens,
@@ -159,6 +161,26 @@ def attempt(experiment: Experiment, sample: Callable, params: Params, samples: i
     texts += [written[i : i + samples] for i in range(0, rows, samples)]
     records += piece
   return Attempts(records, texts, np.concatenate(scores).reshape(-1, samples))
+
+
+def problems(experiment: Experiment) -> list[tuple[dict, str]]:
+  """The first `problems` rows of the evaluation's source, each 'kept', 'cut' or 'dropped'.
+
+  Raises:
+    ValueError: all are dropped.
+  """
+  plan = experiment.evaluation
+  found = []
+  for i in range(min(plan.problems, len(plan.source))):
+    record = {**plan.source[i], 'id': i}
+    kept = plan.overlong == 'error'  # a record that is too long is refused where it is laid out
+    fate = (
+      'kept' if kept else batching.fate(plan.lay_out, record, experiment.tokenizer, plan.overlong)
+    )
+    found.append((record, fate))
+  if all(fate == 'dropped' for _, fate in found):
+    raise ValueError('config.evaluation.source: each problem is too long, and dropped')
+  return found
 
 
 def _sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> Callable:

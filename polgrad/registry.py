@@ -30,7 +30,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_collections
 
@@ -360,6 +360,8 @@ def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
     return _bind_part(value, hint, path)
   value = _bind_plain(value, plain(hint), parameter, path)
   _check_number(value, hint, path)
+  if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+    raise ValueError(f'{path}: unknown {value!r}{suggest(str(value), typing.get_args(hint))}')
   return value
 
 

@@ -6,6 +6,7 @@ The same command with the same workdir resumes from the last complete checkpoint
 bit the numbers of a run without interruption. Every process of a pod runs this same command.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -26,7 +27,8 @@ from polgrad import checkpoint, cli, evaluate, identity, metrics, sharding, work
 from polgrad.build import Experiment, Phase, build, check_data
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
-from polgrad.data import stream
+from polgrad.data import batching, stream
+from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import Learner
 from polgrad.models.policy import Policy, learned
 from polgrad.packing import pack
@@ -103,7 +105,8 @@ def prepare(
   """Does everything that can refuse a run, and then opens its files; see `run`."""
   # Build everything, and refuse what cannot run.
   experiment = build(config)
-  check_data(experiment)
+  for line in check_data(experiment):
+    logging.warning('%s', line)
   own = identity.describe(config)
   os.makedirs(workdir, exist_ok=True)
   chief = jax.process_index() == 0
@@ -396,7 +399,7 @@ def run_phase(
     started = time.perf_counter()
 
     # Draw records, and collect a batch from them.
-    draw = Drawer(run.phase, run.seed, int(state.cursor))
+    draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
     collected = run.collect(state, draw, step)
     for message in collected.messages:
       logging.warning('verifier: %s', message)
@@ -406,7 +409,7 @@ def run_phase(
     state = advance(experiment.mesh, state, collected, draw.cursor)
 
     # Evaluate and report. The time of a step is without its evaluation.
-    row = summary(reports, collected, time.perf_counter() - started)
+    row = summary(reports, collected, time.perf_counter() - started) | draw.report()
     silent = silent + 1 if row['silent'] else 0
     warn_if_silent(row, silent, experiment.max_silent, run.name, step)
     found = run.evaluate(state, step + 1)
@@ -423,12 +426,42 @@ def run_phase(
 
 
 class Drawer:
-  """Draws the next records of a phase's stream; `cursor` is the position after the last of them."""
+  """Draws the next records of a phase's stream; `cursor` is the position after the last of them.
 
-  def __init__(self, phase: Phase, seed: int, cursor: int):
-    self.phase, self.seed, self.cursor = phase, seed, cursor
+  Records that are too long are refused later, or dropped here, as the phase's collector says; which
+  ones depends on the cursor alone, so a resumed run draws the same.
+  """
+
+  def __init__(self, phase: Phase, seed: int, cursor: int, tokenizer: Tokenizer | None = None):
+    self.phase, self.seed, self.cursor, self.tokenizer = phase, seed, cursor, tokenizer
+    self.fates = collections.Counter()  # of the records drawn so far: kept, cut, dropped
 
   def __call__(self, count: int) -> list[dict]:
+    if self.phase.collect.overlong == 'error':
+      return self._next(count)
+    records, dropped = [], 0
+    while len(records) < count:
+      [record] = self._next(1)
+      fate = self._fate(record)
+      self.fates[fate] += 1
+      dropped = dropped + 1 if fate == 'dropped' else 0
+      if fate != 'dropped':
+        records.append(record)
+      elif dropped >= 2 * len(self.phase.source):  # any two epochs hold every record
+        raise ValueError('every record of the source is too long, and dropped')
+    return records
+
+  def report(self) -> dict[str, float]:
+    """How many records were dropped or cut, if the phase does so."""
+    if self.phase.collect.overlong == 'error':
+      return {}
+    return {f'records/{fate}': float(self.fates[fate]) for fate in ('dropped', 'cut')}
+
+  def _fate(self, record: dict) -> str:
+    collector = self.phase.collect
+    return batching.fate(collector.lay_out, record, self.tokenizer, collector.overlong)
+
+  def _next(self, count: int) -> list[dict]:
     at, self.cursor = self.cursor, self.cursor + count
     return stream.records(
       self.phase.source, seed=self.seed, cursor=at, count=count, shuffle=self.phase.shuffle

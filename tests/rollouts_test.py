@@ -186,7 +186,7 @@ class TestDemonstrations:
   @pytest.mark.parametrize(
     'change, words',
     [
-      (lambda r: {**r, 'answer': '123456'}, 'record .*13 tokens, longer than the limit of 11'),
+      (lambda r: {**r, 'prompt': '1234+1='}, 'record .*7 tokens, longer than the limit of 6'),
       (
         lambda r: {**r, 'prompt': '1+', 'answer': '123456'},
         'record .*answer and its stop token are 7 tokens, more than max_new_tokens 5',

@@ -54,6 +54,7 @@ class Collected(NamedTuple):
 Collect = Callable[[TrainState, Draw, int], Collected]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Collector(abc.ABC):
   """How a phase gets its batches: the interface of all collectors.
 
@@ -68,13 +69,20 @@ class Collector(abc.ABC):
     `step` is the number of batches that the phase has collected before.
     """
 
-  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer) -> Batch | Prompts:
+  # Of records with more tokens than fit: 'error' refuses them, 'drop' takes the next one instead, and
+  # 'truncate' cuts prompts at their beginning and rows with completions at their end.
+  overlong: batching.Overlong = 'error'
+
+  def lay_out(
+    self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False
+  ) -> Batch | Prompts:
     """The arrays of these records (each with an `id`) before anything is sampled.
 
     Raises:
-      ValueError: a record that does not fit the lengths or lacks a field.
+      TooLong: a record that does not fit the lengths, even if it is cut where `cut` allows that.
+      ValueError: a record lacks a field.
     """
-    return batching.prompts(records, tokenizer, length=self.prompt_length)
+    return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
 
   @property
   @abc.abstractmethod

@@ -26,7 +26,7 @@ class Demonstrations(Collector):
 
   # Records of a batch, one row each.
   rows: AtLeastOne = 32
-  # Largest number of tokens of a row; a longer one is an error.
+  # Largest number of tokens of a row; see `overlong`.
   length: AtLeastOne = 128
 
   @property
@@ -37,11 +37,12 @@ class Demonstrations(Collector):
   def rows_per_prompt(self) -> int:
     return 1
 
-  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer) -> Batch:
-    return batching.supervised(records, tokenizer, length=self.length)
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    return batching.supervised(records, tokenizer, length=self.length, cut=cut)
 
   def make(self, context: Context) -> Collect:
-    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer)
+    cut = self.overlong == 'truncate'
+    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=cut)
     annotate = make_annotator(context, self.temperature)
     return _Given(records=self.records, lay=lay, annotate=annotate).collect
 
@@ -52,10 +53,10 @@ class Preferences(Collector):
 
   # Records of a batch.
   pairs: AtLeastOne = 16
-  # Largest number of tokens of a row; a longer one is an error.
+  # Largest number of tokens of a row; see `overlong`.
   length: AtLeastOne = 128
   # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
-  # that the phase can share the prompts of its pairs (`share_prompts`). A longer prompt is an error.
+  # that the phase can share the prompts of its pairs (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
 
   @property
@@ -70,12 +71,13 @@ class Preferences(Collector):
   def provides(self) -> frozenset[str]:
     return frozenset({'label'})
 
-  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer) -> Batch:
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, prompt_length=self.prompt_length)
-    return batching.pairs(records, tokenizer, **sizes)
+    return batching.pairs(records, tokenizer, **sizes, cut=cut)
 
   def make(self, context: Context) -> Collect:
-    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer)
+    cut = self.overlong == 'truncate'
+    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=cut)
     annotate = make_annotator(context, self.temperature)
     return _Given(records=self.records, lay=lay, annotate=annotate).collect
 

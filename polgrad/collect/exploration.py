@@ -22,7 +22,6 @@ from polgrad.collect.rollouts import make_drawer
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Steps, common
 from polgrad.compiling import jit
-from polgrad.data import batching
 from polgrad.learner import Learner, forward_in_pieces
 from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
@@ -48,7 +47,7 @@ class Explored(Collector):
   samples_per_prompt: AtLeastOne = 8
   # Parts that a group is drawn in.
   rounds: AtLeastOne = 4
-  # Tokens that prompts are left-padded to; a longer prompt is an error.
+  # Tokens that prompts are left-padded to; see `overlong`.
   prompt_length: AtLeastOne = 64
   # Largest number of tokens of a completion, stop token included.
   max_new_tokens: AtLeastOne = 64
@@ -124,7 +123,8 @@ class ExploredSteps(Steps):
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
     settings, context = self.settings, self.context
     records = draw(settings.prompts)
-    prompts = batching.prompts(records, context.tokenizer, length=settings.prompt_length)
+    cut = settings.overlong == 'truncate'
+    prompts = settings.lay_out(records, tokenizer=context.tokenizer, cut=cut)
     # Each round gets other ids, because noise is folded from them.
     ids = distinct(np.tile(prompts.ids, settings.rounds)).reshape(settings.rounds, -1)
     drawn = []

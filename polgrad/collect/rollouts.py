@@ -1,6 +1,7 @@
 """Rollouts: completions that the policy, or a policy near it, samples for the prompts of a step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from polgrad.collect.scored import (
   score_rows,
 )
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
-from polgrad.data import batching
+from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
@@ -26,7 +27,7 @@ from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, input
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sharding import to_host
-from polgrad.types import STREAMS, Batch, TrainState
+from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Rollouts(Collector):
   prompts: AtLeastOne = 8
   # Completions of each prompt.
   samples_per_prompt: AtLeastOne = 8
-  # Tokens that prompts are left-padded to; a longer prompt is an error.
+  # Tokens that prompts are left-padded to; see `overlong`.
   prompt_length: AtLeastOne = 64
   # Largest number of tokens of a completion, stop token included.
   max_new_tokens: AtLeastOne = 64
@@ -140,6 +141,17 @@ class Rollouts(Collector):
       baseline_rewards=rows(np.float32, samples) if samples else None,
     )
 
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
+    prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
+    if self.demonstrations:
+      self.demonstrated(records, tokenizer, cut=cut)
+    return prompts
+
+  def demonstrated(self, records: Sequence[dict], tokenizer: Tokenizer, *, cut: bool) -> Batch:
+    """The records' answers as if they had been sampled, see `scored.demonstrated`."""
+    sizes = dict(prompt_length=self.prompt_length, max_new_tokens=self.max_new_tokens)
+    return demonstrated(records, tokenizer, **sizes, cut=cut)
+
   def make(self, context: Context) -> Collect:
     draw_rows = self._row_sampler(context, self.behavior_policy, self.samples_per_prompt)
     draw_baselines = None
@@ -170,7 +182,9 @@ class Rollouts(Collector):
     }
     return RowSampler(
       context=context,
-      prompt_length=self.prompt_length,
+      lay_out=functools.partial(
+        super().lay_out, tokenizer=context.tokenizer, cut=self.overlong == 'truncate'
+      ),
       samples_per_prompt=samples_per_prompt,
       reads=inputs(behavior_policy),
       sample=make_drawer(context, settings),
@@ -207,7 +221,7 @@ class RowSampler:
   """Samples completions of records with one behavior policy."""
 
   context: Context
-  prompt_length: int
+  lay_out: Callable[[Sequence[dict]], Prompts]
   samples_per_prompt: int
   reads: tuple[str, ...]  # parameter sets of the behavior policy
   sample: Callable  # from `make_sampler`
@@ -221,7 +235,7 @@ class RowSampler:
       before: ids of records whose completions the step has drawn already: noise is not drawn again.
     """
     context = self.context
-    prompts = batching.prompts(records, context.tokenizer, length=self.prompt_length)
+    prompts = self.lay_out(records)
     params = parameter_sets(state, context.frozen)
     batch = self.sample(
       {name: params[name] for name in self.reads},
@@ -312,12 +326,8 @@ class RolloutSteps(Steps):
   ) -> tuple[Batch, Report]:
     """Adds the record's answer to each group, behind its samples, and the stream of each row."""
     settings, prompts = self.settings, len(records)
-    answers = demonstrated(
-      records,
-      self.context.tokenizer,
-      prompt_length=settings.prompt_length,
-      max_new_tokens=settings.max_new_tokens,
-    )
+    cut = settings.overlong == 'truncate'
+    answers = settings.demonstrated(records, self.context.tokenizer, cut=cut)
     answers, texts = score_rows(answers, records, self.context)
 
     def join(x, y):

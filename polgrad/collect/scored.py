@@ -133,46 +133,54 @@ def replace_groups(
 
 
 def demonstrated(
-  records: Sequence[Mapping], tokenizer: Tokenizer, *, prompt_length: int, max_new_tokens: int
+  records: Sequence[Mapping],
+  tokenizer: Tokenizer,
+  *,
+  prompt_length: int,
+  max_new_tokens: int,
+  cut: bool = False,
 ) -> Batch:
   """The records' answers as if they had been sampled with probability one: one row per record.
 
-  As in a sampled row, the completion begins at `prompt_length` and includes the stop token.
+  As in a sampled row, the completion begins at `prompt_length` and includes the stop token. With `cut`,
+  a longer prompt loses its beginning and a longer answer its end; that row counts as not `finished`.
 
   Raises:
-    ValueError: a record without `answer`, or with one of more than `max_new_tokens` tokens.
+    TooLong: without `cut`, a prompt of more than `prompt_length` or an answer of more than
+      `max_new_tokens` tokens.
+    ValueError: a record without `answer`.
   """
   for record in records:
     if 'answer' not in record:
       raise ValueError(f"record {record['id']}: no 'answer' to demonstrate, only {sorted(record)}")
-  prompts = batching.prompts(records, tokenizer, length=prompt_length)
-  answered = batching.supervised(records, tokenizer, length=prompt_length + max_new_tokens)
-  tokens, made = _completions_alone(records, answered, tokenizer.pad_id, max_new_tokens)
+  prompts = batching.prompts(records, tokenizer, length=prompt_length, cut=cut)
+  answers = [batching.completion(record, tokenizer) for record in records]
+  tokens, made = _left_aligned(records, answers, tokenizer.pad_id, max_new_tokens, cut)
   seen = np.concatenate([prompts.mask, made], axis=1)
   return Batch(
     tokens=np.concatenate([prompts.tokens, tokens], axis=1),
     segment_ids=seen.astype(np.int32),
     mask=np.concatenate([np.zeros_like(prompts.mask), made], axis=1),
     behavior_logp=np.zeros(seen.shape, np.float32),
-    finished=np.ones(len(records), bool),
+    finished=np.array([len(answer) <= max_new_tokens for answer in answers]),
     prompt_ids=prompts.ids,
     group_ids=np.arange(len(records), dtype=np.int32),
   )
 
 
-def _completions_alone(
-  records: Sequence[Mapping], answered: Batch, pad_id: int, width: int
+def _left_aligned(
+  records: Sequence[Mapping], answers: Sequence[list[int]], pad_id: int, width: int, cut: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The tokens in the mask of each row, moved to column 0: i32[N, width], and their mask."""
+  """The ids of the answers from column 0 on: i32[N, width], and their mask."""
   tokens = np.full((len(records), width), pad_id, np.int32)
-  lengths = answered.mask.sum(axis=1)
-  for i, (record, length) in enumerate(zip(records, lengths)):
-    if length > width:
-      raise ValueError(
-        f'record {record["id"]}: the answer and its stop token are {length} tokens, '
+  for i, (record, ids) in enumerate(zip(records, answers)):
+    if len(ids) > width and not cut:
+      raise batching.TooLong(
+        f'record {record["id"]}: the answer and its stop token are {len(ids)} tokens, '
         f'more than max_new_tokens {width}'
       )
-    tokens[i, :length] = answered.tokens[i][answered.mask[i]]
+    tokens[i, : len(ids)] = ids[:width]
+  lengths = np.array([len(ids) for ids in answers])
   return tokens, np.arange(width)[None] < lengths[:, None]
 
 

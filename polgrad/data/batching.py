@@ -8,12 +8,14 @@ with the words as they are (some drop thoughts), a field's own words follow the 
 that the prompt writes of them already; a conversation of `messages` alone is refused. A `prompt` that is
 text has no template: the completion follows it word for word.
 
-A prompt is tokenised once, and the ids of a completion are never decoded and tokenised again. Nothing is
-truncated: a row that is too long raises an error that names its record. Masks are computed from lengths,
-never from token ids, so the pad id may also be a stop id.
+A prompt is tokenised once, and the ids of a completion are never decoded and tokenised again. A record
+with too many tokens raises `TooLong`, which names it. With `cut`, a prompt to sample from loses its
+beginning instead (but not bos), and a row with its completion loses its end. Masks are computed from
+lengths, never from token ids, so the pad id may also be a stop id.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -21,21 +23,54 @@ from polgrad.data.chat import plain_chat
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch, Prompts
 
+Overlong = Literal['error', 'drop', 'truncate']  # what is done with a record that is too long
 
-def prompts(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) -> Prompts:
+
+class TooLong(ValueError):
+  """A record has more tokens than there is room for."""
+
+
+def fate(
+  lay_out: Callable[..., object], record: Mapping, tokenizer: Tokenizer, overlong: Overlong
+) -> Literal['kept', 'cut', 'dropped']:
+  """What becomes of a record.
+
+  Args:
+    lay_out: `lay_out(records, tokenizer=..., cut=...)`, which raises `TooLong`.
+    record: with `id`.
+    overlong: of a record that is too long: 'error', 'drop', or 'truncate', which drops those of which
+      nothing would be left to train on.
+
+  Raises:
+    TooLong: the record is too long, and `overlong` is 'error'.
+  """
+  for cut in (False, True) if overlong == 'truncate' else (False,):
+    try:
+      lay_out([record], tokenizer=tokenizer, cut=cut)
+    except TooLong:
+      if overlong == 'error':
+        raise
+    else:
+      return 'cut' if cut else 'kept'
+  return 'dropped'
+
+
+def prompts(
+  records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int, cut: bool = False
+) -> Prompts:
   """Prompts for the sampler, left-padded to `length` tokens.
 
   Args:
     records: see `sources`; the field `id` is the row in the data set.
     tokenizer: tokenises the prompts.
     length: number of columns.
+    cut: a longer prompt loses its beginning.
 
   Raises:
-    ValueError: a prompt that is empty or longer than `length` tokens; the message names the record.
+    TooLong: a prompt longer than `length` tokens, without `cut`; the message names the record.
+    ValueError: an empty prompt.
   """
-  rows = [_prompt(r, tokenizer) for r in records]
-  for record, row in zip(records, rows):
-    _check_length(record, len(row), length)
+  rows = [_end(r, _prompt(r, tokenizer), tokenizer, length, cut) for r in records]
   tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
@@ -45,7 +80,9 @@ def prompts(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) ->
   return Prompts(tokens=tokens, mask=mask, ids=ids, records=tuple(records))
 
 
-def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int) -> Batch:
+def supervised(
+  records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int, cut: bool = False
+) -> Batch:
   """Rows for supervised training: prompt + answer + stop token, right-padded to `length` tokens.
 
   Each record is one row, whose mask covers the answer and the stop token. A record that has no `answer`
@@ -53,14 +90,21 @@ def supervised(records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int)
   assistant turn with the stop token that ends it.
 
   Raises:
-    ValueError: a row longer than `length` tokens, an empty prompt, a stop token inside an answer, or a
-      conversation whose text the chat template changes (see `chat.make_conversation`).
+    TooLong: a row longer than `length` tokens; with `cut`, one of which nothing is left to train on.
+    ValueError: an empty prompt, a stop token inside an answer, or a conversation whose text the chat
+      template changes (see `chat.make_conversation`).
   """
-  return _lay([_supervised(r, tokenizer, length) for r in records], tokenizer, length)
+  rows = [_begin(r, *_supervised(r, tokenizer), length, cut) for r in records]
+  return _lay(rows, tokenizer, length)
 
 
 def pairs(
-  records: Sequence[Mapping], tokenizer: Tokenizer, *, length: int, prompt_length: int = 0
+  records: Sequence[Mapping],
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  prompt_length: int = 0,
+  cut: bool = False,
 ) -> Batch:
   """Two rows for each record: prompt + chosen (label 1), then prompt + rejected (label 0).
 
@@ -73,22 +117,32 @@ def pairs(
     length: number of columns.
     prompt_length: column at which all completions begin; prompts are left-padded to it. 0: rows begin
       at column 0, and completions directly after their prompt.
+    cut: a prompt longer than `prompt_length` loses its beginning, a row longer than `length` its end.
 
   Raises:
-    ValueError: as in `supervised`; a prompt longer than `prompt_length`, unless that is 0.
+    TooLong, ValueError: as in `supervised`; a prompt longer than `prompt_length`, unless that is 0.
   """
-  named = [(r, field) for r in records for field in ('chosen', 'rejected')]
-  segments = [_segment(r, tokenizer, field, length) for r, field in named]
-  starts = [0] * len(segments)
-  if prompt_length:  # move every row to the right, so that its prompt ends at that column
-    for i, ((record, _), (ids, mask)) in enumerate(zip(named, segments)):
-      _check_length(record, mask.index(True), prompt_length)
-      starts[i] = prompt_length - mask.index(True)
-      _check_length(record, starts[i] + len(ids), length)
+  segments, starts = [], []
+  for record in records:
+    for field in ('chosen', 'rejected'):
+      ids, mask = _segment(record, tokenizer, field)
+      prompt, start = mask.index(True), 0
+      if prompt_length:  # the row moves to the right, so that its prompt ends at that column
+        kept = _end(record, ids[:prompt], tokenizer, prompt_length, cut)
+        ids, mask = kept + ids[prompt:], [False] * len(kept) + mask[prompt:]
+        start = prompt_length - len(kept)
+      segments.append(_begin(record, ids, mask, length, cut, start))
+      starts.append(start)
   rows = np.arange(len(segments), dtype=np.int32)
   return _lay(segments, tokenizer, length, starts).replace(
     group_ids=rows // 2, label=(1 - rows % 2).astype(np.float32)
   )
+
+
+def completion(record: Mapping, tokenizer: Tokenizer, field: str = 'answer') -> list[int]:
+  """The ids of a completion that follow the prompt, through its stop token."""
+  ids, _ = _segment(record, tokenizer, field)
+  return ids[len(_prompt(record, tokenizer)) :]
 
 
 def _prompt(record, tokenizer):
@@ -117,20 +171,19 @@ def _bos(record, tokenizer, ids):
   return [tokenizer.bos_id, *ids]
 
 
-def _supervised(record, tokenizer, length):
+def _supervised(record, tokenizer):
   """(ids, mask) of a prompt with its answer, or of a whole conversation."""
   if 'answer' in record or not _ends_with_assistant(record):
-    return _segment(record, tokenizer, 'answer', length)
+    return _segment(record, tokenizer, 'answer')
   try:
     said, mask = tokenizer.conversation(record['messages'], tools=record.get('tools'))
   except ValueError as error:
     raise ValueError(f'record {record["id"]}: {error}') from error
   ids = _bos(record, tokenizer, said)
-  _check_length(record, len(ids), length)
   return ids, [False] * (len(ids) - len(said)) + mask
 
 
-def _segment(record, tokenizer, field, length):
+def _segment(record, tokenizer, field):
   """(ids, mask) of a prompt with the completion in `field`, through its stop token."""
   if field not in record:
     raise ValueError(f'record {record["id"]}: no {field!r}, only {sorted(record)}')
@@ -138,7 +191,6 @@ def _segment(record, tokenizer, field, length):
     raise ValueError(f'record {record["id"]}: {field!r} after messages that end with an assistant')
   prompt = _prompt(record, tokenizer)
   completion, trained = _turn(record, tokenizer, field) or _words(record, tokenizer, field)
-  _check_length(record, len(prompt) + len(completion), length)
   return prompt + completion, [False] * len(prompt) + trained
 
 
@@ -190,6 +242,25 @@ def _lay(segments, tokenizer, length, starts=None):
   return Batch(tokens=tokens, segment_ids=segment_ids, mask=mask)
 
 
+def _end(record, ids, tokenizer, length, cut):
+  """The ids, or with `cut` as many of their end as fit, after a bos token."""
+  if not cut or len(ids) <= length:
+    _check_length(record, len(ids), length)
+    return ids
+  bos = ids[:1] if ids[0] == tokenizer.bos_id else []
+  return bos + ids[len(ids) - length + len(bos) :]
+
+
+def _begin(record, ids, mask, length, cut, start=0):
+  """(ids, mask) of a row that begins at column `start`; with `cut`, as much of its beginning as fits."""
+  if not cut:
+    _check_length(record, start + len(ids), length)
+  room = length - start
+  if not any(mask[:room]):
+    raise TooLong(f'record {record["id"]}: nothing to train on is left in {length} tokens')
+  return ids[:room], mask[:room]
+
+
 def _check_length(record, size, length):
   if size > length:
-    raise ValueError(f'record {record["id"]}: {size} tokens, longer than the limit of {length}')
+    raise TooLong(f'record {record["id"]}: {size} tokens, longer than the limit of {length}')

@@ -35,6 +35,7 @@ class Task:
     evaluate_every: batches between evaluations.
     held_out_problems: problems in an evaluation.
     evaluation_batch: of these, how many are decoded at once.
+    overlong: of records that have more tokens: 'error', 'drop' or 'truncate', see `collect.Collector`.
   """
 
   problems: ConfigDict | None = None
@@ -56,6 +57,7 @@ class Task:
   evaluate_every: Count = 50
   held_out_problems: AtLeastOne = 200
   evaluation_batch: AtLeastOne = 50
+  overlong: str = 'error'
 
   def __post_init__(self):
     check_ranges(type(self), vars(self), 'task')
