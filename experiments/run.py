@@ -5,7 +5,8 @@
 
 `polgrad.methods`, `polgrad.tasks` and `polgrad.presets` list what there is. The text after the colon
 chooses the parts of a run and their main settings. Every value of the complete configuration can then
-be changed on top of it, for example by `--config.phases.train.optimizer.learning_rate=3e-5`.
+be changed on top of it, for example by `--config.phases.train.optimizer.learning_rate=3e-5`. A part is
+exchanged by its name: `--config.phases.train.optimizer.schedule.name=cosine`, `...schedule.steps=100`.
 """
 
 from polgrad.options import from_text

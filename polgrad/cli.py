@@ -1,13 +1,19 @@
-"""Flags and start-up code that all mains share."""
+"""Flags and start-up code that all mains share.
+
+`--config.a.b=...` changes a value of the configuration; `polgrad/overrides.py` says how.
+"""
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from polgrad import overrides
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'File of the experiment.', lock_config=True
@@ -24,6 +30,7 @@ CACHE = flags.DEFINE_string(
   os.path.expanduser('~/.cache/polgrad/xla'),
   'Folder of compiled programs; "": none are kept.',
 )
+CHANGES: dict[str, str] = {}  # texts of --config.a.b=..., by path from 'config' on
 DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of several of a pod.')
 
 
@@ -33,13 +40,43 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Reads the flags, after the folder of the config file was made importable."""
+  """Reads the flags, after the folder of the config file was made importable.
+
+  Changes of the configuration are kept apart: what they mean depends on the parts that it names.
+  """
+  argv = _take_changes(argv)
+  sys.argv = argv  # where config_flags would look for them
   for flag, value in zip(argv, [*argv[1:], '']):
     name, equals, given = flag.lstrip('-').partition('=')
     if name == 'config' and flag.startswith('-'):
       file = os.path.expanduser(given if equals else value).partition(':')[0]
       sys.path.append(os.path.dirname(os.path.abspath(file)))
   return app.parse_flags_with_usage(argv)
+
+
+def _take_changes(argv: Sequence[str]) -> list[str]:
+  """Moves --config.a.b=text, or --config.a.b text, to `CHANGES`, and returns the other arguments."""
+  rest, arguments = [], list(argv)
+  while arguments:
+    argument = arguments.pop(0)
+    found = re.fullmatch(r'--?(no)?(config\.[^=]+)(?:=(.*))?', argument, re.DOTALL)
+    if not found:
+      rest.append(argument)
+      continue
+    no, path, text = found.groups()
+    if text is None and not no and arguments and not arguments[0].startswith('-'):
+      text = arguments.pop(0)
+    CHANGES[path] = text if text is not None else 'false' if no else 'true'
+  return rest
+
+
+def config(choices: Mapping[str, Callable]) -> ConfigDict:
+  """The configuration with the changes of the command line; `choices` has its outermost part.
+
+  Raises:
+    ValueError: a change that does not fit, see `overrides.apply`.
+  """
+  return overrides.apply(CONFIG.value, CHANGES, choices)
 
 
 def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> None:
@@ -50,6 +87,8 @@ def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> 
   """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
+  if CHANGES and 'config' not in needed:
+    raise app.UsageError(f'{sorted(CHANGES)}: this main reads no configuration of the command line')
   for name in needed:
     if flags.FLAGS[name].value is None:
       raise app.UsageError(f'--{name} is needed')

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 from polgrad import cli
-from polgrad.build import build
+from polgrad.build import TABLE, build
 from polgrad.evaluate import restore_params
 from polgrad.models import gguf, hf
 from polgrad.models.lora import merge, save_adapter
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
       gguf.convert(_GGUF.value, _OUT.value)
     else:
       export(
-        cli.CONFIG.value,
+        cli.config(TABLE),
         cli.checkpoint_folder(),
         _OUT.value,
         step=cli.STEP.value,

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
-from polgrad.build import Experiment, build
+from polgrad.build import TABLE, Experiment, build
 from polgrad.collect import completions, question
 from polgrad.data import batching
 from polgrad.sampling import behavior_policies
@@ -231,7 +231,7 @@ def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Param
 def main(argv: list[str]) -> None:
   cli.start(argv)
   with cli.refusals():
-    experiment = build(cli.CONFIG.value)
+    experiment = build(cli.config(TABLE))
     if not experiment.evaluation.every:
       raise ValueError('config.evaluation: the experiment has no held-out problems')
     params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)

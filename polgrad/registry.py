@@ -115,7 +115,7 @@ def table(module: str, *functions: Callable) -> dict[str, Callable]:
   """
   entries = {}
   for fn in functions:
-    taken = {'name', 'weight'} & _knobs(fn).keys()
+    taken = {'name', 'weight'} & knobs_of(fn).keys()
     if taken:
       raise ValueError(f'{fn.__name__}: a knob cannot be called {sorted(taken)}')
     name = f'{module}.{fn.__name__}'
@@ -152,7 +152,7 @@ def part(fn: Callable, **knobs) -> ml_collections.ConfigDict:
     ValueError: a knob that `fn` does not have, or a required one that is missing.
   """
   spec = {'name': name_of(fn)}
-  parameters = _knobs(fn)
+  parameters = knobs_of(fn)
   _check_names(spec['name'], knobs, parameters)
   for name, parameter in parameters.items():
     value = knobs.get(name, parameter.default)
@@ -191,7 +191,7 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
   if weight is not None and not math.isfinite(weight):
     raise ValueError(f'{path}.weight: expected a finite number, got {weight}')
   fn = _look_up(name, choices, path)
-  parameters = _knobs(fn)
+  parameters = knobs_of(fn)
   _check_names(path, spec, parameters)
   hints = typing.get_type_hints(fn, include_extras=True)
   bound = {}
@@ -323,7 +323,8 @@ def _is_entry(value: Any) -> bool:
   return inspect.isfunction(value) or (inspect.isclass(value) and dataclasses.is_dataclass(value))
 
 
-def _knobs(fn: Callable) -> dict[str, inspect.Parameter]:
+def knobs_of(fn: Callable) -> dict[str, inspect.Parameter]:
+  """The knobs of a function or dataclass, with their defaults."""
   if inspect.isclass(fn):
     return {f.name: _field_parameter(f) for f in dataclasses.fields(fn) if f.init}
   parameters = inspect.signature(fn).parameters

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from polgrad import cli, sharding
-from polgrad.build import Experiment, build
+from polgrad.build import TABLE, Experiment, build
 from polgrad.collect import completions
 from polgrad.data import batching
 from polgrad.evaluate import restore_params
@@ -93,7 +93,7 @@ def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat
 def main(argv: list[str]) -> None:
   cli.start(argv)
   with cli.refusals():
-    experiment = build(cli.CONFIG.value)
+    experiment = build(cli.config(TABLE))
     params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
   with jax.set_mesh(experiment.mesh):
     complete = make_completer(

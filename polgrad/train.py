@@ -24,7 +24,7 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from polgrad import checkpoint, cli, evaluate, identity, metrics, sharding, workdirs
-from polgrad.build import Experiment, Phase, build, check_data
+from polgrad.build import TABLE, Experiment, Phase, build, check_data
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
 from polgrad.data import batching, stream
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     with cli.refusals():
       session = stack.enter_context(
         prepare(
-          cli.CONFIG.value,
+          cli.config(TABLE),
           cli.workdir(),
           cli.checkpoint_folder(),
           step=cli.STEP.value,

@@ -36,7 +36,8 @@ LEVELS = {
   'options': 7,
   'collect': 4,
   'build': 5,
-  'cli': 0,
+  'cli': 1,
+  'overrides': 0,
   'digests': 0,
   'identity': 0,
   'compiling': 0,
@@ -52,7 +53,7 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '_
 HOMES = {
   'flax': {'types', 'reductions', 'models'},
   'ml_collections': {
-    *('registry', 'build', 'cli', 'identity', 'train', 'verify'),
+    *('registry', 'build', 'cli', 'identity', 'overrides', 'train', 'verify'),
     *('methods', 'tasks', 'presets', 'compose', 'options'),
   },
   'orbax': {'checkpoint'},
