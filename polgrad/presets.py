@@ -91,7 +91,10 @@ def qwen3(*, path: str = '', lora: int = 0, fsdp: int = 4) -> Preset:
 
 
 def llama3(*, path: str = '', lora: int = 0, fsdp: int = 4) -> Preset:
-  """Llama-3.2-1B-Instruct, bfloat16 compute on float32 parameters. Its template tells the date."""
+  """Llama-3.2-1B-Instruct, bfloat16 compute on float32 parameters.
+
+  Its template tells a date, `config.tokenizer.date`.
+  """
   return _on_tpu(_folder('llama3', path), lora, fsdp)
 
 

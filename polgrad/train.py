@@ -400,7 +400,13 @@ def run_phase(
 
     # Draw records, and collect a batch from them.
     draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
-    collected = run.collect(state, draw, step)
+    try:
+      collected = run.collect(state, draw, step)
+    except batching.TooLong as error:  # of a source that is too large to be looked at whole
+      raise ValueError(
+        f'config.phases.{run.name}.source, step {step}: {error}; go on with --on_mismatch=continue and '
+        f'--config.phases.{run.name}.collect.overlong=drop (or truncate)'
+      ) from error
     for message in collected.messages:
       logging.warning('verifier: %s', message)
 

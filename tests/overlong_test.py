@@ -1,5 +1,6 @@
 """Records that are longer than there is room for: refused, dropped or cut, in every role of data."""
 
+import argparse
 import json
 
 import numpy as np
@@ -156,3 +157,14 @@ def test_a_demonstration_that_is_cut_is_not_finished():
   assert read(got) == ['bcdefg', 'bcde'] and got.finished.tolist() == [False, True]
   with pytest.raises(batching.TooLong, match='record 0: 4 tokens, longer than the limit of 3'):
     scored.demonstrated([record], BYTE, **sizes)
+
+
+def test_one_that_is_found_only_when_it_is_drawn_is_named_with_the_option(tmp_path, monkeypatch):
+  run = experiment(tmp_path, 'grpo')
+  refuse = lambda *_: batching.prompts([{'prompt': '1' * LONG, 'id': 7}], BYTE, length=8)
+  started = train.PhaseRun(run, 'train', run.phases['train'], 0, refuse, None, None, None)
+  monkeypatch.setattr(train, 'start_phase', lambda *_: started)
+  state = argparse.Namespace(phase_step=1, cursor=0)
+  words = r'config\.phases\.train\.source, step 1: record 7: 12 tokens.*collect\.overlong=drop'
+  with pytest.raises(ValueError, match=words):
+    train.run_phase(run, state, None, None)
