@@ -164,9 +164,7 @@ def opening(chat: Chat) -> str:
   except ValueError:  # a template may refuse these messages
     return ''
   cut = max(_common(prompt, text) for text in given)
-  for tag in re.finditer(
-    r'<[^<>\s]*>', prompt
-  ):  # </think> and <think> differ after their first letter
+  for tag in re.finditer(r'<[^<>\s]*>', prompt):  # <think> and </think> have a letter in common
     cut = tag.start() if tag.start() < cut < tag.end() else cut
   thoughts = THOUGHTS.search(prompt, len(before) if prompt.startswith(before) else cut)
   text = prompt[min(cut, thoughts.start()) if thoughts else cut :]

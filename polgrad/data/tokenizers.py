@@ -369,14 +369,17 @@ def _align(model, text):
 
 
 def _templates(folder, config):
-  """Texts of the chat templates by name; the one without a name is `default`."""
+  """Texts of the templates `default`, which may have no name, and `tool_use`, as far as there are."""
   template = config.get('chat_template') or {}
   if isinstance(template, list):
     template = {t['name']: t['template'] for t in template}
   found = {'default': template} if isinstance(template, str) else dict(template)
-  others = sorted((folder / 'additional_chat_templates').glob('*.jinja'))
-  files = {'default': folder / 'chat_template.jinja'} | {f.stem: f for f in others}
-  return found | {name: f.read_text(encoding='utf-8') for name, f in files.items() if f.is_file()}
+  files = {
+    'default': folder / 'chat_template.jinja',
+    'tool_use': folder / 'additional_chat_templates' / 'tool_use.jinja',
+  }
+  found |= {name: f.read_text(encoding='utf-8') for name, f in files.items() if f.is_file()}
+  return {name: found[name] for name in files if found.get(name)}
 
 
 def _text(token):
