@@ -17,7 +17,6 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 
 class Writer:
@@ -54,8 +53,11 @@ class Writer:
 
     # Append from here on. Line buffering makes every row readable at once.
     self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, closed by `close`
-    folder = os.path.join(workdir, 'tensorboard')
-    self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
+    self._board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter  # here, because it imports PyTorch where there is one
+
+      self._board = SummaryWriter(os.path.join(workdir, 'tensorboard'), purge_step=step + 1)
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
     """Appends one row: the metrics after `step` updates, made in a phase. JSON has null for NaN."""

@@ -1,5 +1,6 @@
 """Before JAX starts: eight CPU devices, no implicit broadcasting, and a cache of compiled programs."""
 
+import gc
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import jax
 import jaxlib
 import pytest
 
-from polgrad import compiling
+from polgrad import compiling, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
@@ -39,7 +40,7 @@ flags = [f'--{name}={str(value).lower()}' for name, value in quick().items()]
 os.environ['XLA_FLAGS'] = ' '.join(['--xla_force_host_platform_device_count=8', *flags])
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 # The folder of SmolLM2, which `make test` makes. Experiments on real models read the variable too.
 os.environ.setdefault('POLGRAD_SMOLLM2', str(ROOT / '.cache/smollm2'))
 
@@ -55,10 +56,28 @@ def smollm2() -> str:
   return folder
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch):
-  """For tests that compile much and compute little: quick to compile, slow to run."""
-  monkeypatch.setattr(compiling, 'options', lambda: {})  # they would win over the setting below
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
+@pytest.fixture(scope='module')
+def quick_compiler():
+  """For files of tests that compile much and compute little: quick to compile, slow to run.
+
+  It holds until the end of the file, so that all runs of it are compiled alike and can be compared
+  bit by bit.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(compiling, 'options', lambda: {})  # they would win over the setting below
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+  """Runs of the test draw no curves, which takes as long as a step."""
+  monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)
+
+
+def pytest_collection_finish():
+  """Lets the garbage collector pass over what lives as long as the process: modules and tests."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)

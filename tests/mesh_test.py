@@ -19,6 +19,7 @@ from polgrad.types import Layout
 from tests.runs import dpo, grpo, on_policy_distillation, sft
 from tests.train_test import config
 
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
 ROOT = pathlib.Path(__file__).parent.parent
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
@@ -133,9 +134,12 @@ import sys
 import jax
 jax.config.update('jax_compilation_cache_dir', sys.argv[5])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
-from polgrad import train
+from polgrad import compiling, metrics, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
+compiling.options = dict  # as `quick_compiler` does
+jax.config.update('jax_disable_most_optimizations', True)
+metrics.report = str
 from tests.mesh_test import grpo_smoke
 made = grpo_smoke()
 made.mesh.data = 2

@@ -231,8 +231,7 @@ def shared(made, monkeypatch):
 
 
 @pytest.mark.parametrize('name', TRAINED)
-def test_trains_two_smoke_steps(name, tmp_path, monkeypatch, quick_compiler, shared):
-  monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)  # drawing takes as long as a step
+def test_trains_two_smoke_steps(name, tmp_path, quick_compiler, undrawn, shared):
   config = Run(name).get_config('smoke')
   with config.unlocked():
     config.evaluation = part(build.Never)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, methods, metrics, optim, train
+from polgrad import build, methods, optim, train
 from polgrad.options import from_text
 from polgrad.registry import part
 from tests import hub
@@ -62,8 +62,7 @@ def test_the_config_file_has_its_own_data_reward_system_prompt_and_schedule(mine
   np.testing.assert_allclose(scores.total, [1.0, 0.8, 0.0], atol=1e-6)
 
 
-def test_the_config_file_trains(mine, tmp_path, monkeypatch, quick_compiler):
-  monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)
+def test_the_config_file_trains(mine, tmp_path, quick_compiler, undrawn):
   module, options = mine
   config = module.get_config(f'{options},smoke')
   config.phases.train.collect.prompt_length = 150  # the test's small vocabulary makes long prompts

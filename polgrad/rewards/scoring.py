@@ -119,9 +119,12 @@ def _check(name: str, fn: Callable) -> None:
 def _asker(
   verifiers: Mapping[str, Callable], workers: int, timeout_s: float, memory_gib: float
 ) -> Callable[[tuple[str, Mapping]], float | Failure]:
-  """A function that gives a task to the next idle worker and waits for the answer."""
+  """A function that gives a task to an idle worker and waits for the answer.
+
+  The worker that was busy last is taken first, so that no more of them start than are needed.
+  """
   sent = worker.dumps(verifiers)
-  idle = queue.SimpleQueue()
+  idle = queue.LifoQueue()
   for _ in range(workers):
     idle.put(worker.Worker(sent, timeout_s, memory_gib))
 
