@@ -312,20 +312,20 @@ def test_smollm2_says_what_it_says_in_transformers(smollm2):
     chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors='pt'
   )
   with torch.no_grad():
-    out = theirs.generate(**prompts, do_sample=False, max_new_tokens=64).numpy()
+    out = theirs.generate(**prompts, do_sample=False, max_new_tokens=32).numpy()
   tokens, mask = prompts['input_ids'].numpy(), prompts['attention_mask'].numpy() > 0
   stop = tokenizer.eos_token_id
   sample = make_sampler(
     {'policy': policy},
     behavior_policy=behavior_policies.greedy,
-    max_new_tokens=64,
+    max_new_tokens=32,
     stop_ids=(stop,),
     pad_id=stop,
   )
   found = sample({'policy': params}, tokens, mask, np.arange(len(tokens)), seed=0, step=0)
   width = tokens.shape[1]
   made = np.asarray(found.tokens)[:, width:]
-  assert found.mask[:, width:].sum() > 20 * 25  # they do talk
+  assert found.mask[:, width:].sum() > 20 * 15  # they do talk
   for prompt, ours, wanted in zip(PROMPTS, made, out[:, width:], strict=True):
     assert tokenizer.decode(ours) == tokenizer.decode(wanted), prompt
     np.testing.assert_array_equal(ours[: len(wanted)], wanted, err_msg=prompt)
