@@ -15,14 +15,13 @@ parameters.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from polgrad import models, sharding
+from polgrad import jsons, models, sharding
 from polgrad.data import tokenizers
 from polgrad.registry import part
 
@@ -176,7 +175,7 @@ def _has_template(folder: str) -> bool:
   file = pathlib.Path(folder) / 'tokenizer_config.json'
   if (pathlib.Path(folder) / 'chat_template.jinja').is_file():
     return True
-  return file.is_file() and bool(json.loads(file.read_text()).get('chat_template'))
+  return file.is_file() and bool(jsons.read_object(file).get('chat_template'))
 
 
 TABLE = {fn.__name__: fn for fn in (tiny, smollm2, qwen3, llama3, gemma3, hf)}

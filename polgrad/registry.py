@@ -84,7 +84,7 @@ def check_ranges(owner: Callable, values: Mapping[str, Any], path: str = '') -> 
   """
   hints = typing.get_type_hints(owner, include_extras=True)
   for name, value in values.items():
-    _check_number(value, hints.get(name), f'{path}.{name}' if path else name)
+    check_range(value, hints.get(name), f'{path}.{name}' if path else name)
 
 
 def _range(hint: Any) -> Range | None:
@@ -92,10 +92,15 @@ def _range(hint: Any) -> Range | None:
   return found[0] if found and isinstance(found[0], Range) else None
 
 
-def _check_number(value: Any, hint: Any, path: str) -> None:
+def check_range(value: Any, hint: Any, path: str) -> None:
+  """Refuses a number outside the range of a hint; other values and hints are allowed.
+
+  Raises:
+    ValueError: names `path` and the range.
+  """
   if not isinstance(value, int | float) or isinstance(value, bool):
     return
-  if math.isnan(value):
+  if value != value:
     raise ValueError(f'{path}: expected a number, got nan')
   bounds = _range(hint)
   if bounds is not None and value not in bounds:
@@ -188,7 +193,7 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
   weight = spec.pop('weight', None)
   if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
     raise TypeError(f'{path}.weight: expected a number, got {weight!r}')
-  if weight is not None and not math.isfinite(weight):
+  if weight is not None and not abs(weight) < math.inf:
     raise ValueError(f'{path}.weight: expected a finite number, got {weight}')
   fn = _look_up(name, choices, path)
   parameters = knobs_of(fn)
@@ -360,7 +365,7 @@ def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
   if _range(hint) is None and typing.get_origin(hint) is typing.Annotated:
     return _bind_part(value, hint, path)
   value = _bind_plain(value, plain(hint), parameter, path)
-  _check_number(value, hint, path)
+  check_range(value, hint, path)
   if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
     raise ValueError(f'{path}: unknown {value!r}{suggest(str(value), typing.get_args(hint))}')
   return value

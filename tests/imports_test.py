@@ -41,6 +41,7 @@ LEVELS = {
   'digests': 0,
   'identity': 0,
   'compiling': 0,
+  'jsons': 0,
   'evaluate': 6,
   'convert': 7,
   'sample': 7,

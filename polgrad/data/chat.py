@@ -43,7 +43,12 @@ def plain_chat(
 
 
 def jinja_chat(
-  source: str, special: Mapping[str, str], *, mark: str = '', date: str = DATE
+  source: str,
+  special: Mapping[str, str],
+  *,
+  mark: str = '',
+  date: str = DATE,
+  where: str = 'the chat template',
 ) -> Chat:
   """Makes a chat function of a Jinja template.
 
@@ -54,10 +59,11 @@ def jinja_chat(
     special: texts of special tokens by name: `bos_token`, `eos_token`, ...
     mark: put before and after every text that the template writes within {% generation %}.
     date: YYYY-MM-DD, what a template is told that asks for the date of today.
+    where: file and key of the template, for errors.
 
   Raises:
-    ValueError: `date` is no date; or, from the function that is returned: the template refuses the
-      messages or fails, or there are tools and it does not read them.
+    ValueError: the template cannot be read, or `date` is no date; or, from the function that is
+      returned: the template refuses the messages or fails, or there are tools and it does not read them.
   """
   today = datetime.datetime.fromisoformat(date)
   environment = _Sandbox(
@@ -77,7 +83,7 @@ def jinja_chat(
     template = environment.from_string(source)
     reads_tools = 'tools' in jinja2.meta.find_undeclared_variables(environment.parse(source))
   except REFUSED as error:
-    raise ValueError(f'the chat template cannot be read: {error}') from error
+    raise ValueError(f'{where} cannot be read: {error}') from error
 
   def chat(messages, add_generation_prompt=True, tools=None):
     if tools and not reads_tools:
@@ -93,7 +99,7 @@ def jinja_chat(
     try:
       return ''.join(budget.write(piece) for piece in pieces)
     except REFUSED as error:
-      raise ValueError(f'the chat template fails: {error}') from error
+      raise ValueError(f'{where} fails: {error}') from error
 
   return chat
 

@@ -1,11 +1,12 @@
 """Text to token ids and back. A `Tokenizer` is a tuple of functions and ids."""
 
 import collections
+import contextlib
 import functools
 import itertools
-import json
 import pathlib
 import re
+import types
 from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
@@ -13,9 +14,12 @@ import sentencepiece as spm
 import tokenizers as hf
 from sentencepiece import sentencepiece_model_pb2
 
+from polgrad import jsons
 from polgrad.data import chat as chats
 from polgrad.data.chat import make_conversation, plain_chat
 from polgrad.registry import table
+
+MOST = 2**31  # ids are 32-bit numbers
 
 
 class Tokenizer(NamedTuple):
@@ -96,10 +100,9 @@ def sentencepiece(*, path: str) -> Tokenizer:
 
   Raises:
     FileNotFoundError: `path` is not a file.
-    ValueError: the model has no eos token, so nothing could end a completion.
+    ValueError: no SentencePiece model, or one that has no eos token, so nothing could end a completion.
   """
-  _need(pathlib.Path(path), 'a SentencePiece model file')
-  model = spm.SentencePieceProcessor(model_file=path)
+  model = _open_sentencepiece(pathlib.Path(path))
   eos, size = model.eos_id(), model.vocab_size()
   if eos < 0:
     raise ValueError(f'{path}: the model has no eos token')
@@ -145,11 +148,12 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
 
   Raises:
     FileNotFoundError: `path` has neither tokenizer.json nor tokenizer.model.
-    ValueError: there is no stop token, or `date` is no date; from `chat`, there is no template, or it
-      refuses the messages; from `conversation`, see `chat.make_conversation`.
+    ValueError: a file is malformed (the message names file and key); no file names a stop token, an id
+      is not in the vocabulary, or `date` is no date; from `chat`, there is no template, or it refuses
+      the messages; from `conversation`, see `chat.make_conversation`.
   """
   folder = pathlib.Path(path)
-  config = _read_json(folder / 'tokenizer_config.json')
+  config = _read_json(folder / 'tokenizer_config.json', SETTINGS)
   special = _special_tokens(folder, config)
   # The vocabulary knows special tokens that the other files do not name.
   if not (folder / 'tokenizer.json').is_file() and (folder / 'tokenizer.model').is_file():
@@ -159,18 +163,18 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
   align, ids, special = vocabulary.align, vocabulary.ids, vocabulary.special
 
   # The template, if there is one, says how a turn ends, and may open one.
+  size = max(ids.values()) + 1
   chat, marked = _chats(path, _templates(folder, config), special, date)
   ends = [i for i in align(chats.ending(chat))[0] if i in vocabulary.added]
-  stops = _stop_ids(folder, [*ends[:1], ids.get(special.get('eos_token'))])
+  stops = _stop_ids(folder, [*ends[:1], ids.get(special.get('eos_token'))], size)
   pad = ids.get(special.get('pad_token'), stops[0])
+  texts = [token for token, i in ids.items() if i in stops]
   return Tokenizer(
     encode=lambda text: align(text)[0],
     decode=vocabulary.make_decode({*stops, pad, ids.get(special.get('bos_token'))}),
     chat=chat,
-    conversation=make_conversation(
-      align, chat, stop_id=stops[0], stops=[t for t, i in ids.items() if i in stops], marked=marked
-    ),
-    vocab_size=max(ids.values()) + 1,
+    conversation=make_conversation(align, chat, stop_id=stops[0], stops=texts, marked=marked),
+    vocab_size=size,
     pad_id=pad,
     bos_id=ids[special['bos_token']] if vocabulary.opens else -1,
     stop_ids=tuple(stops),
@@ -181,7 +185,8 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
 def _chats(path, templates, special, date):
   """The chat function of the templates, and one that marks the assistant's words, or None."""
   make = lambda mark: {
-    name: chats.jinja_chat(text, special, mark=mark, date=date) for name, text in templates.items()
+    name: chats.jinja_chat(text, special, mark=mark, date=date, where=where)
+    for name, (text, where) in templates.items()
   }
 
   def choose(made):
@@ -193,21 +198,47 @@ def _chats(path, templates, special, date):
 
   if 'default' not in templates:
     return chats.no_chat(path), None
-  marks = all(map(chats.marks_generation, templates.values()))
+  marks = all(chats.marks_generation(text) for text, _ in templates.values())
   return choose(make('')), choose(make(chats.MARK)) if marks else None
+
+
+# What the keys of the files hold, of `jsons.KINDS`. Others are not read.
+SETTINGS = {
+  'added_tokens_decoder': 'an object', 'add_bos_token': 'true or false', 'legacy': 'true or false',
+}  # fmt: skip
+FLAGS = {
+  'content': 'text', 'special': 'true or false', 'lstrip': 'true or false', 'rstrip': 'true or false',
+}  # fmt: skip
 
 
 def _special_tokens(folder, config):
   """Texts of the special tokens that the files name: bos_token, eos_token, ..."""
-  named = _read_json(folder / 'special_tokens_map.json') | {k: v for k, v in config.items() if v}
-  special = {k: _text(v) for k, v in named.items() if k.endswith('_token')}
-  return {k: v for k, v in special.items() if isinstance(v, str)}
+  map_file, config_file = folder / 'special_tokens_map.json', folder / 'tokenizer_config.json'
+  special = {}
+  for file, named in ((map_file, _read_json(map_file)), (config_file, config)):
+    for key, token in named.items():
+      if (
+        key.endswith('_token') and token and not isinstance(token, bool)
+      ):  # add_bos_token is no token
+        special[key] = _content(f'{file}: {key}', token)
+  return special
 
 
-def _stop_ids(folder, found):
-  """The ids in `found` that are not None, and the stop ids of generation_config.json."""
-  more = _read_json(folder / 'generation_config.json').get('eos_token_id', [])
-  more = [more] if isinstance(more, int) else more or []
+def _content(where, token):
+  """Text of a special token, which files write as a string or as an object with `content`."""
+  text = token.get('content') if isinstance(token, dict) else token
+  if not isinstance(text, str):
+    raise ValueError(f'{where} must be text, or an object with content, got {jsons.shown(token)}')
+  return text
+
+
+def _stop_ids(folder, found, size):
+  """The ids in `found` that are not None, and the stop ids of generation_config.json below `size`."""
+  file = folder / 'generation_config.json'
+  more = _read_json(file).get('eos_token_id')
+  more = more if isinstance(more, list) else [] if more is None else [more]
+  for i in more:
+    _check_id(f'{file}: eos_token_id', i, size)
   stops = list(dict.fromkeys(i for i in [*found, *more] if i is not None))
   if not stops:
     raise ValueError(
@@ -215,6 +246,12 @@ def _stop_ids(folder, found):
       'or eos_token_id in generation_config.json'
     )
   return stops
+
+
+def _check_id(where, i, size):
+  """Refuses what is no id of a vocabulary of `size` tokens."""
+  if not jsons.KINDS['a whole number'](i) or not 0 <= i < size:
+    raise ValueError(f'{where} must be at least 0 and below {size}, got {jsons.shown(i)}')
 
 
 class _Vocabulary(NamedTuple):
@@ -231,13 +268,18 @@ class _Vocabulary(NamedTuple):
 
 def _read_fast(folder, special):
   """Reads tokenizer.json. Only its post-processor decides whether bos begins a text."""
-  _need(folder / 'tokenizer.json', 'a Hugging Face tokenizer')
-  model = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-  # The file may turn on truncation and padding, which would change texts without notice.
-  model.no_truncation()
-  model.no_padding()
-  opens = special.get('bos_token') in model.encode('a').tokens[:1]
-  model.post_processor = None  # it may remove spaces from the offsets
+  file = folder / 'tokenizer.json'
+  _need(file, 'a Hugging Face tokenizer')
+  with _reading(file):
+    model = hf.Tokenizer.from_file(str(file))
+    # The file may turn on truncation and padding, which would change texts without notice.
+    model.no_truncation()
+    model.no_padding()
+    opens = special.get('bos_token') in model.encode('a').tokens[:1]
+    model.post_processor = None  # it may remove spaces from the offsets
+    ids = model.get_vocab(with_added_tokens=True)
+  if not ids:
+    raise ValueError(f'{file}: its vocabulary is empty')
 
   def align(text):
     encoding = model.encode(text, add_special_tokens=False)
@@ -251,10 +293,10 @@ def _read_fast(folder, special):
   return _Vocabulary(
     align=align,
     make_decode=make_decode,
-    ids=model.get_vocab(with_added_tokens=True),
+    ids=ids,
     added=frozenset(model.get_added_tokens_decoder()),
     special=special,
-    opens=opens,
+    opens=opens and special['bos_token'] in ids,
   )
 
 
@@ -264,7 +306,7 @@ def _read_sentencepiece(folder, config, special):
   SentencePiece never recognises a control token such as </s> in a text, so special tokens are found with
   a regular expression, and only the text between them is given to SentencePiece.
   """
-  model = spm.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
+  model = _open_sentencepiece(folder / 'tokenizer.model')
   bare = _without_prefix(model)
   names, added, special = _pieces(folder, config, model, special)
   ids = {token: i for i, token in names.items()}
@@ -324,10 +366,17 @@ def _pieces(folder, config, model, special):
   special = {k: v for k, v in own.items() if v} | special
   added = {names[i]: {'special': True} for i in names if model.is_control(i)}
   # Older models list added tokens in a file, newer ones in tokenizer_config.json.
-  for token, i in _read_json(folder / 'added_tokens.json').items():
+  file = folder / 'added_tokens.json'
+  for token, i in _read_json(file).items():
+    _check_id(f'{file}: {token}', i, MOST)
     names[i], added[token] = token, {'special': True}
-  for i, token in config.get('added_tokens_decoder', {}).items():
-    names[int(i)], added[token['content']] = token['content'], token
+  for i, token in (config.get('added_tokens_decoder') or {}).items():
+    where = f'{folder / "tokenizer_config.json"}: added_tokens_decoder'
+    _check_id(where, int(i) if i.isdecimal() and len(i) < 20 else i, MOST)
+    jsons.check(where, {i: token}, {i: 'an object'})
+    jsons.check(f'{where}.{i}', token or {}, FLAGS)
+    text = _content(f'{where}.{i}', token)
+    names[int(i)], added[text] = text, token
   return names, added, special
 
 
@@ -369,27 +418,52 @@ def _align(model, text):
 
 
 def _templates(folder, config):
-  """Texts of the templates `default`, which may have no name, and `tool_use`, as far as there are."""
+  """(text, place) of the templates `default`, which may have no name, and `tool_use`, if there are."""
+  where = f'{folder / "tokenizer_config.json"}: chat_template'
   template = config.get('chat_template') or {}
   if isinstance(template, list):
-    template = {t['name']: t['template'] for t in template}
-  found = {'default': template} if isinstance(template, str) else dict(template)
-  files = {
-    'default': folder / 'chat_template.jinja',
-    'tool_use': folder / 'additional_chat_templates' / 'tool_use.jinja',
-  }
-  found |= {name: f.read_text(encoding='utf-8') for name, f in files.items() if f.is_file()}
-  return {name: found[name] for name in files if found.get(name)}
+    named = [t for t in template if isinstance(t, dict) and {'name', 'template'} <= t.keys()]
+    template = {t['name']: t['template'] for t in named if isinstance(t['name'], str)}
+  found = template if isinstance(template, dict) else {'default': template}
+  jsons.check(where, found, dict.fromkeys(TEMPLATES, 'text'))
+  found = {name: (text, where) for name, text in found.items()}
+  for name, place in TEMPLATES.items():
+    file = folder / place
+    if file.is_file():
+      try:
+        found[name] = file.read_text(encoding='utf-8'), str(file)
+      except ValueError as error:
+        raise ValueError(f'{file} is no text in UTF-8: {error}') from error
+  return {name: found[name] for name in TEMPLATES if found.get(name, ('', ''))[0]}
 
 
-def _text(token):
-  """Text of a special token, which files write as a string or as an object with `content`."""
-  return token['content'] if isinstance(token, dict) else token
+# Files of the chat templates that are used.
+TEMPLATES = {
+  'default': 'chat_template.jinja',
+  'tool_use': 'additional_chat_templates/tool_use.jinja',
+}
 
 
-def _read_json(path):
-  """Content of a JSON file, {} if it does not exist."""
-  return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+def _read_json(path, kinds=types.MappingProxyType({})):
+  """Content of a JSON file, {} if it does not exist; `kinds` are those of `jsons.check`."""
+  content = jsons.read_object(path) if path.is_file() else {}
+  jsons.check(str(path), content, kinds)
+  return content
+
+
+def _open_sentencepiece(path):
+  _need(path, 'a SentencePiece model file')
+  with _reading(path):
+    return spm.SentencePieceProcessor(model_file=str(path))
+
+
+@contextlib.contextmanager
+def _reading(path):
+  """Turns what a library raises at a malformed file into a ValueError that names the file."""
+  try:
+    yield
+  except Exception as error:  # tokenizers raises Exception itself
+    raise ValueError(f'{path} is no tokenizer: {str(error)[:300]}') from error
 
 
 def _need(path, what):

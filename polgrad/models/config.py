@@ -6,6 +6,9 @@ follow from these names."""
 
 import dataclasses
 import math
+from typing import Annotated
+
+from polgrad.registry import NotNegative, Positive, Range, check_ranges
 
 AXES = {
   'embedding': ('vocab', 'embed'),
@@ -35,6 +38,14 @@ TOP = ('embedding', 'final_norm', 'unembedding', 'value_head')
 ATTENTION = ('query', 'key', 'value', 'out')
 MLP = ('gate', 'up', 'down')
 
+# Sizes beyond these are mistakes: nothing would hold the arrays. Layers are also listed one by one.
+Size = Annotated[int, Range(at_least=1, at_most=10_000_000)]
+Optional = Annotated[int, Range(at_least=0, at_most=10_000_000)]
+Layers = Annotated[int, Range(at_least=1, at_most=10_000)]
+Length = Annotated[int, Range(at_least=1, below=2**31)]  # positions are 32-bit numbers
+Span = Annotated[int, Range(at_least=0, below=2**31)]
+LARGEST = 10**14  # parameters
+
 VALID = {
   'attention': ('cudnn', 'einsum', 'splash'),
   'remat': ('none', 'full', 'dots'),
@@ -50,34 +61,32 @@ class Config:
   """All settings of a decoder. `decoder` takes each of them as a keyword, except those of an adapter.
 
   Raises:
-    ValueError: an impossible combination of sizes, or an unknown choice; the message lists the valid
-      ones.
+    ValueError: a size out of its range, an impossible combination of sizes, or an unknown choice; the
+      message lists the valid ones.
   """
 
-  vocab_size: int  # number of tokens in the vocabulary
-  num_layers: int = 2  # number of blocks
-  width: int = 64  # size of the residual stream
-  num_heads: int = 4  # query heads
-  num_kv_heads: int = 2  # key and value heads; divides num_heads
-  head_dim: int = 16  # size of a head, even
-  mlp_width: int = 192  # inner size of the feed-forward, or of each expert
+  vocab_size: Size  # number of tokens in the vocabulary
+  num_layers: Layers = 2  # number of blocks
+  width: Size = 64  # size of the residual stream
+  num_heads: Size = 4  # query heads
+  num_kv_heads: Size = 2  # key and value heads; divides num_heads
+  head_dim: Size = 16  # size of a head, even
+  mlp_width: Size = 192  # inner size of the feed-forward, or of each expert
   activation: str = 'silu'  # of the gate: 'silu', or 'gelu' in its tanh form
 
   # Rotary positions. The middle four extend the context, see `rotary.stretch`.
-  rope_theta: float = 10_000.0  # base of the frequencies
-  rope_factor: float = 1.0
-  rope_low: float = 1.0
-  rope_high: float = 4.0
-  rope_original_length: int = 0
+  rope_theta: Positive = 10_000.0  # base of the frequencies
+  rope_factor: Positive = 1.0
+  rope_low: Positive = 1.0
+  rope_high: Positive = 4.0
+  rope_original_length: Span = 0
 
   # Local layers look at a sliding window; all other layers look at the whole past.
-  window: int = (
-    0  # tokens that a local layer sees, its own included; 0 if there are no local layers
-  )
+  window: Span = 0  # tokens that a local layer sees, its own included; 0: there are no local layers
   local_layers: tuple[int, ...] = ()  # indices of the local layers
-  local_rope_theta: float = 10_000.0  # base of the frequencies of local layers, never stretched
+  local_rope_theta: Positive = 10_000.0  # base of the frequencies of local layers, never stretched
 
-  norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+  norm_eps: NotNegative = 1e-6  # added to the mean square in RMSNorm
   norm_offset: float = 0.0  # norms multiply by norm_offset + scale (1 in Gemma)
   pre_norm: bool = True  # normalise the inputs of attention and feed-forward
   post_norm: bool = False  # normalise their outputs, before the addition (OLMo 2; Gemma has both)
@@ -86,22 +95,22 @@ class Config:
   )
 
   attention_bias: bool = False  # queries, keys and values have a bias (Qwen2)
-  query_scale: float = 0.0  # multiplies attention scores; 0 means head_dim^-1/2
+  query_scale: NotNegative = 0.0  # multiplies attention scores; 0 means head_dim^-1/2
   # How training attends within whole rows: 'einsum', or a kernel: 'cudnn' (NVIDIA GPUs; bfloat16, no
   # soft cap) or 'splash' (TPUs). Results are equal up to rounding.
   attention: str = 'einsum'
-  attention_softcap: float = 0.0  # soft cap of attention scores, 0 for none
-  logit_softcap: float = 0.0  # soft cap of logits, 0 for none
-  embedding_scale: float = 1.0  # multiplies embeddings (sqrt(width) in Gemma)
+  attention_softcap: NotNegative = 0.0  # soft cap of attention scores, 0 for none
+  logit_softcap: NotNegative = 0.0  # soft cap of logits, 0 for none
+  embedding_scale: Positive = 1.0  # multiplies embeddings (sqrt(width) in Gemma)
   tie_embeddings: bool = True  # the embedding is also the unembedding
 
   # A mixture of experts, see `experts`.
-  num_experts: int = 0  # experts of every feed-forward, 0 for a dense feed-forward
-  experts_per_token: int = 2  # experts that process each token
+  num_experts: Optional = 0  # experts of every feed-forward, 0 for a dense feed-forward
+  experts_per_token: Size = 2  # experts that process each token
   normalize_experts: bool = True  # divide the weights of a token's experts by their sum
-  balance_rate: float = 0.0  # step of the bias that balances the load of experts; 0 for no bias
+  balance_rate: NotNegative = 0.0  # step of the bias that balances experts; 0 for no bias
 
-  max_length: int = 2048  # longest row in tokens; longer rows raise ValueError
+  max_length: Length = 2048  # longest row in tokens; longer rows raise ValueError
   dtype: str = 'float32'  # of activations, or 'bfloat16'; sums, norms, softmax, logits are float32
   param_dtype: str = 'float32'  # of the stored parameters, or 'bfloat16'
   # The matrix products of a block that the backward pass computes again: 'none', 'full' (all of them)
@@ -111,11 +120,12 @@ class Config:
   value_head: bool = False  # adds a scalar head, zero at first; also the head of a reward model
 
   # A low-rank adapter; only `lora` sets these.
-  lora_rank: int = 0  # inner size of the factors, 0 for no adapter
+  lora_rank: Optional = 0  # inner size of the factors, 0 for no adapter
   lora_scale: float = 1.0  # multiplies the product of the factors
   lora_targets: tuple[str, ...] = ()  # names of the matrices that have factors
 
   def __post_init__(self):
+    check_ranges(Config, vars(self))
     for field, valid in VALID.items():
       if getattr(self, field) not in valid:
         raise ValueError(f'unknown {field} {getattr(self, field)!r}; valid: {sorted(valid)}')
@@ -133,6 +143,12 @@ class Config:
     targets = ATTENTION if self.num_experts else ATTENTION + MLP
     if self.lora_rank and not set(self.lora_targets) <= set(targets):
       raise ValueError(f'lora targets {self.lora_targets}; valid: {targets}')
+    count = sum(math.prod(self.shape(name)) for name in self.top)
+    count += self.num_layers * sum(math.prod(self.shape(name)) for name in self.layer)
+    if count > LARGEST:
+      raise ValueError(
+        f'these sizes make {count:.1e} parameters, at most {LARGEST:.0e} are possible'
+      )
 
   def _check_attention(self):
     if self.num_heads % self.num_kv_heads:

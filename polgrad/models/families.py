@@ -6,10 +6,13 @@ absent keys, the layers that are local, and the names of tensors."""
 
 import dataclasses
 import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from polgrad.models.config import Config
+from polgrad import jsons
+from polgrad.models.config import Config, Length
+from polgrad.registry import AtLeastOne, Positive, check_range, plain
 
 # Tensors by our names of the parameters: outside the layers, and of one layer in the kinds of families.
 TOP = {
@@ -205,6 +208,7 @@ CONVERT = {
   'logit_softcap': (lambda x: float(x or 0), lambda x: x or None),
 }
 SAME = (lambda x: x, lambda x: x)
+SCALES = ('query_scale', 'embedding_scale')  # fields that are powers of the numbers in config.json
 
 ROPE = {  # rope_type -> field -> key
   'default': {},
@@ -214,6 +218,7 @@ ROPE = {  # rope_type -> field -> key
     rope_original_length='original_max_position_embeddings',
   ),
 }  # fmt: skip
+ROPE_PLACES = ('full_attention', 'sliding_attention')
 PLAIN_ROPE = dict(rope_factor=1.0, rope_low=1.0, rope_high=4.0, rope_original_length=0)
 
 # Keys of features that are not supported, with the only value that is accepted; absent and null are too.
@@ -222,6 +227,15 @@ INERT = dict(
   use_bidirectional_attention=False, mlp_only_layers=[], decoder_sparse_step=1,
 )  # fmt: skip
 LAYER_TYPES = {'full_attention': False, 'sliding_attention': True}
+# What the keys hold that are not read into one field of `Config`.
+OTHERS = {
+  'model_type': 'text', 'architectures': 'a list of texts', 'layer_types': 'a list of texts',
+  'rope_parameters': 'an object', 'rope_scaling': 'an object', 'sliding_window': 'a whole number',
+  'use_sliding_window': 'true or false', 'max_window_layers': 'a whole number',
+  'sliding_window_pattern': 'a whole number', 'num_experts': 'a whole number',
+  'num_local_experts': 'a whole number', 'num_experts_per_tok': 'a whole number',
+}  # fmt: skip
+KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 
 
 def read_settings(config: dict) -> dict:
@@ -234,13 +248,16 @@ def read_settings(config: dict) -> dict:
   kind = config.get('model_type')
   if 'vision_config' in config:
     raise ValueError(f'{kind!r} is a model of images too; only text models are supported')
+  jsons.check('config.json', config, OTHERS)
   if kind not in FAMILIES:
     raise ValueError(f'model_type {kind!r} is not supported; supported: {sorted(FAMILIES)}')
   family = FAMILIES[kind]
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  given = _with_defaults(config, family, rope)
   # Newer files have separate rotary settings for full and for local layers.
-  far, near = rope.get('full_attention', rope), rope.get('sliding_attention', {})
+  jsons.check('rotary settings of config.json', rope, dict.fromkeys(ROPE_PLACES, 'an object'))
+  far, near = (rope.get(place) for place in ROPE_PLACES)
+  far, near = rope if far is None else far, near or {}
+  given = _with_defaults(config, family, far, near)
   # Refuse features that the decoder does not have, instead of computing another model.
   for key, value in INERT.items():
     _require(key, given.get(key, value), (value, None))
@@ -251,6 +268,7 @@ def read_settings(config: dict) -> dict:
   missing = sorted({key for key in keys.values() if given.get(key) is None} - _nullable(family))
   if missing:
     raise ValueError(f'config.json lacks {missing}')
+  _check_values(keys, given)
   fields = {field: CONVERT.get(field, SAME)[0](given[key]) for field, key in keys.items()}
   _require(keys['activation'], given[keys['activation']], tuple(ACTIVATIONS))
   if is_classifier(config):
@@ -335,17 +353,39 @@ def _nullable(family: Family) -> set[str]:
   return {family.keys[field] for field in softcaps if field in family.keys}
 
 
-def _with_defaults(config: dict, family: Family, rope: dict) -> dict:
-  """config.json with absent keys filled in, and the keys of newer files moved to their older places."""
-  theta = dict(
-    rope_theta=rope.get('full_attention', rope).get('rope_theta'),
-    rope_local_base_freq=rope.get('sliding_attention', {}).get('rope_theta'),
-  )
+def _check_values(keys: Mapping[str, str], given: Mapping[str, Any]) -> None:
+  """Refuses values of another type than their field in `Config`, or out of its range.
+
+  Args:
+    keys: field of `Config` -> key of config.json.
+    given: config.json with absent keys filled in.
+
+  Raises:
+    ValueError: names the key.
+  """
+  hints = typing.get_type_hints(Config, include_extras=True)
+  for field, key in keys.items():
+    hint, value = hints[field], given.get(key)
+    jsons.check('config.json', {key: value}, {key: KINDS[plain(hint)]})
+    if value is not None:
+      range_of_key = Positive if field in SCALES else hint
+      check_range(value, range_of_key, f'config.json: {key}')
+
+
+def _with_defaults(config: dict, family: Family, far: dict, near: dict) -> dict:
+  """config.json with absent keys filled in, and the keys of newer files moved to their older places.
+
+  Args:
+    far: rotary settings of full layers.
+    near: rotary settings of local layers, where they differ.
+  """
+  theta = dict(rope_theta=far.get('rope_theta'), rope_local_base_freq=near.get('rope_theta'))
   given = DEFAULTS | family.defaults | config | {k: v for k, v in theta.items() if v is not None}
   if given.get('num_key_value_heads') is None:
     given['num_key_value_heads'] = given.get('num_attention_heads')
-  if given.get('head_dim') is None and {'hidden_size', 'num_attention_heads'} <= given.keys():
-    given['head_dim'] = given['hidden_size'] // given['num_attention_heads']
+  width, heads = given.get('hidden_size'), given.get('num_attention_heads')
+  if given.get('head_dim') is None and isinstance(width, int) and isinstance(heads, int) and heads:
+    given['head_dim'] = width // heads
   for ours, theirs in (('num_experts', 'num_local_experts'), ('num_local_experts', 'num_experts')):
     given.setdefault(ours, given.get(theirs))  # files of one model may use either name
   return given
@@ -355,9 +395,10 @@ def _read_rope(rope: dict) -> dict:
   """The fields of `Config` that say how rotary positions are extended to longer contexts."""
   kind = rope.get('rope_type', rope.get('type', 'default'))
   _require('rope type', kind, tuple(ROPE))
-  missing = sorted(set(ROPE[kind].values()) - rope.keys())
+  missing = sorted(key for key in ROPE[kind].values() if rope.get(key) is None)
   if missing:
     raise ValueError(f'the {kind!r} rotary positions of config.json lack {missing}')
+  _check_values(ROPE[kind], rope)
   return PLAIN_ROPE | {field: rope[key] for field, key in ROPE[kind].items()}
 
 
@@ -365,6 +406,9 @@ def _local_layers(given: dict, family: Family) -> tuple[int, ...]:
   """Indices of the local layers: those that `layer_types` lists, else by the rule of the family."""
   if family.local is None or not (given['use_sliding_window'] and given['sliding_window']):
     return ()
+  check_range(given.get('sliding_window'), Length, 'config.json: sliding_window')
+  pattern = given.get('sliding_window_pattern')
+  check_range(pattern, AtLeastOne, 'config.json: sliding_window_pattern')
   layers = range(given['num_hidden_layers'])
   kinds = given.get('layer_types') if family.names_layers else None
   if not kinds:

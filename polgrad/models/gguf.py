@@ -5,16 +5,19 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors have the layo
 one exception: in files of `llama` the rows of a rotary pair are neighbours, not half a head apart."""
 
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from polgrad import jsons
 from polgrad.models import rotary
 from polgrad.models.config import Config
 from polgrad.models.families import FAMILIES, read_settings
 from polgrad.models.hf import check, slots
 from polgrad.models.tensors import Tensor, new_folder, write_folder
+from polgrad.registry import AtLeastOne, check_range
 
 SUPPORTED = ('llama', 'qwen2', 'qwen3')
 NEIGHBOURS = ('llama',)  # architectures whose rotary pairs are neighbouring rows
@@ -48,6 +51,10 @@ KEYS = {  # key of config.json -> key of the file, after the name of the archite
 # Three keys for the size of a head; the keys of context extension; and settings that have no effect.
 HEAD_DIM = ('attention.key_length', 'attention.value_length', 'rope.dimension_count')
 SCALING, FACTOR = 'rope.scaling.type', 'rope.scaling.factor'
+WHOLE = (
+  'embedding_length', 'feed_forward_length', 'block_count', 'attention.head_count',
+  'attention.head_count_kv', 'context_length', *HEAD_DIM,
+)  # fmt: skip
 HARMLESS = (
   'vocab_size', 'tensor_data_layout', 'rope.scaling.original_context_length',
   'rope.scaling.finetuned',
@@ -63,6 +70,12 @@ IDS = {
   'eos_token_id': 'tokenizer.ggml.eos_token_id',
   'pad_token_id': 'tokenizer.ggml.padding_token_id',
 }
+EOT = 'tokenizer.ggml.eot_token_id'  # ends a message
+# What the keys of the tokenizer hold, of `jsons.KINDS`.
+TOKENIZER = {
+  'tokens': 'a list of texts', 'merges': 'a list of texts', 'token_type': 'a list of whole numbers',
+  'add_bos_token': 'true or false',
+}  # fmt: skip
 # Steps of tokenizer.json that split text into words.
 BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 DIGITS = {'type': 'Digits', 'individual_digits': True}
@@ -137,13 +150,20 @@ def read(path: str | pathlib.Path) -> Contents:
   except ImportError as error:
     raise ImportError('gguf is missing; pip install "polgrad[gguf]"') from error
   path = pathlib.Path(path).expanduser()
+  if not path.is_file():
+    raise FileNotFoundError(f'{path}: expected a GGUF file')
   try:
-    reader = GGUFReader(path)
+    with np.errstate(all='ignore'):  # sizes that lie overflow; such tensors fit no file
+      reader = GGUFReader(path)
     said = {key: field.contents() for key, field in reader.fields.items()}
-  except (ValueError, IndexError, KeyError, OverflowError) as error:
-    raise ValueError(f'{path} is not a whole GGUF file: {error}') from error
+  except Exception as error:  # whatever reading numbers at the wrong places leads to
+    raise ValueError(
+      f'{path} is not a whole GGUF file: {type(error).__name__}: {str(error)[:300]}'
+    ) from error
   # Convert, and check the result as if it were a folder.
   try:
+    _check_places(reader)
+    _check_types(reader)
     contents = _contents(said, {tensor.name: tensor for tensor in reader.tensors})
     plain = dict(dtype='float32', param_dtype='float32', remat='none', value_head=False)
     shape = Config(**read_settings(contents.config), **plain, balance_rate=0.0)
@@ -153,12 +173,41 @@ def read(path: str | pathlib.Path) -> Contents:
   return contents
 
 
+def _check_places(reader: Any) -> None:
+  """Refuses tensors of an odd size, outside the data of a file, or that overlap."""
+  end, reached, before = len(reader.data), reader.data_offset, 'the header'
+  for tensor in sorted(reader.tensors, key=lambda t: t.data_offset):
+    shape = tensor.shape.tolist()
+    if not shape or math.prod(shape) != tensor.n_elements or not tensor.n_elements:
+      raise ValueError(f'{tensor.name} has shape {shape[::-1]}')
+    begin = tensor.data_offset
+    if begin < reached:
+      raise ValueError(f'{tensor.name} begins at byte {begin}, within {before}')
+    reached, before = begin + tensor.n_bytes, tensor.name
+    if reached > end:
+      raise ValueError(f'{tensor.name} ends at byte {reached}, and the file at {end}')
+
+
+def _check_types(reader: Any) -> None:
+  """Refuses tensors of a type that cannot be de-quantised, by trying one block of zeros."""
+  from gguf.constants import GGML_QUANT_SIZES
+  from gguf.quants import dequantize
+
+  for kind, name in {tensor.tensor_type: tensor.name for tensor in reader.tensors}.items():
+    block = np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    try:
+      dequantize(block, kind)
+    except NotImplementedError as error:
+      raise ValueError(f'{name} has type {kind.name}, which is not supported') from error
+
+
 def _contents(said: dict, stored: dict) -> Contents:
   """Converts the settings (`said`) and tensors (`stored`) of a file, both by their names in the file."""
   kind = said.get('general.architecture')
   _require('general.architecture', kind, SUPPORTED)
   _require('split.count', said.get('split.count', 1), (0, 1))
   own = {k.removeprefix(f'{kind}.'): v for k, v in said.items() if k.startswith(f'{kind}.')}
+  _check_ids(said)
   # config.json, with the context extension that some files state as a tensor.
   config = _config(kind, own)
   stretched = stored.pop(FREQUENCIES, None)
@@ -179,13 +228,37 @@ def _contents(said: dict, stored: dict) -> Contents:
     **ids,
   }
   # Chat models have a second stop token; only generation_config.json can list several.
-  stops = [said[k] for k in (IDS['eos_token_id'], 'tokenizer.ggml.eot_token_id') if k in said]
+  stops = [said[k] for k in (IDS['eos_token_id'], EOT) if k in said]
   if len(set(stops)) > 1:
     ids = ids | {'eos_token_id': stops}
   companions = {'generation_config': ids}
   if 'tokenizer.ggml.model' in said:
     companions |= _tokenizer(said, config)
   return Contents(config, tensors, companions)
+
+
+def _check_ids(said: dict) -> None:
+  """Refuses a tokenizer whose lists are missing or of unequal length, and ids of no token."""
+  prefix = 'tokenizer.ggml.'
+  own = {k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)}
+  jsons.check('tokenizer.ggml', own, TOKENIZER)
+  if 'model' in own:
+    missing = [f'{prefix}{key}' for key in ('tokens', 'merges', 'token_type') if key not in own]
+    if missing:
+      raise ValueError(f'{missing} are missing')
+    if len(own['tokens']) != len(own['token_type']):
+      sizes = len(own['tokens']), len(own['token_type'])
+      raise ValueError(f'{prefix}tokens has {sizes[0]} entries and {prefix}token_type {sizes[1]}')
+    twice = [m for m in own['merges'] if m.count(' ') != 1]
+    if twice:
+      raise ValueError(
+        f'{prefix}merges holds {twice[0]!r}; expected two tokens with a space between'
+      )
+  size = len(own.get('tokens', ())) or 2**31
+  for key in (*IDS.values(), EOT):
+    i = said.get(key, 0)
+    if not jsons.KINDS['a whole number'](i) or not 0 <= i < size:
+      raise ValueError(f'{key} must be at least 0 and below {size}, got {jsons.shown(i)}')
 
 
 def _require(key: str, found: Any, supported: tuple) -> None:
@@ -206,6 +279,11 @@ def _config(kind: str, own: dict) -> dict:
   odd |= {f'{kind}.{key}': own[key] for key in KEYS.values() if isinstance(own[key], list)}
   if odd:
     raise ValueError(f'settings {odd} are not supported; layers are alike, dense and plain')
+  numbers = {key: 'a number' for key in (*KEYS.values(), FACTOR)}
+  numbers |= dict.fromkeys(WHOLE, 'a whole number')
+  jsons.check(kind, own, numbers)
+  for key in WHOLE:
+    check_range(own.get(key), AtLeastOne, f'{kind}.{key}')
   # The size of a head must be the same wherever the file states it.
   head_dim = own.get(HEAD_DIM[0]) or own['embedding_length'] // heads
   for key in HEAD_DIM:
@@ -232,16 +310,18 @@ def _llama3_scaling(quotients: np.ndarray, config: dict) -> dict:
   Raises:
     ValueError: the quotients are not those of Llama 3.1 and later, or positions are scaled twice.
   """
+  refusal = ValueError(
+    f'{FREQUENCIES} is not supported: only that of Llama 3.1 and later, which follows from {LLAMA3}'
+  )
+  if quotients.shape != (config['head_dim'] // 2,) or not np.isfinite(quotients).all():
+    raise refusal
   factor = float(quotients.max())
   frequency = rotary.frequencies(config['head_dim'], config['rope_theta'])
   low, high, length = LLAMA3.values()
   slowed = rotary.stretch(frequency, factor=factor, low=low, high=high, original_length=length)
   expected = np.asarray(frequency / slowed)
-  same = quotients.shape == expected.shape and np.allclose(quotients, expected, rtol=1e-3)
-  if not same or 'rope_scaling' in config:
-    raise ValueError(
-      f'{FREQUENCIES} is not supported: only that of Llama 3.1 and later, which follows from {LLAMA3}'
-    )
+  if not np.allclose(quotients, expected, rtol=1e-3) or 'rope_scaling' in config:
+    raise refusal
   return {'rope_type': 'llama3', 'factor': factor, **LLAMA3}
 
 
@@ -321,6 +401,9 @@ def _tokenizer(said: dict, config: dict) -> dict[str, dict]:
     },
   }
   template = said.get('tokenizer.chat_template')
+  jsons.check(
+    'the file', {'tokenizer.chat_template': template}, {'tokenizer.chat_template': 'text'}
+  )
   settings = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'model_max_length': config['max_position_embeddings'],

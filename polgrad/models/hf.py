@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from polgrad import jsons
 from polgrad.models import families
 from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
@@ -99,14 +100,8 @@ def pretrained(
       tensors that are missing, unknown or of another shape.
   """
   folder = pathlib.Path(path).expanduser()
-  stated = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-  settings = families.read_settings(stated)
-  limit = settings.pop('max_length')
-  if families.is_classifier(stated) and not value_head:
-    raise ValueError(f'{folder} holds a reward model; it needs value_head=True')
-  config = Config(
-    **settings,
-    max_length=max_length or limit,
+  stated = jsons.read_object(folder / 'config.json')
+  asked = dict(
     dtype=dtype,
     param_dtype=param_dtype,
     remat=remat,
@@ -114,6 +109,13 @@ def pretrained(
     value_head=value_head,
     balance_rate=balance_rate,
   )
+  try:
+    settings = families.read_settings(stated)
+    config = Config(**settings | {'max_length': max_length or settings['max_length']}, **asked)
+  except ValueError as error:
+    raise ValueError(f'{folder}: {error}') from error
+  if families.is_classifier(stated) and not value_head:
+    raise ValueError(f'{folder} holds a reward model; it needs value_head=True')
   policy = from_config(config)
 
   def init(key, shardings=None):
@@ -289,7 +291,7 @@ def _settings(config: Config, source: pathlib.Path | None, reward_model: bool) -
   """The config.json to be written: that of the source, if there is one, else a new one."""
   if source is None:
     return families.write_settings(config, reward_model)
-  stated = json.loads((source / 'config.json').read_text(encoding='utf-8'))
+  stated = jsons.read_object(source / 'config.json')
   return families.keep_settings(stated, config, reward_model)
 
 

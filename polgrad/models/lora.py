@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from polgrad import jsons
 from polgrad.models.config import ATTENTION, MLP, Config
 from polgrad.models.hf import pretrained
 from polgrad.models.policy import Policy, overlay
@@ -54,6 +55,7 @@ CHOICES = {
   'bias': ('none',),
   'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal'),
 }
+ADAPTER_KINDS = {'r': 'a whole number', 'lora_alpha': 'a number', 'use_rslora': 'true or false'}
 
 
 def lora(
@@ -131,27 +133,32 @@ def read_settings(folder: str | pathlib.Path) -> dict:
       modules that are not in `MODULES`.
   """
   path = pathlib.Path(folder).expanduser() / 'adapter_config.json'
-  found = json.loads(path.read_text(encoding='utf-8'))
+  found = jsons.read_object(path)
+  jsons.check(str(path), found, ADAPTER_KINDS)
   # Take out the fields that are understood. Of the others, those that are set must be harmless.
   for field, valid in CHOICES.items():
     value = found.pop(field, valid[0])
     if value not in valid:
       raise ValueError(f'{path}: {field} {value!r} is not supported; supported: {valid}')
   modules = found.pop('target_modules', None)
-  rank, alpha = found.pop('r', 8), found.pop('lora_alpha', 8)  # PEFT's own defaults
-  stabilized = found.pop('use_rslora', False)
+  # PEFT's own defaults are 8 and 8.
+  rank, alpha = (8 if x is None else x for x in (found.pop('r', 8), found.pop('lora_alpha', 8)))
+  stabilized = bool(found.pop('use_rslora', False))
   for field, value in found.items():
     if value and field not in HARMLESS:
       raise ValueError(f'{path}: {field} {value!r} is not supported; it must not be set')
   # Modules may be written with or without their parent, `self_attn.q_proj` or `q_proj`.
   names = {module.rpartition('.')[2]: name for name, module in MODULES.items()}
-  if not isinstance(modules, list):
+  if not jsons.KINDS['a list of texts'](modules):
     raise ValueError(f'{path}: target_modules {modules!r} is not supported, only a list of names')
   last = {module.rpartition('.')[2] for module in modules}
   if not last <= names.keys():
     unknown = sorted(last - names.keys())
     raise ValueError(f'{path}: target_modules {unknown} are not supported; valid: {sorted(names)}')
-  return _fields(rank, alpha, [n for n in MODULES if n in {names[m] for m in last}], stabilized)
+  try:
+    return _fields(rank, alpha, [n for n in MODULES if n in {names[m] for m in last}], stabilized)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def read_adapter(folder: str | pathlib.Path, config: Config) -> Params:

@@ -424,6 +424,94 @@ def test_pad_falls_back_to_a_stop_token(folder):
   assert t.pad_id == t.stop_ids[0] == 3
 
 
+@pytest.mark.parametrize(
+  'name, content, message',
+  [
+    ('generation_config', {'eos_token_id': 10**6}, 'eos_token_id must be at least 0 and below 2'),
+    ('generation_config', {'eos_token_id': [2, -1]}, 'eos_token_id must be at least 0 .* got -1'),
+    ('generation_config', {'eos_token_id': ['2']}, "eos_token_id must be at least 0 .* got '2'"),
+    ('generation_config', {'eos_token_id': True}, 'eos_token_id must be at least 0 .* got True'),
+    ('generation_config', [2], 'expected an object, got list'),
+    ('special_tokens_map', {'eos_token': 3}, 'eos_token must be text, or an object .* got 3'),
+    ('special_tokens_map', {'eos_token': {}}, None),
+    ('tokenizer_config', {'eos_token': {'text': 'x'}}, 'eos_token must be text, or an object'),
+    ('tokenizer_config', {'eos_token': '<eos>', 'chat_template': 3}, 'chat_template must be text'),
+    (
+      'tokenizer_config',
+      {'eos_token': '<eos>', 'chat_template': [{'name': 'default', 'template': 3}]},
+      'chat_template must be text, got 3',
+    ),
+    (
+      'tokenizer_config',
+      {'eos_token': '<eos>', 'chat_template': '{% if'},
+      'chat_template cannot be read',
+    ),
+    ('tokenizer', {}, 'is no tokenizer'),
+    (
+      'tokenizer',
+      {'version': '1.0', 'model': {'type': 'BPE', 'vocab': {'a': -1}}},
+      'is no tokenizer',
+    ),
+    (
+      'tokenizer',
+      {'version': '1.0', 'added_tokens': [], 'model': {'type': 'BPE', 'vocab': {}, 'merges': []}},
+      'its vocabulary is empty',
+    ),
+  ],
+)
+def test_a_malformed_file_is_refused_by_name_and_key(folder, name, content, message):
+  (folder / f'{name}.json').write_text(json.dumps(content))
+  if message is None:  # an empty object names no token
+    tokenizers.huggingface(path=str(folder))
+    return
+  with pytest.raises(ValueError, match=rf'{name}\.json.*{message}'):
+    tokenizers.huggingface(path=str(folder))
+
+
+@pytest.mark.parametrize('name', ['tokenizer', 'tokenizer_config', 'generation_config'])
+@pytest.mark.parametrize('text', [b'', b'{', b'\xff\xfe', b'[' * 50_000])
+def test_a_file_that_is_no_json_is_refused_by_name(folder, name, text):
+  (folder / f'{name}.json').write_bytes(text)
+  with pytest.raises(ValueError, match=rf'{name}\.json is no '):
+    tokenizers.huggingface(path=str(folder))
+
+
+def test_a_template_that_is_no_text_is_refused_by_name(folder):
+  (folder / 'chat_template.jinja').write_bytes(b'\xff')
+  with pytest.raises(ValueError, match=r'chat_template\.jinja is no text'):
+    tokenizers.huggingface(path=str(folder))
+
+
+@pytest.mark.parametrize(
+  'name, content, message',
+  [
+    ('added_tokens', {'<a>': -1}, '<a> must be at least 0'),
+    ('added_tokens', {'<a>': 2**40}, '<a> must be at least 0 and below'),
+    ('tokenizer_config', {'added_tokens_decoder': []}, 'added_tokens_decoder must be an object'),
+    ('tokenizer_config', {'added_tokens_decoder': {'x': {'content': 'a'}}}, "below .* got 'x'"),
+    ('tokenizer_config', {'added_tokens_decoder': {'5': 'a'}}, '5 must be an object'),
+    ('tokenizer_config', {'added_tokens_decoder': {'5': {}}}, '5 must be text, or an object'),
+    ('tokenizer_config', {'add_bos_token': 'no'}, 'add_bos_token must be true or false'),
+  ],
+)
+def test_malformed_tokens_beside_a_sentencepiece_model_are_refused(
+  name, content, message, tmp_path
+):
+  folders.llama2(tmp_path)
+  (tmp_path / f'{name}.json').write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=rf'{name}\.json.*{message}'):
+    tokenizers.huggingface(path=str(tmp_path))
+
+
+@pytest.mark.parametrize('make', [tokenizers.huggingface, tokenizers.sentencepiece])
+@pytest.mark.parametrize('data', [b'', b'no model', bytes(200), b'\x0a' * 200])
+def test_a_malformed_sentencepiece_model_is_refused_by_name(make, data, tmp_path):
+  file = tmp_path / 'tokenizer.model'
+  file.write_bytes(data)
+  with pytest.raises(ValueError, match=r'tokenizer\.model'):
+    make(path=str(file if make is tokenizers.sentencepiece else tmp_path))
+
+
 @pytest.mark.parametrize('make', [tokenizers.huggingface, tokenizers.sentencepiece])
 def test_a_missing_file_is_named(tmp_path, make):
   with pytest.raises(FileNotFoundError, match=r'nowhere.*: expected a'):

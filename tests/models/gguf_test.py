@@ -270,6 +270,16 @@ REFUSED = {
   'yarn knobs': (dict(settings={'llama.rope.scaling.yarn_log_multiplier': 0.1}), 'yarn_log_multiplier'),
   'split': (dict(settings={'split.count': 3}), r'split\.count 3'),
   'pieces': (dict(settings={'tokenizer.ggml.model': 'llama'}), r"model 'llama' .*\['gpt2'\]"),
+  'no tokens': (dict(settings={'tokenizer.ggml.tokens': None}), r"\['tokenizer\.ggml\.tokens'\] are"),
+  'kinds': (dict(settings={'tokenizer.ggml.token_type': [1]}), 'token_type 1'),
+  'merge': (dict(settings={'tokenizer.ggml.merges': ['ab']}), "merges holds 'ab'"),
+  'bos': (dict(settings={'tokenizer.ggml.bos_token_id': 9999}), 'bos_token_id must be .* got 9999'),
+  'eot': (dict(settings={'tokenizer.ggml.eot_token_id': 'x'}), "eot_token_id must be .* got 'x'"),
+  'template': (dict(settings={'tokenizer.chat_template': 3}), 'chat_template must be text'),
+  'heads': (dict(settings={'llama.attention.head_count': 0}), 'head_count: expected a number at'),
+  'words': (dict(settings={'llama.block_count': 'two'}), "block_count must be .* got 'two'"),
+  'layers': (dict(settings={'llama.block_count': 4_000_000_000}), 'num_hidden_layers: expected'),
+  'theta': (dict(settings={'llama.rope.freq_base': float('nan')}), 'freq_base must be a number'),
   'cut': (dict(tokenizer='tekken'), r"pre 'tekken' is not supported; supported: \['gpt-2', 'smollm'"),
 }  # fmt: skip
 
@@ -314,6 +324,41 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path):
     read(cut)
   with pytest.raises(FileNotFoundError):
     read(tmp_path / 'nowhere.gguf')
+
+
+def header(count=2, kind=0, offsets=(0, 32), shape=(8,), name=b'a', values=b'', keys=0):
+  """A file with tensors of 32 bytes, whose header may say otherwise."""
+  u32, u64 = (lambda x, n=n: x.to_bytes(n, 'little') for n in (4, 8))
+  data = b'GGUF' + u32(3) + u64(count) + u64(keys) + values
+  for i, offset in enumerate(offsets):
+    data += (
+      u64(len(name) + 1) + name + bytes([97 + i]) + u32(len(shape)) + b''.join(map(u64, shape))
+    )
+    data += u32(kind) + u64(offset)
+  return data + bytes(-len(data) % 32) + bytes(64)
+
+
+LIES = {
+  'overlap': (header(offsets=(0, 16)), 'ab begins at byte .*, within aa'),
+  'before the data': (header(offsets=(0, 2**64 - 32)), 'ab begins at byte .*, within the header'),
+  'outside': (header(offsets=(0, 10**9)), 'not a whole GGUF file'),
+  'shape': (header(shape=(2**32, 2**32)), 'not a whole GGUF file'),
+  'no elements': (header(shape=(0,)), r'aa has shape \[0\]'),
+  'type': (header(kind=4000), 'not a whole GGUF file: .*4000'),
+  'type not read': (header(kind=24, shape=(32,)), 'ab has type I8, which is not supported'),
+  'count': (header(count=2**60), 'not a whole GGUF file'),
+  'keys': (header(keys=2**60), 'not a whole GGUF file'),
+  'text': (header(keys=1, values=(2**62).to_bytes(8, 'little')), 'not a whole GGUF file'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', LIES)
+def test_a_header_that_lies_is_refused(case, tmp_path):
+  data, message = LIES[case]
+  (tmp_path / 'm.gguf').write_bytes(data)
+  with pytest.raises(ValueError, match=message) as error:
+    read(tmp_path / 'm.gguf')
+  assert str(error.value).startswith(f'{tmp_path / "m.gguf"}')
 
 
 def test_a_folder_that_is_there_stays(tmp_path):

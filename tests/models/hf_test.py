@@ -194,6 +194,49 @@ def test_what_the_decoder_cannot_compute_is_refused(changes, message):
     families.read_settings({**CONFIG, **changes})
 
 
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(hidden_size=10**12), r'hidden_size: expected a number at least 1 and at most 1e\+07'),
+    (
+      dict(num_hidden_layers=10**12),
+      'num_hidden_layers: expected a number at least 1 and at most 10000',
+    ),
+    (dict(vocab_size=10**400), 'vocab_size: expected a number'),
+    (dict(vocab_size=10**7, hidden_size=10**7), 'make 1.0e.14 parameters, at most'),
+    (dict(num_attention_heads=0), 'num_attention_heads: expected a number at least 1'),
+    (dict(hidden_size=-16), 'hidden_size: expected a number at least 1'),
+    (dict(hidden_size='16'), "hidden_size must be a whole number, got '16'"),
+    (dict(hidden_size=True), 'hidden_size must be a whole number, got True'),
+    (dict(rope_theta=float('nan')), 'rope_theta must be a number, got nan'),
+    (dict(rope_scaling=[]), r'rope_scaling must be an object, got \[\]'),
+    (dict(rope_scaling=dict(rope_type='linear', factor='2')), "factor must be a number, got '2'"),
+    (dict(rope_scaling=dict(rope_type='linear', factor=0)), 'factor: expected a number above 0'),
+    (dict(architectures=3), 'architectures must be a list of texts, got 3'),
+    (dict(model_type=['llama']), r"model_type must be text, got \['llama'\]"),
+    (
+      dict(model_type='gemma3_text', sliding_window=4, sliding_window_pattern=0),
+      'sliding_window_pattern: expected a number at least 1, got 0',
+    ),
+  ],
+)
+def test_absurd_values_are_refused_with_file_and_key_before_anything_is_made(
+  changes, message, tmp_path
+):
+  (tmp_path / 'config.json').write_text(json.dumps({**CONFIG, **changes}))
+  with pytest.raises(ValueError, match=message) as error:
+    hf.pretrained(path=str(tmp_path))
+  assert str(error.value).startswith(f'{tmp_path}')
+  assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '\x00', '[' * 50_000, '1' * 5000])
+def test_a_malformed_config_is_refused(text, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match=r'config\.json'):
+    hf.pretrained(path=str(tmp_path))
+
+
 def test_newer_files_keep_theta_with_the_rotary_parameters():
   old = {k: v for k, v in CONFIG.items() if k not in ('rope_theta', 'rope_scaling')}
   new = {**old, 'rope_parameters': dict(rope_type='default', rope_theta=5e5)}

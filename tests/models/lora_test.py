@@ -397,3 +397,21 @@ def test_a_missing_folder_and_a_model_without_adapter_are_refused(tmp_path):
     lora(base=tiny.policy(), adapter=str(tmp_path))
   with pytest.raises(ValueError, match='no adapter'):
     save_adapter(tmp_path / 'a', tiny.policy().config, tiny.params())
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(r='8'), "r must be a whole number, got '8'"),
+    (dict(r=0), 'an adapter of rank 0'),
+    (dict(lora_alpha=[8]), r'lora_alpha must be a number, got \[8\]'),
+    (dict(use_rslora='yes'), "use_rslora must be true or false, got 'yes'"),
+    (dict(target_modules=[1]), r'target_modules \[1\] is not supported'),
+    (dict(target_modules=[]), 'an adapter of rank 8'),
+  ],
+)
+def test_a_malformed_adapter_is_refused_with_file_and_key(changes, message, tmp_path):
+  settings = {'peft_type': 'LORA', 'target_modules': ['q_proj'], **changes}
+  (tmp_path / 'adapter_config.json').write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match=rf'adapter_config\.json: .*{message}'):
+    read_settings(tmp_path)
