@@ -12,6 +12,7 @@ VERSION = re.search("^__version__ = '(.+)'$", INIT.read_text(), re.MULTILINE)[1]
 TASKS = ['reasoning-gym>=0.1.19']
 GGUF = ['gguf>=0.10']
 TEST = [
+  'hypothesis>=6.100',
   'ipykernel>=6.29',
   'nbclient>=0.10',
   'nbformat>=5.10',

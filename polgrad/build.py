@@ -236,7 +236,9 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
 
 def check(run: Experiment) -> None:
   """Refuses parts that do not fit each other."""
-  if sorted(run.order) != sorted(run.phases) or len(set(run.order)) != len(run.order):
+  if not all(isinstance(name, str) for name in run.order) or sorted(run.order) != sorted(
+    run.phases
+  ):
     raise ValueError(f'config.order: {run.order} must name each of {sorted(run.phases)} once')
   vocabulary = run.policy.config.vocab_size
   if run.tokenizer.vocab_size > vocabulary:

@@ -1,6 +1,8 @@
 """Checkpoints, stored by Orbax: pytrees of arrays with a piece of JSON, each complete or absent."""
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,6 +55,7 @@ def save(
       f'the last whole one in {checkpoints.directory} is {checkpoints.latest_step()}'
     )
   meta = {**meta, 'digests': {name: digests(tree) for name, tree in trees.items()}}
+  meta['digest'] = digest_of(meta)
   items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
   checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
@@ -64,7 +67,17 @@ def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
     ValueError: the checkpoint is damaged.
   """
   with _named(checkpoints, step, 'meta'):
-    return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    meta = dict(
+      checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    )
+    if meta.pop('digest', None) != digest_of(meta):
+      raise ValueError('its digest is another')
+  return meta
+
+
+def digest_of(meta: Mapping) -> str:
+  """The digest of values that JSON can hold."""
+  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any) -> Any:
@@ -78,14 +91,14 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any)
     ValueError: the checkpoint holds other arrays or shapes, and the message names the first that differ;
       or it is damaged.
   """
-  stored = read_meta(checkpoints, step).get('digests', {}).get(name)
+  stored = read_meta(checkpoints, step)['digests'][name]
   with _named(checkpoints, step, name):
     metadata = checkpoints.item_metadata(step)[name].tree
   _check_fit(checkpoints, step, name, metadata, like)
   args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
   with _named(checkpoints, step, name):
     tree = checkpoints.restore(step, args=ocp.args.Composite(**{name: args}))[name]
-  if stored is not None and _same_dtypes(metadata, like):
+  if _same_dtypes(metadata, like):
     found = digests(tree)
     changed = [path for path in found if found[path] != stored.get(path)]
     if changed:

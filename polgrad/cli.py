@@ -51,7 +51,22 @@ def _parse(argv: list[str]) -> list[str]:
     if name == 'config' and flag.startswith('-'):
       file = os.path.expanduser(given if equals else value).partition(':')[0]
       sys.path.append(os.path.dirname(os.path.abspath(file)))
-  return app.parse_flags_with_usage(argv)
+  with refusals(), named_overrides(argv):
+    return app.parse_flags_with_usage(argv)
+
+
+@contextlib.contextmanager
+def named_overrides(argv: Sequence[str]) -> Iterator[None]:
+  """Turns what an override of no value of the configuration raises into a ValueError that names it."""
+  try:
+    yield
+  except flags.Error:  # names its flag
+    raise
+  except Exception as error:  # of ml_collections, which looks values up by parts of the text
+    given = [flag for flag in argv if flag.lstrip('-').startswith('config.')]
+    raise ValueError(
+      f'a flag of {given} names no value of the configuration ({type(error).__name__}: {error})'
+    ) from error
 
 
 def _take_changes(argv: Sequence[str]) -> list[str]:

@@ -193,7 +193,7 @@ def bind(spec: Mapping, choices: Mapping[str, Callable], path: str = 'config') -
   weight = spec.pop('weight', None)
   if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
     raise TypeError(f'{path}.weight: expected a number, got {weight!r}')
-  if weight is not None and not abs(weight) < math.inf:
+  if weight is not None and not abs(weight) <= sys.float_info.max:
     raise ValueError(f'{path}.weight: expected a finite number, got {weight}')
   fn = _look_up(name, choices, path)
   parameters = knobs_of(fn)
@@ -289,7 +289,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def _look_up(name: str, choices: Mapping[str, Callable], path: str) -> Callable:
-  if name in choices:
+  if isinstance(name, str) and name in choices:
     return choices[name]
   if not isinstance(name, str) or ':' not in name:
     raise ValueError(f'{path}.name: unknown {name!r}{suggest(str(name), choices)}')
@@ -383,6 +383,8 @@ def _bind_plain(value, hint, parameter: inspect.Parameter, path: str):
   if not isinstance(expected, type) or (isinstance(value, expected) and expected is not int):
     return tuple(value) if isinstance(value, list) else value
   if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if abs(value) > sys.float_info.max:
+      raise ValueError(f'{path}: expected a number that a float can hold, got {value}')
     return float(value)
   if expected is int and isinstance(value, int) and not isinstance(value, bool):
     return value

@@ -7,7 +7,6 @@ that the run cannot be reproduced here: another machine, another version of a li
 verifier that is not a function of its arguments.
 """
 
-import json
 import os
 import pathlib
 import shutil
@@ -16,7 +15,7 @@ import tempfile
 
 import ml_collections
 
-from polgrad import checkpoint, cli, train
+from polgrad import checkpoint, cli, jsons, train
 from polgrad.digests import digests
 from polgrad.types import TrainState
 
@@ -41,8 +40,7 @@ def differences(workdir: str, step: int, folder: str = '') -> list[str]:
     ValueError: the run is not the one of the checkpoint, or a checkpoint is damaged.
   """
   folder = folder or os.path.join(workdir, 'checkpoints')
-  with open(os.path.join(workdir, 'config.json')) as f:
-    config = ml_collections.ConfigDict(json.load(f))
+  config = read_config(workdir)
   stored = checkpoint.manager(folder, keep=10**6)
   try:
     step = checkpoint.numbered(stored, folder, step)
@@ -60,6 +58,21 @@ def differences(workdir: str, step: int, folder: str = '') -> list[str]:
   found = {f'{name}/{k}': x for name, tree in trees.items() for k, x in digests(tree).items()}
   wanted = {f'{name}/{k}': x for name, tree in wanted.items() for k, x in tree.items()}
   return sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+  """The configuration of a run, by the config.json of its folder.
+
+  Raises:
+    FileNotFoundError: there is no config.json.
+    ValueError: it is malformed.
+  """
+  path = os.path.join(workdir, 'config.json')
+  values = jsons.read_object(path)
+  try:
+    return ml_collections.ConfigDict(values)
+  except (ValueError, TypeError, RecursionError) as error:  # a dot in a name, for example
+    raise ValueError(f'{path}: {error}') from error
 
 
 def _replay(config: ml_collections.ConfigDict, workdir: str, folder: str, until: int) -> TrainState:

@@ -73,8 +73,8 @@ def write_config(workdir: str, config: dict, step: int) -> None:
   path = os.path.join(workdir, 'config.json')
   text = json.dumps(config, indent=2)
   if os.path.exists(path):
-    with open(path) as f:
-      same = f.read() == text
+    with open(path, 'rb') as f:
+      same = f.read() == text.encode()
     if same:
       return
     os.replace(path, os.path.join(workdir, f'config_until_{step}.json'))

@@ -5,9 +5,11 @@ import re
 
 import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from experiments import quickstart
-from polgrad import build, collect, credit, models, objectives, optim
+from polgrad import build, cli, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.registry import part, weighted
@@ -47,6 +49,16 @@ def renamed_streams():
   return {'sft': streams.demonstration, 'rl': streams.sampled}
 
 
+@pytest.mark.parametrize('flag', ['--config.seed.x=1', '--config.6=1', '--config.nothing=1'])
+def test_an_override_of_no_value_is_refused_with_its_flag(flag):
+  argv = ['train', '--config=experiments/quickstart.py', flag]
+  own = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', None, '', flag_values=own, sys_argv=argv)
+  named = pytest.raises(ValueError, match=rf"a flag of \['{flag}'\] names no value")
+  with named, cli.named_overrides(argv):
+    own(argv)
+
+
 CASES = {
   'unknown key': (
     grpo,
@@ -65,6 +77,18 @@ CASES = {
     [('phases.train.objective.surrogate.epsilon', 0.1)],
     ValueError,
     ['config.phases.train.objective.surrogate', 'epsilon', 'eps_high', 'eps_low'],
+  ),
+  'an order of no names': (
+    grpo,
+    [('order', [['train'], 'warm_start'])],
+    ValueError,
+    ['config.order', "['train', 'warm_start']"],
+  ),
+  'too many digits': (
+    grpo,
+    [('phases.train.source.digits', 13)],
+    ValueError,
+    ['config.phases.train.source', 'digits 13 must be from 1 to 9'],
   ),
   'nothing to share': (
     dpo,

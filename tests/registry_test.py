@@ -100,6 +100,14 @@ def test_int_for_float_knob_is_float_and_can_be_overridden():
     ({'name': 'made.needy'}, ValueError, ['needy', 'path']),
     ({'name': 'made.needy', 'path': 3}, TypeError, ['config.path', 'str']),
     ({'steps': 3}, TypeError, ['config', 'name']),
+    ({'name': ['made.pair']}, ValueError, ['config.name', "['made.pair']"]),
+    ({'name': {}}, ValueError, ['config.name']),
+    ({'name': 'made.pair', 'weight': 10**400}, ValueError, ['config.weight', 'finite']),
+    (
+      {'name': 'made.pair', 'link': {'name': 'links.hinge', 'threshold': 10**400}},
+      ValueError,
+      ['config.link.threshold', 'a float can hold'],
+    ),
   ],
 )
 def test_bad_parts_are_refused_with_field_and_choices(spec, error, words):

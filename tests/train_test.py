@@ -315,7 +315,16 @@ class TestADamagedCheckpoint:
     meta = json.loads(path.read_text())
     name = next(iter(meta['digests']['params']))
     meta['digests']['params'][name] = f'{int(meta["digests"]["params"][name], 16) ^ 1:016x}'
-    path.write_text(json.dumps(meta))
+    del meta['digest']
+    path.write_text(json.dumps({**meta, 'digest': checkpoint.digest_of(meta)}))
+    self._refused(copied)
+
+  @pytest.mark.parametrize(
+    ('before', 'after'), [('"order"', '"orfer"'), ('"digests"', '"digestr"')]
+  )
+  def test_with_a_flipped_bit_in_what_is_stored_beside_the_arrays(self, before, after, copied):
+    path = copied / 'checkpoints' / '11' / 'meta' / 'metadata'
+    path.write_text(path.read_text().replace(before, after))
     self._refused(copied)
 
   @pytest.mark.parametrize('part', ['params', 'meta'])
@@ -332,6 +341,16 @@ class TestADamagedCheckpoint:
     self._refused(copied)
     equal(train.run(config(), str(copied), step=3), finished[1])
     assert rows(copied) == rows(finished[0])
+
+
+@pytest.mark.parametrize('text', [b'', b'[]', b'\xff', b'{"a.b": 1}'])
+def test_a_malformed_config_of_a_run_is_refused_by_name(text, tmp_path):
+  (tmp_path / 'config.json').write_bytes(text)
+  with pytest.raises(ValueError, match=r'config\.json'):
+    verify.read_config(str(tmp_path))
+  workdirs.write_config(str(tmp_path), {'seed': 1}, 3)  # a run keeps it, and writes its own
+  assert (tmp_path / 'config_until_3.json').read_bytes() == text
+  assert verify.read_config(str(tmp_path)).seed == 1
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(copied):
@@ -500,7 +519,8 @@ def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path
   path = tmp_path / 'copy' / 'checkpoints' / '11' / 'meta' / 'metadata'
   meta = json.loads(path.read_text())
   meta['digests']['params']['final_norm'] = '0' * 16
-  path.write_text(json.dumps(meta))
+  del meta['digest']
+  path.write_text(json.dumps({**meta, 'digest': checkpoint.digest_of(meta)}))
   assert verify.differences(str(tmp_path / 'copy'), 3) == ['params/final_norm']
 
 

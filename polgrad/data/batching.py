@@ -14,6 +14,7 @@ beginning instead (but not bos), and a row with its completion loses its end. Ma
 lengths, never from token ids, so the pad id may also be a stop id.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -148,16 +149,14 @@ def completion(record: Mapping, tokenizer: Tokenizer, field: str = 'answer') -> 
 def _prompt(record, tokenizer):
   """Token ids of the prompt, with bos where the tokenizer has one."""
   tools = record.get('tools')
-  if 'messages' in record:
-    try:
+  with _naming(record):
+    if 'messages' in record:
       text = tokenizer.chat(record['messages'], tools=tools)
-    except ValueError as error:
-      raise ValueError(f'record {record["id"]}: {error}') from error
-  elif tools:
-    raise ValueError(f'record {record["id"]}: a prompt that is text has no place for its tools')
-  else:
-    text = record['prompt']
-  ids = _bos(record, tokenizer, tokenizer.encode(text))
+    elif tools:
+      raise ValueError('a prompt that is text has no place for its tools')
+    else:
+      text = record['prompt']
+    ids = _bos(record, tokenizer, tokenizer.encode(text))
   if not ids:
     raise ValueError(f'record {record["id"]}: the prompt has no tokens to condition on')
   return ids
@@ -175,10 +174,8 @@ def _supervised(record, tokenizer):
   """(ids, mask) of a prompt with its answer, or of a whole conversation."""
   if 'answer' in record or not _ends_with_assistant(record):
     return _segment(record, tokenizer, 'answer')
-  try:
+  with _naming(record):
     said, mask = tokenizer.conversation(record['messages'], tools=record.get('tools'))
-  except ValueError as error:
-    raise ValueError(f'record {record["id"]}: {error}') from error
   ids = _bos(record, tokenizer, said)
   return ids, [False] * (len(ids) - len(said)) + mask
 
@@ -215,13 +212,23 @@ def _words(record, tokenizer, field):
     for opened in (tokenizer.opening, tokenizer.opening.strip()):
       text = text.removeprefix(opened)
   # The text may end with a stop token already; a stop token further inside would hide what follows it.
-  completion = list(tokenizer.encode(text))
+  with _naming(record):
+    completion = list(tokenizer.encode(text))
   if completion and completion[-1] in tokenizer.stop_ids:
     completion.pop()
   if set(completion) & set(tokenizer.stop_ids):
     raise ValueError(f'record {record["id"]}: a stop token inside {field!r}')
   completion.append(tokenizer.stop_ids[0])
   return completion, [True] * len(completion)
+
+
+@contextlib.contextmanager
+def _naming(record):
+  """Puts the record before the errors of a tokenizer or a template."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'record {record["id"]}: {error}') from error
 
 
 def _ends_with_assistant(record):

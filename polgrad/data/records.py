@@ -90,6 +90,8 @@ def _renamed(record: Mapping) -> dict:
 def _before(fields: Mapping) -> list[dict]:
   """The messages that a completion follows."""
   if 'prompt' in fields:
+    if not isinstance(fields['prompt'], str):
+      raise ValueError(f'prompt must be text, got {fields["prompt"]!r}')
     return [{'role': 'user', 'content': fields['prompt']}]
   return fields.get('messages', [])
 

@@ -56,7 +56,7 @@ def arithmetic(
   Numbers do not begin with 0, except 0 itself when `digits` is 1.
 
   Args:
-    digits: digits of a and b, at least 1.
+    digits: digits of a and b, from 1 to 9.
     operator: '+', '-' or '*'.
     split: 'train' or 'heldout'.
     holdout: fraction of the problems in 'heldout', in [0, 1].
@@ -67,8 +67,8 @@ def arithmetic(
   """
   if operator not in OPERATORS:
     raise ValueError(f'operator {operator!r}; valid: {sorted(OPERATORS)}')
-  if not (digits >= 1 and 0 <= holdout <= 1):
-    raise ValueError(f'digits {digits} must be at least 1 and holdout {holdout} within [0, 1]')
+  if not (1 <= digits <= 9 and 0 <= holdout <= 1):
+    raise ValueError(f'digits {digits} must be from 1 to 9 and holdout {holdout} within [0, 1]')
   # A problem is a number below numbers**2; the first ones of a fixed shuffle are held out.
   low = 10 ** (digits - 1) if digits > 1 else 0
   numbers = 10**digits - low

@@ -369,15 +369,23 @@ def _pieces(folder, config, model, special):
   file = folder / 'added_tokens.json'
   for token, i in _read_json(file).items():
     _check_id(f'{file}: {token}', i, MOST)
-    names[i], added[token] = token, {'special': True}
+    _add(names, i, token, file)
+    added[token] = {'special': True}
   for i, token in (config.get('added_tokens_decoder') or {}).items():
     where = f'{folder / "tokenizer_config.json"}: added_tokens_decoder'
     _check_id(where, int(i) if i.isdecimal() and len(i) < 20 else i, MOST)
     jsons.check(where, {i: token}, {i: 'an object'})
     jsons.check(f'{where}.{i}', token or {}, FLAGS)
     text = _content(f'{where}.{i}', token)
-    names[int(i)], added[text] = text, token
+    _add(names, int(i), text, where)
+    added[text] = token
   return names, added, special
+
+
+def _add(names, i, token, where):
+  """Names the token with id `i`, which no other token may have."""
+  if names.setdefault(i, token) != token:
+    raise ValueError(f'{where}: {token!r} has the id {i} of {names[i]!r}')
 
 
 def _align_between(text, split, ids, model, bare, legacy):

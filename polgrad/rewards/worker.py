@@ -200,7 +200,8 @@ class Worker:
     self._process = self._pipe = self._life = None
 
   def __del__(self):
-    self.stop()
+    if contextlib is not None:  # at the end of the interpreter the guard notices by itself
+      self.stop()
 
 
 def main(pipe: int, alive: int) -> None:

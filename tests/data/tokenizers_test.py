@@ -487,6 +487,7 @@ def test_a_template_that_is_no_text_is_refused_by_name(folder):
   [
     ('added_tokens', {'<a>': -1}, '<a> must be at least 0'),
     ('added_tokens', {'<a>': 2**40}, '<a> must be at least 0 and below'),
+    ('added_tokens', {'<a>': 2}, "'<a>' has the id 2 of '</s>'"),
     ('tokenizer_config', {'added_tokens_decoder': []}, 'added_tokens_decoder must be an object'),
     ('tokenizer_config', {'added_tokens_decoder': {'x': {'content': 'a'}}}, "below .* got 'x'"),
     ('tokenizer_config', {'added_tokens_decoder': {'5': 'a'}}, '5 must be an object'),

@@ -1,0 +1,930 @@
+"""Gives polgrad broken inputs of every kind, and counts what comes of them.
+
+    nice -n 10 python -m benchmarks.fuzz --inputs=10000
+
+Each input must give a right result, or be refused: an error that polgrad raises itself, of a type in
+`REFUSALS`, whose message names the file or the field. Anything else is a fault: the error of a library
+or of the language, a wrong result, more time than the limit of the kind, or more memory than `MEMORY`.
+Inputs are drawn by hypothesis from a seed. The table is written to docs/robustness.json, from which
+`python -m benchmarks.robustness_page` makes the page; `tests/fuzz_test.py` runs a small part.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import functools
+import json
+import linecache
+import math
+import pathlib
+import resource
+import signal
+import string
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from ml_collections import config_flags
+
+from benchmarks import robustness
+from polgrad import checkpoint, cli, methods, metrics, tasks, verify
+from polgrad.build import build, check_data
+from polgrad.data import batching, sources, tokenizers
+from polgrad.data import chat as chats
+from polgrad.models import decoder, gguf, hf, lora, tensors
+from polgrad.models.config import Config
+from polgrad.models.families import read_settings
+from polgrad.models.transformer import from_config
+from polgrad.options import from_text
+from polgrad.rewards import scoring, verifiers
+from tests.data import folders
+
+ROOT = pathlib.Path(__file__).parents[1]
+MEMORY = 6 * 2**30  # bytes of address space that one input may take
+# Types of deliberate errors. Subclasses are not meant: UnicodeDecodeError is a ValueError.
+REFUSALS = (ValueError, TypeError, FileNotFoundError, FileExistsError)
+
+
+class Kind(NamedTuple):
+  """A kind of input.
+
+  Attributes:
+    strategy: makes the strategy of the inputs.
+    act: reads an input, in an empty folder; returns normally if the result is right.
+    named: (folder, input) -> texts, one of which the message of a refusal must hold.
+    limit_s: seconds that one input may take.
+  """
+
+  strategy: Callable[[], st.SearchStrategy]
+  act: Callable[[Any, pathlib.Path], Any]
+  named: Callable[[pathlib.Path, Any], tuple[str, ...]]
+  limit_s: float = 5.0
+
+
+class Fault(NamedTuple):
+  """What went wrong with an input."""
+
+  kind: str
+  what: str  # type and place of the error: equal faults are counted as one
+  error: str
+  example: str
+
+
+class Hang(BaseException):
+  """More time than the limit. No Exception, so that nothing catches it on the way."""
+
+
+# Values of JSON, odd ones among them.
+SCALARS = st.one_of(
+  st.none(),
+  st.booleans(),
+  st.integers(-3, 300),
+  st.sampled_from([2**31, 2**63, -(2**40), 10**12, 10**30, 10**400, -1, 0]),
+  st.floats(),
+  st.text(max_size=8),
+  st.sampled_from(['', 'a', '0', '-1', 'nan', '../x', '\ud800', '\x00', '{{', 'é' * 50, 'name']),
+)
+VALUES = st.recursive(
+  SCALARS,
+  lambda x: st.one_of(st.lists(x, max_size=4), st.dictionaries(st.text(max_size=6), x, max_size=3)),
+  max_leaves=6,
+)
+DEEP = st.sampled_from(['[' * 100_000, '{"a":' * 100_000, '1' * 5000, '', '\ufeff{}', '{}x'])
+
+
+def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
+  """The paths of all values within a JSON value; of long lists the first and last."""
+  items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
+  for key, value in items if len(items) < 20 else [*items[:2], *items[-2:]]:
+    yield (*path, key)
+    if isinstance(value, dict | list):
+      yield from places(value, (*path, key))
+
+
+@st.composite
+def changed(draw, base: Any, most: int = 3) -> Any:
+  """A JSON value in which some values are replaced, deleted or added."""
+  tree = json.loads(json.dumps(base))
+  for _ in range(draw(st.integers(1, most))):
+    path = draw(st.sampled_from(list(places(base))))
+    *outer, key = path
+    inside = tree
+    with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier change took the place
+      for step in outer:
+        inside = inside[step]
+      how = draw(st.sampled_from(['replace', 'replace', 'swap', 'delete', 'add']))
+      if how == 'delete':
+        del inside[key]
+      elif how == 'add' and isinstance(inside, dict):
+        inside[draw(st.text(max_size=8))] = draw(VALUES)
+      elif how == 'swap':  # another value of the same file
+        other = draw(st.sampled_from(list(places(base))))
+        inside[key] = copy.deepcopy(functools.reduce(lambda x, k: x[k], other, base))
+      else:
+        inside[key] = draw(VALUES)
+  return tree
+
+
+def as_text(base: Any) -> st.SearchStrategy[str]:
+  """Texts of JSON files: changed, or no JSON at all."""
+  often = changed(base, most=2).map(json.dumps)
+  return st.one_of(
+    often, often, often, changed(base, most=6).map(json.dumps), VALUES.map(json.dumps), DEEP
+  )
+
+
+@st.composite
+def damaged(draw, data: bytes) -> bytes:
+  """Bytes that were flipped, cut off, doubled or overwritten at a few places."""
+  data = bytearray(data)
+  for _ in range(draw(st.integers(1, 4))):
+    # Headers are at the beginning, so half of the places are near it.
+    near = draw(st.booleans())
+    place = draw(st.integers(0, max(min(len(data), 600 if near else len(data)) - 1, 0)))
+    match draw(st.sampled_from(['flip', 'cut', 'number', 'insert', 'delete'])):
+      case 'flip' if data:
+        data[place] ^= 1 << draw(st.integers(0, 7))
+      case 'cut':
+        del data[place:]
+      case 'number':
+        data[place : place + 8] = draw(
+          st.sampled_from([0, 1, 2**31, 2**32, 2**62, 2**64 - 1, 2**64 - 32])
+        ).to_bytes(8, 'little')
+      case 'insert':
+        data[place:place] = draw(st.binary(max_size=12))
+      case 'delete':
+        del data[place : place + draw(st.integers(1, 12))]
+  return bytes(data)
+
+
+@st.composite
+def tree_of_files(draw, base: dict[str, Any], most: int = 2) -> dict[str, bytes | None]:
+  """Files of a folder that are changed, damaged or missing (None), by name."""
+  found = {}
+  for name in draw(st.lists(st.sampled_from(sorted(base)), min_size=1, max_size=most, unique=True)):
+    data = base[name]
+    how = draw(st.sampled_from(['change', 'change', 'change', 'damage', 'delete']))
+    if how == 'delete':
+      found[name] = None
+    elif how == 'change' and name.endswith('.json'):
+      found[name] = draw(as_text(json.loads(data))).encode('utf-8', 'surrogatepass')
+    else:
+      found[name] = draw(damaged(data))
+  return found
+
+
+def write(folder: pathlib.Path, base: dict[str, bytes], changes: dict[str, bytes | None]) -> None:
+  for name, data in {**base, **changes}.items():
+    if data is not None:
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_bytes(data)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+  """The files below a folder by their paths in it."""
+  files = sorted(f for f in folder.rglob('*') if f.is_file())
+  return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def made(make: Callable[[pathlib.Path], Any]) -> dict[str, bytes]:
+  """The files that a function writes."""
+  with tempfile.TemporaryDirectory() as place:
+    make(pathlib.Path(place))
+    return contents(pathlib.Path(place))
+
+
+# ---- Configurations ----
+
+RUN = 'method=grpo,task=addition,model=tiny,smoke'
+TINY = {
+  **{n: ['grpo', 'dpo', 'sft', 'ppo', 'x'] for n in ('method',)},
+  'task': ['addition', 'choices', 'chain_sum', 'jsonl', 'tfds', 'x'],
+  'model': ['tiny', 'hf', 'smollm2', 'x'],
+}
+WORDS = (
+  *(
+    'seed',
+    'steps',
+    'digits',
+    'lora',
+    'smoke',
+    'eps_high',
+    'eps_low',
+    'samples_per_prompt',
+    'path',
+  ),
+  *(
+    'prompts',
+    'max_new_tokens',
+    'prompt_length',
+    'operator',
+    'holdout',
+    'data',
+    'reward',
+    'letters',
+  ),
+  *(
+    'warm_start',
+    'min_terms',
+    'max_terms',
+    'reward.tolerance',
+    'beta',
+    'minibatches',
+    'temperature',
+  ),
+)
+NUMBERS = ('0', '1', '-1', '3', '0.5', '1e9', '10000000000000', 'nan', 'inf', '1' * 400, '1_0', '٣')
+OPTION_VALUES = st.one_of(
+  st.sampled_from(NUMBERS), st.text(max_size=6), st.sampled_from(['true', '+', ''])
+)
+
+
+@st.composite
+def option_texts(draw) -> str:
+  items = [f'{name}={draw(st.sampled_from(valid))}' for name, valid in TINY.items()]
+  if draw(st.integers(0, 5)):  # most often a run that there is
+    items = [
+      'method=' + draw(st.sampled_from(sorted(methods.TABLE))),
+      'task=addition',
+      'model=tiny',
+    ]
+  for _ in range(draw(st.integers(0, 3))):
+    name = draw(
+      st.one_of(st.sampled_from(WORDS), st.text(string.ascii_lowercase + '._', max_size=6))
+    )
+    items.append(draw(st.one_of(OPTION_VALUES.map(lambda v, n=name: f'{n}={v}'), st.just(name))))
+  return ','.join(draw(st.permutations(items)))
+
+
+def read_options(text: str, folder: pathlib.Path) -> None:
+  build(from_text(text))
+
+
+@functools.cache
+def complete() -> dict:
+  return json.loads(from_text(RUN).to_json_best_effort())
+
+
+def read_config(values: Any, folder: pathlib.Path) -> None:
+  (folder / 'config.json').write_text(json.dumps(values))
+  check_data(build(verify.read_config(str(folder))))
+
+
+@st.composite
+def overrides(draw) -> list[str]:
+  paths = [p for p in places(complete()) if all(isinstance(k, str) for k in p)]
+  found = []
+  for _ in range(draw(st.integers(1, 3))):
+    keys = draw(st.sampled_from(paths))
+    path, now = '.'.join(keys), functools.reduce(lambda x, k: x[k], keys, complete())
+    if draw(st.booleans()) and not isinstance(now, dict | list | str):  # of the right type
+      near = {bool: st.booleans(), int: st.integers(-1, 40), float: st.floats(-1, 3)}[type(now)]
+      found.append(f'--config.{path}={draw(near)}')
+      continue
+    path = draw(st.one_of(st.just(path), st.just(path), st.just(path + '.x'), st.text(max_size=8)))
+    value = draw(
+      st.one_of(OPTION_VALUES, st.sampled_from(['[1]', '(1,)', '{"a": 1}', "'x'", 'None']))
+    )
+    found.append(f'--config.{path}={value}')
+  return found
+
+
+def read_overrides(given: list[str], folder: pathlib.Path) -> None:
+  own = flags.FlagValues()
+  file = f'{ROOT}/experiments/run.py:{RUN}'
+  argv = ['fuzz', f'--config={file}', *given]
+  config_flags.DEFINE_config_file(
+    'config', None, 'run', flag_values=own, lock_config=True, sys_argv=argv
+  )
+  try:
+    with cli.named_overrides(argv):
+      own(argv)
+  except flags.Error as error:  # which every main shows in one line
+    raise ValueError(f'config: {error}') from error
+  check_data(build(own.config))
+
+
+# ---- Data ----
+
+MESSAGES = [
+  {'role': 'system', 'content': 'Be short.'},
+  {'role': 'user', 'content': [{'type': 'text', 'text': 'Hello'}]},
+  {'role': 'assistant', 'content': '', 'tool_calls': [{'name': 'add', 'arguments': {}}]},
+  {'role': 'tool', 'content': '3'},
+  {'from': 'gpt', 'value': 'It is 3.'},
+]
+RECORDS = (
+  {'prompt': '1+2=', 'answer': '3'},
+  {'question': '1+2=', 'completion': 3, 'id': 7},
+  {'messages': MESSAGES},
+  {'prompt': MESSAGES[:2], 'completion': MESSAGES[2:3]},
+  {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'},
+  {'chosen': MESSAGES, 'rejected': [*MESSAGES[:4], {'role': 'assistant', 'content': 'no'}]},
+)
+
+
+@st.composite
+def record_files(draw) -> bytes:
+  lines = [draw(st.sampled_from(RECORDS).map(json.dumps)) for _ in range(draw(st.integers(0, 2)))]
+  odd = st.sampled_from(RECORDS).flatmap(lambda r: as_text(r))
+  lines.insert(draw(st.integers(0, len(lines))), draw(odd))
+  data = '\n'.join(lines).encode('utf-8', 'surrogatepass')
+  return draw(st.one_of(st.just(data), st.just(data), damaged(data), st.binary(max_size=20)))
+
+
+@functools.cache
+def chatml() -> tokenizers.Tokenizer:
+  with tempfile.TemporaryDirectory() as place:
+    return tokenizers.huggingface(path=str(folders.chatml(pathlib.Path(place))))
+
+
+def read_records(data: bytes, folder: pathlib.Path) -> None:
+  """Lays out every record as prompt, demonstration and pair, which may each be refused."""
+  path = folder / 'data.jsonl'
+  path.write_bytes(data)
+  source = sources.jsonl(path=str(path))
+  refused = []
+  for row in range(len(source)):
+    record = {**source[row], 'id': row}
+    for tokenizer in (tokenizers.byte(), chatml()):
+      for lay in (batching.prompts, batching.supervised, pairs):
+        try:
+          lay([record], tokenizer, length=512)
+        except ValueError as error:
+          deliberate(error, (f'record {row}',))
+          refused.append(error)
+  if len(refused) == 6 * len(source):  # a record is seldom good for all three
+    raise refused[0]
+
+
+def pairs(records: list, tokenizer: tokenizers.Tokenizer, *, length: int) -> None:
+  batching.pairs(records, tokenizer, length=length, prompt_length=256)
+
+
+PIECES = (
+  *('{%', '%}', '{{', '}}', '-%}', ' for m in messages ', ' endfor ', ' if ', ' endif ', ' else '),
+  *('m', '.role', '.content', "['content']", ' messages ', ' | tojson ', ' | trim ', ' | length '),
+  *(' generation ', ' endgeneration ', 'bos_token', 'eos_token', '[0]', '[-1:]', ' * 10000000 '),
+  *(' ** 99999 ', ' + ', "'a'", ' set x = ', ' x ', ' range(10**9) ', ' macro f() ', ' endmacro '),
+  *(' f() ', ' raise_exception("no") ', ' strftime_now("%d") ', '()', '.__class__', ' is string '),
+  *(
+    ' | join ',
+    ' | center(10**9) ',
+    ' "%1000000000d" % 1 ',
+    ' break ',
+    ' include "x" ',
+    '\n',
+    ' not ',
+  ),
+  *(
+    " | replace('a', 'aaaaaaaaaa') ",
+    ' namespace(a=1) ',
+    ' | int ',
+    ' / 0 ',
+    ' tools ',
+    ' | indent ',
+  ),
+)
+
+
+@st.composite
+def templates(draw) -> str:
+  """Texts of the pieces of templates, in or out of order, and templates of models with a change."""
+  if draw(st.booleans()):
+    return ''.join(draw(st.lists(st.sampled_from(PIECES), max_size=12)))
+  base = draw(st.sampled_from([folders.CHATML, folders.MARKED, folders.LLAMA3, folders.LLAMA2]))
+  place = draw(st.integers(0, len(base)))
+  size = draw(st.integers(0, 12))
+  return base[:place] + draw(st.sampled_from(PIECES)) + base[place + size :]
+
+
+def read_template(source: str, folder: pathlib.Path) -> None:
+  chat = chats.jinja_chat(source, {'bos_token': '<s>', 'eos_token': '</s>'})
+  text = chat([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+  if not isinstance(text, str):
+    raise AssertionError(f'no text: {text!r}')
+
+
+# ---- Folders of models ----
+
+
+@functools.cache
+def tokenizer_folders() -> dict[str, dict[str, bytes]]:
+  make = {n: getattr(folders, n) for n in ('chatml', 'llama3', 'gemma', 'llama2')}
+  found = {name: made(function) for name, function in make.items()}
+  found['llama2'] = {
+    k: v for k, v in found['llama2'].items() if 'tokenizer' in k and 'vocab' not in k
+  }
+  found['llama2'] |= {
+    'added_tokens.json': b'{"<more>": 500}',
+    'generation_config.json': b'{"eos_token_id": 2}',
+  }
+  found['chatml'] |= {'special_tokens_map.json': b'{"eos_token": {"content": "<|im_end|>"}}'}
+  found['chatml'] |= {'generation_config.json': b'{"eos_token_id": [1, 2]}'}
+  return found
+
+
+def tokenizer_inputs() -> st.SearchStrategy:
+  names = st.sampled_from(['chatml', 'llama3', 'gemma', 'llama2'])
+  return names.flatmap(lambda n: st.tuples(st.just(n), tree_of_files(tokenizer_folders()[n])))
+
+
+def read_tokenizer(given: tuple[str, dict], folder: pathlib.Path) -> None:
+  """Opens the folder; ids of texts and of special tokens must lie in the vocabulary."""
+  write(folder, tokenizer_folders()[given[0]], given[1])
+  one = tokenizers.huggingface(path=str(folder))
+  ids = one.encode('Hello 12 naïve')
+  one.decode(ids)
+  special = [i for i in (*one.stop_ids, one.pad_id, one.bos_id) if i != -1]
+  if not all(0 <= i < one.vocab_size for i in [*ids, *special]):
+    raise AssertionError(f'ids {ids} and {special} of {one.vocab_size}')
+  with contextlib.suppress(ValueError):  # a changed template may refuse the messages
+    one.conversation([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+
+
+CONFIG = dict(
+  model_type='llama', vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+  num_attention_heads=2, num_key_value_heads=1, head_dim=4, hidden_act='silu',
+  max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=10000.0,
+  rope_scaling=dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=32),
+  tie_word_embeddings=True, architectures=['LlamaForCausalLM'],
+)  # fmt: skip
+OTHERS = (
+  dict(model_type='qwen2', use_sliding_window=True, sliding_window=4, max_window_layers=1),
+  dict(model_type='gemma3_text', sliding_window=4, sliding_window_pattern=2, query_pre_attn_scalar=4,
+       rope_local_base_freq=1e4, hidden_activation='gelu_pytorch_tanh'),
+  dict(model_type='qwen3_moe', num_experts=2, num_experts_per_tok=1, moe_intermediate_size=6),
+  dict(model_type='mistral', sliding_window=4),
+)  # fmt: skip
+
+
+@functools.cache
+def model_folder() -> dict[str, bytes]:
+  def make(folder):
+    (folder / 'config.json').write_text(json.dumps(CONFIG))
+    policy = from_settings(folder)
+    hf.save(str(folder / 'whole'), policy.config, policy.init(jax.random.key(0)))
+    params = policy.init(jax.random.key(0))
+    hf.save(str(folder / 'shards'), policy.config, params, max_shard_bytes=1500)
+
+  files = made(make)
+  return {k.partition('/')[2]: v for k, v in files.items() if k.startswith('shards/')}
+
+
+def from_settings(folder: pathlib.Path) -> Any:
+  plain = dict(dtype='float32', param_dtype='float32', remat='none', value_head=False)
+  settings = read_settings(json.loads((folder / 'config.json').read_text()))
+  return from_config(Config(**settings, **plain, balance_rate=0.0))
+
+
+def model_inputs() -> st.SearchStrategy:
+  files = {k: v for k, v in model_folder().items() if k.endswith(('.json', '.safetensors'))}
+  configs = st.sampled_from([CONFIG, *({**CONFIG, 'rope_scaling': None, **o} for o in OTHERS)])
+  settings = configs.flatmap(as_text).map(
+    lambda text: {'config.json': text.encode('utf-8', 'surrogatepass')}
+  )
+  return st.one_of(settings, settings, tree_of_files(files))
+
+
+def read_model(changes: dict, folder: pathlib.Path) -> None:
+  """Opens the folder and, if its files fit its config.json, reads all parameters."""
+  write(folder, model_folder(), changes)
+  policy = hf.pretrained(path=str(folder))
+  policy.init(jax.random.key(0))
+
+
+def safetensors_inputs() -> st.SearchStrategy:
+  header = {
+    '__metadata__': {'format': 'pt'},
+    'a': {'dtype': 'F32', 'shape': [2, 3], 'data_offsets': [0, 24]},
+    'b': {'dtype': 'BF16', 'shape': [4], 'data_offsets': [24, 32]},
+  }
+
+  def file(text):
+    data = text.encode('utf-8', 'surrogatepass')
+    return len(data).to_bytes(8, 'little') + data + bytes(range(32))
+
+  return st.one_of(
+    as_text(header).map(file), damaged(file(json.dumps(header))), st.binary(max_size=40)
+  )
+
+
+def read_safetensors(data: bytes, folder: pathlib.Path) -> None:
+  (folder / 'x.safetensors').write_bytes(data)
+  for name, tensor in tensors.open_file(folder / 'x.safetensors').items():
+    if tensor.all().shape != tensor.shape:
+      raise AssertionError(f'{name} has another shape')
+
+
+ADAPTER = {
+  'peft_type': 'LORA',
+  'r': 2,
+  'lora_alpha': 4,
+  'target_modules': ['q_proj'],
+  'bias': 'none',
+}
+
+
+def read_adapter(text: str, folder: pathlib.Path) -> None:
+  data = text.encode('utf-8', 'surrogatepass')
+  (folder / 'adapter_config.json').write_bytes(data)
+  lora(base=base_policy(), adapter=str(folder))
+
+
+@functools.cache
+def base_policy() -> Any:
+  return decoder(vocab_size=13, width=8, head_dim=4, num_heads=2, num_kv_heads=1, mlp_width=12)
+
+
+def gguf_parts() -> dict:
+  """A GGUF file as JSON: settings, and the name, shape, type and offset of every tensor."""
+  shapes = {'token_embd': [5, 8], 'output_norm': [8], 'blk.0.attn_norm': [8], 'blk.0.ffn_norm': [8]}
+  shapes |= {f'blk.0.{n}': [8, 8] for n in ('attn_q', 'attn_output')}
+  shapes |= {f'blk.0.{n}': [4, 8] for n in ('attn_k', 'attn_v')}
+  shapes |= {f'blk.0.{n}': [12, 8] for n in ('ffn_gate', 'ffn_up')} | {'blk.0.ffn_down': [8, 12]}
+  listed, end = [], 0
+  for name, shape in shapes.items():
+    listed.append({'name': f'{name}.weight', 'shape': shape[::-1], 'type': 0, 'offset': end})
+    end += -(-4 * math.prod(shape) // 32) * 32
+  own = {
+    'context_length': 64, 'embedding_length': 8, 'block_count': 1, 'feed_forward_length': 12,
+    'attention.head_count': 2, 'attention.head_count_kv': 1, 'rope.freq_base': 5000.0,
+    'attention.layer_norm_rms_epsilon': 1e-5, 'rope.scaling.type': 'linear', 'rope.scaling.factor': 2.0,
+  }  # fmt: skip
+  tokenizer = {
+    'model': 'gpt2', 'pre': 'smollm', 'tokens': ['<s>', '</s>', 'a', 'b', 'ab'], 'merges': ['a b'],
+    'token_type': [3, 3, 1, 1, 1], 'bos_token_id': 0, 'eos_token_id': 1, 'eot_token_id': 1,
+    'padding_token_id': 0, 'add_bos_token': True,
+  }  # fmt: skip
+  said = {f'llama.{k}': v for k, v in own.items()} | {'tokenizer.chat_template': '{{ messages }}'}
+  said |= {f'tokenizer.ggml.{k}': v for k, v in tokenizer.items()}
+  return {
+    'version': 3, 'tensors': listed, 'said': {'general.architecture': 'llama', **said}, 'size': end,
+    'counts': [len(listed), len(said) + 1],
+  }  # fmt: skip
+
+
+def gguf_bytes(parts: Any) -> bytes:
+  """The file of such parts; what has no place in a file is left out."""
+  number = lambda x, n: (int(x) if isinstance(x, int | bool) else 0).to_bytes(
+    n + 64, 'little', signed=True
+  )[:n]
+  text = lambda x: number(len(str(x)), 8) + str(x).encode('utf-8', 'surrogatepass')
+
+  def value(x) -> tuple[int, bytes]:
+    if isinstance(x, bool):
+      return 7, number(x, 1)
+    if isinstance(x, int):
+      return (4, number(x, 4)) if 0 <= x < 2**32 else (11, number(min(max(x, -(2**62)), 2**62), 8))
+    if isinstance(x, float):
+      return 12, np.float64(x).tobytes()
+    if isinstance(x, list):
+      inner = [value(i) for i in x]
+      return 9, number(inner[0][0] if inner else 4, 4) + number(len(x), 8) + b''.join(
+        d for _, d in inner
+      )
+    return 8, text(x)
+
+  table = lambda x: x if isinstance(x, dict) else {}
+  entries = lambda x: x if isinstance(x, list) else []
+  parts = table(parts)
+  counts = [*entries(parts.get('counts')), 0, 0]
+  data = b'GGUF' + number(parts.get('version'), 4) + number(counts[0], 8) + number(counts[1], 8)
+  for key, x in table(parts.get('said')).items():
+    kind, content = value(x)
+    data += text(key) + number(kind, 4) + content
+  for one in map(table, entries(parts.get('tensors'))):
+    shape = entries(one.get('shape'))
+    data += (
+      text(one.get('name', '')) + number(len(shape), 4) + b''.join(number(n, 8) for n in shape)
+    )
+    data += number(one.get('type'), 4) + number(one.get('offset'), 8)
+  size = parts.get('size')
+  size = size if isinstance(size, int) and 0 <= size < 10**5 else 64
+  return data + bytes(-len(data) % 32) + np.ones(size // 4, np.float32).tobytes()
+
+
+def gguf_inputs() -> st.SearchStrategy:
+  whole = gguf_bytes(gguf_parts())
+  odd = changed(gguf_parts(), most=2).map(gguf_bytes)
+  return st.one_of(odd, odd, odd, damaged(whole), st.binary(max_size=40))
+
+
+def read_gguf(data: bytes, folder: pathlib.Path) -> None:
+  (folder / 'm.gguf').write_bytes(data)
+  gguf.convert(folder / 'm.gguf', folder / 'out')
+  hf.pretrained(path=str(folder / 'out')).init(jax.random.key(0))
+
+
+# ---- Folders of runs ----
+
+ROW = {'step': 3, 'phase': 'train', 'reward': 0.5, 'loss': None, 'evaluation/greedy': 1.0}
+
+
+@st.composite
+def metric_files(draw) -> bytes:
+  lines = [json.dumps({**ROW, 'step': i}) for i in range(draw(st.integers(0, 3)))]
+  lines.insert(draw(st.integers(0, len(lines))), draw(as_text(ROW)))
+  data = ('\n'.join(lines) + '\n').encode('utf-8', 'surrogatepass')
+  return draw(st.one_of(st.just(data), damaged(data), st.binary(max_size=30)))
+
+
+def read_metrics(data: bytes, folder: pathlib.Path) -> None:
+  """A run resumes whatever the file holds: readable rows are kept, the others put aside."""
+  (folder / 'metrics.jsonl').write_bytes(data)
+  writer = metrics.Writer(str(folder), step=10, past=['train'], tensorboard=False)
+  writer.write(11, 'train', {'reward': 1.0})
+  writer.close()
+  rows, damaged_lines = metrics.parse(str(folder / 'metrics.jsonl'))
+  if damaged_lines or rows[-1]['step'] != 11:
+    raise AssertionError(f'{damaged_lines} and {rows[-1:]}')
+  if len(data) % 8 == 0:  # a drawing takes a third of a second
+    metrics.report(str(folder))
+
+
+def trees() -> dict[str, Any]:
+  params = {'layers': {'gate': jnp.arange(12.0).reshape(3, 4)}, 'norm': jnp.ones(5)}
+  return {'params': params, 'rest': {'step': jnp.int32(2), 'opt_state': jnp.arange(7.0)}}
+
+
+@functools.cache
+def checkpoint_folder() -> dict[str, bytes]:
+  def make(folder):
+    stored = checkpoint.manager(str(folder / 'c'))
+    for step in (1, 2):
+      checkpoint.save(stored, step, trees(), {'order': ['train'], 'phase': 0})
+    stored.close()
+
+  return made(make)
+
+
+def checkpoint_inputs() -> st.SearchStrategy:
+  newest = {k: v for k, v in checkpoint_folder().items() if k.startswith('c/2/')}
+  return tree_of_files(newest, most=3)
+
+
+def read_checkpoint(changes: dict, folder: pathlib.Path) -> None:
+  """Whatever is restored has the bits that were saved."""
+  write(folder, checkpoint_folder(), changes)
+  stored = checkpoint.manager(str(folder / 'c'))
+  try:
+    step = checkpoint.numbered(stored, str(folder / 'c'))
+    meta = checkpoint.read_meta(stored, step)
+    for name, tree in trees().items():
+      found = checkpoint.restore(stored, step, name, tree)
+      same = jax.tree.map(np.array_equal, found, tree)
+      if not jax.tree.all(same):
+        raise AssertionError(f'{name} of {step} has other bits')
+    if meta.get('order') != ['train']:
+      raise AssertionError(f'meta of {step} is {meta}')
+  finally:
+    stored.close()
+
+
+# ---- Completions ----
+
+ANSWERS = st.one_of(
+  st.text(max_size=40),
+  st.text('0123456789+-*/()., eE^_{}\\x[]', max_size=30),
+  st.sampled_from([
+    '9**9**9**9', '(' * 5000, '[' * 3000, '1e999999999', '\\boxed{' * 2000, '<answer>' * 3000, '1/0',
+    '-' * 4000, '1' * 6000, '__import__("os").system("true")', '{"a": ' * 2000, 'answer: ' * 3000,
+    '\x00', '\ud800', '٣', '[[1, 2], [3', "'a' * 10**10", '10**10**10', 'x' * 100_000, '1,' * 2000,
+    '0x' + 'f' * 4000, 'sqrt(' * 300, '1 2 3 4', 'A', 'true', '²', 'NaN', 'inf',
+  ]),
+)  # fmt: skip
+OWN = {
+  'exact_match': {}, 'numeric_answer': {}, 'choice_letter': {}, 'soft_overlong': {},
+  'regex_format': {'pattern': r'<think>.*</think>\s*<answer>.*</answer>'},
+}  # fmt: skip
+
+
+def own_inputs() -> st.SearchStrategy:
+  return st.tuples(st.sampled_from(sorted(OWN)), ANSWERS)
+
+
+def judge_own(given: tuple[str, str], folder: pathlib.Path) -> None:
+  """polgrad's own verifiers judge every text, in this process."""
+  name, completion = given
+  record = {'answer': 'B' if name == 'choice_letter' else '12'}
+  row = {'completion': completion, 'record': record, 'length': len(completion)}
+  function = getattr(verifiers, name)
+  value = scoring.registry.call(functools.partial(function, **OWN[name]), row)
+  if not (isinstance(value, float) and -1 <= value <= 1):
+    raise AssertionError(f'{name} returned {value!r}')
+
+
+@functools.cache
+def gym_records() -> dict[str, list[dict]]:
+  """Two problems of every task of reasoning-gym that makes them quickly."""
+  found = {}
+  for name in sorted(tasks.gym_names()):
+    with contextlib.suppress(Exception), limited(3.0):
+      source = sources.reasoning_gym(task=name, size=2, seed=0)
+      found[name] = [source[0], source[1]]
+  return found
+
+
+@functools.cache
+def gym_scorer() -> Callable:
+  terms = {'gym': verifiers.reasoning_gym_score}
+  return scoring.make_scorer(terms, timeout_s=2.0, workers=1)
+
+
+def gym_inputs() -> st.SearchStrategy:
+  gym_records()  # draws numbers of its own, so not within a strategy
+  return _gym_inputs()
+
+
+@st.composite
+def _gym_inputs(draw) -> tuple[str, int, str]:
+  name = draw(st.sampled_from(sorted(gym_records())))
+  row = draw(st.integers(0, 1))
+  right = str(gym_records()[name][row].get('answer', ''))
+  near = st.one_of(st.just(right), st.just(right[: len(right) // 2]), st.just(right + ' '), ANSWERS)
+  text = draw(st.one_of(ANSWERS, near))
+  return (
+    name,
+    row,
+    draw(st.sampled_from(['<answer>{}</answer>', '{}', 'so <answer>{}'])).replace('{}', text),
+  )
+
+
+def judge_gym(given: tuple[str, int, str], folder: pathlib.Path) -> str:
+  """A score in [0, 1], or a failure of the scorer that makes its row invalid; the run never hangs."""
+  name, row, completion = given
+  scores = gym_scorer()([completion], [gym_records()[name][row]], [len(completion)])
+  value = scores.components['gym'][0]
+  if np.isnan(value):
+    if not scores.errors or scores.valid[0]:
+      raise AssertionError(f'{name}: NaN without an error')
+    return 'contained'
+  if not -1e-6 <= value <= 1 + 1e-6:
+    raise AssertionError(f'{name}: score {value}')
+  return 'right'
+
+
+# ---- The table ----
+
+path_of = lambda folder, given: (str(folder),)
+any_config = lambda folder, given: (
+  str(folder),
+  'config', 'option', 'task=', 'model=', 'method', 'phase', 'eps', 'clip', 'reward', 'problems',
+  *(p.partition('=')[0].strip() for p in str(given).split(',') if p.partition('=')[0].strip()),
+)  # fmt: skip
+records_of = lambda folder, given: (str(folder), 'record ')
+template_of = lambda folder, given: ('the chat template',)
+
+
+KINDS = {
+  'options': Kind(option_texts, read_options, any_config),
+  'overrides': Kind(overrides, read_overrides, any_config),
+  'configurations': Kind(lambda: changed(complete()), read_config, any_config),
+  'records': Kind(record_files, read_records, records_of),
+  'chat templates': Kind(templates, read_template, template_of),
+  'tokenizer folders': Kind(tokenizer_inputs, read_tokenizer, path_of),
+  'model folders': Kind(model_inputs, read_model, path_of),
+  'adapter folders': Kind(lambda: as_text(ADAPTER), read_adapter, path_of),
+  'safetensors': Kind(safetensors_inputs, read_safetensors, path_of),
+  'GGUF': Kind(gguf_inputs, read_gguf, path_of),
+  'metrics': Kind(metric_files, read_metrics, path_of, 10.0),
+  'checkpoints': Kind(checkpoint_inputs, read_checkpoint, path_of, 20.0),
+  'verifiers': Kind(own_inputs, judge_own, path_of),
+  'reasoning-gym scorers': Kind(gym_inputs, judge_gym, path_of, 150.0),
+}
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+  """Raises `Hang` after some seconds."""
+
+  def late(*_):
+    raise Hang(f'more than {seconds} s')
+
+  before = signal.signal(signal.SIGALRM, late)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+  """Lets allocations beyond `MEMORY` fail."""
+  with open('/proc/self/statm') as f:
+    now = int(f.read().split()[0]) * resource.getpagesize()
+  before = resource.getrlimit(resource.RLIMIT_AS)
+  resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class NotNamed(AssertionError):
+  """A refusal whose message does not say what it refuses."""
+
+
+def deliberate(error: BaseException, named: tuple[str, ...]) -> None:
+  """Raises the error again unless polgrad raised it on purpose, with a message that names something."""
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  line = linecache.getline(frame.filename, frame.lineno).strip()
+  ours = f'{ROOT}/polgrad/' in frame.filename or frame.filename == __file__
+  opened = isinstance(error, OSError) and error.filename is not None
+  if type(error) not in REFUSALS or not (opened or (ours and line.startswith('raise'))):
+    raise error
+  message = str(error)
+  if not any(name in message for name in named):
+    raise NotNamed(f'{type(error).__name__}: {message[:300]}') from error
+
+
+def outcome(kind: Kind, given: Any) -> str:
+  """'right' (or what `act` returns) or 'refused'.
+
+  Raises:
+    BaseException: whatever is neither.
+  """
+  with tempfile.TemporaryDirectory(dir='/dev/shm') as place:
+    folder = pathlib.Path(place)
+    try:
+      with limited(kind.limit_s), bounded(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return kind.act(given, folder) or 'right'
+    except Exception as error:
+      deliberate(error, kind.named(folder, given))
+      return 'refused'
+
+
+def campaign(name: str, count: int, number: int) -> tuple[collections.Counter, list[Fault], float]:
+  """Runs inputs of one kind: (counts of outcomes, the shortest example of every fault, slowest time)."""
+  kind, counts, faults = KINDS[name], collections.Counter(), {}
+  slowest = 0.0
+
+  @seed(number)
+  @settings(
+    max_examples=count, deadline=None, database=None, phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck), print_blob=False,
+  )  # fmt: skip
+  @given(kind.strategy())
+  def one(example):
+    nonlocal slowest
+    begun = time.monotonic()
+    try:
+      counts[outcome(kind, example)] += 1
+    except (Exception, Hang) as error:
+      counts['fault'] += 1
+      frame = traceback.extract_tb(error.__traceback__)[-1]
+      what = f'{type(error).__name__} at {pathlib.Path(frame.filename).name}:{frame.lineno}'
+      if type(error) is NotNamed:
+        what = f'NotNamed: {str(error)[:60]}'
+      shown = repr(example)
+      if what not in faults or len(shown) < len(faults[what].example):
+        faults[what] = Fault(name, what, str(error)[:300], shown)
+    slowest = max(slowest, time.monotonic() - begun)
+
+  one()
+  return counts, sorted(faults.values()), slowest
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--inputs', type=int, default=10_000, help='in all')
+  parser.add_argument('--kinds', nargs='*', default=[], help='names of kinds; none: all')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--out', default=str(robustness.RESULTS), help='file of the results; "": none'
+  )
+  args = parser.parse_args()
+  logging.set_verbosity(logging.FATAL)  # Orbax logs every damaged file
+  names = args.kinds or list(KINDS)
+  each = -(-args.inputs // len(names))
+  rows, faults = {}, []
+  for name in names:
+    begun = time.monotonic()
+    counts, found, slowest = campaign(name, each, args.seed)
+    seconds = time.monotonic() - begun
+    rows[name] = {**counts, 'seconds': round(seconds, 1), 'slowest': round(slowest, 2)}
+    faults += found
+    print(f'{name}: {dict(counts)} in {seconds:.0f} s, slowest {slowest:.2f} s', flush=True)
+    for fault in found:
+      print(f'  {fault.what}: {fault.error}\n    {fault.example[:600]}', flush=True)
+  if args.out and not args.kinds:
+    robustness.record('fuzz', {'seed': args.seed, 'kinds': rows})
+  raise SystemExit(f'{len(faults)} faults' if faults else 0)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,45 @@
+"""Broken inputs of every kind give a right result or a refusal by name; `benchmarks.fuzz` draws more."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from benchmarks import fuzz
+from polgrad import jsons
+
+FEW = {'metrics': 20, 'checkpoints': 15, 'model folders': 20}  # these take longer
+APART = 'reasoning-gym scorers'  # making their problems takes seconds; tests/rewards has some
+
+
+# Tasks of Orbax that failed are dropped with what they raised.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('name', [name for name in fuzz.KINDS if name != APART])
+def test_an_input_is_read_or_refused_by_name(name):
+  kind = fuzz.KINDS[name]
+
+  @settings(
+    max_examples=FEW.get(name, 40), derandomize=True, database=None, deadline=None,
+    suppress_health_check=list(HealthCheck),
+  )  # fmt: skip
+  @given(kind.strategy())
+  def read(given):
+    fuzz.outcome(kind, given)
+
+  read()
+
+
+def test_what_is_no_deliberate_refusal_is_a_fault(tmp_path):
+  def fails(make):
+    return fuzz.Kind(lambda: None, lambda given, folder: make(given), lambda *_: ('x',), 0.2)
+
+  def refuse(where):
+    jsons.check(where, {'size': '3'}, {'size': 'a number'})
+
+  def hang(_):
+    while True:
+      pass
+
+  assert fuzz.outcome(fails(lambda given: None), 'x') == 'right'
+  assert fuzz.outcome(fails(refuse), 'x.json') == 'refused'
+  for make, error in ((refuse, fuzz.NotNamed), (int, ValueError), (hang, fuzz.Hang)):
+    with pytest.raises(error):
+      fuzz.outcome(fails(make), 'y')
