@@ -9,57 +9,63 @@ import re
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 RESULTS, PAGE = DOCS / 'robustness.json', DOCS / 'robustness.md'
+OUTCOMES = ('right', 'refused', 'contained', 'fault')
+# Where a run of `benchmarks.kills` is.
+PLACES = ('before the first step', 'in a step', 'in a save', 'after the last step')
 
 
-def record(campaign: str, result: dict) -> None:
-  """Keeps the result of a campaign, and writes its table into the page."""
+def record(campaign: str, results: dict[str, dict]) -> None:
+  """Keeps results of a campaign by kind, in place of older ones, and writes the tables again."""
   known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-  RESULTS.write_text(json.dumps({**known, campaign: result}, indent=1) + '\n')
+  known[campaign] = known.get(campaign, {}) | results
+  RESULTS.write_text(json.dumps(known, indent=1) + '\n')
   if PAGE.exists():
     write_page()
 
 
 def write_page() -> None:
   known, text = json.loads(RESULTS.read_text()), PAGE.read_text()
-  for campaign, make in {'fuzz': fuzz_table, 'kills': kills_table}.items():
-    if campaign in known:
-      table = '\n'.join(make(known[campaign]))
-      block = f'<!-- {campaign} -->\n{table}\n<!-- end -->'
-      text = re.sub(
-        rf'<!-- {campaign} -->.*?<!-- end -->', lambda _, b=block: b, text, flags=re.DOTALL
-      )
+  for campaign, results in known.items():
+    table = '\n'.join({'fuzz': fuzz_table, 'kills': kills_table}[campaign](results))
+    block = f'<!-- {campaign} -->\n{table}\n<!-- end -->'
+    pattern = rf'<!-- {campaign} -->.*?<!-- end -->'
+    text = re.sub(pattern, lambda _, b=block: b, text, flags=re.DOTALL)
   PAGE.write_text(text)
 
 
-def fuzz_table(result: dict) -> list[str]:
-  columns = ('right', 'refused', 'contained', 'fault')
+def fuzz_table(results: dict[str, dict]) -> list[str]:
   rows = [
-    '| kind | inputs | right | refused | contained | faults | slowest (s) |',
-    '|---|---|---|---|---|---|---|',
+    [name, *(row.get(o, 0) for o in OUTCOMES), row['slowest']] for name, row in results.items()
   ]
-  total = dict.fromkeys(columns, 0)
-  for name, row in result['kinds'].items():
-    counts = [row.get(c, 0) for c in columns]
-    total = {c: total[c] + n for c, n in zip(columns, counts)}
-    rows.append(f'| {name} | {sum(counts)} | {" | ".join(map(str, counts))} | {row["slowest"]} |')
-  rows.append(f'| **all** | {sum(total.values())} | {" | ".join(map(str, total.values()))} | |')
-  return rows
+  totals = [sum(row[i] for row in rows) for i in range(1, len(OUTCOMES) + 1)]
+  header = ['inputs', 'number', *OUTCOMES, 'slowest (s)']
+  made = [[row[0], sum(row[1:-1]), *row[1:]] for row in [*rows, ['all', *totals, '']]]
+  return _table(header, made)
 
 
-def kills_table(result: dict) -> list[str]:
-  places = result['places']
+def kills_table(results: dict[str, dict]) -> list[str]:
+  last = ('runs', 'compared', 'arrays', 'rows')
   rows = [
-    f'| run | kills | {" | ".join(places)} | differing arrays | differing rows |',
-    '|---' * (len(places) + 4) + '|',
+    [name, *(row['places'].get(p, 0) for p in PLACES), *(row[key] for key in last)]
+    for name, row in results.items()
   ]
-  total = dict.fromkeys(places, 0)
-  for name, row in result['runs'].items():
-    counts = [row['places'].get(p, 0) for p in places]
-    total = {p: total[p] + n for p, n in zip(places, counts)}
-    shown = ' | '.join(map(str, counts))
-    rows.append(f'| {name} | {sum(counts)} | {shown} | {row["arrays"]} | {row["rows"]} |')
-  rows.append(f'| **all** | {sum(total.values())} | {" | ".join(map(str, total.values()))} | | |')
-  return rows
+  totals = [sum(row[i] for row in rows) for i in range(1, len(rows[0]))]
+  made = [[row[0], sum(row[1 : len(PLACES) + 1]), *row[1:]] for row in [*rows, ['all', *totals]]]
+  header = [
+    'run',
+    'kills',
+    *PLACES,
+    'runs to the end',
+    'arrays compared',
+    'of these differ',
+    'rows differ',
+  ]
+  return _table(header, made)
+
+
+def _table(header: list, rows: list[list]) -> list[str]:
+  line = lambda cells: f'| {" | ".join(map(str, cells))} |'
+  return [line(header), '|---' * len(header) + '|', *map(line, rows)]
 
 
 if __name__ == '__main__':

@@ -1,0 +1,440 @@
+"""Kills runs at random instants, resumes them until they end, and compares every bit.
+
+    nice -n 10 python -m benchmarks.kills --runs=200
+
+`--runs` is the number of kills, spread evenly over the runs of `RUNS`. A run is a few steps of the tiny
+model with a checkpoint after each. It is killed, resumed and killed again until it ends; then the arrays
+of its last checkpoint and its rows of metrics (without times) are compared with those of a run that was
+never killed. Most kills are SIGKILL, some SIGTERM, followed by SIGKILL where a process does not end. A
+quarter falls at an instant drawn evenly from the length of a run, a quarter soon after a step, a quarter
+in the middle of a save, and a quarter while a resumed run begins.
+
+    python -m polgrad.train --config=benchmarks/kills.py:phases --workdir=/tmp/run   # one of the runs
+
+Processes are forked from this one, which has imported everything but never starts JAX, so that a run
+begins in a second or two.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import mmap
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from benchmarks import robustness
+from benchmarks.robustness import PLACES
+from polgrad import checkpoint, cli, metrics, optim, train
+from polgrad.options import from_text
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+
+TEXT = 'task=addition,model=tiny,warm_start=0,smoke'
+LIMIT_S = 300.0  # seconds after which a run counts as hanging
+ENDS_S = 3.0  # seconds that a process has to end after SIGTERM
+# Indices of `PLACES`.
+BEGIN, STEP, SAVE, END = range(len(PLACES))
+
+
+def get_config(name: str) -> ConfigDict:
+  """The configuration of a run of `RUNS`; so this file is a config file."""
+  config = RUNS[name]()
+  with config.unlocked():
+    config.checkpoint_every = 1
+    config.tensorboard = False
+    config.show_samples = 0
+    model = config.model.base if name == 'lora' else config.model
+    model.num_layers = 1
+    config.evaluation.every = 3 if name == 'phases' else 0
+    for phase in config.phases.values():
+      # Random weights seldom add up; lengths give them something to learn.
+      phase.reward.short = weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4))
+  return config
+
+
+def phases() -> ConfigDict:
+  """Supervised, then policy gradient with epochs, minibatches and an anchor that follows."""
+  config = from_text('method=grpo,task=addition,model=tiny,smoke')
+  with config.unlocked():
+    config.phases.warm_start.steps = 4
+    config.phases.train.steps = 5
+    config.phases.train.update(epochs=2, minibatches=2)
+    config.phases.train.anchors.reference = part(optim.ema, decay=0.9)
+  return config
+
+
+def replay() -> ConfigDict:
+  """Rollouts that are a step old, mixed with replayed ones."""
+  config = from_text(f'method=grpo,{TEXT}')
+  config.phases.train.steps = 8
+  config.phases.train.collect.update(lag=1, replay=2, replay_fraction=0.5)
+  return config
+
+
+def adaptive() -> ConfigDict:
+  """An objective that carries a state, and a variance-reduced optimizer with its own iterates."""
+  config = from_text(f'method=epo,{TEXT}')
+  with config.unlocked():
+    config.phases.train.steps = 8
+    config.phases.train.optimizer = part(optim.normalized_igt, learning_rate=0.01)
+    config.phases.train.anchors.reference = part(optim.sync, every=3)
+  return config
+
+
+def lora() -> ConfigDict:
+  """A trained adapter on a frozen base."""
+  config = from_text(f'method=grpo,lora=4,{TEXT}')
+  config.phases.train.steps = 8
+  return config
+
+
+def experts() -> ConfigDict:
+  """A mixture of experts whose router balances its load."""
+  config = from_text(f'method=grpo,{TEXT}')
+  config.phases.train.steps = 8
+  config.model.update(num_experts=4, balance_rate=0.01)
+  return config
+
+
+def distributed() -> ConfigDict:
+  """Two processes, each with half of the parameters and of the moments."""
+  config = from_text(f'method=grpo,{TEXT}')
+  config.phases.train.steps = 6
+  config.mesh.update(data=1, fsdp=2)
+  return config
+
+
+RUNS = {f.__name__: f for f in (phases, replay, adaptive, lora, experts, distributed)}
+
+
+# ---- In the processes that train ----
+
+
+def child(
+  name: str, folder: pathlib.Path, cache: str, mark: mmap.mmap, rank: int, port: int
+) -> None:
+  """Trains as `python -m polgrad.train` would, and says in `mark` where it is."""
+  with (folder / f'log{rank}').open('ab') as log:
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+  report_places(mark)
+  keep_programs()
+  sys.argv = [
+    'train',
+    f'--config={__file__}:{name}',
+    f'--workdir={folder / ("run" if rank == 0 else f"other{rank}")}',
+    f'--checkpoints={folder / "checkpoints"}',
+    f'--compilation_cache={cache}',
+  ]
+  if name == 'distributed':
+    import jax
+
+    start = jax.distributed.initialize
+    jax.distributed.initialize = lambda: start(f'localhost:{port}', 2, rank)
+    sys.argv.append('--distributed')
+  cli.run(train.main)
+
+
+def report_places(mark: mmap.mmap) -> None:
+  """Wraps functions of the trainer, so that the mark says in which of them the process is."""
+  update, save = train.PhaseRun.update_all, train.save
+
+  def updating(self, state, batch, step):
+    mark[0] = STEP
+    return update(self, state, batch, step)
+
+  def saving(experiment, checkpoints, identity, state):
+    mark[0] = SAVE
+    save(experiment, checkpoints, identity, state)
+    last = len(experiment.order) - 1
+    ended = int(state.phase) == last
+    ended = ended and int(state.phase_step) >= experiment.phases[experiment.order[last]].steps
+    mark[0] = END if ended else STEP
+
+  train.PhaseRun.update_all, train.save = updating, saving
+
+
+def keep_programs() -> None:
+  """Lets the compilation cache keep small programs too: here everything is small."""
+  import jax
+
+  start = cli.start
+
+  def starting(*args, **kwargs):
+    start(*args, **kwargs)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+  cli.start = starting
+
+
+def fork(function: Callable[[], None]) -> int:
+  """Runs a function in a new process, and returns the number of the process."""
+  sys.stdout.flush()
+  process = os.fork()
+  if process:
+    return process
+  code = 1
+  try:
+    function()
+    code = 0
+  except SystemExit as error:
+    code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- In the process that kills ----
+
+
+class Trial:
+  """One run in one folder: started, killed and resumed as often as is asked."""
+
+  def __init__(self, name: str, folder: pathlib.Path, cache: str):
+    self.name, self.folder, self.cache = name, folder, cache
+    self.mark = mmap.mmap(-1, 1)
+    self.processes: list[int] = []
+    self.codes: dict[int, int] = {}
+
+  def start(self) -> None:
+    self.mark[0] = BEGIN
+    self.codes = {}
+    self.began = time.monotonic()
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    marks = [self.mark, mmap.mmap(-1, 1)]
+    ranks = range(2 if self.name == 'distributed' else 1)
+    self.processes = [
+      fork(functools.partial(child, self.name, self.folder, self.cache, marks[rank], rank, port))
+      for rank in ranks
+    ]
+
+  def running(self) -> bool:
+    """Whether all processes live."""
+    for process in self.processes:
+      if process not in self.codes:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+          self.codes[process] = os.waitstatus_to_exitcode(status)
+    return not self.codes
+
+  def saving(self) -> bool:
+    """Whether a checkpoint is being written: its folder has a temporary name."""
+    try:
+      return any('tmp' in name for name in os.listdir(self.folder / 'checkpoints'))
+    except FileNotFoundError:
+      return False
+
+  def rows(self) -> int:
+    """Bytes of metrics, which grow with every step."""
+    try:
+      return os.path.getsize(self.folder / 'run' / 'metrics.jsonl')
+    except FileNotFoundError:
+      return 0
+
+  def kill(self, first: int, signal_: int) -> str:
+    """Kills process number `first`, then the others, as one restarts a pod; says where it was."""
+    where = SAVE if self.saving() else self.mark[0]
+    order = [self.processes[first], *(p for i, p in enumerate(self.processes) if i != first)]
+    for process in order:
+      if process not in self.codes:
+        os.kill(process, signal_)
+        deadline = time.monotonic() + ENDS_S
+        while signal_ != signal.SIGKILL and self.alive(process) and time.monotonic() < deadline:
+          time.sleep(0.01)
+        if self.alive(process):
+          os.kill(process, signal.SIGKILL)
+          self.codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return PLACES[where]
+
+  def alive(self, process: int) -> bool:
+    self.running()
+    return process not in self.codes
+
+  def wait(self) -> None:
+    """Waits for the end.
+
+    Raises:
+      AssertionError: a process failed, or did not end.
+    """
+    while len(self.codes) < len(self.processes):
+      self.running()
+      if time.monotonic() - self.began > LIMIT_S or any(self.codes.values()):
+        self.kill(0, signal.SIGKILL)
+        break
+      time.sleep(0.01)
+    if any(self.codes.values()):
+      log = (self.folder / 'log0').read_text(errors='replace')[-3000:]
+      raise AssertionError(f'{self.name} in {self.folder} ended with {self.codes}: {log}')
+
+
+def kill_once(trial: Trial, how: str, length_s: float, draw: random.Random) -> str | None:
+  """Starts the run and kills it; returns where it was, or None if it ended before.
+
+  Args:
+    how: 'any' instant, soon after a 'step', within a 'save', or at the 'begin'.
+    length_s: seconds of a whole run.
+  """
+  trial.start()
+  first = trial.rows()
+  skip = draw.randrange(3)  # saves or steps that are let pass
+  delay = {
+    'any': draw.uniform(0, length_s),
+    'begin': draw.uniform(0, length_s / 3),
+    'step': draw.uniform(0, 0.3),
+    'save': draw.choice([0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.1)]),
+  }[how]
+  # Wait for what the kill is aimed at, then for the delay.
+  was_saving = False
+  while how in ('step', 'save') and trial.running():
+    if how == 'step' and trial.rows() != first:
+      first, skip = trial.rows(), skip - 1
+    if how == 'save':
+      now = trial.saving()
+      skip -= now and not was_saving
+      was_saving = now
+    if skip < 0:
+      break
+    time.sleep(0.0005 if how == 'save' else 0.005)
+  until = time.monotonic() + delay
+  while trial.running() and time.monotonic() < until:
+    time.sleep(max(min(until - time.monotonic(), 0.01), 0))
+  if not trial.running() and not any(trial.codes.values()):
+    trial.wait()
+    return None
+  if trial.codes:
+    trial.wait()  # a process failed by itself, which is an error
+  signal_ = signal.SIGTERM if draw.random() < 0.15 else signal.SIGKILL
+  return trial.kill(draw.randrange(len(trial.processes)), signal_)
+
+
+def rows_of(folder: pathlib.Path) -> list[dict]:
+  """Metrics without the clock."""
+  found = metrics.read(str(folder / 'run' / 'metrics.jsonl'))
+  return [{k: v for k, v in row.items() if 'second' not in k} for row in found]
+
+
+def differing(whole: pathlib.Path, killed: pathlib.Path) -> tuple[list[str], int]:
+  """The arrays of the last checkpoints that differ in a bit, and the number of all arrays."""
+  out = killed / 'differing.json'  # another process reads them, because this one never starts JAX
+
+  def compare():
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    def last(folder):
+      stored = checkpoint.manager(str(folder / 'checkpoints'))
+      step = stored.latest_step()
+      like = stored.item_metadata(step)
+      args = {}
+      for name in checkpoint.TREES:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shape = lambda x, s=device: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        args[name] = ocp.args.StandardRestore(jax.tree.map(shape, like[name].tree))
+      found = stored.restore(step, args=ocp.args.Composite(**args))
+      found = {n: jax.tree_util.tree_leaves_with_path(found[n]) for n in checkpoint.TREES}
+      stored.close()
+      return {
+        f'{n}{jax.tree_util.keystr(path)}': np.asarray(x)
+        for n, xs in found.items()
+        for path, x in xs
+      } | {'step': np.asarray(step)}
+
+    a, b = last(whole), last(killed)
+    bits = lambda x: (x.shape, str(x.dtype), x.tobytes())
+    odd = [
+      k for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or bits(a[k]) != bits(b[k])
+    ]
+    out.write_text(json.dumps({'odd': odd, 'arrays': len(a)}))
+
+  if os.waitpid(fork(compare), 0)[1]:
+    raise AssertionError(f'the checkpoints of {killed} cannot be read')
+  found = json.loads(out.read_text())
+  return found['odd'], found['arrays']
+
+
+def campaign(name: str, kills: int, place: pathlib.Path, draw: random.Random) -> dict:
+  """Kills one kind of run so many times: counts by place and signal, and all differences."""
+  cache = str(place / 'programs')
+  whole = place / name / 'whole'
+  whole.mkdir(parents=True)
+  length_s = 0.0
+  for _ in range(2):  # the first fills the cache of programs
+    shutil.rmtree(whole)
+    whole.mkdir()
+    trial = Trial(name, whole, cache)
+    trial.start()
+    trial.wait()
+    length_s = time.monotonic() - trial.began
+  places, aims, arrays = collections.Counter(), collections.Counter(), []
+  compared = odd_rows = runs = 0
+  ways = ['any', 'save', 'step', 'begin']
+  while places.total() < kills:
+    folder = place / name / f'killed{runs}'
+    folder.mkdir()
+    trial, ended = Trial(name, folder, cache), False
+    while not ended and places.total() < kills:
+      how = ways[draw.randrange(4)]
+      where = kill_once(trial, how, length_s, draw)
+      ended = where is None
+      if not ended:
+        places[where] += 1
+        aims[how] += 1
+    if not ended:
+      trial.start()
+      trial.wait()
+    runs += 1
+    odd, count = differing(whole, folder)
+    arrays, compared = arrays + odd, compared + count
+    odd_rows += sum(a != b for a, b in zip(rows_of(whole), rows_of(folder)))
+    odd_rows += abs(len(rows_of(whole)) - len(rows_of(folder)))
+    print(f'{name}: {places.total()} kills, {runs} runs, {odd[:3]}, {odd_rows} rows', flush=True)
+    if not odd:
+      shutil.rmtree(folder)
+  return {
+    'places': dict(places), 'aims': dict(aims), 'runs': runs, 'compared': compared,
+    'arrays': len(arrays), 'rows': odd_rows, 'length_s': round(length_s, 1),
+  }  # fmt: skip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--runs', type=int, default=200, help='kills, in all')
+  parser.add_argument('--kinds', nargs='*', default=list(RUNS))
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--record', action='store_true', help='keep the results in docs/')
+  args = parser.parse_args()
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  each, found = -(-args.runs // len(args.kinds)), {}
+  with tempfile.TemporaryDirectory(prefix='kills') as place:
+    for name in args.kinds:
+      begun = time.monotonic()
+      draw = random.Random(f'{args.seed} {name}')
+      found[name] = campaign(name, each, pathlib.Path(place), draw)
+      print(f'{name}: {found[name]} in {time.monotonic() - begun:.0f} s', flush=True)
+      if args.record:
+        robustness.record('kills', {name: {'seed': args.seed, **found[name]}})
+  odd = sum(row['arrays'] + row['rows'] for row in found.values())
+  raise SystemExit(f'{odd} differences' if odd else 0)
+
+
+if __name__ == '__main__':
+  main()
