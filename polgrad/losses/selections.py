@@ -6,7 +6,7 @@ on all tokens together, so a selection is evaluated once per update on the whole
 split into micro-batches. No gradient flows through it.
 
 No token outside the mask is selected. Tokens with equal scores are ranked by row, then by position.
-`balanced_bounds` differs: it returns the bounds of a trust region, f32[2].
+`balanced_bounds` and `second_moment_bounds` differ: they return the bounds of a trust region, f32[2].
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import bounded, kept
+from polgrad.losses._common import LIMIT, bounded, kept
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -24,7 +24,8 @@ from polgrad.types import Array
 def second_moment(
   log_ratio: Array, advantages: Array, mask: Array, *, limit: float = 0.04
 ) -> Array:
-  """Tokens to keep, so that the second moment of the log-ratio is limited: M2PO (arXiv:2510.01161).
+  """Tokens to keep, so that the second moment of the log-ratio is limited: algorithm 1 of M2PO
+  (arXiv:2510.01161), as in Trinity-RFT. The authors' code is `second_moment_bounds`.
 
   With d = log_ratio, only tokens that moved in the direction of their advantage (A d > 0) can be
   dropped. These tokens are sorted by increasing d^2, and the longest prefix whose mean d^2 is at most
@@ -48,6 +49,54 @@ def second_moment(
   # The mean of a prefix grows with its length, so `mean <= limit` holds for one prefix.
   mean = jnp.cumsum(ordered) / jnp.arange(1, mask.size + 1)
   return mask & (~moved | (mean <= limit)[rank])
+
+
+def second_moment_bounds(
+  log_ratio: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  limit: float = 0.04,
+  low: float = 0.7,
+  high: float = 1.5,
+) -> Array:
+  """Clip bounds that limit the second moment of the log-ratio: M2PO (arXiv:2510.01161) in its code.
+
+  With d = log_ratio, only tokens that moved in the direction of their advantage (A d > 0) count. If
+  their mean d^2 is above `limit`, the bounds are exp(-tau) and exp(tau), where tau is the largest |d|
+  of such a token for which the mean of min(d^2, tau^2) is below `limit`, or 0 if there is none. The
+  bounds are at least as wide as [low, high]. If the mean d^2 is not above `limit`, nothing is clipped:
+  the bounds are 0 and exp(20), the largest ratio after the clamp of log-ratios.
+
+  Args:
+    log_ratio: [B, T], nats.
+    advantages: [B, T].
+    mask: bool[B, T].
+    limit: largest mean of d^2, nats^2.
+    low: largest value of the lower bound, a ratio.
+    high: smallest value of the upper bound, a ratio.
+
+  Returns:
+    f32[2], the ratios (lower bound, upper bound).
+
+  Raises:
+    ValueError: low <= 1 <= high does not hold, so on-policy tokens could be clipped.
+  """
+  chex.assert_equal_shape([log_ratio, advantages, mask])
+  if not low <= 1 <= high:
+    raise ValueError(f'low <= 1 <= high must hold for ratios, got {low} and {high}')
+  log_ratio = jax.lax.stop_gradient(log_ratio)
+  moved = mask & (advantages * log_ratio > 0)
+  square = jnp.sort(jnp.where(moved, bounded(log_ratio) ** 2, jnp.inf), axis=None)
+  index, count = jnp.arange(square.size), jnp.sum(moved)
+  square = jnp.where(index < count, square, 0)
+  # Sum of min(d^2, tau^2) for each tau^2 in `square`: smaller squares, and tau^2 for all larger ones.
+  capped = jnp.cumsum(square) + (count - 1 - index) * square
+  small = (index < count) & (capped < limit * count)
+  tau = jnp.sqrt(jnp.max(jnp.where(small, square, 0)))
+  bounds = jnp.stack([jnp.minimum(jnp.exp(-tau), low), jnp.maximum(jnp.exp(tau), high)])
+  no_bounds = jnp.array([0.0, jnp.exp(LIMIT)], bounds.dtype)
+  return jnp.where(jnp.sum(square) > limit * count, bounds, no_bounds)
 
 
 def top_covariance(logp: Array, advantages: Array, mask: Array, *, share: float = 0.0002) -> Array:
@@ -280,6 +329,7 @@ def _centered(x: Array, mask: Array) -> Array:
 TABLE = table(
   'selections',
   second_moment,
+  second_moment_bounds,
   top_covariance,
   random_covariance,
   unlikely,

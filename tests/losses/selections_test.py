@@ -91,6 +91,15 @@ def balanced_bounds(a, share):
   return [low / 100, high / 100]
 
 
+def second_moment_bounds(a, limit, low, high):
+  """tau by trying every |d|, and exp(-tau), exp(tau), at least as wide as low and high."""
+  moved = [abs(a['log_ratio'][p]) for p in TOKENS if a['log_ratio'][p] * a['advantages'][p] > 0]
+  if np.mean(np.square(moved)) <= limit:
+    return [0.0, np.exp(20.0)]
+  tau = max((t for t in moved if np.mean(np.minimum(moved, t) ** 2) < limit), default=0.0)
+  return [min(np.exp(-tau), low), max(np.exp(tau), high)]
+
+
 # fn -> (knobs, transcription -> the selected tokens); the bounds have a test of their own.
 ORACLES = {
   selections.second_moment: (dict(limit=0.3), second_moment),
@@ -106,7 +115,12 @@ ORACLES = {
   ),
 }
 KNOBS = {fn: knobs for fn, (knobs, _) in ORACLES.items()}
-KNOBS[selections.balanced_bounds] = dict(share=0.6)
+# Functions that return bounds -> knobs, and the bounds of a batch without tokens.
+BOUNDS = {
+  selections.balanced_bounds: (dict(share=0.6), [0.6, 1.2]),
+  selections.second_moment_bounds: (dict(limit=0.2, low=0.9, high=1.1), [0.0, np.exp(20.0)]),
+}
+KNOBS |= {fn: knobs for fn, (knobs, _) in BOUNDS.items()}
 
 name_of = lambda fn: fn.__name__
 every = pytest.mark.parametrize('fn', selections.TABLE.values(), ids=name_of)
@@ -147,7 +161,7 @@ def test_what_stands_behind_the_mask_is_neither_read_nor_selected(fn):
   dirty = {n: x if n == 'mask' else np.where(MASK, x, np.nan) for n, x in a.items()}
   got = call(fn, dirty, **KNOBS[fn])
   np.testing.assert_array_equal(got, call(fn, a, **KNOBS[fn]))
-  assert got.dtype == (jnp.float32 if fn is selections.balanced_bounds else bool)
+  assert got.dtype == (jnp.float32 if fn in BOUNDS else bool)
   if got.dtype == bool:
     assert got.shape == MASK.shape and not np.any(got & ~MASK)
 
@@ -157,9 +171,7 @@ def test_permuting_rows_with_their_noise_permutes_the_selection(fn):
   a, order = make(0), np.array([2, 0, 3, 1])
   got = call(fn, {n: x[order] for n, x in a.items()}, **KNOBS[fn])
   expected = call(fn, a, **KNOBS[fn])
-  np.testing.assert_array_equal(
-    got, expected if fn is selections.balanced_bounds else expected[order]
-  )
+  np.testing.assert_array_equal(got, expected if fn in BOUNDS else expected[order])
 
 
 @every
@@ -172,8 +184,8 @@ def test_compiled_and_eager_selections_agree(fn):
 @every
 def test_a_batch_without_tokens_selects_nothing(fn):
   got = call(fn, dict(make(0), mask=np.zeros_like(MASK)))
-  expected = [0.6, 1.2] if fn is selections.balanced_bounds else np.zeros_like(MASK)
-  np.testing.assert_allclose(got, expected)
+  expected = BOUNDS[fn][1] if fn in BOUNDS else np.zeros_like(MASK)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @every
@@ -192,6 +204,37 @@ def test_m2po_drops_the_largest_moves_along_the_advantage_until_the_moment_is_sm
   assert np.all(selections.second_moment(d, a, d == d, limit=0.1733))  # the moment of all of them
   trusted = keep & (a * d > 0)
   np.testing.assert_allclose(jnp.mean(d[trusted] ** 2), 0.0305, rtol=1e-5)
+
+
+@pytest.mark.parametrize('limit', [0.01, 0.1, 0.3, 1.0, 9.0])
+def test_m2po_bounds_equal_a_search_over_every_log_ratio(limit, x64):
+  for seed in range(4):
+    knobs = dict(limit=limit, low=0.9, high=1.1)
+    got = call(selections.second_moment_bounds, make(seed), **knobs)
+    np.testing.assert_allclose(got, second_moment_bounds(make(seed), **knobs), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ('limit', 'tau'), [(0.04, 0.2), (0.0145, 0.1), (0.1733, None), (0.0001, 0.0)]
+)
+def test_m2po_caps_the_moves_along_the_advantage_at_the_largest_that_keeps_the_moment_small(
+  limit, tau
+):
+  """Moves .05, .1, .1, .2, .3, .5, .9: capped at .2 their mean square is .0261, at .3 it is .0475;
+  capped at .1 it is .0089, and at .05 it is .0025."""
+  d = jnp.array([[0.05, 0.5, -0.3, 0.1, -0.6, 0.2, 0.9, -0.1]])
+  a = jnp.array([[1.0, 1, -1, 1, 1, 1, 1, -1]])
+  got = selections.second_moment_bounds(d, a, d == d, limit=limit, low=1.0, high=1.0)
+  expected = [0.0, np.exp(20.0)] if tau is None else np.exp([-tau, tau])
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  wide = selections.second_moment_bounds(d, a, d == d, limit=limit)
+  np.testing.assert_allclose(wide, expected if tau is None else [0.7, 1.5], rtol=1e-6)
+
+
+def test_m2po_bounds_that_clip_on_policy_tokens_are_refused():
+  x = jnp.ones((1, 2))
+  with pytest.raises(ValueError, match='low <= 1 <= high'):
+    selections.second_moment_bounds(x, x, x > 0, low=1.1)
 
 
 COVARIANCE = dict(

@@ -147,13 +147,15 @@ def kl_cov(x, share=0.02):
   return token_mean(ratio_of(x) * x['advantages'] - selected * np.sign(log_ratio(x)), mask)
 
 
-def m2po(x, limit=0.04):
+def m2po(x, limit=0.04, low=0.7, high=1.5):
+  """PPO between exp(-tau) and exp(tau), tau the largest |d| that keeps mean min(d^2, tau^2) small."""
   d = log_ratio(x)
-  moved = x['mask'] & (d * x['advantages'] > 0)
-  squares = np.sort(d[moved] ** 2)
-  means = np.cumsum(squares) / np.arange(1, len(squares) + 1)
-  largest = squares[means <= limit].max(initial=0.0)
-  return token_mean(np.where(moved & (d**2 > largest), 0, ratio_of(x) * x['advantages']), x['mask'])
+  moved = np.abs(d[x['mask'] & (d * x['advantages'] > 0)])
+  if np.mean(moved**2) <= limit:
+    return token_mean(ratio_of(x) * x['advantages'], x['mask'])
+  tau = max((t for t in moved if np.mean(np.minimum(moved, t) ** 2) < limit), default=0.0)
+  bounds = min(np.exp(-tau), low), max(np.exp(tau), high)
+  return token_mean(ppo(x, ratio_of(x), *bounds), x['mask'])
 
 
 def remix(x):
@@ -256,7 +258,8 @@ FIX_A = {
     ({'surrogate__eps_low': INF, 'surrogate__eps_high': INF}, *IMPORTANCE),
   ],
   'kl_cov': [({'penalties__kl__weight': 0.0}, *IMPORTANCE)],
-  'm2po': [({}, -0.249794, [0.221034, 0, 0.163746], [0, -0.134986, 0])],
+  # Squares .01, .25 and .36: tau = .1, so the floors .7 and 1.5 are the bounds.
+  'm2po': [({}, -0.479795, [0.221034, 0, 0.163746], [0, -0.134986, 0])],
   'props': [({}, *PPO)],
   'humanline': [
     (

@@ -108,7 +108,7 @@ REDUCTIONS = [  # what undoes the method, and what is left
   ),
   (
     'm2po',
-    {'selections__selected__limit': INF},
+    {'selections__bounds__limit': INF},
     lambda x: token_mean(ratio_of(x) * x['advantages'], x['mask']),
   ),
   (
@@ -132,7 +132,7 @@ COARSE = [  # knobs of a selection under which many of the few tokens are select
   ('lp_reg', 'selected', {'share': 0.6}),
   ('clip_cov', 'selected', {'share': 0.2, 'low': 0.02, 'high': 0.5}),
   ('kl_cov', 'selected', {'share': 0.4}),
-  ('m2po', 'selected', {'limit': 0.01}),
+  ('m2po', 'bounds', {'limit': 0.02, 'low': 1.0, 'high': 1.0}),
 ]
 
 
