@@ -290,6 +290,12 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
+  unknown = sorted(collector.terms_ignored - phase.reward.keys())
+  if unknown or (collector.terms_ignored and collector.terms_ignored >= phase.reward.keys()):
+    raise ValueError(
+      f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
+      f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
+    )
   _check_reads(path, phase, run)
 
 

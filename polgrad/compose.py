@@ -178,6 +178,7 @@ class _Run:
       'prompt_length': self.prompt_length,
       'max_new_tokens': task.max_new_tokens,
       'temperature': task.temperature,
+      'resample_ignores': tuple(method.rewards),
       'rows': rows,
       'pairs': pairs,
       'length': self.length,

@@ -44,14 +44,42 @@ def judged(rewards, *, first=0, valid=None):
 
 def test_informative_groups_are_those_whose_valid_rewards_differ():
   got = judged([0, 0, 1, 0, 1, 1, 1, 0], valid=[1, 1, 1, 1, 1, 1, 1, 0])
-  np.testing.assert_array_equal(judging.informative(got[0], 2), [False, True, False, False])
+  np.testing.assert_array_equal(judging.informative(*got, 2), [False, True, False, False])
   none = judged([0, 1], valid=[0, 0])
-  np.testing.assert_array_equal(judging.informative(none[0], 2), [False])
+  np.testing.assert_array_equal(judging.informative(*none, 2), [False])
+
+
+def shaped(right, length, *, first=0):
+  """`judged` with a reward of two terms, of which one is a penalty of length."""
+  batch, texts = judged(np.add(right, length), first=first)
+  terms = {'right': np.asarray(right, float), 'overlong': np.asarray(length, float)}
+  return batch, texts._replace(scores=texts.scores._replace(components=terms))
+
+
+def test_groups_are_compared_by_correctness_and_not_by_a_term_that_is_ignored():
+  old = shaped([1, 1, 0, 1, 0, 0], [-1, 0, 0, -1, 0, -0.5])
+  useful = judging.informative(*old, 2, ('overlong',))
+  np.testing.assert_array_equal(useful, [False, True, False])
+  # The second group has equal rewards but not equal correctness; without the name it is the dull one.
+  np.testing.assert_array_equal(judging.informative(*old, 2), [True, False, True])
+  new = shaped([1, 1, 1, 0], [-1, 0, 0, 0], first=10)
+  batch, _ = judging.replace_groups(old, new, useful, 2, ('overlong',))
+  np.testing.assert_array_equal(batch.tokens[:, 0], [12, 13, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+  ('ignored', 'told'), [(('overlog',), 'exact.*overlong'), (('exact', 'overlong'), 'leave another')]
+)
+def test_a_term_that_is_ignored_must_be_one_of_the_reward_and_leave_another(ignored, told):
+  config = addition(method_of('dapo'))
+  config.phases.train.collect.resample_ignores = ignored
+  with pytest.raises(ValueError, match=told):
+    build.build(config)
 
 
 def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
   old, new = judged([0, 0, 1, 0, 1, 1]), judged([1, 1, 0, 1, 0, 0], first=10)
-  useful = judging.informative(old[0], 2)
+  useful = judging.informative(*old, 2)
   batch, got = judging.replace_groups(old, new, useful, 2)
   np.testing.assert_array_equal(batch.tokens[:, 0], [12, 13, 2, 3, 4, 5])
   np.testing.assert_array_equal(batch.rewards, [0, 1, 1, 0, 1, 1])

@@ -131,7 +131,9 @@ def test_budgets_come_from_the_task():
   assert phase.objective.aggregation.length == phase.collect.max_new_tokens == 7
   assert phase.collect.prompts * phase.collect.samples_per_prompt == 64
   assert compose(methods.tba, task, model).phases.train.objective.rows_per_prompt == 4
-  overlong = compose(methods.dapo, task, model).phases.train.reward.overlong
+  phase = compose(methods.dapo, task, model).phases.train
+  assert phase.collect.resample_ignores == ('overlong',)  # groups are compared by correctness
+  overlong = phase.reward.overlong
   assert overlong.max_length == 7
 
 

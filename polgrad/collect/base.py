@@ -125,6 +125,11 @@ class Collector(abc.ABC):
     return frozenset()
 
   @property
+  def terms_ignored(self) -> frozenset[str]:
+    """Terms of the reward that are not compared when dull groups are looked for."""
+    return frozenset()
+
+  @property
   def filtered(self) -> bool:
     """Whether sampling differs from the policy (top-k, top-p, greedy, mixtures).
 

@@ -57,6 +57,9 @@ class Rollouts(Collector):
   # Dynamic sampling (arXiv:2503.14476): how often, at most, further prompts are drawn to replace
   # groups whose rewards are all equal.
   max_resamples: Count = 0
+  # Names of terms of the reward that dynamic sampling does not compare, such as a penalty of length:
+  # then groups of equal correctness are replaced, whatever their lengths.
+  resample_ignores: tuple = ()
   # Overlong filtering (arXiv:2503.14476): rows without a stop token count in the statistics of their
   # group and leave the loss. Whether they also leave its denominator is decided by the aggregation:
   # `constant_length` counts all rows, the others what is in the mask.
@@ -109,6 +112,10 @@ class Rollouts(Collector):
   def anchors_read(self) -> frozenset[str]:
     baseline = inputs(self.baseline_policy) if self.baseline_samples else ()
     return frozenset({*inputs(self.behavior_policy), *baseline} - {'policy'})
+
+  @property
+  def terms_ignored(self) -> frozenset[str]:
+    return frozenset(self.resample_ignores)
 
   @property
   def filtered(self) -> bool:
@@ -309,16 +316,16 @@ class RolloutSteps(Steps):
     self, batch: Batch, texts: Texts, state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Texts]:
     """Dynamic sampling: replaces groups with equal rewards by groups of further prompts."""
-    samples = self.settings.samples_per_prompt
+    samples, ignored = self.settings.samples_per_prompt, self.settings.resample_ignores
     drawn = [record['id'] for record in texts.records]  # a small data set gives a prompt again
     for _ in range(self.settings.max_resamples):
-      useful = informative(batch, samples)
+      useful = informative(batch, texts, samples, ignored)
       if useful.all():
         break
       records = draw(self.settings.prompts)
       fresh = score_rows(self.draw_rows(state, records, step, drawn), records, self.context)
       drawn += [record['id'] for record in records]
-      batch, texts = replace_groups((batch, texts), fresh, useful, samples)
+      batch, texts = replace_groups((batch, texts), fresh, useful, samples, ignored)
     return batch, texts
 
   def _add_demonstrations(

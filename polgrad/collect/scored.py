@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -98,20 +98,36 @@ def distinct(ids: np.ndarray, before: Sequence[int] = ()) -> np.ndarray:
   return np.asarray(out, np.int32)
 
 
-def informative(batch: Batch, rows_per_prompt: int) -> np.ndarray:
-  """bool[N]: groups whose valid rewards are not all equal; the others have no advantages."""
-  rewards = np.where(batch.valid, batch.rewards, np.nan).reshape(-1, rows_per_prompt)
+def informative(
+  batch: Batch, texts: Texts, rows_per_prompt: int, ignored: Collection[str] = ()
+) -> np.ndarray:
+  """bool[N]: groups whose valid rows do not all have the same reward.
+
+  Args:
+    ignored: terms of the reward that are not compared. If any are named, a group is informative where
+      one of the other terms differs.
+  """
+  components = texts.scores.components.items()
+  compared = [x for name, x in components if name not in ignored] if ignored else [batch.rewards]
+  differs = np.zeros(len(batch.valid) // rows_per_prompt, bool)
   with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # a group of failures
-    return np.nanmax(rewards, axis=1) > np.nanmin(rewards, axis=1)
+    for values in compared:
+      values = np.where(batch.valid, values, np.nan).reshape(-1, rows_per_prompt)
+      differs |= np.nanmax(values, axis=1) > np.nanmin(values, axis=1)
+  return differs
 
 
 def replace_groups(
-  old: tuple[Batch, Texts], new: tuple[Batch, Texts], useful: np.ndarray, rows_per_prompt: int
+  old: tuple[Batch, Texts],
+  new: tuple[Batch, Texts],
+  useful: np.ndarray,
+  rows_per_prompt: int,
+  ignored: Collection[str] = (),
 ) -> tuple[Batch, Texts]:
-  """Replaces groups of `old` that are not useful, bool[N], by informative groups of `new`."""
+  """Replaces groups of `old` that are not useful, bool[N], by groups of `new` that are `informative`."""
   # Which group of (old, then new) each place gets, and which rows these groups have.
   places = np.flatnonzero(~useful)
-  spare = np.flatnonzero(informative(new[0], rows_per_prompt))
+  spare = np.flatnonzero(informative(*new, rows_per_prompt, ignored))
   source = np.arange(len(useful))
   source[places[: len(spare)]] = len(useful) + spare[: len(places)]
   rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None, :]).reshape(-1)

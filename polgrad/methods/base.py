@@ -38,7 +38,8 @@ class Method:
     credit: rewards to advantages, returns or labels, a part of `polgrad.credit`.
     collect: the collector (a class of `polgrad.collect`) with what the method asks of it. All other
       settings, such as the number of prompts, come from the task.
-    rewards: verifiers that the method adds to those of the task, each with its weight.
+    rewards: verifiers that the method adds to those of the task, each with its weight. Dynamic sampling
+      compares groups without them, so by what the task asks for.
     reward_scale: multiplies the weights of the task's verifiers.
     anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
     optimizer: a part of `polgrad.optim`; None is AdamW.

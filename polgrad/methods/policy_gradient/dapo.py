@@ -14,18 +14,19 @@ def dapo(
 
       loss = -token mean of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
 
-  r = pi / pi_old, and A is the group-normalised reward. There is no KL. Groups whose rewards are
-  all equal are replaced by groups of fresh prompts. The reward has a punishment of long answers,
-  which falls linearly from 0 to -1 over the last fifth of `max_new_tokens`.
+  r = pi / pi_old, and A is the group-normalised reward. There is no KL. Groups whose answers are
+  all equally correct are replaced by groups of fresh prompts. The reward has a punishment of long
+  answers, which falls linearly from 0 to -1 over the last fifth of `max_new_tokens`; it is not
+  compared, so a group that is right throughout is replaced even if its lengths differ.
 
   Differences: Groups are replaced at most `max_resamples` times per batch; the paper has no such
-  bound. Groups that still have equal rewards stay in the batch with zero advantage.
+  bound. Groups that are still equally correct stay in the batch.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
     eps_low: distance of the lower clipping bound from 1.
     eps_high: distance of the upper clipping bound from 1.
-    max_resamples: how many times the groups with equal rewards of a batch are replaced.
+    max_resamples: how many times the equally correct groups of a batch are replaced.
 
   Confidence: CODE (formula as in verl's recipe).
   """
