@@ -81,12 +81,12 @@ def minus_root_chi_square(weight, logits, behavior):
 
 
 def minus_jensen_shannon(beta, logits, behavior):
-  """-D(pi || p), p = reference exp(R / beta) / Z: half the sum of KLs to the middle of both."""
+  """-D(pi || p), p = reference exp(R / beta) / Z: the sum of KLs to the middle of both."""
   del behavior
   target = probabilities(reference()) * np.exp(REWARDS / beta)
   target = target / target.sum()
   t = jnp.exp(jnp.sum(enumerable.logp(POLICY, logits), axis=1)) / target
-  return -jnp.sum(target * 0.5 * (t * jnp.log(t) - (t + 1) * jnp.log((t + 1) / 2)))
+  return -jnp.sum(target * (t * jnp.log(t) - (t + 1) * jnp.log((t + 1) / 2)))
 
 
 def _kl(logits, other):
@@ -109,7 +109,7 @@ STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(
     ('opmd', 'opmd_log_partition', 'opmd_kimi_sequence'), (minus_kl_to_sampler, 'objective.beta')
   ),
-  **dict.fromkeys(('mdpo', 'humanline', 'dppo'), (minus_kl_to_sampler, IN_LOSS)),
+  **dict.fromkeys(('mdpo', 'humanline'), (minus_kl_to_sampler, IN_LOSS)),
   **dict.fromkeys(('opmd_kimi', 'dro'), (minus_kl_to_sampler, 'objective.penalties.mirror.weight')),
   'sppo': (win_rate, 'objective.loss.target'),
   **dict.fromkeys(('ppo', 'entropy_bonus', 'impala'), (plus_entropy, BONUS)),

@@ -4,6 +4,7 @@ An `Estimator` applies the pure functions of `losses` to a whole collected batch
 minibatches are cut, so statistics of groups and of the batch are those of all rows. Its results are
 data: no gradient flows through them. `assign` runs an estimator."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -96,15 +97,17 @@ def reward_to_go(
   return Estimator(apply=apply, requires=_kl_requires(kl_coefficient))
 
 
-def token_baseline(*, discount: float = 1.0) -> Estimator:
+def token_baseline(*, discount: float = 1.0, lone_baseline: bool = False) -> Estimator:
   """Returns minus the variance-minimising baseline of each position in the group (arXiv:2602.07078).
 
-  Needs the statistic `score_norm` of the rollout's policy, from the collector's `stats`.
+  Needs the statistic `score_norm` of the rollout's policy, from the collector's `stats`. For
+  `lone_baseline` see `baselines.optimal_token_baseline`.
   """
+  baseline = functools.partial(optimal_token_baseline, lone_baseline=lone_baseline)
 
   def apply(batch, state):
     future = returns.reward_to_go(_token_rewards(batch), batch.mask, discount=discount)
-    advantages = call(optimal_token_baseline, batch.with_arrays(token_returns=future))
+    advantages = call(baseline, batch.with_arrays(token_returns=future))
     return batch.with_arrays(advantages=advantages), state
 
   return Estimator(apply=apply, requires=frozenset({'score_norm'}))

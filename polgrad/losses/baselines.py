@@ -217,15 +217,24 @@ def exponential_times_advantage(
 
 
 def optimal_token_baseline(
-  token_returns: Array, score_norm: Array, mask: Array, group_ids: Array, valid: Array
+  token_returns: Array,
+  score_norm: Array,
+  mask: Array,
+  group_ids: Array,
+  valid: Array,
+  *,
+  lone_baseline: bool = False,
 ) -> Array:
   """A_it = G_it - sum_j W_jt G_jt / sum_j W_jt inside the group, W_jt = sum_{s<=t} |score_js|^2:
   the optimal token baseline (arXiv:2602.07078).
 
   W_jt is the squared norm of the gradient of log pi(tokens of row j up to t) with respect to the
   logits. There is one baseline per group and column t. Column t must be the same step of the
-  completion in all rows of a group, so their prompts must take the same number of columns. Where only
-  one row of the group has a token in a column, that row is its own baseline and gets 0.
+  completion in all rows of a group, so their prompts must take the same number of columns.
+
+  In a group of one, and beyond the end of the second longest row, only one row of the group has a token
+  in a column. There the baseline is 0, so A = G, as in verl; with `lone_baseline` the formula is kept,
+  by which that row is its own baseline and gets 0.
 
   Args:
     token_returns: [B, T], G, the reward to go.
@@ -233,6 +242,7 @@ def optimal_token_baseline(
     mask: bool[B, T].
     group_ids: i32[B].
     valid: bool[B].
+    lone_baseline: whether a row that is alone in a column is its own baseline, or has the baseline 0.
 
   Returns:
     [B, T]; 0 where `mask` or `valid` is False.
@@ -249,7 +259,10 @@ def optimal_token_baseline(
     own, group = x
     weights = jnp.where(group[:, None], total, 0)
     differences = jnp.sum(weights * (own[None, :] - token_returns), axis=0)
-    return divide(differences, jnp.sum(weights, axis=0))
+    compared = divide(differences, jnp.sum(weights, axis=0))
+    if lone_baseline:
+      return compared
+    return jnp.where(jnp.sum(group[:, None] & where, axis=0) == 1, own, compared)
 
   return jnp.where(where, jax.lax.map(row, (token_returns, members(group_ids, valid))), 0)
 

@@ -44,20 +44,21 @@ def reverse_kl(log_t: Array) -> Array:
 
 
 def jensen_shannon(log_t: Array) -> Array:
-  """(log t - log((t + 1) / 2)) / 2: half KL(pi || m) + half KL(p || m), m = (pi + p) / 2
-  (arXiv:2302.08215).
+  """log t - log((t + 1) / 2): KL(pi || m) + KL(p || m), m = (pi + p) / 2 (arXiv:2302.08215).
+
+  This is twice the divergence that is usually called that of Jensen and Shannon.
 
   Args:
     log_t: [...], log pi - log p, nats.
 
   Returns:
-    [...], below log(2) / 2.
+    [...], below log(2).
   """
-  return 0.5 * (jnp.log(2.0) - jax.nn.softplus(-_data(log_t)))
+  return jnp.log(2.0) - jax.nn.softplus(-_data(log_t))
 
 
 def total_variation(log_t: Array) -> Array:
-  """sign(t - 1) / 2, of f = |t - 1| / 2 (arXiv:2302.08215).
+  """sign(t - 1) / 2, of f = |t - 1| / 2 (arXiv:2302.08215). The authors' code has no factor 1 / 2.
 
   Args:
     log_t: [...], log pi - log p, nats.

@@ -9,6 +9,7 @@ No token outside the mask is selected. Tokens with equal scores are ranked by ro
 `balanced_bounds` and `second_moment_bounds` differ: they return the bounds of a trust region, f32[2].
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -197,12 +198,14 @@ def balanced_bounds(
   high_limit: float = 3.0,
   step_high: float = 0.05,
   step_low: float = 0.02,
+  upper_first: bool = True,
 ) -> Array:
   """Clip bounds that give tokens with A > 0 a given fraction of the loss: BAPO (arXiv:2510.18927).
 
   While sum_{A > 0} |c| < share * sum |c|, c = min(r A, clip(r, low, high) A), the upper bound is
-  raised by one step; once it has reached its limit, the lower bound is raised. The sums over the batch
-  estimate the paper's expectations under the sampling policy. Each update starts again at (low, high).
+  raised by one step; once it has reached its limit, the lower bound is raised. The authors' code
+  raises the lower bound first (`upper_first=False`). The sums over the batch estimate the paper's
+  expectations under the sampling policy. Each update starts again at (low, high).
 
   Args:
     log_ratio: [B, T], nats.
@@ -214,7 +217,8 @@ def balanced_bounds(
     high: initial upper bound, a ratio.
     high_limit: largest value of the upper bound.
     step_high: step of the upper bound.
-    step_low: step of the lower bound.
+    step_low: step of the lower bound. The last step of a bound is shorter if it would pass the limit.
+    upper_first: whether the upper bound is raised before the lower one, or after it.
 
   Returns:
     f32[2], the ratios (low, high); the initial ones if no token is valid.
@@ -235,16 +239,18 @@ def balanced_bounds(
   )
   ratio = jnp.exp(bounded(log_ratio))
   good, bad = jnp.maximum(advantages, 0), jnp.maximum(-advantages, 0)
-  # How many whole steps each bound can take. Counting steps, not adding them up, avoids rounding.
+  # How many steps each bound can take. Counting steps, not adding them up, avoids rounding.
   raises, lifts = (
-    int((limit - start) / step + 1e-6)
+    math.ceil((limit - start) / step - 1e-6)
     for start, limit, step in ((high, high_limit, step_high), (low, low_limit, step_low))
   )
 
-  # The bounds after a number of steps: the upper bound takes the first `raises` of them.
+  # The bounds after a number of steps, of which one bound takes the first.
   def bounds(steps):
-    up = jnp.minimum(steps, raises)
-    return jnp.stack([low + step_low * (steps - up), high + step_high * up]).astype(ratio.dtype)
+    first = jnp.minimum(steps, raises if upper_first else lifts)
+    up, lift = (first, steps - first) if upper_first else (steps - first, first)
+    moved = low + step_low * lift, high + step_high * up
+    return jnp.minimum(jnp.stack(moved), jnp.array([low_limit, high_limit])).astype(ratio.dtype)
 
   # Whether the fraction of good tokens is still too small and a bound can move.
   def short(steps):

@@ -11,6 +11,7 @@ does not differentiate them. `sg` means stop_gradient.
 The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import surrogates`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -18,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import bounded, kept, soft_gate
+from polgrad.losses._common import LIMIT, bounded, kept, soft_gate
 from polgrad.losses.path_consistency import path_consistency
 from polgrad.registry import table
 from polgrad.types import Array
@@ -88,16 +89,24 @@ def clipped(
   return _pessimistic(jnp.exp(log_ratio), advantages, 1 - eps_low, 1 + eps_high)
 
 
-def clipped_between(log_ratio: Array, advantages: Array, bounds: Array) -> Array:
+def clipped_between(
+  log_ratio: Array, advantages: Array, bounds: Array, *, cap: float = float('inf')
+) -> Array:
   """-min(r A, clip(r, low, high) A) with bounds found for the batch: BAPO (arXiv:2510.18927).
+
+  Where A < 0 the loss is at most -cap A, as in `dual_clipped`.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T].
     bounds: f32[2], the ratios (low, high), for example from `selections.balanced_bounds`.
+    cap: the largest ratio itself for A < 0, beyond which the gradient is 0; the default has no cap.
 
   Returns:
     [..., T].
+
+  Raises:
+    ValueError: cap <= 1, so bad tokens would lose their gradient at or near r = 1.
 
   >>> log_ratio = jnp.log(jnp.array([0.5, 1.5]))
   >>> bounds = jnp.array([0.6, 1.3])
@@ -107,7 +116,8 @@ def clipped_between(log_ratio: Array, advantages: Array, bounds: Array) -> Array
   """
   chex.assert_equal_shape([log_ratio, advantages])
   chex.assert_shape(bounds, (2,))
-  return _pessimistic(jnp.exp(log_ratio), advantages, bounds[0], bounds[1])
+  loss = _pessimistic(jnp.exp(log_ratio), advantages, bounds[0], bounds[1])
+  return _capped(loss, log_ratio, advantages, cap)
 
 
 def clipped_away(
@@ -203,12 +213,8 @@ def dual_clipped(
   >>> print(np.asarray(loss).round(2))
   [2. 3.]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
-  if cap <= 1:
-    raise ValueError(f'cap is an absolute ratio and must exceed 1, got {cap}')
   loss = clipped(log_ratio, advantages, eps_low=eps_low, eps_high=eps_high)
-  capped = (advantages < 0) & (jnp.exp(log_ratio) > cap)
-  return jnp.where(capped, -cap * advantages, loss)
+  return _capped(loss, log_ratio, advantages, cap)
 
 
 def flipped(
@@ -376,7 +382,9 @@ def soft_gated(
   return -soft_gate(jnp.exp(log_ratio), advantages, tau_positive, tau_negative) * advantages
 
 
-def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> Array:
+def negative_aware(
+  log_ratio: Array, advantages: Array, success_rate: Array, *, limit: float = 10.0
+) -> Array:
   """Likelihood of right rows under pi, of wrong rows under an implied policy: NFT (arXiv:2505.18116).
 
   With q the success rate of the group, pi_old = q pi + (1 - q) pi_wrong defines pi_wrong, the policy
@@ -388,14 +396,15 @@ def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> 
   r >= 1 keep a gradient. The gradient weight of log pi is c for right rows and
   -c q r / max(1 - q r, 1 - q) for wrong rows. On-policy, c = 1 - q gives the weights R - q.
 
-  The weight of a wrong row tends to 0 with r. At r <= 1 its size is at most c q / (1 - q) <= 49 c;
-  at r >= 1 it is c q r / (1 - q), which grows linearly with r. It is bounded only by the clamp of the
-  log-ratio to 20 nats: at most 49 exp(20) c, about 2.4e10 c.
+  log r is cut at `limit` nats first, and a token beyond it has gradient 0. The weight of a wrong row
+  tends to 0 with r. At r <= 1 its size is at most c q / (1 - q) <= 49 c; at r >= 1 it is
+  c q r / (1 - q), which grows linearly with r up to 49 exp(10) c, about 1.1e6 c.
 
   Args:
     log_ratio: [B, T], nats.
     advantages: [B, T], +c where the answer is right and -c where it is wrong.
     success_rate: f32[B], q of the row's group; clipped to [0.02, 0.98] as published.
+    limit: largest log-ratio, nats.
 
   Returns:
     [B, T].
@@ -407,6 +416,7 @@ def negative_aware(log_ratio: Array, advantages: Array, success_rate: Array) -> 
   """
   chex.assert_equal_shape([log_ratio, advantages])
   chex.assert_shape(success_rate, log_ratio.shape[:1])
+  log_ratio = jnp.where(log_ratio > limit, limit, log_ratio)
   q = jnp.clip(success_rate, 0.02, 0.98)[:, None]
   wrong = (1 - q * jnp.exp(log_ratio)) / (1 - q)
   # The value is max(wrong, 1); the gradient is that of `wrong`.
@@ -448,6 +458,15 @@ def _pessimistic(ratio: Array, advantages: Array, low: Array | float, high: Arra
   """-min(r A, clip(r, low, high) A): only `high` can be active for A >= 0, only `low` for A < 0."""
   bound = jnp.where(advantages >= 0, high, low).astype(ratio.dtype)
   return -advantages * jnp.where(kept(ratio, advantages, low, high), ratio, bound)
+
+
+def _capped(loss: Array, log_ratio: Array, advantages: Array, cap: float) -> Array:
+  """The loss, and -cap A where A < 0 and r > cap."""
+  if cap <= 1:
+    raise ValueError(f'cap is an absolute ratio and must exceed 1, got {cap}')
+  cap = min(cap, math.exp(LIMIT))  # the largest ratio; an infinite cap would make gradients NaN
+  capped = (advantages < 0) & (jnp.exp(log_ratio) > cap)
+  return jnp.where(capped, -cap * advantages, loss)
 
 
 TABLE = table(

@@ -320,12 +320,18 @@ def test_the_optimal_token_baseline_weighs_by_the_score_so_far():
   np.testing.assert_allclose(got, [1 / (1 + weight), -weight / (1 + weight)], rtol=1e-5)
 
 
-def test_a_token_without_company_is_its_own_baseline():
+def test_a_token_without_company_has_no_baseline_or_is_its_own():
   """A group of one, and the tail of the longest row; equal returns are exactly zero."""
   mask = jnp.array([[True, True, True], [True, True, False], [True, True, True]])
   args = jnp.full((3, 3), 0.7), mask, jnp.array([0, 0, 1]), jnp.ones(3, bool)
   reward = jnp.array([[0.1, 0.2, 5.0], [0.3, -0.2, 0.0], [3.0, 4.0, 5.0]])
-  got = baselines.optimal_token_baseline(reward, *args)
+  got = baselines.optimal_token_baseline(reward, *args, lone_baseline=True)
   assert np.array_equal(got != 0, [[True, True, False], [True, True, False], [False] * 3])
-  equal = baselines.optimal_token_baseline(jnp.full((3, 3), 1e6 + 0.1), *args)
+  # In the first columns the two rows of the first group weigh the same, so b is their mean.
+  expected = [[-0.1, 0.2, 5.0], [0.1, -0.2, 0.0], [3.0, 4.0, 5.0]]
+  np.testing.assert_allclose(
+    baselines.optimal_token_baseline(reward, *args), expected, rtol=1e-5, atol=1e-7
+  )
+  equal = jnp.full((3, 3), 1e6 + 0.1)
+  equal = baselines.optimal_token_baseline(equal, *args, lone_baseline=True)
   np.testing.assert_array_equal(equal, np.zeros((3, 3)))

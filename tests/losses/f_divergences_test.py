@@ -24,8 +24,8 @@ DIVERGENCES = {
   f_divergences.forward_kl: (lambda pi, p: kl(p, pi), 0.230892),
   f_divergences.reverse_kl: (lambda pi, p: kl(pi, p), 0.215777),
   f_divergences.jensen_shannon: (
-    lambda pi, p: (kl(pi, (pi + p) / 2) + kl(p, (pi + p) / 2)) / 2,
-    0.054302,
+    lambda pi, p: kl(pi, (pi + p) / 2) + kl(p, (pi + p) / 2),
+    0.108604,
   ),
   f_divergences.total_variation: (lambda pi, p: jnp.sum(jnp.abs(pi - p)) / 2, 0.294210),
   f_divergences.forward_chi_square: (lambda pi, p: chi_square(p, pi), 0.551322),

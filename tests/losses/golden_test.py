@@ -142,10 +142,16 @@ def balanced(a):
   return out
 
 
-def token_baselined(a):
+def token_baselined(a, lone_baseline=False):
   where = MASK & a['valid'][:, None]
   w = np.where(where, np.cumsum(a['score_norm'] * MASK, axis=-1), 0)
-  return where * (a['token_returns'] - weighted_mean(a, a['token_returns'], w))
+  baseline = weighted_mean(a, a['token_returns'], w)
+  if not lone_baseline:
+    ids = a['group_ids']
+    for b, t in zip(*np.nonzero(where)):
+      if where[ids == ids[b], t].sum() == 1:
+        baseline[b, t] = 0
+  return where * (a['token_returns'] - baseline)
 
 
 def vtrace(b, at, discount, trace, rho_bar, c_bar):
@@ -294,7 +300,7 @@ ORACLES = {
     dict(temperature=0.7),
     lambda a: a['valid'] * group_gap(a) * np.exp(group_gap(a) / 0.7),
   ),
-  baselines.optimal_token_baseline: ({}, token_baselined),
+  baselines.optimal_token_baseline: (dict(lone_baseline=False), token_baselined),
   advantages.raw: ({}, lambda a: a['rewards'] * a['valid']),
   advantages.group_mean: (
     {},
@@ -434,7 +440,7 @@ ORACLES = {
   f_divergences.reverse_kl: ({}, lambda a: a['log_t'] + 1),
   f_divergences.jensen_shannon: (
     {},
-    lambda a: 0.5 * (a['log_t'] - np.log((np.exp(a['log_t']) + 1) / 2)),
+    lambda a: a['log_t'] - np.log((np.exp(a['log_t']) + 1) / 2),
   ),
   f_divergences.total_variation: ({}, lambda a: np.where(a['log_t'] > 0, 0.5, -0.5)),
   f_divergences.forward_chi_square: ({}, lambda a: 1 - np.exp(a['log_t']) ** -2.0),

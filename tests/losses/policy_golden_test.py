@@ -100,7 +100,8 @@ def path(a, beta, window):
 
 def negative_aware(a):
   def loss(b, t):
-    q, r, c = np.clip(a.success_rate[b], 0.02, 0.98), np.exp(a.log_ratio[b, t]), a.advantages[b, t]
+    q, c = np.clip(a.success_rate[b], 0.02, 0.98), a.advantages[b, t]
+    r = np.exp(min(a.log_ratio[b, t], 0.3))
     return -c * np.log(r) if c >= 0 else c * np.log(max((1 - q * r) / (1 - q), 1))
 
   return by_token(loss)
@@ -161,8 +162,12 @@ ORACLES = {
     lambda a: pessimistic(np.exp(a.log_ratio), a.advantages, 0.8, 1.3),
   ),
   surrogates.clipped_between: (
-    {},
-    lambda a: pessimistic(np.exp(a.log_ratio), a.advantages, 0.7, 1.3),
+    dict(cap=1.6),
+    lambda a: np.where(
+      a.advantages < 0,
+      np.minimum(pessimistic(np.exp(a.log_ratio), a.advantages, 0.7, 1.3), -1.6 * a.advantages),
+      pessimistic(np.exp(a.log_ratio), a.advantages, 0.7, 1.3),
+    ),
   ),
   surrogates.clipped_away: (
     dict(eps_low=0.2, eps_high=0.3),
@@ -213,7 +218,7 @@ ORACLES = {
       )
     ),
   ),
-  surrogates.negative_aware: ({}, negative_aware),
+  surrogates.negative_aware: (dict(limit=0.3), negative_aware),
   surrogates.probability_shaped: (
     dict(gamma=0.2),
     lambda a: -a.advantages * np.exp(a.logp) / (np.exp(a.logp) + 0.2),

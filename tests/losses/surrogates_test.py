@@ -344,6 +344,19 @@ def test_nft_is_finite_for_hopeless_and_solved_prompts(rate, log_ratio):
   assert gradient[1, 0] >= 0  # a wrong token never becomes more likely
 
 
+@pytest.mark.parametrize(
+  ('log_ratio', 'right', 'wrong'),
+  [(0.0, 0.02, -0.98), (9.9, 0.02, -19531.763), (10.0, 0.02, -21585.94), (10.1, 0.0, 0.0)],
+)
+def test_nft_cuts_the_log_ratio_at_ten(log_ratio, right, wrong, x64):
+  """c = 1 - q = .02: a right token weighs c, a wrong one -c q r / (1 - q) = -.98 r where r >= 1."""
+  signed = 0.02 * jnp.array([[1.0], [-1.0]])
+  loss = lambda d: jnp.sum(surrogates.negative_aware(d, signed, jnp.array([0.98, 0.98])))
+  value, gradient = jax.value_and_grad(loss)(jnp.full((2, 1), log_ratio))
+  np.testing.assert_allclose(-gradient[:, 0], [right, wrong], rtol=1e-6)
+  np.testing.assert_allclose(value, -0.02 * min(log_ratio, 10.0), atol=1e-12)
+
+
 def test_mix_ppg_stands_around_the_proximal_policy(x64):
   """One row of the last policy is PPO; one of an older policy is clipped at its centre +- eps."""
   logp, a = jnp.log(jnp.array([0.5, 0.5])), jnp.ones(2)

@@ -174,8 +174,9 @@ def decoupled_ppo(x):
 
 def a3po(x):
   alpha = 1 / np.maximum(x['staleness'], 1)[:, None]
-  proximal = alpha * x['behavior_logp'] + (1 - alpha) * x['logp']
-  return decoupled_ppo(x | {'proximal_logp': proximal})
+  x = x | {'proximal_logp': alpha * x['behavior_logp'] + (1 - alpha) * x['logp']}
+  rho = np.exp(log_rho(x))
+  return token_mean(np.where(rho <= 5, rho, 0) * clipped(x), x['mask'])
 
 
 def impala(x):
@@ -217,9 +218,8 @@ def vespo(x):
 def dppo(x):
   ratio = ratio_of(x, 'behavior_logp')
   gap = np.exp(x['logp']) - np.exp(x['behavior_logp'])
-  keep = np.where(x['advantages'] >= 0, gap <= 0.2, gap >= -0.2)
-  weight = keep * ratio * x['advantages'] - 2 * 0.001 * np.log(ratio)
-  return token_mean(weight, x['mask'])
+  keep = np.where(x['advantages'] >= 0, gap <= 0.15, gap >= -0.15)
+  return constant_length(keep * np.minimum(ratio, 10) * x['advantages'], x['mask'], 5)
 
 
 def entropy_bonus(x):
@@ -395,7 +395,25 @@ FIX_A = {
       [-0.049659, -0.134986, 0],
     )
   ],
-  'a3po': [({}, -0.685917, [0.221034, 0, 0.148164], [0, -0.134986, 0])],
+  'a3po': [
+    ({}, -0.685917, [0.221034, 0, 0.148164], [0, -0.134986, 0]),
+    # Without clipping the weight is pi / behavior; rho = exp(.75) of the second token is above 2.
+    (
+      {
+        'surrogate__eps_low': INF,
+        'surrogate__eps_high': INF,
+        'weights__behavior__high': 2.0,
+      },
+      -0.184553,
+      [0.221034, 0, 0.148164],
+      [-0.049659, -0.134986, 0],
+    ),
+  ],
+  # Differences of probabilities .0387, .8585, -.0388 and -.5034, .0781; ratios e^.1, e^-.3 and e^.3.
+  'dppo': [
+    (TOKENS, 0.362908, [0.221034, 0, 0.148164], [0, -0.134986, 0]),
+    (TOKENS | {'surrogate__cap': 1.2}, 0.380891, [0.221034, 0, 0.148164], [0, -0.12, 0]),
+  ],
   'retrace': [
     (
       {'penalties': {}, 'surrogate__eps_high': 0.28},

@@ -60,19 +60,22 @@ def hpt(x):
   }
 
 
-def bapo(x, share=0.4):
-  """The loop of algorithm 1, with a step count for each bound."""
+def bapo(x, share=0.5):
+  """The two loops of the authors' code on the ratio of both sums, in hundredths; then dual clipping."""
   ratio, advantages = ratio_of(x), np.where(x['mask'], x['advantages'], 0.0)
-  raised = lifted = 0
-  while True:
-    low, high = 0.6 + 0.02 * lifted, 1.2 + 0.05 * raised
-    gain = np.abs(np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages))
-    if gain[advantages > 0].sum() >= share * gain.sum() or low + 0.02 > 0.9 + 1e-9:
-      return token_mean(ppo(x, ratio, low, high), x['mask'])
-    if high + 0.05 <= 3.0 + 1e-9:
-      raised += 1
-    else:
-      lifted += 1
+
+  def balance(low, high):
+    effective = np.where(advantages >= 0, np.minimum(ratio, high), np.maximum(ratio, low))
+    gain = effective * advantages
+    return gain[gain > 0].sum() / -gain[gain < 0].sum()
+
+  low, high, target = 60, 120, share / (1 - share)
+  while balance(low / 100, high / 100) < target and low < 80:
+    low += 5
+  while balance(low / 100, high / 100) < target and high < 200:
+    high += 5
+  capped = (advantages < 0) & (ratio > 3)
+  return token_mean(np.where(capped, 0, ppo(x, ratio, low / 100, high / 100)), x['mask'])
 
 
 def first(score, among, count):
@@ -230,7 +233,15 @@ FIX_A = {
   ],
   'correlated_proxies': [SEQUENCE_SUM],
   'oblr_po': [SEQUENCE_SUM],
-  'bapo': [({f'selections__bounds__{k}': v for k, v in BOUNDS.items()}, *PPO)],
+  'bapo': [
+    ({f'selections__bounds__{k}': v for k, v in BOUNDS.items()}, *PPO),
+    (
+      {f'selections__bounds__{k}': v for k, v in BOUNDS.items()} | {'surrogate__cap': 1.2},
+      -0.424780,
+      [0.221034, 0, 0.163746],
+      [0, 0, 0],
+    ),
+  ],
   'epo': [({'penalties__bonus__weight': 0.0}, *PPO)],
   'n_pg_igt': [SEQUENCE_SUM],
   'st_ppo': [

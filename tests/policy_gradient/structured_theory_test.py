@@ -128,7 +128,7 @@ def test_without_its_idea_the_base_method_is_left(name, overrides, left, x64):
 
 
 COARSE = [  # knobs of a selection under which many of the few tokens are selected
-  ('bapo', 'bounds', {'share': 0.6}),
+  ('bapo', 'bounds', {'share': 0.4}),
   ('lp_reg', 'selected', {'share': 0.6}),
   ('clip_cov', 'selected', {'share': 0.2, 'low': 0.02, 'high': 0.5}),
   ('kl_cov', 'selected', {'share': 0.4}),
@@ -272,7 +272,7 @@ def test_f_dpg_descends_its_divergence_to_the_tilted_reference(x64):
   def exact(z):
     pi = jax.nn.softmax(z)
     middle = (pi + target) / 2
-    return (kl(pi, middle) + kl(target, middle)) / 2
+    return kl(pi, middle) + kl(target, middle)
 
   objective, advantages = harness.objective_of('f_dpg'), credited('f_dpg', reference)
   got = jax.jit(jax.grad(lambda z: loss_of(objective, z, advantages)))(jnp.log(OLD))

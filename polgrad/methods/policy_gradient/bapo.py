@@ -6,44 +6,64 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def bapo(*, fraction: float = 0.4, low: float = 0.6, high: float = 1.2) -> Method:
+def bapo(
+  *,
+  fraction: float = 0.5,
+  low: float = 0.6,
+  low_limit: float = 0.8,
+  step_low: float = 0.05,
+  high: float = 1.2,
+  high_limit: float = 2.0,
+  step_high: float = 0.05,
+  upper_first: bool = False,
+  cap: float = 3.0,
+) -> Method:
   """BAPO (arXiv:2510.18927): clipping bounds that give good tokens a fixed fraction of the loss.
 
-      loss = -token mean of min(r A, clip(r, low, high) A)
+      loss = -token mean of min(r A, clip(r, low, high) A), but at most -cap A where A < 0
 
   r = pi / pi_old, with pi_old the policy that sampled, and A is the group-normalised reward. In
-  each update the bounds start at `low` and `high`. Then `high` is raised in steps of 0.05 up to 3,
-  and after it `low` in steps of 0.02 up to 0.9, until tokens with A > 0 have `fraction` of the sum
-  over tokens of |min(r A, clip(r, low, high) A)|. Bounds that continue from the last update, which
-  are not the paper's, need another selection: one that reads
+  each update the bounds start at `low` and `high`. Then `low` is raised in steps up to `low_limit`,
+  and after it `high` up to `high_limit`, until tokens with A > 0 have `fraction` of the sum over
+  tokens of |min(r A, clip(r, low, high) A)|. The default of 1/2 means that good and bad tokens have
+  equal sums. Bounds that continue from the last update need another selection: one that reads
   metric_history.latest(metrics=('bounds/0', 'bounds/1'), ...).
 
-  Differences: Rollouts are four batches old (lag=4). The fraction is computed from sums of absolute
-  values over the batch, in the place of the paper's expectations.
+  Differences: Rollouts are four batches old (lag=4). Order, limits and cap are those of the
+  authors' code, which states the fraction as the ratio of both sums, 1. The algorithm of the paper
+  raises the upper bound first and has no cap: fraction=0.4, low_limit=0.9, step_low=0.02,
+  high_limit=3.0, upper_first=True, cap=inf; its expectations are replaced by sums over the batch.
 
   Args:
     fraction: fraction of the loss that tokens with A > 0 should have.
-    low: first lower bound of the ratio, at most 0.9.
-    high: first upper bound of the ratio, at most 3.
+    low: first lower bound of the ratio.
+    low_limit: last lower bound.
+    step_low: step of the lower bound.
+    high: first upper bound of the ratio.
+    high_limit: last upper bound.
+    step_high: step of the upper bound.
+    upper_first: whether the upper bound is raised before the lower one.
+    cap: largest ratio of tokens with A < 0, as in `dual_clip_ppo`.
 
-  Confidence: PAPER (algorithm, constants); sums of absolute values for its expectations are ours.
+  Confidence: CODE.
   """
   bounds = part(
     selections.balanced_bounds,
     share=fraction,
     low=low,
-    low_limit=0.9,
+    low_limit=low_limit,
     high=high,
-    high_limit=3.0,
-    step_high=0.05,
-    step_low=0.02,
+    high_limit=high_limit,
+    step_high=step_high,
+    step_low=step_low,
+    upper_first=upper_first,
   )
   return Method(
     collect=partial(collect.Rollouts, lag=4),
     credit=part(credit.outcome, advantage=part(advantages.group_normalized)),
     objective=part(
       objectives.PolicyGradient,
-      surrogate=part(surrogates.clipped_between),
+      surrogate=part(surrogates.clipped_between, cap=cap),
       aggregation=part(aggregation.token_mean),
       selections={'bounds': bounds},
     ),

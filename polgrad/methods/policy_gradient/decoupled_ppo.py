@@ -16,7 +16,8 @@ def decoupled_ppo(*, eps: float = 0.2, cap: float = 5.0) -> Method:
   data are reweighted, and only steps away from the recent policy are clipped.
 
   Differences: Rollouts are four batches old (lag=4). The formula of the paper has no cap. AReaL's
-  code has one and drops the tokens above it; here their weight is truncated.
+  code has one and drops the tokens above it, which is the weight `masked_importance`, low=0,
+  high=5; here their weight is truncated, as in its other mode.
 
   Args:
     eps: distance of the clipping bounds from 1.

@@ -11,9 +11,9 @@ def f_dpg(*, beta: float = 0.3, decay: float = 0.9) -> Method:
       p = reference exp(R / beta) / Z
 
   p is the target distribution of whole rows, and b a moving average of -f'(pi / p) over earlier
-  batches. The divergence is that of Jensen and Shannon, with
-  f'(t) = (log t - log((t + 1) / 2)) / 2. Other derivatives are in `losses/f_divergences.py`:
-  forward KL gives the original DPG, reverse KL gives reinforcement with a KL penalty.
+  batches. The divergence is twice that of Jensen and Shannon, as in the authors' code:
+  f'(t) = log t - log((t + 1) / 2). Other derivatives are in `losses/f_divergences.py`: forward KL
+  gives the original DPG, reverse KL gives reinforcement with a KL penalty.
 
   Differences: Z is the mean over the group instead of all earlier samples, and b a moving average
   instead of the mean of the last 1024. Rows are sampled on-policy. The default of beta is ours.
