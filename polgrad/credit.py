@@ -275,22 +275,35 @@ def success_contrast(
   return Estimator(apply=apply, provides=frozenset({'advantages', 'success_rate'}))
 
 
-def win_rate() -> Estimator:
-  """Labels in [0, 1]: an estimated probability that the row beats another row of its group.
+def win_rate(*, with_itself: bool = True, extremes: bool = True) -> Estimator:
+  """Labels in [0, 1]: an estimated probability that the row beats a row of its group.
 
-  label_i = mean over valid j != i of the group of sigmoid(R_i - R_j): SPPO's estimate
-  (arXiv:2405.00675). A row without such a j gets one half.
+  label_i = mean over the valid rows j of the group of sigmoid(R_i - R_j): SPPO's estimate
+  (arXiv:2405.00675). In its code j may be i, which adds one half to the sum, and only the best and the
+  worst row of a group are trained on: the first of the best rows, and the last of the worst.
+
+  Args:
+    with_itself: whether j may be i; a row without any j gets one half.
+    extremes: whether the mask keeps only the best and the worst row of a group.
   """
 
   def apply(batch, state):
-    group, valid, rewards = batch.group_ids, batch.valid, batch.rewards
-    others = (group[:, None] == group[None, :]) & valid[None, :] & ~jnp.eye(len(group), dtype=bool)
-    wins = jnp.where(others, jax.nn.sigmoid(rewards[:, None] - rewards[None, :]), 0.0)
-    count = jnp.sum(others, axis=1)
-    label = jnp.where(count > 0, jnp.sum(wins, axis=1) / jnp.maximum(count, 1), 0.5)
-    return batch.with_arrays(label=label), state
+    valid, rewards, order = batch.valid, batch.rewards, jnp.arange(len(batch.rewards))
+    group = (batch.group_ids[:, None] == batch.group_ids[None, :]) & valid[None, :]
+    counted = group if with_itself else group & (order[:, None] != order[None, :])
+    gap = rewards[:, None] - rewards[None, :]
+    wins = jnp.sum(jnp.where(counted, jax.nn.sigmoid(gap), 0.0), axis=1)
+    count = jnp.sum(counted, axis=1)
+    label = jnp.where(count > 0, wins / jnp.maximum(count, 1), 0.5)
+    if not extremes:
+      return batch.with_arrays(label=label), state
+    earlier = order[None, :] < order[:, None]
+    better = (gap < 0) | ((gap == 0) & earlier)  # row j is better than row i, or as good and first
+    worse = (gap > 0) | ((gap == 0) & ~earlier & (order[None, :] != order[:, None]))
+    inside = jnp.any(group & better, axis=1) & jnp.any(group & worse, axis=1)
+    return batch.with_arrays(label=label, mask=batch.mask & ~inside[:, None]), state
 
-  return Estimator(apply=apply, provides=frozenset({'label'}))
+  return Estimator(apply=apply, provides=frozenset({'label', 'mask'}))
 
 
 def divergence_reward(

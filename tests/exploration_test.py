@@ -162,14 +162,14 @@ def test_without_steps_all_rows_are_drawn_from_the_policy_with_noise_of_their_ow
   assert len(set(made)) > 12
 
 
-def test_passes_end_at_the_limit_and_before_the_step_that_follows():
+def test_passes_end_with_the_update_that_is_past_the_limit_and_keep_it():
   seen = []
 
   def update(state, cut):
     seen.append(cut)
     return state + 1, {'sampler_kl': 0.004 * cut}
 
-  assert exploration.avoid(update, 0, range(10), kl_limit=0.01) == 3 and seen == [0, 1, 2, 3]
+  assert exploration.avoid(update, 0, range(10), kl_limit=0.01) == 4 and seen == [0, 1, 2, 3]
   assert exploration.avoid(update, 0, range(3), kl_limit=0.01) == 3
 
 

@@ -62,7 +62,8 @@ class Explored(Collector):
   # How far the ratio behavior / policy is pushed below 1; inf with one pass of one minibatch is ROS
   # (arXiv:2111.14552).
   eps: Annotated[float, Range(above=0)] = 0.3
-  # The passes end when the behavior policy is this far from the policy, in nats per token.
+  # The passes end with the update at which the behavior policy is this far from the policy, in nats per
+  # token.
   kl_limit: Annotated[float, Range(above=0)] = 0.01
   # Overlong filtering, as in `Rollouts`.
   mask_truncated: bool = False
@@ -244,18 +245,17 @@ def avoid(
 ) -> TrainState:
   """Updates the behavior policy on one minibatch after the other.
 
-  It ends before the first minibatch whose mean k3 estimate of KL(policy, behavior) is above
-  `kl_limit`, in nats per token.
+  It ends with the first minibatch on which the mean k3 estimate of KL(policy, behavior), taken before
+  its update, is above `kl_limit`, in nats per token. That update is kept, as in the authors' code.
 
   Args:
     update: (state, batch) -> (state, report), the update of `avoidance`.
     cuts: minibatches whose `behavior_logp` and `proximal_logp` are those of the present policy.
   """
   for cut in cuts:
-    moved, report = update(state, cut)
+    state, report = update(state, cut)
     if report['sampler_kl'] > kl_limit:
-      return state
-    state = moved
+      break
   return state
 
 

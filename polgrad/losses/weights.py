@@ -35,7 +35,8 @@ from polgrad.types import Array
 
 
 def truncated_importance(proximal_logp: Array, behavior_logp: Array, *, cap: float = 2.0) -> Array:
-  """sg(min(rho, cap)): truncated importance sampling, per token (arXiv:2505.24034).
+  """sg(min(rho, cap)): truncated importance sampling, per token (Yao et al. 2025, "Your Efficient RL
+  Framework Secretly Brings You Off-Policy RL Training"; idea: arXiv:2505.24034).
 
   Truncation only makes weights smaller, so E_behavior[min(rho, cap)] <= 1. An infinite cap gives the
   weight of decoupled PPO (arXiv:2505.24298).

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from polgrad import optim
 from polgrad.losses import implicit_rewards, log_partition, logit_stats, preference_losses
 from polgrad.losses import pointwise as pointwise_losses
 from polgrad.objectives.base import (
@@ -135,6 +136,7 @@ class Regression(Objective):
     score: of a row, [B], nats; a log-ratio to the anchor.
     center: of a row, [B], nats; the estimate of log Z.
     beta: the temperature, in units of the reward.
+    schedule: multiplies beta, by update.
     scale: multiplies the loss (1: e^2 / 2): 2 gives e^2, and beta gives the gradient in units of the
       reward.
     rows_per_prompt: number of consecutive rows with the same prompt; more than 1 is needed only if
@@ -148,6 +150,7 @@ class Regression(Objective):
   score: implicit_rewards.Part
   center: log_partition.Part
   beta: float = 0.5
+  schedule: optim.SchedulePart = optim.constant
   scale: float = 1.0
   rows_per_prompt: int = 1
   stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
@@ -172,14 +175,14 @@ class Regression(Objective):
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
-    del state, step
+    del state
     x = view(outputs, batch)
     where = isolate_empty_rows(x)
 
     # The center may read everything that the residual is made of.
-    x['beta'] = jnp.asarray(self.beta)
+    x['beta'] = self.beta * self.schedule(jnp.asarray(step))
     x['score'] = call_slot('score', self.score, x)
-    x['scaled_rewards'] = x['rewards'] / self.beta
+    x['scaled_rewards'] = x['rewards'] / x['beta']
     x['residual'] = x['scaled_rewards'] - x['score']
     error = x['residual'] - call_slot('center', self.center, x)
 

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from polgrad import build, credit, objectives
+from polgrad import build, credit, objectives, optim
 from polgrad.credit import assign
-from polgrad.registry import bind
+from polgrad.registry import bind, part
 from polgrad.types import Batch, Outputs
 from tests.policy_gradient import harness
 from tests.runs import Run, method_of
@@ -216,7 +216,7 @@ def test_on_fresh_data_topr_is_reinforce_of_whole_answers(x64):
 
 
 @pytest.mark.parametrize(
-  ('name', 'scale'), [('opmd', 1.0), ('opmd_kimi_sequence', 1.0), ('tba', 20.0)]
+  ('name', 'scale'), [('opmd', 1.0), ('opmd_kimi_sequence', 1.0), ('tba', 2 / 0.0139)]
 )
 def test_on_fresh_data_a_regression_is_reinforce_with_the_mean_of_the_group(name, scale, x64):
   x = on_policy(arrays_for(name))
@@ -230,6 +230,27 @@ def test_on_fresh_data_sppo_is_reinforce_on_win_rates(x64):
   x = on_policy(arrays_for('sppo'))
   above = 2 * 10 * (x['label'] - 0.5)[:, None] + 0 * x['logp']
   np.testing.assert_allclose(weight('sppo', x), harness.sequence_sum(above, x['mask']))
+
+
+@pytest.mark.parametrize(
+  ('with_itself', 'expected'),
+  [(True, [0.617839, 0.382161, 0.5, 0.5]), (False, [0.676759, 0.323241, 0.5, 0.5])],
+)
+def test_sppo_trains_on_the_best_and_the_worst_row_and_counts_a_row_against_itself(
+  with_itself, expected, x64
+):
+  """sigmoid(1) = .731059 and sigmoid(.5) = .622459; the last row is a group of one."""
+  estimator = credit.win_rate(with_itself=with_itself)
+  batch = harness.scored(
+    rewards=jnp.array([1.0, 0.0, 0.5, 7.0, 2.0, 2.0, 2.0, 9.0]),
+    group_ids=jnp.array([0, 0, 0, 1, 2, 2, 2, 2]),
+    valid=jnp.array([True] * 7 + [False]),
+  )
+  fields, _ = assign(estimator, batch, ())
+  np.testing.assert_allclose(fields['label'][:4], expected, atol=1e-6)
+  np.testing.assert_array_equal(fields['mask'][:, 0], [1, 1, 0, 1, 1, 0, 1, 0])
+  every, _ = assign(credit.win_rate(extremes=False), batch, ())
+  np.testing.assert_array_equal(every['mask'][:, 0], batch.valid)
 
 
 @pytest.mark.parametrize('name', ['p3o', 'p3o_separate'])
@@ -284,13 +305,14 @@ def test_a_region_without_bounds_is_reinforce_however_old_the_data(x64):
 def test_trajectory_balance_around_the_old_policy_is_mirror_descent(x64):
   x = arrays_for('tba')
   x['reference_logp'] = x['proximal_logp']
-  np.testing.assert_allclose(weight('tba', x, beta=1.0), 2 * weight('opmd', x), atol=1e-12)
+  balance = weight('tba', x, beta=1.0, schedule=part(optim.constant))
+  np.testing.assert_allclose(balance, 2 * weight('opmd', x), atol=1e-12)
 
 
 def test_pairs_in_trajectory_balance_are_contrastive_policy_gradients(x64):
   """Up to the factor 1 / (2 beta)."""
   x = arrays_for('copg', group=2) | {'mask': np.ones((8, 6), bool)}
-  balance = weight('tba', x, beta=0.06)
+  balance = weight('tba', x, beta=0.06, schedule=part(optim.constant))
   np.testing.assert_allclose(balance, weight('copg', x) / (2 * 0.06), rtol=1e-9)
 
 

@@ -128,8 +128,10 @@ def opmd_kimi_sequence(x):
   return by_row(above_mean(x['rewards'], x) - 0.1 * moved(x, 'proximal_logp'), x)
 
 
-def tba(x):
-  return by_row(2 * above_mean(x['rewards'] / 0.1 - moved(x, 'reference_logp'), x), x)
+def tba(x, step=3, updates=300):
+  """beta falls from .014 to .004 over the updates of 150 batches."""
+  beta = 0.014 + (0.004 - 0.014) * step / updates
+  return by_row(2 * above_mean(x['rewards'] / beta - moved(x, 'reference_logp'), x), x)
 
 
 def copg(x):

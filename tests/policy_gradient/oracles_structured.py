@@ -172,7 +172,7 @@ def humanline(x):
   d = log_ratio(x)
   inside = (d >= -1) & (d <= 1.5)
   k3 = 0.01 * (np.exp(x['reference_logp'] - x['logp']) - 1)
-  return token_mean(inside * ppo(x, np.exp(np.clip(d, -1, 1.5)), 0.99, 1.01) + k3, x['mask'])
+  return token_mean(inside * ppo(x, np.exp(np.clip(d, -1, 1.5)), 0.85, 1.15) + k3, x['mask'])
 
 
 ORACLES = {

@@ -114,7 +114,7 @@ REDUCTIONS = [  # what undoes the method, and what is left
   (
     'humanline',
     {'ratio__low': -INF, 'ratio__high': INF, 'penalties__kl__weight': 0.0},
-    lambda x: token_mean(ppo(x, ratio_of(x), 0.99, 1.01), x['mask']),
+    lambda x: token_mean(ppo(x, ratio_of(x), 0.85, 1.15), x['mask']),
   ),
 ]
 

@@ -7,7 +7,7 @@ from polgrad.registry import part, weighted
 
 
 def humanline(
-  *, eps: float = 0.01, low: float = -1.0, high: float = 1.5, kl_coefficient: float = 0.01
+  *, eps: float = 0.15, low: float = -1.0, high: float = 1.5, kl_coefficient: float = 0.01
 ) -> Method:
   """Humanline GRPO (arXiv:2509.24207): clamped log-ratios, and a reference that follows the policy.
 
@@ -18,7 +18,8 @@ def humanline(
   clamp has no gradient, whatever its advantage. pi_old, and the reference in k3, are the policy
   when training on the rollout begins, so an old row is treated like a fresh one.
 
-  Differences: Rollouts are four batches old (lag=4). The reference is computed once per rollout, so
+  Differences: eps is that of the authors' online run, which does not read the 0.01 of their
+  configuration. Rollouts are four batches old (lag=4). The reference is computed once per rollout, so
   it is up to as many updates old as a rollout has, instead of one.
 
   Args:

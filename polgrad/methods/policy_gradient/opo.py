@@ -12,7 +12,10 @@ def opo() -> Method:
   b is the baseline of least variance if the squared gradient norm of a row is proportional to its
   length L. As in the paper there is one update per rollout, no clipping and no KL.
 
-  Confidence: PAPER.
+  Differences: The formula has the sum over the tokens of a row. verl, whose loss the authors use,
+  takes the mean over tokens: aggregation `token_mean`.
+
+  Confidence: PAPER, CODE.
   """
   return Method(
     credit=part(credit.outcome, advantage=part(baselines.length_weighted)),

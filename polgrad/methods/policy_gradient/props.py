@@ -20,7 +20,8 @@ def props(
 
   with r = behavior / policy and r' = pi / pi_old, pi_old the policy before its updates on the
   rollout. The policy draws half of each group. The behavior policy is a copy of it that is trained
-  on these rows until its KL to the policy exceeds `kl_limit`, and it draws the other half. All rows
+  on these rows until its KL to the policy exceeds `kl_limit`; the update that is made then is kept,
+  and is the last. It draws the other half. All rows
   together match the policy's distribution better than independent ones, so they are used as if they
   were on-policy.
 
@@ -30,7 +31,7 @@ def props(
   Args:
     eps: distance of the policy's clipping bounds from 1.
     behavior_eps: distance of the behavior policy's clipping bounds from 1.
-    kl_limit: largest KL between behavior policy and policy, in nats per token.
+    kl_limit: KL between behavior policy and policy, in nats per token, that ends the training.
     behavior_learning_rate: of AdamW for the behavior policy.
 
   Confidence: CODE.

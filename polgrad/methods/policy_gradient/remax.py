@@ -15,7 +15,8 @@ def remax() -> Method:
   The estimate of the gradient is unbiased, because the greedy answer does not depend on the sample.
 
   Differences: The paper draws one sample per prompt and adds a KL penalty to the reward. Here all
-  samples of a prompt share one greedy answer, and there is no KL.
+  samples of a prompt share one greedy answer, and there is no KL. The authors' code, unlike their
+  formula, takes the mean over tokens: aggregation `token_mean`, which is not unbiased.
 
   Confidence: CODE.
   """
