@@ -114,7 +114,9 @@ STATED: dict[str, tuple[Callable, str]] = {
   'sppo': (win_rate, 'objective.loss.target'),
   **dict.fromkeys(('ppo', 'entropy_bonus', 'impala'), (plus_entropy, BONUS)),
   'epo': (plus_entropy, 'objective.penalties.bonus.weight'),
-  'hpt': (plus_entropy, 'objective.streams.sampled.penalties.entropy.weight'),
+  **dict.fromkeys(
+    ('hpt', 'luffy'), (plus_entropy, 'objective.streams.sampled.penalties.entropy.weight')
+  ),
   'correlated_proxies': (minus_root_chi_square, 'credit.costs.chi.weight'),
   'f_dpg': (minus_jensen_shannon, 'credit.beta'),
 }

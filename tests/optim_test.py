@@ -48,6 +48,24 @@ def test_adamw_follows_its_equations():
     np.testing.assert_allclose(params, x, rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16))
+def test_adamw_skips_gradients_above_a_norm_and_goes_on_as_if_they_had_not_been(dtype):
+  made, plain = (optim.adamw(learning_rate=0.1, **k) for k in ({'skip_grad_norm': 5.0}, {}))
+  params = jnp.array([1.0, -2.0], dtype)
+  state, expected = made.init(params), (params, plain.init(params))
+  for gradient in ([3.0, 4.0], [3.1, 4.0], [80.0, 0.0], [0.3, -0.4]):
+    gradient = jnp.asarray(gradient, dtype)
+    steps, state = made.update(gradient, state, params)
+    before, params = params, optax.apply_updates(params, steps)
+    if np.linalg.norm(np.asarray(gradient, float)) > 5:
+      np.testing.assert_array_equal(params, before)
+      continue
+    steps, other = plain.update(gradient, expected[1], expected[0])
+    expected = optax.apply_updates(expected[0], steps), other
+  np.testing.assert_array_equal(params, expected[0])
+  jax.tree.map(np.testing.assert_array_equal, state, expected[1])
+
+
 def test_sgd_is_the_gradient():
   made = bind(part(optim.sgd, learning_rate=0.5), optim.TABLE)
   updates, _ = made.update(jnp.array([2.0]), made.init(jnp.zeros(1)), jnp.zeros(1))

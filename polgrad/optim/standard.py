@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
-from polgrad.optim.wrappers import in_float32
+from polgrad.optim.wrappers import in_float32, skipping
 from polgrad.registry import Decay, NotNegative, Range, table
 
 
@@ -18,6 +18,7 @@ def adamw(
   eps: NotNegative = 1e-8,
   weight_decay: NotNegative = 0.0,
   max_grad_norm: Annotated[float, Range(above=0)] = 1.0,
+  skip_grad_norm: Annotated[float, Range(above=0)] = float('inf'),
   schedule: SchedulePart = constant,
   master_weights: bool = True,
 ) -> optax.GradientTransformation:
@@ -27,6 +28,7 @@ def adamw(
     learning_rate: is multiplied by `schedule(updates)`.
     weight_decay: fraction of a parameter that is subtracted, times learning rate and schedule.
     max_grad_norm: a longer gradient is scaled to this norm.
+    skip_grad_norm: a longer gradient changes neither parameters nor moments; the default skips none.
     master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
   """
   transform = optax.chain(
@@ -36,6 +38,8 @@ def adamw(
     optax.scale_by_schedule(schedule),
     optax.scale(-learning_rate),
   )
+  if skip_grad_norm < float('inf'):
+    transform = skipping(transform, limit=skip_grad_norm)
   return in_float32(transform) if master_weights else transform
 
 

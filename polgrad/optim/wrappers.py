@@ -70,6 +70,24 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def skipping(
+  optimizer: optax.GradientTransformation, *, limit: float
+) -> optax.GradientTransformation:
+  """Makes no step, and leaves the optimizer's state unchanged, where the gradient is too long.
+
+  Args:
+    limit: largest norm of a gradient that is used.
+  """
+
+  def update(grads, state, params=None):
+    used = optax.tree.norm(grads) <= limit
+    steps, moved = optimizer.update(grads, state, params)
+    steps = jax.tree.map(lambda s: jnp.where(used, s, 0), steps)
+    return steps, jax.tree.map(lambda new, old: jnp.where(used, new, old), moved, state)
+
+  return optax.GradientTransformation(optimizer.init, update)
+
+
 def balanced(
   optimizer: optax.GradientTransformation, labels: Callable[[Params], Params], *, rate: float
 ) -> optax.GradientTransformation:

@@ -47,16 +47,18 @@ def of_stream(x, number):
 def luffy(x):
   p = np.exp(x['logp'])
   demonstration = 0.1 * p / (p + 0.1) ** 2 * x['advantages']
-  sampled = ppo(x, ratio_of(x), 0.8, 1.2)
-  of_both = zip((demonstration, sampled), (0, 1))
-  return sum(constant_length(w, of_stream(x, k), 5) for w, k in of_both)
+  of_both = zip((demonstration, ratio_of(x) * x['advantages']), (0, 1))
+  return {
+    'logp': sum(constant_length(w, of_stream(x, k), 5) for w, k in of_both),
+    'entropy': constant_length(0.001 * ones(x), x['mask'], 5),
+  }
 
 
 def hpt(x):
   demonstration, sampled = of_stream(x, 0), of_stream(x, 1)
   return {
-    'logp': token_mean(1.0, demonstration) + constant_length(x['advantages'], sampled, 5),
-    'entropy': constant_length(0.001, sampled, 5),
+    'logp': token_mean(1.0, demonstration) + 8 * constant_length(x['advantages'], sampled, 5),
+    'entropy': 8 * constant_length(0.001, sampled, 5),
   }
 
 
@@ -215,14 +217,16 @@ FIX_A = {
       {
         'streams__demonstration__weight': 0.0,
         'streams__sampled__aggregation': part(aggregation.token_mean),
+        'streams__sampled__penalties__entropy__weight': 0.0,
       },
-      *PPO,
+      *IMPORTANCE,
     )
   ],
   'hpt': [
     (
       {
         'streams__demonstration__weight': 0.0,
+        'streams__sampled__weight': 1.0,
         'streams__sampled__aggregation': CONSTANT,
         'streams__sampled__penalties__entropy__weight': 0.0,
       },

@@ -1,34 +1,48 @@
 from functools import partial
 
-from polgrad import collect, credit, objectives
+from polgrad import collect, credit, objectives, optim
 from polgrad.losses import advantages, aggregation, penalties, surrogates
 from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
 def hpt(
-  *, max_new_tokens: int, limit: int = 0, threshold: float = 1.0, entropy_coefficient: float = 0.001
+  *,
+  max_new_tokens: int,
+  learning_rate: float,
+  limit: int = 0,
+  threshold: float = 1.0,
+  reinforcement: float = 8.0,
+  entropy_coefficient: float = 0.001,
+  skip_grad_norm: float = 80.0,
 ) -> Method:
   """HPT (arXiv:2509.04419): prompts that no sample solves imitate, all others reinforce.
 
       imitation:     loss = -token mean of log pi over the demonstration
-      reinforcement: loss = -(sum over tokens of A log pi + entropy_coefficient H)
+      reinforcement: loss = -reinforcement (sum over tokens of A log pi + entropy_coefficient H)
                             / (rows max_new_tokens)
 
   A prompt with at most `limit` solved samples keeps only its demonstration, and any other prompt
   only its samples. The loss is the sum of both parts. A is the reward minus the group mean, and H
-  the entropy of the next token. There is no clipping.
+  the entropy of the next token. There is no clipping of ratios. A gradient is scaled to the norm 1,
+  and an update whose gradient is longer than `skip_grad_norm` is skipped.
 
   Differences: Imitation is averaged over the tokens of the demonstrations in use. Their number
-  shrinks as the policy learns.
+  shrinks as the policy learns. The authors divide the token sum of reinforcement by 8192, the
+  longest answer, and not by the rows. Their runs have micro-batches of 8 rows on a device, so that
+  reinforcement weighs 8 times the mean over rows beside imitation; the number of rows of a
+  minibatch gives the plain sum. Their entropy is a mean over tokens.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
+    learning_rate: of AdamW; the run fills it in.
     limit: largest number of solved samples of a prompt that is imitated.
     threshold: smallest reward of a solved sample.
+    reinforcement: weight of reinforcement, as a number of rows.
     entropy_coefficient: of the entropy, in nats.
+    skip_grad_norm: norm of the gradient above which an update is skipped.
 
-  Confidence: CODE (gate, losses, constants).
+  Confidence: CODE (gate, losses, constants), DERIVED (weight of reinforcement).
   """
   imitate = part(objectives.Supervised, aggregation=part(aggregation.token_mean))
   reinforce = part(
@@ -38,11 +52,12 @@ def hpt(
     penalties={'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   )
   outcome = part(credit.outcome, advantage=part(advantages.group_mean))
+  streams = {'demonstration': weighted(1.0, imitate), 'sampled': weighted(reinforcement, reinforce)}
   return Method(
     collect=partial(collect.Rollouts, demonstrations=1),
     credit=part(credit.gated, credit=outcome, limit=limit, threshold=threshold),
-    objective=part(
-      objectives.WeightedSum,
-      streams={'demonstration': weighted(1.0, imitate), 'sampled': weighted(1.0, reinforce)},
+    objective=part(objectives.WeightedSum, streams=streams),
+    optimizer=part(
+      optim.adamw, learning_rate=learning_rate, max_grad_norm=1.0, skip_grad_norm=skip_grad_norm
     ),
   )
