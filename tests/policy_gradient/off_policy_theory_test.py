@@ -226,6 +226,17 @@ def test_on_fresh_data_a_regression_is_reinforce_with_the_mean_of_the_group(name
   np.testing.assert_allclose(weight(name, x), scale * expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(('step', 'beta'), [(0, 0.014), (150, 0.009), (300, 0.004), (500, 0.004)])
+def test_tba_lowers_beta_over_the_run(step, beta, x64):
+  """On fresh data the weight of a row is 2 (R - mean) / beta, over the 7 rows with tokens."""
+  x = on_policy(arrays_for('tba'))
+  used, rewards = x['mask'].any(axis=1), x['rewards']
+  mean = [rewards[used & (x['group_ids'] == g)].mean() for g in x['group_ids']]
+  _, got = harness.loss_and_weight(harness.objective_of('tba'), x, step=step)
+  expected = np.where(x['mask'], 2 * (rewards - mean)[:, None] / beta / used.sum(), 0)
+  np.testing.assert_allclose(got['logp'], expected, rtol=1e-6, atol=1e-12)
+
+
 def test_on_fresh_data_sppo_is_reinforce_on_win_rates(x64):
   x = on_policy(arrays_for('sppo'))
   above = 2 * 10 * (x['label'] - 0.5)[:, None] + 0 * x['logp']
