@@ -9,7 +9,6 @@ No token outside the mask is selected. Tokens with equal scores are ranked by ro
 `balanced_bounds` and `second_moment_bounds` differ: they return the bounds of a trust region, f32[2].
 """
 
-import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -239,9 +238,9 @@ def balanced_bounds(
   )
   ratio = jnp.exp(bounded(log_ratio))
   good, bad = jnp.maximum(advantages, 0), jnp.maximum(-advantages, 0)
-  # How many steps each bound can take. Counting steps, not adding them up, avoids rounding.
+  # How many steps each bound can take, rounded up. Counting them, not adding them up, avoids rounding.
   raises, lifts = (
-    math.ceil((limit - start) / step - 1e-6)
+    -int(((start - limit) / step + 1e-6) // 1)
     for start, limit, step in ((high, high_limit, step_high), (low, low_limit, step_low))
   )
 

@@ -11,7 +11,6 @@ does not differentiate them. `sg` means stop_gradient.
 The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import surrogates`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -464,7 +463,7 @@ def _capped(loss: Array, log_ratio: Array, advantages: Array, cap: float) -> Arr
   """The loss, and -cap A where A < 0 and r > cap."""
   if cap <= 1:
     raise ValueError(f'cap is an absolute ratio and must exceed 1, got {cap}')
-  cap = min(cap, math.exp(LIMIT))  # the largest ratio; an infinite cap would make gradients NaN
+  cap = jnp.minimum(cap, jnp.exp(LIMIT))  # the largest ratio; infinity would make gradients NaN
   capped = (advantages < 0) & (jnp.exp(log_ratio) > cap)
   return jnp.where(capped, -cap * advantages, loss)
 
