@@ -1,5 +1,8 @@
 """Helpers that several modules of losses share: precision, log-ratios, trust regions, row sums."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +14,18 @@ LIMIT = 20.0  # nats; exp(20) is 5e8, far outside every trust region
 def single(x: Array) -> Array:
   """The array in float32, if its precision is lower: sums of many terms need it."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def finite_gradient(*arrays: Array) -> tuple[Array, ...]:
+  """Arrays of one shape, unchanged in value; where any of them is NaN or infinite, none has a gradient.
+
+  A mean over tokens multiplies the derivative of a masked token by 0. Without this, that is NaN where
+  the derivative is NaN or infinite, and one such token makes the whole gradient NaN. A token that
+  counts and is NaN still makes the loss NaN.
+  """
+  chex.assert_equal_shape(arrays)
+  finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
+  return tuple(jnp.where(finite, x, jax.lax.stop_gradient(x)) for x in arrays)
 
 
 def bounded(log_ratio: Array) -> Array:
@@ -25,10 +40,11 @@ def kept(ratio: Array, advantages: Array, low: Array | float, high: Array | floa
   """PPO's one-sided trust region: (A >= 0 and r <= high) or (A <= 0 and r >= low), bool[...].
 
   A token is dropped only if it moved too far in the direction of its own advantage. A token exactly
-  on a bound is kept. With low <= high, a token with A = 0 is always kept. Ratio and bounds may all be
-  logarithms.
+  on a bound is kept, and so is a ratio that is NaN: a bound in its place would hide it. With low <= high,
+  a token with A = 0 is always kept. Ratio and bounds may all be logarithms.
   """
-  return ((advantages >= 0) & (ratio <= high)) | ((advantages <= 0) & (ratio >= low))
+  inside = ((advantages >= 0) & (ratio <= high)) | ((advantages <= 0) & (ratio >= low))
+  return inside | jnp.isnan(ratio)
 
 
 def soft_gate(ratio: Array, advantages: Array, tau_positive: float, tau_negative: float) -> Array:

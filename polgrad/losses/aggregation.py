@@ -5,10 +5,11 @@ Totals and counts are summed over micro-batches and devices before the division,
 split never changes the objective. Counts depend on `where` and the shape only, never on parameters.
 
 A masked entry is replaced by 0, not multiplied by 0. So NaN or infinity at a masked place of `loss`
-changes neither the value nor the gradient with respect to `loss`, which is exactly 0 there. The
-gradient with respect to the inputs from which `loss` was computed can still be NaN: the chain rule
-multiplies that 0 by a derivative of the loss, and 0 * NaN is NaN (for example of exp at NaN or inf).
-Replace masked entries of those inputs before the loss is computed, as `objectives.view` does.
+changes neither the value nor the gradient with respect to `loss`, which is exactly 0 there. The chain
+rule multiplies that 0 by the derivative of the loss at its inputs, and 0 * NaN is NaN (for example of
+exp at NaN or inf). The functions of `surrogates`, `penalties`, `ratios` and `divergences` have no such
+derivative. For a loss of your own, replace masked entries of its inputs before it is computed, as
+`objectives.view` does.
 
 Sums and counts of losses in half precision are float32.
 

@@ -6,9 +6,11 @@ it is evaluated in the chunked pass that computes logits (`models/token_stats.py
 detached here. Log-probabilities are computed in float32 at least.
 
 Logits must be finite, with one exception: where both logits are -inf (a padded vocabulary), the token
-adds 0 to value and gradient.
+adds 0 to value and gradient. A position whose largest logit is NaN or infinite has gradient exactly 0,
+so that a masked position cannot spoil the gradient of a mean over the others; its value is NaN.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -16,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses._common import single
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -74,7 +77,7 @@ def jensen_shannon(teacher_logits: Array, logits: Array, *, teacher_weight: floa
     raise ValueError(f'teacher_weight must lie in (0, 1), got {teacher_weight}')
   teacher, student = _log_probs(teacher_logits, logits)
   # A token that both exclude has a log-probability of -inf in the mixture; 0 keeps the gradient finite.
-  possible = jnp.maximum(teacher, student) > -jnp.inf
+  possible = jnp.maximum(teacher, student) != -jnp.inf
   mixture = jnp.logaddexp(
     jnp.where(possible, teacher, 0) + jnp.log(teacher_weight),
     jnp.where(possible, student, 0) + jnp.log1p(-teacher_weight),
@@ -85,14 +88,16 @@ def jensen_shannon(teacher_logits: Array, logits: Array, *, teacher_weight: floa
 def _log_probs(teacher_logits: Array, logits: Array) -> tuple[Array, Array]:
   """Log-probabilities (teacher, student) over the vocabulary; the teacher's are detached."""
   chex.assert_equal_shape([teacher_logits, logits])
-  dtype = jnp.promote_types(logits.dtype, jnp.float32)
-  teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(dtype))
-  return teacher, jax.nn.log_softmax(logits.astype(dtype))
+  teacher_logits = jax.lax.stop_gradient(teacher_logits)
+  largest = (jnp.max(x, axis=-1, keepdims=True) for x in (teacher_logits, logits))
+  finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, largest))
+  logits = jnp.where(finite, logits, jax.lax.stop_gradient(logits))
+  return jax.nn.log_softmax(single(teacher_logits)), jax.nn.log_softmax(single(logits))
 
 
 def _kl(p: Array, q: Array) -> Array:
   """sum exp(p) (p - q) over the last axis, of log-probabilities; 0 log 0 is 0."""
-  possible = p > -jnp.inf
+  possible = p != -jnp.inf  # NaN is not taken for 0
   p, q = jnp.where(possible, p, 0), jnp.where(possible, q, 0)
   return jnp.sum(jnp.where(possible, jnp.exp(p) * (p - q), 0), axis=-1)
 

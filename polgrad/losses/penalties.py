@@ -14,6 +14,9 @@ before t held fixed, the expected gradient is
 
 These gradients ignore that an early token changes the prefixes of later ones. To include that effect,
 subtract k1 from the reward of each token and use rewards to go (`kl_coefficient` in `credit`).
+
+A token whose input is NaN or infinite has gradient exactly 0, so that a masked token cannot spoil the
+gradient of a mean over the others. Its penalty is not repaired: if the token counts, the mean is NaN.
 """
 
 from collections.abc import Callable
@@ -22,7 +25,7 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
-from polgrad.losses._common import bounded
+from polgrad.losses._common import bounded, finite_gradient
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -39,7 +42,7 @@ def k1(logp: Array, reference_logp: Array) -> Array:
   Returns:
     [..., T], nats; single entries can be negative.
   """
-  chex.assert_equal_shape([logp, reference_logp])
+  logp, reference_logp = finite_gradient(logp, reference_logp)
   return logp - reference_logp
 
 
@@ -55,7 +58,7 @@ def k2(logp: Array, reference_logp: Array) -> Array:
   Returns:
     [..., T], >= 0.
   """
-  chex.assert_equal_shape([logp, reference_logp])
+  logp, reference_logp = finite_gradient(logp, reference_logp)
   return 0.5 * jnp.square(logp - reference_logp)
 
 
@@ -71,6 +74,7 @@ def squared_log_ratio(log_ratio: Array) -> Array:
   Returns:
     [..., T], >= 0.
   """
+  (log_ratio,) = finite_gradient(log_ratio)
   return 0.5 * jnp.square(log_ratio)
 
 
@@ -88,7 +92,7 @@ def k3(logp: Array, reference_logp: Array) -> Array:
   Returns:
     [..., T], >= 0.
   """
-  chex.assert_equal_shape([logp, reference_logp])
+  logp, reference_logp = finite_gradient(logp, reference_logp)
   delta = bounded(logp - reference_logp)
   return jnp.expm1(-delta) + delta
 
@@ -108,7 +112,7 @@ def importance_k3(log_ratio: Array, logp: Array, reference_logp: Array) -> Array
   Returns:
     [..., T], >= 0.
   """
-  chex.assert_equal_shape([log_ratio, logp, reference_logp])
+  log_ratio, logp, reference_logp = finite_gradient(log_ratio, logp, reference_logp)
   return jnp.exp(log_ratio) * k3(logp, reference_logp)
 
 
@@ -134,7 +138,7 @@ def value_error(values: Array, returns: Array) -> Array:
   Returns:
     [..., T].
   """
-  chex.assert_equal_shape([values, returns])
+  values, returns = finite_gradient(values, returns)
   return 0.5 * jnp.square(values - returns)
 
 
@@ -155,7 +159,7 @@ def clipped_value_error(
   Returns:
     [..., T].
   """
-  chex.assert_equal_shape([values, old_values, returns])
+  values, old_values, returns = finite_gradient(values, old_values, returns)
   near = old_values + jnp.clip(values - old_values, -eps, eps)
   return jnp.maximum(value_error(values, returns), value_error(near, returns))
 
@@ -187,6 +191,7 @@ def selected_absolute(log_ratio: Array, selected: Array) -> Array:
     [..., T], >= 0.
   """
   chex.assert_equal_shape([log_ratio, selected])
+  (log_ratio,) = finite_gradient(log_ratio)
   # Not jnp.abs, whose derivative at 0 is 1 in JAX.
   return jnp.where(selected, log_ratio * jnp.sign(log_ratio), 0)
 

@@ -8,6 +8,9 @@ compared with published ones. On-policy (r = 1) all of them have the gradient of
 `log_ratio` comes from `ratios`, which clamps it to +-20 nats. `advantages` are constants: the caller
 does not differentiate them. `sg` means stop_gradient.
 
+A token whose input is NaN or infinite has gradient exactly 0, so that a masked token cannot spoil the
+gradient of a mean over the others. Its loss is not repaired: if the token counts, the mean is NaN.
+
 The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import surrogates`.
 """
 
@@ -18,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import LIMIT, bounded, kept, soft_gate
+from polgrad.losses._common import LIMIT, bounded, finite_gradient, kept, soft_gate
 from polgrad.losses.path_consistency import path_consistency
 from polgrad.registry import table
 from polgrad.types import Array
@@ -38,7 +41,7 @@ def reinforce(logp: Array, advantages: Array) -> Array:
   >>> print(np.asarray(loss).round(2))
   [ 0.5 -2. ]
   """
-  chex.assert_equal_shape([logp, advantages])
+  logp, advantages = finite_gradient(logp, advantages)
   return -advantages * logp
 
 
@@ -57,7 +60,7 @@ def importance_weighted(log_ratio: Array, advantages: Array) -> Array:
   >>> print(np.asarray(loss).round(2))
   [-0.5  1.5]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   return -advantages * jnp.exp(log_ratio)
 
 
@@ -84,7 +87,7 @@ def clipped(
   >>> print(np.asarray(loss).round(2))
   [-0.5 -1.2  0.8  1.5]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   return _pessimistic(jnp.exp(log_ratio), advantages, 1 - eps_low, 1 + eps_high)
 
 
@@ -113,7 +116,7 @@ def clipped_between(
   >>> print(np.asarray(loss).round(2))
   [ 0.6 -1.3]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   chex.assert_shape(bounds, (2,))
   loss = _pessimistic(jnp.exp(log_ratio), advantages, bounds[0], bounds[1])
   return _capped(loss, log_ratio, advantages, cap)
@@ -141,7 +144,7 @@ def clipped_away(
   >>> print(np.asarray(loss).round(2))
   [ 0.  -1.5]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   ratio = jnp.exp(log_ratio)
   return jnp.where(kept(ratio, advantages, 1 - eps_low, 1 + eps_high), 0, -advantages * ratio)
 
@@ -175,7 +178,9 @@ def centered_clip(
   >>> print(np.asarray(loss).round(2))  # r = 2.5 is clipped at c + eps = 1.5 + 0.2
   [-1.7]
   """
-  chex.assert_equal_shape([logp, behavior_logp, proximal_logp, advantages])
+  logp, behavior_logp, proximal_logp, advantages = finite_gradient(
+    logp, behavior_logp, proximal_logp, advantages
+  )
   center = jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
   ratio = jnp.exp(bounded(logp - behavior_logp))
   return _pessimistic(ratio, advantages, center - eps, center + eps)
@@ -212,6 +217,7 @@ def dual_clipped(
   >>> print(np.asarray(loss).round(2))
   [2. 3.]
   """
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   loss = clipped(log_ratio, advantages, eps_low=eps_low, eps_high=eps_high)
   return _capped(loss, log_ratio, advantages, cap)
 
@@ -249,7 +255,7 @@ def flipped(
   >>> print(np.asarray(loss).round(2))
   [-2.   -3.   -0.83  0.8   1.5 ]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   if cap <= 1:
     raise ValueError(f'cap is an absolute weight and must exceed 1, got {cap}')
   low, high = 1 - eps_low, 1 + eps_high
@@ -297,7 +303,7 @@ def gradient_preserving(
   >>> print(np.asarray(loss).round(2))
   [-0.5 -1.2  0.6  1.5]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   if beta_low < 0 or beta_high < 0:
     raise ValueError(f'beta must not be negative, got {beta_low} and {beta_high}')
   low, high = 1 - eps_low, 1 + eps_high
@@ -337,7 +343,7 @@ def truncated(
   >>> print(np.asarray(loss).round(2))
   [0.5 5. ]
   """
-  chex.assert_equal_shape([logp, log_ratio, advantages])
+  logp, log_ratio, advantages = finite_gradient(logp, log_ratio, advantages)
   if cap <= 0:
     raise ValueError(f'cap is an absolute ratio and must be positive, got {cap}')
   if not 0 <= floor <= cap:
@@ -377,7 +383,7 @@ def soft_gated(
   >>> print(np.asarray(loss).round(2))
   [-2.   -3.52]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   return -soft_gate(jnp.exp(log_ratio), advantages, tau_positive, tau_negative) * advantages
 
 
@@ -413,7 +419,7 @@ def negative_aware(
   >>> print(np.asarray(loss[:, 0]).round(2))
   [-0.41 -0.41]
   """
-  chex.assert_equal_shape([log_ratio, advantages])
+  log_ratio, advantages = finite_gradient(log_ratio, advantages)
   chex.assert_shape(success_rate, log_ratio.shape[:1])
   log_ratio = jnp.where(log_ratio > limit, limit, log_ratio)
   q = jnp.clip(success_rate, 0.02, 0.98)[:, None]
@@ -447,7 +453,7 @@ def probability_shaped(logp: Array, advantages: Array, *, gamma: float = 0.1) ->
   >>> print(np.asarray(loss).round(2))
   [-0.09 -0.5  -0.9 ]
   """
-  chex.assert_equal_shape([logp, advantages])
+  logp, advantages = finite_gradient(logp, advantages)
   if gamma <= 0:
     raise ValueError(f'gamma must be positive, got {gamma}')
   return -advantages * jax.nn.sigmoid(logp - jnp.log(gamma))  # p / (p + gamma), without overflow
