@@ -1,7 +1,5 @@
 """Helpers that several modules of losses share: precision, log-ratios, trust regions, row sums."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,9 @@ def finite_gradient(*arrays: Array) -> tuple[Array, ...]:
   counts and is NaN still makes the loss NaN.
   """
   chex.assert_equal_shape(arrays)
-  finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
+  finite = jnp.isfinite(arrays[0])
+  for x in arrays[1:]:
+    finite &= jnp.isfinite(x)
   return tuple(jnp.where(finite, x, jax.lax.stop_gradient(x)) for x in arrays)
 
 
@@ -40,7 +40,7 @@ def kept(ratio: Array, advantages: Array, low: Array | float, high: Array | floa
   """PPO's one-sided trust region: (A >= 0 and r <= high) or (A <= 0 and r >= low), bool[...].
 
   A token is dropped only if it moved too far in the direction of its own advantage. A token exactly
-  on a bound is kept, and so is a ratio that is NaN: a bound in its place would hide it. With low <= high,
+  on a bound is kept, and so is a NaN ratio, which a bound in its place would hide. With low <= high,
   a token with A = 0 is always kept. Ratio and bounds may all be logarithms.
   """
   inside = ((advantages >= 0) & (ratio <= high)) | ((advantages <= 0) & (ratio >= low))

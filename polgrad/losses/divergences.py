@@ -10,7 +10,6 @@ adds 0 to value and gradient. A position whose largest logit is NaN or infinite 
 so that a masked position cannot spoil the gradient of a mean over the others; its value is NaN.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -89,8 +88,8 @@ def _log_probs(teacher_logits: Array, logits: Array) -> tuple[Array, Array]:
   """Log-probabilities (teacher, student) over the vocabulary; the teacher's are detached."""
   chex.assert_equal_shape([teacher_logits, logits])
   teacher_logits = jax.lax.stop_gradient(teacher_logits)
-  largest = (jnp.max(x, axis=-1, keepdims=True) for x in (teacher_logits, logits))
-  finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, largest))
+  finite_maximum = lambda x: jnp.isfinite(jnp.max(x, axis=-1, keepdims=True))
+  finite = finite_maximum(teacher_logits) & finite_maximum(logits)
   logits = jnp.where(finite, logits, jax.lax.stop_gradient(logits))
   return jax.nn.log_softmax(single(teacher_logits)), jax.nn.log_softmax(single(logits))
 

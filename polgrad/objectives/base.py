@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from polgrad.arrays import ARRAYS, OBJECTIVE, OWNED, VOCABULARY, per_token
 from polgrad.losses import aggregation
+from polgrad.losses._common import single
 from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
 from polgrad.registry import UnknownArray, call, inputs, suggest, unbound
 from polgrad.types import Array, Batch, Outputs
@@ -262,8 +263,8 @@ def token_mean(x: Array, where: Array) -> Mean:
 
 def row_mean(x: Array, where: Array) -> Mean:
   """The mean of [n] over the rows (or pairs) in `where`."""
-  total = jnp.sum(jnp.where(where, x, 0).astype(jnp.float32))
-  return Mean(total=total, count=jnp.sum(where).astype(jnp.float32))
+  total = jnp.sum(jnp.where(where, single(x), 0))
+  return Mean(total=total, count=jnp.sum(where, dtype=total.dtype))
 
 
 def weigh(loss: Array, weights: Mapping[str, Callable], x: Mapping[str, Array]) -> Array:

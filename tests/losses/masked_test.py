@@ -1,4 +1,4 @@
-"""What a masked token holds reaches no gradient, whichever loss reads it, without an objective's help."""
+"""What a masked token holds reaches no gradient, whichever loss reads it, without an objective."""
 
 import functools
 
