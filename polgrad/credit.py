@@ -17,6 +17,7 @@ from polgrad.losses import f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
+from polgrad.losses.groups import rank, same, size, total
 from polgrad.registry import call, check_weighted, inputs, table
 from polgrad.types import STREAMS, Array, Batch
 
@@ -288,22 +289,33 @@ def win_rate(*, with_itself: bool = True, extremes: bool = True) -> Estimator:
   """
 
   def apply(batch, state):
-    valid, rewards, order = batch.valid, batch.rewards, jnp.arange(len(batch.rewards))
-    group = (batch.group_ids[:, None] == batch.group_ids[None, :]) & valid[None, :]
-    counted = group if with_itself else group & (order[:, None] != order[None, :])
-    gap = rewards[:, None] - rewards[None, :]
-    wins = jnp.sum(jnp.where(counted, jax.nn.sigmoid(gap), 0.0), axis=1)
-    count = jnp.sum(counted, axis=1)
-    label = jnp.where(count > 0, wins / jnp.maximum(count, 1), 0.5)
+    label = _win_rates(batch.rewards, batch.group_ids, batch.valid, with_itself)
     if not extremes:
       return batch.with_arrays(label=label), state
-    earlier = order[None, :] < order[:, None]
-    better = (gap < 0) | ((gap == 0) & earlier)  # row j is better than row i, or as good and first
-    worse = (gap > 0) | ((gap == 0) & ~earlier & (order[None, :] != order[:, None]))
-    inside = jnp.any(group & better, axis=1) & jnp.any(group & worse, axis=1)
-    return batch.with_arrays(label=label, mask=batch.mask & ~inside[:, None]), state
+    group = _valid_groups(batch)
+    place = rank(-batch.rewards, group)  # 0 is the first of the best rows
+    extreme = (place == 0) | (place == size(group) - 1)
+    return batch.with_arrays(label=label, mask=batch.mask & extreme[:, None]), state
 
   return Estimator(apply=apply, provides=frozenset({'label', 'mask'}))
+
+
+@jax.jit
+def _win_rates(rewards: Array, group_ids: Array, valid: Array, with_itself: bool) -> Array:
+  """The mean over valid j of the group, and j != i unless `with_itself`, of sigmoid(R_i - R_j): [B].
+
+  A row without such a j gets one half.
+  """
+  rows = jnp.arange(len(rewards))
+
+  def label(row):
+    others = (group_ids == group_ids[row]) & valid & (with_itself | (rows != row))
+    wins = jnp.sum(jnp.where(others, jax.nn.sigmoid(rewards[row] - rewards), 0.0))
+    count = jnp.sum(others)
+    return jnp.where(count > 0, wins / jnp.maximum(count, 1), 0.5)
+
+  # A few rows at a time: an array of all pairs would have B^2 entries.
+  return jax.lax.map(label, rows, batch_size=64)
 
 
 def divergence_reward(
@@ -393,8 +405,7 @@ def gated(
   def apply(batch, state):
     sampled = batch.stream == STREAMS.index('sampled')
     solved = sampled & batch.valid & (batch.rewards >= threshold)
-    same = batch.group_ids[:, None] == batch.group_ids[None, :]
-    imitate = jnp.sum(same & solved[None, :], axis=1) <= limit
+    imitate = total(solved.astype(jnp.int32), same(batch.group_ids)) <= limit
     credited, state = credit.apply(batch.with_arrays(valid=batch.valid & sampled), state)
     mask = credited.mask & (sampled != imitate)[:, None]
     return credited.with_arrays(mask=mask), state

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import baselines
-from polgrad.losses.groups import center, divide, everyone, members, total, variance
+from polgrad.losses.groups import center, divide, everyone, members, size, total, variance
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -119,8 +119,8 @@ def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
   """
   _check(rewards, group_ids, valid)
   group = members(group_ids, valid)
-  size = jnp.sum(group, axis=-1)
-  return center(rewards, group) * size / jnp.maximum(size - 1, 1)
+  rows = size(group)
+  return center(rewards, group) * rows / jnp.maximum(rows - 1, 1)
 
 
 def pass_at_k(
@@ -168,13 +168,13 @@ def pass_at_k(
   group = members(group_ids, valid)
   right = (rewards >= least).astype(rewards.dtype)
   right = jnp.where(jnp.isnan(rewards), rewards, right)
-  size = jnp.sum(group, axis=-1).astype(rewards.dtype)
+  rows = size(group).astype(rewards.dtype)
   wrong = total(1 - right, group)
-  # C(wrong - 1, k - 1) / C(size - 1, k - 1) as a product, for group sizes that are only data.
+  # C(wrong - 1, k - 1) / C(rows - 1, k - 1) as a product, for group sizes that are only data.
   drawn = jnp.arange(1, k, dtype=rewards.dtype)[None, :]
-  left = jnp.maximum(wrong[:, None] - drawn, 0) / jnp.maximum(size[:, None] - drawn, 1)
+  left = jnp.maximum(wrong[:, None] - drawn, 0) / jnp.maximum(rows[:, None] - drawn, 1)
   others_wrong = jnp.prod(left, axis=-1)
-  failed = divide(wrong, size) * others_wrong  # 1 - rho
+  failed = divide(wrong, rows) * others_wrong  # 1 - rho
   std = jnp.sqrt(failed * (1 - failed))
   return divide(others_wrong * center(right, group), std + eps)
 

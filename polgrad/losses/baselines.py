@@ -14,11 +14,20 @@ from collections.abc import Callable
 from typing import Annotated
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from polgrad.losses._common import bounded
-from polgrad.losses.groups import center, divide, members, variance
+from polgrad.losses.groups import (
+  Groups,
+  center,
+  divide,
+  maximum,
+  members,
+  minimum,
+  rank,
+  total,
+  variance,
+)
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -104,9 +113,8 @@ def informative_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
     [B]; all 0 when every group has equal rewards.
   """
   group = _group(rewards, group_ids, valid)
-  centered = center(rewards, group)
-  differs = jnp.any(group & (rewards[:, None] != rewards[None, :]), axis=-1)
-  return centered * _share(valid, differs)
+  differs = minimum(rewards, group) != maximum(rewards, group)  # also where a reward is NaN
+  return center(rewards, group) * _share(valid, differs)
 
 
 def nonzero_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
@@ -157,12 +165,8 @@ def balanced_group_mean(
   group = _group(rewards, group_ids, valid)
   chex.assert_equal_shape([rewards, uniform])
   above = ~(center(rewards, group) < 0)  # NaN is kept, and shows
-  # The rank of a row among the bad rows of its group; equal random numbers are ranked by position.
-  order = jnp.arange(len(rewards))
-  tie = (uniform[None, :] == uniform[:, None]) & (order[None, :] < order[:, None])
-  before = (uniform[None, :] < uniform[:, None]) | tie
-  rank = jnp.sum(group & before & ~above[None, :], axis=-1)
-  kept = valid & (above | (rank < jnp.sum(group & above[None, :], axis=-1)))
+  drawn = rank(uniform, members(group_ids, valid & ~above))  # among the bad rows of its group
+  kept = valid & (above | (drawn < total(above.astype(jnp.int32), group)))
   # Mean and standard deviation are those of the rows kept.
   group = members(group_ids, kept)
   centered = center(rewards, group)
@@ -251,24 +255,16 @@ def optimal_token_baseline(
   chex.assert_equal_shape([token_returns, score_norm, mask])
   chex.assert_equal_shape_prefix([valid, mask], 1)
   where = mask & valid[:, None]
-  total = jnp.where(where, jnp.cumsum(jnp.where(mask, score_norm, 0), axis=-1), 0)
-  token_returns = jnp.where(where, token_returns, 0)
-
-  # One row at a time, because an array [B, B, T] would be large.
-  def row(x):
-    own, group = x
-    weights = jnp.where(group[:, None], total, 0)
-    differences = jnp.sum(weights * (own[None, :] - token_returns), axis=0)
-    compared = divide(differences, jnp.sum(weights, axis=0))
-    if lone_baseline:
-      return compared
-    return jnp.where(jnp.sum(group[:, None] & where, axis=0) == 1, own, compared)
-
-  return jnp.where(where, jax.lax.map(row, (token_returns, members(group_ids, valid))), 0)
+  weights = jnp.where(where, jnp.cumsum(jnp.where(mask, score_norm, 0), axis=-1), 0)
+  token_returns, group = jnp.where(where, token_returns, 0), members(group_ids, valid)
+  centered = center(token_returns, group, weights)
+  if not lone_baseline:
+    centered = jnp.where(total(where.astype(jnp.int32), group) == 1, token_returns, centered)
+  return jnp.where(where, centered, 0)
 
 
-def _group(rewards: Array, group_ids: Array, valid: Array) -> Array:
-  """bool[B, B]: row j counts in the statistics of row i; checks the shapes."""
+def _group(rewards: Array, group_ids: Array, valid: Array) -> Groups:
+  """The groups of equal ids, of which only valid rows count; checks the shapes."""
   chex.assert_equal_shape([rewards, group_ids, valid])
   return members(group_ids, valid)
 

@@ -1,62 +1,129 @@
-"""Means and variances over groups of rows, used by `advantages`, `baselines` and `log_partition`.
+"""Sums and moments over groups of rows, used by `advantages`, `baselines` and `log_partition`.
 
 Rows belong to one group when their `group_ids` are equal. They need not be consecutive, and groups may
-differ in size. A group is passed as a matrix bool[B, B] whose entry (i, j) says whether row j counts
-in the statistics of row i. A mean is subtracted as the mean of differences, so equal numbers give
-exactly 0 in any precision.
+differ in size. Time and memory grow with the number of rows B, up to a logarithm; no array has B^2
+entries. Arrays may be [B] or [B, ...]: every column has statistics of its own.
+
+Sums run over the sorted rows in a fixed order, so they are the same in every run on one kind of device.
+A mean is subtracted as the mean of differences, so equal numbers give exactly 0 in any precision.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from polgrad.types import Array
 
 
-def same(group_ids: Array) -> Array:
-  """i32[B] -> bool[B, B]: rows i and j are in one group."""
+class Groups(NamedTuple):
+  """How the rows of a batch are grouped, and which of them count.
+
+  Attributes:
+    counted: bool[B]; the other rows enter no statistic, and get 0.
+    order: i32[B], the rows sorted by group; rows of one group keep their order.
+    place: i32[B], in sorted order: the number of rows of its group before a row.
+    last: i32[B], for every row the place of the last row of its group in sorted order.
+  """
+
+  counted: Array
+  order: Array
+  place: Array
+  last: Array
+
+
+def same(group_ids: Array) -> Groups:
+  """i32[B] -> the groups of equal ids; all rows count."""
   chex.assert_rank(group_ids, 1)
-  return group_ids[:, None] == group_ids[None, :]
+  return members(group_ids, jnp.ones_like(group_ids, bool))
 
 
-def members(group_ids: Array, valid: Array) -> Array:
-  """i32[B], bool[B] -> bool[B, B]: rows i and j are in one group and both valid."""
+@jax.jit
+def members(group_ids: Array, valid: Array) -> Groups:
+  """i32[B], bool[B] -> the groups of equal ids, of which only valid rows count."""
+  chex.assert_rank(group_ids, 1)
   chex.assert_equal_shape([group_ids, valid])
-  return same(group_ids) & everyone(valid)
+  order = jnp.argsort(group_ids, stable=True)
+  ids = group_ids[order]
+  place = jnp.arange(len(ids)) - jnp.searchsorted(ids, ids)
+  last = jnp.searchsorted(ids, group_ids, side='right') - 1
+  return Groups(valid, order, place, last)
 
 
-def everyone(valid: Array) -> Array:
-  """bool[B] -> bool[B, B]: rows i and j are both valid; the whole batch is one group."""
-  return valid[:, None] & valid[None, :]
+def everyone(valid: Array) -> Groups:
+  """bool[B] -> the whole batch as one group, of which only valid rows count."""
+  return members(jnp.zeros_like(valid, jnp.int32), valid)
 
 
-def total(x: Array, members: Array) -> Array:
-  """sum_j x_j over the members j of row i: [B], bool[B, B] -> [B]."""
-  return jnp.sum(jnp.where(members, x[None, :], 0), axis=-1)
+def total(x: Array, groups: Groups) -> Array:
+  """The sum of x over the counted rows of the group, at each of them: [B, ...] -> [B, ...]."""
+  return _combine(jnp.add, x, groups, 0)
 
 
-def center(x: Array, members: Array, weights: Array | None = None) -> Array:
-  """x_i - sum_j w_j x_j / sum_j w_j over the members j of row i.
+def minimum(x: Array, groups: Groups) -> Array:
+  """The least x of the counted rows of the group, at each of them: [B, ...] -> [B, ...]."""
+  return _combine(jnp.minimum, x, groups, jnp.inf)
+
+
+def maximum(x: Array, groups: Groups) -> Array:
+  """The largest x of the counted rows of the group, at each of them: [B, ...] -> [B, ...]."""
+  return _combine(jnp.maximum, x, groups, -jnp.inf)
+
+
+def size(groups: Groups) -> Array:
+  """The number of counted rows of the group, at each of them, i32[B]."""
+  return total(groups.counted.astype(jnp.int32), groups)
+
+
+def rank(x: Array, groups: Groups) -> Array:
+  """The number of counted rows of the group whose x is smaller: [B] -> i32[B].
+
+  Rows with equal x are ranked by position. Rows that do not count come last in their group.
+  """
+  chex.assert_equal_shape([x, groups.counted])
+  place = jnp.argsort(jnp.lexsort((x, ~groups.counted, groups.last)))
+  start = groups.last - groups.place[groups.last]
+  return place - start
+
+
+def center(x: Array, groups: Groups, weights: Array | None = None) -> Array:
+  """x_i - sum_j w_j x_j / sum_j w_j over the counted rows j of the group of row i.
 
   Args:
-    x: [B].
-    members: bool[B, B].
-    weights: [B], >= 0; None gives all members the weight 1.
+    x: [B, ...].
+    groups: which rows are compared.
+    weights: as x, >= 0; None gives all rows the weight 1.
 
   Returns:
-    [B]; 0 where the weights of the members sum to 0.
+    [B, ...]; 0 where the weights sum to 0.
   """
-  chex.assert_rank(x, 1)
-  weight = members if weights is None else jnp.where(members, weights[None, :], 0)
-  differences = jnp.where(members, x[:, None] - x[None, :], 0)
-  return divide(jnp.sum(weight * differences, axis=-1), jnp.sum(weight, axis=-1))
+  weights = jnp.ones_like(x) if weights is None else weights
+  chex.assert_equal_shape([x, weights])
+  # Differences from one of the rows that are averaged: equal numbers give exactly 0, and so does
+  # the only row with a weight.
+  origin = minimum(jnp.where(weights > 0, jax.lax.stop_gradient(x), jnp.inf), groups)
+  shifted = x - jnp.where(origin == jnp.inf, 0, origin)
+  sum_of_weights = total(weights, groups)
+  mean = divide(total(jnp.where(weights > 0, weights * shifted, 0), groups), sum_of_weights)
+  return jnp.where(_like(groups.counted, x) & (sum_of_weights > 0), shifted - mean, 0)
 
 
-def variance(centered: Array, members: Array, ddof: int) -> Array:
-  """Variance over the members, of numbers whose mean is subtracted already: [B], bool[B, B] -> [B].
+def variance(centered: Array, groups: Groups, ddof: int) -> Array:
+  """Variance over the counted rows of the group, of numbers whose mean is subtracted already.
 
-  The sum of squares is divided by max(number of members - ddof, 1).
+  The sum of squares is divided by max(number of rows - ddof, 1): [B] -> [B].
   """
-  return total(jnp.square(centered), members) / jnp.maximum(jnp.sum(members, axis=-1) - ddof, 1)
+  return total(jnp.square(centered), groups) / jnp.maximum(size(groups) - ddof, 1)
+
+
+def partner(groups: Groups) -> Array:
+  """The place of the other row of a pair, a group of exactly two rows; else the row's own: i32[B]."""
+  paired = groups.place[groups.last] == 1
+  first, second = groups.order[groups.last - paired], groups.order[groups.last]
+  rows = jnp.arange(len(paired))
+  return jnp.where(paired, first + second - rows, rows)
 
 
 def divide(x: Array, scale: Array) -> Array:
@@ -66,3 +133,28 @@ def divide(x: Array, scale: Array) -> Array:
   """
   empty = scale <= 0
   return jnp.where(empty, 0, x / jnp.where(empty, 1, scale))
+
+
+def _reduce(operation: Callable, x: Array, groups: Groups, empty: float) -> Array:
+  """An associative operation over the counted rows of each group: [B, ...] -> [B, ...]."""
+  chex.assert_equal_shape_prefix([x, groups.counted], 1)
+  counted = _like(groups.counted, x)
+  rows = jnp.arange(len(x))
+
+  # Each row holds the result of the 1, 2, 4, ... rows of its group that end with it.
+  def double(x, distance):
+    before = x[jnp.maximum(rows - distance, 0)]
+    return jnp.where(_like(groups.place >= distance, x), operation(before, x), x), None
+
+  x = jnp.where(counted, x, jnp.asarray(empty, x.dtype))[groups.order]
+  distances = jnp.array([2**k for k in range((len(x) - 1).bit_length())], rows.dtype)
+  x, _ = jax.lax.scan(double, x, distances)
+  return jnp.where(counted, x[groups.last], 0)
+
+
+_combine = jax.jit(_reduce, static_argnums=0)  # quick also where a caller compiles nothing
+
+
+def _like(rows: Array, x: Array) -> Array:
+  """[B] -> [B, 1, ...], so that it broadcasts over the columns of x."""
+  return rows.reshape(rows.shape + (1,) * (x.ndim - 1))

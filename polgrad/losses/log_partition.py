@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses.groups import same, total
+from polgrad.losses.groups import Groups, maximum, same, size, total
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -45,7 +45,7 @@ def group_mean(residual: Array, group_ids: Array) -> Array:
     [B].
   """
   group = _same(residual, group_ids)
-  return total(residual, group) / jnp.sum(group, axis=-1)
+  return total(residual, group) / size(group)
 
 
 def group_mean_detached(residual: Array, group_ids: Array) -> Array:
@@ -78,9 +78,9 @@ def leave_one_out(residual: Array, group_ids: Array) -> Array:
     [B].
   """
   group = _same(residual, group_ids)
-  size = jnp.sum(group, axis=-1)
+  rows = size(group)
   others = total(residual, group) - residual
-  return jnp.where(size > 1, others / jnp.maximum(size - 1, 1), residual)
+  return jnp.where(rows > 1, others / jnp.maximum(rows - 1, 1), residual)
 
 
 def reward_mean(scaled_rewards: Array, group_ids: Array) -> Array:
@@ -97,7 +97,7 @@ def reward_mean(scaled_rewards: Array, group_ids: Array) -> Array:
     [B].
   """
   group = _same(scaled_rewards, group_ids)
-  return jax.lax.stop_gradient(total(scaled_rewards, group) / jnp.sum(group, axis=-1))
+  return jax.lax.stop_gradient(total(scaled_rewards, group) / size(group))
 
 
 def log_partition(scaled_rewards: Array, group_ids: Array) -> Array:
@@ -114,10 +114,11 @@ def log_partition(scaled_rewards: Array, group_ids: Array) -> Array:
     [B].
   """
   group = _same(scaled_rewards, group_ids)
-  of_group = jnp.where(group, scaled_rewards[None, :], -jnp.inf)
   # log of the mean of exp, computed without overflow.
-  log_mean = jax.nn.logsumexp(of_group, axis=-1) - jnp.log(jnp.sum(group, axis=-1))
-  return jax.lax.stop_gradient(log_mean)
+  largest = maximum(scaled_rewards, group)
+  largest = jnp.where(jnp.isfinite(largest), largest, 0)
+  mean = total(jnp.exp(scaled_rewards - largest), group) / size(group)
+  return jax.lax.stop_gradient(largest + jnp.log(mean))
 
 
 def value(first_value: Array) -> Array:
@@ -157,8 +158,8 @@ def soft_baseline(
   return jax.lax.stop_gradient(baseline_temperature * log_mean / beta)
 
 
-def _same(x: Array, group_ids: Array) -> Array:
-  """bool[B, B]: rows i and j are in one group; checks the shapes."""
+def _same(x: Array, group_ids: Array) -> Groups:
+  """The groups of equal ids; checks the shapes."""
   chex.assert_equal_shape([x, group_ids])
   return same(group_ids)
 

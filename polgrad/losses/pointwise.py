@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from polgrad.losses import preference_losses
 from polgrad.losses._common import bounded
-from polgrad.losses.groups import same, total
+from polgrad.losses.groups import partner, same
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -95,9 +95,8 @@ def paired_product_clip(
     [B].
   """
   moved = _moved(logp, proximal_logp, mask)
-  other = _other(rewards, group_ids)
-  product = jnp.exp(bounded(moved + jax.lax.stop_gradient(total(moved, other))))
-  gap = _gap(rewards, other)
+  other, gap = _pairs(rewards, group_ids)
+  product = jnp.exp(bounded(moved + jax.lax.stop_gradient(moved[other])))
   return -jnp.minimum(gap * product, gap * jnp.clip(product, 1 - eps, 1 + eps))
 
 
@@ -127,12 +126,12 @@ def paired_joint_clip(
     [B].
   """
   moved = _moved(logp, proximal_logp, mask)
-  other = _other(rewards, group_ids)
+  other, gap = _pairs(rewards, group_ids)
   score = jnp.sum(jnp.where(mask, logp, 0), axis=-1)
-  odds = score - total(score, other)
-  old = jax.lax.stop_gradient(odds - (moved - total(moved, other)))
-  coefficient = jnp.exp(bounded(jax.lax.stop_gradient(moved + total(moved, other))))
-  coefficient = coefficient * _gap(rewards, other) / 2
+  odds = score - score[other]
+  old = jax.lax.stop_gradient(odds - (moved - moved[other]))
+  coefficient = jnp.exp(bounded(jax.lax.stop_gradient(moved + moved[other])))
+  coefficient = coefficient * gap / 2
   near = jnp.clip(odds, old - delta, old + delta)
   return -jnp.minimum(coefficient * odds, coefficient * near)
 
@@ -144,17 +143,15 @@ def _moved(logp: Array, proximal_logp: Array, mask: Array) -> Array:
   return jnp.sum(jnp.where(mask, logp - proximal_logp, 0), axis=-1)
 
 
-def _other(rewards: Array, group_ids: Array) -> Array:
-  """bool[B, B]: row j is the only other row of the group of row i."""
+def _pairs(rewards: Array, group_ids: Array) -> tuple[Array, Array]:
+  """The place of the other row of the pair, i32[B], and dR, the gap to its reward, [B].
+
+  A row that is not in a pair is compared with itself, so its gap is 0.
+  """
   chex.assert_equal_shape([rewards, group_ids])
-  group = same(group_ids)
-  paired = jnp.sum(group, axis=-1, keepdims=True) == 2
-  return group & paired & ~jnp.eye(len(rewards), dtype=bool)
-
-
-def _gap(rewards: Array, other: Array) -> Array:
-  """dR, the row's reward minus that of the other row; 0 for a row that is not in a pair."""
-  return jnp.where(jnp.any(other, axis=-1), rewards - total(rewards, other), 0)
+  other = partner(same(group_ids))
+  paired = other != jnp.arange(len(rewards))
+  return other, jnp.where(paired, rewards - rewards[other], 0)
 
 
 TABLE = table('pointwise', logistic, sigmoid, squared, paired_product_clip, paired_joint_clip)
