@@ -88,6 +88,7 @@ def rank(x: Array, groups: Groups) -> Array:
   return place - start
 
 
+@jax.jit
 def center(x: Array, groups: Groups, weights: Array | None = None) -> Array:
   """x_i - sum_j w_j x_j / sum_j w_j over the counted rows j of the group of row i.
 
@@ -110,6 +111,7 @@ def center(x: Array, groups: Groups, weights: Array | None = None) -> Array:
   return jnp.where(_like(groups.counted, x) & (sum_of_weights > 0), shifted - mean, 0)
 
 
+@jax.jit
 def variance(centered: Array, groups: Groups, ddof: int) -> Array:
   """Variance over the counted rows of the group, of numbers whose mean is subtracted already.
 
