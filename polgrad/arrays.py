@@ -84,6 +84,9 @@ LOCAL = {
   'loss': Spec('B T', 'loss of a token, unreduced; in aggregations'),
   'where': Spec('B T', 'tokens that are averaged, bool; in aggregations'),
   'score': Spec('B', 'beta times the score of the row, nats; in pointwise losses'),
+  'mismatched_score': Spec(
+    'B', 'score with the completion of another prompt; a feature of your own, in pointwise losses'
+  ),
   'margin': Spec('B', "gap between the scores of a pair's rows, in preference losses"),
   'beta': Spec('', 'temperature of the regression, unit of the reward; in log_partition'),
   'scaled_rewards': Spec('B', 'rewards / beta, nats; in log_partition'),
@@ -111,7 +114,11 @@ CONFIGURED = {
   'log_normalizer': Spec('B T', 'statistic: logsumexp of the logits'),
   'old_kl': Spec('B T', 'statistic: divergence between teacher and policy, nats'),
   'selected': Spec('B T', 'selection: chosen tokens, bool'),
+  'normalized_weights': Spec('B T', 'selection: importance weights with mean 1, f32'),
+  'prompt_weights': Spec('B T', 'selection: weights with which prompts count the same, f32'),
   'bounds': Spec('2', 'selection: least and largest ratio of the trust region'),
+  'kl_coefficient': Spec('', 'history: coefficient of the KL penalty, from its controller'),
+  'entropy_coefficient': Spec('', 'history: coefficient of the entropy bonus, from its controller'),
   'mean_entropy': Spec('', 'history: mean entropy of earlier updates, nats'),
 }
 

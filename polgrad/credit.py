@@ -17,7 +17,7 @@ from polgrad.losses import f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
-from polgrad.losses.groups import rank, same, size, total
+from polgrad.losses.groups import members, rank, same, size, total
 from polgrad.registry import call, check_weighted, inputs, table
 from polgrad.types import STREAMS, Array, Batch
 
@@ -292,7 +292,7 @@ def win_rate(*, with_itself: bool = True, extremes: bool = True) -> Estimator:
     label = _win_rates(batch.rewards, batch.group_ids, batch.valid, with_itself)
     if not extremes:
       return batch.with_arrays(label=label), state
-    group = _valid_groups(batch)
+    group = members(batch.group_ids, batch.valid)
     place = rank(-batch.rewards, group)  # 0 is the first of the best rows
     extreme = (place == 0) | (place == size(group) - 1)
     return batch.with_arrays(label=label, mask=batch.mask & extreme[:, None]), state

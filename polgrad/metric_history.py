@@ -2,6 +2,13 @@
 
 A `History` advances once an update, on the metrics of the whole minibatch; its value is an argument
 that the functions of an objective can name. Its state is part of the checkpoint.
+
+A controller is a history whose value is the coefficient of a penalty. A function of `FACTORS` in the
+slot `schedules` multiplies the penalty by it. An adaptive KL penalty, for example, is
+
+    penalties={'kl': weighted(1.0, part(penalties.k2))},
+    schedules={'kl': part(metric_history.kl_coefficient)},
+    history={'kl_coefficient': part(metric_history.adaptive_kl, target=0.05)},
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 
 from polgrad.reductions import Metric
-from polgrad.registry import table
+from polgrad.registry import Positive, table
 from polgrad.types import Array
 
 
@@ -60,5 +67,74 @@ def latest(*, metrics: tuple, initial: tuple) -> History:
   )
 
 
-TABLE = table('metric_history', running_mean, latest)
+def adaptive_kl(
+  *,
+  metric: str = 'kl',
+  target: Positive = 0.05,
+  initial: Positive = 0.1,
+  rate: float = 0.0256,
+  limit: float = 0.2,
+) -> History:
+  """A coefficient beta that keeps a divergence near its target, f32[] (arXiv:1909.08593).
+
+  beta <- beta (1 + rate clip(KL / target - 1, -limit, limit)) after every update.
+
+  Args:
+    metric: name of the divergence, for example that of its penalty.
+    target: the divergence that is wanted, nats per token.
+    initial: beta before the first update.
+    rate: relative change of beta per unit of the relative error. The paper has rows of the batch /
+      horizon, with 256 rows and a horizon of 10,000.
+    limit: largest relative error that counts.
+  """
+
+  def advance(beta, metrics):
+    error = jnp.clip(metrics[metric].value() / target - 1, -limit, limit)
+    return beta * (1 + rate * error)
+
+  return History(
+    init=lambda: jnp.asarray(initial, jnp.float32), value=lambda beta: beta, advance=advance
+  )
+
+
+def entropy_control(
+  *,
+  metric: str = 'entropy',
+  target: float = 0.3,
+  initial: float = 0.0,
+  rate: float = 0.001,
+  largest: float = 0.1,
+) -> History:
+  """A coefficient c of the entropy bonus that keeps the entropy near its target, f32[] (standard).
+
+  c <- clip(c + rate (target - H), 0, largest) after every update. The bonus is
+  `penalties.negative_entropy` with the weight 1 and the schedule `entropy_coefficient`.
+
+  Args:
+    metric: name of the entropy.
+    target: the entropy H that is wanted, nats per token.
+    initial: c before the first update.
+    rate: change of c per update and nat of the error.
+    largest: upper bound of c; the lower bound is 0, so a high entropy is not pushed down.
+  """
+
+  def advance(c, metrics):
+    return jnp.clip(c + rate * (target - metrics[metric].value()), 0, largest)
+
+  return History(init=lambda: jnp.asarray(initial, jnp.float32), value=lambda c: c, advance=advance)
+
+
+def kl_coefficient(kl_coefficient: Array) -> Array:
+  """The value of the history `kl_coefficient`, as the factor of a penalty, f32[]."""
+  return kl_coefficient
+
+
+def entropy_coefficient(entropy_coefficient: Array) -> Array:
+  """The value of the history `entropy_coefficient`, as the factor of a penalty, f32[]."""
+  return entropy_coefficient
+
+
+TABLE = table('metric_history', running_mean, latest, adaptive_kl, entropy_control)
 Part = Annotated[History, TABLE]
+
+FACTORS = table('metric_history', kl_coefficient, entropy_coefficient)

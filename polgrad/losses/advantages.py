@@ -98,6 +98,36 @@ def group_normalized(
   return divide(centered, jnp.sqrt(variance(centered, group, ddof)) + eps)
 
 
+def batch_scaled(
+  rewards: Array, group_ids: Array, valid: Array, *, ddof: int = 1, eps: float = 1e-6
+) -> Array:
+  """A_i = (R_i - mean of its group) / (std of the batch + eps): the mixed normalisation of Lite PPO
+  (arXiv:2508.08221).
+
+  The standard deviation is that of the rewards of all valid rows, around their common mean. All groups
+  are scaled by one number, so an easy or hard prompt, whose rewards hardly differ, is not enlarged.
+
+  Args:
+    rewards: [B].
+    group_ids: i32[B].
+    valid: bool[B].
+    ddof: 1 divides the sum of squares by the number of valid rows - 1, 0 by their number.
+    eps: added to the standard deviation, in units of the reward.
+
+  Returns:
+    [B], without unit, summing to 0 in every group up to rounding.
+
+  >>> rewards, group_ids = jnp.array([1.0, 0.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1])
+  >>> got = advantages.batch_scaled(rewards, group_ids, jnp.ones(4, bool))
+  >>> print(np.asarray(got).round(2))
+  [ 1. -1.  0.  0.]
+  """
+  _check(rewards, group_ids, valid)
+  batch = everyone(valid)
+  std = jnp.sqrt(variance(center(rewards, batch), batch, ddof))
+  return divide(center(rewards, members(group_ids, valid)), std + eps)
+
+
 def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
   """A_i = R_i - mean of the other rows of its group: RLOO (arXiv:2402.14740).
 
@@ -121,6 +151,43 @@ def leave_one_out(rewards: Array, group_ids: Array, valid: Array) -> Array:
   group = members(group_ids, valid)
   rows = size(group)
   return center(rewards, group) * rows / jnp.maximum(rows - 1, 1)
+
+
+def leave_one_out_normalized(
+  rewards: Array, group_ids: Array, valid: Array, *, ddof: int = 1, eps: float = 1e-6
+) -> Array:
+  """A_i = (R_i - mean) / (std + eps), both of the other rows of its group: `leave_one_out` with a scale
+  that does not depend on the row either (standard).
+
+  So the expected gradient is that of the rewards, each divided by a positive number. A row whose
+  group is otherwise equal is divided by eps alone: with rewards 0 and 1, choose an eps like 0.1.
+
+  Args:
+    rewards: [B].
+    group_ids: i32[B].
+    valid: bool[B].
+    ddof: 1 divides the sum of squares of the G - 1 other rows by G - 2, 0 by G - 1.
+    eps: added to the standard deviation, in units of the reward.
+
+  Returns:
+    [B], without unit; 0 in groups of fewer than three rows, where there is no scale.
+
+  >>> rewards = jnp.array([1.0, 0.0, 2.0])
+  >>> got = advantages.leave_one_out_normalized(rewards, jnp.zeros(3, int), jnp.ones(3, bool), ddof=0)
+  >>> print(np.asarray(got).round(2))
+  [ 0. -3.  3.]
+  """
+  _check(rewards, group_ids, valid)
+  group = members(group_ids, valid)
+  rows, centered = size(group), center(rewards, group)
+  # Without row i, with c its distance from the mean of all: the mean is lower by c / (G - 1), and the
+  # sum of squares by c^2 G / (G - 1). A difference that is only rounding is taken for 0.
+  factor = rows / jnp.maximum(rows - 1, 1)
+  squares = total(jnp.square(centered), group)
+  others = squares - jnp.square(centered) * factor
+  others = jnp.where(others > 1e-6 * squares, others, jnp.where(jnp.isnan(others), others, 0))
+  std = jnp.sqrt(others / jnp.maximum(rows - 1 - ddof, 1))
+  return jnp.where(rows > 2, divide(centered * factor, std + eps), 0)
 
 
 def pass_at_k(
@@ -201,16 +268,18 @@ def batch_mean(rewards: Array, group_ids: Array, valid: Array) -> Array:
   return center(rewards, everyone(valid))
 
 
-def batch_normalized(rewards: Array, group_ids: Array, valid: Array, *, eps: float = 1e-8) -> Array:
+def batch_normalized(
+  rewards: Array, group_ids: Array, valid: Array, *, ddof: int = 1, eps: float = 1e-8
+) -> Array:
   """A_i = (R_i - mean) / sqrt(var + eps) over the batch: REINFORCE++ (arXiv:2501.03262).
 
-  The variance is the unbiased estimate (ddof = 1). Every row counts the same; in `whiten` every token
-  counts the same.
+  Every row counts the same; in `whiten` every token counts the same.
 
   Args:
     rewards: [B].
     group_ids: i32[B]; not used.
     valid: bool[B].
+    ddof: 1 divides the sum of squares by the number of valid rows - 1, 0 by their number.
     eps: added to the variance, in squared units of the reward.
 
   Returns:
@@ -224,7 +293,7 @@ def batch_normalized(rewards: Array, group_ids: Array, valid: Array, *, eps: flo
   _check(rewards, group_ids, valid)
   batch = everyone(valid)
   centered = center(rewards, batch)
-  return divide(centered, jnp.sqrt(variance(centered, batch, ddof=1) + eps))
+  return divide(centered, jnp.sqrt(variance(centered, batch, ddof) + eps))
 
 
 def identity(advantages: Array, mask: Array) -> Array:
@@ -245,16 +314,17 @@ def identity(advantages: Array, mask: Array) -> Array:
   return jnp.where(mask, advantages, 0)
 
 
-def whiten(advantages: Array, mask: Array, *, eps: float = 1e-8) -> Array:
+def whiten(advantages: Array, mask: Array, *, ddof: int = 1, eps: float = 1e-8) -> Array:
   """(A - mean) / sqrt(var + eps) over all valid tokens (PPO practice; arXiv:2501.03262).
 
-  The variance is the unbiased estimate (ddof = 1). Every token counts the same, so long rows have more
-  influence on the statistics. Pass the whole batch, not a micro-batch: the statistics are taken over
-  the array given.
+  Every token counts the same, so long rows have more influence on the statistics. Pass the
+  whole batch, not a micro-batch: the statistics are taken over the array given.
 
   Args:
     advantages: [B, T].
     mask: bool[B, T].
+    ddof: 1 divides the sum of squares by the number of tokens - 1 (the unbiased variance), 0 by their
+      number.
     eps: added to the variance, in squared units of the reward.
 
   Returns:
@@ -271,7 +341,7 @@ def whiten(advantages: Array, mask: Array, *, eps: float = 1e-8) -> Array:
   shifted = jnp.where(mask, advantages - advantages.ravel()[jnp.argmax(mask)], 0)
   count = jnp.sum(mask)
   centered = jnp.where(mask, shifted - jnp.sum(shifted) / jnp.maximum(count, 1), 0)
-  variance = jnp.sum(jnp.square(centered)) / jnp.maximum(count - 1, 1)
+  variance = jnp.sum(jnp.square(centered)) / jnp.maximum(count - ddof, 1)
   return centered * jax.lax.rsqrt(variance + eps)
 
 
@@ -285,7 +355,9 @@ TABLE = baselines.TABLE | table(
   raw,
   group_mean,
   group_normalized,
+  batch_scaled,
   leave_one_out,
+  leave_one_out_normalized,
   pass_at_k,
   batch_mean,
   batch_normalized,

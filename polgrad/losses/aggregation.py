@@ -46,7 +46,7 @@ def token_mean(loss: Array, where: Array) -> Mean:
   return Mean(total=jnp.sum(_row_sums(loss, where)), count=_count(where, loss))
 
 
-def sequence_mean(loss: Array, where: Array) -> Mean:
+def sequence_mean(loss: Array, where: Array, *, empty_rows: bool = False) -> Mean:
   """Every row with a valid token counts the same, by its mean over tokens (GRPO, arXiv:2402.03300).
 
   A token of a long row has a smaller weight than a token of a short row; Dr. GRPO (arXiv:2503.20783)
@@ -55,9 +55,10 @@ def sequence_mean(loss: Array, where: Array) -> Mean:
   Args:
     loss: [B, T].
     where: bool[B, T].
+    empty_rows: whether rows without a valid token are counted, with a mean of 0; default no.
 
   Returns:
-    total: the sum of the rows' means; count: the number of rows with a valid token.
+    total: the sum of the rows' means; count: the number of rows that are counted.
 
   >>> loss = jnp.array([[1.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
   >>> where = jnp.array([[True, False, False], [True, True, True]])
@@ -65,12 +66,10 @@ def sequence_mean(loss: Array, where: Array) -> Mean:
   0.5
   """
   lengths = jnp.maximum(jnp.sum(where, axis=-1), 1)
-  return Mean(
-    total=jnp.sum(_row_sums(loss, where) / lengths), count=_count(jnp.any(where, -1), loss)
-  )
+  return Mean(total=jnp.sum(_row_sums(loss, where) / lengths), count=_rows(where, loss, empty_rows))
 
 
-def sequence_sum(loss: Array, where: Array) -> Mean:
+def sequence_sum(loss: Array, where: Array, *, empty_rows: bool = False) -> Mean:
   """Sum over the tokens of a row, then the mean over rows with a valid token (RLOO, arXiv:2402.14740).
 
   With `surrogates.reinforce` this is the policy gradient of whole sequences.
@@ -78,16 +77,17 @@ def sequence_sum(loss: Array, where: Array) -> Mean:
   Args:
     loss: [B, T].
     where: bool[B, T].
+    empty_rows: whether rows without a valid token are counted, with a sum of 0; default no.
 
   Returns:
-    total: the sum of the loss over valid tokens; count: the number of rows with a valid token.
+    total: the sum of the loss over valid tokens; count: the number of rows that are counted.
 
   >>> loss = jnp.array([[1.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
   >>> where = jnp.array([[True, False, False], [True, True, True]])
   >>> print(float(aggregation.sequence_sum(loss, where).value()))
   3.5
   """
-  return Mean(total=jnp.sum(_row_sums(loss, where)), count=_count(jnp.any(where, -1), loss))
+  return Mean(total=jnp.sum(_row_sums(loss, where)), count=_rows(where, loss, empty_rows))
 
 
 def constant_length(loss: Array, where: Array, *, length: int) -> Mean:
@@ -117,15 +117,48 @@ def constant_length(loss: Array, where: Array, *, length: int) -> Mean:
   return Mean(total=total, count=jnp.asarray(loss.shape[0] * length, total.dtype))
 
 
+def token_sum(loss: Array, where: Array, *, rows: int) -> Mean:
+  """The sum over all valid tokens of an update of `rows` rows: sum * rows / B (standard).
+
+  Long batches have larger gradients than short ones. The number of rows is a knob because an update may
+  be split: a part of B rows has its share of the count, and the shares add up to 1.
+
+  Args:
+    loss: [B, T].
+    where: bool[B, T].
+    rows: the number of rows of the whole update (the minibatch), also those without a valid token.
+
+  Returns:
+    total: the sum of the loss over valid tokens; count: B / rows.
+
+  Raises:
+    ValueError: rows < 1.
+
+  >>> loss = jnp.array([[1.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+  >>> where = jnp.array([[True, False, False], [True, True, True]])
+  >>> print(float(aggregation.token_sum(loss, where, rows=2).value()))
+  7.0
+  """
+  if rows < 1:
+    raise ValueError(f'rows must be positive, got {rows}')
+  total = jnp.sum(_row_sums(loss, where))
+  return Mean(total=total, count=jnp.asarray(loss.shape[0] / rows, total.dtype))
+
+
 def _row_sums(loss: Array, where: Array) -> Array:
   chex.assert_rank([loss, where], 2)
   chex.assert_equal_shape([loss, where])
   return jnp.sum(jnp.where(where, single(loss), 0), axis=-1)
 
 
+def _rows(where: Array, loss: Array, empty_rows: bool) -> Array:
+  """The number of rows, with or without those that have no valid token."""
+  return _count(jnp.any(where, axis=-1) | empty_rows, loss)
+
+
 def _count(where: Array, loss: Array) -> Array:
   return jnp.sum(where, dtype=single(loss).dtype)
 
 
-TABLE = table('aggregation', token_mean, sequence_mean, sequence_sum, constant_length)
+TABLE = table('aggregation', token_mean, sequence_mean, sequence_sum, constant_length, token_sum)
 Part = Annotated[Callable, TABLE]

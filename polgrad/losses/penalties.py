@@ -11,6 +11,7 @@ before t held fixed, the expected gradient is
     k2              grad KL(pi || reference)
     k3              grad KL(reference || pi): the other direction
     importance_k3   grad KL(pi || reference), also for off-policy tokens
+    importance_k1   the same, with more noise
 
 These gradients ignore that an early token changes the prefixes of later ones. To include that effect,
 subtract k1 from the reward of each token and use rewards to go (`kl_coefficient` in `credit`).
@@ -78,23 +79,45 @@ def squared_log_ratio(log_ratio: Array) -> Array:
   return 0.5 * jnp.square(log_ratio)
 
 
-def k3(logp: Array, reference_logp: Array) -> Array:
-  """exp(-delta) - 1 + delta: GRPO's penalty (arXiv:2402.03300).
+def k3(logp: Array, reference_logp: Array, *, limit: float = jnp.inf) -> Array:
+  """min(exp(-delta) - 1 + delta, limit): GRPO's penalty (arXiv:2402.03300).
 
   As a value it is unbiased for KL(pi || reference) and never negative. As a loss its expected gradient
-  is that of KL(reference || pi), the mass-covering direction. delta is clamped to +-20 nats; a clamped
-  entry has gradient 0.
+  is that of KL(reference || pi), the mass-covering direction. delta is clamped to +-20 nats. An entry
+  that is clamped, or that exceeds the limit, has gradient 0. The paper has no limit; some code bases
+  have 10.
 
   Args:
     logp: [..., T], nats.
     reference_logp: [..., T], nats.
+    limit: largest penalty of a token, nats.
 
   Returns:
-    [..., T], >= 0.
+    [..., T], in [0, limit].
   """
   logp, reference_logp = finite_gradient(logp, reference_logp)
   delta = bounded(logp - reference_logp)
-  return jnp.expm1(-delta) + delta
+  return jnp.minimum(jnp.expm1(-delta) + delta, limit)
+
+
+def importance_k1(log_ratio: Array, logp: Array, reference_logp: Array) -> Array:
+  """r delta with gradient also through r: an off-policy KL(pi || reference) (standard;
+  arXiv:2506.09477).
+
+  Its gradient is r (delta + 1) grad logp. For tokens sampled by the old policy the expected value is
+  KL(pi || reference) and the expected gradient is that of the KL, as for `importance_k3`; r grad logp
+  has mean zero and only adds noise.
+
+  Args:
+    log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats.
+
+  Returns:
+    [..., T], nats; single entries can be negative.
+  """
+  log_ratio, logp, reference_logp = finite_gradient(log_ratio, logp, reference_logp)
+  return jnp.exp(log_ratio) * (logp - reference_logp)
 
 
 def importance_k3(log_ratio: Array, logp: Array, reference_logp: Array) -> Array:
@@ -140,6 +163,30 @@ def value_error(values: Array, returns: Array) -> Array:
   """
   values, returns = finite_gradient(values, returns)
   return 0.5 * jnp.square(values - returns)
+
+
+def huber_value_error(values: Array, returns: Array, *, delta: float = 1.0) -> Array:
+  """e^2 / 2 where |e| <= delta, else delta (|e| - delta / 2), e = V - return: Huber's loss (standard).
+
+  The gradient is e clipped to +-delta, so a single return far from the value cannot dominate the batch.
+
+  Args:
+    values: [..., T], V, in units of the return; carries gradient.
+    returns: [..., T], constant.
+    delta: error from which on the loss is linear, in units of the return; infinite gives `value_error`.
+
+  Returns:
+    [..., T], >= 0.
+
+  Raises:
+    ValueError: delta <= 0.
+  """
+  if delta <= 0:
+    raise ValueError(f'delta must be positive, got {delta}')
+  values, returns = finite_gradient(values, returns)
+  error = values - returns
+  near = jnp.clip(error, -delta, delta)
+  return near * (error - near / 2)
 
 
 def clipped_value_error(
@@ -211,7 +258,7 @@ def selected_k3(logp: Array, proxy_logp: Array, selected: Array) -> Array:
     [..., T], in [0, 10]; the gradient is 0 where k3 exceeds 10.
   """
   chex.assert_equal_shape([logp, proxy_logp, selected])
-  return jnp.where(selected, jnp.minimum(k3(logp, proxy_logp), 10.0), 0)
+  return jnp.where(selected, k3(logp, proxy_logp, limit=10.0), 0)
 
 
 def entropy_band(
@@ -267,9 +314,11 @@ TABLE = table(
   k2,
   squared_log_ratio,
   k3,
+  importance_k1,
   importance_k3,
   negative_entropy,
   value_error,
+  huber_value_error,
   clipped_value_error,
   nll,
   selected_absolute,

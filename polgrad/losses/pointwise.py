@@ -32,22 +32,58 @@ def logistic(score: Array, label: Array) -> Array:
   return preference_losses.logistic(score, label)
 
 
-def sigmoid(score: Array, label: Array) -> Array:
-  """p sigmoid(-z) + (1 - p) sigmoid(z): KTO with reference point z0 = 0 (arXiv:2402.01306), which
-  is APO-zero on unpaired data (arXiv:2408.06266).
+def sigmoid(
+  score: Array, label: Array, *, desirable: float = 1.0, undesirable: float = 1.0
+) -> Array:
+  """desirable p sigmoid(-z) + undesirable (1 - p) sigmoid(z): KTO with reference point z0 = 0
+  (arXiv:2402.01306), which is APO-zero on unpaired data (arXiv:2408.06266).
 
-  The loss is bounded, so its gradient vanishes where |z| is large, whatever the label. For a KTO
-  reference point z0 other than 0, subtract it (detached) from the score.
+  The loss is bounded, so its gradient vanishes where |z| is large, whatever the label. `kto` has a
+  reference point that is estimated.
 
   Args:
     score: [...].
     label: [...], 1 for a desirable row, 0 for an undesirable one.
+    desirable: weight of desirable rows, lambda_D in the paper.
+    undesirable: weight of undesirable rows, lambda_U in the paper.
 
   Returns:
-    [...], in [0, 1] for labels in [0, 1].
+    [...], in [0, 1] for labels in [0, 1] and weights of 1.
   """
   chex.assert_equal_shape([score, label])
-  return label * jax.nn.sigmoid(-score) + (1 - label) * jax.nn.sigmoid(score)
+  good, bad = jax.nn.sigmoid(-score), jax.nn.sigmoid(score)
+  return desirable * label * good + undesirable * (1 - label) * bad
+
+
+def kto(
+  score: Array,
+  label: Array,
+  mismatched_score: Array,
+  *,
+  desirable: float = 1.0,
+  undesirable: float = 1.0,
+) -> Array:
+  """`sigmoid` of z - z0, z0 = sg(max(mean of the mismatched scores, 0)): KTO (arXiv:2402.01306).
+
+  z0 estimates beta KL(pi || reference) from completions of other prompts; rows count as gains or losses
+  relative to it. The mean is over the rows that are given, so with micro-batches each has a z0 of its
+  own, as in published code. The paper recommends weights with
+  desirable * (number of desirable rows) / (undesirable * number of undesirable rows) between 1 and 4/3.
+
+  Args:
+    score: [B].
+    label: [B], 1 for a desirable row, 0 for an undesirable one.
+    mismatched_score: [B], the same score of the row's prompt with a completion of another prompt.
+    desirable: weight of desirable rows, lambda_D in the paper.
+    undesirable: weight of undesirable rows, lambda_U in the paper.
+
+  Returns:
+    [B].
+  """
+  chex.assert_rank(score, 1)
+  chex.assert_equal_shape([score, label, mismatched_score])
+  z0 = jax.lax.stop_gradient(jnp.maximum(jnp.mean(mismatched_score), 0))
+  return sigmoid(score - z0, label, desirable=desirable, undesirable=undesirable)
 
 
 def squared(score: Array, label: Array, *, target: float = 1.0) -> Array:
@@ -154,5 +190,5 @@ def _pairs(rewards: Array, group_ids: Array) -> tuple[Array, Array]:
   return other, jnp.where(paired, rewards - rewards[other], 0)
 
 
-TABLE = table('pointwise', logistic, sigmoid, squared, paired_product_clip, paired_joint_clip)
+TABLE = table('pointwise', logistic, sigmoid, kto, squared, paired_product_clip, paired_joint_clip)
 Part = Annotated[Callable, TABLE]

@@ -55,28 +55,30 @@ def sequence_geometric(log_ratio: Array, mask: Array) -> Array:
 
 
 def sequence_geometric_clipped(
-  log_ratio: Array, advantages: Array, mask: Array, *, eps: float = 0.4
+  log_ratio: Array, advantages: Array, mask: Array, *, eps_low: float = 0.4, eps_high: float = 0.4
 ) -> Array:
   """The row's mean of one-sidedly clipped log-ratios: GMPO (arXiv:2507.20673).
 
-  log s_t = c_t - sg(c_t) + sg(mean_k c_k), with c = min(d, eps) for A > 0, max(d, -eps) for A < 0,
-  and c = d = log_ratio for A = 0. A clipped token still enters the mean of its row, but its own
+  log s_t = c_t - sg(c_t) + sg(mean_k c_k), with c = min(d, eps_high) for A > 0, max(d, -eps_low) for
+  A < 0, and c = d = log_ratio for A = 0. A clipped token still enters the mean of its row, but its own
   gradient is 0. With one advantage per row, `surrogates.importance_weighted` and the `sequence_mean`
-  aggregation, value and gradient are the paper's. eps = inf gives `sequence_geometric`.
+  aggregation, value and gradient are the paper's, in which both bounds are one number. Infinite bounds
+  give `sequence_geometric`.
 
   Args:
     log_ratio: [..., T], nats.
     advantages: [..., T]; only the sign is read.
     mask: bool[..., T].
-    eps: clip bound of the log-ratio, nats.
+    eps_low: clip bound of the log-ratio downwards, for A < 0, nats.
+    eps_high: clip bound of the log-ratio upwards, for A > 0, nats.
 
   Returns:
     [..., T], clamped; 0 where `mask` is False.
   """
   chex.assert_equal_shape([log_ratio, advantages, mask])
   log_ratio, advantages = (jnp.where(mask, x, 0) for x in (log_ratio, advantages))
-  bound = jnp.where(advantages >= 0, eps, -eps).astype(log_ratio.dtype)
-  clipped = jnp.where(kept(log_ratio, advantages, -eps, eps), log_ratio, bound)
+  bound = jnp.where(advantages >= 0, eps_high, -eps_low).astype(log_ratio.dtype)
+  clipped = jnp.where(kept(log_ratio, advantages, -eps_low, eps_high), log_ratio, bound)
   return _straight_through(clipped, row_mean(clipped, mask), mask)
 
 

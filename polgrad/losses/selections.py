@@ -6,7 +6,12 @@ on all tokens together, so a selection is evaluated once per update on the whole
 split into micro-batches. No gradient flows through it.
 
 No token outside the mask is selected. Tokens with equal scores are ranked by row, then by position.
-`balanced_bounds` and `second_moment_bounds` differ: they return the bounds of a trust region, f32[2].
+Four functions return numbers: `balanced_bounds` and `second_moment_bounds` the bounds of a trust region,
+f32[2]; `self_normalized` and `per_prompt` weights of tokens, f32[B, T], which are 0 outside the mask.
+
+A selection can be used in two ways. As a weight (`weights.selected`) it multiplies the loss, and a token
+that it drops still counts in the denominator of the mean. As `only` of the objective it also takes the
+token out of the denominator.
 """
 
 from collections.abc import Callable
@@ -16,7 +21,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import LIMIT, bounded, kept
+from polgrad.losses._common import LIMIT, bounded, kept, row_mean, row_sum, within
+from polgrad.losses.groups import divide, same, size, total
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -185,6 +191,153 @@ def unlikely(
   return lowest & (logp < proxy_logp)
 
 
+def top_entropy(entropy: Array, mask: Array, *, share: float = 0.2) -> Array:
+  """Tokens whose entropy reaches the (1 - share) quantile of the batch: the 80/20 rule
+  (arXiv:2506.01939).
+
+  The quantile is that of the valid tokens, interpolated linearly. Equal entropies are all selected.
+
+  Args:
+    entropy: [B, T], of the next-token distribution, nats.
+    mask: bool[B, T].
+    share: fraction of the valid tokens to select, in [0, 1].
+
+  Returns:
+    bool[B, T], True where a token is selected.
+
+  Raises:
+    ValueError: a share outside [0, 1].
+  """
+  chex.assert_equal_shape([entropy, mask])
+  if not 0 <= share <= 1:
+    raise ValueError(f'share must lie in [0, 1], got {share}')
+  ordered = jnp.sort(jnp.where(mask, entropy, jnp.inf), axis=None)
+  # The factor is for a product that should be a whole number but is rounded up.
+  place = (1 - share) * (1 - 1e-6) * jnp.maximum(jnp.sum(mask) - 1, 0).astype(entropy.dtype)
+  below, above = (ordered[f(place).astype(jnp.int32)] for f in (jnp.floor, jnp.ceil))
+  # Of equal neighbours the difference is exactly 0; there is no other one to subtract from infinity.
+  step = jnp.where(above > below, above - below, 0)
+  return mask & (entropy >= below + step * (place - jnp.floor(place)))
+
+
+def token_band(
+  proximal_logp: Array, behavior_logp: Array, mask: Array, *, low: float = 0.5, high: float = 5.0
+) -> Array:
+  """Tokens to keep: low <= rho <= high, as `weights.masked_importance`, here as a rejection
+  (arXiv:2510.18855).
+
+  rho = pi_proximal / pi_behavior. Named by `only` of the objective, a rejected token is left out of the
+  denominator as well.
+
+  Args:
+    proximal_logp: [B, T], nats.
+    behavior_logp: [B, T], nats.
+    mask: bool[B, T].
+    low: smallest ratio that is kept.
+    high: largest ratio that is kept.
+
+  Returns:
+    bool[B, T], True where a token is kept.
+  """
+  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
+  return mask & within(jnp.exp(bounded(proximal_logp - behavior_logp)), low, high)
+
+
+def sequence_band(
+  proximal_logp: Array, behavior_logp: Array, mask: Array, *, low: float = 0.0, high: float = 3.0
+) -> Array:
+  """Rows to keep: low <= prod_t rho_t <= high, as `weights.masked_sequence_importance`, here as a
+  rejection (arXiv:2510.18855).
+
+  Args:
+    proximal_logp: [B, T], nats.
+    behavior_logp: [B, T], nats.
+    mask: bool[B, T].
+    low: smallest ratio of a row that is kept.
+    high: largest ratio of a row that is kept.
+
+  Returns:
+    bool[B, T], True at all valid tokens of the rows that are kept.
+  """
+  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
+  return mask & within(jnp.exp(bounded(row_sum(proximal_logp - behavior_logp, mask))), low, high)
+
+
+def geometric_band(
+  proximal_logp: Array,
+  behavior_logp: Array,
+  mask: Array,
+  *,
+  low: float = 0.999,
+  high: float = 1.001,
+) -> Array:
+  """Rows to keep: low <= (prod_t rho_t)^(1/L) <= high, as `weights.geometric_band`, here as a rejection
+  (standard).
+
+  Args:
+    proximal_logp: [B, T], nats.
+    behavior_logp: [B, T], nats.
+    mask: bool[B, T].
+    low: smallest geometric mean that is kept.
+    high: largest geometric mean that is kept.
+
+  Returns:
+    bool[B, T], True at all valid tokens of the rows that are kept.
+  """
+  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
+  return mask & within(jnp.exp(bounded(row_mean(proximal_logp - behavior_logp, mask))), low, high)
+
+
+def self_normalized(
+  proximal_logp: Array, behavior_logp: Array, mask: Array, *, cap: float = 2.0, floor: float = 0.0
+) -> Array:
+  """w / (mean of w over the valid tokens of the batch), w = clip(rho, floor, cap): self-normalised
+  importance weights (Hesterberg 1995; standard).
+
+  Truncation makes the weights smaller on average; the division makes their mean 1 again, so the step
+  size does not depend on how far the sampler is from the trainer. `weights.normalized` multiplies the
+  loss by the result, under the name `normalized_weights`.
+
+  Args:
+    proximal_logp: [B, T], nats.
+    behavior_logp: [B, T], nats.
+    mask: bool[B, T].
+    cap: largest w.
+    floor: smallest w.
+
+  Returns:
+    f32[B, T], 0 outside the mask; their mean over the valid tokens is 1.
+  """
+  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
+  ratio = jnp.clip(jnp.exp(bounded(proximal_logp - behavior_logp)), floor, cap)
+  ratio = jnp.where(mask, ratio, 0)
+  return ratio * divide(jnp.sum(mask).astype(ratio.dtype), jnp.sum(ratio))
+
+
+def per_prompt(group_ids: Array, mask: Array) -> Array:
+  """n / (N n_g) at the n_g tokens of group g, of N groups with tokens and n tokens in the batch: with
+  these weights a mean over tokens is the mean over prompts of each prompt's mean (standard).
+
+  `weights.per_prompt` multiplies the loss by them, under the name `prompt_weights`; the aggregation is
+  `aggregation.token_mean`. A prompt then counts the same however long its completions are, and within
+  a prompt every token does.
+
+  Args:
+    group_ids: i32[B].
+    mask: bool[B, T].
+
+  Returns:
+    f32[B, T], 0 outside the mask; their mean over the valid tokens is 1.
+  """
+  chex.assert_rank(mask, 2)
+  chex.assert_shape(group_ids, mask.shape[:1])
+  group = same(group_ids)
+  tokens = total(jnp.sum(mask, axis=-1, dtype=float), group)
+  prompts = jnp.sum((tokens > 0) / size(group))  # each of the k rows of a group counts as 1 / k
+  weights = divide(jnp.sum(mask) / jnp.maximum(prompts, 1), tokens)
+  return jnp.where(mask, weights[:, None], 0)
+
+
 def balanced_bounds(
   log_ratio: Array,
   advantages: Array,
@@ -338,6 +491,12 @@ TABLE = table(
   top_covariance,
   random_covariance,
   unlikely,
+  top_entropy,
+  token_band,
+  sequence_band,
+  geometric_band,
+  self_normalized,
+  per_prompt,
   balanced_bounds,
   curvature,
 )

@@ -126,6 +126,27 @@ def near_or_positive(
   return ((jnp.where(mask, advantages, 0) >= 0) | near).astype(logp.dtype)
 
 
+def near_behavior_or_positive(
+  logp: Array, behavior_logp: Array, advantages: Array, mask: Array, *, limit: float = 0.5
+) -> Array:
+  """`near_or_positive` measured from the policy that sampled: DeepSeek-V3.2 (arXiv:2512.02556).
+
+  The distance then also contains what the sampler's kernels and precision change, and how old its
+  parameters were.
+
+  Args:
+    logp: [..., T], nats; detached here.
+    behavior_logp: [..., T], nats.
+    advantages: [..., T].
+    mask: bool[..., T].
+    limit: largest mean decrease of the log-probability that is kept where A < 0, nats per token.
+
+  Returns:
+    [..., T], 0 or 1.
+  """
+  return near_or_positive(logp, behavior_logp, advantages, mask, limit=limit)
+
+
 def geometric_band(
   proximal_logp: Array,
   behavior_logp: Array,

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import _common
-from polgrad.losses._common import bounded, row_sum, within
+from polgrad.losses._common import bounded, row_mean, row_sum, within
 from polgrad.losses.trust_region_masks import (
   geometric_band,
+  near_behavior_or_positive,
   near_or_positive,
   one_sided,
   probability_one_sided,
@@ -34,22 +35,29 @@ from polgrad.registry import table
 from polgrad.types import Array
 
 
-def truncated_importance(proximal_logp: Array, behavior_logp: Array, *, cap: float = 2.0) -> Array:
-  """sg(min(rho, cap)): truncated importance sampling, per token (Yao et al. 2025, "Your Efficient RL
-  Framework Secretly Brings You Off-Policy RL Training"; idea: arXiv:2505.24034).
+def truncated_importance(
+  proximal_logp: Array, behavior_logp: Array, *, cap: float = 2.0, floor: float = 0.0
+) -> Array:
+  """sg(clip(rho, floor, cap)): truncated importance sampling, per token (Yao et al. 2025, "Your
+  Efficient RL Framework Secretly Brings You Off-Policy RL Training"; idea: arXiv:2505.24034).
 
-  Truncation only makes weights smaller, so E_behavior[min(rho, cap)] <= 1. An infinite cap gives the
-  weight of decoupled PPO (arXiv:2505.24298).
+  Without a floor, truncation only makes weights smaller, so E_behavior[min(rho, cap)] <= 1. An infinite
+  cap gives the weight of decoupled PPO (arXiv:2505.24298). With a floor, tokens that the sampler
+  overrates keep at least that weight.
 
   Args:
     proximal_logp: [..., T], nats.
     behavior_logp: [..., T], nats.
     cap: largest weight.
+    floor: smallest weight.
 
   Returns:
-    [..., T], in [0, cap].
+    [..., T], in [floor, cap].
+
+  Raises:
+    ValueError: a floor outside [0, cap].
   """
-  return jnp.minimum(_ratio(proximal_logp, behavior_logp), cap)
+  return _clip(_ratio(proximal_logp, behavior_logp), floor, cap)
 
 
 def masked_importance(
@@ -74,9 +82,14 @@ def masked_importance(
 
 
 def truncated_sequence_importance(
-  proximal_logp: Array, behavior_logp: Array, mask: Array, *, cap: float = 2.0
+  proximal_logp: Array,
+  behavior_logp: Array,
+  mask: Array,
+  *,
+  cap: float = 2.0,
+  floor: float = 0.0,
 ) -> Array:
-  """sg(min(prod_t rho_t, cap)) at every token: truncated importance sampling of rows (standard).
+  """sg(clip(prod_t rho_t, floor, cap)) at every token: truncated importance sampling of rows (standard).
 
   With an infinite cap and r = 1 the sequence-level gradient is unbiased (as long as the clamp to 20
   nats is not active), but its variance grows exponentially with the length. The cap limits it.
@@ -86,12 +99,47 @@ def truncated_sequence_importance(
     behavior_logp: [..., T], nats.
     mask: bool[..., T].
     cap: largest weight.
+    floor: smallest weight.
 
   Returns:
-    [..., T], the same in all tokens of a row; min(1, cap) in a row without tokens.
+    [..., T], the same in all tokens of a row; clip(1, floor, cap) in a row without tokens.
+
+  Raises:
+    ValueError: a floor outside [0, cap].
   """
   ratio = _row_ratio(proximal_logp, behavior_logp, mask)
-  return jnp.broadcast_to(jnp.minimum(ratio, cap), mask.shape)
+  return jnp.broadcast_to(_clip(ratio, floor, cap), mask.shape)
+
+
+def truncated_geometric_importance(
+  proximal_logp: Array,
+  behavior_logp: Array,
+  mask: Array,
+  *,
+  cap: float = 2.0,
+  floor: float = 0.0,
+) -> Array:
+  """sg(clip((prod_t rho_t)^(1/L), floor, cap)) at every token of a row of L tokens (standard).
+
+  The geometric mean does not grow with the length, so one cap suits short and long rows. It is not the
+  importance weight of the row, so the gradient stays biased, also with an infinite cap.
+
+  Args:
+    proximal_logp: [..., T], nats.
+    behavior_logp: [..., T], nats.
+    mask: bool[..., T].
+    cap: largest weight.
+    floor: smallest weight.
+
+  Returns:
+    [..., T], the same in all tokens of a row; clip(1, floor, cap) in a row without tokens.
+
+  Raises:
+    ValueError: a floor outside [0, cap].
+  """
+  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
+  mean = row_mean(jax.lax.stop_gradient(proximal_logp - behavior_logp), mask)
+  return jnp.broadcast_to(_clip(jnp.exp(bounded(mean)), floor, cap), mask.shape)
 
 
 def masked_sequence_importance(
@@ -222,6 +270,38 @@ def soft_gate(
   return _common.soft_gate(ratio, advantages, tau_positive, tau_negative)
 
 
+def normalized(normalized_weights: Array) -> Array:
+  """The importance weights that the selection `normalized_weights` has divided by their mean over the
+  batch, see `selections.self_normalized` (standard).
+
+  Args:
+    normalized_weights: [B, T].
+
+  Returns:
+    [B, T].
+  """
+  return jax.lax.stop_gradient(normalized_weights)
+
+
+def per_prompt(prompt_weights: Array) -> Array:
+  """The weights with which a mean over tokens is a mean over prompts, see `selections.per_prompt`
+  (standard).
+
+  Args:
+    prompt_weights: [B, T].
+
+  Returns:
+    [B, T].
+  """
+  return jax.lax.stop_gradient(prompt_weights)
+
+
+def _clip(ratio: Array, floor: float, cap: float) -> Array:
+  if not 0 <= floor <= cap:
+    raise ValueError(f'floor is a ratio in [0, cap = {cap}], got {floor}')
+  return jnp.clip(ratio, floor, cap)
+
+
 def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
   """The detached ratio rho of each token: [..., T]."""
   chex.assert_equal_shape([proximal_logp, behavior_logp])
@@ -240,9 +320,12 @@ TABLE = table(
   masked_importance,
   truncated_sequence_importance,
   masked_sequence_importance,
+  truncated_geometric_importance,
   tapered,
   gamma_shaped,
   soft_gate,
+  normalized,
+  per_prompt,
 ) | table(
   'trust_region_masks',
   geometric_band,
@@ -251,6 +334,7 @@ TABLE = table(
   ring,
   probability_one_sided,
   near_or_positive,
+  near_behavior_or_positive,
   selected,
   unselected,
 )

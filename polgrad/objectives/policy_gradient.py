@@ -41,6 +41,7 @@ from polgrad.types import Array, Batch, Outputs
 
 PenaltyPart = Annotated[Callable, either(penalties.TABLE, divergences.TABLE)]
 StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
+FactorPart = Annotated[Callable, either(optim.SCHEDULES, metric_history.FACTORS)]
 FROM_RATIO = frozenset({'log_ratio', 'proximal_logp'})  # made by the slots `ratio` and `proximal`
 PROBE = 'probe/'  # prefix of the terms of probes
 
@@ -59,7 +60,8 @@ class PolicyGradient(Objective):
     penalties: regularisers with their coefficients, e.g.
       `{'kl': weighted(0.04, part(penalties.k3))}`. Each is a term and a metric under its name. One
       from `divergences` compares whole next-token distributions with those of the anchor `teacher`.
-    schedules: factors of a penalty's coefficient by update, for some of the penalties.
+    schedules: factors of a penalty's coefficient, for some of the penalties: functions of the update's
+      number, or of a controller in `history`.
     stats: statistics of the next-token distribution; slots read them by these names. Penalties from
       `divergences` are added to them, because they need the logits too.
     selections: functions that compare tokens of the whole batch, such as the top tokens by a rank;
@@ -82,7 +84,7 @@ class PolicyGradient(Objective):
   proximal: ratios.ProximalPart = ratios.recorded
   weights: Mapping[str, token_weights.Part] = dataclasses.field(default_factory=dict)
   penalties: Mapping[str, PenaltyPart] = dataclasses.field(default_factory=dict)
-  schedules: Mapping[str, optim.SchedulePart] = dataclasses.field(default_factory=dict)
+  schedules: Mapping[str, FactorPart] = dataclasses.field(default_factory=dict)
   stats: Mapping[str, StatPart] = dataclasses.field(default_factory=dict)
   selections: Mapping[str, batch_selections.Part] = dataclasses.field(default_factory=dict)
   only: str = ''
@@ -139,6 +141,7 @@ class PolicyGradient(Objective):
       'selections': self.selections,
       'penalties': {k: p.fn for k, p in self.penalties.items()},
       'stats': {k: f for k, f in self.stats.items() if k not in self.of_vocabulary},
+      'schedules': self.schedules,
     }
     return {f'{slot}.{k}': f for slot, group in groups.items() for k, f in group.items()}
 
@@ -178,13 +181,19 @@ class PolicyGradient(Objective):
       else:
         value = call_slot(f'penalties.{name}', penalty, x_with_ratio)
       metrics[name] = self.aggregation(value, where)
-      factor = self.schedules[name](step) if name in self.schedules else 1.0
+      factor = self.factor(name, x | {'step': step})
       terms[name] = metrics[name].scale(coefficient * factor)
 
     for name, probe in self.probes.items():
       slot = f'probes.{name.removeprefix(PROBE)}'
       terms[name] = self.aggregation(self.token_loss(x, x['logp'], slot, probe), where)
     return terms, metrics
+
+  def factor(self, name: str, x: Mapping[str, Array]) -> Array | float:
+    """The factor of a penalty's coefficient: of its schedule, or 1."""
+    if name not in self.schedules:
+      return 1.0
+    return call_slot(f'schedules.{name}', self.schedules[name], x)
 
   def arrays(
     self, outputs: Outputs, batch: Batch, state: State, step: Array | int

@@ -36,7 +36,11 @@ CENTERED = [fn for fn in advantages.TABLE.values() if fn is not advantages.raw]
 OF_THE_BATCH = (advantages.batch_mean, advantages.batch_normalized, baselines.sampled_baseline)
 GROUPED = [fn for fn in CENTERED if fn not in OF_THE_BATCH]
 ABSOLUTE = (baselines.nonzero_mean, advantages.pass_at_k)  # not of differences of rewards alone
-SCALED = (baselines.informative_mean, baselines.nonzero_mean)  # by a factor of the whole batch
+SCALED = (
+  baselines.informative_mean,
+  baselines.nonzero_mean,
+  advantages.batch_scaled,
+)  # by a factor of the whole batch
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([2, 5, 1, 4, 3, 5, 2, 4])

@@ -83,6 +83,7 @@ ARRAYS |= dict(
   token_returns=RNG.normal(size=(B, T)),
   log_rho=RNG.normal(size=(B, T)),
   log_normalizer=RNG.normal(size=(B, T)),
+  mismatched_score=np.array([0.3, -0.2, 1.1, 0.4, -0.1, 0.2]),
   proxy_logp=logps(),
   selected=RNG.uniform(size=(B, T)) < 0.5,
   mean_entropy=np.array(1.1),
@@ -313,28 +314,30 @@ ORACLES = {
     lambda a: in_batch(lambda x, batch: x - batch.mean(), a['rewards'], a['valid']),
   ),
   advantages.batch_normalized: (
-    dict(eps=0.1),
+    dict(ddof=0, eps=0.1),
     lambda a: in_batch(
-      lambda x, batch: (x - batch.mean()) / np.sqrt(batch.var(ddof=1) + 0.1),
+      lambda x, batch: (x - batch.mean()) / np.sqrt(batch.var(ddof=0) + 0.1),
       a['rewards'],
       a['valid'],
     ),
   ),
   advantages.identity: ({}, lambda a: a['advantages'] * MASK),
   advantages.whiten: (
-    dict(eps=0.1),
+    dict(ddof=0, eps=0.1),
     lambda a: (
       MASK
       * (a['advantages'] - a['advantages'][MASK].mean())
-      / np.sqrt(a['advantages'][MASK].var(ddof=1) + 0.1)
+      / np.sqrt(a['advantages'][MASK].var(ddof=0) + 0.1)
     ),
   ),
   penalties.k1: ({}, lambda a: a['logp'] - a['reference_logp']),
   penalties.k2: ({}, lambda a: (a['logp'] - a['reference_logp']) ** 2 / 2),
   penalties.squared_log_ratio: ({}, lambda a: a['log_ratio'] ** 2 / 2),
   penalties.k3: (
-    {},
-    lambda a: np.exp(a['reference_logp'] - a['logp']) - 1 - (a['reference_logp'] - a['logp']),
+    dict(limit=0.5),
+    lambda a: np.minimum(
+      np.exp(a['reference_logp'] - a['logp']) - 1 - (a['reference_logp'] - a['logp']), 0.5
+    ),
   ),
   penalties.importance_k3: (
     {},
@@ -404,8 +407,10 @@ ORACLES = {
   ),
   pointwise.logistic: ({}, lambda a: bernoulli(a['score'], a['label'])),
   pointwise.sigmoid: (
-    {},
-    lambda a: a['label'] * sigmoid(-a['score']) + (1 - a['label']) * sigmoid(a['score']),
+    dict(desirable=1.5, undesirable=0.8),
+    lambda a: (
+      1.5 * a['label'] * sigmoid(-a['score']) + 0.8 * (1 - a['label']) * sigmoid(a['score'])
+    ),
   ),
   pointwise.squared: (
     dict(target=2.0),
@@ -461,10 +466,10 @@ ORACLES = {
   ),
   aggregation.token_mean: ({}, lambda a: reduced(a['loss'][MASK].sum(), 17)),
   aggregation.sequence_mean: (
-    {},
-    lambda a: reduced(sum(a['loss'][b][MASK[b]].mean() for b in (0, 2, 3, 4, 5)), 5),
+    dict(empty_rows=True),
+    lambda a: reduced(sum(a['loss'][b][MASK[b]].mean() for b in (0, 2, 3, 4, 5)), 6),
   ),
-  aggregation.sequence_sum: ({}, lambda a: reduced(a['loss'][MASK].sum(), 5)),
+  aggregation.sequence_sum: (dict(empty_rows=True), lambda a: reduced(a['loss'][MASK].sum(), 6)),
   aggregation.constant_length: (
     dict(length=8),
     lambda a: reduced(a['loss'][MASK].sum(), 48),

@@ -29,6 +29,7 @@ def rows(count=B, dtype=np.float32):
   tokens = {n: rng.uniform(size=(count, T)) for n in ('score_norm', 'token_returns')}
   tokens |= {n: rng.normal(size=(count, T)) for n in ('logp', 'proximal_logp')}
   scalars = ('rewards', 'residual', 'scaled_rewards', 'first_value', 'score', 'label', 'uniform')
+  scalars += ('mismatched_score',)
   x = tokens | {n: rng.uniform(size=count) for n in scalars}
   x |= dict(baseline_rewards=rng.normal(size=(count, 2)), beta=np.array(0.5))
   x = {n: a.astype(dtype) for n, a in x.items()}

@@ -40,6 +40,8 @@ ARRAYS = dict(
   staleness=np.array([0.0, 1.0, 2.0, 5.0]),
   success_rate=np.array([0.25, 0.0, 0.5, 1.0]),
   bounds=np.array([0.7, 1.3]),
+  normalized_weights=np.exp(numbers()),
+  prompt_weights=np.exp(numbers()),
   selected=MASK & (RNG.uniform(size=(B, T)) < 0.5),
 )
 
@@ -127,11 +129,11 @@ ORACLES = {
   ratios.token: ({}, lambda a: a.log_ratio * MASK),
   ratios.sequence_geometric: ({}, lambda a: by_row(lambda b, at: a.log_ratio[b, at].mean())),
   ratios.sequence_geometric_clipped: (
-    dict(eps=0.3),
+    dict(eps_low=0.3, eps_high=0.5),
     lambda a: by_row(
       lambda b, at: np.mean(
         [
-          np.sign(x) * min(np.sign(x) * d, np.clip(np.sign(x) * d, -0.3, 0.3))
+          min(d, 0.5) if x > 0 else max(d, -0.3)
           for d, x in zip(a.log_ratio[b, at], a.advantages[b, at])
         ]
       )
@@ -228,8 +230,8 @@ ORACLES = {
     lambda a: path(a, 0.3, 2),
   ),
   weights.truncated_importance: (
-    dict(cap=1.2),
-    lambda a: np.minimum(np.exp(a.proximal_logp - a.behavior_logp), 1.2),
+    dict(cap=1.2, floor=0.6),
+    lambda a: np.clip(np.exp(a.proximal_logp - a.behavior_logp), 0.6, 1.2),
   ),
   weights.masked_importance: (
     dict(low=0.4, high=2.0),
@@ -238,8 +240,8 @@ ORACLES = {
     ).reshape(B, T),
   ),
   weights.truncated_sequence_importance: (
-    dict(cap=1.2),
-    lambda a: np.minimum(tiled(row_ratio(a.proximal_logp, a.behavior_logp)), 1.2),
+    dict(cap=1.2, floor=0.6),
+    lambda a: np.clip(tiled(row_ratio(a.proximal_logp, a.behavior_logp)), 0.6, 1.2),
   ),
   weights.masked_sequence_importance: (
     dict(low=0.9, high=2.0),

@@ -17,11 +17,12 @@ TOKENS = [(b, t) for b in range(B) for t in range(T) if MASK[b, t]]
 def make(seed):
   """The inputs of all selections, by name, zeroed where the mask is False."""
   rng = np.random.default_rng(seed)
-  normal = ('logp', 'proxy_logp', 'log_ratio', 'advantages')
-  uniform = ('noise', 'score_norm', 'score_fisher', 'hidden_norm')
+  normal = ('logp', 'proxy_logp', 'log_ratio', 'advantages', 'proximal_logp', 'behavior_logp')
+  uniform = ('noise', 'score_norm', 'score_fisher', 'hidden_norm', 'entropy')
   arrays = {name: rng.normal(size=(B, T)) for name in normal}
   arrays |= {name: rng.uniform(size=(B, T)) for name in uniform}
-  return {name: np.where(MASK, x, 0) for name, x in arrays.items()} | {'mask': MASK}
+  arrays = {name: np.where(MASK, x, 0) for name, x in arrays.items()}
+  return arrays | {'mask': MASK, 'group_ids': np.array([5, 2, 5, 5])}
 
 
 def call(fn, arrays, **knobs):
@@ -31,6 +32,45 @@ def call(fn, arrays, **knobs):
 def covariance(a):
   logp, advantages = (np.mean([a[n][p] for p in TOKENS]) for n in ('logp', 'advantages'))
   return lambda p: (a['logp'][p] - logp) * (a['advantages'][p] - advantages)
+
+
+def top_entropy(a, share):
+  threshold = np.quantile([a['entropy'][p] for p in TOKENS], 1 - share)
+  return [p for p in TOKENS if a['entropy'][p] >= threshold]
+
+
+def gap(a, p):
+  return a['proximal_logp'][p] - a['behavior_logp'][p]
+
+
+def token_band(a, low, high):
+  return [p for p in TOKENS if low <= np.exp(gap(a, p)) <= high]
+
+
+def rows_in(low, high, statistic):
+  """The tokens of the rows whose statistic of the log-ratios lies between two bounds."""
+  rows = {b: [p for p in TOKENS if p[0] == b] for b in range(B)}
+  return [p for at in rows.values() if at and low <= np.exp(statistic(at)) <= high for p in at]
+
+
+def sequence_band(a, low, high):
+  return rows_in(low, high, lambda at: sum(gap(a, p) for p in at))
+
+
+def geometric_band(a, low, high):
+  return rows_in(low, high, lambda at: np.mean([gap(a, p) for p in at]))
+
+
+def self_normalized(a, cap, floor):
+  w = {p: np.clip(np.exp(gap(a, p)), floor, cap) for p in TOKENS}
+  return {p: x / np.mean(list(w.values())) for p, x in w.items()}
+
+
+def per_prompt(a):
+  """The derivative of the mean over prompts of token means, in units of a token mean."""
+  group = lambda p: a['group_ids'][p[0]]
+  groups = [group(p) for p in TOKENS]
+  return {p: len(TOKENS) / len(set(groups)) / groups.count(group(p)) for p in TOKENS}
 
 
 def second_moment(a, limit):
@@ -109,18 +149,25 @@ ORACLES = {
     random_covariance,
   ),
   selections.unlikely: (dict(share=0.6), unlikely),
+  selections.top_entropy: (dict(share=0.3), top_entropy),
+  selections.token_band: (dict(low=0.5, high=2.0), token_band),
+  selections.sequence_band: (dict(low=0.2, high=8.0), sequence_band),
+  selections.geometric_band: (dict(low=0.8, high=1.2), geometric_band),
   selections.curvature: (
     dict(learning_rate=0.5, limit_objective=0.1, limit_divergence=0.02),
     curvature,
   ),
 }
-KNOBS = {fn: knobs for fn, (knobs, _) in ORACLES.items()}
+NUMBERS = {
+  selections.self_normalized: (dict(cap=1.5, floor=0.5), self_normalized),
+  selections.per_prompt: ({}, per_prompt),
+}
 # Functions that return bounds -> knobs, and the bounds of a batch without tokens.
 BOUNDS = {
   selections.balanced_bounds: (dict(share=0.6), [0.6, 1.2]),
   selections.second_moment_bounds: (dict(limit=0.2, low=0.9, high=1.1), [0.0, np.exp(20.0)]),
 }
-KNOBS |= {fn: knobs for fn, (knobs, _) in BOUNDS.items()}
+KNOBS = {fn: knobs for fn, (knobs, _) in (ORACLES | NUMBERS | BOUNDS).items()}
 
 name_of = lambda fn: fn.__name__
 every = pytest.mark.parametrize('fn', selections.TABLE.values(), ids=name_of)
@@ -148,6 +195,26 @@ def test_the_transcribed_cases_select_some_tokens_and_not_others(fn):
   assert counts & set(range(1, len(TOKENS)))
 
 
+@pytest.mark.parametrize('fn', NUMBERS, ids=name_of)
+def test_weights_of_the_batch_equal_the_transcription(fn, x64):
+  knobs, oracle = NUMBERS[fn]
+  a = make(0)
+  expected = np.zeros((B, T))
+  for p, x in oracle(a, **knobs).items():
+    expected[p] = x
+  got = call(fn, a, **knobs)
+  np.testing.assert_allclose(got, expected, rtol=1e-12)
+  np.testing.assert_allclose(np.mean(got[MASK]), 1)
+
+
+def test_the_entropies_from_zero_to_nine_have_two_in_the_top_fifth():
+  entropy = jnp.arange(10.0)[None]
+  mask = jnp.ones((1, 10), bool)
+  np.testing.assert_array_equal(selections.top_entropy(entropy, mask)[0], entropy[0] >= 8)
+  assert np.all(selections.top_entropy(jnp.full((1, 10), 0.3), mask))
+  assert np.all(selections.top_entropy(entropy, mask, share=1.0))
+
+
 @pytest.mark.parametrize('upper_first', [True, False])
 @pytest.mark.parametrize('share', [0.3, 0.4, 0.5, 0.6, 0.7])
 def test_bounds_equal_those_of_the_papers_loop(share, upper_first, x64):
@@ -159,10 +226,10 @@ def test_bounds_equal_those_of_the_papers_loop(share, upper_first, x64):
 @every
 def test_what_stands_behind_the_mask_is_neither_read_nor_selected(fn):
   a = make(0)
-  dirty = {n: x if n == 'mask' else np.where(MASK, x, np.nan) for n, x in a.items()}
+  dirty = {n: np.where(MASK, x, np.nan) if x.dtype == float else x for n, x in a.items()}
   got = call(fn, dirty, **KNOBS[fn])
   np.testing.assert_array_equal(got, call(fn, a, **KNOBS[fn]))
-  assert got.dtype == (jnp.float32 if fn in BOUNDS else bool)
+  assert got.dtype == (jnp.float32 if fn in NUMBERS or fn in BOUNDS else bool)
   if got.dtype == bool:
     assert got.shape == MASK.shape and not np.any(got & ~MASK)
 
@@ -172,7 +239,7 @@ def test_permuting_rows_with_their_noise_permutes_the_selection(fn):
   a, order = make(0), np.array([2, 0, 3, 1])
   got = call(fn, {n: x[order] for n, x in a.items()}, **KNOBS[fn])
   expected = call(fn, a, **KNOBS[fn])
-  np.testing.assert_array_equal(got, expected if fn in BOUNDS else expected[order])
+  np.testing.assert_allclose(got, expected if fn in BOUNDS else expected[order], rtol=1e-6)
 
 
 @every

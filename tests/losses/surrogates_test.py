@@ -235,7 +235,7 @@ def test_gmpo_clips_the_tokens_before_their_mean(advantage, log_ratio):
 def test_gmpo_without_a_bound_is_gspo_without_a_clip():
   d = jnp.array([[0.1, 0.6, -0.2, 0.0], [-0.5, 0.0, 0.0, 0.0]])
   a = jnp.broadcast_to(jnp.array([[1.0], [-1.0]]), d.shape)
-  got = ratios.sequence_geometric_clipped(d, a, MASK, eps=np.inf)
+  got = ratios.sequence_geometric_clipped(d, a, MASK, eps_low=np.inf, eps_high=np.inf)
   np.testing.assert_array_equal(got, ratios.sequence_geometric(d, MASK))
 
 

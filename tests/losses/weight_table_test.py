@@ -61,7 +61,7 @@ def topr(lp, level, reduce):
 
 
 def gmpo(lp):
-  log_ratio = ratios.sequence_geometric_clipped(ratio(lp), A, MASK, eps=0.4)
+  log_ratio = ratios.sequence_geometric_clipped(ratio(lp), A, MASK, eps_low=0.4, eps_high=0.4)
   return mean(surrogates.importance_weighted(log_ratio, A), aggregation.sequence_mean)
 
 

@@ -108,7 +108,7 @@ def test_sapo_without_steepness_is_importance_weighting(x64):
 
 def test_gmpo_without_a_bound_is_gspo_without_one(x64):
   x = arrays_of('gmpo')
-  got = weights_of('gmpo', x, ratio__eps=INF)
+  got = weights_of('gmpo', x, ratio__eps_low=INF, ratio__eps_high=INF)
   np.testing.assert_allclose(got, weights_of('gspo', x, **OPEN), rtol=1e-12)
 
 
