@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import metric_history, objectives, optim
+from polgrad import metric_history, objectives
 from polgrad.losses import aggregation, penalties, selections, surrogates, weights
 from polgrad.reductions import Mean
-from polgrad.registry import Weighted, part
+from polgrad.registry import Weighted, bind, part, weighted
 from polgrad.types import Batch, Outputs
 
 MASK = jnp.array([[True, True, True], [True, False, False]])
@@ -92,11 +92,23 @@ def test_schedules_and_controllers_are_parts_of_a_configuration():
   spec = part(
     objectives.PolicyGradient,
     surrogate=part(surrogates.reinforce),
-    aggregation=part(aggregation.token_sum, rows=4),
-    schedules={'kl': part(optim.linear, steps=3)},
+    aggregation=part(aggregation.token_sum, rows=2),
+    penalties={
+      'kl': weighted(1.0, part(penalties.k2)),
+      'entropy': weighted(1.0, part(penalties.negative_entropy)),
+    },
+    schedules={
+      'kl': part(metric_history.kl_coefficient),
+      'entropy': part(metric_history.entropy_coefficient),
+    },
+    history={
+      'kl_coefficient': part(metric_history.adaptive_kl, initial=0.5),
+      'entropy_coefficient': part(metric_history.entropy_control, initial=0.1),
+    },
   )
-  assert spec.schedules.kl.name == 'optim.linear'
-  assert part(metric_history.entropy_coefficient).name == 'metric_history.entropy_coefficient'
+  terms, _ = terms_of(bind(spec, objectives.TABLE))
+  np.testing.assert_allclose(terms['kl'].value(), 0.5 * 4 * 0.125)
+  np.testing.assert_allclose(terms['entropy'].value(), -0.1 * 4 * 0.4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(('rejected', 'count'), [('weights', 4), ('only', 3)])

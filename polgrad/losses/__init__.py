@@ -14,7 +14,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     penalties           KL estimators, entropy bonus, value errors, likelihood   penalties, loss
     divergences         KL and Jensen-Shannon between teacher and student        divergence, penalties
     logit_stats         numbers computed from the next-token distribution        stats, loss
-    selections          choices among the tokens of a whole minibatch            selections
+    selections          tokens chosen, or weighed, in the whole minibatch        selections
     aggregation         means of token losses over tokens or rows                aggregation
     implicit_rewards    scores of rows from their log-probabilities              score
     preference_losses   losses of a preference pair                              link
