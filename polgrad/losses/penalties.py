@@ -79,7 +79,7 @@ def squared_log_ratio(log_ratio: Array) -> Array:
   return 0.5 * jnp.square(log_ratio)
 
 
-def k3(logp: Array, reference_logp: Array, *, limit: float = jnp.inf) -> Array:
+def k3(logp: Array, reference_logp: Array, *, limit: float = 1e9) -> Array:
   """min(exp(-delta) - 1 + delta, limit): GRPO's penalty (arXiv:2402.03300).
 
   As a value it is unbiased for KL(pi || reference) and never negative. As a loss its expected gradient
@@ -90,7 +90,8 @@ def k3(logp: Array, reference_logp: Array, *, limit: float = jnp.inf) -> Array:
   Args:
     logp: [..., T], nats.
     reference_logp: [..., T], nats.
-    limit: largest penalty of a token, nats.
+    limit: largest penalty of a token, nats. The default is beyond what a clamped delta can give, so
+      nothing is limited.
 
   Returns:
     [..., T], in [0, limit].
