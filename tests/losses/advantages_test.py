@@ -339,3 +339,22 @@ def test_a_token_without_company_has_no_baseline_or_is_its_own():
   equal = jnp.full((3, 3), 1e6 + 0.1)
   equal = baselines.optimal_token_baseline(equal, *args, lone_baseline=True)
   np.testing.assert_array_equal(equal, np.zeros((3, 3)))
+
+
+def test_a_batch_scale_ranks_prompts_by_the_spread_of_their_rewards():
+  """A group whose rewards hardly differ is not enlarged, as it is by its own standard deviation."""
+  rewards = jnp.array([1.0, 1.0, 1.0, 0.9, 1.0, 0.0, 1.0, 0.0])
+  ids, valid = jnp.repeat(jnp.arange(2), 4), jnp.ones(8, bool)
+  spread = lambda fn: np.abs(fn(rewards, ids, valid)).reshape(2, 4).max(1)
+  assert spread(advantages.group_normalized)[0] > 1
+  narrow, wide = spread(advantages.batch_scaled)
+  np.testing.assert_allclose(wide / narrow, 0.5 / 0.075, rtol=1e-5)
+
+
+def test_the_scale_of_a_row_does_not_depend_on_its_own_reward():
+  ids, valid = jnp.zeros(5, jnp.int32), jnp.ones(5, bool)
+  rewards = jnp.array([0.3, 1.0, -0.4, 0.2, 0.9])
+  others = np.asarray(rewards[1:], float)
+  for own in (0.3, 2.0, -7.0):
+    got = advantages.leave_one_out_normalized(rewards.at[0].set(own), ids, valid, eps=0.0)
+    np.testing.assert_allclose(got[0], (own - others.mean()) / others.std(ddof=1), rtol=1e-5)

@@ -51,7 +51,7 @@ def ratio(logp):
 
 
 OFF_POLICY = {
-  'r k1': (lambda logp: jnp.exp(ratio(logp)) * penalties.k1(logp, REFERENCE), REVERSE),
+  'r k1': (lambda logp: penalties.importance_k1(ratio(logp), logp, REFERENCE), REVERSE),
   'r k3': (lambda logp: penalties.importance_k3(ratio(logp), logp, REFERENCE), REVERSE),
   'detached r k2': (
     lambda logp: jax.lax.stop_gradient(jnp.exp(ratio(logp))) * penalties.k2(logp, REFERENCE),
@@ -105,3 +105,11 @@ def test_detaching_the_ratio_of_importance_k3_turns_reverse_into_forward(x64):
   np.testing.assert_array_equal(detached(logp), live(logp))
   np.testing.assert_allclose(expected_gradient(detached, OLD), FORWARD, atol=2e-6)
   np.testing.assert_allclose(expected_gradient(live, OLD), REVERSE, atol=2e-6)
+
+
+def test_a_limit_of_k3_cuts_value_and_gradient_of_tokens_beyond_it():
+  """Ten nats, as several code bases have it: reached where the reference is e^2.6 times as likely."""
+  logp = jnp.array([-1.0, -5.0])
+  loss = lambda logp: jnp.sum(penalties.k3(logp, jnp.array([-1.5, -1.0]), limit=10.0))
+  np.testing.assert_allclose(loss(logp), np.exp(-0.5) - 1 + 0.5 + 10, rtol=1e-6)
+  np.testing.assert_allclose(jax.grad(loss)(logp), [1 - np.exp(-0.5), 0], rtol=1e-6)
