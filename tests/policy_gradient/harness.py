@@ -143,13 +143,13 @@ def token_mean(w, mask):
   return np.where(mask, w, 0) / mask.sum()
 
 
-def sequence_mean(w, mask):
-  rows = mask.any(axis=1).sum()
+def sequence_mean(w, mask, empty_rows=False):
+  rows = (mask.any(axis=1) | empty_rows).sum()
   return np.where(mask, w, 0) / np.maximum(mask.sum(axis=1, keepdims=True), 1) / rows
 
 
-def sequence_sum(w, mask):
-  return np.where(mask, w, 0) / mask.any(axis=1).sum()
+def sequence_sum(w, mask, empty_rows=False):
+  return np.where(mask, w, 0) / (mask.any(axis=1) | empty_rows).sum()
 
 
 def constant_length(w, mask, length):
