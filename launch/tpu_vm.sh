@@ -118,10 +118,14 @@ launch() {
     > ../train.log 2>&1 < /dev/null & echo started"
 }
 
-# Waits until the old run is gone: two cannot hold the TPU.
+# Waits until the old run has saved and is gone: two cannot hold the TPU. One that hangs is killed.
 stop() {
   on_workers all "pkill -f '[p]olgrad.train' || true
-    while pgrep -f '[p]olgrad.train' > /dev/null; do sleep 1; done"
+    for _ in \$(seq 300); do
+      pgrep -f '[p]olgrad.train' > /dev/null || exit 0
+      sleep 1
+    done
+    pkill -KILL -f '[p]olgrad.train' || true"
 }
 
 follow() { on_workers 0 'tail -n 100 -F train.log'; }

@@ -3,7 +3,8 @@
     python -m polgrad.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 The same command with the same workdir resumes from the last complete checkpoint, and gives bit for
-bit the numbers of a run without interruption. Every process of a pod runs this same command.
+bit the numbers of a run without interruption. Every process of a pod runs this same command. At SIGTERM
+the run saves after its step, and ends with exit code 75 (`preemption.CODE`).
 """
 
 import collections
@@ -23,7 +24,7 @@ import optax
 from absl import flags, logging
 from tqdm import tqdm
 
-from polgrad import checkpoint, cli, evaluate, identity, metrics, sharding, workdirs
+from polgrad import checkpoint, cli, evaluate, identity, metrics, preemption, sharding, workdirs
 from polgrad.build import TABLE, Experiment, Phase, build, check_data
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
@@ -93,9 +94,11 @@ def run(
       checkpoint is of another run, other phases or other arrays, or damaged.
     RuntimeError: another process trains in `workdir`.
     FloatingPointError: `max_skipped` consecutive updates were skipped, or parameters are not finite.
+    SystemExit: with `preemption.CODE`, after the run was asked to stop and has saved.
   """
-  with prepare(config, workdir, folder, step=step, on_mismatch=on_mismatch) as session:
-    return run_phases(session)
+  with preemption.heeded():
+    with prepare(config, workdir, folder, step=step, on_mismatch=on_mismatch) as session:
+      return run_phases(session)
 
 
 @contextlib.contextmanager
@@ -425,8 +428,14 @@ def run_phase(
       run.write(state, row | found)
     run.show(collected, step + 1)
 
-    if run.due(experiment.checkpoint_every, step + 1):
+    # Save where it is due, and before the machine is taken away.
+    stop = preemption.asked(int(state.step))
+    if stop or run.due(experiment.checkpoint_every, step + 1):
       keep(state)
+    if stop:
+      bar.close()
+      logging.warning('asked to stop: %s has saved its step %d', run.name, step + 1)
+      raise SystemExit(preemption.CODE)
   bar.close()
   return state
 
@@ -569,21 +578,28 @@ def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[s
   )
 
 
+MAX_FAILED = (
+  10  # consecutive batches without a reward after which a run stops, see `warn_if_silent`
+)
+
+
 def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, step: int) -> None:
   """Says why batches teach nothing, after 5, 10, 20, ... consecutive ones.
 
   Raises:
-    RuntimeError: `limit` consecutive batches, if it is not 0, had no gradient.
+    RuntimeError: `limit` consecutive batches, if it is not 0, had no gradient; or `MAX_FAILED` had
+      none, and in the last of them every verifier failed.
   """
   if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):
     why = 'every verifier failed'
+    limit = min(limit or MAX_FAILED, MAX_FAILED)
   elif row.get('reward/same_in_group') == 1:
     why = 'the rewards of each group are all equal'
   else:
     why = 'no token in the loss has a gradient'
   text = f'{phase}, step {step}: {silent} batches in a row taught nothing: {why}'
   if limit and silent >= limit:
-    raise RuntimeError(f'{text} (config.max_silent)')
+    raise RuntimeError(f'{text}; stopped after {limit} of them (config.max_silent)')
   if silent in {5 * 2**n for n in range(20)}:
     logging.warning('%s', text)
 

@@ -130,7 +130,7 @@ def test_state_lies_where_the_rules_say():
 
 
 WORKER = """
-import sys
+import os, signal, sys, time
 import jax
 jax.config.update('jax_compilation_cache_dir', sys.argv[5])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
@@ -143,6 +143,22 @@ metrics.report = str
 from tests.mesh_test import grpo_smoke
 made = grpo_smoke()
 made.mesh.data = 2
+
+# One of the processes is asked to stop in the first step: both stop after the same one, and go on.
+summary = train.summary
+def terminated(*args):
+  train.summary = summary
+  if jax.process_index() == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # the request goes round in the background
+  return summary(*args)
+train.summary = terminated
+try:
+  train.run(made, sys.argv[3], sys.argv[4])
+except SystemExit as stopped:
+  assert stopped.code == 75
+else:
+  raise AssertionError('the run went on')
 train.run(made, sys.argv[3], sys.argv[4])
 
 import numpy as np
