@@ -96,9 +96,11 @@ def run(
     FloatingPointError: `max_skipped` consecutive updates were skipped, or parameters are not finite.
     SystemExit: with `preemption.CODE`, after the run was asked to stop and has saved.
   """
-  with preemption.heeded():
-    with prepare(config, workdir, folder, step=step, on_mismatch=on_mismatch) as session:
-      return run_phases(session)
+  with (
+    preemption.heeded(),
+    prepare(config, workdir, folder, step=step, on_mismatch=on_mismatch) as session,
+  ):
+    return run_phases(session)
 
 
 @contextlib.contextmanager
