@@ -206,8 +206,8 @@ def made(make: Callable[[pathlib.Path], Any]) -> dict[str, bytes]:
 # ---- Configurations ----
 
 RUN = 'method=grpo,task=addition,model=tiny,smoke'
-TINY = {
-  **{n: ['grpo', 'dpo', 'sft', 'ppo', 'x'] for n in ('method',)},
+CHOICES = {
+  'method': ['grpo', 'dpo', 'sft', 'ppo', 'x'],
   'task': ['addition', 'choices', 'chain_sum', 'jsonl', 'tfds', 'x'],
   'model': ['tiny', 'hf', 'smollm2', 'x'],
 }
@@ -251,7 +251,7 @@ OPTION_VALUES = st.one_of(
 
 @st.composite
 def option_texts(draw) -> str:
-  items = [f'{name}={draw(st.sampled_from(valid))}' for name, valid in TINY.items()]
+  items = [f'{name}={draw(st.sampled_from(valid))}' for name, valid in CHOICES.items()]
   if draw(st.integers(0, 5)):  # most often a run that there is
     items = [
       'method=' + draw(st.sampled_from(sorted(methods.TABLE))),
@@ -778,19 +778,22 @@ def judge_gym(given: tuple[str, int, str], folder: pathlib.Path) -> str:
 # ---- The table ----
 
 path_of = lambda folder, given: (str(folder),)
-any_config = lambda folder, given: (
-  str(folder),
-  'config', 'option', 'task=', 'model=', 'method', 'phase', 'eps', 'clip', 'reward', 'problems',
-  *(p.partition('=')[0].strip() for p in str(given).split(',') if p.partition('=')[0].strip()),
-)  # fmt: skip
+
+
+def of_config(folder: pathlib.Path, given: Any) -> tuple[str, ...]:
+  """What refusals of a configuration may name: its file, a path in it, or an option that was given."""
+  options = [item.partition('=')[0].strip() for item in str(given).split(',')]
+  return (str(folder), 'config', 'option', 'task=', 'model=', *filter(None, options))
+
+
 records_of = lambda folder, given: (str(folder), 'record ')
 template_of = lambda folder, given: ('the chat template',)
 
 
 KINDS = {
-  'options': Kind(option_texts, read_options, any_config),
-  'overrides': Kind(overrides, read_overrides, any_config),
-  'configurations': Kind(lambda: changed(complete()), read_config, any_config),
+  'options': Kind(option_texts, read_options, of_config),
+  'overrides': Kind(overrides, read_overrides, of_config),
+  'configurations': Kind(lambda: changed(complete()), read_config, of_config),
   'records': Kind(record_files, read_records, records_of),
   'chat templates': Kind(templates, read_template, template_of),
   'tokenizer folders': Kind(tokenizer_inputs, read_tokenizer, path_of),

@@ -213,6 +213,7 @@ class Trial:
 
   def start(self) -> None:
     self.mark[0] = BEGIN
+    self.left = self.temporary()
     self.codes = {}
     self.began = time.monotonic()
     with socket.socket() as s:
@@ -234,12 +235,17 @@ class Trial:
           self.codes[process] = os.waitstatus_to_exitcode(status)
     return not self.codes
 
-  def saving(self) -> bool:
-    """Whether a checkpoint is being written: its folder has a temporary name."""
+  def temporary(self) -> set[tuple]:
+    """The folders with a temporary name, which is what a checkpoint has while it is written."""
     try:
-      return any('tmp' in name for name in os.listdir(self.folder / 'checkpoints'))
-    except FileNotFoundError:
-      return False
+      with os.scandir(self.folder / 'checkpoints') as found:
+        return {(f.name, f.inode(), f.stat().st_ctime_ns) for f in found if 'tmp' in f.name}
+    except FileNotFoundError:  # or one that was renamed just now
+      return set()
+
+  def saving(self) -> bool:
+    """Whether a checkpoint is being written; what an earlier kill left behind is none."""
+    return self.mark[0] != BEGIN and bool(self.temporary() - self.left)
 
   def rows(self) -> int:
     """Bytes of metrics, which grow with every step."""
