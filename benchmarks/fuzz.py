@@ -376,6 +376,11 @@ PIECES = (
   *('m', '.role', '.content', "['content']", ' messages ', ' | tojson ', ' | trim ', ' | length '),
   *(' generation ', ' endgeneration ', 'bos_token', 'eos_token', '[0]', '[-1:]', ' * 10000000 '),
   *(' ** 99999 ', ' + ', "'a'", ' set x = ', ' x ', ' range(10**9) ', ' macro f() ', ' endmacro '),
+  *(
+    ' | list ',
+    ' for i in x recursive ',
+    '{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}',
+  ),
   *(' f() ', ' raise_exception("no") ', ' strftime_now("%d") ', '()', '.__class__', ' is string '),
   *(
     ' | join ',

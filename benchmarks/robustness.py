@@ -24,13 +24,17 @@ def record(campaign: str, results: dict[str, dict]) -> None:
 
 
 def write_page() -> None:
-  known, text = json.loads(RESULTS.read_text()), PAGE.read_text()
+  PAGE.write_text(with_tables(PAGE.read_text(), json.loads(RESULTS.read_text())))
+
+
+def with_tables(text: str, known: dict[str, dict]) -> str:
+  """The text of the page with the tables of these results."""
   for campaign, results in known.items():
     table = '\n'.join({'fuzz': fuzz_table, 'kills': kills_table}[campaign](results))
     block = f'<!-- {campaign} -->\n{table}\n<!-- end -->'
     pattern = rf'<!-- {campaign} -->.*?<!-- end -->'
     text = re.sub(pattern, lambda _, b=block: b, text, flags=re.DOTALL)
-  PAGE.write_text(text)
+  return text
 
 
 def fuzz_table(results: dict[str, dict]) -> list[str]:

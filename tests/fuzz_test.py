@@ -1,9 +1,11 @@
 """Broken inputs of every kind give a right result or a refusal by name; `benchmarks.fuzz` draws more."""
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from benchmarks import fuzz
+from benchmarks import fuzz, kills, robustness
 from polgrad import jsons
 
 FEW = {'metrics': 20, 'checkpoints': 15, 'model folders': 20}  # these take longer
@@ -25,6 +27,15 @@ def test_an_input_is_read_or_refused_by_name(name):
     fuzz.outcome(kind, given)
 
   read()
+
+
+def test_the_page_has_the_recorded_results_and_none_is_a_fault():
+  known, text = json.loads(robustness.RESULTS.read_text()), robustness.PAGE.read_text()
+  assert robustness.with_tables(text, known) == text
+  assert known['fuzz'].keys() == fuzz.KINDS.keys()
+  assert not any(row.get('fault') for row in known['fuzz'].values())
+  assert known['kills'].keys() == kills.RUNS.keys()
+  assert not any(row['arrays'] or row['rows'] for row in known['kills'].values())
 
 
 def test_what_is_no_deliberate_refusal_is_a_fault(tmp_path):

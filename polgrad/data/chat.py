@@ -5,10 +5,12 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 
@@ -75,13 +77,15 @@ def jinja_chat(
   environment.globals['raise_exception'] = _raise_exception
   budget = _Budget()
   environment.globals['range'] = budget.range
+  environment.filters['counted'] = budget.counted
   environment.globals['strftime_now'] = today.strftime
   # Jinja has no {% generation %}; a filter of this name has the same effect.
   source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
   source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endfilter\2', source)
   try:
-    template = environment.from_string(source)
-    reads_tools = 'tools' in jinja2.meta.find_undeclared_variables(environment.parse(source))
+    read = environment.parse(source)
+    reads_tools = 'tools' in jinja2.meta.find_undeclared_variables(read)
+    template = environment.from_string(_count_loops(read))
   except REFUSED as error:
     raise ValueError(f'{where} cannot be read: {error}') from error
 
@@ -119,6 +123,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     return super().call_binop(context, operator, left, right)
 
 
+def _count_loops(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+  """The template, whose loops pass what they run over through the filter `counted`."""
+  for loop in list(tree.find_all(jinja2.nodes.For)):
+    loop.iter = jinja2.nodes.Filter(loop.iter, 'counted', [], [], None, None, lineno=loop.lineno)
+  return tree.set_environment(tree.environment)
+
+
 class _Budget:
   """How much a template may write and count in one rendering."""
 
@@ -133,6 +144,16 @@ class _Budget:
     numbers = range(*bounds)
     self._spend(len(numbers))
     return numbers
+
+  def counted(self, items: Iterable) -> Iterable:
+    if hasattr(items, '__len__'):
+      self._spend(len(items))
+      return items
+    return (self._passed(item) for item in items)
+
+  def _passed(self, item: Any) -> Any:
+    self._spend(1)
+    return item
 
   def _spend(self, amount: int) -> None:
     self._left -= amount

@@ -269,6 +269,8 @@ def test_plain_chat_with_the_reply_continues_the_generation_prompt():
   [
     '{% for i in range(10**9) %}{% endfor %}',
     '{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}',
+    "{% set x = ('a' * 19000) | list %}{% for i in x %}{% for j in x %}{% endfor %}{% endfor %}",
+    "{% set x = 'a' * 19000 %}{% for i in x | map('upper') %}{% for j in x %}{% endfor %}{% endfor %}",
     '{% for i in range(10**6) %}' + 'x' * 1000 + '{% endfor %}',
     "{{ 'a' * 10**9 }}",
     '{% set a = [0] * 10**9 %}',

@@ -1,0 +1,34 @@
+"""The runs that `benchmarks.kills` kills are those that it says, and the kills are told apart."""
+
+import pytest
+
+from benchmarks import kills
+from polgrad.build import build
+
+
+@pytest.mark.parametrize('name', [name for name in kills.RUNS if name != 'distributed'])
+def test_a_run_saves_after_every_step(name):
+  run = build(kills.get_config(name))
+  assert run.checkpoint_every == 1
+  assert sum(phase.steps for phase in run.phases.values()) >= 8
+
+
+def test_the_runs_are_what_they_are_called():
+  made = {name: build(kills.get_config(name)) for name in kills.RUNS if name != 'distributed'}
+  assert len(made['phases'].phases) == 2
+  assert made['replay'].phases['train'].collect.lag == 1
+  assert made['adaptive'].phases['train'].objective.init()
+  assert made['lora'].policy.config.lora_rank == 4
+  assert made['experts'].policy.config.num_experts == 4
+  assert kills.get_config('distributed').mesh.fsdp == 2
+
+
+def test_a_leftover_of_an_earlier_kill_is_no_save(tmp_path):
+  trial = kills.Trial('lora', tmp_path, '')
+  (tmp_path / 'checkpoints' / '3.orbax-checkpoint-tmp').mkdir(parents=True)
+  trial.left, trial.mark[0] = trial.temporary(), kills.STEP
+  assert len(trial.left) == 1 and not trial.saving()
+  (tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp').mkdir()
+  assert trial.saving()
+  trial.mark[0] = kills.BEGIN
+  assert not trial.saving()
