@@ -48,6 +48,7 @@ LEVELS = {
   'train': 7,
   'verify': 8,
   'workdirs': 2,
+  'preemption': 1,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it

@@ -427,14 +427,16 @@ def _align(model, text):
 
 def _templates(folder, config):
   """(text, place) of the templates `default`, which may have no name, and `tool_use`, if there are."""
-  where = f'{folder / "tokenizer_config.json"}: chat_template'
-  template = config.get('chat_template') or {}
+  where = str(folder / 'tokenizer_config.json')
+  template = config.get('chat_template') or ''
   if isinstance(template, list):
     named = [t for t in template if isinstance(t, dict) and {'name', 'template'} <= t.keys()]
-    template = {t['name']: t['template'] for t in named if isinstance(t['name'], str)}
-  found = template if isinstance(template, dict) else {'default': template}
-  jsons.check(where, found, dict.fromkeys(TEMPLATES, 'text'))
-  found = {name: (text, where) for name, text in found.items()}
+    found = {t['name']: t['template'] for t in named if isinstance(t['name'], str)}
+  else:
+    found = template if isinstance(template, dict) else {'default': template}
+  for name in found.keys() & TEMPLATES.keys():
+    jsons.check(where, {'chat_template': found[name]}, {'chat_template': 'text'})
+  found = {name: (text, f'{where}: chat_template') for name, text in found.items()}
   for name, place in TEMPLATES.items():
     file = folder / place
     if file.is_file():
