@@ -3,7 +3,6 @@
 `rows` are points by method and staleness; a point has angle, strength, noise and progress.
 """
 
-import collections
 import json
 import pathlib
 
@@ -64,7 +63,7 @@ policy {kls}).
 * **progress**: E[g] . u / sqrt(E|g|^2) with u the true direction: the fraction of a step's length that
   climbs. It weighs bias against noise at this sample budget; 1 would be the exact gradient.
 
-![progress by method and staleness](estimators.png)
+![progress, angle and noise by method](estimators.png)
 
 ## What to read from it
 
@@ -153,38 +152,36 @@ def reading(rows: Rows, groups: dict[str, list[str]]) -> str:
 
 
 def draw(rows: Rows) -> None:
-  """Left: progress of every method at every staleness. Right: angle against noise."""
+  """One line a method: progress at every staleness; angle and noise at the least and the largest."""
   names = sorted(rows, key=lambda n: -rows[n]['0'].progress)
-  progress = np.array([[p.progress for p in rows[n].values()] for n in names])
+  lines = np.arange(len(names))
   figure, (left, *right) = plt.subplots(
-    1, 3, figsize=(17, 0.16 * len(names) + 1.5), layout='constrained', width_ratios=(1, 1.3, 1.3)
+    1, 3, figsize=(14, 0.17 * len(names) + 1.5), layout='constrained', sharey=True
   )
+  progress = np.array([[p.progress for p in rows[n].values()] for n in names])
   image = left.imshow(progress, aspect='auto', cmap='RdYlGn', vmin=-0.6, vmax=0.6)
-  left.set_yticks(range(len(names)), names, fontsize=7)
+  left.set_yticks(lines, names, fontsize=7)
   left.set_xticks(range(len(STALENESS)), STALENESS)
   left.set_xlabel('staleness, gradient steps')
   left.set_title('progress of a step')
   figure.colorbar(image, ax=left, location='bottom', shrink=0.8)
-  for axis, staleness in zip(right, (0, max(STALENESS))):
-    points = np.array([rows[n][str(staleness)][:3:2] for n in names])
-    axis.scatter(points[:, 0], points[:, 1], s=14, c=progress[:, 0], cmap='viridis')
-    together = collections.defaultdict(list)
-    for name, (angle, noise) in zip(names, points):
-      place = round(60 * angle / points[:, 0].max()), round(25 * np.log(noise))
-      together[place].append((name, angle, noise))
-    for near in together.values():
-      label = ', '.join(name for name, _, _ in near[:2])
-      label += f' + {len(near) - 2}' if len(near) > 2 else ''
-      axis.annotate(label, near[0][1:], fontsize=7, xytext=(3, 3), textcoords='offset points')
-    axis.axvline(90, color='gray', lw=0.7, ls=':')
-    axis.set_xlim(-0.05 * points[:, 0].max(), 1.2 * points[:, 0].max())
-    axis.set_yscale('log')
-    axis.set_yticks((1, 1.5, 2, 3, 4, 6), ('1', '1.5', '2', '3', '4', '6'), minor=False)
-    axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axis.set_ylim(0.95 * points[:, 1].min(), 1.05 * points[:, 1].max())
-    axis.set_xlabel('angle to the stated gradient, degrees')
-    axis.set_ylabel('noise: standard deviation / mean')
-    axis.set_title(f'staleness {staleness}')
-    axis.grid(alpha=0.3)
+
+  titles = {
+    'angle': 'angle to the stated gradient, degrees',
+    'noise': 'noise: standard deviation / mean',
+  }
+  ends = (0, max(STALENESS))
+  for axis, (quantity, title) in zip(right, titles.items()):
+    found = {s: np.array([getattr(rows[n][str(s)], quantity) for n in names]) for s in ends}
+    axis.hlines(lines, found[ends[0]], found[ends[1]], color='lightgray', lw=1)
+    for staleness, color in zip(ends, ('C0', 'C3')):
+      axis.plot(found[staleness], lines, '.', color=color, ms=7, label=f'staleness {staleness}')
+    axis.set_title(title)
+    axis.grid(axis='x', alpha=0.3)
+  right[0].axvline(90, color='gray', lw=0.7, ls=':')
+  right[0].legend(loc='upper right')
+  right[1].set_xscale('log')
+  right[1].set_xticks((1, 1.5, 2, 3, 4, 6), ('1', '1.5', '2', '3', '4', '6'), minor=False)
+  right[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
   figure.savefig(DOCS / 'estimators.png', dpi=110)
   plt.close(figure)
