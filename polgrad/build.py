@@ -21,6 +21,7 @@ from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
 from polgrad.data import batching, sources, tokenizers
 from polgrad.models import Part as ModelPart
+from polgrad.models.kernels import ATTENTION, PLATFORMS
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, bind, suggest, table
 from polgrad.rewards import scoring, verifiers
@@ -246,6 +247,7 @@ def check(run: Experiment) -> None:
       f'config.model: its vocab_size {vocabulary} is smaller than that of config.tokenizer, '
       f'{run.tokenizer.vocab_size}'
     )
+  _check_kernel('config.model', run.model, run.mesh)
   for name, one in run.phases.items():
     one.score  # refuses verifiers that cannot run  # noqa: B018
     _check_phase(f'config.phases.{name}', one, run)
@@ -317,6 +319,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   for name in sorted(phase.frozen.keys() - phase.anchors.keys()):
     raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
   for name, model in sorted(phase.frozen.items()):
+    _check_kernel(f'{path}.frozen.{name}', model, run.mesh)
     sizes = model.config.vocab_size, run.policy.config.vocab_size
     if (sizes[0] != sizes[1] and f'{name}_logits' in wanted) or sizes[0] < run.tokenizer.vocab_size:
       raise ValueError(
@@ -338,6 +341,17 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.collect: top_k, top_p or another behavior policy than current sample from another '
       'distribution than the policy, so its log-probs are not those of the samples; set '
       "recompute_proximal=True to use the policy's own"
+    )
+
+
+def _check_kernel(path: str, model: Policy, mesh: jax.sharding.Mesh) -> None:
+  """Refuses an attention kernel of other devices."""
+  kernel, here = model.config.attention, mesh.devices.flat[0].platform
+  if PLATFORMS.get(kernel, here) != here:
+    usable = sorted(k for k in ATTENTION if PLATFORMS.get(k, here) == here)
+    raise ValueError(
+      f'{path}.attention: {kernel!r} runs on a {PLATFORMS[kernel]}, the devices here are {here}; '
+      f'valid here: {["einsum", *usable]}'
     )
 
 

@@ -233,6 +233,12 @@ CASES = {
     ValueError,
     ['config.phases.train.anchors', "'reference'"],
   ),
+  'a kernel of other devices': (
+    grpo,
+    [('model.attention', 'splash')],
+    ValueError,
+    ['config.model.attention', "'splash' runs on a tpu, the devices here are cpu", "['einsum']"],
+  ),
   'pairs cut through': (
     dpo,
     [('phases.train.minibatches', 8)],

@@ -131,3 +131,4 @@ def _on_each_device(attend: Callable, heads: int) -> Callable:
 
 
 ATTENTION = {'cudnn': cudnn, 'splash': splash}
+PLATFORMS = {'cudnn': 'gpu', 'splash': 'tpu'}  # where each kernel runs; 'einsum' runs everywhere
