@@ -180,3 +180,10 @@ def test_an_empty_prompt_and_a_missing_completion_are_errors():
     batching.supervised([{'prompt': '', 'answer': '1', 'id': 1}], T, length=4)
   with pytest.raises(ValueError, match="record 1: no 'answer'"):
     batching.supervised([{'prompt': 'a', 'id': 1}], T, length=4)
+
+
+@pytest.mark.parametrize('field', ['prompt', 'answer'])
+def test_characters_without_a_token_are_refused_with_their_record(field):
+  record = {'prompt': '1+1=', 'answer': '2', 'id': 9, field: '1*1'}
+  with pytest.raises(ValueError, match=r"record 9: \['\*'\] in"):
+    batching.supervised([record], T, length=20)
