@@ -16,6 +16,8 @@ from polgrad.registry import part
 from polgrad.types import Batch, TrainState
 from tests import hub
 
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+
 MODELS = pytest.mark.parametrize('model', hub.PUBLISHED)
 
 

@@ -25,6 +25,8 @@ from polgrad.registry import UnknownArray, Weighted
 from tests import examples
 from tests.runs import method_of
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
 OBJECTIVES = {
   'sft': method_of('sft').bound()[1],
   'reinforce': method_of('reinforce').bound()[1],

@@ -14,6 +14,8 @@ from polgrad.types import Batch
 from tests import examples
 from tests.collect_test import collected, experiment
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
 
 def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **settings):
   """Batches of some steps in a row; `change` stands for the updates between them."""

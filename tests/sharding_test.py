@@ -14,6 +14,8 @@ from polgrad.models import token_stats
 from polgrad.sampling import make_sampler
 from tests.models import tiny
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
 OVERRIDES = dict(vocab_size=24, qk_norm='head', tie_embeddings=False, value_head=True)
 POLICY = tiny.policy(**OVERRIDES)

@@ -17,6 +17,8 @@ from polgrad.types import Batch, TrainState
 from tests.models import tiny
 from tests.runs import dpo, sft
 
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+
 MOE = dict(num_experts=4, experts_per_token=2, balance_rate=0.01)
 
 

@@ -15,7 +15,7 @@ from polgrad.types import Array
 
 def constant(step: Array) -> Array:
   """1 at every step."""
-  return jnp.ones_like(step, jnp.float32)
+  return jnp.ones_like(step, float)
 
 
 def linear(step: Array, *, warmup: int = 0, steps: int, end: float = 0.0) -> Array:
