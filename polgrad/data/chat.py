@@ -12,6 +12,7 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
+import jinja2.visitor
 import numpy as np
 
 MARK = '\ufdd0'  # a code point that Unicode reserves for internal use, so no text contains it
@@ -85,7 +86,7 @@ def jinja_chat(
   try:
     read = environment.parse(source)
     reads_tools = 'tools' in jinja2.meta.find_undeclared_variables(read)
-    template = environment.from_string(_count_loops(read))
+    template = environment.from_string(_count(read))
   except REFUSED as error:
     raise ValueError(f'{where} cannot be read: {error}') from error
 
@@ -109,25 +110,93 @@ def jinja_chat(
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """A sandbox in which products and powers stay small: 'a' * 10**12 would fill the memory."""
+  """A sandbox in which no expression makes more than `LARGEST` characters or items.
 
-  intercepted_binops = frozenset(('*', '**'))
+  Otherwise 'a' * 10**12, a text that a loop doubles, or x.center(10**12) would fill the memory.
+  """
+
+  intercepted_binops = frozenset(('*', '**', '+', '%'))
+
+  def __init__(self, **settings):
+    super().__init__(**settings)
+    self.filters = {name: _limited(fn) for name, fn in self.filters.items()}
+    self.filters['joined'] = lambda texts: _small(''.join(map(str, texts)))
 
   def call_binop(self, context, operator, left, right):
     sized = [x for x in (left, right) if hasattr(x, '__len__')]
     counts = [x for x in (left, right) if isinstance(x, int)]
-    if operator == '*' and sized and counts and len(sized[0]) * counts[0] > LARGEST:
-      raise ValueError(f'it writes or counts more than {LARGEST}')
+    if operator == '*' and sized and counts:
+      _check_size(len(sized[0]) * counts[0])
     if operator == '**' and any(abs(x) > 1000 for x in counts):
       raise ValueError('it computes a power of large numbers')
-    return super().call_binop(context, operator, left, right)
+    if operator == '%' and isinstance(left, str):
+      _check_format(left)
+    return _small(super().call_binop(context, operator, left, right))
+
+  def call(self, context, function, *args, **kwargs):
+    owner = getattr(getattr(function, '__wrapped__', function), '__self__', None)  # of str.format
+    name = getattr(function, '__name__', '')
+    _check_arguments(name, [owner, *args] if isinstance(owner, str) else args, kwargs)
+    return _small(super().call(context, function, *args, **kwargs))
 
 
-def _count_loops(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-  """The template, whose loops pass what they run over through the filter `counted`."""
+def _limited(fn: Callable) -> Callable:
+  """A filter that refuses what would make too large a text."""
+
+  @functools.wraps(fn)
+  def limited(*args, **kwargs):
+    _check_arguments(fn.__name__.removeprefix('do_'), args, kwargs)
+    return _small(fn(*args, **kwargs))
+
+  return limited
+
+
+def _check_arguments(name: str, args: Sequence, kwargs: Mapping) -> None:
+  """Refuses widths and repetitions that a function would turn into a huge text."""
+  for value in (*args, *kwargs.values()):
+    if isinstance(value, int):
+      _check_size(abs(value))
+  texts = [x for x in args if isinstance(x, str)]
+  if name in ('format', 'format_map') and texts:
+    _check_format(texts[0])
+  if name == 'replace' and len(texts) == 3:
+    _check_size(texts[0].count(texts[1]) * len(texts[2]))
+
+
+def _check_format(text: str) -> None:
+  if re.search(r'\d{8}', text):  # a width
+    raise ValueError(f'it writes or counts more than {LARGEST}')
+
+
+def _small(value: Any) -> Any:
+  """The value, unless it is a text or a list that is too long."""
+  if isinstance(value, str | list | tuple):
+    _check_size(len(value))
+  return value
+
+
+def _check_size(size: int) -> None:
+  if size > LARGEST:
+    raise ValueError(f'it writes or counts more than {LARGEST}')
+
+
+def _count(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+  """The template, in which filters count what loops run over and what `~` joins."""
   for loop in list(tree.find_all(jinja2.nodes.For)):
-    loop.iter = jinja2.nodes.Filter(loop.iter, 'counted', [], [], None, None, lineno=loop.lineno)
-  return tree.set_environment(tree.environment)
+    loop.iter = _filtered(loop.iter, 'counted')
+  return _Joined().visit(tree).set_environment(tree.environment)
+
+
+def _filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
+  return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Joined(jinja2.visitor.NodeTransformer):
+  """Puts the filter `joined` in the place of the operator `~`."""
+
+  def visit_Concat(self, node):
+    self.generic_visit(node)
+    return _filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), 'joined')
 
 
 class _Budget:
@@ -157,8 +226,7 @@ class _Budget:
 
   def _spend(self, amount: int) -> None:
     self._left -= amount
-    if self._left < 0:
-      raise ValueError(f'it writes or counts more than {LARGEST}')
+    _check_size(LARGEST - self._left)
 
 
 def marks_generation(source: str) -> bool:

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jinja2
 import pytest
 import sentencepiece as spm
 import tokenizers as hf
@@ -375,3 +376,38 @@ def test_tools_that_nothing_reads_are_refused_with_their_record(tmp_path):
     ValueError, match='record 7: a prompt that is text has no place for its tools'
   ):
     batching.prompts([{'prompt': 'a', 'tools': TOOLS, 'id': 7}], t, length=250)
+
+
+DOUBLED = (
+  '{% set kept = namespace(x="ab") %}{% for i in range(60) %}{% set kept.x = MADE %}{% endfor %}'
+)
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    "{{ 'a'.center(999999999) }}",
+    "{{ 'a'|center(999999999) }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ '%999999999d'|format(1) }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "{{ ('a' * 1000000)|replace('a', 'b' * 1000000) }}",
+    DOUBLED.replace('MADE', 'kept.x ~ kept.x'),
+    DOUBLED.replace('MADE', 'kept.x + kept.x'),
+    DOUBLED.replace('MADE', "'%s%s' % (kept.x, kept.x)"),
+    DOUBLED.replace('MADE', '[kept.x, kept.x]|join'),
+  ],
+)
+def test_a_template_that_would_fill_the_memory_is_refused(template):
+  with pytest.raises(ValueError, match='writes or counts more than'):
+    chat.jinja_chat(template, {})(TALK)
+
+
+def test_operators_filters_and_calls_that_are_limited_write_what_jinja_writes():
+  template = (
+    "{% for m in messages %}{{ m.role ~ ':' ~ 3 ~ m.content }}{{ '%s-%d' % ('a', 3) }}"
+    "{{ 'b {}'.format(12) }}{{ m['content'].split(',')[0]|upper|indent(2) }}{{ 'x' + 'y' }}{% endfor %}"
+  )
+  plain = jinja2.Environment().from_string(template).render(messages=TALK)
+  assert chat.jinja_chat(template, {})(TALK) == plain
