@@ -76,6 +76,13 @@ def undrawn(monkeypatch):
   monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget():
+  """Drops JAX's caches after each file: the larger they are, the slower every trace and compilation."""
+  yield
+  jax.clear_caches()
+
+
 def pytest_collection_finish():
   """Lets the garbage collector pass over what lives as long as the process: modules and tests."""
   gc.collect()

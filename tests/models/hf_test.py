@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from polgrad.models import families, hf
-from polgrad.sampling import behavior_policies, make_sampler
 from polgrad.sharding import make_mesh, param_shardings
 from tests.models import tiny
 
@@ -435,17 +434,3 @@ def test_shapes_need_no_weights(tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError):
     hf.pretrained(path=str(tmp_path / 'nowhere'))
-
-
-def test_smollm2_knows_the_capital_of_france(smollm2):
-  from tokenizers import Tokenizer
-
-  tokenizer = Tokenizer.from_file(f'{smollm2}/tokenizer.json')
-  policy = hf.pretrained(path=smollm2)
-  tokens = np.array([tokenizer.encode('The capital of France is').ids])
-  sample = make_sampler(
-    {'policy': policy}, behavior_policy=behavior_policies.greedy, max_new_tokens=4
-  )
-  params = {'policy': policy.init(jax.random.key(0))}
-  out = sample(params, tokens, np.ones(tokens.shape, bool), np.zeros(1, int), seed=0, step=0)
-  assert 'Paris' in tokenizer.decode(np.asarray(out.tokens[0]).tolist())
