@@ -189,7 +189,8 @@ class Experiment:
     tensorboard: write metrics for TensorBoard as well.
     max_skipped: consecutive updates with a non-finite loss or gradient after which the run stops.
     max_silent: consecutive collected batches without any gradient after which the run stops, for
-      example because all rewards of each group are equal; 0 only warns, unless every verifier fails.
+      example because all rewards of each group are equal; 0 only warns. Where every verifier fails, a
+      run stops after 10 of them in any case.
   """
 
   seed: Annotated[int, Range(at_least=0, below=2**31)] = 0

@@ -26,7 +26,6 @@ def heeded() -> Iterator[None]:
   In several processes JAX notes it, from `jax.distributed.initialize` on. In a thread that is not the
   main one, where Python allows no handlers, signals keep their effect.
   """
-  _asked.clear()
   if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -41,6 +40,7 @@ def heeded() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGTERM, before)
+    _asked.clear()  # the request was to this run, not to the next one of the process
 
 
 def asked(step: int) -> bool:

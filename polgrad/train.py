@@ -580,9 +580,8 @@ def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[s
   )
 
 
-MAX_FAILED = (
-  10  # consecutive batches without a reward after which a run stops, see `warn_if_silent`
-)
+# A run stops after this number of consecutive batches without a gradient if every verifier fails.
+MAX_FAILED = 10
 
 
 def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, step: int) -> None:
@@ -592,16 +591,18 @@ def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, s
     RuntimeError: `limit` consecutive batches, if it is not 0, had no gradient; or `MAX_FAILED` had
       none, and in the last of them every verifier failed.
   """
+  limits = {'config.max_silent': limit}
   if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):
     why = 'every verifier failed'
-    limit = min(limit or MAX_FAILED, MAX_FAILED)
+    limits['train.MAX_FAILED'] = MAX_FAILED
   elif row.get('reward/same_in_group') == 1:
     why = 'the rewards of each group are all equal'
   else:
     why = 'no token in the loss has a gradient'
   text = f'{phase}, step {step}: {silent} batches in a row taught nothing: {why}'
-  if limit and silent >= limit:
-    raise RuntimeError(f'{text}; stopped after {limit} of them (config.max_silent)')
+  for name, most in limits.items():
+    if 0 < most <= silent:
+      raise RuntimeError(f'{text}; stopped after {most} of them ({name})')
   if silent in {5 * 2**n for n in range(20)}:
     logging.warning('%s', text)
 
