@@ -60,10 +60,8 @@ def latest(*, metrics: tuple, initial: tuple) -> History:
   """
   if len(metrics) != len(initial):
     raise ValueError(f'{len(metrics)} metrics, but {len(initial)} initial values')
-  return History(
-    init=lambda: jnp.asarray(initial, jnp.float32),
-    value=lambda state: state,
-    advance=lambda state, found: jnp.stack([found[name].value() for name in metrics]),
+  return _remembered(
+    initial, lambda state, found: jnp.stack([found[name].value() for name in metrics])
   )
 
 
@@ -92,9 +90,7 @@ def adaptive_kl(
     error = jnp.clip(metrics[metric].value() / target - 1, -limit, limit)
     return beta * (1 + rate * error)
 
-  return History(
-    init=lambda: jnp.asarray(initial, jnp.float32), value=lambda beta: beta, advance=advance
-  )
+  return _remembered(initial, advance)
 
 
 def entropy_control(
@@ -121,7 +117,7 @@ def entropy_control(
   def advance(c, metrics):
     return jnp.clip(c + rate * (target - metrics[metric].value()), 0, largest)
 
-  return History(init=lambda: jnp.asarray(initial, jnp.float32), value=lambda c: c, advance=advance)
+  return _remembered(initial, advance)
 
 
 def kl_coefficient(kl_coefficient: Array) -> Array:
@@ -132,6 +128,13 @@ def kl_coefficient(kl_coefficient: Array) -> Array:
 def entropy_coefficient(entropy_coefficient: Array) -> Array:
   """The value of the history `entropy_coefficient`, as the factor of a penalty, f32[]."""
   return entropy_coefficient
+
+
+def _remembered(initial: float | tuple, advance: Callable) -> History:
+  """A history whose state is its value, an array of float32."""
+  return History(
+    init=lambda: jnp.asarray(initial, jnp.float32), value=lambda state: state, advance=advance
+  )
 
 
 TABLE = table('metric_history', running_mean, latest, adaptive_kl, entropy_control)

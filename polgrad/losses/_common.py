@@ -1,4 +1,4 @@
-"""Helpers that several modules of losses share: precision, log-ratios, trust regions, row sums."""
+"""Helpers that several modules of losses share: precision, ratios, trust regions, row sums."""
 
 import chex
 import jax
@@ -72,3 +72,34 @@ def row_sum(log_ratio: Array, mask: Array) -> Array:
 def row_mean(log_ratio: Array, mask: Array) -> Array:
   """Mean over the valid tokens of each row: [..., T] -> [..., 1]; 0 in a row without tokens."""
   return row_sum(log_ratio, mask) / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+
+
+def token_ratio(logp: Array, old_logp: Array) -> Array:
+  """pi / pi_old of each token, its logarithm clamped to +-20 nats, detached: [..., T] -> [..., T]."""
+  chex.assert_equal_shape([logp, old_logp])
+  return jnp.exp(bounded(jax.lax.stop_gradient(logp - old_logp)))
+
+
+def row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
+  """The product of pi / pi_old over the valid tokens of each row, clamped and detached:
+  [..., T] -> [..., 1]."""
+  chex.assert_equal_shape([logp, old_logp, mask])
+  return jnp.exp(bounded(row_sum(jax.lax.stop_gradient(logp - old_logp), mask)))
+
+
+def geometric_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
+  """The geometric mean of pi / pi_old over the valid tokens of each row, clamped and detached:
+  [..., T] -> [..., 1]."""
+  chex.assert_equal_shape([logp, old_logp, mask])
+  return jnp.exp(bounded(row_mean(jax.lax.stop_gradient(logp - old_logp), mask)))
+
+
+def truncate(ratio: Array, floor: float, cap: float) -> Array:
+  """clip(r, floor, cap), [...].
+
+  Raises:
+    ValueError: a floor outside [0, cap].
+  """
+  if not 0 <= floor <= cap:
+    raise ValueError(f'floor is an absolute ratio in [0, cap = {cap}], got {floor}')
+  return jnp.clip(ratio, floor, cap)

@@ -21,7 +21,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import LIMIT, bounded, kept, row_mean, row_sum, within
+from polgrad.losses._common import (
+  LIMIT,
+  bounded,
+  geometric_ratio,
+  kept,
+  row_ratio,
+  token_ratio,
+  truncate,
+  within,
+)
 from polgrad.losses.groups import divide, same, size, total
 from polgrad.registry import table
 from polgrad.types import Array
@@ -240,7 +249,7 @@ def token_band(
     bool[B, T], True where a token is kept.
   """
   chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  return mask & within(jnp.exp(bounded(proximal_logp - behavior_logp)), low, high)
+  return mask & within(token_ratio(proximal_logp, behavior_logp), low, high)
 
 
 def sequence_band(
@@ -259,8 +268,7 @@ def sequence_band(
   Returns:
     bool[B, T], True at all valid tokens of the rows that are kept.
   """
-  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  return mask & within(jnp.exp(bounded(row_sum(proximal_logp - behavior_logp, mask))), low, high)
+  return mask & within(row_ratio(proximal_logp, behavior_logp, mask), low, high)
 
 
 def geometric_band(
@@ -284,8 +292,7 @@ def geometric_band(
   Returns:
     bool[B, T], True at all valid tokens of the rows that are kept.
   """
-  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  return mask & within(jnp.exp(bounded(row_mean(proximal_logp - behavior_logp, mask))), low, high)
+  return mask & within(geometric_ratio(proximal_logp, behavior_logp, mask), low, high)
 
 
 def self_normalized(
@@ -307,11 +314,14 @@ def self_normalized(
 
   Returns:
     f32[B, T], 0 outside the mask; their mean over the valid tokens is 1.
+
+  Raises:
+    ValueError: a floor outside [0, cap].
   """
   chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  ratio = jnp.clip(jnp.exp(bounded(proximal_logp - behavior_logp)), floor, cap)
-  ratio = jnp.where(mask, ratio, 0)
-  return ratio * divide(jnp.sum(mask).astype(ratio.dtype), jnp.sum(ratio))
+  truncated = truncate(token_ratio(proximal_logp, behavior_logp), floor, cap)
+  truncated = jnp.where(mask, truncated, 0)
+  return truncated * divide(jnp.sum(mask).astype(truncated.dtype), jnp.sum(truncated))
 
 
 def per_prompt(group_ids: Array, mask: Array) -> Array:

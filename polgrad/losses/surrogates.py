@@ -21,7 +21,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import LIMIT, bounded, finite_gradient, kept, soft_gate
+from polgrad.losses._common import (
+  LIMIT,
+  bounded,
+  finite_gradient,
+  kept,
+  soft_gate,
+  token_ratio,
+  truncate,
+)
 from polgrad.losses.path_consistency import path_consistency
 from polgrad.registry import table
 from polgrad.types import Array
@@ -181,7 +189,7 @@ def centered_clip(
   logp, behavior_logp, proximal_logp, advantages = finite_gradient(
     logp, behavior_logp, proximal_logp, advantages
   )
-  center = jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
+  center = token_ratio(proximal_logp, behavior_logp)
   ratio = jnp.exp(bounded(logp - behavior_logp))
   return _pessimistic(ratio, advantages, center - eps, center + eps)
 
@@ -346,9 +354,7 @@ def truncated(
   logp, log_ratio, advantages = finite_gradient(logp, log_ratio, advantages)
   if cap <= 0:
     raise ValueError(f'cap is an absolute ratio and must be positive, got {cap}')
-  if not 0 <= floor <= cap:
-    raise ValueError(f'floor is an absolute ratio in [0, cap = {cap}], got {floor}')
-  weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(log_ratio), floor, cap))
+  weight = jax.lax.stop_gradient(truncate(jnp.exp(log_ratio), floor, cap))
   return -weight * advantages * logp
 
 

@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses._common import bounded, kept, row_mean, within
+from polgrad.losses._common import geometric_ratio, kept, row_mean, within
 from polgrad.types import Array
 
 
@@ -171,10 +171,8 @@ def geometric_band(
   Returns:
     [..., T], 0 or 1, the same in all tokens of a row.
   """
-  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  mean = row_mean(jax.lax.stop_gradient(proximal_logp - behavior_logp), mask)
-  keep = within(jnp.exp(bounded(mean)), low, high).astype(proximal_logp.dtype)
-  return jnp.broadcast_to(keep, mask.shape)
+  keep = within(geometric_ratio(proximal_logp, behavior_logp, mask), low, high)
+  return jnp.broadcast_to(keep.astype(proximal_logp.dtype), mask.shape)
 
 
 def selected(selected: Array) -> Array:

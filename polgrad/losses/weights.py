@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import _common
-from polgrad.losses._common import bounded, row_mean, row_sum, within
+from polgrad.losses._common import geometric_ratio, row_ratio, token_ratio, truncate, within
 from polgrad.losses.trust_region_masks import (
   geometric_band,
   near_behavior_or_positive,
@@ -57,7 +57,7 @@ def truncated_importance(
   Raises:
     ValueError: a floor outside [0, cap].
   """
-  return _clip(_ratio(proximal_logp, behavior_logp), floor, cap)
+  return truncate(token_ratio(proximal_logp, behavior_logp), floor, cap)
 
 
 def masked_importance(
@@ -77,7 +77,7 @@ def masked_importance(
   Returns:
     [..., T].
   """
-  ratio = _ratio(proximal_logp, behavior_logp)
+  ratio = token_ratio(proximal_logp, behavior_logp)
   return jnp.where(within(ratio, low, high), ratio, 0)
 
 
@@ -107,8 +107,8 @@ def truncated_sequence_importance(
   Raises:
     ValueError: a floor outside [0, cap].
   """
-  ratio = _row_ratio(proximal_logp, behavior_logp, mask)
-  return jnp.broadcast_to(_clip(ratio, floor, cap), mask.shape)
+  ratio = row_ratio(proximal_logp, behavior_logp, mask)
+  return jnp.broadcast_to(truncate(ratio, floor, cap), mask.shape)
 
 
 def truncated_geometric_importance(
@@ -137,9 +137,8 @@ def truncated_geometric_importance(
   Raises:
     ValueError: a floor outside [0, cap].
   """
-  chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-  mean = row_mean(jax.lax.stop_gradient(proximal_logp - behavior_logp), mask)
-  return jnp.broadcast_to(_clip(jnp.exp(bounded(mean)), floor, cap), mask.shape)
+  ratio = geometric_ratio(proximal_logp, behavior_logp, mask)
+  return jnp.broadcast_to(truncate(ratio, floor, cap), mask.shape)
 
 
 def masked_sequence_importance(
@@ -166,7 +165,7 @@ def masked_sequence_importance(
   Returns:
     [..., T], the same in all tokens of a row.
   """
-  ratio = _row_ratio(proximal_logp, behavior_logp, mask)
+  ratio = row_ratio(proximal_logp, behavior_logp, mask)
   return jnp.broadcast_to(jnp.where(within(ratio, low, high), ratio, 0), mask.shape)
 
 
@@ -294,24 +293,6 @@ def per_prompt(prompt_weights: Array) -> Array:
     [B, T].
   """
   return jax.lax.stop_gradient(prompt_weights)
-
-
-def _clip(ratio: Array, floor: float, cap: float) -> Array:
-  if not 0 <= floor <= cap:
-    raise ValueError(f'floor is a ratio in [0, cap = {cap}], got {floor}')
-  return jnp.clip(ratio, floor, cap)
-
-
-def _ratio(proximal_logp: Array, behavior_logp: Array) -> Array:
-  """The detached ratio rho of each token: [..., T]."""
-  chex.assert_equal_shape([proximal_logp, behavior_logp])
-  return jnp.exp(bounded(jax.lax.stop_gradient(proximal_logp - behavior_logp)))
-
-
-def _row_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
-  """The detached ratio of each row, prod_t rho_t: [..., 1]."""
-  chex.assert_equal_shape([logp, old_logp, mask])
-  return jnp.exp(bounded(row_sum(jax.lax.stop_gradient(logp - old_logp), mask)))
 
 
 TABLE = table(

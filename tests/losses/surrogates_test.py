@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.losses import aggregation, ratios, surrogates, weights
+from polgrad.losses import aggregation, ratios, selections, surrogates, weights
 from polgrad.registry import call
 
 
@@ -311,6 +311,22 @@ def test_a_ring_keeps_what_is_far_on_the_side_that_its_advantage_opposes():
 def test_a_floor_outside_zero_and_the_cap_is_refused(floor):
   with pytest.raises(ValueError, match='floor'):
     surrogates.truncated(jnp.zeros(1), jnp.zeros(1), jnp.ones(1), floor=floor)
+
+
+@pytest.mark.parametrize('floor', [-0.1, 3.0])
+@pytest.mark.parametrize(
+  'fn',
+  [
+    weights.truncated_importance,
+    weights.truncated_sequence_importance,
+    weights.truncated_geometric_importance,
+    selections.self_normalized,
+  ],
+)
+def test_importance_weights_refuse_a_floor_outside_zero_and_the_cap(fn, floor):
+  arrays = dict(proximal_logp=MASK * 0.0, behavior_logp=MASK * 0.0, mask=MASK)
+  with pytest.raises(ValueError, match='floor'):
+    call(functools.partial(fn, cap=2.0, floor=floor), arrays)
 
 
 def test_sapo_weights_peak_above_one_and_are_the_advantage_on_policy():
