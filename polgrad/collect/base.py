@@ -62,16 +62,16 @@ class Collector(abc.ABC):
   is `TrainState.collect_state`, and what it compiles belongs to the function that `make` returns.
   """
 
+  # Of records with more tokens than fit: 'error' refuses them, 'drop' takes the next one instead, and
+  # 'truncate' cuts prompts at their beginning and rows with completions at their end.
+  overlong: batching.Overlong = 'error'
+
   @abc.abstractmethod
   def make(self, context: Context) -> Collect:
     """Makes collect(state, draw, step) -> Collected, the function that makes the batch of a step.
 
     `step` is the number of batches that the phase has collected before.
     """
-
-  # Of records with more tokens than fit: 'error' refuses them, 'drop' takes the next one instead, and
-  # 'truncate' cuts prompts at their beginning and rows with completions at their end.
-  overlong: batching.Overlong = 'error'
 
   def lay_out(
     self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False
@@ -83,6 +83,11 @@ class Collector(abc.ABC):
       ValueError: a record lacks a field.
     """
     return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
+
+  @property
+  def cut(self) -> bool:
+    """Whether records with more tokens than fit are cut, see `overlong`."""
+    return self.overlong == 'truncate'
 
   @property
   @abc.abstractmethod
@@ -126,7 +131,7 @@ class Collector(abc.ABC):
 
   @property
   def terms_ignored(self) -> frozenset[str]:
-    """Terms of the reward that are not compared when dull groups are looked for."""
+    """Terms of the reward that dynamic sampling does not compare."""
     return frozenset()
 
   @property

@@ -41,10 +41,7 @@ class Demonstrations(Collector):
     return batching.supervised(records, tokenizer, length=self.length, cut=cut)
 
   def make(self, context: Context) -> Collect:
-    cut = self.overlong == 'truncate'
-    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=cut)
-    annotate = make_annotator(context, self.temperature)
-    return _Given(records=self.records, lay=lay, annotate=annotate).collect
+    return _given(self, context).collect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,10 +73,7 @@ class Preferences(Collector):
     return batching.pairs(records, tokenizer, **sizes, cut=cut)
 
   def make(self, context: Context) -> Collect:
-    cut = self.overlong == 'truncate'
-    lay = functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=cut)
-    annotate = make_annotator(context, self.temperature)
-    return _Given(records=self.records, lay=lay, annotate=annotate).collect
+    return _given(self, context).collect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,3 +95,11 @@ class _Given:
       samples=[],
       messages=[],
     )
+
+
+def _given(settings: Demonstrations | Preferences, context: Context) -> _Given:
+  return _Given(
+    records=settings.records,
+    lay=functools.partial(settings.lay_out, tokenizer=context.tokenizer, cut=settings.cut),
+    annotate=make_annotator(context, settings.temperature),
+  )

@@ -124,8 +124,7 @@ class ExploredSteps(Steps):
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
     settings, context = self.settings, self.context
     records = draw(settings.prompts)
-    cut = settings.overlong == 'truncate'
-    prompts = settings.lay_out(records, tokenizer=context.tokenizer, cut=cut)
+    prompts = settings.lay_out(records, tokenizer=context.tokenizer, cut=settings.cut)
     # Each round gets other ids, because noise is folded from them.
     ids = distinct(np.tile(prompts.ids, settings.rounds)).reshape(settings.rounds, -1)
     drawn = []

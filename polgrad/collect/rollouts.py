@@ -150,7 +150,7 @@ class Rollouts(Collector):
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
-    if self.demonstrations:
+    if self.demonstrations:  # they are added after sampling; here one that does not fit is refused
       self.demonstrated(records, tokenizer, cut=cut)
     return prompts
 
@@ -189,9 +189,8 @@ class Rollouts(Collector):
     }
     return RowSampler(
       context=context,
-      lay_out=functools.partial(
-        super().lay_out, tokenizer=context.tokenizer, cut=self.overlong == 'truncate'
-      ),
+      # Prompts alone: `lay_out` of this class would lay out the demonstrations too.
+      lay_out=functools.partial(super().lay_out, tokenizer=context.tokenizer, cut=self.cut),
       samples_per_prompt=samples_per_prompt,
       reads=inputs(behavior_policy),
       sample=make_drawer(context, settings),
@@ -285,7 +284,7 @@ class RolloutSteps(Steps):
   def score(
     self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
-    """Scores the rows, replaces dull groups, and adds demonstrations and baselines."""
+    """Scores the rows, replaces uninformative groups, and adds demonstrations and baselines."""
     batch, texts = score_rows(batch, records, self.context)
     batch, texts = self._resample(batch, texts, state, draw, step)
     report = Report.of(batch, texts)
@@ -333,8 +332,7 @@ class RolloutSteps(Steps):
   ) -> tuple[Batch, Report]:
     """Adds the record's answer to each group, behind its samples, and the stream of each row."""
     settings, prompts = self.settings, len(records)
-    cut = settings.overlong == 'truncate'
-    answers = settings.demonstrated(records, self.context.tokenizer, cut=cut)
+    answers = settings.demonstrated(records, self.context.tokenizer, cut=settings.cut)
     answers, texts = score_rows(answers, records, self.context)
 
     def join(x, y):
