@@ -280,8 +280,9 @@ def win_rate(*, with_itself: bool = True, extremes: bool = True) -> Estimator:
   """Labels in [0, 1]: an estimated probability that the row beats a row of its group.
 
   label_i = mean over the valid rows j of the group of sigmoid(R_i - R_j): SPPO's estimate
-  (arXiv:2405.00675). In its code j may be i, which adds one half to the sum, and only the best and the
-  worst row of a group are trained on: the first of the best rows, and the last of the worst.
+  (arXiv:2405.00675). In the authors' code j may be i, which adds one half to the sum, and only the best
+  and the worst row of a group are trained on: of equal rows, the first of the best and the last of the
+  worst.
 
   Args:
     with_itself: whether j may be i; a row without any j gets one half.

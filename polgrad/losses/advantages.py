@@ -181,11 +181,11 @@ def leave_one_out_normalized(
   group = members(group_ids, valid)
   rows, centered = size(group), center(rewards, group)
   # Without row i, with c its distance from the mean of all: the mean is lower by c / (G - 1), and the
-  # sum of squares by c^2 G / (G - 1). A difference that is only rounding is taken for 0.
+  # sum of squares by c^2 G / (G - 1). A difference that is only a rounding error is set to 0; NaN stays.
   factor = rows / jnp.maximum(rows - 1, 1)
   squares = total(jnp.square(centered), group)
   others = squares - jnp.square(centered) * factor
-  others = jnp.where(others > 1e-6 * squares, others, jnp.where(jnp.isnan(others), others, 0))
+  others = jnp.where(others <= 1e-6 * squares, 0, others)
   std = jnp.sqrt(others / jnp.maximum(rows - 1 - ddof, 1))
   return jnp.where(rows > 2, divide(centered * factor, std + eps), 0)
 

@@ -2,7 +2,7 @@
 
 Rows belong to one group when their `group_ids` are equal. They need not be consecutive, and groups may
 differ in size. Time and memory grow with the number of rows B, up to a logarithm; no array has B^2
-entries. Arrays may be [B] or [B, ...]: every column has statistics of its own.
+entries. Arrays may be [B] or [B, ...]: each column is treated separately.
 
 Sums run over the sorted rows in a fixed order, so they are the same in every run on one kind of device.
 A mean is subtracted as the mean of differences, so equal numbers give exactly 0 in any precision.

@@ -66,8 +66,8 @@ def kto(
   """`sigmoid` of z - z0, z0 = sg(max(mean of the mismatched scores, 0)): KTO (arXiv:2402.01306).
 
   z0 estimates beta KL(pi || reference) from completions of other prompts; rows count as gains or losses
-  relative to it. The mean is over the rows that are given, so with micro-batches each has a z0 of its
-  own, as in published code. The paper recommends weights with
+  relative to it. The mean is over the rows that are given, so each micro-batch has a different z0, as in
+  published code. The paper recommends weights with
   desirable * (number of desirable rows) / (undesirable * number of undesirable rows) between 1 and 4/3.
 
   Args:

@@ -39,7 +39,7 @@ class Method:
     collect: the collector (a class of `polgrad.collect`) with what the method asks of it. All other
       settings, such as the number of prompts, come from the task.
     rewards: verifiers that the method adds to those of the task, each with its weight. Dynamic sampling
-      compares groups without them, so by what the task asks for.
+      does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.
     anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
     optimizer: a part of `polgrad.optim`; None is AdamW.

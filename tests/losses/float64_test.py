@@ -51,8 +51,10 @@ def test_a_function_of_float64_arrays_computes_in_float64(fn, x64):
 
 def returns_booleans(fn):
   numbers = (
-    *(selections.balanced_bounds, selections.second_moment_bounds),
-    *(selections.self_normalized, selections.per_prompt),
+    selections.balanced_bounds,
+    selections.second_moment_bounds,
+    selections.self_normalized,
+    selections.per_prompt,
   )
   return fn in selections.TABLE.values() and fn not in numbers
 

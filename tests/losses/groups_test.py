@@ -68,7 +68,7 @@ def test_sums_and_moments_are_those_of_the_matrix_of_pairs(count):
   np.testing.assert_array_equal(groups.rank(x, found)[valid], rank[valid])
 
 
-def test_columns_have_statistics_of_their_own():
+def test_each_column_is_treated_separately():
   a = rows()
   found = groups.members(a['group_ids'], a['valid'])
   columns = [groups.center(x, found, w) for x, w in zip(a['token_returns'].T, a['score_norm'].T)]

@@ -69,15 +69,12 @@ def test_nan_and_inf_in_masked_tokens_reach_neither_value_nor_gradient(fn):
 
 
 UNSEEN = {
-  (
-    surrogates.clipped_away,
-    'log_ratio',
-  ),  # not minimised; the surrogate beside it reads the same ratio
-  (penalties.entropy_band_published, 'entropy'),  # one of two constants, without gradient
-  (
-    ratios.sequence_geometric_clipped,
-    'advantages',
-  ),  # only their sign; the surrogate reads them too
+  # Not minimised; the surrogate beside it reads the same ratio.
+  (surrogates.clipped_away, 'log_ratio'),
+  # One of two constants, without gradient.
+  (penalties.entropy_band_published, 'entropy'),
+  # Only their sign is read; the surrogate reads them too.
+  (ratios.sequence_geometric_clipped, 'advantages'),
 }
 
 

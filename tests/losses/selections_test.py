@@ -140,7 +140,7 @@ def second_moment_bounds(a, limit, low, high):
   return [min(np.exp(-tau), low), max(np.exp(tau), high)]
 
 
-# fn -> (knobs, transcription -> the selected tokens); the bounds have a test of their own.
+# fn -> (knobs, transcription -> the selected tokens); the bounds are tested separately.
 ORACLES = {
   selections.second_moment: (dict(limit=0.3), second_moment),
   selections.top_covariance: (dict(share=0.2), top_covariance),

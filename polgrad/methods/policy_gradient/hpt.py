@@ -24,8 +24,8 @@ def hpt(
 
   A prompt with at most `limit` solved samples keeps only its demonstration, and any other prompt
   only its samples. The loss is the sum of both parts. A is the reward minus the group mean, and H
-  the entropy of the next token. There is no clipping of ratios. A gradient is scaled to the norm 1,
-  and an update whose gradient is longer than `skip_grad_norm` is skipped.
+  the entropy of the next token. There is no clipping of ratios. A gradient longer than 1 is scaled
+  to the norm 1, and an update whose gradient is longer than `skip_grad_norm` is skipped.
 
   Differences: Imitation is averaged over the tokens of the demonstrations in use. Their number
   shrinks as the policy learns. The authors divide the token sum of reinforcement by 8192, the

@@ -19,11 +19,11 @@ def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float
   entropy of the next token. The constant is the same in all parts, so that a token has the same
   weight in both.
 
-  Differences: There is one demonstration per prompt, beside the samples. The authors divide the sum
-  over the tokens of all rows by 8192 alone, and average the entropy over tokens; Adam sees only how
-  large the entropy is beside the rest. These are the runs of the authors. The equations of the
-  paper divide A by the standard deviation, `group_normalized`, and clip the samples: surrogate
-  `clipped`.
+  Differences: There is one demonstration per prompt, beside the samples. The formulas are those of
+  the authors' runs, apart from the divisors: there the sum over the tokens of all rows is divided
+  by 8192, and the entropy is a mean over tokens. A common factor does not change the steps of Adam,
+  so only the weight of the entropy relative to the rest differs. The equations of the paper divide
+  A by the standard deviation, `group_normalized`, and clip the samples: surrogate `clipped`.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.

@@ -26,9 +26,9 @@ def nft(
   gradient of Dr. GRPO.
 
   Differences: The code divides the sum over the tokens of all rows by 1000; here it is divided by
-  the rows and `max_new_tokens`, which Adam does not see. Groups are replaced at most
-  `max_resamples` times per batch (10 in the code), and those that still have no contrast have the
-  weight 0.
+  the rows and `max_new_tokens`. This factor does not change the steps of Adam. Groups are replaced
+  at most `max_resamples` times per batch (10 in the code), and those that still have no contrast
+  have the weight 0.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.

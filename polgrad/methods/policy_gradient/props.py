@@ -21,9 +21,8 @@ def props(
   with r = behavior / policy and r' = pi / pi_old, pi_old the policy before its updates on the
   rollout. The policy draws half of each group. The behavior policy is a copy of it that is trained
   on these rows until its KL to the policy exceeds `kl_limit`; the update that is made then is kept,
-  and is the last. It draws the other half. All rows
-  together match the policy's distribution better than independent ones, so they are used as if they
-  were on-policy.
+  and is the last. The trained copy draws the other half. All rows together match the policy's
+  distribution better than independent ones, so they are used as if they were on-policy.
 
   Differences: The behavior policy gets 4 epochs of 4 minibatches instead of 16 epochs. A group is
   drawn in two rounds. A is the group-normalised reward instead of the estimate of a critic.
