@@ -75,6 +75,8 @@ def test_a_term_that_is_ignored_must_be_one_of_the_reward_and_leave_another(igno
   config.phases.train.collect.resample_ignores = ignored
   with pytest.raises(ValueError, match=told):
     build.build(config)
+  config.phases.train.collect.max_resamples = 0
+  build.build(config)  # nothing is compared
 
 
 def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():

@@ -115,7 +115,7 @@ class Rollouts(Collector):
 
   @property
   def terms_ignored(self) -> frozenset[str]:
-    return frozenset(self.resample_ignores)
+    return frozenset(self.resample_ignores if self.max_resamples else ())
 
   @property
   def filtered(self) -> bool:
