@@ -1,15 +1,15 @@
-"""JSON files of folders that others made, and the types of what they hold; errors name file and key."""
+"""JSON files of downloaded models: reads them and checks types of values; errors name file and key."""
 
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST = (
-  256 * 2**20
-)  # bytes of a file that is read; the tokenizer.json of large models has 35 million
-LARGEST_NUMBER = 1e300  # also leaves out infinity and NaN, which Python's JSON reads
-# What a value may be called in an error -> whether a value is one.
+# Bytes of a file, at most. The largest tokenizer.json that we know has 35 million.
+LARGEST = 256 * 2**20
+LARGEST_NUMBER = 1e300  # its bound also refuses infinity and NaN, which Python reads from JSON
+LARGEST_ID = 2**31 - 1  # of a token, because ids are 32-bit numbers
+# Name of a type, as errors write it -> whether a value has the type.
 KINDS = {
   'text': lambda x: isinstance(x, str),
   'true or false': lambda x: isinstance(x, bool),
@@ -25,11 +25,11 @@ KINDS = {
 
 
 def read_object(path: str | pathlib.Path) -> dict:
-  """The object of a JSON file in UTF-8.
+  """The dictionary in a JSON file, whose text is UTF-8.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is too large, no JSON, or another value than an object.
+    ValueError: the file is larger than `LARGEST`, is no JSON, or holds another value than an object.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -48,19 +48,30 @@ def read_object(path: str | pathlib.Path) -> dict:
 
 
 def check(where: str, content: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
-  """Refuses values of another kind; keys that are absent or null are allowed.
+  """Refuses values of another type; keys that are absent or null are allowed.
 
   Args:
-    where: of the content, in errors.
-    kinds: what each key holds, of `KINDS`.
+    where: name of the file or section, for errors.
+    content: values by key.
+    kinds: name of the type, one of `KINDS`, by key.
 
   Raises:
-    ValueError: names the key, its kind and the value.
+    ValueError: names the key, its type and the value.
   """
   for key, kind in kinds.items():
     value = content.get(key)
     if value is not None and not KINDS[kind](value):
       raise ValueError(f'{where}: {key} must be {kind}, got {shown(value)}')
+
+
+def check_id(where: str, i: Any, size: int = LARGEST_ID + 1) -> None:
+  """Refuses what is no token id of a vocabulary of `size` tokens.
+
+  Raises:
+    ValueError: names `where`, the range and the value.
+  """
+  if not KINDS['a whole number'](i) or not 0 <= i < size:
+    raise ValueError(f'{where} must be at least 0 and below {size}, got {shown(i)}')
 
 
 def shown(value: Any) -> str:

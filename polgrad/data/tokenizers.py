@@ -19,8 +19,6 @@ from polgrad.data import chat as chats
 from polgrad.data.chat import make_conversation, plain_chat
 from polgrad.registry import table
 
-MOST = 2**31  # ids are 32-bit numbers
-
 
 class Tokenizer(NamedTuple):
   """What polgrad needs of a tokenizer."""
@@ -33,9 +31,8 @@ class Tokenizer(NamedTuple):
   pad_id: int  # may equal a stop id, because masks are never computed from token ids
   bos_id: int  # the token that begins a sequence, -1 for none
   stop_ids: tuple[int, ...]  # tokens that end a completion; the first ends completions we train on
-  opening: str = (
-    ''  # what the generation prompt of `chat` writes of the assistant's turn: `<think>`
-  )
+  # What the generation prompt of `chat` writes of the assistant's turn, for example `<think>`.
+  opening: str = ''
 
 
 def byte() -> Tokenizer:
@@ -136,8 +133,8 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
   * Stop tokens are the token with which the template ends an assistant turn, the eos token of
     tokenizer_config.json (else special_tokens_map.json) and all those of generation_config.json. The
     first one ends completions we train on: that of the template, or eos if the template writes none.
-  * A decoded text lacks the stop tokens, pad and bos. All other special tokens, such as `<think>` in
-    some models, are in it as they are written.
+  * A decoded text lacks the stop tokens, pad and bos. It keeps all other special tokens, for example
+    `<think>`, which is a special token in some models.
   * `bos_id` is the bos token only if the tokenizer puts it before a plain text, else -1. Some models
     name a bos token that never preceded text in their training.
 
@@ -217,9 +214,8 @@ def _special_tokens(folder, config):
   special = {}
   for file, named in ((map_file, _read_json(map_file)), (config_file, config)):
     for key, token in named.items():
-      if (
-        key.endswith('_token') and token and not isinstance(token, bool)
-      ):  # add_bos_token is no token
+      # Keys such as add_bos_token end alike, but hold true or false.
+      if key.endswith('_token') and token and not isinstance(token, bool):
         special[key] = _content(f'{file}: {key}', token)
   return special
 
@@ -238,7 +234,7 @@ def _stop_ids(folder, found, size):
   more = _read_json(file).get('eos_token_id')
   more = more if isinstance(more, list) else [] if more is None else [more]
   for i in more:
-    _check_id(f'{file}: eos_token_id', i, size)
+    jsons.check_id(f'{file}: eos_token_id', i, size)
   stops = list(dict.fromkeys(i for i in [*found, *more] if i is not None))
   if not stops:
     raise ValueError(
@@ -246,12 +242,6 @@ def _stop_ids(folder, found, size):
       'or eos_token_id in generation_config.json'
     )
   return stops
-
-
-def _check_id(where, i, size):
-  """Refuses what is no id of a vocabulary of `size` tokens."""
-  if not jsons.KINDS['a whole number'](i) or not 0 <= i < size:
-    raise ValueError(f'{where} must be at least 0 and below {size}, got {jsons.shown(i)}')
 
 
 class _Vocabulary(NamedTuple):
@@ -338,7 +328,7 @@ def _make_decode(model, bare, names, *, whole, hidden):
   Args:
     model, bare: with and without a space before the text; the first reads what begins the text.
     names: tokens by id; other ids are left out.
-    whole: ids of tokens that are written as they are named.
+    whole: ids of tokens whose text is their name.
     hidden: ids that are left out.
   """
 
@@ -368,12 +358,12 @@ def _pieces(folder, config, model, special):
   # Older models list added tokens in a file, newer ones in tokenizer_config.json.
   file = folder / 'added_tokens.json'
   for token, i in _read_json(file).items():
-    _check_id(f'{file}: {token}', i, MOST)
+    jsons.check_id(f'{file}: {token}', i)
     _add(names, i, token, file)
     added[token] = {'special': True}
   for i, token in (config.get('added_tokens_decoder') or {}).items():
     where = f'{folder / "tokenizer_config.json"}: added_tokens_decoder'
-    _check_id(where, int(i) if i.isdecimal() and len(i) < 20 else i, MOST)
+    jsons.check_id(where, int(i) if i.isdecimal() and len(i) < 20 else i)
     jsons.check(where, {i: token}, {i: 'an object'})
     jsons.check(f'{where}.{i}', token or {}, FLAGS)
     text = _content(f'{where}.{i}', token)
@@ -426,7 +416,7 @@ def _align(model, text):
 
 
 def _templates(folder, config):
-  """(text, place) of the templates `default`, which may have no name, and `tool_use`, if there are."""
+  """The templates `default` (it may have no name) and `tool_use` that exist: name -> (text, place)."""
   where = str(folder / 'tokenizer_config.json')
   template = config.get('chat_template') or ''
   if isinstance(template, list):

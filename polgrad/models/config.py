@@ -40,7 +40,7 @@ MLP = ('gate', 'up', 'down')
 
 # Sizes beyond these are mistakes: nothing would hold the arrays. Layers are also listed one by one.
 Size = Annotated[int, Range(at_least=1, at_most=10_000_000)]
-Optional = Annotated[int, Range(at_least=0, at_most=10_000_000)]
+SizeOrNone = Annotated[int, Range(at_least=0, at_most=10_000_000)]
 Layers = Annotated[int, Range(at_least=1, at_most=10_000)]
 Length = Annotated[int, Range(at_least=1, below=2**31)]  # positions are 32-bit numbers
 Span = Annotated[int, Range(at_least=0, below=2**31)]
@@ -105,7 +105,7 @@ class Config:
   tie_embeddings: bool = True  # the embedding is also the unembedding
 
   # A mixture of experts, see `experts`.
-  num_experts: Optional = 0  # experts of every feed-forward, 0 for a dense feed-forward
+  num_experts: SizeOrNone = 0  # experts of every feed-forward, 0 for a dense feed-forward
   experts_per_token: Size = 2  # experts that process each token
   normalize_experts: bool = True  # divide the weights of a token's experts by their sum
   balance_rate: NotNegative = 0.0  # step of the bias that balances experts; 0 for no bias
@@ -120,7 +120,7 @@ class Config:
   value_head: bool = False  # adds a scalar head, zero at first; also the head of a reward model
 
   # A low-rank adapter; only `lora` sets these.
-  lora_rank: Optional = 0  # inner size of the factors, 0 for no adapter
+  lora_rank: SizeOrNone = 0  # inner size of the factors, 0 for no adapter
   lora_scale: float = 1.0  # multiplies the product of the factors
   lora_targets: tuple[str, ...] = ()  # names of the matrices that have factors
 

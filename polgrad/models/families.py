@@ -227,7 +227,7 @@ INERT = dict(
   use_bidirectional_attention=False, mlp_only_layers=[], decoder_sparse_step=1,
 )  # fmt: skip
 LAYER_TYPES = {'full_attention': False, 'sliding_attention': True}
-# What the keys hold that are not read into one field of `Config`.
+# Types of the keys that are not read into one field of `Config`, of `jsons.KINDS`.
 OTHERS = {
   'model_type': 'text', 'architectures': 'a list of texts', 'layer_types': 'a list of texts',
   'rope_parameters': 'an object', 'rope_scaling': 'an object', 'sliding_window': 'a whole number',
@@ -235,7 +235,7 @@ OTHERS = {
   'sliding_window_pattern': 'a whole number', 'num_experts': 'a whole number',
   'num_local_experts': 'a whole number', 'num_experts_per_tok': 'a whole number',
 }  # fmt: skip
-KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
+KIND_OF = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 
 
 def read_settings(config: dict) -> dict:
@@ -366,7 +366,7 @@ def _check_values(keys: Mapping[str, str], given: Mapping[str, Any]) -> None:
   hints = typing.get_type_hints(Config, include_extras=True)
   for field, key in keys.items():
     hint, value = hints[field], given.get(key)
-    jsons.check('config.json', {key: value}, {key: KINDS[plain(hint)]})
+    jsons.check('config.json', {key: value}, {key: KIND_OF[plain(hint)]})
     if value is not None:
       range_of_key = Positive if field in SCALES else hint
       check_range(value, range_of_key, f'config.json: {key}')

@@ -197,7 +197,7 @@ def _check_types(reader: Any) -> None:
     block = np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8)
     try:
       dequantize(block, kind)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what `dequantize` of gguf raises at types that it lacks
       raise ValueError(f'{name} has type {kind.name}, which is not supported') from error
 
 
@@ -249,16 +249,12 @@ def _check_ids(said: dict) -> None:
     if len(own['tokens']) != len(own['token_type']):
       sizes = len(own['tokens']), len(own['token_type'])
       raise ValueError(f'{prefix}tokens has {sizes[0]} entries and {prefix}token_type {sizes[1]}')
-    twice = [m for m in own['merges'] if m.count(' ') != 1]
-    if twice:
-      raise ValueError(
-        f'{prefix}merges holds {twice[0]!r}; expected two tokens with a space between'
-      )
-  size = len(own.get('tokens', ())) or 2**31
+    odd = [m for m in own['merges'] if m.count(' ') != 1]
+    if odd:
+      raise ValueError(f'{prefix}merges holds {odd[0]!r}; expected two tokens with a space between')
+  size = len(own.get('tokens', ())) or jsons.LARGEST_ID + 1
   for key in (*IDS.values(), EOT):
-    i = said.get(key, 0)
-    if not jsons.KINDS['a whole number'](i) or not 0 <= i < size:
-      raise ValueError(f'{key} must be at least 0 and below {size}, got {jsons.shown(i)}')
+    jsons.check_id(key, said.get(key, 0), size)
 
 
 def _require(key: str, found: Any, supported: tuple) -> None:
@@ -279,9 +275,9 @@ def _config(kind: str, own: dict) -> dict:
   odd |= {f'{kind}.{key}': own[key] for key in KEYS.values() if isinstance(own[key], list)}
   if odd:
     raise ValueError(f'settings {odd} are not supported; layers are alike, dense and plain')
-  numbers = {key: 'a number' for key in (*KEYS.values(), FACTOR)}
-  numbers |= dict.fromkeys(WHOLE, 'a whole number')
-  jsons.check(kind, own, numbers)
+  # Refuse values of another type, and sizes of 0.
+  numbers = dict.fromkeys((*KEYS.values(), FACTOR), 'a number')
+  jsons.check(kind, own, numbers | dict.fromkeys(WHOLE, 'a whole number'))
   for key in WHOLE:
     check_range(own.get(key), AtLeastOne, f'{kind}.{key}')
   # The size of a head must be the same wherever the file states it.

@@ -141,8 +141,8 @@ def read_settings(folder: str | pathlib.Path) -> dict:
     if value not in valid:
       raise ValueError(f'{path}: {field} {value!r} is not supported; supported: {valid}')
   modules = found.pop('target_modules', None)
-  # PEFT's own defaults are 8 and 8.
-  rank, alpha = (8 if x is None else x for x in (found.pop('r', 8), found.pop('lora_alpha', 8)))
+  given = found.pop('r', None), found.pop('lora_alpha', None)
+  rank, alpha = (8 if x is None else x for x in given)  # 8 is PEFT's own default of both
   stabilized = bool(found.pop('use_rslora', False))
   for field, value in found.items():
     if value and field not in HARMLESS:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from polgrad import jsons
+
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {
   'F32': np.dtype(np.float32),
@@ -71,9 +73,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 def _read_index(index: pathlib.Path) -> dict[str, str]:
   """The file of each tensor, by the index of a folder."""
   try:
-    places = json.loads(index.read_text())['weight_map']
+    places = jsons.read_object(index)['weight_map']
     names = set(places.values())
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{index} is no index of tensors ({type(error).__name__}: {error})') from error
   for name in names:
     plain = isinstance(name, str) and pathlib.PurePath(name).name == name and '\\' not in name
