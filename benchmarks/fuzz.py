@@ -31,14 +31,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from ml_collections import config_flags
 
 from benchmarks import robustness
 from polgrad import checkpoint, cli, methods, metrics, tasks, verify
-from polgrad.build import build, check_data
+from polgrad.build import TABLE, build, check_data
 from polgrad.data import batching, sources, tokenizers
 from polgrad.data import chat as chats
 from polgrad.models import decoder, gguf, hf, lora, tensors
@@ -46,6 +45,7 @@ from polgrad.models.config import Config
 from polgrad.models.families import read_settings
 from polgrad.models.transformer import from_config
 from polgrad.options import from_text
+from polgrad.overrides import apply
 from polgrad.rewards import scoring, verifiers
 from tests.data import folders
 
@@ -300,18 +300,8 @@ def overrides(draw) -> list[str]:
 
 
 def read_overrides(given: list[str], folder: pathlib.Path) -> None:
-  own = flags.FlagValues()
-  file = f'{ROOT}/experiments/run.py:{RUN}'
-  argv = ['fuzz', f'--config={file}', *given]
-  config_flags.DEFINE_config_file(
-    'config', None, 'run', flag_values=own, lock_config=True, sys_argv=argv
-  )
-  try:
-    with cli.named_overrides(argv):
-      own(argv)
-  except flags.Error as error:  # which every main shows in one line
-    raise ValueError(f'config: {error}') from error
-  check_data(build(own.config))
+  _, changes = cli.split_changes(given)
+  check_data(build(apply(from_text(RUN), changes, TABLE)))
 
 
 # ---- Data ----

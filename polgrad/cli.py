@@ -42,47 +42,40 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _parse(argv: list[str]) -> list[str]:
   """Reads the flags, after the folder of the config file was made importable.
 
-  Changes of the configuration are kept apart: what they mean depends on the parts that it names.
+  Changes of the configuration are put into `CHANGES`: the type of a value depends on the parts that the
+  configuration names, so they are read only when it is there (see `config`).
   """
-  argv = _take_changes(argv)
-  sys.argv = argv  # where config_flags would look for them
+  argv, changes = split_changes(argv)
+  CHANGES.update(changes)
+  sys.argv = argv  # where config_flags would look for changes
   for flag, value in zip(argv, [*argv[1:], '']):
     name, equals, given = flag.lstrip('-').partition('=')
     if name == 'config' and flag.startswith('-'):
       file = os.path.expanduser(given if equals else value).partition(':')[0]
       sys.path.append(os.path.dirname(os.path.abspath(file)))
-  with refusals(), named_overrides(argv):
+  with refusals():
     return app.parse_flags_with_usage(argv)
 
 
-@contextlib.contextmanager
-def named_overrides(argv: Sequence[str]) -> Iterator[None]:
-  """Turns what an override of no value of the configuration raises into a ValueError that names it."""
-  try:
-    yield
-  except flags.Error:  # names its flag
-    raise
-  except Exception as error:  # of ml_collections, which looks values up by parts of the text
-    given = [flag for flag in argv if flag.lstrip('-').startswith('config.')]
-    raise ValueError(
-      f'a flag of {given} names no value of the configuration ({type(error).__name__}: {error})'
-    ) from error
+def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+  """Separates --config.a.b=text, or --config.a.b text, from the other arguments.
 
-
-def _take_changes(argv: Sequence[str]) -> list[str]:
-  """Moves --config.a.b=text, or --config.a.b text, to `CHANGES`, and returns the other arguments."""
-  rest, arguments = [], list(argv)
+  Returns:
+    The other arguments, and the texts by path (`config.a.b`). A path without a text is 'true', and
+    `--noconfig.a.b` is 'false'. Of a path that is given twice, the last text counts.
+  """
+  rest, changes, arguments = [], {}, list(argv)
   while arguments:
     argument = arguments.pop(0)
-    found = re.fullmatch(r'--?(no)?(config\.[^=]+)(?:=(.*))?', argument, re.DOTALL)
+    found = re.fullmatch(r'--?(no)?(config\.[^=]*)(?:=(.*))?', argument, re.DOTALL)
     if not found:
       rest.append(argument)
       continue
     no, path, text = found.groups()
     if text is None and not no and arguments and not arguments[0].startswith('-'):
       text = arguments.pop(0)
-    CHANGES[path] = text if text is not None else 'false' if no else 'true'
-  return rest
+    changes[path] = text if text is not None else 'false' if no else 'true'
+  return rest, changes
 
 
 def config(choices: Mapping[str, Callable]) -> ConfigDict:

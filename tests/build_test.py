@@ -5,11 +5,9 @@ import re
 
 import jax
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from experiments import quickstart
-from polgrad import build, cli, collect, credit, models, objectives, optim
+from polgrad import build, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
 from polgrad.losses import aggregation, penalties, surrogates
 from polgrad.registry import part, weighted
@@ -47,16 +45,6 @@ def misspelt(log_ratio, advantage):
 def renamed_streams():
   streams = hpt.get_config('smoke').phases.train.objective.streams
   return {'sft': streams.demonstration, 'rl': streams.sampled}
-
-
-@pytest.mark.parametrize('flag', ['--config.seed.x=1', '--config.6=1', '--config.nothing=1'])
-def test_an_override_of_no_value_is_refused_with_its_flag(flag):
-  argv = ['train', '--config=experiments/quickstart.py', flag]
-  own = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, '', flag_values=own, sys_argv=argv)
-  named = pytest.raises(ValueError, match=rf"a flag of \['{flag}'\] names no value")
-  with named, cli.named_overrides(argv):
-    own(argv)
 
 
 CASES = {

@@ -144,12 +144,21 @@ def test_what_does_not_fit_is_refused_with_its_path_and_what_is_valid(config, ch
     changed(config, **changes)
 
 
-def test_changes_are_taken_from_the_arguments_in_every_form(monkeypatch):
-  monkeypatch.setattr(cli, 'CHANGES', {})
+@pytest.mark.parametrize('path', ['config.seed.x', 'config.6', 'config.nothing', 'config.'])
+def test_an_override_of_no_value_is_refused_with_its_path(config, path):
+  _, changes = cli.split_changes([f'--{path}=1'])
+  key = path.rpartition('.')[2]
+  words = rf"config\.seed\.x: .*nothing in it|config: build\.Experiment has no '{key}'; .*valid"
+  with pytest.raises(ValueError, match=words):
+    apply(config, changes, build.TABLE)
+
+
+def test_changes_are_taken_from_the_arguments_in_every_form():
   given = ['main', '--config=a.py:b=1', '--config.a.b=x=1', '-config.c', '2', '--config.on']
   given += ['--noconfig.off', '--workdir=w', '--config.neg=-1', '--config.a.b=last']
-  assert cli._take_changes(given) == ['main', '--config=a.py:b=1', '--workdir=w']
-  assert cli.CHANGES == {
+  rest, changes = cli.split_changes(given)
+  assert rest == ['main', '--config=a.py:b=1', '--workdir=w']
+  assert changes == {
     'config.a.b': 'last',
     'config.c': '2',
     'config.on': 'true',
