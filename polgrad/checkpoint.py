@@ -71,7 +71,7 @@ def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
       checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     )
     if meta.pop('digest', None) != digest_of(meta):
-      raise ValueError('its own digest is missing or another')
+      raise ValueError('its own digest is missing or differs')
   return meta
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from absl import flags
 
-from polgrad import cli
+from polgrad import cli, jsons
 from polgrad.build import TABLE, build
 from polgrad.evaluate import restore_params
 from polgrad.models import gguf, hf
@@ -74,7 +74,7 @@ def export(config: Mapping, folder: str, out: str, *, step: int, adapter: bool, 
 def add_stops(folder: str, stop_ids: Sequence[int]) -> None:
   """Names all stop tokens in generation_config.json, if it or config.json lacks one of them."""
   path = pathlib.Path(folder) / 'generation_config.json'
-  read = lambda file: json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+  read = lambda file: jsons.read_object(file) if file.exists() else {}
   stated = read(path)
   named = (stated or read(path.with_name('config.json'))).get('eos_token_id')
   named = [named] if isinstance(named, int) else named or []

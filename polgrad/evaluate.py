@@ -173,10 +173,9 @@ def problems(experiment: Experiment) -> list[tuple[dict, str]]:
   found = []
   for i in range(min(plan.problems, len(plan.source))):
     record = {**plan.source[i], 'id': i}
-    kept = plan.overlong == 'error'  # a record that is too long is refused where it is laid out
-    fate = (
-      'kept' if kept else batching.fate(plan.lay_out, record, experiment.tokenizer, plan.overlong)
-    )
+    fate = 'kept'  # with 'error', a record that is too long is refused where it is laid out
+    if plan.overlong != 'error':
+      fate = batching.fate(plan.lay_out, record, experiment.tokenizer, plan.overlong)
     found.append((record, fate))
   if all(fate == 'dropped' for _, fate in found):
     raise ValueError('config.evaluation.source: each problem is too long, and dropped')

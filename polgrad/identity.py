@@ -22,9 +22,8 @@ FREE = (
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
 )
-SMALL = (
-  64 * 2**20
-)  # bytes of a file up to which it is read whole; of larger weights the ends are read
+# Bytes of a file of weights up to which it is read whole; of a larger one the two ends are read.
+SMALL = 64 * 2**20
 # Libraries that decide the numbers of a run: of arrays, the order of data, token ids and problems.
 LIBRARIES = (
   *('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain'),
@@ -66,9 +65,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def other_libraries(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  """Libraries of other versions than before, one text each: they may change the last bits of a run.
+  """Libraries whose version differs from before, one text each; a run resumes with them all the same.
 
-  A run goes on with them, because an upgrade must not be the end of it.
+  They may change the last bits of a run, but after an upgrade it must still be possible to resume it.
   """
   old, new = before.get('libraries', {}), now['libraries']
   return [
@@ -104,7 +103,8 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
   """Files and folders that the configuration of a run names, and whether they are read whole.
 
-  Data are read whole, and a source may call its file as it likes. Of weights the ends are enough.
+  Data are read whole. The knob of a source that holds a file may have any name, so each text of a source
+  that is the path of a file counts. Of weights the two ends are enough.
   """
   for key, value in _leaves(values):
     name, data = key.rpartition('.')[2], '.source.' in key

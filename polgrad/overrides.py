@@ -3,10 +3,10 @@
     apply(config, {'config.phases.train.optimizer.schedule.name': 'cosine',
                    'config.phases.train.optimizer.schedule.steps': '100'}, build.TABLE)
 
-A path ends at a knob of a part, and its text becomes a value of the knob's type. `name` exchanges the
-part: knobs that the old and the new part share keep their values, others that are not given get the
-defaults of the new part. In a slot of several parts, a name that is not there adds a part. Names may be
-short, as `cosine` for `optim.cosine`.
+A path ends at a knob of a part, and its text becomes a value of the knob's type. A path that ends at
+`name` exchanges the part: knobs that the old and the new part share keep their values, and others that
+are not given get the defaults of the new part. Where a slot holds several parts by name, a path with a
+new name adds a part. A part may be named without its module, as `cosine` for `optim.cosine`.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from polgrad.registry import find, knobs_of, name_of, part, suggest
+from polgrad.registry import find, knobs_of, name_of, part, plain, several_of, suggest, table_of
 
 Changes = Mapping[str, str]  # path, from 'config' on, -> text
 
@@ -31,11 +31,12 @@ def apply(config: Mapping | ConfigDict, changes: Changes, choices: Mapping) -> C
     choices: the table of the outermost part.
 
   Raises:
-    ValueError: a path that leads nowhere, a name that its slot does not have, a text that is no value of
-      the knob, or a part that needs more; the message names the path and the valid choices.
+    ValueError: an unknown path, a name that its slot does not have, a text that is no value of the knob,
+      or a new part with a knob that has neither value nor default; the message names the path and the
+      valid choices.
   """
   tree = ConfigDict(config).to_dict()
-  # Outer parts are exchanged before what is in them is changed.
+  # Parts are exchanged before their knobs are changed, outer parts first.
   for path in sorted(changes, key=lambda path: (path.count('.'), not path.endswith('.name'))):
     _, *keys = path.split('.')
     tree = _Slot('part', choices).changed(tree, keys, 'config', path, changes)
@@ -43,16 +44,23 @@ def apply(config: Mapping | ConfigDict, changes: Changes, choices: Mapping) -> C
 
 
 class _Slot(NamedTuple):
-  """What a place in a configuration holds: a part, several by name, or a plain value."""
+  """What a place in a configuration holds: a part, several parts by name, or a plain value."""
 
-  kind: str  # 'part', 'parts', 'plain'
+  kind: str  # 'part', 'parts' or 'plain'
   choices: Mapping = {}  # the table of the parts
-  hint: Any = None  # of a plain value
-  default: Any = inspect.Parameter.empty
-  weighted: bool = False  # whether a part may have a weight, as one of several
+  hint: Any = None  # type of a plain value
+  default: Any = inspect.Parameter.empty  # empty: the knob is required
+  weighted: bool = False  # the part is one of several, so it may have a weight
 
   def changed(self, node: Any, keys: list[str], at: str, path: str, changes: Changes) -> Any:
-    """The node with another value at `keys`; `at` is its own path, `path` the whole one."""
+    """The node after the change of `path`.
+
+    Args:
+      node: the value in this slot.
+      keys: the rest of `path`, below the node.
+      at: path of the node.
+      path: path of the change, which also selects its text in `changes`.
+    """
     key, *rest = keys or ['']
     below = f'{at}.{key}'
     if self.kind == 'part' and keys == ['name']:
@@ -82,7 +90,7 @@ class _Slot(NamedTuple):
     return _Slot('plain')
 
   def _exchanged(self, node: Mapping, at: str, changes: Changes) -> dict:
-    """The part that `changes` name at this place, with what it can keep of the node."""
+    """The part that `changes` name here; it keeps the values of the old one (`node`) that fit."""
     fn = find(changes[f'{at}.name'], self.choices, f'{at}.name')
     if node.get('name') == name_of(fn):
       return dict(node)
@@ -110,7 +118,7 @@ class _Slot(NamedTuple):
     return all(one['name'] in self.choices or ':' in one['name'] for one in parts)
 
   def value(self, text: str, now: Any, path: str) -> Any:
-    """The text as a value of the type that the default has, the hint says, or the present value has."""
+    """The text as a value of the type of the default; without one, of the hint or of the value `now`."""
     kind = type(self.default)
     if self.default is inspect.Parameter.empty:
       kind = self.hint if isinstance(self.hint, type) else type(now)
@@ -137,10 +145,8 @@ def _slots(fn: typing.Callable) -> dict[str, _Slot]:
 
 
 def _slot(hint: Any, default: Any) -> _Slot:
-  several = typing.get_args(hint)[-1:]
-  for kind, one in [('part', hint), *(('parts', argument) for argument in several)]:
-    table = getattr(one, '__metadata__', [None])[0]
-    if isinstance(table, Mapping):
+  for kind, one in (('part', hint), ('parts', several_of(hint))):
+    table = table_of(one)
+    if table is not None:
       return _Slot(kind, table, default=default)
-  plain = getattr(hint, '__origin__', hint) if hasattr(hint, '__metadata__') else hint
-  return _Slot('plain', hint=plain, default=default)
+  return _Slot('plain', hint=plain(hint), default=default)

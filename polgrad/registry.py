@@ -76,6 +76,18 @@ def plain(hint: Any) -> Any:
   return hint.__origin__ if _range(hint) else hint
 
 
+def table_of(hint: Any) -> Mapping[str, Callable] | None:
+  """The table that the hint of a part names, `Annotated[Callable, TABLE]`; None if it is of no part."""
+  found = getattr(hint, '__metadata__', ())
+  return found[0] if found and isinstance(found[0], Mapping) else None
+
+
+def several_of(hint: Any) -> Any:
+  """The hint of each part in a slot of several, `Mapping[str, Part]`; None for other slots."""
+  arguments = typing.get_args(hint)
+  return arguments[-1] if arguments and table_of(arguments[-1]) is not None else None
+
+
 def check_ranges(owner: Callable, values: Mapping[str, Any], path: str = '') -> None:
   """Refuses values outside the ranges that a function or dataclass writes beside its arguments.
 
@@ -100,7 +112,7 @@ def check_range(value: Any, hint: Any, path: str) -> None:
   """
   if not isinstance(value, int | float) or isinstance(value, bool):
     return
-  if value != value:
+  if value != value:  # math.isnan fails at integers that no float can hold
     raise ValueError(f'{path}: expected a number, got nan')
   bounds = _range(hint)
   if bounds is not None and value not in bounds:
@@ -362,7 +374,7 @@ def _make(fn: Callable, knobs: Mapping[str, Any], path: str) -> Any:
 
 def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
   """Binds nested parts, and checks plain values against the default's type (or the hint)."""
-  if _range(hint) is None and typing.get_origin(hint) is typing.Annotated:
+  if table_of(hint) is not None:
     return _bind_part(value, hint, path)
   value = _bind_plain(value, plain(hint), parameter, path)
   check_range(value, hint, path)
@@ -373,11 +385,11 @@ def _bind_knob(value, hint, parameter: inspect.Parameter, path: str):
 
 def _bind_plain(value, hint, parameter: inspect.Parameter, path: str):
   """Binds parts by name, and values that are no parts."""
-  arguments = typing.get_args(hint)
-  if arguments and typing.get_origin(arguments[-1]) is typing.Annotated:
+  each = several_of(hint)
+  if each is not None:
     if not isinstance(value, Mapping | ml_collections.ConfigDict):
       raise TypeError(f'{path}: expected parts by name, got {value!r}')
-    return {k: _bind_part(v, arguments[-1], f'{path}.{k}', weight=True) for k, v in value.items()}
+    return {k: _bind_part(v, each, f'{path}.{k}', weight=True) for k, v in value.items()}
   has_default = parameter.default is not inspect.Parameter.empty
   expected = type(parameter.default) if has_default else hint
   if not isinstance(expected, type) or (isinstance(value, expected) and expected is not int):
@@ -397,7 +409,7 @@ def _bind_plain(value, hint, parameter: inspect.Parameter, path: str):
 
 def _bind_part(value, hint, path: str, *, weight: bool = False):
   """Binds a part of a slot, and checks that the slot can hold what it makes."""
-  kind, choices = hint.__origin__, hint.__metadata__[0]
+  kind, choices = hint.__origin__, table_of(hint)
   bound = bind(part(value) if _is_entry(value) else value, choices, path)
   made = bound.fn if isinstance(bound, Weighted) else bound
   if isinstance(bound, Weighted) and not weight:

@@ -46,7 +46,7 @@ def drop_later(checkpoints: Any, step: int) -> None:
 
 
 def check_identity(meta: dict, own: dict, on_mismatch: str) -> None:
-  """Compares the run of a checkpoint with this one; libraries of other versions are only told.
+  """Compares the run of a checkpoint with this one; other versions of libraries are only logged.
 
   Raises:
     ValueError: they differ, and `on_mismatch` is 'stop'; the message lists in what.

@@ -3,10 +3,12 @@
 One rule holds for all completions that data give, whether `answer`, `chosen`, `rejected` or the last
 turn of `messages`: what is trained is what the chat template writes of the turn after the sampler's
 prompt, through its stop token. So an empty block of thoughts that a template puts into the turn is
-trained, and one that the generation prompt writes is not. Where a template does not continue the prompt
-with the words as they are (some drop thoughts), a field's own words follow the prompt, without the text
-that the prompt writes of them already; a conversation of `messages` alone is refused. A `prompt` that is
-text has no template: the completion follows it word for word.
+trained, and one that the generation prompt writes is not.
+
+Some templates change the text of a turn, for example remove its thoughts. Then the text of `answer`,
+`chosen` or `rejected` follows the prompt unchanged, except that its beginning is left out if the prompt
+has written it already, such as `<think>`; a last turn of `messages` is refused. A `prompt` that is text
+has no template: the completion follows it word for word.
 
 A prompt is tokenised once, and the ids of a completion are never decoded and tokenised again. A record
 with too many tokens raises `TooLong`, which names it. With `cut`, a prompt to sample from loses its
@@ -34,13 +36,13 @@ class TooLong(ValueError):
 def fate(
   lay_out: Callable[..., object], record: Mapping, tokenizer: Tokenizer, overlong: Overlong
 ) -> Literal['kept', 'cut', 'dropped']:
-  """What becomes of a record.
+  """Whether a record is used whole ('kept'), loses tokens ('cut') or is skipped ('dropped').
 
   Args:
     lay_out: `lay_out(records, tokenizer=..., cut=...)`, which raises `TooLong`.
     record: with `id`.
-    overlong: of a record that is too long: 'error', 'drop', or 'truncate', which drops those of which
-      nothing would be left to train on.
+    overlong: what is done with a record that is too long: 'error', 'drop' or 'truncate'. With the last,
+      a record is dropped if nothing of it would be left to train on.
 
   Raises:
     TooLong: the record is too long, and `overlong` is 'error'.
@@ -250,7 +252,7 @@ def _lay(segments, tokenizer, length, starts=None):
 
 
 def _end(record, ids, tokenizer, length, cut):
-  """The ids, or with `cut` as many of their end as fit, after a bos token."""
+  """The ids; with `cut`, of too many ids the bos token (if any) and the last ones that fit after it."""
   if not cut or len(ids) <= length:
     _check_length(record, len(ids), length)
     return ids
