@@ -18,10 +18,11 @@ import numpy as np
 MARK = '\ufdd0'  # a code point that Unicode reserves for internal use, so no text contains it
 
 LARGEST = 20_000_000  # characters that a template may write, and numbers that its loops may count
+# What a malformed template may raise.
 REFUSED = (
-  *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError),
-  *(ValueError, RecursionError),
-)
+  jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError,
+  RecursionError,
+)  # fmt: skip
 # A tag that begins thoughts, such as <think> or [THINK].
 THOUGHTS = re.compile(r'[<\[][\w:]*(?:think|thought|reason)\w*[>\]]', re.IGNORECASE)
 DATE = '2024-07-26'  # what Llama 3.2's template says where it is not told the date
@@ -72,8 +73,6 @@ def jinja_chat(
   environment = _Sandbox(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
-  # Jinja's tojson escapes HTML, which models have not seen in training.
-  environment.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
   environment.filters['generation'] = lambda text: f'{mark}{text}{mark}'
   environment.globals['raise_exception'] = _raise_exception
   budget = _Budget()
@@ -110,16 +109,19 @@ def jinja_chat(
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """A sandbox in which no expression makes more than `LARGEST` characters or items.
+  """A sandbox that refuses an expression with more than `LARGEST` characters or items.
 
-  Otherwise 'a' * 10**12, a text that a loop doubles, or x.center(10**12) would fill the memory.
+  Otherwise 'a' * 10**12, a text that a loop doubles, or x.center(10**12) would fill the memory. What
+  repetitions, widths and replacements would write is refused before it is made, all else after it.
   """
 
   intercepted_binops = frozenset(('*', '**', '+', '%'))
 
   def __init__(self, **settings):
     super().__init__(**settings)
-    self.filters = {name: _limited(fn) for name, fn in self.filters.items()}
+    # Jinja's tojson escapes HTML, which models have not seen in training.
+    self.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
+    self.filters = {name: _limited(name, fn) for name, fn in self.filters.items()}
     self.filters['joined'] = lambda texts: _small(''.join(map(str, texts)))
 
   def call_binop(self, context, operator, left, right):
@@ -134,18 +136,19 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     return _small(super().call_binop(context, operator, left, right))
 
   def call(self, context, function, *args, **kwargs):
-    owner = getattr(getattr(function, '__wrapped__', function), '__self__', None)  # of str.format
+    # A method of a text, such as 'a'.center, reads that text too. (Jinja wraps format and format_map.)
+    owner = getattr(getattr(function, '__wrapped__', function), '__self__', None)
     name = getattr(function, '__name__', '')
     _check_arguments(name, [owner, *args] if isinstance(owner, str) else args, kwargs)
     return _small(super().call(context, function, *args, **kwargs))
 
 
-def _limited(fn: Callable) -> Callable:
-  """A filter that refuses what would make too large a text."""
+def _limited(name: str, fn: Callable) -> Callable:
+  """The filter `fn`, which then refuses what would make too large a text."""
 
   @functools.wraps(fn)
   def limited(*args, **kwargs):
-    _check_arguments(fn.__name__.removeprefix('do_'), args, kwargs)
+    _check_arguments(name, args, kwargs)
     return _small(fn(*args, **kwargs))
 
   return limited
@@ -203,7 +206,7 @@ class _Budget:
   """How much a template may write and count in one rendering."""
 
   def reset(self):
-    self._left = LARGEST
+    self._spent = 0
 
   def write(self, piece: str) -> str:
     self._spend(len(piece))
@@ -225,8 +228,8 @@ class _Budget:
     return item
 
   def _spend(self, amount: int) -> None:
-    self._left -= amount
-    _check_size(LARGEST - self._left)
+    self._spent += amount
+    _check_size(self._spent)
 
 
 def marks_generation(source: str) -> bool:
@@ -376,7 +379,7 @@ def _start(chat, text, messages, i):
   if not text.startswith(prompt):
     raise ValueError(
       f'message {i}: the prompt for this turn does not begin the conversation as the chat template '
-      'writes it; give the turn as answer of a record of its own'
+      'writes it; give the turn as the answer of a separate record'
     )
   return len(prompt)
 
