@@ -10,6 +10,7 @@ from polgrad import build, evaluate, train
 from polgrad.collect import scored
 from polgrad.data import batching, tokenizers
 from polgrad.options import from_text
+from polgrad.types import Batch
 
 BYTE = tokenizers.byte()._replace(bos_id=-1)
 LONG = 12  # tokens of the one prompt that is too long, where 8 have room
@@ -91,15 +92,23 @@ def test_a_source_of_which_all_is_dropped_is_refused(tmp_path, rows):
 
 @pytest.mark.parametrize(('overlong', 'number'), [('drop', 5), ('truncate', 6)])
 def test_held_out_problems_are_dropped_or_cut_and_counted(tmp_path, monkeypatch, overlong, number):
+  asked = set()
+
+  def make_sample(run, samples, policy):
+    def sample(params, tokens, mask, ids, **_):
+      asked.update(ids.tolist())
+      tokens = np.repeat(tokens, samples, axis=0)
+      silent = np.zeros(tokens.shape, bool)
+      return Batch(tokens=tokens, segment_ids=silent, mask=silent, finished=silent[:, 0])
+
+    return sample
+
   run = experiment(tmp_path, 'grpo', overlong, rows=5)
   fates = [fate for _, fate in evaluate.problems(run)]
   assert fates == ['kept'] * 5 + ['dropped' if overlong == 'drop' else 'cut']
-  asked = []
-  scores = np.zeros((number, 1))
-  attempts = evaluate.Attempts([{'prompt': 'a'}] * number, [['b']] * number, scores)
-  monkeypatch.setattr(evaluate, '_sampler', lambda *_: None)
-  monkeypatch.setattr(evaluate, 'attempt', lambda *a: (asked.append(a), attempts)[1])
-  found, _ = evaluate.make_evaluator(run)(None)
+  monkeypatch.setattr(evaluate, '_sampler', make_sample)
+  found, shown = evaluate.make_evaluator(run)(None)
+  assert asked == set(range(number)) and len(shown) == number
   counts = {'dropped': int(overlong == 'drop'), 'cut': int(overlong == 'truncate')}
   assert {k: found[f'evaluation/{k}'] for k in counts} == counts
 

@@ -36,13 +36,8 @@ def test_values_are_read_as_the_knob_wants_them(config):
   )
   phase = made.phases.train
   rate, weight = phase.optimizer.learning_rate, phase.reward.exact.weight
-  assert (phase.steps, rate, phase.shuffle, phase.source.split, weight) == (
-    7,
-    1,
-    False,
-    'heldout',
-    2,
-  )
+  found = phase.steps, rate, phase.shuffle, phase.source.split, weight
+  assert found == (7, 1, False, 'heldout', 2)
   assert type(rate) is float and type(weight) is float
   made = apply(config, {'config.order': "['train']", 'config.seed': '3'}, build.TABLE)
   assert made.order == ('train',) and made.seed == 3

@@ -70,7 +70,10 @@ def normalized(record: Any) -> dict:
 
 def _tools(tools: Any) -> list:
   """The tools that the assistant may call, as a list of their descriptions."""
-  found = json.loads(tools) if isinstance(tools, str) else tools
+  try:
+    found = json.loads(tools) if isinstance(tools, str) else tools
+  except ValueError:  # no JSON
+    found = None
   if not isinstance(found, list):
     raise ValueError(f'tools must be a list, got {tools!r}')
   return found

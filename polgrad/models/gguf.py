@@ -153,10 +153,10 @@ def read(path: str | pathlib.Path) -> Contents:
   if not path.is_file():
     raise FileNotFoundError(f'{path}: expected a GGUF file')
   try:
-    with np.errstate(all='ignore'):  # sizes that lie overflow; such tensors fit no file
+    with np.errstate(all='ignore'):  # false sizes may overflow; such tensors fit no file
       reader = GGUFReader(path)
     said = {key: field.contents() for key, field in reader.fields.items()}
-  except Exception as error:  # whatever reading numbers at the wrong places leads to
+  except Exception as error:  # gguf raises errors of any type at a malformed file
     raise ValueError(
       f'{path} is not a whole GGUF file: {type(error).__name__}: {str(error)[:300]}'
     ) from error

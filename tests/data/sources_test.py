@@ -274,6 +274,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, data, why):
     ('{"prompt": "a", "chosen": "b"}', 'chosen and rejected'),
     ('{"messages": []}', 'messages must be a list'),
     ('{"prompt": "a", "tools": {"name": "f"}}', 'tools must be a list'),
+    ('{"prompt": "a", "tools": "f(x)"}', 'tools must be a list'),
     (json.dumps(dict(prompt={'a': 1}, completion=[HELLO])), 'prompt must be text'),
     ('{"messages": ["a"]}', 'needs role and content'),
   ],
