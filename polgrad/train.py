@@ -45,7 +45,7 @@ _ON_MISMATCH = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
   cli.start(argv)
-  with contextlib.ExitStack() as stack:
+  with preemption.heeded(), contextlib.ExitStack() as stack:
     with cli.refusals():
       session = stack.enter_context(
         prepare(
@@ -409,7 +409,7 @@ def run_phase(
       collected = run.collect(state, draw, step)
     except batching.TooLong as error:  # of a source that is too large to be looked at whole
       raise ValueError(
-        f'config.phases.{run.name}.source, step {step}: {error}; go on with --on_mismatch=continue and '
+        f'config.phases.{run.name}.source, step {step}: {error}; resume with --on_mismatch=continue and '
         f'--config.phases.{run.name}.collect.overlong=drop (or truncate)'
       ) from error
     for message in collected.messages:

@@ -1,5 +1,6 @@
 """The loop: resume, phases, anchors, updates that are refused, and what a run leaves behind."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from polgrad import (
   build,
   checkpoint,
+  cli,
   collect,
   credit,
   evaluate,
@@ -27,6 +29,7 @@ from polgrad import (
   metrics,
   objectives,
   optim,
+  preemption,
   sample,
   sharding,
   train,
@@ -127,6 +130,27 @@ def test_a_run_that_is_asked_to_stop_saves_after_its_step_and_goes_on_later(
   assert signal.getsignal(signal.SIGTERM) == before
   equal(train.run(config(), str(tmp_path)), finished[1])
   assert rows(tmp_path) == rows(finished[0])
+
+
+def test_the_main_notes_a_request_to_stop_while_it_trains(monkeypatch, tmp_path):
+  asked = []
+
+  def trains(session):
+    signal.raise_signal(signal.SIGTERM)
+    asked.append(preemption.asked(0))
+
+  monkeypatch.setattr(cli, 'start', lambda argv: None)
+  monkeypatch.setattr(cli, 'config', lambda choices: ConfigDict())
+  monkeypatch.setattr(train, 'prepare', lambda *args, **kwargs: contextlib.nullcontext())
+  monkeypatch.setattr(train, 'run_phases', trains)
+  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that a failure does not end the tests
+  flags.FLAGS.mark_as_parsed()
+  try:
+    with flagsaver.flagsaver(workdir=str(tmp_path)):
+      train.main(['train'])
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert asked == [True]
 
 
 def test_resumed_run_goes_on_with_the_rollouts_that_it_remembered(tmp_path):
