@@ -1,10 +1,10 @@
-"""Gives polgrad broken inputs of every kind, and counts what comes of them.
+"""Gives polgrad broken inputs of every kind, and counts the outcomes.
 
     nice -n 10 python -m benchmarks.fuzz --inputs=10000
 
-Each input must give a right result, or be refused: an error that polgrad raises itself, of a type in
-`REFUSALS`, whose message names the file or the field. Anything else is a fault: the error of a library
-or of the language, a wrong result, more time than the limit of the kind, or more memory than `MEMORY`.
+Each input must give a right result, or be refused: polgrad itself raises an error of a type in
+`REFUSALS`, and the message names the file or the field. Anything else is a fault: an error of Python or
+of a library, a wrong result, more time than the limit of the kind, or more memory than `MEMORY`.
 Inputs are drawn by hypothesis from a seed. With --record the counts go to docs/robustness.json and the
 table of docs/robustness.md. `tests/fuzz_test.py` runs a small part.
 """
@@ -51,7 +51,7 @@ from tests.data import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 MEMORY = 6 * 2**30  # bytes of address space that one input may take
-# Types of deliberate errors. Subclasses are not meant: UnicodeDecodeError is a ValueError.
+# Types of deliberate errors, without their subclasses: UnicodeDecodeError is a ValueError too.
 REFUSALS = (ValueError, TypeError, FileNotFoundError, FileExistsError)
 
 
@@ -59,10 +59,10 @@ class Kind(NamedTuple):
   """A kind of input.
 
   Attributes:
-    strategy: makes the strategy of the inputs.
-    act: reads an input, in an empty folder; returns normally if the result is right.
-    named: (folder, input) -> texts, one of which the message of a refusal must hold.
-    limit_s: seconds that one input may take.
+    strategy: returns the hypothesis strategy that draws the inputs.
+    act: (input, an empty folder) -> None, or the name of the outcome; raises if the result is wrong.
+    named: (folder, input) -> texts, of which the message of a refusal must contain at least one.
+    limit_s: seconds of the processor that one input may take.
   """
 
   strategy: Callable[[], st.SearchStrategy]
@@ -81,10 +81,10 @@ class Fault(NamedTuple):
 
 
 class Hang(BaseException):
-  """More time than the limit. No Exception, so that nothing catches it on the way."""
+  """More time than the limit. It is not an `Exception`, so the code under test does not catch it."""
 
 
-# Values of JSON, odd ones among them.
+# Values of JSON, among them unusual ones: huge numbers, NaN, a lone surrogate.
 SCALARS = st.one_of(
   st.none(),
   st.booleans(),
@@ -103,7 +103,10 @@ DEEP = st.sampled_from(['[' * 100_000, '{"a":' * 100_000, '1' * 5000, '', '\ufef
 
 
 def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
-  """The paths of all values within a JSON value; of long lists the first and last."""
+  """The paths (tuples of keys) of all values within a JSON value.
+
+  Of lists and dicts with 20 or more entries only the first two and the last two are visited.
+  """
   items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
   for key, value in items if len(items) < 20 else [*items[:2], *items[-2:]]:
     yield (*path, key)
@@ -135,8 +138,13 @@ def changed(draw, base: Any, most: int = 3) -> Any:
   return tree
 
 
+def utf8(text: str) -> bytes:
+  """The bytes of a text, in which lone surrogates may occur."""
+  return text.encode('utf-8', 'surrogatepass')
+
+
 def as_text(base: Any) -> st.SearchStrategy[str]:
-  """Texts of JSON files: changed, or no JSON at all."""
+  """Texts of a JSON file: mostly `base` with changes, sometimes other JSON or none at all."""
   often = changed(base, most=2).map(json.dumps)
   return st.one_of(
     often, often, often, changed(base, most=6).map(json.dumps), VALUES.map(json.dumps), DEEP
@@ -145,7 +153,7 @@ def as_text(base: Any) -> st.SearchStrategy[str]:
 
 @st.composite
 def damaged(draw, data: bytes) -> bytes:
-  """Bytes that were flipped, cut off, doubled or overwritten at a few places."""
+  """The bytes with one to four changes: flipped, cut off, overwritten, inserted or deleted ones."""
   data = bytearray(data)
   for _ in range(draw(st.integers(1, 4))):
     # Headers are at the beginning, so half of the places are near it.
@@ -169,7 +177,7 @@ def damaged(draw, data: bytes) -> bytes:
 
 @st.composite
 def tree_of_files(draw, base: dict[str, Any], most: int = 2) -> dict[str, bytes | None]:
-  """Files of a folder that are changed, damaged or missing (None), by name."""
+  """Changes of one to `most` files of a folder: new contents by name, None for a deleted file."""
   found = {}
   for name in draw(st.lists(st.sampled_from(sorted(base)), min_size=1, max_size=most, unique=True)):
     data = base[name]
@@ -177,13 +185,14 @@ def tree_of_files(draw, base: dict[str, Any], most: int = 2) -> dict[str, bytes 
     if how == 'delete':
       found[name] = None
     elif how == 'change' and name.endswith('.json'):
-      found[name] = draw(as_text(json.loads(data))).encode('utf-8', 'surrogatepass')
+      found[name] = utf8(draw(as_text(json.loads(data))))
     else:
       found[name] = draw(damaged(data))
   return found
 
 
 def write(folder: pathlib.Path, base: dict[str, bytes], changes: dict[str, bytes | None]) -> None:
+  """Writes the files of `base` with `changes`, see `tree_of_files`, into the folder."""
   for name, data in {**base, **changes}.items():
     if data is not None:
       (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -212,37 +221,11 @@ CHOICES = {
   'model': ['tiny', 'hf', 'smollm2', 'x'],
 }
 WORDS = (
-  *(
-    'seed',
-    'steps',
-    'digits',
-    'lora',
-    'smoke',
-    'eps_high',
-    'eps_low',
-    'samples_per_prompt',
-    'path',
-  ),
-  *(
-    'prompts',
-    'max_new_tokens',
-    'prompt_length',
-    'operator',
-    'holdout',
-    'data',
-    'reward',
-    'letters',
-  ),
-  *(
-    'warm_start',
-    'min_terms',
-    'max_terms',
-    'reward.tolerance',
-    'beta',
-    'minibatches',
-    'temperature',
-  ),
-)
+  'seed', 'steps', 'digits', 'lora', 'smoke', 'eps_high', 'eps_low', 'samples_per_prompt', 'path',
+  'prompts', 'max_new_tokens', 'prompt_length', 'operator', 'holdout', 'data', 'reward',
+  'letters', 'warm_start', 'min_terms', 'max_terms', 'reward.tolerance', 'beta', 'minibatches',
+  'temperature',
+)  # fmt: skip
 NUMBERS = ('0', '1', '-1', '3', '0.5', '1e9', '10000000000000', 'nan', 'inf', '1' * 400, '1_0', '٣')
 OPTION_VALUES = st.one_of(
   st.sampled_from(NUMBERS), st.text(max_size=6), st.sampled_from(['true', '+', ''])
@@ -252,7 +235,7 @@ OPTION_VALUES = st.one_of(
 @st.composite
 def option_texts(draw) -> str:
   items = [f'{name}={draw(st.sampled_from(valid))}' for name, valid in CHOICES.items()]
-  if draw(st.integers(0, 5)):  # most often a run that there is
+  if draw(st.integers(0, 5)):  # five of six texts name a method, task and model that exist
     items = [
       'method=' + draw(st.sampled_from(sorted(methods.TABLE))),
       'task=addition',
@@ -272,6 +255,7 @@ def read_options(text: str, folder: pathlib.Path) -> None:
 
 @functools.cache
 def complete() -> dict:
+  """The complete configuration of `RUN`, as JSON."""
   return json.loads(from_text(RUN).to_json_best_effort())
 
 
@@ -326,9 +310,9 @@ RECORDS = (
 @st.composite
 def record_files(draw) -> bytes:
   lines = [draw(st.sampled_from(RECORDS).map(json.dumps)) for _ in range(draw(st.integers(0, 2)))]
-  odd = st.sampled_from(RECORDS).flatmap(lambda r: as_text(r))
+  odd = st.sampled_from(RECORDS).flatmap(as_text)
   lines.insert(draw(st.integers(0, len(lines))), draw(odd))
-  data = '\n'.join(lines).encode('utf-8', 'surrogatepass')
+  data = utf8('\n'.join(lines))
   return draw(st.one_of(st.just(data), st.just(data), damaged(data), st.binary(max_size=20)))
 
 
@@ -339,7 +323,10 @@ def chatml() -> tokenizers.Tokenizer:
 
 
 def read_records(data: bytes, folder: pathlib.Path) -> None:
-  """Lays out every record as prompt, demonstration and pair, which may each be refused."""
+  """Lays out every record as prompt, demonstration and pair, with two tokenizers.
+
+  Each layout may be refused. The whole file counts as refused if all layouts of all records are.
+  """
   path = folder / 'data.jsonl'
   path.write_bytes(data)
   source = sources.jsonl(path=str(path))
@@ -353,7 +340,7 @@ def read_records(data: bytes, folder: pathlib.Path) -> None:
         except ValueError as error:
           deliberate(error, (f'record {row}',))
           refused.append(error)
-  if len(refused) == 6 * len(source):  # a record is seldom good for all three
+  if len(refused) == 6 * len(source):
     raise refused[0]
 
 
@@ -362,39 +349,22 @@ def pairs(records: list, tokenizer: tokenizers.Tokenizer, *, length: int) -> Non
 
 
 PIECES = (
-  *('{%', '%}', '{{', '}}', '-%}', ' for m in messages ', ' endfor ', ' if ', ' endif ', ' else '),
-  *('m', '.role', '.content', "['content']", ' messages ', ' | tojson ', ' | trim ', ' | length '),
-  *(' generation ', ' endgeneration ', 'bos_token', 'eos_token', '[0]', '[-1:]', ' * 10000000 '),
-  *(' ** 99999 ', ' + ', "'a'", ' set x = ', ' x ', ' range(10**9) ', ' macro f() ', ' endmacro '),
-  *(
-    ' | list ',
-    ' for i in x recursive ',
-    '{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}',
-  ),
-  *(' f() ', ' raise_exception("no") ', ' strftime_now("%d") ', '()', '.__class__', ' is string '),
-  *(
-    ' | join ',
-    ' | center(10**9) ',
-    ' "%1000000000d" % 1 ',
-    ' break ',
-    ' include "x" ',
-    '\n',
-    ' not ',
-  ),
-  *(
-    " | replace('a', 'aaaaaaaaaa') ",
-    ' namespace(a=1) ',
-    ' | int ',
-    ' / 0 ',
-    ' tools ',
-    ' | indent ',
-  ),
-)
+  '{%', '%}', '{{', '}}', '-%}', ' for m in messages ', ' endfor ', ' if ', ' endif ', ' else ',
+  'm', '.role', '.content', "['content']", ' messages ', ' | tojson ', ' | trim ', ' | length ',
+  ' generation ', ' endgeneration ', 'bos_token', 'eos_token', '[0]', '[-1:]', ' * 10000000 ',
+  ' ** 99999 ', ' + ', "'a'", ' set x = ', ' x ', ' range(10**9) ', ' macro f() ', ' endmacro ',
+  ' | list ', ' for i in x recursive ',
+  '{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}', ' f() ', ' raise_exception("no") ',
+  ' strftime_now("%d") ', '()', '.__class__', ' is string ', ' | join ', ' | center(10**9) ',
+  ' "%1000000000d" % 1 ', ' break ', ' include "x" ', '\n', ' not ',
+  " | replace('a', 'aaaaaaaaaa') ", ' namespace(a=1) ', ' | int ', ' / 0 ', ' tools ',
+  ' | indent ',
+)  # fmt: skip
 
 
 @st.composite
 def templates(draw) -> str:
-  """Texts of the pieces of templates, in or out of order, and templates of models with a change."""
+  """Chat templates: pieces of Jinja joined at random, or a model's template with one piece replaced."""
   if draw(st.booleans()):
     return ''.join(draw(st.lists(st.sampled_from(PIECES), max_size=12)))
   base = draw(st.sampled_from([folders.CHATML, folders.MARKED, folders.LLAMA3, folders.LLAMA2]))
@@ -407,7 +377,7 @@ def read_template(source: str, folder: pathlib.Path) -> None:
   chat = chats.jinja_chat(source, {'bos_token': '<s>', 'eos_token': '</s>'})
   text = chat([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
   if not isinstance(text, str):
-    raise AssertionError(f'no text: {text!r}')
+    raise AssertionError(f'not a text: {text!r}')
 
 
 # ---- Folders of models ----
@@ -486,14 +456,12 @@ def from_settings(folder: pathlib.Path) -> Any:
 def model_inputs() -> st.SearchStrategy:
   files = {k: v for k, v in model_folder().items() if k.endswith(('.json', '.safetensors'))}
   configs = st.sampled_from([CONFIG, *({**CONFIG, 'rope_scaling': None, **o} for o in OTHERS)])
-  settings = configs.flatmap(as_text).map(
-    lambda text: {'config.json': text.encode('utf-8', 'surrogatepass')}
-  )
+  settings = configs.flatmap(as_text).map(lambda text: {'config.json': utf8(text)})
   return st.one_of(settings, settings, tree_of_files(files))
 
 
 def read_model(changes: dict, folder: pathlib.Path) -> None:
-  """Opens the folder and, if its files fit its config.json, reads all parameters."""
+  """Opens the folder, and reads all parameters."""
   write(folder, model_folder(), changes)
   policy = hf.pretrained(path=str(folder))
   policy.init(jax.random.key(0))
@@ -507,7 +475,7 @@ def safetensors_inputs() -> st.SearchStrategy:
   }
 
   def file(text):
-    data = text.encode('utf-8', 'surrogatepass')
+    data = utf8(text)
     return len(data).to_bytes(8, 'little') + data + bytes(range(32))
 
   return st.one_of(
@@ -532,8 +500,7 @@ ADAPTER = {
 
 
 def read_adapter(text: str, folder: pathlib.Path) -> None:
-  data = text.encode('utf-8', 'surrogatepass')
-  (folder / 'adapter_config.json').write_bytes(data)
+  (folder / 'adapter_config.json').write_bytes(utf8(text))
   lora(base=base_policy(), adapter=str(folder))
 
 
@@ -543,7 +510,7 @@ def base_policy() -> Any:
 
 
 def gguf_parts() -> dict:
-  """A GGUF file as JSON: settings, and the name, shape, type and offset of every tensor."""
+  """A GGUF file as JSON, for `changed`: settings, and name, shape, type and offset of each tensor."""
   shapes = {'token_embd': [5, 8], 'output_norm': [8], 'blk.0.attn_norm': [8], 'blk.0.ffn_norm': [8]}
   shapes |= {f'blk.0.{n}': [8, 8] for n in ('attn_q', 'attn_output')}
   shapes |= {f'blk.0.{n}': [4, 8] for n in ('attn_k', 'attn_v')}
@@ -562,20 +529,22 @@ def gguf_parts() -> dict:
     'token_type': [3, 3, 1, 1, 1], 'bos_token_id': 0, 'eos_token_id': 1, 'eot_token_id': 1,
     'padding_token_id': 0, 'add_bos_token': True,
   }  # fmt: skip
-  said = {f'llama.{k}': v for k, v in own.items()} | {'tokenizer.chat_template': '{{ messages }}'}
-  said |= {f'tokenizer.ggml.{k}': v for k, v in tokenizer.items()}
+  settings = {f'llama.{k}': v for k, v in own.items()} | {
+    'tokenizer.chat_template': '{{ messages }}'
+  }
+  settings |= {f'tokenizer.ggml.{k}': v for k, v in tokenizer.items()}
   return {
-    'version': 3, 'tensors': listed, 'said': {'general.architecture': 'llama', **said}, 'size': end,
-    'counts': [len(listed), len(said) + 1],
+    'version': 3, 'tensors': listed, 'settings': {'general.architecture': 'llama', **settings},
+    'size': end, 'counts': [len(listed), len(settings) + 1],
   }  # fmt: skip
 
 
 def gguf_bytes(parts: Any) -> bytes:
-  """The file of such parts; what has no place in a file is left out."""
+  """The file with these parts, see `gguf_parts`; values of a type that the format lacks are left out."""
   number = lambda x, n: (int(x) if isinstance(x, int | bool) else 0).to_bytes(
     n + 64, 'little', signed=True
   )[:n]
-  text = lambda x: number(len(str(x)), 8) + str(x).encode('utf-8', 'surrogatepass')
+  text = lambda x: number(len(str(x)), 8) + utf8(str(x))
 
   def value(x) -> tuple[int, bytes]:
     if isinstance(x, bool):
@@ -596,7 +565,7 @@ def gguf_bytes(parts: Any) -> bytes:
   parts = table(parts)
   counts = [*entries(parts.get('counts')), 0, 0]
   data = b'GGUF' + number(parts.get('version'), 4) + number(counts[0], 8) + number(counts[1], 8)
-  for key, x in table(parts.get('said')).items():
+  for key, x in table(parts.get('settings')).items():
     kind, content = value(x)
     data += text(key) + number(kind, 4) + content
   for one in map(table, entries(parts.get('tensors'))):
@@ -631,12 +600,12 @@ ROW = {'step': 3, 'phase': 'train', 'reward': 0.5, 'loss': None, 'evaluation/gre
 def metric_files(draw) -> bytes:
   lines = [json.dumps({**ROW, 'step': i}) for i in range(draw(st.integers(0, 3)))]
   lines.insert(draw(st.integers(0, len(lines))), draw(as_text(ROW)))
-  data = ('\n'.join(lines) + '\n').encode('utf-8', 'surrogatepass')
+  data = utf8('\n'.join(lines) + '\n')
   return draw(st.one_of(st.just(data), damaged(data), st.binary(max_size=30)))
 
 
 def read_metrics(data: bytes, folder: pathlib.Path) -> None:
-  """A run resumes whatever the file holds: readable rows are kept, the others put aside."""
+  """A run resumes whatever the file holds: readable rows are kept, and a copy of a damaged file."""
   (folder / 'metrics.jsonl').write_bytes(data)
   writer = metrics.Writer(str(folder), step=10, past=['train'], tensorboard=False)
   writer.write(11, 'train', {'reward': 1.0})
@@ -644,7 +613,7 @@ def read_metrics(data: bytes, folder: pathlib.Path) -> None:
   rows, damaged_lines = metrics.parse(str(folder / 'metrics.jsonl'))
   if damaged_lines or rows[-1]['step'] != 11:
     raise AssertionError(f'{damaged_lines} and {rows[-1:]}')
-  if len(data) % 8 == 0:  # a drawing takes a third of a second
+  if len(data) % 8 == 0:  # only then, because drawing takes a third of a second
     metrics.report(str(folder))
 
 
@@ -670,7 +639,7 @@ def checkpoint_inputs() -> st.SearchStrategy:
 
 
 def read_checkpoint(changes: dict, folder: pathlib.Path) -> None:
-  """Whatever is restored has the bits that were saved."""
+  """What is restored must have the bits that were saved."""
   write(folder, checkpoint_folder(), changes)
   stored = checkpoint.manager(str(folder / 'c'))
   try:
@@ -722,10 +691,10 @@ def judge_own(given: tuple[str, str], folder: pathlib.Path) -> None:
 
 @functools.cache
 def gym_records() -> dict[str, list[dict]]:
-  """Two problems of every task of reasoning-gym that makes them quickly."""
+  """Two problems of each task of reasoning-gym, without tasks that fail or take more than 3 s."""
   found = {}
   for name in sorted(tasks.gym_names()):
-    with contextlib.suppress(Exception), limited(3.0):
+    with contextlib.suppress(Exception, Hang), limited(3.0):
       source = sources.reasoning_gym(task=name, size=2, seed=0)
       found[name] = [source[0], source[1]]
   return found
@@ -738,12 +707,15 @@ def gym_scorer() -> Callable:
 
 
 def gym_inputs() -> st.SearchStrategy:
-  gym_records()  # draws numbers of its own, so not within a strategy
+  # reasoning-gym uses random numbers when it makes problems, and hypothesis controls Python's generator
+  # while it draws an example. So the problems are made before.
+  gym_records()
   return _gym_inputs()
 
 
 @st.composite
 def _gym_inputs(draw) -> tuple[str, int, str]:
+  """(task, number of the problem, completion): right answers, nearly right ones, and any text."""
   name = draw(st.sampled_from(sorted(gym_records())))
   row = draw(st.integers(0, 1))
   right = str(gym_records()[name][row].get('answer', ''))
@@ -757,7 +729,7 @@ def _gym_inputs(draw) -> tuple[str, int, str]:
 
 
 def judge_gym(given: tuple[str, int, str], folder: pathlib.Path) -> str:
-  """A score in [0, 1], or a failure of the scorer that makes its row invalid; the run never hangs."""
+  """The score must lie in [0, 1]; 'contained' if the scorer failed, with an error and an invalid row."""
   name, row, completion = given
   scores = gym_scorer()([completion], [gym_records()[name][row]], [len(completion)])
   value = scores.components['gym'][0]
@@ -776,7 +748,7 @@ path_of = lambda folder, given: (str(folder),)
 
 
 def of_config(folder: pathlib.Path, given: Any) -> tuple[str, ...]:
-  """What refusals of a configuration may name: its file, a path in it, or an option that was given."""
+  """What a refusal of a configuration may name: its file, a path in it, or an option of the input."""
   options = [item.partition('=')[0].strip() for item in str(given).split(',')]
   return (str(folder), 'config', 'option', 'task=', 'model=', *filter(None, options))
 
@@ -805,7 +777,7 @@ KINDS = {
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-  """Raises `Hang` after some seconds of the processor, or twenty times as many of the clock."""
+  """Raises `Hang` after `seconds` of processor time, or 20 times as many of wall time."""
 
   def late(*_):
     raise Hang(f'more than {seconds} s')
@@ -824,7 +796,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-  """Lets allocations beyond `MEMORY` fail."""
+  """Lets allocations fail (MemoryError) that need more than `MEMORY` beyond the present use."""
   with open('/proc/self/statm') as f:
     now = int(f.read().split()[0]) * resource.getpagesize()
   before = resource.getrlimit(resource.RLIMIT_AS)
@@ -840,7 +812,15 @@ class NotNamed(AssertionError):
 
 
 def deliberate(error: BaseException, named: tuple[str, ...]) -> None:
-  """Raises the error again unless polgrad raised it on purpose, with a message that names something."""
+  """Returns if polgrad raised the error on purpose, and its message contains one of `named`.
+
+  On purpose means: the type is in `REFUSALS`, and the line that raised it is a `raise` of polgrad; or a
+  file could not be opened, where the error of Python names the file.
+
+  Raises:
+    NotNamed: the message contains none of them.
+    BaseException: `error` itself, if it was not raised on purpose.
+  """
   frame = traceback.extract_tb(error.__traceback__)[-1]
   line = linecache.getline(frame.filename, frame.lineno).strip()
   ours = f'{ROOT}/polgrad/' in frame.filename or frame.filename == __file__
@@ -853,10 +833,10 @@ def deliberate(error: BaseException, named: tuple[str, ...]) -> None:
 
 
 def outcome(kind: Kind, given: Any) -> str:
-  """'right' (or what `act` returns) or 'refused'.
+  """The outcome of one input: 'refused', what `act` returns, or 'right' if it returns None.
 
   Raises:
-    BaseException: whatever is neither.
+    BaseException: a fault, see the docstring of the module.
   """
   with tempfile.TemporaryDirectory(dir='/dev/shm') as place:
     folder = pathlib.Path(place)
@@ -870,7 +850,12 @@ def outcome(kind: Kind, given: Any) -> str:
 
 
 def campaign(name: str, count: int, number: int) -> tuple[collections.Counter, list[Fault], float]:
-  """Runs inputs of one kind: (counts of outcomes, the shortest example of every fault, slowest time)."""
+  """Runs `count` inputs of one kind, drawn from the seed `number`.
+
+  Returns:
+    The counts of the outcomes; each fault with its shortest example; the processor time of the slowest
+    input in seconds.
+  """
   kind, counts, faults = KINDS[name], collections.Counter(), {}
   slowest = 0.0  # seconds of the processor
 
