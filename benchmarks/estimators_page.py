@@ -87,7 +87,7 @@ Three things explain most of it.
 ## All numbers
 
 Critics are at rest (exact values of the sampling policy), moving baselines too; greedy baselines are
-exact, those of the reference have many samples. Methods with an optimizer of their own show the
+exact, those of the reference have many samples. Methods that bring an optimizer show the
 gradient that this optimizer gets. Left out: {left_out}.
 
 {tables}
@@ -152,7 +152,7 @@ def reading(rows: Rows, groups: dict[str, list[str]]) -> str:
 
 
 def draw(rows: Rows) -> None:
-  """One line a method: progress at every staleness; angle and noise at the least and the largest."""
+  """One row per method: progress at every staleness; angle and noise at the smallest and the largest."""
   names = sorted(rows, key=lambda n: -rows[n]['0'].progress)
   lines = np.arange(len(names))
   figure, (left, *right) = plt.subplots(

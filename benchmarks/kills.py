@@ -5,9 +5,10 @@
 `--runs` is the number of kills, spread evenly over the runs of `RUNS`. A run is a few steps of the tiny
 model with a checkpoint after each. It is killed, resumed and killed again until it ends; then the arrays
 of its last checkpoint and its rows of metrics (without times) are compared with those of a run that was
-never killed. Most kills are SIGKILL, some SIGTERM, followed by SIGKILL where a process does not end. A
-quarter falls at an instant drawn evenly from the length of a run, a quarter soon after a step, a quarter
-in the middle of a save, and a quarter while a resumed run begins.
+never killed. Most kills are SIGKILL. The others are SIGTERM, at which a run saves after its step and
+ends (`polgrad.preemption`); SIGKILL follows if a process is still there after `ENDS_S` seconds. A
+quarter of the kills is aimed at an instant drawn evenly from the length of a run, a quarter soon after a
+step, a quarter in the middle of a save, and a quarter while a resumed run begins.
 
     python -m polgrad.train --config=benchmarks/kills.py:phases --workdir=/tmp/run   # one of the runs
 
@@ -43,13 +44,13 @@ from polgrad.rewards import verifiers
 
 TEXT = 'task=addition,model=tiny,warm_start=0,smoke'
 LIMIT_S = 300.0  # seconds after which a run counts as hanging
-ENDS_S = 3.0  # seconds that a process has to end after SIGTERM
+ENDS_S = 3.0  # seconds from SIGTERM to SIGKILL
 # Indices of `PLACES`.
 BEGIN, STEP, SAVE, END = range(len(PLACES))
 
 
 def get_config(name: str) -> ConfigDict:
-  """The configuration of a run of `RUNS`; so this file is a config file."""
+  """The configuration of a run of `RUNS`: `--config` reads this function."""
   config = RUNS[name]()
   with config.unlocked():
     config.checkpoint_every = 1
@@ -59,13 +60,13 @@ def get_config(name: str) -> ConfigDict:
     model.num_layers = 1
     config.evaluation.every = 3 if name == 'phases' else 0
     for phase in config.phases.values():
-      # Random weights seldom add up; lengths give them something to learn.
+      # Random weights seldom add correctly; a reward of short answers gives them something to learn.
       phase.reward.short = weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4))
   return config
 
 
 def phases() -> ConfigDict:
-  """Supervised, then policy gradient with epochs, minibatches and an anchor that follows."""
+  """Supervised, then policy gradient with epochs, minibatches and an anchor that follows the policy."""
   config = from_text('method=grpo,task=addition,model=tiny,smoke')
   with config.unlocked():
     config.phases.warm_start.steps = 4
@@ -76,7 +77,7 @@ def phases() -> ConfigDict:
 
 
 def replay() -> ConfigDict:
-  """Rollouts that are a step old, mixed with replayed ones."""
+  """Rollouts that are one step old, mixed with replayed ones."""
   config = from_text(f'method=grpo,{TEXT}')
   config.phases.train.steps = 8
   config.phases.train.collect.update(lag=1, replay=2, replay_fraction=0.5)
@@ -84,7 +85,7 @@ def replay() -> ConfigDict:
 
 
 def adaptive() -> ConfigDict:
-  """An objective that carries a state, and a variance-reduced optimizer with its own iterates."""
+  """An objective with a state, and a variance-reduced optimizer whose state holds parameters too."""
   config = from_text(f'method=epo,{TEXT}')
   with config.unlocked():
     config.phases.train.steps = 8
@@ -125,7 +126,7 @@ RUNS = {f.__name__: f for f in (phases, replay, adaptive, lora, experts, distrib
 def child(
   name: str, folder: pathlib.Path, cache: str, mark: mmap.mmap, rank: int, port: int
 ) -> None:
-  """Trains as `python -m polgrad.train` would, and says in `mark` where it is."""
+  """Trains as `python -m polgrad.train` would, and writes into `mark` where it is (see `PLACES`)."""
   with (folder / f'log{rank}').open('ab') as log:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -148,7 +149,7 @@ def child(
 
 
 def report_places(mark: mmap.mmap) -> None:
-  """Wraps functions of the trainer, so that the mark says in which of them the process is."""
+  """Wraps functions of the trainer, so that `mark[0]` says where the process is (index of `PLACES`)."""
   update, save = train.PhaseRun.update_all, train.save
 
   def updating(self, state, batch, step):
@@ -167,7 +168,7 @@ def report_places(mark: mmap.mmap) -> None:
 
 
 def keep_programs() -> None:
-  """Lets the compilation cache keep small programs too: here everything is small."""
+  """Lets the compilation cache keep programs that compile quickly too: all of these do."""
   import jax
 
   start = cli.start
@@ -180,7 +181,7 @@ def keep_programs() -> None:
 
 
 def fork(function: Callable[[], None]) -> int:
-  """Runs a function in a new process, and returns the number of the process."""
+  """Runs a function in a new process, and returns the id of the process."""
   sys.stdout.flush()
   process = os.fork()
   if process:
@@ -203,17 +204,18 @@ def fork(function: Callable[[], None]) -> int:
 
 
 class Trial:
-  """One run in one folder: started, killed and resumed as often as is asked."""
+  """One run in one folder, which can be started, killed and started again."""
 
   def __init__(self, name: str, folder: pathlib.Path, cache: str):
     self.name, self.folder, self.cache = name, folder, cache
-    self.mark = mmap.mmap(-1, 1)
+    self.mark = mmap.mmap(-1, 1)  # memory that the first process shares with this one
     self.processes: list[int] = []
-    self.codes: dict[int, int] = {}
+    self.codes: dict[int, int] = {}  # exit codes of the processes that have ended
 
   def start(self) -> None:
+    """Starts all processes of the run."""
     self.mark[0] = BEGIN
-    self.left = self.temporary()
+    self.left = self.temporary()  # what an earlier kill left behind
     self.codes = {}
     self.began = time.monotonic()
     with socket.socket() as s:
@@ -227,7 +229,7 @@ class Trial:
     ]
 
   def running(self) -> bool:
-    """Whether all processes live."""
+    """Whether no process has ended."""
     for process in self.processes:
       if process not in self.codes:
         ended, status = os.waitpid(process, os.WNOHANG)
@@ -240,11 +242,11 @@ class Trial:
     try:
       with os.scandir(self.folder / 'checkpoints') as found:
         return {(f.name, f.inode(), f.stat().st_ctime_ns) for f in found if 'tmp' in f.name}
-    except FileNotFoundError:  # or one that was renamed just now
+    except FileNotFoundError:  # there are no checkpoints yet, or one was renamed just now
       return set()
 
   def saving(self) -> bool:
-    """Whether a checkpoint is being written; what an earlier kill left behind is none."""
+    """Whether a checkpoint is being written; folders that an earlier kill left behind do not count."""
     return self.mark[0] != BEGIN and bool(self.temporary() - self.left)
 
   def rows(self) -> int:
@@ -255,7 +257,7 @@ class Trial:
       return 0
 
   def kill(self, first: int, signal_: int) -> str:
-    """Kills process number `first`, then the others, as one restarts a pod; says where it was."""
+    """Kills process number `first`, then the others, as in a restart of a pod; returns where it was."""
     where = SAVE if self.saving() else self.mark[0]
     order = [self.processes[first], *(p for i, p in enumerate(self.processes) if i != first)]
     for process in order:
@@ -274,10 +276,10 @@ class Trial:
     return process not in self.codes
 
   def wait(self) -> None:
-    """Waits for the end.
+    """Waits until all processes have ended.
 
     Raises:
-      AssertionError: a process failed, or did not end.
+      AssertionError: a process failed, or the run took more than `LIMIT_S` seconds.
     """
     while len(self.codes) < len(self.processes):
       self.running()
@@ -291,7 +293,7 @@ class Trial:
 
 
 def kill_once(trial: Trial, how: str, length_s: float, draw: random.Random) -> str | None:
-  """Starts the run and kills it; returns where it was, or None if it ended before.
+  """Starts the run and kills it; returns where it was (of `PLACES`), or None if it ended before.
 
   Args:
     how: 'any' instant, soon after a 'step', within a 'save', or at the 'begin'.
@@ -299,14 +301,14 @@ def kill_once(trial: Trial, how: str, length_s: float, draw: random.Random) -> s
   """
   trial.start()
   first = trial.rows()
-  skip = draw.randrange(3)  # saves or steps that are let pass
+  skip = draw.randrange(3)  # number of saves or steps to let pass
   delay = {
     'any': draw.uniform(0, length_s),
     'begin': draw.uniform(0, length_s / 3),
     'step': draw.uniform(0, 0.3),
     'save': draw.choice([0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.1)]),
   }[how]
-  # Wait for what the kill is aimed at, then for the delay.
+  # Wait for the step or save that the kill is aimed at, then for the delay.
   was_saving = False
   while how in ('step', 'save') and trial.running():
     if how == 'step' and trial.rows() != first:
@@ -326,12 +328,14 @@ def kill_once(trial: Trial, how: str, length_s: float, draw: random.Random) -> s
     return None
   if trial.codes:
     trial.wait()  # a process failed by itself, which is an error
+
+  # About one kill in seven is SIGTERM.
   signal_ = signal.SIGTERM if draw.random() < 0.15 else signal.SIGKILL
   return trial.kill(draw.randrange(len(trial.processes)), signal_)
 
 
 def rows_of(folder: pathlib.Path) -> list[dict]:
-  """Metrics without the clock."""
+  """The rows of metrics, without times."""
   found = metrics.read(str(folder / 'run' / 'metrics.jsonl'))
   return [{k: v for k, v in row.items() if 'second' not in k} for row in found]
 
@@ -378,18 +382,32 @@ def differing(whole: pathlib.Path, killed: pathlib.Path) -> tuple[list[str], int
 
 
 def campaign(name: str, kills: int, place: pathlib.Path, draw: random.Random) -> dict:
-  """Kills one kind of run so many times: counts by place and signal, and all differences."""
+  """Kills runs of one kind until there were `kills` of them, and compares each run that has ended.
+
+  Args:
+    name: of `RUNS`.
+    place: a folder for the runs; those without a difference are deleted.
+
+  Returns:
+    places, aims: number of kills by where the run was, and by what they were aimed at.
+    runs, compared: number of runs, and of arrays that were compared.
+    arrays, rows: number of arrays and of rows of metrics that differ.
+    length_s: seconds of a run that is not killed.
+  """
+  # A run that is not killed, twice: the first fills the cache of programs, the second is timed.
   cache = str(place / 'programs')
   whole = place / name / 'whole'
   whole.mkdir(parents=True)
   length_s = 0.0
-  for _ in range(2):  # the first fills the cache of programs
+  for _ in range(2):
     shutil.rmtree(whole)
     whole.mkdir()
     trial = Trial(name, whole, cache)
     trial.start()
     trial.wait()
     length_s = time.monotonic() - trial.began
+
+  # Runs that are killed until they end. The last is let run to its end.
   places, aims, arrays = collections.Counter(), collections.Counter(), []
   compared = odd_rows = runs = 0
   ways = ['any', 'save', 'step', 'begin']
@@ -408,6 +426,8 @@ def campaign(name: str, kills: int, place: pathlib.Path, draw: random.Random) ->
       trial.start()
       trial.wait()
     runs += 1
+
+    # Compare with the run that was not killed.
     odd, count = differing(whole, folder)
     arrays, compared = arrays + odd, compared + count
     odd_rows += sum(a != b for a, b in zip(rows_of(whole), rows_of(folder)))

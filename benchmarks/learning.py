@@ -6,7 +6,8 @@
 
 A seed's supervised checkpoint is trained once and used by every method; each then makes the same
 number of collected batches of the same size. Results are appended to docs/learning.jsonl. A result with
-`"earlier": true` is of a formula that the method has no more, and is measured again when asked for.
+`"earlier": true` is of a formula or of defaults that the method had before; the next call measures it
+again.
 """
 
 import argparse
@@ -143,7 +144,7 @@ def write_page() -> None:
     'checkpoint of each seed, greedy accuracy on 400 held-out problems (standard error at most',
     '0.025). One learning rate for nearly all, none of them tuned: this shows that a method learns and',
     'does not fall apart, not which one is best. A star marks results of a formula or of defaults that',
-    'the method had earlier; they are to be measured again.',
+    'the method had earlier; they have not been measured again yet.',
     '',
     '| method | ' + ' | '.join(f'seed {s}' for s in seeds) + ' | mean | skipped updates |',
     '|---|' + '---|' * (len(seeds) + 2),

@@ -10,12 +10,12 @@ import re
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 RESULTS, PAGE = DOCS / 'robustness.json', DOCS / 'robustness.md'
 OUTCOMES = ('right', 'refused', 'contained', 'fault')
-# Where a run of `benchmarks.kills` is.
+# Where a run was when `benchmarks.kills` killed it.
 PLACES = ('before the first step', 'in a step', 'in a save', 'after the last step')
 
 
 def record(campaign: str, results: dict[str, dict]) -> None:
-  """Keeps results of a campaign by kind, in place of older ones, and writes the tables again."""
+  """Writes results by kind to docs/robustness.json, in place of older ones, and the tables again."""
   known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   known[campaign] = known.get(campaign, {}) | results
   RESULTS.write_text(json.dumps(known, indent=1) + '\n')

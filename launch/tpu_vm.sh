@@ -20,7 +20,7 @@ usage: launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE --bucket=gs://... [o
   --project=PROJECT  Google Cloud project       [gcloud's default]
   --spot             a preemptible slice
   --follow           only follow the log of worker 0
-  --stop             only stop the run
+  --stop             only stop the run, which saves first
   --delete           only delete the slice
   --dry_run          print the commands instead of running them
 USAGE

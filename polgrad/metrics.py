@@ -33,7 +33,7 @@ class Writer:
     """
     self.path = os.path.join(workdir, 'metrics.jsonl')
 
-    # A copy of a file with unreadable lines is kept; a last line that a crash cut off is none of them.
+    # Keep a copy of a file with unreadable lines; a last line that a crash cut off does not count.
     rows, damaged = parse(self.path)
     if damaged:
       aside = _unused(f'{self.path}.damaged')
@@ -79,7 +79,7 @@ def read(path: str) -> list[dict]:
 
 
 def parse(path: str) -> tuple[list[dict], list[int]]:
-  """The rows of a metrics file, and the numbers of the lines (from 1) that are none.
+  """The rows of a metrics file, and the numbers (from 1) of the lines that cannot be read.
 
   A last line that a crash cut off is left out of both.
   """

@@ -1,8 +1,8 @@
 """The request to stop, SIGTERM, which a cluster sends before it takes a machine away.
 
 A run that is asked to stop saves its state after the step that it is in, and ends with exit code
-`CODE`; started again, it goes on from there. All processes of a pod stop at the same step, although
-only one of them may have been asked.
+`CODE`; started again, it resumes from there. All processes of a pod stop at the same step, even if only
+one of them was asked.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-CODE = (
-  75  # exit code of a run that has saved and wants to be started again: EX_TEMPFAIL of sysexits.h
-)
+# Exit code of a run that has saved and wants to be started again: EX_TEMPFAIL of sysexits.h.
+CODE = 75
 _asked = threading.Event()
 
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-  """Inside, SIGTERM only notes the request. A second SIGTERM ends the process as usual.
+  """Within this context SIGTERM only notes the request. A second SIGTERM ends the process as usual.
 
-  In several processes JAX notes it, from `jax.distributed.initialize` on. In a thread that is not the
-  main one, where Python allows no handlers, signals keep their effect.
+  In a run of several processes JAX notes it, from `jax.distributed.initialize` on, and this context
+  changes nothing. In a thread that is not the main one, where Python allows no handlers, SIGTERM keeps
+  its effect.
   """
   if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
     yield
@@ -47,8 +47,8 @@ def asked(step: int) -> bool:
   """Whether to stop after this step.
 
   Args:
-    step: a number that grows with every call, the same in all processes, each of which asks after each
-      step. Their request is answered True at one common number, soon after one of them was asked.
+    step: a number that grows with every call. All processes call this after each step with the same
+      number, and get True at the same number, soon after one of them has received SIGTERM.
   """
   if jax.process_count() > 1:
     return multihost_utils.reached_preemption_sync_point(step)

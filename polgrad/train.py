@@ -407,7 +407,9 @@ def run_phase(
     draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
     try:
       collected = run.collect(state, draw, step)
-    except batching.TooLong as error:  # of a source that is too large to be looked at whole
+    except (
+      batching.TooLong
+    ) as error:  # of a source of which `check_data` has read only some records
       raise ValueError(
         f'config.phases.{run.name}.source, step {step}: {error}; resume with --on_mismatch=continue and '
         f'--config.phases.{run.name}.collect.overlong=drop (or truncate)'
@@ -445,8 +447,8 @@ def run_phase(
 class Drawer:
   """Draws the next records of a phase's stream; `cursor` is the position after the last of them.
 
-  Records that are too long are refused later, or dropped here, as the phase's collector says; which
-  ones depends on the cursor alone, so a resumed run draws the same.
+  Whether records that are too long are dropped here or refused later depends on `overlong` of the
+  phase's collector. Which are dropped depends on the cursor alone, so a resumed run draws the same.
   """
 
   def __init__(self, phase: Phase, seed: int, cursor: int, tokenizer: Tokenizer | None = None):
@@ -588,8 +590,8 @@ def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, s
   """Says why batches teach nothing, after 5, 10, 20, ... consecutive ones.
 
   Raises:
-    RuntimeError: `limit` consecutive batches, if it is not 0, had no gradient; or `MAX_FAILED` had
-      none, and in the last of them every verifier failed.
+    RuntimeError: `limit` (0: no limit) consecutive batches had no gradient; or `MAX_FAILED` had none,
+      and in the last of them every verifier failed.
   """
   limits = {'config.max_silent': limit}
   if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):

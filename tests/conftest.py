@@ -1,4 +1,7 @@
-"""Before JAX starts: eight CPU devices, no implicit broadcasting, and a cache of compiled programs."""
+"""Settings before JAX starts, and fixtures of all tests.
+
+JAX gets eight CPU devices, refuses implicit broadcasting, and keeps a cache of compiled programs.
+"""
 
 import gc
 import json
@@ -21,9 +24,9 @@ ASK = 'import json; from polgrad import compiling; print(json.dumps(compiling.op
 
 
 def quick() -> dict:
-  """The settings of `compiling` that this XLA knows: a flag that it does not know ends the process.
+  """The settings of `compiling` that this version of XLA knows. An unknown flag would end the process.
 
-  Another process asks, because XLA reads its flags only once; the answer is kept for this jaxlib.
+  Another process finds out, because XLA reads its flags only once; the answer is kept for this jaxlib.
   """
   path = CACHE / f'options_{jaxlib.__version__}.json'
   if not path.exists():
@@ -35,7 +38,7 @@ def quick() -> dict:
   return json.loads(path.read_text())
 
 
-# Most programs of the tests run once, so compiling takes the time: these hold for every `jax.jit`.
+# Most programs of the tests run once, so most time is compiling. These flags hold for every `jax.jit`.
 flags = [f'--{name}={str(value).lower()}' for name, value in quick().items()]
 os.environ['XLA_FLAGS'] = ' '.join(['--xla_force_host_platform_device_count=8', *flags])
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -58,13 +61,13 @@ def smollm2() -> str:
 
 @pytest.fixture(scope='module')
 def quick_compiler():
-  """For files of tests that compile much and compute little: quick to compile, slow to run.
+  """Programs compile quickly and run slowly: for files of tests that compile much and compute little.
 
-  It holds until the end of the file, so that all runs of it are compiled alike and can be compared
-  bit by bit.
+  It holds until the end of the file, so that all runs of the file are compiled alike and can be
+  compared bit by bit.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compiling, 'options', lambda: {})  # they would win over the setting below
+    patch.setattr(compiling, 'options', lambda: {})  # they would override the setting below
     jax.config.update('jax_disable_most_optimizations', True)
     yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -72,7 +75,7 @@ def quick_compiler():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-  """Runs of the test draw no curves, which takes as long as a step."""
+  """Runs of the test do not draw report.png, which takes as long as a step."""
   monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)
 
 

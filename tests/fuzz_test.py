@@ -8,11 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from benchmarks import fuzz, kills, robustness
 from polgrad import jsons
 
-FEW = {'metrics': 20, 'checkpoints': 15, 'model folders': 20}  # these take longer
-APART = 'reasoning-gym scorers'  # making their problems takes seconds; tests/rewards has some
+# Numbers of inputs of kinds that take longer.
+FEW = {'metrics': 20, 'checkpoints': 15, 'model folders': 20}
+# Not run here, because making the problems takes seconds; tests/rewards has tests of these scorers.
+APART = 'reasoning-gym scorers'
 
 
-# Tasks of Orbax that failed are dropped with what they raised.
+# Orbax leaves tasks that failed on damaged checkpoints; Python warns of their exceptions.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('name', [name for name in fuzz.KINDS if name != APART])
 def test_an_input_is_read_or_refused_by_name(name):
@@ -38,7 +40,7 @@ def test_the_page_has_the_recorded_results_and_none_is_a_fault():
   assert not any(row['arrays'] or row['rows'] for row in known['kills'].values())
 
 
-def test_what_is_no_deliberate_refusal_is_a_fault(tmp_path):
+def test_an_error_that_is_not_a_deliberate_refusal_is_a_fault(tmp_path):
   def fails(make):
     return fuzz.Kind(lambda: None, lambda given, folder: make(given), lambda *_: ('x',), 0.2)
 

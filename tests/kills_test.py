@@ -1,4 +1,4 @@
-"""The runs that `benchmarks.kills` kills are those that it says, and the kills are told apart."""
+"""The runs of `benchmarks.kills` have what they are named for, and a save is told from a leftover."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_a_run_saves_after_every_step(name):
   assert sum(phase.steps for phase in run.phases.values()) >= 8
 
 
-def test_the_runs_are_what_they_are_called():
+def test_each_run_has_what_it_is_named_for():
   made = {name: build(kills.get_config(name)) for name in kills.RUNS if name != 'distributed'}
   assert len(made['phases'].phases) == 2
   assert made['replay'].phases['train'].collect.lag == 1

@@ -144,13 +144,13 @@ from tests.mesh_test import grpo_smoke
 made = grpo_smoke()
 made.mesh.data = 2
 
-# One of the processes is asked to stop in the first step: both stop after the same one, and go on.
+# One of the processes is asked to stop in the first step: both stop after the same one, and resume.
 summary = train.summary
 def terminated(*args):
   train.summary = summary
   if jax.process_index() == 0:
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)  # the request goes round in the background
+    time.sleep(3)  # the request reaches the other process in the background
   return summary(*args)
 train.summary = terminated
 try:
@@ -158,7 +158,7 @@ try:
 except SystemExit as stopped:
   assert stopped.code == 75
 else:
-  raise AssertionError('the run went on')
+  raise AssertionError('the run did not stop')
 train.run(made, sys.argv[3], sys.argv[4])
 
 import numpy as np

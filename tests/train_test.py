@@ -113,7 +113,7 @@ def test_resumed_run_equals_one_that_went_on(finished, tmp_path, last_checkpoint
   assert rows(tmp_path) == rows(workdir)
 
 
-def test_a_run_that_is_asked_to_stop_saves_after_its_step_and_goes_on_later(
+def test_a_run_that_is_asked_to_stop_saves_after_its_step_and_resumes_later(
   finished, tmp_path, monkeypatch
 ):
   summary = train.summary
@@ -153,7 +153,7 @@ def test_the_main_notes_a_request_to_stop_while_it_trains(monkeypatch, tmp_path)
   assert asked == [True]
 
 
-def test_resumed_run_goes_on_with_the_rollouts_that_it_remembered(tmp_path):
+def test_resumed_run_uses_the_rollouts_that_it_remembered(tmp_path):
   made = config()
   made.phases.train.collect.update(lag=1, replay=1, replay_fraction=0.5)
   whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
@@ -500,7 +500,7 @@ class TestAnotherRunInTheSameFolder:
     [found] = identity.differences(before, identity.describe(made))
     assert found == f'{file}: other contents than before'
 
-  def test_goes_on_and_tells_which_libraries_have_other_versions(self, monkeypatch):
+  def test_resumes_and_tells_which_libraries_have_other_versions(self, monkeypatch):
     told = []
     monkeypatch.setattr(workdirs.logging, 'warning', lambda text, *args: told.append(text % args))
     own = identity.describe(ConfigDict())
