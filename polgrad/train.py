@@ -403,13 +403,11 @@ def run_phase(
   for step in range(first, last):
     started = time.perf_counter()
 
-    # Draw records, and collect a batch from them.
+    # Draw records, and collect a batch from them. Of a large source `check_data` has read only some.
     draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
     try:
       collected = run.collect(state, draw, step)
-    except (
-      batching.TooLong
-    ) as error:  # of a source of which `check_data` has read only some records
+    except batching.TooLong as error:
       raise ValueError(
         f'config.phases.{run.name}.source, step {step}: {error}; resume with --on_mismatch=continue and '
         f'--config.phases.{run.name}.collect.overlong=drop (or truncate)'
