@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -119,8 +119,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def __init__(self, **settings):
     super().__init__(**settings)
-    # Jinja's tojson escapes HTML, which models have not seen in training.
-    self.filters['tojson'] = lambda x, **how: json.dumps(x, **{'ensure_ascii': False, **how})
+    self.filters['tojson'] = _tojson
     self.filters = {name: _limited(name, fn) for name, fn in self.filters.items()}
     self.filters['joined'] = lambda texts: _small(''.join(map(str, texts)))
 
@@ -148,22 +147,51 @@ def _limited(name: str, fn: Callable) -> Callable:
 
   @functools.wraps(fn)
   def limited(*args, **kwargs):
+    args = [_summed(x) if isinstance(x, Iterator) else x for x in args]
     _check_arguments(name, args, kwargs)
     return _small(fn(*args, **kwargs))
 
   return limited
 
 
+def _tojson(value: Any, **how: Any) -> str:
+  """JSON without the escapes for HTML that Jinja's own filter writes: models have not been trained on them."""
+  indent = how.get('indent') or 0
+  if (len(indent) if isinstance(indent, str) else indent) > 100:
+    raise ValueError(f'tojson indents by more than 100: {indent!r:.20}')
+  return json.dumps(value, **{'ensure_ascii': False, **how})
+
+
 def _check_arguments(name: str, args: Sequence, kwargs: Mapping) -> None:
   """Refuses widths and repetitions that a function would turn into a huge text."""
-  for value in (*args, *kwargs.values()):
-    if isinstance(value, int):
-      _check_size(abs(value))
-  texts = [x for x in args if isinstance(x, str)]
+  values = [*args, *kwargs.values()]
+  numbers = [abs(x) for x in values if isinstance(x, int)]
+  texts = [x for x in values if isinstance(x, str)]
+  _check_size(max(numbers, default=0))
+  inserted = max([*numbers, *map(len, texts[1:])], default=0)
   if name in ('format', 'format_map') and texts:
     _check_format(texts[0])
   if name == 'replace' and len(texts) == 3:
-    _check_size(texts[0].count(texts[1]) * len(texts[2]))
+    _check_size(texts[0].count(texts[1]) * inserted)
+  if name == 'indent' and texts:
+    _check_size(len(texts[0].splitlines()) * inserted)
+  if name == 'wordwrap' and texts:
+    _check_size(len(texts[0]) * max(map(len, texts[1:]), default=1))
+  if name == 'expandtabs' and texts:
+    _check_size(texts[0].count('\t') * inserted)
+  if name == 'join':
+    separator = max(map(len, texts), default=0)
+    for items in (x for x in values if isinstance(x, list | tuple)):
+      _check_size(sum(separator + len(x) for x in items if isinstance(x, str)))
+
+
+def _summed(items: Iterator) -> Iterator:
+  """The items of a filter that makes one after the other, as long as all are not too large."""
+  size = 0
+  for item in items:
+    size += len(item) if isinstance(item, str) else 1
+    _check_size(size)
+    yield item
 
 
 def _check_format(text: str) -> None:

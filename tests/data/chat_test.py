@@ -394,6 +394,16 @@ DOUBLED = (
     "{{ '{:999999999}'.format(1) }}",
     "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
     "{{ ('a' * 1000000)|replace('a', 'b' * 1000000) }}",
+    "{{ ('x\\n' * 99999)|indent(99999) }}",
+    "{{ ('x\\n' * 99999)|indent('y' * 99999) }}",
+    "{{ ('x' * 99999)|wordwrap(1, wrapstring='y' * 99999) }}",
+    "{{ ('\\t' * 99999).expandtabs(99999) }}",
+    "{{ ('a' * 99999)|replace(old='a', new='b' * 99999) }}",
+    "{{ (['a'] * 99999)|join('b' * 99999) }}",
+    "{{ ('b' * 99999).join(['a'] * 99999) }}",
+    "{{ (['a' * 99999] * 99999)|join }}",
+    "{{ range(99999)|map('string')|map('center', 99999)|list }}",
+    "{{ range(99999)|map('string')|map('center', 99999)|join }}",
     DOUBLED.replace('MADE', 'kept.x ~ kept.x'),
     DOUBLED.replace('MADE', 'kept.x + kept.x'),
     DOUBLED.replace('MADE', "'%s%s' % (kept.x, kept.x)"),
@@ -405,10 +415,18 @@ def test_a_template_that_would_fill_the_memory_is_refused(template):
     chat.jinja_chat(template, {})(TALK)
 
 
+@pytest.mark.parametrize('indent', ['999999', "'x' * 999999"])
+def test_a_template_whose_json_would_fill_the_memory_is_refused(indent):
+  with pytest.raises(ValueError, match='tojson indents by more than 100'):
+    chat.jinja_chat('{{ messages|tojson(indent=INDENT) }}'.replace('INDENT', indent), {})(TALK)
+
+
 def test_operators_filters_and_calls_that_are_limited_write_what_jinja_writes():
   template = (
     "{% for m in messages %}{{ m.role ~ ':' ~ 3 ~ m.content }}{{ '%s-%d' % ('a', 3) }}"
     "{{ 'b {}'.format(12) }}{{ m['content'].split(',')[0]|upper|indent(2) }}{{ 'x' + 'y' }}{% endfor %}"
+    "{{ messages|map(attribute='role')|map('upper')|join(', ') }}{{ ', '.join(['a', 'b']) }}"
+    "{{ 'a b'|replace('a', 'c')|wordwrap(2) }}{{ [3, 1]|map('string')|list|sort|join }}"
   )
   plain = jinja2.Environment().from_string(template).render(messages=TALK)
   assert chat.jinja_chat(template, {})(TALK) == plain
