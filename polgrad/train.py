@@ -168,7 +168,9 @@ def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
       f'--config.phases.{name}.steps=..., for a new run another --workdir'
     )
   if not experiment.checkpoint_every:
-    logging.warning('config.checkpoint_every is 0: this run leaves no checkpoint')
+    logging.warning(
+      'config.checkpoint_every is 0: this run leaves no checkpoint unless it is asked to stop'
+    )
 
 
 def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metrics.Writer:
