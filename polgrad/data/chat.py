@@ -155,7 +155,7 @@ def _limited(name: str, fn: Callable) -> Callable:
 
 
 def _tojson(value: Any, **how: Any) -> str:
-  """JSON without the escapes for HTML that Jinja's own filter writes: models have not been trained on them."""
+  """JSON, without the escapes of HTML that Jinja's own filter writes: models are not trained on them."""
   indent = how.get('indent') or 0
   if (len(indent) if isinstance(indent, str) else indent) > 100:
     raise ValueError(f'tojson indents by more than 100: {indent!r:.20}')
