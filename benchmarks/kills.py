@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import robustness
 from benchmarks.robustness import PLACES
-from polgrad import checkpoint, cli, metrics, optim, train
+from polgrad import checkpoint, cli, metrics, optim, preemption, train
 from polgrad.options import from_text
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
@@ -266,6 +266,11 @@ class Trial:
         deadline = time.monotonic() + ENDS_S
         while signal_ != signal.SIGKILL and self.alive(process) and time.monotonic() < deadline:
           time.sleep(0.01)
+        # At SIGTERM a process that has begun saves, or was at its end. One of two may instead fail
+        # because the other is gone.
+        heeded = self.codes.get(process, 0) in (0, preemption.CODE)
+        if signal_ == signal.SIGTERM and len(order) == 1 and where != BEGIN and not heeded:
+          raise AssertionError(f'{self.name} ended with {self.codes} at SIGTERM in {self.folder}')
         if self.alive(process):
           os.kill(process, signal.SIGKILL)
           self.codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -54,7 +54,14 @@ def _parse(argv: list[str]) -> list[str]:
       file = os.path.expanduser(given if equals else value).partition(':')[0]
       sys.path.append(os.path.dirname(os.path.abspath(file)))
   with refusals():
-    return app.parse_flags_with_usage(argv)
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as error:
+      # ml_collections wraps what a config file raises, with its traceback as text, and so does absl.
+      wrapped = error.__cause__ or error.__context__
+      if 'parsing config file' in str(wrapped):
+        raise wrapped.__context__ from None
+    return app.parse_flags_with_usage(argv)  # says what is wrong with the flags, and ends
 
 
 def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -102,7 +109,12 @@ def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> 
       raise app.UsageError(f'--{name} is needed')
   if 'config' in needed:
     with refusals():
-      CONFIG.value.keys()  # raises what a file that could not be read had raised
+      try:
+        CONFIG.value.keys()
+      except (
+        OSError
+      ) as error:  # of ml_collections, around what a file that cannot be read has raised
+        raise error.__cause__ or error from None
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # otherwise Orbax logs every step of a save
   if DISTRIBUTED.value:

@@ -1,12 +1,17 @@
 """Changes of a configuration by the command line: values, exchanged parts, and what is refused."""
 
+import pathlib
 import re
+import sys
 
 import pytest
+from absl.testing import flagsaver
 
 from polgrad import build, cli
 from polgrad.overrides import apply
 from tests.runs import grpo
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 OWN = """
 def own(completion, record, *, bonus=0.5):
@@ -160,3 +165,29 @@ def test_changes_are_taken_from_the_arguments_in_every_form():
     'config.off': 'false',
     'config.neg': '-1',
   }
+
+
+@pytest.mark.parametrize(
+  ('file', 'said'),
+  [
+    (
+      'experiments/run.py:method=grpoo,task=addition,model=tiny',
+      "unknown 'grpoo'; did you mean 'grpo'?",
+    ),
+    (
+      'experiments/run.py:method=sft,task=jsonl,data=/no.jsonl,model=tiny',
+      '/no.jsonl: expected a file of JSON lines, there is none',
+    ),
+    ('no.py', 'no.py'),
+  ],
+)
+def test_what_a_config_file_raises_is_one_line_of_the_mains(file, said, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', list(sys.argv))
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.chdir(ROOT)
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    cli._parse(['train', f'--config={file}', '--workdir=unused'])
+    cli.start(['train'])
+  told = capsys.readouterr().err
+  assert ended.value.code == 2 and said in told
+  assert 'Traceback' not in told and 'earlier failure' not in told

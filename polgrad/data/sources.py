@@ -97,7 +97,7 @@ def jsonl(*, path: str) -> Source:
     ValueError: a malformed row, as `path:line: why`; or there is none.
   """
   if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f'{path}: expected a file of JSON lines')
+    raise FileNotFoundError(f'{path}: expected a file of JSON lines, there is none')
   rows = []
   for number, line in enumerate(_lines(path), start=1):
     try:
