@@ -22,6 +22,9 @@ _asked = threading.Event()
 def heeded() -> Iterator[None]:
   """Within this context SIGTERM only notes the request. A second SIGTERM ends the process as usual.
 
+  Python looks at signals between its own instructions, so two of them within one compilation or one
+  compiled step count as one.
+
   In a run of several processes JAX notes it, from `jax.distributed.initialize` on, and this context
   changes nothing. In a thread that is not the main one, where Python allows no handlers, SIGTERM keeps
   its effect.

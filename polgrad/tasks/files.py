@@ -25,8 +25,10 @@ def jsonl(
 
   Each line is an object with `prompt` (text) or `messages` ([{role, content}, ...]). `answer` is the
   right answer, for rewards and for supervised learning; `chosen` and `rejected` are the completions
-  of a pair; messages that end with an assistant turn are a conversation to imitate. Which methods fit
-  is decided by what all lines have.
+  of a pair; messages that end with an assistant turn are a conversation to imitate. `prompt`, `chosen`
+  and `rejected` may be messages too, content may be a list of text parts, and `tools` (a list, or its
+  JSON) goes to the chat template. Which methods fit is decided by what all lines have. A line with too
+  many tokens is refused; the option `overlong=drop` or `overlong=truncate` of a run drops or cuts it.
 
   Args:
     data: path of the file.
