@@ -4,25 +4,29 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from polgrad.digests import digests, not_finite, path_name
+
+if TYPE_CHECKING:  # Orbax takes a third of a second, so the functions that need it import it
+  import orbax.checkpoint as ocp
 
 # The pytrees of a checkpoint. Parameters are stored apart, so that they can be read alone.
 TREES = ('params', 'rest')
 
 
-def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
+def manager(folder: str, *, keep: int = 2) -> 'ocp.CheckpointManager':
   """Opens or creates a folder of checkpoints, which keeps the newest `keep`.
 
   Saving is asynchronous, so `close()` the manager to wait for the last save; and it is atomic, so an
   interrupted save leaves no checkpoint.
   """
+  import orbax.checkpoint as ocp
+
   handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
   return ocp.CheckpointManager(
     epath.Path(folder).absolute(),
@@ -32,7 +36,7 @@ def manager(folder: str, *, keep: int = 2) -> ocp.CheckpointManager:
 
 
 def save(
-  checkpoints: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], meta: Mapping
+  checkpoints: 'ocp.CheckpointManager', step: int, trees: Mapping[str, Any], meta: Mapping
 ) -> None:
   """Starts writing checkpoint number `step`, with the digest of every array.
 
@@ -43,6 +47,8 @@ def save(
   Raises:
     FloatingPointError: parameters, moments of the optimizer or anchors are not finite; nothing is saved.
   """
+  import orbax.checkpoint as ocp
+
   bad = [
     f'{name}/{path}'
     for name, tree in trees.items()
@@ -60,12 +66,14 @@ def save(
   checkpoints.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
 
-def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict:
+def read_meta(checkpoints: 'ocp.CheckpointManager', step: int) -> dict:
   """The `meta` of checkpoint number `step`.
 
   Raises:
     ValueError: the checkpoint is damaged.
   """
+  import orbax.checkpoint as ocp
+
   with _named(checkpoints, step, 'meta'):
     meta = dict(
       checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -80,7 +88,7 @@ def digest_of(meta: Mapping) -> str:
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any) -> Any:
+def restore(checkpoints: 'ocp.CheckpointManager', step: int, name: str, like: Any) -> Any:
   """Reads one pytree of checkpoint number `step`, and compares it with its digests.
 
   Args:
@@ -91,6 +99,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any)
     ValueError: the checkpoint holds other arrays or shapes, and the message names the first that differ;
       or it is damaged.
   """
+  import orbax.checkpoint as ocp
+
   stored = read_meta(checkpoints, step)['digests'][name]
   with _named(checkpoints, step, name):
     metadata = checkpoints.item_metadata(step)[name].tree
@@ -107,7 +117,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, name: str, like: Any)
 
 
 @contextlib.contextmanager
-def _named(checkpoints: ocp.CheckpointManager, step: int, name: str) -> Iterator[None]:
+def _named(checkpoints: 'ocp.CheckpointManager', step: int, name: str) -> Iterator[None]:
   """Turns what reading a damaged file raises into a ValueError that names the checkpoint."""
   try:
     yield
@@ -116,7 +126,7 @@ def _named(checkpoints: ocp.CheckpointManager, step: int, name: str) -> Iterator
     raise _damaged(checkpoints, step, f'{name}: {type(error).__name__}: {reason}') from error
 
 
-def _damaged(checkpoints: ocp.CheckpointManager, step: int, reason: str) -> ValueError:
+def _damaged(checkpoints: 'ocp.CheckpointManager', step: int, reason: str) -> ValueError:
   earlier = sorted(s for s in checkpoints.all_steps() if s < step)
   advice = (
     f'--step={earlier[-1]} takes an earlier one of {earlier}'
@@ -126,7 +136,7 @@ def _damaged(checkpoints: ocp.CheckpointManager, step: int, reason: str) -> Valu
   return ValueError(f'checkpoint {step} in {checkpoints.directory} is damaged ({reason}); {advice}')
 
 
-def numbered(checkpoints: ocp.CheckpointManager, folder: str, step: int = -1) -> int:
+def numbered(checkpoints: 'ocp.CheckpointManager', folder: str, step: int = -1) -> int:
   """The number of a checkpoint that is there: `step`, or the newest if that is negative.
 
   Args:
@@ -145,7 +155,7 @@ def numbered(checkpoints: ocp.CheckpointManager, folder: str, step: int = -1) ->
 
 
 def _check_fit(
-  checkpoints: ocp.CheckpointManager, step: int, name: str, metadata: Any, like: Any
+  checkpoints: 'ocp.CheckpointManager', step: int, name: str, metadata: Any, like: Any
 ) -> None:
   """Refuses a stored pytree whose paths or shapes differ from those of `like`."""
   saved, wanted = _shapes(metadata), _shapes(like)

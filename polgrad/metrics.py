@@ -6,17 +6,10 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 
 class Writer:
@@ -122,6 +115,10 @@ def _unused(path: str) -> str:
 def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
   """Prints rows (prompt, completion, reward) as a table; of long texts the last 400 characters. A reward
   of NaN is one whose verifier failed."""
+  from rich.console import Console  # here, as all that a start of the program does not need
+  from rich.table import Table
+  from rich.text import Text
+
   table = Table('prompt', 'completion', 'reward', title=title, title_justify='left')
   for prompt, completion, reward in rows:
     clip = lambda s: Text(s if len(s) <= 400 else '…' + s[-400:])
@@ -149,13 +146,14 @@ REPORTED = (
 
 def report(workdir: str) -> str:
   """Draws the curves of `metrics.jsonl` into `report.png`, one plot a metric; returns its path."""
+  from matplotlib.figure import Figure  # here, because it takes half a second
+
   rows = read(os.path.join(workdir, 'metrics.jsonl'))
   names = [n for n in REPORTED if any(n in r for r in rows)] or ['loss']
   columns = min(len(names), 3)
   height = -(-len(names) // columns)
-  figure, axes = plt.subplots(
-    height, columns, figsize=(4.2 * columns, 2.8 * height), squeeze=False, layout='constrained'
-  )
+  figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout='constrained')
+  axes = figure.subplots(height, columns, squeeze=False)
   for axis, name in zip(axes.flat, names):
     _draw(axis, rows, name)
   for axis in list(axes.flat)[len(names) :]:
@@ -163,11 +161,10 @@ def report(workdir: str) -> str:
   axes.flat[0].legend()
   path = os.path.join(workdir, 'report.png')
   figure.savefig(path, dpi=110)
-  plt.close(figure)
   return path
 
 
-def _draw(axis: plt.Axes, rows: Sequence[Mapping], name: str) -> None:
+def _draw(axis: Any, rows: Sequence[Mapping], name: str) -> None:
   """Plots one metric over the updates, in a color a phase; long curves get a running mean."""
   for number, phase in enumerate(dict.fromkeys(r['phase'] for r in rows)):
     points = [(r['step'], r[name]) for r in rows if r['phase'] == phase and r.get(name) is not None]

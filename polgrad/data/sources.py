@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable
 from typing import Annotated
 
-import grain
 import numpy as np
 
 from polgrad.data.records import normalized
@@ -65,6 +64,8 @@ def arithmetic(
   Raises:
     ValueError: an argument out of its range.
   """
+  import grain  # here, because it takes a quarter of a second
+
   if operator not in OPERATORS:
     raise ValueError(f'operator {operator!r}; valid: {sorted(OPERATORS)}')
   if not (1 <= digits <= 9 and 0 <= holdout <= 1):
@@ -216,6 +217,8 @@ def fraction(
   Raises:
     ValueError: 0 <= start < end <= 1 does not hold, or no row lies between them.
   """
+  import grain
+
   if not 0 <= start < end <= 1:
     raise ValueError(f'start {start} and end {end} must satisfy 0 <= start < end <= 1')
   rows = range(round(start * len(source)), round(end * len(source)))

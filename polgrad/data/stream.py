@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import grain
-
 
 def records(
   source: Sequence[Mapping], *, seed: int, cursor: int, count: int, shuffle: bool = True
@@ -27,6 +25,8 @@ def records(
   Raises:
     ValueError: the source is empty.
   """
+  import grain  # here, because it takes a quarter of a second
+
   if not len(source):
     raise ValueError('the source has no records')
   rows = grain.MapDataset.range(len(source))

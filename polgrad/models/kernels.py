@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from polgrad.models.attention import segment_mask
@@ -73,6 +72,8 @@ def splash(
 
   On a mesh every device computes its own rows and heads.
   """
+  from jax.experimental.pallas.ops.tpu import splash_attention  # here, because only TPUs need it
+
   # The kernel wants heads before positions and a whole number of blocks.
   length, heads = query.shape[1:3]
   padding = -length % LANES
