@@ -19,7 +19,7 @@ import numpy as np
 
 from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
-from polgrad.data import batching, sources, tokenizers
+from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.kernels import ATTENTION, PLATFORMS
 from polgrad.models.policy import Policy
@@ -248,6 +248,7 @@ def check(run: Experiment) -> None:
       f'config.model: its vocab_size {vocabulary} is smaller than that of config.tokenizer, '
       f'{run.tokenizer.vocab_size}'
     )
+  chat.check_written(run.tokenizer.chat, 'config.tokenizer')
   _check_kernel('config.model', run.model, run.mesh)
   for name, one in run.phases.items():
     one.score  # refuses verifiers that cannot run  # noqa: B018

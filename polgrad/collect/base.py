@@ -85,6 +85,11 @@ class Collector(abc.ABC):
     return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
 
   @property
+  def fields(self) -> tuple[str, ...]:
+    """Fields of the records that hold completions to train on; () if all are sampled."""
+    return ()
+
+  @property
   def cut(self) -> bool:
     """Whether records with more tokens than fit are cut, see `overlong`."""
     return self.overlong == 'truncate'

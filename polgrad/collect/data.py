@@ -34,6 +34,10 @@ class Demonstrations(Collector):
     return self.rows
 
   @property
+  def fields(self) -> tuple[str, ...]:
+    return ('answer',)
+
+  @property
   def rows_per_prompt(self) -> int:
     return 1
 
@@ -59,6 +63,10 @@ class Preferences(Collector):
   @property
   def records(self) -> int:
     return self.pairs
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('chosen', 'rejected')
 
   @property
   def rows_per_prompt(self) -> int:

@@ -96,6 +96,10 @@ class Rollouts(Collector):
     return self.prompts
 
   @property
+  def fields(self) -> tuple[str, ...]:
+    return ('answer',) if self.demonstrations else ()
+
+  @property
   def rows_per_prompt(self) -> int:
     return self.samples_per_prompt + self.demonstrations
 

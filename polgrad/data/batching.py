@@ -18,7 +18,7 @@ lengths, never from token ids, so the pad id may also be a stop id.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -140,6 +140,36 @@ def pairs(
   return _lay(segments, tokenizer, length, starts).replace(
     group_ids=rows // 2, label=(1 - rows % 2).astype(np.float32)
   )
+
+
+class Row(NamedTuple):
+  """A row of a record with all its tokens, before it is cut or padded."""
+
+  prompt: int  # number of tokens before the first one that is trained
+  ids: list[int]
+  trained: list[bool]  # for every token, whether a loss looks at it
+
+
+def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> list[Row]:
+  """The rows of a record, however long they are; they raise the same errors as in a batch.
+
+  Args:
+    record: with `id`.
+    tokenizer: tokenises it.
+    fields: the completions that are read: `answer`, or `chosen` and `rejected`; () reads the prompt.
+
+  Returns:
+    One row for each field, or one for the prompt, of which nothing is trained.
+  """
+  if not fields:
+    ids = _prompt(record, tokenizer)
+    return [Row(len(ids), ids, [False] * len(ids))]
+  rows = []
+  for field in fields:
+    whole = field == 'answer'
+    ids, mask = _supervised(record, tokenizer) if whole else _segment(record, tokenizer, field)
+    rows.append(Row(mask.index(True) if True in mask else len(ids), ids, mask))
+  return rows
 
 
 def completion(record: Mapping, tokenizer: Tokenizer, field: str = 'answer') -> list[int]:

@@ -277,6 +277,26 @@ def no_chat(path: str) -> Chat:
   return chat
 
 
+def check_written(chat: Chat, where: str) -> None:
+  """Refuses a template that writes the same whatever the user says.
+
+  Raises:
+    ValueError: names the template.
+  """
+  asked = lambda text: chat([{'role': 'user', 'content': text}])
+  try:
+    same = asked('a') == asked('b')
+  except ValueError:  # a template may refuse these messages
+    return
+  if same:
+    raise ValueError(f'{where}: the chat template writes nothing of what a user turn says')
+
+
+def reads_date(source: str) -> bool:
+  """Whether a template asks for the date of today."""
+  return 'strftime_now' in source
+
+
 def opening(chat: Chat) -> str:
   """What a generation prompt writes of the assistant's turn itself, such as `<think>` and a newline.
 

@@ -33,6 +33,7 @@ class Tokenizer(NamedTuple):
   stop_ids: tuple[int, ...]  # tokens that end a completion; the first ends completions we train on
   # What the generation prompt of `chat` writes of the assistant's turn, for example `<think>`.
   opening: str = ''
+  name: Callable[[int], str] = str  # what the files call a special token, such as <|im_end|>
 
 
 def byte() -> Tokenizer:
@@ -55,6 +56,7 @@ def byte() -> Tokenizer:
     pad_id=256,
     bos_id=257,
     stop_ids=(258,),
+    name={256: 'pad', 257: 'bos', 258: 'eos'}.get,
   )
 
 
@@ -87,6 +89,7 @@ def characters(*, alphabet: str) -> Tokenizer:
     pad_id=0,
     bos_id=-1,
     stop_ids=(1,),
+    name={0: 'pad', 1: 'eos'}.get,
   )
 
 
@@ -120,6 +123,7 @@ def sentencepiece(*, path: str) -> Tokenizer:
     pad_id=pad,
     bos_id=model.bos_id(),
     stop_ids=(eos,),
+    name=names.get,
   )
 
 
@@ -176,6 +180,7 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
     bos_id=ids[special['bos_token']] if vocabulary.opens else -1,
     stop_ids=tuple(stops),
     opening=chats.opening(chat),
+    name={i: token for token, i in ids.items()}.__getitem__,
   )
 
 
@@ -413,6 +418,13 @@ def _align(model, text):
   """Ids of a text by a SentencePiece model, and the span of characters of each."""
   found = model.encode(text, return_type='offset_mapping')
   return found['ids'], found['offsets']
+
+
+def template(path: str) -> str:
+  """The chat template of a Hugging Face folder, as text; '' if there is none."""
+  folder = pathlib.Path(path)
+  found = _templates(folder, _read_json(folder / 'tokenizer_config.json', SETTINGS))
+  return found.get('default', ('', ''))[0]
 
 
 def _templates(folder, config):

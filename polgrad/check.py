@@ -1,0 +1,347 @@
+"""Checks a run before it is run: data, masks, stop tokens, verifiers, memory and time.
+
+    python -m polgrad.check --config=experiments/quickstart.py
+
+All records are read and tokenised as the run will read them, the verifiers judge right and wrong answers,
+the update is traced, and two real steps of every phase are made. Nothing is written. Exit code 1: the
+run would stop or could not learn, and the lines that begin with FAIL say why; 2: the configuration is
+refused, as by `polgrad.train`; 0: neither, but look at the warnings. docs/before_a_run.md explains the
+output.
+"""
+
+import functools
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from absl import flags
+from tqdm import tqdm
+
+from polgrad import cli, collect, overrides, sharding, train
+from polgrad.build import TABLE, Experiment, HeldOut, Phase, build
+from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
+from polgrad.checks.findings import Finding
+from polgrad.data import chat, sources, tokenizers
+from polgrad.models.policy import learned
+from polgrad.registry import bind
+
+_STEPS = flags.DEFINE_integer('steps', 2, 'Steps of every phase to make and time; 0: none.')
+_CANARIES = flags.DEFINE_integer(
+  'canaries', 1000, 'Records of every source, evenly spaced, that verifiers are tried on; 0: all.'
+)
+_READ = flags.DEFINE_integer(
+  'read', 0, 'Records of every source, evenly spaced, that are read; 0: all.'
+)
+
+
+class Section(NamedTuple):
+  """A part of the report."""
+
+  title: str
+  lines: Sequence[str]
+  findings: Sequence[Finding] = ()
+
+
+class Part(NamedTuple):
+  """A section of the configuration that reads records: a phase, or the evaluation."""
+
+  path: str
+  spec: Mapping  # its configuration
+  judged: Phase | HeldOut
+  rows: int  # of its source that it reads
+
+  @property
+  def reader(self) -> Any:
+    return self.judged if isinstance(self.judged, HeldOut) else self.judged.collect
+
+
+def parts_of(config: ml_collections.ConfigDict, run: Experiment) -> list[Part]:
+  """The sections that read records, in the order of the run."""
+  found = [
+    Part(f'config.phases.{name}', config.phases[name], run.phases[name], len(run.phases[name].source))
+    for name in run.order
+  ]
+  if run.evaluation.every:
+    rows = min(run.evaluation.problems, len(run.evaluation.source))
+    found.append(Part('config.evaluation', config.evaluation, run.evaluation, rows))
+  return found
+
+
+def make_reader(tokenizer: Mapping, source: Mapping, reader: Mapping | None, plan: Mapping):
+  """Builds what reads a source, in another process, of JSON; it needs no device."""
+  read = (
+    bind(reader, collect.TABLE) if reader else bind(plan, {'build.HeldOut': HeldOut}, 'evaluation')
+  )
+  return reading.Made(
+    bind(source, sources.TABLE), read, bind(tokenizer, tokenizers.TABLE)
+  )
+
+
+def read_part(
+  config: ml_collections.ConfigDict, run: Experiment, part: Part, most: int
+) -> list[reading.Read]:
+  """Reads the records of a section, with a progress bar."""
+  spec = json.loads(part.spec.to_json_best_effort())
+  make = functools.partial(
+    make_reader,
+    json.loads(config.tokenizer.to_json_best_effort()),
+    spec['source'],
+    spec.get('collect'),
+    spec,
+  )
+  rows = spaced(part.rows, most)
+  found = []
+  with tqdm(total=len(rows), desc=f'reading {part.path}', mininterval=0.5, leave=False) as bar:
+    made = reading.Made(part.judged.source, part.reader, run.tokenizer)
+    for piece in reading.read_all(rows, made, make):
+      found += piece
+      bar.update(len(piece))
+  return found
+
+
+def spaced(count: int, most: int) -> list[int]:
+  """At most `most` (0: all) of the numbers below `count`, evenly spaced."""
+  most = min(most or count, count)
+  return [i * count // most for i in range(most)]
+
+
+def check_records(part: Part, found: list[reading.Read]) -> Section:
+  """Lengths, masks, fates and repeated prompts of the records of a section."""
+  said = reading.summary(found, part.reader)
+  lines = []
+  head = ('tokens of', 'count', 'median', '95%', 'max', 'room', 'over')
+  rows = [
+    (s.name, f'{s.count:,}', s.median, s.most, s.largest, s.budget or '-', f'{s.over:,}')
+    for s in said.spreads
+  ]
+  if rows:
+    lines += tables.table(head, rows)
+  for s in said.spreads[-1:]:
+    lines += [f'  {s.name}s by length:', *tables.histogram(s)]
+  fates = ', '.join(f'{count:,} {fate}' for fate, count in sorted(said.fates.items()))
+  lines.append(f'  records: {fates} (overlong: {part.reader.overlong})')
+  if said.tokens:
+    lines.append(
+      f'  trained: {said.trained / said.tokens:.1%} of {said.tokens:,} tokens, before anything is cut; '
+      f'{len(said.untrained):,} records have a row without a trained token'
+    )
+  good = [one for one in found if one.asked]
+  again = duplicates.repeated(
+    [one.row for one in good], [one.asked for one in good], [one.answered for one in good]
+  )
+  lines.append(f'  prompts that repeat an earlier one: {len(again.rows):,}')
+  wrong = reading.findings(part.path, found, said, part.reader.overlong)
+  wrong += duplicates.findings(part.path, again, said.records)
+  return Section(f'{part.path}: {said.records:,} of {part.rows:,} records', lines, wrong)
+
+
+def check_leaks(found: Mapping[str, list[reading.Read]]) -> list[Finding]:
+  """Held-out prompts that occur in the data of a phase."""
+  held_out = [(one.row, one.asked) for one in found.get('config.evaluation', ()) if one.asked]
+  wrong = []
+  for path, reads in found.items():
+    if path != 'config.evaluation':
+      both = duplicates.shared([(one.row, one.asked) for one in reads if one.asked], held_out)
+      wrong += duplicates.leaks('config.evaluation', both, len(held_out), path)
+  return wrong
+
+
+def check_verifiers(part: Part, run: Experiment, most: int) -> Section:
+  """What the verifiers of a section say of right and wrong answers."""
+  rows = spaced(part.rows, most)
+  records = [(i, part.judged.source[i]) for i in tqdm(rows, 'reading answers', leave=False)]
+  canary = canaries.try_verifiers(
+    part.judged.reward, part.judged.score, records, lambda text: len(run.tokenizer.encode(text)) + 1
+  )
+  head = ('verifier', 'tried', 'right refused', 'empty accepted', 'other accepted', 'failed', 'form')
+  lines = tables.table(
+    head,
+    [
+      (v.name, f'{len(v.rows):,}', *map(len, (v.refused, v.accepted_empty, v.accepted_other, v.errors)),
+       v.form)
+      if v.tells_apart
+      else (v.name, f'{len(v.rows):,}', 'all', '-', '-', len(v.errors), v.form)
+      for v in canary.verdicts
+      if v.name != canaries.TOTAL or len(canary.verdicts) > 2
+    ],
+  ) if canary.verdicts else []  # fmt: skip
+  lines += [line for note in canary.notes for line in tables.wrapped(note)]
+  title = f'{part.path}.reward: right answers, an empty text, and the answers of other records'
+  return Section(title, lines, canaries.findings(part.path, canary))
+
+
+def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any) -> Section:
+  """How turns end, and what the chat template depends on."""
+  found = stops.stops(run.tokenizer)
+  ids = tuple(found.stopping)
+  bad = stops.untrained(run.policy, params, ids) if params is not None else []
+  state = lambda i: 'unknown' if params is None else 'no' if i in bad else 'yes'
+  lines = tables.table(
+    ('stops sampling', 'id', 'ends trained rows', 'the model can draw it'),
+    [(name, i, 'yes' if i == ids[0] else '', state(i)) for i, name in found.stopping.items()],
+  )
+  if params is None:
+    lines.append('  unknown: whether the output rows are trained is looked at with --steps=1 or more')
+  if found.ending:
+    lines.append(f'  after an assistant turn the template writes {found.ending!r}')
+  if found.opening:
+    lines.append(f'  the generation prompt begins the assistant turn with {found.opening!r}')
+  if 'date' in config.tokenizer:
+    dated = chat.reads_date(tokenizers.template(config.tokenizer.path))
+    told = f'it is told {config.tokenizer.date}' if dated else 'no'
+    lines.append(f'  the template asks for the date of today: {told}')
+  return Section('turns', lines, stops.findings(run.tokenizer, bad, run.tokenizer.name))
+
+
+def check_memory(run: Experiment, workdir: str) -> Section:
+  """Bytes of every phase on a device, beside what the device and the disk have."""
+  lines, wrong = [], []
+  stats = run.mesh.devices.flat[0].memory_stats() or {}
+  limit = stats.get('bytes_limit', 0)
+  has = 'the device' if limit else 'this machine'
+  limit = limit or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  for name in run.order:
+    phase = run.phases[name]
+    uses = memory.of_phase(phase, run.policy, run.mesh, train.opt_shardings)
+    rows = [(u.name, tables.size(u.total), tables.size(u.device), u.when) for u in uses]
+    lines += tables.table((f'phase {name}', 'in all', 'a device', 'when'), rows)
+    most = memory.peak(uses)
+    lines += tables.wrapped(
+      f'at most {tables.size(most)} at a time, and activations, which are not counted; {has} has '
+      f'{tables.size(limit)}'
+    )
+    if most > limit:
+      text = f'{tables.size(most)} without activations, but {has} has {tables.size(limit)}'
+      mend = 'more devices in config.mesh.fsdp, more micro_batches, or a smaller model'
+      wrong.append(Finding(f'config.phases.{name}', text, mend, fails=True))
+  kept = [u for u in uses if u.name in ('parameters', 'optimizer') or u.name.startswith('anchor')]
+  disk = (run.keep_checkpoints + 1) * sum(u.total for u in kept)
+  place = os.path.abspath(os.path.expanduser(workdir or '.'))
+  while not os.path.exists(place):
+    place = os.path.dirname(place)
+  free = shutil.disk_usage(place).free
+  lines.append(f'  checkpoints: up to {tables.size(disk)}; {place} has {tables.size(free)} free')
+  if disk > free and run.checkpoint_every:
+    text = f'checkpoints take up to {tables.size(disk)}, but {place} has {tables.size(free)} free'
+    wrong.append(Finding('config.keep_checkpoints', text, 'choose another --workdir'))
+  return Section('memory', lines, wrong)
+
+
+def check_steps(run: Experiment, count: int, state: Any) -> Section:
+  """Makes the first steps of every phase, and times them; nothing is saved."""
+  rows, wrong, silent = [], [], []
+  for index, name in enumerate(run.order):
+    state = train.begin(run, index, state) if index else state
+    doing = train.start_phase(run, state, None)
+    path = f'config.phases.{name}'
+    for step in tqdm(range(min(count, doing.phase.steps)), f'steps of {name}', leave=False):
+      draw = train.Drawer(doing.phase, doing.seed, int(state.cursor), run.tokenizer)
+      started = time.perf_counter()
+      try:
+        collected = doing.collect(state, draw, step)
+        middle = time.perf_counter()
+        state, reports = doing.update_all(state, collected.batch, step)
+      except (ValueError, TypeError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        text = f'step {step} fails: {type(error).__name__}: {str(error)[:300]}'
+        wrong.append(Finding(path, text, fails=True))
+        break
+      ended = time.perf_counter()
+      state = train.advance(run.mesh, state, collected, draw.cursor)
+      row = train.summary(reports, collected, ended - started)
+      silent.append(row['silent'])
+      times = (f'{x:.2f}' for x in (middle - started, ended - middle, ended - started))
+      shown = (f'{row[k]:.3g}' if k in row else '-' for k in ('loss', 'grad_norm', 'reward'))
+      rows.append((name, 'compiles' if step == 0 else step + 1, *times, *shown))
+    if silent and all(silent):
+      text = 'no step has a gradient'
+      mend = 'all rewards of each group may be equal: is the task too hard, or the reward broken?'
+      wrong.append(Finding(path, text, mend))
+  head = ('phase', 'step', 'collect s', 'update s', 'step s', 'loss', 'grad_norm', 'reward')
+  lines = tables.table(head, rows)
+  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  lines.append(f'  this process has used at most {tables.size(most)} of memory')
+  stats = run.mesh.devices.flat[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    lines.append(f'  the first device has used at most {tables.size(stats["peak_bytes_in_use"])}')
+  return Section(f'{count} steps of every phase', lines, wrong)
+
+
+def check(
+  config: ml_collections.ConfigDict, run: Experiment, *, workdir: str, steps: int, canary: int, most: int
+):
+  """Yields the sections of the report, one after the other; see the flags for the arguments."""
+  parts = parts_of(config, run)
+  found = {}
+  for part in parts:
+    found[part.path] = read_part(config, run, part, most)
+    yield check_records(part, found[part.path])
+  yield Section('held-out prompts in training data', _none_if(leaks := check_leaks(found)), leaks)
+  seen = set()
+  for part in parts:
+    key = json.dumps([part.spec.source.to_dict(), part.spec.reward.to_dict()])
+    if part.judged.reward and key not in seen:
+      seen.add(key)
+      yield check_verifiers(part, run, canary)
+
+  # The update, traced; then parameters, which take memory and time.
+  wrong = []
+  for name, phase in run.phases.items():
+    try:
+      tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
+      tracing.trace_update(f'config.phases.{name}', phase, run.policy, run.mesh)
+    except ValueError as error:
+      where, _, text = str(error).partition(': ')
+      wrong.append(Finding(where, text, fails=True))
+  yield Section('trace of every update', _none_if(wrong), wrong)
+  yield check_memory(run, workdir)
+  state = None
+  with jax.set_mesh(run.mesh):
+    if steps and not wrong:
+      state = train.begin(run, 0, None)
+    yield check_turns(config, run, None if state is None else state.params)
+    if state is not None:
+      yield check_steps(run, steps, state)
+
+
+def _none_if(wrong: Sequence[Finding]) -> list[str]:
+  return [] if wrong else ['  nothing to report']
+
+
+def show(section: Section) -> None:
+  """Prints a section, and what is wrong in it."""
+  print('\n'.join(['', section.title, *section.lines]))
+  for one in section.findings:
+    print('\n'.join(tables.wrapped(str(one), '  FAIL ' if one.fails else '  warning ', '    ')))
+
+
+def main(argv: list[str]) -> None:
+  cli.start(argv, needed=['config'])
+  with cli.refusals():
+    config = cli.config(TABLE)
+    run = build(config)
+  wrong = []
+  for section in check(
+    config,
+    run,
+    workdir=cli.WORKDIR.value or '',
+    steps=_STEPS.value,
+    canary=_CANARIES.value,
+    most=_READ.value,
+  ):
+    show(section)
+    sys.stdout.flush()
+    wrong += section.findings
+  fails = sum(one.fails for one in wrong)
+  print(f'\n{fails} failures, {len(wrong) - fails} warnings')
+  sys.exit(1 if fails else 0)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,253 @@
+"""Tries verifiers on texts of which it is known whether they are right.
+
+Each record is judged with its own answer, which should get a high number, and with an empty text and
+the answer of another record, which should get a low one. The bare answer is tried, and also forms
+that verifiers ask for: what the verifier's `pattern` wants around it, `<answer>`, `####`, `\\boxed{}`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polgrad.checks.duplicates import normalised
+from polgrad.checks.findings import Finding, some
+from polgrad.registry import Weighted, inputs, unbound
+from polgrad.rewards import verifiers as ours
+from polgrad.rewards.scoring import Scores
+
+Form = Callable[[str], str]  # answer -> completion that has it
+BARE = 'the bare answer'
+COMMON = {
+  '<answer>...</answer>': '<answer>{}</answer>',
+  '#### ...': '#### {}',
+  '\\boxed{...}': '\\boxed{{{}}}',
+  'Answer: ...': 'Answer: {}',
+}
+TRIED = 8  # records on which the forms are compared
+
+
+class Verdict(NamedTuple):
+  """What a verifier, or the whole reward, said of texts that are known to be right or wrong."""
+
+  name: str  # of the verifier; `TOTAL` is the weighted sum of all
+  form: str  # in which the answers were given
+  rows: tuple[int, ...]  # of the source
+  tells_apart: bool  # whether right answers get more than wrong ones at all
+  refused: tuple[int, ...]  # rows whose own answer it refuses
+  accepted_empty: tuple[int, ...]  # rows for which it accepts an empty text
+  accepted_other: tuple[int, ...]  # rows for which it accepts the answer of another record
+  errors: tuple[int, ...]  # rows on which it failed
+
+
+TOTAL = 'the reward'
+
+
+class Canary(NamedTuple):
+  """The verdicts of a section, and what else was noticed."""
+
+  verdicts: tuple[Verdict, ...]
+  notes: tuple[str, ...]  # why verifiers were not tried
+  answers: Mapping[int, str]  # by row
+  messages: tuple[str, ...]  # of verifiers that failed
+
+
+def field_of(reward: Mapping[str, Any]) -> str:
+  """The field of a record that holds its answer, by the knobs of the verifiers that compare with it."""
+  knobs = [getattr(_function(one), 'keywords', {}) for one in reward.values()]
+  return next((k['field'] for k in knobs if 'field' in k), 'answer')
+
+
+def _function(one: Any) -> Callable:
+  return one.fn if isinstance(one, Weighted) else one
+
+
+def forms_of(reward: Mapping[str, Any]) -> dict[str, Form]:
+  """The forms that answers are tried in, by what they are called."""
+  found = {BARE: lambda answer: answer}
+  for one in reward.values():
+    fn = _function(one)
+    pattern = getattr(fn, 'keywords', {}).get('pattern', '')
+    if pattern and unbound(fn) is not ours.regex_format:
+      made = from_pattern(pattern)
+      if made and made('x') != 'x':
+        found[f'the form of {pattern!r}'] = made
+  taken = {form('x') for form in found.values()}
+  more = {name: text.format for name, text in COMMON.items() if text.format('x') not in taken}
+  return found | more
+
+
+def from_pattern(pattern: str) -> Form | None:
+  """A form that a regular expression finds: its literal parts, with the answer as its first group.
+
+  None if it has no group, or parts that have no obvious text.
+  """
+  try:
+    texts = _literal(re._parser.parse(pattern, re.DOTALL))
+  except (re.error, ValueError):
+    return None
+  before, group, after = texts.partition('\0')
+  return (lambda answer: before + answer + after) if group else None
+
+
+def _literal(parsed: Iterable) -> str:
+  """The shortest obvious text that a parsed expression matches, with NUL as its first group."""
+  text = ''
+  for kind, value in parsed:
+    kind = str(kind)
+    if kind == 'LITERAL':
+      text += chr(value)
+    elif kind == 'SUBPATTERN':
+      text += '\0' if value[0] == 1 else _literal(value[-1])
+    elif kind in ('MAX_REPEAT', 'MIN_REPEAT'):
+      text += _literal(value[2]) * value[0]
+    elif kind == 'BRANCH':
+      text += _literal(value[1][0])
+    elif kind == 'IN' and str(value[0][0]) == 'CATEGORY':
+      text += {'CATEGORY_SPACE': ' ', 'CATEGORY_DIGIT': '0'}.get(str(value[0][1]), 'a')
+    elif kind == 'IN' and str(value[0][0]) in ('LITERAL', 'RANGE'):
+      text += chr(value[0][1] if str(value[0][0]) == 'LITERAL' else value[0][1][0])
+    elif kind == 'ANY':
+      text += 'a'
+    elif kind not in ('AT', 'ASSERT_NOT'):
+      raise ValueError(f'no obvious text for {kind}')
+  return text
+
+
+def others(answers: Sequence[str]) -> list[str | None]:
+  """For each answer another one, that of a later record; None if all are the same."""
+  found = []
+  for i, own in enumerate(answers):
+    later = (answers[(i + step) % len(answers)] for step in range(1, min(len(answers), 50)))
+    found.append(next((text for text in later if not _same(text, own)), None))
+  return found
+
+
+def _same(a: str, b: str) -> bool:
+  """Whether two answers are one, as texts or as numbers."""
+  if normalised(a) == normalised(b):
+    return True
+  try:
+    return float(a) == float(b)
+  except ValueError:
+    return False
+
+
+def try_verifiers(
+  reward: Mapping[str, Any],
+  score: Callable[..., Scores],
+  records: Sequence[tuple[int, Mapping]],
+  length: Callable[[str], int],
+) -> Canary:
+  """Lets the verifiers of a section judge right and wrong texts.
+
+  Args:
+    reward: the verifiers by name.
+    score: (completions, records, lengths) -> Scores of these verifiers.
+    records: (row, record) of those that are tried.
+    length: tokens of a completion.
+  """
+  field = field_of(reward)
+  told = [(row, record) for row, record in records if record.get(field) is not None]
+  judging = {name: one for name, one in reward.items() if 'record' in inputs(_function(one))}
+  notes = [f'{name}: judges no answer, only the text' for name in reward.keys() - judging.keys()]
+  if judging and not told:
+    notes.append(f'the records have no {field!r}, so nothing is known to be right')
+  if not judging or not told:
+    return Canary((), tuple(sorted(notes)), {}, ())
+  rows = [row for row, _ in told]
+  texts = [str(record[field]) for _, record in told]
+
+  def judge(completions: Sequence[str], some: Sequence[Mapping]) -> Scores:
+    return score(completions, some, [length(text) for text in completions])
+
+  # Compare the forms on a few records, and take for each verifier the one that it likes best.
+  few = sorted({i * len(told) // TRIED for i in range(TRIED)})
+  forms, gains = forms_of(reward), {}
+  blank = _values(judge([''] * len(few), [told[i][1] for i in few]))
+  for name, form in forms.items():
+    values = _values(judge([form(texts[i]) for i in few], [told[i][1] for i in few]))
+    gains[name] = {who: np.nanmean([0, *np.sign(x - blank[who])]) for who, x in values.items()}
+    if all(gain * (len(few) + 1) >= len(few) for gain in gains[name].values()):
+      break
+  best = {who: max(gains, key=lambda n, who=who: gains[n][who]) for who in (*judging, TOTAL)}
+
+  # All records, in the forms that were chosen.
+  all_records, other = [record for _, record in told], others(texts)
+  empty, messages = _values(found := judge([''] * len(told), all_records)), [*found.messages]
+  right, wrong = {}, {}
+  for name in dict.fromkeys(best.values()):
+    right[name] = _values(found := judge([forms[name](text) for text in texts], all_records))
+    messages += found.messages
+    wrong[name] = _values(judge([forms[name](text or '') for text in other], all_records))
+  verdicts = [
+    _verdict(who, form, rows, right[form][who], empty[who], wrong[form][who])
+    for who, form in best.items()
+  ]
+  return Canary(tuple(verdicts), tuple(sorted(notes)), dict(zip(rows, texts)), tuple(messages[:5]))
+
+
+def _values(scores: Scores) -> dict[str, np.ndarray]:
+  return {**scores.components, TOTAL: scores.total}
+
+
+def _verdict(
+  name: str, form: str, rows: Sequence[int], right: np.ndarray, empty: np.ndarray, other: np.ndarray
+) -> Verdict:
+  """Compares numbers: halfway between what right texts usually get and what wrong ones get, it accepts."""
+  bad = np.concatenate([empty, other])
+  failed = np.isnan(right) | np.isnan(empty) | np.isnan(other)
+  at = lambda where: tuple(int(row) for row, there in zip(rows, where) if there)
+  if np.isnan(right).all() or np.isnan(bad).all():
+    return Verdict(name, form, tuple(rows), False, (), (), (), at(failed))
+  high, low = np.nanquantile(right, 0.9), np.nanquantile(bad, 0.1)
+  if high <= low:
+    high, low = np.nanmax(right), np.nanmin(bad)
+  if high <= low or not (right[:, None] > np.stack([empty, other], 1)).any():
+    return Verdict(name, form, tuple(rows), False, (), (), (), at(failed))
+  middle = (high + low) / 2
+  return Verdict(
+    name, form, tuple(rows), True,
+    at(right < middle), at(empty >= middle), at(other >= middle), at(failed),
+  )  # fmt: skip
+
+
+def findings(path: str, canary: Canary) -> list[Finding]:
+  """What the verdicts say is wrong with the reward of a section."""
+  wrong, place = [], f'{path}.reward'
+  total = next((v for v in canary.verdicts if v.name == TOTAL), None)
+  for v in canary.verdicts:
+    where = place if v.name == TOTAL else f'{place}.{v.name}'
+    only = v.name == TOTAL and len(canary.verdicts) == 2
+    if len(v.errors) == len(v.rows):
+      reason = f' ({canary.messages[0]})' if canary.messages else ''
+      text = f'it fails on all of {len(v.rows)} records{reason}'
+      wrong.append(Finding(where, text, 'a wrong completion should get a low number, not an error'))
+    elif not v.tells_apart:
+      text = f'it gives right answers no more than wrong ones, on {len(v.rows)} records'
+      mend = 'look at its knobs, and at the fields of the records that it reads'
+      wrong.append(Finding(where, text, mend, fails=v.name == TOTAL))
+    if only or v.name == TOTAL or not v.tells_apart:
+      continue
+    wrong += _of_rows(where, v, canary)
+  if total and total.tells_apart and total.form != BARE:
+    text = f'the bare answer is not accepted, but {total.form} is'
+    wrong.append(Finding(place, text, 'let the prompt or the system turn ask for this form'))
+  return wrong
+
+
+def _of_rows(where: str, v: Verdict, canary: Canary) -> list[Finding]:
+  """Warnings of single rows that a verifier judges wrongly."""
+  wrong = []
+  for rows, text in (
+    (v.refused, 'it refuses the right answer'),
+    (v.accepted_empty, 'it accepts an empty text'),
+    (v.accepted_other, 'it accepts the answer of another record'),
+    (v.errors, 'it fails, instead of giving a number,'),
+  ):
+    if rows:
+      example = f'{canary.answers[rows[0]]!r:.60}'
+      text = f'{text} on {len(rows)} of {len(v.rows)} records ({some(rows)}; answer {example})'
+      wrong.append(Finding(where, text))
+  return wrong

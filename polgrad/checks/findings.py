@@ -1,0 +1,23 @@
+"""What a check found to be wrong."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Finding(NamedTuple):
+  """One thing that is wrong, or looks wrong, with a run."""
+
+  where: str  # path in the configuration, such as config.phases.train.source
+  text: str  # what is wrong, with rows of the data where there are some
+  mend: str = ''  # what to do about it
+  fails: bool = False  # the run would stop, or could not learn; otherwise it is a warning
+
+  def __str__(self) -> str:
+    return f'{self.where}: {self.text}' + (f'; {self.mend}' if self.mend else '')
+
+
+def some(rows: Sequence[int], most: int = 5) -> str:
+  """The first few of these row numbers: `rows 3, 17 and 20 more`."""
+  shown = ', '.join(map(str, rows[:most]))
+  more = f' and {len(rows) - most} more' if len(rows) > most else ''
+  return f'{"row" if len(rows) == 1 else "rows"} {shown}{more}'

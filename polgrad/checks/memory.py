@@ -1,0 +1,101 @@
+"""How many bytes the arrays of a run take on one device; nothing is allocated."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from polgrad import sharding
+from polgrad.models import cache as caches
+from polgrad.models.policy import Policy, learned
+from polgrad.models.token_stats import LOGITS
+
+
+class Use(NamedTuple):
+  """The arrays of one kind."""
+
+  name: str
+  total: int  # bytes, over all devices, of one copy
+  device: int  # bytes on the device that has most of them
+  when: str  # 'always', 'update' or 'rollout'
+
+
+def use(name: str, shapes: Any, shardings: Any, when: str = 'always') -> Use:
+  """The bytes of a pytree of shapes, each with its sharding."""
+  total = device = 0
+  for x, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+    total += math.prod(x.shape) * x.dtype.itemsize
+    device += math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+  return Use(name, total, device, when)
+
+
+def of_phase(
+  phase: Any, policy: Policy, mesh: jax.sharding.Mesh, opt_shardings: Callable[..., Any]
+) -> list[Use]:
+  """The arrays that a phase holds, apart from the activations between its layers.
+
+  Args:
+    opt_shardings: (optimizer, mesh, parameters) -> the shardings of the optimizer's state.
+  """
+  own = lambda policy: _placed(policy, mesh)
+  params, trainable = own(policy), learned(policy, own(policy))
+  places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  state = jax.eval_shape(phase.optimizer.init, trainable)
+  found = [
+    use('parameters', params, places(params)),
+    use('optimizer', state, opt_shardings(phase.optimizer, mesh, trainable)),
+  ]
+  for name in phase.anchors:
+    tree = own(phase.frozen[name]) if name in phase.frozen else trainable
+    found.append(use(f'anchor {name}', tree, places(tree)))
+  # Gradients add up in float32 over micro-batches.
+  wide = lambda x: x.update(dtype=jnp.float32) if phase.micro_batches > 1 else x
+  grads = jax.tree.map(wide, trainable)
+  found.append(use('gradients', grads, places(trainable), 'update'))
+  found.append(logits(phase, policy, mesh))
+  if hasattr(phase.collect, 'max_new_tokens'):
+    collect = phase.collect
+    rows = getattr(collect, 'slots', 0) or collect.records * collect.samples_per_prompt
+    found.append(kv_cache(policy, mesh, rows, collect.length))
+  return found
+
+
+def _placed(policy: Policy, mesh: jax.sharding.Mesh) -> Any:
+  """The shapes of the parameters with their shardings."""
+  shapes = policy.shapes()
+  places = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+  )
+
+
+def logits(phase: Any, policy: Policy, mesh: jax.sharding.Mesh) -> Use:
+  """The logits that an update has in memory at a time, and their gradient, in float32."""
+  vocabulary, devices = policy.config.vocab_size, sharding.data_parallel_size(mesh)
+  rows = phase.collect.rows // (phase.minibatches * phase.micro_batches * devices)
+  columns = phase.collect.length - max(phase.layout.prompt_length - 1, 0)
+  tokens = min(rows * columns, max(rows, LOGITS // vocabulary))
+  each = 2 * 4 * tokens * vocabulary
+  split = mesh.shape['tensor'] if vocabulary % mesh.shape['tensor'] == 0 else 1
+  return Use('logits', each * devices, each // split, 'update')
+
+
+def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) -> Use:
+  """The keys and values of the rows that are decoded at a time."""
+  devices = sharding.data_parallel_size(mesh)
+  rows = -(-rows // devices) * devices
+  cache = jax.eval_shape(lambda: policy.init_cache(rows, length))
+  specs = (caches.KEYS, cache.keys), (caches.VALUES, cache.values)
+  arrays = [(axes, x) for axes, buffers in specs for x in buffers]
+  place = lambda axes, x: jax.sharding.NamedSharding(
+    mesh, sharding.partition_spec(mesh, axes, x.shape)
+  )
+  return use('KV cache', [x for _, x in arrays], [place(*one) for one in arrays], 'rollout')
+
+
+def peak(uses: list[Use]) -> int:
+  """The most bytes that a device holds of these arrays at a time."""
+  held = lambda when: sum(one.device for one in uses if one.when == when)
+  return held('always') + max(held('update'), held('rollout'))

@@ -1,0 +1,139 @@
+"""Traces an update with the shapes that its arrays will have: nothing is computed and nothing compiled.
+
+Errors that otherwise appear when the first step is traced are found here: a metric that no objective
+has, knobs that contradict each other, arrays of shapes that do not fit.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polgrad import credit as credits
+from polgrad.arrays import ARRAYS
+from polgrad.learner import Learner
+from polgrad.models.policy import Policy, learned
+from polgrad.registry import call
+from polgrad.types import FIELDS, Batch, Outputs, TrainState
+
+INTEGERS = ('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at')
+BOOLEANS = ('mask', 'finished', 'valid')
+ALL = ('tokens', 'segment_ids', 'mask')  # of every batch
+
+
+def batch_shapes(phase: Any, rows: int) -> Batch:
+  """The arrays of a batch of a phase with so many rows, as shapes, after credit was given."""
+  collector = phase.collect
+  wanted = phase.objective.requires | phase.credit.requires
+  anchors = {f'{name}_logp' for name in phase.anchors} & wanted
+  names = {*ALL, *collector.provides, *anchors, *({'old_values'} & wanted)}
+  if 'rewards' in names or 'label' in names:
+    names.add('group_ids')
+  sizes = {'B T': (rows, collector.length), 'B': (rows,), '': (), '2': (2,)}
+  sizes['B n'] = (rows, getattr(collector, 'baseline_samples', 0))
+
+  def shape(name):
+    kind = jnp.int32 if name in INTEGERS else jnp.bool_ if name in BOOLEANS else jnp.float32
+    spec = ARRAYS[name].shape if name in ARRAYS else 'B T'
+    return jax.ShapeDtypeStruct(sizes[spec], kind)
+
+  arrays = {name: shape(name) for name in names}
+  batch = Batch(
+    **{name: x for name, x in arrays.items() if name in FIELDS},
+    features={name: x for name, x in arrays.items() if name not in FIELDS},
+  )
+  if 'rewards' not in names:  # of the data; nothing is credited
+    return batch
+  assign = lambda batch, state: credits.assign(phase.credit, batch, state)[0]
+  return jax.eval_shape(assign, batch, phase.credit.init())
+
+
+def trace_objective(path: str, phase: Any, policy: Policy) -> None:
+  """Traces credit and objective of a phase, without the model.
+
+  Raises:
+    ValueError: names the section and what is wrong.
+  """
+  objective = phase.objective
+
+  def update(outputs, batch, state):
+    _, metrics = objective.apply(outputs, batch, state, step=jnp.zeros((), jnp.int32))
+    return objective.advance(state, metrics)
+
+  with _Naming(path):
+    batch = batch_shapes(phase, phase.collect.rows // phase.minibatches)
+    numbers = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32)
+    outputs = Outputs(
+      logp=numbers,
+      entropy=numbers,
+      values=numbers if 'values' in objective.requires else None,
+      stats={name: _statistic(fn, policy, numbers) for name, fn in objective.stats.items()},
+    )
+    jax.eval_shape(update, outputs, batch, objective.init())
+
+
+def _statistic(fn: Any, policy: Policy, numbers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """Traces a statistic of the logits on a few tokens; it gives a number for each."""
+  logits = jax.ShapeDtypeStruct((3, policy.config.vocab_size), jnp.float32)
+  arrays = {
+    'logits': logits,
+    'teacher_logits': logits,
+    'tokens': jax.ShapeDtypeStruct((3,), jnp.int32),
+    'hidden': jax.ShapeDtypeStruct((3, 8), jnp.float32),
+  }
+  found = jax.eval_shape(lambda arrays: call(fn, arrays), arrays)
+  if found.shape != (3,):
+    raise ValueError(f'a statistic gives {found.shape[1:]} numbers for a token instead of one')
+  return numbers
+
+
+def state_shapes(phase: Any, policy: Policy) -> TrainState:
+  """The state at the start of a phase, as shapes."""
+  trainable = learned(policy, policy.shapes())
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  anchors = {n: phase.frozen[n].shapes() if n in phase.frozen else trainable for n in phase.anchors}
+  return TrainState(
+    **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), number),
+    params=policy.shapes(),
+    opt_state=jax.eval_shape(phase.optimizer.init, trainable),
+    anchors=anchors,
+    collect_state=phase.collect.init(),
+    credit_state=phase.credit.init(),
+    objective_state=phase.objective.init(),
+  )
+
+
+def trace_update(path: str, phase: Any, policy: Policy, mesh: jax.sharding.Mesh) -> None:
+  """Traces the whole update of a phase, `Learner.update`, which takes seconds for a deep model.
+
+  Raises:
+    ValueError: names the section and what is wrong.
+  """
+  learner = Learner(
+    policy,
+    phase.objective,
+    phase.optimizer,
+    temperature=phase.collect.temperature,
+    micro_batches=phase.micro_batches,
+    anchors=phase.anchors,
+    frozen=phase.frozen,
+  )
+  with _Naming(path), jax.set_mesh(mesh):
+    batch = batch_shapes(phase, phase.collect.rows // phase.minibatches)
+    batch = batch.replace(layout=phase.layout._replace(pack=0))
+    jax.eval_shape(learner.update, state_shapes(phase, policy), batch)
+
+
+class _Naming:
+  """Turns whatever a trace raises into a ValueError that names the section."""
+
+  def __init__(self, path: str):
+    self.path = path
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if isinstance(error, Exception):
+      said = str(error) if isinstance(error, ValueError) else f'{kind.__name__}: {error}'
+      raise ValueError(f'{self.path}: the update cannot be traced: {said}') from error
