@@ -19,6 +19,7 @@ import numpy as np
 
 from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
+from polgrad.checks import duplicates, tracing
 from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.kernels import ATTENTION, PLATFORMS
@@ -367,31 +368,45 @@ def _check_length(path: str, length: int, policy: Policy) -> None:
 def check_data(run: Experiment) -> list[str]:
   """Lays out records of every source as the run will: of files all, of generators some, evenly spaced.
 
+  It also traces credit and objective of every phase. `polgrad.check` looks at more, and takes longer.
+
   Returns:
-    How many records the run will drop or cut because they are too long, one text a source.
+    What looks wrong, one text each: how many records the run will drop or cut because they are too long,
+    held-out prompts that are trained on, right answers that verifiers do not prefer to an empty text.
 
   Raises:
     ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
       message names the section of the configuration and the record. Or all of them are dropped, or
-      verifiers fail on all.
+      verifiers fail on all. Or knobs of credit or objective contradict each other.
   """
-  told = []
+  told, asked = [], {}
   for name, phase in run.phases.items():
-    _try_verifiers(f'config.phases.{name}.reward', phase, phase.source)
     path, rows = f'config.phases.{name}', len(phase.source)
-    told += _look(path, phase.source, rows, phase.collect, run.tokenizer)
+    tracing.trace_objective(path, phase, run.policy)
+    told += _try_verifiers(f'{path}.reward', phase, phase.source)
+    lines, asked[path] = _look(path, phase.source, rows, phase.collect, run.tokenizer)
+    told += lines
   evaluation = run.evaluation
   if evaluation.every:
-    _try_verifiers('config.evaluation.reward', evaluation, evaluation.source)
+    told += _try_verifiers('config.evaluation.reward', evaluation, evaluation.source)
     rows = min(evaluation.problems, len(evaluation.source))
-    told += _look('config.evaluation', evaluation.source, rows, evaluation, run.tokenizer)
+    lines, held_out = _look('config.evaluation', evaluation.source, rows, evaluation, run.tokenizer)
+    told += lines
+    for path, digests in asked.items():
+      both = duplicates.shared(digests, held_out)
+      places = evaluation.source.place, run.phases[path.rpartition('.')[2]].source.place
+      told += map(str, duplicates.leaks('config.evaluation', both, len(held_out), path, places))
   return told
 
 
-def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
-  """Lets the verifiers judge the answers of a few records; records without one get an empty text."""
+def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> list[str]:
+  """Lets the verifiers judge the answers of a few records; records without one get an empty text.
+
+  Returns:
+    A warning if no right answer gets more than an empty text.
+  """
   if not judged.reward or not len(source):
-    return
+    return []
   records = [source[i] for i in sorted({row * len(source) // TRIED for row in range(TRIED)})]
   completions = [str(record.get('answer', '')) for record in records]
   scores = judged.score(completions, records, [max(len(c.split()), 1) for c in completions])
@@ -403,6 +418,15 @@ def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> None:
         f'{path}.{name}: it fails on all of {len(records)} records, where it judges their own answers '
         f'({reason}); a wrong completion should get a low number, not an error'
       )
+  if not all(completions):
+    return []
+  blank = judged.score([''] * len(records), records, [1] * len(records)).total
+  if (scores.total > blank).any() or np.isnan(scores.total - blank).all():
+    return []
+  return [
+    f'{path}: the right answers of {len(records)} records get no more than an empty text; '
+    'python -m polgrad.check tries them in the forms that verifiers usually want'
+  ]
 
 
 def _look(
@@ -411,14 +435,19 @@ def _look(
   rows: int,
   reader: collect.Collector | HeldOut,
   tokenizer: tokenizers.Tokenizer,
-) -> list[str]:
-  """Lays out some of the first `rows` records of a source, and says how many do not fit, if any."""
+) -> tuple[list[str], list[tuple[int, bytes]]]:
+  """Lays out some of the first `rows` records of a source.
+
+  Returns:
+    How many do not fit, if any; and the row and the digest of the prompt of each.
+  """
   count = CHECKED_OF_FILES if source.irregular else CHECKED
-  fates = collections.Counter()
+  fates, asked = collections.Counter(), []
   for i in sorted({row * rows // count for row in range(count)} if rows else ()):
     record = {**source[i], 'id': i}
     try:
       fates[batching.fate(reader.lay_out, record, tokenizer, reader.overlong)] += 1
+      asked.append((i, duplicates.asked(record)))
     except batching.TooLong as error:
       raise ValueError(
         f'{path}.source: {error}; give more room, or set overlong to drop or truncate such records'
@@ -428,8 +457,9 @@ def _look(
   if fates and fates['dropped'] == fates.total():
     raise ValueError(f'{path}.source: each of {fates.total()} records is too long, and dropped')
   if fates['dropped'] + fates['cut'] == 0:
-    return []
-  return [
+    return [], asked
+  told = (
     f'{path}.source: of {fates.total()} records that were looked at, {fates["dropped"]} are too long '
     f'and dropped, {fates["cut"]} are cut'
-  ]
+  )
+  return [told], asked

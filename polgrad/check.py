@@ -2,9 +2,9 @@
 
     python -m polgrad.check --config=experiments/quickstart.py
 
-All records are read and tokenised as the run will read them, the verifiers judge right and wrong answers,
-the update is traced, and two real steps of every phase are made. Nothing is written. Exit code 1: the
-run would stop or could not learn, and the lines that begin with FAIL say why; 2: the configuration is
+All records are read and tokenised as the run will read them, verifiers judge right and wrong answers,
+updates are traced, and two real steps of every phase are made. Nothing is written. Exit code 1: the run
+would stop or could not learn, and the lines that begin with FAIL say why; 2: the configuration is
 refused, as by `polgrad.train`; 0: neither, but look at the warnings. docs/before_a_run.md explains the
 output.
 """
@@ -24,12 +24,11 @@ import ml_collections
 from absl import flags
 from tqdm import tqdm
 
-from polgrad import cli, collect, overrides, sharding, train
+from polgrad import cli, collect, train
 from polgrad.build import TABLE, Experiment, HeldOut, Phase, build
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.checks.findings import Finding
 from polgrad.data import chat, sources, tokenizers
-from polgrad.models.policy import learned
 from polgrad.registry import bind
 
 _STEPS = flags.DEFINE_integer('steps', 2, 'Steps of every phase to make and time; 0: none.')
@@ -65,7 +64,9 @@ class Part(NamedTuple):
 def parts_of(config: ml_collections.ConfigDict, run: Experiment) -> list[Part]:
   """The sections that read records, in the order of the run."""
   found = [
-    Part(f'config.phases.{name}', config.phases[name], run.phases[name], len(run.phases[name].source))
+    Part(
+      f'config.phases.{name}', config.phases[name], run.phases[name], len(run.phases[name].source)
+    )
     for name in run.order
   ]
   if run.evaluation.every:
@@ -79,9 +80,7 @@ def make_reader(tokenizer: Mapping, source: Mapping, reader: Mapping | None, pla
   read = (
     bind(reader, collect.TABLE) if reader else bind(plan, {'build.HeldOut': HeldOut}, 'evaluation')
   )
-  return reading.Made(
-    bind(source, sources.TABLE), read, bind(tokenizer, tokenizers.TABLE)
-  )
+  return reading.Made(bind(source, sources.TABLE), read, bind(tokenizer, tokenizers.TABLE))
 
 
 def read_part(
@@ -137,19 +136,21 @@ def check_records(part: Part, found: list[reading.Read]) -> Section:
     [one.row for one in good], [one.asked for one in good], [one.answered for one in good]
   )
   lines.append(f'  prompts that repeat an earlier one: {len(again.rows):,}')
-  wrong = reading.findings(part.path, found, said, part.reader.overlong)
-  wrong += duplicates.findings(part.path, again, said.records)
+  wrong = reading.findings(part.path, found, said, part.reader.overlong, part.judged.source.place)
+  wrong += duplicates.findings(part.path, again, said.records, part.judged.source.place)
   return Section(f'{part.path}: {said.records:,} of {part.rows:,} records', lines, wrong)
 
 
-def check_leaks(found: Mapping[str, list[reading.Read]]) -> list[Finding]:
+def check_leaks(parts: Sequence[Part], found: Mapping[str, list[reading.Read]]) -> list[Finding]:
   """Held-out prompts that occur in the data of a phase."""
-  held_out = [(one.row, one.asked) for one in found.get('config.evaluation', ()) if one.asked]
+  digests = {p.path: [(one.row, one.asked) for one in found[p.path] if one.asked] for p in parts}
+  *phases, held_out = parts
   wrong = []
-  for path, reads in found.items():
-    if path != 'config.evaluation':
-      both = duplicates.shared([(one.row, one.asked) for one in reads if one.asked], held_out)
-      wrong += duplicates.leaks('config.evaluation', both, len(held_out), path)
+  for part in phases:
+    both = duplicates.shared(digests[part.path], digests[held_out.path])
+    places = held_out.judged.source.place, part.judged.source.place
+    count = len(digests[held_out.path])
+    wrong += duplicates.leaks(held_out.path, both, count, part.path, places)
   return wrong
 
 
@@ -160,7 +161,15 @@ def check_verifiers(part: Part, run: Experiment, most: int) -> Section:
   canary = canaries.try_verifiers(
     part.judged.reward, part.judged.score, records, lambda text: len(run.tokenizer.encode(text)) + 1
   )
-  head = ('verifier', 'tried', 'right refused', 'empty accepted', 'other accepted', 'failed', 'form')
+  head = (
+    'verifier',
+    'tried',
+    'right refused',
+    'empty accepted',
+    'other accepted',
+    'failed',
+    'form',
+  )
   lines = tables.table(
     head,
     [
@@ -174,7 +183,7 @@ def check_verifiers(part: Part, run: Experiment, most: int) -> Section:
   ) if canary.verdicts else []  # fmt: skip
   lines += [line for note in canary.notes for line in tables.wrapped(note)]
   title = f'{part.path}.reward: right answers, an empty text, and the answers of other records'
-  return Section(title, lines, canaries.findings(part.path, canary))
+  return Section(title, lines, canaries.findings(part.path, canary, part.judged.source.place))
 
 
 def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any) -> Section:
@@ -188,7 +197,9 @@ def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any)
     [(name, i, 'yes' if i == ids[0] else '', state(i)) for i, name in found.stopping.items()],
   )
   if params is None:
-    lines.append('  unknown: whether the output rows are trained is looked at with --steps=1 or more')
+    lines.append(
+      '  unknown: whether the output rows are trained is looked at with --steps=1 or more'
+    )
   if found.ending:
     lines.append(f'  after an assistant turn the template writes {found.ending!r}')
   if found.opening:
@@ -197,7 +208,7 @@ def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any)
     dated = chat.reads_date(tokenizers.template(config.tokenizer.path))
     told = f'it is told {config.tokenizer.date}' if dated else 'no'
     lines.append(f'  the template asks for the date of today: {told}')
-  return Section('turns', lines, stops.findings(run.tokenizer, bad, run.tokenizer.name))
+  return Section('turns', lines, stops.findings(run.tokenizer, bad))
 
 
 def check_memory(run: Experiment, workdir: str) -> Section:
@@ -236,8 +247,9 @@ def check_memory(run: Experiment, workdir: str) -> Section:
 
 def check_steps(run: Experiment, count: int, state: Any) -> Section:
   """Makes the first steps of every phase, and times them; nothing is saved."""
-  rows, wrong, silent = [], [], []
+  rows, wrong, notes = [], [], []
   for index, name in enumerate(run.order):
+    silent = []
     state = train.begin(run, index, state) if index else state
     doing = train.start_phase(run, state, None)
     path = f'config.phases.{name}'
@@ -259,12 +271,17 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
       times = (f'{x:.2f}' for x in (middle - started, ended - middle, ended - started))
       shown = (f'{row[k]:.3g}' if k in row else '-' for k in ('loss', 'grad_norm', 'reward'))
       rows.append((name, 'compiles' if step == 0 else step + 1, *times, *shown))
+      if step:
+        left = tables.duration(doing.phase.steps * (ended - started))
+        notes.append(
+          f'  {name}: {doing.phase.steps:,} steps would take {left}, without evaluations'
+        )
     if silent and all(silent):
       text = 'no step has a gradient'
       mend = 'all rewards of each group may be equal: is the task too hard, or the reward broken?'
       wrong.append(Finding(path, text, mend))
   head = ('phase', 'step', 'collect s', 'update s', 'step s', 'loss', 'grad_norm', 'reward')
-  lines = tables.table(head, rows)
+  lines = tables.table(head, rows) + notes
   most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   lines.append(f'  this process has used at most {tables.size(most)} of memory')
   stats = run.mesh.devices.flat[0].memory_stats() or {}
@@ -274,7 +291,13 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
 
 
 def check(
-  config: ml_collections.ConfigDict, run: Experiment, *, workdir: str, steps: int, canary: int, most: int
+  config: ml_collections.ConfigDict,
+  run: Experiment,
+  *,
+  workdir: str,
+  steps: int,
+  canary: int,
+  most: int,
 ):
   """Yields the sections of the report, one after the other; see the flags for the arguments."""
   parts = parts_of(config, run)
@@ -282,7 +305,9 @@ def check(
   for part in parts:
     found[part.path] = read_part(config, run, part, most)
     yield check_records(part, found[part.path])
-  yield Section('held-out prompts in training data', _none_if(leaks := check_leaks(found)), leaks)
+  if run.evaluation.every:
+    leaks = check_leaks(parts, found)
+    yield Section('held-out prompts in training data', _none_if(leaks), leaks)
   seen = set()
   for part in parts:
     key = json.dumps([part.spec.source.to_dict(), part.spec.reward.to_dict()])

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 
 from polgrad.reductions import Metric
-from polgrad.registry import Positive, table
+from polgrad.registry import Positive, suggest, table
 from polgrad.types import Array
 
 
@@ -37,7 +37,7 @@ def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> History:
 
   def advance(state, metrics):
     return {
-      'total': decay * state['total'] + metrics[metric].value(),
+      'total': decay * state['total'] + _value(metrics, metric),
       'weight': decay * state['weight'] + 1.0,
     }
 
@@ -61,7 +61,7 @@ def latest(*, metrics: tuple, initial: tuple) -> History:
   if len(metrics) != len(initial):
     raise ValueError(f'{len(metrics)} metrics, but {len(initial)} initial values')
   return _remembered(
-    initial, lambda state, found: jnp.stack([found[name].value() for name in metrics])
+    initial, lambda state, found: jnp.stack([_value(found, name) for name in metrics])
   )
 
 
@@ -87,7 +87,7 @@ def adaptive_kl(
   """
 
   def advance(beta, metrics):
-    error = jnp.clip(metrics[metric].value() / target - 1, -limit, limit)
+    error = jnp.clip(_value(metrics, metric) / target - 1, -limit, limit)
     return beta * (1 + rate * error)
 
   return _remembered(initial, advance)
@@ -115,7 +115,7 @@ def entropy_control(
   """
 
   def advance(c, metrics):
-    return jnp.clip(c + rate * (target - metrics[metric].value()), 0, largest)
+    return jnp.clip(c + rate * (target - _value(metrics, metric)), 0, largest)
 
   return _remembered(initial, advance)
 
@@ -128,6 +128,17 @@ def kl_coefficient(kl_coefficient: Array) -> Array:
 def entropy_coefficient(entropy_coefficient: Array) -> Array:
   """The value of the history `entropy_coefficient`, as the factor of a penalty, f32[]."""
   return entropy_coefficient
+
+
+def _value(metrics: Mapping[str, Metric], name: str) -> Array:
+  """The value of a metric.
+
+  Raises:
+    ValueError: the objective has no metric of this name; the message lists those that it has.
+  """
+  if name not in metrics:
+    raise ValueError(f'the history reads the metric {name!r}{suggest(name, metrics)}')
+  return metrics[name].value()
 
 
 def _remembered(initial: float | tuple, advance: Callable) -> History:

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from polgrad import methods, presets, tasks
-from polgrad.compose import compose
+from polgrad.compose import SMOKE, compose
 from polgrad.methods.base import BUDGETS
 from polgrad.registry import plain, suggest
 from polgrad.tasks import Task
@@ -34,8 +34,12 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
     ValueError: an unknown method, task, model or option, or a value of another type; the message
       lists the valid ones and suggests a near one.
   """
-  # Choose the functions of method, task and model.
   given = {name: str(value) for name, value in defaults.items()} | parse(text)
+  if 'smoke' in given and 'steps' in given:
+    raise ValueError(
+      f'options smoke and steps: a smoke run makes {SMOKE["steps"]} steps; leave one of them out'
+    )
+  # Choose the functions of method, task and model.
   for name in CHOICES:
     if name not in given:
       raise ValueError(f'{name}=... is missing; valid: {sorted(_tables()[name])}')

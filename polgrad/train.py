@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from polgrad import checkpoint, cli, evaluate, identity, metrics, preemption, sharding, workdirs
 from polgrad.build import TABLE, Experiment, Phase, build, check_data
+from polgrad.checks import stops
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
 from polgrad.data import batching, stream
@@ -128,6 +129,9 @@ def prepare(
     if before is not None:
       workdirs.check_identity(checkpoint.read_meta(checkpoints, before), own, on_mismatch)
     state = resume(experiment, checkpoints, before)
+    bad = stops.untrained(experiment.policy, state.params, experiment.tokenizer.stop_ids)
+    for one in stops.findings(experiment.tokenizer, bad):
+      logging.warning('%s', one)
     if before is not None:
       workdirs.drop_later(checkpoints, before)
     writer = None

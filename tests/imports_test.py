@@ -47,6 +47,9 @@ LEVELS = {
   'sample': 7,
   'train': 7,
   'verify': 8,
+  'checks': 4,
+  'check': 8,
+  'explain': 7,
   'workdirs': 2,
   'preemption': 1,
 }
@@ -56,10 +59,21 @@ HOMES = {
   'flax': {'types', 'reductions', 'models'},
   'ml_collections': {
     *('registry', 'build', 'cli', 'identity', 'overrides', 'train', 'verify'),
-    *('methods', 'tasks', 'presets', 'compose', 'options'),
+    *('methods', 'tasks', 'presets', 'compose', 'options', 'check', 'explain'),
   },
   'orbax': {'checkpoint'},
-  'absl': {'cli', 'convert', 'evaluate', 'metrics', 'sample', 'train', 'verify', 'workdirs'},
+  'absl': {
+    'check',
+    'cli',
+    'convert',
+    'explain',
+    'evaluate',
+    'metrics',
+    'sample',
+    'train',
+    'verify',
+    'workdirs',
+  },
 }
 
 

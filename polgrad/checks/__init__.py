@@ -1,13 +1,13 @@
 """What can be said of a run before it is run. `polgrad.check` reports all of it; a run looks at some.
 
-| module | question |
+| module | what it finds out |
 |---|---|
-| `reading` | how long are prompts and completions, what is trained of them, what is done with those that are too long |
-| `duplicates` | which prompts occur twice, and which held-out ones occur in the training data |
-| `canaries` | do the verifiers accept right answers, and refuse wrong ones and empty texts |
-| `stops` | which tokens end a turn, and can the model draw them |
-| `tracing` | does the update trace, with the arrays that its batches will have |
-| `memory` | how many bytes parameters, optimizer, anchors, gradients, caches and logits take on a device |
+| `reading` | how long the records are, what of them is trained, what becomes of too long ones |
+| `duplicates` | which prompts occur twice, and which held-out ones in the training data |
+| `canaries` | whether verifiers accept right answers, and refuse wrong ones and empty texts |
+| `stops` | which tokens end a turn, and whether the model can draw them |
+| `tracing` | whether the update can be traced with the arrays that its batches will have |
+| `memory` | how many bytes parameters, optimizer, anchors, gradients and caches take on a device |
 | `tables` | all of that as text |
 
 The functions return data and print nothing; what is wrong is a `Finding`.

@@ -195,7 +195,7 @@ def _values(scores: Scores) -> dict[str, np.ndarray]:
 def _verdict(
   name: str, form: str, rows: Sequence[int], right: np.ndarray, empty: np.ndarray, other: np.ndarray
 ) -> Verdict:
-  """Compares numbers: halfway between what right texts usually get and what wrong ones get, it accepts."""
+  """Compares numbers: it accepts what gets more than halfway from wrong texts to right ones."""
   bad = np.concatenate([empty, other])
   failed = np.isnan(right) | np.isnan(empty) | np.isnan(other)
   at = lambda where: tuple(int(row) for row, there in zip(rows, where) if there)
@@ -209,11 +209,11 @@ def _verdict(
   middle = (high + low) / 2
   return Verdict(
     name, form, tuple(rows), True,
-    at(right < middle), at(empty >= middle), at(other >= middle), at(failed),
+    at(right < middle), at(empty > middle), at(other > middle), at(failed),
   )  # fmt: skip
 
 
-def findings(path: str, canary: Canary) -> list[Finding]:
+def findings(path: str, canary: Canary, place: Callable[[int], str]) -> list[Finding]:
   """What the verdicts say is wrong with the reward of a section."""
   wrong, place = [], f'{path}.reward'
   total = next((v for v in canary.verdicts if v.name == TOTAL), None)
@@ -230,14 +230,14 @@ def findings(path: str, canary: Canary) -> list[Finding]:
       wrong.append(Finding(where, text, mend, fails=v.name == TOTAL))
     if only or v.name == TOTAL or not v.tells_apart:
       continue
-    wrong += _of_rows(where, v, canary)
+    wrong += _of_rows(where, v, canary, place)
   if total and total.tells_apart and total.form != BARE:
     text = f'the bare answer is not accepted, but {total.form} is'
     wrong.append(Finding(place, text, 'let the prompt or the system turn ask for this form'))
   return wrong
 
 
-def _of_rows(where: str, v: Verdict, canary: Canary) -> list[Finding]:
+def _of_rows(where: str, v: Verdict, canary: Canary, place: Callable[[int], str]) -> list[Finding]:
   """Warnings of single rows that a verifier judges wrongly."""
   wrong = []
   for rows, text in (
@@ -248,6 +248,8 @@ def _of_rows(where: str, v: Verdict, canary: Canary) -> list[Finding]:
   ):
     if rows:
       example = f'{canary.answers[rows[0]]!r:.60}'
-      text = f'{text} on {len(rows)} of {len(v.rows)} records ({some(rows)}; answer {example})'
+      text = (
+        f'{text} on {len(rows)} of {len(v.rows)} records ({some(rows, place)}; answer {example})'
+      )
       wrong.append(Finding(where, text))
   return wrong

@@ -4,10 +4,9 @@ Two prompts are the same if their texts are equal after Unicode's compatibility 
 regard to case and to the amount of white space.
 """
 
-import collections
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from polgrad.checks.findings import Finding, some
@@ -78,25 +77,41 @@ def shared(
   return [(row, places[digest]) for row, digest in held_out if digest in places]
 
 
-def findings(path: str, found: Repeated, records: int) -> list[Finding]:
+def findings(
+  path: str, found: Repeated, records: int, place: Callable[[int], str]
+) -> list[Finding]:
   """Warnings of repeated prompts in the source of a section."""
   if not found.rows:
     return []
   row, first = found.rows[0], found.first[0]
   text = f'{len(found.rows)} of {records} records repeat the prompt of an earlier one'
-  wrong = [Finding(f'{path}.source', f'{text} (row {row} that of row {first}, ...)')]
+  wrong = [Finding(f'{path}.source', f'{text} ({place(row)} that of {place(first)}, ...)')]
   if found.contradicting:
-    text = f'{len(found.contradicting)} of these have another answer ({some(found.contradicting)})'
+    rows = found.contradicting
+    text = f'{len(rows)} of these have another answer ({some(rows, place)})'
     wrong.append(Finding(f'{path}.source', text, 'one of the answers may be wrong'))
   return wrong
 
 
-def leaks(path: str, found: Sequence[tuple[int, int]], held_out: int, train: str) -> list[Finding]:
-  """A warning of held-out prompts that are trained on; `train` is the section that has them too."""
+def leaks(
+  path: str,
+  found: Sequence[tuple[int, int]],
+  held_out: int,
+  train: str,
+  places: tuple[Callable[[int], str], Callable[[int], str]],
+) -> list[Finding]:
+  """A warning of held-out prompts that are trained on.
+
+  Args:
+    path, train: the sections of the evaluation, and of the phase that has these prompts too.
+    found: of `shared`.
+    held_out: number of held-out prompts that were compared.
+    places: what a person calls a row of either.
+  """
   if not found:
     return []
-  count = len(collections.Counter(row for row, _ in found))
+  count = len({row for row, _ in found})
   row, other = found[0]
   text = f'{count} of {held_out} held-out prompts also occur in {train}.source'
   mend = 'their accuracy says nothing of unseen problems'
-  return [Finding(f'{path}.source', f'{text} (row {row} is its row {other}, ...)', mend)]
+  return [Finding(f'{path}.source', f'{text} ({places[0](row)} is {places[1](other)}, ...)', mend)]

@@ -1,6 +1,6 @@
 """What a check found to be wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -16,8 +16,7 @@ class Finding(NamedTuple):
     return f'{self.where}: {self.text}' + (f'; {self.mend}' if self.mend else '')
 
 
-def some(rows: Sequence[int], most: int = 5) -> str:
-  """The first few of these row numbers: `rows 3, 17 and 20 more`."""
-  shown = ', '.join(map(str, rows[:most]))
-  more = f' and {len(rows) - most} more' if len(rows) > most else ''
-  return f'{"row" if len(rows) == 1 else "rows"} {shown}{more}'
+def some(rows: Sequence[int], place: Callable[[int], str], most: int = 3) -> str:
+  """The first few of these rows: `data.jsonl:3, data.jsonl:17 and 20 more`."""
+  shown = ', '.join(map(place, rows[:most]))
+  return shown + (f' and {len(rows) - most} more' if len(rows) > most else '')

@@ -48,7 +48,9 @@ class Read(NamedTuple):
   error: str = ''  # why it is refused for another reason than its length; then the rest is unknown
   fate: str = 'kept'  # 'kept', 'cut', 'dropped', or 'refused' because it is too long
   prompts: tuple[int, ...] = ()  # tokens of the prompt of each of its rows
-  completions: tuple[int, ...] = ()  # tokens of each completion through its stop token; () for prompts
+  completions: tuple[
+    int, ...
+  ] = ()  # tokens of each completion through its stop token; () for prompts
   trained: tuple[int, ...] = ()  # of these, tokens that the loss looks at before anything is cut
   ends_lost: int = 0  # completions that are cut before their stop token
   asked: bytes = b''  # digest of the text of the prompt, see `duplicates`
@@ -159,8 +161,11 @@ def spread(name: str, values: Sequence[int], budget: int = 0, parts: int = 8) ->
   """The distribution of some (at least one) numbers, in a histogram of at most `parts` equal parts."""
   x = np.asarray(values)
   low, high = int(x.min()), int(x.max()) + 1
-  width = -(-(high - low) // parts)
-  edges = tuple(range(low, high + width, width))
+  # A few very long ones have a part for themselves.
+  end = min(high, 2 * int(np.quantile(x, 0.95, method='higher')) + 1)
+  width = -(-(end - low) // parts)
+  edges = [*range(low, end, width), end] if end > low else [low]
+  edges = tuple(dict.fromkeys([*edges, high]))
   counts, _ = np.histogram(x, np.asarray(edges) - 0.5)
   middle, most = np.quantile(x, [0.5, 0.95], method='higher')
   return Spread(
@@ -203,12 +208,15 @@ def summary(found: Sequence[Read], reader: Any) -> Summary:
   )
 
 
-def findings(path: str, found: Sequence[Read], said: Summary, overlong: str) -> list[Finding]:
+def findings(
+  path: str, found: Sequence[Read], said: Summary, overlong: str, place: Callable[[int], str]
+) -> list[Finding]:
   """What is wrong with the records of a source.
 
   Args:
     path: of the section of the configuration that reads them.
     overlong: what the run does with records that are too long.
+    place: what a person calls a row.
   """
   wrong, source = [], f'{path}.source'
   fate = lambda name: [one.row for one in found if one.fate == name and not one.error]
@@ -217,23 +225,25 @@ def findings(path: str, found: Sequence[Read], said: Summary, overlong: str) -> 
     if one.error:
       errors[one.error].append(one.row)
   for text, rows in sorted(errors.items(), key=lambda item: item[1])[:5]:
-    wrong.append(Finding(source, f'{some(rows)}: {text}', 'correct or remove them', fails=True))
+    wrong.append(
+      Finding(source, f'{some(rows, place)}: {text}', 'correct or remove them', fails=True)
+    )
   if len(errors) > 5:
     wrong.append(Finding(source, f'and {len(errors) - 5} other kinds of errors', fails=True))
   if refused := fate('refused'):
-    text = f'{len(refused)} of {said.records} records are too long ({some(refused)})'
+    text = f'{len(refused)} of {said.records} records are too long ({some(refused, place)})'
     owner = path if path.endswith('evaluation') else f'{path}.collect'
     mend = f'give more room, or --{owner}.overlong=drop (or truncate)'
     wrong.append(Finding(source, text, mend, fails=True))
   for name in ('dropped', 'cut'):
     if rows := fate(name):
-      text = f'{len(rows)} of {said.records} records are too long and {name} ({some(rows)})'
+      text = f'{len(rows)} of {said.records} records are too long and {name} ({some(rows, place)})'
       everything = name == 'dropped' and len(rows) == said.records
       wrong.append(Finding(source, text, f'overlong is {overlong}', fails=everything))
-  if said.ends_lost:
-    text = f'{len(said.ends_lost)} records are cut before their stop token ({some(said.ends_lost)})'
+  if rows := said.ends_lost:
+    text = f'{len(rows)} records are cut before their stop token ({some(rows, place)})'
     wrong.append(Finding(source, text, 'the model does not learn to stop from them'))
   if said.untrained:
-    text = f'no token of {some(said.untrained)} is trained'
+    text = f'no token of {some(said.untrained, place)} is trained'
     wrong.append(Finding(source, text, fails=len(said.untrained) == said.records))
   return wrong

@@ -1,11 +1,10 @@
 """Which tokens end a turn, and whether a model can draw them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from polgrad.checks.findings import Finding
 from polgrad.data import chat
@@ -29,9 +28,7 @@ def stops(tokenizer: Tokenizer) -> Stops:
   """How a tokenizer and its chat template end turns."""
   names = {i: tokenizer.name(i) for i in tokenizer.stop_ids}
   first = tokenizer.stop_ids[0]
-  return Stops(
-    f'{names[first]} ({first})', names, tokenizer.opening, chat.ending(tokenizer.chat)
-  )
+  return Stops(f'{names[first]} ({first})', names, tokenizer.opening, chat.ending(tokenizer.chat))
 
 
 def untrained(policy: Policy, params: Any, ids: tuple[int, ...]) -> list[int]:
@@ -50,11 +47,11 @@ def untrained(policy: Policy, params: Any, ids: tuple[int, ...]) -> list[int]:
   return [i for i in ids if not logits[:, i].any() or alike(i) >= SAME]
 
 
-def findings(tokenizer: Tokenizer, bad: list[int], name: Callable[[int], str]) -> list[Finding]:
+def findings(tokenizer: Tokenizer, bad: list[int]) -> list[Finding]:
   """A failure if the model can draw no stop token, and a warning if it cannot draw that of the data."""
   if not bad:
     return []
-  words = ', '.join(f'{name(i)} ({i})' for i in bad)
+  words = ', '.join(f'{tokenizer.name(i)} ({i})' for i in bad)
   text = f'the output rows of the stop tokens {words} are untrained, so the model cannot draw them'
   mend = (
     'start from a model that was tuned with this chat template, train it on demonstrations first, '

@@ -26,14 +26,17 @@ def _number(text: str) -> bool:
 
 
 def histogram(spread: Spread) -> list[str]:
-  """The lines of a histogram with bars."""
+  """The lines of a histogram with bars; of consecutive empty parts one line is left."""
   most = max(spread.counts)
   ranges = [f'{a}-{b - 1}' if b - a > 1 else str(a) for a, b in zip(spread.edges, spread.edges[1:])]
   width = max(map(len, ranges))
-  return [
-    f'    {name:>{width}}  {"#" * -(-count * BAR // most):<{BAR}} {count:,}'
-    for name, count in zip(ranges, spread.counts)
-  ]
+  lines = []
+  for name, count in zip(ranges, spread.counts):
+    if count:
+      lines.append(f'    {name:>{width}}  {"#" * -(-count * BAR // most):<{BAR}} {count:,}')
+    elif lines[-1].strip() != '...':
+      lines.append(f'    {"...":>{width}}')
+  return lines
 
 
 def wrapped(text: str, first: str = '  ', rest: str = '    ') -> list[str]:
@@ -50,3 +53,9 @@ def size(count: float) -> str:
       return f'{count:.0f} {unit}' if unit == 'B' else f'{count:.1f} {unit}'
     count /= 1024
   return f'{count:.1f} TiB'
+
+
+def duration(seconds: float) -> str:
+  """A time, for people."""
+  unit, length = ('s', 1) if seconds < 90 else ('min', 60) if seconds < 5400 else ('h', 3600)
+  return f'{seconds / length:.2g} {unit}'

@@ -31,6 +31,7 @@ class Source:
   size: int
   record: Callable[[int], dict]
   irregular: bool = False  # whether one row says little of the others, as in a user's file
+  place: Callable[[int], str] = 'row {}'.format  # what a person calls a row, such as file.jsonl:12
 
   def __len__(self) -> int:
     return self.size
@@ -99,19 +100,21 @@ def jsonl(*, path: str) -> Source:
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines, there is none')
-  rows = []
+  rows, numbers = [], []
   for number, line in enumerate(_lines(path), start=1):
     try:
       text = line.decode('utf-8')
       if text.strip():
         rows.append(normalized(json.loads(text)))
+        numbers.append(number)
         # Halves of surrogate pairs are no text; no tokenizer takes them.
         json.dumps(rows[-1], ensure_ascii=False).encode('utf-8')
     except (ValueError, RecursionError) as error:
       raise ValueError(f'{path}:{number}: {error}') from error
   if not rows:
     raise ValueError(f'{path}: no records')
-  return Source(len(rows), rows.__getitem__, irregular=True)
+  place = lambda row: f'{path}:{numbers[row]}'
+  return Source(len(rows), rows.__getitem__, irregular=True, place=place)
 
 
 def _lines(path: str) -> list[bytes]:
@@ -225,7 +228,13 @@ def fraction(
   if not rows:
     raise ValueError(f'no row of {len(source)} lies between {start} and {end}')
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed)
-  return Source(len(rows), lambda row: source[int(order[rows[row]])], source.irregular)
+  there = lambda row: int(order[rows[row]])
+  return Source(
+    len(rows),
+    lambda row: source[there(row)],
+    source.irregular,
+    lambda row: source.place(there(row)),
+  )
 
 
 FRACTION = BASE | table('sources', fraction)
@@ -247,7 +256,7 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
     wrong = _change_digit(answer, np.random.default_rng((seed, row)))
     return {**fields, 'chosen': answer, 'rejected': wrong}
 
-  return Source(len(source), record, source.irregular)
+  return Source(len(source), record, source.irregular, source.place)
 
 
 def with_choices(
@@ -290,7 +299,7 @@ def with_choices(
       'rejected': letters[order.index(1)],
     }
 
-  return Source(len(source), record, source.irregular)
+  return Source(len(source), record, source.irregular, source.place)
 
 
 def _whole_number(row, fields):
@@ -326,7 +335,7 @@ def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:
       turns = [{'role': 'system', 'content': system}, *turns]
     return {'messages': turns, **fields}
 
-  return Source(len(source), record, source.irregular)
+  return Source(len(source), record, source.irregular, source.place)
 
 
 TABLE = PLAIN | table('sources', as_chat)
