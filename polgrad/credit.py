@@ -125,6 +125,12 @@ def generalized(
 
   The last policy token gets the reward of its row, and every token its KL penalty. Returns are
   computed before the advantages are normalised.
+
+  Args:
+    discount: factor of rewards and values that are one token later.
+    trace: decay of the trace, lambda of the paper.
+    normalizer: of the advantages.
+    kl_coefficient: of a penalty in the reward of every token, log pi - log reference in nats.
   """
 
   def apply(batch, state):

@@ -4,7 +4,7 @@ Errors that otherwise appear when the first step is traced are found here: a met
 has, knobs that contradict each other, arrays of shapes that do not fit.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +48,26 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
   return jax.eval_shape(assign, batch, phase.credit.init())
 
 
-def trace_objective(path: str, phase: Any, policy: Policy) -> None:
+class Traced(NamedTuple):
+  """Names of what an objective computes."""
+
+  terms: tuple[str, ...]  # of the loss
+  metrics: tuple[str, ...]
+
+
+def trace_objective(path: str, phase: Any, policy: Policy) -> Traced:
   """Traces credit and objective of a phase, without the model.
 
   Raises:
     ValueError: names the section and what is wrong.
   """
-  objective = phase.objective
+  objective, found = phase.objective, []
 
   def update(outputs, batch, state):
-    _, metrics = objective.apply(outputs, batch, state, step=jnp.zeros((), jnp.int32))
+    terms, metrics = objective.apply(outputs, batch, state, step=jnp.zeros((), jnp.int32))
+    found.append(
+      Traced(tuple(name for name in terms if name not in objective.probes), tuple(metrics))
+    )
     return objective.advance(state, metrics)
 
   with _Naming(path):
@@ -70,6 +80,7 @@ def trace_objective(path: str, phase: Any, policy: Policy) -> None:
       stats={name: _statistic(fn, policy, numbers) for name, fn in objective.stats.items()},
     )
     jax.eval_shape(update, outputs, batch, objective.init())
+  return found[0]
 
 
 def _statistic(fn: Any, policy: Policy, numbers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

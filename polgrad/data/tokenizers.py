@@ -63,6 +63,9 @@ def byte() -> Tokenizer:
 def characters(*, alphabet: str) -> Tokenizer:
   """One token for each character: pad 0, eos 1, then the characters of the alphabet in order.
 
+  Args:
+    alphabet: all characters that prompts and completions may have, each once.
+
   Raises:
     ValueError: the alphabet has a character twice; from `encode`, a character is not in the alphabet.
   """

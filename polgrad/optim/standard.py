@@ -26,6 +26,9 @@ def adamw(
 
   Args:
     learning_rate: is multiplied by `schedule(updates)`.
+    b1: decay of the running mean of the gradient.
+    b2: decay of the running mean of its square.
+    eps: is added to the root of that mean.
     weight_decay: fraction of a parameter that is subtracted, times learning rate and schedule.
     max_grad_norm: a longer gradient is scaled to this norm.
     skip_grad_norm: a longer gradient changes neither parameters nor moments; the default skips none.

@@ -1,0 +1,291 @@
+"""Says what a run computes, from which arrays, and lists every knob with its flag.
+
+    python -m polgrad.explain --config=experiments/quickstart.py
+    python -m polgrad.explain --config=experiments/quickstart.py --grep=clip
+
+A `*` marks knobs that do not have their default value. With `--grep`, only the knobs are listed whose
+flag or documentation has a match of the regular expression, upper and lower case alike. Nothing is run.
+"""
+
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from polgrad import cli
+from polgrad.arrays import ARRAYS
+from polgrad.build import TABLE, Experiment, Phase, build
+from polgrad.checks import tables, tracing
+from polgrad.models.config import Config
+from polgrad.models.policy import learned
+from polgrad.registry import (
+  Weighted,
+  find,
+  inputs,
+  knobs_of,
+  name_of,
+  several_of,
+  table_of,
+  unbound,
+)
+
+_GREP = flags.DEFINE_string('grep', '', 'List only the knobs that this regular expression finds.')
+
+
+class Knob(NamedTuple):
+  """A value of the configuration that is no part."""
+
+  path: str  # from 'config' on
+  value: Any
+  default: Any  # inspect.Parameter.empty: it has none
+  doc: str  # one line, '' if there is none
+
+  @property
+  def usual(self) -> bool:
+    return self.value == self.default
+
+  @property
+  def flag(self) -> str:
+    return f'--{self.path}={shown(self.value)}'
+
+
+class PartOf(NamedTuple):
+  """A part of the configuration."""
+
+  path: str
+  name: str
+  fn: Callable
+  depth: int  # number of parts around it
+  knobs: tuple[Knob, ...]  # its own, without those of parts inside
+
+
+def parts(
+  spec: Mapping, choices: Mapping, path: str = 'config', depth: int = 0
+) -> Iterator[PartOf]:
+  """The parts of a configuration, outer ones first."""
+  fn = find(spec['name'], choices, path)
+  hints, docs = typing.get_type_hints(fn, include_extras=True), knob_docs(fn)
+  own, inner = [], []
+  if 'weight' in spec:
+    own.append(Knob(f'{path}.weight', spec['weight'], inspect.Parameter.empty, 'coefficient'))
+  for name, parameter in knobs_of(fn).items():
+    value, hint = spec.get(name, parameter.default), hints.get(name)
+    if table_of(hint) is not None:
+      inner.append((value, table_of(hint), f'{path}.{name}'))
+    elif several_of(hint) is not None:
+      table = table_of(several_of(hint))
+      inner += [(one, table, f'{path}.{name}.{key}') for key, one in value.items()]
+    else:
+      own.append(Knob(f'{path}.{name}', value, parameter.default, docs.get(name, '')))
+  yield PartOf(path, spec['name'], fn, depth, tuple(own))
+  for value, table, where in inner:
+    # A part that the configuration leaves to its default is written as a function.
+    spec = {'name': name_of(value)} if callable(value) else value
+    yield from parts(spec, table, where, depth + 1)
+
+
+def knob_docs(fn: Callable) -> dict[str, str]:
+  """One line for each documented knob of a function or dataclass.
+
+  It is read from `Args:` or `Attributes:` of the docstring, from the comment above or behind a field of
+  a dataclass, or else it is the first sentence of the docstring that names the knob.
+  """
+  docs = _comments(Config) if fn.__module__.startswith('polgrad.models') else {}
+  for one in reversed(fn.__mro__) if inspect.isclass(fn) else [fn]:
+    docs |= _comments(one) if dataclasses.is_dataclass(one) else {}
+    docs |= _listed(inspect.getdoc(one) or '')
+  text = ' '.join((inspect.getdoc(fn) or '').partition('>>>')[0].split())
+  for name in knobs_of(fn).keys() - docs.keys():
+    named = re.compile(rf'`[^`]*\b{name}\b[^`]*`')
+    docs[name] = next((s for s in _sentences(text) if named.search(s)), '')
+  first = {name: _sentences(docs[name])[0] for name in knobs_of(fn) if docs.get(name)}
+  return {name: text[:1].upper() + text[1:] for name, text in first.items()}
+
+
+def _sentences(text: str) -> list[str]:
+  """The sentences of a text in one line."""
+  return re.split(r'(?<=\.) (?=[A-Z`])', ' '.join(text.split()))
+
+
+def _listed(doc: str) -> dict[str, str]:
+  """What a docstring says of each name in its list of arguments or attributes."""
+  found = {}
+  for block in re.findall(r'^(?:Args|Attributes):\n((?:  .*\n?|\n)*)', doc, re.MULTILINE):
+    for names, text in re.findall(r'^  ([\w, ]+): ((?:.*\n?)(?:    .*\n?)*)', block, re.MULTILINE):
+      found |= dict.fromkeys(names.split(', '), text)
+  return found
+
+
+@functools.cache
+def _comments(cls: type) -> dict[str, str]:
+  """The comments above and behind the fields of a dataclass."""
+  try:
+    lines = inspect.getsource(cls).splitlines()
+  except OSError:
+    return {}
+  found, above = {}, []
+  for line in lines:
+    field = re.match(r'  (\w+): [^#]*(?:#\s*(.*))?$', line)
+    if comment := re.match(r'  # (.*)', line):
+      above.append(comment[1])
+    elif field and field[1] in cls.__dataclass_fields__:
+      text = field[2] or ' '.join(above)
+      found |= {field[1]: text} if text else {}
+      above = []
+    else:
+      above = []
+  return found
+
+
+def shown(value: Any) -> str:
+  """A value as the command line has it."""
+  if isinstance(value, Mapping | ConfigDict):
+    return json.dumps(dict(value))
+  if isinstance(value, bool):
+    return str(value).lower()
+  text = repr(tuple(value)) if isinstance(value, list | tuple) else str(value)
+  if not re.search(r'[^\w./:+=,~@%-]', text):
+    return text
+  return f'"{text}"' if "'" in text and not re.search(r'["$`\\!]', text) else shlex.quote(text)
+
+
+def knob_lines(spec: Mapping, pattern: str = '') -> list[str]:
+  """Every knob (or those that `pattern` finds): its flag, its default and what it is."""
+  lines = []
+  for part in parts(spec, TABLE):
+    chosen = [k for k in part.knobs if re.search(pattern, f'{k.flag} {k.doc}', re.IGNORECASE)]
+    if chosen:
+      lines += ['', f'{part.path}.name={part.name}']
+    for knob in chosen:
+      default = knob.default
+      if default is inspect.Parameter.empty:
+        mark, told = ' ', ''
+      else:
+        mark, told = (' ', '') if knob.usual else ('*', f'  (default {shown(default)})')
+      lines.append(f'{mark} {knob.flag}{told}')
+      lines += tables.wrapped(knob.doc, '      ', '      ') if knob.doc else []
+  return lines
+
+
+def title(fn: Callable) -> str:
+  """The first sentence of the documentation of a part."""
+  return _sentences((inspect.getdoc(fn) or '').partition('\n\n')[0])[0]
+
+
+def signature(fn: Callable) -> str:
+  """A function with the arrays that it reads: `surrogates.clipped(log_ratio, advantages)`."""
+  bare = unbound(fn.fn if isinstance(fn, Weighted) else fn)
+  return f'{name_of(bare)}({", ".join(inputs(bare))})'
+
+
+def provider(name: str, phase: Phase) -> str:
+  """Who provides an array that the objective or credit reads."""
+  anchor = name.removesuffix('_logp').removesuffix('_logits')
+  if name in phase.credit.provides:
+    return 'credit'
+  if name in getattr(phase.collect, 'stats', {}):
+    return f'collect.stats.{name}'
+  if anchor in phase.anchors:
+    return f'anchor {anchor}'
+  if name in ('logp', 'entropy', 'values'):
+    return 'the model'
+  return 'the model, before the update' if name == 'old_values' else 'collect'
+
+
+def phase_lines(name: str, spec: Mapping, phase: Phase, run: Experiment) -> list[str]:
+  """What a phase computes, from what."""
+  collector, updates = phase.collect, phase.epochs * phase.minibatches
+  own = [p for p in parts(spec, {'build.Phase': Phase}, f'phases.{name}') if p.depth]
+  lines = [
+    '',
+    f'phase {name}: {phase.steps:,} steps of {collector.rows} rows x {collector.length} tokens, '
+    f'{updates} updates each',
+  ]
+  width = max(len(p.path) for p in own) - len(f'phases.{name}.')
+  for part in own:
+    place = part.path.removeprefix(f'phases.{name}.')
+    weight = next((f'{k.value} x ' for k in part.knobs if k.path.endswith('.weight')), '')
+    lines += tables.wrapped(
+      f'{place:{width}}  {weight}{part.name}: {title(part.fn)}', '  ', ' ' * (width + 4)
+    )
+  return lines + loss_lines(name, phase, run)
+
+
+def loss_lines(name: str, phase: Phase, run: Experiment) -> list[str]:
+  """The terms of the loss of a phase, the functions that make them, and the arrays that they read."""
+  traced = tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
+  lines = [f'  loss = {" + ".join(traced.terms)}, computed by']
+  factors = {f'penalties.{k}': p for k, p in getattr(phase.objective, 'penalties', {}).items()}
+  for slot, fn in phase.objective.slots.items():
+    factor = f'{factors[slot].weight:g} x ' if slot in factors else ''
+    lines.append(f'    {slot}: {factor}{signature(fn)}')
+  stats = {
+    k: f for k, f in phase.objective.stats.items() if f'penalties.{k}' not in phase.objective.slots
+  }
+  lines += [f'    stats.{k}: {signature(f)}' for k, f in stats.items()]
+  wanted = sorted(phase.objective.requires | phase.credit.requires)
+  rows = []
+  for array in wanted:
+    doc = ARRAYS[array].doc.partition(';')[0] if array in ARRAYS else ''
+    rows.append((array, provider(array, phase), doc))
+  if rows:
+    lines += ['  arrays that objective and credit read, beside logp and mask']
+    lines += tables.table(('array', 'from', 'what it is'), rows, indent=4)
+  return lines + tables.wrapped(f'metrics: {", ".join(traced.metrics)}', '  ', '    ')
+
+
+def run_lines(run: Experiment) -> list[str]:
+  """The model, the devices and the order of the run."""
+  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  shapes = run.policy.shapes()
+  mesh = ', '.join(f'{axis}={size}' for axis, size in run.mesh.shape.items())
+  return [
+    f'model: {count(shapes):,} parameters, of which {count(learned(run.policy, shapes)):,} are trained',
+    f'devices: {run.mesh.size} {run.mesh.devices.flat[0].platform} ({mesh})',
+    f'phases: {", then ".join(run.order)}',
+    f'evaluation: every {run.evaluation.every} steps'
+    if run.evaluation.every
+    else 'evaluation: never',
+  ]
+
+
+def explain(config: ConfigDict, run: Experiment, pattern: str = '') -> Sequence[str]:
+  """The lines of the whole explanation, or with `pattern` of the knobs that it finds."""
+  spec = config.to_dict()
+  if pattern:
+    return knob_lines(spec, pattern)
+  lines = run_lines(run)
+  for name in run.order:
+    lines += phase_lines(name, spec['phases'][name], run.phases[name], run)
+  return [*lines, '', 'knobs (* not the default)', *knob_lines(spec)]
+
+
+def main(argv: list[str]) -> None:
+  cli.start(argv, needed=['config'])
+  with cli.refusals():
+    config = cli.config(TABLE)
+    try:
+      re.compile(_GREP.value)
+    except re.error as error:
+      raise ValueError(f'--grep: {error}') from error
+    lines = explain(config, build(config), _GREP.value)
+  try:
+    print('\n'.join(lines), flush=True)
+  except BrokenPipeError:  # of `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == '__main__':
+  cli.run(main)
