@@ -237,6 +237,12 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
   return run
 
 
+def fingerprints(run: Experiment) -> dict[str, str]:
+  """What changes with the contents of data that are no files (of the hub), by place of their source."""
+  found = {f'config.phases.{n}.source': p.source.fingerprint for n, p in run.phases.items()}
+  return {place: text for place, text in found.items() if text}
+
+
 def check(run: Experiment) -> None:
   """Refuses parts that do not fit each other."""
   if not all(isinstance(name, str) for name in run.order) or sorted(run.order) != sorted(

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,10 +32,15 @@ LIBRARIES = (
 )
 
 
-def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def describe(
+  config: ml_collections.ConfigDict, data: Mapping[str, str] = types.MappingProxyType({})
+) -> dict[str, Any]:
   """The identity of a run, in values that JSON can hold: configuration, digests of files, versions.
 
   Files are those that the configuration names: data, tokenizers with their chat templates, weights.
+
+  Args:
+    data: fingerprints of data that are no files, by the place of their source, see `build.fingerprints`.
   """
   values = json.loads(config.to_json_best_effort())
   paths = {path: whole for path, whole in sorted(_paths(values)) if path.exists()}
@@ -42,7 +48,8 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {
     'config': values,
     'files': {str(path): _digest(path, whole) for path, whole in paths.items()}
-    | {f: _source(f) for f in functions},
+    | {f: _source(f) for f in functions}
+    | dict(data),
     'version': __version__,
     'libraries': {name: _version(name) for name in LIBRARIES},
   }

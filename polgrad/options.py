@@ -127,23 +127,35 @@ def _choose(kind: str, name: str) -> Callable:
 def _task_function(name: str, given: Mapping[str, str]) -> tuple[Callable, dict[str, str]]:
   """The task's function and the options that are left; other names are tasks of reasoning-gym.
 
-  Options that are settings of a reasoning-gym task, and `reward.tolerance=...`, are put together.
+  Options that are settings of a reasoning-gym task, `reward.tolerance=...`, and `fields.prompt=...` are
+  put together.
   """
   rest = dict(given)
-  knobs = {k.partition('.')[2]: rest.pop(k) for k in list(rest) if k.startswith('reward.')}
+  knobs, names = _taken(rest, 'reward'), _taken(rest, 'fields')
   if name in tasks.TABLE:
-    function = tasks.TABLE[name]
+    function, fixed = tasks.TABLE[name], {}
+    has = inspect.signature(function).parameters
     if knobs:
-      if 'reward_options' not in inspect.signature(function).parameters:
+      if 'reward_options' not in has:
         raise ValueError(f'options {sorted(knobs)} of the reward: task={name} has its own reward')
-      return _with(function, reward_options={k: _number(v) for k, v in knobs.items()}), rest
-    return function, rest
+      fixed['reward_options'] = {k: _number(v) for k, v in knobs.items()}
+    if names:
+      if 'fields' not in has:
+        raise ValueError(f'options {sorted(names)} of fields: task={name} reads no data of yours')
+      fixed['fields'] = names
+    return (_with(function, **fixed) if fixed else function), rest
   gym = tasks.gym_settings(name)
   if gym is None:
     known = [*tasks.TABLE, *tasks.gym_names()]
     raise ValueError(f'option task: unknown {name!r}{suggest(name, known)}')
   options = {k: _number(rest.pop(k)) for k in list(rest) if k in gym}
   return _with(tasks.reasoning_gym, task=name, options=options), rest
+
+
+def _taken(given: dict[str, str], prefix: str) -> dict[str, str]:
+  """Takes the options `prefix.NAME` out of the others, by NAME."""
+  names = [name for name in given if name.startswith(f'{prefix}.')]
+  return {name.partition('.')[2]: given.pop(name) for name in names}
 
 
 def _with(function: Callable, **fixed: Any) -> Callable:

@@ -25,7 +25,7 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from polgrad import checkpoint, cli, evaluate, identity, metrics, preemption, sharding, workdirs
-from polgrad.build import TABLE, Experiment, Phase, build, check_data
+from polgrad.build import TABLE, Experiment, Phase, build, check_data, fingerprints
 from polgrad.checks import stops
 from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
@@ -113,7 +113,7 @@ def prepare(
   experiment = build(config)
   for line in check_data(experiment):
     logging.warning('%s', line)
-  own = identity.describe(config)
+  own = identity.describe(config, fingerprints(experiment))
   os.makedirs(workdir, exist_ok=True)
   chief = jax.process_index() == 0
   folder = folder or os.path.join(workdir, 'checkpoints')

@@ -12,11 +12,15 @@
 | `content` as a list of texts | the texts, joined |
 | `tools` as JSON text | the list that it is; the chat template gets it |
 | `id` | `record_id`, because `id` is the row in the file |
+| `system` beside messages | the first message, a system turn |
 """
 
 import json
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from polgrad.registry import suggest
 
 TEXTS = ('prompt', 'answer', 'chosen', 'rejected')
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool', 'function', 'ipython', 'observation')
@@ -29,15 +33,19 @@ OTHER_NAMES = {
 }
 
 
-def normalized(record: Any) -> dict:
+def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({})) -> dict:
   """The record in the form above; other fields are kept.
+
+  Args:
+    record: a row of a file.
+    fields: names that the fields get before -> their names in the file, see `mapped`.
 
   Raises:
     ValueError: a field of another type, or fields that do not go together; the message names it.
   """
   if not isinstance(record, Mapping):
     raise ValueError(f'expected an object, got {type(record).__name__}')
-  fields = _renamed(record)
+  fields = _renamed(mapped(record, fields))
 
   # What is asked: a text, or messages. Pairs without either have it in the turns that both begin with.
   if isinstance(fields.get('prompt'), list) and 'messages' not in fields:
@@ -62,10 +70,42 @@ def normalized(record: Any) -> dict:
     fields['answer'] = str(fields['answer'])
   if fields.get('tools') is not None:
     fields['tools'] = _tools(fields['tools'])
+  _begin_with_system(fields)
   for name in TEXTS:
     if not isinstance(fields.get(name, ''), str):
       raise ValueError(f'{name} must be text, got {fields[name]!r}')
   return fields
+
+
+def mapped(record: Mapping, fields: Mapping[str, str]) -> dict:
+  """The record with some fields under other names; the others keep theirs.
+
+  Args:
+    fields: new name -> name in the record. A name in the record may be given twice. '' leaves a field
+      out. A field that has a new name already is replaced.
+
+  Raises:
+    ValueError: a name that the record does not have; the message lists those that it has.
+  """
+  for name, own in fields.items():
+    if own and own not in record:
+      raise ValueError(f'fields.{name}={own}: there is no {own!r} here{suggest(own, record)}')
+  kept = {k: v for k, v in record.items() if k not in fields.values() and k not in fields}
+  return kept | {name: record[own] for name, own in fields.items() if own}
+
+
+def _begin_with_system(fields: dict) -> None:
+  """Puts the text in the field `system` before the messages; before a prompt, `sources.as_chat` does."""
+  system = fields.get('system')
+  if not isinstance(system, str | None):
+    raise ValueError(f'system must be text, got {system!r}')
+  if not system:
+    fields.pop('system', None)
+  elif 'messages' in fields:
+    if fields['messages'][0]['role'] == 'system':
+      raise ValueError('both the field system and the messages have a system turn')
+    turn = {'role': 'system', 'content': fields.pop('system')}
+    fields['messages'] = [turn, *fields['messages']]
 
 
 def _tools(tools: Any) -> list:

@@ -5,19 +5,17 @@ supervised training; `chosen` and `rejected` (texts) for preference training; `t
 messages, for the chat template; and any other field that a reward reads.
 """
 
-import codecs
 import dataclasses
-import gzip
 import json
 import operator as operators
 import pathlib
 import re
-import zlib
 from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
 
+from polgrad.data import tables
 from polgrad.data.records import normalized
 from polgrad.registry import table
 
@@ -32,6 +30,8 @@ class Source:
   record: Callable[[int], dict]
   irregular: bool = False  # whether one row says little of the others, as in a user's file
   place: Callable[[int], str] = 'row {}'.format  # what a person calls a row, such as file.jsonl:12
+  # Of data that no path of the configuration names: what changes with its contents.
+  fingerprint: str = ''
 
   def __len__(self) -> int:
     return self.size
@@ -88,11 +88,19 @@ def arithmetic(
   return Source(len(ranges[split]), record)
 
 
-def jsonl(*, path: str) -> Source:
+def jsonl(
+  *,
+  path: str,
+  fields: dict = {},  # noqa: B006
+) -> Source:
   """The records of a file with one JSON object per line. All lines are read and checked at once.
 
   Records may have any of the forms in `polgrad/data/records.py`. Blank lines are skipped. The file is
   UTF-8, or UTF-16 with a byte-order mark, and may be packed by gzip.
+
+  Args:
+    path: the file.
+    fields: other names of fields: the name that polgrad reads -> the name in the file.
 
   Raises:
     FileNotFoundError: `path` is not a file.
@@ -101,11 +109,11 @@ def jsonl(*, path: str) -> Source:
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines, there is none')
   rows, numbers = [], []
-  for number, line in enumerate(_lines(path), start=1):
+  for number, line in enumerate(tables.lines(path), start=1):
     try:
       text = line.decode('utf-8')
       if text.strip():
-        rows.append(normalized(json.loads(text)))
+        rows.append(normalized(json.loads(text), fields))
         numbers.append(number)
         # Halves of surrogate pairs are no text; no tokenizer takes them.
         json.dumps(rows[-1], ensure_ascii=False).encode('utf-8')
@@ -117,17 +125,40 @@ def jsonl(*, path: str) -> Source:
   return Source(len(rows), rows.__getitem__, irregular=True, place=place)
 
 
-def _lines(path: str) -> list[bytes]:
-  """The lines of a text file in UTF-8, split at newlines only: U+2028 may be inside a JSON string."""
-  data = pathlib.Path(path).read_bytes()
-  try:
-    if data.startswith(b'\x1f\x8b'):
-      data = gzip.decompress(data)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-      data = data.decode('utf-16').encode('utf-8')
-  except (OSError, EOFError, ValueError, zlib.error) as error:
-    raise ValueError(f'{path}: {error}') from error
-  return data.removeprefix(codecs.BOM_UTF8).split(b'\n')
+def hub(
+  *,
+  path: str,
+  subset: str = '',
+  split: str = 'train',
+  revision: str = '',
+  fields: dict = {},  # noqa: B006
+) -> Source:
+  """A data set of Hugging Face `datasets`, or a local file: parquet, JSON, JSON lines or CSV.
+
+  Records may have any of the forms in `polgrad/data/records.py`. `tables.read` says what is read how.
+
+  Args:
+    path: a name of the hub such as `openai/gsm8k`, a folder, or a file.
+    subset: configuration of the data set, such as `main`; '' is the only one.
+    split: a split or a slice of one, such as `train[:90%]`; of a file there is `train` alone.
+    revision: branch, tag or commit of the hub; '' is the newest one.
+    fields: other names of fields: the name that polgrad reads -> the name in the data set.
+
+  Raises:
+    FileNotFoundError, ImportError, ValueError: from `tables.read`; on access, a malformed row, as
+      `path:row: why`, where the first row is 1.
+  """
+  rows = tables.read(path, subset=subset, split=split, revision=revision)
+
+  place = lambda row: f'{rows.place}:{row + 1}'
+
+  def record(row):
+    try:
+      return normalized(tables.plain(rows.row(row)), fields)
+    except ValueError as error:
+      raise ValueError(f'{place(row)}: {error}') from error
+
+  return Source(rows.size, record, irregular=True, place=place, fingerprint=rows.fingerprint)
 
 
 def tfds_records(
@@ -207,7 +238,7 @@ def _plain(value):
   return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
-BASE = table('sources', arithmetic, jsonl, tfds_records, reasoning_gym)
+BASE = table('sources', arithmetic, jsonl, hub, tfds_records, reasoning_gym)
 
 
 def fraction(
@@ -229,15 +260,26 @@ def fraction(
     raise ValueError(f'no row of {len(source)} lies between {start} and {end}')
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed)
   there = lambda row: int(order[rows[row]])
-  return Source(
-    len(rows),
-    lambda row: source[there(row)],
-    source.irregular,
-    lambda row: source.place(there(row)),
+  return dataclasses.replace(
+    source,
+    size=len(rows),
+    record=lambda row: source[there(row)],
+    place=lambda row: source.place(there(row)),
   )
 
 
 FRACTION = BASE | table('sources', fraction)
+
+
+def without(*, source: Annotated[Source, FRACTION], pattern: str, field: str = 'answer') -> Source:
+  """Another source, in which what matches a regular expression is deleted from the text of a field."""
+  found = re.compile(pattern, re.DOTALL)
+
+  def record(row):
+    fields = source[row]
+    return fields | ({field: found.sub('', fields[field])} if field in fields else {})
+
+  return dataclasses.replace(source, record=record)
 
 
 def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
@@ -256,7 +298,7 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
     wrong = _change_digit(answer, np.random.default_rng((seed, row)))
     return {**fields, 'chosen': answer, 'rejected': wrong}
 
-  return Source(len(source), record, source.irregular, source.place)
+  return dataclasses.replace(source, record=record)
 
 
 def with_choices(
@@ -299,7 +341,7 @@ def with_choices(
       'rejected': letters[order.index(1)],
     }
 
-  return Source(len(source), record, source.irregular, source.place)
+  return dataclasses.replace(source, record=record)
 
 
 def _whole_number(row, fields):
@@ -318,24 +360,25 @@ def _change_digit(number, rng):
   return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
-PLAIN = FRACTION | table('sources', wrong_digit_pairs, with_choices)
+PLAIN = FRACTION | table('sources', without, wrong_digit_pairs, with_choices)
 
 
 def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:
   """Another source's records as conversations, for models that were tuned to chat.
 
-  A `prompt` becomes `messages` with a user turn. `system`, if any, is put first, unless the record has
-  a system turn already.
+  A `prompt` becomes `messages` with a user turn. A system turn is put first: the record's own
+  `system`, else `system`, unless the record has a system turn already.
   """
 
   def record(row):
     fields = dict(source[row])
     turns = fields.pop('messages', None) or [{'role': 'user', 'content': fields.pop('prompt')}]
-    if system and turns[0]['role'] != 'system':
-      turns = [{'role': 'system', 'content': system}, *turns]
+    first = fields.pop('system', '') or system
+    if first and turns[0]['role'] != 'system':
+      turns = [{'role': 'system', 'content': first}, *turns]
     return {'messages': turns, **fields}
 
-  return Source(len(source), record, source.irregular, source.place)
+  return dataclasses.replace(source, record=record)
 
 
 TABLE = PLAIN | table('sources', as_chat)

@@ -21,7 +21,10 @@ from polgrad.rewards.worker import Failure, verify
 READS = ('completion', 'record', 'length')  # names of the arguments that a verifier may have
 MESSAGES = 5  # number of failures that are reported in words for each batch
 # Verifiers that run in this process: they are quick, start nothing and evaluate nothing.
-IN_PROCESS = (ours.exact_match, ours.numeric_answer, ours.choice_letter, ours.soft_overlong)
+IN_PROCESS = (
+  *(ours.exact_match, ours.numeric_answer, ours.boxed_answer),
+  *(ours.choice_letter, ours.soft_overlong),
+)
 
 
 class Scores(NamedTuple):

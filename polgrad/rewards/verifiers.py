@@ -27,9 +27,25 @@ NUMBER = re.compile(
 LONGEST = 1000  # characters of a number
 FRACTION = re.compile(r'\\[dt]?frac\{(-?\d+)\}\{(\d+)\}')
 # A number next to these is part of an expression: 2\\sqrt{3}, 10^3, x_1.
-EXPRESSION_BEFORE = re.compile(r'(?:[\^_]\{?|\\(?:sqrt|frac|pi|log|ln|sin|cos|tan)[\[{]?)$')
+EXPRESSION_BEFORE = re.compile(r'(?:[\^_]\{?|\}\{|\\(?:sqrt|frac|pi|log|ln|sin|cos|tan)[\[{]?)$')
 EXPRESSION_AFTER = re.compile(r'[\^_]|\\(?:sqrt|frac|pi|cdot|times|div)\b')
-BOXED = re.compile(r'\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}')
+BRACES = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)
+# How LaTeX of one value is written: what is left out, and what is written in one way.
+LATEX = (
+  (
+    re.compile(
+      r'\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;: ]|\^\{?\\circ\}?|\\?[$%]|~|\{,\}'
+    ),
+    '',
+  ),
+  (re.compile(r'(?<=\S)\\(?:text|mbox|mathrm)\{ [^{}]*\}$'), ''),  # a unit
+  (re.compile(r'\\(?:text|textbf|mbox|mathrm|mathbf)\{([^{}]*)\}'), r'\1'),
+  (re.compile(r'\\[dt]frac(?![A-Za-z])'), r'\\frac'),
+  (re.compile(r'\\frac(\d)(\d)'), r'\\frac{\1}{\2}'),
+  (re.compile(r'\\sqrt(\d)'), r'\\sqrt{\1}'),
+  (re.compile(r'\s+|\.\s*$'), ''),
+  (re.compile(r'^[A-Za-z]{1,2}=(?=[^=]*$)'), ''),  # x = 5
+)
 ANSWER = '<answer>(.*?)</answer>'
 # Tasks of reasoning-gym whose scorers evaluate the answer -> which answers they may get.
 EVALUATED = {
@@ -79,6 +95,29 @@ def numeric_answer(
     raise ValueError(f"no number in the record's {field}: {record[field]!r}")
   given = _final_number(completion)
   return float(given is not None and abs(given - wanted) <= tolerance)
+
+
+def boxed_answer(completion: str, record: dict, *, field: str = 'answer') -> float:
+  """1 if the last `\\boxed{}` of the completion holds the value of that in `record[field]`, else 0.
+
+  Two numbers are compared exactly: `0.5`, `\\frac{1}{2}` and `1/2` are equal, as are `1{,}234` and
+  `1234`. All else is compared as text, without spaces, `$`, `%`, degrees, `\\left` and `\\right`, a unit
+  in `\\text{ }` at the end, a final point, and `x =` before the value; `\\dfrac` is `\\frac`. `x+1`
+  and `1+x` differ. A completion without a box gets 0. A record without a box holds the value alone.
+
+  Raises:
+    ValueError: the record has no value.
+  """
+  box = _last_boxed(record[field])
+  wanted = _latex(record[field] if box is None else box)
+  if not wanted:
+    raise ValueError(f"no answer in the record's {field}: {record[field]!r}")
+  box = _last_boxed(completion)
+  if box is None or len(box) > LONGEST:
+    return 0.0
+  given = _latex(box)
+  numbers = [_whole_value(text) for text in (given, wanted)]
+  return float(numbers[0] == numbers[1] if None not in numbers else given == wanted)
 
 
 def choice_letter(
@@ -143,12 +182,42 @@ def _final_number(text: str) -> fractions.Fraction | None:
   """The final number of a text (see `numeric_answer`), or None."""
   text = FRACTION.sub(r'\1/\2', text.replace('\N{MINUS SIGN}', '-').replace('{,}', ','))
   # Search the last box, then the text after the last mark, then the whole text.
-  boxed, marked = BOXED.findall(text), MARKED.findall(text)
-  for region, pick in [*((b, -1) for b in boxed[-1:]), *((m, 0) for m in marked[-1:]), (text, -1)]:
+  box, marked = _last_boxed(text), MARKED.findall(text)
+  boxed = [] if box is None else [(box, -1)]
+  for region, pick in [*boxed, *((m, 0) for m in marked[-1:]), (text, -1)]:
     numbers = list(NUMBER.finditer(region))
     if numbers:
       return _value(region, numbers[pick])
   return None
+
+
+def _last_boxed(text: str) -> str | None:
+  """What the last closed `\\boxed{}` holds, or None; braces in it are balanced."""
+  opened, found = [], None  # places after the open braces, -1 for those of no box
+  for brace in BRACES.finditer(text):
+    if brace.group().startswith('\\boxed'):
+      opened.append(brace.end())
+    elif brace.group() == '{':
+      opened.append(-1)
+    elif brace.group() == '}' and opened:
+      start = opened.pop()
+      found = (start, brace.start()) if start >= 0 else found
+  return text[slice(*found)] if found else None
+
+
+def _latex(text: str) -> str:
+  """A value in LaTeX, written in one way, see `LATEX`."""
+  text = text.strip()
+  for pattern, written in LATEX:
+    text = pattern.sub(written, text)
+  return text
+
+
+def _whole_value(text: str) -> fractions.Fraction | None:
+  """The number that a text consists of, or None."""
+  text = FRACTION.sub(r'\1/\2', text.replace('\N{MINUS SIGN}', '-'))
+  found = NUMBER.fullmatch(text)
+  return _value(text, found) if found else None
 
 
 def _value(text: str, found: re.Match) -> fractions.Fraction | None:
@@ -191,6 +260,7 @@ TABLE = table(
   'verifiers',
   exact_match,
   numeric_answer,
+  boxed_answer,
   choice_letter,
   regex_format,
   reasoning_gym_score,

@@ -7,6 +7,9 @@
 | `chain_sum` | sums and differences as questions in words |
 | `reasoning_gym` | any task of reasoning-gym by name |
 | `jsonl` | your own file: problems, pairs, demonstrations or conversations |
+| `hub` | a data set of the hub by name, a folder, or a file of parquet, JSON, JSON lines or CSV |
+| `gsm8k` | word problems whose answers end with `#### 72`, from the hub, a folder or a file |
+| `math` | problems whose solutions have a `\\boxed{}` answer, from the hub, a folder or a file |
 | `tfds` | a TensorFlow Datasets folder |
 
 Each is a function that returns a `Task`. `polgrad.compose` joins it with a method and a model.
@@ -15,10 +18,11 @@ Each is a function that returns a `Task`. `polgrad.compose` joins it with a meth
 from polgrad.tasks.addition import addition
 from polgrad.tasks.base import Task
 from polgrad.tasks.choices import choices
-from polgrad.tasks.files import jsonl, tfds
+from polgrad.tasks.files import gsm8k, hub, jsonl, math, tfds
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
 
-TABLE = {fn.__name__: fn for fn in (addition, choices, chain_sum, reasoning_gym, jsonl, tfds)}
+FUNCTIONS = (addition, choices, chain_sum, reasoning_gym, jsonl, hub, gsm8k, math, tfds)
+TABLE = {fn.__name__: fn for fn in FUNCTIONS}
 
 __all__ = [
   'TABLE',
@@ -26,9 +30,12 @@ __all__ = [
   'addition',
   'chain_sum',
   'choices',
+  'gsm8k',
   'gym_names',
   'gym_settings',
+  'hub',
   'jsonl',
+  'math',
   'reasoning_gym',
   'tfds',
 ]

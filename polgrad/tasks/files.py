@@ -3,14 +3,20 @@ import os
 from ml_collections import ConfigDict
 
 from polgrad.data import sources
-from polgrad.registry import find, part, weighted
+from polgrad.registry import bind, find, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks.base import Task
+
+LOOKED_AT = 20_000  # records of a data set that say which fields all records have
+
+GSM8K_SYSTEM = 'Solve the problem step by step. End with a line of #### and the answer as a number.'
+MATH_SYSTEM = 'Solve the problem step by step. Put the final answer into \\boxed{}.'
 
 
 def jsonl(
   *,
   data: str,
+  fields: dict = {},  # noqa: B006
   reward: str = '',
   reward_options: dict = {},  # noqa: B006
   held_out: str = '',
@@ -32,6 +38,7 @@ def jsonl(
 
   Args:
     data: path of the file.
+    fields: other names of fields: the name that polgrad reads -> the name in the file.
     reward: verifier by name, such as `numeric_answer` or `exact_match`, or `file.py:function` for one
       of your own; '' for none.
     reward_options: knobs of the verifier.
@@ -43,24 +50,146 @@ def jsonl(
     rows: completions in a batch of rollouts.
     samples_per_prompt: completions of a prompt.
   """
-  path = os.path.expanduser(data)
-  whole = part(sources.jsonl, path=path)
-  cut = not held_out and holdout
-  train = part(sources.fraction, source=whole, start=holdout, end=1.0) if cut else whole
-  kept = part(sources.fraction, source=whole, start=0.0, end=holdout) if cut else None
-  if held_out:
-    kept = part(sources.jsonl, path=os.path.expanduser(held_out))
-  fields = _common_fields(sources.jsonl(path=path))
+  read = lambda path: part(sources.jsonl, path=os.path.expanduser(path), fields=dict(fields))
+  whole = read(data)
+  train, kept = (whole, read(held_out)) if held_out else _split(whole, holdout)
   return _task(
     train,
     kept,
-    fields,
+    _common_fields(bind(whole, sources.TABLE, 'data')),
     rewards=_rewards(reward, reward_options),
     system=system,
     prompt_length=prompt_length,
     max_new_tokens=max_new_tokens,
     rows=rows,
     samples_per_prompt=samples_per_prompt,
+  )
+
+
+def hub(
+  *,
+  data: str,
+  subset: str = '',
+  split: str = 'train',
+  revision: str = '',
+  fields: dict = {},  # noqa: B006
+  reward: str = '',
+  reward_options: dict = {},  # noqa: B006
+  held_out: str = '',
+  held_out_split: str = '',
+  holdout: float = 0.1,
+  system: str = '',
+  prompt_length: int = 256,
+  max_new_tokens: int = 256,
+  rows: int = 64,
+  samples_per_prompt: int = 8,
+) -> Task:
+  """A data set of the hub, a folder, or a file of parquet, JSON, JSON lines or CSV.
+
+  Records are as in `jsonl`.
+
+  Args:
+    data: name of the hub such as `openai/gsm8k`, a folder, or a file, see `sources.hub`.
+    subset: configuration of the data set, such as `main`; '' is the only one.
+    split: split to train on, or a slice of one such as `train[:90%]`.
+    revision: branch, tag or commit of the hub; '' is the newest one.
+    fields: other names of fields: the name that polgrad reads -> the name in the data set.
+    reward, reward_options: as in `jsonl`.
+    held_out: name, folder or file of problems for evaluation; '' is `data`.
+    held_out_split: split of it for evaluation; '' is `split` of `held_out`, if that is given. Without
+      either, a fraction of the training split is held out.
+    holdout: that fraction; 0 for no evaluation.
+    system, prompt_length, max_new_tokens, rows, samples_per_prompt: as in `jsonl`.
+  """
+  whole, train, kept = _hub(
+    data, subset, split, revision, fields, held_out, held_out_split, holdout
+  )
+  return _task(
+    train,
+    kept,
+    _common_fields(bind(whole, sources.TABLE, 'data')),
+    rewards=_rewards(reward, reward_options),
+    system=system,
+    prompt_length=prompt_length,
+    max_new_tokens=max_new_tokens,
+    rows=rows,
+    samples_per_prompt=samples_per_prompt,
+  )
+
+
+def gsm8k(
+  *,
+  data: str = 'openai/gsm8k',
+  subset: str = '',
+  split: str = 'train',
+  fields: dict = {},  # noqa: B006
+  held_out: str = '',
+  held_out_split: str = '',
+  holdout: float = 0.1,
+  system: str = GSM8K_SYSTEM,
+  prompt_length: int = 256,
+  max_new_tokens: int = 320,
+) -> Task:
+  """Word problems in the layout of GSM8K (arXiv:2110.14168): `answer` ends with `#### 72`.
+
+  The reward is `numeric_answer`. Demonstrations are whole solutions, without the notes of a calculator
+  such as `<<48/2=24>>`. The name `openai/gsm8k` means its subset `main` with the split `test` held out.
+
+  Args:
+    data, subset, split, fields, held_out, held_out_split, holdout: as in `hub`.
+    system: system turn, which asks for the form of the answer.
+    prompt_length: tokens that a prompt may have.
+    max_new_tokens: tokens that a completion may have, the stop token included.
+  """
+  if data == 'openai/gsm8k':
+    subset, held_out_split = subset or 'main', held_out_split or 'test'
+  whole, train, kept = _hub(data, subset, split, '', fields, held_out, held_out_split, holdout)
+  clean = lambda source: source and part(sources.without, source=source, pattern='<<.*?>>')
+  return _task(
+    clean(train),
+    clean(kept),
+    _common_fields(bind(whole, sources.TABLE, 'data')),
+    rewards={'correct': weighted(1.0, part(verifiers.numeric_answer))},
+    system=system,
+    prompt_length=prompt_length,
+    max_new_tokens=max_new_tokens,
+  )
+
+
+def math(
+  *,
+  data: str,
+  subset: str = '',
+  split: str = 'train',
+  fields: dict = {},  # noqa: B006
+  held_out: str = '',
+  held_out_split: str = '',
+  holdout: float = 0.1,
+  system: str = MATH_SYSTEM,
+  prompt_length: int = 384,
+  max_new_tokens: int = 512,
+) -> Task:
+  """Problems in the layout of MATH (arXiv:2103.03874): `solution` holds a `\\boxed{}` answer.
+
+  The reward is `boxed_answer`. Where the data have the answer alone, name it: `fields.answer=answer`.
+
+  Args:
+    data, subset, split, held_out, held_out_split, holdout: as in `hub`.
+    fields: as in `hub`; by default `prompt` is `problem` and `answer` is `solution`.
+    system: system turn, which asks for the form of the answer.
+    prompt_length: tokens that a prompt may have.
+    max_new_tokens: tokens that a completion may have, the stop token included.
+  """
+  fields = {'prompt': 'problem', 'answer': 'solution', **fields}
+  whole, train, kept = _hub(data, subset, split, '', fields, held_out, held_out_split, holdout)
+  return _task(
+    train,
+    kept,
+    _common_fields(bind(whole, sources.TABLE, 'data')),
+    rewards={'correct': weighted(1.0, part(verifiers.boxed_answer))},
+    system=system,
+    prompt_length=prompt_length,
+    max_new_tokens=max_new_tokens,
   )
 
 
@@ -105,6 +234,39 @@ def tfds(
   )
 
 
+def _hub(
+  data: str,
+  subset: str,
+  split: str,
+  revision: str,
+  fields: dict,
+  held_out: str,
+  held_out_split: str,
+  holdout: float,
+) -> tuple[ConfigDict, ConfigDict, ConfigDict | None]:
+  """Sources of all records of the training split, of those to train on, and of those to evaluate."""
+  read = lambda path, split: part(
+    sources.hub,
+    path=os.path.expanduser(path),
+    subset=subset,
+    split=split,
+    revision=revision,
+    fields=dict(fields),
+  )
+  whole = read(data, split)
+  if held_out or held_out_split:
+    return whole, whole, read(held_out or data, held_out_split or split)
+  return whole, *_split(whole, holdout)
+
+
+def _split(whole: ConfigDict, holdout: float) -> tuple[ConfigDict, ConfigDict | None]:
+  """A source to train on and one with a fraction of the records for evaluation, None if that is 0."""
+  if not holdout:
+    return whole, None
+  cut = lambda start, end: part(sources.fraction, source=whole, start=start, end=end)
+  return cut(holdout, 1.0), cut(0.0, holdout)
+
+
 def _task(train: ConfigDict, held_out: ConfigDict | None, fields: set[str], **settings) -> Task:
   """A task with what the fields of its records allow."""
   conversations = 'assistant' in fields
@@ -118,9 +280,12 @@ def _task(train: ConfigDict, held_out: ConfigDict | None, fields: set[str], **se
 
 
 def _common_fields(source: sources.Source) -> set[str]:
-  """Fields that all records have; 'assistant' where all messages end with an assistant turn."""
+  """Fields that all records have; 'assistant' where all messages end with an assistant turn.
+
+  Of a large source, `LOOKED_AT` records are read, evenly spaced.
+  """
   common = None
-  for i in range(len(source)):
+  for i in sorted({row * len(source) // LOOKED_AT for row in range(LOOKED_AT)}):
     record = source[i]
     fields = set(record)
     if 'messages' in record and record['messages'][-1]['role'] == 'assistant':

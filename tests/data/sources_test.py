@@ -377,14 +377,17 @@ def test_a_missing_file_is_named_at_once(tmp_path, make):
 
 
 def test_table_entries_bind(tmp_path, sums):
-  (tmp_path / 'rows').write_text('{"prompt": "a"}')
+  for name in ('rows', 'rows.jsonl'):
+    (tmp_path / name).write_text('{"prompt": "a"}')
   knobs = {
     'arithmetic': {'digits': 1},
     'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
     'with_choices': {'source': part(sources.arithmetic, digits=1)},
     'as_chat': {'source': part(sources.arithmetic, digits=1)},
     'fraction': {'source': part(sources.arithmetic, digits=1)},
+    'without': {'source': part(sources.arithmetic, digits=1), 'pattern': 'a'},
     'jsonl': {'path': str(tmp_path / 'rows')},
+    'hub': {'path': str(tmp_path / 'rows.jsonl')},
     'tfds_records': {'path': sums, 'split': 'train', 'prompt_field': 'question'},
     'reasoning_gym': {
       'task': 'basic_arithmetic',

@@ -1,0 +1,170 @@
+"""Rows of data sets: Hugging Face `datasets` by name or folder, and files of tables."""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+FILES = ('.parquet', '.csv', '.json', '.jsonl', '.jsonl.gz')
+MISSING = 'the package datasets is missing; pip install "polgrad[hub]"'
+
+
+class Rows(NamedTuple):
+  """The rows of one split."""
+
+  size: int
+  row: Callable[[int], Mapping]
+  place: str  # file, or name and split, for errors
+  fingerprint: str = ''  # of a data set of the hub
+
+
+def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '') -> Rows:
+  """Reads a data set; nothing is streamed.
+
+  * A file `.parquet`, `.csv`, `.json` (a list of objects), `.jsonl` or `.jsonl.gz`. What CSV holds is
+    text: `007` stays `007`.
+  * A folder that `datasets` has saved, or one of such files, in which `datasets` finds the splits. It
+    guesses the types of columns in CSV and JSON.
+  * Any other path is a name of the hub. A data set that was used before is found without a network.
+
+  Raises:
+    FileNotFoundError: there is no such file or folder, and no data set of that name can be reached.
+    ImportError: a folder or a name, and the package `datasets` is missing.
+    ValueError: a file that cannot be read, or a subset or split that the data set does not have.
+  """
+  local = pathlib.Path(path)
+  if local.is_file():
+    if subset or revision or split != 'train':
+      raise ValueError(
+        f'{path}: a file has the split train alone, and neither subset nor revision; '
+        f'got split={split!r}, subset={subset!r}, revision={revision!r}'
+      )
+    return _file(local)
+  if local.name.endswith(FILES):
+    raise FileNotFoundError(f'{path}: there is no such file')
+  try:
+    import datasets  # here, because it is optional and takes seconds
+  except ImportError as error:
+    raise ImportError(MISSING) from error
+  place = '/'.join(filter(None, [path, subset, split]))
+  try:
+    if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
+      found = _saved(datasets, path, split)
+    else:
+      datasets.disable_progress_bars()
+      found = datasets.load_dataset(path, subset or None, split=split, revision=revision or None)
+  except (ConnectionError, FileNotFoundError) as error:
+    raise FileNotFoundError(
+      f'{path}: no file or folder of this name, and no data set of the hub that can be reached and was '
+      f'not used before ({str(error)[:300]})'
+    ) from error
+  except Exception as error:  # datasets has many classes of errors
+    raise ValueError(f'{place}: {error.__cause__ or error}') from error
+  fingerprint = '' if local.is_dir() else found._fingerprint
+  return Rows(len(found), found.__getitem__, place, fingerprint)
+
+
+def lines(path: str) -> list[bytes]:
+  """The lines of a text file in UTF-8, split at newlines only: U+2028 may be inside a JSON string."""
+  data = pathlib.Path(path).read_bytes()
+  try:
+    if data.startswith(b'\x1f\x8b'):
+      data = gzip.decompress(data)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+      data = data.decode('utf-16').encode('utf-8')
+  except (OSError, EOFError, ValueError, zlib.error) as error:
+    raise ValueError(f'{path}: {error}') from error
+  return data.removeprefix(codecs.BOM_UTF8).split(b'\n')
+
+
+def plain(value: Any) -> Any:
+  """NumPy and Arrow values as Python's; keys of mappings whose value is None are left out.
+
+  A table has None in every row that lacks a field, at any depth.
+  """
+  if isinstance(value, pa.Scalar):
+    value = value.as_py()
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+  if isinstance(value, Mapping):
+    return {k: plain(v) for k, v in value.items() if v is not None}
+  return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _saved(datasets: Any, path: str, split: str) -> Any:
+  """A split of a folder that `save_to_disk` has written."""
+  found = datasets.load_from_disk(path)
+  if not isinstance(found, Mapping):
+    found = {'train': found}
+  if split not in found:
+    raise ValueError(f'no split {split!r}; valid: {sorted(found)}')
+  return found[split]
+
+
+def _file(path: pathlib.Path) -> Rows:
+  readers = [reader for ending, reader in _READERS.items() if path.name.endswith(ending)]
+  if not readers:
+    raise ValueError(f'{path}: unknown kind of file; valid: {", ".join(FILES)}')
+  try:
+    rows = readers[0](path)
+  except (ValueError, pa.ArrowException, csv.Error, RecursionError) as error:
+    raise ValueError(f'{path}: {error}') from error
+  if not len(rows):
+    raise ValueError(f'{path}: no records')
+  return Rows(len(rows), rows.__getitem__, str(path))
+
+
+class _Parquet:
+  """Rows of a parquet file, of which the columns are kept as Arrow has them."""
+
+  def __init__(self, path: pathlib.Path):
+    self._table = pa.parquet.read_table(path).combine_chunks()
+
+  def __len__(self) -> int:
+    return self._table.num_rows
+
+  def __getitem__(self, row: int) -> dict:
+    return {
+      name: column[row].as_py() for name, column in zip(self._table.column_names, self._table)
+    }
+
+
+def _csv(path: pathlib.Path) -> list[dict]:
+  """The rows of a file with commas whose first line names the columns."""
+  table = csv.reader(io.StringIO(path.read_text(encoding='utf-8-sig'), newline=''), strict=True)
+  names, *rows = [row for row in table if row] or [[]]
+  if len(set(names)) < len(names):
+    raise ValueError(f'two columns have one name: {names}')
+  for number, row in enumerate(rows, start=1):
+    if len(row) != len(names):
+      raise ValueError(f'row {number} has {len(row)} values, but there are {len(names)} columns')
+  return [dict(zip(names, row)) for row in rows]
+
+
+def _json(path: pathlib.Path) -> list:
+  """The objects of a list, or of lines."""
+  text = b'\n'.join(lines(str(path))).decode('utf-8')
+  return json.loads(text) if text.lstrip().startswith('[') else _json_lines(path)
+
+
+def _json_lines(path: pathlib.Path) -> list:
+  rows = []
+  for number, line in enumerate(lines(str(path)), start=1):
+    try:
+      if line.strip():
+        rows.append(json.loads(line.decode('utf-8')))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'line {number}: {error}') from error
+  return rows
+
+
+_READERS = dict(zip(FILES, (_Parquet, _csv, _json, _json_lines, _json_lines), strict=True))
