@@ -45,6 +45,7 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
       raise ValueError(f'{name}=... is missing; valid: {sorted(_tables()[name])}')
   method, model = (_choose(kind, given.pop(kind)) for kind in ('method', 'model'))
   task_name = given.pop('task')
+  template_options = _taken(given, 'template')
   task, rest = _task_function(task_name, given)
 
   # Give every other option to the function that has an argument of its name.
@@ -64,7 +65,7 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   made = dataclasses.replace(task(**values['task']), **fields)
   if 'alphabet' in _knobs(model):
     values['model']['alphabet'] = made.alphabet
-  preset = model(**values['model'])
+  preset = _with_template(model(**values['model']), template_options)
   return compose(functools.partial(method, **values['method']), made, preset, **values['run'])
 
 
@@ -150,6 +151,17 @@ def _task_function(name: str, given: Mapping[str, str]) -> tuple[Callable, dict[
     raise ValueError(f'option task: unknown {name!r}{suggest(name, known)}')
   options = {k: _number(rest.pop(k)) for k in list(rest) if k in gym}
   return _with(tasks.reasoning_gym, task=name, options=options), rest
+
+
+def _with_template(preset: presets.Preset, options: Mapping[str, str]) -> presets.Preset:
+  """The model, whose chat template reads these options: `template.enable_thinking=false`."""
+  if not options:
+    return preset
+  if 'template_options' not in preset.tokenizer:
+    raise ValueError(f'options {sorted(options)} of the template: the model has no chat template')
+  tokenizer = preset.tokenizer.to_dict()
+  tokenizer['template_options'] = {name: _number(text) for name, text in options.items()}
+  return dataclasses.replace(preset, tokenizer=ConfigDict(tokenizer))
 
 
 def _taken(given: dict[str, str], prefix: str) -> dict[str, str]:

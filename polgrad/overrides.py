@@ -122,6 +122,8 @@ class _Slot(NamedTuple):
     kind = type(self.default)
     if self.default is inspect.Parameter.empty:
       kind = self.hint if isinstance(self.hint, type) else type(now)
+    if kind in (bool, type(None)) and text.lower() in ('true', 'false'):
+      return text.lower() == 'true'
     if kind is bool and text.lower() in ('true', '1', 'false', '0'):
       return text.lower() in ('true', '1')
     try:

@@ -7,8 +7,10 @@ import sys
 import pytest
 from absl.testing import flagsaver
 
-from polgrad import build, cli
+from polgrad import build, cli, identity
+from polgrad.options import from_text
 from polgrad.overrides import apply
+from tests import hub
 from tests.runs import grpo
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -48,6 +50,24 @@ def test_values_are_read_as_the_knob_wants_them(config):
   assert made.order == ('train',) and made.seed == 3
   before = grpo.get_config('smoke')
   assert config.to_json() == before.to_json()  # the first is as it was
+
+
+def test_options_of_a_chat_template_are_given_by_name(tmp_path):
+  path = hub.published('qwen3', tmp_path)
+  text = f'method=grpo,task=chain_sum,model=qwen3,path={path},smoke'
+  short = from_text(f'{text},template.enable_thinking=false,template.style=terse')
+  paths = {'enable_thinking': 'False', 'style': 'terse'}
+  paths = {f'config.tokenizer.template_options.{name}': value for name, value in paths.items()}
+  assert apply(from_text(text), paths, build.TABLE).to_dict() == short.to_dict()
+  assert short.tokenizer.template_options.to_dict() == {'enable_thinking': False, 'style': 'terse'}
+  with pytest.raises(
+    ValueError, match=r'enable_thinking: the chat template of .* does not read it'
+  ):
+    build.build(short)
+  found = identity.differences(*(identity.describe(one) for one in (from_text(text), short)))
+  assert any('template_options' in line for line in found)
+  with pytest.raises(ValueError, match=r"\['a'\] of the template: the model has no chat template"):
+    from_text('method=grpo,task=addition,model=tiny,template.a=1')
 
 
 def test_a_part_is_exchanged_with_knobs_of_its_own(config):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ REFUSED = (
 )  # fmt: skip
 # A tag that begins thoughts, such as <think> or [THINK].
 THOUGHTS = re.compile(r'[<\[][\w:]*(?:think|thought|reason)\w*[>\]]', re.IGNORECASE)
+# Names that a template gets from records, or that stand for functions.
+GIVEN = (
+  *('messages', 'tools', 'documents', 'add_generation_prompt'),
+  *('raise_exception', 'strftime_now'),
+)
 DATE = '2024-07-26'  # what Llama 3.2's template says where it is not told the date
 Chat = Callable[..., str]  # (messages, add_generation_prompt=True, tools=None) -> text
 Align = Callable[[str], tuple[list[int], list[tuple[int, int]]]]  # text -> ids, their spans in it
@@ -52,6 +58,7 @@ def jinja_chat(
   *,
   mark: str = '',
   date: str = DATE,
+  options: Mapping[str, Any] = types.MappingProxyType({}),
   where: str = 'the chat template',
 ) -> Chat:
   """Makes a chat function of a Jinja template.
@@ -63,6 +70,7 @@ def jinja_chat(
     special: texts of special tokens by name: `bos_token`, `eos_token`, ...
     mark: put before and after every text that the template writes within {% generation %}.
     date: YYYY-MM-DD, what a template is told that asks for the date of today.
+    options: further values that the template reads, by name, see `options_read`.
     where: file and key of the template, for errors.
 
   Raises:
@@ -70,20 +78,15 @@ def jinja_chat(
       returned: the template refuses the messages or fails, or there are tools and it does not read them.
   """
   today = datetime.datetime.fromisoformat(date)
-  environment = _Sandbox(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
-  )
+  environment = _environment()
   environment.filters['generation'] = lambda text: f'{mark}{text}{mark}'
   environment.globals['raise_exception'] = _raise_exception
   budget = _Budget()
   environment.globals['range'] = budget.range
   environment.filters['counted'] = budget.counted
   environment.globals['strftime_now'] = today.strftime
-  # Jinja has no {% generation %}; a filter of this name has the same effect.
-  source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
-  source = re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endfilter\2', source)
   try:
-    read = environment.parse(source)
+    read = environment.parse(_as_jinja(source))
     reads_tools = 'tools' in jinja2.meta.find_undeclared_variables(read)
     template = environment.from_string(_count(read))
   except REFUSED as error:
@@ -99,6 +102,7 @@ def jinja_chat(
       tools=tools or None,
       documents=None,
       **special,
+      **options,
     )
     try:
       return ''.join(budget.write(piece) for piece in pieces)
@@ -106,6 +110,31 @@ def jinja_chat(
       raise ValueError(f'{where} fails: {error}') from error
 
   return chat
+
+
+def options_read(source: str, special: Iterable[str] = ()) -> set[str]:
+  """Names of the values that a template reads and that no record gives, such as `enable_thinking`.
+
+  Args:
+    source: text of the template; none are read in one that cannot be parsed.
+    special: names of special tokens, which are no options.
+  """
+  environment = _environment()
+  try:
+    read = jinja2.meta.find_undeclared_variables(environment.parse(_as_jinja(source)))
+  except REFUSED:
+    return set()
+  return read - {*special, *GIVEN} - environment.globals.keys()
+
+
+def _environment() -> '_Sandbox':
+  return _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+
+
+def _as_jinja(source: str) -> str:
+  """The template without {% generation %}, which Jinja lacks; a filter of this name does the same."""
+  source = re.sub(r'(\{%[-+]?\s*)generation(\s*[-+]?%\})', r'\1filter generation\2', source)
+  return re.sub(r'(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})', r'\1endfilter\2', source)
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):

@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from polgrad import jsons
 from polgrad.data import chat as chats
 from polgrad.data.chat import make_conversation, plain_chat
-from polgrad.registry import table
+from polgrad.registry import suggest, table
 
 
 class Tokenizer(NamedTuple):
@@ -130,7 +130,12 @@ def sentencepiece(*, path: str) -> Tokenizer:
   )
 
 
-def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
+def huggingface(
+  *,
+  path: str,
+  date: str = chats.DATE,
+  template_options: dict = {},  # noqa: B006
+) -> Tokenizer:
   """The tokenizer of a Hugging Face folder: tokenizer.json and the files beside it.
 
   * Without tokenizer.json, tokenizer.model (SentencePiece) is read, and the special tokens of the other
@@ -149,12 +154,15 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
     path: the folder.
     date: what a template is told that asks for the date of today, as YYYY-MM-DD. It is part of the
       configuration, so prompts are the same on every day.
+    template_options: values that the chat template reads, by name, for example `enable_thinking`. They
+      hold for every prompt and every conversation that is trained.
 
   Raises:
     FileNotFoundError: `path` has neither tokenizer.json nor tokenizer.model.
     ValueError: a file is malformed (the message names file and key); no file names a stop token, an id
-      is not in the vocabulary, or `date` is no date; from `chat`, there is no template, or it refuses
-      the messages; from `conversation`, see `chat.make_conversation`.
+      is not in the vocabulary, `date` is no date, or no template reads a template option; from `chat`,
+      there is no template, or it refuses the messages; from `conversation`, see
+      `chat.make_conversation`.
   """
   folder = pathlib.Path(path)
   config = _read_json(folder / 'tokenizer_config.json', SETTINGS)
@@ -168,7 +176,9 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
 
   # The template, if there is one, says how a turn ends, and may open one.
   size = max(ids.values()) + 1
-  chat, marked = _chats(path, _templates(folder, config), special, date)
+  templates = _templates(folder, config)
+  _check_options(path, templates, special, template_options)
+  chat, marked = _chats(path, templates, special, date, template_options)
   ends = [i for i in align(chats.ending(chat))[0] if i in vocabulary.added]
   stops = _stop_ids(folder, [*ends[:1], ids.get(special.get('eos_token'))], size)
   pad = ids.get(special.get('pad_token'), stops[0])
@@ -187,10 +197,19 @@ def huggingface(*, path: str, date: str = chats.DATE) -> Tokenizer:
   )
 
 
-def _chats(path, templates, special, date):
+def _check_options(path, templates, special, options):
+  """Refuses options that no template reads."""
+  read = set().union(*(chats.options_read(text, special) for text, _ in templates.values()))
+  for name in sorted(options.keys() - read):
+    raise ValueError(
+      f'template_options.{name}: the chat template of {path} does not read it{suggest(name, read)}'
+    )
+
+
+def _chats(path, templates, special, date, options):
   """The chat function of the templates, and one that marks the assistant's words, or None."""
   make = lambda mark: {
-    name: chats.jinja_chat(text, special, mark=mark, date=date, where=where)
+    name: chats.jinja_chat(text, special, mark=mark, date=date, options=options, where=where)
     for name, (text, where) in templates.items()
   }
 

@@ -287,9 +287,9 @@ def test_a_template_that_grows_without_end_or_leaves_its_sandbox_is_refused(sour
     chat.jinja_chat(source, {})([{'role': 'user', 'content': 'hi'}])
 
 
-def turn_of(folder, record, length=150):
+def turn_of(folder, record, length=150, **options):
   """What is trained of a record, with special tokens."""
-  t = tokenizers.huggingface(path=str(folder))
+  t = tokenizers.huggingface(path=str(folder), **options)
   row = batching.supervised([{**record, 'id': 0}], t, length=length)
   return read(folder, row.tokens[0, row.mask[0]].tolist())
 
@@ -322,6 +322,32 @@ def test_a_block_of_thoughts_that_the_prompt_writes_is_not_trained(tmp_path):
   folder = folders.chatml(tmp_path, template)
   for record in ({'messages': TALK[:2]}, {'messages': TALK[:1], 'answer': 'Hello, 👩!'}):
     assert turn_of(folder, record) == 'Hello, 👩!<|im_end|>'
+
+
+# As Qwen 3 does, closes the thoughts at once if they are not wanted.
+SWITCHED = folders.THOUGHTS.replace(
+  "{{ '<|im_start|>assistant\n' }}",
+  "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+  "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+  ('options', 'opening', 'trained'),
+  [
+    ({}, '', '<think>\n\n</think>\n\nHello, 👩!<|im_end|>'),
+    ({'enable_thinking': True}, '', '<think>\n\n</think>\n\nHello, 👩!<|im_end|>'),
+    ({'enable_thinking': False}, '<think>\n\n</think>\n\n', 'Hello, 👩!<|im_end|>'),
+  ],
+)
+def test_an_option_of_the_template_decides_whether_the_block_of_thoughts_is_trained(
+  tmp_path, options, opening, trained
+):
+  folder = folders.chatml(tmp_path, SWITCHED)
+  made = tokenizers.huggingface(path=str(folder), template_options=options)
+  assert made.opening == opening
+  for record in ({'messages': TALK[:2]}, {'messages': TALK[:1], 'answer': 'Hello, 👩!'}):
+    assert turn_of(folder, record, template_options=options) == trained
 
 
 @pytest.mark.parametrize('template', [folders.CHATML, folders.THOUGHTS])

@@ -301,6 +301,19 @@ def test_a_template_that_prints_the_date_prints_that_of_the_configuration(folder
     chat(date='tomorrow')
 
 
+def test_options_reach_the_template_and_others_are_refused_with_those_that_it_reads(folder):
+  reads = '{{ bos_token }}{{ style }}{% if deep is defined %}{{ deep }}{% endif %}' + CHATML
+  configure(folder, eos_token='<eos>', bos_token='<bos>', chat_template=reads)
+  make = lambda **options: tokenizers.huggingface(path=str(folder), template_options=options)
+  assert make(style='terse', deep=2).chat(HELLO).startswith('<bos>terse2')
+  with pytest.raises(
+    ValueError, match=r"options.styl: .* did you mean 'style'.*\['deep', 'style'\]"
+  ):
+    make(styl='terse')
+  with pytest.raises(ValueError, match=r'template_options.messages: .* valid: '):
+    make(messages=[])
+
+
 TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
 
 
