@@ -26,6 +26,7 @@ from polgrad.models.kernels import ATTENTION, PLATFORMS
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, bind, suggest, table
 from polgrad.rewards import scoring, verifiers
+from polgrad.sampling.stopping import stop_table
 from polgrad.types import Layout, Prompts
 
 CHECKED = 64  # records of a generated source that are laid out before a run
@@ -54,7 +55,7 @@ class Judged:
 
   @functools.cached_property
   def score(self) -> Callable:
-    """(completions, records, lengths) -> `Scores`."""
+    """(completions, records, lengths, others) -> `Scores`, see `scoring.make_scorer`."""
     return scoring.make_scorer(
       self.reward,
       timeout_s=self.verifier_timeout,
@@ -62,6 +63,18 @@ class Judged:
       memory_gib=self.verifier_memory,
       isolate=self.isolate_verifiers,
     )
+
+  def judge(
+    self, texts: Sequence[str], records: Sequence[Mapping], tokenizer: tokenizers.Tokenizer
+  ) -> scoring.Scores:
+    """The scores of completions that nobody sampled, such as the answers in the data."""
+    tokens = [tokenizer.encode(text) for text in texts]
+    others = {
+      'prompt': lambda: [batching.prompt_text(record, tokenizer) for record in records],
+      'tokens': lambda: tokens,
+    }
+    lengths = [len(ids) + 1 for ids in tokens]  # with the stop token
+    return self.score(texts, records, lengths, others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +157,7 @@ class HeldOut(Judged, Evaluation):
     threshold: the least reward that counts as solved.
     answer: regular expression; maj@k compares the first group of its last match.
     overlong: of problems whose prompt is longer: 'error', 'drop' or 'truncate', see `collect.Collector`.
+    prefix, stop_strings: what completions begin and end with, see `collect.Sampling`.
   """
 
   every: Count = 50
@@ -157,12 +171,18 @@ class HeldOut(Judged, Evaluation):
   threshold: float = 1.0
   answer: str = '(?s)(.*)'
   overlong: batching.Overlong = 'error'
+  prefix: str = ''
+  stop_strings: tuple = ()
+
+  def own(self, tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer with this prefix and these stop strings."""
+    return tokenizer.sampling(self.prefix, self.stop_strings)
 
   def lay_out(
     self, records: Sequence[dict], *, tokenizer: tokenizers.Tokenizer, cut: bool = False
   ) -> Prompts:
     """The prompts of these problems, each of which has an `id`."""
-    return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
+    return batching.prompts(records, self.own(tokenizer), length=self.prompt_length, cut=cut)
 
 
 PhasePart = Annotated[Phase, table('build', Phase)]
@@ -262,12 +282,15 @@ def check(run: Experiment) -> None:
     _check_phase(f'config.phases.{name}', one, run)
   evaluation = run.evaluation
   if evaluation.every:
+    _check_stops('config.evaluation', evaluation, run)
     length = evaluation.prompt_length + evaluation.max_new_tokens
     _check_length('config.evaluation', length, run.policy)
 
 
 def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
+  if isinstance(collector, collect.Sampling):
+    _check_stops(f'{path}.collect', collector, run)
   _check_length(f'{path}.collect', collector.length, run.policy)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   if phase.layout.shared > 1 and not phase.layout.prompt_length:
@@ -308,6 +331,14 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
     )
   _check_reads(path, phase, run)
+
+
+def _check_stops(path: str, sampling: collect.Sampling | HeldOut, run: Experiment) -> None:
+  """Refuses stop strings that the sampler cannot find."""
+  try:
+    stop_table(sampling.own(run.tokenizer), run.tokenizer.vocab_size)
+  except ValueError as error:
+    raise ValueError(f'{path}.{error}') from error
 
 
 def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
@@ -389,12 +420,12 @@ def check_data(run: Experiment) -> list[str]:
   for name, phase in run.phases.items():
     path, rows = f'config.phases.{name}', len(phase.source)
     tracing.trace_objective(path, phase, run.policy)
-    told += _try_verifiers(f'{path}.reward', phase, phase.source)
+    told += _try_verifiers(f'{path}.reward', phase, phase.source, run.tokenizer)
     lines, asked[path] = _look(path, phase.source, rows, phase.collect, run.tokenizer)
     told += lines
   evaluation = run.evaluation
   if evaluation.every:
-    told += _try_verifiers('config.evaluation.reward', evaluation, evaluation.source)
+    told += _try_verifiers('config.evaluation.reward', evaluation, evaluation.source, run.tokenizer)
     rows = min(evaluation.problems, len(evaluation.source))
     lines, held_out = _look('config.evaluation', evaluation.source, rows, evaluation, run.tokenizer)
     told += lines
@@ -405,7 +436,9 @@ def check_data(run: Experiment) -> list[str]:
   return told
 
 
-def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> list[str]:
+def _try_verifiers(
+  path: str, judged: Judged, source: sources.Source, tokenizer: tokenizers.Tokenizer
+) -> list[str]:
   """Lets the verifiers judge the answers of a few records; records without one get an empty text.
 
   Returns:
@@ -415,7 +448,7 @@ def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> list[st
     return []
   records = [source[i] for i in sorted({row * len(source) // TRIED for row in range(TRIED)})]
   completions = [str(record.get('answer', '')) for record in records]
-  scores = judged.score(completions, records, [max(len(c.split()), 1) for c in completions])
+  scores = judged.judge(completions, records, tokenizer)
   for name, values in scores.components.items():
     if np.isnan(values).all():
       said = [m.partition(f': {name}: ')[2] for m in scores.messages if f': {name}: ' in m]
@@ -426,7 +459,7 @@ def _try_verifiers(path: str, judged: Judged, source: sources.Source) -> list[st
       )
   if not all(completions):
     return []
-  blank = judged.score([''] * len(records), records, [1] * len(records)).total
+  blank = judged.judge([''] * len(records), records, tokenizer).total
   if (scores.total > blank).any() or np.isnan(scores.total - blank).all():
     return []
   return [

@@ -158,9 +158,8 @@ def check_verifiers(part: Part, run: Experiment, most: int) -> Section:
   """What the verifiers of a section say of right and wrong answers."""
   rows = spaced(part.rows, most)
   records = [(i, part.judged.source[i]) for i in tqdm(rows, 'reading answers', leave=False)]
-  canary = canaries.try_verifiers(
-    part.judged.reward, part.judged.score, records, lambda text: len(run.tokenizer.encode(text)) + 1
-  )
+  judge = functools.partial(part.judged.judge, tokenizer=run.tokenizer)
+  canary = canaries.try_verifiers(part.judged.reward, judge, records)
   head = (
     'verifier',
     'tried',

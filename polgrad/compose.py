@@ -119,7 +119,8 @@ class _Run:
 
   @property
   def prompt_length(self) -> int:
-    return self.task.prompt_length + self.preset.template_tokens
+    own = self.task.prompt_length + len(self.task.prefix.encode())
+    return own + self.preset.template_tokens
 
   @property
   def length(self) -> int:
@@ -183,6 +184,8 @@ class _Run:
       'pairs': pairs,
       'length': self.length,
       'overlong': task.overlong,
+      'prefix': task.prefix,
+      'stop_strings': task.stop_strings,
     }
     if kind in (collect.Demonstrations, collect.Preferences):
       budgets.pop('prompt_length')
@@ -218,6 +221,8 @@ class _Run:
       prompt_length=self.prompt_length,
       max_new_tokens=task.max_new_tokens,
       overlong=task.overlong,
+      prefix=task.prefix,
+      stop_strings=task.stop_strings,
     )
 
 

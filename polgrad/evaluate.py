@@ -19,10 +19,11 @@ from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import TABLE, Experiment, build
-from polgrad.collect import completions, question
+from polgrad.collect import also_read, completions, question
 from polgrad.data import batching
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling.stopping import stop_table
 from polgrad.types import Params
 
 EVALUATION_STEP = 2**31 - 1  # seeds the sampling noise, with a step that no training step has
@@ -133,7 +134,8 @@ def attempt(experiment: Experiment, sample: Callable, params: Params, samples: i
   Args:
     sample: a sampler of the policy, which makes `samples` completions of each prompt.
   """
-  plan, tokenizer = experiment.evaluation, experiment.tokenizer
+  plan = experiment.evaluation
+  tokenizer = plan.own(experiment.tokenizer)
   kept = [record for record, fate in problems(experiment) if fate != 'dropped']
   records, texts, scores = [], [], []
   for start in range(0, len(kept), plan.batch):
@@ -157,7 +159,8 @@ def attempt(experiment: Experiment, sample: Callable, params: Params, samples: i
     written = completions(rollout, padded, tokenizer)[:rows]
     lengths = [int(x) for x in rollout.mask.sum(axis=1)[:rows]]
     owners = [record for record in piece for _ in range(samples)]
-    scores.append(plan.score(written, owners, lengths).total)
+    others = also_read(rollout, range(rows), owners, tokenizer)
+    scores.append(plan.score(written, owners, lengths, others).total)
     texts += [written[i : i + samples] for i in range(0, rows, samples)]
     records += piece
   return Attempts(records, texts, np.concatenate(scores).reshape(-1, samples))
@@ -193,6 +196,7 @@ def _sampler(experiment: Experiment, samples: int, behavior_policy: Callable) ->
     behavior_policy=behavior_policy,
     mesh=experiment.mesh,
     stop_ids=experiment.tokenizer.stop_ids,
+    stop_table=stop_table(plan.own(experiment.tokenizer), experiment.policy.config.vocab_size),
     pad_id=experiment.tokenizer.pad_id,
   )
 

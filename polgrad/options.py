@@ -20,7 +20,7 @@ from polgrad.registry import plain, suggest
 from polgrad.tasks import Task
 
 CHOICES = ('method', 'task', 'model')
-SIMPLE = (int, float, bool, str)
+SIMPLE = (int, float, bool, str, tuple)
 
 
 def from_text(text: str, **defaults: str) -> ConfigDict:
@@ -108,6 +108,8 @@ def convert(name: str, text: str, kind: type) -> Any:
     if text.lower() not in ('true', 'false', '1', '0'):
       raise ValueError(f'option {name}: expected true or false, got {text!r}')
     return text.lower() in ('true', '1')
+  if kind is tuple:  # an option is one of the texts
+    return (text,) if text else ()
   try:
     return kind(text)
   except ValueError as error:

@@ -8,7 +8,7 @@ turn: the prompt is the conversation so far in the tokenizer's chat template.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from polgrad.data import batching
 from polgrad.evaluate import restore_params
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling.stopping import stop_table
 from polgrad.types import Params
 
 _PROMPT = flags.DEFINE_multi_string(
@@ -29,13 +30,24 @@ _PROMPT = flags.DEFINE_multi_string(
 _CHAT = flags.DEFINE_bool('chat', False, 'Read lines as turns of a conversation.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Sampling temperature; 0 is greedy.')
 _TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Maximum length of a completion.')
+_PREFIX = flags.DEFINE_string('prefix', '', 'Given beginning of every completion, such as <think>.')
+_STOP = flags.DEFINE_multi_string(
+  'stop', [], 'Text that ends a completion; repeat the flag for more.'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling noise.')
 
 BUCKET = 64  # prompts are padded to a multiple of this number of tokens, so that few shapes compile
 
 
 def make_completer(
-  experiment: Experiment, params: Params, *, temperature: float, max_new_tokens: int, seed: int
+  experiment: Experiment,
+  params: Params,
+  *,
+  temperature: float,
+  max_new_tokens: int,
+  seed: int,
+  prefix: str = '',
+  stop_strings: Sequence[str] = (),
 ) -> Callable[[dict, int], str]:
   """Makes `complete(record, turn) -> text`, for records with a `prompt` or `messages`.
 
@@ -43,8 +55,10 @@ def make_completer(
     temperature: 0 is greedy.
     max_new_tokens: maximum length of a completion, at most half of the model's context.
     seed: with `turn`, a number, it seeds the sampling noise.
+    prefix: given beginning of every completion.
+    stop_strings: texts that end a completion, besides the stop tokens.
   """
-  tokenizer = experiment.tokenizer
+  tokenizer = experiment.tokenizer.sampling(prefix, stop_strings)
   max_new_tokens = min(max_new_tokens, experiment.policy.config.max_length // 2)
   sample = make_sampler(
     {'policy': experiment.policy},
@@ -54,6 +68,7 @@ def make_completer(
     behavior_policy=behavior_policies.current if temperature else behavior_policies.greedy,
     mesh=experiment.mesh,
     stop_ids=tokenizer.stop_ids,
+    stop_table=stop_table(tokenizer, experiment.policy.config.vocab_size),
     pad_id=tokenizer.pad_id,
   )
 
@@ -102,6 +117,8 @@ def main(argv: list[str]) -> None:
       temperature=_TEMPERATURE.value,
       max_new_tokens=_TOKENS.value,
       seed=_SEED.value,
+      prefix=_PREFIX.value,
+      stop_strings=_STOP.value,
     )
     converse(complete, _PROMPT.value or sys.stdin, chat=_CHAT.value)
 

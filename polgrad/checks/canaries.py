@@ -136,17 +136,15 @@ def _same(a: str, b: str) -> bool:
 
 def try_verifiers(
   reward: Mapping[str, Any],
-  score: Callable[..., Scores],
+  judge: Callable[[Sequence[str], Sequence[Mapping]], Scores],
   records: Sequence[tuple[int, Mapping]],
-  length: Callable[[str], int],
 ) -> Canary:
   """Lets the verifiers of a section judge right and wrong texts.
 
   Args:
     reward: the verifiers by name.
-    score: (completions, records, lengths) -> Scores of these verifiers.
+    judge: (completions, records) -> Scores of these verifiers.
     records: (row, record) of those that are tried.
-    length: tokens of a completion.
   """
   field = field_of(reward)
   told = [(row, record) for row, record in records if record.get(field) is not None]
@@ -158,9 +156,6 @@ def try_verifiers(
     return Canary((), tuple(sorted(notes)), {}, ())
   rows = [row for row, _ in told]
   texts = [str(record[field]) for _, record in told]
-
-  def judge(completions: Sequence[str], some: Sequence[Mapping]) -> Scores:
-    return score(completions, some, [length(text) for text in completions])
 
   # Compare the forms on a few records, and take for each verifier the one that it likes best.
   few = sorted({i * len(told) // TRIED for i in range(TRIED)})

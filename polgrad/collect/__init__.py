@@ -6,6 +6,7 @@
 | `Explored` | the same, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
+| `Sampling` | the interface of those that sample |
 | `Collector` | the interface of all of these; its fields are settings, `make` gives the function |
 | `minibatches` | cuts a batch for several updates |
 
@@ -17,11 +18,11 @@ over the mesh.
 
 from typing import Annotated
 
-from polgrad.collect.base import Collected, Collector, Context, minibatches
+from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
 from polgrad.collect.data import Demonstrations, Preferences
 from polgrad.collect.exploration import Explored
 from polgrad.collect.rollouts import Rollouts
-from polgrad.collect.scored import completions, question
+from polgrad.collect.scored import also_read, completions, question
 from polgrad.registry import table
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
   'Part',
   'Preferences',
   'Rollouts',
+  'Sampling',
+  'also_read',
   'completions',
   'minibatches',
   'question',

@@ -188,6 +188,28 @@ class Annotator:
     return sharding.place_batch(context.mesh, rows)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Collector):
+  """A collector that samples: what completions begin and end with."""
+
+  # The beginning of every completion, such as '<think>': it is given, not sampled and not trained, and
+  # verifiers see it.
+  prefix: str = ''
+  # Texts that end a completion, besides the stop tokens.
+  stop_strings: tuple = ()
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
+    return super().lay_out(records, tokenizer=self.own(tokenizer), cut=cut)
+
+  def own(self, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with this prefix and these stop strings."""
+    return tokenizer.sampling(self.prefix, self.stop_strings)
+
+  def within(self, context: Context) -> Context:
+    """The context with the tokenizer that `own` gives."""
+    return context._replace(tokenizer=self.own(context.tokenizer))
+
+
 def make_annotator(
   context: Context,
   temperature: float,

@@ -17,7 +17,7 @@ import optax
 
 from polgrad import optim, sharding
 from polgrad.collect import base
-from polgrad.collect.base import Collect, Collector, Context, Draw
+from polgrad.collect.base import Collect, Context, Draw, Sampling
 from polgrad.collect.rollouts import make_drawer
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Steps, common
@@ -32,7 +32,7 @@ from polgrad.types import Array, Batch, Params, Prompts, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Explored(Collector):
+class Explored(Sampling):
   """Rollouts that cover the policy's distribution better than independent ones (arXiv:2311.08290).
 
   Each group is drawn in `rounds` parts. Before each part but the first, a behavior policy starts at
@@ -95,6 +95,7 @@ class Explored(Collector):
     return PROVIDED
 
   def make(self, context: Context) -> Collect:
+    context = self.within(context)
     sampler = dict(
       samples_per_prompt=self.samples_per_prompt // self.rounds,
       max_new_tokens=self.max_new_tokens,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from polgrad.collect import replay as replays
-from polgrad.collect.base import Collect, Collector, Context, Draw
+from polgrad.collect.base import Collect, Context, Draw, Sampling
 from polgrad.collect.scored import (
   Texts,
   demonstrated,
@@ -26,12 +26,13 @@ from polgrad.objectives.base import RESERVED
 from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs, unbound
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling.stopping import stop_table
 from polgrad.sharding import to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollouts(Collector):
+class Rollouts(Sampling):
   """Samples completions of prompts, scores and credits them."""
 
   # Data records of a step.
@@ -155,7 +156,7 @@ class Rollouts(Collector):
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
     if self.demonstrations:  # they are added after sampling; here one that does not fit is refused
-      self.demonstrated(records, tokenizer, cut=cut)
+      self.demonstrated(records, self.own(tokenizer), cut=cut)
     return prompts
 
   def demonstrated(self, records: Sequence[dict], tokenizer: Tokenizer, *, cut: bool) -> Batch:
@@ -164,6 +165,7 @@ class Rollouts(Collector):
     return demonstrated(records, tokenizer, **sizes, cut=cut)
 
   def make(self, context: Context) -> Collect:
+    context = self.within(context)
     draw_rows = self._row_sampler(context, self.behavior_policy, self.samples_per_prompt)
     draw_baselines = None
     if self.baseline_samples:
@@ -268,6 +270,7 @@ def make_drawer(context: Context, settings: Mapping) -> Callable:
     default=context.policy,
     mesh=context.mesh,
     stop_ids=tokenizer.stop_ids,
+    stop_table=stop_table(tokenizer, context.policy.config.vocab_size),
     pad_id=tokenizer.pad_id,
     **settings,
   )

@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,8 +32,10 @@ def question(record: Mapping) -> str:
 def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) -> list[str]:
   """The text of each row's completion, without the stop token that ended it.
 
-  It is the whole assistant turn: what the chat template wrote of it in the prompt, such as `<think>`,
-  comes first. Of special tokens only stop, pad and bos tokens are left out.
+  It is the whole assistant turn: what the prompt has written of it, such as `<think>` by the chat
+  template or the `prefix`, comes first. Of special tokens only stop, pad and bos tokens are left out. It
+  ends with the first stop string that was sampled, if any: what the last token adds behind that is left
+  out.
 
   Args:
     records: of the prompts, in the order of the rows; each has the same number of rows.
@@ -41,10 +43,17 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
   rows_per_prompt = len(batch.tokens) // len(records)
   texts = []
   for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
-    opened = tokenizer.opening if 'messages' in records[i // rows_per_prompt] else ''
+    opened = batching.opening(records[i // rows_per_prompt], tokenizer)
     ids = [int(i) for i in tokens[mask]]
-    texts.append(opened + tokenizer.decode(ids[:-1] if finished else ids))
+    stopped = finished and ids[-1] in tokenizer.stop_ids
+    text = tokenizer.decode(ids[:-1] if stopped else ids)
+    texts.append(opened + _through_stop(text, tokenizer.stop_strings))
   return texts
+
+
+def _through_stop(text: str, strings: Sequence[str]) -> str:
+  """The text up to where the first of the strings ends in it."""
+  return text[: min((text.index(s) + len(s) for s in strings if s in text), default=len(text))]
 
 
 def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple[Batch, Texts]:
@@ -59,11 +68,26 @@ def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple
     [texts[i] for i in rows],
     [records[i // rows_per_prompt] for i in rows],
     [int(lengths[i]) for i in rows],
+    also_read(batch, rows, [records[i // rows_per_prompt] for i in rows], context.tokenizer),
   )
   if processes > 1:
     scores = _gather_scores(scores, len(texts))
   rewards = np.where(scores.valid, scores.total, 0.0).astype(np.float32)
   return batch.replace(rewards=rewards, valid=scores.valid), Texts(texts, list(records), scores)
+
+
+def also_read(
+  batch: Batch, rows: Sequence[int], records: Sequence[Mapping], tokenizer: Tokenizer
+) -> dict[str, Callable[[], list]]:
+  """What verifiers read of some rows besides text, record and length, see `scoring.make_scorer`.
+
+  Args:
+    records: of these rows.
+  """
+  return {
+    'prompt': lambda: [batching.prompt_text(record, tokenizer) for record in records],
+    'tokens': lambda: [batch.tokens[i][batch.mask[i]].tolist() for i in rows],
+  }
 
 
 def _gather_scores(scores: Scores, rows: int) -> Scores:

@@ -10,6 +10,9 @@ Some templates change the text of a turn, for example remove its thoughts. Then 
 has written it already, such as `<think>`; a last turn of `messages` is refused. A `prompt` that is text
 has no template: the completion follows it word for word.
 
+With a `prefix` of the tokenizer, which is put between the prompt and what is sampled, completions follow
+that word for word, and lose it where they begin with it.
+
 A prompt is tokenised once, and the ids of a completion are never decoded and tokenised again. A record
 with too many tokens raises `TooLong`, which names it. With `cut`, a prompt to sample from loses its
 beginning instead (but not bos), and a row with its completion loses its end. Masks are computed from
@@ -178,17 +181,29 @@ def completion(record: Mapping, tokenizer: Tokenizer, field: str = 'answer') -> 
   return ids[len(_prompt(record, tokenizer)) :]
 
 
+def prompt_text(record: Mapping, tokenizer: Tokenizer) -> str:
+  """The text that is tokenised as the prompt of a record: with the chat template and the prefix.
+
+  Raises:
+    ValueError: the template refuses the messages, or nothing reads the tools.
+  """
+  tools = record.get('tools')
+  if 'messages' in record:
+    return tokenizer.chat(record['messages'], tools=tools) + tokenizer.prefix
+  if tools:
+    raise ValueError('a prompt that is text has no place for its tools')
+  return record['prompt'] + tokenizer.prefix
+
+
+def opening(record: Mapping, tokenizer: Tokenizer) -> str:
+  """What the prompt of a record has written of the completion already."""
+  return (tokenizer.opening if 'messages' in record else '') + tokenizer.prefix
+
+
 def _prompt(record, tokenizer):
   """Token ids of the prompt, with bos where the tokenizer has one."""
-  tools = record.get('tools')
   with _naming(record):
-    if 'messages' in record:
-      text = tokenizer.chat(record['messages'], tools=tools)
-    elif tools:
-      raise ValueError('a prompt that is text has no place for its tools')
-    else:
-      text = record['prompt']
-    ids = _bos(record, tokenizer, tokenizer.encode(text))
+    ids = _bos(record, tokenizer, tokenizer.encode(prompt_text(record, tokenizer)))
   if not ids:
     raise ValueError(f'record {record["id"]}: the prompt has no tokens to condition on')
   return ids
@@ -225,7 +240,7 @@ def _segment(record, tokenizer, field):
 
 def _turn(record, tokenizer, field):
   """(ids, mask) of the completion as the template writes it after the prompt; None if it cannot."""
-  if 'messages' not in record:
+  if 'messages' not in record or tokenizer.prefix:
     return None
   asked, tools = record['messages'], record.get('tools')
   reply = {'role': 'assistant', 'content': record[field]}
@@ -240,9 +255,11 @@ def _turn(record, tokenizer, field):
 def _words(record, tokenizer, field):
   """(ids, mask) of the completion word for word, and one stop token."""
   text = record[field]
-  if 'messages' in record and tokenizer.opening:
-    for opened in (tokenizer.opening, tokenizer.opening.strip()):
+  whole = opening(record, tokenizer)
+  for opened in (whole, whole.strip(), tokenizer.prefix):
+    if opened and text.startswith(opened):
       text = text.removeprefix(opened)
+      break
   # The text may end with a stop token already; a stop token further inside would hide what follows it.
   with _naming(record):
     completion = list(tokenizer.encode(text))

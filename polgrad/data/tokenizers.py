@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import json
 import pathlib
 import re
 import types
@@ -34,6 +35,16 @@ class Tokenizer(NamedTuple):
   # What the generation prompt of `chat` writes of the assistant's turn, for example `<think>`.
   opening: str = ''
   name: Callable[[int], str] = str  # what the files call a special token, such as <|im_end|>
+  # What a collector or an evaluation puts between the prompt and what is sampled; verifiers see it.
+  prefix: str = ''
+  stop_strings: tuple[str, ...] = ()  # texts that end a completion, besides the stop tokens
+  # first -> the bytes that each id adds to a decoded text, as its `first` token or a later one; None if
+  # they are unknown.
+  pieces: Callable[[bool], list[bytes]] | None = None
+
+  def sampling(self, prefix: str, stop_strings: Sequence[str]) -> 'Tokenizer':
+    """The tokenizer of a collector or an evaluation with this prefix and these stop strings."""
+    return self._replace(prefix=prefix, stop_strings=tuple(stop_strings))
 
 
 def byte() -> Tokenizer:
@@ -57,6 +68,7 @@ def byte() -> Tokenizer:
     bos_id=257,
     stop_ids=(258,),
     name={256: 'pad', 257: 'bos', 258: 'eos'}.get,
+    pieces=lambda first: [bytes([i]) for i in range(256)],
   )
 
 
@@ -93,6 +105,7 @@ def characters(*, alphabet: str) -> Tokenizer:
     bos_id=-1,
     stop_ids=(1,),
     name={0: 'pad', 1: 'eos'}.get,
+    pieces=lambda first: [b'', b'', *(c.encode() for c in alphabet)],
   )
 
 
@@ -183,15 +196,17 @@ def huggingface(
   stops = _stop_ids(folder, [*ends[:1], ids.get(special.get('eos_token'))], size)
   pad = ids.get(special.get('pad_token'), stops[0])
   texts = [token for token, i in ids.items() if i in stops]
+  hidden = {*stops, pad, ids.get(special.get('bos_token'))}
   return Tokenizer(
     encode=lambda text: align(text)[0],
-    decode=vocabulary.make_decode({*stops, pad, ids.get(special.get('bos_token'))}),
+    decode=vocabulary.make_decode(hidden),
     chat=chat,
     conversation=make_conversation(align, chat, stop_id=stops[0], stops=texts, marked=marked),
     vocab_size=size,
     pad_id=pad,
     bos_id=ids[special['bos_token']] if vocabulary.opens else -1,
     stop_ids=tuple(stops),
+    pieces=vocabulary.pieces and (lambda first: vocabulary.pieces(hidden, first)),
     opening=chats.opening(chat),
     name={i: token for token, i in ids.items()}.__getitem__,
   )
@@ -281,6 +296,8 @@ class _Vocabulary(NamedTuple):
   added: frozenset[int]  # special tokens, and others that are found in a text before it is split
   special: dict[str, str]  # texts of bos_token, eos_token, ...
   opens: bool  # whether the tokenizer puts bos before a plain text
+  # (ids to leave out, first) -> see `Tokenizer.pieces`
+  pieces: Callable[[set[int], bool], list[bytes]] | None = None
 
 
 def _read_fast(folder, special):
@@ -314,7 +331,57 @@ def _read_fast(folder, special):
     added=frozenset(model.get_added_tokens_decoder()),
     special=special,
     opens=opens and special['bos_token'] in ids,
+    pieces=_pieces_of(json.loads(model.to_str())['decoder'], ids),
   )
+
+
+def _pieces_of(decoder, ids):
+  """The function from (ids to leave out, first) to the bytes of each token, or None.
+
+  Args:
+    decoder: what tokenizer.json says of decoding. Known are bytes as letters (`ByteLevel`), and words
+      that begin with U+2581, with single bytes as `<0x0A>` and perhaps without the first space.
+    ids: ids by token.
+  """
+  steps = {
+    step['type']: step for step in (decoder or {}).get('decoders', [decoder or {'type': ''}])
+  }
+  space = steps.get('Replace', {'pattern': {'String': '▁'}, 'content': ' '})
+  strip = steps.get('Strip', {'content': ' ', 'start': 0, 'stop': 0})
+  if steps.keys() == {'ByteLevel'}:
+    letters = _byte_letters()
+    read = lambda t: bytes(letters[c] for c in t) if letters.keys() >= set(t) else t.encode()
+  elif (
+    {'Replace', 'Metaspace'} & steps.keys()
+    and steps.keys() <= {'Replace', 'Metaspace', 'ByteFallback', 'Fuse', 'Strip'}
+    and (space['pattern'], space['content']) == ({'String': '▁'}, ' ')
+    and (strip['content'], strip['stop']) == (' ', 0)
+    and strip['start'] <= 1
+  ):
+    single = re.compile('<0x([0-9A-F]{2})>')
+
+    def read(token):
+      found = single.fullmatch(token) if 'ByteFallback' in steps else None
+      return bytes([int(found[1], 16)]) if found else token.replace('▁', ' ').encode()
+
+  else:
+    return None
+  lost = strip['start'] or steps.get('Metaspace', {}).get('prepend_scheme', 'never') != 'never'
+
+  def pieces(hidden, first):
+    out = [b''] * (max(ids.values()) + 1)
+    for token, i in ids.items():
+      out[i] = b'' if i in hidden else read(token)
+    return [piece.removeprefix(b' ') for piece in out] if first and lost else out
+
+  return pieces
+
+
+def _byte_letters():
+  """The bytes that letters of `ByteLevel` stand for: printable ones are themselves."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [i for i in range(256) if i not in printable]
+  return {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(others)}
 
 
 def _read_sentencepiece(folder, config, special):

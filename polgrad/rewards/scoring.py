@@ -7,7 +7,8 @@ teach the policy that its answer was wrong.
 
 import collections
 import queue
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from polgrad.rewards import verifiers as ours
 from polgrad.rewards import worker
 from polgrad.rewards.worker import Failure, verify
 
-READS = ('completion', 'record', 'length')  # names of the arguments that a verifier may have
+READS = ('completion', 'record', 'length')  # what every call of `score` gets of a row
+ALSO = ('prompt', 'tokens')  # what it gets only if a verifier reads it
 MESSAGES = 5  # number of failures that are reported in words for each batch
 # Verifiers that run in this process: they are quick, start nothing and evaluate nothing.
 IN_PROCESS = (
@@ -44,12 +46,16 @@ def make_scorer(
   workers: int = 2,
   memory_gib: float = 4.0,
   isolate: bool = True,
-) -> Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]:
-  """Makes `score(completions, records, lengths) -> Scores`.
+) -> Callable[..., Scores]:
+  """Makes `score(completions, records, lengths, others={}) -> Scores`.
+
+  The first three are lists over the rows. `others` has functions by 'prompt' and 'tokens', which make
+  such lists; they are called only if a verifier reads the result.
 
   Args:
     terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
-      completion, record and length. `registry.Weighted` gives it a coefficient; otherwise that is 1.
+      completion, record, length, prompt and tokens. `registry.Weighted` gives it a coefficient;
+      otherwise that is 1.
     timeout_s: seconds that one isolated verifier may take on one row.
     workers: processes of isolated verifiers. They start with the first call and live as long as
       `score`.
@@ -91,11 +97,21 @@ def make_scorer(
     finally:  # after an interruption, the tasks that wait are not done
       threads.shutdown(wait=False, cancel_futures=True)
 
-  def score(completions, records, lengths):
+  reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
+  wanted = set(ALSO).intersection(*[set().union(*reads.values())])
+
+  def score(completions, records, lengths, others=types.MappingProxyType({})):
     rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]
-    # One task for each pair of verifier and row; results come in the order of the tasks.
+    for name in wanted & others.keys():
+      for row, value in zip(rows, others[name](), strict=True):
+        row[name] = value
+    # One task for each pair of verifier and row; results come in the order of the tasks. A verifier gets
+    # what it reads, because all that it gets is sent to its process.
     tasks = [(name, row) for name in verifiers for row in range(len(rows))]
-    results = dict(zip(tasks, run([(name, rows[row]) for name, row in tasks]), strict=True))
+    given = [
+      (name, {k: v for k, v in rows[row].items() if k in reads[name]}) for name, row in tasks
+    ]
+    results = dict(zip(tasks, run(given), strict=True))
 
     # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
     components = {name: np.full(len(rows), np.nan) for name in verifiers}
@@ -114,9 +130,9 @@ def make_scorer(
 
 def _check(name: str, fn: Callable) -> None:
   """Refuses a verifier with unknown arguments."""
-  unknown = sorted(set(registry.inputs(fn)) - set(READS))
+  unknown = sorted(set(registry.inputs(fn)) - {*READS, *ALSO})
   if unknown:
-    raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {list(READS)}')
+    raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {[*READS, *ALSO]}')
 
 
 def _asker(

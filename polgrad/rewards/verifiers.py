@@ -1,9 +1,10 @@
 """Verifiers: functions that judge one completion by a rule and return a float.
 
 The names of the positional arguments say what a verifier reads: `completion` (text without the stop
-token), `record` (the record of the prompt) and `length` (number of completion tokens, including the stop
-token). A verifier that cannot judge, because the record lacks a field for example, raises an error
-instead of returning 0.
+token), `record` (the record of the prompt), `length` (number of completion tokens, including the stop
+token), `prompt` (text that the model was given, with its chat template) and `tokens` (ids of the
+completion, including the stop token). A verifier that cannot judge, because the record lacks a field for
+example, raises an error instead of returning 0.
 
 This module does not import JAX, because verifiers also run in worker processes, which should start
 quickly.

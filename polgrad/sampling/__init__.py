@@ -4,6 +4,7 @@
 |---|---|
 | `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
 | `behavior_policies` | which policy draws: the current one, greedily, a reference, a mixture of two |
+| `stopping` | texts that end a completion, as a table of states and tokens |
 | `processors` | what is done to its logits before a draw: temperature, top-k, top-p |
 """
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from polgrad.models.policy import Policy
 from polgrad.registry import call
+from polgrad.sampling.stopping import StopTable
 from polgrad.types import Array, Batch, Params
 
 
@@ -48,6 +49,8 @@ class Decoding(NamedTuple):
   tokens: Array  # i32[B, max_new_tokens], the completions; pad_id where nothing is drawn
   logp: Array  # f32[B, max_new_tokens], their log-probabilities; 0 where nothing is drawn
   drawn: Array  # bool[B, max_new_tokens], which tokens have been drawn
+  finished: Array  # bool[B, 1], which rows have ended with a stop token or a stop string
+  seen: Array | None  # u8[Q, S], state of the stop strings; None without any, see `StopTable`
 
   @property
   def end(self) -> int:
@@ -92,6 +95,7 @@ class Sampler:
   queues: int  # Q, the data-parallel size of the mesh
   stop_ids: Sequence[int]  # tokens that end a completion
   pad_id: int  # token of padding
+  stop_table: StopTable | None = None  # of stop strings; `run` gets its array
 
   def run(
     self,
@@ -101,15 +105,19 @@ class Sampler:
     prompt_ids: Array,
     seed: Array,
     step: Array,
+    following: Array | None = None,
     *,
     padding: int,
   ) -> Batch:
-    """Samples completions of prompts from which `padding` columns on the left were trimmed."""
+    """Samples completions of prompts from which `padding` columns on the left were trimmed.
+
+    `following` is the array of `stop_table`: as an argument it is no constant of the program.
+    """
     # Layers are cut from their stacks here: inside the loop it would happen at every step.
     params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
-    draw = functools.partial(self.draw, params, keys, tokens.shape[1])
+    draw = functools.partial(self.draw, params, keys, following, tokens.shape[1])
     # Refill, then draw until the next refill is due. The last draws continue until all slots are idle.
     state = jax.lax.while_loop(
       rows_left,
@@ -153,6 +161,8 @@ class Sampler:
       tokens=jnp.full((rows, self.max_new_tokens), self.pad_id, jnp.int32),
       logp=jnp.zeros((rows, self.max_new_tokens), jnp.float32),
       drawn=jnp.zeros((rows, self.max_new_tokens), bool),
+      finished=jnp.zeros((rows, 1), bool),
+      seen=jnp.zeros((self.queues, each), jnp.uint8) if self.stop_table else None,
     )
 
   def refill(self, prompts: Prefilled, state: Decoding) -> Decoding:
@@ -172,10 +182,16 @@ class Sampler:
       length=swap(prompt.length, state.length),
       hidden=jax.tree.map(swap, prompt.hidden, state.hidden),
       caches={name: begin(name, policy) for name, policy in self.policies.items()},
+      seen=jnp.where(taken, self.stop_table.start, state.seen) if self.stop_table else None,
     )
 
   def draw(
-    self, params: dict[str, Params], keys: Array, prompt_width: int, state: Decoding
+    self,
+    params: dict[str, Params],
+    keys: Array,
+    following: Array | None,
+    prompt_width: int,
+    state: Decoding,
   ) -> Decoding:
     """Draws the next token of every slot, then lets the models read it.
 
@@ -185,8 +201,12 @@ class Sampler:
     log_probs = self.distribution(params, state.hidden)
     token = _categorical(_take(keys, state.row), made, log_probs)
     logp = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
-    # A row ends with a stop token or its last column. The token is recorded in either case.
-    over = self._is_stop(token) | (made + 1 == self.max_new_tokens)
+    # A row ends with a stop token, a stop string or its last column. The token is recorded in any case.
+    stopped, seen = self._is_stop(token), None
+    if self.stop_table:
+      seen = following[state.seen, token.reshape(state.seen.shape)]
+      stopped |= seen.reshape(-1) == self.stop_table.end
+    over = stopped | (made + 1 == self.max_new_tokens)
     write = lambda x, value: _put(x, state.row, state.made, value)
     hidden, caches = self.read(params, token, running, prompt_width, state)
     return state._replace(
@@ -198,6 +218,8 @@ class Sampler:
       tokens=write(state.tokens, token),
       logp=write(state.logp, logp),
       drawn=write(state.drawn, jnp.ones_like(running)),
+      finished=_put(state.finished, state.row, jnp.zeros_like(state.row), stopped),
+      seen=seen,
     )
 
   def distribution(self, params: dict[str, Params], hidden: dict[str, Array]) -> Array:
@@ -250,15 +272,13 @@ class Sampler:
     texts = jnp.concatenate([repeat(jnp.where(mask, tokens, self.pad_id)), state.tokens], axis=1)
     # Which columns are real is known from `drawn`, not from token ids: the pad id may be a stop id.
     real = jnp.concatenate([repeat(mask), state.drawn], axis=1)
-    last = jnp.sum(state.drawn, axis=1, keepdims=True) - 1
-    last = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
     left = lambda x, by, fill: jnp.pad(x, ((0, 0), (by, 0)), constant_values=fill)
     return Batch(
       tokens=left(texts, padding, self.pad_id),
       segment_ids=left(real, padding, False).astype(jnp.int32),
       mask=left(state.drawn, padding + width, False),
       behavior_logp=left(state.logp, padding + width, 0),
-      finished=self._is_stop(last),
+      finished=state.finished[:, 0],
       prompt_ids=repeat(prompt_ids),
       group_ids=repeat(jnp.arange(prompts)),
     )

@@ -15,6 +15,7 @@ from polgrad.models.policy import Policy
 from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Sampler
+from polgrad.sampling.stopping import StopTable
 from polgrad.sharding import data_parallel_size, place_batch
 from polgrad.types import Array, Batch, Params
 
@@ -28,6 +29,7 @@ def make_sampler(
   samples_per_prompt: int = 1,
   slots: int = 0,
   stop_ids: Sequence[int] = (),
+  stop_table: StopTable | None = None,
   pad_id: int = 0,
   temperature: float = 1.0,
   top_k: int = 0,
@@ -41,8 +43,8 @@ def make_sampler(
   `prompt_ids` i32[N] are the prompts' rows in the data set.
 
   The batch has B = N * samples_per_prompt rows, prompt-major, and T = Tp + max_new_tokens columns.
-  A stop token is part of its completion; a row without one after `max_new_tokens` tokens is not
-  `finished`. After the completion a row holds `pad_id`, segment 0 and a False mask.
+  A stop token is part of its completion; a row without one (or a stop string) after `max_new_tokens`
+  tokens is not `finished`. After the completion a row holds `pad_id`, segment 0 and a False mask.
 
   Tokens are drawn from softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
   `behavior_logp` is the log-probability of a token under exactly this distribution. With top_k and
@@ -63,6 +65,7 @@ def make_sampler(
       the next rows take their places. Saves time when few rows are long, and bounds the caches.
       0 (the default) decodes all rows at once.
     stop_ids: tokens that end a completion.
+    stop_table: of texts that end a completion, see `stopping`; the token that completes one is the last.
     pad_id: token of padding; it may be one of `stop_ids`.
     temperature: divides the logits of the behavior policy.
     top_k: number of most likely tokens that are kept; 0 keeps all.
@@ -86,16 +89,18 @@ def make_sampler(
     queues=queues,
     stop_ids=tuple(stop_ids),
     pad_id=pad_id,
+    stop_table=stop_table,
   )
+  following = stop_table.following if stop_table else None
   run = jit(sampler.run, static_argnames='padding')
 
   def sample(params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step) -> Batch:
     padding = tokens.shape[1] - _bucket(int(np.max(np.sum(mask, axis=1))), tokens.shape[1])
     prompts = (tokens[:, padding:], mask[:, padding:], prompt_ids)
     if mesh is None:
-      return run(params, *prompts, seed, step, padding=padding)
+      return run(params, *prompts, seed, step, following, padding=padding)
     with jax.set_mesh(mesh):
-      return run(params, *place_batch(mesh, prompts), seed, step, padding=padding)
+      return run(params, *place_batch(mesh, prompts), seed, step, following, padding=padding)
 
   return sample
 

@@ -35,6 +35,8 @@ class Task:
     evaluate_every: batches between evaluations.
     held_out_problems: problems in an evaluation.
     evaluation_batch: of these, how many are decoded at once.
+    prefix: given beginning of every sampled completion, such as `<think>`, see `collect.Sampling`.
+    stop_strings: texts that end a completion, besides the stop tokens. An option of a run gives one.
     overlong: of records that have more tokens: 'error', 'drop' or 'truncate', see `collect.Collector`.
   """
 
@@ -57,6 +59,8 @@ class Task:
   evaluate_every: Count = 50
   held_out_problems: AtLeastOne = 200
   evaluation_batch: AtLeastOne = 50
+  prefix: str = ''
+  stop_strings: tuple = ()
   overlong: str = 'error'
 
   def __post_init__(self):

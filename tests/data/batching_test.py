@@ -49,6 +49,32 @@ def test_the_completion_ends_with_the_stop_token_exactly_once():
     batching.supervised([{'prompt': 'a', 'answer': '1c2', 'id': 0}], t, length=8)
 
 
+@pytest.mark.parametrize(
+  ('record', 'prompt', 'said'),
+  [
+    ({'prompt': 'q: ', 'answer': '4'}, 'q: <a>\n', '4'),
+    ({'prompt': 'q: ', 'answer': '<a>\n4'}, 'q: <a>\n', '4'),
+    ({'messages': [{'role': 'user', 'content': 'q'}], 'answer': '4'}, 'user: q\nassistant: (<a>\n', '4'),
+    ({'messages': [{'role': 'user', 'content': 'q'}], 'answer': '(<a>\n4'},
+     'user: q\nassistant: (<a>\n', '4'),
+    ({'messages': [{'role': 'user', 'content': 'q'}], 'answer': '<a>\n4'},
+     'user: q\nassistant: (<a>\n', '4'),
+  ],
+)  # fmt: skip
+def test_a_prefix_ends_the_prompt_and_is_left_out_of_completions(record, prompt, said):
+  def opened(messages, add_generation_prompt=True, tools=None):
+    text = BYTE.chat(messages, add_generation_prompt, tools)
+    return text + '(' if add_generation_prompt else text
+
+  tokenizer = BYTE._replace(chat=opened, opening='(').sampling('<a>\n', ())
+  got = batching.prompts([{**record, 'id': 0}], tokenizer, length=40)
+  assert tokenizer.decode(got.tokens[0]) == prompt
+  row = batching.supervised([{**record, 'id': 0}], tokenizer, length=40)
+  assert tokenizer.decode(row.tokens[0]) == prompt + said
+  assert tokenizer.decode(row.tokens[0, row.mask[0]]) == said
+  assert batching.completion({**record, 'id': 0}, tokenizer) == [*said.encode(), *BYTE.stop_ids]
+
+
 def test_pad_equal_to_stop_changes_no_mask():
   same = T._replace(pad_id=EOS)
   for make in (batching.supervised, batching.prompts):

@@ -189,8 +189,27 @@ def test_lists_of_unequal_length_are_refused(here):
 
 
 def test_a_verifier_that_reads_something_else_is_refused():
-  with pytest.raises(ValueError, match=r"odd: .*\['prompt'\]; valid: \['completion'"):
-    scoring.make_scorer({'odd': lambda prompt, completion: 0.0})
+  with pytest.raises(ValueError, match=r"odd: .*\['prompts'\]; valid: \['completion'.*'tokens'\]"):
+    scoring.make_scorer({'odd': lambda prompts, completion: 0.0})
+
+
+def joined(tokens, prompt):
+  return float(prompt + ''.join(map(str, tokens)))
+
+
+@pytest.mark.parametrize('isolate', [False, True])
+def test_prompt_and_tokens_are_made_only_for_verifiers_that_read_them(isolate):
+  calls = []
+  make = lambda name, values: lambda: calls.append(name) or values
+  others = {'prompt': make('prompt', ['1', '2']), 'tokens': make('tokens', [[3, 4], [5]])}
+  rows = (['', ''], [{}, {}], [2, 1])
+  score = scoring.make_scorer({'size': size, 'joined': joined}, isolate=isolate, workers=1)
+  assert score(*rows, others).components['joined'].tolist() == [134, 25]
+  assert sorted(calls) == ['prompt', 'tokens']
+  scoring.make_scorer({'size': size}, isolate=False)(*rows, others)
+  assert len(calls) == 2
+  without = score(*rows)
+  assert not without.valid.any() and "reads 'tokens'" in without.messages[0]
 
 
 def test_isolation_refuses_what_cannot_be_sent():
