@@ -102,7 +102,7 @@ def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> 
   """
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
-  if CHANGES and 'config' not in needed:
+  if CHANGES and not {'config', 'model'} & set(needed):
     raise app.UsageError(f'{sorted(CHANGES)}: this main reads no configuration of the command line')
   for name in needed:
     if flags.FLAGS[name].value is None:

@@ -1,14 +1,16 @@
-"""Writes the policy of a checkpoint as a Hugging Face folder, which transformers and vLLM read.
+"""Writes a model as a Hugging Face folder, which transformers and vLLM read.
 
     python -m polgrad.convert --config=experiments/supervised/hub_sft.py:path=FOLDER \\
       --workdir=runs/hub_sft --out=OUT
     python -m polgrad.convert ... --adapter            # only the LoRA adapter, for PEFT
     python -m polgrad.convert --gguf=FILE --out=OUT    # a GGUF file instead of a checkpoint
+    python -m polgrad.convert --model=FOLDER --out=OUT --config.model.param_dtype=bfloat16
 
-A LoRA adapter is merged into its base, unless --adapter is given. The tokenizer and the settings of the
-model come from the Hugging Face folder that the run began with; generation_config.json also gets the
-stop tokens of the run that it lacks, such as one that only the chat template writes. OUT must be empty
-or not exist.
+The model is chosen as `polgrad.loading` says: a checkpoint, the model of a configuration before
+training, or a Hugging Face folder, which is then written anew, for example in another dtype. A LoRA
+adapter is merged into its base, unless --adapter is given. The tokenizer and the settings of the model
+come from the Hugging Face folder that the run began with; generation_config.json also gets the stop
+tokens that it lacks, such as one that only the chat template writes. OUT must be empty or not exist.
 """
 
 import json
@@ -18,15 +20,13 @@ from collections.abc import Mapping, Sequence
 import jax
 from absl import flags
 
-from polgrad import cli, jsons
-from polgrad.build import TABLE, build
-from polgrad.evaluate import restore_params
+from polgrad import cli, jsons, loading
+from polgrad.build import Experiment
 from polgrad.models import gguf, hf
 from polgrad.models.lora import merge, save_adapter
+from polgrad.types import Params
 
-_OUT = flags.DEFINE_string(
-  'out', None, 'Folder to write; it must be empty or not exist.', required=True
-)
+_OUT = flags.DEFINE_string('out', '', 'Folder to write; it must be empty or not exist.')
 _GGUF = flags.DEFINE_string('gguf', '', 'A GGUF file to convert instead of a checkpoint.')
 _ADAPTER = flags.DEFINE_bool(
   'adapter', False, 'Write only the LoRA adapter, in the layout of PEFT.'
@@ -43,26 +43,31 @@ def origin(model: Mapping) -> str:
   return origin(model['base']) if 'base' in model else model.get('path', '')
 
 
-def export(config: Mapping, folder: str, out: str, *, step: int, adapter: bool, reward_model: bool):
-  """Writes the policy of a checkpoint as a Hugging Face folder.
+def export(
+  experiment: Experiment,
+  params: Params,
+  out: str,
+  *,
+  source: str,
+  adapter: bool = False,
+  reward_model: bool = False,
+) -> None:
+  """Writes the policy of an experiment as a Hugging Face folder.
 
   Args:
-    config: the experiment's configuration.
-    folder: folder of the run's checkpoints.
+    params: its parameters.
     out: folder to write; it must be empty or not exist.
-    step: number of the checkpoint; -1 is the newest.
+    source: the folder that the model began with, see `origin`.
     adapter: write only the LoRA adapter.
     reward_model: write a classifier whose one label is the value head, not a language model.
 
   Raises:
     ValueError: `adapter`, but the model has no LoRA adapter.
   """
-  experiment = build(config)
-  policy, source = experiment.policy, origin(config['model'])
+  policy = experiment.policy
   if adapter and not policy.config.lora_rank:
     raise ValueError('--adapter: config.model is no lora, so there is no adapter')
   with jax.set_mesh(experiment.mesh):
-    params = restore_params(experiment, folder, step)
     if adapter:
       return save_adapter(out, policy.config, params, base_model=source)
     whole = merge(policy.config, params) if policy.config.lora_rank else (policy.config, params)
@@ -86,16 +91,20 @@ def add_stops(folder: str, stop_ids: Sequence[int]) -> None:
 
 def main(argv: list[str]) -> None:
   if not _GGUF.value:
-    cli.start(argv)
+    loading.start(argv)
   with cli.refusals():
+    if not _OUT.value:
+      raise ValueError('name the folder to write: --out=FOLDER')
     if _GGUF.value:
+      if loading.MODEL.value or cli.CONFIG.value is not None:
+        raise ValueError('--gguf is the model to write, so it cannot have --model or --config')
       gguf.convert(_GGUF.value, _OUT.value)
     else:
+      config = loading.config()
       export(
-        cli.config(TABLE),
-        cli.checkpoint_folder(),
+        *loading.load(config),
         _OUT.value,
-        step=cli.STEP.value,
+        source=origin(config['model']),
         adapter=_ADAPTER.value,
         reward_model=_REWARD.value,
       )

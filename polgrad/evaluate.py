@@ -1,6 +1,9 @@
-"""Held-out accuracy of a checkpoint: greedy, pass@k and maj@k.
+"""Held-out accuracy of a model: greedy, pass@k and maj@k.
 
     python -m polgrad.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart
+
+Without --workdir (and --checkpoints) it measures the model as it was before training: that of the
+files which the configuration names, or one with random parameters.
 
 A completion whose verifier failed is neither right nor wrong. All rates leave it out, and the metric
 `evaluation/verifier_errors` counts it.
@@ -10,6 +13,7 @@ import collections
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,6 +25,7 @@ from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import TABLE, Experiment, build
 from polgrad.collect import also_read, completions, question
 from polgrad.data import batching
+from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sampling.stopping import stop_table
@@ -207,6 +212,13 @@ def answer(text: str, pattern: str) -> str:
   return (matches[-1] if matches and matches[-1] else text).strip()
 
 
+def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
+  """Parameters, sharded over the mesh; random ones from the seed, or those of the policy's files."""
+  shapes = policy.shapes()
+  shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
+  return policy.init(jax.random.key(seed), shardings)
+
+
 def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Params:
   """The policy's parameters from a checkpoint of `train`.
 
@@ -231,13 +243,31 @@ def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Param
   return checkpoint.restore(checkpoints, step, 'params', like)
 
 
+def chosen_params(experiment: Experiment) -> Params:
+  """The parameters that the flags choose: of a checkpoint, or those before training.
+
+  They are of a checkpoint if --workdir or --checkpoints is given; otherwise a line on stderr says that
+  they are not.
+
+  Raises:
+    ValueError: --step without a run.
+    FileNotFoundError, ValueError: see `restore_params`.
+  """
+  if cli.WORKDIR.value or cli.CHECKPOINTS.value:
+    return restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
+  if cli.STEP.value >= 0:
+    raise ValueError(f'--step={cli.STEP.value} is a checkpoint of a run; name the run by --workdir')
+  print('no --workdir: this is the model before training', file=sys.stderr)
+  return init_params(experiment.policy, experiment.mesh, experiment.seed)
+
+
 def main(argv: list[str]) -> None:
-  cli.start(argv)
+  cli.start(argv, needed=['config'])
   with cli.refusals():
     experiment = build(cli.config(TABLE))
     if not experiment.evaluation.every:
       raise ValueError('config.evaluation: the experiment has no held-out problems')
-    params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
+    params = chosen_params(experiment)
   with jax.set_mesh(experiment.mesh):
     found, samples = make_evaluator(experiment)(params)
   metrics.show_samples('held out, greedy', samples[: experiment.show_samples])

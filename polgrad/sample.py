@@ -14,11 +14,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from polgrad import cli, sharding
-from polgrad.build import TABLE, Experiment, build
+from polgrad import cli, loading, sharding
+from polgrad.build import Experiment
 from polgrad.collect import completions
 from polgrad.data import batching
-from polgrad.evaluate import restore_params
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sampling.stopping import stop_table
@@ -106,10 +105,9 @@ def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat
 
 
 def main(argv: list[str]) -> None:
-  cli.start(argv)
+  loading.start(argv)
   with cli.refusals():
-    experiment = build(cli.config(TABLE))
-    params = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
+    experiment, params = loading.load(loading.config())
   with jax.set_mesh(experiment.mesh):
     complete = make_completer(
       experiment,

@@ -31,8 +31,9 @@ from polgrad.collect import Collected, Context, minibatches
 from polgrad.compiling import jit
 from polgrad.data import batching, stream
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.evaluate import init_params
 from polgrad.learner import Learner
-from polgrad.models.policy import Policy, learned
+from polgrad.models.policy import learned
 from polgrad.packing import pack
 from polgrad.types import Batch, Params, TrainState
 
@@ -260,13 +261,6 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
     anchors=anchors,
     **small,
   )
-
-
-def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
-  """Parameters, sharded over the mesh; random ones from the seed, or those of the policy's files."""
-  shapes = policy.shapes()
-  shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
-  return policy.init(jax.random.key(seed), shardings)
 
 
 def init_opt_state(

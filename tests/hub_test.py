@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from polgrad import build, convert, learner, metrics, models, train
+from polgrad import build, convert, evaluate, learner, loading, metrics, models, train
 from polgrad.options import from_text
 from polgrad.registry import part
 from polgrad.types import Batch, TrainState
@@ -70,6 +70,12 @@ def run(method, model, tmp_path, *options):
   return config, work
 
 
+def export(config, work, out, **options):
+  experiment = build.build(config)
+  params = evaluate.restore_params(experiment, work + '/checkpoints')
+  convert.export(experiment, params, out, source=convert.origin(config.model), **options)
+
+
 def transformers_logits(path, tokens):
   with torch.no_grad():
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -90,7 +96,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (2, 9))
 def test_training_on_a_mesh_goes_from_a_folder_to_a_folder(model, tmp_path):
   config, work = run('sft', model, tmp_path)
   out = str(tmp_path / 'out')
-  convert.export(config, work + '/checkpoints', out, step=-1, adapter=False, reward_model=False)
+  export(config, work, out)
   began = our_logits(config.model.path, TOKENS)
   ours, theirs = our_logits(out, TOKENS), transformers_logits(out, TOKENS)
   np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -111,10 +117,9 @@ def test_an_adapter_of_preference_learning_is_written_for_peft_or_merged(tmp_pat
   import peft
 
   config, work = run('dpo', 'qwen3', tmp_path, 'lora=2', 'warm_start=2')
-  folder = work + '/checkpoints'
   merged, alone = str(tmp_path / 'merged'), str(tmp_path / 'alone')
-  convert.export(config, folder, merged, step=-1, adapter=False, reward_model=False)
-  convert.export(config, folder, alone, step=-1, adapter=True, reward_model=False)
+  export(config, work, merged)
+  export(config, work, alone, adapter=True)
   base = transformers.AutoModelForCausalLM.from_pretrained(
     config.model.base.path, dtype=torch.float32
   )
@@ -137,9 +142,9 @@ def test_a_folder_names_the_stop_token_that_only_the_chat_template_writes(tmp_pa
 
 def test_an_adapter_is_not_asked_of_a_run_without_one(tmp_path):
   path = hub.small('qwen3', tmp_path)
-  config = from_text(f'smoke,method=sft,task=chain_sum,model=qwen3,path={path}')
+  experiment = build.build(loading.bare(path))
   with pytest.raises(ValueError, match=r'--adapter: config\.model is no lora'):
-    convert.export(config, '', str(tmp_path / 'x'), step=-1, adapter=True, reward_model=False)
+    convert.export(experiment, {}, str(tmp_path / 'x'), source=path, adapter=True)
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():

@@ -43,8 +43,9 @@ LEVELS = {
   'compiling': 0,
   'jsons': 0,
   'evaluate': 6,
-  'convert': 7,
-  'sample': 7,
+  'loading': 7,
+  'convert': 8,
+  'sample': 8,
   'train': 7,
   'verify': 8,
   'checks': 4,
@@ -59,7 +60,7 @@ HOMES = {
   'flax': {'types', 'reductions', 'models'},
   'ml_collections': {
     *('registry', 'build', 'cli', 'identity', 'overrides', 'train', 'verify'),
-    *('methods', 'tasks', 'presets', 'compose', 'options', 'check', 'explain'),
+    *('methods', 'tasks', 'presets', 'compose', 'options', 'check', 'explain', 'loading'),
   },
   'orbax': {'checkpoint'},
   'absl': {
@@ -68,6 +69,7 @@ HOMES = {
     'convert',
     'explain',
     'evaluate',
+    'loading',
     'metrics',
     'sample',
     'train',

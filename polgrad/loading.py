@@ -1,0 +1,83 @@
+"""The model that a main works with: a checkpoint of a run, a run's beginning, or a bare folder.
+
+    --config=... --workdir=RUN    the newest checkpoint of a run; --step=K is an earlier one
+    --config=...                  the model of the configuration before training
+    --model=FOLDER                a Hugging Face folder as it is, which no run needs to know
+
+`--model` stands for the configuration `bare(FOLDER)`, and its values can be changed in the same way:
+`--config.model.dtype=bfloat16`, `--config.model.max_length=4096`, `--config.mesh.fsdp=4`.
+"""
+
+import os
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from polgrad import cli, models, overrides, sharding
+from polgrad.build import TABLE, Experiment, build
+from polgrad.data import tokenizers
+from polgrad.evaluate import chosen_params, init_params
+from polgrad.registry import part
+from polgrad.types import Params
+
+MODEL = flags.DEFINE_string(
+  'model', '', 'A Hugging Face folder, in place of the configuration and checkpoint of a run.'
+)
+
+
+def bare(folder: str) -> ConfigDict:
+  """The configuration of a Hugging Face folder: its tokenizer and its model, and nothing to train."""
+  return part(
+    Experiment,
+    tokenizer=part(tokenizers.huggingface, path=folder),
+    model=part(models.pretrained, path=folder),
+    mesh=part(sharding.make_mesh, data=-1),
+    phases={},
+    order=(),
+  )
+
+
+def start(argv: list[str]) -> None:
+  """Like `cli.start`, for a main that takes --config or --model.
+
+  It ends the process with exit code 2 if neither is given, or --model and a flag of a run.
+  """
+  with cli.refusals():
+    if MODEL.value:
+      names = ('config', 'workdir', 'checkpoints')
+      given = [f'--{name}' for name in names if flags.FLAGS[name].value]
+      given += ['--step'] if cli.STEP.value >= 0 else []
+      if given:
+        raise ValueError(f'--model is a folder that no run made, so it cannot have {given}')
+    elif flags.FLAGS['config'].value is None:
+      raise ValueError(
+        'name a model: --model=FOLDER, or --config=... with the --workdir of its run'
+      )
+  cli.start(argv, needed=['model' if MODEL.value else 'config'])
+
+
+def config() -> ConfigDict:
+  """The configuration that the flags choose, with the changes of the command line.
+
+  Raises:
+    FileNotFoundError: --model is no folder.
+    ValueError: a change that does not fit, see `overrides.apply`.
+  """
+  if not MODEL.value:
+    return cli.config(TABLE)
+  folder = os.path.expanduser(MODEL.value)
+  if not os.path.isdir(folder):
+    raise FileNotFoundError(f'--model: there is no folder {folder}')
+  return overrides.apply(bare(folder), cli.CHANGES, TABLE)
+
+
+def load(config: ConfigDict) -> tuple[Experiment, Params]:
+  """The experiment of `config()`, and the parameters of its model that the flags choose.
+
+  Raises:
+    ValueError, TypeError, FileNotFoundError: see `build` and `evaluate.chosen_params`.
+  """
+  experiment = build(config)
+  if MODEL.value:
+    return experiment, init_params(experiment.policy, experiment.mesh, experiment.seed)
+  return experiment, chosen_params(experiment)
