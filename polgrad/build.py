@@ -185,8 +185,25 @@ class HeldOut(Judged, Evaluation):
     return batching.prompts(records, self.own(tokenizer), length=self.prompt_length, cut=cut)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+  """Which rows a run keeps on disk, in WORKDIR/rollouts and WORKDIR/evaluations.
+
+  Attributes:
+    every: collected batches between files of rows; the first and the last batch of a phase have one too.
+      0 keeps nothing, also of evaluations.
+    rows: rows of a file, rounded up to whole groups; of a batch these are the first ones.
+    limit_mib: MiB that the files of each of the two folders may have; beyond it the oldest are deleted.
+  """
+
+  every: Count = 10
+  rows: AtLeastOne = 16
+  limit_mib: Positive = 64.0
+
+
 PhasePart = Annotated[Phase, table('build', Phase)]
 EvaluationPart = Annotated[Evaluation, table('build', Never, HeldOut)]
+KeepPart = Annotated[Keep, table('build', Keep)]
 MeshPart = Annotated[jax.sharding.Mesh, table('sharding', sharding.make_mesh)]
 
 
@@ -207,6 +224,7 @@ class Experiment:
     log_every: collected batches between rows of metrics.
     show_samples: rows of the table of sampled completions.
     samples_every: collected batches between these tables.
+    rollouts: which rows are kept on disk, for `polgrad.view` and `polgrad.inspect`.
     tensorboard: write metrics for TensorBoard as well.
     max_skipped: consecutive updates with a non-finite loss or gradient after which the run stops.
     max_silent: consecutive collected batches without any gradient after which the run stops, for
@@ -226,6 +244,7 @@ class Experiment:
   log_every: Count = 1
   show_samples: Count = 4
   samples_every: Count = 50
+  rollouts: KeepPart = Keep
   tensorboard: bool = True
   max_skipped: AtLeastOne = 5
   max_silent: Count = 0

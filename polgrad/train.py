@@ -24,7 +24,17 @@ import optax
 from absl import flags, logging
 from tqdm import tqdm
 
-from polgrad import checkpoint, cli, evaluate, identity, metrics, preemption, sharding, workdirs
+from polgrad import (
+  checkpoint,
+  cli,
+  evaluate,
+  identity,
+  metrics,
+  preemption,
+  row_files,
+  sharding,
+  workdirs,
+)
 from polgrad.build import TABLE, Experiment, Phase, build, check_data, fingerprints
 from polgrad.checks import stops
 from polgrad.collect import Collected, Context, minibatches
@@ -70,6 +80,7 @@ class Session(NamedTuple):
   checkpoints: Any
   state: TrainState
   writer: metrics.Writer | None  # None in all processes but the first
+  store: row_files.Store | None  # None too where no rows are kept
 
 
 def run(
@@ -135,13 +146,14 @@ def prepare(
       logging.warning('%s', one)
     if before is not None:
       workdirs.drop_later(checkpoints, before)
-    writer = None
+    writer = store = None
     if chief:
       workdirs.write_config(workdir, own['config'], int(state.step))
       writer = open_writer(experiment, state, workdir)
       stack.callback(writer.close)
+      store = open_store(experiment, state, workdir)
       tell_what_is_left(experiment, state)
-    yield Session(experiment, own, workdir, checkpoints, state, writer)
+    yield Session(experiment, own, workdir, checkpoints, state, writer, store)
 
 
 def run_phases(session: Session, keep: Callable[[TrainState], None] | None = None) -> TrainState:
@@ -156,7 +168,7 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
   for index in range(int(state.phase), len(experiment.order)):
     if index > int(state.phase):
       state = begin(experiment, index, state)
-    state = run_phase(experiment, state, session.writer, keep)
+    state = run_phase(experiment, state, session.writer, keep, session.store)
   if session.writer:
     path = metrics.report(session.workdir)
     print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
@@ -180,13 +192,26 @@ def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
 
 def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metrics.Writer:
   """A writer that keeps the metrics up to this state, and drops those of later steps."""
-  begun = int(state.phase) + (int(state.phase_step) > 0)
   return metrics.Writer(
     workdir,
     step=int(state.step),
-    past=experiment.order[:begun],
+    past=begun(experiment, state),
     tensorboard=experiment.tensorboard,
   )
+
+
+def open_store(experiment: Experiment, state: TrainState, workdir: str) -> row_files.Store | None:
+  """What keeps rows up to this state and drops those of later steps; None if none are to be kept."""
+  kept = experiment.rollouts
+  if not kept.every:
+    return None
+  limit = int(kept.limit_mib * 2**20)
+  return row_files.Store(workdir, step=int(state.step), past=begun(experiment, state), limit=limit)
+
+
+def begun(experiment: Experiment, state: TrainState) -> tuple[str, ...]:
+  """The names of the phases that have made a step."""
+  return experiment.order[: int(state.phase) + (int(state.phase_step) > 0)]
 
 
 def resume(experiment: Experiment, checkpoints: Any, step: int | None) -> TrainState:
@@ -306,6 +331,7 @@ class PhaseRun:
   # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
   measure: Callable | None
   writer: metrics.Writer | None  # None in all processes but the first
+  store: row_files.Store | None = None  # None too where no rows are kept
 
   def due(self, every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
@@ -347,12 +373,29 @@ class PhaseRun:
     if self.writer:
       title = f'{self.name}, step {step}: held out'
       metrics.show_samples(title, samples[: self.experiment.show_samples])
+    if self.store:
+      self.store.write_samples(self.name, int(state.step), samples)
     return found
 
   def write(self, state: TrainState, values: dict[str, float]) -> None:
     """Appends a row to the run's metrics."""
     if self.writer:
       self.writer.write(int(state.step), self.name, values)
+
+  def keep_rows(self, state: TrainState, collected: Collected, step: int) -> None:
+    """Stores some rows of the collected batch if they are due after `step` batches."""
+    kept = self.experiment.rollouts
+    if self.store and (step == 1 or self.due(kept.every, step)):
+      group = max(self.phase.rows_per_prompt, self.phase.collect.rows_per_prompt)
+      self.store.write_rows(
+        self.name,
+        int(state.step),
+        collected.batch,
+        -(-kept.rows // group) * group,
+        tokenizer=self.experiment.tokenizer,
+        number=step - 1,
+        terms=collected.terms,
+      )
 
   def show(self, collected: Collected, step: int) -> None:
     """Prints some samples of the collected batch if they are due after `step` batches."""
@@ -362,7 +405,10 @@ class PhaseRun:
 
 
 def start_phase(
-  experiment: Experiment, state: TrainState, writer: metrics.Writer | None
+  experiment: Experiment,
+  state: TrainState,
+  writer: metrics.Writer | None,
+  store: row_files.Store | None = None,
 ) -> PhaseRun:
   """The phase that the state is in; compiles nothing yet."""
   name = experiment.order[int(state.phase)]
@@ -377,6 +423,7 @@ def start_phase(
     update=jit_update(experiment, phase, state),
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
     writer=writer,
+    store=store,
   )
 
 
@@ -385,13 +432,14 @@ def run_phase(
   state: TrainState,
   writer: metrics.Writer | None,
   keep: Callable[[TrainState], None],
+  store: row_files.Store | None = None,
 ) -> TrainState:
   """Trains from the state until its phase has made all steps; a step collects and uses one batch.
 
   Args:
     keep: is called with the state where a checkpoint is due.
   """
-  run = start_phase(experiment, state, writer)
+  run = start_phase(experiment, state, writer, store)
   first, last = int(state.phase_step), run.phase.steps
   bar = tqdm(total=last, initial=first, desc=run.name, disable=writer is None, mininterval=1.0)
   silent = 0  # consecutive batches without a gradient
@@ -429,6 +477,7 @@ def run_phase(
     if found or run.due(experiment.log_every, step + 1):
       run.write(state, row | found)
     run.show(collected, step + 1)
+    run.keep_rows(state, collected, step + 1)
 
     # Save where it is due, and before the machine is taken away.
     stop = preemption.asked(int(state.step))

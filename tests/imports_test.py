@@ -53,6 +53,7 @@ LEVELS = {
   'check': 8,
   'explain': 7,
   'workdirs': 2,
+  'row_files': 2,
   'preemption': 1,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')

@@ -49,6 +49,7 @@ class Collected(NamedTuple):
   metrics: dict[str, float]
   samples: list[tuple[str, str, float]]  # prompt, completion, reward
   messages: list[str]  # of verifiers that failed
+  terms: Mapping[str, np.ndarray] = {}  # f[B], terms of the rewards of the rows that were sampled
 
 
 Collect = Callable[[TrainState, Draw, int], Collected]

@@ -349,6 +349,8 @@ class RolloutSteps(Steps):
     group = ['sampled'] * settings.samples_per_prompt + ['demonstration']
     stream = np.array([STREAMS.index(name) for name in group], np.int32)
     batch = jax.tree.map(join, batch, answers).replace(stream=np.tile(stream, prompts))
+    terms = {name: join(x, texts.scores.components[name]) for name, x in report.terms.items()}
+    report = report._replace(terms=terms)
     return batch, report.beside('demonstration', answers, texts.scores)
 
   def _add_baselines(

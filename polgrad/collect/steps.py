@@ -29,12 +29,15 @@ class Report(NamedTuple):
   metrics: dict[str, float]
   samples: list[tuple[str, str, float]]  # prompt, completion, reward
   messages: list[str]  # of verifiers that failed
+  terms: dict[str, np.ndarray]  # f[B], terms of the rewards; NaN where a verifier failed
 
   @classmethod
   def of(cls, batch: Batch, texts: Texts) -> 'Report':
     """The report of scored rows that the policy sampled."""
     scores = texts.scores
-    return cls(metrics(batch, scores), shown(batch, texts), list(scores.messages))
+    return cls(
+      metrics(batch, scores), shown(batch, texts), list(scores.messages), scores.components
+    )
 
   def beside(self, name: str, batch: Batch, scores: Scores) -> 'Report':
     """Adds the mean reward and the failures of further rows, such as demonstrations."""
