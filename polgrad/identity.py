@@ -57,7 +57,7 @@ def describe(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """What differs between two identities, one text each; values in `FREE` may differ."""
-  old, new = (dict(_leaves(one['config'])) for one in (before, now))
+  old, new = (dict(leaves(one['config'])) for one in (before, now))
   found = [
     f'config.{key}: {old.get(key, "absent")!r} before, {new.get(key, "absent")!r} now'
     for key in sorted(old.keys() | new.keys())
@@ -98,11 +98,11 @@ def _free(key: str) -> bool:
   )
 
 
-def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
   """The values of a configuration by dotted path."""
   if isinstance(tree, Mapping) and tree:
     for key, value in tree.items():
-      yield from _leaves(value, f'{path}.{key}' if path else key)
+      yield from leaves(value, f'{path}.{key}' if path else key)
   else:
     yield path, tree
 
@@ -113,7 +113,7 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
   Data are read whole. The knob of a source that holds a file may have any name, so each text of a source
   that is the path of a file counts. Of weights the two ends are enough.
   """
-  for key, value in _leaves(values):
+  for key, value in leaves(values):
     name, data = key.rpartition('.')[2], '.source.' in key
     if not value or _free(key) or not isinstance(value, str):
       continue
@@ -124,7 +124,7 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
 
 def _functions(values: Mapping) -> Iterator[str]:
   """Functions of a user's files, as file.py:function."""
-  for key, value in _leaves(values):
+  for key, value in leaves(values):
     if key.rpartition('.')[2] == 'name' and ':' in str(value) and not _free(key):
       yield str(value)
 

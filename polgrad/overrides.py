@@ -43,6 +43,51 @@ def apply(config: Mapping | ConfigDict, changes: Changes, choices: Mapping) -> C
   return ConfigDict(tree)
 
 
+def not_default(config: Mapping | ConfigDict, choices: Mapping) -> dict[str, tuple[Any, Any]]:
+  """The values of a configuration that are not the defaults of their parts.
+
+  Of a part that this machine does not have, such as a function in a file that is not here, nothing is
+  compared.
+
+  Args:
+    config: what `registry.part` wrote.
+    choices: the table of the outermost part.
+
+  Returns:
+    (value, default) by dotted path. Knobs without a default have None there; of a part that is not the
+    default, the name is listed.
+  """
+  found = {}
+
+  def compare(node: Any, table: Mapping, path: str) -> None:
+    try:
+      slots = _slots(find(node['name'], table, path))
+    except (ValueError, OSError, ImportError, KeyError, TypeError, NameError):
+      return
+    for knob in slots.keys() & node.keys():
+      slot, value, here = slots[knob], node[knob], f'{path}.{knob}'.removeprefix('.')
+      empty = slot.default is inspect.Parameter.empty
+      if slot.kind == 'parts':
+        for name, one in value.items():
+          compare({'name': one['name']} | dict(one), slot.choices, f'{here}.{name}')
+          found[f'{here}.{name}.name'] = (one['name'], None)
+      elif slot.kind == 'part':
+        default = None if empty else getattr(slot.default, 'name', None) or name_of(slot.default)
+        if value['name'] != default:
+          found[f'{here}.name'] = (value['name'], default)
+        compare(value, slot.choices, here)
+      elif empty or _listed(value) != _listed(slot.default):
+        found[here] = (value, None if empty else slot.default)
+
+  compare(ConfigDict(config).to_dict(), choices, '')
+  return found
+
+
+def _listed(value: Any) -> Any:
+  """The value as JSON has it, where a tuple is a list."""
+  return list(value) if isinstance(value, tuple) else value
+
+
 class _Slot(NamedTuple):
   """What a place in a configuration holds: a part, several parts by name, or a plain value."""
 
