@@ -163,10 +163,7 @@ class PolicyGradient(Objective):
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
-    # A caller that splits the batch has compared its tokens before the split.
-    if not all({name, WHOLE + name} & batch.features.keys() for name in self.selections):
-      found = self.compare(outputs, batch, state, step=step)
-      batch = batch.replace(features=batch.features | found)
+    batch = self.compared(outputs, batch, state, step)
     x = self.arrays(outputs, batch, state, step)
     where = batch.mask & (x[self.only] > 0) if self.only else batch.mask
 
@@ -188,6 +185,16 @@ class PolicyGradient(Objective):
       slot = f'probes.{name.removeprefix(PROBE)}'
       terms[name] = self.aggregation(self.token_loss(x, x['logp'], slot, probe), where)
     return terms, metrics
+
+  def compared(self, outputs: Outputs, batch: Batch, state: State, step: Array | int) -> Batch:
+    """The batch with the results of all selections.
+
+    A caller that splits the batch has compared its tokens before the split.
+    """
+    if all({name, WHOLE + name} & batch.features.keys() for name in self.selections):
+      return batch
+    found = self.compare(outputs, batch, state, step=step)
+    return batch.replace(features=batch.features | found)
 
   def factor(self, name: str, x: Mapping[str, Array]) -> Array | float:
     """The factor of a penalty's coefficient: of its schedule, or 1."""
@@ -256,9 +263,13 @@ class PolicyGradient(Objective):
 
   def kept_metrics(self, x: Mapping[str, Array], where: Array) -> Metrics:
     """The fraction of tokens whose surrogate has a gradient, by the sign of the advantage."""
-    total = lambda logp: jnp.sum(self.token_loss(x, logp))
-    kept = (jax.grad(total)(jax.lax.stop_gradient(x['logp'])) != 0).astype(jnp.float32)
+    kept = self.kept(x).astype(jnp.float32)
     return {
       'kept_positive': token_mean(kept, where & (x['advantages'] > 0)),
       'kept_negative': token_mean(kept, where & (x['advantages'] < 0)),
     }
+
+  def kept(self, x: Mapping[str, Array]) -> Array:
+    """bool[B, T]: tokens whose surrogate, times all weights, has a gradient; `x` is from `arrays`."""
+    total = lambda logp: jnp.sum(self.token_loss(x, logp))
+    return jax.grad(total)(jax.lax.stop_gradient(x['logp'])) != 0

@@ -91,7 +91,7 @@ def read(workdirs: Sequence[str], limits: Limits) -> list[Run]:
 
 
 def _plan(workdir: str, limits: Limits) -> tuple[list[row_files.Stored], list[str]]:
-  """The files of rollouts to show, and what is wrong with others."""
+  """The files of rows to show, and what is wrong with others."""
   here = [
     os.path.join(workdir, name)
     for name in ('metrics.jsonl', row_files.ROLLOUTS, row_files.EVALUATIONS)
@@ -99,8 +99,20 @@ def _plan(workdir: str, limits: Limits) -> tuple[list[row_files.Stored], list[st
   if not os.path.isdir(workdir) or not any(map(os.path.exists, here)):
     raise FileNotFoundError(f'{workdir}: expected the folder of a run, with metrics.jsonl')
   problems = []
-  paths = spread(row_files.files(workdir, row_files.ROLLOUTS), limits.steps)
+  paths = spread(_files(workdir, row_files.ROLLOUTS), limits.steps)
   return list(_read_all(paths, problems)), problems
+
+
+def _files(workdir: str, folder: str) -> list[str]:
+  """The files of a folder in the order in which the run wrote them: by update, then by phase."""
+  rows = metrics.read(os.path.join(workdir, 'metrics.jsonl'))
+  order = list(dict.fromkeys(row['phase'] for row in rows))
+
+  def place(path):
+    phase, step = row_files.split_name(os.path.basename(path))
+    return step, order.index(phase) if phase in order else len(order)
+
+  return sorted(row_files.files(workdir, folder), key=place)
 
 
 def _read_all(paths: Iterable[str], problems: list[str]) -> Iterable[row_files.Stored]:
@@ -180,7 +192,7 @@ def shown(stored: row_files.Stored, rows: int, most: int) -> Shown:
 def cell(row: Mapping[str, Any], most: int) -> Cell:
   """A completion with its numbers."""
   text = tokens.cut(row['completion'], LETTERS)
-  return Cell(row['row'], tokens.tokens(row, most), facts(row), text)
+  return Cell(row['row'], tokens.tokens(row, most, row['start']), facts(row), text)
 
 
 def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -200,7 +212,7 @@ def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     inside = [a for a, m in zip(row['advantages'], row['mask']) if m]
     low, high = (min(inside), max(inside)) if inside else (0.0, 0.0)
     found.append(('advantage', number(low) + ('' if low == high else f' to {number(high)}')))
-  found.append(('tokens', number(row['length'])))
+  found.append(('length', number(row['length'])))
   if row.get('finished') is False:
     found.append(('cut off', 'at the limit'))
   if row.get('staleness'):
@@ -210,7 +222,7 @@ def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _evaluations(workdir: str, limits: Limits, problems: list[str]) -> Evaluations:
   """The first problems of the evaluations, with the completion of each evaluation."""
-  paths = spread(row_files.files(workdir, row_files.EVALUATIONS), limits.steps)
+  paths = spread(_files(workdir, row_files.EVALUATIONS), limits.steps)
   files = list(_read_all(paths, problems))
   table = {}  # by prompt and place: what each evaluation has
   for column, stored in enumerate(files):

@@ -26,8 +26,8 @@ class Quantity(NamedTuple):
 
 # By the names of the columns that hold them.
 QUANTITIES = {
-  'mask': Quantity('m', 'mask', False, 1.0, 'tokens in the loss'),
   'advantages': Quantity('a', 'advantage', True, 0.0, 'blue above 0, orange below'),
+  'mask': Quantity('m', 'mask', False, 1.0, 'tokens in the loss'),
   'behavior_logp': Quantity(
     'b', 'sampler log-prob', False, 5.0, 'the darker, the less likely when it was drawn'
   ),
@@ -84,37 +84,49 @@ def levels(row: Mapping[str, Any]) -> dict[str, list[int]]:
   }
 
 
-def tokens(row: Mapping[str, Any], most: int = 10**9) -> list[Token]:
+def tokens(row: Mapping[str, Any], most: int = 10**9, first: int = 0) -> list[Token]:
   """The tokens of a row; of more than `most`, the middle is left out and counted.
 
   Args:
     row: lists by column: `pieces`, `tokens`, and those of `QUANTITIES`; `column` is that of the first.
     most: number of tokens to show.
+    first: the token to begin with, for example the first of the completion.
   """
   found, texts = levels(row), row['pieces']
-  shown = list(range(len(texts)))
-  if len(texts) > most:
-    shown = [*shown[: most - most // 2], -1, *shown[len(texts) - most // 2 :]]
+  shown = list(range(first, len(texts)))
+  left = len(shown) - most
+  if left > 0:
+    shown = [*shown[: most - most // 2], -1, *shown[len(shown) - most // 2 :]]
   made = []
   for i in shown:
     if i < 0:
-      made.append(Token(f' … {len(texts) - most:,} tokens left out … ', 'gap', ''))
+      made.append(Token(f' … {left:,} tokens left out … ', 'gap', ''))
       continue
     classes = [f'{QUANTITIES[n].key}{x[i]}' for n, x in found.items() if x[i]]
-    said = [f'{QUANTITIES[n].label} {value(n, row[n][i])}' for n in found if n != 'mask']
+    said = [(QUANTITIES[n].label, value(row, n, i)) for n in found if n != 'mask']
     where = f'column {row["column"] + i}, id {row["tokens"][i]}'
     inside = [] if row['mask'][i] else ['not in the loss']
-    made.append(Token(visible(texts[i]), ' '.join(classes), ' · '.join([where, *inside, *said])))
+    made.append(
+      Token(
+        visible(texts[i]),
+        ' '.join(classes),
+        ' · '.join([where, *inside, *(f'{label} {x}' for label, x in said if x)]),
+      )
+    )
   return made
 
 
-def value(name: str, x: float | bool | None) -> str:
-  """The number of a token as text; ratios are shown as such, not as logarithms."""
-  if x is None:
-    return 'none'
+def value(row: Mapping[str, Any], name: str, i: int) -> str:
+  """The number of token `i` as text, '' where there is none; ratios are shown instead of logarithms.
+
+  Outside the mask a 0 means that nothing was computed.
+  """
+  x = row[name][i]
   if isinstance(x, bool):
     return 'yes' if x else 'no'
-  return number(math.exp(min(x, 700.0))) if name == 'log_ratio' else number(x)
+  if x is None or math.isnan(x) or (x == 0 and not row['mask'][i]):
+    return ''
+  return number(math.exp(min(x, 700.0)) if name == 'log_ratio' else x)
 
 
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]')
