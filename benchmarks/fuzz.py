@@ -607,7 +607,7 @@ def metric_files(draw) -> bytes:
 def read_metrics(data: bytes, folder: pathlib.Path) -> None:
   """A run resumes whatever the file holds: readable rows are kept, and a copy of a damaged file."""
   (folder / 'metrics.jsonl').write_bytes(data)
-  writer = metrics.Writer(str(folder), step=10, past=['train'], tensorboard=False)
+  writer = metrics.Writer(str(folder), step=10, past=['train'])
   writer.write(11, 'train', {'reward': 1.0})
   writer.close()
   rows, damaged_lines = metrics.parse(str(folder / 'metrics.jsonl'))

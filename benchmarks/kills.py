@@ -54,7 +54,7 @@ def get_config(name: str) -> ConfigDict:
   config = RUNS[name]()
   with config.unlocked():
     config.checkpoint_every = 1
-    config.tensorboard = False
+    config.trackers = {}
     config.show_samples = 0
     model = config.model.base if name == 'lora' else config.model
     model.num_layers = 1

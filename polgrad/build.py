@@ -19,12 +19,23 @@ import numpy as np
 
 from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
+from polgrad import trackers as tracking
 from polgrad.checks import duplicates, tracing
 from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.models import Part as ModelPart
 from polgrad.models.kernels import ATTENTION, PLATFORMS
 from polgrad.models.policy import Policy
-from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, bind, suggest, table
+from polgrad.registry import (
+  AtLeastOne,
+  Count,
+  NotNegative,
+  Positive,
+  Range,
+  bind,
+  part,
+  suggest,
+  table,
+)
 from polgrad.rewards import scoring, verifiers
 from polgrad.sampling.stopping import stop_table
 from polgrad.types import Layout, Prompts
@@ -225,7 +236,7 @@ class Experiment:
     show_samples: rows of the table of sampled completions.
     samples_every: collected batches between these tables.
     rollouts: which rows are kept on disk, for `polgrad.view` and `polgrad.inspect`.
-    tensorboard: write metrics for TensorBoard as well.
+    trackers: by name, where metrics go besides metrics.jsonl.
     max_skipped: consecutive updates with a non-finite loss or gradient after which the run stops.
     max_silent: consecutive collected batches without any gradient after which the run stops, for
       example because all rewards of each group are equal; 0 only warns. Where every verifier fails, a
@@ -245,7 +256,9 @@ class Experiment:
   show_samples: Count = 4
   samples_every: Count = 50
   rollouts: KeepPart = Keep
-  tensorboard: bool = True
+  trackers: Mapping[str, tracking.Part] = dataclasses.field(
+    default_factory=lambda: {'tensorboard': part(tracking.tensorboard)}
+  )
   max_skipped: AtLeastOne = 5
   max_silent: Count = 0
 

@@ -16,10 +16,11 @@ from typing import Annotated
 from ml_collections import ConfigDict
 
 from polgrad import build, collect, methods, models, optim, tasks
+from polgrad import trackers as tracking
 from polgrad.data import sources
 from polgrad.methods import Method
 from polgrad.presets import Preset
-from polgrad.registry import Count, NotNegative, Range, check_ranges, part, weighted
+from polgrad.registry import Count, NotNegative, Range, check_ranges, find, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks import Task
 
@@ -38,6 +39,7 @@ def compose(
   teacher: str = '',
   seed: Count = 0,
   smoke: bool = False,
+  trackers: str = '',
 ) -> ConfigDict:
   """A complete run of a method on a task with a model.
 
@@ -51,6 +53,8 @@ def compose(
     teacher: Hugging Face folder of the anchor `teacher`, for distillation from another model.
     seed: of parameters, data order and sampling.
     smoke: two steps of small batches on one device (with a smaller model, if it is `tiny`).
+    trackers: where metrics go besides metrics.jsonl, with + between several: `wandb+tensorboard`; 'none'
+      is nowhere, and '' is TensorBoard, except in a smoke run.
 
   Raises:
     ValueError: the task lacks what the method needs, or the method cannot use what is asked for.
@@ -82,7 +86,7 @@ def compose(
     phases=phases,
     order=tuple(phases),
     evaluation=run.evaluation(),
-    tensorboard=not smoke,
+    trackers=_trackers(trackers or ('none' if smoke else 'tensorboard')),
   )
 
 
@@ -224,6 +228,13 @@ class _Run:
       prefix=task.prefix,
       stop_strings=task.stop_strings,
     )
+
+
+def _trackers(names: str) -> dict[str, ConfigDict]:
+  """The trackers of these names, with their defaults."""
+  if names == 'none':
+    return {}
+  return {name: part(find(name, tracking.TABLE, 'option trackers')) for name in names.split('+')}
 
 
 def _without_weight(spec: Mapping) -> dict:

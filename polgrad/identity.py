@@ -19,7 +19,7 @@ from polgrad import __version__
 # steps. A * is one part of a path.
 FREE = (
   *('checkpoint_every', 'keep_checkpoints', 'log_every', 'show_samples', 'samples_every'),
-  *('rollouts', 'tensorboard', 'max_skipped', 'max_silent', 'evaluation', 'mesh', 'phases.*.steps'),
+  *('rollouts', 'trackers', 'max_skipped', 'max_silent', 'evaluation', 'mesh', 'phases.*.steps'),
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
 )

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, TensorBoard, tables of samples, and the curves of report.png."""
+"""What a run shows: metrics.jsonl, tables of samples, and the curves of report.png."""
 
 import itertools
 import json
@@ -13,16 +13,20 @@ from absl import logging
 
 
 class Writer:
-  """Appends rows of metrics to `metrics.jsonl` and, if asked for, to TensorBoard."""
+  """Appends rows of metrics to `metrics.jsonl`, and to the trackers of the run.
 
-  def __init__(self, workdir: str, *, step: int, past: Sequence[str], tensorboard: bool):
+  Attributes:
+    dropped: rows, by phase and step, that an interrupted run wrote after its last checkpoint.
+    tracking: where rows go as well, an open `trackers.Tracking`; None: nowhere.
+  """
+
+  def __init__(self, workdir: str, *, step: int, past: Sequence[str]):
     """Opens the files, and drops the rows that an interrupted run wrote after its last checkpoint.
 
     Args:
       workdir: an existing folder.
       step: number of updates before the run (re)starts; later rows are dropped.
       past: names of the phases that have begun; rows of other phases are dropped.
-      tensorboard: also write `workdir`/tensorboard.
     """
     self.path = os.path.join(workdir, 'metrics.jsonl')
 
@@ -36,7 +40,9 @@ class Writer:
       )
 
     # Rewrite the file with the rows to keep, as a whole, so that a crash here loses nothing.
-    kept = [r for r in rows if r['step'] <= step and r['phase'] in past]
+    stays = lambda row: row['step'] <= step and row['phase'] in past
+    kept = [row for row in rows if stays(row)]
+    self.dropped = {(row['phase'], row['step']): row for row in rows if not stays(row)}
     temporary = f'{self.path}.tmp'
     with open(temporary, 'w') as f:
       f.writelines(_line(r) for r in kept)
@@ -46,24 +52,19 @@ class Writer:
 
     # Append from here on. Line buffering makes every row readable at once.
     self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, closed by `close`
-    self._board = None
-    if tensorboard:
-      from tensorboardX import SummaryWriter  # here, because it imports PyTorch where there is one
-
-      self._board = SummaryWriter(os.path.join(workdir, 'tensorboard'), purge_step=step + 1)
+    self.tracking = None
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
     """Appends one row: the metrics after `step` updates, made in a phase. JSON has null for NaN."""
     row = {k: float(v) for k, v in values.items()}
     self._file.write(_line({'step': step, 'phase': phase, **row}))
-    if self._board:
-      for name, value in row.items():
-        self._board.add_scalar(f'{phase}/{name}', value, step)
+    if self.tracking:
+      self.tracking.write(step, phase, row)
 
   def close(self) -> None:
     self._file.close()
-    if self._board:
-      self._board.close()
+    if self.tracking:
+      self.tracking.close()
 
 
 def read(path: str) -> list[dict]:

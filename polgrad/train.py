@@ -33,6 +33,7 @@ from polgrad import (
   preemption,
   row_files,
   sharding,
+  trackers,
   workdirs,
 )
 from polgrad.build import TABLE, Experiment, Phase, build, check_data, fingerprints
@@ -123,6 +124,7 @@ def prepare(
   """Does everything that can refuse a run, and then opens its files; see `run`."""
   # Build everything, and refuse what cannot run.
   experiment = build(config)
+  trackers.check(experiment.trackers)
   for line in check_data(experiment):
     logging.warning('%s', line)
   own = identity.describe(config, fingerprints(experiment))
@@ -149,7 +151,7 @@ def prepare(
     writer = store = None
     if chief:
       workdirs.write_config(workdir, own['config'], int(state.step))
-      writer = open_writer(experiment, state, workdir)
+      writer = open_writer(experiment, state, workdir, own)
       stack.callback(writer.close)
       store = open_store(experiment, state, workdir)
       tell_what_is_left(experiment, state)
@@ -190,14 +192,20 @@ def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
     )
 
 
-def open_writer(experiment: Experiment, state: TrainState, workdir: str) -> metrics.Writer:
+def open_writer(
+  experiment: Experiment, state: TrainState, workdir: str, own: dict
+) -> metrics.Writer:
   """A writer that keeps the metrics up to this state, and drops those of later steps."""
-  return metrics.Writer(
-    workdir,
-    step=int(state.step),
-    past=begun(experiment, state),
-    tensorboard=experiment.tensorboard,
+  step = int(state.step)
+  writer = metrics.Writer(workdir, step=step, past=begun(experiment, state))
+  writer.tracking = trackers.Tracking(
+    experiment.trackers,
+    workdir=workdir,
+    step=step,
+    about=trackers.describe(own),
+    earlier=writer.dropped,
   )
+  return writer
 
 
 def open_store(experiment: Experiment, state: TrainState, workdir: str) -> row_files.Store | None:

@@ -79,6 +79,7 @@ def _replay(config: ml_collections.ConfigDict, workdir: str, folder: str, until:
   """The state after `until` updates of a run that resumes in `folder`."""
 
   config.checkpoint_every = 1  # the run may have saved at other steps
+  config.trackers = ml_collections.ConfigDict()  # they belong to the run that is replayed
 
   def keep(state: TrainState) -> None:
     if int(state.step) >= until:

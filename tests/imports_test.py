@@ -55,6 +55,7 @@ LEVELS = {
   'workdirs': 2,
   'row_files': 2,
   'preemption': 1,
+  'trackers': 1,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it
@@ -75,6 +76,7 @@ HOMES = {
     'loading',
     'metrics',
     'sample',
+    'trackers',
     'train',
     'verify',
     'workdirs',

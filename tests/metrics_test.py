@@ -13,7 +13,7 @@ TEXT = ''.join(json.dumps(row) + '\n' for row in ROWS)
 def reopened(folder, text: bytes, *, step=5, past=('train',)) -> list[dict]:
   """The rows that a run which resumes after `step` updates keeps of a file."""
   (folder / 'metrics.jsonl').write_bytes(text)
-  metrics.Writer(str(folder), step=step, past=past, tensorboard=False).close()
+  metrics.Writer(str(folder), step=step, past=past).close()
   return metrics.read(str(folder / 'metrics.jsonl'))
 
 
@@ -54,7 +54,7 @@ def test_a_bad_line_costs_no_other_row_and_the_file_is_kept(line, tmp_path):
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
-  writer = metrics.Writer(str(tmp_path), step=0, past=(), tensorboard=False)
+  writer = metrics.Writer(str(tmp_path), step=0, past=())
   writer.write(1, 'train', {'loss': float('nan'), 'kl': float('inf'), 'reward': 1})
   writer.close()
   text = (tmp_path / 'metrics.jsonl').read_text()

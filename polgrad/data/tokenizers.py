@@ -45,6 +45,7 @@ class Tokenizer(NamedTuple):
   def sampling(self, prefix: str, stop_strings: Sequence[str]) -> 'Tokenizer':
     """The tokenizer of a collector or an evaluation with this prefix and these stop strings."""
     return self._replace(prefix=prefix, stop_strings=tuple(stop_strings))
+
   # The token that a text follows in evaluations if nothing precedes it: the bos token that the files
   # name, even if the tokenizer puts it before no text, else eos. -1: the first stop token.
   prefix_id: int = -1
