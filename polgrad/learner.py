@@ -15,7 +15,7 @@ from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
 from polgrad.objectives.base import Metrics, Terms
-from polgrad.optim import Oracle
+from polgrad.optim import Oracle, learning_rate
 from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, Metric
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
@@ -186,6 +186,7 @@ class Learner:
     # The optimizer's step.
     oracle, asked = self.oracle(state, trainable, batch)
     optimizer = optax.with_extra_args_support(self.optimizer)
+    rate = learning_rate(optimizer, state.opt_state)
     steps, opt_state = optimizer.update(grads, state.opt_state, trainable, oracle=oracle)
 
     # Is it finite? Steps are checked only if other gradients went into them: checking them keeps all
@@ -211,7 +212,7 @@ class Learner:
     # Metrics of the minibatch, taken at the old parameters.
     report = {f'loss/{k}': v.value() for k, v in terms.items()}
     report |= {k: v.value() for k, v in metrics.items()}
-    report |= self.router_excess(grads, batch)
+    report |= self.router_excess(grads, batch) | rate
     return state, {'loss': loss, 'grad_norm': norm, 'skipped': state.skipped, **report}
 
   def gradient(

@@ -33,6 +33,7 @@ from polgrad import (
   preemption,
   row_files,
   sharding,
+  speed,
   trackers,
   workdirs,
 )
@@ -46,6 +47,7 @@ from polgrad.evaluate import init_params
 from polgrad.learner import Learner
 from polgrad.models.policy import learned
 from polgrad.packing import pack
+from polgrad.progress import Progress
 from polgrad.types import Batch, Params, TrainState
 
 _ON_MISMATCH = flags.DEFINE_enum(
@@ -82,6 +84,7 @@ class Session(NamedTuple):
   state: TrainState
   writer: metrics.Writer | None  # None in all processes but the first
   store: row_files.Store | None  # None too where no rows are kept
+  progress: Progress
 
 
 def run(
@@ -140,8 +143,9 @@ def prepare(
 
     # Resume or begin, and only then leave the configuration with the run.
     before = workdirs.select(checkpoints, step, folder)
-    if before is not None:
-      workdirs.check_identity(checkpoint.read_meta(checkpoints, before), own, on_mismatch)
+    meta = None if before is None else checkpoint.read_meta(checkpoints, before)
+    if meta is not None:
+      workdirs.check_identity(meta, own, on_mismatch)
     state = resume(experiment, checkpoints, before)
     bad = stops.untrained(experiment.policy, state.params, experiment.tokenizer.stop_ids)
     for one in stops.findings(experiment.tokenizer, bad):
@@ -155,7 +159,8 @@ def prepare(
       stack.callback(writer.close)
       store = open_store(experiment, state, workdir)
       tell_what_is_left(experiment, state)
-    yield Session(experiment, own, workdir, checkpoints, state, writer, store)
+    progress = Progress.read(meta)
+    yield Session(experiment, own, workdir, checkpoints, state, writer, store, progress)
 
 
 def run_phases(session: Session, keep: Callable[[TrainState], None] | None = None) -> TrainState:
@@ -166,11 +171,13 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
   """
   experiment, state = session.experiment, session.state
   if keep is None:
-    keep = functools.partial(save, experiment, session.checkpoints, session.identity)
+    keep = functools.partial(
+      save, experiment, session.checkpoints, session.identity, progress=session.progress
+    )
   for index in range(int(state.phase), len(experiment.order)):
     if index > int(state.phase):
       state = begin(experiment, index, state)
-    state = run_phase(experiment, state, session.writer, keep, session.store)
+    state = run_phase(experiment, state, session.writer, keep, session.progress, session.store)
   if session.writer:
     path = metrics.report(session.workdir)
     print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
@@ -373,6 +380,23 @@ class PhaseRun:
       reports.append(report)
     return state, reports
 
+  def speed(self, collected: Collected, updating: float, seconds: float) -> dict[str, float]:
+    """Seconds and operations of the updates, memory, and how much of the devices a step uses.
+
+    Args:
+      updating: seconds of the updates.
+      seconds: of the whole step.
+    """
+    model, phase = self.experiment.model.config, self.phase
+    flops = speed.update_flops(model, collected.batch, phase.layout)
+    if 'teacher_logits' in phase.objective.requires:
+      teacher = phase.frozen.get('teacher', self.experiment.model).config
+      flops += speed.forward_flops(teacher, collected.batch, phase.layout)
+    found = {'seconds/update': updating, 'flops/update': phase.epochs * flops}
+    used = {k: v for k, v in collected.metrics.items() if k.startswith(('seconds/', 'flops/'))}
+    peak = speed.peak_flops()
+    return found | speed.peak_memory() | speed.utilization(used | found, seconds, peak)
+
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Held-out metrics if they are due after `step` batches, else {}; shows some samples."""
     if not self.due(self.experiment.evaluation.every, step):
@@ -440,12 +464,14 @@ def run_phase(
   state: TrainState,
   writer: metrics.Writer | None,
   keep: Callable[[TrainState], None],
+  progress: Progress,
   store: row_files.Store | None = None,
 ) -> TrainState:
   """Trains from the state until its phase has made all steps; a step collects and uses one batch.
 
   Args:
     keep: is called with the state where a checkpoint is due.
+    progress: of the run; it is changed in place.
   """
   run = start_phase(experiment, state, writer, store)
   first, last = int(state.phase_step), run.phase.steps
@@ -472,11 +498,16 @@ def run_phase(
       logging.warning('verifier: %s', message)
 
     # Update on each minibatch, then count the batch as used.
+    updating = time.perf_counter()
     state, reports = run.update_all(state, collected.batch, step)
     state = advance(experiment.mesh, state, collected, draw.cursor)
 
     # Evaluate and report. The time of a step is without its evaluation.
-    row = summary(reports, collected, time.perf_counter() - started) | draw.report()
+    now = time.perf_counter()
+    row = summary(reports, collected, now - started) | draw.report()
+    row |= run.speed(collected, now - updating, now - started)
+    progress.tokens += int(np.sum(collected.batch.segment_ids > 0))
+    row['tokens_seen'] = progress.tokens
     silent = silent + 1 if row['silent'] else 0
     warn_if_silent(row, silent, experiment.max_silent, run.name, step)
     found = run.evaluate(state, step + 1)
@@ -681,9 +712,21 @@ def postfix(row: dict[str, float]) -> str:
   return ' '.join(f'{short} {row[name]:.3g}' for name, short in SHOWN.items() if name in row)
 
 
-def save(experiment: Experiment, checkpoints: Any, own: dict, state: TrainState) -> None:
+def save(
+  experiment: Experiment,
+  checkpoints: Any,
+  own: dict,
+  state: TrainState,
+  *,
+  progress: Progress | None = None,
+) -> None:
   """Starts writing a checkpoint, numbered by the updates of all phases."""
-  meta = {'order': list(experiment.order), 'phase': int(state.phase), 'identity': own}
+  meta = {
+    'order': list(experiment.order),
+    'phase': int(state.phase),
+    'identity': own,
+    'progress': (progress or Progress()).to_json(),
+  }
   trees = {'params': state.params, 'rest': state.replace(params=None)}
   checkpoint.save(checkpoints, int(state.step), trees, meta)
 

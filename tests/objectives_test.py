@@ -388,6 +388,20 @@ def test_equal_scores_are_half_a_success():
   assert metrics['margin'].value() == 0
 
 
+def test_pairs_report_the_implicit_rewards_of_their_preferred_and_other_rows():
+  x, batch = examples.leaves(), examples.batch()
+  objective = OBJECTIVES['dpo']
+  _, metrics = objective.apply(examples.outputs(x, {}), batch, (), step=0)
+  logp, reference = (np.asarray(a, np.float64) for a in (x['logp'], batch.reference_logp))
+  score = objective.beta * np.where(batch.mask, logp - reference, 0).sum(axis=1)
+  pairs = [(0, 1), (3, 2), (7, 6)]  # preferred first; rows 4 and 5 have no tokens
+  assert [int(batch.label[i]) for i, _ in pairs] == [1, 1, 1]
+  for name, rows in zip(('chosen_reward', 'rejected_reward'), zip(*pairs)):
+    np.testing.assert_allclose(metrics[name].value(), score[list(rows)].mean(), rtol=1e-5)
+  gap = metrics['chosen_reward'].value() - metrics['rejected_reward'].value()
+  np.testing.assert_allclose(gap, objective.beta * metrics['margin'].value(), rtol=1e-5)
+
+
 def test_a_copy_with_other_knobs_is_valid():
   """Knobs that are completed when the objective is made are completed once."""
   objective = objectives.PolicyGradient(

@@ -422,3 +422,18 @@ def test_unusable_settings_are_refused():
     optim.normalized_igt(exponent=-0.1)
   with pytest.raises(ValueError, match='harpg'):
     bind(part(optim.bias_scaled, optimizer=part(optim.harpg)), optim.TABLE)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd', 'normalized_igt', 'signal_to_noise'])
+def test_the_learning_rate_is_that_of_the_next_step_behind_all_wrappers(name):
+  schedule = functools.partial(optim.linear, steps=4)
+  kind, settings = getattr(optim, name), dict(learning_rate=0.5, schedule=schedule)
+  made = kind(optimizer=optim.adamw(**settings)) if name == 'signal_to_noise' else kind(**settings)
+  made = optim.balanced(made, labels=lambda tree: {'w': 'train', 'b': 'balance'}, rate=0.1)
+  params = {'w': jnp.ones(2), 'b': jnp.ones(2)}
+  oracle = optim.Oracle(gradient=None, halves=lambda: (params, params), product=None)
+  state = made.init(params)
+  for rate in (0.5, 0.375, 0.25):
+    np.testing.assert_allclose(optim.learning_rate(made, state)['learning_rate'], rate)
+    _, state = made.update(params, state, params, oracle=oracle)
+  assert optim.learning_rate(optax.sgd(0.1), ()) == {}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import sharding
+from polgrad import sharding, speed
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
@@ -174,6 +174,14 @@ class Annotator:
     for name, function in self.of_anchor.items():
       found[f'{name}_logp'] = function(params[name], rows).logp
     return batch.with_arrays(**sharding.to_host(found))
+
+  def flops(self, batch: Batch) -> float:
+    """Operations of the forward passes over the rows of a batch (NumPy), see `speed`."""
+    policy, frozen = self.context.policy, self.context.frozen
+    models = [policy] if self.of_policy is not None else []
+    models += [frozen.get(name, policy) for name in self.of_anchor]
+    layout = self.context.layout
+    return sum(speed.forward_flops(model.config, batch, layout) for model in models)
 
   def _placed(self, batch: Batch) -> Batch:
     """What the forward pass reads of the batch, on the devices."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+from polgrad import speed
 from polgrad.collect.base import (
   Annotator,
   Collect,
@@ -91,15 +92,18 @@ class _Given:
   records: int
   lay: Callable[[Sequence[dict]], Batch]  # records to rows
   annotate: Annotator
+  meter: speed.Meter = dataclasses.field(default_factory=speed.Meter)
 
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
     del step
-    batch = self.annotate(state, self.lay(draw(self.records)))
+    with self.meter.timing('annotation'):
+      batch = self.annotate(state, self.lay(draw(self.records)))
+      self.meter.add('annotation', self.annotate.flops(batch))
     return Collected(
       batch=batch.replace(layout=self.annotate.context.layout),
       credit_state=to_host(state.credit_state),
       collect_state=(),
-      metrics={'length': float(batch.mask.sum() / len(batch.mask))},
+      metrics={'length': float(batch.mask.sum() / len(batch.mask)), **self.meter.take()},
       samples=[],
       messages=[],
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -286,7 +286,7 @@ class RolloutSteps(Steps):
 
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
     records = draw(self.settings.prompts)
-    return self.draw_rows(state, records, step), records
+    return self._draw(self.draw_rows, state, records, step), records
 
   def score(
     self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
@@ -318,6 +318,11 @@ class RolloutSteps(Steps):
     )
     return taken, memory
 
+  def _draw(self, sampler: RowSampler, *arguments: Any) -> Batch:
+    """Rows of a sampler, on the clock of the rollout."""
+    with self.meter.timing('rollout'):
+      return self.count(sampler(*arguments), sampler.samples_per_prompt)
+
   def _resample(
     self, batch: Batch, texts: Texts, state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Texts]:
@@ -329,7 +334,8 @@ class RolloutSteps(Steps):
       if useful.all():
         break
       records = draw(self.settings.prompts)
-      fresh = score_rows(self.draw_rows(state, records, step, drawn), records, self.context)
+      rows = self._draw(self.draw_rows, state, records, step, drawn)
+      fresh = score_rows(rows, records, self.context)
       drawn += [record['id'] for record in records]
       batch, texts = replace_groups((batch, texts), fresh, useful, samples, ignored)
     return batch, texts
@@ -357,7 +363,7 @@ class RolloutSteps(Steps):
     self, batch: Batch, records: Sequence[dict], report: Report, state: TrainState, step: int
   ) -> tuple[Batch, Report]:
     """Samples and scores the baseline of each prompt, and gives its rewards to the prompt's rows."""
-    others = self.draw_baselines(state, records, step)
+    others = self._draw(self.draw_baselines, state, records, step)
     others, texts = score_rows(others, records, self.context)
     spread = lambda x: np.repeat(x.reshape(len(records), -1), self.settings.rows_per_prompt, axis=0)
     # Without its whole baseline a prompt has no advantages.

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad import credit as credits
+from polgrad import speed
 from polgrad.collect.base import Annotator, Collected, Context, Draw, make_annotator
 from polgrad.collect.scored import Texts, metrics, score_rows, shown
 from polgrad.compiling import jit
 from polgrad.rewards.scoring import Scores
 from polgrad.sharding import to_host
-from polgrad.types import Batch, TrainState
+from polgrad.types import Batch, Layout, TrainState
 
 # What every batch of sampled rows has without credit or anchors.
 PROVIDED = frozenset({
@@ -60,16 +61,29 @@ class Steps(abc.ABC):
   annotate: Annotator  # (state, batch) -> batch with log-probs, values and statistics
   assign: Callable[[Batch, Any], tuple[Batch, Any]]  # compiled: (batch, state) -> credited, state
   mask_truncated: bool  # whether rows that met no stop token leave the loss
+  meter: speed.Meter = dataclasses.field(default_factory=speed.Meter)
 
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
     """The batch of a step; `step` is the number of batches collected in the phase before it."""
-    batch, records = self.sample(state, draw, step)
-    batch, report = self.score(batch, records, state, draw, step)
-    batch, memory = self.remember(batch, state, step)
-    batch = self.annotate(state, batch)
-    batch, credit_state = self.credit(batch, state)
+    meter = self.meter
+    with meter.timing('rollout'):
+      batch, records = self.sample(state, draw, step)
+    with meter.timing('scoring'):
+      batch, report = self.score(batch, records, state, draw, step)
+    with meter.timing('annotation'):
+      batch, memory = self.remember(batch, state, step)
+      batch = self.annotate(state, batch)
+      meter.add('annotation', self.annotate.flops(batch))
+      batch, credit_state = self.credit(batch, state)
     report.metrics['staleness'] = float(batch.staleness.mean())
+    report.metrics.update(meter.take())
     return Collected(batch, credit_state, memory, *report)
+
+  def count(self, batch: Batch, samples_per_prompt: int) -> Batch:
+    """Counts the operations of the sampler, which prefills a prompt once; returns the batch."""
+    layout = Layout(self.context.layout.prompt_length, samples_per_prompt)
+    self.meter.add('rollout', speed.forward_flops(self.context.policy.config, batch, layout))
+    return batch
 
   @abc.abstractmethod
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:

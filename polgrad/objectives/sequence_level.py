@@ -35,7 +35,8 @@ class Pairwise(Objective):
 
   The metric `accuracy` is the fraction of pairs whose preferred row has the higher score. Equal
   scores count as one half, as they do before the first update of DPO, where rounding would decide
-  otherwise. `margin` is the mean of score_w - score_l.
+  otherwise. `margin` is the mean of score_w - score_l. `chosen_reward` and `rejected_reward` are the
+  means of beta * score_w and beta * score_l, the implicit rewards.
 
   Attributes:
     score: of a row, [B], such as the summed log-ratio to the reference.
@@ -76,6 +77,7 @@ class Pairwise(Objective):
 
     scores = call_slot('score', self.score, x).reshape(-1, 2)
     gap = sign * (scores[:, 0] - scores[:, 1])
+    chosen = jnp.where(sign > 0, scores[:, 0], scores[:, 1])
     loss = self.link(self.beta * gap - self.offset, confidence)
 
     # Pairs count only if both of their rows have tokens.
@@ -85,6 +87,8 @@ class Pairwise(Objective):
     metrics = {
       'accuracy': row_mean((gap > 0) + 0.5 * (gap == 0), where),
       'margin': row_mean(jax.lax.stop_gradient(gap), where),
+      'chosen_reward': row_mean(self.beta * jax.lax.stop_gradient(chosen), where),
+      'rejected_reward': row_mean(self.beta * jax.lax.stop_gradient(chosen - gap), where),
     }
     return {'preference': row_mean(loss, where)}, metrics | off_policy_metrics(x)
 
@@ -92,6 +96,9 @@ class Pairwise(Objective):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pointwise(Objective):
   """Mean over rows of loss(beta * score, ...); the loss reads a label, a reward or a group.
+
+  Where rows have labels, `chosen_reward` and `rejected_reward` are the mean scaled scores of those with
+  a label of at least one half and of the others.
 
   Attributes:
     score: of a row, [B], such as the summed log-ratio to the reference.
@@ -119,7 +126,11 @@ class Pointwise(Objective):
     x = view(outputs, batch)
     x['score'] = self.beta * call_slot('score', self.score, x)
     where = isolate_empty_rows(x)
-    metrics = {'score': row_mean(jax.lax.stop_gradient(x['score']), where)}
+    score = jax.lax.stop_gradient(x['score'])
+    metrics = {'score': row_mean(score, where)}
+    if 'label' in x:
+      metrics['chosen_reward'] = row_mean(score, where & (x['label'] >= 0.5))
+      metrics['rejected_reward'] = row_mean(score, where & (x['label'] < 0.5))
     loss = call_slot('loss', self.loss, x)
     return {'pointwise': row_mean(loss, where)}, metrics | off_policy_metrics(x)
 

@@ -35,7 +35,7 @@ from polgrad.optim.variance_reduction import (
   normalized_igt,
   signal_to_noise,
 )
-from polgrad.optim.wrappers import Oracle, balanced, in_float32
+from polgrad.optim.wrappers import Oracle, balanced, in_float32, learning_rate
 from polgrad.registry import table
 
 TABLE = STANDARD | table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled)
@@ -60,6 +60,7 @@ __all__ = [
   'in_float32',
   'inverse_linear',
   'iterate',
+  'learning_rate',
   'linear',
   'normalized_igt',
   'sgd',

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
-from polgrad.optim.wrappers import in_float32, skipping
+from polgrad.optim.wrappers import in_float32, scheduled, skipping
 from polgrad.registry import Decay, NotNegative, Range, table
 
 
@@ -43,7 +43,8 @@ def adamw(
   )
   if skip_grad_norm < float('inf'):
     transform = skipping(transform, limit=skip_grad_norm)
-  return in_float32(transform) if master_weights else transform
+  transform = in_float32(transform) if master_weights else transform
+  return scheduled(transform, learning_rate, schedule)
 
 
 def sgd(
@@ -68,7 +69,8 @@ def sgd(
     optax.scale_by_schedule(schedule),
     optax.scale(-learning_rate),
   )
-  return in_float32(transform) if master_weights else transform
+  transform = in_float32(transform) if master_weights else transform
+  return scheduled(transform, learning_rate, schedule)
 
 
 STANDARD = table('optim', adamw, sgd)

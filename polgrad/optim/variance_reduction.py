@@ -13,7 +13,7 @@ import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.standard import StandardPart
-from polgrad.optim.wrappers import Oracle, in_float32
+from polgrad.optim.wrappers import Oracle, in_float32, rated, scheduled
 from polgrad.registry import NotNegative
 from polgrad.types import Array, Params
 
@@ -66,7 +66,8 @@ def normalized_igt(
     ahead = _add(iterate, _scale((1 - after) / after, moved))
     return _subtract(ahead, params), TransportState(count + 1, iterate, momentum)
 
-  return in_float32(optax.GradientTransformation(init, update))
+  made = in_float32(optax.GradientTransformation(init, update))
+  return scheduled(made, learning_rate, schedule, TransportState)
 
 
 class HessianState(NamedTuple):
@@ -140,7 +141,8 @@ def harpg(
     target, state = jax.lax.cond(state.count % 2 == 0, look, move, state)
     return _subtract(target, params), state._replace(count=state.count + 1)
 
-  return in_float32(optax.GradientTransformationExtraArgs(init, update))
+  made = in_float32(optax.GradientTransformationExtraArgs(init, update))
+  return scheduled(made, learning_rate, schedule, HessianState)
 
 
 def iterate(opt_state: Any) -> Params:
@@ -258,7 +260,7 @@ def _scaled(
     steps, inner = optimizer.update(grads, state.inner, params)
     return _scale(by, steps), ScaledState(inner, scale)
 
-  return in_float32(optax.GradientTransformationExtraArgs(init, update))
+  return rated(in_float32(optax.GradientTransformationExtraArgs(init, update)), optimizer.rate)
 
 
 def _averaging(exponent: float) -> Callable[[Array], Array]:

@@ -29,6 +29,49 @@ class Oracle(NamedTuple):
   product: Callable
 
 
+class Rated(optax.GradientTransformationExtraArgs):
+  """An optimizer that tells its learning rate.
+
+  Attributes:
+    rate: (state of this optimizer, also within wrappers) -> f32[], the rate of the next step.
+  """
+
+  rate: Callable[[Any], jax.Array]
+
+
+def rated(optimizer: optax.GradientTransformation, rate: Callable[[Any], jax.Array]) -> Rated:
+  """The optimizer with its learning rate, see `Rated`."""
+  optimizer = optax.with_extra_args_support(optimizer)
+  made = Rated(optimizer.init, optimizer.update)
+  made.rate = rate
+  return made
+
+
+def scheduled(
+  optimizer: optax.GradientTransformation,
+  learning_rate: float,
+  schedule: Callable[[jax.Array], jax.Array],
+  counter: type = optax.ScaleByScheduleState,
+) -> Rated:
+  """An optimizer whose rate is `learning_rate * schedule(count)`.
+
+  Args:
+    counter: type of the state that holds `count`, the updates that the optimizer has made.
+  """
+  counts = lambda x: isinstance(x, counter)
+
+  def rate(state):
+    [found] = [x for x in jax.tree.leaves(state, is_leaf=counts) if counts(x)]
+    return learning_rate * schedule(found.count)
+
+  return rated(optimizer, rate)
+
+
+def learning_rate(optimizer: optax.GradientTransformation, state: Any) -> dict[str, jax.Array]:
+  """The metric `learning_rate` of the next step; {} if the optimizer does not tell it."""
+  return {'learning_rate': optimizer.rate(state)} if isinstance(optimizer, Rated) else {}
+
+
 class MasterState(NamedTuple):
   """State of `in_float32`."""
 
@@ -120,7 +163,8 @@ def balanced(
       )
     return parts.update(grads, state, params, oracle=oracle)
 
-  return optax.GradientTransformationExtraArgs(parts.init, update)
+  made = optax.GradientTransformationExtraArgs(parts.init, update)
+  return rated(made, optimizer.rate) if isinstance(optimizer, Rated) else made
 
 
 def _seen_through(
