@@ -464,15 +464,17 @@ def run_phase(
   state: TrainState,
   writer: metrics.Writer | None,
   keep: Callable[[TrainState], None],
-  progress: Progress,
+  progress: Progress | None = None,
   store: row_files.Store | None = None,
 ) -> TrainState:
   """Trains from the state until its phase has made all steps; a step collects and uses one batch.
 
   Args:
     keep: is called with the state where a checkpoint is due.
-    progress: of the run; it is changed in place.
+    progress: of the run; it is changed in place. None: that of a new run.
+    store: where rows are kept; None: they are not.
   """
+  progress = progress or Progress()
   run = start_phase(experiment, state, writer, store)
   first, last = int(state.phase_step), run.phase.steps
   bar = tqdm(total=last, initial=first, desc=run.name, disable=writer is None, mininterval=1.0)
