@@ -177,7 +177,6 @@ def check_verifiers(part: Part, run: Experiment, most: int) -> Section:
       if v.tells_apart
       else (v.name, f'{len(v.rows):,}', 'all', '-', '-', len(v.errors), v.form)
       for v in canary.verdicts
-      if v.name != canaries.TOTAL or len(canary.verdicts) > 2
     ],
   ) if canary.verdicts else []  # fmt: skip
   lines += [line for note in canary.notes for line in tables.wrapped(note)]

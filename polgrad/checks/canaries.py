@@ -13,13 +13,15 @@ import numpy as np
 
 from polgrad.checks.duplicates import normalised
 from polgrad.checks.findings import Finding, some
-from polgrad.registry import Weighted, inputs, unbound
+from polgrad.registry import Weighted, inputs, name_of, unbound
 from polgrad.rewards import verifiers as ours
 from polgrad.rewards.scoring import Scores
 
 Form = Callable[[str], str]  # answer -> completion that has it
 BARE = 'the bare answer'
 COMMON = {
+  '<think>...</think> ...': '<think>\nSo.\n</think>\n{}',
+  '<think>...</think> <answer>...</answer>': '<think>\nSo.\n</think>\n<answer>{}</answer>',
   '<answer>...</answer>': '<answer>{}</answer>',
   '#### ...': '#### {}',
   '\\boxed{...}': '\\boxed{{{}}}',
@@ -39,6 +41,8 @@ class Verdict(NamedTuple):
   accepted_empty: tuple[int, ...]  # rows for which it accepts an empty text
   accepted_other: tuple[int, ...]  # rows for which it accepts the answer of another record
   errors: tuple[int, ...]  # rows on which it failed
+  forms: tuple[str, ...] = ()  # all that were tried, where none was accepted
+  own: bool = False  # a function of the user's, which may ask for a form that was not tried
 
 
 TOTAL = 'the reward'
@@ -176,9 +180,13 @@ def try_verifiers(
     right[name] = _values(found := judge([forms[name](text) for text in texts], all_records))
     messages += found.messages
     wrong[name] = _values(judge([forms[name](text or '') for text in other], all_records))
+  own = {who for who, one in judging.items() if ':' in name_of(unbound(_function(one)))}
   verdicts = [
-    _verdict(who, form, rows, right[form][who], empty[who], wrong[form][who])
+    _verdict(who, form, rows, right[form][who], empty[who], wrong[form][who])._replace(
+      forms=tuple(gains), own=who in own or (who == TOTAL and bool(own))
+    )
     for who, form in best.items()
+    if who != TOTAL or len(judging) > 1 or len(reward) > 1
   ]
   return Canary(tuple(verdicts), tuple(sorted(notes)), dict(zip(rows, texts)), tuple(messages[:5]))
 
@@ -209,26 +217,25 @@ def _verdict(
 
 
 def findings(path: str, canary: Canary, place: Callable[[int], str]) -> list[Finding]:
-  """What the verdicts say is wrong with the reward of a section."""
-  wrong, place = [], f'{path}.reward'
-  total = next((v for v in canary.verdicts if v.name == TOTAL), None)
+  """What the verdicts say is wrong with the reward of a section; `place` names a row."""
+  wrong = []
   for v in canary.verdicts:
-    where = place if v.name == TOTAL else f'{place}.{v.name}'
-    only = v.name == TOTAL and len(canary.verdicts) == 2
+    where = f'{path}.reward' if v.name == TOTAL else f'{path}.reward.{v.name}'
+    decides = v.name == TOTAL or len(canary.verdicts) == 1
+    count = f'{len(v.rows)} records'
     if len(v.errors) == len(v.rows):
       reason = f' ({canary.messages[0]})' if canary.messages else ''
-      text = f'it fails on all of {len(v.rows)} records{reason}'
-      wrong.append(Finding(where, text, 'a wrong completion should get a low number, not an error'))
+      mend = 'a wrong completion should get a low number, not an error'
+      wrong.append(Finding(where, f'it fails on all of {count}{reason}', mend, fails=True))
     elif not v.tells_apart:
-      text = f'it gives right answers no more than wrong ones, on {len(v.rows)} records'
-      mend = 'look at its knobs, and at the fields of the records that it reads'
-      wrong.append(Finding(where, text, mend, fails=v.name == TOTAL))
-    if only or v.name == TOTAL or not v.tells_apart:
-      continue
-    wrong += _of_rows(where, v, canary, place)
-  if total and total.tells_apart and total.form != BARE:
-    text = f'the bare answer is not accepted, but {total.form} is'
-    wrong.append(Finding(place, text, 'let the prompt or the system turn ask for this form'))
+      text = f'right answers get no more than wrong ones on {count}, as {", as ".join(v.forms)}'
+      mend = 'if it asks for another form, all is well; otherwise look at the fields that it reads'
+      wrong.append(Finding(where, text, mend, fails=decides and not v.own))
+    else:
+      if v.form != BARE and decides:
+        mend = 'the prompt or the system turn should ask for this form'
+        wrong.append(Finding(where, f'it refuses {BARE}, but accepts {v.form}', mend))
+      wrong += [] if v.name == TOTAL else _of_rows(where, v, canary, place)
   return wrong
 
 
