@@ -10,13 +10,14 @@ output.
 """
 
 import functools
+import itertools
 import json
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,23 +84,21 @@ def make_reader(tokenizer: Mapping, source: Mapping, reader: Mapping | None, pla
   return reading.Made(bind(source, sources.TABLE), read, bind(tokenizer, tokenizers.TABLE))
 
 
+def maker(config: ml_collections.ConfigDict, part: Part) -> Callable[[], reading.Made]:
+  """What makes the reader of a section in another process; it can be sent there."""
+  spec = json.loads(part.spec.to_json_best_effort())
+  tokenizer = json.loads(config.tokenizer.to_json_best_effort())
+  return functools.partial(make_reader, tokenizer, spec['source'], spec.get('collect'), spec)
+
+
 def read_part(
   config: ml_collections.ConfigDict, run: Experiment, part: Part, most: int
 ) -> list[reading.Read]:
   """Reads the records of a section, with a progress bar."""
-  spec = json.loads(part.spec.to_json_best_effort())
-  make = functools.partial(
-    make_reader,
-    json.loads(config.tokenizer.to_json_best_effort()),
-    spec['source'],
-    spec.get('collect'),
-    spec,
-  )
-  rows = spaced(part.rows, most)
-  found = []
+  rows, found = spaced(part.rows, most), []
   with tqdm(total=len(rows), desc=f'reading {part.path}', mininterval=0.5, leave=False) as bar:
     made = reading.Made(part.judged.source, part.reader, run.tokenizer)
-    for piece in reading.read_all(rows, made, make):
+    for piece in reading.read_all(rows, made, maker(config, part)):
       found += piece
       bar.update(len(piece))
   return found
@@ -288,32 +287,30 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
   return Section(f'{count} steps of every phase', lines, wrong)
 
 
-def check(
-  config: ml_collections.ConfigDict,
-  run: Experiment,
-  *,
-  workdir: str,
-  steps: int,
-  canary: int,
-  most: int,
-):
-  """Yields the sections of the report, one after the other; see the flags for the arguments."""
-  parts = parts_of(config, run)
-  found = {}
+def check_data(
+  config: ml_collections.ConfigDict, run: Experiment, *, canary: int, most: int
+) -> Iterator[Section]:
+  """The sections on data and verifiers, one after the other.
+
+  Args:
+    canary, most: records of a source that verifiers are tried on, and that are read; 0: all.
+  """
+  parts, found, seen = parts_of(config, run), {}, set()
   for part in parts:
     found[part.path] = read_part(config, run, part, most)
     yield check_records(part, found[part.path])
   if run.evaluation.every:
     leaks = check_leaks(parts, found)
     yield Section('held-out prompts in training data', _none_if(leaks), leaks)
-  seen = set()
   for part in parts:
     key = json.dumps([part.spec.source.to_dict(), part.spec.reward.to_dict()])
     if part.judged.reward and key not in seen:
       seen.add(key)
       yield check_verifiers(part, run, canary)
 
-  # The update, traced; then parameters, which take memory and time.
+
+def check_trace(run: Experiment) -> Section:
+  """Traces the update of every phase."""
   wrong = []
   for name, phase in run.phases.items():
     try:
@@ -322,15 +319,23 @@ def check(
     except ValueError as error:
       where, _, text = str(error).partition(': ')
       wrong.append(Finding(where, text, fails=True))
-  yield Section('trace of every update', _none_if(wrong), wrong)
+  return Section('trace of every update', _none_if(wrong), wrong)
+
+
+def check_run(
+  config: ml_collections.ConfigDict, run: Experiment, *, workdir: str, steps: int
+) -> Iterator[Section]:
+  """The sections on updates, memory, turns and time, one after the other."""
+  traced = check_trace(run)
+  yield traced
   yield check_memory(run, workdir)
-  state = None
   with jax.set_mesh(run.mesh):
-    if steps and not wrong:
-      state = train.begin(run, 0, None)
-    yield check_turns(config, run, None if state is None else state.params)
-    if state is not None:
-      yield check_steps(run, steps, state)
+    if not steps or traced.findings:
+      yield check_turns(config, run, None)
+      return
+    state = train.begin(run, 0, None)
+    yield check_turns(config, run, state.params)
+    yield check_steps(run, steps, state)
 
 
 def _none_if(wrong: Sequence[Finding]) -> list[str]:
@@ -342,6 +347,7 @@ def show(section: Section) -> None:
   print('\n'.join(['', section.title, *section.lines]))
   for one in section.findings:
     print('\n'.join(tables.wrapped(str(one), '  FAIL ' if one.fails else '  warning ', '    ')))
+  sys.stdout.flush()
 
 
 def main(argv: list[str]) -> None:
@@ -350,16 +356,11 @@ def main(argv: list[str]) -> None:
     config = cli.config(TABLE)
     run = build(config)
   wrong = []
-  for section in check(
-    config,
-    run,
-    workdir=cli.WORKDIR.value or '',
-    steps=_STEPS.value,
-    canary=_CANARIES.value,
-    most=_READ.value,
+  for section in itertools.chain(
+    check_data(config, run, canary=_CANARIES.value, most=_READ.value),
+    check_run(config, run, workdir=cli.WORKDIR.value or '', steps=_STEPS.value),
   ):
     show(section)
-    sys.stdout.flush()
     wrong += section.findings
   fails = sum(one.fails for one in wrong)
   print(f'\n{fails} failures, {len(wrong) - fails} warnings')

@@ -235,12 +235,14 @@ def findings(path: str, canary: Canary, place: Callable[[int], str]) -> list[Fin
       if v.form != BARE and decides:
         mend = 'the prompt or the system turn should ask for this form'
         wrong.append(Finding(where, f'it refuses {BARE}, but accepts {v.form}', mend))
-      wrong += [] if v.name == TOTAL else _of_rows(where, v, canary, place)
+      wrong += [] if v.name == TOTAL else _of_rows(where, v, canary, place, decides)
   return wrong
 
 
-def _of_rows(where: str, v: Verdict, canary: Canary, place: Callable[[int], str]) -> list[Finding]:
-  """Warnings of single rows that a verifier judges wrongly."""
+def _of_rows(
+  where: str, v: Verdict, canary: Canary, place: Callable[[int], str], decides: bool
+) -> list[Finding]:
+  """Rows that a verifier judges wrongly; it fails if it alone decides and accepts every empty text."""
   wrong = []
   for rows, text in (
     (v.refused, 'it refuses the right answer'),
@@ -253,5 +255,6 @@ def _of_rows(where: str, v: Verdict, canary: Canary, place: Callable[[int], str]
       text = (
         f'{text} on {len(rows)} of {len(v.rows)} records ({some(rows, place)}; answer {example})'
       )
-      wrong.append(Finding(where, text))
+      always = rows == v.accepted_empty == v.rows
+      wrong.append(Finding(where, text, fails=always and decides))
   return wrong
