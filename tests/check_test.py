@@ -2,13 +2,15 @@
 
 import json
 import math
+import pathlib
 import pickle
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from polgrad import build, check, metric_history, train
+from polgrad import build, check, explain, metric_history, train
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.data import tokenizers
 from polgrad.options import from_text
@@ -370,3 +372,34 @@ def test_a_template_that_writes_nothing_of_the_messages_is_refused(monkeypatch):
     ValueError, match='tokenizer: the chat template writes nothing of what a user'
   ):
     build.build(config)
+
+
+# The page docs/before_a_run.md.
+
+PAGE = (pathlib.Path(__file__).parent.parent / 'docs' / 'before_a_run.md').read_text()
+
+
+def test_the_page_shows_what_the_commands_print(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  exec(re.search(r'```python\n(.*?)```', PAGE, re.DOTALL)[1], {})
+  text = re.search(r'polgrad\.check --config=experiments/run\.py:(\S*data=\S+)', PAGE)[1]
+  config = from_text(text)
+  for section in check.check_data(config, build.build(config), canary=1000, most=0):
+    check.show(section)
+  printed = capsys.readouterr().out
+  block = re.search(r'```\n(config\.phases\.train: 92 .*?)```', PAGE, re.DOTALL)[1]
+  for section in block.strip().split('\n\n'):
+    assert section in printed, section
+
+
+def test_the_page_shows_what_is_explained():
+  file = pathlib.Path(__file__).parent.parent / 'experiments' / 'quickstart.py'
+  names = {}
+  exec(file.read_text(), names)
+  config = names['get_config']()
+  pattern = re.search("--grep='(.*?)'", PAGE)[1]
+  knobs = '\n'.join(explain.knob_lines(config.to_dict(), pattern)).strip()
+  assert f'```\n{knobs}\n```' in PAGE
+  lines = explain.explain(config, build.build(config))
+  for line in re.search(r'```\n(phase train:.*?)```', PAGE, re.DOTALL)[1].strip().split('\n'):
+    assert line in lines or line.strip() == '...', line

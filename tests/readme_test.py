@@ -17,7 +17,7 @@ from tests import hub
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
-PAGES = ('README.md', 'CONTRIBUTING.md', 'docs/architecture.md')
+PAGES = ('README.md', 'CONTRIBUTING.md', 'docs/architecture.md', 'docs/before_a_run.md')
 LOSS, MINE = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
