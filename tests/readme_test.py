@@ -17,7 +17,11 @@ from tests import hub
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
-PAGES = ('README.md', 'CONTRIBUTING.md', 'docs/architecture.md', 'docs/before_a_run.md')
+PAGES = (
+  *('README.md', 'CONTRIBUTING.md', 'docs/architecture.md'),
+  *('docs/data.md', 'docs/before_a_run.md', 'docs/looking_inside.md', 'docs/tracking.md'),
+  *('docs/models.md', 'docs/pods.md'),
+)
 LOSS, MINE = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
