@@ -142,7 +142,16 @@ def refusals() -> Iterator[None]:
 
 
 def workdir() -> str:
-  """The folder of the run, by the flags."""
+  """The folder of the run, by the flags.
+
+  Raises:
+    ValueError: it is of no file system of this machine.
+  """
+  if '://' in WORKDIR.value:
+    raise ValueError(
+      f'--workdir={WORKDIR.value}: it must be a local folder, because it holds a lock and metrics that '
+      f'grow; checkpoints may be there: --checkpoints={WORKDIR.value}'
+    )
   return os.path.expanduser(WORKDIR.value)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from polgrad import __version__
 
@@ -43,7 +44,9 @@ def describe(
     data: fingerprints of data that are no files, by the place of their source, see `build.fingerprints`.
   """
   values = json.loads(config.to_json_best_effort())
-  paths = {path: whole for path, whole in sorted(_paths(values)) if path.exists()}
+  paths = {path: whole for path, whole in sorted(_paths(values), key=str) if path.exists()}
+  # A folder elsewhere has a fingerprint in `data`.
+  paths = {p: whole for p, whole in paths.items() if '://' not in str(p) or p.is_file()}
   functions = sorted({f for f in _functions(values) if os.path.exists(f.rpartition(':')[0])})
   return {
     'config': values,
@@ -117,9 +120,14 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
     name, data = key.rpartition('.')[2], '.source.' in key
     if not value or _free(key) or not isinstance(value, str):
       continue
-    path = pathlib.Path(value).expanduser()
+    path = _place(value)
     if name in ('path', 'adapter') or (data and os.sep in value and path.is_file()):
       yield path, data
+
+
+def _place(value: str) -> pathlib.Path:
+  """A path of this machine, or one such as gs://bucket/rows.jsonl."""
+  return epath.Path(value) if '://' in value else pathlib.Path(value).expanduser()
 
 
 def _functions(values: Mapping) -> Iterator[str]:
@@ -139,6 +147,8 @@ def _source(function: str) -> str:
 
 def _digest(path: pathlib.Path, whole: bool) -> str:
   """The digest of a file, or of the names and contents of the files of a folder."""
+  if '://' in str(path):  # stated sizes and ends of a file are those of this machine alone
+    return hashlib.sha256(path.read_bytes()).hexdigest()
   files = sorted(f for f in path.rglob('*') if f.is_file()) if path.is_dir() else [path]
   total = hashlib.sha256()
   for file in files:

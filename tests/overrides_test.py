@@ -211,3 +211,11 @@ def test_what_a_config_file_raises_is_one_line_of_the_mains(file, said, monkeypa
   told = capsys.readouterr().err
   assert ended.value.code == 2 and said in told
   assert 'Traceback' not in told and 'earlier failure' not in told
+
+
+def test_a_workdir_of_a_bucket_is_refused_and_its_checkpoints_are_not():
+  with flagsaver.flagsaver():
+    cli._parse(['train', '--workdir=gs://bucket/run', '--checkpoints=gs://bucket/run'])
+    with pytest.raises(ValueError, match=r'must be a local folder.*--checkpoints=gs://bucket/run'):
+      cli.workdir()
+    assert cli.checkpoint_folder() == 'gs://bucket/run'

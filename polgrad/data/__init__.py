@@ -3,6 +3,8 @@
 | module | what is inside |
 |---|---|
 | `sources` | data sets of records: files, generated problems, and sources that change another source |
+| `tables` | rows of data sets of the Hugging Face hub, and of files of parquet, JSON and CSV |
+| `records` | the forms that a record of a file may have |
 | `stream` | shuffles a source into an endless stream of records; its only state is a cursor |
 | `tokenizers` | text to token ids and back: bytes, characters, SentencePiece, Hugging Face folders |
 | `chat` | chat templates, and which tokens of a conversation are the assistant's |
@@ -11,4 +13,4 @@
 The modules are imported one by one (`from polgrad.data import sources`), because some of them load JAX.
 """
 
-__all__ = ['batching', 'chat', 'sources', 'stream', 'tokenizers']
+__all__ = ['batching', 'chat', 'records', 'sources', 'stream', 'tables', 'tokenizers']

@@ -106,7 +106,7 @@ def jsonl(
     FileNotFoundError: `path` is not a file.
     ValueError: a malformed row, as `path:line: why`; or there is none.
   """
-  if not pathlib.Path(path).is_file():
+  if not tables.place(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines, there is none')
   rows, numbers = [], []
   for number, line in enumerate(tables.lines(path), start=1):

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from etils import epath
 
 FILES = ('.parquet', '.csv', '.json', '.jsonl', '.jsonl.gz')
+REMOTE = '://'  # in paths that are not of this machine
 MISSING = 'the package datasets is missing; pip install "polgrad[hub]"'
 
 
@@ -41,7 +43,7 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
     ImportError: a folder or a name, and the package `datasets` is missing.
     ValueError: a file that cannot be read, or a subset or split that the data set does not have.
   """
-  local = pathlib.Path(path)
+  local = place(path)
   if local.is_file():
     if subset or revision or split != 'train':
       raise ValueError(
@@ -55,7 +57,7 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
     import datasets  # here, because it is optional and takes seconds
   except ImportError as error:
     raise ImportError(MISSING) from error
-  place = '/'.join(filter(None, [path, subset, split]))
+  where = '/'.join(filter(None, [path, subset, split]))
   try:
     if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
       found = _saved(datasets, path, split)
@@ -68,14 +70,14 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
       f'not used before ({str(error)[:300]})'
     ) from error
   except Exception as error:  # datasets has many classes of errors
-    raise ValueError(f'{place}: {error.__cause__ or error}') from error
-  fingerprint = '' if local.is_dir() else found._fingerprint
-  return Rows(len(found), found.__getitem__, place, fingerprint)
+    raise ValueError(f'{where}: {error.__cause__ or error}') from error
+  named = REMOTE in path or not local.is_dir()  # a local folder is known by its contents
+  return Rows(len(found), found.__getitem__, where, found._fingerprint if named else '')
 
 
 def lines(path: str) -> list[bytes]:
   """The lines of a text file in UTF-8, split at newlines only: U+2028 may be inside a JSON string."""
-  data = pathlib.Path(path).read_bytes()
+  data = place(path).read_bytes()
   try:
     if data.startswith(b'\x1f\x8b'):
       data = gzip.decompress(data)
@@ -84,6 +86,11 @@ def lines(path: str) -> list[bytes]:
   except (OSError, EOFError, ValueError, zlib.error) as error:
     raise ValueError(f'{path}: {error}') from error
   return data.removeprefix(codecs.BOM_UTF8).split(b'\n')
+
+
+def place(path: str) -> pathlib.Path:
+  """A path of this machine, or one such as gs://bucket/rows.jsonl, which `etils.epath` reads."""
+  return epath.Path(path) if REMOTE in path else pathlib.Path(path)
 
 
 def plain(value: Any) -> Any:
@@ -127,7 +134,8 @@ class _Parquet:
   """Rows of a parquet file, of which the columns are kept as Arrow has them."""
 
   def __init__(self, path: pathlib.Path):
-    self._table = pa.parquet.read_table(path).combine_chunks()
+    with path.open('rb') as file:
+      self._table = pa.parquet.read_table(file).combine_chunks()
 
   def __len__(self) -> int:
     return self._table.num_rows
@@ -140,7 +148,7 @@ class _Parquet:
 
 def _csv(path: pathlib.Path) -> list[dict]:
   """The rows of a file with commas whose first line names the columns."""
-  table = csv.reader(io.StringIO(path.read_text(encoding='utf-8-sig'), newline=''), strict=True)
+  table = csv.reader(io.StringIO(path.read_bytes().decode('utf-8-sig'), newline=''), strict=True)
   names, *rows = [row for row in table if row] or [[]]
   if len(set(names)) < len(names):
     raise ValueError(f'two columns have one name: {names}')
