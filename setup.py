@@ -44,6 +44,7 @@ setup(
   license_files=['LICENSE'],
   python_requires='>=3.11',
   packages=find_packages(include=['polgrad', 'polgrad.*']),
+  package_data={'polgrad.view': ['templates/*']},
   install_requires=[
     'absl-py>=2.1',
     'array-record>=0.5',

@@ -34,7 +34,6 @@ from polgrad.view import page, runs, tokens
 _ROW = flags.DEFINE_integer('row', 0, 'Number of the record, or of the row in the file.', 0)
 _PHASE = flags.DEFINE_string('phase', '', 'Phase whose data are shown; default: the last.')
 _ROLLOUT = flags.DEFINE_string('rollout', '', 'File of rows that a run has kept.')
-_OUT = flags.DEFINE_string('out', '', 'HTML file to write as well.')
 _COLOR = flags.DEFINE_list(
   'color',
   [],
@@ -102,9 +101,16 @@ def of_rollout(
   phase = _phase(experiment, stored.phase)
   found, note = {}, 'no checkpoint was read'
   if folder:
-    number, state = _restored(experiment, stored.phase, folder, step)
-    found = judged(experiment, phase, state, batch)
-    note = f'ratio, entropy and clipping under the policy of checkpoint {number}'
+    number, of = _newest(experiment, folder, step)
+    note = f'checkpoint {number} is of the phase {of}, so its policy is not compared; see --step'
+    if of == stored.phase:
+      state = _restored(experiment, folder, number)
+      found = judged(experiment, phase, state, batch)
+      note = f'ratio, entropy and clipping under the policy of checkpoint {number}'
+    elif step >= 0:
+      raise ValueError(
+        f'--step={step}: that checkpoint is of the phase {of}, not of {stored.phase}'
+      )
   one = dict(stored.rows[row])
   span = slice(one['column'], one['column'] + len(one['tokens']))
   one |= {name: x[row, span].tolist() for name, x in found.items()}
@@ -208,22 +214,21 @@ def _phase(experiment: Experiment, name: str) -> Phase:
   return experiment.phases[name]
 
 
-def _restored(experiment: Experiment, name: str, folder: str, step: int) -> tuple[int, TrainState]:
-  """The number of a checkpoint and its state.
-
-  Raises:
-    ValueError: it is of another phase than `name`.
-  """
+def _newest(experiment: Experiment, folder: str, step: int) -> tuple[int, str]:
+  """The number of a checkpoint, which is the newest if `step` is negative, and its phase."""
   checkpoints = checkpoint.manager(folder)
   try:
     number = checkpoint.numbered(checkpoints, folder, step)
-    phase = experiment.order[checkpoint.read_meta(checkpoints, number)['phase']]
-    if phase != name:
-      raise ValueError(
-        f'checkpoint {number} is of the phase {phase}, and the rows are of {name}; choose with --step, '
-        f'of {sorted(checkpoints.all_steps())}'
-      )
-    return number, train.resume(experiment, checkpoints, number)
+    return number, experiment.order[checkpoint.read_meta(checkpoints, number)['phase']]
+  finally:
+    checkpoints.close()
+
+
+def _restored(experiment: Experiment, folder: str, number: int) -> TrainState:
+  """The whole state of a checkpoint: parameters, anchors and the objective's state."""
+  checkpoints = checkpoint.manager(folder)
+  try:
+    return train.resume(experiment, checkpoints, number)
   finally:
     checkpoints.close()
 
@@ -257,7 +262,8 @@ def show(view: View, console: Console, colors: Sequence[str], numbers: bool) -> 
       )
       console.print(painted(row, found[name]))
     if numbers:
-      console.print(numbers_of(row, list(found)))
+      table = numbers_of(row, list(found))
+      console.print(table, width=max(console.width, 10 * len(table.columns)), crop=False)
 
 
 def painted(row: Mapping[str, Any], levels: Sequence[int]) -> Text:
@@ -326,9 +332,9 @@ def main(argv: list[str]) -> None:
       else:
         view = of_record(experiment, _PHASE.value, _ROW.value, folder, cli.STEP.value)
     show(view, Console(), _COLOR.value, _NUMBERS.value)
-    if _OUT.value:
-      page.write(os.path.expanduser(_OUT.value), html(view))
-      print(f'{_OUT.value}: open it in a browser')
+    if cli.OUT.value:
+      page.write(os.path.expanduser(cli.OUT.value), html(view))
+      print(f'{cli.OUT.value}: open it in a browser')
 
 
 def _checkpoints(workdir: str | None) -> str:

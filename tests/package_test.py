@@ -22,6 +22,14 @@ def test_setup_has_the_version_of_the_package_and_one_top_level_name(monkeypatch
   assert {name.split('.')[0] for name in found['packages']} == {'polgrad'}
   folders = {path.parent.relative_to(ROOT) for path in ROOT.glob('polgrad/**/*.py')}
   assert {name.replace('.', '/') for name in found['packages']} == set(map(str, folders))
+  others = {path for path in ROOT.glob('polgrad/**/*') if path.suffix not in ('.py', '.pyc', '')}
+  kept = {
+    path
+    for package, patterns in found['package_data'].items()
+    for pattern in patterns
+    for path in (ROOT / package.replace('.', '/')).glob(pattern)
+  }
+  assert others == kept
   assert found['license'] == 'Apache-2.0'
   assert 'Apache License' in (ROOT / found['license_files'][0]).read_text()
 

@@ -11,7 +11,6 @@ from absl import app, flags
 from polgrad import cli
 from polgrad.view import page, runs
 
-_OUT = flags.DEFINE_string('out', 'view.html', 'The file to write.')
 _STEPS = flags.DEFINE_integer(
   'steps', runs.Limits().steps, 'Files of rollouts and evaluations to show of each run.', 1
 )
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
   limits = runs.Limits(_STEPS.value, _ROWS.value, _TOKENS.value)
   with cli.refusals():
     text = page.of_runs(workdirs, limits)
-    path = os.path.expanduser(_OUT.value)
+    path = os.path.expanduser(cli.OUT.value or 'view.html')
     page.write(path, text)
   print(f'{path}: {len(text.encode()) / 2**20:.2f} MiB; open it in a browser')
 

@@ -17,6 +17,7 @@ def environment() -> jinja2.Environment:
     loader=jinja2.PackageLoader('polgrad.view'),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
+    finalize=lambda x: tokens.clean(x) if type(x) is str else x,  # markup is clean already
     trim_blocks=True,
     lstrip_blocks=True,
   )

@@ -30,7 +30,6 @@ class Cell(NamedTuple):
   row: int
   tokens: list[tokens.Token]
   facts: list[tuple[str, str]]  # name and number, such as the reward
-  completion: str
 
 
 class Group(NamedTuple):
@@ -191,8 +190,7 @@ def shown(stored: row_files.Stored, rows: int, most: int) -> Shown:
 
 def cell(row: Mapping[str, Any], most: int) -> Cell:
   """A completion with its numbers."""
-  text = tokens.cut(row['completion'], LETTERS)
-  return Cell(row['row'], tokens.tokens(row, most, row['start']), facts(row), text)
+  return Cell(row['row'], tokens.tokens(row, most, row['start']), facts(row))
 
 
 def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:

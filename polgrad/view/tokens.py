@@ -77,11 +77,12 @@ def levels(row: Mapping[str, Any]) -> dict[str, list[int]]:
 
   Log-probs colour by how far they are below 0.
   """
-  return {
-    name: [level(x, quantity, quantity.full or largest(row[name])) for x in row[name]]
-    for name, quantity in QUANTITIES.items()
-    if row.get(name) is not None
-  }
+  found = {}
+  for name, quantity in QUANTITIES.items():
+    if row.get(name) is not None:
+      full = quantity.full or largest(row[name])
+      found[name] = [level(x, quantity, full) for x in row[name]]
+  return found
 
 
 def tokens(row: Mapping[str, Any], most: int = 10**9, first: int = 0) -> list[Token]:
@@ -132,17 +133,21 @@ def value(row: Mapping[str, Any], name: str, i: int) -> str:
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]')
 
 
-def visible(text: str) -> str:
-  """The text with signs for control characters, which HTML cannot hold, and for ends of lines."""
+def clean(text: str) -> str:
+  """The text with signs for control characters, which HTML cannot hold."""
 
   def sign(found):
     code = ord(found[0])
     return chr(0x2400 + code) if code < 0x20 else '\N{REPLACEMENT CHARACTER}'
 
-  return _CONTROL.sub(sign, text).replace('\n', '↵\n')
+  return _CONTROL.sub(sign, text)
+
+
+def visible(text: str) -> str:
+  """The text of a token, with signs for control characters and ends of lines."""
+  return clean(text).replace('\n', '↵\n')
 
 
 def cut(text: str, most: int) -> str:
-  """The text, or its last characters; control characters are made visible."""
-  text = text if len(text) <= most else '…' + text[-most:]
-  return _CONTROL.sub('\N{REPLACEMENT CHARACTER}', text)
+  """The text, or its last characters."""
+  return text if len(text) <= most else '…' + text[-most:]
