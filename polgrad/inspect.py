@@ -263,7 +263,10 @@ def show(view: View, console: Console, colors: Sequence[str], numbers: bool) -> 
       console.print(painted(row, found[name]))
     if numbers:
       table = numbers_of(row, list(found))
-      console.print(table, width=max(console.width, 10 * len(table.columns)), crop=False)
+      wide = max(
+        console.width, 10 * len(table.columns)
+      )  # a narrow terminal wraps lines, and loses nothing
+      Console(file=console.file, width=wide).print(table)
 
 
 def painted(row: Mapping[str, Any], levels: Sequence[int]) -> Text:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html.parser
-import json
 import math
 import os
 import pathlib
@@ -16,19 +15,17 @@ from absl import flags
 from absl.testing import flagsaver
 from rich.console import Console
 
+from benchmarks import view_in_browser
+from benchmarks.view_in_browser import HOSTILE, bytes_batch
 from polgrad import build, inspect, methods, overrides, row_files, train
 from polgrad.data import tokenizers
 from polgrad.digests import digests
-from polgrad.types import Batch, Layout
 from polgrad.view import __main__ as viewer
 from polgrad.view import charts, page, runs, tokens
 from tests import examples
 from tests.runs import addition, dpo, sft
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs/looking_inside.md'
-HOSTILE = (
-  '</script><script>alert(1)</script></style>"\'><img src=x onerror=alert(2)>\x00\x1b[31m\ud800é'
-)
 pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
 
 
@@ -45,33 +42,6 @@ def run(tmp_path_factory):
   """(workdir, state) of a finished run."""
   workdir = str(tmp_path_factory.mktemp('look') / 'first')
   return workdir, train.run(config(), workdir)
-
-
-def bytes_batch(texts, *, prompt='a+b='):
-  """Rows of the byte tokenizer with these completions."""
-  tokenizer = tokenizers.byte()
-  rows = [(list(prompt.encode()), [*text.encode('utf-8', 'replace'), 258]) for text in texts]
-  width = len(prompt) + max(len(made) for _, made in rows)
-  shape = len(rows), width
-  batch = Batch(
-    tokens=np.full(shape, 256, np.int32),
-    segment_ids=np.zeros(shape, np.int32),
-    mask=np.zeros(shape, bool),
-    behavior_logp=np.zeros(shape, np.float32),
-    advantages=np.zeros(shape, np.float32),
-    rewards=np.arange(len(rows), dtype=np.float32),
-    valid=np.ones(len(rows), bool),
-    group_ids=np.zeros(len(rows), np.int32),
-    layout=Layout(prompt_length=len(prompt)),
-  )
-  for i, (asked, made) in enumerate(rows):
-    end = len(asked) + len(made)
-    batch.tokens[i, :end] = asked + made
-    batch.segment_ids[i, :end] = 1
-    batch.mask[i, len(asked) : end] = True
-    batch.behavior_logp[i, len(asked) : end] = -0.5
-    batch.advantages[i, len(asked) : end] = i - 0.5
-  return batch, tokenizer
 
 
 def store(workdir, **settings):
@@ -231,19 +201,7 @@ class TestThePageOfRuns:
   @pytest.fixture
   def hostile(self, tmp_path):
     """The folder of a run all of whose texts are hostile."""
-    workdir = tmp_path / 'a<b>&"run'
-    phase = '</p>\x00"&/'
-    kept = store(workdir, past=(phase,))
-    batch, tokenizer = bytes_batch([HOSTILE, 'x'], prompt='<b>&')
-    kept.write_rows(phase, 3, batch, 2, tokenizer=tokenizer, terms={'<i>': np.ones(2)})
-    kept.write_samples(phase, 3, [(HOSTILE, HOSTILE, math.nan), ('</td>', '<!--', 1.0)])
-    rows = [
-      {'step': i, 'phase': phase if i else '<p>', HOSTILE: i, 'none': None, 'big': 10.0**i}
-      for i in range(3)
-    ]
-    (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    (workdir / 'config.json').write_text(json.dumps({'name': 'x', HOSTILE: HOSTILE, 'seed': 1}))
-    return str(workdir)
+    return view_in_browser.hostile_run(str(tmp_path / 'a<b>&"run'))
 
   def test_has_curves_completions_problems_and_configurations(self, run):
     text = page.of_runs([run[0]], runs.Limits())
