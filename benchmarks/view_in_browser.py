@@ -76,7 +76,7 @@ def hostile_run(workdir: str) -> str:
 COLORS = (
   "[...document.querySelectorAll('.tokens i')].map(x => getComputedStyle(x).backgroundColor).join()"
 )
-CURVES = "[...document.querySelectorAll('polyline')].filter(x => x.getBoundingClientRect().width > 1).length"
+CURVES = "[...document.querySelectorAll('polyline')].filter(x => x.getBBox().width > 1).length"
 
 
 def check(browser, path: str, width: int, scheme: str) -> None:

@@ -25,7 +25,7 @@ CHECKPOINTS = flags.DEFINE_string(
 STEP = flags.DEFINE_integer(
   'step', -1, 'Number of the checkpoint to read or resume from; -1 is the newest.'
 )
-OUT = flags.DEFINE_string('out', '', 'HTML file to write.')  # of mains that make a page
+OUT = flags.DEFINE_string('out', None, 'HTML file, or folder of a converted model, to write.')
 CACHE = flags.DEFINE_string(
   'compilation_cache',
   os.path.expanduser('~/.cache/polgrad/xla'),

@@ -26,7 +26,7 @@ from polgrad.models import gguf, hf
 from polgrad.models.lora import merge, save_adapter
 from polgrad.types import Params
 
-_OUT = flags.DEFINE_string('out', '', 'Folder to write; it must be empty or not exist.')
+_OUT = cli.OUT
 _GGUF = flags.DEFINE_string('gguf', '', 'A GGUF file to convert instead of a checkpoint.')
 _ADAPTER = flags.DEFINE_bool(
   'adapter', False, 'Write only the LoRA adapter, in the layout of PEFT.'
