@@ -25,7 +25,7 @@ CHECKPOINTS = flags.DEFINE_string(
 STEP = flags.DEFINE_integer(
   'step', -1, 'Number of the checkpoint to read or resume from; -1 is the newest.'
 )
-OUT = flags.DEFINE_string('out', None, 'HTML file, or folder of a converted model, to write.')
+OUT = flags.DEFINE_string('out', '', 'File or folder to write, see the main that you run.')
 CACHE = flags.DEFINE_string(
   'compilation_cache',
   os.path.expanduser('~/.cache/polgrad/xla'),

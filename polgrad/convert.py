@@ -26,7 +26,6 @@ from polgrad.models import gguf, hf
 from polgrad.models.lora import merge, save_adapter
 from polgrad.types import Params
 
-_OUT = cli.OUT
 _GGUF = flags.DEFINE_string('gguf', '', 'A GGUF file to convert instead of a checkpoint.')
 _ADAPTER = flags.DEFINE_bool(
   'adapter', False, 'Write only the LoRA adapter, in the layout of PEFT.'
@@ -93,22 +92,22 @@ def main(argv: list[str]) -> None:
   if not _GGUF.value:
     loading.start(argv)
   with cli.refusals():
-    if not _OUT.value:
+    if not cli.OUT.value:
       raise ValueError('name the folder to write: --out=FOLDER')
     if _GGUF.value:
       if loading.MODEL.value or cli.CONFIG.value is not None:
         raise ValueError('--gguf is the model to write, so it cannot have --model or --config')
-      gguf.convert(_GGUF.value, _OUT.value)
+      gguf.convert(_GGUF.value, cli.OUT.value)
     else:
       config = loading.config()
       export(
         *loading.load(config),
-        _OUT.value,
+        cli.OUT.value,
         source=origin(config['model']),
         adapter=_ADAPTER.value,
         reward_model=_REWARD.value,
       )
-  print(f'wrote {_OUT.value}')
+  print(f'wrote {cli.OUT.value}')
 
 
 if __name__ == '__main__':

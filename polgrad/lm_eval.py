@@ -46,7 +46,6 @@ _FEWSHOT = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer('batch_size', 16, 'Rows that are computed at once.', lower_bound=1)
 _CHAT = flags.DEFINE_bool('apply_chat_template', False, 'Put prompts into the chat template.')
 _SYSTEM = flags.DEFINE_string('system', '', 'System turn of the prompts.')
-_OUT = flags.DEFINE_string('out', '', 'File for all results as JSON.')
 _SAMPLES = flags.DEFINE_bool('log_samples', False, 'Write prompts and answers to --out too.')
 _BOOTSTRAP = flags.DEFINE_integer(
   'bootstrap', 1000, 'Resamples for standard errors that have no formula; 0: none.', lower_bound=0
@@ -379,7 +378,7 @@ def main(argv: list[str]) -> None:
       bootstrap_iters=_BOOTSTRAP.value,
     )
   if jax.process_index() == 0:
-    show(results, _OUT.value)
+    show(results, cli.OUT.value)
 
 
 def show(results: dict, out: str) -> None:
