@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import ml_collections
@@ -22,6 +22,7 @@ from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.checks import duplicates, tracing
 from polgrad.data import batching, chat, sources, tokenizers
+from polgrad.learner import Learner
 from polgrad.models import Part as ModelPart
 from polgrad.models.kernels import ATTENTION, PLATFORMS
 from polgrad.models.policy import Policy
@@ -109,6 +110,11 @@ class Phase(Judged):
     restart: initialise the policy again when the phase starts, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
       groups then stay whole in minibatches, which must divide accordingly.
+    held_out: sources by name of records that are not trained on, for phases that learn from given
+      completions. The loss and metrics of the objective on them are `evaluation/NAME/...`.
+    held_out_every: collected batches between these measurements; the phase is also measured before and
+      after.
+    held_out_records: how many records of each of these sources are measured, from the first.
     pack: 0 turns packing off; otherwise short rows are forwarded several to a row, and the numbers of
       packed rows and of scored tokens are each rounded up to one of `pack` sizes, so few shapes compile.
   """
@@ -128,12 +134,27 @@ class Phase(Judged):
   restart: bool = False
   share_prompts: bool = False
   pack: Count = 0
+  held_out: Mapping[str, sources.Part] = dataclasses.field(default_factory=dict)
+  held_out_every: Count = 50
+  held_out_records: AtLeastOne = 256
 
   @functools.cached_property
   def layout(self) -> Layout:
     """What of a batch need not be computed."""
     shared = self.collect.rows_per_prompt if self.share_prompts else 1
     return Layout(self.collect.prompt_length, shared, self.pack)
+
+  def learner(self, policy: Policy) -> Learner:
+    """The forward pass, gradient and update of this phase."""
+    return Learner(
+      policy,
+      self.objective,
+      self.optimizer,
+      temperature=self.collect.temperature,
+      micro_batches=self.micro_batches,
+      anchors=self.anchors,
+      frozen=self.frozen,
+    )
 
   @property
   def rows_per_prompt(self) -> int:
@@ -169,6 +190,8 @@ class HeldOut(Judged, Evaluation):
     answer: regular expression; maj@k compares the first group of its last match.
     overlong: of problems whose prompt is longer: 'error', 'drop' or 'truncate', see `collect.Collector`.
     prefix, stop_strings: what completions begin and end with, see `collect.Sampling`.
+    anchors: anchors that are measured as well, in phases that have them, such as an average of the
+      policy; their metrics are `evaluation_NAME/...`.
   """
 
   every: Count = 50
@@ -184,6 +207,7 @@ class HeldOut(Judged, Evaluation):
   overlong: batching.Overlong = 'error'
   prefix: str = ''
   stop_strings: tuple = ()
+  anchors: tuple = ()
 
   def own(self, tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer with this prefix and these stop strings."""
@@ -232,6 +256,11 @@ class Experiment:
     evaluation: what is measured on held-out problems.
     checkpoint_every: collected batches between checkpoints.
     keep_checkpoints: how many checkpoints are kept.
+    keep_best: metric whose best checkpoint in the last phase is kept beside these, such as
+      `evaluation/greedy`; '' for none. It is measured, and the checkpoint saved, where the metric is
+      reported. `--step=best` reads this checkpoint.
+    best_is: 'max' or 'min', the best value of `keep_best`.
+    patience: measurements of `keep_best` without a better value after which the run ends; 0: never.
     log_every: collected batches between rows of metrics.
     show_samples: rows of the table of sampled completions.
     samples_every: collected batches between these tables.
@@ -252,6 +281,9 @@ class Experiment:
   evaluation: EvaluationPart = Never
   checkpoint_every: Count = 100
   keep_checkpoints: AtLeastOne = 2
+  keep_best: str = ''
+  best_is: Literal['max', 'min'] = 'max'
+  patience: Count = 0
   log_every: Count = 1
   show_samples: Count = 4
   samples_every: Count = 50
@@ -317,6 +349,29 @@ def check(run: Experiment) -> None:
     _check_stops('config.evaluation', evaluation, run)
     length = evaluation.prompt_length + evaluation.max_new_tokens
     _check_length('config.evaluation', length, run.policy)
+    _check_measured(evaluation.anchors, run)
+  _check_best(run)
+
+
+def _check_measured(names: tuple, run: Experiment) -> None:
+  """Refuses anchors to measure that no phase has, or that are other models."""
+  known = {name for phase in run.phases.values() for name in phase.anchors.keys() - phase.frozen}
+  for name in names:
+    if name not in known:
+      raise ValueError(f'config.evaluation.anchors: unknown {name!r}{suggest(str(name), known)}')
+
+
+def _check_best(run: Experiment) -> None:
+  """Refuses a best checkpoint of a metric that cannot decide, and patience without one."""
+  name = run.keep_best
+  if run.patience and not name:
+    raise ValueError('config.patience: name the metric that must improve with config.keep_best')
+  if name.partition('/')[0] in tracking.OF_THE_CLOCK:
+    raise ValueError(f'config.keep_best: {name} depends on the clock')
+  rows = run.phases[run.order[-1]]
+  measured = run.evaluation.every or (rows.held_out and rows.held_out_every)
+  if name.startswith('evaluation') and not measured:
+    raise ValueError(f'config.keep_best: {name} is not measured, because there is no evaluation')
 
 
 def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
@@ -361,6 +416,11 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(
       f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
       f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
+    )
+  if phase.held_out and not isinstance(collector, collect.Demonstrations | collect.Preferences):
+    raise ValueError(
+      f'{path}.held_out: this phase samples its completions; held-out problems are measured by '
+      'config.evaluation'
     )
   _check_reads(path, phase, run)
 
@@ -455,6 +515,9 @@ def check_data(run: Experiment) -> list[str]:
     told += _try_verifiers(f'{path}.reward', phase, phase.source, run.tokenizer)
     lines, asked[path] = _look(path, phase.source, rows, phase.collect, run.tokenizer)
     told += lines
+    for key, source in phase.held_out.items():
+      rows = min(phase.held_out_records, len(source))
+      told += _look(f'{path}.held_out.{key}', source, rows, phase.collect, run.tokenizer)[0]
   evaluation = run.evaluation
   if evaluation.every:
     told += _try_verifiers('config.evaluation.reward', evaluation, evaluation.source, run.tokenizer)

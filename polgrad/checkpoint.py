@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from polgrad.digests import digests, not_finite, path_name
+from polgrad.progress import BEST
 
 if TYPE_CHECKING:  # Orbax takes a third of a second, so the functions that need it import it
   import orbax.checkpoint as ocp
@@ -19,8 +20,25 @@ if TYPE_CHECKING:  # Orbax takes a third of a second, so the functions that need
 TREES = ('params', 'rest')
 
 
-def manager(folder: str, *, keep: int = 2) -> 'ocp.CheckpointManager':
-  """Opens or creates a folder of checkpoints, which keeps the newest `keep`.
+class _Kept:
+  """Keeps the newest checkpoints and one more: a preservation policy of Orbax."""
+
+  def __init__(self, newest: int, best: Callable[[], int]):
+    self.newest, self.best = newest, best
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    first, best = len(checkpoints) - self.newest, self.best()
+    return [i >= first or one.step == best for i, one in enumerate(checkpoints)]
+
+
+def manager(
+  folder: str, *, keep: int = 2, best: Callable[[], int] = lambda: -1
+) -> 'ocp.CheckpointManager':
+  """Opens or creates a folder of checkpoints, which keeps the newest `keep` and the best one.
+
+  Args:
+    best: () -> number of the best checkpoint at this time, -1 for none.
 
   Saving is asynchronous, so `close()` the manager to wait for the last save; and it is atomic, so an
   interrupted save leaves no checkpoint.
@@ -30,7 +48,7 @@ def manager(folder: str, *, keep: int = 2) -> 'ocp.CheckpointManager':
   handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
   return ocp.CheckpointManager(
     epath.Path(folder).absolute(),
-    options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, best), create=True),
     item_handlers=handlers | {'meta': ocp.JsonCheckpointHandler()},
   )
 
@@ -137,7 +155,7 @@ def _damaged(checkpoints: 'ocp.CheckpointManager', step: int, reason: str) -> Va
 
 
 def numbered(checkpoints: 'ocp.CheckpointManager', folder: str, step: int = -1) -> int:
-  """The number of a checkpoint that is there: `step`, or the newest if that is negative.
+  """The number of a checkpoint that is there: `step`, or what `NEWEST` and `BEST` stand for.
 
   Args:
     folder: its name in the error.
@@ -146,12 +164,57 @@ def numbered(checkpoints: 'ocp.CheckpointManager', folder: str, step: int = -1) 
     FileNotFoundError: there is no complete checkpoint of this number.
   """
   steps = sorted(checkpoints.all_steps())
+  if step == BEST and steps:
+    found = read_meta(checkpoints, steps[-1]).get('progress', {}).get('best_step', -1)
+    if found not in steps:
+      raise FileNotFoundError(
+        f'no best checkpoint in {folder}: a run keeps one if config.keep_best names a metric; '
+        f'there are {steps}'
+      )
+    return found
   if step < 0 and steps:
     return steps[-1]
   if step not in steps:
     which = 'whole checkpoint' if step < 0 else f'checkpoint {step}'
     raise FileNotFoundError(f'no {which} in {folder}; there are {steps}')
   return step
+
+
+def restore_anchor(checkpoints: 'ocp.CheckpointManager', step: int, name: str, like: Any) -> Any:
+  """Reads one anchor of checkpoint number `step` alone, and compares it with its digests.
+
+  Args:
+    name: of the anchor.
+    like: pytree of `jax.ShapeDtypeStruct` with shardings.
+
+  Raises:
+    ValueError: the checkpoint has no such anchor, or one of another model; or it is damaged.
+  """
+  import orbax.checkpoint as ocp
+
+  stored = read_meta(checkpoints, step)['digests']['rest']
+  names = sorted({path.split('/')[1] for path in stored if path.startswith('anchors/')})
+  if name not in names:
+    raise ValueError(
+      f'checkpoint {step} in {checkpoints.directory} has no anchor {name!r}; it has {names}'
+    )
+  with _named(checkpoints, step, 'rest'):
+    metadata = checkpoints.item_metadata(step)['rest'].tree['anchors'][name]
+  _check_fit(checkpoints, step, f'anchor {name}', metadata, like)
+  wanted = {'anchors': {name: like}}
+  args = ocp.args.PyTreeRestore(
+    item=wanted,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+    partial_restore=True,
+  )
+  with _named(checkpoints, step, 'rest'):
+    folder = epath.Path(checkpoints.directory) / str(step) / 'rest'
+    tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder, args=args)
+  found = digests(tree)
+  changed = [path for path in found if found[path] != stored.get(path)]
+  if changed and _same_dtypes({'anchors': {name: metadata}}, wanted):
+    raise _damaged(checkpoints, step, f'bits of {changed[:3]} have changed')
+  return tree['anchors'][name]
 
 
 def _check_fit(

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from polgrad import overrides
+from polgrad.progress import BEST, NEWEST
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'File of the experiment.', lock_config=True
@@ -22,8 +23,29 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: metrics, chec
 CHECKPOINTS = flags.DEFINE_string(
   'checkpoints', '', 'Folder of the checkpoints, also gs://...; default: WORKDIR/checkpoints.'
 )
-STEP = flags.DEFINE_integer(
-  'step', -1, 'Number of the checkpoint to read or resume from; -1 is the newest.'
+
+
+class _StepParser(flags.IntegerParser):
+  """A number, or `best`."""
+
+  def parse(self, argument: str | int) -> int:
+    if argument == 'best':
+      return BEST
+    try:
+      return super().parse(argument)
+    except ValueError:
+      raise ValueError(f'expected a number or best, got {argument!r}') from None
+
+
+STEP = flags.DEFINE(
+  _StepParser(),
+  'step',
+  NEWEST,
+  'Number of the checkpoint to read or resume from; -1 is the newest, `best` that of config.keep_best.',
+  serializer=flags.ArgumentSerializer(),
+)
+PARAMS = flags.DEFINE_string(
+  'params', 'policy', 'Parameters to read: `policy`, or the name of an anchor such as `average`.'
 )
 OUT = flags.DEFINE_string('out', '', 'File or folder to write, see the main that you run.')
 CACHE = flags.DEFINE_string(

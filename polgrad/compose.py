@@ -11,7 +11,7 @@ was not pretrained first learns the task's demonstrations, in a phase called `wa
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 
@@ -20,7 +20,7 @@ from polgrad import trackers as tracking
 from polgrad.data import sources
 from polgrad.methods import Method
 from polgrad.presets import Preset
-from polgrad.registry import Count, NotNegative, Range, check_ranges, find, part, weighted
+from polgrad.registry import Count, Decay, NotNegative, Range, check_ranges, find, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks import Task
 
@@ -40,6 +40,7 @@ def compose(
   seed: Count = 0,
   smoke: bool = False,
   trackers: str = '',
+  average: Decay = 0.0,
 ) -> ConfigDict:
   """A complete run of a method on a task with a model.
 
@@ -55,12 +56,14 @@ def compose(
     smoke: two steps of small batches on one device (with a smaller model, if it is `tiny`).
     trackers: where metrics go besides metrics.jsonl, with + between several: `wandb+tensorboard`; 'none'
       is nowhere, and '' is TensorBoard, except in a smoke run.
+    average: decay of a running mean of the policy over the updates of `train`, such as 0.999; it is the
+      anchor `average`, which is measured beside the policy. 0 is none.
 
   Raises:
     ValueError: the task lacks what the method needs, or the method cannot use what is asked for.
   """
   numbers = dict(steps=steps, warm_start=warm_start, learning_rate=learning_rate, prompts=prompts)
-  check_ranges(compose, numbers | {'seed': seed})
+  check_ranges(compose, numbers | {'seed': seed, 'average': average})
   run = _Run(task, model, steps or task.steps, learning_rate, prompts, smoke)
   if not isinstance(method, Method):
     method = run.make(method)
@@ -74,6 +77,11 @@ def compose(
       'train one first'
     )
   phases = {'train': run.phase(method, teacher=teacher)}
+  evaluation = run.evaluation()
+  if average:
+    phases['train'].anchors.average = part(optim.ema, decay=average)
+    if 'anchors' in evaluation:
+      evaluation.anchors = ('average',)
   if warm_start:
     first = dataclasses.replace(run, steps=2 if smoke else warm_start, learning_rate=0.0)
     phases = {'warm_start': first.phase(methods.sft()), **phases}
@@ -85,7 +93,7 @@ def compose(
     mesh=ConfigDict({**model.mesh, 'data': 1}) if smoke else model.mesh,
     phases=phases,
     order=tuple(phases),
-    evaluation=run.evaluation(),
+    evaluation=evaluation,
     trackers=_trackers(trackers or ('none' if smoke else 'tensorboard')),
   )
 
@@ -159,7 +167,22 @@ class _Run:
       restart=method.restart and not teacher,
       epochs=method.epochs,
       minibatches=method.minibatches,
+      **self.held_out(needs),
     )
+
+  def held_out(self, needs: str) -> dict[str, Any]:
+    """What a phase measures on records that it does not train on."""
+    task = self.task
+    source = {'demonstrations': task.held_out_demonstrations, 'pairs': task.held_out_pairs}.get(
+      needs
+    )
+    if source is None:
+      return {}
+    return {
+      'held_out': {needs: self.source(source)},
+      'held_out_every': task.evaluate_every,
+      'held_out_records': SMOKE['held_out'] if self.smoke else task.held_out_problems,
+    }
 
   def rate(self, method: Method) -> float:
     usual = {'problems': 'reinforce', 'pairs': 'preference', 'demonstrations': 'imitate'}

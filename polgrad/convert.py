@@ -3,6 +3,8 @@
     python -m polgrad.convert --config=experiments/supervised/hub_sft.py:path=FOLDER \\
       --workdir=runs/hub_sft --out=OUT
     python -m polgrad.convert ... --adapter            # only the LoRA adapter, for PEFT
+    python -m polgrad.convert ... --params=average     # an anchor, such as the average of the policy
+    python -m polgrad.convert ... --step=best          # the checkpoint of config.keep_best
     python -m polgrad.convert --gguf=FILE --out=OUT    # a GGUF file instead of a checkpoint
     python -m polgrad.convert --model=FOLDER --out=OUT --config.model.param_dtype=bfloat16
 

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,14 +22,18 @@ import numpy as np
 from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
-from polgrad.build import TABLE, Experiment, build
-from polgrad.collect import also_read, completions, question
-from polgrad.data import batching
-from polgrad.models.policy import Policy
+from polgrad.build import TABLE, Experiment, Phase, build
+from polgrad.collect import Context, also_read, completions, question
+from polgrad.collect.base import make_annotator
+from polgrad.compiling import jit
+from polgrad.data import batching, sources
+from polgrad.models.policy import Policy, learned, overlay
+from polgrad.packing import pack
+from polgrad.reductions import merged
 from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sampling.stopping import stop_table
-from polgrad.types import Params
+from polgrad.types import Batch, Params, TrainState
 
 EVALUATION_STEP = 2**31 - 1  # seeds the sampling noise, with a step that no training step has
 Samples = list[tuple[str, str, float]]  # (prompt, completion, reward)
@@ -219,16 +223,75 @@ def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
   return policy.init(jax.random.key(seed), shardings)
 
 
-def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Params:
+def make_row_evaluator(phase: Phase, context: Context) -> Callable[[TrainState], dict[str, float]]:
+  """Makes `measure(state) -> evaluation/NAME/METRIC` on the held-out records of a phase.
+
+  These are the loss of the phase's objective, and its metrics: of preferences the accuracy, margin and
+  implicit rewards, of demonstrations the entropy. They are exact over all records, however these are
+  cut into batches.
+  """
+  learner, collector = phase.learner(context.policy), phase.collect
+  annotate = make_annotator(context, collector.temperature)
+  look, devices = jit(learner.measure), sharding.data_parallel_size(context.mesh)
+
+  def measure(state: TrainState) -> dict[str, float]:
+    found = {}
+    for name, source in phase.held_out.items():
+      parts = []
+      for batch in row_batches(phase, source, context):
+        batch = annotate(state, batch).replace(layout=phase.layout)
+        batch = pack(
+          batch,
+          parts=phase.micro_batches,
+          rows_per_prompt=phase.rows_per_prompt,
+          data_parallel_size=devices,
+        )
+        parts.append(sharding.to_host(look(state, sharding.place_batch(context.mesh, batch))))
+      terms, metrics = merged(parts)
+      loss = sum(x.value() for k, x in terms.items() if k not in phase.objective.probes)
+      values = {'loss': loss} | {k: x.value() for k, x in metrics.items()}
+      found |= {f'evaluation/{name}/{k}': float(v) for k, v in values.items()}
+    return found
+
+  return measure
+
+
+def row_batches(phase: Phase, source: sources.Source, context: Context) -> Iterator[Batch]:
+  """Batches (NumPy) of the first `held_out_records` records of a source that are not dropped.
+
+  The last batch is filled up with rows without tokens in the mask, so that one shape compiles.
+
+  Raises:
+    ValueError: all records are dropped.
+  """
+  collector, tokenizer = phase.collect, context.tokenizer
+  records = [{**source[i], 'id': i} for i in range(min(phase.held_out_records, len(source)))]
+  if collector.overlong == 'drop':
+    fate = lambda one: batching.fate(collector.lay_out, one, tokenizer, 'drop')
+    records = [record for record in records if fate(record) != 'dropped']
+  if not records:
+    raise ValueError('held_out: there are no records, or each is too long, and dropped')
+  for start in range(0, len(records), collector.records):
+    piece = records[start : start + collector.records]
+    filled = piece + [piece[-1]] * (collector.records - len(piece))
+    batch = collector.lay_out(filled, tokenizer=tokenizer, cut=collector.cut)
+    real = np.arange(collector.rows) < len(piece) * collector.rows_per_prompt
+    yield batch.replace(mask=batch.mask & real[:, None])
+
+
+def restore_params(
+  experiment: Experiment, folder: str, step: int = -1, name: str = 'policy'
+) -> Params:
   """The policy's parameters from a checkpoint of `train`.
 
   Args:
     folder: the folder of the run's checkpoints.
-    step: number of the checkpoint; -1 is the newest.
+    step: number of the checkpoint; -1 is the newest, `progress.BEST` that of the best metric.
+    name: 'policy', or the name of an anchor that is a copy of it, such as an average.
 
   Raises:
     FileNotFoundError: there is no such folder, or no complete checkpoint in it.
-    ValueError: the checkpoint is of another model.
+    ValueError: the checkpoint is of another model, or has no such anchor.
   """
   if not epath.Path(folder).is_dir():
     raise FileNotFoundError(f'{folder}: expected the checkpoints of a run')
@@ -240,7 +303,12 @@ def restore_params(experiment: Experiment, folder: str, step: int = -1) -> Param
   like = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
-  return checkpoint.restore(checkpoints, step, 'params', like)
+  params = checkpoint.restore(checkpoints, step, 'params', like)
+  if name == 'policy':
+    return params
+  # An anchor holds what updates change; the rest is that of the policy.
+  found = checkpoint.restore_anchor(checkpoints, step, name, learned(policy, like))
+  return overlay(params, found)
 
 
 def chosen_params(experiment: Experiment) -> Params:
@@ -250,13 +318,15 @@ def chosen_params(experiment: Experiment) -> Params:
   they are not.
 
   Raises:
-    ValueError: --step without a run.
+    ValueError: --step or --params without a run.
     FileNotFoundError, ValueError: see `restore_params`.
   """
   if cli.WORKDIR.value or cli.CHECKPOINTS.value:
-    return restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value)
-  if cli.STEP.value >= 0:
-    raise ValueError(f'--step={cli.STEP.value} is a checkpoint of a run; name the run by --workdir')
+    folder, step = cli.checkpoint_folder(), cli.STEP.value
+    return restore_params(experiment, folder, step, cli.PARAMS.value)
+  given = [f'--{flag.name}={flag.value}' for flag in (cli.STEP, cli.PARAMS) if flag.present]
+  if given:
+    raise ValueError(f'{" and ".join(given)}: only a run has it; name the run by --workdir')
   print('no --workdir: this is the model before training', file=sys.stderr)
   return init_params(experiment.policy, experiment.mesh, experiment.seed)
 

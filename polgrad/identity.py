@@ -20,7 +20,8 @@ from polgrad import __version__
 # steps. A * is one part of a path.
 FREE = (
   *('checkpoint_every', 'keep_checkpoints', 'log_every', 'show_samples', 'samples_every'),
-  *('rollouts', 'trackers', 'max_skipped', 'max_silent', 'evaluation', 'mesh', 'phases.*.steps'),
+  *('rollouts', 'trackers', 'keep_best', 'best_is', 'patience', 'max_skipped', 'max_silent'),
+  *('evaluation', 'mesh', 'phases.*.steps', 'phases.*.held_out*'),
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
 )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from polgrad.objectives import Objective
 from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle, learning_rate
 from polgrad.packing import join, packed, split
-from polgrad.reductions import Mean, Metric
+from polgrad.reductions import Mean, merged
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
 
 
@@ -215,6 +214,16 @@ class Learner:
     report |= self.router_excess(grads, batch) | rate
     return state, {'loss': loss, 'grad_norm': norm, 'skipped': state.skipped, **report}
 
+  def measure(self, state: TrainState, batch: Batch) -> tuple[Terms, Metrics]:
+    """The undivided terms and metrics of a batch at the state's parameters; nothing is updated."""
+    trainable = learned(self.policy, state.params)
+    batch = self.select(state, trainable, batch)
+    look = lambda piece: self.terms(state, self.outputs(state, trainable, piece), piece)
+    if self.micro_batches == 1:
+      return look(batch)
+    pieces = split(batch, self.micro_batches, self.rows_per_prompt(batch))
+    return _merged(jax.lax.map(look, pieces), self.micro_batches)
+
   def gradient(
     self, state: TrainState, trainable: Params, batch: Batch, probe: str = ''
   ) -> tuple[tuple[Array, tuple[Terms, Metrics]], Params]:
@@ -370,7 +379,4 @@ class Learner:
 
 def _merged(stacked: Any, pieces: int) -> Any:
   """Terms and metrics of the whole, from those of its pieces, stacked along a first axis."""
-  mergeable = lambda x: isinstance(x, Metric)
-  parts = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(pieces)]
-  add = lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=mergeable)
-  return functools.reduce(add, parts)
+  return merged(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(pieces))

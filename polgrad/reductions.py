@@ -5,6 +5,11 @@ reduction until the end: each part gives one, `a + b` merges two parts exactly, 
 number of the whole batch.
 """
 
+import functools
+import operator
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -106,3 +111,9 @@ class Quantile:
 
 
 Metric = Mean | Max | EffectiveSampleSize | Quantile  # a metric is one of these
+
+
+def merged(parts: Iterable[Any]) -> Any:
+  """Trees of terms and metrics of the whole, from the same trees of its parts."""
+  one = lambda x: isinstance(x, Metric)
+  return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b, is_leaf=one), parts)

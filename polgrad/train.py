@@ -44,10 +44,11 @@ from polgrad.compiling import jit
 from polgrad.data import batching, stream
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.evaluate import init_params
-from polgrad.learner import Learner
+from polgrad.learner import parameter_sets
 from polgrad.models.policy import learned
 from polgrad.packing import pack
 from polgrad.progress import Progress
+from polgrad.registry import suggest
 from polgrad.types import Batch, Params, TrainState
 
 _ON_MISMATCH = flags.DEFINE_enum(
@@ -137,7 +138,10 @@ def prepare(
   with contextlib.ExitStack() as stack:
     if chief:
       stack.enter_context(workdirs.locked(workdir))
-    checkpoints = checkpoint.manager(folder, keep=experiment.keep_checkpoints)
+    progress = Progress()  # read from the checkpoint below
+    checkpoints = checkpoint.manager(
+      folder, keep=experiment.keep_checkpoints, best=lambda: progress.best_step
+    )
     stack.callback(checkpoints.close)  # waits for a save that has not finished
     stack.enter_context(jax.set_mesh(experiment.mesh))
 
@@ -152,14 +156,15 @@ def prepare(
       logging.warning('%s', one)
     if before is not None:
       workdirs.drop_later(checkpoints, before)
+    progress.read(meta)
+    progress.follow(experiment.keep_best, checkpoints.all_steps())
     writer = store = None
     if chief:
       workdirs.write_config(workdir, own['config'], int(state.step))
       writer = open_writer(experiment, state, workdir, own)
       stack.callback(writer.close)
       store = open_store(experiment, state, workdir)
-      tell_what_is_left(experiment, state)
-    progress = Progress.read(meta)
+      tell_what_is_left(experiment, state, progress)
     yield Session(experiment, own, workdir, checkpoints, state, writer, store, progress)
 
 
@@ -184,7 +189,7 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
   return state
 
 
-def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
+def tell_what_is_left(experiment: Experiment, state: TrainState, progress: Progress) -> None:
   """Says if a run is finished already, or will leave no checkpoint."""
   last = len(experiment.order) - 1
   name = experiment.order[last]
@@ -193,10 +198,21 @@ def tell_what_is_left(experiment: Experiment, state: TrainState) -> None:
       f'this run is finished: {name} has made its {int(state.phase_step)} steps; for more of them use '
       f'--config.phases.{name}.steps=..., for a new run another --workdir'
     )
+  elif said := ran_out_of_patience(experiment, progress):
+    print(f'this run is finished: {said}; it goes on with a larger --config.patience, or with 0')
   if not experiment.checkpoint_every:
     logging.warning(
       'config.checkpoint_every is 0: this run leaves no checkpoint unless it is asked to stop'
     )
+
+
+def ran_out_of_patience(experiment: Experiment, progress: Progress) -> str:
+  """Why the run stops early, or ''."""
+  if not 0 < experiment.patience <= progress.waited:
+    return ''
+  best = 'was never a number' if progress.best is None else f'was best, {progress.best:.4g}'
+  where = '' if progress.best is None else f', after {progress.best_step} updates'
+  return f'{progress.metric} {best}{where}, and {progress.waited} measurements were no better'
 
 
 def open_writer(
@@ -345,12 +361,30 @@ class PhaseRun:
   update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
   # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
   measure: Callable | None
+  measure_rows: Callable  # state -> metrics on held-out records of the phase
   writer: metrics.Writer | None  # None in all processes but the first
   store: row_files.Store | None = None  # None too where no rows are kept
 
   def due(self, every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
     return every > 0 and (step % every == 0 or step == self.phase.steps)
+
+  def next_batch(self, state: TrainState, draw: 'Drawer', step: int) -> Collected:
+    """The batch of a step; messages of its verifiers are logged.
+
+    Raises:
+      ValueError: a record is too long. Of a large source `check_data` has read only some.
+    """
+    try:
+      collected = self.collect(state, draw, step)
+    except batching.TooLong as error:
+      raise ValueError(
+        f'config.phases.{self.name}.source, step {step}: {error}; resume with --on_mismatch=continue '
+        f'and --config.phases.{self.name}.collect.overlong=drop (or truncate)'
+      ) from error
+    for message in collected.messages:
+      logging.warning('verifier: %s', message)
+    return collected
 
   def update_all(
     self, state: TrainState, batch: Batch, step: int
@@ -399,15 +433,40 @@ class PhaseRun:
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Held-out metrics if they are due after `step` batches, else {}; shows some samples."""
+    held_out = self.phase.held_out and self.due(self.phase.held_out_every, step)
+    rows = self.measure_rows(state) if held_out else {}
     if not self.due(self.experiment.evaluation.every, step):
-      return {}
+      return rows
     found, samples = self.measure(state.params)
+    for name in self.experiment.evaluation.anchors:
+      if name in state.anchors:
+        anchor = parameter_sets(state, self.phase.frozen)[name]
+        again, _ = self.measure(anchor)
+        found |= {k.replace('evaluation/', f'evaluation_{name}/'): v for k, v in again.items()}
     if self.writer:
       title = f'{self.name}, step {step}: held out'
       metrics.show_samples(title, samples[: self.experiment.show_samples])
     if self.store:
       self.store.write_samples(self.name, int(state.step), samples)
-    return found
+    return found | rows
+
+  def improved(self, progress: Progress, state: TrainState, row: dict[str, float]) -> bool:
+    """Whether the metrics of a step have the best `keep_best` of the last phase so far.
+
+    Raises:
+      ValueError: there is no metric of this name.
+    """
+    name, experiment = self.experiment.keep_best, self.experiment
+    if not name or self.name != experiment.order[-1]:
+      return False
+    # A row before the first step holds evaluations alone.
+    measured = any(key.startswith('evaluation') for key in row)
+    late = not name.startswith('evaluation')
+    if name not in row and (measured if not late else 'loss' in row):
+      raise ValueError(f'config.keep_best: unknown {name!r}{suggest(name, row)}')
+    if name not in row or 'loss' not in row:
+      return False
+    return progress.improved(row[name], int(state.step), largest=experiment.best_is == 'max')
 
   def write(self, state: TrainState, values: dict[str, float]) -> None:
     """Appends a row to the run's metrics."""
@@ -454,6 +513,7 @@ def start_phase(
     collect=phase.collect.make(made),
     update=jit_update(experiment, phase, state),
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
+    measure_rows=evaluate.make_row_evaluator(phase, made),
     writer=writer,
     store=store,
   )
@@ -482,22 +542,17 @@ def run_phase(
 
   # A phase is also measured before its first step.
   if first == 0 and (found := run.evaluate(state, 0)):
+    run.improved(progress, state, found)  # only looks whether there is such a metric
     run.write(state, found)
 
   for step in range(first, last):
+    if ran_out_of_patience(experiment, progress):
+      break
     started = time.perf_counter()
 
-    # Draw records, and collect a batch from them. Of a large source `check_data` has read only some.
+    # Draw records, and collect a batch from them.
     draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
-    try:
-      collected = run.collect(state, draw, step)
-    except batching.TooLong as error:
-      raise ValueError(
-        f'config.phases.{run.name}.source, step {step}: {error}; resume with --on_mismatch=continue and '
-        f'--config.phases.{run.name}.collect.overlong=drop (or truncate)'
-      ) from error
-    for message in collected.messages:
-      logging.warning('verifier: %s', message)
+    collected = run.next_batch(state, draw, step)
 
     # Update on each minibatch, then count the batch as used.
     updating = time.perf_counter()
@@ -522,12 +577,16 @@ def run_phase(
 
     # Save where it is due, and before the machine is taken away.
     stop = preemption.asked(int(state.step))
-    if stop or run.due(experiment.checkpoint_every, step + 1):
+    better = run.improved(progress, state, row | found)
+    ended = ran_out_of_patience(experiment, progress)
+    if stop or better or ended or run.due(experiment.checkpoint_every, step + 1):
       keep(state)
     if stop:
       bar.close()
       logging.warning('asked to stop: %s has saved its step %d', run.name, step + 1)
       raise SystemExit(preemption.CODE)
+    if ended and writer is not None:
+      bar.write(f'{run.name} stops early: {ended}')
   bar.close()
   return state
 
@@ -596,17 +655,9 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
 
   It donates the state that it is given, and shards the new state in the same way.
   """
-  learner = Learner(
-    experiment.policy,
-    phase.objective,
-    phase.optimizer,
-    temperature=phase.collect.temperature,
-    micro_batches=phase.micro_batches,
-    anchors=phase.anchors,
-    frozen=phase.frozen,
-  )
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))
+  update = phase.learner(experiment.policy).update
+  return jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def advance(

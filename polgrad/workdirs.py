@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 
 from polgrad import checkpoint, identity
+from polgrad.progress import NEWEST
 
 
 @contextlib.contextmanager
@@ -30,12 +31,13 @@ def locked(workdir: str) -> Iterator[None]:
 
 
 def select(checkpoints: Any, step: int, folder: str) -> int | None:
-  """The number of the checkpoint to resume from: `step`, or the newest if it is negative, or None.
+  """The number of the checkpoint to resume from: `step`, or the newest if it is -1, or None.
 
   Raises:
     FileNotFoundError: there is no checkpoint `step`.
   """
-  return checkpoints.latest_step() if step < 0 else checkpoint.numbered(checkpoints, folder, step)
+  newest = step == NEWEST
+  return checkpoints.latest_step() if newest else checkpoint.numbered(checkpoints, folder, step)
 
 
 def drop_later(checkpoints: Any, step: int) -> None:

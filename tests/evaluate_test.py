@@ -1,18 +1,24 @@
 """Evaluation: unbiased rates, votes, and verifiers that fail without a trace in either."""
 
 import itertools
+import json
 import math
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import evaluate
+from polgrad import build, evaluate, train
 from polgrad.build import HeldOut
 from polgrad.data import sources, tokenizers
 from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
+from polgrad.learner import forward
+from polgrad.options import from_text
 from polgrad.rewards import verifiers
 from polgrad.types import Batch
+from tests.runs import dpo
 
 NAN = math.nan
 
@@ -193,3 +199,55 @@ def test_when_every_verifier_fails_nothing_is_claimed(measure):
   found, _ = measure({1: [['?']] * 3}, samples=0)
   assert math.isnan(found['evaluation/greedy']) and math.isnan(found['evaluation/reward'])
   assert found['evaluation/verifier_errors'] == 3
+
+
+def test_held_out_pairs_are_measured_by_the_objective_in_batches_that_do_not_divide(quick_compiler):
+  """Against a transcription of DPO (arXiv:2305.18290) in float64."""
+  config = dpo.get_config('smoke,warm_start=0')
+  config.model.num_layers = 1
+  phase = config.phases.train
+  phase.collect.pairs, phase.held_out_records = 4, 6
+  phase.held_out = {'pairs': phase.source}
+  experiment = build.build(config)
+  phase = experiment.phases['train']
+  state = train.begin(experiment, 0, None)
+  random = np.random.default_rng(1)
+  noisy = lambda x: x + jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype)
+  moved = jax.tree.map(noisy, state.params)
+  state = state.replace(params=moved)
+  with jax.set_mesh(experiment.mesh):
+    measure = evaluate.make_row_evaluator(phase, train.context(experiment, phase, 0))
+    found = measure(state)
+    records = [{**phase.source[i], 'id': i} for i in range(6)]
+    batch = phase.collect.lay_out(records, tokenizer=experiment.tokenizer)
+    look = jax.jit(lambda params: forward(experiment.policy, params, batch).logp)
+    logp = [look(params) for params in (moved, state.anchors['reference'])]
+  ratio = np.where(batch.mask, np.asarray(logp[0], np.float64) - np.asarray(logp[1], np.float64), 0)
+  chosen, rejected = phase.objective.beta * ratio.sum(axis=1).reshape(6, 2).T
+  expected = {
+    'loss': np.mean(np.log1p(np.exp(rejected - chosen))),
+    'accuracy': np.mean(chosen > rejected),
+    'margin': np.mean(chosen - rejected) / phase.objective.beta,
+    'chosen_reward': np.mean(chosen),
+    'rejected_reward': np.mean(rejected),
+  }
+  assert 0 < expected['accuracy'] < 1
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[f'evaluation/pairs/{name}'], value, rtol=2e-4, err_msg=name)
+
+
+def test_files_hold_out_demonstrations_and_pairs(tmp_path):
+  data = tmp_path / 'data.jsonl'
+  line = {'prompt': '1+1=', 'chosen': '2', 'rejected': '3', 'answer': '2'}
+  data.write_text(''.join(json.dumps(line) + '\n' for _ in range(20)))
+  text = f'task=jsonl,data={data},model=tiny,prompt_length=8,max_new_tokens=4,held_out_problems=5'
+  for method, name in (('dpo', 'pairs'), ('sft', 'demonstrations')):
+    phase = build.build(from_text(f'method={method},{text}')).phases['train']
+    assert {k: len(source) for k, source in phase.held_out.items()} == {name: 2}
+    assert len(phase.source) == 18 and phase.held_out_records == 5
+  assert not from_text(f'method=dpo,{text},holdout=0').phases.train.held_out
+  config = from_text(f'method=grpo,{text},reward=exact_match')
+  assert not config.phases.train.held_out
+  config.phases.train.held_out = {'pairs': config.phases.train.source}
+  with pytest.raises(ValueError, match=r'train\.held_out: this phase samples its completions'):
+    build.build(config)

@@ -391,7 +391,9 @@ def test_equal_scores_are_half_a_success():
 def test_pairs_report_the_implicit_rewards_of_their_preferred_and_other_rows():
   x, batch = examples.leaves(), examples.batch()
   objective = OBJECTIVES['dpo']
-  _, metrics = objective.apply(examples.outputs(x, {}), batch, (), step=0)
+  apply = lambda x: objective.apply(examples.outputs(x, {}), batch, (), step=0)[1]
+  names = ('chosen_reward', 'rejected_reward', 'margin')
+  metrics = jax.jit(lambda x: {name: apply(x)[name] for name in names})(x)
   logp, reference = (np.asarray(a, np.float64) for a in (x['logp'], batch.reference_logp))
   score = objective.beta * np.where(batch.mask, logp - reference, 0).sum(axis=1)
   pairs = [(0, 1), (3, 2), (7, 6)]  # preferred first; rows 4 and 5 have no tokens

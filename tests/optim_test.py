@@ -48,6 +48,26 @@ def test_adamw_follows_its_equations():
     np.testing.assert_allclose(params, x, rtol=1e-5)
 
 
+def test_decay_leaves_out_norms_biases_heads_and_adapters_unless_all_decay():
+  names = (
+    'query',
+    'embedding',
+    'final_norm',
+    'key_bias',
+    'value_head',
+    'out_lora_a',
+    'router_bias',
+  )
+  params = {'layers': {name: jnp.ones(2) for name in names}}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  for decay, decayed in (('matrices', {'query', 'embedding'}), ('all', {*names})):
+    made = optim.adamw(learning_rate=0.5, weight_decay=0.1, decay=decay)
+    steps, _ = made.update(zero, made.init(params), params)
+    found = {name for name, step in steps['layers'].items() if step[0] != 0}
+    assert found == decayed
+    np.testing.assert_allclose(steps['layers']['query'], -0.05, rtol=1e-6)
+
+
 @pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16))
 def test_adamw_skips_gradients_above_a_norm_and_goes_on_as_if_they_had_not_been(dtype):
   made, plain = (optim.adamw(learning_rate=0.1, **k) for k in ({'skip_grad_norm': 5.0}, {}))

@@ -30,6 +30,7 @@ from polgrad import (
   objectives,
   optim,
   preemption,
+  progress,
   sample,
   sharding,
   train,
@@ -572,6 +573,63 @@ def test_a_finished_run_says_so(finished, tmp_path, capsys):
   shutil.copytree(finished[0], tmp_path / 'copy')
   train.run(config(), str(tmp_path / 'copy'))
   assert 'finished: train has made its 4 steps' in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_stays_and_a_run_that_gets_no_better_stops(copied, capsys):
+  made = config()
+  made.phases.train.steps, made.keep_checkpoints, made.evaluation.every = 9, 1, 1
+  made.update(keep_best='evaluation/greedy', patience=2)  # greedy accuracy stays 0
+  state = train.run(made, str(copied))
+  assert int(state.step) == 23 and int(state.phase_step) == 5  # resumed at 11; 15 is best
+  assert 'greedy was best, 0, after 15 updates, and 2 measurements' in capsys.readouterr().out
+  folder = str(copied / 'checkpoints')
+  checkpoints = checkpoint.manager(folder, keep=1, best=lambda: 15)
+  assert sorted(checkpoints.all_steps()) == [15, 23]
+  assert checkpoint.numbered(checkpoints, folder, progress.BEST) == 15
+  assert checkpoint.read_meta(checkpoints, 23)['progress']['waited'] == 2
+  checkpoints.close()
+  equal(train.run(made, str(copied)), state)
+  assert 'this run is finished: evaluation/greedy was best' in capsys.readouterr().out
+  waited = progress.Progress(metric='evaluation/greedy', best=0.0, best_step=15, waited=2)
+  for patience, ended in ((0, False), (2, True), (3, False)):
+    made.patience = patience
+    assert bool(train.ran_out_of_patience(build.build(made), waited)) == ended
+
+
+def test_a_best_metric_that_is_not_there_is_refused(copied):
+  made = config()
+  made.keep_best = 'evaluation/gredy'
+  run = train.start_phase(build.build(made), train.begin(build.build(made), 1, None), None)
+  with pytest.raises(ValueError, match=r"keep_best: unknown 'evaluation/gredy'; did you mean"):
+    run.improved(progress.Progress(), None, {'evaluation/greedy': 0.0})
+  for name, match in (('seconds', 'the clock'), ('', 'patience: name the metric')):
+    made.update(keep_best=name, patience=1)
+    with pytest.raises(ValueError, match=match):
+      build.build(made)
+
+
+def test_an_anchor_is_read_from_a_checkpoint_in_the_place_of_the_policy(finished):
+  workdir, state = finished
+  experiment, folder = build.build(config()), os.path.join(workdir, 'checkpoints')
+  equal(evaluate.restore_params(experiment, folder, name='reference'), state.anchors['reference'])
+  with pytest.raises(ValueError, match=r"no anchor 'average'; it has \['reference'\]"):
+    evaluate.restore_params(experiment, folder, name='average')
+
+
+def test_an_average_is_measured_beside_the_policy(finished):
+  _, state = finished
+  made = config()
+  made.evaluation.anchors = ('reference',)
+  run = train.start_phase(build.build(made), state, None)
+  measured = lambda params: ({'evaluation/norm': float(params['final_norm'].sum())}, [])
+  run = dataclasses.replace(run, measure=measured)
+  found = run.evaluate(state, run.phase.steps)
+  assert found['evaluation/norm'] == float(state.params['final_norm'].sum())
+  own = float(state.anchors['reference']['final_norm'].sum())
+  assert found['evaluation_reference/norm'] == own != found['evaluation/norm']
+  made.evaluation.anchors = ('averag',)
+  with pytest.raises(ValueError, match=r"evaluation\.anchors: unknown 'averag'.*\['reference'\]"):
+    build.build(made)
 
 
 def test_checkpoint_that_does_not_fit_is_refused_with_the_arrays(finished, tmp_path):

@@ -1,7 +1,9 @@
 """AdamW and gradient descent, composed of optax transformations."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,6 +19,7 @@ def adamw(
   b2: Decay = 0.999,
   eps: NotNegative = 1e-8,
   weight_decay: NotNegative = 0.0,
+  decay: Literal['matrices', 'all'] = 'matrices',
   max_grad_norm: Annotated[float, Range(above=0)] = 1.0,
   skip_grad_norm: Annotated[float, Range(above=0)] = float('inf'),
   schedule: SchedulePart = constant,
@@ -30,6 +33,8 @@ def adamw(
     b2: decay of the running mean of its square.
     eps: is added to the root of that mean.
     weight_decay: fraction of a parameter that is subtracted, times learning rate and schedule.
+    decay: which parameters decay: 'matrices' leaves out norms, biases, the value head and the factors of
+      adapters, by their names; 'all' leaves out none.
     max_grad_norm: a longer gradient is scaled to this norm.
     skip_grad_norm: a longer gradient changes neither parameters nor moments; the default skips none.
     master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
@@ -37,7 +42,7 @@ def adamw(
   transform = optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32),
-    optax.add_decayed_weights(weight_decay),
+    optax.add_decayed_weights(weight_decay, mask=None if decay == 'all' else matrices),
     optax.scale_by_schedule(schedule),
     optax.scale(-learning_rate),
   )
@@ -45,6 +50,16 @@ def adamw(
     transform = skipping(transform, limit=skip_grad_norm)
   transform = in_float32(transform) if master_weights else transform
   return scheduled(transform, learning_rate, schedule)
+
+
+def matrices(params: Any) -> Any:
+  """The same tree with False for parameters that should not decay, and True for all others.
+
+  These are scales of norms, biases, the value head, and the factors of adapters, which begin near 0.
+  """
+  name = lambda path: str(getattr(path[-1], 'key', '')) if path else ''
+  kept = re.compile(r'norm$|bias$|^value_head$|_lora_[ab]$')
+  return jax.tree_util.tree_map_with_path(lambda path, _: not kept.search(name(path)), params)
 
 
 def sgd(

@@ -20,6 +20,8 @@ class Task:
     demonstrations: source of prompts with an `answer`, or of whole conversations.
     pairs: source of prompts with `chosen` and `rejected` completions.
     held_out: source of problems that are not trained on, for evaluation.
+    held_out_demonstrations: source of demonstrations that are not trained on, to measure the loss.
+    held_out_pairs: source of pairs that are not trained on, to measure loss and accuracy.
     rewards: verifiers by name, each with its weight; their weighted sum is the reward.
     system: system turn that is put before each prompt where the model has a chat template.
     alphabet: characters of prompts and answers, for models whose tokens are characters.
@@ -44,6 +46,8 @@ class Task:
   demonstrations: ConfigDict | None = None
   pairs: ConfigDict | None = None
   held_out: ConfigDict | None = None
+  held_out_demonstrations: ConfigDict | None = None
+  held_out_pairs: ConfigDict | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   system: str = ''
   alphabet: str = PRINTABLE

@@ -42,7 +42,8 @@ def jsonl(
     reward: verifier by name, such as `numeric_answer` or `exact_match`, or `file.py:function` for one
       of your own; '' for none.
     reward_options: knobs of the verifier.
-    held_out: path of a file of problems for evaluation; '' holds out a fraction of `data`.
+    held_out: path of a file for evaluation; '' holds out a fraction of `data`. Accuracy is measured on
+      problems, the loss on demonstrations, and loss and preference accuracy on pairs.
     holdout: fraction of `data` that is not trained on, if `held_out` is ''; 0 for no evaluation.
     system: system turn that is put before each prompt where the model has a chat template.
     prompt_length: tokens that a prompt may have.
@@ -56,7 +57,8 @@ def jsonl(
   return _task(
     train,
     kept,
-    _common_fields(bind(whole, sources.TABLE, 'data')),
+    _fields_of(whole),
+    held_out_fields=_fields_of(kept) if held_out else None,
     rewards=_rewards(reward, reward_options),
     system=system,
     prompt_length=prompt_length,
@@ -107,7 +109,8 @@ def hub(
   return _task(
     train,
     kept,
-    _common_fields(bind(whole, sources.TABLE, 'data')),
+    _fields_of(whole),
+    held_out_fields=_fields_of(kept) if held_out or held_out_split else None,
     rewards=_rewards(reward, reward_options),
     system=system,
     prompt_length=prompt_length,
@@ -148,7 +151,7 @@ def gsm8k(
   return _task(
     clean(train),
     clean(kept),
-    _common_fields(bind(whole, sources.TABLE, 'data')),
+    _fields_of(whole),
     rewards={'correct': weighted(1.0, part(verifiers.numeric_answer))},
     system=system,
     prompt_length=prompt_length,
@@ -185,7 +188,7 @@ def math(
   return _task(
     train,
     kept,
-    _common_fields(bind(whole, sources.TABLE, 'data')),
+    _fields_of(whole),
     rewards={'correct': weighted(1.0, part(verifiers.boxed_answer))},
     system=system,
     prompt_length=prompt_length,
@@ -267,24 +270,38 @@ def _split(whole: ConfigDict, holdout: float) -> tuple[ConfigDict, ConfigDict | 
   return cut(holdout, 1.0), cut(0.0, holdout)
 
 
-def _task(train: ConfigDict, held_out: ConfigDict | None, fields: set[str], **settings) -> Task:
-  """A task with what the fields of its records allow."""
+def _task(
+  train: ConfigDict,
+  held_out: ConfigDict | None,
+  fields: set[str],
+  *,
+  held_out_fields: set[str] | None = None,
+  **settings,
+) -> Task:
+  """A task with what the fields of its records allow.
+
+  Args:
+    held_out_fields: of the held-out records; None: the same.
+  """
   conversations = 'assistant' in fields
+  own = fields if held_out_fields is None else held_out_fields
   return Task(
     problems=None if conversations else train,
     demonstrations=train if conversations or 'answer' in fields else None,
     pairs=train if 'chosen' in fields else None,
     held_out=held_out if settings['rewards'] and not conversations else None,
+    held_out_demonstrations=held_out if own & {'assistant', 'answer'} else None,
+    held_out_pairs=held_out if 'chosen' in own else None,
     **settings,
   )
 
 
-def _common_fields(source: sources.Source) -> set[str]:
-  """Fields that all records have; 'assistant' where all messages end with an assistant turn.
+def _fields_of(spec: ConfigDict) -> set[str]:
+  """Fields that all records of a source have; 'assistant' where all end with an assistant turn.
 
   Of a large source, `LOOKED_AT` records are read, evenly spaced.
   """
-  common = None
+  source, common = bind(spec, sources.TABLE, 'data'), None
   for i in sorted({row * len(source) // LOOKED_AT for row in range(LOOKED_AT)}):
     record = source[i]
     fields = set(record)

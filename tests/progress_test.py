@@ -1,0 +1,56 @@
+"""What a checkpoint remembers of a run besides arrays."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from polgrad import checkpoint
+from polgrad.progress import BEST, Progress
+
+
+def test_the_best_value_is_the_first_of_equal_ones_and_never_nan():
+  run = Progress()
+  values = (math.nan, 1.0, 2.0, 2.0, math.nan, 3.0)
+  found = [run.improved(x, step, largest=True) for step, x in enumerate(values)]
+  assert found == [False, True, True, False, False, True]
+  assert (run.best, run.best_step, run.waited) == (3.0, 5, 0)
+  assert not run.improved(4.0, 6, largest=False) and run.waited == 1
+  assert run.improved(-4.0, 7, largest=False)
+
+
+def test_another_metric_or_a_lost_checkpoint_begins_anew():
+  run = Progress(tokens=7, metric='a', best=1.0, best_step=3, waited=2)
+  run.follow('a', [3, 4])
+  assert run.best == 1.0 and run.waited == 2
+  run.follow('a', [4])
+  assert run.best is None and run.waited == 2
+  run.follow('b', [4])
+  assert run.waited == 0 and run.tokens == 7
+
+
+def test_it_is_read_from_the_text_of_a_checkpoint_or_of_an_older_one():
+  run, other = Progress(tokens=5, metric='a', best=0.1, best_step=2, waited=1), Progress(tokens=9)
+  other.read({'progress': run.to_json() | {'later': 1}})
+  assert other == run
+  other.read({})
+  assert other == Progress()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+  run = Progress()
+  checkpoints = checkpoint.manager(str(tmp_path), keep=2, best=lambda: run.best_step)
+  with pytest.raises(FileNotFoundError, match='no whole checkpoint'):
+    checkpoint.numbered(checkpoints, 'here', BEST)
+  for step, value in enumerate((0.0, 3.0, 2.0, 1.0, 1.0)):
+    run.improved(value, step, largest=True)
+    trees = {'params': {'w': jnp.ones(2)}, 'rest': {'n': jnp.ones(1)}}
+    checkpoint.save(checkpoints, step, trees, {'progress': run.to_json()})
+  checkpoints.wait_until_finished()
+  assert sorted(checkpoints.all_steps()) == [1, 3, 4]
+  assert checkpoint.numbered(checkpoints, 'here', BEST) == 1
+  checkpoint.save(checkpoints, 5, trees, {'progress': Progress().to_json()})
+  checkpoints.wait_until_finished()
+  with pytest.raises(FileNotFoundError, match=r'no best checkpoint in here: .*keep_best'):
+    checkpoint.numbered(checkpoints, 'here', BEST)
+  checkpoints.close()
