@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks import robustness
-from polgrad import checkpoint, cli, methods, metrics, tasks, verify
+from polgrad import checkpoint, cli, methods, metrics, report, tasks, verify
 from polgrad.build import TABLE, build, check_data
 from polgrad.data import batching, sources, tokenizers
 from polgrad.data import chat as chats
@@ -614,7 +614,7 @@ def read_metrics(data: bytes, folder: pathlib.Path) -> None:
   if damaged_lines or rows[-1]['step'] != 11:
     raise AssertionError(f'{damaged_lines} and {rows[-1:]}')
   if len(data) % 8 == 0:  # only then, because drawing takes a third of a second
-    metrics.report(str(folder))
+    report.draw([str(folder)])
 
 
 def trees() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, tables of samples, and the curves of report.png."""
+"""What a run shows: metrics.jsonl and tables of samples."""
 
 import itertools
 import json
@@ -6,9 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 from absl import logging
 
 
@@ -116,7 +114,7 @@ def _unused(path: str) -> str:
 def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
   """Prints rows (prompt, completion, reward) as a table; of long texts the last 400 characters. A reward
   of NaN is one whose verifier failed."""
-  from rich.console import Console  # here, as all that a start of the program does not need
+  from rich.console import Console  # here, because only tables need it
   from rich.table import Table
   from rich.text import Text
 
@@ -127,64 +125,3 @@ def show_samples(title: str, rows: Sequence[tuple[str, str, float]]) -> None:
       clip(prompt), clip(completion), 'failed' if math.isnan(reward) else f'{reward:.3g}'
     )
   Console().print(table)
-
-
-# Metrics that have a curve in the report, if the run has them.
-REPORTED = (
-  'evaluation/greedy',
-  'reward',
-  'loss',
-  'entropy',
-  'kl',
-  'sampler_kl',
-  'effective_sample_size',
-  'kept_positive',
-  'kept_negative',
-  'length',
-  'grad_norm',
-)
-
-
-def report(workdir: str) -> str:
-  """Draws the curves of `metrics.jsonl` into `report.png`, one plot a metric; returns its path."""
-  from matplotlib.figure import Figure  # here, because it takes half a second
-
-  rows = read(os.path.join(workdir, 'metrics.jsonl'))
-  names = [n for n in REPORTED if any(n in r for r in rows)] or ['loss']
-  columns = min(len(names), 3)
-  height = -(-len(names) // columns)
-  figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout='constrained')
-  axes = figure.subplots(height, columns, squeeze=False)
-  for axis, name in zip(axes.flat, names):
-    _draw(axis, rows, name)
-  for axis in list(axes.flat)[len(names) :]:
-    axis.axis('off')
-  axes.flat[0].legend()
-  path = os.path.join(workdir, 'report.png')
-  figure.savefig(path, dpi=110)
-  return path
-
-
-def _draw(axis: Any, rows: Sequence[Mapping], name: str) -> None:
-  """Plots one metric over the updates, in a color a phase; long curves get a running mean."""
-  for number, phase in enumerate(dict.fromkeys(r['phase'] for r in rows)):
-    points = [(r['step'], r[name]) for r in rows if r['phase'] == phase and r.get(name) is not None]
-    if not points:
-      continue
-    x, y = np.array(points, float).T
-    dense = len(x) > 60
-    axis.plot(
-      x,
-      y,
-      color=f'C{number}',
-      alpha=0.25 if dense else 1,
-      label=None if dense else phase,
-      marker='.' if len(x) < 30 else '',
-    )
-    if dense:
-      width = max(len(x) // 30, 1)
-      smooth = np.convolve(y, np.ones(width) / width, 'valid')
-      axis.plot(x[width - 1 :], smooth, color=f'C{number}', label=phase)
-  axis.set_title(name)
-  axis.set_xlabel('update')
-  axis.grid(alpha=0.3)

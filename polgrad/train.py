@@ -31,6 +31,7 @@ from polgrad import (
   identity,
   metrics,
   preemption,
+  report,
   row_files,
   sharding,
   speed,
@@ -184,7 +185,7 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
       state = begin(experiment, index, state)
     state = run_phase(experiment, state, session.writer, keep, session.progress, session.store)
   if session.writer:
-    path = metrics.report(session.workdir)
+    path = report.draw([session.workdir])
     print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
   return state
 

@@ -16,7 +16,7 @@ import jax
 import jaxlib
 import pytest
 
-from polgrad import compiling, metrics
+from polgrad import compiling, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
@@ -76,7 +76,7 @@ def quick_compiler():
 @pytest.fixture
 def undrawn(monkeypatch):
   """Runs of the test do not draw report.png, which takes as long as a step."""
-  monkeypatch.setattr(metrics, 'report', lambda workdir: workdir)
+  monkeypatch.setattr(report, 'draw', lambda workdirs: workdirs[0])
 
 
 @pytest.fixture(autouse=True, scope='module')

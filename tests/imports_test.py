@@ -60,6 +60,7 @@ LEVELS = {
   'trackers': 1,
   'speed': 1,
   'progress': 0,
+  'report': 2,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it
@@ -72,7 +73,7 @@ HOMES = {
   'orbax': {'checkpoint'},
   'absl': {
     *('check', 'cli', 'convert', 'evaluate', 'explain', 'inspect', 'lm_eval', 'loading'),
-    *('metrics', 'sample', 'trackers', 'train', 'verify', 'view'),
+    *('metrics', 'report', 'sample', 'trackers', 'train', 'verify', 'view'),
     'workdirs',
   },
 }

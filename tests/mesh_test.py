@@ -134,12 +134,12 @@ import os, signal, sys, time
 import jax
 jax.config.update('jax_compilation_cache_dir', sys.argv[5])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
-from polgrad import compiling, metrics, train
+from polgrad import compiling, report, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 compiling.options = dict  # as `quick_compiler` does
 jax.config.update('jax_disable_most_optimizations', True)
-metrics.report = str
+report.draw = str
 from tests.mesh_test import grpo_smoke
 made = grpo_smoke()
 made.mesh.data = 2
