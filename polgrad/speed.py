@@ -109,6 +109,60 @@ class Meter:
     self._since = now
 
 
+class Profiler:
+  """Writes an xprof trace of some steps, which shows what the devices and the host do at each time."""
+
+  def __init__(self, folder: str = '', steps: range = range(0)):
+    """Args:
+    folder: where the trace goes.
+    steps: the steps that are traced, consecutive ones; an empty range traces nothing.
+    """
+    self.folder, self.steps = folder, steps
+    self._step: Any = None  # the annotation of a step that is being traced
+
+  def begin(self, step: int) -> None:
+    """Starts the trace at its first step."""
+    if step not in self.steps:
+      return
+    if step == self.steps[0]:
+      jax.profiler.start_trace(self.folder)
+    self._step = jax.profiler.StepTraceAnnotation('step', step_num=step)
+    self._step.__enter__()
+
+  def end(self, step: int) -> None:
+    """Ends the trace after its last step."""
+    if self._step is None:
+      return
+    self._step.__exit__(None, None, None)
+    self._step = None
+    if step == self.steps[-1]:
+      jax.profiler.stop_trace()
+      print(f'a trace of steps {self.steps[0]} to {step} is in {self.folder}')
+
+
+def parse_steps(text: str, first: int, last: int) -> range:
+  """The steps that a text such as `10:12` means: 10 and 11; '' means none.
+
+  Args:
+    first, last: the run makes the steps from `first` on, before `last`.
+
+  Raises:
+    ValueError: the text means no steps, or some that the run does not make.
+  """
+  if not text:
+    return range(0)
+  found = re.fullmatch(r'(\d+):(\d+)', text)
+  steps = range(int(found[1]), int(found[2])) if found else range(0)
+  if not steps:
+    raise ValueError(
+      f'--profile_steps={text}: expected FIRST:END, such as 10:12 for steps 10 and 11'
+    )
+  if steps[0] < first or steps[-1] >= last:
+    left = f'makes the steps {first} to {last - 1}' if first < last else 'has made all its steps'
+    raise ValueError(f'--profile_steps={text}: this run {left}')
+  return steps
+
+
 def forward_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
   """Operations of one forward pass over the rows of a batch (NumPy), each of one sequence.
 

@@ -58,6 +58,11 @@ _ON_MISMATCH = flags.DEFINE_enum(
   ['stop', 'continue'],
   'What to do if the checkpoint is of another configuration, other data or another version.',
 )
+_PROFILE = flags.DEFINE_string(
+  'profile_steps',
+  '',
+  'Steps of the last phase to trace, as FIRST:END, into WORKDIR/profile; the first step is 0.',
+)
 
 
 def main(argv: list[str]) -> None:
@@ -71,6 +76,7 @@ def main(argv: list[str]) -> None:
           cli.checkpoint_folder(),
           step=cli.STEP.value,
           on_mismatch=_ON_MISMATCH.value,
+          profile_steps=_PROFILE.value,
         )
       )
     run_phases(session)
@@ -87,6 +93,7 @@ class Session(NamedTuple):
   writer: metrics.Writer | None  # None in all processes but the first
   store: row_files.Store | None  # None too where no rows are kept
   progress: Progress
+  profiler: speed.Profiler  # of the last phase
 
 
 def run(
@@ -124,7 +131,13 @@ def run(
 
 @contextlib.contextmanager
 def prepare(
-  config: ml_collections.ConfigDict, workdir: str, folder: str, *, step: int, on_mismatch: str
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  folder: str,
+  *,
+  step: int,
+  on_mismatch: str,
+  profile_steps: str = '',
 ) -> Iterator[Session]:
   """Does everything that can refuse a run, and then opens its files; see `run`."""
   # Build everything, and refuse what cannot run.
@@ -155,6 +168,7 @@ def prepare(
     bad = stops.untrained(experiment.policy, state.params, experiment.tokenizer.stop_ids)
     for one in stops.findings(experiment.tokenizer, bad):
       logging.warning('%s', one)
+    steps = speed.parse_steps(profile_steps, *steps_left(experiment, state))
     if before is not None:
       workdirs.drop_later(checkpoints, before)
     progress.read(meta)
@@ -166,7 +180,8 @@ def prepare(
       stack.callback(writer.close)
       store = open_store(experiment, state, workdir)
       tell_what_is_left(experiment, state, progress)
-    yield Session(experiment, own, workdir, checkpoints, state, writer, store, progress)
+    profiler = speed.Profiler(os.path.join(workdir, 'profile'), steps)
+    yield Session(experiment, own, workdir, checkpoints, state, writer, store, progress, profiler)
 
 
 def run_phases(session: Session, keep: Callable[[TrainState], None] | None = None) -> TrainState:
@@ -183,11 +198,22 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
   for index in range(int(state.phase), len(experiment.order)):
     if index > int(state.phase):
       state = begin(experiment, index, state)
-    state = run_phase(experiment, state, session.writer, keep, session.progress, session.store)
+    last = index == len(experiment.order) - 1
+    profiler = session.profiler if last else speed.Profiler()
+    state = run_phase(
+      experiment, state, session.writer, keep, session.progress, session.store, profiler
+    )
   if session.writer:
     path = report.draw([session.workdir])
     print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
   return state
+
+
+def steps_left(experiment: Experiment, state: TrainState) -> tuple[int, int]:
+  """The first step that the last phase makes from this state on, and the end of its steps."""
+  last = len(experiment.order) - 1
+  begun = int(state.phase_step) if int(state.phase) == last else 0
+  return begun, experiment.phases[experiment.order[last]].steps
 
 
 def tell_what_is_left(experiment: Experiment, state: TrainState, progress: Progress) -> None:
@@ -527,6 +553,7 @@ def run_phase(
   keep: Callable[[TrainState], None],
   progress: Progress | None = None,
   store: row_files.Store | None = None,
+  profiler: speed.Profiler | None = None,
 ) -> TrainState:
   """Trains from the state until its phase has made all steps; a step collects and uses one batch.
 
@@ -534,8 +561,9 @@ def run_phase(
     keep: is called with the state where a checkpoint is due.
     progress: of the run; it is changed in place. None: that of a new run.
     store: where rows are kept; None: they are not.
+    profiler: traces some steps.
   """
-  progress = progress or Progress()
+  progress, profiler = progress or Progress(), profiler or speed.Profiler()
   run = start_phase(experiment, state, writer, store)
   first, last = int(state.phase_step), run.phase.steps
   bar = tqdm(total=last, initial=first, desc=run.name, disable=writer is None, mininterval=1.0)
@@ -549,6 +577,7 @@ def run_phase(
   for step in range(first, last):
     if ran_out_of_patience(experiment, progress):
       break
+    profiler.begin(step)
     started = time.perf_counter()
 
     # Draw records, and collect a batch from them.
@@ -561,6 +590,7 @@ def run_phase(
     state = advance(experiment.mesh, state, collected, draw.cursor)
 
     # Evaluate and report. The time of a step is without its evaluation.
+    profiler.end(step)
     now = time.perf_counter()
     row = summary(reports, collected, now - started) | draw.report()
     row |= run.speed(collected, now - updating, now - started)

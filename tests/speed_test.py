@@ -123,3 +123,22 @@ def test_memory_is_the_largest_peak_and_absent_where_no_device_tells(monkeypatch
   ]
   monkeypatch.setattr(speed.jax, 'local_devices', lambda: devices)
   assert speed.peak_memory() == {'peak_memory': 3.0}
+
+
+def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
+  profiler = speed.Profiler(str(tmp_path / 'profile'), speed.parse_steps('1:3', 0, 5))
+  for step in range(5):
+    profiler.begin(step)
+    jax.block_until_ready(jax.numpy.ones(2) + step)
+    profiler.end(step)
+  [trace] = tmp_path.rglob('*.xplane.pb')
+  text = trace.read_bytes()
+  assert text.count(b'step_num') and b'step' in text
+  assert 'a trace of steps 1 to 2 is in' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('text', ['5', '2:2', '3:2', 'a:b', '-1:2', '1:2:3', '2:11', '0:2', ':'])
+def test_steps_to_trace_that_the_run_does_not_make_are_refused(text):
+  with pytest.raises(ValueError, match=f'--profile_steps={text}: '):
+    speed.parse_steps(text, 1, 10)
+  assert [*speed.parse_steps('1:10', 1, 10)] == [*range(1, 10)] and not speed.parse_steps('', 1, 10)
