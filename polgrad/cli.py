@@ -47,7 +47,9 @@ STEP = flags.DEFINE(
 PARAMS = flags.DEFINE_string(
   'params', 'policy', 'Parameters to read: `policy`, or the name of an anchor such as `average`.'
 )
-OUT = flags.DEFINE_string('out', '', 'File or folder to write, see the main that you run.')
+OUT = flags.DEFINE_string(
+  'out', '', 'File or folder to write; `convert` needs an empty or new one.'
+)
 CACHE = flags.DEFINE_string(
   'compilation_cache',
   os.path.expanduser('~/.cache/polgrad/xla'),

@@ -13,15 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 
 from polgrad import cli, metrics
-
-_OUT = flags.DEFINE_string(
-  'out',
-  '',
-  'File of the picture; default: report.png in the folder of one run, or here for several.',
-)
 
 
 class Panel(NamedTuple):
@@ -227,7 +220,7 @@ def main(argv: list[str]) -> None:
     for folder in argv[1:]:
       if not os.path.exists(os.path.join(folder, 'metrics.jsonl')):
         raise FileNotFoundError(f'{folder}: expected the folder of a run, with metrics.jsonl')
-    path = draw(argv[1:], _OUT.value)
+    path = draw(argv[1:], cli.OUT.value or '')
   print(f'wrote {path}')
 
 

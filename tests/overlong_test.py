@@ -171,7 +171,7 @@ def test_a_demonstration_that_is_cut_is_not_finished():
 def test_one_that_is_found_only_when_it_is_drawn_is_named_with_the_option(tmp_path, monkeypatch):
   run = experiment(tmp_path, 'grpo')
   refuse = lambda *_: batching.prompts([{'prompt': '1' * LONG, 'id': 7}], BYTE, length=8)
-  started = train.PhaseRun(run, 'train', run.phases['train'], 0, refuse, None, None, None)
+  started = train.PhaseRun(run, 'train', run.phases['train'], 0, refuse, None, None, None, None)
   monkeypatch.setattr(train, 'start_phase', lambda *_: started)
   state = argparse.Namespace(phase_step=1, cursor=0)
   words = r'config\.phases\.train\.source, step 1: record 7: 12 tokens.*collect\.overlong=drop'
