@@ -1,124 +1,225 @@
-"""Prints completions of a checkpoint, in the shell.
+"""Prints completions of a model in the shell, word by word, or chats.
 
     python -m polgrad.sample --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m polgrad.sample ... --prompt='12+34='
+    python -m polgrad.sample --model=FOLDER --chat --temperature=0.7 --top_p=0.95
 
-Without --prompt, every line of the standard input is a prompt. With --chat, every line is a user's
-turn: the prompt is the conversation so far in the tokenizer's chat template.
+The model is chosen as `polgrad.loading` says. Without --prompt, every line of the standard input is a
+prompt. With --chat, every line is a user's turn, and the prompt is the conversation so far in the
+tokenizer's chat template. /reset begins a new conversation, /help lists the commands, /quit or Ctrl-D
+ends, and Ctrl-C interrupts an answer. Answers are written to the standard output, all else to stderr.
 """
 
+import contextlib
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-import numpy as np
 from absl import flags
 
-from polgrad import cli, loading, sharding
+from polgrad import cli, loading
 from polgrad.build import Experiment
-from polgrad.collect import completions
 from polgrad.data import batching
-from polgrad.sampling import behavior_policies
-from polgrad.sampling.sampler import make_sampler
-from polgrad.sampling.stopping import stop_table
+from polgrad.sampling.streaming import Streamer, Text
 from polgrad.types import Params
 
 _PROMPT = flags.DEFINE_multi_string(
   'prompt', [], 'Prompts to complete; repeat the flag for more. Default: read lines.'
 )
 _CHAT = flags.DEFINE_bool('chat', False, 'Read lines as turns of a conversation.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'Sampling temperature; 0 is greedy.')
-_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Maximum length of a completion.')
 _PREFIX = flags.DEFINE_string('prefix', '', 'Given beginning of every completion, such as <think>.')
+_SYSTEM = flags.DEFINE_string('system', '', 'System turn of a chat.')
+_TEMPERATURE = flags.DEFINE_float(
+  'temperature', 0.0, 'Sampling temperature; 0 is greedy.', lower_bound=0
+)
+_TOP_K = flags.DEFINE_integer(
+  'top_k', 0, 'Draw from that number of most likely tokens; 0: from all.', lower_bound=0
+)
+_TOP_P = flags.DEFINE_float(
+  'top_p', 1.0, 'Draw from the most likely tokens of this probability; 1: from all.',
+  lower_bound=1e-6, upper_bound=1,
+)  # fmt: skip
 _STOP = flags.DEFINE_multi_string(
-  'stop', [], 'Text that ends a completion; repeat the flag for more.'
+  'stop', [], 'Text before which an answer ends; repeat the flag for more.'
+)
+_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', 512, 'Maximum length of a completion.', lower_bound=1
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling noise.')
 
-BUCKET = 64  # prompts are padded to a multiple of this number of tokens, so that few shapes compile
+COMMANDS = '/reset begins a new conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer'
 
 
-def make_completer(
-  experiment: Experiment,
-  params: Params,
-  *,
-  temperature: float,
-  max_new_tokens: int,
-  seed: int,
-  prefix: str = '',
-  stop_strings: Sequence[str] = (),
-) -> Callable[[dict, int], str]:
-  """Makes `complete(record, turn) -> text`, for records with a `prompt` or `messages`.
+class Completer:
+  """Completes records with a `prompt` or `messages`, piece by piece.
 
-  Args:
-    temperature: 0 is greedy.
-    max_new_tokens: maximum length of a completion, at most half of the model's context.
-    seed: with `turn`, a number, it seeds the sampling noise.
-    prefix: given beginning of every completion.
-    stop_strings: texts that end a completion, besides the stop tokens.
+  Attributes:
+    limit: tokens that the model reads, those of the answer included.
+    cut: whether the last completion ended without a stop token or stop string.
   """
-  tokenizer = experiment.tokenizer.sampling(prefix, stop_strings)
-  max_new_tokens = min(max_new_tokens, experiment.policy.config.max_length // 2)
-  sample = make_sampler(
-    {'policy': experiment.policy},
-    samples_per_prompt=1,
-    max_new_tokens=max_new_tokens,
-    temperature=temperature or 1.0,
-    behavior_policy=behavior_policies.current if temperature else behavior_policies.greedy,
-    mesh=experiment.mesh,
-    stop_ids=tokenizer.stop_ids,
-    stop_table=stop_table(tokenizer, experiment.policy.config.vocab_size),
-    pad_id=tokenizer.pad_id,
-  )
 
-  def complete(record: dict, turn: int) -> str:
-    # One prompt, padded on the left to a multiple of BUCKET.
-    longest = experiment.policy.config.max_length - max_new_tokens
-    prompts = batching.prompts([{**record, 'id': turn}], tokenizer, length=longest)
-    used = int(prompts.mask.sum())
-    width = min(-(-used // BUCKET) * BUCKET, longest)
+  def __init__(
+    self,
+    experiment: Experiment,
+    params: Params,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    prefix: str = '',
+    stop: Sequence[str] = (),
+    **settings,
+  ):
+    """Prepares a model.
 
-    # The rows are sharded over the mesh, so there must be at least as many as shards: copies fill up.
-    copies = sharding.data_parallel_size(experiment.mesh)
-    tokens, mask, ids = (
-      np.repeat(x[:, -width:] if x.ndim == 2 else x, copies, axis=0)
-      for x in (prompts.tokens, prompts.mask, prompts.ids)
+    Args:
+      params: of the experiment's policy.
+      max_new_tokens: maximum length of a completion.
+      seed: with the number of the turn, it seeds the sampling noise.
+      prefix: given beginning of every completion.
+      stop: texts before which a completion ends.
+      settings: `temperature`, `top_k`, `top_p` and `note` of `Streamer`.
+    """
+    self._tokenizer = experiment.tokenizer.sampling(prefix, ())
+    self.limit = experiment.policy.config.max_length
+    self._stop, self._length, self._seed = tuple(stop), max_new_tokens, seed
+    self._stream = Streamer(
+      experiment.policy, params, stop_ids=self._tokenizer.stop_ids, **settings
     )
-    rollout = sample({'policy': params}, tokens, mask, ids, seed=seed, step=turn)
-    return completions(sharding.to_host(rollout), [record] * copies, tokenizer)[0]
+    self.cut = False
 
-  return complete
+  def __call__(self, record: dict, turn: int) -> Iterator[str]:
+    """Yields pieces of the completion, some of them empty: one for each token.
+
+    Raises:
+      TooLong: the prompt leaves no room for an answer.
+    """
+    prompt = batching.prompts([{**record, 'id': turn}], self._tokenizer, length=self.limit - 1)
+    ids = [int(i) for i in prompt.tokens[prompt.mask]]
+    text, token = Text(self._tokenizer.decode, self._stop), None
+    yield batching.opening(record, self._tokenizer)
+    for token in self._stream(ids, max_new_tokens=self._length, seed=self._seed, turn=turn):
+      if token not in self._tokenizer.stop_ids:
+        yield text.add(token)
+      if text.ended:
+        break
+    yield text.close()
+    self.cut = token not in self._tokenizer.stop_ids and not text.ended
 
 
-def converse(complete: Callable[[dict, int], str], lines: Iterable[str], *, chat: bool) -> None:
-  """Prints the completion of each line; in a chat it answers all lines and replies so far."""
-  messages = []
+def complete_lines(completer: Completer, lines: Iterable[str]) -> None:
+  """Prints the completion of each line."""
   for turn, line in enumerate(lines):
-    line = line.rstrip('\n')
-    if chat:
-      messages.append({'role': 'user', 'content': line})
-      reply = complete({'messages': messages}, turn)
-      messages.append({'role': 'assistant', 'content': reply})
-    else:
-      reply = complete({'prompt': line}, turn)
-    print(reply, flush=True)
+    show(completer({'prompt': line.rstrip('\n')}, turn))
+
+
+def chat(completer: Completer, lines: Iterable[str], system: str = '') -> None:
+  """Answers each line, knowing all lines and answers so far."""
+  first = [{'role': 'system', 'content': system}] if system else []
+  messages, turn = list(first), 0
+  for line in map(str.strip, lines):
+    if line == '/quit':
+      return
+    if line == '/reset':
+      messages = list(first)
+      note('a new conversation')
+    elif re.fullmatch(r'/\w+', line):
+      note(COMMANDS if line == '/help' else f'there is no {line}: {COMMANDS}')
+    elif line:
+      asked = [*messages, {'role': 'user', 'content': line}]
+      try:
+        reply = show(completer({'messages': asked}, turn))
+      except batching.TooLong:
+        note(f'the conversation is full: the model reads {completer.limit} tokens; use /reset')
+        continue
+      if completer.cut:
+        note('the answer is cut; --max_new_tokens allows longer ones')
+      messages = [*asked, {'role': 'assistant', 'content': reply}]
+      turn += 1
+
+
+def show(pieces: Iterator[str]) -> str:
+  """Prints pieces of a text as they come, until Ctrl-C is pressed; returns the text."""
+  text = ''
+  with interruptible() as asked:
+    for piece in pieces:
+      print(piece, end='', flush=True)
+      text += piece
+      if asked:
+        break
+  print(flush=True)
+  if asked:
+    note('interrupted')
+  return text
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list]:
+  """Notes Ctrl-C in a list, instead of ending the program; a second one ends it."""
+  asked = []
+
+  def interrupt(number, frame):
+    if asked:
+      raise KeyboardInterrupt
+    asked.append(number)
+
+  before = signal.signal(signal.SIGINT, interrupt)
+  try:
+    yield asked
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def note(text: str) -> None:
+  """Tells something that is no answer."""
+  print(f'[{text}]', file=sys.stderr, flush=True)
+
+
+def typed_lines(read: Callable[[str], str] = input) -> Iterator[str]:
+  """The lines that someone types, until Ctrl-D."""
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  lines can then be edited, and called back
+  while True:
+    try:
+      line = read('> ')
+    except EOFError:
+      print()
+      return
+    except KeyboardInterrupt:
+      print()
+      note(COMMANDS)
+      continue
+    yield line
 
 
 def main(argv: list[str]) -> None:
   loading.start(argv)
   with cli.refusals():
     experiment, params = loading.load(loading.config())
-  with jax.set_mesh(experiment.mesh):
-    complete = make_completer(
+    system = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
+    if _CHAT.value:  # a tokenizer without a template, or one that has no system turn, refuses
+      experiment.tokenizer.chat([*system, {'role': 'user', 'content': 'a'}])
+    elif system:
+      raise ValueError('--system is a turn of a chat: add --chat')
+  with jax.set_mesh(experiment.mesh), cli.refusals():
+    completer = Completer(
       experiment,
       params,
-      temperature=_TEMPERATURE.value,
       max_new_tokens=_TOKENS.value,
       seed=_SEED.value,
       prefix=_PREFIX.value,
-      stop_strings=_STOP.value,
+      stop=_STOP.value,
+      temperature=_TEMPERATURE.value,
+      top_k=_TOP_K.value,
+      top_p=_TOP_P.value,
+      note=note,
     )
-    converse(complete, _PROMPT.value or sys.stdin, chat=_CHAT.value)
+    lines = _PROMPT.value or (typed_lines() if sys.stdin.isatty() else sys.stdin)
+    if _CHAT.value:
+      chat(completer, lines, _SYSTEM.value)
+    else:
+      complete_lines(completer, lines)
 
 
 if __name__ == '__main__':

@@ -666,11 +666,9 @@ def test_evaluation_and_chat_read_the_checkpoint(finished, capsys):
     found, samples = evaluate.make_evaluator(experiment)(params)
     last = [r for r in rows(workdir) if 'evaluation/greedy' in r][-1]
     assert found['evaluation/greedy'] == last['evaluation/greedy'] and len(samples) == 8
-    complete = sample.make_completer(
-      experiment, params, temperature=0.0, max_new_tokens=999, seed=0
-    )
-    sample.converse(complete, ['12+34=\n', '50+49='], chat=False)
-  greedy = [complete({'prompt': p}, 0) for p in ('12+34=', '50+49=')]
+    completer = sample.Completer(experiment, params, temperature=0.0, max_new_tokens=999)
+    sample.complete_lines(completer, ['12+34=\n', '50+49='])
+    greedy = [''.join(completer({'prompt': p}, 0)) for p in ('12+34=', '50+49=')]
   assert capsys.readouterr().out.splitlines() == greedy
 
 

@@ -5,6 +5,7 @@
 | `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
 | `behavior_policies` | which policy draws: the current one, greedily, a reference, a mixture of two |
 | `stopping` | texts that end a completion, as a table of states and tokens |
+| `streaming` | one completion token by token, for a chat |
 | `processors` | what is done to its logits before a draw: temperature, top-k, top-p |
 """
 

@@ -1,0 +1,104 @@
+"""Streaming draws what the sampler draws, and its text is never broken."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad.data import tokenizers
+from polgrad.sampling import behavior_policies, make_sampler, streaming
+from polgrad.sampling.streaming import Streamer, Text
+from tests.data import folders
+from tests.models import tiny
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+POLICY, PARAMS = tiny.policy(), tiny.params()
+STOPS = (3,)
+# Each prompt begins with what was read before, in part or whole; the last one is shorter.
+BEGIN = [*range(4, 15)]
+PROMPTS = [BEGIN, [*BEGIN, 9, 9, 9, 8, 7], [4, 5, *BEGIN], range(4, 22), [*BEGIN, 9]]
+SETTINGS = [dict(temperature=0.0), dict(temperature=1.3, top_k=9, top_p=0.8)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Chunks and caches of a few tokens, so that prompts take several, and caches grow."""
+  monkeypatch.setattr(streaming, 'CHUNK', 4)
+  monkeypatch.setattr(streaming, 'SMALLEST', 16)
+
+
+@pytest.mark.parametrize('settings', SETTINGS)
+def test_streamed_tokens_are_those_of_the_sampler(small, settings):
+  said = []
+  stream = Streamer(POLICY, PARAMS, stop_ids=STOPS, note=said.append, **settings)
+  greedy = not settings['temperature']
+  sample = make_sampler(
+    {'policy': POLICY},
+    max_new_tokens=12,
+    stop_ids=STOPS,
+    behavior_policy=behavior_policies.greedy if greedy else behavior_policies.current,
+    **{**settings, 'temperature': settings['temperature'] or 1.0},
+  )
+  for turn, prompt in enumerate(map(list, PROMPTS)):
+    tokens = jnp.array([[0] * (20 - len(prompt)) + prompt])
+    mask = jnp.arange(20)[None] >= 20 - len(prompt)
+    ids = jnp.array([turn])
+    whole = sample({'policy': PARAMS}, tokens, mask, ids, seed=5, step=turn)
+    found = list(stream(prompt, max_new_tokens=12, seed=5, turn=turn))
+    assert found == np.asarray(whole.tokens[whole.mask]).tolist(), turn
+  assert said == ['compiling for conversations of up to 32 tokens ...']
+
+
+def test_a_completion_ends_where_the_model_can_read_no_more(small):
+  stream = Streamer(POLICY, PARAMS)
+  assert len(list(stream([5] * 60, max_new_tokens=10, seed=0, turn=0))) == 4
+  with pytest.raises(ValueError, match='64 tokens: the model reads 64 with the answer'):
+    list(stream([5] * 64, max_new_tokens=10, seed=0, turn=0))
+
+
+def test_an_interrupted_completion_leaves_a_cache_that_the_next_one_uses(small):
+  stream, again = (Streamer(POLICY, PARAMS) for _ in range(2))
+  pieces = stream([4, 5, 6], max_new_tokens=9, seed=0, turn=0)
+  begun = [next(pieces), next(pieces)]
+  prompt = [4, 5, 6, *begun, 7]
+  ask = dict(max_new_tokens=9, seed=0, turn=1)
+  assert list(stream(prompt, **ask)) == list(again(prompt, **ask))
+
+
+TEXTS = ['Hello world', 'naïve 東京 🙂🙂 café', '', '🙂', ' \n a']
+
+
+@pytest.mark.parametrize('make', [None, folders.gemma, folders.llama2, folders.llama3])
+def test_streamed_text_is_the_whole_text_and_no_character_is_broken(make, tmp_path):
+  tokenizer = tokenizers.huggingface(path=str(make(tmp_path))) if make else tokenizers.byte()
+  for wanted in TEXTS:
+    ids = tokenizer.encode(wanted)
+    text = Text(tokenizer.decode)
+    pieces = [text.add(i) for i in ids]
+    assert not any('�' in piece for piece in pieces)
+    assert ''.join(pieces) + text.close() == tokenizer.decode(ids)
+
+
+def test_half_a_character_at_the_end_is_written_as_the_tokenizer_writes_it():
+  text = Text(functools.partial(tokenizers.byte().decode))
+  assert [text.add(i) for i in '🙂'.encode()[:2]] == ['', '']
+  assert text.close() == '�'
+
+
+@pytest.mark.parametrize(
+  ('whole', 'stops', 'given'),
+  [
+    ('one two', ['two'], 'one '),
+    ('one twice', ['two'], 'one twice'),
+    ('ababac', ['abac'], 'ab'),
+    ('xyz', ['yz', 'xy'], ''),
+    ('one tw', ['two'], 'one tw'),
+  ],
+)
+def test_a_text_ends_before_a_stop_string_of_which_nothing_is_given_away(whole, stops, given):
+  text = Text(tokenizers.byte().decode, stops)
+  pieces = [text.add(i) for i in whole.encode()]
+  assert ''.join(pieces) + text.close() == given
+  assert text.ended == (given != whole)
+  assert all(given.startswith(''.join(pieces[:n])) for n in range(len(pieces)))
