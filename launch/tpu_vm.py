@@ -257,7 +257,7 @@ class Slice:
 
   def start(self, flags: list) -> None:
     flags = [*flags]
-    if not any(flag.startswith('--model') for flag in flags):
+    if not names_model(flags):
       flags += [f'--workdir=../runs/{self.o.name}']
       flags += [f'--checkpoints={self.o.bucket.rstrip("/")}/{self.o.name}']
     command = shlex.join(['../venv/bin/python', '-m', self.o.module, *flags, '--distributed'])
@@ -298,6 +298,11 @@ class Slice:
     self.run(*self.gcloud('scp', source, folder, *options))
 
 
+def names_model(flags: list) -> bool:
+  """Whether the command works with a model that no run made, so it has no folders of a run."""
+  return any(flag.partition('=')[0] == '--model' for flag in flags)
+
+
 def launch(tpu: Slice, flags: list) -> int:
   """Sets up the slice and runs, again and again while the slice is preempted; the exit code."""
   for begun in range(tpu.o.restarts + 1):
@@ -327,7 +332,7 @@ def launch(tpu: Slice, flags: list) -> int:
 
 def check(options: argparse.Namespace, flags: list, error) -> None:
   """Refuses a launch that lacks something."""
-  if not options.type or not options.bucket:
+  if not options.type or not (options.bucket or names_model(flags)):
     error('need --type and --bucket')
   if not options.version and not options.type.startswith(tuple(VERSIONS)):
     error(f'--type={options.type}: name its --version; known are {", ".join(VERSIONS)}')

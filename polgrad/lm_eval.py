@@ -45,7 +45,7 @@ _FEWSHOT = flags.DEFINE_integer(
 )
 _BATCH = flags.DEFINE_integer('batch_size', 16, 'Rows that are computed at once.', lower_bound=1)
 _CHAT = flags.DEFINE_bool('apply_chat_template', False, 'Put prompts into the chat template.')
-_SYSTEM = flags.DEFINE_string('system', '', 'System turn of the prompts.')
+_SYSTEM = flags.DEFINE_string('system_instruction', '', 'System turn of the prompts.')
 _SAMPLES = flags.DEFINE_bool('log_samples', False, 'Write prompts and answers to --out too.')
 _BOOTSTRAP = flags.DEFINE_integer(
   'bootstrap', 1000, 'Resamples for standard errors that have no formula; 0: none.', lower_bound=0

@@ -313,10 +313,10 @@ def test_a_stop_waits_until_the_run_has_saved_and_kills_one_that_does_not(
 
 
 def test_other_modules_get_the_flags_that_they_take(clone):
-  flags = (*NEW, '--module=polgrad.lm_eval', '--dry_run', '--')
-  run = launch(clone, *flags, '--model=../m', '--tasks=t').stderr
+  module = '--module=polgrad.lm_eval', '--dry_run', '--'
+  run = launch(clone, *SLICE, '--type=v4-8', *module, '--model=../m', '--tasks=t').stderr
   assert '-m polgrad.lm_eval --model=../m --tasks=t --distributed' in run
-  run = launch(clone, *flags, CONFIG, '--tasks=t').stderr
+  run = launch(clone, *NEW, *module, CONFIG, '--tasks=t').stderr
   assert '--workdir=../runs/grpo' in run
 
 

@@ -1,0 +1,75 @@
+"""The commands on pages of docs/ have flags and options that exist."""
+
+import importlib
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+from absl import flags
+
+from polgrad.options import from_text
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / 'launch'))
+PAGES = ('docs/models.md', 'docs/pods.md')
+
+
+def commands():
+  """The commands in blocks without a language, of each page: lists of arguments."""
+  for page in PAGES:
+    fences = re.findall(r'^```(\w*)\n(.*?)^```', (ROOT / page).read_text(), re.M | re.S)
+    lines = ''.join(text for language, text in fences if not language).replace('\\\n', '')
+    for line in filter(str.strip, lines.splitlines()):
+      found = shlex.split(line, comments=True)
+      found = found[found.index('|') + 1 :] if '|' in found else found
+      yield found[: found.index('<')] if '<' in found else found
+
+
+MAINS = [c for c in commands() if c[:2] == ['python', '-m']]
+LAUNCHES = [c for c in commands() if c[0] == 'launch/tpu_vm.py']
+
+
+def test_each_page_has_commands():
+  assert len(MAINS) > 8 and len(LAUNCHES) > 8
+
+
+@pytest.mark.parametrize('command', MAINS, ids=' '.join)
+def test_a_main_has_the_flags_of_the_page(command):
+  module = importlib.import_module(command[2])
+  defined = flags.FLAGS.flags_by_module_dict()
+  modules = (module.__name__, 'polgrad.cli', 'polgrad.loading')
+  known = {flag.name for name in modules for flag in defined.get(name, ())}
+  for argument in command[3:]:
+    name = argument.removeprefix('--').partition('=')[0]
+    assert name in known or name.startswith('config.'), argument
+
+
+@pytest.mark.parametrize('command', LAUNCHES, ids=' '.join)
+def test_the_launcher_takes_the_options_of_the_page(command):
+  import tpu_vm
+
+  cut = command.index('--') if '--' in command else len(command)
+  options = tpu_vm.parser().parse_args(command[1:cut])
+  if cut < len(command):
+    tpu_vm.check(options, command[cut + 1 :], pytest.fail)
+
+
+@pytest.mark.parametrize('command', MAINS + LAUNCHES, ids=' '.join)
+def test_the_options_of_a_configuration_exist(command, tmp_path, smollm2):
+  for argument in command:
+    text = re.match(r'--config=experiments/run\.py:(.*)', argument)
+    if text and 'model=tiny' in text[1]:
+      from_text(text[1])
+    elif text:
+      from_text(re.sub('path=.*|$', f',path={smollm2}', text[1], count=1))
+
+
+def test_runtime_versions_of_the_page_are_those_of_the_launcher():
+  import tpu_vm
+
+  rows = re.findall(r'^\| (v\d.*?) \| `(.*?)` \|$', (ROOT / 'docs/pods.md').read_text(), re.M)
+  found = {f'{kind}-': v for kinds, v in rows for kind in re.findall(r'v\d\w*', kinds)}
+  found.pop('v5e-')  # what people call v5litepod
+  assert found == tpu_vm.VERSIONS
