@@ -14,6 +14,8 @@ import collections
 import contextlib
 import copy
 import functools
+import gzip
+import io
 import json
 import linecache
 import math
@@ -31,6 +33,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 from absl import logging
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -314,6 +318,35 @@ def record_files(draw) -> bytes:
   lines.insert(draw(st.integers(0, len(lines))), draw(odd))
   data = utf8('\n'.join(lines))
   return draw(st.one_of(st.just(data), st.just(data), damaged(data), st.binary(max_size=20)))
+
+
+@functools.cache
+def parquet() -> bytes:
+  """A parquet file of numbers, texts and lists."""
+  rows = [{'prompt': 'a' * i, 'answer': i, 'other': [{'a': i}]} for i in range(20)]
+  file = io.BytesIO()
+  pa.parquet.write_table(pa.Table.from_pylist(rows), file)
+  return file.getvalue()
+
+
+@st.composite
+def table_files(draw) -> tuple[str, bytes]:
+  """The ending of a file, and its bytes."""
+  whole = {
+    '.parquet': parquet(),
+    '.csv': b'prompt,answer\n"a, b",1\n"c ""d""\nx",2\n',
+    '.json': json.dumps(RECORDS).encode(),
+    '.jsonl.gz': gzip.compress(b'\n'.join(json.dumps(r).encode() for r in RECORDS), mtime=0),
+  }
+  ending = draw(st.sampled_from(sorted(whole)))
+  return ending, draw(st.one_of(damaged(whole[ending]), st.binary(max_size=20)))
+
+
+def read_table(given: tuple[str, bytes], folder: pathlib.Path) -> None:
+  path = folder / f'data{given[0]}'
+  path.write_bytes(given[1])
+  for record in sources.hub(path=str(path)):
+    json.dumps(record, default=str)
 
 
 @functools.cache
@@ -762,6 +795,7 @@ KINDS = {
   'overrides': Kind(overrides, read_overrides, of_config),
   'configurations': Kind(lambda: changed(complete()), read_config, of_config),
   'records': Kind(record_files, read_records, records_of),
+  'tables': Kind(table_files, read_table, path_of),
   'chat templates': Kind(templates, read_template, template_of),
   'tokenizer folders': Kind(tokenizer_inputs, read_tokenizer, path_of),
   'model folders': Kind(model_inputs, read_model, path_of),

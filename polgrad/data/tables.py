@@ -123,7 +123,7 @@ def _file(path: pathlib.Path) -> Rows:
     raise ValueError(f'{path}: unknown kind of file; valid: {", ".join(FILES)}')
   try:
     rows = readers[0](path)
-  except (ValueError, pa.ArrowException, csv.Error, RecursionError) as error:
+  except (ValueError, OSError, pa.ArrowException, csv.Error, RecursionError) as error:
     raise ValueError(f'{path}: {error}') from error
   if not len(rows):
     raise ValueError(f'{path}: no records')
