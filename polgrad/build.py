@@ -38,7 +38,7 @@ from polgrad.registry import (
   table,
 )
 from polgrad.rewards import scoring, verifiers
-from polgrad.sampling.stopping import stop_table
+from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
 CHECKED = 64  # records of a generated source that are laid out before a run
@@ -428,7 +428,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
 def _check_stops(path: str, sampling: collect.Sampling | HeldOut, run: Experiment) -> None:
   """Refuses stop strings that the sampler cannot find."""
   try:
-    stop_table(sampling.own(run.tokenizer), run.tokenizer.vocab_size)
+    stopping.for_policy(sampling.own(run.tokenizer), run.policy)
   except ValueError as error:
     raise ValueError(f'{path}.{error}') from error
 

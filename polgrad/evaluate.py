@@ -30,9 +30,8 @@ from polgrad.data import batching, sources
 from polgrad.models.policy import Policy, learned, overlay
 from polgrad.packing import pack
 from polgrad.reductions import merged
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, stopping
 from polgrad.sampling.sampler import make_sampler
-from polgrad.sampling.stopping import stop_table
 from polgrad.types import Batch, Params, TrainState
 
 EVALUATION_STEP = 2**31 - 1  # seeds the sampling noise, with a step that no training step has
@@ -205,7 +204,7 @@ def _sampler(experiment: Experiment, samples: int, behavior_policy: Callable) ->
     behavior_policy=behavior_policy,
     mesh=experiment.mesh,
     stop_ids=experiment.tokenizer.stop_ids,
-    stop_table=stop_table(plan.own(experiment.tokenizer), experiment.policy.config.vocab_size),
+    stop_table=stopping.for_policy(plan.own(experiment.tokenizer), experiment.policy),
     pad_id=experiment.tokenizer.pad_id,
   )
 

@@ -149,7 +149,7 @@ def test_failed_verifiers_leave_loss_and_statistics(plain):
   run = experiment()
   real = run.phases['train'].score
 
-  def sometimes(completions, records, lengths):
+  def sometimes(completions, records, lengths, others):
     scores = real(completions, records, lengths)
     bad = np.arange(len(completions)) % 4 == 1
     return scores._replace(

@@ -142,7 +142,7 @@ class TestBaseline:
     run = experiment(baseline_samples=1)
     real = run.phases['train'].score
 
-    def fails_on_baselines(texts, records, lengths):
+    def fails_on_baselines(texts, records, lengths, others):
       scores = real(texts, records, lengths)
       if len(texts) > 4:
         return scores

@@ -24,9 +24,8 @@ from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
 from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs, unbound
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, stopping
 from polgrad.sampling.sampler import make_sampler
-from polgrad.sampling.stopping import stop_table
 from polgrad.sharding import to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
@@ -270,7 +269,7 @@ def make_drawer(context: Context, settings: Mapping) -> Callable:
     default=context.policy,
     mesh=context.mesh,
     stop_ids=tokenizer.stop_ids,
-    stop_table=stop_table(tokenizer, context.policy.config.vocab_size),
+    stop_table=stopping.for_policy(tokenizer, context.policy),
     pad_id=tokenizer.pad_id,
     **settings,
   )

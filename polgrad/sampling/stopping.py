@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.models.policy import Policy
 
 LARGEST = 253  # bytes of all stop strings, so that states fit into 8 bits
 
@@ -39,8 +40,13 @@ def check(strings: Sequence[str]) -> None:
     raise ValueError(f'stop_strings: {total} bytes in all, more than {LARGEST}')
 
 
-def stop_table(tokenizer: Tokenizer, size: int) -> StopTable | None:
-  """The table of the tokenizer's stop strings, None if it has none.
+def for_policy(tokenizer: Tokenizer, policy: Policy) -> StopTable | None:
+  """The table of the tokenizer's stop strings over the policy's vocabulary, None if it has none."""
+  return stop_table(tokenizer, policy.config.vocab_size) if tokenizer.stop_strings else None
+
+
+def stop_table(tokenizer: Tokenizer, size: int) -> StopTable:
+  """The table of the tokenizer's stop strings.
 
   Args:
     size: tokens of the model's vocabulary; those that the tokenizer lacks have no text.
@@ -49,8 +55,6 @@ def stop_table(tokenizer: Tokenizer, size: int) -> StopTable | None:
     ValueError: stop strings that `check` refuses, or a tokenizer whose tokens are no bytes.
   """
   strings = tokenizer.stop_strings
-  if not strings:
-    return None
   check(strings)
   if tokenizer.pieces is None:
     raise ValueError('stop_strings: the bytes of single tokens are unknown for this tokenizer')
