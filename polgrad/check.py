@@ -202,9 +202,13 @@ def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any)
   if found.opening:
     lines.append(f'  the generation prompt begins the assistant turn with {found.opening!r}')
   if 'date' in config.tokenizer:
-    dated = chat.reads_date(tokenizers.template(config.tokenizer.path))
+    template = tokenizers.template(config.tokenizer.path)
+    dated = chat.reads_date(template)
     told = f'it is told {config.tokenizer.date}' if dated else 'no'
     lines.append(f'  the template asks for the date of today: {told}')
+    options = chat.options_read(template) - set(config.tokenizer.template_options)
+    if unset := sorted(name for name in options if not name.endswith('_token')):
+      lines += tables.wrapped(f'options of the template that are not set: {", ".join(unset)}')
   return Section('turns', lines, stops.findings(run.tokenizer, bad))
 
 
@@ -356,12 +360,13 @@ def main(argv: list[str]) -> None:
     config = cli.config(TABLE)
     run = build(config)
   wrong = []
-  for section in itertools.chain(
-    check_data(config, run, canary=_CANARIES.value, most=_READ.value),
-    check_run(config, run, workdir=cli.WORKDIR.value or '', steps=_STEPS.value),
-  ):
-    show(section)
-    wrong += section.findings
+  with cli.refusals():  # weights that cannot be read, for example
+    for section in itertools.chain(
+      check_data(config, run, canary=_CANARIES.value, most=_READ.value),
+      check_run(config, run, workdir=cli.WORKDIR.value or '', steps=_STEPS.value),
+    ):
+      show(section)
+      wrong += section.findings
   fails = sum(one.fails for one in wrong)
   print(f'\n{fails} failures, {len(wrong) - fails} warnings')
   sys.exit(1 if fails else 0)

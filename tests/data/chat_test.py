@@ -456,3 +456,13 @@ def test_operators_filters_and_calls_that_are_limited_write_what_jinja_writes():
   )
   plain = jinja2.Environment().from_string(template).render(messages=TALK)
   assert chat.jinja_chat(template, {})(TALK) == plain
+
+
+def test_options_of_a_template_are_what_it_reads_and_is_never_given():
+  template = (
+    '{%- if enable_thinking is defined and not enable_thinking %}{{ eos_token }}{% endif %}'
+    '{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}'
+    "{{ strftime_now('%d') }}{% set n = namespace(x=1) %}{{ range(n.x) }}"
+  )
+  assert chat.options_read(template, ['eos_token']) == {'enable_thinking'}
+  assert chat.reads_date(template) and not chat.reads_date('{{ messages }}')
