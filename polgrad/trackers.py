@@ -168,7 +168,7 @@ class wandb(Tracker):
       config=dict(opening.about),
       settings=library.Settings(silent=True),
     )
-    if run.url:
+    if self.mode == 'online':
       print(f'wandb: {run.url}')
     run.define_metric('*', step_metric='update')
     return _Wandb(run), {'id': run_id}
@@ -284,11 +284,17 @@ class _MLflow(Board):
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [Metric(_mlflow_name(k), v, now, step) for k, v in values.items()]
+    metrics = [Metric(_mlflow_metric(k), v, now, step) for k, v in values.items()]
     self._client.log_batch(self._run_id, metrics=metrics)
 
   def close(self) -> None:
     self._client.set_terminated(self._run_id)
+
+
+def _mlflow_metric(name: str) -> str:
+  """`train/loss/nll` becomes `train/loss.nll`: a store of files cannot have `loss` as a folder too."""
+  phase, slash, rest = name.partition('/')
+  return _mlflow_name(phase + slash + rest.replace('/', '.'))
 
 
 def _mlflow_name(name: str) -> str:
