@@ -128,7 +128,10 @@ def options_read(source: str, special: Iterable[str] = ()) -> set[str]:
 
 
 def _environment() -> '_Sandbox':
-  return _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+  """What templates are read in; its filter `generation` marks nothing."""
+  made = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+  made.filters['generation'] = str
+  return made
 
 
 def _as_jinja(source: str) -> str:
