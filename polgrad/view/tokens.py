@@ -29,9 +29,15 @@ QUANTITIES = {
   'advantages': Quantity('a', 'advantage', True, 0.0, 'blue above 0, orange below'),
   'mask': Quantity('m', 'mask', False, 1.0, 'tokens in the loss'),
   'behavior_logp': Quantity(
-    'b', 'sampler log-prob', False, 5.0, 'the darker, the less likely when it was drawn'
+    'b',
+    'sampler log-prob',
+    False,
+    5.0,
+    'the stronger the colour, the less likely when it was drawn',
   ),
-  'logp': Quantity('p', 'policy log-prob', False, 5.0, 'the darker, the less likely now'),
+  'logp': Quantity(
+    'p', 'policy log-prob', False, 5.0, 'the stronger the colour, the less likely now'
+  ),
   'entropy': Quantity('e', 'entropy', False, 3.0, 'of the next-token distribution, nats'),
   'log_ratio': Quantity(
     'r', 'ratio', True, 1.0, 'policy / sampler: blue more likely now, orange less; log scale'
@@ -41,7 +47,11 @@ QUANTITIES = {
     'g', 'push', True, 0.0, '-d loss / d log-prob: blue is made more likely, orange less'
   ),
   'reference_logp': Quantity(
-    'f', 'reference log-prob', False, 5.0, 'the darker, the less likely for the reference'
+    'f',
+    'reference log-prob',
+    False,
+    5.0,
+    'the stronger the colour, the less likely for the reference',
   ),
 }
 KEYS = {quantity.key: quantity for quantity in QUANTITIES.values()}
