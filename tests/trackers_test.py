@@ -8,6 +8,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -69,6 +70,19 @@ def wandb_records(path):
       whole = b''
 
 
+def wandb_rows(folder):
+  """The metrics in all .wandb files of a folder, in the order of writing, and its runs."""
+  found, runs = [], []
+  for file in sorted(folder.glob('wandb/offline-run-*/*.wandb'), key=os.path.getmtime):
+    for record in wandb_records(file):
+      if record.HasField('history'):
+        items = record.history.item
+        found.append({'/'.join(x.nested_key) or x.key: json.loads(x.value_json) for x in items})
+      if record.HasField('run') and record.run.config.update:
+        runs.append(record.run)
+  return found, runs
+
+
 def test_wandb_writes_offline_and_a_resumed_run_has_the_same_id(tmp_path):
   folder = tmp_path / 'mine'
   folder.mkdir()
@@ -80,14 +94,12 @@ def test_wandb_writes_offline_and_a_resumed_run_has_the_same_id(tmp_path):
 
   interrupted_and_resumed(folder, tracker, rename)
   run_id = json.loads((folder / 'trackers' / 'it.json').read_text())['id']
-  found, runs = [], []
-  for file in sorted(folder.glob('wandb/offline-run-*/*.wandb'), key=os.path.getmtime):
-    for record in wandb_records(file):
-      if record.HasField('history'):
-        items = record.history.item
-        found.append({'/'.join(x.nested_key) or x.key: json.loads(x.value_json) for x in items})
-      if record.HasField('run') and record.run.config.update:
-        runs.append(record.run)
+  # Another process writes the files, and not always before `finish` returns.
+  for _ in range(300):
+    found, runs = wandb_rows(folder)
+    if len(found) >= 5:
+      break
+    time.sleep(0.1)
   assert {run.run_id for run in runs} == {run_id} and {run.project for run in runs} == {'p'}
   assert {run.display_name for run in runs} == {'mine'}
   values = {x.key: x.value_json for x in runs[0].config.update}
