@@ -91,8 +91,9 @@ class Meter:
       self._parts.pop()
 
   def add(self, part: str, flops: float) -> None:
-    """Adds operations to a part."""
-    self._flops[part] += flops
+    """Adds operations to a part; NaN, of a model that has no formula, adds nothing."""
+    if not math.isnan(flops):
+      self._flops[part] += flops
 
   def take(self) -> dict[str, float]:
     """`seconds/PART` and `flops/PART` since the last call."""
@@ -166,10 +167,14 @@ def parse_steps(text: str, first: int, last: int) -> range:
 def forward_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
   """Operations of one forward pass over the rows of a batch (NumPy), each of one sequence.
 
+  NaN for a model that is no decoder of `models`, because nothing is known of its layers.
+
   Args:
     config: of the model, a `models.config.Config`.
     layout: says which rows share a prompt.
   """
+  if not hasattr(config, 'layer'):
+    return math.nan
   tokens, pairs = _tokens(batch, layout), _pairs(config, batch, layout)
   scored = float(np.sum(batch.mask))
   weights = sum(_used(config, name) for name in config.layer) * config.num_layers
@@ -180,7 +185,7 @@ def forward_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
 def update_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
   """Operations of the gradient of a loss over the rows of a batch; see `forward_flops`."""
   forward = forward_flops(config, batch, layout)
-  if not config.lora_rank:
+  if math.isnan(forward) or not config.lora_rank:
     return 3.0 * forward
   adapter = sum(math.prod(config.shape(name)) for name in config.adapter) * config.num_layers
   attention = _attention(config, _pairs(config, batch, layout))
@@ -256,8 +261,8 @@ def utilization(found: dict[str, float], seconds: float, peak: float) -> dict[st
     seconds: of the whole step.
     peak: operations a second; 0 where it is not known, which gives {}.
   """
-  if not peak:
-    return {}
   flops = {k.partition('/')[2]: v for k, v in found.items() if k.startswith('flops/')}
+  if not peak or not flops:
+    return {}
   parts = {f'mfu/{k}': v / (found[f'seconds/{k}'] * peak) for k, v in flops.items()}
   return {'mfu': sum(flops.values()) / (seconds * peak), **parts}

@@ -453,7 +453,9 @@ class PhaseRun:
     if 'teacher_logits' in phase.objective.requires:
       teacher = phase.frozen.get('teacher', self.experiment.model).config
       flops += speed.forward_flops(teacher, collected.batch, phase.layout)
-    found = {'seconds/update': updating, 'flops/update': phase.epochs * flops}
+    meter = speed.Meter()
+    meter.add('update', phase.epochs * flops)
+    found = {'seconds/update': updating, **meter.take()}
     used = {k: v for k, v in collected.metrics.items() if k.startswith(('seconds/', 'flops/'))}
     peak = speed.peak_flops()
     return found | speed.peak_memory() | speed.utilization(used | found, seconds, peak)

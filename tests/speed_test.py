@@ -115,6 +115,13 @@ def test_utilization_is_the_fraction_of_the_peak():
   assert speed.utilization(found, 4.0, 0.0) == {}
 
 
+def test_a_model_without_a_formula_has_no_operations():
+  other = type('Other', (), {'vocab_size': 5})()
+  meter = speed.Meter()
+  meter.add('update', speed.update_flops(other, batch()))
+  assert meter.take() == {} and speed.utilization({'seconds/update': 1.0}, 1.0, 10.0) == {}
+
+
 def test_memory_is_the_largest_peak_and_absent_where_no_device_tells(monkeypatch):
   assert speed.peak_memory() == {}
   devices = [

@@ -131,7 +131,8 @@ class ExploredSteps(Steps):
     drawn = []
     for number in range(settings.rounds):
       params = self._params(state, drawn, step)
-      drawn.append(self._round(params, prompts, ids[number], step))
+      rows = self._round(params, prompts, ids[number], step)
+      drawn.append(self.count(rows, settings.samples_per_prompt // settings.rounds))
     batch = joined(drawn, settings.rounds, settings.prompts)
     prompt_ids = np.repeat(prompts.ids, settings.samples_per_prompt)
     return batch.replace(prompt_ids=prompt_ids), prompts.records
