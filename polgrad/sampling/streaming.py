@@ -19,7 +19,8 @@ from polgrad.sampling.sampler import _processors
 from polgrad.types import Array, Params
 
 CHUNK = 64  # tokens of a prompt that are read at once
-SMALLEST = 512  # columns of the first cache; the next one has twice as many, and so on
+SMALLEST = 256  # columns of the first cache; the next one has twice as many, and so on
+AHEAD = 128  # columns that are free when an answer begins, so that most need no larger cache
 BROKEN = '\N{REPLACEMENT CHARACTER}'  # what a tokenizer writes for a part of a character
 
 
@@ -34,7 +35,8 @@ class Streamer:
   """Draws one completion at a time, token by token.
 
   Of a prompt that begins like what was read last (the conversation so far), only the rest is read.
-  Programs are compiled for a cache of a fixed size; when a conversation outgrows it, its size doubles.
+  Programs are compiled for a cache of a fixed size, whose columns all cost time, used or not. So it
+  begins small, and its size doubles when a conversation outgrows it.
   """
 
   def __init__(
@@ -86,12 +88,14 @@ class Streamer:
     if len(prompt) >= limit:
       raise ValueError(f'a prompt of {len(prompt)} tokens: the model reads {limit} with the answer')
     end = min(len(prompt) + max_new_tokens, limit)
-    self._make_room(end)
+    self._make_room(min(end, len(prompt) + AHEAD))
     reading = self._read_prompt(list(prompt))
     key = jax.random.fold_in(jax.random.key(seed), turn)
     key = jax.random.fold_in(jax.random.fold_in(key, turn), 0)
     for made in range(end - len(prompt)):
       place = len(self._tokens)
+      if self._make_room(place + 1):
+        reading = reading._replace(cache=self._cache)
       token, reading = self._step(self._params, key, reading, np.int32(made), np.int32(place))
       self._cache = reading.cache
       self._tokens.append(int(token))
@@ -99,15 +103,17 @@ class Streamer:
       if self._tokens[-1] in self._stops:
         return
 
-  def _make_room(self, columns: int) -> None:
-    """Makes a cache of at least so many columns; it keeps what was read."""
+  def _make_room(self, columns: int) -> bool:
+    """Makes a cache of at least that number of columns, which keeps what was read; whether it is new."""
     size = max(self._size, min(SMALLEST, self._policy.config.max_length))
     while size < columns:
       size = min(2 * size, self._policy.config.max_length)
-    if size != self._size:
+    grown = size != self._size
+    if grown:
       self._note(f'compiling for conversations of up to {size} tokens ...')
       self._cache = self._grow(self._cache, size=size)
       self._size = size
+    return grown
 
   def _larger(self, cache: Any, *, size: int) -> Any:
     new = self._policy.init_cache(1, size)

@@ -26,6 +26,7 @@ def small(monkeypatch):
   """Chunks and caches of a few tokens, so that prompts take several, and caches grow."""
   monkeypatch.setattr(streaming, 'CHUNK', 4)
   monkeypatch.setattr(streaming, 'SMALLEST', 16)
+  monkeypatch.setattr(streaming, 'AHEAD', 2)
 
 
 @pytest.mark.parametrize('settings', SETTINGS)
@@ -47,7 +48,7 @@ def test_streamed_tokens_are_those_of_the_sampler(small, settings):
     whole = sample({'policy': PARAMS}, tokens, mask, ids, seed=5, step=turn)
     found = list(stream(prompt, max_new_tokens=12, seed=5, turn=turn))
     assert found == np.asarray(whole.tokens[whole.mask]).tolist(), turn
-  assert said == ['compiling for conversations of up to 32 tokens ...']
+  assert said == [f'compiling for conversations of up to {n} tokens ...' for n in (16, 32)]
 
 
 def test_a_completion_ends_where_the_model_can_read_no_more(small):
