@@ -243,6 +243,9 @@ def _extracted(text, pattern):
   return found[-1] if found else text
 
 
+reasoning_gym_score.imports = ('reasoning_gym',)  # by workers, before the time of a row counts
+
+
 @functools.cache
 def _task_scorer(task):
   from reasoning_gym import get_score_answer_fn  # an optional dependency

@@ -9,6 +9,7 @@ leave the group on purpose.
 """
 
 import contextlib
+import importlib
 import importlib.machinery
 import math
 import os
@@ -219,6 +220,10 @@ def work(pipe: Connection) -> None:
   """Loads the verifiers, says that they are there, then answers tasks until the pipe closes."""
   verifiers, memory_gib = pipe.recv()
   verifiers = cloudpickle.loads(verifiers)
+  # What a verifier would import with its first row, it has before its time counts.
+  for fn in verifiers.values():
+    for module in getattr(registry.unbound(fn), 'imports', ()):
+      importlib.import_module(module)
   if memory_gib:
     import resource  # not on Windows
 

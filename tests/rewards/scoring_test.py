@@ -231,6 +231,19 @@ def test_functions_that_no_module_has_can_be_isolated(tmp_path):
   assert got.components['own'].tolist() == [8] and got.components['closure'].tolist() == [0.5]
 
 
+def test_what_a_verifier_names_as_its_imports_takes_none_of_its_time(monkeypatch, tmp_path):
+  (tmp_path / 'slow_to_import.py').write_text('import time\ntime.sleep(1)\nGIVEN = 0.5\n')
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def verifier(completion):
+    import slow_to_import
+
+    return slow_to_import.GIVEN
+
+  verifier.imports = ('slow_to_import',)
+  assert judge(scoring.make_scorer({'a': verifier}, timeout_s=0.9, workers=1), 'x').total == [0.5]
+
+
 def test_workers_are_other_processes_that_do_not_load_jax_and_end_with_the_scorer():
   score = scoring.make_scorer({'process': process, 'jax': sees_jax}, workers=1)
   first, again = judge(score, 'a', 'b'), judge(score, 'c', 'd')
