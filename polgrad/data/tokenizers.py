@@ -336,7 +336,7 @@ def _read_fast(folder, special):
     added=frozenset(model.get_added_tokens_decoder()),
     special=special,
     opens=opens and special['bos_token'] in ids,
-    pieces=_pieces_of(json.loads(model.to_str())['decoder'], ids),
+    pieces=_pieces_of(json.loads(model.decoder.__getstate__()) if model.decoder else None, ids),
   )
 
 

@@ -7,6 +7,7 @@ exact for strings that begin or end inside a token, lie within one, or span seve
 of several bytes.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ def for_policy(tokenizer: Tokenizer, policy: Policy) -> StopTable | None:
   return stop_table(tokenizer, policy.config.vocab_size) if tokenizer.stop_strings else None
 
 
+@functools.lru_cache(maxsize=4)  # it is made once for a check, and once for each sampler
 def stop_table(tokenizer: Tokenizer, size: int) -> StopTable:
   """The table of the tokenizer's stop strings.
 
