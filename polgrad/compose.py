@@ -290,4 +290,4 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
 def _examples(need: str) -> str:
   fields = {'problems': 'prompt', 'pairs': 'chosen and rejected', 'demonstrations': 'answer'}
   made = [name for name in ('addition', 'choices', 'chain_sum') if need in tasks.TABLE[name]().has]
-  return f'{", ".join(made)}, and jsonl whose records have {fields[need]}'
+  return f'{", ".join(made)}, and jsonl or hub with records that have {fields[need]}'

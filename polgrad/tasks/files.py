@@ -97,8 +97,8 @@ def hub(
     revision: branch, tag or commit of the hub; '' is the newest one.
     fields: other names of fields: the name that polgrad reads -> the name in the data set.
     reward, reward_options: as in `jsonl`.
-    held_out: name, folder or file of problems for evaluation; '' is `data`.
-    held_out_split: split of it for evaluation; '' is `split` of `held_out`, if that is given. Without
+    held_out: name, folder or file of problems for evaluation, without subset and revision.
+    held_out_split: split for evaluation, of `held_out` ('' is `train`) or else of `data`. Without
       either, a fraction of the training split is held out.
     holdout: that fraction; 0 for no evaluation.
     system, prompt_length, max_new_tokens, rows, samples_per_prompt: as in `jsonl`.
@@ -248,17 +248,15 @@ def _hub(
   holdout: float,
 ) -> tuple[ConfigDict, ConfigDict, ConfigDict | None]:
   """Sources of all records of the training split, of those to train on, and of those to evaluate."""
-  read = lambda path, split: part(
-    sources.hub,
-    path=os.path.expanduser(path),
-    subset=subset,
-    split=split,
-    revision=revision,
-    fields=dict(fields),
+  read = lambda path, split, **which: part(
+    sources.hub, path=os.path.expanduser(path), split=split, fields=dict(fields), **which
   )
-  whole = read(data, split)
-  if held_out or held_out_split:
-    return whole, whole, read(held_out or data, held_out_split or split)
+  which = dict(subset=subset, revision=revision)
+  whole = read(data, split, **which)
+  if held_out:
+    return whole, whole, read(held_out, held_out_split or 'train')
+  if held_out_split:
+    return whole, whole, read(data, held_out_split, **which)
   return whole, *_split(whole, holdout)
 
 
