@@ -16,7 +16,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _ROWS = flags.DEFINE_integer('rows', runs.Limits().rows, 'Rows to show of each of them.', 1)
 _TOKENS = flags.DEFINE_integer(
-  'tokens', runs.Limits().tokens, 'Tokens to show of all rows; each takes about 150 bytes.', 1000
+  'tokens', runs.Limits().tokens, 'Tokens to show of all rows; each takes about 100 bytes.', 1000
 )
 
 
