@@ -200,3 +200,14 @@ def test_a_verifier_that_always_fails_is_refused_before_the_first_step(body, tmp
   run = build.build(from_text(f'{text},prompt_length=24,max_new_tokens=4'))
   with pytest.raises(ValueError, match=r'config\.phases\.train\.reward\.own: it fails on all of 4'):
     build.check_data(run)
+
+
+def test_an_average_of_the_policy_is_an_anchor_that_is_measured():
+  config = from_text('method=dpo,task=addition,model=tiny,average=0.95')
+  experiment = build.build(config)
+  found = experiment.phases['train'].anchors
+  assert sorted(found) == ['average', 'reference'] and found['average'].keywords['decay'] == 0.95
+  assert experiment.evaluation.anchors == ('average',)
+  assert 'average' not in experiment.phases['warm_start'].anchors
+  with pytest.raises(ValueError, match='average: expected a number at least 0 and below 1'):
+    from_text('method=dpo,task=addition,model=tiny,average=1')
