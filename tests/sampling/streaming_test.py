@@ -1,5 +1,6 @@
 """Streaming draws what the sampler draws, and its text is never broken."""
 
+import doctest
 import functools
 
 import jax.numpy as jnp
@@ -103,3 +104,7 @@ def test_a_text_ends_before_a_stop_string_of_which_nothing_is_given_away(whole, 
   assert ''.join(pieces) + text.close() == given
   assert text.ended == (given != whole)
   assert all(given.startswith(''.join(pieces[:n])) for n in range(len(pieces)))
+
+
+def test_the_example_of_the_docstring_is_true():
+  assert doctest.testmod(streaming).attempted == 3 and not doctest.testmod(streaming).failed
