@@ -39,6 +39,7 @@ from benchmarks import robustness
 from benchmarks.robustness import PLACES
 from polgrad import checkpoint, cli, metrics, optim, preemption, train
 from polgrad.options import from_text
+from polgrad.phases import PhaseRun
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 
@@ -150,7 +151,7 @@ def child(
 
 def report_places(mark: mmap.mmap) -> None:
   """Wraps functions of the trainer, so that `mark[0]` says where the process is (index of `PLACES`)."""
-  update, save = train.PhaseRun.update_all, train.save
+  update, save = PhaseRun.update_all, train.save
 
   def updating(self, state, batch, step):
     mark[0] = STEP
@@ -164,7 +165,7 @@ def report_places(mark: mmap.mmap) -> None:
     ended = ended and int(state.phase_step) >= experiment.phases[experiment.order[last]].steps
     mark[0] = END if ended else STEP
 
-  train.PhaseRun.update_all, train.save = updating, saving
+  PhaseRun.update_all, train.save = updating, saving
 
 
 def keep_programs() -> None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad import build, evaluate, methods, train
+from polgrad import build, evaluate, methods, phases
 from polgrad.options import from_text
 from polgrad.types import Params, TrainState
 
@@ -63,8 +63,8 @@ def warm(seed: int) -> Params:
   config.order = ('warm_start',)
   experiment = build.build(config)
   with jax.set_mesh(experiment.mesh):
-    state = train.begin(experiment, 0, None)
-    return train.run_phase(experiment, state, None, keep_nothing).params
+    state = phases.begin(experiment, 0, None)
+    return phases.run_phase(experiment, state, keep_nothing, phases.Logs()).params
 
 
 def learn(name: str, seed: int, steps: int, prompts: int) -> dict:
@@ -77,14 +77,14 @@ def learn(name: str, seed: int, steps: int, prompts: int) -> dict:
   experiment = build.build(config)
   started = time.perf_counter()
   with jax.set_mesh(experiment.mesh):
-    fresh = train.begin(experiment, 0, None)
+    fresh = phases.begin(experiment, 0, None)
     # A value head is not in the checkpoint. Updates take the arrays over, so the checkpoint is copied.
     params = {**fresh.params, **jax.tree.map(jnp.copy, checkpoint)}
-    state = train.begin(experiment, 0, fresh.replace(params=params))
+    state = phases.begin(experiment, 0, fresh.replace(params=params))
     measure = evaluate.make_evaluator(experiment)
     accuracy = lambda state: measure(state.params)[0]['evaluation/greedy']
     before, recorder = accuracy(state), Recorder()
-    state = train.run_phase(experiment, state, recorder, keep_nothing)
+    state = phases.run_phase(experiment, state, keep_nothing, phases.Logs(writer=recorder))
   return {
     'method': name,
     'seed': seed,

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from polgrad import learner, methods, models, optim, sharding, train
+from polgrad import learner, methods, models, optim, phases, sharding
 from polgrad.models.token_stats import LOGITS
 from polgrad.types import Batch, TrainState
 
@@ -58,7 +58,7 @@ def compile_update(mesh: Mesh, **settings):
     opt_state=jax.tree.map(
       placed,
       jax.eval_shape(optimizer.init, params),
-      train.opt_shardings(optimizer, mesh, params),
+      phases.opt_shardings(optimizer, mesh, params),
     ),
     anchors={},
     collect_state=(),

@@ -25,7 +25,7 @@ import ml_collections
 from absl import flags
 from tqdm import tqdm
 
-from polgrad import cli, collect, train
+from polgrad import cli, collect, phases
 from polgrad.build import TABLE, Experiment, HeldOut, Phase, build
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.checks.findings import Finding
@@ -143,9 +143,9 @@ def check_records(part: Part, found: list[reading.Read]) -> Section:
 def check_leaks(parts: Sequence[Part], found: Mapping[str, list[reading.Read]]) -> list[Finding]:
   """Held-out prompts that occur in the data of a phase."""
   digests = {p.path: [(one.row, one.asked) for one in found[p.path] if one.asked] for p in parts}
-  *phases, held_out = parts
+  *trained, held_out = parts
   wrong = []
-  for part in phases:
+  for part in trained:
     both = duplicates.shared(digests[part.path], digests[held_out.path])
     places = held_out.judged.source.place, part.judged.source.place
     count = len(digests[held_out.path])
@@ -221,7 +221,7 @@ def check_memory(run: Experiment, workdir: str) -> Section:
   limit = limit or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   for name in run.order:
     phase = run.phases[name]
-    uses = memory.of_phase(phase, run.policy, run.mesh, train.opt_shardings)
+    uses = memory.of_phase(phase, run.policy, run.mesh, phases.opt_shardings)
     rows = [(u.name, tables.size(u.total), tables.size(u.device), u.when) for u in uses]
     lines += tables.table((f'phase {name}', 'in all', 'a device', 'when'), rows)
     most = memory.peak(uses)
@@ -251,11 +251,11 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
   rows, wrong, notes = [], [], []
   for index, name in enumerate(run.order):
     silent = []
-    state = train.begin(run, index, state) if index else state
-    doing = train.start_phase(run, state, None)
+    state = phases.begin(run, index, state) if index else state
+    doing = phases.start_phase(run, state, phases.Logs())
     path = f'config.phases.{name}'
     for step in tqdm(range(min(count, doing.phase.steps)), f'steps of {name}', leave=False):
-      draw = train.Drawer(doing.phase, doing.seed, int(state.cursor), run.tokenizer)
+      draw = phases.Drawer(doing.phase, doing.seed, int(state.cursor), run.tokenizer)
       started = time.perf_counter()
       try:
         collected = doing.collect(state, draw, step)
@@ -266,8 +266,8 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
         wrong.append(Finding(path, text, fails=True))
         break
       ended = time.perf_counter()
-      state = train.advance(run.mesh, state, collected, draw.cursor)
-      row = train.summary(reports, collected, ended - started)
+      state = phases.advance(run.mesh, state, collected, draw.cursor)
+      row = phases.summary(reports, collected, ended - started)
       silent.append(row['silent'])
       times = (f'{x:.2f}' for x in (middle - started, ended - middle, ended - started))
       shown = (f'{row[k]:.3g}' if k in row else '-' for k in ('loss', 'grad_norm', 'reward'))
@@ -337,7 +337,7 @@ def check_run(
     if not steps or traced.findings:
       yield check_turns(config, run, None)
       return
-    state = train.begin(run, 0, None)
+    state = phases.begin(run, 0, None)
     yield check_turns(config, run, state.params)
     yield check_steps(run, steps, state)
 

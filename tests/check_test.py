@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, check, explain, metric_history, train
+from polgrad import build, check, explain, metric_history, phases
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.data import tokenizers
 from polgrad.options import from_text
@@ -156,7 +156,8 @@ def test_held_out_prompts_that_are_trained_on_are_found_by_a_check_and_by_the_ru
 def verdicts(reward, records, **knobs):
   reward = {'one': Weighted(1.0, bind(part(reward, **knobs), verifiers.TABLE))}
   score = scoring.make_scorer(reward, isolate=False)
-  found = canaries.try_verifiers(reward, score, list(enumerate(records)), len)
+  judge = lambda texts, some: score(texts, some, list(map(len, texts)))
+  found = canaries.try_verifiers(reward, judge, list(enumerate(records)))
   return found, canaries.findings('config.phases.train', found, str)
 
 
@@ -275,7 +276,7 @@ def test_stop_tokens_whose_output_rows_were_never_trained_are_found():
 def test_memory_is_that_of_the_arrays(name):
   run = build.build(getattr(runs, name).get_config('smoke,warm_start=0'))
   phase = run.phases['train']
-  uses = {u.name: u for u in memory.of_phase(phase, run.policy, run.mesh, train.opt_shardings)}
+  uses = {u.name: u for u in memory.of_phase(phase, run.policy, run.mesh, phases.opt_shardings)}
   size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
   params = jax.eval_shape(run.policy.init, jax.random.key(0))
   assert uses['parameters'].device == uses['gradients'].device == size(params)
@@ -292,7 +293,7 @@ def test_memory_on_a_mesh_is_that_of_one_device():
   config.mesh.fsdp = config.mesh.tensor = 2
   run = build.build(config)
   phase = run.phases['train']
-  for use in memory.of_phase(phase, run.policy, run.mesh, train.opt_shardings):
+  for use in memory.of_phase(phase, run.policy, run.mesh, phases.opt_shardings):
     assert use.total / 4 <= use.device < use.total, use.name
 
 
@@ -343,7 +344,7 @@ def test_what_only_the_first_trace_showed_is_refused_before_the_run(text, histor
 def test_two_steps_are_timed(quick_compiler):
   run = build.build(runs.sft.get_config('smoke'))
   with jax.set_mesh(run.mesh):
-    section = check.check_steps(run, 2, train.begin(run, 0, None))
+    section = check.check_steps(run, 2, phases.begin(run, 0, None))
   assert section.findings == []
   rows = [line.split() for line in section.lines[1:3]]
   assert [row[:2] for row in rows] == [['train', 'compiles'], ['train', '2']]

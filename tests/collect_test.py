@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, collect, credit, learner, objectives, train
+from polgrad import build, collect, credit, learner, objectives, phases
 from polgrad.collect import scored as judging
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, aggregation, surrogates
@@ -118,9 +118,9 @@ def experiment(anchors=None, **rollouts):
 def collected(run, **changes):
   phase = examples.changed(run.phases['train'], **changes)
   with jax.set_mesh(run.mesh):
-    state = train.begin(run, 0, None)
-    make = phase.collect.make(train.context(run, phase, 0))
-    drawer = train.Drawer(phase, seed=0, cursor=0)
+    state = phases.begin(run, 0, None)
+    make = phase.collect.make(phases.context(run, phase, 0))
+    drawer = phases.Drawer(phase, seed=0, cursor=0)
     return make(state, drawer, 0), drawer
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import build, evaluate, train
+from polgrad import build, evaluate, phases
 from polgrad.build import HeldOut
 from polgrad.data import sources, tokenizers
 from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
@@ -210,13 +210,13 @@ def test_held_out_pairs_are_measured_by_the_objective_in_batches_that_do_not_div
   phase.held_out = {'pairs': phase.source}
   experiment = build.build(config)
   phase = experiment.phases['train']
-  state = train.begin(experiment, 0, None)
+  state = phases.begin(experiment, 0, None)
   random = np.random.default_rng(1)
   noisy = lambda x: x + jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype)
   moved = jax.tree.map(noisy, state.params)
   state = state.replace(params=moved)
   with jax.set_mesh(experiment.mesh):
-    measure = evaluate.make_row_evaluator(phase, train.context(experiment, phase, 0))
+    measure = evaluate.make_row_evaluator(phase, phases.context(experiment, phase, 0))
     found = measure(state)
     records = [{**phase.source[i], 'id': i} for i in range(6)]
     batch = phase.collect.lay_out(records, tokenizer=experiment.tokenizer)

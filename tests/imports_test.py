@@ -47,15 +47,16 @@ LEVELS = {
   'convert': 8,
   'sample': 8,
   'lm_eval': 8,
-  'train': 7,
-  'verify': 8,
+  'phases': 7,
+  'train': 8,
+  'verify': 9,
   'checks': 4,
   'check': 8,
   'explain': 7,
   'workdirs': 2,
   'row_files': 2,
   'view': 6,
-  'inspect': 9,
+  'inspect': 10,
   'preemption': 1,
   'trackers': 1,
   'speed': 1,
@@ -73,7 +74,7 @@ HOMES = {
   'orbax': {'checkpoint'},
   'absl': {
     *('check', 'cli', 'convert', 'evaluate', 'explain', 'inspect', 'lm_eval', 'loading'),
-    *('metrics', 'report', 'sample', 'trackers', 'train', 'verify', 'view'),
+    *('metrics', 'phases', 'report', 'sample', 'trackers', 'train', 'verify', 'view'),
     'workdirs',
   },
 }
@@ -112,7 +113,7 @@ def test_libraries_stay_in_their_place(path):
 
 
 def test_the_page_has_the_level_of_every_unit():
-  rows = re.findall(r'^\| (\d) \| (.*?) \|', PAGE.read_text(), re.MULTILINE)
+  rows = re.findall(r'^\| (\d+) \| (.*?) \|', PAGE.read_text(), re.MULTILINE)
   found = {name.rstrip('/'): int(n) for n, names in rows for name in re.findall('`(.*?)`', names)}
   assert found == LEVELS
 

@@ -386,11 +386,12 @@ class TestInspect:
 def test_values_that_are_not_defaults_are_listed_with_these():
   made = config()
   made.phases.train.optimizer.learning_rate = 7.0
+  made.log_every = 2
   made.tokenizer.name = '/nowhere.py:mine'  # a part that is not here is passed over
   found = overrides.not_default(made, build.TABLE)
   assert found['phases.train.optimizer.learning_rate'][0] == 7.0
   assert found['evaluation.name'] == ('build.HeldOut', 'build.Never')
-  assert 'phases.train.shuffle' not in found and found['tensorboard'] == (False, True)
+  assert 'phases.train.shuffle' not in found and found['log_every'] == (2, 1)
 
 
 def test_the_commands_of_the_page_have_flags_that_exist():

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, metrics, models, optim, packing, sharding, train
+from polgrad import build, metrics, models, optim, packing, phases, sharding, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.sharding import to_host
@@ -38,11 +38,11 @@ def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share
   experiment = build.build(made)
   phase = experiment.phases['train']
   with jax.set_mesh(experiment.mesh):
-    state = train.begin(experiment, 1, None)
+    state = phases.begin(experiment, 1, None)
     if batch is None:
-      collect = phase.collect.make(train.context(experiment, phase, 1))
-      batch = collect(state, train.Drawer(phase, seed=0, cursor=0), 0).batch
-    update = train.jit_update(experiment, phase, state)
+      collect = phase.collect.make(phases.context(experiment, phase, 1))
+      batch = collect(state, phases.Drawer(phase, seed=0, cursor=0), 0).batch
+    update = phases.jit_update(experiment, phase, state)
     data_parallel_size = sharding.data_parallel_size(experiment.mesh)
     batch = packing.pack(
       batch, parts=2, rows_per_prompt=phase.rows_per_prompt, data_parallel_size=data_parallel_size
@@ -118,7 +118,7 @@ def test_state_lies_where_the_rules_say():
   made.phases.train.collect.prompts = 8
   made.phases.warm_start.collect.rows = 8
   experiment = build.build(made)
-  state = train.begin(experiment, 1, None)
+  state = phases.begin(experiment, 1, None)
   gate = state.params['layers']['gate']
   assert gate.sharding.spec == jax.sharding.PartitionSpec(None, ('fsdp',), ('tensor',))
   assert gate.addressable_shards[0].data.size * 4 == gate.size
@@ -134,7 +134,7 @@ import os, signal, sys, time
 import jax
 jax.config.update('jax_compilation_cache_dir', sys.argv[5])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
-from polgrad import compiling, report, train
+from polgrad import compiling, phases, report, train
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 compiling.options = dict  # as `quick_compiler` does
@@ -145,14 +145,14 @@ made = grpo_smoke()
 made.mesh.data = 2
 
 # One of the processes is asked to stop in the first step: both stop after the same one, and resume.
-summary = train.summary
+summary = phases.summary
 def terminated(*args):
-  train.summary = summary
+  phases.summary = summary
   if jax.process_index() == 0:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)  # the request reaches the other process in the background
   return summary(*args)
-train.summary = terminated
+phases.summary = terminated
 try:
   train.run(made, sys.argv[3], sys.argv[4])
 except SystemExit as stopped:
@@ -162,13 +162,13 @@ else:
 train.run(made, sys.argv[3], sys.argv[4])
 
 import numpy as np
-from polgrad import models, sharding
+from polgrad import evaluate, models, sharding
 from polgrad.models import hf
 from polgrad.registry import bind
 policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
-params = train.init_params(policy, mesh, 0)
+params = evaluate.init_params(policy, mesh, 0)
 hf.save(sys.argv[6], policy.config, params)
-again = train.init_params(models.pretrained(path=sys.argv[6]), mesh, 0)
+again = evaluate.init_params(models.pretrained(path=sys.argv[6]), mesh, 0)
 local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
 assert not params['layers']['gate'].is_fully_addressable
 for a, b in zip(local(params), local(again)):

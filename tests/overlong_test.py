@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from polgrad import build, evaluate, train
+from polgrad import build, evaluate, phases
 from polgrad.collect import scored
 from polgrad.data import batching, tokenizers
 from polgrad.options import from_text
@@ -48,16 +48,16 @@ def test_dropped_records_are_counted_and_the_next_ones_are_drawn(tmp_path, metho
   assert build.check_data(run)[0].startswith(
     'config.phases.train.source: of 21 records that were looked at, 1 are'
   )
-  draw = train.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
+  draw = phases.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
   records = draw(40)
   assert len(records) == 40 and 20 not in {r['id'] for r in records}
   dropped = draw.cursor - 40
   assert dropped in (1, 2)
   assert draw.report() == {'records/dropped': dropped, 'records/cut': 0}
   # A run that resumes anywhere draws the same.
-  first = train.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
+  first = phases.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
   begun = first(13)
-  after = train.Drawer(run.phases['train'], seed=0, cursor=first.cursor, tokenizer=run.tokenizer)
+  after = phases.Drawer(run.phases['train'], seed=0, cursor=first.cursor, tokenizer=run.tokenizer)
   assert begun + after(27) == records and after.cursor == draw.cursor
 
 
@@ -67,7 +67,7 @@ def test_cut_records_are_counted_and_drawn(tmp_path, method):
   if method in ('sft', 'dpo'):  # of a long prompt nothing would be left to train on
     run = experiment(tmp_path, method, 'truncate', **dict.fromkeys(FILES[method], '1' * 8))
   assert build.check_data(run)[0].endswith('0 are too long and dropped, 1 are cut')
-  draw = train.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
+  draw = phases.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
   assert 20 in {r['id'] for r in draw(21)} and draw.cursor == 21
   assert draw.report() == {'records/dropped': 0, 'records/cut': 1}
 
@@ -85,7 +85,7 @@ def test_a_source_of_which_all_is_dropped_is_refused(tmp_path, rows):
   run = build.build(from_text(f'{text},model=tiny,smoke,warm_start=0,overlong=drop'))
   with pytest.raises(ValueError, match=f'each of {rows} records is too long'):
     build.check_data(run)
-  draw = train.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
+  draw = phases.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
   with pytest.raises(ValueError, match='every record of the source is too long'):
     draw(1)
 
@@ -171,9 +171,11 @@ def test_a_demonstration_that_is_cut_is_not_finished():
 def test_one_that_is_found_only_when_it_is_drawn_is_named_with_the_option(tmp_path, monkeypatch):
   run = experiment(tmp_path, 'grpo')
   refuse = lambda *_: batching.prompts([{'prompt': '1' * LONG, 'id': 7}], BYTE, length=8)
-  started = train.PhaseRun(run, 'train', run.phases['train'], 0, refuse, None, None, None, None)
-  monkeypatch.setattr(train, 'start_phase', lambda *_: started)
+  started = phases.PhaseRun(
+    run, 'train', run.phases['train'], 0, refuse, None, None, None, phases.Logs()
+  )
+  monkeypatch.setattr(phases, 'start_phase', lambda *_: started)
   state = argparse.Namespace(phase_step=1, cursor=0)
   words = r'config\.phases\.train\.source, step 1: record 7: 12 tokens.*collect\.overlong=drop'
   with pytest.raises(ValueError, match=words):
-    train.run_phase(run, state, None, None)
+    phases.run_phase(run, state, None, phases.Logs())

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import collect, credit, learner, optim, train
+from polgrad import collect, credit, learner, optim, phases
 from polgrad.losses import logit_stats
 from polgrad.registry import bind, part
 from polgrad.sampling import behavior_policies
@@ -26,13 +26,13 @@ def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **setti
   run = dataclasses.replace(run, phases={'train': phase}, seed=seed)
   found = []
   with jax.set_mesh(run.mesh):
-    state = train.begin(run, 0, None)
-    make = phase.collect.make(train.context(run, phase, 0))
+    state = phases.begin(run, 0, None)
+    make = phase.collect.make(phases.context(run, phase, 0))
     for step in range(steps):
-      draw = train.Drawer(phase, seed=0, cursor=int(state.cursor))
+      draw = phases.Drawer(phase, seed=0, cursor=int(state.cursor))
       got = make(state, draw, step)
       found.append((state, got))
-      state = change(train.advance(run.mesh, state, got, draw.cursor))
+      state = change(phases.advance(run.mesh, state, got, draw.cursor))
   return run, found
 
 
@@ -167,7 +167,7 @@ class TestDemonstrations:
     np.testing.assert_array_equal(batch.tokens[~shown], fresh[0].tokens)
     np.testing.assert_array_equal(batch.behavior_logp[~shown], fresh[0].behavior_logp)
     assert not batch.behavior_logp[shown].any()
-    records = train.Drawer(run.phases['train'], seed=0, cursor=0)(4)
+    records = phases.Drawer(run.phases['train'], seed=0, cursor=0)(4)
     tokenizer = run.tokenizer
     for row, record in zip(np.flatnonzero(shown), records):
       want = [*tokenizer.encode(record['answer']), tokenizer.stop_ids[0]]

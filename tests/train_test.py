@@ -29,6 +29,7 @@ from polgrad import (
   metrics,
   objectives,
   optim,
+  phases,
   preemption,
   progress,
   sample,
@@ -117,7 +118,7 @@ def test_resumed_run_equals_one_that_went_on(finished, tmp_path, last_checkpoint
 def test_a_run_that_is_asked_to_stop_saves_after_its_step_and_resumes_later(
   finished, tmp_path, monkeypatch
 ):
-  summary = train.summary
+  summary = phases.summary
 
   def terminated(*args):  # in the first step, which is in sft and leaves no checkpoint otherwise
     os.kill(os.getpid(), signal.SIGTERM)
@@ -125,7 +126,7 @@ def test_a_run_that_is_asked_to_stop_saves_after_its_step_and_resumes_later(
 
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-    patch.setattr(train, 'summary', terminated)
+    patch.setattr(phases, 'summary', terminated)
     train.run(config(), str(tmp_path))
   assert stopped.value.code == 75 and last(tmp_path) == 1
   assert signal.getsignal(signal.SIGTERM) == before
@@ -209,9 +210,9 @@ def test_new_weights_reach_the_sampler(finished):
   _, state = finished
   experiment = build.build(config())
   phase = experiment.phases['train']
-  made = phase.collect.make(train.context(experiment, phase, 1))
+  made = phase.collect.make(phases.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
-    got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
+    got = made(state, phases.Drawer(phase, seed=0, cursor=0), 0)
     fresh = experiment.policy.init(jax.random.key(0))
     logp = {
       name: learner.forward(experiment.policy, params, got.batch).logp
@@ -276,25 +277,25 @@ def test_packed_rows_train_as_rows_alone(name, tmp_path):
 
 def _batch(experiment, state):
   phase = experiment.phases['train']
-  made = phase.collect.make(train.context(experiment, phase, 1))
+  made = phase.collect.make(phases.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
-    got = made(state, train.Drawer(phase, seed=0, cursor=0), 0)
+    got = made(state, phases.Drawer(phase, seed=0, cursor=0), 0)
   return jax.tree.map(jnp.asarray, got.batch)
 
 
 class TestBrokenUpdates:
   def _update(self, experiment, **poison):
     phase = experiment.phases['train']
-    state = train.begin(experiment, 1, None)
+    state = phases.begin(experiment, 1, None)
     batch = _batch(experiment, state).replace(**poison)
-    update = train.jit_update(experiment, phase, state)
+    update = phases.jit_update(experiment, phase, state)
     before = jax.tree.map(np.asarray, state)
     with jax.set_mesh(experiment.mesh):
       return before, *update(state, batch), update, batch
 
   def test_are_skipped_counted_and_leave_everything_as_it_was(self):
     experiment = build.build(config())
-    shape = _batch(experiment, train.begin(experiment, 1, None)).tokens.shape
+    shape = _batch(experiment, phases.begin(experiment, 1, None)).tokens.shape
     nan = jnp.full(shape, jnp.nan)
     before, after, report, update, batch = self._update(experiment, advantages=nan)
     assert report['skipped'] == 1 and not np.isfinite(report['loss'])
@@ -593,15 +594,17 @@ def test_the_best_checkpoint_stays_and_a_run_that_gets_no_better_stops(copied, c
   waited = progress.Progress(metric='evaluation/greedy', best=0.0, best_step=15, waited=2)
   for patience, ended in ((0, False), (2, True), (3, False)):
     made.patience = patience
-    assert bool(train.ran_out_of_patience(build.build(made), waited)) == ended
+    assert bool(phases.ran_out_of_patience(build.build(made), waited)) == ended
 
 
 def test_a_best_metric_that_is_not_there_is_refused(copied):
   made = config()
   made.keep_best = 'evaluation/gredy'
-  run = train.start_phase(build.build(made), train.begin(build.build(made), 1, None), None)
+  run = phases.start_phase(
+    build.build(made), phases.begin(build.build(made), 1, None), phases.Logs()
+  )
   with pytest.raises(ValueError, match=r"keep_best: unknown 'evaluation/gredy'; did you mean"):
-    run.improved(progress.Progress(), None, {'evaluation/greedy': 0.0})
+    run.improved(None, {'evaluation/greedy': 0.0})
   for name, match in (('seconds', 'the clock'), ('', 'patience: name the metric')):
     made.update(keep_best=name, patience=1)
     with pytest.raises(ValueError, match=match):
@@ -620,7 +623,7 @@ def test_an_average_is_measured_beside_the_policy(finished):
   _, state = finished
   made = config()
   made.evaluation.anchors = ('reference',)
-  run = train.start_phase(build.build(made), state, None)
+  run = phases.start_phase(build.build(made), state, phases.Logs())
   measured = lambda params: ({'evaluation/norm': float(params['final_norm'].sum())}, [])
   run = dataclasses.replace(run, measure=measured)
   found = run.evaluate(state, run.phase.steps)
@@ -674,9 +677,9 @@ def test_evaluation_and_chat_read_the_checkpoint(finished, capsys):
 
 def test_phases_hand_over_parameters_and_restart_begins_again(finished):
   experiment = build.build(config())
-  first = train.begin(experiment, 0, None)
+  first = phases.begin(experiment, 0, None)
   trained = first.replace(params=jax.tree.map(lambda x: x + 1, first.params))
-  second = train.begin(experiment, 1, trained)
+  second = phases.begin(experiment, 1, trained)
   equal(second.params, trained.params)
   equal(second.anchors['reference'], trained.params)
   restarting = dataclasses.replace(
@@ -686,7 +689,7 @@ def test_phases_hand_over_parameters_and_restart_begins_again(finished):
       'train': dataclasses.replace(experiment.phases['train'], restart=True),
     },
   )
-  third = train.begin(restarting, 1, trained)
+  third = phases.begin(restarting, 1, trained)
   equal(third.params, first.params)
   equal(third.anchors['reference'], trained.params)
 
@@ -739,15 +742,15 @@ def test_update_does_not_retrace():
     return phase.objective.apply(*arguments, **keywords)
 
   counting = dataclasses.replace(phase, objective=examples.changed(phase.objective, apply=apply))
-  state = train.begin(experiment, 1, None)
-  update = train.jit_update(experiment, counting, state)
-  collecting = phase.collect.make(train.context(experiment, phase, 1))
+  state = phases.begin(experiment, 1, None)
+  update = phases.jit_update(experiment, counting, state)
+  collecting = phase.collect.make(phases.context(experiment, phase, 1))
   first = None
   with jax.set_mesh(experiment.mesh):
     for step in range(3):
-      got = collecting(state, train.Drawer(phase, seed=0, cursor=4 * step), step)
+      got = collecting(state, phases.Drawer(phase, seed=0, cursor=4 * step), step)
       state, _ = update(state, sharding.place_batch(experiment.mesh, got.batch))
-      state = train.advance(experiment.mesh, state, got, 4 * step + 4)
+      state = phases.advance(experiment.mesh, state, got, 4 * step + 4)
       first = first or len(traced)
   assert len(traced) == first > 0
 
@@ -771,14 +774,14 @@ def test_a_run_all_of_whose_verifiers_fail_stops_by_itself():
   failed = {'verifier_errors': 8.0, 'reward': np.nan}
   uniform = {'reward': 1.0, 'reward/same_in_group': 1.0}
   for row in (failed, uniform):
-    train.warn_if_silent(row, 9, 0, 'rl', 4)
-  train.warn_if_silent(uniform, 10, 0, 'rl', 4)  # only warned of
+    phases.warn_if_silent(row, 9, 0, 'rl', 4)
+  phases.warn_if_silent(uniform, 10, 0, 'rl', 4)  # only warned of
   with pytest.raises(
     RuntimeError, match='10 batches in a row taught nothing: every verifier failed'
   ):
-    train.warn_if_silent(failed, 10, 0, 'rl', 4)
+    phases.warn_if_silent(failed, 10, 0, 'rl', 4)
   with pytest.raises(RuntimeError, match='stopped after 3 of them'):
-    train.warn_if_silent(failed, 3, 3, 'rl', 4)
+    phases.warn_if_silent(failed, 3, 3, 'rl', 4)
 
 
 def test_metrics_of_a_step_are_means_over_its_updates_and_maxima_of_largest_values():
@@ -786,7 +789,7 @@ def test_metrics_of_a_step_are_means_over_its_updates_and_maxima_of_largest_valu
   reports += [dict(loss=2.0, sampler_max_gap=0.9, grad_norm=1.0, skipped=2)]
   batch = Batch(tokens=np.zeros((1, 4)), segment_ids=np.ones((1, 4)), mask=np.ones((1, 4), bool))
   collected = collect.Collected(batch, (), (), {'reward': 0.5}, [], [])
-  got = train.summary(reports, collected, 2.0)
+  got = phases.summary(reports, collected, 2.0)
   assert got['loss'] == 1.5 and got['sampler_max_gap'] == 0.9 and got['skipped'] == 1
   assert got['reward'] == 0.5 and got['tokens_per_second'] == 2.0 and got['silent'] == 0
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from polgrad import build, collect, credit, models, objectives, optim, sharding, train
+from polgrad import build, collect, credit, models, objectives, optim, phases, sharding
 from polgrad.collect import base
 from polgrad.data import sources, tokenizers
 from polgrad.losses import (
@@ -118,7 +118,7 @@ def words(vocabulary: int) -> tokenizers.Tokenizer:
 def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callable:
   """(state, step) -> the batch of a step."""
   phase = experiment.phases['main']
-  context = train.context(experiment, phase, 0)
+  context = phases.context(experiment, phase, 0)
   if kind == 'grpo':
     records = [
       {'id': i, 'prompt': ' '.join(f't{t}' for t in ids)} for i, ids in enumerate(work['prompts'])
@@ -159,9 +159,9 @@ def run(folder: pathlib.Path, kind: str) -> dict:
   )
   experiment = dataclasses.replace(build.build(config), tokenizer=words(work['vocabulary']))
   with jax.set_mesh(experiment.mesh):
-    state = train.begin(experiment, 0, None)
+    state = phases.begin(experiment, 0, None)
     gather = make_collect(experiment, kind, work)
-    update = timed('update', train.jit_update(experiment, experiment.phases['main'], state))
+    update = timed('update', phases.jit_update(experiment, experiment.phases['main'], state))
     reports = []
     for step in range(work['steps']):
       start = time.perf_counter()

@@ -11,8 +11,8 @@ from absl import app, flags
 from polgrad import cli
 from polgrad.view import page, runs
 
-_STEPS = flags.DEFINE_integer(
-  'steps', runs.Limits().steps, 'Files of rollouts and evaluations to show of each run.', 1
+_BATCHES = flags.DEFINE_integer(
+  'batches', runs.Limits().steps, 'Batches and evaluations to show of each run.', 1
 )
 _ROWS = flags.DEFINE_integer('rows', runs.Limits().rows, 'Rows to show of each of them.', 1)
 _TOKENS = flags.DEFINE_integer(
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
   cli.start(argv[:1], needed=[])
   if not workdirs:
     raise app.UsageError('name the folder of a run, or several')
-  limits = runs.Limits(_STEPS.value, _ROWS.value, _TOKENS.value)
+  limits = runs.Limits(_BATCHES.value, _ROWS.value, _TOKENS.value)
   with cli.refusals():
     text = page.of_runs(workdirs, limits)
     path = os.path.expanduser(cli.OUT.value or 'view.html')

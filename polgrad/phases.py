@@ -1,0 +1,543 @@
+"""The steps of a phase: collect a batch, update on its minibatches, measure, report, keep the state."""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from tqdm import tqdm
+
+from polgrad import (
+  evaluate,
+  metrics,
+  preemption,
+  row_files,
+  sharding,
+  speed,
+)
+from polgrad.build import Experiment, Phase
+from polgrad.collect import Collected, Context, minibatches
+from polgrad.compiling import jit
+from polgrad.data import batching, stream
+from polgrad.data.tokenizers import Tokenizer
+from polgrad.evaluate import init_params
+from polgrad.learner import parameter_sets
+from polgrad.models.policy import learned
+from polgrad.packing import pack
+from polgrad.progress import Progress
+from polgrad.registry import suggest
+from polgrad.types import Batch, Params, TrainState
+
+
+def begin(experiment: Experiment, index: int, before: TrainState | None) -> TrainState:
+  """The state at the start of phase number `index`: new optimizer state, and new anchors.
+
+  Args:
+    before: the state at the end of the phase before, whose parameters are taken over; None: the
+      parameters are new.
+  """
+  phase = experiment.phases[experiment.order[index]]
+  mesh = experiment.mesh
+  fresh = functools.partial(init_params, experiment.policy, mesh, experiment.seed)
+  params = fresh() if before is None else before.params
+  trainable = learned(experiment.policy, params)
+
+  # Anchors are copies of the policy, or models that the phase names.
+  anchors = {
+    name: init_params(phase.frozen[name], mesh, experiment.seed)
+    if name in phase.frozen
+    else jax.tree.map(jnp.copy, trainable)
+    for name in phase.anchors
+  }
+
+  # Only then may the policy restart: its anchors are the policy of the phase before.
+  if phase.restart and before is not None:
+    params = fresh()
+    trainable = learned(experiment.policy, params)
+
+  # Counters, and the states of collector, credit and objective, are small and on every device.
+  zero = np.zeros((), np.int32)
+  small = sharding.replicate(
+    mesh,
+    dict(
+      step=zero if before is None else sharding.to_host(before.step),
+      phase=np.asarray(index, np.int32),
+      phase_step=zero,
+      update=zero,
+      cursor=zero,
+      skipped=zero,
+      collect_state=phase.collect.init(),
+      credit_state=phase.credit.init(),
+      objective_state=phase.objective.init(),
+    ),
+  )
+  return TrainState(
+    params=params,
+    opt_state=init_opt_state(phase.optimizer, mesh, trainable),
+    anchors=anchors,
+    **small,
+  )
+
+
+def init_opt_state(
+  optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
+) -> Any:
+  """The initial state of the optimizer, sharded as `opt_shardings` says."""
+  return jit(optimizer.init, out_shardings=opt_shardings(optimizer, mesh, params))(params)
+
+
+def opt_shardings(
+  optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, params: Params
+) -> Any:
+  """Shardings of the optimizer's state: an array that belongs to a parameter is sharded like it.
+
+  An array belongs to the parameter whose keys end its own path and whose shape it has; other arrays
+  are replicated.
+
+  Args:
+    params: arrays, or `jax.ShapeDtypeStruct` with shardings.
+  """
+  keys = lambda path: tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+  places = {keys(path): p for path, p in jax.tree_util.tree_leaves_with_path(params)}
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def place(path, x):
+    names = keys(path)
+    owners = [places[names[i:]] for i in range(len(names)) if names[i:] in places]
+    return owners[0].sharding if owners and owners[0].shape == x.shape else whole
+
+  return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logs:
+  """Where a phase leaves what is not in its state."""
+
+  writer: metrics.Writer | None = None  # of metrics; None in all processes but the first
+  store: row_files.Store | None = None  # of rows; None too where no rows are kept
+  progress: Progress = dataclasses.field(default_factory=Progress)  # changed in place
+  profiler: speed.Profiler = dataclasses.field(default_factory=speed.Profiler)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseRun:
+  """A phase with its compiled functions; its methods are the steps that `run_phase` takes."""
+
+  experiment: Experiment
+  name: str
+  phase: Phase
+  seed: int  # seeds the phase's order of data, its samples and its minibatches
+  collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the number of the step
+  update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
+  # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
+  measure: Callable | None
+  measure_rows: Callable  # state -> metrics on held-out records of the phase
+  logs: Logs
+
+  def due(self, every: int, step: int) -> bool:
+    """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
+    return every > 0 and (step % every == 0 or step == self.phase.steps)
+
+  def next_batch(self, state: TrainState, draw: 'Drawer', step: int) -> Collected:
+    """The batch of a step; messages of its verifiers are logged.
+
+    Raises:
+      ValueError: a record is too long. Of a large source `check_data` has read only some.
+    """
+    try:
+      collected = self.collect(state, draw, step)
+    except batching.TooLong as error:
+      raise ValueError(
+        f'config.phases.{self.name}.source, step {step}: {error}; resume with --on_mismatch=continue '
+        f'and --config.phases.{self.name}.collect.overlong=drop (or truncate)'
+      ) from error
+    for message in collected.messages:
+      logging.warning('verifier: %s', message)
+    return collected
+
+  def update_all(
+    self, state: TrainState, batch: Batch, step: int
+  ) -> tuple[TrainState, list[dict[str, Any]]]:
+    """One update on each minibatch of a collected batch: (new state, metrics of each update)."""
+    phase, mesh = self.phase, self.experiment.mesh
+    cuts = minibatches(
+      batch,
+      epochs=phase.epochs,
+      parts=phase.minibatches,
+      rows_per_prompt=phase.rows_per_prompt,
+      seed=(self.seed, step),
+    )
+    reports = []
+    for minibatch in cuts:
+      minibatch = pack(
+        minibatch,
+        parts=phase.micro_batches,
+        rows_per_prompt=phase.rows_per_prompt,
+        data_parallel_size=sharding.data_parallel_size(mesh),
+      )
+      state, report = self.update(state, sharding.place_batch(mesh, minibatch))
+      report = sharding.to_host(report)
+      if minibatch.layout.pack:
+        report['rows_forwarded'] = forwarded_fraction(minibatch, phase.micro_batches)
+      stop_if_broken(report, self.experiment.max_skipped, self.name, step)
+      reports.append(report)
+    return state, reports
+
+  def speed(self, collected: Collected, updating: float, seconds: float) -> dict[str, float]:
+    """Seconds and operations of the updates, memory, and how much of the devices a step uses.
+
+    Args:
+      updating: seconds of the updates.
+      seconds: of the whole step.
+    """
+    model, phase = self.experiment.model.config, self.phase
+    flops = speed.update_flops(model, collected.batch, phase.layout)
+    if 'teacher_logits' in phase.objective.requires:
+      teacher = phase.frozen.get('teacher', self.experiment.model).config
+      flops += speed.forward_flops(teacher, collected.batch, phase.layout)
+    meter = speed.Meter()
+    meter.add('update', phase.epochs * flops)
+    found = {'seconds/update': updating, **meter.take()}
+    used = {k: v for k, v in collected.metrics.items() if k.startswith(('seconds/', 'flops/'))}
+    peak = speed.peak_flops()
+    return found | speed.peak_memory() | speed.utilization(used | found, seconds, peak)
+
+  def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+    """Held-out metrics if they are due after `step` batches, else {}; shows some samples."""
+    held_out = self.phase.held_out and self.due(self.phase.held_out_every, step)
+    rows = self.measure_rows(state) if held_out else {}
+    if not self.due(self.experiment.evaluation.every, step):
+      return rows
+    found, samples = self.measure(state.params)
+    for name in self.experiment.evaluation.anchors:
+      if name in state.anchors:
+        anchor = parameter_sets(state, self.phase.frozen)[name]
+        again, _ = self.measure(anchor)
+        found |= {k.replace('evaluation/', f'evaluation_{name}/'): v for k, v in again.items()}
+    if self.logs.writer:
+      title = f'{self.name}, step {step}: held out'
+      metrics.show_samples(title, samples[: self.experiment.show_samples])
+    if self.logs.store:
+      self.logs.store.write_samples(self.name, int(state.step), samples)
+    return found | rows
+
+  def improved(self, state: TrainState, row: dict[str, float]) -> bool:
+    """Whether the metrics of a step have the best `keep_best` of the last phase so far.
+
+    Raises:
+      ValueError: there is no metric of this name.
+    """
+    name, experiment = self.experiment.keep_best, self.experiment
+    if not name or self.name != experiment.order[-1]:
+      return False
+    # A row before the first step holds evaluations alone.
+    measured = any(key.startswith('evaluation') for key in row)
+    late = not name.startswith('evaluation')
+    if name not in row and (measured if not late else 'loss' in row):
+      raise ValueError(f'config.keep_best: unknown {name!r}{suggest(name, row)}')
+    if name not in row or 'loss' not in row:
+      return False
+    return self.logs.progress.improved(
+      row[name], int(state.step), largest=experiment.best_is == 'max'
+    )
+
+  def write(self, state: TrainState, values: dict[str, float]) -> None:
+    """Appends a row to the run's metrics."""
+    if self.logs.writer:
+      self.logs.writer.write(int(state.step), self.name, values)
+
+  def keep_rows(self, state: TrainState, collected: Collected, step: int) -> None:
+    """Stores some rows of the collected batch if they are due after `step` batches."""
+    kept = self.experiment.rollouts
+    if self.logs.store and (step == 1 or self.due(kept.every, step)):
+      group = max(self.phase.rows_per_prompt, self.phase.collect.rows_per_prompt)
+      self.logs.store.write_rows(
+        self.name,
+        int(state.step),
+        collected.batch,
+        -(-kept.rows // group) * group,
+        tokenizer=self.experiment.tokenizer,
+        number=step - 1,
+        terms=collected.terms,
+      )
+
+  def show(self, collected: Collected, step: int) -> None:
+    """Prints some samples of the collected batch if they are due after `step` batches."""
+    if self.logs.writer and collected.samples and self.due(self.experiment.samples_every, step):
+      title = f'{self.name}, step {step}'
+      metrics.show_samples(title, collected.samples[: self.experiment.show_samples])
+
+
+def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseRun:
+  """The phase that the state is in; compiles nothing yet."""
+  name = experiment.order[int(state.phase)]
+  phase = experiment.phases[name]
+  made = context(experiment, phase, int(state.phase))
+  return PhaseRun(
+    experiment=experiment,
+    name=name,
+    phase=phase,
+    seed=made.seed,
+    collect=phase.collect.make(made),
+    update=jit_update(experiment, phase, state),
+    measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
+    measure_rows=evaluate.make_row_evaluator(phase, made),
+    logs=logs,
+  )
+
+
+def run_phase(
+  experiment: Experiment, state: TrainState, keep: Callable[[TrainState], None], logs: Logs
+) -> TrainState:
+  """Trains from the state until its phase has made all steps; a step collects and uses one batch.
+
+  Args:
+    keep: is called with the state where a checkpoint is due.
+  """
+  run, progress = start_phase(experiment, state, logs), logs.progress
+  first, last = int(state.phase_step), run.phase.steps
+  bar = tqdm(total=last, initial=first, desc=run.name, disable=logs.writer is None, mininterval=1.0)
+  silent = 0  # consecutive batches without a gradient
+
+  # A phase is also measured before its first step.
+  if first == 0 and (found := run.evaluate(state, 0)):
+    run.improved(state, found)  # only looks whether there is such a metric
+    run.write(state, found)
+
+  for step in range(first, last):
+    if ran_out_of_patience(experiment, progress):
+      break
+    logs.profiler.begin(step)
+    started = time.perf_counter()
+
+    # Draw records, and collect a batch from them.
+    draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
+    collected = run.next_batch(state, draw, step)
+
+    # Update on each minibatch, then count the batch as used.
+    updating = time.perf_counter()
+    state, reports = run.update_all(state, collected.batch, step)
+    state = advance(experiment.mesh, state, collected, draw.cursor)
+
+    # Evaluate and report. The time of a step is without its evaluation.
+    logs.profiler.end(step)
+    now = time.perf_counter()
+    row = summary(reports, collected, now - started) | draw.report()
+    row |= run.speed(collected, now - updating, now - started)
+    progress.tokens += int(np.sum(collected.batch.segment_ids > 0))
+    row['tokens_seen'] = progress.tokens
+    silent = silent + 1 if row['silent'] else 0
+    warn_if_silent(row, silent, experiment.max_silent, run.name, step)
+    found = run.evaluate(state, step + 1)
+    bar.update()
+    bar.set_postfix_str(postfix(row))
+    if found or run.due(experiment.log_every, step + 1):
+      run.write(state, row | found)
+    run.show(collected, step + 1)
+    run.keep_rows(state, collected, step + 1)
+
+    # Save where it is due, and before the machine is taken away.
+    stop = preemption.asked(int(state.step))
+    better = run.improved(state, row | found)
+    ended = ran_out_of_patience(experiment, progress)
+    if stop or better or ended or run.due(experiment.checkpoint_every, step + 1):
+      keep(state)
+    if stop:
+      bar.close()
+      logging.warning('asked to stop: %s has saved its step %d', run.name, step + 1)
+      raise SystemExit(preemption.CODE)
+    if ended and logs.writer:
+      bar.write(f'{run.name} stops early: {ended}')
+  bar.close()
+  return state
+
+
+def ran_out_of_patience(experiment: Experiment, progress: Progress) -> str:
+  """Why the run stops early, or ''."""
+  if not 0 < experiment.patience <= progress.waited:
+    return ''
+  best = 'was never a number' if progress.best is None else f'was best, {progress.best:.4g}'
+  where = '' if progress.best is None else f', after {progress.best_step} updates'
+  return f'{progress.metric} {best}{where}, and {progress.waited} measurements were no better'
+
+
+class Drawer:
+  """Draws the next records of a phase's stream; `cursor` is the position after the last of them.
+
+  Whether records that are too long are dropped here or refused later depends on `overlong` of the
+  phase's collector. Which are dropped depends on the cursor alone, so a resumed run draws the same.
+  """
+
+  def __init__(self, phase: Phase, seed: int, cursor: int, tokenizer: Tokenizer | None = None):
+    self.phase, self.seed, self.cursor, self.tokenizer = phase, seed, cursor, tokenizer
+    self.fates = collections.Counter()  # of the records drawn so far: kept, cut, dropped
+
+  def __call__(self, count: int) -> list[dict]:
+    if self.phase.collect.overlong == 'error':
+      return self._next(count)
+    records, dropped = [], 0
+    while len(records) < count:
+      [record] = self._next(1)
+      fate = self._fate(record)
+      self.fates[fate] += 1
+      dropped = dropped + 1 if fate == 'dropped' else 0
+      if fate != 'dropped':
+        records.append(record)
+      elif dropped >= 2 * len(self.phase.source):  # any two epochs hold every record
+        raise ValueError('every record of the source is too long, and dropped')
+    return records
+
+  def report(self) -> dict[str, float]:
+    """How many records were dropped or cut, if the phase does so."""
+    if self.phase.collect.overlong == 'error':
+      return {}
+    return {f'records/{fate}': float(self.fates[fate]) for fate in ('dropped', 'cut')}
+
+  def _fate(self, record: dict) -> str:
+    collector = self.phase.collect
+    return batching.fate(collector.lay_out, record, self.tokenizer, collector.overlong)
+
+  def _next(self, count: int) -> list[dict]:
+    at, self.cursor = self.cursor, self.cursor + count
+    return stream.records(
+      self.phase.source, seed=self.seed, cursor=at, count=count, shuffle=self.phase.shuffle
+    )
+
+
+def context(experiment: Experiment, phase: Phase, index: int) -> Context:
+  """What the collector of phase number `index` reads of the run."""
+  return Context(
+    policy=experiment.policy,
+    tokenizer=experiment.tokenizer,
+    mesh=experiment.mesh,
+    seed=experiment.seed + 1_000_003 * index,  # phases draw other data and samples
+    objective=phase.objective,
+    credit=phase.credit,
+    score=phase.score,
+    frozen=phase.frozen,
+    micro_batches=phase.micro_batches,
+    layout=phase.layout,
+  )
+
+
+def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Callable:
+  """`Learner.update` of the phase, compiled.
+
+  It donates the state that it is given, and shards the new state in the same way.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  update = phase.learner(experiment.policy).update
+  return jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def advance(
+  mesh: jax.sharding.Mesh, state: TrainState, collected: Collected, cursor: int
+) -> TrainState:
+  """The state after a collected batch was used: it is counted, and its new states are taken over.
+
+  Args:
+    cursor: position of the phase's stream after the records of the batch.
+  """
+  moved = dict(
+    phase_step=np.asarray(int(state.phase_step) + 1, np.int32),
+    cursor=np.asarray(cursor, np.int32),
+    collect_state=collected.collect_state,
+    credit_state=collected.credit_state,
+  )
+  return state.replace(**sharding.replicate(mesh, moved))
+
+
+def forwarded_fraction(minibatch: Batch, micro_batches: int) -> float:
+  """Rows that the model forwards, as a fraction of the rows of a minibatch; 1 where none are packed."""
+  rows = len(minibatch.tokens)
+  return (minibatch.layout.rows * micro_batches or rows) / rows
+
+
+def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) -> None:
+  """Warns if the update was skipped.
+
+  Raises:
+    FloatingPointError: it is the `limit`-th of consecutive skipped updates.
+  """
+  skipped = int(report['skipped'])
+  if not skipped:
+    return
+  logging.warning(
+    '%s, step %d: loss %s, gradient norm %s: update skipped (%d in a row)',
+    phase, step, report['loss'], report['grad_norm'], skipped,
+  )  # fmt: skip
+  if skipped >= limit:
+    raise FloatingPointError(
+      f'{phase}, step {step}: {skipped} updates in a row had a loss or gradient that is not '
+      'finite; parameters are those before the first of them, and the last checkpoint is whole'
+    )
+
+
+def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[str, float]:
+  """The metrics of one step.
+
+  These are the means over its updates (of `LARGEST` the maxima; `skipped` is a number of updates), the
+  metrics of the collected batch, and the speed in tokens of the mask per second.
+  """
+  join = lambda name: np.max if name in LARGEST else np.mean
+  average = {k: float(join(k)([r[k] for r in reports])) for k in reports[0]}
+  average['skipped'] = float(sum(r['skipped'] > 0 for r in reports))
+  tokens = float(np.sum(collected.batch.mask))
+  silent = float(average['grad_norm'] == 0)
+  return (
+    average
+    | collected.metrics
+    | {'silent': silent, 'seconds': seconds, 'tokens_per_second': tokens / seconds}
+  )
+
+
+# A run stops after this number of consecutive batches without a gradient if every verifier fails.
+MAX_FAILED = 10
+
+
+def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, step: int) -> None:
+  """Says why batches teach nothing, after 5, 10, 20, ... consecutive ones.
+
+  Raises:
+    RuntimeError: `limit` (0: no limit) consecutive batches had no gradient; or `MAX_FAILED` had none,
+      and in the last of them every verifier failed.
+  """
+  limits = {'config.max_silent': limit}
+  if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):
+    why = 'every verifier failed'
+    limits['train.MAX_FAILED'] = MAX_FAILED
+  elif row.get('reward/same_in_group') == 1:
+    why = 'the rewards of each group are all equal'
+  else:
+    why = 'no token in the loss has a gradient'
+  text = f'{phase}, step {step}: {silent} batches in a row taught nothing: {why}'
+  for name, most in limits.items():
+    if 0 < most <= silent:
+      raise RuntimeError(f'{text}; stopped after {most} of them ({name})')
+  if silent in {5 * 2**n for n in range(20)}:
+    logging.warning('%s', text)
+
+
+LARGEST = ('sampler_max_gap',)  # metrics whose maximum over the updates of a step is reported
+
+# Metrics of the progress bar, and their short names.
+SHOWN = {
+  'reward': 'reward',
+  'loss': 'loss',
+  'kl': 'kl',
+  'sampler_kl': 'sampler_kl',
+  'entropy': 'entropy',
+  'length': 'length',
+  'tokens_per_second': 'tok/s',
+}
+
+
+def postfix(row: dict[str, float]) -> str:
+  return ' '.join(f'{short} {row[name]:.3g}' for name, short in SHOWN.items() if name in row)
