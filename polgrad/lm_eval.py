@@ -27,6 +27,7 @@ from polgrad import cli, loading, sharding
 from polgrad.build import Experiment
 from polgrad.compiling import jit
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.losses import logit_stats
 from polgrad.models.token_stats import token_stats
 from polgrad.registry import suggest
 from polgrad.sampling import behavior_policies
@@ -166,7 +167,7 @@ class Model:
         jnp.pad(hidden, ((0, 0), (0, 1), (0, 0))),
         tokens,
         functools.partial(policy.unembed, params),
-        stats={'logp': _logp, 'greedy': _greedy},
+        stats={'logp': logit_stats.logp, 'greedy': _greedy},
         where=scored,
         most=most,
       )
@@ -212,12 +213,6 @@ def _last(context: list[int], end: list[int], most: int) -> Pair:
   return context[-(most - len(end)) :], end
 
 
-def _logp(logits: Array, tokens: Array) -> Array:
-  """log-probability f32[n] of each token."""
-  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
 def _greedy(logits: Array, tokens: Array) -> Array:
   """1.0 where a token is the most likely one, f32[n]."""
   return (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
@@ -261,7 +256,7 @@ def make_lm(model: Model) -> Any:
     """What lm-eval asks: log-likelihoods of continuations and of whole texts, and generated texts."""
 
     eot_token_id = tokenizer.stop_ids[0]
-    prefix_token_id = tokenizer.prefix_id if tokenizer.prefix_id >= 0 else eot_token_id
+    prefix_token_id = tokenizer.context_id if tokenizer.context_id >= 0 else eot_token_id
     tokenizer_name = 'polgrad'  # a part of the names of lm-eval's caches
 
     def tok_encode(self, string, add_special_tokens=None, **_):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from polgrad import credit as credits
 from polgrad.arrays import ARRAYS
-from polgrad.learner import Learner
 from polgrad.models.policy import Policy, learned
 from polgrad.registry import call
 from polgrad.types import FIELDS, Batch, Outputs, TrainState
@@ -22,7 +21,7 @@ ALL = ('tokens', 'segment_ids', 'mask')  # of every batch
 
 
 def batch_shapes(phase: Any, rows: int) -> Batch:
-  """The arrays of a batch of a phase with so many rows, as shapes, after credit was given."""
+  """The arrays of a batch of a phase with `rows` rows, as shapes, after credit was given."""
   collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
   anchors = {f'{name}_logp' for name in phase.anchors} & wanted
@@ -120,15 +119,7 @@ def trace_update(path: str, phase: Any, policy: Policy, mesh: jax.sharding.Mesh)
   Raises:
     ValueError: names the section and what is wrong.
   """
-  learner = Learner(
-    policy,
-    phase.objective,
-    phase.optimizer,
-    temperature=phase.collect.temperature,
-    micro_batches=phase.micro_batches,
-    anchors=phase.anchors,
-    frozen=phase.frozen,
-  )
+  learner = phase.learner(policy)
   with _Naming(path), jax.set_mesh(mesh):
     batch = batch_shapes(phase, phase.collect.rows // phase.minibatches)
     batch = batch.replace(layout=phase.layout._replace(pack=0))

@@ -41,14 +41,13 @@ class Tokenizer(NamedTuple):
   # first -> the bytes that each id adds to a decoded text, as its `first` token or a later one; None if
   # they are unknown.
   pieces: Callable[[bool], list[bytes]] | None = None
+  # Context of a text that nothing precedes, in standard evaluation: the bos token that the files name,
+  # even if the tokenizer puts it before no text, else eos. -1: the first stop token.
+  context_id: int = -1
 
   def sampling(self, prefix: str, stop_strings: Sequence[str]) -> 'Tokenizer':
     """The tokenizer of a collector or an evaluation with this prefix and these stop strings."""
     return self._replace(prefix=prefix, stop_strings=tuple(stop_strings))
-
-  # The token that a text follows in evaluations if nothing precedes it: the bos token that the files
-  # name, even if the tokenizer puts it before no text, else eos. -1: the first stop token.
-  prefix_id: int = -1
 
 
 def byte() -> Tokenizer:
@@ -213,7 +212,7 @@ def huggingface(
     pieces=vocabulary.pieces and (lambda first: vocabulary.pieces(hidden, first)),
     opening=chats.opening(chat),
     name={i: token for token, i in ids.items()}.__getitem__,
-    prefix_id=ids.get(special.get('bos_token'), ids.get(special.get('eos_token'), stops[0])),
+    context_id=ids.get(special.get('bos_token'), ids.get(special.get('eos_token'), stops[0])),
   )
 
 

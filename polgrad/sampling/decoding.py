@@ -199,7 +199,7 @@ class Sampler:
     """
     running, made = state.row.reshape(-1) < state.end, state.made.reshape(-1)
     log_probs = self.distribution(params, state.hidden)
-    token = _categorical(_take(keys, state.row), made, log_probs)
+    token = categorical(_take(keys, state.row), made, log_probs)
     logp = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
     # A row ends with a stop token, a stop string or its last column. The token is recorded in any case.
     stopped, seen = self._is_stop(token), None
@@ -318,7 +318,7 @@ def _merge(x: Array) -> Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
+def categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
   """Draws one token for each row of log_probs f32[n, V]: the argmax of log_probs + Gumbel noise.
 
   The key of a row's noise is folded with the position i32[n] of the token in its completion.

@@ -82,7 +82,7 @@ def make_sampler(
   sampler = Sampler(
     policies=policies,
     behavior_policy=behavior_policy,
-    processors=_processors(temperature, top_k, top_p),
+    processors=chosen_processors(temperature, top_k, top_p),
     max_new_tokens=max_new_tokens,
     samples_per_prompt=samples_per_prompt,
     slots=slots,
@@ -105,7 +105,9 @@ def make_sampler(
   return sample
 
 
-def _processors(temperature: float, top_k: int, top_p: float) -> list[Callable[[Array], Array]]:
+def chosen_processors(
+  temperature: float, top_k: int, top_p: float
+) -> list[Callable[[Array], Array]]:
   """The processors that these settings turn on, in the order in which they are applied."""
   chosen = [functools.partial(processors.temperature, value=temperature)]
   if top_k:

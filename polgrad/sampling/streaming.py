@@ -14,8 +14,8 @@ import numpy as np
 from polgrad.compiling import jit
 from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies
-from polgrad.sampling.decoding import _categorical
-from polgrad.sampling.sampler import _processors
+from polgrad.sampling.decoding import categorical
+from polgrad.sampling.sampler import chosen_processors
 from polgrad.types import Array, Params
 
 CHUNK = 64  # tokens of a prompt that are read at once
@@ -60,7 +60,7 @@ class Streamer:
       note: is called with a line of text before something that takes time.
     """
     self._policy, self._stops, self._note = policy, frozenset(stop_ids), note
-    self._processors = _processors(temperature or 1.0, top_k, top_p)
+    self._processors = chosen_processors(temperature or 1.0, top_k, top_p)
     self._behavior = behavior_policies.current if temperature else behavior_policies.greedy
     self._params = jit(policy.unstack)(params)
     self._read = jit(self._read_chunk, donate_argnums=3)
@@ -155,7 +155,7 @@ class Streamer:
     for processor in self._processors:
       logits = processor(logits)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    token = _categorical(key[None], made[None], log_probs)
+    token = categorical(key[None], made[None], log_probs)
     hidden, cache = self._policy.decode(
       params, token[None], place[None, None], jnp.ones((1, 1), bool), reading.cache, place
     )
