@@ -368,8 +368,8 @@ def _check_best(run: Experiment) -> None:
     raise ValueError('config.patience: name the metric that must improve with config.keep_best')
   if name.partition('/')[0] in tracking.OF_THE_CLOCK:
     raise ValueError(f'config.keep_best: {name} depends on the clock')
-  rows = run.phases[run.order[-1]]
-  measured = run.evaluation.every or (rows.held_out and rows.held_out_every)
+  last = [run.phases[phase] for phase in run.order[-1:]]  # a bare model has no phase
+  measured = run.evaluation.every or any(one.held_out and one.held_out_every for one in last)
   if name.startswith('evaluation') and not measured:
     raise ValueError(f'config.keep_best: {name} is not measured, because there is no evaluation')
 

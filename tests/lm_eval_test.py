@@ -134,9 +134,7 @@ def test_prompts_in_a_chat_template_are_those_of_the_backend_for_transformers(ta
 
 def test_the_main_prints_a_table_and_writes_the_results(tasks, tmp_path, capsys):
   folder, out = hub.small('qwen3', tmp_path), tmp_path / 'new/results.json'
-  given = dict(
-    model=folder, tasks=['own_choices'], include_path=[tasks[1]], results=str(out), limit=2
-  )
+  given = dict(model=folder, tasks=['own_choices'], include_path=[tasks[1]], out=str(out), limit=2)
   with flagsaver.flagsaver(compilation_cache='', **given):
     lm_eval.main(['lm_eval'])
   assert '|own_choices|' in capsys.readouterr().out
