@@ -166,6 +166,11 @@ def refusals() -> Iterator[None]:
     sys.exit(2)
 
 
+def chosen_of_a_run() -> list[flags.FlagHolder]:
+  """The flags that choose among the parameters of a run, as far as they do not have their default."""
+  return [flag for flag in (STEP, PARAMS) if flag.value != flag.default]
+
+
 def workdir() -> str:
   """The folder of the run, by the flags.
 

@@ -323,7 +323,7 @@ def chosen_params(experiment: Experiment) -> Params:
   if cli.WORKDIR.value or cli.CHECKPOINTS.value:
     folder, step = cli.checkpoint_folder(), cli.STEP.value
     return restore_params(experiment, folder, step, cli.PARAMS.value)
-  given = [f'--{flag.name}={flag.value}' for flag in (cli.STEP, cli.PARAMS) if flag.present]
+  given = [f'--{flag.name}={flag.value}' for flag in cli.chosen_of_a_run()]
   if given:
     raise ValueError(f'{" and ".join(given)}: only a run has it; name the run by --workdir')
   print('no --workdir: this is the model before training', file=sys.stderr)

@@ -46,7 +46,7 @@ def start(argv: list[str]) -> None:
     if MODEL.value:
       names = ('config', 'workdir', 'checkpoints')
       given = [f'--{name}' for name in names if flags.FLAGS[name].value]
-      given += [f'--{flag.name}' for flag in (cli.STEP, cli.PARAMS) if flag.present]
+      given += [f'--{flag.name}' for flag in cli.chosen_of_a_run()]
       if given:
         raise ValueError(f'--model is a folder that no run made, so it cannot have {given}')
     elif flags.FLAGS['config'].value is None:
