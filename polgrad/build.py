@@ -541,7 +541,7 @@ def _try_verifiers(
   """
   if not judged.reward or not len(source):
     return []
-  records = [source[i] for i in sorted({row * len(source) // TRIED for row in range(TRIED)})]
+  records = [source[i] for i in sources.spaced(len(source), TRIED)]
   completions = [str(record.get('answer', '')) for record in records]
   scores = judged.judge(completions, records, tokenizer)
   for name, values in scores.components.items():
@@ -577,7 +577,7 @@ def _look(
   """
   count = CHECKED_OF_FILES if source.irregular else CHECKED
   fates, asked = collections.Counter(), []
-  for i in sorted({row * rows // count for row in range(count)} if rows else ()):
+  for i in sources.spaced(rows, count):
     record = {**source[i], 'id': i}
     try:
       fates[batching.fate(reader.lay_out, record, tokenizer, reader.overlong)] += 1

@@ -49,7 +49,7 @@ class Section(NamedTuple):
   findings: Sequence[Finding] = ()
 
 
-class Part(NamedTuple):
+class DataSection(NamedTuple):
   """A section of the configuration that reads records: a phase, or the evaluation."""
 
   path: str
@@ -62,55 +62,51 @@ class Part(NamedTuple):
     return self.judged if isinstance(self.judged, HeldOut) else self.judged.collect
 
 
-def parts_of(config: ml_collections.ConfigDict, run: Experiment) -> list[Part]:
+def data_sections(config: ml_collections.ConfigDict, run: Experiment) -> list[DataSection]:
   """The sections that read records, in the order of the run."""
   found = [
-    Part(
+    DataSection(
       f'config.phases.{name}', config.phases[name], run.phases[name], len(run.phases[name].source)
     )
     for name in run.order
   ]
   if run.evaluation.every:
     rows = min(run.evaluation.problems, len(run.evaluation.source))
-    found.append(Part('config.evaluation', config.evaluation, run.evaluation, rows))
+    found.append(DataSection('config.evaluation', config.evaluation, run.evaluation, rows))
   return found
 
 
-def make_reader(tokenizer: Mapping, source: Mapping, reader: Mapping | None, plan: Mapping):
-  """Builds what reads a source, in another process, of JSON; it needs no device."""
+def make_job(tokenizer: Mapping, source: Mapping, reader: Mapping | None, plan: Mapping):
+  """The job of reading a source, of configurations as JSON; it needs no device."""
   read = (
     bind(reader, collect.TABLE) if reader else bind(plan, {'build.HeldOut': HeldOut}, 'evaluation')
   )
-  return reading.Made(bind(source, sources.TABLE), read, bind(tokenizer, tokenizers.TABLE))
+  return reading.ReadJob(bind(source, sources.TABLE), read, bind(tokenizer, tokenizers.TABLE))
 
 
-def maker(config: ml_collections.ConfigDict, part: Part) -> Callable[[], reading.Made]:
-  """What makes the reader of a section in another process; it can be sent there."""
+def job_maker(
+  config: ml_collections.ConfigDict, part: DataSection
+) -> Callable[[], reading.ReadJob]:
+  """A function that makes the job of a section in another process; it can be sent there."""
   spec = json.loads(part.spec.to_json_best_effort())
   tokenizer = json.loads(config.tokenizer.to_json_best_effort())
-  return functools.partial(make_reader, tokenizer, spec['source'], spec.get('collect'), spec)
+  return functools.partial(make_job, tokenizer, spec['source'], spec.get('collect'), spec)
 
 
 def read_part(
-  config: ml_collections.ConfigDict, run: Experiment, part: Part, most: int
-) -> list[reading.Read]:
+  config: ml_collections.ConfigDict, run: Experiment, part: DataSection, most: int
+) -> list[reading.RecordFacts]:
   """Reads the records of a section, with a progress bar."""
-  rows, found = spaced(part.rows, most), []
+  rows, found = sources.spaced(part.rows, most), []
   with tqdm(total=len(rows), desc=f'reading {part.path}', mininterval=0.5, leave=False) as bar:
-    made = reading.Made(part.judged.source, part.reader, run.tokenizer)
-    for piece in reading.read_all(rows, made, maker(config, part)):
+    job = reading.ReadJob(part.judged.source, part.reader, run.tokenizer)
+    for piece in reading.read_all(rows, job, job_maker(config, part)):
       found += piece
       bar.update(len(piece))
   return found
 
 
-def spaced(count: int, most: int) -> list[int]:
-  """At most `most` (0: all) of the numbers below `count`, evenly spaced."""
-  most = min(most or count, count)
-  return [i * count // most for i in range(most)]
-
-
-def check_records(part: Part, found: list[reading.Read]) -> Section:
+def check_records(part: DataSection, found: list[reading.RecordFacts]) -> Section:
   """Lengths, masks, fates and repeated prompts of the records of a section."""
   said = reading.summary(found, part.reader)
   lines = []
@@ -140,7 +136,9 @@ def check_records(part: Part, found: list[reading.Read]) -> Section:
   return Section(f'{part.path}: {said.records:,} of {part.rows:,} records', lines, wrong)
 
 
-def check_leaks(parts: Sequence[Part], found: Mapping[str, list[reading.Read]]) -> list[Finding]:
+def check_leaks(
+  parts: Sequence[DataSection], found: Mapping[str, list[reading.RecordFacts]]
+) -> list[Finding]:
   """Held-out prompts that occur in the data of a phase."""
   digests = {p.path: [(one.row, one.asked) for one in found[p.path] if one.asked] for p in parts}
   *trained, held_out = parts
@@ -153,9 +151,9 @@ def check_leaks(parts: Sequence[Part], found: Mapping[str, list[reading.Read]]) 
   return wrong
 
 
-def check_verifiers(part: Part, run: Experiment, most: int) -> Section:
+def check_verifiers(part: DataSection, run: Experiment, most: int) -> Section:
   """What the verifiers of a section say of right and wrong answers."""
-  rows = spaced(part.rows, most)
+  rows = sources.spaced(part.rows, most)
   records = [(i, part.judged.source[i]) for i in tqdm(rows, 'reading answers', leave=False)]
   judge = functools.partial(part.judged.judge, tokenizer=run.tokenizer)
   canary = canaries.try_verifiers(part.judged.reward, judge, records)
@@ -202,12 +200,12 @@ def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any)
   if found.opening:
     lines.append(f'  the generation prompt begins the assistant turn with {found.opening!r}')
   if 'date' in config.tokenizer:
-    template = tokenizers.template(config.tokenizer.path)
-    dated = chat.reads_date(template)
+    templates = tokenizers.templates(config.tokenizer.path)
+    dated = any(map(chat.reads_date, templates))
     told = f'it is told {config.tokenizer.date}' if dated else 'no'
     lines.append(f'  the template asks for the date of today: {told}')
-    options = chat.options_read(template) - set(config.tokenizer.template_options)
-    if unset := sorted(name for name in options if not name.endswith('_token')):
+    read = set().union(*map(chat.options_read, templates))
+    if unset := sorted(read - set(config.tokenizer.template_options)):
       lines += tables.wrapped(f'options of the template that are not set: {", ".join(unset)}')
   return Section('turns', lines, stops.findings(run.tokenizer, bad))
 
@@ -299,7 +297,7 @@ def check_data(
   Args:
     canary, most: records of a source that verifiers are tried on, and that are read; 0: all.
   """
-  parts, found, seen = parts_of(config, run), {}, set()
+  parts, found, seen = data_sections(config, run), {}, set()
   for part in parts:
     found[part.path] = read_part(config, run, part, most)
     yield check_records(part, found[part.path])

@@ -61,7 +61,7 @@ class Knob(NamedTuple):
     return f'--{self.path}={shown(self.value)}'
 
 
-class PartOf(NamedTuple):
+class ConfigPart(NamedTuple):
   """A part of the configuration."""
 
   path: str
@@ -73,7 +73,7 @@ class PartOf(NamedTuple):
 
 def parts(
   spec: Mapping, choices: Mapping, path: str = 'config', depth: int = 0
-) -> Iterator[PartOf]:
+) -> Iterator[ConfigPart]:
   """The parts of a configuration, outer ones first."""
   fn = find(spec['name'], choices, path)
   hints, docs = typing.get_type_hints(fn, include_extras=True), knob_docs(fn)
@@ -89,7 +89,7 @@ def parts(
       inner += [(one, table, f'{path}.{name}.{key}') for key, one in value.items()]
     else:
       own.append(Knob(f'{path}.{name}', value, parameter.default, docs.get(name, '')))
-  yield PartOf(path, spec['name'], fn, depth, tuple(own))
+  yield ConfigPart(path, spec['name'], fn, depth, tuple(own))
   for value, table, where in inner:
     # A part that the configuration leaves to its default is written as a function.
     spec = {'name': name_of(value)} if callable(value) else value

@@ -30,7 +30,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.losses import logit_stats
 from polgrad.models.token_stats import token_stats
 from polgrad.registry import suggest
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, stopping
 from polgrad.sampling.sampler import make_sampler
 from polgrad.types import Array, Params
 
@@ -234,11 +234,6 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[dict], prompt: bool) -
   return text[: text.rindex(words) + len(words)]
 
 
-def shortened(text: str, stops: Sequence[str]) -> str:
-  """The text before the first of the stop strings."""
-  return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=None)]
-
-
 def make_lm(model: Model) -> Any:
   """A `lm_eval.api.model.LM`, which `lm_eval.simple_evaluate` takes as its model.
 
@@ -309,7 +304,7 @@ def generate_until(model: Model, requests: Sequence[tuple[str, dict]]) -> list[s
       top_p=float(asked.get('top_p') or 1.0),
     )
     for i, ids in zip(members, found):
-      texts[i] = shortened(tokenizer.decode(ids), asked['until'])
+      texts[i] = stopping.before(tokenizer.decode(ids), asked['until'])
   return texts
 
 

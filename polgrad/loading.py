@@ -2,9 +2,9 @@
 
     --config=... --workdir=RUN    the newest checkpoint of a run; --step=K is an earlier one
     --config=...                  the model of the configuration before training
-    --model=FOLDER                a Hugging Face folder as it is, which no run needs to know
+    --model=FOLDER                a Hugging Face folder, without any run
 
-`--model` stands for the configuration `bare(FOLDER)`, and its values can be changed in the same way:
+`--model` means the configuration `bare(FOLDER)`, and its values can be changed in the same way:
 `--config.model.dtype=bfloat16`, `--config.model.max_length=4096`, `--config.mesh.fsdp=4`.
 """
 

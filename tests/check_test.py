@@ -5,10 +5,12 @@ import math
 import pathlib
 import pickle
 import re
+import types
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from polgrad import build, check, explain, metric_history, phases
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
@@ -17,6 +19,7 @@ from polgrad.options import from_text
 from polgrad.registry import Weighted, bind, part
 from polgrad.rewards import scoring, verifiers
 from tests import runs
+from tests.data import folders
 
 BYTE = tokenizers.byte()
 
@@ -106,11 +109,11 @@ def test_rows_that_lose_their_stop_token_are_counted(tmp_path):
 def test_another_process_reads_the_same(tmp_path):
   config = configured(file_of(tmp_path, SUMS))
   run = build.build(config)
-  for one in check.parts_of(config, run):
-    make = pickle.loads(pickle.dumps(check.maker(config, one)))
-    assert make().read([0, 7]) == reading.Made(one.judged.source, one.reader, run.tokenizer).read(
-      [0, 7]
-    )
+  for one in check.data_sections(config, run):
+    make = pickle.loads(pickle.dumps(check.job_maker(config, one)))
+    assert make().read([0, 7]) == reading.ReadJob(
+      one.judged.source, one.reader, run.tokenizer
+    ).read([0, 7])
 
 
 def test_a_histogram_has_every_number_once():
@@ -257,6 +260,20 @@ def test_a_run_warns_if_right_answers_get_no_more_than_an_empty_text(tmp_path):
 
 
 # Stop tokens, memory, traces and steps.
+
+
+def test_options_that_any_template_reads_are_named_without_those_that_are_set(tmp_path):
+  folder = folders.chatml(tmp_path, "{{ strftime_now('%d') }}{{ color }}" + folders.CHATML)
+  extra = tmp_path / 'additional_chat_templates'
+  extra.mkdir()
+  (extra / 'tool_use.jinja').write_text('{{ eos_token }}{{ size }}' + folders.CHATML)
+  spec = part(tokenizers.huggingface, path=str(folder), template_options={'color': 'red'})
+  run = types.SimpleNamespace(tokenizer=bind(spec, tokenizers.TABLE))
+  section = check.check_turns(ConfigDict({'tokenizer': spec}), run, None)
+  assert section.lines[-2:] == [
+    '  the template asks for the date of today: it is told 2024-07-26',
+    '  options of the template that are not set: size',
+  ]
 
 
 def test_stop_tokens_whose_output_rows_were_never_trained_are_found():

@@ -169,11 +169,6 @@ def test_a_long_pair_keeps_its_end_and_one_token_of_context():
   assert lm_eval._last([1, 2, 3], [4, 5], 2) == ([3], [5])
 
 
-def test_a_text_ends_before_the_first_stop_string():
-  assert lm_eval.shortened('a. b\n', ['\n', '.', '']) == 'a'
-  assert lm_eval.shortened('a', ['.']) == 'a'
-
-
 def test_lengths_are_rounded_up_to_few():
   assert not doctest.testmod(lm_eval).failed
   assert [lm_eval.bucket(n, 1000) for n in (32, 49, 65, 97, 129, 193)] == [

@@ -13,6 +13,7 @@ import numpy as np
 
 from polgrad.checks.duplicates import normalised
 from polgrad.checks.findings import Finding, some
+from polgrad.data.sources import spaced
 from polgrad.registry import Weighted, inputs, name_of, unbound
 from polgrad.rewards import verifiers as ours
 from polgrad.rewards.scoring import Scores
@@ -162,7 +163,7 @@ def try_verifiers(
   texts = [str(record[field]) for _, record in told]
 
   # Compare the forms on a few records, and take for each verifier the one that it likes best.
-  few = sorted({i * len(told) // TRIED for i in range(TRIED)})
+  few = spaced(len(told), TRIED)
   forms, gains = forms_of(reward), {}
   blank = _values(judge([''] * len(few), [told[i][1] for i in few]))
   for name, form in forms.items():

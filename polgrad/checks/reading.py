@@ -33,7 +33,7 @@ class Budget(NamedTuple):
       reader.prompt_length, new, getattr(reader, 'length', 0) or reader.prompt_length + new
     )
 
-  def fits(self, row: batching.Row) -> bool:
+  def fits(self, row: batching.TokenRow) -> bool:
     """Whether a row (of a prompt, or with its completion) loses no token."""
     prompt, rest = row.prompt, len(row.ids) - row.prompt
     if self.prompt and (prompt > self.prompt or self.prompt + rest > self.row):
@@ -41,7 +41,7 @@ class Budget(NamedTuple):
     return len(row.ids) <= self.row and not (self.new and rest > self.new)
 
 
-class Read(NamedTuple):
+class RecordFacts(NamedTuple):
   """What is known of a record after it was read."""
 
   row: int  # its number in the source
@@ -57,10 +57,10 @@ class Read(NamedTuple):
   answered: bytes = b''  # digest of the answer, or of the chosen completion
 
 
-def read_record(record: Mapping, reader: Any, tokenizer: Tokenizer) -> Read:
+def read_record(record: Mapping, reader: Any, tokenizer: Tokenizer) -> RecordFacts:
   """Reads one record, which has its row as `id`, as `reader` would lay it out."""
   fields = getattr(reader, 'fields', ())
-  own = Read(row=record['id'])
+  own = RecordFacts(row=record['id'])
   try:
     own = own._replace(asked=duplicates.asked(record), answered=duplicates.answered(record))
     rows = batching.read(record, tokenizer, fields)
@@ -80,7 +80,7 @@ def read_record(record: Mapping, reader: Any, tokenizer: Tokenizer) -> Read:
   )
 
 
-def _end_fits(row: batching.Row, budget: Budget) -> bool:
+def _end_fits(row: batching.TokenRow, budget: Budget) -> bool:
   """Whether a row keeps its last token when it is cut: a prompt loses its beginning, a row its end."""
   rest = len(row.ids) - row.prompt
   prompt = budget.prompt or row.prompt
@@ -94,36 +94,36 @@ def _fate(record: Mapping, reader: Any, tokenizer: Tokenizer) -> str:
     return 'refused'
 
 
-class Made(NamedTuple):
-  """What is read, by whom, with what."""
+class ReadJob(NamedTuple):
+  """A source, and those who read it."""
 
   source: Sequence[Mapping]
   reader: Any  # a collector, or the evaluation
   tokenizer: Tokenizer
 
-  def read(self, rows: Sequence[int]) -> list[Read]:
+  def read(self, rows: Sequence[int]) -> list[RecordFacts]:
     return [read_record({**self.source[i], 'id': i}, self.reader, self.tokenizer) for i in rows]
 
 
 def read_all(
-  rows: Sequence[int], made: Made, make: Callable[[], Made], processes: int = 0
-) -> Iterator[list[Read]]:
+  rows: Sequence[int], job: ReadJob, make: Callable[[], ReadJob], processes: int = 0
+) -> Iterator[list[RecordFacts]]:
   """Reads records of a source in pieces, which come in their order.
 
   Args:
     rows: numbers of the records.
-    made: reads them in this process, if they are few.
-    make: makes the same in another process, to which it is sent.
+    job: reads them in this process, if they are few.
+    make: is sent to other processes, and makes the same job there.
     processes: number of processes; 0: as many as there are CPUs, 16 at most.
   """
   processes = processes or min(os.cpu_count() or 1, 16)
   pieces = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
   # The first piece says how long all will take.
   started = time.perf_counter()
-  yield from map(made.read, pieces[:1])
+  yield from map(job.read, pieces[:1])
   pieces = pieces[1:]
   if processes == 1 or (time.perf_counter() - started) * len(pieces) < PATIENCE:
-    yield from map(made.read, pieces)
+    yield from map(job.read, pieces)
     return
   # Processes are spawned, because one that was forked from a process with JAX's threads may hang.
   with concurrent.futures.ProcessPoolExecutor(
@@ -132,15 +132,15 @@ def read_all(
     yield from pool.map(_read, pieces)
 
 
-_MADE: list[Made] = []  # of a process that reads for another one
+_JOB: list[ReadJob] = []  # of a process that reads for another one
 
 
-def _start(make: Callable[[], Made]) -> None:
-  _MADE.append(make())
+def _start(make: Callable[[], ReadJob]) -> None:
+  _JOB.append(make())
 
 
-def _read(rows: Sequence[int]) -> list[Read]:
-  return _MADE[0].read(rows)
+def _read(rows: Sequence[int]) -> list[RecordFacts]:
+  return _JOB[0].read(rows)
 
 
 class Spread(NamedTuple):
@@ -186,7 +186,7 @@ class Summary(NamedTuple):
   ends_lost: tuple[int, ...]  # records with a completion that loses its stop token
 
 
-def summary(found: Sequence[Read], reader: Any) -> Summary:
+def summary(found: Sequence[RecordFacts], reader: Any) -> Summary:
   """Lengths, masks and fates of what was read."""
   budget = Budget.of(reader)
   flat = lambda name: [x for one in found for x in getattr(one, name)]
@@ -209,7 +209,7 @@ def summary(found: Sequence[Read], reader: Any) -> Summary:
 
 
 def findings(
-  path: str, found: Sequence[Read], said: Summary, overlong: str, place: Callable[[int], str]
+  path: str, found: Sequence[RecordFacts], said: Summary, overlong: str, place: Callable[[int], str]
 ) -> list[Finding]:
   """What is wrong with the records of a source.
 

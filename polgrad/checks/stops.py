@@ -13,14 +13,13 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.models.policy import Policy
 from polgrad.sharding import to_host
 
-SAME = 8  # an output row that so many other tokens have too has never been trained
+SAME = 8  # an output row that equals those of this number of other tokens was never trained
 
 
 class Stops(NamedTuple):
   """How turns end."""
 
-  trained: str  # the token that ends the rows that are trained
-  stopping: Mapping[int, str]  # tokens that end sampling, by id
+  stopping: Mapping[int, str]  # tokens that end sampling, by id; the first one ends trained rows
   opening: str  # what the generation prompt writes of the assistant's turn itself
   ending: str  # what the chat template writes after an assistant turn
 
@@ -28,8 +27,7 @@ class Stops(NamedTuple):
 def stops(tokenizer: Tokenizer) -> Stops:
   """How a tokenizer and its chat template end turns."""
   names = {i: tokenizer.name(i) for i in tokenizer.stop_ids}
-  first = tokenizer.stop_ids[0]
-  return Stops(f'{names[first]} ({first})', names, tokenizer.opening, chat.ending(tokenizer.chat))
+  return Stops(names, tokenizer.opening, chat.ending(tokenizer.chat))
 
 
 def untrained(policy: Policy, params: Any, ids: tuple[int, ...]) -> list[int]:

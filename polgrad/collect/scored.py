@@ -13,6 +13,7 @@ from polgrad.collect.base import Context
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.rewards.scoring import Scores
+from polgrad.sampling import stopping
 from polgrad.types import Batch
 
 
@@ -47,13 +48,8 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
     ids = [int(i) for i in tokens[mask]]
     stopped = finished and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids)
-    texts.append(opened + _through_stop(text, tokenizer.stop_strings))
+    texts.append(opened + stopping.through(text, tokenizer.stop_strings))
   return texts
-
-
-def _through_stop(text: str, strings: Sequence[str]) -> str:
-  """The text up to where the first of the strings ends in it."""
-  return text[: min((text.index(s) + len(s) for s in strings if s in text), default=len(text))]
 
 
 def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple[Batch, Texts]:

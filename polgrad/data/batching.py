@@ -145,7 +145,7 @@ def pairs(
   )
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
   """A row of a record with all its tokens, before it is cut or padded."""
 
   prompt: int  # number of tokens before the first one that is trained
@@ -153,7 +153,7 @@ class Row(NamedTuple):
   trained: list[bool]  # for every token, whether a loss looks at it
 
 
-def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> list[Row]:
+def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> list[TokenRow]:
   """The rows of a record, however long they are; they raise the same errors as in a batch.
 
   Args:
@@ -166,12 +166,12 @@ def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> l
   """
   if not fields:
     ids = _prompt(record, tokenizer)
-    return [Row(len(ids), ids, [False] * len(ids))]
+    return [TokenRow(len(ids), ids, [False] * len(ids))]
   rows = []
   for field in fields:
     whole = field == 'answer'
     ids, mask = _supervised(record, tokenizer) if whole else _segment(record, tokenizer, field)
-    rows.append(Row(mask.index(True) if True in mask else len(ids), ids, mask))
+    rows.append(TokenRow(mask.index(True) if True in mask else len(ids), ids, mask))
   return rows
 
 

@@ -112,18 +112,17 @@ def jinja_chat(
   return chat
 
 
-def options_read(source: str, special: Iterable[str] = ()) -> set[str]:
+def options_read(source: str) -> set[str]:
   """Names of the values that a template reads and that no record gives, such as `enable_thinking`.
 
-  Args:
-    source: text of the template; none are read in one that cannot be parsed.
-    special: names of special tokens, which are no options.
+  Special tokens (`eos_token`, ...) are no options. A template that cannot be parsed has none.
   """
   environment = _environment()
   try:
     read = jinja2.meta.find_undeclared_variables(environment.parse(_as_jinja(source)))
   except REFUSED:
     return set()
+  special = {name for name in read if name.endswith('_token')}
   return read - {*special, *GIVEN} - environment.globals.keys()
 
 

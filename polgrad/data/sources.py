@@ -42,6 +42,16 @@ class Source:
     return self.record(row)
 
 
+def spaced(count: int, most: int) -> list[int]:
+  """At most `most` (0: all) of the rows below `count`, evenly spaced.
+
+  >>> spaced(10, 4)
+  [0, 2, 5, 7]
+  """
+  most = min(most or count, count)
+  return [i * count // most for i in range(most)]
+
+
 def arithmetic(
   *,
   digits: int = 2,

@@ -20,7 +20,7 @@ REMOTE = '://'  # in paths that are not of this machine
 MISSING = 'the package datasets is missing; pip install "polgrad[hub]"'
 
 
-class Rows(NamedTuple):
+class Table(NamedTuple):
   """The rows of one split."""
 
   size: int
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
   fingerprint: str = ''  # of a data set of the hub
 
 
-def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '') -> Rows:
+def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '') -> Table:
   """Reads a data set; nothing is streamed.
 
   * A file `.parquet`, `.csv`, `.json` (a list of objects), `.jsonl` or `.jsonl.gz`. What CSV holds is
@@ -72,7 +72,7 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
   except Exception as error:  # datasets has many classes of errors
     raise ValueError(f'{where}: {error.__cause__ or error}') from error
   named = REMOTE in path or not local.is_dir()  # a local folder is known by its contents
-  return Rows(len(found), found.__getitem__, where, found._fingerprint if named else '')
+  return Table(len(found), found.__getitem__, where, found._fingerprint if named else '')
 
 
 def lines(path: str) -> list[bytes]:
@@ -117,7 +117,7 @@ def _saved(datasets: Any, path: str, split: str) -> Any:
   return found[split]
 
 
-def _file(path: pathlib.Path) -> Rows:
+def _file(path: pathlib.Path) -> Table:
   readers = [reader for ending, reader in _READERS.items() if path.name.endswith(ending)]
   if not readers:
     raise ValueError(f'{path}: unknown kind of file; valid: {", ".join(FILES)}')
@@ -127,7 +127,7 @@ def _file(path: pathlib.Path) -> Rows:
     raise ValueError(f'{path}: {error}') from error
   if not len(rows):
     raise ValueError(f'{path}: no records')
-  return Rows(len(rows), rows.__getitem__, str(path))
+  return Table(len(rows), rows.__getitem__, str(path))
 
 
 class _Parquet:

@@ -193,7 +193,7 @@ def huggingface(
   # The template, if there is one, says how a turn ends, and may open one.
   size = max(ids.values()) + 1
   templates = _templates(folder, config)
-  _check_options(path, templates, special, template_options)
+  _check_options(path, templates, template_options)
   chat, marked = _chats(path, templates, special, date, template_options)
   ends = [i for i in align(chats.ending(chat))[0] if i in vocabulary.added]
   stops = _stop_ids(folder, [*ends[:1], ids.get(special.get('eos_token'))], size)
@@ -216,9 +216,9 @@ def huggingface(
   )
 
 
-def _check_options(path, templates, special, options):
+def _check_options(path, templates, options):
   """Refuses options that no template reads."""
-  read = set().union(*(chats.options_read(text, special) for text, _ in templates.values()))
+  read = set().union(*(chats.options_read(text) for text, _ in templates.values()))
   for name in sorted(options.keys() - read):
     raise ValueError(
       f'template_options.{name}: the chat template of {path} does not read it{suggest(name, read)}'
@@ -513,11 +513,11 @@ def _align(model, text):
   return found['ids'], found['offsets']
 
 
-def template(path: str) -> str:
-  """The chat template of a Hugging Face folder, as text; '' if there is none."""
+def templates(path: str) -> list[str]:
+  """The chat templates of a Hugging Face folder, as texts; [] if there are none."""
   folder = pathlib.Path(path)
   found = _templates(folder, _read_json(folder / 'tokenizer_config.json', SETTINGS))
-  return found.get('default', ('', ''))[0]
+  return [text for text, _ in found.values()]
 
 
 def _templates(folder, config):

@@ -27,6 +27,24 @@ class StopTable(NamedTuple):
   end: int  # state of a row whose text contains a stop string; it is never left
 
 
+def before(text: str, strings: Sequence[str]) -> str:
+  """The text before the first of the strings; empty strings are ignored.
+
+  >>> before('a. b', ['.', ' ']), before('a', ['.', ''])
+  ('a', 'a')
+  """
+  return text[: min((text.index(s) for s in strings if s and s in text), default=len(text))]
+
+
+def through(text: str, strings: Sequence[str]) -> str:
+  """The text up to the earliest end of one of the strings.
+
+  >>> through('a</b> c', ['</b>', 'c'])
+  'a</b>'
+  """
+  return text[: min((text.index(s) + len(s) for s in strings if s in text), default=len(text))]
+
+
 def check(strings: Sequence[str]) -> None:
   """Refuses stop strings that are no texts, empty, or too long in sum.
 
@@ -83,7 +101,7 @@ def _automaton(strings: Sequence[bytes]) -> np.ndarray:
         children.append({})
       node = children[node][byte]
     ends.add(node)
-  # Level by level: where a node has no child, the text goes on as from its longest proper ending.
+  # Level by level: where a node has no child, the move is that of its longest proper ending.
   moves = np.zeros((len(children) + 1, 256), np.uint8)
   shorter, level = {0: 0}, [0]
   while level:

@@ -13,7 +13,7 @@ import numpy as np
 
 from polgrad.compiling import jit
 from polgrad.models.policy import Policy
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, stopping
 from polgrad.sampling.decoding import categorical
 from polgrad.sampling.sampler import chosen_processors
 from polgrad.types import Array, Params
@@ -199,10 +199,9 @@ class Text:
   def _give(self, text: str, last: bool) -> str:
     if self.ended:
       return ''
-    found = [text.index(stop) for stop in self._stops if stop in text]
-    self.ended = bool(found)
-    sure = min(found, default=len(text))
-    if not found and not last:
+    sure = len(stopping.before(text, self._stops))
+    self.ended = sure < len(text)
+    if not self.ended and not last:
       # The longest end of the text that begins a stop string is kept back.
       sure -= max(
         (n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0

@@ -300,7 +300,7 @@ def _fields_of(spec: ConfigDict) -> set[str]:
   Of a large source, `LOOKED_AT` records are read, evenly spaced.
   """
   source, common = bind(spec, sources.TABLE, 'data'), None
-  for i in sorted({row * len(source) // LOOKED_AT for row in range(LOOKED_AT)}):
+  for i in sources.spaced(len(source), LOOKED_AT):
     record = source[i]
     fields = set(record)
     if 'messages' in record and record['messages'][-1]['role'] == 'assistant':

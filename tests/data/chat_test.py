@@ -464,5 +464,5 @@ def test_options_of_a_template_are_what_it_reads_and_is_never_given():
     '{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}'
     "{{ strftime_now('%d') }}{% set n = namespace(x=1) %}{{ range(n.x) }}"
   )
-  assert chat.options_read(template, ['eos_token']) == {'enable_thinking'}
+  assert chat.options_read(template) == {'enable_thinking'}
   assert chat.reads_date(template) and not chat.reads_date('{{ messages }}')
