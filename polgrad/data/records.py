@@ -74,6 +74,8 @@ def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({
   for name in TEXTS:
     if not isinstance(fields.get(name, ''), str):
       raise ValueError(f'{name} must be text, got {fields[name]!r}')
+  # Halves of surrogate pairs are no text; no tokenizer takes them.
+  json.dumps(fields, ensure_ascii=False, default=str, skipkeys=True).encode('utf-8')
   return fields
 
 

@@ -6,7 +6,6 @@ messages, for the chat template; and any other field that a reward reads.
 """
 
 import dataclasses
-import json
 import operator as operators
 import pathlib
 import re
@@ -118,20 +117,15 @@ def jsonl(
   """
   if not tables.place(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines, there is none')
-  rows, numbers = [], []
-  for number, line in enumerate(tables.lines(path), start=1):
-    try:
-      text = line.decode('utf-8')
-      if text.strip():
-        rows.append(normalized(json.loads(text), fields))
-        numbers.append(number)
-        # Halves of surrogate pairs are no text; no tokenizer takes them.
-        json.dumps(rows[-1], ensure_ascii=False).encode('utf-8')
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f'{path}:{number}: {error}') from error
+  rows, numbers = tables.json_lines(path)
   if not rows:
     raise ValueError(f'{path}: no records')
   place = lambda row: f'{path}:{numbers[row]}'
+  for row, value in enumerate(rows):
+    try:
+      rows[row] = normalized(value, fields)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'{place(row)}: {error}') from error
   return Source(len(rows), rows.__getitem__, irregular=True, place=place)
 
 
@@ -156,19 +150,17 @@ def hub(
 
   Raises:
     FileNotFoundError, ImportError, ValueError: from `tables.read`; on access, a malformed row, as
-      `path:row: why`, where the first row is 1.
+      `path:row: why`, where the first row is 1; in JSON lines, the number of the line counts.
   """
   rows = tables.read(path, subset=subset, split=split, revision=revision)
-
-  place = lambda row: f'{rows.place}:{row + 1}'
 
   def record(row):
     try:
       return normalized(tables.plain(rows.row(row)), fields)
     except ValueError as error:
-      raise ValueError(f'{place(row)}: {error}') from error
+      raise ValueError(f'{rows.place(row)}: {error}') from error
 
-  return Source(rows.size, record, irregular=True, place=place, fingerprint=rows.fingerprint)
+  return Source(rows.size, record, irregular=True, place=rows.place, fingerprint=rows.fingerprint)
 
 
 def tfds_records(

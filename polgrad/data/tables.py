@@ -7,7 +7,7 @@ import io
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 
-FILES = ('.parquet', '.csv', '.json', '.jsonl', '.jsonl.gz')
 REMOTE = '://'  # in paths that are not of this machine
 MISSING = 'the package datasets is missing; pip install "polgrad[hub]"'
 
@@ -25,7 +24,7 @@ class Table(NamedTuple):
 
   size: int
   row: Callable[[int], Mapping]
-  place: str  # file, or name and split, for errors
+  place: Callable[[int], str]  # what a person calls a row, such as file.jsonl:12
   fingerprint: str = ''  # of a data set of the hub
 
 
@@ -72,7 +71,8 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
   except Exception as error:  # datasets has many classes of errors
     raise ValueError(f'{where}: {error.__cause__ or error}') from error
   named = REMOTE in path or not local.is_dir()  # a local folder is known by its contents
-  return Table(len(found), found.__getitem__, where, found._fingerprint if named else '')
+  fingerprint = found._fingerprint if named else ''
+  return Table(len(found), found.__getitem__, lambda row: f'{where}:{row + 1}', fingerprint)
 
 
 def lines(path: str) -> list[bytes]:
@@ -86,6 +86,23 @@ def lines(path: str) -> list[bytes]:
   except (OSError, EOFError, ValueError, zlib.error) as error:
     raise ValueError(f'{path}: {error}') from error
   return data.removeprefix(codecs.BOM_UTF8).split(b'\n')
+
+
+def json_lines(path: str) -> tuple[list, list[int]]:
+  """The values of a file with one in each line, and the line number of each; blank lines are skipped.
+
+  Raises:
+    ValueError: a line that is no JSON, as `path:line: why`, or from `lines`.
+  """
+  values, numbers = [], []
+  for number, line in enumerate(lines(path), start=1):
+    try:
+      if line.strip():
+        values.append(json.loads(line.decode('utf-8')))
+        numbers.append(number)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'{path}:{number}: {error}') from error
+  return values, numbers
 
 
 def place(path: str) -> pathlib.Path:
@@ -122,12 +139,13 @@ def _file(path: pathlib.Path) -> Table:
   if not readers:
     raise ValueError(f'{path}: unknown kind of file; valid: {", ".join(FILES)}')
   try:
-    rows = readers[0](path)
+    rows, numbers = readers[0](path)
   except (ValueError, OSError, pa.ArrowException, csv.Error, RecursionError) as error:
-    raise ValueError(f'{path}: {error}') from error
+    text = str(error)  # it may name the file already
+    raise ValueError(text if text.startswith(f'{path}:') else f'{path}: {text}') from error
   if not len(rows):
     raise ValueError(f'{path}: no records')
-  return Table(len(rows), rows.__getitem__, str(path))
+  return Table(len(rows), rows.__getitem__, lambda row: f'{path}:{numbers[row]}')
 
 
 class _Parquet:
@@ -146,6 +164,11 @@ class _Parquet:
     }
 
 
+def _counted(rows: Sequence) -> tuple[Sequence, Sequence[int]]:
+  """Rows, with numbers from 1 on."""
+  return rows, range(1, len(rows) + 1)
+
+
 def _csv(path: pathlib.Path) -> list[dict]:
   """The rows of a file with commas whose first line names the columns."""
   table = csv.reader(io.StringIO(path.read_bytes().decode('utf-8-sig'), newline=''), strict=True)
@@ -158,21 +181,18 @@ def _csv(path: pathlib.Path) -> list[dict]:
   return [dict(zip(names, row)) for row in rows]
 
 
-def _json(path: pathlib.Path) -> list:
+def _json(path: pathlib.Path) -> tuple[list, Sequence[int]]:
   """The objects of a list, or of lines."""
   text = b'\n'.join(lines(str(path))).decode('utf-8')
-  return json.loads(text) if text.lstrip().startswith('[') else _json_lines(path)
+  return _counted(json.loads(text)) if text.lstrip().startswith('[') else json_lines(str(path))
 
 
-def _json_lines(path: pathlib.Path) -> list:
-  rows = []
-  for number, line in enumerate(lines(str(path)), start=1):
-    try:
-      if line.strip():
-        rows.append(json.loads(line.decode('utf-8')))
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f'line {number}: {error}') from error
-  return rows
-
-
-_READERS = dict(zip(FILES, (_Parquet, _csv, _json, _json_lines, _json_lines), strict=True))
+# Ending of a file -> function of its path to (rows, what a person calls each).
+_READERS = {
+  '.parquet': lambda path: _counted(_Parquet(path)),
+  '.csv': lambda path: _counted(_csv(path)),
+  '.json': _json,
+  '.jsonl': lambda path: json_lines(str(path)),
+  '.jsonl.gz': lambda path: json_lines(str(path)),
+}
+FILES = tuple(_READERS)

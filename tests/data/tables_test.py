@@ -129,10 +129,19 @@ def test_a_malformed_row_is_named_by_file_and_row(tmp_path):
     sources.hub(path=bad)[1]
 
 
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.json'])
+def test_a_malformed_line_is_named_by_its_number_where_lines_are_blank(tmp_path, name):
+  (tmp_path / name).write_text('\n{"prompt": "a"}\n\n{"prompt": "\\ud800"}\n')
+  source = sources.hub(path=str(tmp_path / name))
+  assert source[0] == {'prompt': 'a'} and source.place(1) == f'{tmp_path}/{name}:4'
+  with pytest.raises(ValueError, match=f'{name}:4: .*surrogates not allowed'):
+    source[1]
+
+
 @pytest.mark.parametrize(
   ('name', 'text', 'why'),
   [
-    ('a.jsonl', '{"prompt": "a"}\n{', 'a.jsonl: line 2: '),
+    ('a.jsonl', '{"prompt": "a"}\n{', 'a.jsonl:2: '),
     ('a.csv', 'prompt,answer\n1\n', 'a.csv: row 1 has 1 values, but there are 2 columns'),
     ('a.csv', '', 'a.csv: no records'),
     ('a.parquet', 'PAR1', 'a.parquet: '),
