@@ -30,8 +30,8 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.losses import logit_stats
 from polgrad.models.token_stats import token_stats
 from polgrad.registry import suggest
-from polgrad.sampling import behavior_policies, stopping
-from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling import stopping
+from polgrad.sampling.sampler import behavior_at, make_sampler
 from polgrad.types import Array, Params
 
 _TASKS = flags.DEFINE_list('tasks', [], 'Names of tasks, with commas between them.')
@@ -180,19 +180,23 @@ class Model:
   def _sampler(self) -> Callable[..., Callable]:
     """(max_new_tokens, temperature, top_k, top_p) -> sampler; each is made once."""
     experiment = self.experiment
-    return functools.cache(
-      lambda max_new_tokens, temperature, top_k, top_p: make_sampler(
+
+    @functools.cache
+    def make(max_new_tokens, temperature, top_k, top_p):
+      behavior_policy, temperature = behavior_at(temperature)
+      return make_sampler(
         {'policy': experiment.policy},
         max_new_tokens=max_new_tokens,
-        temperature=temperature or 1.0,
+        temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        behavior_policy=behavior_policies.current if temperature else behavior_policies.greedy,
+        behavior_policy=behavior_policy,
         mesh=experiment.mesh,
         stop_ids=experiment.tokenizer.stop_ids,
         pad_id=experiment.tokenizer.pad_id,
       )
-    )
+
+    return make
 
 
 def bucket(length: int, most: int) -> int:

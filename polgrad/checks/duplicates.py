@@ -17,7 +17,7 @@ def normalised(text: str) -> str:
   return ' '.join(unicodedata.normalize('NFKC', text).casefold().split())
 
 
-def question(record: Mapping) -> str:
+def asked_text(record: Mapping) -> str:
   """The text that a record asks: its prompt, or its messages before a last assistant turn."""
   if 'messages' not in record:
     return record['prompt']
@@ -29,7 +29,7 @@ def question(record: Mapping) -> str:
 
 def asked(record: Mapping) -> bytes:
   """A digest of what a record asks."""
-  return _digest(question(record))
+  return _digest(asked_text(record))
 
 
 def answered(record: Mapping) -> bytes:

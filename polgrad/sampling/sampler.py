@@ -105,6 +105,13 @@ def make_sampler(
   return sample
 
 
+def behavior_at(temperature: float) -> tuple[Callable, float]:
+  """Behavior policy and temperature for `make_sampler`, where a temperature of 0 means greedy."""
+  if temperature:
+    return behavior_policies.current, temperature
+  return behavior_policies.greedy, 1.0
+
+
 def chosen_processors(
   temperature: float, top_k: int, top_p: float
 ) -> list[Callable[[Array], Array]]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from polgrad.compiling import jit
 from polgrad.models.policy import Policy
-from polgrad.sampling import behavior_policies, stopping
+from polgrad.sampling import stopping
 from polgrad.sampling.decoding import categorical
-from polgrad.sampling.sampler import chosen_processors
+from polgrad.sampling.sampler import behavior_at, chosen_processors
 from polgrad.types import Array, Params
 
 CHUNK = 64  # tokens of a prompt that are read at once
@@ -60,8 +60,8 @@ class Streamer:
       note: is called with a line of text before something that takes time.
     """
     self._policy, self._stops, self._note = policy, frozenset(stop_ids), note
-    self._processors = chosen_processors(temperature or 1.0, top_k, top_p)
-    self._behavior = behavior_policies.current if temperature else behavior_policies.greedy
+    self._behavior, temperature = behavior_at(temperature)
+    self._processors = chosen_processors(temperature, top_k, top_p)
     self._params = jit(policy.unstack)(params)
     self._read = jit(self._read_chunk, donate_argnums=3)
     self._step = jit(self._draw, donate_argnums=2)
