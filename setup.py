@@ -58,7 +58,7 @@ setup(
     'ml-collections>=1.0',
     'numpy>=1.26',
     'optax>=0.2.5',
-    'orbax-checkpoint>=0.11',
+    'orbax-checkpoint>=0.11.14',
     'protobuf>=4.25',  # of sentencepiece's model files
     'pyarrow>=16',
     'rich>=13.7',

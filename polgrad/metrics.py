@@ -5,26 +5,31 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
 
 class Writer:
-  """Appends rows of metrics to `metrics.jsonl`, and to the trackers of the run.
+  """Appends rows of metrics to `metrics.jsonl`, and to the trackers of the run."""
 
-  Attributes:
-    dropped: rows, by phase and step, that an interrupted run wrote after its last checkpoint.
-    tracking: where rows go as well, an open `trackers.Tracking`; None: nowhere.
-  """
-
-  def __init__(self, workdir: str, *, step: int, past: Sequence[str]):
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    step: int,
+    past: Sequence[str],
+    track: Callable[[Mapping[tuple[str, int], Mapping]], Any] | None = None,
+  ):
     """Opens the files, and drops the rows that an interrupted run wrote after its last checkpoint.
 
     Args:
       workdir: an existing folder.
       step: number of updates before the run (re)starts; later rows are dropped.
       past: names of the phases that have begun; rows of other phases are dropped.
+      track: (dropped rows by phase and step) -> where rows go as well, an open `trackers.Tracking`; None:
+        nowhere.
     """
     self.path = os.path.join(workdir, 'metrics.jsonl')
 
@@ -40,7 +45,7 @@ class Writer:
     # Rewrite the file with the rows to keep, as a whole, so that a crash here loses nothing.
     stays = lambda row: row['step'] <= step and row['phase'] in past
     kept = [row for row in rows if stays(row)]
-    self.dropped = {(row['phase'], row['step']): row for row in rows if not stays(row)}
+    dropped = {(row['phase'], row['step']): row for row in rows if not stays(row)}
     temporary = f'{self.path}.tmp'
     with open(temporary, 'w') as f:
       f.writelines(_line(r) for r in kept)
@@ -49,20 +54,20 @@ class Writer:
     os.replace(temporary, self.path)
 
     # Append from here on. Line buffering makes every row readable at once.
+    self._tracking = track(dropped) if track else None
     self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, closed by `close`
-    self.tracking = None
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
     """Appends one row: the metrics after `step` updates, made in a phase. JSON has null for NaN."""
     row = {k: float(v) for k, v in values.items()}
     self._file.write(_line({'step': step, 'phase': phase, **row}))
-    if self.tracking:
-      self.tracking.write(step, phase, row)
+    if self._tracking:
+      self._tracking.write(step, phase, row)
 
   def close(self) -> None:
     self._file.close()
-    if self.tracking:
-      self.tracking.close()
+    if self._tracking:
+      self._tracking.close()
 
 
 def read(path: str) -> list[dict]:

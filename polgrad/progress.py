@@ -33,11 +33,11 @@ class Progress:
       setattr(self, field.name, (meta or {}).get('progress', {}).get(field.name, field.default))
 
   def follow(self, metric: str, steps: Iterable[int]) -> None:
-    """Begins, or goes on, to look for the best value of a metric.
+    """Starts or continues the search for the best value of a metric.
 
     Args:
-      metric: its name; '' for none. Another one than before begins anew.
-      steps: checkpoints that are there. A best one that is not among them is forgotten.
+      metric: its name; '' for none. For another metric than before, the search starts anew.
+      steps: numbers of the checkpoints that exist. A best one that is not among them is forgotten.
     """
     if metric != self.metric:
       self.metric, self.best, self.best_step, self.waited = metric, None, -1, 0

@@ -15,11 +15,12 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from absl import logging
 
+from polgrad.identity import leaves
 from polgrad.registry import table
 
 # Metrics that depend on the clock or the machine: two runs that are equal in all others are equal.
@@ -270,7 +271,7 @@ class mlflow(Tracker):
       home = found.experiment_id if found else client.create_experiment(self.experiment)
       run_id = client.create_run(home, run_name=self.run_name or opening.name).info.run_id
       # MLflow takes texts of at most 6000 characters, a hundred of them at once.
-      texts = [Param(_mlflow_name(k), str(v)[:6000]) for k, v in _leaves(opening.about)]
+      texts = [Param(_mlflow_name(k), str(v)[:6000]) for k, v in leaves(opening.about)]
       for i in range(0, len(texts), 100):
         client.log_batch(run_id, params=texts[i : i + 100])
     return _MLflow(client, run_id), {'id': run_id}
@@ -355,7 +356,7 @@ class Tracking:
         text = f'config.trackers.{name}: {type(error).__name__}: {error}'
         if known is None:
           raise RuntimeError(f'{text}; correct it, or leave this tracker out') from error
-        logging.warning('%s; this run goes on without it', text)
+        logging.warning('%s; this run continues without it', text)
       else:
         self._boards[name] = (board, known is not None and not board.rewrites)
 
@@ -377,7 +378,7 @@ class Tracking:
     except Exception as error:
       del self._boards[name]
       logging.warning(
-        'config.trackers.%s: %s: %s; the run goes on without it, and its metrics are in metrics.jsonl',
+        'config.trackers.%s: %s: %s; the run continues without it, and its metrics are in metrics.jsonl',
         name, type(error).__name__, error,
       )  # fmt: skip
 
@@ -430,12 +431,3 @@ def git(folder: str = '.') -> dict[str, Any]:
     }
   except (OSError, subprocess.SubprocessError):
     return {}
-
-
-def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-  """The values of nested mappings by dotted path."""
-  if isinstance(tree, Mapping) and tree:
-    for key, value in tree.items():
-      yield from _leaves(value, f'{path}.{key}' if path else str(key))
-  else:
-    yield path, tree

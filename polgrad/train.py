@@ -208,7 +208,7 @@ def tell_what_is_left(experiment: Experiment, state: TrainState, progress: Progr
       f'--config.phases.{name}.steps=..., for a new run another --workdir'
     )
   elif said := ran_out_of_patience(experiment, progress):
-    print(f'this run is finished: {said}; it goes on with a larger --config.patience, or with 0')
+    print(f'this run is finished: {said}; it continues with a larger --config.patience, or with 0')
   if not experiment.checkpoint_every:
     logging.warning(
       'config.checkpoint_every is 0: this run leaves no checkpoint unless it is asked to stop'
@@ -220,15 +220,14 @@ def open_writer(
 ) -> metrics.Writer:
   """A writer that keeps the metrics up to this state, and drops those of later steps."""
   step = int(state.step)
-  writer = metrics.Writer(workdir, step=step, past=begun(experiment, state))
-  writer.tracking = trackers.Tracking(
+  track = lambda dropped: trackers.Tracking(
     experiment.trackers,
     workdir=workdir,
     step=step,
     about=trackers.describe(own),
-    earlier=writer.dropped,
+    earlier=dropped,
   )
-  return writer
+  return metrics.Writer(workdir, step=step, past=begun(experiment, state), track=track)
 
 
 def open_store(experiment: Experiment, state: TrainState, workdir: str) -> row_files.Store | None:

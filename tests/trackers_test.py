@@ -24,11 +24,10 @@ ABOUT = {
 
 def opened(folder, step: int, **kinds) -> metrics.Writer:
   """The writer of a run that begins or resumes after `step` updates."""
-  writer = metrics.Writer(str(folder), step=step, past=('train',))
-  writer.tracking = trackers.Tracking(
-    kinds, workdir=str(folder), step=step, about=ABOUT, earlier=writer.dropped
+  track = lambda dropped: trackers.Tracking(
+    kinds, workdir=str(folder), step=step, about=ABOUT, earlier=dropped
   )
-  return writer
+  return metrics.Writer(str(folder), step=step, past=('train',), track=track)
 
 
 def write(writer: metrics.Writer, steps, **others):
@@ -199,7 +198,7 @@ def test_a_tracker_that_fails_later_warns_once_and_the_others_go_on(tmp_path, ca
   with caplog.at_level('WARNING'):
     write(opened(tmp_path, 0, broken=broken, whole=whole), range(1, 4))
   assert [r.message for r in caplog.records] == [
-    'config.trackers.broken: ConnectionError: no network; the run goes on without it, and its metrics '
+    'config.trackers.broken: ConnectionError: no network; the run continues without it, and its metrics '
     'are in metrics.jsonl'
   ]
   assert len(whole.rows) == len(metrics.read(str(tmp_path / 'metrics.jsonl'))) == 3
@@ -212,7 +211,7 @@ def test_a_tracker_that_cannot_be_opened_stops_a_new_run_but_not_a_resumed_one(t
   write(opened(tmp_path, 0, it=Memory()), [1])
   with caplog.at_level('WARNING'):
     write(opened(tmp_path, 1, it=broken), [2])
-  assert 'goes on without it' in caplog.text
+  assert 'continues without it' in caplog.text
   assert len(metrics.read(str(tmp_path / 'metrics.jsonl'))) == 2
 
 
