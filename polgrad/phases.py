@@ -512,7 +512,7 @@ def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, s
   limits = {'config.max_silent': limit}
   if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):
     why = 'every verifier failed'
-    limits['train.MAX_FAILED'] = MAX_FAILED
+    limits['phases.MAX_FAILED'] = MAX_FAILED
   elif row.get('reward/same_in_group') == 1:
     why = 'the rewards of each group are all equal'
   else:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import build, methods, metrics, tasks, train
+from polgrad import build, methods, metrics, phases, tasks, train
 from polgrad.arrays import ARRAYS
 from polgrad.methods.base import BUDGETS
 from polgrad.options import from_text
@@ -213,7 +213,7 @@ def made():
 
 @pytest.fixture
 def shared(made, monkeypatch):
-  make_drawer, init_params = rollouts.make_drawer, train.init_params
+  make_drawer, init_params = rollouts.make_drawer, phases.init_params
 
   def drawer(context, settings):
     key = context.policy.config, tuple(context.frozen), repr(sorted(settings.items(), key=str))
@@ -228,7 +228,7 @@ def shared(made, monkeypatch):
     return jax.tree.map(jnp.copy, made[key])  # an update gives its arguments away
 
   monkeypatch.setattr(rollouts, 'make_drawer', drawer)
-  monkeypatch.setattr(train, 'init_params', params)
+  monkeypatch.setattr(phases, 'init_params', params)
 
 
 @pytest.mark.parametrize('name', TRAINED)
