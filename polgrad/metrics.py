@@ -28,8 +28,8 @@ class Writer:
       workdir: an existing folder.
       step: number of updates before the run (re)starts; later rows are dropped.
       past: names of the phases that have begun; rows of other phases are dropped.
-      track: (dropped rows by phase and step) -> where rows go as well, an open `trackers.Tracking`; None:
-        nowhere.
+      track: (dropped rows by phase and step) -> where rows go as well, an open `trackers.Tracking`;
+        None: nowhere.
     """
     self.path = os.path.join(workdir, 'metrics.jsonl')
 

@@ -80,6 +80,19 @@ def curve(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
   return np.array(points, float).reshape(-1, 2).T
 
 
+def running_mean(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The mean of every `n / 30` consecutive points, at the middle one; none for up to `DENSE` points.
+
+  Args:
+    x, y: f[n], the points of a curve.
+  """
+  if len(x) <= DENSE:
+    return x[:0], y[:0]
+  width = len(x) // 30
+  smooth = np.convolve(y, np.ones(width) / width, 'valid')
+  return x[(width - 1) // 2 :][: len(smooth)], smooth
+
+
 def plots(runs: Sequence[Rows]) -> list[tuple[Panel, list[str]]]:
   """The panels of a phase that have curves, each with the metrics that it shows.
 
@@ -193,14 +206,12 @@ def _explain(axis: Any, names: list[str], *, several: bool) -> None:
 
 
 def _draw_curve(axis: Any, x: np.ndarray, y: np.ndarray, *, color: str, style: str) -> None:
-  """One metric; a long curve as a running mean over a thirtieth of its points."""
+  """One metric; of a long curve the running mean, and its points faintly."""
   if len(x) <= DENSE:
     axis.plot(x, y, color=color, linestyle=style, marker='.' if len(x) < 30 else '')
     return
-  width = len(x) // 30
-  smooth = np.convolve(y, np.ones(width) / width, 'valid')
   axis.plot(x, y, color=color, alpha=0.2, linewidth=0.8)
-  axis.plot(x[(width - 1) // 2 :][: len(smooth)], smooth, color=color, linestyle=style)
+  axis.plot(*running_mean(x, y), color=color, linestyle=style)
 
 
 def _limit(axis: Any, curves: Sequence[np.ndarray]) -> None:

@@ -72,6 +72,14 @@ def test_runs_are_named_by_as_much_of_their_folders_as_differs():
     report.labels(['x/a', 'x/../x/a'])
 
 
+def test_a_running_mean_lies_at_the_middle_of_its_points_and_a_short_curve_has_none():
+  x = np.arange(report.DENSE + 30)
+  updates, values = report.running_mean(x, 2.0 * x)
+  np.testing.assert_allclose(values, 2.0 * updates, rtol=0, atol=1e-9)  # of 3 points, the second
+  assert len(updates) == len(x) - 2
+  assert not len(report.running_mean(x[: report.DENSE], x[: report.DENSE])[0])
+
+
 def test_a_run_without_metrics_gets_a_picture_that_says_so(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('')
   assert report.draw([str(tmp_path)]) == str(tmp_path / 'report.png')

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polgrad import report
+
 WIDTH, HEIGHT = 320, 170  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 16, 20  # margins of the plot
 POINTS = 300  # largest number of points of a curve; of more, neighbours are averaged
 DOTS = 30  # points of a curve that show their numbers under the pointer
-DENSE = 60  # from this number of points on a curve is drawn faintly, with its running mean
 
 # Families of metrics, in the order of the page: the beginnings of their names.
 FAMILIES = {
@@ -95,7 +96,7 @@ def chart(name: str, runs: Sequence[Sequence[Mapping]]) -> Chart:
   for run, values in enumerate(data):
     if not len(values):
       continue
-    mean = running_mean(values)
+    mean = np.stack(report.running_mean(*values.T), axis=1)
     line = mean if len(mean) else values
     dots = [
       (*place(x, y), f'update {number(x)}: {number(y)}') for x, y in line[:: -(-len(line) // DOTS)]
@@ -119,15 +120,6 @@ def points(rows: Sequence[Mapping], name: str) -> np.ndarray:
   if len(found) <= POINTS:
     return found
   return np.stack([piece.mean(axis=0) for piece in np.array_split(found, POINTS)])
-
-
-def running_mean(values: np.ndarray) -> np.ndarray:
-  """The mean of every `n / 30` consecutive points, at the last of them; none for fewer than `DENSE`."""
-  if len(values) < DENSE:
-    return values[:0]
-  width = max(len(values) // 30, 1)
-  mean = np.convolve(values[:, 1], np.ones(width) / width, 'valid')
-  return np.stack([values[width - 1 :, 0], mean], axis=1)
 
 
 def phase_begins(rows: Sequence[Mapping]) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polgrad import identity, jsons, metrics, overrides, row_files
+from polgrad import identity, jsons, metrics, overrides, report, row_files
 from polgrad.build import TABLE
 from polgrad.view import tokens
 from polgrad.view.charts import number
@@ -74,7 +74,8 @@ def read(workdirs: Sequence[str], limits: Limits) -> list[Run]:
   Files that cannot be read are left out, and listed in `Run.problems`.
 
   Raises:
-    FileNotFoundError: a folder is none, or holds neither metrics nor rows.
+    FileNotFoundError: a folder does not exist, or holds neither metrics nor rows.
+    ValueError: the same folder twice.
   """
   plans = [_plan(workdir, limits) for workdir in workdirs]
   # All rows share the budget of tokens; a page with very many rows shows fewer of them.
@@ -82,7 +83,7 @@ def read(workdirs: Sequence[str], limits: Limits) -> list[Run]:
   most = max(limits.tokens // max(rows, 1), 40)
   shown = max(1, min(limits.rows, limits.rows * limits.tokens // max(rows * most, 1)))
   limits = limits._replace(rows=shown)
-  labels = _labels(workdirs)
+  labels = report.labels(workdirs)
   return [
     _run(workdir, label, files, problems, limits, most)
     for workdir, label, (files, problems) in zip(workdirs, labels, plans)
@@ -130,16 +131,6 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
   if most == 1:
     return [items[-1]]
   return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _labels(workdirs: Sequence[str]) -> list[str]:
-  """Short names of the folders: their last parts, or as much of them as tells them apart."""
-  parts = [os.path.abspath(w).split(os.sep) for w in workdirs]
-  for count in range(1, max(map(len, parts)) + 1):
-    names = ['/'.join(p[-count:]) for p in parts]
-    if len(set(names)) == len(names):
-      return names
-  return [f'{name} ({i})' for i, name in enumerate(names, 1)]
 
 
 def _run(
