@@ -37,7 +37,8 @@ GONE = (
 )  # states of a queued resource that has no slice any more
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAVED = 75  # exit code of a run that was asked to stop and has saved
-# Runtime version by the beginning of the accelerator type.
+# Runtime version for JAX by the beginning of the accelerator type, from
+# https://cloud.google.com/tpu/docs/runtimes; --version takes another one.
 VERSIONS = {
   'v2-': 'tpu-ubuntu2204-base',
   'v3-': 'tpu-ubuntu2204-base',

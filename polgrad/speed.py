@@ -34,8 +34,9 @@ from polgrad.types import PLAIN, Batch, Layout
 MATRICES = frozenset({'query', 'key', 'value', 'out', 'router', 'gate', 'up', 'down'})
 EXPERTS = frozenset({'gate', 'up', 'down'})
 
-# FLOPs a second of dense bfloat16 products (float16 for the V100), by words of `device_kind`; the first
-# that occur in it count. Of a TPU v2 and v3 a device is one of two cores of a chip. From data sheets.
+# FLOPs a second of dense bfloat16 products with float32 sums (float16 for the V100), by words of
+# `device_kind`; the first that occur in it count. Of a TPU v2 and v3 a device is one of two cores of a
+# chip. The numbers are those that Google and NVIDIA publish; none was measured here.
 PEAKS = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
