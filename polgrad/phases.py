@@ -228,8 +228,8 @@ class PhaseRun:
       self.logs.store.write_samples(self.name, int(state.step), samples)
     return found | rows
 
-  def improved(self, state: TrainState, row: dict[str, float]) -> bool:
-    """Whether the metrics of a step have the best `keep_best` of the last phase so far.
+  def improved(self, state: TrainState, row: dict[str, float], step: int) -> bool:
+    """Whether the metrics after `step` batches have the best `keep_best` of the last phase so far.
 
     Raises:
       ValueError: there is no metric of this name.
@@ -237,16 +237,22 @@ class PhaseRun:
     name, experiment = self.experiment.keep_best, self.experiment
     if not name or self.name != experiment.order[-1]:
       return False
-    # A row before the first step holds evaluations alone.
-    measured = any(key.startswith('evaluation') for key in row)
-    late = not name.startswith('evaluation')
-    if name not in row and (measured if not late else 'loss' in row):
+    # A row holds the evaluations that are due, and before the first step no others.
+    stepped = 'loss' in row
+    complete = self.all_measured(step) if name.startswith('evaluation') else stepped
+    if name not in row and complete:
       raise ValueError(f'config.keep_best: unknown {name!r}{suggest(name, row)}')
-    if name not in row or 'loss' not in row:
+    if name not in row or not stepped:
       return False
     return self.logs.progress.improved(
       row[name], int(state.step), largest=experiment.best_is == 'max'
     )
+
+  def all_measured(self, step: int) -> bool:
+    """Whether every evaluation that this run makes in this phase is due after `step` batches."""
+    intervals = [self.experiment.evaluation.every]
+    intervals += [self.phase.held_out_every] if self.phase.held_out else []
+    return all(every == 0 or self.due(every, step) for every in intervals)
 
   def write(self, state: TrainState, values: dict[str, float]) -> None:
     """Appends a row to the run's metrics."""
@@ -308,7 +314,7 @@ def run_phase(
 
   # A phase is also measured before its first step.
   if first == 0 and (found := run.evaluate(state, 0)):
-    run.improved(state, found)  # only looks whether there is such a metric
+    run.improved(state, found, 0)  # only looks whether there is such a metric
     run.write(state, found)
 
   for step in range(first, last):
@@ -345,7 +351,7 @@ def run_phase(
 
     # Save where it is due, and before the machine is taken away.
     stop = preemption.asked(int(state.step))
-    better = run.improved(state, row | found)
+    better = run.improved(state, row | found, step + 1)
     ended = ran_out_of_patience(experiment, progress)
     if stop or better or ended or run.due(experiment.checkpoint_every, step + 1):
       keep(state)

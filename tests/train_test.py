@@ -597,18 +597,31 @@ def test_the_best_checkpoint_stays_and_a_run_that_gets_no_better_stops(copied, c
     assert bool(phases.ran_out_of_patience(build.build(made), waited)) == ended
 
 
-def test_a_best_metric_that_is_not_there_is_refused(copied):
+def test_a_best_metric_that_is_not_there_is_refused(finished):
+  _, state = finished
   made = config()
   made.keep_best = 'evaluation/gredy'
-  run = phases.start_phase(
-    build.build(made), phases.begin(build.build(made), 1, None), phases.Logs()
-  )
+  run = phases.start_phase(build.build(made), state, phases.Logs())
   with pytest.raises(ValueError, match=r"keep_best: unknown 'evaluation/gredy'; did you mean"):
-    run.improved(None, {'evaluation/greedy': 0.0})
+    run.improved(None, {'evaluation/greedy': 0.0}, 0)
   for name, match in (('seconds', 'the clock'), ('', 'patience: name the metric')):
     made.update(keep_best=name, patience=1)
     with pytest.raises(ValueError, match=match):
       build.build(made)
+
+
+def test_evaluations_may_be_due_at_different_steps(finished):
+  _, state = finished
+  made = config()
+  made.keep_best, made.evaluation.every, made.phases.train.steps = 'evaluation/greedy', 3, 9
+  run = phases.start_phase(build.build(made), state, phases.Logs())
+  held_out = {'pairs': run.phase.source}
+  phase = dataclasses.replace(run.phase, held_out=held_out, held_out_every=2)
+  run = dataclasses.replace(run, phase=phase)
+  pairs = {'loss': 1.0, 'evaluation/pairs/loss': 1.0}
+  assert not run.improved(None, pairs, 2)  # the problems are measured after the next step
+  with pytest.raises(ValueError, match="keep_best: unknown 'evaluation/greedy'"):
+    run.improved(None, pairs, 6)
 
 
 def test_an_anchor_is_read_from_a_checkpoint_in_the_place_of_the_policy(finished):
