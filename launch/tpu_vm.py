@@ -30,11 +30,8 @@ import sys
 import tempfile
 import time
 
-GONE = (
-  'FAILED',
-  'SUSPENDING',
-  'SUSPENDED',
-)  # states of a queued resource that has no slice any more
+# States of a queued resource that has no slice any more.
+GONE = ('FAILED', 'SUSPENDING', 'SUSPENDED')
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAVED = 75  # exit code of a run that was asked to stop and has saved
 # Runtime version for JAX by the beginning of the accelerator type, from

@@ -37,11 +37,13 @@ def manager(
 ) -> 'ocp.CheckpointManager':
   """Opens or creates a folder of checkpoints, which keeps the newest `keep` and the best one.
 
-  Args:
-    best: () -> number of the best checkpoint at this time, -1 for none.
-
   Saving is asynchronous, so `close()` the manager to wait for the last save; and it is atomic, so an
   interrupted save leaves no checkpoint.
+
+  Args:
+    folder: a local path, or one such as gs://bucket/folder.
+    keep: number of checkpoints.
+    best: () -> number of the best checkpoint at this time, -1 for none.
   """
   import orbax.checkpoint as ocp
 
@@ -155,7 +157,7 @@ def _damaged(checkpoints: 'ocp.CheckpointManager', step: int, reason: str) -> Va
 
 
 def numbered(checkpoints: 'ocp.CheckpointManager', folder: str, step: int = -1) -> int:
-  """The number of a checkpoint that is there: `step`, or what `NEWEST` and `BEST` stand for.
+  """The number of a checkpoint that is there: `step`, or what `NEWEST` and `BEST` mean.
 
   Args:
     folder: its name in the error.

@@ -263,9 +263,8 @@ def show(view: View, console: Console, colors: Sequence[str], numbers: bool) -> 
       console.print(painted(row, found[name]))
     if numbers:
       table = numbers_of(row, list(found))
-      wide = max(
-        console.width, 10 * len(table.columns)
-      )  # a narrow terminal wraps lines, and loses nothing
+      # A narrow terminal wraps lines, and loses nothing.
+      wide = max(console.width, 10 * len(table.columns))
       Console(file=console.file, width=wide).print(table)
 
 

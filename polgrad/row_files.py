@@ -208,7 +208,7 @@ def completion_start(batch: Batch, row: int) -> int:
 def pieces(
   ids: Sequence[int], tokenizer: Tokenizer, text_of: Callable[[tuple], str] | None = None
 ) -> list[str]:
-  """The text of each token where it stands.
+  """The text that each token adds to the row.
 
   A character that several tokens share belongs to the last of them, and the others have an empty text.
   Stop, bos and pad tokens, which have no text, are ⟨stop⟩, ⟨bos⟩ and ⟨pad⟩; others are ⟨id⟩.

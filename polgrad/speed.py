@@ -112,13 +112,14 @@ class Meter:
 
 
 class Profiler:
-  """Writes an xprof trace of some steps, which shows what the devices and the host do at each time."""
+  """Writes an xprof trace of some steps, which shows what the devices and the host do at each time.
 
-  def __init__(self, folder: str = '', steps: range = range(0)):
-    """Args:
+  Attributes:
     folder: where the trace goes.
     steps: the steps that are traced, consecutive ones; an empty range traces nothing.
-    """
+  """
+
+  def __init__(self, folder: str = '', steps: range = range(0)):
     self.folder, self.steps = folder, steps
     self._step: Any = None  # the annotation of a step that is being traced
 

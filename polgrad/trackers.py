@@ -107,10 +107,8 @@ class tensorboard(Tracker):
 def _without_torch() -> type:
   """tensorboardX's writer. It would import PyTorch, which takes seconds, only to convert tensors."""
   missing = 'torch' not in sys.modules
-  if missing:
-    sys.modules['torch'] = (
-      None  # makes `import torch` raise ImportError, which tensorboardX expects
-    )
+  if missing:  # None makes `import torch` raise ImportError, which tensorboardX expects
+    sys.modules['torch'] = None
   try:
     from tensorboardX import SummaryWriter
   finally:
@@ -388,11 +386,8 @@ def _same(before: Mapping | None, row: Mapping[str, float]) -> bool:
   if before is None:
     return False
   own = {k: v if math.isfinite(v) else None for k, v in row.items()}
-  counted = lambda values: {
-    k: v
-    for k, v in values.items()
-    if k not in ('step', 'phase') and k.partition('/')[0] not in OF_THE_CLOCK
-  }
+  left_out = ('step', 'phase', *OF_THE_CLOCK)
+  counted = lambda values: {k: v for k, v in values.items() if k.partition('/')[0] not in left_out}
   return counted(before) == counted(own)
 
 
