@@ -69,7 +69,7 @@ def not_default(config: Mapping | ConfigDict, choices: Mapping) -> dict[str, tup
       empty = slot.default is inspect.Parameter.empty
       if slot.kind == 'parts':
         for name, one in value.items():
-          compare({'name': one['name']} | dict(one), slot.choices, f'{here}.{name}')
+          compare(one, slot.choices, f'{here}.{name}')
           found[f'{here}.{name}.name'] = (one['name'], None)
       elif slot.kind == 'part':
         default = None if empty else getattr(slot.default, 'name', None) or name_of(slot.default)

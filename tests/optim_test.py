@@ -456,4 +456,10 @@ def test_the_learning_rate_is_that_of_the_next_step_behind_all_wrappers(name):
   for rate in (0.5, 0.375, 0.25):
     np.testing.assert_allclose(optim.learning_rate(made, state)['learning_rate'], rate)
     _, state = made.update(params, state, params, oracle=oracle)
-  assert optim.learning_rate(optax.sgd(0.1), ()) == {}
+
+
+def test_an_optimizer_that_tells_no_rate_may_be_wrapped():
+  plain = optax.sgd(0.1)
+  for made in (plain, optim.signal_to_noise(optimizer=plain)):
+    made = optim.balanced(made, labels=lambda tree: {'w': 'train'}, rate=0.1)
+    assert optim.learning_rate(made, made.init({'w': jnp.ones(2)})) == {}

@@ -13,7 +13,7 @@ import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.standard import StandardPart
-from polgrad.optim.wrappers import Oracle, in_float32, rated, scheduled
+from polgrad.optim.wrappers import Oracle, in_float32, rated_like, scheduled
 from polgrad.registry import NotNegative
 from polgrad.types import Array, Params
 
@@ -260,7 +260,7 @@ def _scaled(
     steps, inner = optimizer.update(grads, state.inner, params)
     return _scale(by, steps), ScaledState(inner, scale)
 
-  return rated(in_float32(optax.GradientTransformationExtraArgs(init, update)), optimizer.rate)
+  return rated_like(in_float32(optax.GradientTransformationExtraArgs(init, update)), optimizer)
 
 
 def _averaging(exponent: float) -> Callable[[Array], Array]:

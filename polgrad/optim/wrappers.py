@@ -39,6 +39,13 @@ class Rated(optax.GradientTransformationExtraArgs):
   rate: Callable[[Any], jax.Array]
 
 
+def rated_like(
+  optimizer: optax.GradientTransformation, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """The optimizer with the learning rate of the one that it wraps, if that tells one."""
+  return rated(optimizer, inner.rate) if isinstance(inner, Rated) else optimizer
+
+
 def rated(optimizer: optax.GradientTransformation, rate: Callable[[Any], jax.Array]) -> Rated:
   """The optimizer with its learning rate, see `Rated`."""
   optimizer = optax.with_extra_args_support(optimizer)
@@ -163,8 +170,7 @@ def balanced(
       )
     return parts.update(grads, state, params, oracle=oracle)
 
-  made = optax.GradientTransformationExtraArgs(parts.init, update)
-  return rated(made, optimizer.rate) if isinstance(optimizer, Rated) else made
+  return rated_like(optax.GradientTransformationExtraArgs(parts.init, update), optimizer)
 
 
 def _seen_through(
