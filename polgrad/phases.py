@@ -228,31 +228,32 @@ class PhaseRun:
       self.logs.store.write_samples(self.name, int(state.step), samples)
     return found | rows
 
-  def improved(self, state: TrainState, row: dict[str, float], step: int) -> bool:
-    """Whether the metrics after `step` batches have the best `keep_best` of the last phase so far.
+  def improved(self, state: TrainState, row: dict[str, float]) -> bool:
+    """Whether the metrics of a step have the best `keep_best` of the last phase so far.
 
     Raises:
       ValueError: there is no metric of this name.
     """
-    name, experiment = self.experiment.keep_best, self.experiment
+    name, experiment, progress = self.experiment.keep_best, self.experiment, self.logs.progress
     if not name or self.name != experiment.order[-1]:
       return False
-    # A row holds the evaluations that are due, and before the first step no others.
-    stepped = 'loss' in row
-    complete = self.all_measured(step) if name.startswith('evaluation') else stepped
-    if name not in row and complete:
-      raise ValueError(f'config.keep_best: unknown {name!r}{suggest(name, row)}')
-    if name not in row or not stepped:
+    if name not in row:
+      if not progress.measured and self.has_all_metrics(int(state.phase_step), row):
+        raise ValueError(f'config.keep_best: unknown {name!r}{suggest(name, row)}')
       return False
-    return self.logs.progress.improved(
-      row[name], int(state.step), largest=experiment.best_is == 'max'
-    )
+    # A row before the first step holds evaluations alone.
+    if 'loss' not in row:
+      return False
+    return progress.improved(row[name], int(state.step))
 
-  def all_measured(self, step: int) -> bool:
-    """Whether every evaluation that this run makes in this phase is due after `step` batches."""
-    intervals = [self.experiment.evaluation.every]
-    intervals += [self.phase.held_out_every] if self.phase.held_out else []
-    return all(every == 0 or self.due(every, step) for every in intervals)
+  def has_all_metrics(self, step: int, row: dict[str, float]) -> bool:
+    """Whether the row after `step` batches has metrics of all kinds that `keep_best` may be of."""
+    if not self.experiment.keep_best.startswith('evaluation'):
+      return 'loss' in row
+    every = [self.experiment.evaluation.every]
+    if self.phase.held_out:
+      every.append(self.phase.held_out_every)
+    return all(self.due(n, step) for n in every if n)
 
   def write(self, state: TrainState, values: dict[str, float]) -> None:
     """Appends a row to the run's metrics."""
@@ -314,7 +315,7 @@ def run_phase(
 
   # A phase is also measured before its first step.
   if first == 0 and (found := run.evaluate(state, 0)):
-    run.improved(state, found, 0)  # only looks whether there is such a metric
+    run.improved(state, found)  # only looks whether there is such a metric
     run.write(state, found)
 
   for step in range(first, last):
@@ -351,7 +352,7 @@ def run_phase(
 
     # Save where it is due, and before the machine is taken away.
     stop = preemption.asked(int(state.step))
-    better = run.improved(state, row | found, step + 1)
+    better = run.improved(state, row | found)
     ended = ran_out_of_patience(experiment, progress)
     if stop or better or ended or run.due(experiment.checkpoint_every, step + 1):
       keep(state)

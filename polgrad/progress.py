@@ -16,6 +16,7 @@ class Progress:
   Attributes:
     tokens: tokens of all batches that updates have used, prompts included, padding not.
     metric: name of the metric whose best checkpoint is kept; '' for none.
+    best_is: 'max' or 'min', which of its values is the best.
     best: its best value so far; None: it was not measured, or never a number.
     best_step: number of the checkpoint with this value; -1 for none.
     waited: how often it was measured after that.
@@ -23,6 +24,7 @@ class Progress:
 
   tokens: int = 0
   metric: str = ''
+  best_is: str = 'max'
   best: float | None = None
   best_step: int = -1
   waited: int = 0
@@ -32,29 +34,34 @@ class Progress:
     for field in dataclasses.fields(self):
       setattr(self, field.name, (meta or {}).get('progress', {}).get(field.name, field.default))
 
-  def follow(self, metric: str, steps: Iterable[int]) -> None:
+  @property
+  def measured(self) -> bool:
+    """Whether there is such a metric for sure."""
+    return self.best is not None or self.waited > 0
+
+  def follow(self, metric: str, best_is: str, steps: Iterable[int]) -> None:
     """Starts or continues the search for the best value of a metric.
 
     Args:
       metric: its name; '' for none. For another metric than before, the search starts anew.
+      best_is: 'max' or 'min'; for the other one than before, the search starts anew.
       steps: numbers of the checkpoints that exist. A best one that is not among them is forgotten.
     """
-    if metric != self.metric:
-      self.metric, self.best, self.best_step, self.waited = metric, None, -1, 0
+    if (metric, best_is) != (self.metric, self.best_is):
+      self.metric, self.best_is = metric, best_is
+      self.best, self.best_step, self.waited = None, -1, 0
     if self.best_step not in steps:
       self.best, self.best_step = None, -1
 
-  def improved(self, value: float, step: int, *, largest: bool) -> bool:
-    """Whether this value is the best so far, which is noted; NaN never is.
+  def improved(self, value: float, step: int) -> bool:
+    """Whether this value is the best so far, which is noted; NaN and infinity never are.
 
     Args:
       step: number of the checkpoint that holds the measured parameters.
-      largest: the largest value is the best; otherwise the smallest.
     """
     before = self.best
-    if math.isnan(value) or (
-      before is not None and (value <= before if largest else value >= before)
-    ):
+    better = before is None or (value > before if self.best_is == 'max' else value < before)
+    if not math.isfinite(value) or not better:
       self.waited += 1
       return False
     self.best, self.best_step, self.waited = value, step, 0

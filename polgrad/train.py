@@ -154,7 +154,7 @@ def prepare(
     if before is not None:
       workdirs.drop_later(checkpoints, before)
     progress.read(meta)
-    progress.follow(experiment.keep_best, checkpoints.all_steps())
+    progress.follow(experiment.keep_best, experiment.best_is, checkpoints.all_steps())
     writer = store = None
     if chief:
       workdirs.write_config(workdir, own['config'], int(state.step))

@@ -9,24 +9,28 @@ from polgrad import checkpoint
 from polgrad.progress import BEST, Progress
 
 
-def test_the_best_value_is_the_first_of_equal_ones_and_never_nan():
+def test_the_best_value_is_the_first_of_equal_ones_and_always_finite():
   run = Progress()
-  values = (math.nan, 1.0, 2.0, 2.0, math.nan, 3.0)
-  found = [run.improved(x, step, largest=True) for step, x in enumerate(values)]
-  assert found == [False, True, True, False, False, True]
-  assert (run.best, run.best_step, run.waited) == (3.0, 5, 0)
-  assert not run.improved(4.0, 6, largest=False) and run.waited == 1
-  assert run.improved(-4.0, 7, largest=False)
+  values = (math.nan, 1.0, 2.0, 2.0, math.nan, 3.0, math.inf)
+  found = [run.improved(x, step) for step, x in enumerate(values)]
+  assert found == [False, True, True, False, False, True, False]
+  assert (run.best, run.best_step, run.waited) == (3.0, 5, 1)
+  run = Progress(best_is='min')
+  found = [run.improved(x, step) for step, x in enumerate((4.0, 4.0, -4.0, -math.inf))]
+  assert found == [True, False, True, False] and run.best_step == 2
 
 
 def test_another_metric_or_a_lost_checkpoint_begins_anew():
   run = Progress(tokens=7, metric='a', best=1.0, best_step=3, waited=2)
-  run.follow('a', [3, 4])
-  assert run.best == 1.0 and run.waited == 2
-  run.follow('a', [4])
+  run.follow('a', 'max', [3, 4])
+  assert run.best == 1.0 and run.waited == 2 and run.measured
+  run.follow('a', 'max', [4])
   assert run.best is None and run.waited == 2
-  run.follow('b', [4])
-  assert run.waited == 0 and run.tokens == 7
+  run.follow('b', 'max', [4])
+  assert run.waited == 0 and run.tokens == 7 and not run.measured
+  run.improved(1.0, 4)
+  run.follow('b', 'min', [4])
+  assert run.best is None and run.best_is == 'min'
 
 
 def test_it_is_read_from_the_text_of_a_checkpoint_or_of_an_older_one():
@@ -43,7 +47,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
   with pytest.raises(FileNotFoundError, match='no whole checkpoint'):
     checkpoint.numbered(checkpoints, 'here', BEST)
   for step, value in enumerate((0.0, 3.0, 2.0, 1.0, 1.0)):
-    run.improved(value, step, largest=True)
+    run.improved(value, step)
     trees = {'params': {'w': jnp.ones(2)}, 'rest': {'n': jnp.ones(1)}}
     checkpoint.save(checkpoints, step, trees, {'progress': run.to_json()})
   checkpoints.wait_until_finished()

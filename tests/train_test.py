@@ -603,7 +603,12 @@ def test_a_best_metric_that_is_not_there_is_refused(finished):
   made.keep_best = 'evaluation/gredy'
   run = phases.start_phase(build.build(made), state, phases.Logs())
   with pytest.raises(ValueError, match=r"keep_best: unknown 'evaluation/gredy'; did you mean"):
-    run.improved(None, {'evaluation/greedy': 0.0}, 0)
+    run.improved(state, {'evaluation/greedy': 0.0})
+  # Held-out records are measured at other steps, and a row of theirs alone refuses nothing.
+  run = dataclasses.replace(run, phase=dataclasses.replace(run.phase, held_out={'pairs': []}))
+  every = run.experiment.evaluation.every
+  later = state.replace(phase_step=every + 1)
+  assert every > 1 and not run.improved(later, {'loss': 1.0, 'evaluation/pairs/loss': 0.0})
   for name, match in (('seconds', 'the clock'), ('', 'patience: name the metric')):
     made.update(keep_best=name, patience=1)
     with pytest.raises(ValueError, match=match):
