@@ -10,6 +10,7 @@ A file is whole or absent. Any reader of parquet can open it, such as pandas:
 `docs/looking_inside.md` lists the columns.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from absl import logging
 
 from polgrad.arrays import per_token
 from polgrad.data.tokenizers import Tokenizer
@@ -53,6 +55,7 @@ class Store:
       limit: bytes that all files of a folder may have; beyond it the oldest are deleted.
     """
     self.workdir, self.limit = workdir, limit
+    self._failing = False
     for folder in (ROLLOUTS, EVALUATIONS):
       place = os.path.join(workdir, folder)
       os.makedirs(place, exist_ok=True)
@@ -86,15 +89,34 @@ class Store:
     self._write(EVALUATIONS, phase, step, _with_meta(columns, {'of': len(samples)}))
 
   def _write(self, folder: str, phase: str, step: int, table: pa.Table) -> None:
-    """Writes a file whole, then deletes the oldest of its folder until the limit holds."""
+    """Writes a file whole, then deletes the oldest of its folder until the limit holds.
+
+    A file that cannot be written, as on a full disk, is left out; a warning names the first.
+    """
+    try:
+      self._write_whole(folder, phase, step, table)
+      self._failing = False
+    except OSError as error:
+      if not self._failing:
+        logging.warning(
+          'rows of %s, update %d, are not kept: %s; the run goes on', phase, step, error
+        )
+      self._failing = True
+
+  def _write_whole(self, folder: str, phase: str, step: int, table: pa.Table) -> None:
     place = os.path.join(self.workdir, folder)
     path = os.path.join(place, file_name(phase, step))
     temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as f:
-      pq.write_table(table, f, compression='zstd')
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+      with open(temporary, 'wb') as f:
+        pq.write_table(table, f, compression='zstd')
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(temporary, path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.remove(temporary)
+      raise
     sizes = {file: os.path.getsize(file) for file in files(self.workdir, folder)}
     while sum(sizes.values()) > self.limit and len(sizes) > 1:
       oldest = next(iter(sizes))

@@ -106,7 +106,7 @@ class TestFiles:
     found = set(os.listdir(tmp_path / 'rollouts'))
     assert found == {'a%2Fb-000001.parquet', 'train-000002.parquet', 'notes.txt'}
 
-  def test_are_whole_or_absent(self, tmp_path, monkeypatch):
+  def test_are_whole_or_absent_and_a_full_disk_is_named_once(self, tmp_path, monkeypatch, caplog):
     batch, tokenizer = bytes_batch(['a'])
 
     def fails(table, file, **_):
@@ -114,9 +114,13 @@ class TestFiles:
       raise OSError('no space')
 
     monkeypatch.setattr(row_files.pq, 'write_table', fails)
-    with pytest.raises(OSError, match='no space'):
-      store(tmp_path).write_rows('train', 1, batch, 1, tokenizer=tokenizer)
-    assert row_files.files(str(tmp_path), row_files.ROLLOUTS) == []
+    kept = store(tmp_path)
+    with caplog.at_level('WARNING'):
+      for step in (1, 2):
+        kept.write_rows('train', step, batch, 1, tokenizer=tokenizer)
+    assert os.listdir(tmp_path / 'rollouts') == []
+    assert caplog.text.count('rows of train, update 1, are not kept: no space') == 1
+    assert 'update 2' not in caplog.text
 
   def test_beyond_the_limit_the_oldest_are_deleted(self, tmp_path):
     batch, tokenizer = bytes_batch(['a'])
