@@ -100,7 +100,13 @@ class tensorboard(Tracker):
     SummaryWriter = _without_torch()
     folder = os.path.expanduser(self.folder) or os.path.join(opening.workdir, 'tensorboard')
     # TensorBoard drops events of an earlier process from `purge_step` on.
-    writer = SummaryWriter(folder, purge_step=opening.step + 1, filename_suffix=f'.{opening.step}')
+    # What it has written before stays, so that must be on the disk if this process is killed.
+    writer = SummaryWriter(
+      folder,
+      purge_step=opening.step + 1,
+      filename_suffix=f'.{opening.step}',
+      flush_secs=1,
+    )
     return _TensorBoard(writer), {}
 
 
@@ -342,7 +348,7 @@ class Tracking:
       RuntimeError: a tracker of a new run cannot be opened. In a resumed run this is only a warning.
     """
     self._boards: dict[str, tuple[Board, bool]] = {}  # with whether it has the earlier rows
-    self._earlier = earlier
+    self._earlier, self._start = earlier, step
     for name, tracker in trackers.items():
       file = os.path.join(workdir, 'trackers', f'{name}.json')
       known = _read(file)
@@ -356,14 +362,15 @@ class Tracking:
           raise RuntimeError(f'{text}; correct it, or leave this tracker out') from error
         logging.warning('%s; this run continues without it', text)
       else:
-        self._boards[name] = (board, known is not None and not board.rewrites)
+        self._boards[name] = (board, known is not None)
 
   def write(self, step: int, phase: str, row: Mapping[str, float]) -> None:
     """Sends the finite values of a row, under names that begin with the phase."""
     values = {f'{phase}/{k}': v for k, v in row.items() if math.isfinite(v)}
     again = _same(self._earlier.get((phase, step)), row)
     for name, (board, has_earlier) in list(self._boards.items()):
-      if not (again and has_earlier):
+      # A board that rewrites drops the rows after the step at which the run resumes, and no others.
+      if not (again and has_earlier and (step <= self._start or not board.rewrites)):
         self._guarded(name, board.write, step, values)
 
   def close(self) -> None:

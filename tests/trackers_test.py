@@ -164,13 +164,14 @@ class Memory(trackers.Tracker):
 
   module, extra = 'json', ''
 
-  def __init__(self, fails=()):
-    self.rows, self.fails = [], fails
+  def __init__(self, fails=(), rewrites=False):
+    self.rows, self.fails, self.rewrites = [], fails, rewrites
 
   def open(self, opening):
     if 'open' in self.fails:
       raise ConnectionError('no network')
-    board = type('Kept', (trackers.Board,), {'write': self.write, 'close': lambda self: None})
+    own = {'write': self.write, 'close': lambda self: None, 'rewrites': self.rewrites}
+    board = type('Kept', (trackers.Board,), own)
     return board(), {}
 
   def write(self, step, values):
@@ -184,6 +185,19 @@ def test_rows_that_a_resumed_run_makes_differently_are_sent_again(tmp_path):
   write(opened(tmp_path, 0, it=memory), range(1, 4))
   write(opened(tmp_path, 1, it=memory), range(2, 4), loss=7.0)
   assert [step for step, _ in memory.rows] == [1, 2, 3, 2, 3]
+
+
+def test_a_board_that_rewrites_keeps_the_first_row_of_a_phase_at_the_step_of_the_checkpoint(
+  tmp_path,
+):
+  memory = Memory(rewrites=True)
+  for step in (0, 2):
+    writer = opened(tmp_path, step, it=memory)
+    for at, phase in ((1, 'train'), (2, 'train'), (2, 'next'), (3, 'next')):
+      if at > step or phase == 'next':
+        writer.write(at, phase, {'loss': 1.0})
+    writer.close()
+  assert [step for step, _ in memory.rows] == [1, 2, 2, 3, 3]
 
 
 def test_a_tracker_that_joins_later_gets_the_rows_that_are_written_again(tmp_path):
