@@ -58,7 +58,7 @@ def test_commands_are_listed_and_unknown_ones_are_not_sent(capsys):
   assert err[0] == f'[{sample.COMMANDS}]' and err[1].startswith('[there is no /halp: /reset')
 
 
-def test_a_conversation_that_is_too_long_says_what_to_do_and_goes_on(capsys):
+def test_a_conversation_that_is_too_long_says_what_to_do_and_continues(capsys):
   seen, out, err = talk(capsys, ['long', 'a', 'cut'])
   assert err == [
     '[the conversation is full: the model reads 100 tokens; use /reset]',
@@ -102,14 +102,13 @@ def folder(tmp_path_factory):
   return hub.small('qwen3', tmp_path_factory.mktemp('hub'))
 
 
-def unstreamed(folder, messages, turn, **settings):
-  """The completion of the sampler of training, with the seed of the chat."""
+def unstreamed(folder, **settings):
+  """The function from messages and turn to the completion of the sampler of training."""
   config = loading.bare(folder)
   config.mesh.data = 1
   experiment = build.build(config)
   params = evaluate.init_params(experiment.policy, experiment.mesh, 0)
-  tokenizer, records = experiment.tokenizer, [{'messages': messages, 'id': turn}]
-  prompts = batching.prompts(records, tokenizer, length=200)
+  tokenizer = experiment.tokenizer
   sampler = make_sampler(
     {'policy': experiment.policy},
     behavior_policy=behavior_policies.current,
@@ -118,9 +117,15 @@ def unstreamed(folder, messages, turn, **settings):
     pad_id=tokenizer.pad_id,
     **settings,
   )
-  rows = (prompts.tokens, prompts.mask, prompts.ids)
-  made = sampler({'policy': params}, *rows, seed=3, step=turn)
-  return completions(to_host(made), records, tokenizer)[0]
+
+  def complete(messages, turn):
+    records = [{'messages': messages, 'id': turn}]
+    prompts = batching.prompts(records, tokenizer, length=200)
+    rows = (prompts.tokens, prompts.mask, prompts.ids)
+    made = sampler({'policy': params}, *rows, seed=3, step=turn)  # the seed of the chat
+    return completions(to_host(made), records, tokenizer)[0]
+
+  return complete
 
 
 def test_a_chat_in_a_pipe_says_what_the_sampler_says(folder, monkeypatch, capfd):
@@ -132,9 +137,10 @@ def test_a_chat_in_a_pipe_says_what_the_sampler_says(folder, monkeypatch, capfd)
   assert told.err.startswith('[compiling for conversations of up to 256 tokens ...]')
   del asked['seed']
   first = [{'role': 'user', 'content': 'hello world'}]
-  reply = unstreamed(folder, first, 0, **asked)
+  complete = unstreamed(folder, **asked)
+  reply = complete(first, 0)
   second = [{'role': 'assistant', 'content': reply}, {'role': 'user', 'content': 'who are you?'}]
-  assert told.out == f'{reply}\n{unstreamed(folder, first + second, 1, **asked)}\n'
+  assert told.out == f'{reply}\n{complete(first + second, 1)}\n'
 
 
 def test_a_chat_without_a_template_is_refused_in_one_line(folder, tmp_path, capsys):

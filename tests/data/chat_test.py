@@ -63,7 +63,7 @@ def test_turns_of_a_sentencepiece_model_alone_are_trained_through_eos(tmp_path, 
 
 
 @pytest.mark.parametrize('family', [*ENDS, 'llama2'])
-def test_before_the_last_turn_stands_the_prompt_of_the_sampler(tmp_path, family):
+def test_the_prompt_of_the_sampler_comes_before_the_last_turn(tmp_path, family):
   t = tokenizers.huggingface(path=str(getattr(folders, family)(tmp_path)))
   for talk in (TALK[:2], TALK):
     prompt = sampled_prompt(t, talk[:-1])

@@ -143,7 +143,7 @@ ALPHABET = ''.join(chr(97 + i) for i in range(tiny.VOCAB - 2))
 def test_a_row_ends_at_the_token_that_completes_a_stop_string_and_is_otherwise_the_same(
   quick_compiler,
 ):
-  policy, params = tiny.policy(), tiny.params()
+  policy, params = tiny.policy(num_layers=1), tiny.params(num_layers=1)
   tokenizer = tokenizers.characters(alphabet=ALPHABET).sampling('', ('ab', 'c', 'dd', 'ef'))
   table = stop_table(tokenizer, tiny.VOCAB)
   settings = dict(max_new_tokens=9, samples_per_prompt=12, stop_ids=(1,), slots=4, temperature=2.0)
@@ -151,20 +151,20 @@ def test_a_row_ends_at_the_token_that_completes_a_stop_string_and_is_otherwise_t
   draw = lambda **more: make_sampler({'policy': policy}, **settings, **more)(
     {'policy': params}, tokens, mask, np.arange(2), seed=0, step=0
   )
-  free, stopped = draw(), draw(stop_table=table)
+  free, stopped = jax.device_get((draw(), draw(stop_table=table)))
   for i in range(24):
-    ids = np.asarray(free.tokens[i])[np.asarray(free.mask[i])].tolist()
+    ids = free.tokens[i][free.mask[i]].tolist()
     count = found_stop(table, ids) or len(ids)
     row = np.flatnonzero(stopped.mask[i])
-    assert np.asarray(stopped.tokens[i])[row].tolist() == ids[:count]
+    assert stopped.tokens[i][row].tolist() == ids[:count]
     np.testing.assert_allclose(stopped.behavior_logp[i][row], free.behavior_logp[i][row], rtol=1e-6)
     assert stopped.finished[i] == (found_stop(table, ids) is not None or ids[count - 1] == 1)
   assert sum(found_stop(table, r[m].tolist()) is not None
-                 for r, m in zip(np.asarray(free.tokens), np.asarray(free.mask))) > 3  # fmt: skip
+                 for r, m in zip(free.tokens, free.mask)) > 3  # fmt: skip
   assert stopped.tokens[0, 4:][~stopped.mask[0, 4:]].tolist().count(0) == 9 - stopped.mask[0].sum()
 
 
-def test_the_text_ends_with_the_stop_string_though_its_token_goes_on(smollm2):
+def test_the_text_ends_with_the_stop_string_though_its_token_has_more_text(smollm2):
   tokenizer = tokenizers.huggingface(path=smollm2).sampling('Well', ('tio', 'xyz'))
   ids = tokenizer.encode(', a nation')
   batch = Batch(
