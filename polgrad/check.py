@@ -76,7 +76,9 @@ def data_sections(config: ml_collections.ConfigDict, run: Experiment) -> list[Da
   return found
 
 
-def make_job(tokenizer: Mapping, source: Mapping, reader: Mapping | None, plan: Mapping):
+def make_job(
+  tokenizer: Mapping, source: Mapping, reader: Mapping | None, plan: Mapping
+) -> reading.ReadJob:
   """The job of reading a source, of configurations as JSON; it needs no device."""
   read = (
     bind(reader, collect.TABLE) if reader else bind(plan, {'build.HeldOut': HeldOut}, 'evaluation')

@@ -401,3 +401,11 @@ def test_table_entries_bind(tmp_path, sums):
     source = bind(part(fn, **knobs[fn.__name__]), sources.TABLE)
     record = source[0]
     assert isinstance(record.get('prompt') or record['messages'][-1]['content'], str)
+
+
+@pytest.mark.parametrize(
+  ('count', 'most', 'rows'),
+  [(10, 4, [0, 2, 5, 7]), (3, 4, [0, 1, 2]), (3, 0, [0, 1, 2]), (0, 4, [])],
+)
+def test_spaced_rows_are_all_or_few_that_reach_to_the_end(count, most, rows):
+  assert sources.spaced(count, most) == rows

@@ -1,5 +1,7 @@
 """Stop strings: the table of a vocabulary finds what a search in the decoded text finds."""
 
+import doctest
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from polgrad.collect import completions
 from polgrad.data import tokenizers
 from polgrad.options import from_text
 from polgrad.registry import part, weighted
-from polgrad.sampling import make_sampler
+from polgrad.sampling import make_sampler, stopping
 from polgrad.sampling.stopping import stop_table
 from polgrad.types import Batch
 from tests.data import folders
@@ -98,6 +100,11 @@ def test_bytes_and_characters_have_tables():
   table = stop_table(tokenizer, tokenizer.vocab_size)
   rows = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (200, 6)).tolist()
   assert [found_stop(table, i) for i in rows] == [first_stop(tokenizer, i) for i in rows]
+
+
+def test_the_examples_of_the_docstrings_are_true():
+  found = doctest.testmod(stopping)
+  assert found.attempted == 2 and not found.failed
 
 
 def test_the_space_that_a_decoder_drops_at_the_beginning_is_not_seen():
