@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import logging
 
+from polgrad.whole_files import writing
+
 
 class Writer:
   """Appends rows of metrics to `metrics.jsonl`, and to the trackers of the run."""
@@ -46,12 +48,8 @@ class Writer:
     stays = lambda row: row['step'] <= step and row['phase'] in past
     kept = [row for row in rows if stays(row)]
     dropped = {(row['phase'], row['step']): row for row in rows if not stays(row)}
-    temporary = f'{self.path}.tmp'
-    with open(temporary, 'w') as f:
+    with writing(self.path) as f:
       f.writelines(_line(r) for r in kept)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, self.path)
 
     # Append from here on. Line buffering makes every row readable at once.
     self._tracking = track(dropped) if track else None

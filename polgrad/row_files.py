@@ -10,7 +10,6 @@ A file is whole or absent. Any reader of parquet can open it, such as pandas:
 `docs/looking_inside.md` lists the columns.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -26,6 +25,7 @@ from absl import logging
 from polgrad.arrays import per_token
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch
+from polgrad.whole_files import writing
 
 ROLLOUTS, EVALUATIONS = 'rollouts', 'evaluations'  # folders in the folder of a run
 ENDING = '.parquet'
@@ -106,17 +106,8 @@ class Store:
   def _write_whole(self, folder: str, phase: str, step: int, table: pa.Table) -> None:
     place = os.path.join(self.workdir, folder)
     path = os.path.join(place, file_name(phase, step))
-    temporary = f'{path}.tmp'
-    try:
-      with open(temporary, 'wb') as f:
-        pq.write_table(table, f, compression='zstd')
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(temporary, path)
-    except OSError:
-      with contextlib.suppress(OSError):
-        os.remove(temporary)
-      raise
+    with writing(path, 'wb') as f:
+      pq.write_table(table, f, compression='zstd')
     sizes = {file: os.path.getsize(file) for file in files(self.workdir, folder)}
     while sum(sizes.values()) > self.limit and len(sizes) > 1:
       oldest = next(iter(sizes))

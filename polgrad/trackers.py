@@ -22,6 +22,7 @@ from absl import logging
 
 from polgrad.identity import leaves
 from polgrad.registry import table
+from polgrad.whole_files import writing
 
 # Metrics that depend on the clock or the machine: two runs that are equal in all others are equal.
 OF_THE_CLOCK = ('seconds', 'tokens_per_second', 'mfu', 'peak_memory')
@@ -410,9 +411,8 @@ def _read(path: str) -> dict | None:
 
 def _write(path: str, values: Mapping[str, str]) -> None:
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+  with writing(path, encoding='utf-8') as f:
     json.dump(values, f)
-  os.replace(f'{path}.tmp', path)
 
 
 def describe(identity: Mapping[str, Any]) -> dict[str, Any]:

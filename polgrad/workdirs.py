@@ -11,6 +11,7 @@ from absl import logging
 
 from polgrad import checkpoint, identity
 from polgrad.progress import NEWEST
+from polgrad.whole_files import writing
 
 
 @contextlib.contextmanager
@@ -80,6 +81,5 @@ def write_config(workdir: str, config: dict, step: int) -> None:
     if same:
       return
     os.replace(path, os.path.join(workdir, f'config_until_{step}.json'))
-  with open(f'{path}.tmp', 'w') as f:
+  with writing(path) as f:
     f.write(text)
-  os.replace(f'{path}.tmp', path)

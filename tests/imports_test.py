@@ -61,6 +61,7 @@ LEVELS = {
   'trackers': 1,
   'speed': 1,
   'progress': 0,
+  'whole_files': 0,
   'report': 2,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')

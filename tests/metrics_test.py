@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from polgrad import metrics
+from polgrad import metrics, whole_files
 
 ROWS = [{'step': i, 'phase': 'train', 'loss': i / 2} for i in range(1, 6)]
 TEXT = ''.join(json.dumps(row) + '\n' for row in ROWS)
@@ -64,3 +64,14 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
 
   row = json.loads(text, parse_constant=refuse)
   assert row == {'step': 1, 'phase': 'train', 'loss': None, 'kl': None, 'reward': 1.0}
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+  path = tmp_path / 'a'
+  with whole_files.writing(str(path)) as file:
+    file.write('first')
+    assert not path.exists()
+  with pytest.raises(OSError, match='no space'), whole_files.writing(str(path)) as file:
+    file.write('half')
+    raise OSError('no space')
+  assert path.read_text() == 'first'

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from polgrad.view import charts, runs, tokens
+from polgrad.whole_files import writing
 
 
 @functools.cache
@@ -57,7 +58,5 @@ def write(path: str, text: str) -> None:
   folder = os.path.dirname(path)
   if folder:
     os.makedirs(folder, exist_ok=True)
-  temporary = f'{path}.tmp'
-  with open(temporary, 'w', encoding='utf-8', errors='replace') as f:
+  with writing(path, encoding='utf-8', errors='replace') as f:
     f.write(text)
-  os.replace(temporary, path)
