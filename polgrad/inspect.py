@@ -24,7 +24,7 @@ from rich.text import Text
 from polgrad import checkpoint, cli, evaluate, row_files, sharding, train, verify
 from polgrad.build import TABLE, Experiment, Phase, build
 from polgrad.compiling import jit
-from polgrad.learner import Learner, forward
+from polgrad.learner import forward
 from polgrad.models.policy import learned
 from polgrad.objectives import PolicyGradient
 from polgrad.registry import suggest
@@ -132,13 +132,7 @@ def judged(
     state: parameters, anchors and the objective's state.
     batch: NumPy; its rows are taken as a minibatch.
   """
-  learner = Learner(
-    experiment.policy,
-    phase.objective,
-    phase.optimizer,
-    temperature=phase.collect.temperature,
-    frozen=phase.frozen,
-  )
+  learner = phase.learner(experiment.policy)
 
   def compute(state, batch):
     outputs = learner.outputs(state, learned(experiment.policy, state.params), batch)
