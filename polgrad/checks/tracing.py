@@ -119,11 +119,10 @@ def trace_update(path: str, phase: Any, policy: Policy, mesh: jax.sharding.Mesh)
   Raises:
     ValueError: names the section and what is wrong.
   """
-  learner = phase.learner(policy)
   with _Naming(path), jax.set_mesh(mesh):
     batch = batch_shapes(phase, phase.collect.rows // phase.minibatches)
     batch = batch.replace(layout=phase.layout._replace(pack=0))
-    jax.eval_shape(learner.update, state_shapes(phase, policy), batch)
+    jax.eval_shape(phase.learner(policy).update, state_shapes(phase, policy), batch)
 
 
 class _Naming:
