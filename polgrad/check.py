@@ -180,7 +180,10 @@ def check_verifiers(part: DataSection, run: Experiment, most: int) -> Section:
   ) if canary.verdicts else []  # fmt: skip
   lines += [line for note in canary.notes for line in tables.wrapped(note)]
   title = f'{part.path}.reward: right answers, an empty text, and the answers of other records'
-  return Section(title, lines, canaries.findings(part.path, canary, part.judged.source.place))
+  place = part.judged.source.place
+  wrong = canaries.findings(part.path, canary, place)
+  wrong += canaries.unanswered(part.path, part.judged.reward, judge, records, place)
+  return Section(title, lines, wrong)
 
 
 def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any) -> Section:

@@ -249,6 +249,17 @@ def test_a_verifier_that_refuses_all_right_answers_fails_unless_it_is_of_the_use
   assert not one.fails and one.text.startswith('right answers get no more than wrong ones')
 
 
+@pytest.mark.parametrize(('lacking', 'fails'), [((2,), False), ((0, 1, 2), True)])
+def test_a_verifier_that_fails_on_records_without_an_answer_is_named(lacking, fails):
+  records = [(i, {} if i in lacking else {'answer': '7'}) for i in range(3)]
+  reward = {'right': Weighted(1.0, bind(part(verifiers.numeric_answer), verifiers.TABLE))}
+  score = scoring.make_scorer(reward, isolate=False)
+  judge = lambda texts, some: score(texts, some, list(map(len, texts)))
+  (found,) = canaries.unanswered('config.phases.train', reward, judge, records, 'a:{}'.format)
+  assert found.fails == fails and found.where == 'config.phases.train.reward.right'
+  assert f"{len(lacking)} of 3 records, which have no 'answer' (a:{lacking[0]}" in found.text
+
+
 def test_a_run_warns_if_right_answers_get_no_more_than_an_empty_text(tmp_path):
   records = [{'prompt': one['prompt'], 'answer': one['answer']} for one in SUMS]
   config = configured(file_of(tmp_path, records))

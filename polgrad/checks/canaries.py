@@ -240,6 +240,28 @@ def findings(path: str, canary: Canary, place: Callable[[int], str]) -> list[Fin
   return wrong
 
 
+def unanswered(
+  path: str,
+  reward: Mapping[str, Any],
+  judge: Callable[[Sequence[str], Sequence[Mapping]], Scores],
+  records: Sequence[tuple[int, Mapping]],
+  place: Callable[[int], str],
+) -> list[Finding]:
+  """Verifiers that fail on records without an answer; the arguments are those of `try_verifiers`."""
+  field = field_of(reward)
+  bare = [(row, record) for row, record in records if record.get(field) is None]
+  if not bare or not reward:
+    return []
+  scores, wrong = judge([''] * len(bare), [record for _, record in bare]), []
+  for name, values in scores.components.items():
+    if rows := [row for (row, _), value in zip(bare, values) if np.isnan(value)]:
+      text = f'it fails on {len(rows)} of {len(records)} records, which have no {field!r}'
+      text += f' ({some(rows, place)})'
+      mend = f'give them one, or say where it is with fields.{field}=COLUMN'
+      wrong.append(Finding(f'{path}.reward.{name}', text, mend, fails=len(rows) == len(records)))
+  return wrong
+
+
 def _of_rows(
   where: str, v: Verdict, canary: Canary, place: Callable[[int], str], decides: bool
 ) -> list[Finding]:
