@@ -75,7 +75,7 @@ HOMES = {
   'orbax': {'checkpoint'},
   'absl': {
     *('check', 'cli', 'convert', 'evaluate', 'explain', 'inspect', 'lm_eval', 'loading'),
-    *('metrics', 'phases', 'report', 'sample', 'trackers', 'train', 'verify', 'view'),
+    *('metrics', 'phases', 'report', 'row_files', 'sample', 'trackers', 'train', 'verify', 'view'),
     'workdirs',
   },
 }
