@@ -582,12 +582,11 @@ def _look(
     try:
       fates[batching.fate(reader.lay_out, record, tokenizer, reader.overlong)] += 1
       asked.append((i, duplicates.asked(record)))
-    except batching.TooLong as error:
-      raise ValueError(
-        f'{path}.source: {error}; give more room, or set overlong to drop or truncate such records'
-      ) from error
     except ValueError as error:
-      raise ValueError(f'{path}.source: {error}') from error
+      said = f'{path}.source: {source.place(i)}: {str(error).removeprefix(f"record {i}: ")}'
+      if isinstance(error, batching.TooLong):
+        said += '; give more room, or set overlong to drop or truncate such records'
+      raise ValueError(said) from error
   if fates and fates['dropped'] == fates.total():
     raise ValueError(f'{path}.source: each of {fates.total()} records is too long, and dropped')
   if fates['dropped'] + fates['cut'] == 0:

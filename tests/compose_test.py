@@ -64,7 +64,7 @@ def test_records_that_do_not_fit_are_found_before_the_first_step(tmp_path):
   text = (
     f'method=grpo,task=jsonl,data={path},holdout=0,reward=exact_match,model=tiny,prompt_length=8'
   )
-  with pytest.raises(ValueError, match=r'config\.phases\.\w+\.source: record 20: 12 tokens'):
+  with pytest.raises(ValueError, match=r'config\.phases\.\w+\.source: \S+a.jsonl:21: 12 tokens'):
     build.check_data(build.build(from_text(text)))
   config = grpo.get_config('smoke')
   config.tokenizer.alphabet = '0123456789='

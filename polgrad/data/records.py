@@ -48,7 +48,8 @@ def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({
   fields = _renamed(mapped(record, fields))
 
   # What is asked: a text, or messages. Pairs without either have it in the turns that both begin with.
-  if isinstance(fields.get('prompt'), list) and 'messages' not in fields:
+  as_prompt = isinstance(fields.get('prompt'), list) and 'messages' not in fields
+  if as_prompt:
     fields['messages'] = fields.pop('prompt')
   paired = isinstance(fields.get('chosen'), list) and isinstance(fields.get('rejected'), list)
   asked = ('prompt' in fields) + ('messages' in fields)
@@ -57,13 +58,13 @@ def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({
   if ('chosen' in fields) != ('rejected' in fields):
     raise ValueError('chosen and rejected come together')
   if 'messages' in fields:
-    fields['messages'] = _turns(fields['messages'], 'messages')
+    fields['messages'] = _turns(fields['messages'], 'prompt' if as_prompt else 'messages')
 
   # What is answered: texts, or turns that continue the messages.
   if isinstance(fields.get('answer'), list):
-    before = _before(fields)
+    before, own = _before(fields), 'completion' if 'completion' in record else 'answer'
     fields.pop('prompt', None)
-    fields['messages'] = [*before, *_turns(fields.pop('answer'), 'completion')]
+    fields['messages'] = [*before, *_turns(fields.pop('answer'), own)]
   if paired:
     fields |= _pair(fields)
   if isinstance(fields.get('answer'), int | float) and not isinstance(fields['answer'], bool):

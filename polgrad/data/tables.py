@@ -64,6 +64,8 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
       datasets.disable_progress_bars()
       found = datasets.load_dataset(path, subset or None, split=split, revision=revision or None)
   except (ConnectionError, FileNotFoundError) as error:
+    if local.is_dir():
+      raise FileNotFoundError(f'{path}: the folder has no data files') from error
     raise FileNotFoundError(
       f'{path}: no file or folder of this name, and no data set of the hub that can be reached and was '
       f'not used before ({str(error)[:300]})'

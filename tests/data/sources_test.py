@@ -276,7 +276,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path, data, why):
     ('{"prompt": "a", "tools": {"name": "f"}}', 'tools must be a list'),
     ('{"prompt": "a", "tools": "f(x)"}', 'tools must be a list'),
     (json.dumps(dict(prompt={'a': 1}, completion=[HELLO])), 'prompt must be text'),
-    ('{"messages": ["a"]}', 'needs role and content'),
+    ('{"messages": ["a"]}', r'messages\[0\] needs role and content'),
+    ('{"prompt": ["a"]}', r'prompt\[0\] needs role and content'),
+    ('{"prompt": "a", "answer": [1]}', r'answer\[0\] needs role and content'),
+    ('{"prompt": "a", "completion": [1]}', r'completion\[0\] needs role and content'),
   ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, why):

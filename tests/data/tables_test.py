@@ -189,6 +189,8 @@ def test_a_name_that_cannot_be_reached_and_a_missing_file_are_named(tmp_path):
     sources.hub(path='nobody/nothing')
   with pytest.raises(FileNotFoundError, match=r'x.parquet: there is no such file'):
     sources.hub(path=str(tmp_path / 'x.parquet'))
+  with pytest.raises(FileNotFoundError, match='the folder has no data files'):
+    sources.hub(path=str(tmp_path))
   with pytest.raises(ValueError, match=r"a file has the split train alone.*split='test'"):
     sources.hub(path=write(tmp_path / 'a.jsonl', ROWS), split='test')
 
