@@ -78,6 +78,9 @@ def _parse(argv: list[str]) -> list[str]:
     if name == 'config' and flag.startswith('-'):
       file = os.path.expanduser(given if equals else value).partition(':')[0]
       sys.path.append(os.path.dirname(os.path.abspath(file)))
+      with refusals():
+        if not os.path.isfile(file):
+          raise FileNotFoundError(f'--config: there is no file {file!r}')
   with refusals():
     try:
       return flags.FLAGS(argv)

@@ -198,7 +198,7 @@ def test_changes_are_taken_from_the_arguments_in_every_form():
       'experiments/run.py:method=sft,task=jsonl,data=/no.jsonl,model=tiny',
       '/no.jsonl: expected a file of JSON lines, there is none',
     ),
-    ('no.py', 'no.py'),
+    ('no.py', "FileNotFoundError: --config: there is no file 'no.py'\n"),
   ],
 )
 def test_what_a_config_file_raises_is_one_line_of_the_mains(file, said, monkeypatch, capsys):
