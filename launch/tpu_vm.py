@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = made.add_argument
-  add('--name', required=True, help='name of the slice and of the run')
+  add('--name', required=True, type=name, help='name of the slice and of the run')
   add('--zone', required=True, help='such as us-central2-b')
   add('--project', help="Google Cloud project [gcloud's default]")
 
@@ -122,11 +122,25 @@ def parser() -> argparse.ArgumentParser:
       help='environment variable of the run; repeat it for more')  # fmt: skip
   add('--setup', metavar='COMMAND', help="shell command on all workers, in polgrad's folder")
   add('--extras', default='tpu,tasks', help='extras that pip installs [tpu,tasks]')
-  add('--grace', type=int, default=30, help='seconds until a stop kills the run [30]')
-  add('--restarts', type=int, default=100, help='how often to begin again [100]')
+  add('--grace', type=count, default=30, help='seconds until a stop kills the run [30]')
+  add('--restarts', type=count, default=100, help='how often to begin again [100]')
   add('--poll', type=float, default=30, help='seconds between two looks at the slice [30]')
   add('--dry_run', action='store_true', help='print the commands instead of running them')
   return made
+
+
+def name(text: str) -> str:
+  """A name of a slice, which is also that of folders."""
+  if not re.fullmatch(r'[A-Za-z0-9][\w-]*', text, re.ASCII):
+    raise argparse.ArgumentTypeError(f'expected letters, digits and hyphens, got {text!r}')
+  return text
+
+
+def count(text: str) -> int:
+  """A number that is not negative."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f'expected a number of at least 0, got {text!r}')
+  return int(text)
 
 
 def variable(text: str) -> str:
@@ -332,6 +346,8 @@ def check(options: argparse.Namespace, flags: list, error) -> None:
   """Refuses a launch that lacks something."""
   if not options.type or not (options.bucket or names_model(flags)):
     error('need --type and --bucket')
+  if options.bucket and not options.bucket.startswith('/') and '://' not in options.bucket:
+    error(f'--bucket={options.bucket}: expected gs://..., or a path from / that all workers reach')
   if not options.version and not options.type.startswith(tuple(VERSIONS)):
     error(f'--type={options.type}: name its --version; known are {", ".join(VERSIONS)}')
   if options.spot and options.reserved:
