@@ -27,6 +27,7 @@ from polgrad.compiling import jit
 from polgrad.learner import forward
 from polgrad.models.policy import learned
 from polgrad.objectives import PolicyGradient
+from polgrad.progress import NEWEST
 from polgrad.registry import suggest
 from polgrad.types import Batch, Prompts, TrainState
 from polgrad.view import page, runs, tokens
@@ -107,9 +108,9 @@ def of_rollout(
       state = _restored(experiment, folder, number)
       found = judged(experiment, phase, state, batch)
       note = f'ratio, entropy and clipping under the policy of checkpoint {number}'
-    elif step >= 0:
+    elif step != NEWEST:
       raise ValueError(
-        f'--step={step}: that checkpoint is of the phase {of}, not of {stored.phase}'
+        f'--step={number}: that checkpoint is of the phase {of}, not of {stored.phase}'
       )
   one = dict(stored.rows[row])
   span = slice(one['column'], one['column'] + len(one['tokens']))
@@ -318,10 +319,8 @@ def main(argv: list[str]) -> None:
       verify.read_config(workdir) if cli.CONFIG.value is None else cli.config(TABLE)
     )
     folder = cli.checkpoint_folder() if cli.CHECKPOINTS.value else _checkpoints(workdir)
-    if cli.STEP.value >= 0 and not folder:
-      raise ValueError(
-        f'--step={cli.STEP.value}: there are no checkpoints in {workdir or "no folder"}'
-      )
+    if cli.STEP.value != NEWEST and not folder:
+      raise ValueError(f'--step: there are no checkpoints in {workdir or "no folder"}')
     with jax.set_mesh(experiment.mesh):
       if stored:
         view = of_rollout(experiment, stored, _ROW.value, folder, cli.STEP.value)

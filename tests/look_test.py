@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -383,6 +384,17 @@ class TestInspect:
     view = inspect.of_record(experiment, '', 0)
     with pytest.raises(ValueError, match="--color: the row has no 'kl'"):
       inspect.show(view, Console(), ['kl'], False)
+
+  def test_the_best_checkpoint_of_a_folder_without_any_is_refused(self, run, tmp_path, capsys):
+    shutil.copy(os.path.join(run[0], 'config.json'), tmp_path)
+    flags.FLAGS.mark_as_parsed()
+    with (
+      flagsaver.flagsaver(workdir=str(tmp_path), compilation_cache='', config=None),
+      flagsaver.flagsaver((inspect.cli.STEP, 'best')),
+      pytest.raises(SystemExit),
+    ):
+      inspect.main(['inspect'])
+    assert '--step: there are no checkpoints in' in capsys.readouterr().err
 
   def test_hostile_tokens_stay_text(self):
     batch, tokenizer = bytes_batch([HOSTILE])
