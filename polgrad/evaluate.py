@@ -265,8 +265,8 @@ def row_batches(phase: Phase, source: sources.Source, context: Context) -> Itera
   """
   collector, tokenizer = phase.collect, context.tokenizer
   records = [{**source[i], 'id': i} for i in range(min(phase.held_out_records, len(source)))]
-  if collector.overlong == 'drop':
-    fate = lambda one: batching.fate(collector.lay_out, one, tokenizer, 'drop')
+  if collector.overlong != 'error':
+    fate = lambda one: batching.fate(collector.lay_out, one, tokenizer, collector.overlong)
     records = [record for record in records if fate(record) != 'dropped']
   if not records:
     raise ValueError('held_out: there are no records, or each is too long, and dropped')

@@ -179,3 +179,16 @@ def test_one_that_is_found_only_when_it_is_drawn_is_named_with_the_option(tmp_pa
   words = r'config\.phases\.train\.source, step 1: record 7: 12 tokens.*collect\.overlong=drop'
   with pytest.raises(ValueError, match=words):
     phases.run_phase(run, state, None, phases.Logs())
+
+
+@pytest.mark.parametrize('overlong', ['drop', 'truncate'])
+@pytest.mark.parametrize('method', ['sft', 'dpo'])
+def test_held_out_records_of_which_nothing_is_left_to_train_on_are_not_measured(
+  tmp_path, method, overlong
+):
+  run = experiment(tmp_path, method, overlong, rows=3, prompt='1' * 99)
+  phase = run.phases['train']
+  context = phases.context(run, phase, 0)
+  [source] = phase.held_out.values()
+  batches = list(evaluate.row_batches(phase, source, context))
+  assert sum(batch.mask.any(axis=1).sum() for batch in batches) == 3 * phase.rows_per_prompt
