@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import ml_collections
@@ -21,6 +21,7 @@ from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.checks import duplicates, tracing
+from polgrad.checks.findings import Finding
 from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.learner import Learner
 from polgrad.models import Part as ModelPart
@@ -510,25 +511,59 @@ def check_data(run: Experiment) -> list[str]:
   """
   told, asked = [], {}
   for name, phase in run.phases.items():
-    path, rows = f'config.phases.{name}', len(phase.source)
-    tracing.trace_objective(path, phase, run.policy)
-    told += _try_verifiers(f'{path}.reward', phase, phase.source, run.tokenizer)
-    lines, asked[path] = _look(path, phase.source, rows, phase.collect, run.tokenizer)
+    tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
+  sections = data_sections(run)
+  for one in sections:
+    if one.judged:
+      told += _try_verifiers(f'{one.path}.reward', one.judged, one.source, run.tokenizer)
+    lines, asked[one.path] = _look(one, run.tokenizer)
     told += lines
+  return told + [str(one) for one in leaks(sections, asked)]
+
+
+class DataSection(NamedTuple):
+  """A part of the configuration that reads records."""
+
+  path: str  # `config.phases.train`, `config.phases.train.held_out.pairs`, `config.evaluation`, ...
+  source: sources.Source
+  rows: int  # rows of the source that may be read, from the first
+  reader: collect.Collector | HeldOut  # lays the records out
+  judged: Judged | None  # has the verifiers of completions of these records; None: there are none
+  held_out: bool  # whether the records are only measured
+
+
+def data_sections(run: Experiment) -> list[DataSection]:
+  """The sections that read records, in the order of the run."""
+  found = []
+  for name in run.order:
+    phase, path = run.phases[name], f'config.phases.{name}'
+    found.append(DataSection(path, phase.source, len(phase.source), phase.collect, phase, False))
     for key, source in phase.held_out.items():
       rows = min(phase.held_out_records, len(source))
-      told += _look(f'{path}.held_out.{key}', source, rows, phase.collect, run.tokenizer)[0]
-  evaluation = run.evaluation
-  if evaluation.every:
-    told += _try_verifiers('config.evaluation.reward', evaluation, evaluation.source, run.tokenizer)
-    rows = min(evaluation.problems, len(evaluation.source))
-    lines, held_out = _look('config.evaluation', evaluation.source, rows, evaluation, run.tokenizer)
-    told += lines
-    for path, digests in asked.items():
-      both = duplicates.shared(digests, held_out)
-      places = evaluation.source.place, run.phases[path.rpartition('.')[2]].source.place
-      told += map(str, duplicates.leaks('config.evaluation', both, len(held_out), path, places))
-  return told
+      found.append(DataSection(f'{path}.held_out.{key}', source, rows, phase.collect, None, True))
+  plan = run.evaluation
+  if plan.every:
+    rows = min(plan.problems, len(plan.source))
+    found.append(DataSection('config.evaluation', plan.source, rows, plan, plan, True))
+  return found
+
+
+def leaks(
+  sections: Sequence[DataSection], asked: Mapping[str, Sequence[tuple[int, bytes]]]
+) -> list[Finding]:
+  """Held-out prompts that are also trained on.
+
+  Args:
+    asked: (row, digest of the prompt) of records that were read, by the path of their section.
+  """
+  found = []
+  for measured in (one for one in sections if one.held_out):
+    for trained in (one for one in sections if not one.held_out):
+      own = asked[measured.path]
+      both = duplicates.shared(asked[trained.path], own)
+      places = measured.source.place, trained.source.place
+      found += duplicates.leaks(measured.path, both, len(own), trained.path, places)
+  return found
 
 
 def _try_verifiers(
@@ -564,17 +599,14 @@ def _try_verifiers(
 
 
 def _look(
-  path: str,
-  source: sources.Source,
-  rows: int,
-  reader: collect.Collector | HeldOut,
-  tokenizer: tokenizers.Tokenizer,
+  section: DataSection, tokenizer: tokenizers.Tokenizer
 ) -> tuple[list[str], list[tuple[int, bytes]]]:
-  """Lays out some of the first `rows` records of a source.
+  """Lays out some of the records of a section.
 
   Returns:
     How many do not fit, if any; and the row and the digest of the prompt of each.
   """
+  path, source, rows, reader, *_ = section
   count = CHECKED_OF_FILES if source.irregular else CHECKED
   fates, asked = collections.Counter(), []
   for i in sources.spaced(rows, count):

@@ -12,6 +12,7 @@ output.
 import functools
 import itertools
 import json
+import operator
 import os
 import resource
 import shutil
@@ -26,7 +27,7 @@ from absl import flags
 from tqdm import tqdm
 
 from polgrad import cli, collect, phases
-from polgrad.build import TABLE, Experiment, HeldOut, Phase, build
+from polgrad.build import TABLE, DataSection, Experiment, HeldOut, build, data_sections, leaks
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.checks.findings import Finding
 from polgrad.data import chat, sources, tokenizers
@@ -49,33 +50,6 @@ class Section(NamedTuple):
   findings: Sequence[Finding] = ()
 
 
-class DataSection(NamedTuple):
-  """A section of the configuration that reads records: a phase, or the evaluation."""
-
-  path: str
-  spec: Mapping  # its configuration
-  judged: Phase | HeldOut
-  rows: int  # of its source that it reads
-
-  @property
-  def reader(self) -> Any:
-    return self.judged if isinstance(self.judged, HeldOut) else self.judged.collect
-
-
-def data_sections(config: ml_collections.ConfigDict, run: Experiment) -> list[DataSection]:
-  """The sections that read records, in the order of the run."""
-  found = [
-    DataSection(
-      f'config.phases.{name}', config.phases[name], run.phases[name], len(run.phases[name].source)
-    )
-    for name in run.order
-  ]
-  if run.evaluation.every:
-    rows = min(run.evaluation.problems, len(run.evaluation.source))
-    found.append(DataSection('config.evaluation', config.evaluation, run.evaluation, rows))
-  return found
-
-
 def make_job(
   tokenizer: Mapping, source: Mapping, reader: Mapping | None, plan: Mapping
 ) -> reading.ReadJob:
@@ -87,30 +61,38 @@ def make_job(
 
 
 def job_maker(
-  config: ml_collections.ConfigDict, part: DataSection
+  config: ml_collections.ConfigDict, section: DataSection
 ) -> Callable[[], reading.ReadJob]:
   """A function that makes the job of a section in another process; it can be sent there."""
-  spec = json.loads(part.spec.to_json_best_effort())
+  spec, source = specs(config, section)
   tokenizer = json.loads(config.tokenizer.to_json_best_effort())
-  return functools.partial(make_job, tokenizer, spec['source'], spec.get('collect'), spec)
+  return functools.partial(make_job, tokenizer, source, spec.get('collect'), spec)
 
 
-def read_part(
-  config: ml_collections.ConfigDict, run: Experiment, part: DataSection, most: int
+def specs(config: ml_collections.ConfigDict, section: DataSection) -> tuple[dict, dict]:
+  """The configurations, as JSON, of the phase or evaluation of a section, and of its source."""
+  path, _, held_out = section.path.removeprefix('config.').partition('.held_out.')
+  plain = json.loads(config.to_json_best_effort())
+  spec = functools.reduce(operator.getitem, path.split('.'), plain)
+  return spec, spec['held_out'][held_out] if held_out else spec['source']
+
+
+def read_section(
+  config: ml_collections.ConfigDict, run: Experiment, section: DataSection, most: int
 ) -> list[reading.RecordFacts]:
   """Reads the records of a section, with a progress bar."""
-  rows, found = sources.spaced(part.rows, most), []
-  with tqdm(total=len(rows), desc=f'reading {part.path}', mininterval=0.5, leave=False) as bar:
-    job = reading.ReadJob(part.judged.source, part.reader, run.tokenizer)
-    for piece in reading.read_all(rows, job, job_maker(config, part)):
+  rows, found = sources.spaced(section.rows, most), []
+  with tqdm(total=len(rows), desc=f'reading {section.path}', mininterval=0.5, leave=False) as bar:
+    job = reading.ReadJob(section.source, section.reader, run.tokenizer)
+    for piece in reading.read_all(rows, job, job_maker(config, section)):
       found += piece
       bar.update(len(piece))
   return found
 
 
-def check_records(part: DataSection, found: list[reading.RecordFacts]) -> Section:
+def check_records(section: DataSection, found: list[reading.RecordFacts]) -> Section:
   """Lengths, masks, fates and repeated prompts of the records of a section."""
-  said = reading.summary(found, part.reader)
+  said = reading.summary(found, section.reader)
   lines = []
   head = ('tokens of', 'count', 'median', '95%', 'max', 'room', 'over')
   rows = [
@@ -122,7 +104,7 @@ def check_records(part: DataSection, found: list[reading.RecordFacts]) -> Sectio
   for s in said.spreads[-1:]:
     lines += [f'  {s.name}s by length:', *tables.histogram(s)]
   fates = ', '.join(f'{count:,} {fate}' for fate, count in sorted(said.fates.items()))
-  lines.append(f'  records: {fates} (overlong: {part.reader.overlong})')
+  lines.append(f'  records: {fates} (overlong: {section.reader.overlong})')
   if said.tokens:
     lines.append(
       f'  trained: {said.trained / said.tokens:.1%} of {said.tokens:,} tokens, before anything is cut; '
@@ -133,32 +115,17 @@ def check_records(part: DataSection, found: list[reading.RecordFacts]) -> Sectio
     [one.row for one in good], [one.asked for one in good], [one.answered for one in good]
   )
   lines.append(f'  prompts that repeat an earlier one: {len(again.rows):,}')
-  wrong = reading.findings(part.path, found, said, part.reader.overlong, part.judged.source.place)
-  wrong += duplicates.findings(part.path, again, said.records, part.judged.source.place)
-  return Section(f'{part.path}: {said.records:,} of {part.rows:,} records', lines, wrong)
+  wrong = reading.findings(section.path, found, said, section.reader.overlong, section.source.place)
+  wrong += duplicates.findings(section.path, again, said.records, section.source.place)
+  return Section(f'{section.path}: {said.records:,} of {section.rows:,} records', lines, wrong)
 
 
-def check_leaks(
-  parts: Sequence[DataSection], found: Mapping[str, list[reading.RecordFacts]]
-) -> list[Finding]:
-  """Held-out prompts that occur in the data of a phase."""
-  digests = {p.path: [(one.row, one.asked) for one in found[p.path] if one.asked] for p in parts}
-  *trained, held_out = parts
-  wrong = []
-  for part in trained:
-    both = duplicates.shared(digests[part.path], digests[held_out.path])
-    places = held_out.judged.source.place, part.judged.source.place
-    count = len(digests[held_out.path])
-    wrong += duplicates.leaks(held_out.path, both, count, part.path, places)
-  return wrong
-
-
-def check_verifiers(part: DataSection, run: Experiment, most: int) -> Section:
+def check_verifiers(section: DataSection, run: Experiment, most: int) -> Section:
   """What the verifiers of a section say of right and wrong answers."""
-  rows = sources.spaced(part.rows, most)
-  records = [(i, part.judged.source[i]) for i in tqdm(rows, 'reading answers', leave=False)]
-  judge = functools.partial(part.judged.judge, tokenizer=run.tokenizer)
-  canary = canaries.try_verifiers(part.judged.reward, judge, records)
+  rows = sources.spaced(section.rows, most)
+  records = [(i, section.source[i]) for i in tqdm(rows, 'reading answers', leave=False)]
+  judge = functools.partial(section.judged.judge, tokenizer=run.tokenizer)
+  canary = canaries.try_verifiers(section.judged.reward, judge, records)
   head = (
     'verifier',
     'tried',
@@ -179,10 +146,10 @@ def check_verifiers(part: DataSection, run: Experiment, most: int) -> Section:
     ],
   ) if canary.verdicts else []  # fmt: skip
   lines += [line for note in canary.notes for line in tables.wrapped(note)]
-  title = f'{part.path}.reward: right answers, an empty text, and the answers of other records'
-  place = part.judged.source.place
-  wrong = canaries.findings(part.path, canary, place)
-  wrong += canaries.unanswered(part.path, part.judged.reward, judge, records, place)
+  title = f'{section.path}.reward: right answers, an empty text, and the answers of other records'
+  place = section.source.place
+  wrong = canaries.findings(section.path, canary, place)
+  wrong += canaries.unanswered(section.path, section.judged.reward, judge, records, place)
   return Section(title, lines, wrong)
 
 
@@ -210,7 +177,7 @@ def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any)
     told = f'it is told {config.tokenizer.date}' if dated else 'no'
     lines.append(f'  the template asks for the date of today: {told}')
     read = set().union(*map(chat.options_read, templates))
-    if unset := sorted(read - set(config.tokenizer.template_options)):
+    if unset := sorted(read - {'tools', *config.tokenizer.template_options}):
       lines += tables.wrapped(f'options of the template that are not set: {", ".join(unset)}')
   return Section('turns', lines, stops.findings(run.tokenizer, bad))
 
@@ -302,18 +269,20 @@ def check_data(
   Args:
     canary, most: records of a source that verifiers are tried on, and that are read; 0: all.
   """
-  parts, found, seen = data_sections(config, run), {}, set()
-  for part in parts:
-    found[part.path] = read_part(config, run, part, most)
-    yield check_records(part, found[part.path])
-  if run.evaluation.every:
-    leaks = check_leaks(parts, found)
-    yield Section('held-out prompts in training data', _none_if(leaks), leaks)
-  for part in parts:
-    key = json.dumps([part.spec.source.to_dict(), part.spec.reward.to_dict()])
-    if part.judged.reward and key not in seen:
+  sections, asked, seen = data_sections(run), {}, set()
+  for section in sections:
+    found = read_section(config, run, section, most)
+    asked[section.path] = [(one.row, one.asked) for one in found if one.asked]
+    yield check_records(section, found)
+  if any(section.held_out for section in sections):
+    wrong = leaks(sections, asked)
+    yield Section('held-out prompts in training data', _none_if(wrong), wrong)
+  for section in sections:
+    spec, source = specs(config, section)
+    key = json.dumps([source, spec['reward']])
+    if section.judged and section.judged.reward and key not in seen:
       seen.add(key)
-      yield check_verifiers(part, run, canary)
+      yield check_verifiers(section, run, canary)
 
 
 def check_trace(run: Experiment) -> Section:

@@ -110,11 +110,11 @@ def test_rows_that_lose_their_stop_token_are_counted(tmp_path):
 def test_another_process_reads_the_same(tmp_path):
   config = configured(file_of(tmp_path, SUMS))
   run = build.build(config)
-  for one in check.data_sections(config, run):
+  for one in build.data_sections(run):
     make = pickle.loads(pickle.dumps(check.job_maker(config, one)))
-    assert make().read([0, 7]) == reading.ReadJob(
-      one.judged.source, one.reader, run.tokenizer
-    ).read([0, 7])
+    assert make().read([0, 7]) == reading.ReadJob(one.source, one.reader, run.tokenizer).read(
+      [0, 7]
+    )
 
 
 def test_a_histogram_has_every_number_once():
@@ -152,6 +152,11 @@ def test_held_out_prompts_that_are_trained_on_are_found_by_a_check_and_by_the_ru
   assert one.text.startswith('1 of 2 held-out prompts also occur in config.phases.train.source')
   assert 'held_out.jsonl:1 is ' in one.text and 'data.jsonl:5' in one.text
   assert build.check_data(build.build(config)) == [str(one)]
+  # So are held-out demonstrations, and pairs.
+  measured = configured(file_of(tmp_path, SUMS), 'sft', held_out=held_out, reward='')
+  sections, [other] = report(measured)
+  assert other.text == one.text
+  assert sections[1].title == 'config.phases.train.held_out.demonstrations: 2 of 2 records'
 
 
 # Verifiers.

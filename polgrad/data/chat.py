@@ -28,7 +28,7 @@ REFUSED = (
 THOUGHTS = re.compile(r'[<\[][\w:]*(?:think|thought|reason)\w*[>\]]', re.IGNORECASE)
 # Names that a template gets from records, or that stand for functions.
 GIVEN = (
-  *('messages', 'tools', 'documents', 'add_generation_prompt'),
+  *('messages', 'documents', 'add_generation_prompt'),
   *('raise_exception', 'strftime_now'),
 )
 DATE = '2024-07-26'  # what Llama 3.2's template says where it is not told the date
@@ -113,7 +113,7 @@ def jinja_chat(
 
 
 def options_read(source: str) -> set[str]:
-  """Names of the values that a template reads and that no record gives, such as `enable_thinking`.
+  """Names of the values that may be set for a template that reads them, such as `enable_thinking`.
 
   Special tokens (`eos_token`, ...) are no options. A template that cannot be parsed has none.
   """

@@ -70,7 +70,7 @@ def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({
   if isinstance(fields.get('answer'), int | float) and not isinstance(fields['answer'], bool):
     fields['answer'] = str(fields['answer'])
   if fields.get('tools') is not None:
-    fields['tools'] = _tools(fields['tools'])
+    fields['tools'] = tools_of(fields['tools'])
   _begin_with_system(fields)
   for name in TEXTS:
     if not isinstance(fields.get(name, ''), str):
@@ -111,8 +111,12 @@ def _begin_with_system(fields: dict) -> None:
     fields['messages'] = [turn, *fields['messages']]
 
 
-def _tools(tools: Any) -> list:
-  """The tools that the assistant may call, as a list of their descriptions."""
+def tools_of(tools: Any) -> list:
+  """The tools that the assistant may call, a list of their descriptions, of this list or its JSON.
+
+  Raises:
+    ValueError: it is neither.
+  """
   try:
     found = json.loads(tools) if isinstance(tools, str) else tools
   except ValueError:  # no JSON

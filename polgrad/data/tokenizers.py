@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from polgrad import jsons
 from polgrad.data import chat as chats
+from polgrad.data import records
 from polgrad.data.chat import make_conversation, plain_chat
 from polgrad.registry import suggest, table
 
@@ -171,7 +172,8 @@ def huggingface(
     date: what a template is told that asks for the date of today, as YYYY-MM-DD. It is part of the
       configuration, so prompts are the same on every day.
     template_options: values that the chat template reads, by name, for example `enable_thinking`. They
-      hold for every prompt and every conversation that is trained.
+      hold for every prompt and every conversation that is trained; `tools`, a list or its JSON, for
+      those of records that have none.
 
   Raises:
     FileNotFoundError: `path` has neither tokenizer.json nor tokenizer.model.
@@ -227,6 +229,8 @@ def _check_options(path, templates, options):
 
 def _chats(path, templates, special, date, options):
   """The chat function of the templates, and one that marks the assistant's words, or None."""
+  options = dict(options)
+  usual = records.tools_of(options.pop('tools', []))
   make = lambda mark: {
     name: chats.jinja_chat(text, special, mark=mark, date=date, options=options, where=where)
     for name, (text, where) in templates.items()
@@ -234,6 +238,7 @@ def _chats(path, templates, special, date, options):
 
   def choose(made):
     def chat(messages, add_generation_prompt=True, tools=None):
+      tools = tools or usual
       name = 'tool_use' if tools and 'tool_use' in made else 'default'
       return made[name](messages, add_generation_prompt, tools)
 

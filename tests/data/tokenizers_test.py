@@ -324,10 +324,19 @@ def test_tools_reach_a_template_that_reads_them_and_are_refused_by_others(folder
   assert t.chat(HELLO, tools=TOOLS) == json.dumps(TOOLS) + t.chat(HELLO)
   for none in (None, []):
     assert t.chat(HELLO, tools=none) == t.chat(HELLO)
+  # An option gives them to records that have none.
+  for own in (TOOLS, json.dumps(TOOLS)):
+    usual = tokenizers.huggingface(path=str(folder), template_options={'tools': own})
+    assert usual.chat(HELLO) == t.chat(HELLO, tools=TOOLS)
+    assert usual.chat(HELLO, tools=['b']) == t.chat(HELLO, tools=['b'])
+  with pytest.raises(ValueError, match='tools must be a list'):
+    tokenizers.huggingface(path=str(folder), template_options={'tools': '{'})
   configure(folder, eos_token='<eos>', chat_template=CHATML)
   t = tokenizers.huggingface(path=str(folder))
   with pytest.raises(ValueError, match='chat template does not read them'):
     t.chat(HELLO, tools=TOOLS)
+  with pytest.raises(ValueError, match=r'template_options.tools: .* does not read it'):
+    tokenizers.huggingface(path=str(folder), template_options={'tools': TOOLS})
   with pytest.raises(ValueError, match='tools need a tokenizer with a chat template'):
     tokenizers.byte().chat(HELLO, tools=TOOLS)
 
