@@ -40,11 +40,11 @@ $(BIN)/python:
 	python=$$(launch/find_python.sh) && "$$python" -m venv $(VENV)
 
 $(VENV)/.run: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e .
 	touch $@
 
 $(VENV)/.test: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
 	touch $@ $(VENV)/.run
 
 clean:

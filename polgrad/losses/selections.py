@@ -32,12 +32,12 @@ from polgrad.losses._common import (
   within,
 )
 from polgrad.losses.groups import divide, same, size, total
-from polgrad.registry import NotNegative, table
+from polgrad.registry import Range, table
 from polgrad.types import Array
 
 
 def second_moment(
-  log_ratio: Array, advantages: Array, mask: Array, *, limit: NotNegative = 0.04
+  log_ratio: Array, advantages: Array, mask: Array, *, limit: Annotated[float, Range(at_least=0)] = 0.04
 ) -> Array:
   """Tokens to keep, so that the second moment of the log-ratio is limited: algorithm 1 of M2PO
   (arXiv:2510.01161), as in Trinity-RFT. The authors' code is `second_moment_bounds`.
@@ -71,7 +71,7 @@ def second_moment_bounds(
   advantages: Array,
   mask: Array,
   *,
-  limit: NotNegative = 0.04,
+  limit: Annotated[float, Range(at_least=0)] = 0.04,
   low: float = 0.7,
   high: float = 1.5,
 ) -> Array:
