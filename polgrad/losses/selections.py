@@ -37,7 +37,11 @@ from polgrad.types import Array
 
 
 def second_moment(
-  log_ratio: Array, advantages: Array, mask: Array, *, limit: Annotated[float, Range(at_least=0)] = 0.04
+  log_ratio: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  limit: Annotated[float, Range(at_least=0)] = 0.04,
 ) -> Array:
   """Tokens to keep, so that the second moment of the log-ratio is limited: algorithm 1 of M2PO
   (arXiv:2510.01161), as in Trinity-RFT. The authors' code is `second_moment_bounds`.
