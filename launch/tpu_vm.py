@@ -5,10 +5,10 @@
     --config=experiments/run.py:method=grpo,task=addition,model=tiny
   launch/tpu_vm.py --name=grpo --zone=us-central2-b --follow      # or --logs, --stop, --delete, ...
 
-Steps: create the slice (or reuse it), copy this repository as it is here, install it, run, and follow
-the log. What follows -- goes to `python -m MODULE`; --workdir=~/runs/NAME, --checkpoints=BUCKET/NAME and
---distributed are added (only --distributed if there is a --model). The run is detached: it outlives
-this shell, and the same command resumes it from its last checkpoint.
+Steps: create the slice (or reuse it), copy this repository (uncommitted changes too), install it, run,
+and follow the log. What follows -- goes to `python -m MODULE`; --workdir=~/runs/NAME,
+--checkpoints=BUCKET/NAME and --distributed are added (only --distributed if there is a --model). The run
+is detached: it outlives this shell, and the same command resumes it from its last checkpoint.
 
 While this shell follows it, a run also begins again by itself:
   * if the slice is preempted or gone, it is deleted, created and set up again;

@@ -21,7 +21,7 @@ from polgrad import collect, objectives, optim, sharding
 from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.checks import duplicates, tracing
-from polgrad.checks.findings import Finding
+from polgrad.checks.findings import Finding, source_field
 from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.learner import Learner
 from polgrad.models import Part as ModelPart
@@ -607,6 +607,7 @@ def _look(
     How many do not fit, if any; and the row and the digest of the prompt of each.
   """
   path, source, rows, reader, *_ = section
+  where = source_field(path)
   count = CHECKED_OF_FILES if source.irregular else CHECKED
   fates, asked = collections.Counter(), []
   for i in sources.spaced(rows, count):
@@ -615,16 +616,16 @@ def _look(
       fates[batching.fate(reader.lay_out, record, tokenizer, reader.overlong)] += 1
       asked.append((i, duplicates.asked(record)))
     except ValueError as error:
-      said = f'{path}.source: {source.place(i)}: {str(error).removeprefix(f"record {i}: ")}'
+      said = f'{where}: {source.place(i)}: {str(error).removeprefix(f"record {i}: ")}'
       if isinstance(error, batching.TooLong):
         said += '; give more room, or set overlong to drop or truncate such records'
       raise ValueError(said) from error
   if fates and fates['dropped'] == fates.total():
-    raise ValueError(f'{path}.source: each of {fates.total()} records is too long, and dropped')
+    raise ValueError(f'{where}: each of {fates.total()} records is too long, and dropped')
   if fates['dropped'] + fates['cut'] == 0:
     return [], asked
   told = (
-    f'{path}.source: of {fates.total()} records that were looked at, {fates["dropped"]} are too long '
+    f'{where}: of {fates.total()} records that were looked at, {fates["dropped"]} are too long '
     f'and dropped, {fates["cut"]} are cut'
   )
   return [told], asked

@@ -99,7 +99,7 @@ class Store:
     except OSError as error:
       if not self._failing:
         logging.warning(
-          'rows of %s, update %d, are not kept: %s; the run goes on', phase, step, error
+          'rows of %s, update %d, are not kept: %s; the run continues', phase, step, error
         )
       self._failing = True
 

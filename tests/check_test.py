@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from polgrad import build, check, explain, metric_history, phases
-from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
+from polgrad.checks import canaries, duplicates, findings, memory, reading, stops, tables, tracing
 from polgrad.data import tokenizers
 from polgrad.options import from_text
 from polgrad.registry import Weighted, bind, part
@@ -144,6 +144,15 @@ def test_repeated_prompts_with_another_answer_are_told_from_those_with_the_same(
   assert not any(one.fails for one in wrong)
 
 
+def test_fields_of_held_out_records_are_named_as_the_configuration_has_them():
+  path = 'config.phases.train'
+  held_out = f'{path}.held_out.pairs'
+  assert findings.source_field(path) == f'{path}.source'
+  assert findings.source_field(held_out) == held_out
+  assert findings.reader_field(path) == findings.reader_field(held_out) == f'{path}.collect'
+  assert findings.reader_field('config.evaluation') == 'config.evaluation'
+
+
 def test_held_out_prompts_that_are_trained_on_are_found_by_a_check_and_by_the_run(tmp_path):
   held_out = tmp_path / 'held_out.jsonl'
   held_out.write_text('\n'.join(map(json.dumps, [SUMS[4], {'prompt': '0+0=', 'answer': '0'}])))
@@ -155,7 +164,7 @@ def test_held_out_prompts_that_are_trained_on_are_found_by_a_check_and_by_the_ru
   # So are held-out demonstrations, and pairs.
   measured = configured(file_of(tmp_path, SUMS), 'sft', held_out=held_out, reward='')
   sections, [other] = report(measured)
-  assert other.text == one.text
+  assert other.text == one.text and other.where == 'config.phases.train.held_out.demonstrations'
   assert sections[1].title == 'config.phases.train.held_out.demonstrations: 2 of 2 records'
 
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from polgrad.checks.findings import Finding, some
+from polgrad.checks.findings import Finding, some, source_field
 
 
 def normalised(text: str) -> str:
@@ -85,11 +85,11 @@ def findings(
     return []
   row, first = found.rows[0], found.first[0]
   text = f'{len(found.rows)} of {records} records repeat the prompt of an earlier one'
-  wrong = [Finding(f'{path}.source', f'{text} ({place(row)} that of {place(first)}, ...)')]
+  wrong = [Finding(source_field(path), f'{text} ({place(row)} that of {place(first)}, ...)')]
   if found.contradicting:
     rows = found.contradicting
     text = f'{len(rows)} of these have another answer ({some(rows, place)})'
-    wrong.append(Finding(f'{path}.source', text, 'one of the answers may be wrong'))
+    wrong.append(Finding(source_field(path), text, 'one of the answers may be wrong'))
   return wrong
 
 
@@ -112,6 +112,8 @@ def leaks(
     return []
   count = len({row for row, _ in found})
   row, other = found[0]
-  text = f'{count} of {held_out} held-out prompts also occur in {train}.source'
+  text = f'{count} of {held_out} held-out prompts also occur in {source_field(train)}'
   mend = 'their accuracy says nothing of unseen problems'
-  return [Finding(f'{path}.source', f'{text} ({places[0](row)} is {places[1](other)}, ...)', mend)]
+  return [
+    Finding(source_field(path), f'{text} ({places[0](row)} is {places[1](other)}, ...)', mend)
+  ]

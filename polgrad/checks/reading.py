@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad.checks import duplicates
-from polgrad.checks.findings import Finding, some
+from polgrad.checks.findings import Finding, reader_field, some, source_field
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 
@@ -218,7 +218,7 @@ def findings(
     overlong: what the run does with records that are too long.
     place: what a person calls a row.
   """
-  wrong, source = [], f'{path}.source'
+  wrong, source = [], source_field(path)
   fate = lambda name: [one.row for one in found if one.fate == name and not one.error]
   errors = collections.defaultdict(list)
   for one in found:
@@ -232,7 +232,7 @@ def findings(
     wrong.append(Finding(source, f'and {len(errors) - 5} other kinds of errors', fails=True))
   if refused := fate('refused'):
     text = f'{len(refused)} of {said.records} records are too long ({some(refused, place)})'
-    owner = path if path.endswith('evaluation') else f'{path}.collect'
+    owner = reader_field(path)
     mend = f'give more room, or --{owner}.overlong=drop (or truncate)'
     wrong.append(Finding(source, text, mend, fails=True))
   for name in ('dropped', 'cut'):

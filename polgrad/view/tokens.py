@@ -1,4 +1,4 @@
-"""Rows of tokens as they are shown: each token has a text, a level in every quantity, and its numbers.
+"""What is shown of a row of tokens: the text of each token, its numbers, and a level for every quantity.
 
 A quantity has levels, from which the style sheet makes colours: a signed one -4 to 4, another one 0 to
 4. The page and the terminal share this.
