@@ -280,6 +280,9 @@ class TestCharts:
       assert all(0 <= scale.place(t) <= 100 for t in [*scale.ticks, *values])
     assert charts.scale(np.array([0.0, 350]), 0, 1).ticks == [0, 100, 200, 300]
     assert charts.scale(np.array([1.0, 2]), 0, 1, whole=True).ticks == [1, 2]
+    # Ticks that lie close together have the digits that tell them apart.
+    assert charts.labels([0, 0.5, 1500]) == ['0', '0.5', '1500']
+    assert charts.labels([1, 1.00002, 1.00004]) == ['1', '1.00002', '1.00004']
 
   def test_many_points_are_averaged_and_have_a_running_mean(self):
     rows = [{'step': i, 'phase': 'a', 'x': float(i % 2)} for i in range(3000)]

@@ -80,9 +80,15 @@ def finite(x: object) -> bool:
   return isinstance(x, int | float) and math.isfinite(x) and abs(x) < 1e300
 
 
-def number(x: float) -> str:
-  """A number in at most four digits, with a minus sign of its full width."""
-  return f'{x:.4g}'.replace('-', '\N{MINUS SIGN}')
+def number(x: float, digits: int = 4) -> str:
+  """A number in at most `digits` digits, with a minus sign of its full width."""
+  return f'{x:.{digits}g}'.replace('-', '\N{MINUS SIGN}')
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+  """The ticks as texts, with as many digits as it takes to tell them apart, at least four."""
+  written = ([number(t, digits) for t in ticks] for digits in range(4, 18))
+  return next(texts for texts in written if len(set(texts)) >= len(set(ticks)))
 
 
 def chart(name: str, runs: Sequence[Sequence[Mapping]]) -> Chart:
@@ -106,7 +112,9 @@ def chart(name: str, runs: Sequence[Sequence[Mapping]]) -> Chart:
       for curve in (values, mean)
     ]
     curves.append(Curve(run, *texts, dots, number(values[-1, 1])))
-  ticks = [[(s.place(t), number(t)) for t in s.ticks] for s in (x_scale, y_scale)]
+  ticks = [
+    list(zip(map(s.place, s.ticks), labels(s.ticks), strict=True)) for s in (x_scale, y_scale)
+  ]
   begins = sorted({begin for rows in runs for begin in phase_begins(rows)})
   inside = [(x_scale.place(x), phase) for x, phase in begins if x_scale.low <= x <= x_scale.high]
   return Chart(name, curves, *ticks, inside)
