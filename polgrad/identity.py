@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
-from etils import epath
 
-from polgrad import __version__
+from polgrad import __version__, paths
 
 # Values that may differ, with all below them: they change neither data nor updates, or are numbers of
 # steps. A * is one part of a path.
@@ -45,13 +44,11 @@ def describe(
     data: fingerprints of data that are no files, by the place of their source, see `build.fingerprints`.
   """
   values = json.loads(config.to_json_best_effort())
-  paths = {path: whole for path, whole in sorted(_paths(values), key=str) if path.exists()}
-  # A folder elsewhere has a fingerprint in `data`.
-  paths = {p: whole for p, whole in paths.items() if '://' not in str(p) or p.is_file()}
+  named = {path: whole for path, whole in sorted(_paths(values), key=str) if path.exists()}
   functions = sorted({f for f in _functions(values) if os.path.exists(f.rpartition(':')[0])})
   return {
     'config': values,
-    'files': {str(path): _digest(path, whole) for path, whole in paths.items()}
+    'files': {str(path): _digest(path, whole) for path, whole in named.items()}
     | {f: _source(f) for f in functions}
     | dict(data),
     'version': __version__,
@@ -121,14 +118,12 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
     name, data = key.rpartition('.')[2], '.source.' in key
     if not value or _free(key) or not isinstance(value, str):
       continue
-    path = _place(value)
-    if name in ('path', 'adapter') or (data and os.sep in value and path.is_file()):
+    path = paths.path(value)
+    # Data in a folder elsewhere have a fingerprint of their own, see `describe`.
+    elsewhere = data and paths.REMOTE in value and not path.is_file()
+    named = name in ('path', 'adapter') and not elsewhere
+    if named or (data and os.sep in value and path.is_file()):
       yield path, data
-
-
-def _place(value: str) -> pathlib.Path:
-  """A path of this machine, or one such as gs://bucket/rows.jsonl."""
-  return epath.Path(value) if '://' in value else pathlib.Path(value).expanduser()
 
 
 def _functions(values: Mapping) -> Iterator[str]:
@@ -148,16 +143,17 @@ def _source(function: str) -> str:
 
 def _digest(path: pathlib.Path, whole: bool) -> str:
   """The digest of a file, or of the names and contents of the files of a folder."""
-  if '://' in str(path):  # stated sizes and ends of a file are those of this machine alone
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-  files = sorted(f for f in path.rglob('*') if f.is_file()) if path.is_dir() else [path]
+  files = sorted(paths.files(path)) if path.is_dir() else [path]
   total = hashlib.sha256()
   for file in files:
-    size = file.stat().st_size
+    size = paths.size(file)
     total.update(f'{file.relative_to(path)} {size}\n'.encode())
     with file.open('rb') as f:
       if whole:
-        total.update(hashlib.file_digest(f, 'sha256').digest())
+        contents = hashlib.sha256()
+        for chunk in iter(lambda: f.read(SMALL), b''):
+          contents.update(chunk)
+        total.update(contents.digest())
         continue
       total.update(f.read(min(size, SMALL)))
       if size > SMALL:

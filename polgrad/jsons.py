@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from polgrad import paths
+
 # Bytes of a file, at most. The largest tokenizer.json that we know has 35 million.
 LARGEST = 256 * 2**20
 LARGEST_NUMBER = 1e300  # its bound also refuses infinity and NaN, which Python reads from JSON
@@ -31,13 +33,12 @@ def read_object(path: str | pathlib.Path) -> dict:
     FileNotFoundError: there is no such file.
     ValueError: the file is larger than `LARGEST`, is no JSON, or holds another value than an object.
   """
-  path = pathlib.Path(path)
+  path = paths.path(path)
   if not path.is_file():
     raise FileNotFoundError(f'{path}: expected a JSON file')
-  if path.stat().st_size > LARGEST:
-    raise ValueError(
-      f'{path}: {path.stat().st_size} bytes are too many, at most {LARGEST} are read'
-    )
+  size = paths.size(path)
+  if size > LARGEST:
+    raise ValueError(f'{path}: {size} bytes are too many, at most {LARGEST} are read')
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
   except (ValueError, RecursionError) as error:

@@ -8,12 +8,10 @@
 `--config.model.dtype=bfloat16`, `--config.model.max_length=4096`, `--config.mesh.fsdp=4`.
 """
 
-import os
-
 from absl import flags
 from ml_collections import ConfigDict
 
-from polgrad import cli, models, overrides, sharding
+from polgrad import cli, models, overrides, paths, sharding
 from polgrad.build import TABLE, Experiment, build
 from polgrad.data import tokenizers
 from polgrad.evaluate import chosen_params, init_params
@@ -65,8 +63,8 @@ def config() -> ConfigDict:
   """
   if not MODEL.value:
     return cli.config(TABLE)
-  folder = os.path.expanduser(MODEL.value)
-  if not os.path.isdir(folder):
+  folder = str(paths.path(MODEL.value))
+  if not paths.path(folder).is_dir():
     raise FileNotFoundError(f'--model: there is no folder {folder}')
   return overrides.apply(bare(folder), cli.CHANGES, TABLE)
 

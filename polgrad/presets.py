@@ -16,12 +16,11 @@ parameters.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from polgrad import jsons, models, sharding
+from polgrad import jsons, models, paths, sharding
 from polgrad.data import tokenizers
 from polgrad.registry import part
 
@@ -162,18 +161,18 @@ def _folder(preset: str, path: str) -> str:
     FileNotFoundError: the folder does not exist.
   """
   variable = f'POLGRAD_{preset.upper()}'
-  folder = os.path.expanduser(path or os.environ.get(variable, ''))
+  folder = path or os.environ.get(variable, '')
   if not folder:
     raise ValueError(f'model={preset} needs path=FOLDER (or the variable {variable})')
-  if not os.path.isdir(folder):
+  if not paths.path(folder).is_dir():
     hint = '; launch/fetch_smollm2.py makes one' if preset == 'smollm2' else ''
     raise FileNotFoundError(f'model={preset}: there is no folder {folder}{hint}')
-  return folder
+  return str(paths.path(folder))
 
 
 def _has_template(folder: str) -> bool:
-  file = pathlib.Path(folder) / 'tokenizer_config.json'
-  if (pathlib.Path(folder) / 'chat_template.jinja').is_file():
+  file = paths.path(folder) / 'tokenizer_config.json'
+  if file.with_name('chat_template.jinja').is_file():
     return True
   return file.is_file() and bool(jsons.read_object(file).get('chat_template'))
 

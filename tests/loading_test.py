@@ -1,6 +1,7 @@
 """The model that a main works with: of a run, of a configuration before training, or a bare folder."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from polgrad import build, cli, convert, evaluate, loading, models, sample
+from polgrad import build, cli, convert, evaluate, identity, loading, models, sample
 from polgrad.models import hf
-from tests import hub
+from polgrad.options import from_text
+from tests import buckets, hub
 from tests.runs import grpo
 
 flags.FLAGS.mark_as_parsed()
@@ -49,6 +51,30 @@ def test_without_a_run_the_parameters_are_those_before_training(capsys):
   wanted = evaluate.init_params(experiment.policy, experiment.mesh, 3)
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
   assert 'no --workdir: this is the model before training' in capsys.readouterr().err
+
+
+def test_a_folder_of_a_bucket_is_a_model_like_a_local_one(folder, tmp_path, monkeypatch):
+  buckets.use(monkeypatch, tmp_path)
+  shutil.copytree(folder, tmp_path / 'model')
+  config = from_text('method=sft,task=chain_sum,model=hf,path=gs://bucket/model,smoke')
+  experiment = build.build(config)
+  with jax.set_mesh(experiment.mesh):
+    params = evaluate.init_params(experiment.policy, experiment.mesh, 0)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), read(folder))
+  assert experiment.tokenizer.encode('hello') == build.build(
+    from_text(f'method=sft,task=chain_sum,model=hf,path={folder},smoke')
+  ).tokenizer.encode('hello')
+  # The contents are part of the identity of a run.
+  before = identity.describe(config)
+  weights = tmp_path / 'model/model.safetensors'
+  weights.write_bytes(weights.read_bytes()[:-1] + b'x')
+  changed = identity.differences(before, identity.describe(config))
+  assert changed == ['gs://bucket/model: other contents than before']
+  # A missing folder is named; nothing is written there, because a folder would not appear at once.
+  with pytest.raises(FileNotFoundError, match='there is no folder gs://bucket/none'):
+    from_text('method=sft,task=chain_sum,model=hf,path=gs://bucket/none,smoke')
+  with pytest.raises(ValueError, match='gs://bucket/out must be a path of this machine'):
+    hf.save('gs://bucket/out', experiment.policy.config, params)
 
 
 def test_a_bare_folder_is_a_model_with_its_tokenizer(folder):

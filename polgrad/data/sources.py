@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 
+from polgrad import paths
 from polgrad.data import tables
 from polgrad.data.records import normalized
 from polgrad.registry import table
@@ -115,7 +116,7 @@ def jsonl(
     FileNotFoundError: `path` is not a file.
     ValueError: a malformed row, as `path:line: why`; or there is none.
   """
-  if not tables.place(path).is_file():
+  if not paths.path(path).is_file():
     raise FileNotFoundError(f'{path}: expected a file of JSON lines, there is none')
   rows, numbers = tables.json_lines(path)
   if not rows:

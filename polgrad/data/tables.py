@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from etils import epath
 
-REMOTE = '://'  # in paths that are not of this machine
+from polgrad import paths
+
 MISSING = 'the package datasets is missing; pip install "polgrad[hub]"'
 
 
@@ -42,7 +42,7 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
     ImportError: a folder or a name, and the package `datasets` is missing.
     ValueError: a file that cannot be read, or a subset or split that the data set does not have.
   """
-  local = place(path)
+  local = paths.path(path)
   if local.is_file():
     if subset or revision or split != 'train':
       raise ValueError(
@@ -72,14 +72,14 @@ def read(path: str, *, subset: str = '', split: str = 'train', revision: str = '
     ) from error
   except Exception as error:  # datasets has many classes of errors
     raise ValueError(f'{where}: {error.__cause__ or error}') from error
-  named = REMOTE in path or not local.is_dir()  # a local folder is known by its contents
+  named = paths.REMOTE in path or not local.is_dir()  # a local folder is known by its contents
   fingerprint = found._fingerprint if named else ''
   return Table(len(found), found.__getitem__, lambda row: f'{where}:{row + 1}', fingerprint)
 
 
 def lines(path: str) -> list[bytes]:
   """The lines of a text file in UTF-8, split at newlines only: U+2028 may be inside a JSON string."""
-  data = place(path).read_bytes()
+  data = paths.path(path).read_bytes()
   try:
     if data.startswith(b'\x1f\x8b'):
       data = gzip.decompress(data)
@@ -105,11 +105,6 @@ def json_lines(path: str) -> tuple[list, list[int]]:
     except (ValueError, RecursionError) as error:
       raise ValueError(f'{path}:{number}: {error}') from error
   return values, numbers
-
-
-def place(path: str) -> pathlib.Path:
-  """A path of this machine, or one such as gs://bucket/rows.jsonl, which `etils.epath` reads."""
-  return epath.Path(path) if REMOTE in path else pathlib.Path(path)
 
 
 def plain(value: Any) -> Any:

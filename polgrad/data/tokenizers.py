@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import json
-import pathlib
 import re
 import types
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import sentencepiece as spm
 import tokenizers as hf
 from sentencepiece import sentencepiece_model_pb2
 
-from polgrad import jsons
+from polgrad import jsons, paths
 from polgrad.data import chat as chats
 from polgrad.data import records
 from polgrad.data.chat import make_conversation, plain_chat
@@ -122,7 +121,7 @@ def sentencepiece(*, path: str) -> Tokenizer:
     FileNotFoundError: `path` is not a file.
     ValueError: no SentencePiece model, or one that has no eos token, so nothing could end a completion.
   """
-  model = _open_sentencepiece(pathlib.Path(path))
+  model = _open_sentencepiece(paths.path(path))
   eos, size = model.eos_id(), model.vocab_size()
   if eos < 0:
     raise ValueError(f'{path}: the model has no eos token')
@@ -182,7 +181,7 @@ def huggingface(
       there is no template, or it refuses the messages; from `conversation`, see
       `chat.make_conversation`.
   """
-  folder = pathlib.Path(path)
+  folder = paths.path(path)
   config = _read_json(folder / 'tokenizer_config.json', SETTINGS)
   special = _special_tokens(folder, config)
   # The vocabulary knows special tokens that the other files do not name.
@@ -314,7 +313,7 @@ def _read_fast(folder, special):
   file = folder / 'tokenizer.json'
   _need(file, 'a Hugging Face tokenizer')
   with _reading(file):
-    model = hf.Tokenizer.from_file(str(file))
+    model = hf.Tokenizer.from_buffer(file.read_bytes())
     # The file may turn on truncation and padding, which would change texts without notice.
     model.no_truncation()
     model.no_padding()
@@ -520,7 +519,7 @@ def _align(model, text):
 
 def templates(path: str) -> list[str]:
   """The chat templates of a Hugging Face folder, as texts; [] if there are none."""
-  folder = pathlib.Path(path)
+  folder = paths.path(path)
   found = _templates(folder, _read_json(folder / 'tokenizer_config.json', SETTINGS))
   return [text for text, _ in found.values()]
 
@@ -564,7 +563,9 @@ def _read_json(path, kinds=types.MappingProxyType({})):
 def _open_sentencepiece(path):
   _need(path, 'a SentencePiece model file')
   with _reading(path):
-    return spm.SentencePieceProcessor(model_file=str(path))
+    model = spm.SentencePieceProcessor()
+    model.LoadFromSerializedProto(path.read_bytes())
+    return model
 
 
 @contextlib.contextmanager

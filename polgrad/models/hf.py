@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from polgrad import jsons
+from polgrad import jsons, paths
 from polgrad.models import families
 from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
@@ -87,7 +86,7 @@ def pretrained(
   `init` reads one parameter at a time, and only the slices that the devices of this process hold.
 
   Args:
-    path: folder with config.json and model.safetensors (or its index and shards).
+    path: folder with config.json and model.safetensors (or its index and shards), also of a bucket.
     max_length: longest row in tokens; 0 takes the limit in config.json.
     dtype, param_dtype, remat, attention: see `Config`.
     value_head: adds a scalar head: that of a reward model (`score.weight`) if the folder has one,
@@ -99,7 +98,7 @@ def pretrained(
     ValueError: an architecture or setting that is not supported; from `init`, incomplete files, and
       tensors that are missing, unknown or of another shape.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.path(path)
   stated = jsons.read_object(folder / 'config.json')
   asked = dict(
     dtype=dtype,
@@ -250,7 +249,7 @@ def save(
   """
   # Refuse what a folder cannot hold.
   check_free(folder)
-  source = pathlib.Path(source).expanduser() if source else None
+  source = paths.path(source) if source else None
   if config.lora_rank:
     raise ValueError(f'the adapter of rank {config.lora_rank} must be merged before saving')
   if reward_model and not config.value_head:
@@ -303,7 +302,7 @@ def _write(folder, tensors, settings, source, max_shard_bytes) -> None:
     (made / 'config.json').write_text(text, encoding='utf-8')
     for name in COMPANIONS:
       if source and (source / name).exists():
-        shutil.copy(source / name, made / name)
+        (made / name).write_bytes((source / name).read_bytes())
 
 
 def _place(shape: jax.ShapeDtypeStruct, sharding, tensors: Mapping[str, Tensor], slot: Slot | None):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from polgrad import jsons
+from polgrad import jsons, paths
 from polgrad.models.config import ATTENTION, MLP, Config
 from polgrad.models.hf import pretrained
 from polgrad.models.policy import Policy, overlay
@@ -132,7 +132,7 @@ def read_settings(folder: str | pathlib.Path) -> dict:
     ValueError: a field of a feature that is not supported (DoRA, biases, ranks by layer, ...), or
       modules that are not in `MODULES`.
   """
-  path = pathlib.Path(folder).expanduser() / 'adapter_config.json'
+  path = paths.path(folder) / 'adapter_config.json'
   found = jsons.read_object(path)
   jsons.check(str(path), found, ADAPTER_KINDS)
   # Take out the fields that are understood. Of the others, those that are set must be harmless.
@@ -168,7 +168,7 @@ def read_adapter(folder: str | pathlib.Path, config: Config) -> Params:
     FileNotFoundError: the file is missing.
     ValueError: an incomplete file, or tensors that `tensors.check_shapes` refuses.
   """
-  path = pathlib.Path(folder).expanduser() / 'adapter_model.safetensors'
+  path = paths.path(folder) / 'adapter_model.safetensors'
   layers = range(config.num_layers)
   wanted = {name: [_stored(config, name, i) for i in layers] for name in config.adapter}
   shapes = {stored: shape for pairs in wanted.values() for stored, shape in pairs}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from polgrad import jsons
+from polgrad import jsons, paths
 
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {
@@ -92,7 +92,7 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
       overlap, leave gaps or do not have the size of their shape.
   """
   # Read the header; check the size of the file against it, so that a partial download is noticed.
-  size = path.stat().st_size
+  size = paths.size(path)
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     header = file.read(length) if 8 + length <= size else b''
@@ -123,8 +123,8 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
       # Rows are consecutive in the file, so only the selected rows are read; other axes are cut after.
       row = math.prod(shape[1:]) * dtype.itemsize
       count = (index[0].stop - index[0].start) * row
-      data = np.fromfile(path, np.uint8, count, offset=start + index[0].start * row)
-      return data.view(dtype).reshape(-1, *shape[1:])[(slice(None), *index[1:])]
+      data = paths.read(path, start + index[0].start * row, count)
+      return np.frombuffer(data, dtype).reshape(-1, *shape[1:])[(slice(None), *index[1:])]
 
     return Tensor(shape, dtype, read)
 
@@ -242,8 +242,9 @@ def check_free(folder: str | pathlib.Path) -> pathlib.Path:
 
   Raises:
     FileExistsError: the folder is not empty.
+    ValueError: a path of a bucket.
   """
-  folder = pathlib.Path(folder).expanduser()
+  folder = paths.local(folder)
   if folder.exists() and any(folder.iterdir()):
     raise FileExistsError(f'{folder} is not empty; nothing is overwritten')
   return folder

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from etils import epath
 
 from polgrad import build, identity, tasks
 from polgrad.data import sources, tables
 from polgrad.options import from_text
 from polgrad.registry import bind
+from tests import buckets
 
 ROWS = [
   {'prompt': '1+1', 'answer': 2, 'id': 'a'},
@@ -155,22 +155,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, why):
     sources.hub(path=str(tmp_path / name))
 
 
-class Bucket:
-  """A backend of gs:// for epath that keeps its files in a folder."""
-
-  def __init__(self, folder):
-    self._folder = folder
-
-  def __getattr__(self, name):
-    here = lambda path: str(path).replace('gs://bucket', str(self._folder))
-    return lambda path, *rest: getattr(epath.backend.os_backend, name)(here(path), *rest)
-
-
 @pytest.mark.parametrize('ending', ['parquet', 'json', 'jsonl', 'csv'])
 def test_files_of_a_bucket_are_read_and_belong_to_the_identity_of_a_run(
   tmp_path, monkeypatch, ending
 ):
-  monkeypatch.setitem(epath.gpath._PREFIX_TO_BACKEND, 'gs', Bucket(tmp_path))
+  buckets.use(monkeypatch, tmp_path)
   path = f'gs://bucket/rows.{ending}'
   write(tmp_path / f'rows.{ending}', [{'prompt': '1+1', 'answer': '2'}] * 8)
   task = 'jsonl' if ending == 'jsonl' else 'hub'
