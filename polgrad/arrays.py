@@ -83,7 +83,9 @@ LOCAL = {
   ),
   'loss': Spec('B T', 'loss of a token, unreduced; in aggregations'),
   'where': Spec('B T', 'tokens that are averaged, bool; in aggregations'),
-  'score': Spec('B', 'beta times the score of the row, nats; in pointwise losses'),
+  'score': Spec('B', 'score of the row, nats; times beta in pointwise losses; in rows and pairs'),
+  'preferred': Spec('B', 'whether the row is the preferred one of its pair, bool; in pairs'),
+  'gap': Spec('B', 'shaped score of the preferred row less that of the other; in pairs'),
   'mismatched_score': Spec(
     'B', 'score with the completion of another prompt; a feature of your own, in pointwise losses'
   ),

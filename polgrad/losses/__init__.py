@@ -17,7 +17,11 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     selections          tokens chosen, or weighed, in the whole minibatch        selections
     aggregation         means of token losses over tokens or rows                aggregation
     implicit_rewards    scores of rows from their log-probabilities              score
+    score_shapes        functions of a row's score, as f' of a divergence        shape
     preference_losses   losses of a preference pair                              link
+    pair_offsets        what the margin of a pair must exceed                    offsets
+    pair_weights        weights of pairs                                         weights
+    pair_selections     comparisons of the pairs of the whole minibatch          selections
     pointwise           losses of single rows                                    loss
     log_partition       estimates of log Z for a regression on rewards           center
     advantages          advantages of rows from their rewards; normalisers       advantage, normalizer
@@ -26,6 +30,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
     groups              means and variances over groups of rows                  none: modules above
+    pairs               the preferred and the other rows of pairs                none: modules above
 
 A loss without configuration. Arrays have the shape [B, T] of rows and tokens; `mask` is True for the
 tokens that count.
@@ -48,6 +53,10 @@ from polgrad.losses import (
   implicit_rewards,
   log_partition,
   logit_stats,
+  pair_offsets,
+  pair_selections,
+  pair_weights,
+  pairs,
   path_consistency,
   penalties,
   pointwise,
@@ -55,6 +64,7 @@ from polgrad.losses import (
   ratios,
   returns,
   reward_penalties,
+  score_shapes,
   selections,
   surrogates,
   trust_region_masks,
@@ -71,6 +81,10 @@ __all__ = [
   'implicit_rewards',
   'log_partition',
   'logit_stats',
+  'pair_offsets',
+  'pair_selections',
+  'pair_weights',
+  'pairs',
   'path_consistency',
   'penalties',
   'pointwise',
@@ -78,6 +92,7 @@ __all__ = [
   'ratios',
   'returns',
   'reward_penalties',
+  'score_shapes',
   'selections',
   'surrogates',
   'trust_region_masks',

@@ -21,7 +21,7 @@ LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 # Arrays that are not numbers but ids or choices.
 DISCRETE = frozenset({
   *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids'),
-  *('mask', 'where', 'valid', 'finished', 'selected'),
+  *('mask', 'where', 'valid', 'finished', 'selected', 'preferred'),
 })  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozen
   of_credit = credit.requires | ({'rewards', 'group_ids'} if _made(credit) else set())
   of_groups = {n for f in objective.slots.values() for n in inputs(f)} & {'group_ids'}
   of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & VOCABULARY.keys()
-  fields = objective.requires - {'teacher_logits', 'weights'} - objective.stats.keys()
+  fields = objective.requires - {'teacher_logits'} - objective.stats.keys()
   return frozenset({'logp'} | (fields - _made(credit)) | of_credit | of_vocabulary | of_groups)
 
 
@@ -178,9 +178,7 @@ def _checked(
 ) -> dict[str, Array]:
   """The arrays that the method reads, with defaults, or an error that says which ones it reads."""
   wanted = _reads(credit, objective)
-  known = (
-    wanted | _made(credit) | {'tokens', 'valid', 'weights', 'behavior_logp', 'entropy', 'group_ids'}
-  )
+  known = wanted | _made(credit) | {'tokens', 'valid', 'behavior_logp', 'entropy', 'group_ids'}
   for name in sorted(arrays.keys() - known - ARRAYS.keys()):
     raise UnknownArray(f'no method reads {name!r}{suggest(name, known)}')
   arrays = {name: x for name, x in arrays.items() if name in known}

@@ -116,6 +116,23 @@ def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
   return arrays
 
 
+def with_selections(
+  batch: Batch, names: Collection[str], compare: Callable[[], dict[str, Array]]
+) -> Batch:
+  """The batch with the results of all selections as features.
+
+  A caller that splits the batch has compared its rows before the split; then nothing is done.
+
+  Args:
+    batch: whole, or a part of one that has the features already.
+    names: of the selections.
+    compare: makes the features.
+  """
+  if all({name, WHOLE + name} & batch.features.keys() for name in names):
+    return batch
+  return batch.replace(features=batch.features | compare())
+
+
 RESERVED = frozenset(OWNED)  # names that statistics, selections and histories cannot have
 # What is there for every function: required fields, group ids, and what the objective computes.
 ALWAYS = {

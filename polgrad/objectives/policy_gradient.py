@@ -35,6 +35,7 @@ from polgrad.objectives.base import (
   token_mean,
   view,
   weigh,
+  with_selections,
 )
 from polgrad.registry import check_weighted, either, inputs
 from polgrad.types import Array, Batch, Outputs
@@ -191,10 +192,8 @@ class PolicyGradient(Objective):
 
     A caller that splits the batch has compared its tokens before the split.
     """
-    if all({name, WHOLE + name} & batch.features.keys() for name in self.selections):
-      return batch
-    found = self.compare(outputs, batch, state, step=step)
-    return batch.replace(features=batch.features | found)
+    compare = functools.partial(self.compare, outputs, batch, state, step=step)
+    return with_selections(batch, self.selections, compare)
 
   def factor(self, name: str, x: Mapping[str, Array]) -> Array | float:
     """The factor of a penalty's coefficient: of its schedule, or 1."""

@@ -3,94 +3,196 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from polgrad import optim
-from polgrad.losses import implicit_rewards, log_partition, logit_stats, preference_losses
+from polgrad import metric_history, optim
+from polgrad.losses import (
+  divergences,
+  implicit_rewards,
+  log_partition,
+  logit_stats,
+  pair_offsets,
+  pair_selections,
+  pair_weights,
+  pairs,
+  preference_losses,
+  score_shapes,
+)
 from polgrad.losses import pointwise as pointwise_losses
 from polgrad.objectives.base import (
+  WHOLE,
   Metrics,
   Objective,
+  Select,
   State,
   Terms,
   call_slot,
+  check_distinct,
   check_vocabulary,
   off_policy_metrics,
   row_mean,
   view,
+  weigh,
+  with_selections,
 )
+from polgrad.registry import check_weighted, either
 from polgrad.types import Array, Batch, Outputs
+
+StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairwise(Objective):
-  """Mean over pairs of link(beta * (score_w - score_l) - offset, 1 - label_smoothing).
+  """Mean over pairs of prod_k w_k * link(z, label), z = beta (r_w - r_l) - offset - sum_k c_k offset_k.
 
-  Rows 2i and 2i + 1 are a pair. `label[2i]` is the probability that row 2i is preferred; if it is
-  below one half, row 2i + 1 is the preferred one, so sampled pairs need no reordering. A pair with a
-  fully masked row (a tie, a failed verifier) is left out of both the sum and the number of pairs.
-  `Batch.weights`, where given, multiply a pair's loss and do not change the number of pairs.
+  r = shape(score) of a row, w the preferred row of a pair and l the other. Rows 2i and 2i + 1 are a
+  pair. `label[2i]` is the probability that row 2i is preferred; if it is below one half, row 2i + 1 is
+  the preferred one, so sampled pairs need no reordering. The link gets the probability p that the
+  preferred row is the better one, after smoothing: (1 - s) p + s (1 - p). A pair with a fully masked
+  row (a tie, a failed verifier) is left out of both the sum and the number of pairs.
 
   The metric `accuracy` is the fraction of pairs whose preferred row has the higher score. Equal
   scores count as one half, as they do before the first update of DPO, where rounding would decide
-  otherwise. `margin` is the mean of score_w - score_l. `chosen_reward` and `rejected_reward` are the
-  means of beta * score_w and beta * score_l, the implicit rewards.
+  otherwise. `margin` is the mean of r_w - r_l. `chosen_reward` and `rejected_reward` are the means of
+  beta r_w and beta r_l, the implicit rewards.
 
   Attributes:
     score: of a row, [B], such as the summed log-ratio to the reference.
-    link: loss of a pair, [B / 2], of its scaled score difference and the confidence of its label.
-    beta: multiplies the score difference.
-    offset: margin that is subtracted from it, in units of the loss's argument.
-    label_smoothing: probability that a label is wrong, in [0, 1/2].
+    link: loss of a pair, [B / 2], of its margin z and the confidence of its label.
+    shape: of a row, [B], a function of `score` and of any arrays; it may compare the rows of a pair.
+    beta: multiplies the difference of the shaped scores.
+    offset: number that is subtracted from it, in units of the link's argument.
+    offsets: functions of any arrays, [B / 2], which are subtracted too, each with its coefficient,
+      e.g. `{'length': weighted(-0.1, part(pair_offsets.length_difference))}`. They may carry gradient.
+    weights: factors of the loss of a pair by name, [B / 2]. No gradient passes through them, and a pair
+      of weight 0 still counts in the number of pairs.
+    label_smoothing: s. In [0, 1/2] it is the probability that a label is wrong. The negative number
+      -e / (1 - 2 e) undoes flips of probability e, so p may be larger than 1.
+    stats: statistics of the next-token distribution; slots read them by these names.
+    selections: functions that compare pairs of the whole batch, such as ranks; slots read the results
+      by these names.
+    history: values that are kept between updates; slots read them by these names.
+
+  Raises:
+    TypeError: an offset without a coefficient.
+    ValueError: a name that two arrays would have, or a statistic that reads an unknown array.
   """
 
   score: implicit_rewards.Part
   link: preference_losses.Part
+  shape: score_shapes.Part = score_shapes.identity
   beta: float = 1.0
   offset: float = 0.0
+  offsets: Mapping[str, pair_offsets.Part] = dataclasses.field(default_factory=dict)
+  weights: Mapping[str, pair_weights.Part] = dataclasses.field(default_factory=dict)
   label_smoothing: float = 0.0
+  stats: Mapping[str, StatPart] = dataclasses.field(default_factory=dict)
+  selections: Mapping[str, pair_selections.Part] = dataclasses.field(default_factory=dict)
+  history: Mapping[str, metric_history.Part] = dataclasses.field(default_factory=dict)
 
   rows_per_prompt = 2  # a pair is never split; this is no field, because it cannot be chosen
 
+  def __post_init__(self):
+    check_weighted('offsets', self.offsets)
+    check_distinct(stats=self.stats, selections=self.selections, history=self.history)
+    for name, stat in self.stats.items():
+      check_vocabulary(f'stats.{name}', stat)
+
   @functools.cached_property
   def slots(self) -> Mapping[str, Callable]:
-    return {'score': self.score}
+    groups = {
+      'offsets': {k: p.fn for k, p in self.offsets.items()},
+      'weights': self.weights,
+      'stats': self.stats,
+      'selections': self.selections,
+    }
+    several = {f'{slot}.{k}': f for slot, group in groups.items() for k, f in group.items()}
+    return {'score': self.score, 'shape': self.shape, **several}
+
+  @functools.cached_property
+  def makes(self) -> frozenset[str]:
+    made = {'score', 'preferred', 'gap', *self.stats, *self.selections, *self.history}
+    return frozenset(made)
 
   @functools.cached_property
   def requires(self) -> frozenset[str]:
     return super().requires | {'label'}
 
+  @property
+  def select(self) -> Select | None:
+    return self.compare if self.selections else None
+
+  def init(self) -> State:
+    return {name: one.init() for name, one in self.history.items()}
+
+  def advance(self, state: State, metrics: Metrics) -> State:
+    return {name: one.advance(state[name], metrics) for name, one in self.history.items()}
+
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
-    del state, step
-    x = view(outputs, batch)
+    compare = functools.partial(self.compare, outputs, batch, state, step=step)
+    x = self.arrays(outputs, with_selections(batch, self.selections, compare), state, step)
+    self.add_scores(x)
 
-    # The preferred row is the one whose label is at least one half.
-    label = x['label'].reshape(-1, 2)[:, 0]
-    sign = jnp.where(label >= 0.5, 1.0, -1.0)
-    confidence = jnp.maximum(label, 1.0 - label)
-    smoothing = self.label_smoothing
-    confidence = confidence * (1.0 - smoothing) + (1.0 - confidence) * smoothing
+    chosen, rejected = pairs.split(x['score'], x['preferred'])
+    gap = chosen - rejected
+    margin = self.beta * gap - self.offset
+    for name, (coefficient, offset) in self.offsets.items():
+      margin = margin - coefficient * call_slot(f'offsets.{name}', offset, x)
+    loss = weigh(self.link(margin, self.confidence(x)), self.weights, x)
 
-    scores = call_slot('score', self.score, x).reshape(-1, 2)
-    gap = sign * (scores[:, 0] - scores[:, 1])
-    chosen = jnp.where(sign > 0, scores[:, 0], scores[:, 1])
-    loss = self.link(self.beta * gap - self.offset, confidence)
-
-    # Pairs count only if both of their rows have tokens.
-    where = jnp.any(batch.mask, axis=1).reshape(-1, 2).all(axis=1)
-    if batch.weights is not None:
-      loss = loss * batch.weights.reshape(-1, 2)[:, 0]
+    where = pairs.complete(batch.mask)
     metrics = {
       'accuracy': row_mean((gap > 0) + 0.5 * (gap == 0), where),
       'margin': row_mean(jax.lax.stop_gradient(gap), where),
       'chosen_reward': row_mean(self.beta * jax.lax.stop_gradient(chosen), where),
-      'rejected_reward': row_mean(self.beta * jax.lax.stop_gradient(chosen - gap), where),
+      'rejected_reward': row_mean(self.beta * jax.lax.stop_gradient(rejected), where),
     }
     return {'preference': row_mean(loss, where)}, metrics | off_policy_metrics(x)
+
+  def arrays(
+    self, outputs: Outputs, batch: Batch, state: State, step: Array | int
+  ) -> dict[str, Array]:
+    """Every array that the score may name."""
+    x = view(outputs, batch)
+    x['step'] = jnp.asarray(step, jnp.float32)
+    x['preferred'] = pairs.preferred(x['label'])
+    return x | {name: one.value(state[name]) for name, one in self.history.items()}
+
+  def add_scores(self, x: dict[str, Array]) -> None:
+    """Adds the shaped `score` of the rows and the `gap` of their pairs, in place."""
+    x['score'] = call_slot('score', self.score, x)
+    x['score'] = call_slot('shape', self.shape, x)
+    chosen, rejected = pairs.split(x['score'], x['preferred'])
+    x['gap'] = jnp.repeat(chosen - rejected, 2)
+
+  def confidence(self, x: Mapping[str, Array]) -> Array:
+    """The probability that the preferred row is the better one, [B / 2]."""
+    label = jnp.where(pairs.first(x['preferred']), x['label'][::2], 1 - x['label'][::2])
+    return label * (1 - self.label_smoothing) + (1 - label) * self.label_smoothing
+
+  def compare(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> dict[str, Array]:
+    """The results of all selections as features [B, ...], without gradient; see `select`."""
+    x = self.arrays(jax.lax.stop_gradient(outputs), batch, state, step)
+    self.add_scores(x)
+    # The noise depends on the update alone, so a repeated update selects the same pairs.
+    x['noise'] = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step), batch.mask.shape)
+    rows, found = len(batch.mask), {}
+    for name, selection in self.selections.items():
+      value = jax.lax.stop_gradient(call_slot(f'selections.{name}', selection, x))
+      # Features have one entry a row: a value of a pair is repeated for its two rows, and a value of
+      # the whole batch for all rows.
+      if value.shape == (rows // 2,):
+        found[name] = jnp.repeat(value, 2)
+      else:
+        found[WHOLE + name] = jnp.broadcast_to(value, (rows, *value.shape))
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,36 @@
+"""Offsets: what the margin of a preference pair must exceed, apart from a constant.
+
+A function of `TABLE` fills one of the `offsets` of `objectives.Pairwise`, where it has a coefficient
+and is subtracted from beta (r_w - r_l). It returns one number a pair, [B / 2], and reads arrays of all
+rows: rows 2i and 2i + 1 are a pair, and `preferred` [B] says which of them is the preferred one.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import jax.numpy as jnp
+
+from polgrad.losses import pairs
+from polgrad.registry import table
+from polgrad.types import Array
+
+
+def length_difference(mask: Array, preferred: Array) -> Array:
+  """|w| - |l|: tokens of the preferred row less those of the other, R-DPO (arXiv:2403.19159).
+
+  With the coefficient -alpha the argument of the link is beta h + alpha (|w| - |l|): the policy is
+  pushed less where the preferred completion is the longer one.
+
+  Args:
+    mask: bool[B, T].
+    preferred: bool[B], one True in each pair.
+
+  Returns:
+    [B / 2], tokens.
+  """
+  chosen, rejected = pairs.split(jnp.sum(mask, axis=1, dtype=jnp.float32), preferred)
+  return chosen - rejected
+
+
+TABLE = table('pair_offsets', length_difference)
+Part = Annotated[Callable, TABLE]
