@@ -56,6 +56,9 @@ BATCH = {
 # Features that polgrad's own collectors and estimators add to a batch.
 FEATURES = {
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
+  'annotated_margin': Spec(
+    'B', 'how much better the preferred row of a pair is, at least 0; from the data'
+  ),
   'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
 }
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from polgrad import speed
 from polgrad.collect.base import (
@@ -60,6 +60,9 @@ class Preferences(Collector):
   # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
   # that the phase can share the prompts of its pairs (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
+  # Numbers of the records that become arrays of the batch, the same in both rows of a pair: name of the
+  # array -> field of the record, as in {'annotated_margin': 'margin'}.
+  numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def records(self) -> int:
@@ -75,11 +78,12 @@ class Preferences(Collector):
 
   @property
   def provides(self) -> frozenset[str]:
-    return frozenset({'label'})
+    return frozenset({'label', *self.numbers})
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, prompt_length=self.prompt_length)
-    return batching.pairs(records, tokenizer, **sizes, cut=cut)
+    batch = batching.pairs(records, tokenizer, **sizes, cut=cut)
+    return batch.with_arrays(**batching.numbers(records, self.numbers, repeats=2))
 
   def make(self, context: Context) -> Collect:
     return _given(self, context).collect

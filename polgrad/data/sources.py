@@ -1,8 +1,9 @@
 """Random-access data sets of records: `len(source)`, `source[i] -> dict`.
 
 A record has `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for rewards and
-supervised training; `chosen` and `rejected` (texts) for preference training; `tools` (a list) beside
-messages, for the chat template; and any other field that a reward reads.
+supervised training; `chosen` and `rejected` (texts) for preference training, and `margin` (a number) for
+losses that read how much better the first is; `tools` (a list) beside messages, for the chat template;
+and any other field that a reward reads.
 """
 
 import dataclasses
@@ -288,8 +289,9 @@ def without(*, source: Annotated[Source, FRACTION], pattern: str, field: str = '
 def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
   """Adds a preference pair to the records of another source whose answers are whole numbers.
 
-  `chosen` is the answer, and `rejected` is the answer with one digit changed. The change depends only on
-  the row and `seed`. A changed number begins with 0 only if it has one digit.
+  `chosen` is the answer, `rejected` is the answer with one digit changed, and `margin` is the distance
+  of the two numbers. The change depends only on the row and `seed`. A changed number begins with 0 only
+  if it has one digit.
 
   Raises:
     ValueError: on access, an answer that is not a whole number.
@@ -299,7 +301,7 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
     fields = source[row]
     answer = _whole_number(row, fields)
     wrong = _change_digit(answer, np.random.default_rng((seed, row)))
-    return {**fields, 'chosen': answer, 'rejected': wrong}
+    return {**fields, 'chosen': answer, 'rejected': wrong, 'margin': _distance(answer, wrong)}
 
   return dataclasses.replace(source, record=record)
 
@@ -311,7 +313,8 @@ def with_choices(
 
   The choices follow the prompt, one a line, as `A 46`. One is the answer; the others are the answer
   with one digit changed, and all differ. `answer` becomes the letter of the right choice, `chosen` is
-  the same and `rejected` the letter of a wrong one. All depend only on the row and `seed`.
+  the same, `rejected` the letter of a wrong one, and `margin` the distance of the two numbers. All
+  depend only on the row and `seed`.
 
   Args:
     source: records with `prompt` and `answer`.
@@ -342,9 +345,14 @@ def with_choices(
       'answer': right,
       'chosen': right,
       'rejected': letters[order.index(1)],
+      'margin': _distance(*choices[:2]),
     }
 
   return dataclasses.replace(source, record=record)
+
+
+def _distance(a, b):
+  return float(abs(int(a) - int(b)))
 
 
 def _whole_number(row, fields):

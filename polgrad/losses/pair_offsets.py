@@ -32,5 +32,30 @@ def length_difference(mask: Array, preferred: Array) -> Array:
   return chosen - rejected
 
 
-TABLE = table('pair_offsets', length_difference)
+def annotated(annotated_margin: Array) -> Array:
+  """The margin that the data give to a pair, for example how much better the chosen row was rated: DPO
+  with an offset (arXiv:2402.10571).
+
+  Args:
+    annotated_margin: [B], the same in both rows of a pair.
+
+  Returns:
+    [B / 2].
+  """
+  return pairs.first(annotated_margin)
+
+
+def log_annotated(annotated_margin: Array) -> Array:
+  """log(1 + m), m the margin that the data give to a pair (arXiv:2402.10571).
+
+  Args:
+    annotated_margin: [B], at least 0, the same in both rows of a pair.
+
+  Returns:
+    [B / 2].
+  """
+  return jnp.log1p(pairs.first(annotated_margin))
+
+
+TABLE = table('pair_offsets', length_difference, annotated, log_annotated)
 Part = Annotated[Callable, TABLE]

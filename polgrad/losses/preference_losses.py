@@ -2,8 +2,8 @@
 
 A function of `TABLE` fills the slot `link` of `objectives.Pairwise`. The margin is
 z = beta (score of the chosen row - score of the rejected row) - offset. The label p is the
-probability that the chosen row is the better one; it is a constant. Each function combines a link l,
-a function of the margin, with the label as
+probability that the chosen row is the better one; it is a constant. Each function but `reverse_kl`
+combines a link l, a function of the margin, with the label as
 
     p l(z) + (1 - p) l(-z).
 
@@ -21,6 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses._common import bounded
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -87,5 +88,164 @@ def hinge(margin: Array, label: Array, *, threshold: float = 1.0) -> Array:
   return label * jax.nn.relu(threshold - margin) + (1 - label) * jax.nn.relu(threshold + margin)
 
 
-TABLE = table('preference_losses', logistic, squared, hinge)
+def exponential(margin: Array, label: Array) -> Array:
+  """l(z) = exp(-z): a convex link of GPO (arXiv:2402.05749).
+
+  Args:
+    margin: [...], z; clamped to +-20 nats, beyond which it has no gradient.
+    label: [...], p.
+
+  Returns:
+    [...].
+
+  >>> loss = preference_losses.exponential(jnp.array([0.0, 1.0]), jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(3))
+  [1.    0.368]
+  """
+  return _soft(lambda z: jnp.exp(-bounded(z)), margin, label)
+
+
+def truncated_square(margin: Array, label: Array) -> Array:
+  """l(z) = max(0, 1 - z)^2: a convex link of GPO, the square that leaves large margins alone
+  (arXiv:2402.05749).
+
+  Args:
+    margin: [...], z.
+    label: [...], p.
+
+  Returns:
+    [...].
+
+  >>> loss = preference_losses.truncated_square(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(3))
+  [0.25 0.  ]
+  """
+  return _soft(lambda z: jnp.square(jax.nn.relu(1 - z)), margin, label)
+
+
+def savage(margin: Array, label: Array) -> Array:
+  """l(z) = sigmoid(-z)^2: the Savage loss, a link of GPO that is bounded and not convex
+  (arXiv:2402.05749).
+
+  Args:
+    margin: [...], z.
+    label: [...], p.
+
+  Returns:
+    [...].
+
+  >>> loss = preference_losses.savage(jnp.array([0.0, 2.0]), jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(3))
+  [0.25  0.014]
+  """
+  return _soft(lambda z: jnp.square(jax.nn.sigmoid(-z)), margin, label)
+
+
+def sigmoid(margin: Array, label: Array) -> Array:
+  """l(z) = sigmoid(-z): a smooth 0-1 loss, bounded and not convex (arXiv:2402.05749).
+
+  Args:
+    margin: [...], z.
+    label: [...], p.
+
+  Returns:
+    [...].
+
+  >>> loss = preference_losses.sigmoid(jnp.array([0.0, 2.0]), jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(3))
+  [0.5   0.119]
+  """
+  return _soft(lambda z: jax.nn.sigmoid(-z), margin, label)
+
+
+def modulated(margin: Array, label: Array, *, temperature: float = 0.05) -> Array:
+  """l(z) = (1 - m) log(1 + exp(-z)) + m exp(-z), m = sigmoid(z / temperature): the log-ratio modulated
+  loss that DiscoPOP found (arXiv:2406.08414).
+
+  It is not monotone: for a temperature of 0.05 it increases between z = -0.118 and 0.072, so it has a
+  local minimum on the wrong side of 0. m carries gradient.
+
+  Args:
+    margin: [...], z.
+    label: [...], p.
+    temperature: width of the change from one link to the other, in units of z.
+
+  Returns:
+    [...].
+
+  >>> loss = preference_losses.modulated(jnp.array([0.0, 1.0]), jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(3))
+  [0.847 0.368]
+  """
+
+  def link(z):
+    # m exp(-z) as one exponential: both of its factors may overflow alone.
+    product = jnp.exp(jax.nn.log_sigmoid(z / temperature) - z)
+    return jax.nn.sigmoid(-z / temperature) * jax.nn.softplus(-z) + product
+
+  return _soft(link, margin, label)
+
+
+def clipped_logistic(margin: Array, label: Array, *, bound: float = 2.0) -> Array:
+  """l(z) = log(1 + exp(-clip(z, -bound, bound))): the logistic link of chiPO (arXiv:2407.13399).
+
+  Args:
+    margin: [...], z; outside the bounds it has no gradient.
+    label: [...], p.
+    bound: twice the range R of the rewards.
+
+  Returns:
+    [...].
+
+  >>> loss = preference_losses.clipped_logistic(jnp.array([1.0, 9.0]), jnp.array([1.0, 1.0]))
+  >>> print(np.asarray(loss).round(3))
+  [0.313 0.127]
+  """
+  return logistic(jnp.clip(margin, -bound, bound), label)
+
+
+def reverse_kl(margin: Array, label: Array) -> Array:
+  """KL(q || p) of q = (sigmoid(z), sigmoid(-z)) and p = (label, 1 - label): EXO (arXiv:2402.00856).
+
+      sigmoid(z) (log sigmoid(z) - log p) + sigmoid(-z) (log sigmoid(-z) - log(1 - p))
+
+  `logistic` is the cross-entropy, that is the other direction of the KL, up to a constant. Both are
+  minimal at z = log(p / (1 - p)). The label must be smoothed, so that this is finite.
+
+  Args:
+    margin: [...], z.
+    label: [...], p; clamped to [1e-6, 1 - 1e-6].
+
+  Returns:
+    [...], at least 0.
+
+  >>> loss = preference_losses.reverse_kl(jnp.array([0.0, 2.0]), jnp.array([0.5, 0.9]))
+  >>> print(np.asarray(loss).round(3))
+  [0.    0.002]
+  """
+  chex.assert_equal_shape([margin, label])
+  label = jnp.clip(label, 1e-6, 1 - 1e-6)
+  better, worse = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+  return jnp.exp(better) * (better - jnp.log(label)) + jnp.exp(worse) * (worse - jnp.log1p(-label))
+
+
+def _soft(link: Callable[[Array], Array], margin: Array, label: Array) -> Array:
+  """p l(z) + (1 - p) l(-z)."""
+  chex.assert_equal_shape([margin, label])
+  return label * link(margin) + (1 - label) * link(-margin)
+
+
+TABLE = table(
+  'preference_losses',
+  logistic,
+  squared,
+  hinge,
+  exponential,
+  truncated_square,
+  savage,
+  sigmoid,
+  modulated,
+  clipped_logistic,
+  reverse_kl,
+)
 Part = Annotated[Callable, TABLE]

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import optax
 
-from polgrad.optim.anchors import ANCHORS, AnchorPart, ema, fixed, sync
+from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync
 from polgrad.optim.schedules import (
   SCHEDULES,
   SchedulePart,
@@ -52,6 +52,7 @@ __all__ = [
   'adamw',
   'balanced',
   'bias_scaled',
+  'blend',
   'constant',
   'cosine',
   'ema',

@@ -32,5 +32,17 @@ def sync(anchor: Params, params: Params, step: Array, *, every: AtLeastOne = 100
   return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, params)
 
 
-ANCHORS = table('optim', fixed, ema, sync)
+def blend(
+  anchor: Params, params: Params, step: Array, *, alpha: Fraction = 0.6, every: AtLeastOne = 512
+) -> Params:
+  """alpha * params + (1 - alpha) * anchor, after every `every` updates (arXiv:2404.09656).
+
+  With alpha = 1 this is `sync`, with every = 1 `ema` of the decay 1 - alpha, and with alpha = 0 `fixed`.
+  """
+  due = step % every == 0
+  mix = lambda a, p: jnp.where(due, (alpha * p + (1 - alpha) * a).astype(a.dtype), a)
+  return jax.tree.map(mix, anchor, params)
+
+
+ANCHORS = table('optim', fixed, ema, sync, blend)
 AnchorPart = Annotated[Callable, ANCHORS]

@@ -71,7 +71,8 @@ def test_pairs_reject_a_number_that_differs_in_one_digit(digits, operator):
   knobs = {'digits': digits, 'operator': operator}
   for problem, pair in zip(sources.arithmetic(**knobs), pairs_of(**knobs), strict=True):
     chosen, rejected = pair['chosen'], pair['rejected']
-    assert pair == {**problem, 'chosen': problem['answer'], 'rejected': rejected}
+    margin = abs(int(chosen) - int(rejected))
+    assert pair == {**problem, 'chosen': problem['answer'], 'rejected': rejected, 'margin': margin}
     assert len(chosen) == len(rejected) and sum(map(str.__ne__, chosen, rejected)) == 1
     assert rejected == str(int(rejected))  # neither 07 nor -0, and the sign is no digit
 
@@ -110,6 +111,7 @@ def test_choices_are_the_answer_and_numbers_that_differ_in_one_digit(digits):
     numbers = dict(line.split() for line in lines)
     assert question == problem['prompt'] and list(numbers) == list('xyz')
     assert numbers.pop(record['answer']) == problem['answer'] and record['rejected'] in numbers
+    assert record['margin'] == abs(int(numbers[record['rejected']]) - int(problem['answer']))
     assert len(set(numbers.values())) == 2
     for number in numbers.values():
       assert sum(map(str.__ne__, number, problem['answer'])) == 1

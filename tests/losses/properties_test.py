@@ -17,12 +17,16 @@ from polgrad.losses import (
   f_divergences,
   implicit_rewards,
   log_partition,
+  pair_offsets,
+  pair_selections,
+  pair_weights,
   penalties,
   pointwise,
   preference_losses,
   ratios,
   returns,
   reward_penalties,
+  score_shapes,
   selections,
   surrogates,
   weights,
@@ -33,10 +37,19 @@ SELECTORS = {'mask', 'where', 'valid'}
 REQUIRED_KNOBS = {aggregation.constant_length: {'length': 8}, aggregation.token_sum: {'rows': 8}}
 B, T, V = 4, 3, 5
 
+# Functions that compare the rows of a pair.
+PAIRED = [
+  score_shapes.adaptive_rejection,
+  *pair_offsets.TABLE.values(),
+  *pair_weights.TABLE.values(),
+  *pair_selections.TABLE.values(),
+]
+SHAPES = [f for f in score_shapes.TABLE.values() if f not in PAIRED]
 SCORES = list(implicit_rewards.TABLE.values())
 REDUCTIONS = list(aggregation.TABLE.values())
 TO_ROWS = [
   *advantages.TABLE.values(),
+  *SHAPES,
   *preference_losses.TABLE.values(),
   *pointwise.TABLE.values(),
   *log_partition.TABLE.values(),
@@ -72,7 +85,7 @@ def name_of(fn):
 
 every = pytest.mark.parametrize('fn', ALL, ids=name_of)
 # Selections give booleans of the whole batch: selections_test.py has the rest.
-listed = pytest.mark.parametrize('fn', [*ALL, *selections.TABLE.values()], ids=name_of)
+listed = pytest.mark.parametrize('fn', [*ALL, *PAIRED, *selections.TABLE.values()], ids=name_of)
 
 
 def make(fn, seed=0, rows=B):
@@ -90,6 +103,10 @@ def make(fn, seed=0, rows=B):
       arrays[name] = np.array(groups, np.int32)[:rows]
     elif name == 'turn_ids':
       arrays[name] = np.where(mask, np.arange(T) // 2, -1).astype(np.int32)
+    elif name == 'score':  # log-odds have a gradient below 0 only
+      arrays[name] = rng.normal(size=rows).astype(np.float32)
+    elif name == 'preferred':
+      arrays[name] = np.array([True, False, False, True])[:rows]
     elif name == 'selected':
       arrays[name] = mask & (rng.uniform(size=(rows, T)) < 0.5)
     elif name in WHOLE:
