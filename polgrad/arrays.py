@@ -56,10 +56,10 @@ BATCH = {
 # Features that polgrad's own collectors and estimators add to a batch.
 FEATURES = {
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
-  'annotated_margin': Spec(
-    'B', 'how much better the preferred row of a pair is, at least 0; from the data'
-  ),
+  'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),
   'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
+  'similarity': Spec('B', 'cosine between prompt and preferred completion; from the data'),
+  'token_weights': Spec('B T', 'weights of the tokens of completions; from the data'),
 }
 
 # Fields of `types.Outputs`: they carry gradients.
@@ -118,10 +118,17 @@ CONFIGURED = {
   'proxy_logp': Spec('B T', 'statistic: log-prob under the distribution without its tail, nats'),
   'log_normalizer': Spec('B T', 'statistic: logsumexp of the logits'),
   'old_kl': Spec('B T', 'statistic: divergence between teacher and policy, nats'),
+  'reference_kl': Spec('B T', 'statistic: KL(teacher || policy), nats'),
+  'typical_logp': Spec('B T', 'statistic: log-prob that a token is compared with, nats'),
   'selected': Spec('B T', 'selection: chosen tokens, bool'),
   'normalized_weights': Spec('B T', 'selection: importance weights with mean 1, f32'),
   'prompt_weights': Spec('B T', 'selection: weights with which prompts count the same, f32'),
   'bounds': Spec('2', 'selection: least and largest ratio of the trust region'),
+  'reference_selected': Spec('B T', 'selection: tokens chosen for the reference, bool'),
+  'pair_shares': Spec('B', 'selection: weight of the pair, with mean 1; 0 if it is left out'),
+  'matched_gap': Spec('B', 'selection: sorted reference margin less the own one, nats'),
+  'batch_beta': Spec('', 'selection: beta of the batch'),
+  'gap_average': Spec('2', 'history: moving averages of mean and deviation of `gap`'),
   'kl_coefficient': Spec('', 'history: coefficient of the KL penalty, from its controller'),
   'entropy_coefficient': Spec('', 'history: coefficient of the entropy bonus, from its controller'),
   'mean_entropy': Spec('', 'history: mean entropy of earlier updates, nats'),

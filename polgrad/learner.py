@@ -17,6 +17,7 @@ from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle, learning_rate
 from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, merged
+from polgrad.registry import call
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
 
 
@@ -161,8 +162,8 @@ class Learner:
   _: dataclasses.KW_ONLY
   temperature: float = 1.0  # of sampling; divides all logits
   micro_batches: int = 1  # must divide the rows of the minibatch; changes memory and speed only
-  # Rules by anchor name, (anchor, trainable, update number from 1) -> anchor; one for each anchor
-  # of the state, see `optim.ANCHORS`.
+  # Rules by anchor name, (anchor, params, step) -> anchor; one for each anchor of the state, see
+  # `optim.anchors`.
   anchors: Mapping[str, Callable[[Params, Params, Array], Params]] = dataclasses.field(
     default_factory=dict
   )
@@ -195,12 +196,13 @@ class Learner:
       finite &= jnp.isfinite(optax.tree.norm(steps))
 
     # Parameters, anchors and the objective's state, or the old ones if the step is skipped.
-    trainable = optax.apply_updates(trainable, steps)
+    before, trainable = trainable, optax.apply_updates(trainable, steps)
     count = state.update + 1
+    follow = {'params': trainable, 'previous': before, 'step': count}
     moved = state.replace(
       params=overlay(state.params, trainable),
       opt_state=opt_state,
-      anchors={k: self.anchors[k](v, trainable, count) for k, v in state.anchors.items()},
+      anchors={k: call(self.anchors[k], {'anchor': a, **follow}) for k, a in state.anchors.items()},
       objective_state=self.objective.advance(state.objective_state, metrics),
       skipped=jnp.zeros_like(state.skipped),
     )

@@ -48,6 +48,20 @@ def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> History:
   )
 
 
+def average(*, metrics: tuple, decay: float = 0.9) -> History:
+  """Moving averages of n metrics, f32[n]: x <- decay x + (1 - decay) metric, from 0.
+
+  An update that has nothing to take a mean of leaves them as they are.
+  """
+
+  def advance(x, found):
+    seen = jnp.stack([getattr(found[name], 'count', 1) > 0 for name in metrics])
+    new = jnp.stack([_value(found, name) for name in metrics])
+    return jnp.where(seen, decay * x + (1 - decay) * new, x)
+
+  return _remembered((0.0,) * len(metrics), advance)
+
+
 def latest(*, metrics: tuple, initial: tuple) -> History:
   """The values of n metrics in the last update, f32[n].
 
@@ -148,7 +162,7 @@ def _remembered(initial: float | tuple, advance: Callable) -> History:
   )
 
 
-TABLE = table('metric_history', running_mean, latest, adaptive_kl, entropy_control)
+TABLE = table('metric_history', running_mean, average, latest, adaptive_kl, entropy_control)
 Part = Annotated[History, TABLE]
 
 FACTORS = table('metric_history', kl_coefficient, entropy_coefficient)

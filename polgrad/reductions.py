@@ -77,6 +77,34 @@ class EffectiveSampleSize:
     )
 
 
+@struct.dataclass(kw_only=True)
+class Deviation:
+  """The standard deviation of n numbers, with the divisor n - 1; 0 for fewer than two."""
+
+  total: Array  # f32[]
+  squares: Array  # f32[]
+  count: Array  # f32[]
+
+  @classmethod
+  def of(cls, x: Array, where: Array) -> 'Deviation':
+    x = jnp.where(where, x, 0)
+    return cls(total=jnp.sum(x), squares=jnp.sum(x * x), count=jnp.sum(where, dtype=x.dtype))
+
+  def mean(self) -> Array:
+    return self.total / jnp.maximum(self.count, 1)
+
+  def value(self) -> Array:
+    excess = self.squares - self.total * self.mean()
+    return jnp.sqrt(jnp.maximum(excess, 0) / jnp.maximum(self.count - 1, 1))
+
+  def __add__(self, other: 'Deviation') -> 'Deviation':
+    return Deviation(
+      total=self.total + other.total,
+      squares=self.squares + other.squares,
+      count=self.count + other.count,
+    )
+
+
 BINS = 255  # of the histogram of log-ratios; the middle one holds 0
 FINEST = (
   1e-3  # nats; bins near 0 are a tenth of it wide, other bins a tenth of their distance from 0
@@ -110,7 +138,7 @@ class Quantile:
     return Quantile(counts=self.counts + other.counts, fraction=self.fraction)
 
 
-Metric = Mean | Max | EffectiveSampleSize | Quantile  # a metric is one of these
+Metric = Mean | Max | EffectiveSampleSize | Deviation | Quantile  # a metric is one of these
 
 
 def merged(parts: Iterable[Any]) -> Any:

@@ -69,7 +69,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     '2': (2,),
   }
   # Near each other, so that no ratio is clipped; in one order in every process.
-  found = {name: 0.1 * random.random(shapes[ARRAYS[name].shape]) for name in sorted(method.reads)}
+  shape = lambda name: shapes[ARRAYS[name].shape if name in ARRAYS else 'B T']
+  found = {name: 0.1 * random.random(shape(name)) for name in sorted(method.reads)}
   found = {name: -x if name.endswith('logp') else x for name, x in found.items()}
   if 'rewards' in found:
     found['rewards'] = np.tile([1.0, 0.0], 4)

@@ -14,7 +14,7 @@ from polgrad.collect.base import (
   Draw,
   make_annotator,
 )
-from polgrad.data import batching
+from polgrad.data import batching, pair_fields
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.registry import AtLeastOne, Count
 from polgrad.sharding import to_host
@@ -60,9 +60,11 @@ class Preferences(Collector):
   # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
   # that the phase can share the prompts of its pairs (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
-  # Numbers of the records that become arrays of the batch, the same in both rows of a pair: name of the
-  # array -> field of the record, as in {'annotated_margin': 'margin'}.
+  # Numbers that every record has and the objective reads, the same in both rows of a pair: name of the
+  # array -> field of the record, as in {'margins': 'margin'}.
   numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Whether records may have weights of tokens, `chosen_weights` and `rejected_weights`.
+  token_weights: bool = False
 
   @property
   def records(self) -> int:
@@ -78,12 +80,15 @@ class Preferences(Collector):
 
   @property
   def provides(self) -> frozenset[str]:
-    return frozenset({'label', *self.numbers})
+    return frozenset({'label', *self.numbers, *(['token_weights'] if self.token_weights else [])})
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, prompt_length=self.prompt_length)
     batch = batching.pairs(records, tokenizer, **sizes, cut=cut)
-    return batch.with_arrays(**batching.numbers(records, self.numbers, repeats=2))
+    found = pair_fields.numbers(records, self.numbers)
+    if self.token_weights:
+      found['token_weights'] = pair_fields.token_weights(records, batch.mask, cut=cut)
+    return batch.with_arrays(**found)
 
   def make(self, context: Context) -> Collect:
     return _given(self, context).collect

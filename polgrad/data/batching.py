@@ -145,32 +145,6 @@ def pairs(
   )
 
 
-def numbers(
-  records: Sequence[Mapping], fields: Mapping[str, str], *, repeats: int = 1
-) -> dict[str, np.ndarray]:
-  """Arrays f32[len(records) * repeats] of numbers that records hold, each `repeats` times in a row.
-
-  Args:
-    records: with `id` and these fields.
-    fields: name of the array -> field of the record.
-    repeats: rows of a record.
-
-  Raises:
-    ValueError: a record without the field, or with something else in it than a finite number.
-  """
-  found = {}
-  for name, field in fields.items():
-    for record in records:
-      x = record.get(field)
-      if isinstance(x, bool) or not isinstance(x, int | float) or not np.isfinite(x):
-        raise ValueError(
-          f'record {record["id"]}: expected a number in the field {field!r}, which is {name} of the '
-          f'loss, got {x!r}'
-        )
-    found[name] = np.repeat(np.asarray([r[field] for r in records], np.float32), repeats)
-  return found
-
-
 class TokenRow(NamedTuple):
   """A row of a record with all its tokens, before it is cut or padded."""
 

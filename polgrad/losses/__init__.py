@@ -17,6 +17,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     selections          tokens chosen, or weighed, in the whole minibatch        selections
     aggregation         means of token losses over tokens or rows                aggregation
     implicit_rewards    scores of rows from their log-probabilities              score
+    pair_scores         scores that look at both rows of a pair                  score
     score_shapes        functions of a row's score, as f' of a divergence        shape
     preference_losses   losses of a preference pair                              link
     pair_offsets        what the margin of a pair must exceed                    offsets
@@ -54,6 +55,7 @@ from polgrad.losses import (
   log_partition,
   logit_stats,
   pair_offsets,
+  pair_scores,
   pair_selections,
   pair_weights,
   pairs,
@@ -82,6 +84,7 @@ __all__ = [
   'log_partition',
   'logit_stats',
   'pair_offsets',
+  'pair_scores',
   'pair_selections',
   'pair_weights',
   'pairs',

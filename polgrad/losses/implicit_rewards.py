@@ -111,6 +111,82 @@ def bellman_sum(logp: Array, reference_logp: Array, log_normalizer: Array, mask:
   return logp_sum(log_normalizer, first) + log_ratio_sum(logp, reference_logp, mask)
 
 
+def weighted_log_ratio_sum(
+  logp: Array, reference_logp: Array, token_weights: Array, mask: Array
+) -> Array:
+  """sum_t s_t (logp - reference_logp): token-weighted DPO, as in OPA-DPO (arXiv:2501.09695).
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats, constant.
+    token_weights: [..., T], s, constant: more than 1 where an expert found an error.
+    mask: bool[..., T].
+
+  Returns:
+    [...], nats; 0 in a row without tokens.
+  """
+  chex.assert_equal_shape([token_weights, mask])
+  weights = jnp.where(mask, single(token_weights), 0)
+  return jnp.sum(weights * _differences(logp, reference_logp, mask), axis=-1)
+
+
+def clipped_log_ratio_sum(
+  logp: Array, reference_logp: Array, mask: Array, *, low: float = -1.0, high: float = 1.5
+) -> Array:
+  """sum_t clip(logp - reference_logp, low, high): the humanline score (arXiv:2509.24207).
+
+  A token outside the bounds has no gradient. With infinite bounds it is `log_ratio_sum`.
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats, constant.
+    mask: bool[..., T].
+    low: smallest log-ratio of a token, nats.
+    high: largest log-ratio of a token, nats.
+
+  Returns:
+    [...], nats; 0 in a row without tokens.
+  """
+  return jnp.sum(jnp.clip(_differences(logp, reference_logp, mask), low, high), axis=-1)
+
+
+def selected_log_ratio_sum(
+  logp: Array, reference_logp: Array, selected: Array, mask: Array
+) -> Array:
+  """`log_ratio_sum` of the selected tokens alone: SamPO with one subset (arXiv:2406.10957).
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats, constant.
+    selected: bool[..., T].
+    mask: bool[..., T].
+
+  Returns:
+    [...], nats; 0 in a row without selected tokens.
+  """
+  return log_ratio_sum(logp, reference_logp, mask & (selected > 0))
+
+
+def separately_selected_sum(
+  logp: Array, reference_logp: Array, selected: Array, reference_selected: Array, mask: Array
+) -> Array:
+  """Sum of logp over some tokens less that of reference_logp over others: SamPO as in the authors' code
+  (arXiv:2406.10957), which draws the tokens of the reference again.
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats, constant.
+    selected: bool[..., T], of the policy.
+    reference_selected: bool[..., T], of the reference.
+    mask: bool[..., T].
+
+  Returns:
+    [...], nats; 0 in a row without selected tokens.
+  """
+  own = logp_sum(logp, mask & (selected > 0))
+  return own - logp_sum(reference_logp, mask & (reference_selected > 0))
+
+
 def _differences(logp: Array, other: Array, mask: Array) -> Array:
   """logp - other, 0 outside the mask. Differences are summed, because a difference of two long sums
   has lost the digits in which they differ."""
@@ -127,5 +203,9 @@ TABLE = table(
   logp_mean,
   old_log_ratio_sum,
   bellman_sum,
+  weighted_log_ratio_sum,
+  clipped_log_ratio_sum,
+  selected_log_ratio_sum,
+  separately_selected_sum,
 )
 Part = Annotated[Callable, TABLE]

@@ -102,6 +102,19 @@ def proxy_logp(logits: Array, tokens: Array, *, kappa: float = 0.02) -> Array:
   return logp(jnp.where(logits >= jnp.log(kappa), logits, -1e4), tokens)
 
 
+def log_collision(logits: Array) -> Array:
+  """log sum_v pi_v^2, the log-probability that two draws agree, nats: WPO (arXiv:2406.11827).
+
+  exp(log pi(token) - this) has the mean 1 over tokens that pi draws. f32[..., V] -> f32[...].
+  """
+  return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+
+
+def largest_logp(logits: Array) -> Array:
+  """max_v log pi_v, the log-probability of the greedy token, nats; f32[..., V] -> f32[...]."""
+  return jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
 def one_token_rollout(
   logits: Array, tokens: Array, *, beta: float = -0.1, temperature: float = 1.3
 ) -> Array:
@@ -143,6 +156,8 @@ TABLE = table(
   score_fisher,
   hidden_norm,
   proxy_logp,
+  log_collision,
+  largest_logp,
   one_token_rollout,
 )
 Part = Annotated[Callable, TABLE]

@@ -32,30 +32,43 @@ def length_difference(mask: Array, preferred: Array) -> Array:
   return chosen - rejected
 
 
-def annotated(annotated_margin: Array) -> Array:
-  """The margin that the data give to a pair, for example how much better the chosen row was rated: DPO
-  with an offset (arXiv:2402.10571).
+def given(margins: Array) -> Array:
+  """The margins that the data give, such as how much better annotators found the chosen completion
+  (arXiv:2307.09288, arXiv:2402.10571).
 
   Args:
-    annotated_margin: [B], the same in both rows of a pair.
+    margins: [B], the same in both rows of a pair.
 
   Returns:
     [B / 2].
   """
-  return pairs.first(annotated_margin)
+  return pairs.first(margins)
 
 
-def log_annotated(annotated_margin: Array) -> Array:
+def log_given(margins: Array) -> Array:
   """log(1 + m), m the margin that the data give to a pair (arXiv:2402.10571).
 
   Args:
-    annotated_margin: [B], at least 0, the same in both rows of a pair.
+    margins: [B], at least 0, the same in both rows of a pair.
 
   Returns:
     [B / 2].
   """
-  return jnp.log1p(pairs.first(annotated_margin))
+  return jnp.log1p(pairs.first(margins))
 
 
-TABLE = table('pair_offsets', length_difference, annotated, log_annotated)
+def matched(matched_gap: Array) -> Array:
+  """What the gap of a pair becomes less by if it is compared with another reference margin: AOT
+  (arXiv:2406.05882).
+
+  Args:
+    matched_gap: [B], see `pair_selections.sorted_reference`.
+
+  Returns:
+    [B / 2], nats.
+  """
+  return pairs.first(matched_gap)
+
+
+TABLE = table('pair_offsets', length_difference, given, log_given, matched)
 Part = Annotated[Callable, TABLE]

@@ -3,14 +3,17 @@
 A function of `TABLE` fills one of the `weights` of `objectives.Pairwise`. It returns one number a pair,
 [B / 2], and reads arrays of all rows: rows 2i and 2i + 1 are a pair, `preferred` [B] says which of them
 is the preferred one, and `gap` [B] is the difference of their scores, the same in both rows. A pair of
-weight 0 still counts in the number of pairs.
+weight 0 still counts in the number of pairs. As one of the `scales` a function multiplies beta instead.
 """
 
 from collections.abc import Callable
 from typing import Annotated
 
-from polgrad.losses import pairs
-from polgrad.registry import table
+import jax.numpy as jnp
+
+from polgrad.losses import implicit_rewards, pairs
+from polgrad.losses._common import bounded
+from polgrad.registry import Range, table
 from polgrad.types import Array
 
 
@@ -26,5 +29,61 @@ def given(weights: Array) -> Array:
   return pairs.first(weights)
 
 
-TABLE = table('pair_weights', given)
+def alignment(
+  logp: Array, typical_logp: Array, mask: Array, *, cap: Annotated[float, Range(at_least=0)] = 1.0
+) -> Array:
+  """min(cap, exp(a_w + a_l)), a the mean over a row's tokens of logp - typical_logp: WPO
+  (arXiv:2406.11827).
+
+  A pair that the policy itself might have sampled has a weight near 1, one that is off-policy a small
+  weight. typical_logp is log sum_v pi_v^2 (`logit_stats.log_collision`): then every pair has the weight
+  1 under a uniform policy, and E_{token ~ pi} exp(logp - typical_logp) = 1.
+
+  Args:
+    logp: [B, T], nats.
+    typical_logp: [B, T], nats, the log-probability that a token is compared with.
+    mask: bool[B, T].
+    cap: largest weight; TRL has none (infinity).
+
+  Returns:
+    [B / 2], in [0, cap].
+  """
+  rows = implicit_rewards.log_ratio_mean(logp, typical_logp, mask)
+  return jnp.minimum(jnp.exp(bounded(rows[::2] + rows[1::2])), cap)
+
+
+def semantic(similarity: Array, *, alpha: Annotated[float, Range(at_least=0)] = 1.0) -> Array:
+  """exp(-alpha (1 - similarity)): Sem-DPO (arXiv:2507.20133).
+
+  Args:
+    similarity: [B], the cosine between embeddings of prompt and preferred completion, the same in both
+      rows of a pair.
+    alpha: how much less a pair counts that is semantically far from its prompt.
+
+  Returns:
+    [B / 2].
+  """
+  return jnp.exp(-alpha * (1 - pairs.first(similarity)))
+
+
+def chosen_pairs(pair_shares: Array) -> Array:
+  """The selection `pair_shares`: 0 for pairs that are left out, and the same number for all others.
+
+  The number is (pairs) / (pairs that are kept), so the mean over all pairs is that over the kept ones.
+
+  Args:
+    pair_shares: [B], the same in both rows of a pair.
+
+  Returns:
+    [B / 2].
+  """
+  return pairs.first(pair_shares)
+
+
+def batch_beta(batch_beta: Array) -> Array:
+  """The selection `batch_beta`, one number for the whole batch: [] -> []."""
+  return batch_beta
+
+
+TABLE = table('pair_weights', given, alignment, semantic, chosen_pairs, batch_beta)
 Part = Annotated[Callable, TABLE]

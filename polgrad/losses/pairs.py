@@ -39,3 +39,9 @@ def first(x: Array) -> Array:
 def complete(mask: Array) -> Array:
   """Pairs of which both rows have tokens, bool[B, T] -> bool[B / 2]."""
   return jnp.any(mask, axis=1).reshape(-1, 2).all(axis=1)
+
+
+def shared_length(mask: Array) -> Array:
+  """The number of tokens of the shorter row of each pair, at both of its rows: bool[B, T] -> i32[B]."""
+  shorter = jnp.min(jnp.sum(mask, axis=1).reshape(-1, 2), axis=1)
+  return jnp.repeat(shorter, 2)

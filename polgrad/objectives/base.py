@@ -284,8 +284,10 @@ def row_mean(x: Array, where: Array) -> Mean:
   return Mean(total=total, count=jnp.sum(where, dtype=total.dtype))
 
 
-def weigh(loss: Array, weights: Mapping[str, Callable], x: Mapping[str, Array]) -> Array:
-  """The token loss multiplied by all weights; no gradient passes through a weight."""
+def weigh(
+  loss: Array, weights: Mapping[str, Callable], x: Mapping[str, Array], slot: str = 'weights'
+) -> Array:
+  """The loss multiplied by all weights of a slot; no gradient passes through a weight."""
   for name, weight in weights.items():
-    loss = loss * jax.lax.stop_gradient(call_slot(f'weights.{name}', weight, x))
+    loss = loss * jax.lax.stop_gradient(call_slot(f'{slot}.{name}', weight, x))
   return loss

@@ -15,6 +15,7 @@ from polgrad.losses import (
   log_partition,
   logit_stats,
   pair_offsets,
+  pair_scores,
   pair_selections,
   pair_weights,
   pairs,
@@ -38,7 +39,8 @@ from polgrad.objectives.base import (
   weigh,
   with_selections,
 )
-from polgrad.registry import check_weighted, either
+from polgrad.reductions import Deviation
+from polgrad.registry import check_weighted, either, inputs
 from polgrad.types import Array, Batch, Outputs
 
 StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
@@ -56,14 +58,15 @@ class Pairwise(Objective):
 
   The metric `accuracy` is the fraction of pairs whose preferred row has the higher score. Equal
   scores count as one half, as they do before the first update of DPO, where rounding would decide
-  otherwise. `margin` is the mean of r_w - r_l. `chosen_reward` and `rejected_reward` are the means of
-  beta r_w and beta r_l, the implicit rewards.
+  otherwise. `margin` is the mean of r_w - r_l, and `margin_std` its standard deviation. `chosen_reward`
+  and `rejected_reward` are the means of beta r_w and beta r_l, the implicit rewards.
 
   Attributes:
     score: of a row, [B], such as the summed log-ratio to the reference.
     link: loss of a pair, [B / 2], of its margin z and the confidence of its label.
     shape: of a row, [B], a function of `score` and of any arrays; it may compare the rows of a pair.
     beta: multiplies the difference of the shaped scores.
+    scales: factors of beta by name, [B / 2] or one number, without gradient.
     offset: number that is subtracted from it, in units of the link's argument.
     offsets: functions of any arrays, [B / 2], which are subtracted too, each with its coefficient,
       e.g. `{'length': weighted(-0.1, part(pair_offsets.length_difference))}`. They may carry gradient.
@@ -81,10 +84,11 @@ class Pairwise(Objective):
     ValueError: a name that two arrays would have, or a statistic that reads an unknown array.
   """
 
-  score: implicit_rewards.Part
+  score: pair_scores.Part
   link: preference_losses.Part
   shape: score_shapes.Part = score_shapes.identity
   beta: float = 1.0
+  scales: Mapping[str, pair_weights.Part] = dataclasses.field(default_factory=dict)
   offset: float = 0.0
   offsets: Mapping[str, pair_offsets.Part] = dataclasses.field(default_factory=dict)
   weights: Mapping[str, pair_weights.Part] = dataclasses.field(default_factory=dict)
@@ -105,6 +109,7 @@ class Pairwise(Objective):
   def slots(self) -> Mapping[str, Callable]:
     groups = {
       'offsets': {k: p.fn for k, p in self.offsets.items()},
+      'scales': self.scales,
       'weights': self.weights,
       'stats': self.stats,
       'selections': self.selections,
@@ -140,7 +145,7 @@ class Pairwise(Objective):
 
     chosen, rejected = pairs.split(x['score'], x['preferred'])
     gap = chosen - rejected
-    margin = self.beta * gap - self.offset
+    margin = weigh(self.beta * gap, self.scales, x, 'scales') - self.offset
     for name, (coefficient, offset) in self.offsets.items():
       margin = margin - coefficient * call_slot(f'offsets.{name}', offset, x)
     loss = weigh(self.link(margin, self.confidence(x)), self.weights, x)
@@ -149,6 +154,7 @@ class Pairwise(Objective):
     metrics = {
       'accuracy': row_mean((gap > 0) + 0.5 * (gap == 0), where),
       'margin': row_mean(jax.lax.stop_gradient(gap), where),
+      'margin_std': Deviation.of(jax.lax.stop_gradient(gap), where),
       'chosen_reward': row_mean(self.beta * jax.lax.stop_gradient(chosen), where),
       'rejected_reward': row_mean(self.beta * jax.lax.stop_gradient(rejected), where),
     }
@@ -180,7 +186,8 @@ class Pairwise(Objective):
   ) -> dict[str, Array]:
     """The results of all selections as features [B, ...], without gradient; see `select`."""
     x = self.arrays(jax.lax.stop_gradient(outputs), batch, state, step)
-    self.add_scores(x)
+    if any({'score', 'gap'} & set(inputs(fn)) for fn in self.selections.values()):
+      self.add_scores(x)  # otherwise the score may be one of selected tokens
     # The noise depends on the update alone, so a repeated update selects the same pairs.
     x['noise'] = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step), batch.mask.shape)
     rows, found = len(batch.mask), {}
@@ -188,7 +195,9 @@ class Pairwise(Objective):
       value = jax.lax.stop_gradient(call_slot(f'selections.{name}', selection, x))
       # Features have one entry a row: a value of a pair is repeated for its two rows, and a value of
       # the whole batch for all rows.
-      if value.shape == (rows // 2,):
+      if value.shape == batch.mask.shape:
+        found[name] = value
+      elif value.shape == (rows // 2,):
         found[name] = jnp.repeat(value, 2)
       else:
         found[WHOLE + name] = jnp.broadcast_to(value, (rows, *value.shape))

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import optax
 
-from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync
+from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync, sync_before
 from polgrad.optim.schedules import (
   SCHEDULES,
   SchedulePart,
@@ -68,5 +68,6 @@ __all__ = [
   'signal_to_noise',
   'stairs',
   'sync',
+  'sync_before',
   'two_phase',
 ]

@@ -1,7 +1,8 @@
 """Anchor rules: how a named parameter set (reference, teacher, ...) follows the policy.
 
 A rule is a function (anchor, params, step) -> anchor. It is applied after every update: `params` are
-the policy's new parameters that updates change, `step` the number of updates in the phase, from 1.
+the policy's new parameters that updates change, `step` the number of updates in the phase, from 1. A
+rule that names `previous` gets these parameters as they were before the update.
 """
 
 from collections.abc import Callable
@@ -44,5 +45,15 @@ def blend(
   return jax.tree.map(mix, anchor, params)
 
 
-ANCHORS = table('optim', fixed, ema, sync, blend)
+def sync_before(anchor: Params, previous: Params, step: Array, *, every: AtLeastOne = 1) -> Params:
+  """A copy of the policy as it was right before every `every`-th update (arXiv:2509.24207).
+
+  With every=1 the anchor is one update behind: an update sees as the anchor the policy before the update
+  that preceded it. `sync(every=1)` would be the policy itself, so all log-ratios to it would be 0.
+  """
+  due = step % every == 0
+  return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, previous)
+
+
+ANCHORS = table('optim', fixed, ema, sync, sync_before, blend)
 AnchorPart = Annotated[Callable, ANCHORS]

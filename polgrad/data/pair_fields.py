@@ -1,0 +1,69 @@
+"""Numbers in the records of preference pairs that losses read: of a pair, or of its tokens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polgrad.registry import suggest
+
+
+def numbers(records: Sequence[Mapping], fields: Mapping[str, str]) -> dict[str, np.ndarray]:
+  """Numbers of n records as arrays f32[2 n], the same at both rows of a record.
+
+  Args:
+    records: n of them.
+    fields: name of the array -> field of the record.
+
+  Raises:
+    ValueError: a record lacks a field, or has no finite number there; the message names both.
+  """
+  return {
+    name: np.repeat([_number(r, r.get(field), field) for r in records], 2).astype(np.float32)
+    for name, field in fields.items()
+  }
+
+
+def token_weights(records: Sequence[Mapping], mask: np.ndarray, *, cut: bool) -> np.ndarray:
+  """`chosen_weights` and `rejected_weights` of the records at the tokens of their rows, f32[2 n, T].
+
+  Each is a list with one number for each trained token, of which that of the stop token may be left out.
+  Tokens without a number, and those of a record without the field, have the weight 1.
+
+  Args:
+    records: n of them.
+    mask: bool[2 n, T], the trained tokens: rows 2i and 2i + 1 are the completions of record i.
+    cut: rows may have lost their end.
+
+  Raises:
+    ValueError: a list of another length, or something that is no finite number.
+  """
+  weights = np.ones(mask.shape, np.float32)
+  for row, trained in enumerate(mask):
+    record, name = records[row // 2], ('chosen_weights', 'rejected_weights')[row % 2]
+    found = [_number(record, x, name) for x in _list(record, name)]
+    count = int(trained.sum())
+    if found and not (len(found) in (count, count - 1) or (cut and len(found) > count)):
+      raise ValueError(
+        f'record {record["id"]}: {name} has {len(found)} numbers, but the completion has {count} '
+        'tokens with the stop token'
+      )
+    places = np.flatnonzero(trained)[: len(found)]
+    weights[row, places] = found[: len(places)]
+  return weights
+
+
+def _list(record: Mapping, name: str) -> list:
+  found = record.get(name) or []
+  if not isinstance(found, list):
+    raise ValueError(f'record {record["id"]}: {name} must be a list of numbers, got {found!r}')
+  return found
+
+
+def _number(record: Mapping, x: Any, name: str) -> float:
+  if name not in record:
+    raise ValueError(f'record {record["id"]}: there is no {name!r} here{suggest(name, record)}')
+  if not isinstance(x, int | float) or isinstance(x, bool) or not math.isfinite(x):
+    raise ValueError(f'record {record["id"]}: {name} must be a finite number, got {x!r}')
+  return float(x)
