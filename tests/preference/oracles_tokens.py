@@ -155,11 +155,21 @@ def first_part(x, const):
   return soft(logistic, 0.1 * margin(x), x)
 
 
+def opa(x, const):
+  """Weighted tokens in the pair's term; the anchor has a term for every row, chosen or rejected."""
+  log_ratio, mask = x['logp'] - x['reference_logp'], x['mask']
+  chosen, rejected = pair(total(x['token_weights'] * log_ratio, mask), x)
+  z, p = 0.1 * total(log_ratio, mask), x['label']
+  rows = (p * logistic(z) + (1 - p) * logistic(-z))[mask.any(axis=1)]
+  return soft(logistic, 0.1 * (chosen - rejected), x) + 2 * rows.mean()
+
+
 ORACLES = {
   'aot_paired': aot_paired,
   'beta_dpo': adaptive(),
   'humanline_dpo': humanline(-1.0, 1.5),
   'ld_dpo': lambda x, const: damped(x, 0.5),
+  'opa_dpo': opa,
   'sampo': sampo,
   'sem_dpo': semantic(1.0),
   'sera': first_part,
