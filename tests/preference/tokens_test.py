@@ -1,0 +1,364 @@
+"""Pair methods that look at tokens, at weights or at the whole batch: published numbers, what they are
+without their own knob, and what they make of whole batches."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from polgrad import learner, methods, metric_history, optim
+from polgrad.data import pair_fields
+from polgrad.losses import logit_stats, pair_selections, pair_weights
+from polgrad.models import Policy
+from polgrad.objectives import TABLE
+from polgrad.reductions import Deviation, Mean
+from polgrad.registry import bind
+from polgrad.types import Batch, Outputs, TrainState
+from tests.preference import harness
+
+DPO = methods.dpo()
+
+
+def arrays(method, **changes):
+  return harness.random_arrays(method) | changes
+
+
+@pytest.mark.parametrize(
+  ('name', 'knobs'),
+  [
+    ('ld_dpo', dict(damping=1.0)),
+    ('humanline_dpo', dict(low=-np.inf, high=np.inf)),
+    ('sem_dpo', dict(alpha=0.0)),
+    ('beta_dpo', dict(rate=0.0, dropped=0.0)),
+    ('sera', dict(fraction=1.0)),
+    ('opa_dpo', dict(anchor_coefficient=0.0)),
+    ('tdpo', dict(second=True, alpha=0.0)),
+    ('wpo', dict(beta=0.1, cap=1.0)),
+  ],
+)
+def test_without_its_own_knob_a_method_is_dpo(name, knobs, x64):
+  method = methods.TABLE[name](**knobs)
+  x = arrays(method)
+  if name == 'tdpo':
+    x['reference_logp'] = x['teacher_logp']
+  if name == 'opa_dpo':
+    x['token_weights'] = np.ones_like(x['logp'])
+  if name == 'wpo':  # the law of every token is uniform
+    x |= {'logits': np.zeros_like(x['logits']), 'logp': np.full_like(x['logp'], -np.log(7))}
+  loss, gradient = harness.value_and_gradient(method, x)
+  x.pop('previous_logp', None)
+  plain, wanted = harness.value_and_gradient(DPO, x)
+  np.testing.assert_allclose(loss, plain, rtol=1e-12)
+  np.testing.assert_allclose(gradient['logp'], wanted['logp'], rtol=1e-12, atol=1e-15)
+
+
+def test_rows_of_equal_length_are_not_sampled_from(x64):
+  x = arrays(DPO)
+  x['mask'] = np.ones_like(x['mask'])
+  for knobs in ({}, {'shared': False}):
+    loss, _ = harness.value_and_gradient(methods.sampo(**knobs), x)
+    np.testing.assert_allclose(loss, harness.value_and_gradient(DPO, x)[0], rtol=1e-12)
+
+
+def test_a_batch_of_one_pair_has_nothing_to_sort(x64):
+  x = {k: v[:2] for k, v in arrays(DPO).items()}
+  got = harness.value_and_gradient(methods.aot_paired(beta=0.1), x)
+  wanted = harness.value_and_gradient(DPO, x)
+  np.testing.assert_allclose(got[0], wanted[0], rtol=1e-12)
+  np.testing.assert_allclose(got[1]['logp'], wanted[1]['logp'], rtol=1e-12)
+
+
+class TestAlignment:
+  def test_the_mean_of_exp_a_under_the_policy_is_one(self, x64):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 9)))
+    log_probs = jax.nn.log_softmax(logits)
+    a = log_probs - logit_stats.log_collision(logits)[:, None]
+    np.testing.assert_allclose(jnp.sum(jnp.exp(log_probs + a), axis=1), np.ones(6), rtol=1e-12)
+
+  def test_a_uniform_and_a_deterministic_policy_give_the_weight_one(self):
+    mask = jnp.ones((2, 3), bool)
+    for logits in (jnp.zeros((2, 3, 5)), 100.0 * jax.nn.one_hot(jnp.zeros((2, 3), int), 5)):
+      logp = jax.nn.log_softmax(logits)[..., 0]
+      for typical in (logit_stats.log_collision, logit_stats.largest_logp):
+        weight = pair_weights.alignment(logp, typical(logits), mask)
+        np.testing.assert_allclose(weight, [1.0], atol=1e-6)
+
+  def test_statistics_of_a_padded_vocabulary_are_finite(self):
+    logits = jnp.array([[1.0, 2.0, -jnp.inf]])
+    for statistic in (logit_stats.log_collision, logit_stats.largest_logp):
+      assert np.isfinite(statistic(logits)).all()
+
+
+def test_a_subset_has_the_length_of_the_shorter_row_and_is_uniform():
+  mask = jnp.arange(6)[None] < jnp.array([[6], [2]])
+  counts = np.zeros((2, 6))
+  for seed in range(60):
+    noise = jax.random.uniform(jax.random.key(seed), mask.shape)
+    kept, again = (pair_selections.shortened(noise, mask, again=flag) for flag in (False, True))
+    assert kept.sum(axis=1).tolist() == again.sum(axis=1).tolist() == [2, 2]
+    counts += kept
+  np.testing.assert_array_equal(counts[1], [60, 60, 0, 0, 0, 0])
+  assert np.abs(counts[0] - 20).max() < 4 * np.sqrt(60 * 2 / 9)  # four standard deviations
+
+
+WHOLE = {
+  'sampo': {},
+  'beta_dpo': {},
+  'aot_paired': {},
+  'sera': dict(steps=9, fraction=0.5),
+}
+
+
+def pieces_of(method, x, step):
+  """Loss and gradient of the whole batch, and the sum of those of its single pairs."""
+  objective = method.bound()[1]
+  live = jnp.asarray(x.pop('logp'))
+  mask = jnp.asarray(x.pop('mask'))
+  batch = Batch(tokens=jnp.zeros(mask.shape, int), segment_ids=mask.astype(int), mask=mask)
+  batch = batch.with_arrays(**{k: jnp.asarray(v) for k, v in x.items()})
+  state = objective.init()
+  found = objective.select(Outputs(logp=live), batch, state, step=step)
+  selected = batch.replace(features=batch.features | found)
+
+  def loss(logp, rows=slice(None), count=None, batch=batch):
+    part = jax.tree.map(lambda a: a[rows], batch)
+    terms, _ = objective.apply(Outputs(logp=logp[rows]), part, state, step=step)
+    return sum(Mean(total=t.total, count=count or t.count).value() for t in terms.values())
+
+  count = sum(
+    t.count for t in objective.apply(Outputs(logp=live), batch, state, step=step)[0].values()
+  )
+  whole = jax.value_and_grad(loss)(live)
+  cut = [slice(i, i + 2) for i in range(0, len(mask), 2)]
+  pieces = [jax.value_and_grad(loss)(live, rows, count, selected) for rows in cut]
+  return whole, jax.tree.map(lambda *a: sum(a), *pieces)
+
+
+@pytest.mark.parametrize('name', WHOLE)
+def test_single_pairs_add_up_to_what_the_whole_batch_decides(name, x64):
+  method = methods.TABLE[name](**WHOLE[name])
+  whole, pieces = pieces_of(method, arrays(method), step=5)
+  np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-10)
+  np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-8, atol=1e-14)
+
+
+def test_moving_averages_are_of_whole_batches_and_skip_empty_ones():
+  average = metric_history.average(metrics=('margin', 'margin_std'), decay=0.9)
+  x = jnp.array([1.0, 3.0, 8.0])
+  true = jnp.ones(3, bool)
+  metrics = {
+    'margin': Mean(total=x.sum(), count=jnp.float32(3)),
+    'margin_std': Deviation.of(x[:1], true[:1]) + Deviation.of(x[1:], true[1:]),
+  }
+  state = average.advance(average.init(), metrics)
+  np.testing.assert_allclose(average.value(state), [0.4, 0.1 * np.std(x, ddof=1)], rtol=1e-6)
+  empty = {
+    'margin': Mean(total=jnp.zeros(()), count=jnp.zeros(())),
+    'margin_std': Deviation.of(x, ~true),
+  }
+  np.testing.assert_array_equal(average.advance(state, empty), state)
+
+
+def test_beta_follows_the_margins_of_the_batch_and_stays_positive():
+  beta = lambda gap, **knobs: pair_selections.adaptive_beta(
+    jnp.repeat(jnp.asarray(gap), 2),
+    jnp.ones((6, 1), bool),
+    jnp.full((6, 1), 0.5),
+    jnp.array([1.0, 2.0]),
+    jnp.zeros(()),
+    dropped=0.0,
+    **knobs,
+  )
+  # M = 0.9 * 1 + 0.1 * mean, so mean - M = 0.9 * (mean - 1).
+  np.testing.assert_allclose(beta([1.0, 2.0, 3.0]), 0.1 * (1 + 0.6 * 0.9), rtol=1e-6)
+  np.testing.assert_allclose(beta([-9.0, -9.0, -9.0]), 1e-3)
+
+
+def test_pairs_far_from_the_average_are_seldom_drawn():
+  gap = jnp.repeat(jnp.array([0.0, 0.1, -0.1, 0.2, 9.0]), 2)
+  mask = jnp.ones((10, 1), bool)
+  draw = lambda noise: pair_selections.near_average(
+    gap, mask, noise, jnp.array([0.0, 1.0]), jnp.zeros(())
+  )
+  noise = jax.random.uniform(jax.random.key(0), (50, 10, 1))
+  shares = jax.vmap(draw)(noise)
+  np.testing.assert_allclose(shares.sum(axis=1), np.full(50, 5.0), rtol=1e-6)
+  assert np.all((shares > 0).sum(axis=1) == 4)
+  assert (shares[:, 4] > 0).sum() < 5
+
+
+def bandit(seed=0, prompts=20, actions=4, pairs=40, flips=0.2):
+  """Comparisons of actions with Bradley-Terry labels, a part of which are turned round: the prompts,
+  the preferred and the other actions, and which labels are wrong."""
+  rng = np.random.default_rng(seed)
+  rewards = 6 * rng.normal(size=(prompts, actions))
+  prompt = np.repeat(np.arange(prompts), pairs)
+  first, shift = rng.integers(0, actions, len(prompt)), rng.integers(1, actions, len(prompt))
+  second = (first + shift) % actions
+  gap = rewards[prompt, first] - rewards[prompt, second]
+  wins = rng.random(len(prompt)) < harness.sigmoid(gap)
+  flipped = rng.random(len(prompt)) < flips
+  wins ^= flipped
+  return prompt, np.where(wins, first, second), np.where(wins, second, first), flipped
+
+
+def test_pairs_with_small_margins_have_the_wrong_labels():
+  """SeRA on a tabular problem with 20% flips: few of the pairs with the largest margins are wrong."""
+  prompt, chosen, rejected, flipped = bandit()
+  rows = np.stack([chosen, rejected], axis=1).reshape(-1)
+  where = np.repeat(prompt, 2)
+  reference = jnp.full((len(rows), 1), -np.log(4.0))
+  mask, preferred = jnp.ones((len(rows), 1), bool), jnp.tile(jnp.array([True, False]), len(prompt))
+  logp = lambda theta: jax.nn.log_softmax(theta)[where, rows][:, None]
+  label = preferred.astype(jnp.float32)
+  method = methods.dpo(beta=1.0)
+  loss = lambda theta: method.loss(
+    mask=mask, logp=logp(theta), reference_logp=reference, label=label
+  )[0]
+  step = lambda _, theta: theta - 20 * jax.grad(loss)(theta)
+  theta = jax.jit(lambda t: jax.lax.fori_loop(0, 50, step, t))(jnp.zeros((20, 4)))
+  gap = jnp.repeat(logp(theta)[::2, 0] - logp(theta)[1::2, 0], 2)
+  arguments = gap, logp(theta), reference, preferred, mask, jnp.zeros(())
+  kept = np.asarray(pair_selections.largest_gaps(*arguments, fraction=0.7) > 0)
+  assert kept.sum() == 0.7 * len(prompt)
+  assert flipped.mean() > 0.17
+  assert flipped[kept].mean() < 0.05
+
+
+def test_the_earlier_policy_has_its_say_in_the_margin():
+  gap = jnp.repeat(jnp.array([1.0, 2.0, 3.0]), 2)
+  previous = jnp.array([[9.0], [0.0], [0.0], [0.0], [0.0], [0.0]])
+  zeros, mask = jnp.zeros((6, 1)), jnp.ones((6, 1), bool)
+  preferred = jnp.tile(jnp.array([True, False]), 3)
+  kept = lambda **knobs: pair_selections.largest_gaps(
+    gap, previous, zeros, preferred, mask, jnp.asarray(7), fraction=0.3, **knobs
+  ).tolist()
+  assert kept(ensemble=1.0) == [0, 0, 3] and kept(ensemble=0.5) == [3, 0, 0]
+  assert kept(begin=8) == [1, 1, 1]
+
+
+# A policy of bigrams, on which a learner compiles quickly.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  vocab_size: int = 5
+  width: int = 5
+  value_head: bool = False
+
+
+def bigrams() -> Policy:
+  missing = dict.fromkeys(Policy._fields)
+  hidden = lambda params, tokens, segment_ids: jax.nn.one_hot(tokens, 5)
+  return Policy(**missing)._replace(
+    config=Sizes(),
+    hidden=hidden,
+    unembed=lambda params, hidden: hidden @ params['table'],
+    labels=lambda params: jax.tree.map(lambda _: 'train', params),
+  )
+
+
+def first_state(objective, anchors, optimizer) -> TrainState:
+  zero = jnp.int32(0)
+  params = {'table': jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)), jnp.float32)}
+  return TrainState(
+    **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), zero),
+    params=params,
+    opt_state=optimizer.init(params),
+    anchors={name: params for name in anchors},
+    **dict.fromkeys(('collect_state', 'credit_state'), ()),
+    objective_state=objective.init(),
+  )
+
+
+def pairs_of_tokens() -> Batch:
+  rng = np.random.default_rng(1)
+  mask = np.arange(6)[None] < rng.integers(3, 7, (8, 1))
+  mask[:, 0] = False
+  return Batch(
+    tokens=jnp.asarray(rng.integers(0, 5, (8, 6)), jnp.int32),
+    segment_ids=jnp.ones((8, 6), jnp.int32),
+    mask=jnp.asarray(mask),
+    reference_logp=jnp.full((8, 6), -1.6),
+    label=jnp.tile(jnp.array([1.0, 0.0]), 4),
+  )
+
+
+def test_micro_batches_do_not_change_an_update_of_beta_dpo():
+  objective = bind(methods.beta_dpo(beta=1.0).objective, TABLE)
+  optimizer, batch = optax.sgd(0.1), pairs_of_tokens()
+  moved = []
+  for micro_batches in (1, 4):
+    made = learner.Learner(bigrams(), objective, optimizer, micro_batches=micro_batches)
+    state, update = first_state(objective, (), optimizer), jax.jit(made.update)
+    for _ in range(2):  # the second one reads the averages of the first
+      state, metrics = update(state, batch)
+    moved.append((state.params, state.objective_state, metrics['loss']))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *moved)
+  assert float(moved[0][1]['gap_average'][1]) > 0
+
+
+def test_the_reference_of_humanline_is_the_policy_before_the_last_update():
+  """A copy taken after the update would be the policy itself, and all log-ratios would be 0."""
+  method = methods.humanline_dpo()
+  objective = method.bound()[1]
+  optimizer, batch = optax.sgd(0.1), pairs_of_tokens()
+  rules = {
+    'reference': bind(method.anchors['reference'], optim.ANCHORS),
+    'now': lambda anchor, params, step: optim.sync(anchor, params, step, every=1),
+    'third': lambda anchor, previous, step: optim.sync_before(anchor, previous, step, every=3),
+  }
+  made = learner.Learner(bigrams(), objective, optimizer, anchors=rules)
+  state, update, path = first_state(objective, rules, optimizer), jax.jit(made.update), []
+  for _ in range(4):
+    path.append(state)
+    state, _ = update(state, batch)
+  same = lambda a, b: np.array_equal(a['table'], b['table'])
+  assert same(path[0].anchors['reference'], path[0].params)
+  for before, after in itertools.pairwise(path):
+    assert not same(before.params, after.params)
+    assert same(after.anchors['reference'], before.params)
+    assert same(after.anchors['now'], after.params)
+  assert same(path[3].anchors['third'], path[2].params)
+  assert same(state.anchors['third'], path[2].params)
+
+
+class TestFieldsOfRecords:
+  def test_numbers_are_those_of_both_rows(self):
+    records = [{'id': 4, 'similarity': 0.5}, {'id': 5, 'similarity': 1}]
+    found = pair_fields.numbers(records, ('similarity',))
+    np.testing.assert_array_equal(found['similarity'], np.float32([0.5, 0.5, 1, 1]))
+
+  @pytest.mark.parametrize(
+    ('record', 'words'),
+    [
+      ({'similarit': 1.0}, "record 4: there is no 'similarity' here"),
+      ({'similarity': 'high'}, "record 4: similarity must be a finite number, got 'high'"),
+      ({'similarity': float('nan')}, 'record 4: similarity must be a finite number'),
+      ({'similarity': True}, 'record 4: similarity must be a finite number'),
+    ],
+  )
+  def test_a_missing_number_is_named(self, record, words):
+    with pytest.raises(ValueError, match=words):
+      pair_fields.numbers([{'id': 4, **record}], ('similarity',))
+
+  MASK = np.array([[False, True, True, True], [False, True, True, False]])
+
+  def test_weights_lie_at_the_trained_tokens(self):
+    records = [{'id': 0, 'chosen_weights': [2.5, 1.5]}]
+    weights = pair_fields.token_weights(records, self.MASK, cut=False)
+    np.testing.assert_array_equal(weights, [[1, 2.5, 1.5, 1], [1, 1, 1, 1]])
+    records = [{'id': 0, 'rejected_weights': [2, 3, 4, 5]}]
+    weights = pair_fields.token_weights(records, self.MASK, cut=True)
+    np.testing.assert_array_equal(weights, [[1, 1, 1, 1], [1, 2, 3, 1]])
+
+  def test_a_list_of_another_length_is_named(self):
+    for found in ([1.0], [1.0] * 4):
+      with pytest.raises(ValueError, match=r'record 0: chosen_weights has . numbers, but .* 3 tok'):
+        pair_fields.token_weights([{'id': 0, 'chosen_weights': found}], self.MASK, cut=False)
+    with pytest.raises(ValueError, match='rejected_weights must be a list'):
+      pair_fields.token_weights([{'id': 0, 'rejected_weights': 2}], self.MASK, cut=False)
