@@ -58,6 +58,9 @@ FEATURES = {
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
   'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),
   'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
+  'pair_side': Spec(
+    'B', '1 for the chosen row of a group, -1 for the rejected one, else 0; from credit'
+  ),
   'similarity': Spec('B', 'cosine between prompt and preferred completion; from the data'),
   'token_weights': Spec('B T', 'weights of the tokens of completions; from the data'),
 }

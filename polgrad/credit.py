@@ -17,7 +17,17 @@ from polgrad.losses import f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
-from polgrad.losses.groups import members, rank, same, size, total
+from polgrad.losses.groups import (
+  Groups,
+  kendall_tau,
+  maximum,
+  members,
+  minimum,
+  rank,
+  same,
+  size,
+  total,
+)
 from polgrad.registry import call, check_weighted, inputs, table
 from polgrad.types import STREAMS, Array, Batch
 
@@ -325,6 +335,57 @@ def _win_rates(rewards: Array, group_ids: Array, valid: Array, with_itself: bool
   return jax.lax.map(label, rows, batch_size=64)
 
 
+def self_consistency(*, average: bool = True, least: float = 1e-3) -> Estimator:
+  """Pairs by the policy's own implicit rewards, and how far an earlier policy agrees: CREAM
+  (arXiv:2410.12735).
+
+  The implicit reward of a row is R = sum_t (logp - reference_logp). Of each group the row with the
+  largest R under the policy is chosen and the one with the smallest is rejected (`pair_side`); all
+  others leave the mask. The `label` of the group is C = (tau + 1) / 2, tau being Kendall's rank
+  correlation of the R of the policy and of the anchor `previous` over the group. A policy that is the
+  reference has R = 0 everywhere; its rows are ranked by their mean log-probability instead. Rewards of
+  verifiers are not read.
+
+  Args:
+    average: give all groups the mean C of the batch.
+    least: a policy whose |R| are all at most this, nats, in a group counts as the reference there.
+  """
+
+  def apply(batch, state):
+    group = members(batch.group_ids, batch.valid & jnp.any(batch.mask, axis=1))
+    now, before = (
+      _own_rewards(batch[name], batch.reference_logp, batch.mask, group, least)
+      for name in ('proximal_logp', 'previous_logp')
+    )
+    best, worst = (group.counted & (now == f(now, group)) for f in (maximum, minimum))
+    usable = (maximum(now, group) > minimum(now, group)) & (size(group) > 1)
+    # Of equal rows the first one.
+    best, worst = (usable & one & (rank(~one, group) == 0) for one in (best, worst))
+    label = (kendall_tau(now, before, group) + 1) / 2
+    if average:
+      label = jnp.full_like(
+        label, jnp.sum(jnp.where(best, label, 0)) / jnp.maximum(jnp.sum(best), 1)
+      )
+    mask = batch.mask & (best | worst)[:, None]
+    side = best.astype(jnp.float32) - worst.astype(jnp.float32)
+    return batch.with_arrays(label=label, pair_side=side, mask=mask), state
+
+  return Estimator(
+    apply=apply,
+    requires=frozenset({'proximal_logp', 'reference_logp', 'previous_logp'}),
+    provides=frozenset({'label', 'pair_side', 'mask'}),
+  )
+
+
+def _own_rewards(
+  logp: Array, reference_logp: Array, mask: Array, group: Groups, least: float
+) -> Array:
+  """Summed log-ratios to the reference, or mean log-probs in a group where these are all 0: [B]."""
+  ratios = jnp.sum(jnp.where(mask, logp - reference_logp, 0), axis=1)
+  means = jnp.sum(jnp.where(mask, logp, 0), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+  return jnp.where(maximum(jnp.abs(ratios), group) > least, ratios, means)
+
+
 def divergence_reward(
   *, derivative: f_divergences.Part, beta: float = 1.0, decay: float = 0.9
 ) -> Estimator:
@@ -395,6 +456,7 @@ SIMPLE = table(
   preference,
   success_contrast,
   win_rate,
+  self_consistency,
   divergence_reward,
 )
 

@@ -120,6 +120,28 @@ def variance(centered: Array, groups: Groups, ddof: int) -> Array:
   return total(jnp.square(centered), groups) / jnp.maximum(size(groups) - ddof, 1)
 
 
+def kendall_tau(a: Array, b: Array, groups: Groups) -> Array:
+  """Kendall's tau between two rankings of the counted rows of a group, [B], [B] -> [B].
+
+  It is the mean over pairs of rows of 1 where a and b order the two alike, and -1 where they do not.
+  Equal numbers are ranked by position. 1 in a group of fewer than two rows.
+  """
+  chex.assert_equal_shape([a, b, groups.counted])
+  rows, last = jnp.arange(len(a)), groups.last
+  ranks = rank(a, groups), rank(b, groups)
+
+  def agreement(row):
+    others = groups.counted & (last == last[row]) & (rows != row)
+    signs = [jnp.sign(one[row] - one) for one in ranks]
+    return jnp.sum(jnp.where(others, signs[0] * signs[1], 0))
+
+  # A few rows at a time: an array of all pairs would have B^2 entries.
+  found = jax.lax.map(agreement, rows, batch_size=64).astype(jnp.float32)
+  number = size(groups)
+  pairs = number * (number - 1)
+  return jnp.where(pairs > 0, total(found, groups) / jnp.maximum(pairs, 1), 1.0)
+
+
 def partner(groups: Groups) -> Array:
   """The place of the other row of a pair, a group of exactly two rows; else the row's own: i32[B]."""
   paired = groups.place[groups.last] == 1

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
-from polgrad import learner, methods, metric_history, optim
+from polgrad import credit, learner, methods, metric_history, optim
 from polgrad.data import pair_fields
 from polgrad.losses import logit_stats, pair_selections, pair_weights
 from polgrad.models import Policy
@@ -362,3 +363,47 @@ class TestFieldsOfRecords:
         pair_fields.token_weights([{'id': 0, 'chosen_weights': found}], self.MASK, cut=False)
     with pytest.raises(ValueError, match='rejected_weights must be a list'):
       pair_fields.token_weights([{'id': 0, 'rejected_weights': 2}], self.MASK, cut=False)
+
+
+class TestSelfConsistency:
+  """CREAM's pairs and labels: two groups of four rows of one token, and reference_logp = -1."""
+
+  NOW = np.array([1.0, 3.0, 2.0, -1.0, 0.5, 0.1, 0.2, 0.9])
+  BEFORE = np.array([1.0, 2.0, 3.0, -2.0, 0.1, 0.5, 0.4, 0.0])
+
+  def credited(self, now=NOW, before=BEFORE, valid=None, **knobs):
+    ones = np.ones((8, 1))
+    batch = Batch(
+      tokens=ones.astype(int),
+      segment_ids=ones.astype(int),
+      mask=ones > 0,
+      valid=np.ones(8, bool) if valid is None else valid,
+      group_ids=np.repeat([0, 1], 4),
+      reference_logp=-ones,
+      proximal_logp=now[:, None] - 1,
+    ).with_arrays(previous_logp=before[:, None] - 1)
+    return credit.assign(credit.self_consistency(**knobs), batch, ())[0]
+
+  def test_the_best_and_the_worst_row_are_a_pair_and_the_label_is_the_agreement(self):
+    found = self.credited(average=False)
+    np.testing.assert_array_equal(found['pair_side'], [0, 1, 0, -1, 0, -1, 0, 1])
+    np.testing.assert_array_equal(found.mask[:, 0], np.abs(found['pair_side']) > 0)
+    taus = [stats.kendalltau(self.NOW[i], self.BEFORE[i])[0] for i in (slice(0, 4), slice(4, 8))]
+    np.testing.assert_allclose(found.label[::4], [(t + 1) / 2 for t in taus], rtol=1e-6)
+    np.testing.assert_allclose(self.credited().label, np.full(8, found.label[::4].mean()))
+
+  def test_rows_that_failed_are_neither_ranked_nor_chosen(self):
+    valid = np.arange(8) != 1
+    found = self.credited(valid=valid, average=False)
+    np.testing.assert_array_equal(found['pair_side'], [0, 0, 1, -1, 0, -1, 0, 1])
+    tau = stats.kendalltau(self.NOW[[0, 2, 3]], self.BEFORE[[0, 2, 3]])[0]
+    np.testing.assert_allclose(found.label[0], (tau + 1) / 2, rtol=1e-6)
+
+  def test_a_policy_that_is_the_reference_is_ranked_by_its_log_probs(self):
+    """At the start all log-ratios are 0; the two policies then agree."""
+    zero = np.zeros(8)
+    assert not self.credited(zero, zero).mask.any()  # all log-probs are equal here
+    batch = self.credited(self.NOW, zero, average=False)
+    np.testing.assert_allclose(
+      batch.label[0], 0.5 * (1 + stats.kendalltau(self.NOW[:4], range(4))[0])
+    )
