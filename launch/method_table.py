@@ -12,7 +12,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this clone, not another polgrad that may be installed
 
 from polgrad import methods  # noqa: E402
+from polgrad.methods import base  # noqa: E402
 from polgrad.options import from_text  # noqa: E402
+from polgrad.registry import name_of  # noqa: E402
 
 PAGE, README = ROOT / 'docs' / 'methods.md', ROOT / 'README.md'
 # What goes without saying.
@@ -32,7 +34,7 @@ Any method runs on any task and model that have what it needs:
 `polgrad.methods.NAME(...)`. The parts are what a method chooses beyond the usual. The last column says
 how sure we are of the formula: CODE, read in released code; PAPER, in the paper; DERIVED, follows from
 one of them; MEMORY, written down from memory."""
-NEEDS = {'collect.Demonstrations': 'demonstrations', 'collect.Preferences': 'pairs'}
+NEEDS = {name_of(collector): need for collector, need in base.NEEDS.items()}
 
 
 def main() -> None:

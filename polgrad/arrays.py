@@ -63,6 +63,11 @@ FEATURES = {
   ),
   'similarity': Spec('B', 'cosine between prompt and preferred completion; from the data'),
   'token_weights': Spec('B T', 'weights of the tokens of completions; from the data'),
+  'mismatched_log_ratio': Spec(
+    'B',
+    'log pi - log reference of the prompt with the completion of another one, summed, nats, NaN where '
+    'there is none; from the collector',
+  ),
 }
 
 # Fields of `types.Outputs`: they carry gradients.
@@ -92,11 +97,12 @@ LOCAL = {
   'score': Spec('B', 'score of the row, nats; times beta in pointwise losses; in rows and pairs'),
   'preferred': Spec('B', 'whether the row is the preferred one of its pair, bool; in pairs'),
   'gap': Spec('B', 'shaped score of the preferred row less that of the other; in pairs'),
-  'mismatched_score': Spec(
-    'B', 'score with the completion of another prompt; a feature of your own, in pointwise losses'
-  ),
   'margin': Spec('B', "gap between the scores of a pair's rows, in preference losses"),
-  'beta': Spec('', 'temperature of the regression, unit of the reward; in log_partition'),
+  'beta': Spec(
+    '',
+    'temperature of the regression, unit of the reward, in log_partition; in pointwise losses what '
+    'multiplies the score',
+  ),
   'scaled_rewards': Spec('B', 'rewards / beta, nats; in log_partition'),
   'residual': Spec('B', 'rewards / beta - score, nats; in log_partition'),
   'log_ratio_sum': Spec('B', 'log pi - log reference of the row, nats; in reward penalties'),
@@ -135,6 +141,8 @@ CONFIGURED = {
   'kl_coefficient': Spec('', 'history: coefficient of the KL penalty, from its controller'),
   'entropy_coefficient': Spec('', 'history: coefficient of the entropy bonus, from its controller'),
   'mean_entropy': Spec('', 'history: mean entropy of earlier updates, nats'),
+  'reference_point': Spec('', 'selection: score that counts neither as a gain nor as a loss'),
+  'earlier_scores': Spec('2', 'history: sum and number of the scores of earlier updates'),
 }
 
 # Names with one meaning everywhere, which a configuration therefore cannot give to another array.

@@ -418,7 +418,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
       f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
     )
-  if phase.held_out and not isinstance(collector, collect.Demonstrations | collect.Preferences):
+  if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(
       f'{path}.held_out: this phase samples its completions; held-out problems are measured by '
       'config.evaluation'
@@ -501,8 +501,9 @@ def check_data(run: Experiment) -> list[str]:
   It also traces credit and objective of every phase. `polgrad.check` looks at more, and takes longer.
 
   Returns:
-    What looks wrong, one text each: how many records the run will drop or cut because they are too long,
-    held-out prompts that are trained on, right answers that verifiers do not prefer to an empty text.
+    What looks wrong, one text each: how many records the run will drop or cut because they are too long
+    or unusable, held-out prompts that are trained on, right answers that verifiers do not prefer to an
+    empty text.
 
   Raises:
     ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
@@ -613,19 +614,21 @@ def _look(
   for i in sources.spaced(rows, count):
     record = {**source[i], 'id': i}
     try:
-      fates[batching.fate(reader.lay_out, record, tokenizer, reader.overlong)] += 1
+      fates[batching.fate(reader, record, tokenizer)] += 1
       asked.append((i, duplicates.asked(record)))
     except ValueError as error:
       said = f'{where}: {source.place(i)}: {str(error).removeprefix(f"record {i}: ")}'
       if isinstance(error, batching.TooLong):
         said += '; give more room, or set overlong to drop or truncate such records'
+      if isinstance(error, batching.Unusable):
+        said += '; correct such records, or set unusable to drop to leave them out'
       raise ValueError(said) from error
-  if fates and fates['dropped'] == fates.total():
-    raise ValueError(f'{where}: each of {fates.total()} records is too long, and dropped')
-  if fates['dropped'] + fates['cut'] == 0:
-    return [], asked
-  told = (
-    f'{where}: of {fates.total()} records that were looked at, {fates["dropped"]} are too long '
-    f'and dropped, {fates["cut"]} are cut'
-  )
-  return [told], asked
+  if fates and fates['dropped'] + fates['unusable'] == fates.total():
+    what = 'too long or unusable' if fates['unusable'] else 'too long'
+    raise ValueError(f'{where}: each of {fates.total()} records is {what}, and dropped')
+  told, looked = [], f'{where}: of {fates.total()} records that were looked at'
+  if fates['dropped'] + fates['cut']:
+    told.append(f'{looked}, {fates["dropped"]} are too long and dropped, {fates["cut"]} are cut')
+  if fates['unusable']:
+    told.append(f'{looked}, {fates["unusable"]} are unusable and dropped')
+  return told, asked

@@ -24,7 +24,9 @@ from polgrad.registry import Count, Decay, NotNegative, Range, check_ranges, fin
 from polgrad.rewards import verifiers
 from polgrad.tasks import Task
 
-SMOKE = dict(steps=2, prompts=4, samples_per_prompt=4, demonstration_rows=4, pairs=4, held_out=8)
+SMOKE = dict(
+  steps=2, prompts=4, samples_per_prompt=4, demonstration_rows=4, pairs=4, lists=4, held_out=8
+)
 
 
 def compose(
@@ -114,6 +116,7 @@ class _Run:
     known = {
       'max_new_tokens': self.task.max_new_tokens,
       'samples_per_prompt': self.samples_per_prompt,
+      'candidates': self.task.candidates,
       'steps': self.steps,  # of the whole run, also where a smoke run makes two
       'learning_rate': self.learning_rate or self.preset.learning_rates['reinforce'],
     }
@@ -173,9 +176,7 @@ class _Run:
   def held_out(self, needs: str) -> dict[str, Any]:
     """What a phase measures on records that it does not train on."""
     task = self.task
-    source = {'demonstrations': task.held_out_demonstrations, 'pairs': task.held_out_pairs}.get(
-      needs
-    )
+    source = None if needs == 'problems' else getattr(task, f'held_out_{needs}')
     if source is None:
       return {}
     return {
@@ -185,8 +186,8 @@ class _Run:
     }
 
   def rate(self, method: Method) -> float:
-    usual = {'problems': 'reinforce', 'pairs': 'preference', 'demonstrations': 'imitate'}
-    base = self.learning_rate or self.preset.learning_rates[method.learns or usual[method.needs]]
+    usual = {'problems': 'reinforce', 'demonstrations': 'imitate'}.get(method.needs, 'preference')
+    base = self.learning_rate or self.preset.learning_rates[method.learns or usual]
     return float(f'{method.learning_rate * base:.6g}')
 
   def collector(self, method: Method) -> ConfigDict:
@@ -196,10 +197,14 @@ class _Run:
     samples = asked.get('samples_per_prompt', self.samples_per_prompt)
     prompts = self.prompts or max(task.rows // samples, 1)
     rows, pairs = task.demonstration_rows, task.pairs_per_batch
+    if kind is collect.Feedback:
+      rows = 2 * pairs
+    lists = max(2 * pairs // task.candidates, 1)
     if self.smoke:
       asked['samples_per_prompt'] = samples = min(samples, SMOKE['samples_per_prompt'])
       prompts = min(prompts, SMOKE['prompts'])
       rows, pairs = min(rows, SMOKE['demonstration_rows']), min(pairs, SMOKE['pairs'])
+      lists = min(lists, SMOKE['lists'])
     budgets = {
       'prompts': prompts,
       'samples_per_prompt': samples,
@@ -209,12 +214,15 @@ class _Run:
       'resample_ignores': tuple(method.rewards),
       'rows': rows,
       'pairs': pairs,
+      'lists': lists,
+      'candidates': task.candidates,
       'length': self.length,
       'overlong': task.overlong,
+      'unusable': task.unusable,
       'prefix': task.prefix,
       'stop_strings': task.stop_strings,
     }
-    if kind in (collect.Demonstrations, collect.Preferences):
+    if issubclass(kind, collect.Given):
       budgets.pop('prompt_length')
     knobs = part(kind).keys()
     return part(kind, **{k: v for k, v in (budgets | asked).items() if k in knobs})
@@ -288,6 +296,12 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
 
 
 def _examples(need: str) -> str:
-  fields = {'problems': 'prompt', 'pairs': 'chosen and rejected', 'demonstrations': 'answer'}
+  fields = {
+    'problems': 'prompt',
+    'pairs': 'chosen and rejected',
+    'demonstrations': 'answer',
+    'feedback': 'completion and label',
+    'lists': 'completions and rewards',
+  }
   made = [name for name in ('addition', 'choices', 'chain_sum') if need in tasks.TABLE[name]().has]
   return f'{", ".join(made)}, and jsonl or hub with records that have {fields[need]}'

@@ -186,7 +186,7 @@ def problems(experiment: Experiment) -> list[tuple[dict, str]]:
     record = {**plan.source[i], 'id': i}
     fate = 'kept'  # with 'error', a record that is too long is refused where it is laid out
     if plan.overlong != 'error':
-      fate = batching.fate(plan.lay_out, record, experiment.tokenizer, plan.overlong)
+      fate = batching.fate(plan, record, experiment.tokenizer)
     found.append((record, fate))
   if all(fate == 'dropped' for _, fate in found):
     raise ValueError('config.evaluation.source: each problem is too long, and dropped')
@@ -265,11 +265,11 @@ def row_batches(phase: Phase, source: sources.Source, context: Context) -> Itera
   """
   collector, tokenizer = phase.collect, context.tokenizer
   records = [{**source[i], 'id': i} for i in range(min(phase.held_out_records, len(source)))]
-  if collector.overlong != 'error':
-    fate = lambda one: batching.fate(collector.lay_out, one, tokenizer, collector.overlong)
-    records = [record for record in records if fate(record) != 'dropped']
+  if batching.drops(collector):
+    fate = lambda one: batching.fate(collector, one, tokenizer)
+    records = [record for record in records if fate(record) in ('kept', 'cut')]
   if not records:
-    raise ValueError('held_out: there are no records, or each is too long, and dropped')
+    raise ValueError('held_out: there are no records, or each is too long or unusable, and dropped')
   for start in range(0, len(records), collector.records):
     piece = records[start : start + collector.records]
     filled = piece + [piece[-1]] * (collector.records - len(piece))

@@ -60,6 +60,20 @@ def average(*, metrics: tuple, decay: float = 0.9) -> History:
     return jnp.where(seen, decay * x + (1 - decay) * new, x)
 
   return _remembered((0.0,) * len(metrics), advance)
+def total_of(*, metric: str = 'score') -> History:
+  """The sum of a mean's numbers over all earlier updates, and how many there were, f32[2].
+
+  Their quotient is the mean over all rows so far, also where updates have different numbers of rows.
+
+  Args:
+    metric: name of the mean.
+  """
+
+  def advance(state, metrics):
+    found = metrics[metric] if metric in metrics else _value(metrics, metric)
+    return state + jnp.stack([found.total, found.count])
+
+  return _remembered((0.0, 0.0), advance)
 
 
 def latest(*, metrics: tuple, initial: tuple) -> History:
@@ -162,7 +176,9 @@ def _remembered(initial: float | tuple, advance: Callable) -> History:
   )
 
 
-TABLE = table('metric_history', running_mean, average, latest, adaptive_kl, entropy_control)
+TABLE = table(
+  'metric_history', running_mean, average, total_of, latest, adaptive_kl, entropy_control
+)
 Part = Annotated[History, TABLE]
 
 FACTORS = table('metric_history', kl_coefficient, entropy_coefficient)

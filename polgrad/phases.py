@@ -149,14 +149,16 @@ class PhaseRun:
     """The batch of a step; messages of its verifiers are logged.
 
     Raises:
-      ValueError: a record is too long. Of a large source `check_data` has read only some.
+      ValueError: a record is too long or unusable. Of a large source `check_data` has read only some.
     """
     try:
       collected = self.collect(state, draw, step)
-    except batching.TooLong as error:
+    except (batching.TooLong, batching.Unusable) as error:
+      long = isinstance(error, batching.TooLong)
+      mend = 'overlong=drop (or truncate)' if long else 'unusable=drop'
       raise ValueError(
         f'config.phases.{self.name}.source, step {step}: {error}; resume with --on_mismatch=continue '
-        f'and --config.phases.{self.name}.collect.overlong=drop (or truncate)'
+        f'and --config.phases.{self.name}.collect.{mend}'
       ) from error
     for message in collected.messages:
       logging.warning('verifier: %s', message)
@@ -378,38 +380,40 @@ def ran_out_of_patience(experiment: Experiment, progress: Progress) -> str:
 class Drawer:
   """Draws the next records of a phase's stream; `cursor` is the position after the last of them.
 
-  Whether records that are too long are dropped here or refused later depends on `overlong` of the
-  phase's collector. Which are dropped depends on the cursor alone, so a resumed run draws the same.
+  Whether records that are too long or unusable are dropped here or refused later depends on `overlong`
+  and `unusable` of the phase's collector. Which are dropped depends on the cursor alone, so a resumed
+  run draws the same.
   """
 
   def __init__(self, phase: Phase, seed: int, cursor: int, tokenizer: Tokenizer | None = None):
     self.phase, self.seed, self.cursor, self.tokenizer = phase, seed, cursor, tokenizer
-    self.fates = collections.Counter()  # of the records drawn so far: kept, cut, dropped
+    self.fates = collections.Counter()  # of the records drawn so far, see `batching.fate`
 
   def __call__(self, count: int) -> list[dict]:
-    if self.phase.collect.overlong == 'error':
+    if not batching.drops(self.phase.collect):
       return self._next(count)
     records, dropped = [], 0
     while len(records) < count:
       [record] = self._next(1)
       fate = self._fate(record)
       self.fates[fate] += 1
-      dropped = dropped + 1 if fate == 'dropped' else 0
-      if fate != 'dropped':
+      kept = fate in ('kept', 'cut')
+      dropped = 0 if kept else dropped + 1
+      if kept:
         records.append(record)
       elif dropped >= 2 * len(self.phase.source):  # any two epochs hold every record
-        raise ValueError('every record of the source is too long, and dropped')
+        raise ValueError('every record of the source is too long or unusable, and dropped')
     return records
 
   def report(self) -> dict[str, float]:
     """How many records were dropped or cut, if the phase does so."""
-    if self.phase.collect.overlong == 'error':
+    if not batching.drops(self.phase.collect):
       return {}
-    return {f'records/{fate}': float(self.fates[fate]) for fate in ('dropped', 'cut')}
+    dropped = self.fates['dropped'] + self.fates['unusable']
+    return {'records/dropped': float(dropped), 'records/cut': float(self.fates['cut'])}
 
   def _fate(self, record: dict) -> str:
-    collector = self.phase.collect
-    return batching.fate(collector.lay_out, record, self.tokenizer, collector.overlong)
+    return batching.fate(self.phase.collect, record, self.tokenizer)
 
   def _next(self, count: int) -> list[dict]:
     at, self.cursor = self.cursor, self.cursor + count

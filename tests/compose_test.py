@@ -33,7 +33,7 @@ CHATS = [
   ('records', 'has'),
   [
     (PROBLEMS, ('problems', 'demonstrations')),
-    (PAIRS, ('problems', 'pairs')),
+    (PAIRS, ('problems', 'pairs', 'feedback')),
     (CHATS, ('demonstrations',)),
     ([{'prompt': 'a'}, *PROBLEMS], ('problems',)),  # not every record has an answer
   ],

@@ -65,7 +65,8 @@ def test_dropped_records_are_counted_and_the_next_ones_are_drawn(tmp_path, metho
 def test_cut_records_are_counted_and_drawn(tmp_path, method):
   run = experiment(tmp_path, method, 'truncate')
   if method in ('sft', 'dpo'):  # of a long prompt nothing would be left to train on
-    run = experiment(tmp_path, method, 'truncate', **dict.fromkeys(FILES[method], '1' * 8))
+    long = dict.fromkeys(FILES[method], '1' * 8) | {'rejected': '3' * 8}
+    run = experiment(tmp_path, method, 'truncate', **long)
   assert build.check_data(run)[0].endswith('0 are too long and dropped, 1 are cut')
   draw = phases.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
   assert 20 in {r['id'] for r in draw(21)} and draw.cursor == 21

@@ -46,7 +46,7 @@ class RecordFacts(NamedTuple):
 
   row: int  # its number in the source
   error: str = ''  # why it is refused for another reason than its length; then the rest is unknown
-  fate: str = 'kept'  # 'kept', 'cut', 'dropped', or 'refused' because it is too long
+  fate: str = 'kept'  # of `batching.fate`, or 'refused' because it is too long
   prompts: tuple[int, ...] = ()  # tokens of the prompt of each of its rows
   completions: tuple[
     int, ...
@@ -65,8 +65,13 @@ def read_record(record: Mapping, reader: Any, tokenizer: Tokenizer) -> RecordFac
     own = own._replace(asked=duplicates.asked(record), answered=duplicates.answered(record))
     rows = batching.read(record, tokenizer, fields)
     budget = Budget.of(reader)
-    if not all(budget.fits(row) for row in rows):
+    # Whether pairs, labels and lists are usable is known only when they are laid out.
+    if {*fields} - {'answer'} or not all(budget.fits(row) for row in rows):
       own = own._replace(fate=_fate(record, reader, tokenizer))
+  except batching.Unusable as error:
+    if getattr(reader, 'unusable', 'error') == 'drop':
+      return own._replace(fate='unusable')
+    return own._replace(error=str(error).removeprefix(f'record {record["id"]}: '))
   except ValueError as error:
     return own._replace(error=str(error).removeprefix(f'record {record["id"]}: '))
   if not fields:
@@ -89,7 +94,7 @@ def _end_fits(row: batching.TokenRow, budget: Budget) -> bool:
 
 def _fate(record: Mapping, reader: Any, tokenizer: Tokenizer) -> str:
   try:
-    return batching.fate(reader.lay_out, record, tokenizer, reader.overlong)
+    return batching.fate(reader, record, tokenizer)
   except batching.TooLong:
     return 'refused'
 
@@ -240,6 +245,10 @@ def findings(
       text = f'{len(rows)} of {said.records} records are too long and {name} ({some(rows, place)})'
       everything = name == 'dropped' and len(rows) == said.records
       wrong.append(Finding(source, text, f'overlong is {overlong}', fails=everything))
+  if rows := fate('unusable'):
+    text = f'{len(rows)} of {said.records} records are unusable and dropped ({some(rows, place)})'
+    everything = len(rows) == said.records
+    wrong.append(Finding(source, text, "unusable is 'drop'", fails=everything))
   if rows := said.ends_lost:
     text = f'{len(rows)} records are cut before their stop token ({some(rows, place)})'
     wrong.append(Finding(source, text, 'the model does not learn to stop from them'))

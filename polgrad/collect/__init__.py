@@ -6,6 +6,9 @@
 | `Explored` | the same, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
+| `Feedback` | reads completions with a label each off the data |
+| `Lists` | reads several completions of a prompt, with their rewards, off the data |
+| `Given` | the interface of those that read completions off the data |
 | `Sampling` | the interface of those that sample |
 | `Collector` | the interface of all of these; its fields are settings, `make` gives the function |
 | `minibatches` | cuts a batch for several updates |
@@ -19,7 +22,7 @@ over the mesh.
 from typing import Annotated
 
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
-from polgrad.collect.data import Demonstrations, Preferences
+from polgrad.collect.data import Demonstrations, Feedback, Given, Lists, Preferences
 from polgrad.collect.exploration import Explored
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
@@ -32,6 +35,9 @@ __all__ = [
   'Context',
   'Demonstrations',
   'Explored',
+  'Feedback',
+  'Given',
+  'Lists',
   'Part',
   'Preferences',
   'Rollouts',
@@ -42,5 +48,5 @@ __all__ = [
   'question',
 ]
 
-TABLE = table('collect', Rollouts, Explored, Demonstrations, Preferences)
+TABLE = table('collect', Rollouts, Explored, Demonstrations, Preferences, Feedback, Lists)
 Part = Annotated[Collector, TABLE]

@@ -159,14 +159,22 @@ class Annotator:
 
   context: Context
   own: frozenset[str]  # out of {'proximal_logp', 'old_values'}
+  stats: frozenset[str]  # statistics of the policy
   of_policy: Callable[[Params, Batch], Outputs] | None  # None: nothing of the policy is needed
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
+  mismatched: bool = False  # whether `mismatched_log_ratio` is read
+  random: bool = False  # whether `uniform` is read
 
   def __call__(self, state: TrainState, batch: Batch) -> Batch:
     """The batch (NumPy) with the fields and features that are read."""
+    batch = self._scored_mismatches(state, batch)
+    if self.random and 'uniform' not in batch:
+      step = int(sharding.to_host(state.phase_step))
+      numbers = np.random.default_rng((self.context.seed, step, 1))
+      batch = batch.with_arrays(uniform=numbers.random(len(batch.tokens), np.float32))
     rows = self._placed(batch)
     found = {}
-    if self.of_policy is not None:
+    if self.own or self.stats:
       outputs = self.of_policy(state.params, rows)
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in self.own} | outputs.stats
@@ -175,11 +183,31 @@ class Annotator:
       found[f'{name}_logp'] = function(params[name], rows).logp
     return batch.with_arrays(**sharding.to_host(found))
 
+  def _scored_mismatches(self, state: TrainState, batch: Batch) -> Batch:
+    """The batch with `mismatched_log_ratio` in the place of the rows that it is computed of."""
+    given = {n: x for n, x in batch.features.items() if n.startswith('mismatched_')}
+    if not given:
+      return batch
+    batch = batch.replace(features={n: x for n, x in batch.features.items() if n not in given})
+    if not self.mismatched:
+      return batch
+    rows = Batch(**{n.removeprefix('mismatched_'): x for n, x in given.items()})
+    placed = self._placed(rows)
+    reference = parameter_sets(state, self.context.frozen)['reference']
+    outputs = self.of_policy(state.params, placed), self.of_anchor['reference'](reference, placed)
+    own, other = sharding.to_host([one.logp for one in outputs])
+    gap = np.where(rows.mask, own - other, 0.0).sum(axis=1)
+    return batch.with_arrays(
+      mismatched_log_ratio=np.where(rows.mask.any(axis=1), gap, np.nan).astype(np.float32)
+    )
+
   def flops(self, batch: Batch) -> float:
     """Operations of the forward passes over the rows of a batch (NumPy), see `speed`."""
     policy, frozen = self.context.policy, self.context.frozen
-    models = [policy] if self.of_policy is not None else []
+    models = [policy] if self.own or self.stats else []
     models += [frozen.get(name, policy) for name in self.of_anchor]
+    if self.mismatched:
+      models += [policy, frozen.get('reference', policy)]
     layout = self.context.layout
     return sum(speed.forward_flops(model.config, batch, layout) for model in models)
 
@@ -235,9 +263,11 @@ def make_annotator(
 
   Returns:
     (state, batch) -> batch with the `stats`, `old_values`, `proximal_logp` and `<anchor>_logp` of any
-    anchor.
+    anchor, `mismatched_log_ratio` and `uniform`.
   """
   wanted = context.objective.requires | context.credit.requires
+  mismatched = 'mismatched_log_ratio' in wanted
+  wanted |= {'reference_logp'} if mismatched else set()
   common = dict(temperature=temperature, micro_batches=context.micro_batches)
   make = lambda policy, **outputs: jit(
     functools.partial(forward_in_pieces, policy, **common, **outputs)
@@ -251,8 +281,13 @@ def make_annotator(
   return Annotator(
     context=context,
     own=own,
-    of_policy=make(context.policy, fields=values, stats=stats) if own or stats else None,
+    stats=frozenset(stats),
+    of_policy=make(context.policy, fields=values, stats=stats)
+    if own or stats or mismatched
+    else None,
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
+    mismatched=mismatched,
+    random='uniform' in wanted,
   )
 
 

@@ -1,8 +1,10 @@
 """Batches of given completions."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 from polgrad import speed
 from polgrad.collect.base import (
@@ -16,19 +18,45 @@ from polgrad.collect.base import (
 )
 from polgrad.data import batching, pair_fields
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.registry import AtLeastOne, Count
+from polgrad.registry import AtLeastOne, Count, Range
 from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Demonstrations(Collector):
+class Given(Collector):
+  """A collector of completions that the data hold: the interface of those below."""
+
+  # Largest number of tokens of a row; see `overlong`.
+  length: AtLeastOne = 128
+  # Of records from which nothing can be learned, or of which a field is missing or makes no sense:
+  # 'error' refuses them, 'drop' takes the next one instead.
+  unusable: batching.OnUnusable = 'error'
+
+  @abc.abstractmethod
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    """The rows of these records, each of which has an `id`.
+
+    Raises:
+      TooLong: a record that does not fit the lengths, even if it is cut where `cut` allows that.
+      Unusable: a field is missing or makes no sense, or there is nothing to learn.
+      ValueError: a conversation or text that cannot be laid out.
+    """
+
+  def make(self, context: Context) -> Collect:
+    return _Given(
+      records=self.records,
+      lay=functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut),
+      annotate=make_annotator(context, self.temperature),
+    ).collect
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demonstrations(Given):
   """Prompts with their `answer`."""
 
   # Records of a batch, one row each.
   rows: AtLeastOne = 32
-  # Largest number of tokens of a row; see `overlong`.
-  length: AtLeastOne = 128
 
   @property
   def records(self) -> int:
@@ -45,18 +73,13 @@ class Demonstrations(Collector):
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     return batching.supervised(records, tokenizer, length=self.length, cut=cut)
 
-  def make(self, context: Context) -> Collect:
-    return _given(self, context).collect
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preferences(Collector):
+class Preferences(Given):
   """Prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
 
   # Records of a batch.
   pairs: AtLeastOne = 16
-  # Largest number of tokens of a row; see `overlong`.
-  length: AtLeastOne = 128
   # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
   # that the phase can share the prompts of its pairs (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
@@ -90,8 +113,74 @@ class Preferences(Collector):
       found['token_weights'] = pair_fields.token_weights(records, batch.mask, cut=cut)
     return batch.with_arrays(**found)
 
-  def make(self, context: Context) -> Collect:
-    return _given(self, context).collect
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feedback(Given):
+  """Prompts with one completion and its `label`: true or false, or the probability that it is good."""
+
+  # Records of a batch, one row each.
+  rows: AtLeastOne = 32
+  # Also score every prompt with the completion of another record: the feature `mismatched_log_ratio`,
+  # which costs two further forward passes.
+  mismatched: bool = False
+
+  def __post_init__(self):
+    if self.mismatched and self.rows < 2:
+      raise ValueError(
+        'rows: mismatched=True takes completions of other rows, so there must be two'
+      )
+
+  @property
+  def records(self) -> int:
+    return self.rows
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('completion',)
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return 1
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset({'label', *(['mismatched_log_ratio'] if self.mismatched else [])})
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    sizes = dict(length=self.length, mismatched=self.mismatched)
+    return batching.feedback(records, tokenizer, **sizes, cut=cut)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lists(Given):
+  """Prompts with several `completions` and their `rewards`: `candidates` rows each."""
+
+  # Records of a batch.
+  lists: AtLeastOne = 8
+  # Rows of a record; one with fewer completions has empty rows, and one with more is unusable.
+  candidates: Annotated[int, Range(at_least=2)] = 4
+  # As in preferences.
+  prompt_length: Count = 0
+
+  @property
+  def records(self) -> int:
+    return self.lists
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('completions',)
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return self.candidates
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset({'rewards', 'valid', 'uniform'})
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    sizes = dict(length=self.length, size=self.candidates, prompt_length=self.prompt_length)
+    return batching.lists(records, tokenizer, **sizes, cut=cut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,11 +205,3 @@ class _Given:
       samples=[],
       messages=[],
     )
-
-
-def _given(settings: Demonstrations | Preferences, context: Context) -> _Given:
-  return _Given(
-    records=settings.records,
-    lay=functools.partial(settings.lay_out, tokenizer=context.tokenizer, cut=settings.cut),
-    annotate=make_annotator(context, settings.temperature),
-  )

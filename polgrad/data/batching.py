@@ -20,8 +20,9 @@ lengths, never from token ids, so the pad id may also be a stop id.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,35 +31,59 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch, Prompts
 
 Overlong = Literal['error', 'drop', 'truncate']  # what is done with a record that is too long
+OnUnusable = Literal['error', 'drop']  # what is done with one that `Unusable` is raised for
 
 
 class TooLong(ValueError):
   """A record has more tokens than there is room for."""
 
 
+class Unusable(ValueError):
+  """A record holds nothing that could be learned, or a field of it is missing or makes no sense."""
+
+
+class Reader(Protocol):
+  """Who lays records out: a collector, or the evaluation. It may have `unusable: OnUnusable` too."""
+
+  overlong: Overlong
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> object:
+    """The arrays of the records; raises `TooLong` and `Unusable`."""
+
+
 def fate(
-  lay_out: Callable[..., object], record: Mapping, tokenizer: Tokenizer, overlong: Overlong
-) -> Literal['kept', 'cut', 'dropped']:
-  """Whether a record is used whole ('kept'), loses tokens ('cut') or is skipped ('dropped').
+  reader: Reader, record: Mapping, tokenizer: Tokenizer
+) -> Literal['kept', 'cut', 'dropped', 'unusable']:
+  """What becomes of a record: 'kept' whole, 'cut', or skipped: 'dropped' (too long) or 'unusable'.
+
+  With overlong='truncate' a record is dropped if nothing of it would be left to train on.
 
   Args:
-    lay_out: `lay_out(records, tokenizer=..., cut=...)`, which raises `TooLong`.
+    reader: lays the record out; its settings say what is done with one that it cannot use.
     record: with `id`.
-    overlong: what is done with a record that is too long: 'error', 'drop' or 'truncate'. With the last,
-      a record is dropped if nothing of it would be left to train on.
 
   Raises:
     TooLong: the record is too long, and `overlong` is 'error'.
+    Unusable: the record is unusable, and `unusable` is not 'drop'.
   """
-  for cut in (False, True) if overlong == 'truncate' else (False,):
+  for cut in (False, True) if reader.overlong == 'truncate' else (False,):
     try:
-      lay_out([record], tokenizer=tokenizer, cut=cut)
+      reader.lay_out([record], tokenizer=tokenizer, cut=cut)
     except TooLong:
-      if overlong == 'error':
+      if reader.overlong == 'error':
         raise
+    except Unusable:
+      if getattr(reader, 'unusable', 'error') == 'error':
+        raise
+      return 'unusable'
     else:
       return 'cut' if cut else 'kept'
   return 'dropped'
+
+
+def drops(reader: Reader) -> bool:
+  """Whether a reader skips or cuts some records instead of refusing them."""
+  return reader.overlong != 'error' or getattr(reader, 'unusable', 'error') != 'error'
 
 
 def prompts(
@@ -127,21 +152,110 @@ def pairs(
 
   Raises:
     TooLong, ValueError: as in `supervised`; a prompt longer than `prompt_length`, unless that is 0.
+    Unusable: a field is missing, a completion is empty, or both have the same tokens (perhaps because
+      they were cut).
   """
   segments, starts = [], []
   for record in records:
-    for field in ('chosen', 'rejected'):
-      ids, mask = _segment(record, tokenizer, field)
-      prompt, start = mask.index(True), 0
-      if prompt_length:  # the row moves to the right, so that its prompt ends at that column
-        kept = _end(record, ids[:prompt], tokenizer, prompt_length, cut)
-        ids, mask = kept + ids[prompt:], [False] * len(kept) + mask[prompt:]
-        start = prompt_length - len(kept)
-      segments.append(_begin(record, ids, mask, length, cut, start))
-      starts.append(start)
+    both = [_completion(record, tokenizer, field) for field in ('chosen', 'rejected')]
+    laid = [_place(record, *one, tokenizer, length, prompt_length, cut) for one in both]
+    if both[0] == both[1]:
+      raise Unusable(f'{_name(record)}: chosen and rejected have the same tokens')
+    if laid[0] == laid[1]:
+      raise Unusable(f'{_name(record)}: cut to {length} tokens, chosen and rejected are the same')
+    segments += [segment for segment, _ in laid]
+    starts += [start for _, start in laid]
   rows = np.arange(len(segments), dtype=np.int32)
   return _lay(segments, tokenizer, length, starts).replace(
     group_ids=rows // 2, label=(1 - rows % 2).astype(np.float32)
+  )
+
+
+def feedback(
+  records: Sequence[Mapping],
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  cut: bool = False,
+  mismatched: bool = False,
+) -> Batch:
+  """One row for each record: prompt + answer, and its `label`, 1 desirable, 0 not, or a probability.
+
+  Rows are made as in `supervised`, but of a conversation only the last assistant turn is trained.
+
+  Args:
+    records: with `label`, and `answer` or messages that end with an assistant turn.
+    tokenizer: tokenises prompts and completions.
+    length: number of columns.
+    cut: a row longer than `length` loses its end.
+    mismatched: also lay out each prompt with the completion of the next record that has another prompt,
+      as the features `mismatched_tokens`, `mismatched_segment_ids` and `mismatched_mask`, [B, T]. Such a
+      row is cut where it is too long. It is empty if nothing of the completion is left, or if there is
+      no other prompt.
+
+  Raises:
+    TooLong, ValueError: as in `supervised`.
+    Unusable: a field is missing, the completion is empty, or the label is none.
+  """
+  rows = [_completion(record, tokenizer, 'completion') for record in records]
+  labels = [_label(record) for record in records]
+  segments = [_begin(record, *row, length, cut) for record, row in zip(records, rows)]
+  batch = _lay(segments, tokenizer, length).replace(label=np.asarray(labels, np.float32))
+  if not mismatched:
+    return batch
+  split = [(mask.index(True), ids, mask) for ids, mask in rows]
+  others = [_mismatch(i, split, length) for i in range(len(split))]
+  other = _lay(others, tokenizer, length)
+  return batch.with_arrays(
+    **{f'mismatched_{name}': getattr(other, name) for name in ('tokens', 'segment_ids', 'mask')}
+  )
+
+
+def lists(
+  records: Sequence[Mapping],
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  size: int,
+  prompt_length: int = 0,
+  cut: bool = False,
+) -> Batch:
+  """`size` rows for each record: prompt + each of its `completions`, with their `rewards`.
+
+  Rows are made as in `pairs`. `group_ids` are equal for the rows of a record. A record with fewer
+  completions fills its group up with empty rows, which are not valid.
+
+  Args:
+    records: with `completions`, a list of texts, and `rewards`, a list of as many numbers.
+    tokenizer: tokenises prompts and completions.
+    length: number of columns.
+    size: rows of a record.
+    prompt_length: as in `pairs`.
+    cut: as in `pairs`.
+
+  Raises:
+    TooLong, ValueError: as in `pairs`.
+    Unusable: a field is missing or of another form, there are fewer than two completions or more than
+      `size`, one of them is empty, a reward is no number, or all completions have the same tokens.
+  """
+  segments, starts, rewards = [], [], []
+  for record in records:
+    texts, values = _listed(record, size)
+    each = [{**record, 'answer': text} for text in texts]
+    rows = [_completion(one, tokenizer, 'completions', 'answer') for one in each]
+    laid = [_place(record, *row, tokenizer, length, prompt_length, cut) for row in rows]
+    if all(one == laid[0] for one in laid):
+      why = f'cut to {length} tokens, ' if any(row != rows[0] for row in rows) else ''
+      raise Unusable(f'{_name(record)}: {why}all completions have the same tokens')
+    missing = size - len(laid)
+    segments += [segment for segment, _ in laid] + [([], [])] * missing
+    starts += [start for _, start in laid] + [0] * missing
+    rewards += values + [0.0] * missing
+  batch = _lay(segments, tokenizer, length, starts)
+  return batch.replace(
+    group_ids=np.arange(len(segments), dtype=np.int32) // size,
+    rewards=np.asarray(rewards, np.float32),
+    valid=batch.mask.any(axis=1),
   )
 
 
@@ -159,20 +273,26 @@ def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> l
   Args:
     record: with `id`.
     tokenizer: tokenises it.
-    fields: the completions that are read: `answer`, or `chosen` and `rejected`; () reads the prompt.
+    fields: the completions that are read: `answer`; `completion`, which is the answer or the last turn
+      of a conversation; `chosen` and `rejected`; or `completions`, a list. () reads the prompt.
 
   Returns:
-    One row for each field, or one for the prompt, of which nothing is trained.
+    One row for each completion, or one for the prompt, of which nothing is trained.
   """
   if not fields:
     ids = _prompt(record, tokenizer)
     return [TokenRow(len(ids), ids, [False] * len(ids))]
   rows = []
   for field in fields:
-    whole = field == 'answer'
-    ids, mask = _supervised(record, tokenizer) if whole else _segment(record, tokenizer, field)
-    rows.append(TokenRow(mask.index(True) if True in mask else len(ids), ids, mask))
-  return rows
+    if field == 'answer':
+      rows.append(_supervised(record, tokenizer))
+    elif field == 'completions':
+      texts, _ = _listed(record)
+      each = [{**record, 'answer': text} for text in texts]
+      rows += [_completion(one, tokenizer, field, 'answer') for one in each]
+    else:
+      rows.append(_completion(record, tokenizer, field))
+  return [TokenRow(mask.index(True) if True in mask else len(ids), ids, mask) for ids, mask in rows]
 
 
 def completion(record: Mapping, tokenizer: Tokenizer, field: str = 'answer') -> list[int]:
@@ -227,10 +347,103 @@ def _supervised(record, tokenizer):
   return ids, [False] * (len(ids) - len(said)) + mask
 
 
+def _completion(record, tokenizer, name, field=''):
+  """(ids, mask) of a prompt with a completion that must not be empty.
+
+  Args:
+    name: what the completion is called in errors: its field in the data. `completion` is the answer, or
+      the last turn of a conversation.
+    field: where it is in the record, if not under that name.
+  """
+  field = field or ('answer' if name == 'completion' else name)
+  if name == 'completion' and field not in record and _ends_with_assistant(record):
+    turn = record['messages'][-1]
+    if not turn['content'].strip() and not turn.get('tool_calls'):
+      raise Unusable(f'{_name(record)}: the last turn is empty')
+    with _naming(record):
+      said, mask = tokenizer.conversation(
+        record['messages'], tools=record.get('tools'), only_last=True
+      )
+    ids = _bos(record, tokenizer, said)
+    return ids, [False] * (len(ids) - len(said)) + mask
+  if field not in record:
+    raise Unusable(f'{_name(record)}: no {name!r}, only {sorted(record)}')
+  if not record[field].strip():
+    raise Unusable(f'{_name(record)}: {name!r} is empty')
+  return _segment(record, tokenizer, field)
+
+
+def _label(record):
+  """The label of a record as a number from 0 to 1; true and false are 1 and 0."""
+  if 'label' not in record:
+    raise Unusable(f"{_name(record)}: no 'label', only {sorted(record)}")
+  label = record['label']
+  if isinstance(label, str) and label.strip().lower() in ('true', 'false'):  # as CSV has them
+    label = label.strip().lower() == 'true'
+  number = _number(record, 'label', label, 'true, false or a probability')
+  if not 0 <= number <= 1:
+    raise Unusable(f'{_name(record)}: label must be true, false or a probability, got {label!r}')
+  return number
+
+
+def _listed(record, size=0):
+  """The completions of a record and their rewards; at most `size` of them, if that is not 0."""
+  texts, values = record.get('completions'), record.get('rewards')
+  for name, found in (('completions', texts), ('rewards', values)):
+    if not isinstance(found, list):
+      said = f'got {found!r}' if name in record else f'there is only {sorted(record)}'
+      raise Unusable(f'{_name(record)}: {name} must be a list, {said}')
+  if len(texts) != len(values) or len(texts) < 2:
+    raise Unusable(
+      f'{_name(record)}: {len(texts)} completions and {len(values)} rewards; expected as many of both, '
+      'and at least two'
+    )
+  if size and len(texts) > size:
+    raise Unusable(f'{_name(record)}: {len(texts)} completions, but the lists have room for {size}')
+  for text in texts:
+    if not isinstance(text, str):
+      raise Unusable(f'{_name(record)}: completions must be texts, got {text!r}')
+  return texts, [_number(record, 'rewards', value) for value in values]
+
+
+def _number(record: Mapping, field: str, value: Any, expected: str = 'a number') -> float:
+  """A finite number, which a text may hold, as in CSV."""
+  try:
+    number = float(value)
+  except (TypeError, ValueError):
+    number = math.nan
+  if not math.isfinite(number):
+    raise Unusable(f'{_name(record)}: {field} must be {expected}, got {value!r}')
+  return number
+
+
+def _mismatch(row, rows, length):
+  """(ids, mask) of the prompt of a row with the completion of the next row that has another prompt.
+
+  Args:
+    rows: (tokens of the prompt, ids, mask) of every record of the batch.
+    length: most tokens of the result; ([], []) if no token to score fits.
+  """
+  begin, ids, _ = rows[row]
+  prompt = ids[:begin]
+  for other in [*rows[row + 1 :], *rows[:row]]:
+    start, theirs, trained = other
+    if theirs[:start] != prompt:
+      mask = [False] * begin + trained[start:]
+      if not any(mask[:length]):
+        break
+      return (prompt + theirs[start:])[:length], mask[:length]
+  return [], []
+
+
+def _name(record):
+  return f'record {record["id"]}'
+
+
 def _segment(record, tokenizer, field):
   """(ids, mask) of a prompt with the completion in `field`, through its stop token."""
   if field not in record:
-    raise ValueError(f'record {record["id"]}: no {field!r}, only {sorted(record)}')
+    raise Unusable(f'{_name(record)}: no {field!r}, only {sorted(record)}')
   if _ends_with_assistant(record):
     raise ValueError(f'record {record["id"]}: {field!r} after messages that end with an assistant')
   prompt = _prompt(record, tokenizer)
@@ -296,6 +509,17 @@ def _lay(segments, tokenizer, length, starts=None):
     segment_ids[i, where] = 1
     mask[i, where] = trained
   return Batch(tokens=tokens, segment_ids=segment_ids, mask=mask)
+
+
+def _place(record, ids, mask, tokenizer, length, prompt_length, cut):
+  """((ids, mask), column) of a row whose prompt ends at column `prompt_length`, or begins at 0."""
+  start = 0
+  if prompt_length:  # the row moves to the right
+    prompt = mask.index(True)
+    kept = _end(record, ids[:prompt], tokenizer, prompt_length, cut)
+    ids, mask = kept + ids[prompt:], [False] * len(kept) + mask[prompt:]
+    start = prompt_length - len(kept)
+  return _begin(record, ids, mask, length, cut, start), start
 
 
 def _end(record, ids, tokenizer, length, cut):

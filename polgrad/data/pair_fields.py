@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from polgrad.data.batching import Unusable
 from polgrad.registry import suggest
 
 
@@ -17,7 +18,7 @@ def numbers(records: Sequence[Mapping], fields: Mapping[str, str]) -> dict[str, 
     fields: name of the array -> field of the record.
 
   Raises:
-    ValueError: a record lacks a field, or has no finite number there; the message names both.
+    Unusable: a record lacks a field, or has no finite number there; the message names both.
   """
   return {
     name: np.repeat([_number(r, r.get(field), field) for r in records], 2).astype(np.float32)
@@ -37,7 +38,7 @@ def token_weights(records: Sequence[Mapping], mask: np.ndarray, *, cut: bool) ->
     cut: rows may have lost their end.
 
   Raises:
-    ValueError: a list of another length, or something that is no finite number.
+    Unusable: a list of another length, or something that is no finite number.
   """
   weights = np.ones(mask.shape, np.float32)
   for row, trained in enumerate(mask):
@@ -45,7 +46,7 @@ def token_weights(records: Sequence[Mapping], mask: np.ndarray, *, cut: bool) ->
     found = [_number(record, x, name) for x in _list(record, name)]
     count = int(trained.sum())
     if found and not (len(found) in (count, count - 1) or (cut and len(found) > count)):
-      raise ValueError(
+      raise Unusable(
         f'record {record["id"]}: {name} has {len(found)} numbers, but the completion has {count} '
         'tokens with the stop token'
       )
@@ -57,13 +58,13 @@ def token_weights(records: Sequence[Mapping], mask: np.ndarray, *, cut: bool) ->
 def _list(record: Mapping, name: str) -> list:
   found = record.get(name) or []
   if not isinstance(found, list):
-    raise ValueError(f'record {record["id"]}: {name} must be a list of numbers, got {found!r}')
+    raise Unusable(f'record {record["id"]}: {name} must be a list of numbers, got {found!r}')
   return found
 
 
 def _number(record: Mapping, x: Any, name: str) -> float:
   if name not in record:
-    raise ValueError(f'record {record["id"]}: there is no {name!r} here{suggest(name, record)}')
+    raise Unusable(f'record {record["id"]}: there is no {name!r} here{suggest(name, record)}')
   if not isinstance(x, int | float) or isinstance(x, bool) or not math.isfinite(x):
-    raise ValueError(f'record {record["id"]}: {name} must be a finite number, got {x!r}')
+    raise Unusable(f'record {record["id"]}: {name} must be a finite number, got {x!r}')
   return float(x)

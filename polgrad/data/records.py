@@ -1,5 +1,8 @@
 """Records of users' files in one form: `prompt` or `messages`, `answer`, `chosen` and `rejected`.
 
+Fields that only some methods read are looked at where these lay records out (`batching`): `label`,
+`completions` with `rewards`, and whether there are both of `chosen` and `rejected`.
+
 | a file has | it becomes |
 |---|---|
 | `question` | `prompt` |
@@ -46,6 +49,9 @@ def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({
   if not isinstance(record, Mapping):
     raise ValueError(f'expected an object, got {type(record).__name__}')
   fields = _renamed(mapped(record, fields))
+  for name in ('chosen', 'rejected'):  # null is no completion
+    if fields.get(name, '') is None:
+      del fields[name]
 
   # What is asked: a text, or messages. Pairs without either have it in the turns that both begin with.
   as_prompt = isinstance(fields.get('prompt'), list) and 'messages' not in fields
@@ -55,8 +61,6 @@ def normalized(record: Any, fields: Mapping[str, str] = types.MappingProxyType({
   asked = ('prompt' in fields) + ('messages' in fields)
   if asked > 1 or not (asked or paired):
     raise ValueError(f'expected either prompt or messages, got {sorted(record)}')
-  if ('chosen' in fields) != ('rejected' in fields):
-    raise ValueError('chosen and rejected come together')
   if 'messages' in fields:
     fields['messages'] = _turns(fields['messages'], 'prompt' if as_prompt else 'messages')
 

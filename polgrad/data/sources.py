@@ -2,8 +2,9 @@
 
 A record has `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for rewards and
 supervised training; `chosen` and `rejected` (texts) for preference training, and `margin` (a number) for
-losses that read how much better the first is; `tools` (a list) beside messages, for the chat template;
-and any other field that a reward reads.
+losses that read how much better the first is; `label` beside `answer` for unpaired feedback;
+`completions` (texts) with `rewards` (numbers) for lists; `tools` (a list) beside messages, for the chat
+template; and any other field that a reward reads.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 from polgrad import paths
 from polgrad.data import tables
 from polgrad.data.records import normalized
-from polgrad.registry import table
+from polgrad.registry import Range, table
 
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
 
@@ -306,6 +307,37 @@ def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> 
   return dataclasses.replace(source, record=record)
 
 
+def wrong_digit_lists(
+  *,
+  source: Annotated[Source, FRACTION],
+  size: Annotated[int, Range(at_least=2, at_most=8)] = 4,
+  seed: int = 0,
+) -> Source:
+  """Adds `completions` and `rewards` to the records of another source whose answers are whole numbers.
+
+  One completion is the answer, with the reward 1. The others are the answer with one digit changed, and
+  have the reward 0; all differ. Their order depends only on the row and `seed`.
+
+  Args:
+    source: records with `prompt` and `answer`.
+    size: completions of a record.
+    seed: seed of the wrong ones and of the order.
+
+  Raises:
+    ValueError: on access, an answer that is not a whole number.
+  """
+
+  def record(row):
+    fields = source[row]
+    rng = np.random.default_rng((seed, row))
+    texts = _with_wrong(_whole_number(row, fields), size, rng)
+    order = [int(i) for i in rng.permutation(size)]
+    rewards = [float(i == 0) for i in order]
+    return {**fields, 'completions': [texts[i] for i in order], 'rewards': rewards}
+
+  return dataclasses.replace(source, record=record)
+
+
 def with_choices(
   *, source: Annotated[Source, FRACTION], letters: str = 'ABCD', seed: int = 0
 ) -> Source:
@@ -313,8 +345,9 @@ def with_choices(
 
   The choices follow the prompt, one a line, as `A 46`. One is the answer; the others are the answer
   with one digit changed, and all differ. `answer` becomes the letter of the right choice, `chosen` is
-  the same, `rejected` the letter of a wrong one, and `margin` the distance of the two numbers. All
-  depend only on the row and `seed`.
+  the same, `rejected` the letter of a wrong one, and `margin` the distance of the two numbers;
+  `completions` are all letters, with `rewards` 1 for the right one and 0. All depend only on the row and
+  `seed`.
 
   Args:
     source: records with `prompt` and `answer`.
@@ -331,11 +364,7 @@ def with_choices(
     fields = source[row]
     answer = _whole_number(row, fields)
     rng = np.random.default_rng((seed, row))
-    choices = [answer]
-    while len(choices) < len(letters):
-      wrong = _change_digit(answer, rng)
-      if wrong not in choices:
-        choices.append(wrong)
+    choices = _with_wrong(answer, len(letters), rng)
     order = [int(i) for i in rng.permutation(len(letters))]
     lines = [f'{letter} {choices[i]}' for letter, i in zip(letters, order, strict=True)]
     right = letters[order.index(0)]
@@ -346,6 +375,8 @@ def with_choices(
       'chosen': right,
       'rejected': letters[order.index(1)],
       'margin': _distance(*choices[:2]),
+      'completions': list(letters),
+      'rewards': [float(letter == right) for letter in letters],
     }
 
   return dataclasses.replace(source, record=record)
@@ -353,6 +384,15 @@ def with_choices(
 
 def _distance(a, b):
   return float(abs(int(a) - int(b)))
+
+def _with_wrong(answer, count, rng):
+  """`count` different numbers of one length, the answer first."""
+  found = [answer]
+  while len(found) < count:
+    wrong = _change_digit(answer, rng)
+    if wrong not in found:
+      found.append(wrong)
+  return found
 
 
 def _whole_number(row, fields):
@@ -371,7 +411,29 @@ def _change_digit(number, rng):
   return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
-PLAIN = FRACTION | table('sources', without, wrong_digit_pairs, with_choices)
+OF_SOURCE = FRACTION | table('sources', without, wrong_digit_pairs, wrong_digit_lists, with_choices)
+
+
+def split_pairs(*, source: Annotated[Source, OF_SOURCE]) -> Source:
+  """The two completions of every preference pair as records of their own, with a `label`.
+
+  Row 2i has the chosen completion of pair i as its `answer` and the label 1, row 2i + 1 the rejected one
+  and the label 0. A pair that lacks one of them gives a record without an answer.
+  """
+
+  def record(row):
+    fields = dict(source[row // 2])
+    fields.pop('answer', None)
+    both = fields.pop('chosen', None), fields.pop('rejected', None)
+    answer = {} if both[row % 2] is None else {'answer': both[row % 2]}
+    return {**fields, **answer, 'label': 1.0 - row % 2}
+
+  return dataclasses.replace(
+    source, size=2 * len(source), record=record, place=lambda row: source.place(row // 2)
+  )
+
+
+PLAIN = OF_SOURCE | table('sources', split_pairs)
 
 
 def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:

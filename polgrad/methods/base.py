@@ -16,7 +16,14 @@ from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
 
 # What a method function gets from the run, if it has an argument of that name (`compose.compose`).
-BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'steps', 'learning_rate')
+BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'candidates', 'steps', 'learning_rate')
+# What the records must have, by collector.
+NEEDS = {
+  collectors.Demonstrations: 'demonstrations',
+  collectors.Preferences: 'pairs',
+  collectors.Feedback: 'feedback',
+  collectors.Lists: 'lists',
+}
 LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 # Arrays that are not numbers but ids or choices.
 DISCRETE = frozenset({
@@ -70,9 +77,8 @@ class Method:
 
   @property
   def needs(self) -> str:
-    """What the data must have: 'problems' to sample from, 'pairs' or 'demonstrations'."""
-    kinds = {collectors.Demonstrations: 'demonstrations', collectors.Preferences: 'pairs'}
-    return kinds.get(self.collect.func, 'problems')
+    """What the data must have: 'problems' to sample from, or completions, see `NEEDS`."""
+    return NEEDS.get(self.collect.func, 'problems')
 
   @property
   def reads(self) -> frozenset[str]:

@@ -7,15 +7,19 @@ from polgrad.tasks.base import Task
 def addition(*, digits: int = 2) -> Task:
   """Sums of two numbers, `12+34=`, with an exact answer; one problem in ten is held out.
 
-  Pairs are the right sum against the sum with one digit changed. A transformer with 0.4 million
+  Pairs are the right sum against the sum with one digit changed; feedback has one of the two; a list is
+  the right sum and three others. A transformer with 0.4 million
   parameters learns two digits in minutes on a CPU, so this is the task of the quickstart and of tests.
   """
   problems = part(sources.arithmetic, digits=digits)
+  pairs = part(sources.wrong_digit_pairs, source=problems)
   prompt_length = 2 * digits + 2
   return Task(
     problems=problems,
     demonstrations=problems,
-    pairs=part(sources.wrong_digit_pairs, source=problems),
+    pairs=pairs,
+    feedback=part(sources.split_pairs, source=pairs),
+    lists=part(sources.wrong_digit_lists, source=problems),
     held_out=part(sources.arithmetic, digits=digits, split='heldout'),
     rewards={'exact': weighted(1.0, part(verifiers.exact_match))},
     system='You are a calculator. Reply with the number only.',

@@ -3,11 +3,14 @@
 import dataclasses
 import string
 from collections.abc import Mapping
+from typing import Annotated
 
 from ml_collections import ConfigDict
 
-from polgrad.registry import AtLeastOne, Count, Positive, check_ranges
+from polgrad.registry import AtLeastOne, Count, Positive, Range, check_ranges
 
+# Kinds of data, each the name of a field of `Task`.
+KINDS = ('problems', 'demonstrations', 'pairs', 'feedback', 'lists')
 PRINTABLE = string.printable[:95] + '\n'  # of ASCII
 
 
@@ -19,9 +22,13 @@ class Task:
     problems: source of prompts to sample from.
     demonstrations: source of prompts with an `answer`, or of whole conversations.
     pairs: source of prompts with `chosen` and `rejected` completions.
+    feedback: source of prompts with a completion and its `label`.
+    lists: source of prompts with several `completions` and their `rewards`.
     held_out: source of problems that are not trained on, for evaluation.
     held_out_demonstrations: source of demonstrations that are not trained on, to measure the loss.
     held_out_pairs: source of pairs that are not trained on, to measure loss and accuracy.
+    held_out_feedback: source of feedback that is not trained on, to measure the loss.
+    held_out_lists: source of lists that are not trained on, to measure the loss.
     rewards: verifiers by name, each with its weight; their weighted sum is the reward.
     system: system turn that is put before each prompt where the model has a chat template.
     alphabet: characters of prompts and answers, for models whose tokens are characters.
@@ -31,7 +38,8 @@ class Task:
     rows: completions in a batch of rollouts; rows / samples_per_prompt prompts are drawn.
     samples_per_prompt: completions of a prompt, unless the method asks for another number.
     demonstration_rows: rows in a batch of demonstrations.
-    pairs_per_batch: pairs in a batch of preferences.
+    pairs_per_batch: pairs in a batch of preferences; a batch of feedback has twice as many rows.
+    candidates: completions that a list may have; a batch has as many rows of lists as of pairs, about.
     temperature: of sampling.
     steps: batches to collect.
     evaluate_every: batches between evaluations.
@@ -40,6 +48,8 @@ class Task:
     prefix: given beginning of every sampled completion, such as `<think>`, see `collect.Sampling`.
     stop_strings: texts that end a completion, besides the stop tokens. An option of a run gives one.
     overlong: of records that have more tokens: 'error', 'drop' or 'truncate', see `collect.Collector`.
+    unusable: of records with completions from which nothing can be learned, or with a field missing:
+      'error' or 'drop', see `collect.Given`.
   """
 
   problems: ConfigDict | None = None
@@ -48,6 +58,10 @@ class Task:
   held_out: ConfigDict | None = None
   held_out_demonstrations: ConfigDict | None = None
   held_out_pairs: ConfigDict | None = None
+  feedback: ConfigDict | None = None
+  held_out_feedback: ConfigDict | None = None
+  lists: ConfigDict | None = None
+  held_out_lists: ConfigDict | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   system: str = ''
   alphabet: str = PRINTABLE
@@ -58,6 +72,7 @@ class Task:
   samples_per_prompt: AtLeastOne = 8
   demonstration_rows: AtLeastOne = 32
   pairs_per_batch: AtLeastOne = 16
+  candidates: Annotated[int, Range(at_least=2)] = 4
   temperature: Positive = 1.0
   steps: AtLeastOne = 100
   evaluate_every: Count = 50
@@ -66,12 +81,12 @@ class Task:
   prefix: str = ''
   stop_strings: tuple = ()
   overlong: str = 'error'
+  unusable: str = 'error'
 
   def __post_init__(self):
     check_ranges(type(self), vars(self), 'task')
 
   @property
   def has(self) -> tuple[str, ...]:
-    """What methods can ask for: 'problems', 'demonstrations', 'pairs'."""
-    kinds = ('problems', 'demonstrations', 'pairs')
-    return tuple(kind for kind in kinds if getattr(self, kind) is not None)
+    """What methods can ask for, out of `KINDS`."""
+    return tuple(kind for kind in KINDS if getattr(self, kind) is not None)

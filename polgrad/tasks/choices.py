@@ -7,7 +7,8 @@ from polgrad.tasks.base import Task
 def choices(*, digits: int = 2, data_seed: int = 0) -> Task:
   """Sums of two numbers with four choices A to D, answered by a letter; one problem in ten is held out.
 
-  Wrong choices differ from the sum in one digit. Pairs are the right letter against a wrong one.
+  Wrong choices differ from the sum in one digit. Pairs are the right letter against a wrong one;
+  feedback has one of the two; a list is all letters.
 
   Args:
     digits: digits of the two numbers.
@@ -23,6 +24,8 @@ def choices(*, digits: int = 2, data_seed: int = 0) -> Task:
     problems=questions('train'),
     demonstrations=questions('train'),
     pairs=questions('train'),
+    feedback=part(sources.split_pairs, source=questions('train')),
+    lists=questions('train'),
     held_out=questions('heldout'),
     rewards={'letter': weighted(1.0, part(verifiers.choice_letter))},
     system='Reply with the right letter only.',

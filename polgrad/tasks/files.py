@@ -1,4 +1,5 @@
 import os
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -8,6 +9,15 @@ from polgrad.rewards import verifiers
 from polgrad.tasks.base import Task
 
 LOOKED_AT = 20_000  # records of a data set that say which fields all records have
+
+
+class Fields(NamedTuple):
+  """Fields of the records of a source; 'assistant' is one where they end with an assistant turn."""
+
+  common: set[str]  # that all records have
+  some: set[str]  # that at least one has; where a method needs them, the others are unusable
+  most: int = 0  # completions of the longest list
+
 
 GSM8K_SYSTEM = 'Solve the problem step by step. End with a line of #### and the answer as a number.'
 MATH_SYSTEM = 'Solve the problem step by step. Put the final answer into \\boxed{}.'
@@ -27,14 +37,15 @@ def jsonl(
   rows: int = 64,
   samples_per_prompt: int = 8,
 ) -> Task:
-  """Your own file of JSON lines: problems, preference pairs, demonstrations or conversations.
+  """Your own file of JSON lines: problems, pairs, labelled completions, demonstrations, conversations.
 
   Each line is an object with `prompt` (text) or `messages` ([{role, content}, ...]). `answer` is the
-  right answer, for rewards and for supervised learning; `chosen` and `rejected` are the completions
-  of a pair; messages that end with an assistant turn are a conversation to imitate. `prompt`, `chosen`
-  and `rejected` may be messages too, content may be a list of text parts, and `tools` (a list, or its
-  JSON) goes to the chat template. Which methods fit is decided by what all lines have. A line with too
-  many tokens is refused; the option `overlong=drop` or `overlong=truncate` of a run drops or cuts it.
+  right answer, for rewards and for supervised learning; `chosen` and `rejected` are the completions of a
+  pair; `label` says whether the completion is good; `completions` and `rewards` are lists; messages that
+  end with an assistant turn are a conversation to imitate. `prompt`, `chosen` and `rejected` may be
+  messages too, content may be a list of text parts, and `tools` (a list, or its JSON) goes to the chat
+  template. Which methods fit is decided by what all lines have. A line with too many tokens is refused;
+  the option `overlong=drop` or `overlong=truncate` of a run drops or cuts it.
 
   Args:
     data: path of the file.
@@ -229,7 +240,7 @@ def tfds(
   return _task(
     read(split),
     read(held_out_split) if held_out_split else None,
-    {'prompt', *(['answer'] if answer_field else [])},
+    Fields(*[{'prompt', *(['answer'] if answer_field else [])}] * 2),
     rewards=_rewards(reward, reward_options),
     system=system,
     prompt_length=prompt_length,
@@ -271,9 +282,9 @@ def _split(whole: ConfigDict, holdout: float) -> tuple[ConfigDict, ConfigDict | 
 def _task(
   train: ConfigDict,
   held_out: ConfigDict | None,
-  fields: set[str],
+  fields: Fields,
   *,
-  held_out_fields: set[str] | None = None,
+  held_out_fields: Fields | None = None,
   **settings,
 ) -> Task:
   """A task with what the fields of its records allow.
@@ -281,32 +292,40 @@ def _task(
   Args:
     held_out_fields: of the held-out records; None: the same.
   """
-  conversations = 'assistant' in fields
-  own = fields if held_out_fields is None else held_out_fields
+  conversations = 'assistant' in fields.common
+  own = held_out_fields or fields
+  kinds = {}
+  for name, source, found in (('', train, fields), ('held_out_', held_out, own)):
+    paired = source if found.some & {'chosen', 'rejected'} else None
+    kinds[f'{name}pairs'] = paired
+    kinds[f'{name}feedback'] = paired and part(sources.split_pairs, source=paired)
+    if 'label' in found.some and found.some & {'answer', 'assistant'}:
+      kinds[f'{name}feedback'] = source
+    kinds[f'{name}lists'] = source if 'completions' in found.some else None
   return Task(
     problems=None if conversations else train,
-    demonstrations=train if conversations or 'answer' in fields else None,
-    pairs=train if 'chosen' in fields else None,
+    demonstrations=train if conversations or 'answer' in fields.common else None,
     held_out=held_out if settings['rewards'] and not conversations else None,
-    held_out_demonstrations=held_out if own & {'assistant', 'answer'} else None,
-    held_out_pairs=held_out if 'chosen' in own else None,
+    held_out_demonstrations=held_out if own.common & {'assistant', 'answer'} else None,
+    candidates=max(fields.most, own.most, 2),
+    **kinds,
     **settings,
   )
 
 
-def _fields_of(spec: ConfigDict) -> set[str]:
-  """Fields that all records of a source have; 'assistant' where all end with an assistant turn.
-
-  Of a large source, `LOOKED_AT` records are read, evenly spaced.
-  """
-  source, common = bind(spec, sources.TABLE, 'data'), None
+def _fields_of(spec: ConfigDict) -> Fields:
+  """The fields of a source; of a large one, `LOOKED_AT` records are read, evenly spaced."""
+  source, common, some, most = bind(spec, sources.TABLE, 'data'), None, set(), 0
   for i in sources.spaced(len(source), LOOKED_AT):
     record = source[i]
     fields = set(record)
     if 'messages' in record and record['messages'][-1]['role'] == 'assistant':
       fields.add('assistant')
     common = fields if common is None else common & fields
-  return common or set()
+    some |= fields
+    listed = record.get('completions')
+    most = max(most, len(listed)) if isinstance(listed, list) else most
+  return Fields(common or set(), some, most)
 
 
 def _rewards(name: str, options: dict) -> dict[str, ConfigDict]:

@@ -63,7 +63,8 @@ def chain_sum(
 ) -> Task:
   """Sums and differences (reasoning-gym's `chain_sum`), answered by a number alone.
 
-  Pairs are the right answer against the answer with one digit changed. One-digit problems are few, so
+  Pairs are the right answer against the answer with one digit changed; feedback has one of the two; a
+  list is the right answer and three others. One-digit problems are few, so
   some held-out problems also occur in training.
   """
   numbers = dict(
@@ -84,7 +85,13 @@ def chain_sum(
     task='chain_sum', size=size, data_seed=data_seed + 100_000, options=numbers
   )
   pairs = part(sources.wrong_digit_pairs, source=unseen.problems)
-  return dataclasses.replace(base, pairs=pairs, pairs_per_batch=8)
+  return dataclasses.replace(
+    base,
+    pairs=pairs,
+    feedback=part(sources.split_pairs, source=pairs),
+    lists=part(sources.wrong_digit_lists, source=unseen.problems),
+    pairs_per_batch=8,
+  )
 
 
 def gym_names() -> tuple[str, ...]:

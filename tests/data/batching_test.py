@@ -159,20 +159,20 @@ def test_a_conversation_that_cannot_be_trained_names_its_record():
 def test_a_pair_is_a_group_of_two_with_chosen_first():
   rows = [
     {'prompt': 'a', 'chosen': '1', 'rejected': '22', 'id': 5},
-    {'prompt': 'bb', 'chosen': '', 'rejected': '3', 'id': 6},
+    {'prompt': 'bb', 'chosen': '4', 'rejected': '3', 'id': 6},
   ]
   got = batching.pairs(rows, T, length=6)
   assert got.label.tolist() == [1, 0, 1, 0]
   assert got.group_ids.tolist() == [0, 0, 1, 1]
-  assert [T.decode(row) for row in got.tokens] == ['a1', 'a22', 'bb', 'bb3']
-  assert got.mask.sum(axis=1).tolist() == [2, 3, 1, 2]
+  assert [T.decode(row) for row in got.tokens] == ['a1', 'a22', 'bb4', 'bb3']
+  assert got.mask.sum(axis=1).tolist() == [2, 3, 2, 2]
   assert (got.label.dtype, got.group_ids.dtype) == (np.float32, np.int32)
 
 
 def test_pairs_with_a_prompt_length_begin_their_completions_at_that_column():
   rows = [
     {'prompt': 'a', 'chosen': '1', 'rejected': '22', 'id': 5},
-    {'prompt': 'bb', 'chosen': '', 'rejected': '3', 'id': 6},
+    {'prompt': 'bb', 'chosen': '4', 'rejected': '3', 'id': 6},
   ]
   plain = batching.pairs(rows, T, length=6)
   got = batching.pairs(rows, T, length=6, prompt_length=3)

@@ -273,7 +273,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path, data, why):
     (user([{'type': 'image', 'url': 'x'}]), r'messages\[0\]\.content: expected text'),
     (user('hi', role='usr'), r"messages\[0\]\.role: unknown 'usr'; valid: \['system'"),
     (json.dumps(dict(chosen=[HELLO], rejected=[HELLO | {'content': 'x'}])), 'have no prompt'),
-    ('{"prompt": "a", "chosen": "b"}', 'chosen and rejected'),
     ('{"messages": []}', 'messages must be a list'),
     ('{"prompt": "a", "tools": {"name": "f"}}', 'tools must be a list'),
     ('{"prompt": "a", "tools": "f(x)"}', 'tools must be a list'),
@@ -387,6 +386,8 @@ def test_table_entries_bind(tmp_path, sums):
   knobs = {
     'arithmetic': {'digits': 1},
     'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
+    'wrong_digit_lists': {'source': part(sources.arithmetic, digits=1)},
+    'split_pairs': {'source': part(sources.arithmetic, digits=1)},
     'with_choices': {'source': part(sources.arithmetic, digits=1)},
     'as_chat': {'source': part(sources.arithmetic, digits=1)},
     'fraction': {'source': part(sources.arithmetic, digits=1)},
