@@ -461,7 +461,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       )
   if wanted & {'values', 'old_values'} and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
-  given = provided | anchors.keys() | {'entropy', 'values', 'old_values'}
+  given = provided | anchors.keys() | {'entropy', 'values', 'old_values', 'group_ids'}
   missing = sorted(wanted - given)
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:

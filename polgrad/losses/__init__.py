@@ -24,12 +24,14 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     pair_weights        weights of pairs                                         weights
     pair_selections     comparisons of the pairs of the whole minibatch          selections
     pointwise           losses of single rows                                    loss
+    listwise            losses of all completions of a prompt                    loss
     log_partition       estimates of log Z for a regression on rewards           center
     advantages          advantages of rows from their rewards; normalisers       advantage, normalizer
     baselines           advantages with weighted, chosen or sampled baselines    advantage
     reward_penalties    costs that are subtracted from rewards                   costs
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
+    best_of_n           the distribution of the best of n samples                none
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
 
@@ -48,10 +50,12 @@ from polgrad.losses import (
   advantages,
   aggregation,
   baselines,
+  best_of_n,
   divergences,
   f_divergences,
   groups,
   implicit_rewards,
+  listwise,
   log_partition,
   logit_stats,
   pair_offsets,
@@ -77,10 +81,12 @@ __all__ = [
   'advantages',
   'aggregation',
   'baselines',
+  'best_of_n',
   'divergences',
   'f_divergences',
   'groups',
   'implicit_rewards',
+  'listwise',
   'log_partition',
   'logit_stats',
   'pair_offsets',

@@ -77,6 +77,11 @@ def size(groups: Groups) -> Array:
   return total(groups.counted.astype(jnp.int32), groups)
 
 
+def first(groups: Groups) -> Array:
+  """bool[B]: the first counted row of each group."""
+  return groups.counted & (rank(jnp.zeros(len(groups.counted)), groups) == 0)
+
+
 def rank(x: Array, groups: Groups) -> Array:
   """The number of counted rows of the group whose x is smaller: [B] -> i32[B].
 

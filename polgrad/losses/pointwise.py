@@ -1,8 +1,11 @@
 """Losses of one row: of its label (unpaired feedback), or of its reward compared within a pair.
 
-A function of `TABLE` fills the slot `loss` of `objectives.Pointwise`. `score`, z in formulas, is an
-implicit reward that is multiplied by beta already (see `implicit_rewards`). The label is p in formulas.
-Labels and rewards are constants.
+A function of `TABLE` fills the slot `loss` of `objectives.Pointwise` or `Listwise`. `score`, z in
+formulas, is an implicit reward that is multiplied by beta already (see `implicit_rewards`). The label is
+p in formulas. Labels and rewards are constants.
+
+A function of `SELECTIONS` fills one of their `selections`: it makes one number of the whole minibatch,
+which a loss reads by its name in the configuration.
 """
 
 from collections.abc import Callable
@@ -38,8 +41,8 @@ def sigmoid(
   """desirable p sigmoid(-z) + undesirable (1 - p) sigmoid(z): KTO with reference point z0 = 0
   (arXiv:2402.01306), which is APO-zero on unpaired data (arXiv:2408.06266).
 
-  The loss is bounded, so its gradient vanishes where |z| is large, whatever the label. `kto` has a
-  reference point that is estimated.
+  The loss is bounded, so its gradient vanishes where |z| is large, whatever the label. `kto` has
+  another reference point.
 
   Args:
     score: [...].
@@ -58,32 +61,93 @@ def sigmoid(
 def kto(
   score: Array,
   label: Array,
-  mismatched_score: Array,
+  reference_point: Array,
   *,
   desirable: float = 1.0,
   undesirable: float = 1.0,
 ) -> Array:
-  """`sigmoid` of z - z0, z0 = sg(max(mean of the mismatched scores, 0)): KTO (arXiv:2402.01306).
+  """`sigmoid` of z - z0: KTO (arXiv:2402.01306), z0 the reference point.
 
-  z0 estimates beta KL(pi || reference) from completions of other prompts; rows count as gains or losses
-  relative to it. The mean is over the rows that are given, so each micro-batch has a different z0, as in
-  published code. The paper recommends weights with
+  Rows count as gains or losses relative to z0. In the paper it is an estimate of beta KL(pi, reference),
+  `mismatched_mean`. The paper recommends weights with
   desirable * (number of desirable rows) / (undesirable * number of undesirable rows) between 1 and 4/3.
 
   Args:
-    score: [B].
-    label: [B], 1 for a desirable row, 0 for an undesirable one.
-    mismatched_score: [B], the same score of the row's prompt with a completion of another prompt.
+    score: [...].
+    label: [...], 1 for a desirable row, 0 for an undesirable one.
+    reference_point: [], z0; no gradient flows through it.
     desirable: weight of desirable rows, lambda_D in the paper.
     undesirable: weight of undesirable rows, lambda_U in the paper.
 
   Returns:
-    [B].
+    [...].
   """
-  chex.assert_rank(score, 1)
-  chex.assert_equal_shape([score, label, mismatched_score])
-  z0 = jax.lax.stop_gradient(jnp.maximum(jnp.mean(mismatched_score), 0))
-  return sigmoid(score - z0, label, desirable=desirable, undesirable=undesirable)
+  shifted = score - jax.lax.stop_gradient(reference_point)
+  return sigmoid(shifted, label, desirable=desirable, undesirable=undesirable)
+
+
+def bco(
+  score: Array,
+  label: Array,
+  reference_point: Array,
+  *,
+  desirable: float = 1.0,
+  undesirable: float = 1.0,
+) -> Array:
+  """desirable p softplus(-(z - d)) + undesirable (1 - p) softplus(z - d): BCO (arXiv:2404.04656), d the
+  reference point.
+
+  In the paper d is the mean score of all rows so far, `running_mean`.
+
+  Args:
+    score: [...].
+    label: [...], 1 for a desirable row, 0 for an undesirable one.
+    reference_point: [], d; no gradient flows through it.
+    desirable: weight of desirable rows.
+    undesirable: weight of undesirable rows.
+
+  Returns:
+    [...].
+  """
+  chex.assert_equal_shape([score, label])
+  z = score - jax.lax.stop_gradient(reference_point)
+  good, bad = jax.nn.softplus(-z), jax.nn.softplus(z)
+  return desirable * label * good + undesirable * (1 - label) * bad
+
+
+def mismatched_mean(mismatched_log_ratio: Array, beta: Array, mask: Array) -> Array:
+  """max(beta mean(log-ratio of prompts with completions of others), 0): z0 of KTO (arXiv:2402.01306).
+
+  The mean is that of the whole minibatch: of all devices and micro-batches. A completion of another
+  prompt is a sample of neither policy, so this is the paper's rough estimate of beta KL(pi, reference).
+
+  Args:
+    mismatched_log_ratio: [B], nats; NaN in rows that have none.
+    beta: [], what multiplies scores.
+    mask: bool[B, T]; rows without tokens do not count.
+
+  Returns:
+    []; 0 if no row counts.
+  """
+  where = jnp.any(mask, axis=1) & jnp.isfinite(mismatched_log_ratio)
+  mean = jnp.sum(jnp.where(where, mismatched_log_ratio, 0)) / jnp.maximum(jnp.sum(where), 1)
+  return jnp.maximum(beta * mean, 0)
+
+
+def running_mean(score: Array, earlier_scores: Array, mask: Array) -> Array:
+  """The mean score of all rows of this update and of the earlier ones: delta of BCO (arXiv:2404.04656).
+
+  Args:
+    score: [B].
+    earlier_scores: [2], sum and number of the scores before, see `metric_history.total_of`.
+    mask: bool[B, T]; rows without tokens do not count.
+
+  Returns:
+    [].
+  """
+  where = jnp.any(mask, axis=1)
+  sums = jnp.sum(jnp.where(where, score, 0)) + earlier_scores[0]
+  return sums / jnp.maximum(jnp.sum(where) + earlier_scores[1], 1)
 
 
 def squared(score: Array, label: Array, *, target: float = 1.0) -> Array:
@@ -190,5 +254,10 @@ def _pairs(rewards: Array, group_ids: Array) -> tuple[Array, Array]:
   return other, jnp.where(paired, rewards - rewards[other], 0)
 
 
-TABLE = table('pointwise', logistic, sigmoid, kto, squared, paired_product_clip, paired_joint_clip)
+TABLE = table(
+  'pointwise', logistic, sigmoid, kto, bco, squared, paired_product_clip, paired_joint_clip
+)
 Part = Annotated[Callable, TABLE]
+
+SELECTIONS = table('pointwise', mismatched_mean, running_mean)
+SelectionPart = Annotated[Callable, SELECTIONS]

@@ -5,6 +5,7 @@
 | `PolicyGradient` | surrogates of log-ratios and advantages, weights and penalties |
 | `Pairwise` | a function of the score difference of two rows (DPO and its kin) |
 | `Pointwise` | a function of the score of one row |
+| `Listwise` | a function of the scores of all rows of a prompt |
 | `Regression` | the squared error of rewards, scores and an estimate of log Z |
 | `Distillation` | a divergence from a teacher's next-token distribution |
 | `Supervised` | the negative log-likelihood of given completions |
@@ -23,7 +24,8 @@ from typing import Annotated
 from polgrad.objectives.base import Objective, check_reads, view
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
-from polgrad.objectives.sequence_level import Pairwise, Pointwise, Regression
+from polgrad.objectives.row_level import Listwise, Pointwise
+from polgrad.objectives.sequence_level import Pairwise, Regression
 from polgrad.objectives.weighted_sum import FAMILIES, WeightedSum
 from polgrad.registry import table
 
@@ -34,6 +36,7 @@ __all__ = [
   'FAMILIES',
   'TABLE',
   'Distillation',
+  'Listwise',
   'Objective',
   'Pairwise',
   'Part',

@@ -1,4 +1,4 @@
-"""Objectives of whole rows: pairs of scores, single scores, and regressions on the reward."""
+"""Objectives of whole rows: pairs of scores, and regressions on the reward."""
 
 import dataclasses
 import functools
@@ -22,7 +22,6 @@ from polgrad.losses import (
   preference_losses,
   score_shapes,
 )
-from polgrad.losses import pointwise as pointwise_losses
 from polgrad.objectives.base import (
   WHOLE,
   Metrics,
@@ -39,6 +38,7 @@ from polgrad.objectives.base import (
   weigh,
   with_selections,
 )
+from polgrad.objectives.row_level import isolate_empty_rows
 from polgrad.reductions import Deviation
 from polgrad.registry import check_weighted, either, inputs
 from polgrad.types import Array, Batch, Outputs
@@ -205,48 +205,6 @@ class Pairwise(Objective):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pointwise(Objective):
-  """Mean over rows of loss(beta * score, ...); the loss reads a label, a reward or a group.
-
-  Where rows have labels, `chosen_reward` and `rejected_reward` are the mean scaled scores of those with
-  a label of at least one half and of the others.
-
-  Attributes:
-    score: of a row, [B], such as the summed log-ratio to the reference.
-    loss: of a row, [B], of the score (times beta) and of any arrays that it names.
-    beta: multiplies the score.
-    rows_per_prompt: number of consecutive rows with the same prompt; more than 1 is needed only if
-      `loss` compares the rows of a group.
-  """
-
-  score: implicit_rewards.Part
-  loss: pointwise_losses.Part
-  beta: float = 1.0
-  rows_per_prompt: int = 1
-
-  makes = frozenset({'score'})
-
-  @functools.cached_property
-  def slots(self) -> Mapping[str, Callable]:
-    return {'score': self.score, 'loss': self.loss}
-
-  def apply(
-    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
-  ) -> tuple[Terms, Metrics]:
-    del state, step
-    x = view(outputs, batch)
-    x['score'] = self.beta * call_slot('score', self.score, x)
-    where = isolate_empty_rows(x)
-    score = jax.lax.stop_gradient(x['score'])
-    metrics = {'score': row_mean(score, where)}
-    if 'label' in x:
-      metrics['chosen_reward'] = row_mean(score, where & (x['label'] >= 0.5))
-      metrics['rejected_reward'] = row_mean(score, where & (x['label'] < 0.5))
-    loss = call_slot('loss', self.loss, x)
-    return {'pointwise': row_mean(loss, where)}, metrics | off_policy_metrics(x)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Regression(Objective):
   """Mean over rows of scale * e^2 / 2, e = zeta - center, zeta = R / beta - score (arXiv:2503.18929).
 
@@ -314,17 +272,3 @@ class Regression(Objective):
     }
     loss = row_mean(0.5 * self.scale * jnp.square(error), where)
     return {'regression': loss}, metrics | off_policy_metrics(x)
-
-
-def isolate_empty_rows(x: dict[str, Array]) -> Array:
-  """Gives each row without tokens a group id that no other row has, in place.
-
-  A failed row therefore does not change the statistics of its group.
-
-  Returns:
-    bool[B], True for rows that have tokens.
-  """
-  where = jnp.any(x['mask'], axis=1)
-  if 'group_ids' in x:
-    x['group_ids'] = jnp.where(where, x['group_ids'], -1 - jnp.arange(len(where)))
-  return where

@@ -17,12 +17,14 @@ from polgrad.objectives.base import (
 )
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
-from polgrad.objectives.sequence_level import Pairwise, Pointwise, Regression
+from polgrad.objectives.row_level import Listwise, Pointwise
+from polgrad.objectives.sequence_level import Pairwise, Regression
 from polgrad.registry import check_weighted, table
 from polgrad.types import STREAMS, Array, Batch, Outputs
 
 FAMILIES = table(
-  'objectives', PolicyGradient, Pairwise, Pointwise, Regression, Distillation, Supervised
+  'objectives',
+  *(PolicyGradient, Pairwise, Pointwise, Listwise, Regression, Distillation, Supervised),
 )
 
 

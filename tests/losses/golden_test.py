@@ -83,7 +83,7 @@ ARRAYS |= dict(
   token_returns=RNG.normal(size=(B, T)),
   log_rho=RNG.normal(size=(B, T)),
   log_normalizer=RNG.normal(size=(B, T)),
-  mismatched_score=np.array([0.3, -0.2, 1.1, 0.4, -0.1, 0.2]),
+  reference_point=np.array(0.3),
   proxy_logp=logps(),
   selected=RNG.uniform(size=(B, T)) < 0.5,
   mean_entropy=np.array(1.1),

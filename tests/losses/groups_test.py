@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from polgrad import credit, registry
-from polgrad.losses import advantages, baselines, groups, log_partition, pointwise
+from polgrad.losses import advantages, baselines, groups, listwise, log_partition, pointwise
 from tests.losses.float64_test import equations
 from tests.losses.properties_test import name_of
 from tests.policy_gradient.harness import batch_of
@@ -19,6 +19,7 @@ OF_GROUPS = [
   *baselines.TOKEN_BASELINES.values(),
   *log_partition.TABLE.values(),
   *pointwise.TABLE.values(),
+  *listwise.TABLE.values(),
 ]
 B, T = 24, 3
 
@@ -29,9 +30,10 @@ def rows(count=B, dtype=np.float32):
   tokens = {n: rng.uniform(size=(count, T)) for n in ('score_norm', 'token_returns')}
   tokens |= {n: rng.normal(size=(count, T)) for n in ('logp', 'proximal_logp')}
   scalars = ('rewards', 'residual', 'scaled_rewards', 'first_value', 'score', 'label', 'uniform')
-  scalars += ('mismatched_score',)
   x = tokens | {n: rng.uniform(size=count) for n in scalars}
-  x |= dict(baseline_rewards=rng.normal(size=(count, 2)), beta=np.array(0.5))
+  x |= dict(
+    baseline_rewards=rng.normal(size=(count, 2)), beta=np.array(0.5), reference_point=np.array(0.1)
+  )
   x = {n: a.astype(dtype) for n, a in x.items()}
   ids = rng.integers(0, max(count // 4, 1), count).astype(np.int32) * 5
   return x | dict(

@@ -32,7 +32,12 @@ from polgrad.losses import (
   weights,
 )
 
-WHOLE = {'bounds': [0.8, 1.2], 'mean_entropy': 0.7, 'beta': 0.5}  # numbers of the whole batch
+WHOLE = {
+  'bounds': [0.8, 1.2],
+  'mean_entropy': 0.7,
+  'beta': 0.5,
+  'reference_point': 0.2,
+}  # numbers of the whole batch
 SELECTORS = {'mask', 'where', 'valid'}
 REQUIRED_KNOBS = {aggregation.constant_length: {'length': 8}, aggregation.token_sum: {'rows': 8}}
 B, T, V = 4, 3, 5
@@ -73,7 +78,6 @@ BATCH_STATISTICS = {
   advantages.whiten,
   baselines.optimal_token_baseline,
   reward_penalties.root_chi_square,
-  pointwise.kto,
 }
 DATA = {*BATCH_STATISTICS, advantages.identity, *RETURNS}
 ALL = [*SCORES, *REDUCTIONS, *TO_ROWS, *TO_TOKENS, *DIVERGENCES]
@@ -297,6 +301,7 @@ LIVE = {fn: set() for fn in NOTHING} | {
   log_partition.zero: set(),
   pointwise.paired_joint_clip: {'logp', 'rewards'},
   pointwise.kto: {'score', 'label'},
+  pointwise.bco: {'score', 'label'},
   advantages.leave_one_out_normalized: set(),  # the groups here have fewer than three valid rows
   baselines.balanced_group_mean: {'rewards'},
   advantages.pass_at_k: set(),

@@ -34,9 +34,14 @@ def huber(a):
 
 
 def kto(a):
-  z = a.score - max(np.mean(a.mismatched_score), 0)
+  z = a.score - a.reference_point
   sigmoid = lambda x: 1 / (1 + np.exp(-x))
   return 1.5 * a.label * (1 - sigmoid(z)) + 0.8 * (1 - a.label) * (1 - sigmoid(-z))
+
+
+def bco(a):
+  z = a.score - a.reference_point
+  return 1.5 * a.label * np.log1p(np.exp(-z)) + 0.8 * (1 - a.label) * np.log1p(np.exp(z))
 
 
 def geometric_importance(a):
@@ -62,6 +67,7 @@ FUNCTIONS = {
   penalties.importance_k1: ({}, lambda a: np.exp(a.log_ratio) * (a.logp - a.reference_logp)),
   penalties.huber_value_error: (dict(delta=0.5), huber),
   pointwise.kto: (dict(desirable=1.5, undesirable=0.8), kto),
+  pointwise.bco: (dict(desirable=1.5, undesirable=0.8), bco),
   aggregation.token_sum: (
     dict(rows=12),
     lambda a: np.array([a.loss[a.where].sum(), len(a.loss) / 12]),

@@ -1,0 +1,159 @@
+"""Losses of several completions of one prompt, compared by their rewards.
+
+A function of `TABLE` fills the slot `loss` of `objectives.Listwise`. It returns each row's part of the
+loss of its prompt, [B]; the parts of a group (rows with equal `group_ids`) add up to the formula. r is
+the score, an implicit reward that is multiplied by beta already (see `implicit_rewards`), R the reward,
+and K the number of rows in the group. Rewards are constants.
+
+`alpha` turns rewards into the distribution p = softmax(R / alpha) over the rows of a group; alpha = 0 is
+its limit, all mass on the row with the largest reward, of equal ones on the first.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from polgrad.losses.groups import Groups, maximum, partner, rank, same, size, total
+from polgrad.registry import AtLeastOne, NotNegative, Positive, table
+from polgrad.types import Array
+
+
+def infonca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegative = 0.0) -> Array:
+  """-sum_k p_k log softmax(r)_k: InfoNCA (arXiv:2402.05369).
+
+  The minimiser has r_k = R_k / alpha up to a constant of the prompt. With K = 2 and alpha = 0 this is
+  DPO.
+
+  Args:
+    score: [B].
+    rewards: [B].
+    group_ids: i32[B].
+    alpha: temperature of the rewards, in their units.
+
+  Returns:
+    [B].
+  """
+  group = _same(score, rewards, group_ids)
+  return -_target(rewards, group, alpha) * _log_softmax(score, group)
+
+
+def nca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegative = 0.0) -> Array:
+  """-sum_k [p_k log sigmoid(r_k) + (1/K) log sigmoid(-r_k)]: NCA (arXiv:2402.05369).
+
+  The minimiser is r_k = log(K p_k), which is no matter of differences: the probability of the best
+  completion need not fall.
+
+  Args:
+    score: [B].
+    rewards: [B].
+    group_ids: i32[B].
+    alpha: temperature of the rewards, in their units.
+
+  Returns:
+    [B].
+  """
+  group = _same(score, rewards, group_ids)
+  p = _target(rewards, group, alpha)
+  return p * jax.nn.softplus(-score) + jax.nn.softplus(score) / size(group)
+
+
+def exo(score: Array, rewards: Array, group_ids: Array, *, alpha: Positive = 0.5) -> Array:
+  """KL(q, p) = sum_k q_k log(q_k / p_k), q = softmax(r): EXO on rewards (arXiv:2402.00856).
+
+  It has the minimiser of `infonca`, where q = p, and the other direction of the divergence: a score
+  whose p is small is pushed down hard.
+
+  Args:
+    score: [B].
+    rewards: [B].
+    group_ids: i32[B].
+    alpha: temperature of the rewards, in their units, above 0.
+
+  Returns:
+    [B].
+  """
+  group = _same(score, rewards, group_ids)
+  log_q = _log_softmax(score, group)
+  return jnp.exp(log_q) * (log_q - _log_softmax(rewards / alpha, group))
+
+
+def hard_negatives(
+  score: Array, rewards: Array, group_ids: Array, uniform: Array, *, negatives: AtLeastOne = 1
+) -> Array:
+  """-log softmax(r)_best over the best row and some others, drawn by their scores: MC-PO
+  (arXiv:2502.04567).
+
+  The best row is the first with the largest reward. The others are drawn without replacement with
+  probabilities in proportion to exp(r), so the ones that the policy finds likely are contrasted most.
+  With as many `negatives` as there are others this is `infonca` with alpha = 0, and with two rows DPO.
+
+  Args:
+    score: [B].
+    rewards: [B].
+    group_ids: i32[B].
+    uniform: [B], random numbers in [0, 1); they decide the draws.
+    negatives: number of others.
+
+  Returns:
+    [B]; 0 in all rows but the best.
+  """
+  group = _same(score, rewards, group_ids)
+  best = _best(rewards, group)
+  # The largest sums of a score and Gumbel noise are draws without replacement.
+  noise = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
+  order = jnp.where(best, jnp.inf, jax.lax.stop_gradient(score) + noise)
+  kept = rank(-order, group) <= negatives
+  return jnp.where(best, -_log_softmax(score, group, kept), 0)
+
+
+def apo_down(score: Array, label: Array, group_ids: Array) -> Array:
+  """sigmoid(r_w) + sigmoid(r_l - r_w) of a pair: APO-down (arXiv:2408.06266).
+
+  Both completions get less likely, the rejected one more so: for pairs that are worse than what the
+  policy writes. A label p between 0 and 1 weighs the two orders of the pair by p and 1 - p.
+
+  Args:
+    score: [B].
+    label: [B], 1 for the chosen row w, 0 for the rejected row l.
+    group_ids: i32[B]; a pair is a group of two rows. Rows of other groups have loss 0.
+
+  Returns:
+    [B].
+  """
+  chex.assert_equal_shape([score, label, group_ids])
+  other = partner(same(group_ids))
+  paired = other != jnp.arange(len(score))
+  both = jax.nn.sigmoid(score) + jax.nn.sigmoid(score[other] - score)
+  return jnp.where(paired, label * both, 0)
+
+
+def _same(score: Array, rewards: Array, group_ids: Array) -> Groups:
+  chex.assert_rank(score, 1)
+  chex.assert_equal_shape([score, rewards, group_ids])
+  return same(group_ids)
+
+
+def _target(rewards: Array, group: Groups, alpha: float) -> Array:
+  """p of every row, [B]."""
+  if alpha == 0:
+    return _best(rewards, group).astype(rewards.dtype)
+  return jnp.exp(_log_softmax(rewards / alpha, group))
+
+
+def _best(rewards: Array, group: Groups) -> Array:
+  """bool[B]: the first row of each group with the largest reward."""
+  return rank(-rewards, group) == 0
+
+
+def _log_softmax(x: Array, group: Groups, kept: Array | bool = True) -> Array:
+  """x minus the logarithm of the sum of exp(x) over the rows of the group that are kept, [B]."""
+  top = maximum(jnp.where(kept, jax.lax.stop_gradient(x), -jnp.inf), group)
+  shifted = x - top
+  return shifted - jnp.log(total(jnp.where(kept, jnp.exp(jnp.where(kept, shifted, 0)), 0), group))
+
+
+TABLE = table('listwise', infonca, nca, exo, hard_negatives, apo_down)
+Part = Annotated[Callable, TABLE]
