@@ -3,12 +3,17 @@
 If a verifier raises, hangs, dies or returns anything but a finite number, the reward of its row is NaN
 and the row is invalid; failures are counted and reported. The reward is never set to 0, which would
 teach the policy that its answer was wrong.
+
+A verifier with the attribute `batched = True` judges all rows in one call, such as a reward model or a
+judge that is asked over the network. Its arguments are lists over the rows, out of `OF_BATCHES`; it
+returns a list with a number or a `Failure` for each row. It runs in this process, without a limit of
+time. If it raises, all of its rows have failed.
 """
 
 import collections
 import queue
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
@@ -17,10 +22,12 @@ import numpy as np
 from polgrad import registry
 from polgrad.rewards import verifiers as ours
 from polgrad.rewards import worker
-from polgrad.rewards.worker import Failure, verify
+from polgrad.rewards.worker import Failure, number, verify, words
 
 READS = ('completion', 'record', 'length')  # what every call of `score` gets of a row
 ALSO = ('prompt', 'tokens')  # what it gets only if a verifier reads it
+# What a verifier of whole batches may read: lists over the rows.
+OF_BATCHES = ('completions', 'records', 'lengths', *ALSO)
 MESSAGES = 5  # number of failures that are reported in words for each batch
 # Verifiers that run in this process: they are quick, start nothing and evaluate nothing.
 IN_PROCESS = (
@@ -54,8 +61,8 @@ def make_scorer(
 
   Args:
     terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
-      completion, record, length, prompt and tokens. `registry.Weighted` gives it a coefficient;
-      otherwise that is 1.
+      completion, record, length, prompt and tokens, or of `OF_BATCHES` if it judges whole batches.
+      `registry.Weighted` gives it a coefficient; otherwise that is 1.
     timeout_s: seconds that one isolated verifier may take on one row.
     workers: processes of isolated verifiers. They start with the first call and live as long as
       `score`.
@@ -82,8 +89,11 @@ def make_scorer(
   verifiers = {name: term.fn for name, term in terms.items()}
   for name, fn in verifiers.items():
     _check(name, fn)
+  whole = {name: fn for name, fn in verifiers.items() if is_batched(fn)}
   apart = {
-    name: fn for name, fn in verifiers.items() if isolate and registry.unbound(fn) not in IN_PROCESS
+    name: fn
+    for name, fn in verifiers.items()
+    if isolate and name not in whole and registry.unbound(fn) not in IN_PROCESS
   }
   ask = _asker(apart, workers, timeout_s, memory_gib) if apart else None
 
@@ -107,11 +117,14 @@ def make_scorer(
         row[name] = value
     # One task for each pair of verifier and row; results come in the order of the tasks. A verifier gets
     # what it reads, because all that it gets is sent to its process.
-    tasks = [(name, row) for name in verifiers for row in range(len(rows))]
+    tasks = [(name, row) for name in verifiers if name not in whole for row in range(len(rows))]
     given = [
       (name, {k: v for k, v in rows[row].items() if k in reads[name]}) for name, row in tasks
     ]
     results = dict(zip(tasks, run(given), strict=True))
+    for name, fn in whole.items():
+      answers = _judge_batch(fn, rows)
+      results |= {(name, row): answer for row, answer in enumerate(answers)}
 
     # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
     components = {name: np.full(len(rows), np.nan) for name in verifiers}
@@ -128,11 +141,32 @@ def make_scorer(
   return score
 
 
+def is_batched(fn: Callable) -> bool:
+  """Whether a verifier judges all rows of a batch in one call."""
+  return bool(getattr(registry.unbound(fn), 'batched', False))
+
+
+def _judge_batch(fn: Callable, rows: Sequence[Mapping]) -> list[float | Failure]:
+  """One answer for each row by a verifier of whole batches; what is no number is a `Failure`."""
+  if not rows:
+    return []
+  of_row = dict(zip(OF_BATCHES, (*READS, *ALSO)))
+  lists = {k: [row[name] for row in rows] for k, name in of_row.items() if name in rows[0]}
+  try:
+    answers = list(registry.call(fn, lists))
+    if len(answers) != len(rows):
+      raise ValueError(f'it returned {len(answers)} values for {len(rows)} rows')
+  except Exception as error:  # the batch continues whatever a verifier does
+    return [Failure(type(error).__name__, words(error))] * len(rows)
+  return [number(x) for x in answers]
+
+
 def _check(name: str, fn: Callable) -> None:
   """Refuses a verifier with unknown arguments."""
-  unknown = sorted(set(registry.inputs(fn)) - {*READS, *ALSO})
+  valid = OF_BATCHES if is_batched(fn) else (*READS, *ALSO)
+  unknown = sorted(set(registry.inputs(fn)) - set(valid))
   if unknown:
-    raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {[*READS, *ALSO]}')
+    raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {[*valid]}')
 
 
 def _asker(

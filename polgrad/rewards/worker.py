@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cloudpickle
 
@@ -41,13 +41,22 @@ def verify(fn: Callable, row: Mapping) -> float | Failure:
   """Runs one verifier on one row; every error becomes a `Failure`."""
   process = os.getpid()
   try:
-    value = float(registry.call(fn, row))
+    value = number(registry.call(fn, row))
   except (Exception, SystemExit) as error:  # the batch continues whatever a verifier does
     value = Failure(type(error).__name__, words(error))
   if os.getpid() != process:  # the verifier forked, and this is the copy: it must not train as well
     os._exit(1)
+  return value
+
+
+def number(value: Any) -> float | Failure:
+  """What a verifier returned as a finite number; a `Failure` stays one, and all else becomes one."""
   if isinstance(value, Failure):
     return value
+  try:
+    value = float(value)
+  except (TypeError, ValueError, OverflowError) as error:
+    return Failure(type(error).__name__, words(error))
   return value if math.isfinite(value) else Failure('NotFinite', f'returned {value}')
 
 

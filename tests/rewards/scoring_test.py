@@ -212,6 +212,52 @@ def test_prompt_and_tokens_are_made_only_for_verifiers_that_read_them(isolate):
   assert not without.valid.any() and "reads 'tokens'" in without.messages[0]
 
 
+def test_a_verifier_of_whole_batches_is_called_once_in_this_process():
+  calls = []
+
+  def judged(completions, records, lengths, prompt, tokens, *, scale=1.0):
+    calls.append((os.getpid(), completions, records, lengths, prompt, tokens))
+    return [scale * len(text) for text in completions]
+
+  judged.batched = True
+  others = {'prompt': lambda: ['p', 'q'], 'tokens': lambda: [[1], [2]]}
+  score = scoring.make_scorer(
+    {'judged': Weighted(2.0, functools.partial(judged, scale=3.0)), 'exact': verifiers.exact_match}
+  )
+  rows = (['abc', 'd'], [{'answer': 'abc'}] * 2, [4, 2])
+  assert score(*rows, others).total.tolist() == [19, 6]
+  assert calls == [(os.getpid(), *map(list, rows), ['p', 'q'], [[1], [2]])]
+
+
+def test_failures_within_a_batch_are_counted_and_never_zero():
+  def judged(completions):
+    return [worker.Failure('Refused', 'no opinion'), None, float('nan'), '2'][: len(completions)]
+
+  judged.batched = True
+  score = scoring.make_scorer({'judged': judged})
+  got = judge(score, *'abcd')
+  np.testing.assert_array_equal(got.total, [np.nan, np.nan, np.nan, 2])
+  assert got.valid.tolist() == [False, False, False, True]
+  assert got.errors == {'judged/Refused': 1, 'judged/TypeError': 1, 'judged/NotFinite': 1}
+  assert got.messages[0] == 'row 0: judged: Refused: no opinion'
+  short = judge(score, *'abcde')  # four values for five rows: nobody knows whose they are
+  assert short.errors == {'judged/ValueError': 5} and not short.valid.any()
+  assert score([], [], []).total.shape == (0,)
+
+
+def test_a_batch_whose_verifier_raises_has_failed_as_a_whole():
+  def judged(completions, records):
+    return [records[0]['no such field']]
+
+  judged.batched = True
+  got = judge(scoring.make_scorer({'judged': judged}), 'a', 'b')
+  assert got.errors == {'judged/KeyError': 2} and not got.valid.any()
+  with pytest.raises(ValueError, match=r"cannot read \['completion'\]; valid: \['completions'"):
+    odd = lambda completion: [0.0]
+    odd.batched = True
+    scoring.make_scorer({'odd': odd})
+
+
 def test_isolation_refuses_what_cannot_be_sent():
   lock = threading.Lock()
   with pytest.raises(
