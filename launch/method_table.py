@@ -22,6 +22,7 @@ USUAL = {'ratio': 'token', 'proximal': 'recorded', 'loss': 'nll', 'normalizer': 
 TITLES = {
   'policy_gradient': 'Policy gradients',
   'preference': 'Preferences',
+  'reward_model': 'Reward models',
   'distillation': 'Distillation',
   'supervised': 'Supervised learning',
 }

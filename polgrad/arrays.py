@@ -55,6 +55,8 @@ BATCH = {
 
 # Features that polgrad's own collectors and estimators add to a batch.
 FEATURES = {
+  'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),
+  'target': Spec('B', 'the number that the score of the row should be; from the data'),
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
   'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),
   'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
@@ -75,6 +77,9 @@ MODEL = {
   'logp': Spec('B T', 'log-prob under the policy that is trained; from the model'),
   'entropy': Spec('B T', 'entropy of the next-token distribution, nats; from the model'),
   'values': Spec('B T', 'critic before the token; from the model'),
+  'values_after': Spec(
+    'B T', 'scalar head after the token, as reward models have it; from the model'
+  ),
 }
 
 # What an objective computes before it calls a function.

@@ -45,6 +45,7 @@ from polgrad.types import Layout, Prompts
 CHECKED = 64  # records of a generated source that are laid out before a run
 CHECKED_OF_FILES = 20_000  # records of a file, which may be of any length
 TRIED = 4  # records on which verifiers are tried
+VALUES = frozenset({'values', 'values_after', 'old_values'})  # what needs the model's scalar head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -459,9 +460,9 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
         f'{path}.frozen.{name}: its vocabulary has {sizes[0]} tokens, that of config.model {sizes[1]}; '
         'both must be of one tokenizer'
       )
-  if wanted & {'values', 'old_values'} and not run.policy.config.value_head:
+  if wanted & VALUES and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
-  given = provided | anchors.keys() | {'entropy', 'values', 'old_values', 'group_ids'}
+  given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids'}
   missing = sorted(wanted - given)
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:

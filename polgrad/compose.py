@@ -142,6 +142,10 @@ class _Run:
     own = self.task.length or self.task.prompt_length + self.task.max_new_tokens
     return own + self.preset.template_tokens
 
+  def row_length(self, asked: Mapping[str, Any]) -> int:
+    """Tokens of a row of given completions; a row that reads another one first has two of them."""
+    return 2 * self.length if asked.get('before') else self.length
+
   def source(self, source: ConfigDict) -> ConfigDict:
     """The source as the model reads it: in a chat template or not."""
     if not self.preset.chat:
@@ -205,6 +209,7 @@ class _Run:
       prompts = min(prompts, SMOKE['prompts'])
       rows, pairs = min(rows, SMOKE['demonstration_rows']), min(pairs, SMOKE['pairs'])
       lists = min(lists, SMOKE['lists'])
+    length = self.row_length(asked)
     budgets = {
       'prompts': prompts,
       'samples_per_prompt': samples,
@@ -216,7 +221,7 @@ class _Run:
       'pairs': pairs,
       'lists': lists,
       'candidates': task.candidates,
-      'length': self.length,
+      'length': length,
       'overlong': task.overlong,
       'unusable': task.unusable,
       'prefix': task.prefix,
@@ -231,11 +236,10 @@ class _Run:
     """The preset's model, long enough for the rows, with a value head if the method reads values."""
     model = ConfigDict(self.preset.model)
     base = model.base if 'base' in model else model
-    base.max_length = max(
-      base.max_length, self.length, self.prompt_length + self.task.max_new_tokens
-    )
+    rows = self.row_length(method.collect.keywords)
+    base.max_length = max(base.max_length, rows, self.prompt_length + self.task.max_new_tokens)
     credited, objective = method.bound()
-    if (objective.requires | credited.requires) & {'values', 'old_values'}:
+    if (objective.requires | credited.requires) & build.VALUES:
       base.value_head = True
     if self.smoke and 'num_layers' in base:
       base.update(num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64)

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from polgrad import cli
-from polgrad.arrays import ARRAYS
+from polgrad.arrays import ARRAYS, MODEL
 from polgrad.build import TABLE, Experiment, Phase, build
 from polgrad.checks import tables, tracing
 from polgrad.models.config import Config
@@ -199,7 +199,7 @@ def provider(name: str, phase: Phase) -> str:
     return f'collect.stats.{name}'
   if anchor in phase.anchors:
     return f'anchor {anchor}'
-  if name in ('logp', 'entropy', 'values'):
+  if name in MODEL:
     return 'the model'
   return 'the model, before the update' if name == 'old_values' else 'collect'
 

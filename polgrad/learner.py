@@ -34,11 +34,11 @@ def forward(
   """Log-probabilities of the tokens, and the other outputs that are asked for.
 
   Outputs are meaningful only where the batch's mask is True. The layout may leave others out: they are
-  0 in prompt columns, and in packed rows all but `values` are 0 outside the mask.
+  0 in prompt columns, and in packed rows all but values are 0 outside the mask.
 
   Args:
     batch: only its tokens, segment_ids, mask, layout and offset are read.
-    fields: further outputs, out of {'entropy', 'values'}.
+    fields: further outputs, out of {'entropy', 'values', 'values_after'}.
     stats: further functions of the next-token distribution by name, see `token_stats`.
     temperature: divides all logits, as it did when the tokens were sampled.
     teacher: a second model, whose logits a stat reads as `teacher_logits`; it gets no gradient.
@@ -74,15 +74,17 @@ def forward(
     teacher_hidden=teacher_hidden,
     teacher_unembed=teacher_unembed,
   )
-  if 'values' in fields:
-    out['values'] = previous(policy.value(params, hidden))
+  if fields & {'values', 'values_after'}:
+    out['values_after'] = policy.value(params, hidden)
+    out['values'] = previous(out['values_after'])
 
   # Back to [B, T]: the prompt columns return as zeros, and packed rows to their own places.
   out = {name: unpack(jnp.pad(x, ((0, 0), (start, 0)))) for name, x in out.items()}
   return Outputs(
     logp=out['logp'],
     entropy=out.get('entropy'),
-    values=out.get('values'),
+    values=out['values'] if 'values' in fields else None,
+    values_after=out['values_after'] if 'values_after' in fields else None,
     stats={name: out[name] for name in stats},
   )
 
@@ -284,12 +286,15 @@ class Learner:
 
   def outputs(self, state: TrainState, trainable: Params, batch: Batch) -> Outputs:
     """What the objective reads of the model, with `trainable` in the place of the state's parameters."""
+    values = self.objective.requires & {'values', 'values_after'}
+    # Entropy is a metric of every run of a policy, which a reward model is not; where no metric or loss
+    # reads it, the compiler drops it.
+    entropy = frozenset() if 'values_after' in values else frozenset({'entropy'})
     return forward(
       self.policy,
       overlay(state.params, trainable),
       batch,
-      # Entropy is a metric of every run; where no metric or loss reads it, the compiler drops it.
-      fields=(self.objective.requires & {'values'}) | {'entropy'},
+      fields=values | entropy,
       stats=self.objective.stats,
       temperature=self.temperature,
       teacher=self.teacher(state),
@@ -313,7 +318,7 @@ class Learner:
     """
     zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
     stats = {name: zeros for name in self.objective.stats}
-    blank = Outputs(logp=zeros, entropy=zeros, values=zeros, stats=stats)
+    blank = Outputs(logp=zeros, entropy=zeros, values=zeros, values_after=zeros, stats=stats)
     terms, _ = self.terms(state, blank, batch)
     return {name: term.count for name, term in terms.items()}
 

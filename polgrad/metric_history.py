@@ -60,6 +60,8 @@ def average(*, metrics: tuple, decay: float = 0.9) -> History:
     return jnp.where(seen, decay * x + (1 - decay) * new, x)
 
   return _remembered((0.0,) * len(metrics), advance)
+
+
 def total_of(*, metric: str = 'score') -> History:
   """The sum of a mean's numbers over all earlier updates, and how many there were, f32[2].
 

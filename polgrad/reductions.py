@@ -105,6 +105,45 @@ class Deviation:
     )
 
 
+LEVELS = 10  # bins of confidence from 1/2 to 1, in which calibration is measured
+
+
+@struct.dataclass(kw_only=True)
+class CalibrationError:
+  """The expected calibration error of predictions between two alternatives (arXiv:1706.04599).
+
+  A prediction has a confidence c >= 1/2, the probability of the alternative that it names, and an
+  outcome o, the fraction to which it was right. With n predictions, n_b of them in bin b,
+
+      error = sum_b n_b / n |mean of c in b - mean of o in b|
+
+  over `LEVELS` bins of equal width. It is 0 if of all that is said with confidence c a fraction c is
+  right, and where nothing was predicted.
+  """
+
+  confidence: Array  # f32[LEVELS], sums
+  outcome: Array  # f32[LEVELS], sums
+  counts: Array  # f32[LEVELS]
+
+  @classmethod
+  def of(cls, confidence: Array, outcome: Array, where: Array) -> 'CalibrationError':
+    bins = jnp.clip(jnp.floor((confidence - 0.5) * 2 * LEVELS), 0, LEVELS - 1).astype(jnp.int32)
+    add = lambda x: jnp.zeros(LEVELS, jnp.float32).at[bins].add(jnp.where(where, x, 0))
+    return cls(confidence=add(confidence), outcome=add(outcome), counts=add(jnp.ones_like(outcome)))
+
+  def value(self) -> Array:
+    count = jnp.sum(self.counts)
+    gaps = jnp.sum(jnp.abs(self.confidence - self.outcome))
+    return jnp.where(count > 0, gaps / jnp.where(count > 0, count, 1), 0)
+
+  def __add__(self, other: 'CalibrationError') -> 'CalibrationError':
+    return CalibrationError(
+      confidence=self.confidence + other.confidence,
+      outcome=self.outcome + other.outcome,
+      counts=self.counts + other.counts,
+    )
+
+
 BINS = 255  # of the histogram of log-ratios; the middle one holds 0
 FINEST = (
   1e-3  # nats; bins near 0 are a tenth of it wide, other bins a tenth of their distance from 0
@@ -138,7 +177,7 @@ class Quantile:
     return Quantile(counts=self.counts + other.counts, fraction=self.fraction)
 
 
-Metric = Mean | Max | EffectiveSampleSize | Deviation | Quantile  # a metric is one of these
+Metric = Mean | Max | EffectiveSampleSize | Deviation | CalibrationError | Quantile  # one of these
 
 
 def merged(parts: Iterable[Any]) -> Any:

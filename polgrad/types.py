@@ -6,7 +6,8 @@ One convention holds everywhere: `x[b, t]` belongs to `tokens[b, t]`. So `logp[b
 log-probability of token `t` given the tokens before it, and `values[b, t]` is the critic's value of
 the tokens before it. A model predicts token `t` from its state at `t - 1`; that shift by one is made
 in two functions, `models.token_stats.token_stats` (log-probs and other statistics of the logits) and
-`learner.previous` (values). Objectives and losses get arrays that are aligned already.
+`learner.previous` (values). `values_after` is the same head without the shift: what a reward model says
+after it has read the token. Objectives and losses get arrays that are aligned already.
 
 `mask` is True only where a loss may look: tokens the policy made, the stop token included. Prompts,
 padding and tool output are False, and so is the first token of every segment.
@@ -145,7 +146,8 @@ class Outputs:
 
   logp: Array  # f32[B, T], nats
   entropy: Array | None = None  # f32[B, T], nats
-  values: Array | None = None  # f32[B, T], units of the reward
+  values: Array | None = None  # f32[B, T], units of the reward, before each token
+  values_after: Array | None = None  # f32[B, T], the same head after each token
   stats: dict[str, Array] = struct.field(default_factory=dict)  # f32[B, T], by name
 
 

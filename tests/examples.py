@@ -48,6 +48,7 @@ def leaves(seed: int = 1, *, rows: int = ROWS, length: int = LENGTH) -> dict[str
     'logp': (-1.5 + 0.3 * random.normal(size=shape)).astype(np.float32),
     'entropy': random.uniform(0.5, 1.5, shape).astype(np.float32),
     'values': random.normal(size=shape).astype(np.float32),
+    'values_after': np.random.default_rng(seed + 1).normal(size=shape).astype(np.float32),
     'logits': random.normal(size=(*shape, VOCAB)).astype(np.float32),
   }
 
@@ -60,6 +61,7 @@ def outputs(x: dict, stats: dict) -> Outputs:
     logp=x['logp'],
     entropy=x['entropy'],
     values=x['values'],
+    values_after=x['values_after'],
     stats={name: call(f, arrays) for name, f in stats.items()},
   )
 

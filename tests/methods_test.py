@@ -85,7 +85,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
 def test_gives_a_loss_and_its_gradient_from_arrays(name):
   method = method_of(name)
   arrays = arrays_of(method)
-  live = {k: arrays.pop(k) for k in ('logp', 'entropy', 'values', 'logits') if k in arrays}
+  names = ('logp', 'entropy', 'values', 'values_after', 'logits')
+  live = {k: arrays.pop(k) for k in names if k in arrays}
   mask = np.ones((8, 5), bool)
 
   def loss(live):

@@ -76,6 +76,7 @@ def trace_objective(path: str, phase: Any, policy: Policy) -> Traced:
       logp=numbers,
       entropy=numbers,
       values=numbers if 'values' in objective.requires else None,
+      values_after=numbers if 'values_after' in objective.requires else None,
       stats={name: _statistic(fn, policy, numbers) for name, fn in objective.stats.items()},
     )
     jax.eval_shape(update, outputs, batch, objective.init())

@@ -57,6 +57,9 @@ class Demonstrations(Given):
 
   # Records of a batch, one row each.
   rows: AtLeastOne = 32
+  # Numbers that every record has and the objective reads: name of the array -> field of the record, as in
+  # {'target': 'score'}.
+  numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def records(self) -> int:
@@ -70,8 +73,13 @@ class Demonstrations(Given):
   def rows_per_prompt(self) -> int:
     return 1
 
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset(self.numbers)
+
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
-    return batching.supervised(records, tokenizer, length=self.length, cut=cut)
+    batch = batching.supervised(records, tokenizer, length=self.length, cut=cut)
+    return batch.with_arrays(**pair_fields.numbers(records, self.numbers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,16 @@ class Preferences(Given):
   numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # Whether records may have weights of tokens, `chosen_weights` and `rejected_weights`.
   token_weights: bool = False
+  # Completion that a row has read before its own: 'other' is that of the pair's other row, another name
+  # is a field of the record, '' is none; see `batching.pairs`.
+  before: str = ''
+
+  def __post_init__(self):
+    if self.before == 'other' and self.prompt_length:
+      raise ValueError(
+        f"before='other' and prompt_length={self.prompt_length}: the rows of a pair read different "
+        'completions first, so they share no prompt'
+      )
 
   @property
   def records(self) -> int:
@@ -106,9 +124,9 @@ class Preferences(Given):
     return frozenset({'label', *self.numbers, *(['token_weights'] if self.token_weights else [])})
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
-    sizes = dict(length=self.length, prompt_length=self.prompt_length)
+    sizes = dict(length=self.length, prompt_length=self.prompt_length, before=self.before)
     batch = batching.pairs(records, tokenizer, **sizes, cut=cut)
-    found = pair_fields.numbers(records, self.numbers)
+    found = pair_fields.numbers(records, self.numbers, rows=2)
     if self.token_weights:
       found['token_weights'] = pair_fields.token_weights(records, batch.mask, cut=cut)
     return batch.with_arrays(**found)

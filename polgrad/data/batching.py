@@ -135,6 +135,7 @@ def pairs(
   *,
   length: int,
   prompt_length: int = 0,
+  before: str = '',
   cut: bool = False,
 ) -> Batch:
   """Two rows for each record: prompt + chosen (label 1), then prompt + rejected (label 0).
@@ -148,6 +149,9 @@ def pairs(
     length: number of columns.
     prompt_length: column at which all completions begin; prompts are left-padded to it. 0: rows begin
       at column 0, and completions directly after their prompt.
+    before: completion that a row has read before its own, with the prompt before each of them: 'other'
+      is that of the pair's other row, another name is a field of the record, '' is none. The mask covers
+      the row's own completion alone.
     cut: a prompt longer than `prompt_length` loses its beginning, a row longer than `length` its end.
 
   Raises:
@@ -157,7 +161,11 @@ def pairs(
   """
   segments, starts = [], []
   for record in records:
-    both = [_completion(record, tokenizer, field) for field in ('chosen', 'rejected')]
+    others = {'': ('', ''), 'other': ('rejected', 'chosen')}.get(before, (before, before))
+    both = [
+      _after(record, tokenizer, _completion(record, tokenizer, field), other)
+      for field, other in zip(('chosen', 'rejected'), others)
+    ]
     laid = [_place(record, *one, tokenizer, length, prompt_length, cut) for one in both]
     if both[0] == both[1]:
       raise Unusable(f'{_name(record)}: chosen and rejected have the same tokens')
@@ -257,6 +265,26 @@ def lists(
     rewards=np.asarray(rewards, np.float32),
     valid=batch.mask.any(axis=1),
   )
+
+
+def judged(
+  record: Mapping, tokenizer: Tokenizer, text: str, *, first: str | None = None
+) -> list[int]:
+  """The ids of a row that a reward model scores: the prompt and a completion, through its stop token.
+
+  Args:
+    record: with `id`; its prompt is read, and none of its completions.
+    tokenizer: of the reward model.
+    text: the completion.
+    first: a completion that is read before, see `pairs`.
+
+  Raises:
+    ValueError: an empty prompt, or a stop token inside a completion.
+  """
+  asked = {k: v for k, v in record.items() if k in ('id', 'prompt', 'messages', 'tools')}
+  texts = {'chosen': text} if first is None else {'chosen': text, 'first': first}
+  row = _segment(asked | texts, tokenizer, 'chosen')
+  return _after(asked | texts, tokenizer, row, '' if first is None else 'first')[0]
 
 
 class TokenRow(NamedTuple):
@@ -449,6 +477,15 @@ def _segment(record, tokenizer, field):
   prompt = _prompt(record, tokenizer)
   completion, trained = _turn(record, tokenizer, field) or _words(record, tokenizer, field)
   return prompt + completion, [False] * len(prompt) + trained
+
+
+def _after(record, tokenizer, row, other):
+  """A row (ids, mask) behind the prompt with the completion in the field `other`; see `pairs`."""
+  if not other:
+    return row
+  first, _ = _segment(record, tokenizer, other)
+  ids, mask = row
+  return first + ids, [False] * len(first) + mask
 
 
 def _turn(record, tokenizer, field):

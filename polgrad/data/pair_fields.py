@@ -1,4 +1,4 @@
-"""Numbers in the records of preference pairs that losses read: of a pair, or of its tokens."""
+"""Numbers in records that losses read: of a record, or of the tokens of its completions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,21 @@ from polgrad.data.batching import Unusable
 from polgrad.registry import suggest
 
 
-def numbers(records: Sequence[Mapping], fields: Mapping[str, str]) -> dict[str, np.ndarray]:
-  """Numbers of n records as arrays f32[2 n], the same at both rows of a record.
+def numbers(
+  records: Sequence[Mapping], fields: Mapping[str, str], *, rows: int = 1
+) -> dict[str, np.ndarray]:
+  """Numbers of n records as arrays f32[n rows], the same in all rows of a record.
 
   Args:
     records: n of them.
     fields: name of the array -> field of the record.
+    rows: of each record.
 
   Raises:
     Unusable: a record lacks a field, or has no finite number there; the message names both.
   """
   return {
-    name: np.repeat([_number(r, r.get(field), field) for r in records], 2).astype(np.float32)
+    name: np.repeat([_number(r, r.get(field), field) for r in records], rows).astype(np.float32)
     for name, field in fields.items()
   }
 

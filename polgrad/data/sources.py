@@ -385,6 +385,7 @@ def with_choices(
 def _distance(a, b):
   return float(abs(int(a) - int(b)))
 
+
 def _with_wrong(answer, count, rng):
   """`count` different numbers of one length, the answer first."""
   found = [answer]

@@ -20,6 +20,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     pair_scores         scores that look at both rows of a pair                  score
     score_shapes        functions of a row's score, as f' of a divergence        shape
     preference_losses   losses of a preference pair                              link
+    score_penalties     where the scores of a pair lie                           penalties
     pair_offsets        what the margin of a pair must exceed                    offsets
     pair_weights        weights of pairs                                         weights
     pair_selections     comparisons of the pairs of the whole minibatch          selections
@@ -70,6 +71,7 @@ from polgrad.losses import (
   ratios,
   returns,
   reward_penalties,
+  score_penalties,
   score_shapes,
   selections,
   surrogates,
@@ -101,6 +103,7 @@ __all__ = [
   'ratios',
   'returns',
   'reward_penalties',
+  'score_penalties',
   'score_shapes',
   'selections',
   'surrogates',

@@ -74,6 +74,23 @@ def logp_mean(logp: Array, mask: Array) -> Array:
   return logp_sum(logp, mask) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
+def last_value(values_after: Array, mask: Array) -> Array:
+  """The scalar head after the last token of the row: the score of a reward model (arXiv:2203.02155).
+
+  The last token of a completion is its stop token, so the head has read the whole row.
+
+  Args:
+    values_after: [..., T], carries gradient.
+    mask: bool[..., T].
+
+  Returns:
+    [...]; 0 in a row without tokens.
+  """
+  chex.assert_equal_shape([values_after, mask])
+  later = jnp.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]  # tokens from this one on
+  return jnp.sum(jnp.where(mask & (later == 1), single(values_after), 0), axis=-1)
+
+
 def old_log_ratio_sum(logp: Array, proximal_logp: Array, mask: Array) -> Array:
   """sum_t (logp - proximal_logp): the log-ratio to the policy at the start of the phase, as in mirror
   descent (arXiv:2501.12599).
@@ -201,6 +218,7 @@ TABLE = table(
   log_ratio_mean,
   logp_sum,
   logp_mean,
+  last_value,
   old_log_ratio_sum,
   bellman_sum,
   weighted_log_ratio_sum,

@@ -34,7 +34,7 @@ def length_difference(mask: Array, preferred: Array) -> Array:
 
 def given(margins: Array) -> Array:
   """The margins that the data give, such as how much better annotators found the chosen completion
-  (arXiv:2307.09288, arXiv:2402.10571).
+  (Llama 2, arXiv:2307.09288, arXiv:2402.10571).
 
   Args:
     margins: [B], the same in both rows of a pair.

@@ -168,6 +168,20 @@ def squared(score: Array, label: Array, *, target: float = 1.0) -> Array:
   return jnp.square(score - (2 * label - 1) * target)
 
 
+def squared_error(score: Array, target: Array) -> Array:
+  """(z - target)^2 / 2: a reward model that predicts a number (standard).
+
+  Args:
+    score: [...].
+    target: [...], such as the rating of a completion.
+
+  Returns:
+    [...].
+  """
+  chex.assert_equal_shape([score, target])
+  return 0.5 * jnp.square(score - target)
+
+
 def paired_product_clip(
   logp: Array,
   proximal_logp: Array,
@@ -255,7 +269,15 @@ def _pairs(rewards: Array, group_ids: Array) -> tuple[Array, Array]:
 
 
 TABLE = table(
-  'pointwise', logistic, sigmoid, kto, bco, squared, paired_product_clip, paired_joint_clip
+  'pointwise',
+  logistic,
+  sigmoid,
+  kto,
+  bco,
+  squared,
+  squared_error,
+  paired_product_clip,
+  paired_joint_clip,
 )
 Part = Annotated[Callable, TABLE]
 

@@ -4,6 +4,7 @@
 |---|---|
 | `PolicyGradient` | surrogates of log-ratios and advantages, weights and penalties |
 | `Pairwise` | a function of the score difference of two rows (DPO and its kin) |
+| `RewardModel` | the same, of the scores of a scalar head, with penalties on these |
 | `Pointwise` | a function of the score of one row |
 | `Listwise` | a function of the scores of all rows of a prompt |
 | `Regression` | the squared error of rewards, scores and an estimate of log Z |
@@ -24,6 +25,7 @@ from typing import Annotated
 from polgrad.objectives.base import Objective, check_reads, view
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
+from polgrad.objectives.reward_model import RewardModel
 from polgrad.objectives.row_level import Listwise, Pointwise
 from polgrad.objectives.sequence_level import Pairwise, Regression
 from polgrad.objectives.weighted_sum import FAMILIES, WeightedSum
@@ -43,6 +45,7 @@ __all__ = [
   'Pointwise',
   'PolicyGradient',
   'Regression',
+  'RewardModel',
   'Supervised',
   'WeightedSum',
   'check_reads',

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.arrays import ARRAYS, OBJECTIVE, OWNED, VOCABULARY, per_token
+from polgrad.arrays import ARRAYS, MODEL, OBJECTIVE, OWNED, VOCABULARY, per_token
 from polgrad.losses import aggregation
 from polgrad.losses._common import single
 from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
@@ -98,7 +98,7 @@ def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
     AssertionError: a per-token array does not have the shape [B, T] of the mask.
   """
   mask = batch.mask
-  named = {n: getattr(outputs, n) for n in ('logp', 'entropy', 'values')} | outputs.stats
+  named = {n: getattr(outputs, n) for n in MODEL} | outputs.stats
   found = {n: x for n, x in named.items() if x is not None} | {n: batch[n] for n in batch}
   # Each row repeats a value of the whole batch, so that it is cut like every other feature.
   whole = {n: x for n, x in found.items() if n.startswith(WHOLE)}

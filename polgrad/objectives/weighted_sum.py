@@ -17,6 +17,7 @@ from polgrad.objectives.base import (
 )
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
+from polgrad.objectives.reward_model import RewardModel
 from polgrad.objectives.row_level import Listwise, Pointwise
 from polgrad.objectives.sequence_level import Pairwise, Regression
 from polgrad.registry import check_weighted, table
@@ -24,7 +25,14 @@ from polgrad.types import STREAMS, Array, Batch, Outputs
 
 FAMILIES = table(
   'objectives',
-  *(PolicyGradient, Pairwise, Pointwise, Listwise, Regression, Distillation, Supervised),
+  PolicyGradient,
+  Pairwise,
+  RewardModel,
+  Pointwise,
+  Listwise,
+  Regression,
+  Distillation,
+  Supervised,
 )
 
 

@@ -126,19 +126,28 @@ def make_scorer(
       answers = _judge_batch(fn, rows)
       results |= {(name, row): answer for row, answer in enumerate(answers)}
 
-    # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
-    components = {name: np.full(len(rows), np.nan) for name in verifiers}
-    errors, messages = collections.Counter(), []
-    for (name, row), result in results.items():
-      if isinstance(result, Failure):
-        errors[f'{name}/{result.kind}'] += 1
-        messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
-      else:
-        components[name][row] = result
-    total = sum((terms[n].weight * c for n, c in components.items()), np.zeros(len(rows)))
-    return Scores(total, components, np.isfinite(total), dict(errors), messages[:MESSAGES])
+    return _summed(terms, results, len(rows))
 
   return score
+
+
+def _summed(
+  terms: Mapping[str, registry.Weighted],
+  results: Mapping[tuple[str, int], float | Failure],
+  rows: int,
+) -> Scores:
+  """The scores of rows, from what each verifier said of each row."""
+  # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
+  components = {name: np.full(rows, np.nan) for name in terms}
+  errors, messages = collections.Counter(), []
+  for (name, row), result in results.items():
+    if isinstance(result, Failure):
+      errors[f'{name}/{result.kind}'] += 1
+      messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
+    else:
+      components[name][row] = result
+  total = sum((terms[n].weight * c for n, c in components.items()), np.zeros(rows))
+  return Scores(total, components, np.isfinite(total), dict(errors), messages[:MESSAGES])
 
 
 def is_batched(fn: Callable) -> bool:

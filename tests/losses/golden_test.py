@@ -59,6 +59,8 @@ ARRAYS = dict(
   log_ratio=RNG.normal(size=(B, T)),
   advantages=RNG.normal(size=(B, T)),
   values=RNG.normal(size=(B, T)),
+  values_after=np.random.default_rng(1).normal(size=(B, T)),
+  target=np.random.default_rng(2).normal(size=B),
   old_values=RNG.normal(size=(B, T)),
   returns=RNG.normal(size=(B, T)),
   token_rewards=RNG.normal(size=(B, T)),

@@ -1,0 +1,1 @@
+"""Reward models: methods that train a scalar head to judge completions."""
