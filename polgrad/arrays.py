@@ -55,7 +55,6 @@ BATCH = {
 
 # Features that polgrad's own collectors and estimators add to a batch.
 FEATURES = {
-  'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),
   'target': Spec('B', 'the number that the score of the row should be; from the data'),
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
   'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),

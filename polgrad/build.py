@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from polgrad import collect, objectives, optim, sharding
+from polgrad import collect, objectives, optim, reward_models, sharding
 from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.checks import duplicates, tracing
@@ -38,7 +38,7 @@ from polgrad.registry import (
   suggest,
   table,
 )
-from polgrad.rewards import scoring, verifiers
+from polgrad.rewards import scoring
 from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
@@ -61,7 +61,7 @@ class Judged:
     verifier_memory: GiB of address space of each of these processes; 0: no limit.
   """
 
-  reward: Mapping[str, verifiers.Part] = dataclasses.field(default_factory=dict)
+  reward: Mapping[str, reward_models.Part] = dataclasses.field(default_factory=dict)
   isolate_verifiers: bool = True
   verifier_timeout: Positive = 5.0
   verifier_workers: AtLeastOne = 2

@@ -21,7 +21,7 @@ from polgrad.data import sources
 from polgrad.methods import Method
 from polgrad.presets import Preset
 from polgrad.registry import Count, Decay, NotNegative, Range, check_ranges, find, part, weighted
-from polgrad.rewards import verifiers
+from polgrad.reward_models import REWARDS
 from polgrad.tasks import Task
 
 SMOKE = dict(
@@ -287,7 +287,7 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
   if method.needs == 'problems' and 'rewards' in method.reads and not rewarded:
     raise ValueError(
       'the method learns from rewards, but the task has no verifier; name one with '
-      f'reward=..., valid: {sorted(k.partition(".")[2] for k in verifiers.TABLE)}'
+      f'reward=..., valid: {sorted(k.partition(".")[2] for k in REWARDS)}'
     )
   asked = method.collect.keywords
   if asked.get('demonstrations') and 'demonstrations' not in task.has:

@@ -5,6 +5,7 @@
     python -m polgrad.convert ... --adapter            # only the LoRA adapter, for PEFT
     python -m polgrad.convert ... --params=average     # an anchor, such as the average of the policy
     python -m polgrad.convert ... --step=best          # the checkpoint of config.keep_best
+    python -m polgrad.convert ... --reward_model       # a classifier, see docs/reward_models.md
     python -m polgrad.convert --gguf=FILE --out=OUT    # a GGUF file instead of a checkpoint
     python -m polgrad.convert --model=FOLDER --out=OUT --config.model.param_dtype=bfloat16
 
@@ -24,6 +25,7 @@ from absl import flags
 
 from polgrad import cli, jsons, loading
 from polgrad.build import Experiment
+from polgrad.data.tokenizers import Tokenizer
 from polgrad.models import gguf, hf
 from polgrad.models.lora import merge, save_adapter
 from polgrad.types import Params
@@ -73,8 +75,11 @@ def export(
       return save_adapter(out, policy.config, params, base_model=source)
     whole = merge(policy.config, params) if policy.config.lora_rank else (policy.config, params)
     hf.save(out, *whole, source=source, reward_model=reward_model)
-  if source and not reward_model and jax.process_index() == 0:
-    add_stops(out, experiment.tokenizer.stop_ids)
+  if source and jax.process_index() == 0:
+    if reward_model:
+      set_padding(out, experiment.tokenizer)
+    else:
+      add_stops(out, experiment.tokenizer.stop_ids)
 
 
 def add_stops(folder: str, stop_ids: Sequence[int]) -> None:
@@ -90,6 +95,27 @@ def add_stops(folder: str, stop_ids: Sequence[int]) -> None:
     path.write_text(text, encoding='utf-8')
 
 
+def set_padding(folder: str, tokenizer: Tokenizer) -> None:
+  """Names a pad token that ends no completion, in config.json and in the settings of the tokenizer.
+
+  The transformers library reads the score of a row at the last token that is not the pad token, which
+  must be the stop token. So where that is the pad token, another special token takes its place: any that
+  is not the last one of a row will do.
+  """
+  end, *others = tokenizer.stop_ids
+  usual = (tokenizer.pad_id, *others, tokenizer.bos_id, tokenizer.context_id, 0, 1)
+  pad = next(i for i in usual if i not in (-1, end))
+  path = pathlib.Path(folder)
+  names = {path / 'config.json': {'pad_token_id': pad}}
+  if pad != tokenizer.pad_id:
+    names[path / 'tokenizer_config.json'] = {'pad_token': tokenizer.name(pad)}
+    names[path / 'special_tokens_map.json'] = {'pad_token': tokenizer.name(pad)}
+  for file, value in names.items():
+    if file.exists():
+      text = json.dumps(jsons.read_object(file) | value, indent=2, ensure_ascii=False)
+      file.write_text(text, encoding='utf-8')
+
+
 def main(argv: list[str]) -> None:
   if not _GGUF.value:
     loading.start(argv)
@@ -101,13 +127,14 @@ def main(argv: list[str]) -> None:
         raise ValueError('--gguf is the model to write, so it cannot have --model or --config')
       gguf.convert(_GGUF.value, cli.OUT.value)
     else:
-      config = loading.config()
+      config = loading.config(reward_models=True)
+      bare = bool(loading.MODEL.value) and hf.is_reward_model(loading.MODEL.value)
       export(
         *loading.load(config),
         cli.OUT.value,
         source=origin(config['model']),
         adapter=_ADAPTER.value,
-        reward_model=_REWARD.value,
+        reward_model=_REWARD.value or bare,
       )
   print(f'wrote {cli.OUT.value}')
 

@@ -116,14 +116,17 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
   """
   for key, value in leaves(values):
     name, data = key.rpartition('.')[2], '.source.' in key
-    if not value or _free(key) or not isinstance(value, str):
+    if not value or _free(key):
       continue
-    path = paths.path(value)
-    # Data in a folder elsewhere have a fingerprint of their own, see `describe`.
-    elsewhere = data and paths.REMOTE in value and not path.is_file()
-    named = name in ('path', 'adapter') and not elsewhere
-    if named or (data and os.sep in value and path.is_file()):
-      yield path, data
+    for text in value if isinstance(value, list) else [value]:
+      if not isinstance(text, str):
+        continue
+      path = paths.path(text)
+      # Data in a folder elsewhere have a fingerprint of their own, see `describe`.
+      elsewhere = data and paths.REMOTE in text and not path.is_file()
+      named = name in ('path', 'adapter', 'ensemble') and not elsewhere
+      if named or (data and os.sep in text and path.is_file()):
+        yield path, data
 
 
 def _functions(values: Mapping) -> Iterator[str]:

@@ -15,6 +15,7 @@ from polgrad import cli, models, overrides, paths, sharding
 from polgrad.build import TABLE, Experiment, build
 from polgrad.data import tokenizers
 from polgrad.evaluate import chosen_params, init_params
+from polgrad.models import hf
 from polgrad.registry import part
 from polgrad.types import Params
 
@@ -54,8 +55,11 @@ def start(argv: list[str]) -> None:
   cli.start(argv, needed=['model' if MODEL.value else 'config'])
 
 
-def config() -> ConfigDict:
+def config(*, reward_models: bool = False) -> ConfigDict:
   """The configuration that the flags choose, with the changes of the command line.
+
+  Args:
+    reward_models: the main can use a folder that holds a reward model.
 
   Raises:
     FileNotFoundError: --model is no folder.
@@ -66,7 +70,10 @@ def config() -> ConfigDict:
   folder = str(paths.path(MODEL.value))
   if not paths.path(folder).is_dir():
     raise FileNotFoundError(f'--model: there is no folder {folder}')
-  return overrides.apply(bare(folder), cli.CHANGES, TABLE)
+  found = bare(folder)
+  if reward_models and hf.is_reward_model(folder):
+    found.model.value_head = True
+  return overrides.apply(found, cli.CHANGES, TABLE)
 
 
 def load(config: ConfigDict) -> tuple[Experiment, Params]:

@@ -128,7 +128,9 @@ class CalibrationError:
   @classmethod
   def of(cls, confidence: Array, outcome: Array, where: Array) -> 'CalibrationError':
     bins = jnp.clip(jnp.floor((confidence - 0.5) * 2 * LEVELS), 0, LEVELS - 1).astype(jnp.int32)
-    add = lambda x: jnp.zeros(LEVELS, jnp.float32).at[bins].add(jnp.where(where, x, 0))
+    add = lambda x: (
+      jnp.zeros(LEVELS, jnp.float32).at[bins].add(jnp.where(where, x, 0).astype(jnp.float32))
+    )
     return cls(confidence=add(confidence), outcome=add(outcome), counts=add(jnp.ones_like(outcome)))
 
   def value(self) -> Array:

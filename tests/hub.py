@@ -4,7 +4,9 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 
+from polgrad import build, convert, loading
 from polgrad.models import families, hf
 from polgrad.models.config import Config
 from polgrad.models.transformer import from_config
@@ -68,3 +70,27 @@ def small(name: str, folder: pathlib.Path) -> str:
   params = from_config(config).init(jax.random.key(0))
   hf.save(str(folder / name), config, params, source=str(source))
   return str(folder / name)
+
+
+def reward_model(folder: pathlib.Path, seed: int) -> str:
+  """A small reward model with random parameters, and a tokenizer whose pad token is its stop token."""
+  source = folder / f'source{seed}'
+  source.mkdir(parents=True)
+  folders.chatml(source)
+  file = source / 'tokenizer_config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'pad_token': '<|im_end|>'}))
+  settings = {**PUBLISHED['qwen3'], **SMALL}
+  (source / 'config.json').write_text(json.dumps(settings))
+  given = dict(dtype='float32', param_dtype='float32', remat='none', value_head=True)
+  config = Config(**{'balance_rate': 0.0, **families.read_settings(settings), **given})
+  random = np.random.default_rng(seed)
+  draw = lambda x: (random.normal(size=x.shape) / np.sqrt(x.shape[0])).astype(x.dtype)
+  params = jax.tree.map(draw, from_config(config).shapes())
+  hf.save(str(source / 'first'), config, params, source=str(source))
+  out = str(folder / f'reward{seed}')
+  # As polgrad.convert does: the tokenizer of the run decides about the padding.
+  bare = loading.bare(str(source / 'first'))
+  bare.model.value_head = True
+  experiment = build.build(bare)
+  convert.export(experiment, params, out, source=str(source), reward_model=True)
+  return out

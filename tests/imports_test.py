@@ -64,6 +64,7 @@ LEVELS = {
   'progress': 0,
   'whole_files': 0,
   'report': 2,
+  'reward_models': 3,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it

@@ -57,8 +57,8 @@ class Demonstrations(Given):
 
   # Records of a batch, one row each.
   rows: AtLeastOne = 32
-  # Numbers that every record has and the objective reads: name of the array -> field of the record, as in
-  # {'target': 'score'}.
+  # Numbers that every record has and the objective reads: name of the array -> field of the record, as
+  # in {'target': 'score'}.
   numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property

@@ -125,6 +125,12 @@ def pretrained(
   return policy._replace(init=init)
 
 
+def is_reward_model(path: str) -> bool:
+  """Whether a Hugging Face folder holds a classifier, such as a reward model."""
+  file = pathlib.Path(path).expanduser() / 'config.json'
+  return file.is_file() and families.is_classifier(jsons.read_object(file))
+
+
 def _read_params(
   folder: pathlib.Path, stored: dict[Path, Slot], shapes: Params, shardings: Params | None
 ) -> Params:

@@ -3,8 +3,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from polgrad import reward_models
 from polgrad.data import sources
-from polgrad.registry import bind, find, part, weighted
+from polgrad.registry import bind, find, knobs_of, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks.base import Task
 
@@ -52,7 +53,7 @@ def jsonl(
     fields: other names of fields: the name that polgrad reads -> the name in the file.
     reward: verifier by name, such as `numeric_answer` or `exact_match`, or `file.py:function` for one
       of your own; '' for none.
-    reward_options: knobs of the verifier.
+    reward_options: knobs of the verifier; a knob that is a list is written with + between its parts.
     held_out: path of a file for evaluation; '' holds out a fraction of `data`. Accuracy is measured on
       problems, the loss on demonstrations, and loss and preference accuracy on pairs.
     holdout: fraction of `data` that is not trained on, if `held_out` is ''; 0 for no evaluation.
@@ -332,5 +333,10 @@ def _rewards(name: str, options: dict) -> dict[str, ConfigDict]:
   """The verifier of this name with these knobs, as the only term of the reward."""
   if not name:
     return {}
-  verifier = find(name, verifiers.TABLE, 'reward')
+  verifier = find(name, reward_models.REWARDS, 'reward')
+  several = {n for n, knob in knobs_of(verifier).items() if isinstance(knob.default, tuple)}
+  options = {
+    n: tuple(value.split('+')) if n in several and isinstance(value, str) else value
+    for n, value in options.items()
+  }
   return {verifier.__name__: weighted(1.0, part(verifier, **options))}

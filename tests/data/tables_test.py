@@ -263,7 +263,9 @@ def test_two_system_turns_in_one_record_are_refused(tmp_path):
 
 def judged(task):
   """Records and the verifier of a task."""
-  return bind(task.problems, sources.TABLE), bind(task.rewards['correct'], build.verifiers.TABLE).fn
+  return bind(task.problems, sources.TABLE), bind(
+    task.rewards['correct'], build.reward_models.REWARDS
+  ).fn
 
 
 @pytest.mark.parametrize('ending', ['parquet', 'jsonl'])

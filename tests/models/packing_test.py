@@ -45,9 +45,10 @@ def close(got, want, **tolerance):
 @pytest.mark.parametrize('name', MODELS)
 def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compiler):
   policy, params = tiny.policy(**MODELS[name]), tiny.params(**MODELS[name])
-  fields = frozenset({'entropy'} | ({'values'} if policy.config.value_head else set()))
+  values = {'values', 'values_after'} if policy.config.value_head else set()
+  fields = frozenset({'entropy'} | values)
   teacher = tiny.policy(), tiny.params(seed=1)
-  weights = np.random.default_rng(0).normal(size=(4, ROWS, LENGTH))
+  weights = np.random.default_rng(0).normal(size=(5, ROWS, LENGTH))
 
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -61,7 +62,7 @@ def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compi
       temperature=0.7,
       teacher=teacher,
     )
-    found = [out.logp, out.entropy, out.stats['kl'], out.values]
+    found = [out.logp, out.entropy, out.stats['kl'], out.values, out.values_after]
     found = [jnp.where(batch.mask, x, 0) for x in found if x is not None]
     return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
 

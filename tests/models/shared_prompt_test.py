@@ -36,14 +36,15 @@ TOKENS, SEGMENTS, MASK = rows()
 @pytest.mark.parametrize('name', MODELS)
 def test_all_outputs_and_gradients_are_those_of_the_plain_forward_pass(name, quick_compiler):
   policy, params = tiny.policy(**MODELS[name]), tiny.params(**MODELS[name])
-  fields = frozenset({'entropy'} | ({'values'} if policy.config.value_head else set()))
-  weights = np.random.default_rng(0).normal(size=(3, *TOKENS.shape))
+  values = {'values', 'values_after'} if policy.config.value_head else set()
+  fields = frozenset({'entropy'} | values)
+  weights = np.random.default_rng(0).normal(size=(4, *TOKENS.shape))
 
   def read(params, layout):
     batch = Batch(tokens=TOKENS, segment_ids=SEGMENTS, mask=MASK, layout=layout)
     out = learner.forward(policy, params, batch, fields=fields)
-    found = [out.logp, out.entropy, *([out.values] if 'values' in fields else [])]
-    found = [jnp.where(MASK, x, 0) for x in found]
+    found = [out.logp, out.entropy, out.values, out.values_after]
+    found = [jnp.where(MASK, x, 0) for x in found if x is not None]
     return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
 
   run = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)

@@ -14,8 +14,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from polgrad import reward_models
 from polgrad.models import Policy, hf
 from polgrad.sampling import behavior_policies, make_sampler
+from tests import hub
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -265,6 +267,28 @@ def test_reward_models_agree_either_way_round(family, tmp_path):
       assert_close([values[0, 19], values[1, 13]], wanted[:, 0].numpy())
   with pytest.raises(ValueError, match='reward model; it needs value_head=True'):
     hf.pretrained(path=str(tmp_path / 'first'))
+
+
+def test_the_verifier_scores_as_transformers_does_also_where_the_stop_token_was_the_pad_token(
+  tmp_path,
+):
+  folder = hub.reward_model(tmp_path, seed=0)
+  records = [dict(prompt=f'Say {i}', id=i) for i in range(3)]
+  texts = ['Hello world', '42!', 'I am well. The answer is 42!']
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  assert model.config.num_labels == 1
+  assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+  chat = lambda record, text: tokenizer.apply_chat_template(
+    [{'role': 'user', 'content': record['prompt']}, {'role': 'assistant', 'content': text}],
+    tokenize=False,
+  ).rstrip('\n')  # this template writes a line after the stop token
+  rows = tokenizer([*map(chat, records, texts)], return_tensors='pt', padding=True)
+  with torch.no_grad():
+    wanted = model(rows['input_ids'], attention_mask=rows['attention_mask']).logits[:, 0]
+  found = reward_models.reward_model(path=folder)(texts, records)
+  np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-4)
+  assert np.ptp(found) > 0.1
 
 
 PROMPTS = (

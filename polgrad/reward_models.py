@@ -1,0 +1,248 @@
+"""Reward models as verifiers: folders with a scalar head score the completions of a run.
+
+    reward=reward_model,reward.path=FOLDER                       as options of a run
+    --config.phases.train.reward.reward_model.clip=5.0           as a change of its configuration
+
+A folder is what `polgrad.convert --reward_model` writes: a classifier of Hugging Face with one label. It
+has its own tokenizer and chat template, so it may be of another family than the policy. `REWARDS` are
+all verifiers by the names that a configuration uses: those of `rewards.verifiers`, and these.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from polgrad import sharding
+from polgrad.compiling import jit
+from polgrad.data import batching, tokenizers
+from polgrad.data.tokenizers import Tokenizer
+from polgrad.models import Policy, hf, pretrained
+from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, either, table
+from polgrad.rewards import verifiers
+from polgrad.rewards.scoring import Failure
+from polgrad.types import Array, Params
+
+SHORTEST = 32  # columns of the shortest rows; other lengths are these times a power of two
+
+
+class Scorer(NamedTuple):
+  """A reward model in memory, as a function of rows of tokens."""
+
+  score: Callable[[list[list[int]]], np.ndarray]  # rows of ids -> f64[rows]
+  tokenizer: Tokenizer
+  chats: bool  # whether the tokenizer has a chat template
+  max_length: int  # tokens that a row may have
+
+
+def reward_model(
+  *,
+  path: str,
+  ensemble: tuple = (),
+  combine: Literal['mean', 'min'] = 'mean',
+  pessimism: NotNegative = 0.0,
+  mean: float = 0.0,
+  std: Positive = 1.0,
+  clip: NotNegative = 0.0,
+  before: str = '',
+  batch: AtLeastOne = 16,
+  max_length: Count = 0,
+  dtype: str = 'float32',
+  devices: Count = 0,
+  fsdp: AtLeastOne = 1,
+) -> Callable:
+  """A verifier of whole batches: the score that a reward model gives to prompt and completion.
+
+      reward = clip((combined score - mean) / std)
+
+  The prompt is put into the reward model's own chat template, if it has one, and the score is read at
+  the stop token that ends the completion. With several models the combined score is their mean less
+  `pessimism` times their standard deviation, or their minimum: where they disagree, a completion is far
+  from what they were trained on. A row that is too long, or that its tokenizer cannot write, has failed;
+  it is masked out and counted.
+
+  Nothing is estimated from the completions of a run, so the reward of a completion depends neither on
+  its batch nor on how often a run was resumed. Parameters are read with the first batch and stay on the
+  devices; each process of a pod has its own copy and scores its own rows.
+
+  Args:
+    path: folder of the reward model.
+    ensemble: folders of further models.
+    combine: 'mean' (less `pessimism` standard deviations) or 'min'.
+    pessimism: k in mean - k std; the std divides by the number of models.
+    mean: subtracted from the combined score.
+    std: divides the difference.
+    clip: largest absolute value of the reward; 0 for no limit.
+    before: field of the record with a completion that the model reads first, as those trained by
+      `methods.polar` do; '' for none.
+    batch: rows that are forwarded at once.
+    max_length: tokens that a row may have; 0 is the limit of the model.
+    dtype: of the computation, 'float32' or 'bfloat16'.
+    devices: how many devices of each process it runs on, counted from the last; 0 is all.
+    fsdp: number of these devices that the parameters are cut over.
+
+  Raises:
+    FileNotFoundError: a folder or one of its files is missing.
+    ValueError: a folder that holds no reward model, or more devices than there are.
+  """
+  settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
+  folders = tuple(_checked(folder) for folder in (path, *ensemble))
+  _mesh(devices, fsdp)  # refuses what does not fit
+
+  def judge(completions: list[str], records: list[dict]) -> list[float | Failure]:
+    kept, failed = list(range(len(completions))), {}
+    scores = np.zeros((len(folders), len(completions)))
+    for i, folder in enumerate(folders):
+      scorer, rows = load(folder, **settings), {}
+      for j in kept:
+        rows[j] = _row(scorer, records[j], completions[j], before)
+      failed |= {j: row for j, row in rows.items() if isinstance(row, Failure)}
+      kept = [j for j in kept if j not in failed]
+      scores[i, kept] = scorer.score([rows[j] for j in kept])
+    found = scores.min(axis=0)
+    if combine == 'mean':
+      found = scores.mean(axis=0) - pessimism * scores.std(axis=0)
+    found = (found - mean) / std
+    found = np.clip(found, -clip, clip) if clip else found
+    return [failed.get(j, float(x)) for j, x in enumerate(found)]
+
+  judge.batched = True
+  judge.__qualname__ = 'reward_model'
+  return judge
+
+
+@functools.lru_cache(maxsize=8)
+def load(
+  folder: str, *, batch: int, max_length: int, dtype: str, devices: int, fsdp: int
+) -> Scorer:
+  """Reads a reward model onto devices of this process; the same folder is read once.
+
+  Args: see `reward_model`.
+  """
+  mesh = _mesh(devices, fsdp)
+  policy = pretrained(path=folder, max_length=max_length, dtype=dtype, value_head=True)
+  tokenizer = tokenizers.huggingface(path=folder)
+  shapes = policy.shapes()
+  with jax.set_mesh(mesh):
+    shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
+    params = policy.init(jax.random.key(0), shardings)
+  at_once = -(-batch // mesh.size) * mesh.size
+  look = jit(functools.partial(last_score, policy))
+
+  def score(rows: list[list[int]]) -> np.ndarray:
+    found = np.empty(len(rows))
+    # Rows of similar length go together, so that little padding is computed.
+    order = np.argsort([len(row) for row in rows], kind='stable')
+    with jax.set_mesh(mesh):
+      for start in range(0, len(rows), at_once):
+        piece = order[start : start + at_once]
+        arrays = _padded([rows[i] for i in piece], at_once, tokenizer.pad_id, policy)
+        scores = look(params, *(sharding.place_batch(mesh, x) for x in arrays))
+        found[piece] = np.asarray(scores, np.float64)[: len(piece)]
+    return found
+
+  return Scorer(score, tokenizer, _has_template(tokenizer), policy.config.max_length)
+
+
+def last_score(policy: Policy, params: Params, tokens: Array, segment_ids: Array) -> Array:
+  """The scalar head at the last token of each row: i32[B, T], i32[B, T] -> f32[B]."""
+  hidden = policy.hidden(params, tokens, segment_ids)
+  last = (segment_ids > 0).sum(axis=1) - 1
+  ends = jax.numpy.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  return policy.value(params, ends)
+
+
+def _padded(
+  rows: Sequence[list[int]], count: int, pad_id: int, policy: Policy
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and segment ids i32[count, T] of rows that begin at column 0; the last row is repeated."""
+  rows = [*rows, *[rows[-1]] * (count - len(rows))]
+  longest, length = max(map(len, rows)), SHORTEST
+  while length < longest:
+    length *= 2
+  length = min(length, policy.config.max_length)
+  tokens = np.full((count, length), pad_id, np.int32)
+  segment_ids = np.zeros((count, length), np.int32)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+    segment_ids[i, : len(row)] = 1
+  return tokens, segment_ids
+
+
+def _row(scorer: Scorer, record: Mapping, text: str, before: str) -> list[int] | Failure:
+  """The ids that the model reads of a completion, or why there are none."""
+  try:
+    asked = _asked(record, scorer.chats)
+    first = record[before] if before else None
+    ids = batching.judged(asked, scorer.tokenizer, text, first=first)
+  except (ValueError, KeyError) as error:
+    return Failure(type(error).__name__, str(error))
+  if len(ids) > scorer.max_length:
+    reason = f'{len(ids)} tokens, the reward model reads {scorer.max_length}'
+    return Failure('TooLong', reason)
+  return ids
+
+
+def _asked(record: Mapping, chats: bool) -> dict:
+  """The prompt as the reward model reads it: messages for a chat template, text for a model without."""
+  found = {'id': record.get('id', 0)}
+  if not chats:
+    turns = record.get('messages') or [{'content': record['prompt']}]
+    return found | {'prompt': '\n'.join(turn['content'] for turn in turns)}
+  turns = record.get('messages') or [{'role': 'user', 'content': record['prompt']}]
+  return found | {'messages': turns, 'tools': record.get('tools')}
+
+
+def _has_template(tokenizer: Tokenizer) -> bool:
+  try:
+    tokenizer.chat([{'role': 'user', 'content': ''}])
+  except ValueError:
+    return False
+  return True
+
+
+def _checked(path: str) -> str:
+  """The folder of a reward model, with ~ expanded.
+
+  Raises:
+    FileNotFoundError: it has no config.json.
+    ValueError: it is no classifier.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if not (folder / 'config.json').is_file():
+    raise FileNotFoundError(f'{folder}: expected the folder of a reward model, with config.json')
+  if not hf.is_reward_model(path):
+    raise ValueError(
+      f'{folder} holds no reward model, but a language model; train one with method=bradley_terry, '
+      'and write it with polgrad.convert --reward_model'
+    )
+  return str(folder)
+
+
+def _mesh(devices: int, fsdp: int) -> Mesh:
+  """A mesh of the last devices of this process.
+
+  Raises:
+    ValueError: more devices than there are, or a number that `fsdp` does not divide.
+  """
+  own = jax.local_devices()
+  count = devices or len(own) // fsdp * fsdp
+  if not 0 < count <= len(own) or count % fsdp:
+    raise ValueError(
+      f'devices={devices} and fsdp={fsdp} do not fit the {len(own)} devices of a process'
+    )
+  return jax.make_mesh(
+    (count // fsdp, fsdp, 1),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=own[-count:],
+  )
+
+
+TABLE = table('reward_models', reward_model)
+REWARDS = either(verifiers.TABLE, TABLE)
+Part = Annotated[Callable, REWARDS]
