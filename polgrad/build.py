@@ -38,7 +38,7 @@ from polgrad.registry import (
   suggest,
   table,
 )
-from polgrad.rewards import scoring
+from polgrad.rewards import comparisons, scoring
 from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
@@ -70,8 +70,12 @@ class Judged:
   @functools.cached_property
   def score(self) -> Callable:
     """(completions, records, lengths, others) -> `Scores`, see `scoring.make_scorer`."""
-    return scoring.make_scorer(
-      self.reward,
+    return scoring.make_scorer(self.reward, **self.limits)
+
+  @property
+  def limits(self) -> dict[str, float]:
+    """What isolated verifiers may use."""
+    return dict(
       timeout_s=self.verifier_timeout,
       workers=self.verifier_workers,
       memory_gib=self.verifier_memory,
@@ -102,6 +106,8 @@ class Phase(Judged):
     objective: the loss.
     optimizer: what makes a step of its gradient.
     credit: from rewards to advantages, returns or labels.
+    comparison: which of two completions is better, for a collector that compares. By default it is the
+      one with the larger reward, with the probability of Bradley and Terry.
     shuffle: draw records in an order that changes with each epoch.
     epochs: passes over a collected batch.
     minibatches: updates in each pass.
@@ -127,6 +133,7 @@ class Phase(Judged):
   objective: objectives.Part
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
+  comparison: comparisons.Part = comparisons.by_reward
   shuffle: bool = True
   epochs: AtLeastOne = 1
   minibatches: AtLeastOne = 1
@@ -139,6 +146,11 @@ class Phase(Judged):
   held_out: Mapping[str, sources.Part] = dataclasses.field(default_factory=dict)
   held_out_every: Count = 50
   held_out_records: AtLeastOne = 256
+
+  @functools.cached_property
+  def compare(self) -> Callable:
+    """(pairs, others) -> `Compared`, see `scoring.make_comparer`."""
+    return scoring.make_comparer(self.comparison, **self.limits)
 
   @functools.cached_property
   def layout(self) -> Layout:
@@ -344,7 +356,7 @@ def check(run: Experiment) -> None:
   chat.check_written(run.tokenizer.chat, 'config.tokenizer')
   _check_kernel('config.model', run.model, run.mesh)
   for name, one in run.phases.items():
-    one.score  # refuses verifiers that cannot run  # noqa: B018
+    one.score, one.compare  # refuse verifiers that cannot run  # noqa: B018
     _check_phase(f'config.phases.{name}', one, run)
   evaluation = run.evaluation
   if evaluation.every:

@@ -435,6 +435,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     frozen=phase.frozen,
     micro_batches=phase.micro_batches,
     layout=phase.layout,
+    compare=phase.compare,
   )
 
 

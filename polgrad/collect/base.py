@@ -18,11 +18,12 @@ from polgrad.learner import forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
-from polgrad.rewards.scoring import Scores
+from polgrad.rewards.scoring import Compared, Scores
 from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
 
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
 Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # texts, records, lengths
+Compare = Callable[..., Compared]  # pairs of completions -> probabilities, see `make_comparer`
 
 
 class Context(NamedTuple):
@@ -38,6 +39,7 @@ class Context(NamedTuple):
   frozen: Mapping[str, Policy]  # models of the anchors that are not copies of the policy
   micro_batches: int
   layout: Layout = PLAIN
+  compare: Compare | None = None  # None: nothing is compared
 
 
 class Collected(NamedTuple):

@@ -20,19 +20,22 @@ from typing import NamedTuple
 import numpy as np
 
 from polgrad import registry
+from polgrad.rewards import comparisons, worker
 from polgrad.rewards import verifiers as ours
-from polgrad.rewards import worker
 from polgrad.rewards.worker import Failure, number, verify, words
 
 READS = ('completion', 'record', 'length')  # what every call of `score` gets of a row
 ALSO = ('prompt', 'tokens')  # what it gets only if a verifier reads it
 # What a verifier of whole batches may read: lists over the rows.
 OF_BATCHES = ('completions', 'records', 'lengths', *ALSO)
+# What a comparison gets of a pair of rows, besides 'prompt'.
+PAIR = ('first', 'second', 'record', 'first_reward', 'second_reward')
 MESSAGES = 5  # number of failures that are reported in words for each batch
 # Verifiers that run in this process: they are quick, start nothing and evaluate nothing.
 IN_PROCESS = (
   *(ours.exact_match, ours.numeric_answer, ours.boxed_answer),
   *(ours.choice_letter, ours.soft_overlong),
+  *(comparisons.by_reward, comparisons.by_table, comparisons.shorter),
 )
 
 
@@ -81,14 +84,101 @@ def make_scorer(
     name: term if isinstance(term, registry.Weighted) else registry.Weighted(1.0, term)
     for name, term in terms.items()
   }
+  verifiers = {name: term.fn for name, term in terms.items()}
+  for name, fn in verifiers.items():
+    _check(name, fn)
+  plural = dict(zip(OF_BATCHES, (*READS, *ALSO)))
+  judge = _make_judge(verifiers, plural, timeout_s, workers, memory_gib, isolate)
+
+  def score(completions, records, lengths, others=types.MappingProxyType({})):
+    rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]
+    components, errors, messages = judge(_with_others(rows, others, verifiers))
+    # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
+    total = sum((terms[n].weight * c for n, c in components.items()), np.zeros(len(rows)))
+    return Scores(total, components, np.isfinite(total), errors, messages)
+
+  return score
+
+
+class Compared(NamedTuple):
+  """Comparisons of pairs, and the failures of the verifier that compares."""
+
+  wins: np.ndarray  # f64[n], probability that the first of the pair is better; NaN where it failed
+  errors: dict[str, int]  # number of failures by 'comparison/kind'
+  messages: list[str]  # pair and reason of the first few failures
+
+
+def make_comparer(
+  comparison: Callable,
+  *,
+  timeout_s: float = 5.0,
+  workers: int = 2,
+  memory_gib: float = 4.0,
+  isolate: bool = True,
+) -> Callable[..., Compared]:
+  """Makes `compare(pairs, others={}) -> Compared`.
+
+  `pairs` is a list of mappings with first, second, record, first_reward and second_reward; `others` is
+  as in `make_scorer`. A comparison that raises, hangs, or returns no number in [0, 1] has failed.
+
+  Args:
+    comparison: see `comparisons`.
+    timeout_s, workers, memory_gib, isolate: as in `make_scorer`.
+
+  Raises:
+    ValueError: the comparison has another argument, or a limit is not positive.
+    TypeError: the comparison is isolated and cannot be sent to another process.
+  """
+  unknown = sorted(set(registry.inputs(comparison)) - {*PAIR, 'prompt'})
+  if unknown:
+    raise ValueError(f'comparison: it cannot read {unknown}; valid: {[*PAIR, "prompt"]}')
+  verifiers = {'comparison': comparison}
+  plural = {name: name for name in (*PAIR, 'prompt')}
+  judge = _make_judge(verifiers, plural, timeout_s, workers, memory_gib, isolate)
+
+  def compare(pairs, others=types.MappingProxyType({})):
+    values, errors, messages = judge(_with_others([dict(p) for p in pairs], others, verifiers))
+    wins = values['comparison']
+    messages = [text.replace('row', 'pair', 1) for text in messages]
+    outside = (wins < 0) | (wins > 1)
+    if outside.any():
+      wins = np.where(outside, np.nan, wins)
+      errors['comparison/NotAProbability'] = int(outside.sum())
+      messages.append(f'pair {np.argmax(outside)}: comparison: it returned no number in [0, 1]')
+    return Compared(wins, errors, messages)
+
+  return compare
+
+
+def _with_others(
+  rows: list[dict], others: Mapping[str, Callable], verifiers: Mapping[str, Callable]
+) -> list[dict]:
+  """The rows with what is made only where a verifier reads it."""
+  wanted = set(ALSO).intersection(*[{n for fn in verifiers.values() for n in registry.inputs(fn)}])
+  for name in wanted & others.keys():
+    for row, value in zip(rows, others[name](), strict=True):
+      row[name] = value
+  return rows
+
+
+def _make_judge(
+  verifiers: Mapping[str, Callable],
+  plural: Mapping[str, str],
+  timeout_s: float,
+  workers: int,
+  memory_gib: float,
+  isolate: bool,
+) -> Callable[[list[dict]], tuple[dict[str, np.ndarray], dict[str, int], list[str]]]:
+  """Makes `judge(rows) -> (values, errors, messages)`, which runs every verifier on every row.
+
+  Args:
+    plural: by the name that a verifier of whole batches gives to an argument, its name in a row.
+  """
   if timeout_s <= 0 or workers < 1 or memory_gib < 0:
     raise ValueError(
       f'verifier limits: {timeout_s} s and {workers} workers must be positive, and {memory_gib} GiB '
       'at least 0'
     )
-  verifiers = {name: term.fn for name, term in terms.items()}
-  for name, fn in verifiers.items():
-    _check(name, fn)
   whole = {name: fn for name, fn in verifiers.items() if is_batched(fn)}
   apart = {
     name: fn
@@ -96,6 +186,7 @@ def make_scorer(
     if isolate and name not in whole and registry.unbound(fn) not in IN_PROCESS
   }
   ask = _asker(apart, workers, timeout_s, memory_gib) if apart else None
+  reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
 
   def run(tasks):
     here = lambda name, row: verify(verifiers[name], row)
@@ -107,14 +198,7 @@ def make_scorer(
     finally:  # after an interruption, the tasks that wait are not done
       threads.shutdown(wait=False, cancel_futures=True)
 
-  reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
-  wanted = set(ALSO).intersection(*[set().union(*reads.values())])
-
-  def score(completions, records, lengths, others=types.MappingProxyType({})):
-    rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]
-    for name in wanted & others.keys():
-      for row, value in zip(rows, others[name](), strict=True):
-        row[name] = value
+  def judge(rows):
     # One task for each pair of verifier and row; results come in the order of the tasks. A verifier gets
     # what it reads, because all that it gets is sent to its process.
     tasks = [(name, row) for name in verifiers if name not in whole for row in range(len(rows))]
@@ -123,31 +207,20 @@ def make_scorer(
     ]
     results = dict(zip(tasks, run(given), strict=True))
     for name, fn in whole.items():
-      answers = _judge_batch(fn, rows)
+      answers = _judge_batch(fn, rows, plural)
       results |= {(name, row): answer for row, answer in enumerate(answers)}
 
-    return _summed(terms, results, len(rows))
+    values = {name: np.full(len(rows), np.nan) for name in verifiers}
+    errors, messages = collections.Counter(), []
+    for (name, row), result in results.items():
+      if isinstance(result, Failure):
+        errors[f'{name}/{result.kind}'] += 1
+        messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
+      else:
+        values[name][row] = result
+    return values, dict(errors), messages[:MESSAGES]
 
-  return score
-
-
-def _summed(
-  terms: Mapping[str, registry.Weighted],
-  results: Mapping[tuple[str, int], float | Failure],
-  rows: int,
-) -> Scores:
-  """The scores of rows, from what each verifier said of each row."""
-  # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
-  components = {name: np.full(rows, np.nan) for name in terms}
-  errors, messages = collections.Counter(), []
-  for (name, row), result in results.items():
-    if isinstance(result, Failure):
-      errors[f'{name}/{result.kind}'] += 1
-      messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
-    else:
-      components[name][row] = result
-  total = sum((terms[n].weight * c for n, c in components.items()), np.zeros(rows))
-  return Scores(total, components, np.isfinite(total), dict(errors), messages[:MESSAGES])
+  return judge
 
 
 def is_batched(fn: Callable) -> bool:
@@ -155,12 +228,13 @@ def is_batched(fn: Callable) -> bool:
   return bool(getattr(registry.unbound(fn), 'batched', False))
 
 
-def _judge_batch(fn: Callable, rows: Sequence[Mapping]) -> list[float | Failure]:
+def _judge_batch(
+  fn: Callable, rows: Sequence[Mapping], plural: Mapping[str, str]
+) -> list[float | Failure]:
   """One answer for each row by a verifier of whole batches; what is no number is a `Failure`."""
   if not rows:
     return []
-  of_row = dict(zip(OF_BATCHES, (*READS, *ALSO)))
-  lists = {k: [row[name] for row in rows] for k, name in of_row.items() if name in rows[0]}
+  lists = {k: [row[name] for row in rows] for k, name in plural.items() if name in rows[0]}
   try:
     answers = list(registry.call(fn, lists))
     if len(answers) != len(rows):
