@@ -1,9 +1,9 @@
 """Every array that a loss, an estimator of credit or a selection may name as an argument.
 
 The names of a function's positional arguments say which arrays it reads (`registry.inputs`). `ARRAYS`
-is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` width of the model, `n`
-further completions of a prompt. The entry of a per-token array `x[b, t]` belongs to `tokens[b, t]`.
-Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
+is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` width of the model, `G`
+rows of a group, `n` further completions of a prompt. The entry of a per-token array `x[b, t]` belongs
+to `tokens[b, t]`. Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
 
 Two further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
 under that anchor, [B, T]. A configuration may also choose names: those of its `stats`
@@ -68,6 +68,15 @@ FEATURES = {
     'B',
     'log pi - log reference of the prompt with the completion of another one, summed, nats, NaN where '
     'there is none; from the collector',
+  ),
+  'wins': Spec(
+    'B G', 'probability that the row beats each of the G rows of its group; from comparisons'
+  ),
+  'baseline_wins': Spec(
+    'B n', 'probability that the row beats n other completions of the prompt; from comparisons'
+  ),
+  'opponent': Spec(
+    'B', '1 for a row that another policy sampled, 0 for others; from the collector'
   ),
 }
 

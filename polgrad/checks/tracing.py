@@ -30,6 +30,7 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     names.add('group_ids')
   sizes = {'B T': (rows, collector.length), 'B': (rows,), '': (), '2': (2,)}
   sizes['B n'] = (rows, getattr(collector, 'baseline_samples', 0))
+  sizes['B G'] = (rows, collector.rows_per_prompt)
 
   def shape(name):
     kind = jnp.int32 if name in INTEGERS else jnp.bool_ if name in BOOLEANS else jnp.float32

@@ -2,23 +2,30 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 
+from polgrad.collect import choices
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Draw, Sampling
 from polgrad.collect.scored import (
   Texts,
+  begun,
+  compare_groups,
+  compare_with,
   demonstrated,
   distinct,
   informative,
+  joined,
   replace_groups,
   score_rows,
 )
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
+from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
@@ -28,6 +35,8 @@ from polgrad.sampling import behavior_policies, stopping
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sharding import to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
+
+PAIR = ('chosen', 'rejected')  # fields of a record with a preference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,25 @@ class Rollouts(Sampling):
   # Further completions of each prompt that are not trained on; their rewards are `baseline_rewards`
   # [B, n]. A prompt whose verifier fails on one of them is not trained on either.
   baseline_samples: Count = 0
+  # Which pairwise comparisons are made, by the phase's `comparison`, as the features that they fill in:
+  # 'wins' of the rows of a group against each other, 'baseline_wins' against the baseline.
+  compare: tuple = ()
+  # Rows of each group, behind the samples, that another policy samples and that may be trained on as
+  # well. The feature `opponent` is 1 for them.
+  opponents: Count = 0
+  # Who samples them: the reference is XPO (arXiv:2405.21046).
+  opponent_policy: behavior_policies.Part = behavior_policies.reference
+  # Which rows of each group are trained on, such as the best and the worst.
+  choose: choices.Part = choices.everything
+  # The reward of a sampled row without a stop token; inf leaves what the verifiers say.
+  unfinished_reward: float = math.inf
+  # Probability that a completion begins with the first tokens of the record's `answer`, a uniformly
+  # drawn number of them (arXiv:2404.08495). They are given and not trained, and verifiers see them.
+  # `prompt_length` must have room for them.
+  resets: Fraction = 0.0
+  # 1 adds rows with the record's `chosen` and `rejected` to each group, the last two rows, with their
+  # `label`; they are demonstrations in `Batch.stream`.
+  preferences: int = 0
   # 1 adds a row with the record's `answer` to each group (arXiv:2504.14945), scored by the same
   # verifiers. Its `behavior_logp` is 0, and so is its `proximal_logp` unless that is recomputed.
   # `Batch.stream` tells these rows from the sampled ones.
@@ -97,11 +125,18 @@ class Rollouts(Sampling):
 
   @property
   def fields(self) -> tuple[str, ...]:
-    return ('answer',) if self.demonstrations else ()
+    answers = ('answer',) if self.demonstrations or self.resets else ()
+    return (*answers, *PAIR) if self.preferences else answers
 
   @property
+  def group(self) -> tuple[str, ...]:
+    """What each row of a group is, before some of them are chosen."""
+    sampled = ('sampled',) * self.samples_per_prompt + ('opponent',) * self.opponents
+    return sampled + ('answer',) * self.demonstrations + PAIR * self.preferences
+
+  @functools.cached_property
   def rows_per_prompt(self) -> int:
-    return self.samples_per_prompt + self.demonstrations
+    return choices.rows_of(self.choose, len(self.group))
 
   @property
   def length(self) -> int:
@@ -109,13 +144,26 @@ class Rollouts(Sampling):
 
   @property
   def provides(self) -> frozenset[str]:
-    some = {'baseline_rewards': self.baseline_samples, 'stream': self.demonstrations}
-    return PROVIDED | self.stats.keys() | {name for name, there in some.items() if there}
+    return PROVIDED | self.stats.keys() | self._shapes().keys()
+
+  def _shapes(self) -> dict[str, tuple]:
+    """Arrays that some settings add: dtype and shape of a row."""
+    number, baselines = np.float32, (self.baseline_samples,)
+    some = {
+      'baseline_rewards': (baselines[0], number, *baselines),
+      'stream': (self.demonstrations or self.preferences, np.int32),
+      'label': (self.preferences, number),
+      'opponent': (self.opponents, number),
+      'wins': ('wins' in self.compare, number, self.rows_per_prompt),
+      'baseline_wins': ('baseline_wins' in self.compare, number, *baselines),
+    }
+    return {name: shape for name, (there, *shape) in some.items() if there}
 
   @property
   def anchors_read(self) -> frozenset[str]:
     baseline = inputs(self.baseline_policy) if self.baseline_samples else ()
-    return frozenset({*inputs(self.behavior_policy), *baseline} - {'policy'})
+    opponent = inputs(self.opponent_policy) if self.opponents else ()
+    return frozenset({*inputs(self.behavior_policy), *baseline, *opponent} - {'policy'})
 
   @property
   def terms_ignored(self) -> frozenset[str]:
@@ -136,7 +184,6 @@ class Rollouts(Sampling):
     """A batch of zeros with the arrays, shapes and dtypes that are remembered."""
     tokens = lambda dtype: np.zeros((self.rows, self.length), dtype)
     rows = lambda dtype, *shape: np.zeros((self.rows, *shape), dtype)
-    samples = self.baseline_samples
     return Batch(
       tokens=tokens(np.int32),
       segment_ids=tokens(np.int32),
@@ -145,36 +192,46 @@ class Rollouts(Sampling):
       finished=rows(bool),
       prompt_ids=rows(np.int32),
       group_ids=rows(np.int32),
-      stream=rows(np.int32) if self.demonstrations else None,
       sampled_at=rows(np.int32),
       rewards=rows(np.float32),
       valid=rows(bool),
-      baseline_rewards=rows(np.float32, samples) if samples else None,
-    )
+    ).with_arrays(**{name: rows(*shape) for name, shape in self._shapes().items()})
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
-    if self.demonstrations:  # they are added after sampling; here one that does not fit is refused
-      self.demonstrated(records, self.own(tokenizer), cut=cut)
+    own = self.own(tokenizer)
+    if self.resets:  # refuses a record without an answer
+      for record in records:
+        batching.completion(record, own)
+      return prompts
+    for (
+      field
+    ) in self.fields:  # they are added after sampling; here one that does not fit is refused
+      self.demonstrated(records, own, field, cut=cut)
     return prompts
 
-  def demonstrated(self, records: Sequence[dict], tokenizer: Tokenizer, *, cut: bool) -> Batch:
-    """The records' answers as if they had been sampled, see `scored.demonstrated`."""
+  def demonstrated(
+    self, records: Sequence[dict], tokenizer: Tokenizer, field: str, *, cut: bool
+  ) -> Batch:
+    """The records' completions in a field as if they had been sampled, see `scored.demonstrated`."""
     sizes = dict(prompt_length=self.prompt_length, max_new_tokens=self.max_new_tokens)
-    return demonstrated(records, tokenizer, **sizes, cut=cut)
+    return demonstrated(records, tokenizer, **sizes, cut=cut, field=field)
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
     draw_rows = self._row_sampler(context, self.behavior_policy, self.samples_per_prompt)
-    draw_baselines = None
+    # A seed that no phase has: others must not draw the noise of what they are compared with.
+    other = context._replace(seed=~context.seed)
+    draw_baselines = draw_opponents = None
     if self.baseline_samples:
-      # A seed that no phase has: a baseline must not draw the noise of what it is compared with.
-      other = context._replace(seed=~context.seed)
       draw_baselines = self._row_sampler(other, self.baseline_policy, self.baseline_samples)
+    if self.opponents:
+      draw_opponents = self._row_sampler(other, self.opponent_policy, self.opponents)
     return RolloutSteps(
       settings=self,
       draw_rows=draw_rows,
       draw_baselines=draw_baselines,
+      draw_opponents=draw_opponents,
       **common(
         context,
         temperature=self.temperature,
@@ -212,11 +269,22 @@ def _check_counts(settings: Rollouts) -> None:
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
     raise ValueError('Rollouts: baseline_policy draws nothing, because baseline_samples is 0')
-  if settings.demonstrations not in (0, 1):
+  if settings.demonstrations not in (0, 1) or settings.preferences not in (0, 1):
     raise ValueError(
       f'Rollouts: demonstrations must be 0 or 1, got {settings.demonstrations}: a record has one '
-      'answer'
+      f'answer; and so must preferences, got {settings.preferences}: it has one pair'
     )
+  unknown = sorted({*settings.compare} - {'wins', 'baseline_wins'})
+  if unknown or ('baseline_wins' in settings.compare and not settings.baseline_samples):
+    raise ValueError(
+      f"Rollouts: compare={settings.compare}: valid are 'wins' and, with baseline_samples, "
+      "'baseline_wins'"
+    )
+  if 'wins' in inputs(settings.choose) and 'wins' not in settings.compare:
+    raise ValueError("Rollouts: choose reads wins, so 'wins' must be in compare")
+  if settings.resets and (settings.demonstrations or settings.preferences):
+    raise ValueError('Rollouts: with resets, groups have no demonstrations and no preferences')
+  settings.rows_per_prompt  # refuses a choice of more rows than there are  # noqa: B018
 
 
 def _check_stats(stats: Mapping[str, Callable]) -> None:
@@ -282,23 +350,50 @@ class RolloutSteps(Steps):
   settings: Rollouts
   draw_rows: RowSampler
   draw_baselines: RowSampler | None  # None: there are no baselines
+  draw_opponents: RowSampler | None  # None: there are no opponents
 
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
-    records = draw(self.settings.prompts)
+    records = self._begin(draw(self.settings.prompts), step)
     return self._draw(self.draw_rows, state, records, step), records
 
   def score(
     self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
-    """Scores the rows, replaces uninformative groups, and adds demonstrations and baselines."""
-    batch, texts = score_rows(batch, records, self.context)
+    """Scores the rows, replaces uninformative groups, adds what stands beside them, and chooses rows."""
+    batch, texts = self._judge(batch, records)
     batch, texts = self._resample(batch, texts, state, draw, step)
+    records = texts.records
     report = Report.of(batch, texts)
-    if self.settings.demonstrations:
-      batch, report = self._add_demonstrations(batch, texts.records, report)
+    if self.draw_opponents is not None:
+      batch, report = self._add_opponents(batch, records, report, state, step)
+    for field in ('answer',) * self.settings.demonstrations + PAIR * self.settings.preferences:
+      batch, report = self._add_given(field, batch, records, report)
+    batch = self._with_kinds(batch)
+    others = None
     if self.draw_baselines is not None:
-      batch, report = self._add_baselines(batch, texts.records, report, state, step)
-    return batch, report
+      batch, others, report = self._add_baselines(batch, records, report, state, step)
+    batch, report = self._compare(batch, others, records, report)
+    return self._choose(batch, report, step)
+
+  def _begin(self, records: Sequence[dict], step: int) -> Sequence[dict]:
+    """The records, some of which begin their completion with that of the data."""
+    settings = self.settings
+    if not settings.resets:
+      return records
+    random = np.random.default_rng((self.context.seed, step, 3, records[0]['id']))
+    return [
+      begun(record, self.context.tokenizer, random, settings.resets, settings.max_new_tokens)
+      for record in records
+    ]
+
+  def _judge(self, batch: Batch, records: Sequence[dict]) -> tuple[Batch, Texts]:
+    """Sampled rows with their rewards; those without a stop token may have one of their own."""
+    batch, texts = score_rows(batch, records, self.context)
+    other = self.settings.unfinished_reward
+    if math.isfinite(other):
+      rewards = np.where(batch.finished | ~batch.valid, batch.rewards, np.float32(other))
+      batch = batch.replace(rewards=rewards)
+    return batch, texts
 
   def exchange(
     self, batch: Batch, memory: replays.Ring | tuple, random: np.random.Generator
@@ -332,40 +427,90 @@ class RolloutSteps(Steps):
       useful = informative(batch, texts, samples, ignored)
       if useful.all():
         break
-      records = draw(self.settings.prompts)
+      records = self._begin(draw(self.settings.prompts), step)
       rows = self._draw(self.draw_rows, state, records, step, drawn)
-      fresh = score_rows(rows, records, self.context)
+      fresh = self._judge(rows, records)
       drawn += [record['id'] for record in records]
       batch, texts = replace_groups((batch, texts), fresh, useful, samples, ignored)
     return batch, texts
 
-  def _add_demonstrations(
-    self, batch: Batch, records: Sequence[dict], report: Report
+  def _add_opponents(
+    self, batch: Batch, records: Sequence[dict], report: Report, state: TrainState, step: int
   ) -> tuple[Batch, Report]:
-    """Adds the record's answer to each group, behind its samples, and the stream of each row."""
-    settings, prompts = self.settings, len(records)
-    answers = settings.demonstrated(records, self.context.tokenizer, cut=settings.cut)
-    answers, texts = score_rows(answers, records, self.context)
-
-    def join(x, y):
-      groups = np.concatenate([x.reshape(prompts, -1, *x.shape[1:]), y[:, None]], axis=1)
-      return groups.reshape(-1, *x.shape[1:])
-
-    group = ['sampled'] * settings.samples_per_prompt + ['demonstration']
-    stream = np.array([STREAMS.index(name) for name in group], np.int32)
-    batch = jax.tree.map(join, batch, answers).replace(stream=np.tile(stream, prompts))
-    terms = {name: join(x, texts.scores.components[name]) for name, x in report.terms.items()}
+    """Adds the rows of the other policy to each group, behind its samples."""
+    ids = [record['id'] for record in records]  # as if drawn before: a baseline draws other noise
+    rows, texts = self._judge(self._draw(self.draw_opponents, state, records, step, ids), records)
+    terms = joined(report.terms, texts.scores.components, len(records))
     report = report._replace(terms=terms)
-    return batch, report.beside('demonstration', answers, texts.scores)
+    return joined(batch, rows, len(records)), report.beside('opponent', rows, texts.scores)
+
+  def _add_given(
+    self, field: str, batch: Batch, records: Sequence[dict], report: Report
+  ) -> tuple[Batch, Report]:
+    """Adds a completion of the record to each group, behind the rows that are there."""
+    settings = self.settings
+    rows = settings.demonstrated(records, self.context.tokenizer, field, cut=settings.cut)
+    rows, texts = score_rows(rows, records, self.context)
+    terms = joined(report.terms, texts.scores.components, len(records))
+    report = report._replace(terms=terms)
+    name = 'demonstration' if field == 'answer' else field
+    return joined(batch, rows, len(records)), report.beside(name, rows, texts.scores)
+
+  def _with_kinds(self, batch: Batch) -> Batch:
+    """The batch with what says which row of a group is which, where that is needed."""
+    group = self.settings.group
+    repeat = lambda row: np.tile(row, len(batch.tokens) // len(group))
+    sampled = [kind in ('sampled', 'opponent') for kind in group]
+    streams = [STREAMS.index('sampled' if one else 'demonstration') for one in sampled]
+    kinds = {
+      'stream': np.array(streams, np.int32),
+      'label': np.array([kind == 'chosen' for kind in group], np.float32),
+      'opponent': np.array([kind == 'opponent' for kind in group], np.float32),
+    }
+    wanted = self.settings.provides
+    return batch.with_arrays(**{name: repeat(x) for name, x in kinds.items() if name in wanted})
 
   def _add_baselines(
     self, batch: Batch, records: Sequence[dict], report: Report, state: TrainState, step: int
-  ) -> tuple[Batch, Report]:
+  ) -> tuple[Batch, Batch, Report]:
     """Samples and scores the baseline of each prompt, and gives its rewards to the prompt's rows."""
-    others = self._draw(self.draw_baselines, state, records, step)
-    others, texts = score_rows(others, records, self.context)
-    spread = lambda x: np.repeat(x.reshape(len(records), -1), self.settings.rows_per_prompt, axis=0)
+    others, texts = self._judge(self._draw(self.draw_baselines, state, records, step), records)
+    size = len(self.settings.group)
+    spread = lambda x: np.repeat(x.reshape(len(records), -1), size, axis=0)
     # Without its whole baseline a prompt has no advantages.
     valid = batch.valid & spread(others.valid).all(axis=1)
     batch = batch.replace(baseline_rewards=spread(others.rewards), valid=valid)
-    return batch, report.beside('baseline', others, texts.scores)
+    return batch, others, report.beside('baseline', others, texts.scores)
+
+  def _compare(
+    self, batch: Batch, others: Batch | None, records: Sequence[dict], report: Report
+  ) -> tuple[Batch, Report]:
+    """Fills in the comparisons that the settings name."""
+    for name in self.settings.compare:
+      if name == 'wins':
+        batch, errors, messages = compare_groups(batch, records, self.context)
+      else:
+        batch, errors, messages = compare_with(batch, others, records, self.context)
+      report = report.with_errors(errors, messages)
+    return batch, report
+
+  def _choose(self, batch: Batch, report: Report, step: int) -> tuple[Batch, Report]:
+    """The rows of each group that are trained on; those that are not usable are not `valid`."""
+    size = len(self.settings.group)
+    groups = lambda x: x.reshape(-1, size, *x.shape[1:])
+    arrays = {name: groups(batch[name]) for name in ('rewards', 'valid', 'wins') if name in batch}
+    arrays['lengths'] = groups(batch.mask.sum(axis=1))
+    random = np.random.default_rng((self.context.seed, step, 4))
+    chosen = choices.choose(self.settings.choose, arrays, random)
+    rows = (chosen.rows + size * np.arange(len(chosen.rows))[:, None]).reshape(-1)
+    terms = {name: x[rows] for name, x in report.terms.items()}
+    report.metrics['left_out'] = float(
+      np.sum(~chosen.usable & arrays['valid'].any(axis=1)[:, None])
+    )
+    picked = jax.tree.map(lambda x: x[rows], batch)
+    if 'wins' in picked:
+      columns = np.repeat(chosen.rows, chosen.rows.shape[1], axis=0)
+      wins = np.take_along_axis(picked['wins'], columns, axis=1)
+      picked = picked.with_arrays(wins=wins)
+    valid = picked.valid & chosen.usable.reshape(-1)
+    return picked.replace(valid=valid), report._replace(terms=terms)

@@ -3,7 +3,7 @@
 import collections
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,9 +34,9 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
   """The text of each row's completion, without the stop token that ended it.
 
   It is the whole assistant turn: what the prompt has written of it, such as `<think>` by the chat
-  template or the `prefix`, comes first. Of special tokens only stop, pad and bos tokens are left out. It
-  ends with the first stop string that was sampled, if any: what the last token adds behind that is left
-  out.
+  template, the `prefix` or the tokens `begun`, comes first. Of special tokens only stop, pad and bos
+  tokens are left out. It ends with the first stop string that was sampled, if any: what the last token
+  adds behind that is left out.
 
   Args:
     records: of the prompts, in the order of the rows; each has the same number of rows.
@@ -44,8 +44,9 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
   rows_per_prompt = len(batch.tokens) // len(records)
   texts = []
   for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
-    opened = batching.opening(records[i // rows_per_prompt], tokenizer)
-    ids = [int(i) for i in tokens[mask]]
+    record = records[i // rows_per_prompt]
+    opened = batching.opening(record, tokenizer)
+    ids = [*record.get('begun', ()), *(int(i) for i in tokens[mask])]
     stopped = finished and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids)
     texts.append(opened + stopping.through(text, tokenizer.stop_strings))
@@ -66,10 +67,94 @@ def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple
     [int(lengths[i]) for i in rows],
     also_read(batch, rows, [records[i // rows_per_prompt] for i in rows], context.tokenizer),
   )
-  if processes > 1:
-    scores = _gather_scores(scores, len(texts))
+  scores = _gather_scores(scores, len(texts))
   rewards = np.where(scores.valid, scores.total, 0.0).astype(np.float32)
   return batch.replace(rewards=rewards, valid=scores.valid), Texts(texts, list(records), scores)
+
+
+def compare_groups(
+  batch: Batch, records: Sequence[dict], context: Context
+) -> tuple[Batch, dict[str, int], list[str]]:
+  """Fills in `wins` f32[B, G]: wins[b, j] is the probability that row b beats row j of its group.
+
+  Each pair of different texts is compared once, equal texts have 1/2. So has a comparison that failed,
+  or that has a row that is not valid; both rows of a comparison that failed are not `valid`.
+
+  Args:
+    batch: scored rows, NumPy.
+    records: of the prompts, in the order of the rows.
+
+  Returns:
+    The batch, the number of failures by 'comparison/kind', and the first of them in words.
+  """
+  size = len(batch.tokens) // len(records)
+  starts = size * np.arange(len(records))[:, None]
+  first, second = np.triu_indices(size, 1)
+  pairs = np.stack([starts + first, starts + second], axis=-1).reshape(-1, 2)
+  found, errors, messages = _compare(batch, batch, pairs, records, context)
+  wins = np.full((len(batch.tokens), size), 0.5, np.float32)
+  one, other = pairs.T
+  wins[one, other % size] = np.where(np.isnan(found), 0.5, found)
+  wins[other, one % size] = 1 - wins[one, other % size]
+  valid = batch.valid.copy()
+  valid[pairs[np.isnan(found)].reshape(-1)] = False
+  return batch.with_arrays(wins=wins, valid=valid), errors, messages
+
+
+def compare_with(
+  batch: Batch, others: Batch, records: Sequence[dict], context: Context
+) -> tuple[Batch, dict[str, int], list[str]]:
+  """Fills in `baseline_wins` f32[B, n]: the probability that row b beats other row j of its prompt.
+
+  A row with a comparison that failed is not `valid`. For the rest see `compare_groups`.
+  """
+  rows, number = len(batch.tokens), len(others.tokens) // len(records)
+  group = np.arange(rows) // (rows // len(records))
+  pairs = np.stack(
+    [np.repeat(np.arange(rows), number), (number * group[:, None] + np.arange(number)).reshape(-1)],
+    axis=-1,
+  )
+  found, errors, messages = _compare(batch, others, pairs, records, context)
+  found = found.reshape(rows, number)
+  batch = batch.with_arrays(
+    baseline_wins=np.where(np.isnan(found), 0.5, found).astype(np.float32),
+    valid=batch.valid & ~np.isnan(found).any(axis=1),
+  )
+  return batch, errors, messages
+
+
+def _compare(
+  batch: Batch, others: Batch, pairs: np.ndarray, records: Sequence[dict], context: Context
+) -> tuple[np.ndarray, dict[str, int], list[str]]:
+  """P(row pairs[k, 0] of `batch` beats row pairs[k, 1] of `others`), f64[n]; NaN where it failed.
+
+  It is 1/2 where a row is not valid, or the texts are equal: these are not asked.
+  """
+  texts = completions(batch, records, context.tokenizer)
+  rivals = texts if others is batch else completions(others, records, context.tokenizer)
+  size = len(texts) // len(records)
+  asked = [
+    k
+    for k, (i, j) in enumerate(pairs)
+    if batch.valid[i] and others.valid[j] and texts[i] != rivals[j]
+  ]
+  # Each process compares every n-th pair, and gets the results of all.
+  own = asked[jax.process_index() :: jax.process_count()]
+  given = [
+    {
+      'first': texts[i],
+      'second': rivals[j],
+      'record': records[i // size],
+      'first_reward': float(batch.rewards[i]),
+      'second_reward': float(others.rewards[j]),
+    }
+    for i, j in pairs[own]
+  ]
+  prompt = lambda: [batching.prompt_text(one['record'], context.tokenizer) for one in given]
+  compared = context.compare(given, {'prompt': prompt})
+  found = np.full(len(pairs), 0.5)
+  found[asked] = _gather(compared.wins, len(asked))
+  return found, compared.errors, compared.messages
 
 
 def also_read(
@@ -88,19 +173,22 @@ def also_read(
 
 def _gather_scores(scores: Scores, rows: int) -> Scores:
   """Interleaves the rows of all processes; errors and messages remain those of this process."""
-  processes = jax.process_count()
-  rows_each = -(-rows // processes)  # rounded up, because all processes must gather equal shapes
-
-  def gather(x: np.ndarray) -> np.ndarray:
-    padded = np.zeros(rows_each, np.float64)
-    padded[: len(x)] = x
-    return multihost_utils.process_allgather(padded).T.reshape(-1)[:rows]
-
   return scores._replace(
-    total=gather(scores.total),
-    components={k: gather(v) for k, v in sorted(scores.components.items())},
-    valid=gather(scores.valid) > 0,
+    total=_gather(scores.total, rows),
+    components={k: _gather(v, rows) for k, v in sorted(scores.components.items())},
+    valid=_gather(scores.valid, rows) > 0,
   )
+
+
+def _gather(own: np.ndarray, rows: int) -> np.ndarray:
+  """Interleaves the numbers of all processes, each of which has every n-th of `rows`."""
+  processes = jax.process_count()
+  if processes == 1:
+    return own
+  rows_each = -(-rows // processes)  # rounded up, because all processes must gather equal shapes
+  padded = np.zeros(rows_each, np.float64)
+  padded[: len(own)] = own
+  return multihost_utils.process_allgather(padded).T.reshape(-1)[:rows]
 
 
 def distinct(ids: np.ndarray, before: Sequence[int] = ()) -> np.ndarray:
@@ -175,8 +263,9 @@ def demonstrated(
   prompt_length: int,
   max_new_tokens: int,
   cut: bool = False,
+  field: str = 'answer',
 ) -> Batch:
-  """The records' answers as if they had been sampled with probability one: one row per record.
+  """Completions in the records as if they had been sampled with probability one: one row per record.
 
   As in a sampled row, the completion begins at `prompt_length` and includes the stop token. With `cut`,
   a longer prompt loses its beginning and a longer answer its end; that row counts as not `finished`.
@@ -184,14 +273,14 @@ def demonstrated(
   Raises:
     TooLong: without `cut`, a prompt of more than `prompt_length` or an answer of more than
       `max_new_tokens` tokens.
-    ValueError: a record without `answer`.
+    ValueError: a record without the field.
   """
   for record in records:
-    if 'answer' not in record:
-      raise ValueError(f"record {record['id']}: no 'answer' to demonstrate, only {sorted(record)}")
+    if field not in record:
+      raise ValueError(f'record {record["id"]}: no {field!r} to demonstrate, only {sorted(record)}')
   prompts = batching.prompts(records, tokenizer, length=prompt_length, cut=cut)
-  answers = [batching.completion(record, tokenizer) for record in records]
-  tokens, made = _left_aligned(records, answers, tokenizer.pad_id, max_new_tokens, cut)
+  answers = [batching.completion(record, tokenizer, field) for record in records]
+  tokens, made = _left_aligned(records, answers, tokenizer.pad_id, max_new_tokens, cut, field)
   seen = np.concatenate([prompts.mask, made], axis=1)
   return Batch(
     tokens=np.concatenate([prompts.tokens, tokens], axis=1),
@@ -205,19 +294,58 @@ def demonstrated(
 
 
 def _left_aligned(
-  records: Sequence[Mapping], answers: Sequence[list[int]], pad_id: int, width: int, cut: bool
+  records: Sequence[Mapping],
+  answers: Sequence[list[int]],
+  pad_id: int,
+  width: int,
+  cut: bool,
+  field: str,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The ids of the answers from column 0 on: i32[N, width], and their mask."""
   tokens = np.full((len(records), width), pad_id, np.int32)
   for i, (record, ids) in enumerate(zip(records, answers)):
     if len(ids) > width and not cut:
       raise batching.TooLong(
-        f'record {record["id"]}: the answer and its stop token are {len(ids)} tokens, '
+        f'record {record["id"]}: the {field} and its stop token are {len(ids)} tokens, '
         f'more than max_new_tokens {width}'
       )
     tokens[i, : len(ids)] = ids[:width]
   lengths = np.array([len(ids) for ids in answers])
   return tokens, np.arange(width)[None] < lengths[:, None]
+
+
+def begun(
+  record: Mapping,
+  tokenizer: Tokenizer,
+  random: np.random.Generator,
+  probability: float,
+  most: int,
+) -> dict:
+  """The record; with some probability, with the first tokens of its answer as `begun`.
+
+  Their number is uniform in 1..n - 1 and at most `most`, with n the tokens of the answer, stop token
+  included. An answer of a single token gives nothing.
+  """
+  ids = batching.completion(record, tokenizer)
+  begins, number = random.random() < probability, random.random()
+  if not begins or len(ids) < 2:
+    return dict(record)
+  return {**record, 'begun': ids[: 1 + int(number * min(len(ids) - 1, most))]}
+
+
+def joined(groups: Any, rows: Any, prompts: int) -> Any:
+  """Puts rows behind those of their prompt, in all arrays [B, ...] of two trees.
+
+  Args:
+    groups: of `prompts` groups.
+    rows: the same number for each prompt.
+  """
+
+  def join(x, y):
+    both = [z.reshape(prompts, -1, *z.shape[1:]) for z in (x, y)]
+    return np.concatenate(both, axis=1).reshape(-1, *x.shape[1:])
+
+  return jax.tree.map(join, groups, rows)
 
 
 def metrics(batch: Batch, scores: Scores) -> dict[str, float]:

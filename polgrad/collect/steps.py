@@ -49,6 +49,13 @@ class Report(NamedTuple):
     }
     return self._replace(metrics=self.metrics | added, messages=self.messages + scores.messages)
 
+  def with_errors(self, errors: Mapping[str, int], messages: list[str]) -> 'Report':
+    """Adds the failures of comparisons."""
+    before = self.metrics['verifier_errors']
+    added = {f'verifier_errors/{name}': float(n) for name, n in errors.items()}
+    added['verifier_errors'] = before + sum(errors.values())
+    return self._replace(metrics=self.metrics | added, messages=self.messages + messages)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps(abc.ABC):

@@ -92,7 +92,8 @@ def prompts(
   """Prompts for the sampler, left-padded to `length` tokens.
 
   Args:
-    records: see `sources`; the field `id` is the row in the data set.
+    records: see `sources`; the field `id` is the row in the data set. A field `begun` holds the ids of
+      tokens that the completion begins with; they belong to the prompt, so they are not trained.
     tokenizer: tokenises the prompts.
     length: number of columns.
     cut: a longer prompt loses its beginning.
@@ -101,7 +102,10 @@ def prompts(
     TooLong: a prompt longer than `length` tokens, without `cut`; the message names the record.
     ValueError: an empty prompt.
   """
-  rows = [_end(r, _prompt(r, tokenizer), tokenizer, length, cut) for r in records]
+  rows = [
+    _end(r, _prompt(r, tokenizer) + list(r.get('begun', ())), tokenizer, length, cut)
+    for r in records
+  ]
   tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
