@@ -34,6 +34,7 @@ from polgrad.registry import (
   Positive,
   Range,
   bind,
+  inputs,
   part,
   suggest,
   table,
@@ -430,6 +431,12 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(
       f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
       f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
+    )
+  compares = 'wins' in collector.provides or 'baseline_wins' in collector.provides
+  if compares and not phase.reward and 'first_reward' in inputs(phase.comparison):
+    raise ValueError(
+      f'{path}.comparison: it compares rewards, but {path}.reward has no verifier; name another '
+      f'comparison: {sorted(comparisons.TABLE)}'
     )
   if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(

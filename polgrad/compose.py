@@ -174,7 +174,7 @@ class _Run:
       restart=method.restart and not teacher,
       epochs=method.epochs,
       minibatches=method.minibatches,
-      **self.held_out(needs),
+      **({} if issubclass(method.collect.func, collect.Sampling) else self.held_out(needs)),
     )
 
   def held_out(self, needs: str) -> dict[str, Any]:
@@ -229,6 +229,8 @@ class _Run:
     }
     if issubclass(kind, collect.Given):
       budgets.pop('prompt_length')
+    if asked.get('resets'):  # prompts may be followed by the beginning of an answer
+      budgets['prompt_length'] += task.max_new_tokens
     knobs = part(kind).keys()
     return part(kind, **{k: v for k, v in (budgets | asked).items() if k in knobs})
 
@@ -236,8 +238,9 @@ class _Run:
     """The preset's model, long enough for the rows, with a value head if the method reads values."""
     model = ConfigDict(self.preset.model)
     base = model.base if 'base' in model else model
-    rows = self.row_length(method.collect.keywords)
-    base.max_length = max(base.max_length, rows, self.prompt_length + self.task.max_new_tokens)
+    resets = bool(method.collect.keywords.get('resets'))
+    sampled = self.prompt_length + (1 + resets) * self.task.max_new_tokens
+    base.max_length = max(base.max_length, self.row_length(method.collect.keywords), sampled)
     credited, objective = method.bound()
     if (objective.requires | credited.requires) & build.VALUES:
       base.value_head = True
@@ -290,7 +293,8 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
       f'reward=..., valid: {sorted(k.partition(".")[2] for k in REWARDS)}'
     )
   asked = method.collect.keywords
-  if asked.get('demonstrations') and 'demonstrations' not in task.has:
+  answers = asked.get('demonstrations') or asked.get('resets')
+  if answers and 'demonstrations' not in task.has:
     raise ValueError('the method learns from the answers in the data, but the records have none')
   if warm_start and 'demonstrations' not in task.has:
     raise ValueError(

@@ -6,7 +6,7 @@ data: no gradient flows through them. `assign` runs an estimator."""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,14 @@ class Estimator(NamedTuple):
       behavior_logp, old_values, teacher_logp, stream, or features of the collector.
     provides: the fields or features of the batch that it fills in. Changes to others are dropped.
     init: () -> the first state. The state is part of `TrainState` and its checkpoints.
+    scored: which of `rewards` and `group_ids`, which every scored batch has, it reads.
   """
 
   apply: Apply
   requires: frozenset[str] = frozenset()
   provides: frozenset[str] = frozenset({'advantages'})
   init: Callable[[], Any] = lambda: ()
+  scored: frozenset[str] = frozenset({'rewards', 'group_ids'})
 
 
 def nothing() -> Estimator:
@@ -93,19 +95,29 @@ def reward_to_go(
   discount: float = 1.0,
   normalizer: NormalizerPart = whiten,
   kl_coefficient: float = 0.0,
+  anchors: Mapping[str, float] = {},
 ) -> Estimator:
   """A_t = sum over k >= t of discount^(k - t) (r_k - kl_coefficient * k1_k), normalised.
 
   With whitening over the batch's tokens this is REINFORCE++ (arXiv:2501.03262). A KL penalty to go
   credits a token with its effect on later ones, which no loss of single tokens does.
+
+  Args:
+    discount: of rewards, per token.
+    normalizer: of the advantages.
+    kl_coefficient: of k1 = log pi - log reference, nats.
+    anchors: coefficients of the same penalty against further anchors, by their names.
   """
 
   def apply(batch, state):
     rewards = _token_rewards(batch, kl_coefficient)
+    for name, coefficient in anchors.items():
+      rewards = rewards - coefficient * _k1(batch, f'{name}_logp')
     future = returns.reward_to_go(rewards, batch.mask, discount=discount)
     return batch.with_arrays(advantages=normalizer(future, batch.mask)), state
 
-  return Estimator(apply=apply, requires=_kl_requires(kl_coefficient))
+  further = {'proximal_logp', *(f'{name}_logp' for name in anchors)} if anchors else set()
+  return Estimator(apply=apply, requires=_kl_requires(kl_coefficient) | further)
 
 
 def token_baseline(*, discount: float = 1.0, lone_baseline: bool = False) -> Estimator:
@@ -267,6 +279,71 @@ def preference() -> Estimator:
   return Estimator(apply=apply, provides=frozenset({'label', 'mask'}))
 
 
+def compared(*, label: Literal['soft', 'drawn', 'better'] = 'soft') -> Estimator:
+  """Labels of pairs by comparison: rows 2i and 2i + 1 of a group, p the probability that the first wins.
+
+  A pair with a failed verifier is masked out of loss and count.
+
+  Args:
+    label: 'soft' is p itself. 'drawn' is 1 with probability p and else 0, which has the same expected
+      loss, because losses are linear in the label. 'better' is 1 where p > 1/2 and 0 where it is
+      smaller; a tie is masked out.
+  """
+
+  def apply(batch, state):
+    rows = jnp.arange(len(batch.valid))
+    partner = rows ^ 1
+    p = batch['wins'][rows, partner % batch['wins'].shape[1]]
+    usable = batch.valid & batch.valid[partner]
+    if label == 'drawn':
+      first = batch['uniform'][rows & ~1] < p[rows & ~1]
+      p = jnp.where(first == (rows % 2 == 0), 1.0, 0.0)
+    elif label == 'better':
+      usable &= p != 0.5
+      p = jnp.where(p > 0.5, 1.0, 0.0)
+    return batch.with_arrays(label=p, mask=batch.mask & usable[:, None]), state
+
+  return Estimator(
+    apply=apply,
+    requires=frozenset({'wins', 'uniform'} if label == 'drawn' else {'wins'}),
+    provides=frozenset({'label', 'mask'}),
+    scored=frozenset(),
+  )
+
+
+def win_rate_gap() -> Estimator:
+  """Labels of pairs by win rates: rows 2i and 2i + 1 get sigmoid(r - r') and sigmoid(r' - r).
+
+  r is the mean probability to beat the other valid rows of the group (DNO, arXiv:2404.03715). A pair
+  with a failed verifier is masked out of loss and count.
+  """
+
+  def apply(batch, state):
+    partner = jnp.arange(len(batch.valid)) ^ 1
+    rate = _mean_wins(batch)
+    usable = batch.valid & batch.valid[partner]
+    label = jax.nn.sigmoid(rate - rate[partner])
+    return batch.with_arrays(label=label, mask=batch.mask & usable[:, None]), state
+
+  return Estimator(
+    apply=apply,
+    requires=frozenset({'wins'}),
+    provides=frozenset({'label', 'mask'}),
+    scored=frozenset(),
+  )
+
+
+def _mean_wins(batch: Batch) -> Array:
+  """[B], mean probability to beat the other valid rows of the group; 1/2 where there are none."""
+  wins = batch['wins']
+  size = wins.shape[1]
+  own = jnp.arange(size)[None] == jnp.arange(len(wins))[:, None] % size
+  others = jnp.repeat(batch.valid.reshape(-1, size), size, axis=0) & ~own
+  count = jnp.sum(others, axis=1)
+  mean = jnp.sum(jnp.where(others, wins, 0.0), axis=1) / jnp.maximum(count, 1)
+  return jnp.where(count > 0, mean, 0.5)
+
+
 def success_contrast(
   *, standardized: bool = False, negative_weight: float = 1.0, least: float = 0.02
 ) -> Estimator:
@@ -418,9 +495,9 @@ def _valid_groups(batch: Batch) -> Array:
   return jnp.where(batch.valid, batch.group_ids, -1 - jnp.arange(len(batch.valid)))
 
 
-def _k1(batch: Batch) -> Array:
-  """The k1 estimate of KL(proximal, reference) at each token, nats."""
-  return jnp.where(batch.mask, batch.proximal_logp - batch.reference_logp, 0.0)
+def _k1(batch: Batch, other: str = 'reference_logp') -> Array:
+  """The k1 estimate of KL(proximal, other) at each token, nats."""
+  return jnp.where(batch.mask, batch.proximal_logp - batch[other], 0.0)
 
 
 def _token_rewards(batch: Batch, kl_coefficient: float = 0.0) -> Array:
@@ -454,6 +531,8 @@ SIMPLE = table(
   moving_baseline,
   teacher_log_ratio,
   preference,
+  compared,
+  win_rate_gap,
   success_contrast,
   win_rate,
   self_consistency,
@@ -487,7 +566,34 @@ def gated(
   )
 
 
-TABLE = SIMPLE | table('credit', gated)
+def of_wins(
+  *,
+  credit: Annotated[Estimator, SIMPLE],
+  against: Literal['group', 'baseline'] = 'group',
+) -> Estimator:
+  """Another estimator, for which the reward of a row is its mean probability to win, minus 1/2.
+
+  In place of a reward, self-play has the probability to beat samples of the policy or of an opponent
+  (arXiv:2312.00886, arXiv:2401.04056).
+
+  Args:
+    credit: from these rewards to advantages.
+    against: whom the rows play: the other valid rows of their group (the feature `wins`), or the other
+      completions of the prompt (`baseline_wins`).
+  """
+
+  def apply(batch, state):
+    rate = _mean_wins(batch) if against == 'group' else jnp.mean(batch['baseline_wins'], axis=1)
+    return credit.apply(batch.with_arrays(rewards=rate - 0.5), state)
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {'wins' if against == 'group' else 'baseline_wins'},
+    scored=credit.scored - {'rewards'},
+  )
+
+
+TABLE = SIMPLE | table('credit', gated, of_wins)
 Part = Annotated[Estimator, TABLE]
 
 

@@ -64,6 +64,7 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     'B T': (8, 5),
     'B': (8,),
     'B n': (8, 3),
+    'B G': (8, group),
     '... V': (8, 5, 7),
     '... D': (8, 5, 4),
     '2': (2,),
@@ -77,7 +78,7 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
   if 'group_ids' in found:
     found['group_ids'] = np.repeat(np.arange(8 // group), group)
   if 'stream' in found:
-    found['stream'] = np.tile([0, 1], 4)
+    found['stream'] = np.tile([0, 0, 1, 1], 2)
   return found
 
 

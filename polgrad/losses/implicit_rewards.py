@@ -15,7 +15,7 @@ import chex
 import jax.numpy as jnp
 
 from polgrad.losses._common import single
-from polgrad.registry import table
+from polgrad.registry import Fraction, table
 from polgrad.types import Array
 
 
@@ -204,6 +204,34 @@ def separately_selected_sum(
   return own - logp_sum(reference_logp, mask & (reference_selected > 0))
 
 
+def two_references(
+  logp: Array,
+  reference_logp: Array,
+  previous_logp: Array,
+  mask: Array,
+  *,
+  reference_weight: Fraction = 1 / 3,
+) -> Array:
+  """sum_t (logp - w reference_logp - (1 - w) previous_logp): INPO (arXiv:2407.00617).
+
+  The log-ratio to the geometric mean of two policies, so a step of mirror descent starts at one and is
+  drawn to the other.
+
+  Args:
+    logp: [..., T], nats.
+    reference_logp: [..., T], nats, constant.
+    previous_logp: [..., T], nats, constant: the policy at the start of the iteration.
+    mask: bool[..., T].
+    reference_weight: w of the reference; the previous policy has the rest.
+
+  Returns:
+    [...], nats; 0 in a row without tokens.
+  """
+  return reference_weight * log_ratio_sum(logp, reference_logp, mask) + (
+    1 - reference_weight
+  ) * log_ratio_sum(logp, previous_logp, mask)
+
+
 def _differences(logp: Array, other: Array, mask: Array) -> Array:
   """logp - other, 0 outside the mask. Differences are summed, because a difference of two long sums
   has lost the digits in which they differ."""
@@ -225,5 +253,6 @@ TABLE = table(
   clipped_log_ratio_sum,
   selected_log_ratio_sum,
   separately_selected_sum,
+  two_references,
 )
 Part = Annotated[Callable, TABLE]

@@ -78,6 +78,8 @@ class Method:
   @property
   def needs(self) -> str:
     """What the data must have: 'problems' to sample from, or completions, see `NEEDS`."""
+    if self.collect.keywords.get('preferences'):  # a group of samples beside a pair of the data
+      return 'pairs'
     return NEEDS.get(self.collect.func, 'problems')
 
   @property
@@ -136,7 +138,7 @@ def _made(credit: credits.Estimator) -> frozenset[str]:
 
 
 def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozenset[str]:
-  of_credit = credit.requires | ({'rewards', 'group_ids'} if _made(credit) else set())
+  of_credit = credit.requires | (credit.scored if _made(credit) else set())
   of_groups = {n for f in objective.slots.values() for n in inputs(f)} & {'group_ids'}
   of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & VOCABULARY.keys()
   fields = objective.requires - {'teacher_logits'} - objective.stats.keys()
@@ -191,11 +193,11 @@ def _checked(
   if 'behavior_logp' in arrays:
     arrays.setdefault('proximal_logp', arrays['behavior_logp'])
   if _made(credit) and _made(credit) <= arrays.keys():
-    wanted -= credit.requires | {'rewards', 'group_ids'} - objective.requires
+    wanted -= credit.requires | credit.scored - objective.requires
   missing = sorted(wanted - arrays.keys())
   if missing:
     either = ' (or behavior_logp in its place)' if 'proximal_logp' in missing else ''
     raise UnknownArray(f'{missing} missing{either}: this method reads mask and {sorted(wanted)}')
-  if 'rewards' in arrays:
-    arrays.setdefault('valid', jnp.ones(arrays['rewards'].shape, bool))
+  if _made(credit):
+    arrays.setdefault('valid', jnp.ones(len(arrays['logp']), bool))
   return arrays

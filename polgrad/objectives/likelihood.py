@@ -78,6 +78,8 @@ class Supervised(Objective):
       `logits`.
     weights: token weights by name; no gradient passes through them. Without weights, the default,
       this is plain supervised fine-tuning.
+    only: name of an array [B]; rows where it is not above one half are left out of both the sum and its
+      normaliser. The empty name, the default, leaves out no row.
     preferred_only: True leaves out all rows but those with label 1, e.g. the rejected half of
       preference pairs. False, the default, needs no label.
 
@@ -88,6 +90,7 @@ class Supervised(Objective):
   aggregation: aggregations.Part
   loss: LossPart = penalties.nll
   weights: Mapping[str, token_weights.Part] = dataclasses.field(default_factory=dict)
+  only: str = ''
   preferred_only: bool = False
 
   def __post_init__(self):
@@ -100,7 +103,8 @@ class Supervised(Objective):
 
   @functools.cached_property
   def requires(self) -> frozenset[str]:
-    return super().requires | ({'label'} if self.preferred_only else set())
+    rows = {'label'} if self.preferred_only else set()
+    return super().requires | rows | ({self.only} - {''})
 
   @functools.cached_property
   def stats(self) -> Mapping[str, StatFunction]:
@@ -114,5 +118,7 @@ class Supervised(Objective):
     where = batch.mask
     if self.preferred_only:
       where = where & (x['label'] > 0.5)[:, None]
+    if self.only:
+      where = where & (x[self.only] > 0.5)[:, None]
     loss = x['loss'] if self.stats else call_slot('loss', self.loss, x)
     return {'nll': self.aggregation(weigh(loss, self.weights, x), where)}, off_policy_metrics(x)

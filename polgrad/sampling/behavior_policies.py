@@ -33,6 +33,16 @@ def reference(reference: Array) -> Array:
   return reference
 
 
+def opponent(opponent: Array) -> Array:
+  """The anchor `opponent`, unchanged, such as an average of past policies."""
+  return opponent
+
+
+def previous(previous: Array) -> Array:
+  """The anchor `previous`, unchanged: the policy at the start of an iteration."""
+  return previous
+
+
 def geometric_mixture(policy: Array, reference: Array, *, reference_weight: float = 0.5) -> Array:
   """Normalised policy^(1 - w) * reference^w, token by token (Nash-MD, arXiv:2312.00886).
 
@@ -49,5 +59,7 @@ def geometric_mixture(policy: Array, reference: Array, *, reference_weight: floa
   return jax.nn.log_softmax((1 - w) * log_policy + w * log_reference)
 
 
-TABLE = table('behavior_policies', current, greedy, reference, geometric_mixture)
+TABLE = table(
+  'behavior_policies', current, greedy, reference, opponent, previous, geometric_mixture
+)
 Part = Annotated[Callable, TABLE]

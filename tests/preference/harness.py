@@ -74,6 +74,7 @@ def random_arrays(method: Method, seed: int = 0) -> Arrays:
     'B T': (ROWS, LENGTH),
     'B': (ROWS,),
     'B n': (ROWS, 3),
+    'B G': (ROWS, group),
     '... V': (ROWS, LENGTH, VOCABULARY),
     '... D': (ROWS, LENGTH, 4),
     '2': (2,),
@@ -97,8 +98,20 @@ def random_arrays(method: Method, seed: int = 0) -> Arrays:
   if 'tokens' in x:
     x['tokens'] = rng.integers(0, VOCABULARY, (ROWS, LENGTH))
   if 'stream' in x:
-    x['stream'] = np.tile([0, 1], ROWS // 2)
+    x['stream'] = np.tile([1, 1, 0, 0], ROWS // 4)
+  if 'opponent' in x:
+    x['opponent'] = np.tile([0.0, 1.0], ROWS // 2)
+  if 'wins' in x:
+    x['wins'] = game(x['wins'])
   return x | {'mask': mask}
+
+
+def game(wins: np.ndarray) -> np.ndarray:
+  """Random numbers [B, G] as probabilities to win: rows i and j of a group have p and 1 - p."""
+  p = wins.reshape(-1, *wins.shape[1:] * 2)
+  upper = np.triu(p, 1)
+  lower = np.tril(1 - np.swapaxes(p, 1, 2), -1)
+  return (upper + lower + 0.5 * np.eye(wins.shape[1])).reshape(wins.shape)
 
 
 def value_and_gradient(method: Method, x: Arrays) -> tuple[float, Arrays]:

@@ -129,10 +129,6 @@ def exo_pref(x, const):
   return average(q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p)), x)
 
 
-def rso(x, const):
-  return soft(lambda z: np.maximum(0, 1 - z), 0.05 * margin(x), x)
-
-
 def odpo(x, const):
   return soft(logistic, 0.1 * margin(x) - np.log(1 + x['margins'][::2]), x)
 
@@ -200,7 +196,6 @@ ORACLES = {
   'rdpo': rdpo,
   'robust_dpo': robust_dpo,
   'rpo': rpo,
-  'rso': rso,
   'simpo': simpo,
   'slic': slic,
   'step_dpo': step_dpo,

@@ -119,7 +119,9 @@ def test_wins_of_a_group_are_a_game_of_which_failures_leave():
   # Neither equal texts nor the row that is not valid are asked.
   assert asked == [('11', '22', 1), ('11', '33', 2), ('22', '33', 2)]
   wins = got['wins'].reshape(2, 3, 3)
-  np.testing.assert_allclose(wins[0], [[0.5, 0.5, 0.9], [0.5, 0.5, 0.3], [0.1, 0.7, 0.5]], rtol=1e-6)
+  np.testing.assert_allclose(
+    wins[0], [[0.5, 0.5, 0.9], [0.5, 0.5, 0.3], [0.1, 0.7, 0.5]], rtol=1e-6
+  )
   np.testing.assert_array_equal(wins[1], 0.5)
   np.testing.assert_array_equal(got.valid, [0, 0, 1, 1, 1, 0])
   assert errors == {'comparison/Timeout': 1} and messages == ['pair 0: late']

@@ -1,0 +1,60 @@
+from functools import partial
+
+from polgrad import collect, credit, objectives, optim
+from polgrad.losses import implicit_rewards, preference_losses
+from polgrad.methods.base import Method
+from polgrad.registry import part
+from polgrad.sampling import behavior_policies
+
+
+def comal(
+  *,
+  steps: int,
+  eta: float = 2e-3,
+  tau: float = 2e-3 / 3,
+  second: bool = False,
+  iterations: int = 24,
+  rounds: int = 12,
+) -> Method:
+  """COMAL (arXiv:2410.23223): INPO whose reference follows, towards the Nash equilibrium without a KL.
+
+      loss = mean over pairs of (h - 1 / (2 eta))^2
+      h = s(winner) - s(loser),   s = log pi - (tau / eta) log reference - (1 - tau / eta) log pi_k
+
+  pi_k, the anchor `previous`, is renewed every iteration, and the reference after every `rounds`
+  iterations: a proximal point method. Of 4 answers of pi_k the winner has the best mean probability to
+  beat the others, and the loser the worst. Who wins is said by the phase's `comparison`.
+
+  Differences: The code has 5 answers of a prompt, and takes the second best as the loser, which is
+  second=True.
+
+  Args:
+    steps: batches of the run; the run fills it in.
+    eta: inverse step of mirror descent, in units of the probability.
+    tau: coefficient of the KL to the reference.
+    second: whether the loser is the second best answer.
+    iterations: number of times that pi_k is taken, evenly over the run.
+    rounds: iterations for which the reference stays.
+
+  Confidence: CODE.
+  """
+  every = max(steps // iterations, 1)
+  return Method(
+    collect=partial(
+      collect.Rollouts,
+      samples_per_prompt=4,
+      compare=('wins',),
+      choose=part(collect.choices.best_worst_by_wins, second=second),
+      behavior_policy=part(behavior_policies.previous),
+    ),
+    credit=part(credit.compared, label='better'),
+    objective=part(
+      objectives.Pairwise,
+      score=part(implicit_rewards.two_references, reference_weight=tau / eta),
+      link=part(preference_losses.squared, target=1 / (2 * eta)),
+    ),
+    anchors={
+      'reference': part(optim.sync, every=rounds * every),
+      'previous': part(optim.sync, every=every),
+    },
+  )
