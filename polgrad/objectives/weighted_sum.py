@@ -45,7 +45,8 @@ class WeightedSum(Objective):
   Attributes:
     streams: objectives by name, each `weighted(w, part(...))`. Where `Batch.stream` is given, the
       names must be from `types.STREAMS`, and each objective sees only the rows of the stream that has
-      its name. Otherwise any names are valid, and all objectives see all rows.
+      its name. Objectives that all have such names read `stream`. Otherwise any names are valid, and all
+      objectives see all rows.
     schedules: factors of a stream's weight by update, for some of the streams.
 
   Raises:
@@ -75,7 +76,8 @@ class WeightedSum(Objective):
 
   @functools.cached_property
   def requires(self) -> frozenset[str]:
-    return frozenset().union(*(part.requires for part in self.parts.values()))
+    of_streams = {'stream'} if self.parts.keys() <= {*STREAMS} else set()
+    return frozenset(of_streams).union(*(part.requires for part in self.parts.values()))
 
   @functools.cached_property
   def stats(self) -> Mapping[str, StatFunction]:
