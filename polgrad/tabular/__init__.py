@@ -4,8 +4,9 @@ module      what it is for
 ----------  ---------------------------------------------------------------------------------------
 enumerable  a tiny policy: log-probabilities of all its sequences, the exact objective and gradient
 estimators  exact mean and variance of the gradient that a credit and an objective give
+games       matrix games of preferences, their solvers and the distance to an equilibrium
 """
 
-from polgrad.tabular import enumerable, estimators
+from polgrad.tabular import enumerable, estimators, games
 
-__all__ = ['enumerable', 'estimators']
+__all__ = ['enumerable', 'estimators', 'games']
