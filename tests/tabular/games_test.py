@@ -1,5 +1,8 @@
 """Solvers of preference games have the limits, rates and cycles that their papers state."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +236,19 @@ def test_methods_that_reduce_to_each_other(x64):
 def test_payoffs_of_one_policy_against_itself_are_probabilities():
   with pytest.raises(ValueError, match=r'must be 1 .*players=2'):
     games.game(SADDLE)
+
+
+def test_the_page_shows_every_solver_and_its_example_runs(capsys):
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'games.md').read_text()
+  rows = set(re.findall(r'^\| (\w+)[^|]* \|', page, re.MULTILINE))
+  solvers = {name for name in dir(games) if _returns_a_solver(getattr(games, name))}
+  assert solvers and solvers <= rows
+  (block,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  with jax.numpy_rank_promotion('raise'):
+    exec(compile(block, 'docs/games.md', 'exec'), {})
+  assert float(capsys.readouterr().out) < 0.05
+
+
+def _returns_a_solver(thing) -> bool:
+  public = not getattr(thing, '__name__', '_').startswith('_')
+  return public and getattr(thing, '__annotations__', {}).get('return') is games.Solver
