@@ -23,6 +23,7 @@ TITLES = {
   'policy_gradient': 'Policy gradients',
   'preference': 'Preferences',
   'reward_model': 'Reward models',
+  'controlled_decoding': 'Controlled decoding',
   'distillation': 'Distillation',
   'supervised': 'Supervised learning',
 }

@@ -139,6 +139,8 @@ CONFIGURED = {
   'hidden_norm': Spec('B T', 'statistic: squared norm of the hidden state'),
   'proxy_logp': Spec('B T', 'statistic: log-prob under the distribution without its tail, nats'),
   'log_normalizer': Spec('B T', 'statistic: logsumexp of the logits'),
+  'state_value': Spec('B T', 'statistic: value of the prefix before the token, unit of the reward'),
+  'token_value': Spec('B T', 'statistic: value of the prefix with the token, unit of the reward'),
   'old_kl': Spec('B T', 'statistic: divergence between teacher and policy, nats'),
   'reference_kl': Spec('B T', 'statistic: KL(teacher || policy), nats'),
   'typical_logp': Spec('B T', 'statistic: log-prob that a token is compared with, nats'),

@@ -18,6 +18,7 @@ from polgrad.learner import forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
+from polgrad.registry import inputs
 from polgrad.rewards.scoring import Compared, Scores
 from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
 
@@ -162,7 +163,9 @@ class Annotator:
   context: Context
   own: frozenset[str]  # out of {'proximal_logp', 'old_values'}
   stats: frozenset[str]  # statistics of the policy
-  of_policy: Callable[[Params, Batch], Outputs] | None  # None: nothing of the policy is needed
+  # (params, batch, params of the teacher or None) -> outputs; None: nothing of the policy is needed
+  of_policy: Callable[[Params, Batch, Params | None], Outputs] | None
+  compared: bool  # whether a statistic of the policy reads the teacher's logits
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
   mismatched: bool = False  # whether `mismatched_log_ratio` is read
   random: bool = False  # whether `uniform` is read
@@ -176,11 +179,11 @@ class Annotator:
       batch = batch.with_arrays(uniform=numbers.random(len(batch.tokens), np.float32))
     rows = self._placed(batch)
     found = {}
+    params = parameter_sets(state, self.context.frozen)
     if self.own or self.stats:
-      outputs = self.of_policy(state.params, rows)
+      outputs = self.of_policy(state.params, rows, params['teacher'] if self.compared else None)
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in self.own} | outputs.stats
-    params = parameter_sets(state, self.context.frozen)
     for name, function in self.of_anchor.items():
       found[f'{name}_logp'] = function(params[name], rows).logp
     return batch.with_arrays(**sharding.to_host(found))
@@ -194,9 +197,12 @@ class Annotator:
     if not self.mismatched:
       return batch
     rows = Batch(**{n.removeprefix('mismatched_'): x for n, x in given.items()})
-    placed = self._placed(rows)
-    reference = parameter_sets(state, self.context.frozen)['reference']
-    outputs = self.of_policy(state.params, placed), self.of_anchor['reference'](reference, placed)
+    placed, params = self._placed(rows), parameter_sets(state, self.context.frozen)
+    teacher = params['teacher'] if self.compared else None
+    outputs = (
+      self.of_policy(state.params, placed, teacher),
+      self.of_anchor['reference'](params['reference'], placed),
+    )
     own, other = sharding.to_host([one.logp for one in outputs])
     gap = np.where(rows.mask, own - other, 0.0).sum(axis=1)
     return batch.with_arrays(
@@ -210,6 +216,7 @@ class Annotator:
     models += [frozen.get(name, policy) for name in self.of_anchor]
     if self.mismatched:
       models += [policy, frozen.get('reference', policy)]
+    models += [frozen.get('teacher', policy)] if self.compared else []
     layout = self.context.layout
     return sum(speed.forward_flops(model.config, batch, layout) for model in models)
 
@@ -261,7 +268,8 @@ def make_annotator(
   Args:
     temperature: divides all logits, as it did when the rows were sampled.
     recompute_proximal: compute `proximal_logp` with the live policy, if it is read.
-    stats: statistics of the live policy's next-token distribution; features under these names.
+    stats: statistics of the live policy's next-token distribution; features under these names. They
+      may compare it with that of the anchor `teacher`.
 
   Returns:
     (state, batch) -> batch with the `stats`, `old_values`, `proximal_logp` and `<anchor>_logp` of any
@@ -277,6 +285,13 @@ def make_annotator(
   # Of the policy: old values and, if it is recomputed, the proximal log-probs.
   own = wanted & ({'old_values', 'proximal_logp'} if recompute_proximal else {'old_values'})
   values = frozenset({'values'} if 'old_values' in own else ())
+  teacher = context.frozen.get('teacher', context.policy)
+
+  def of_policy(params: Params, batch: Batch, teacher_params: Params | None) -> Outputs:
+    other = None if teacher_params is None else (teacher, teacher_params)
+    settings = dict(fields=values, stats=stats, teacher=other)
+    return forward_in_pieces(context.policy, params, batch, **common, **settings)
+
   # Of anchors: all log-probs that come neither from the policy nor from a statistic.
   given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats}
   anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
@@ -284,13 +299,17 @@ def make_annotator(
     context=context,
     own=own,
     stats=frozenset(stats),
-    of_policy=make(context.policy, fields=values, stats=stats)
-    if own or stats or mismatched
-    else None,
+    of_policy=jit(of_policy) if own or stats or mismatched else None,
+    compared=compares(stats),
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
     mismatched=mismatched,
     random='uniform' in wanted,
   )
+
+
+def compares(stats: Mapping[str, Callable]) -> bool:
+  """Whether one of these statistics reads the logits of the anchor `teacher`."""
+  return any('teacher_logits' in inputs(stat) for stat in stats.values())
 
 
 def minibatches(

@@ -11,7 +11,7 @@ import numpy as np
 
 from polgrad.collect import choices
 from polgrad.collect import replay as replays
-from polgrad.collect.base import Collect, Context, Draw, Sampling
+from polgrad.collect.base import Collect, Context, Draw, Sampling, compares
 from polgrad.collect.scored import (
   Texts,
   begun,
@@ -112,7 +112,7 @@ class Rollouts(Sampling):
   # `Batch.stream` tells these rows from the sampled ones.
   demonstrations: int = 0
   # Statistics of the policy's next-token distribution when the batch is used: features under their
-  # names, for credit and objective.
+  # names, for credit and objective. One that reads `teacher_logits` needs an anchor `teacher`.
   stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -163,7 +163,9 @@ class Rollouts(Sampling):
   def anchors_read(self) -> frozenset[str]:
     baseline = inputs(self.baseline_policy) if self.baseline_samples else ()
     opponent = inputs(self.opponent_policy) if self.opponents else ()
-    return frozenset({*inputs(self.behavior_policy), *baseline, *opponent} - {'policy'})
+    compared = {'teacher'} if compares(self.stats) else set()
+    read = {*inputs(self.behavior_policy), *baseline, *opponent, *compared}
+    return frozenset(read - {'policy'})
 
   @property
   def terms_ignored(self) -> frozenset[str]:
@@ -288,11 +290,9 @@ def _check_counts(settings: Rollouts) -> None:
 
 
 def _check_stats(stats: Mapping[str, Callable]) -> None:
-  for name, stat in stats.items():
+  for name in stats:
     if name in RESERVED:
       raise ValueError(f'Rollouts: stats.{name}: the name is taken; taken are {sorted(RESERVED)}')
-    if 'teacher_logits' in inputs(stat):
-      raise ValueError(f'Rollouts: stats.{name} reads teacher_logits; only the policy is there')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     pair_selections     comparisons of the pairs of the whole minibatch          selections
     pointwise           losses of single rows                                    loss
     listwise            losses of all completions of a prompt                    loss
+    prefix_values       targets for the values of prefixes                       target
     log_partition       estimates of log Z for a regression on rewards           center
     advantages          advantages of rows from their rewards; normalisers       advantage, normalizer
     baselines           advantages with weighted, chosen or sampled baselines    advantage
@@ -68,6 +69,7 @@ from polgrad.losses import (
   penalties,
   pointwise,
   preference_losses,
+  prefix_values,
   ratios,
   returns,
   reward_penalties,
@@ -100,6 +102,7 @@ __all__ = [
   'penalties',
   'pointwise',
   'preference_losses',
+  'prefix_values',
   'ratios',
   'returns',
   'reward_penalties',

@@ -3,7 +3,8 @@
 A function of `TABLE` fills a slot of `stats`, for example that of `objectives.PolicyGradient`; losses
 then read the result by the name of the slot. Statistics are evaluated in chunks of tokens
 (`models/token_stats.py`), so logits [B, T, V] are not held in memory at once. A function reads what it
-names: `logits` f32[..., V], `tokens` i32[...] and the last hidden state `hidden` f32[..., D].
+names: `logits` f32[..., V], `tokens` i32[...], the last hidden state `hidden` f32[..., D] and, with a
+teacher, `teacher_logits` f32[..., V].
 
 In formulas, pi is softmax(logits) and v = e_token - pi is the score: the gradient of log pi(token)
 with respect to the logits.
@@ -36,6 +37,27 @@ def log_normalizer(logits: Array) -> Array:
   """logsumexp(logits): the state value if the logits are interpreted as Q values (arXiv:2505.15311);
   f32[..., V] -> f32[...]."""
   return jax.nn.logsumexp(logits, axis=-1)
+
+
+def token_logit(logits: Array, tokens: Array) -> Array:
+  """The logit of the token itself, not normalised: the value of the prefix that ends with it, if the
+  logits are values (arXiv:2310.17022); f32[..., V], i32[...] -> f32[...]."""
+  return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+
+def expected_logit(logits: Array, teacher_logits: Array) -> Array:
+  """sum_z p_teacher(z) logit_z: the value of the prefix before the token, if the logits are values of
+  next tokens and the teacher continues (arXiv:2310.17022). No gradient flows through it.
+
+  Args:
+    logits: f32[..., V], values.
+    teacher_logits: f32[..., V], of the policy whose continuations are valued.
+
+  Returns:
+    f32[...], in units of the values.
+  """
+  probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits), axis=-1)
+  return jnp.sum(probs * jax.lax.stop_gradient(logits), axis=-1)
 
 
 def score_norm(logits: Array, tokens: Array) -> Array:
@@ -152,6 +174,8 @@ TABLE = table(
   logp,
   entropy,
   log_normalizer,
+  token_logit,
+  expected_logit,
   score_norm,
   score_fisher,
   hidden_norm,

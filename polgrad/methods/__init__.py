@@ -14,10 +14,24 @@ the paper, DERIVED that it follows from one of them, MEMORY that it was written 
 import importlib
 import pkgutil
 
-from polgrad.methods import distillation, policy_gradient, preference, reward_model, supervised
+from polgrad.methods import (
+  controlled_decoding,
+  distillation,
+  policy_gradient,
+  preference,
+  reward_model,
+  supervised,
+)
 from polgrad.methods.base import Method
 
-_PACKAGES = (policy_gradient, preference, reward_model, distillation, supervised)
+_PACKAGES = (
+  policy_gradient,
+  preference,
+  reward_model,
+  controlled_decoding,
+  distillation,
+  supervised,
+)
 # Names of the methods by family: the files of its folder.
 FAMILIES = {
   package.__name__.rpartition('.')[2]: tuple(

@@ -8,6 +8,7 @@
 | `Pointwise` | a function of the score of one row |
 | `Listwise` | a function of the scores of all rows of a prompt |
 | `Regression` | the squared error of rewards, scores and an estimate of log Z |
+| `PrefixValues` | the squared error of values of prefixes, which steer decoding |
 | `Distillation` | a divergence from a teacher's next-token distribution |
 | `Supervised` | the negative log-likelihood of given completions |
 | `WeightedSum` | a weighted sum of these |
@@ -25,6 +26,7 @@ from typing import Annotated
 from polgrad.objectives.base import Objective, check_reads, view
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
+from polgrad.objectives.prefix_values import PrefixValues
 from polgrad.objectives.reward_model import RewardModel
 from polgrad.objectives.row_level import Listwise, Pointwise
 from polgrad.objectives.sequence_level import Pairwise, Regression
@@ -44,6 +46,7 @@ __all__ = [
   'Part',
   'Pointwise',
   'PolicyGradient',
+  'PrefixValues',
   'Regression',
   'RewardModel',
   'Supervised',

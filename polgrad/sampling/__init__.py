@@ -3,7 +3,7 @@
 | name | what it is |
 |---|---|
 | `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
-| `behavior_policies` | which policy draws: the current one, greedily, a reference, a mixture of two |
+| `behavior_policies` | who draws: the policy, greedily, a reference, mixtures, with a scorer |
 | `stopping` | texts that end a completion, as a table of states and tokens |
 | `streaming` | one completion token by token, for a chat |
 | `processors` | what is done to its logits before a draw: temperature, top-k, top-p |

@@ -6,7 +6,8 @@ The sampler keeps one key-value cache for each parameter set. The result is f32[
 logit -inf is never drawn.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import jax
@@ -43,6 +44,52 @@ def previous(previous: Array) -> Array:
   return previous
 
 
+def teacher(teacher: Array) -> Array:
+  """The anchor `teacher`, unchanged; the policy in training is not evaluated."""
+  return teacher
+
+
+def controlled(reference: Array, scorer: Array, *, strength: float = 1.0) -> Array:
+  """log pi(z) = log reference(z) + strength * V([prefix, z]) + const: controlled decoding.
+
+  arXiv:2310.17022, token by token. The scorer's logits are the values of prefixes, as the methods
+  `cd_fudge` and `cd_q` train them. The policy maximises strength * E[V] - KL(pi, reference) of the next
+  token. With exact values this is not quite the best trade for whole sequences: that would need soft
+  values, log E[exp(strength V)] / strength. For several scorers see `controlled_by`.
+
+  Args:
+    reference: logits f32[..., V].
+    scorer: values f32[..., V], in units of the reward.
+    strength: in 1 / unit of the reward; 0 is the reference, and a large one takes the best value.
+
+  Returns:
+    log-probabilities f32[..., V].
+  """
+  return jax.nn.log_softmax(reference + strength * scorer)
+
+
+def controlled_by(strengths: Mapping[str, float], *, base: str = 'reference') -> Callable:
+  """`controlled` by several scorers, each with its own strength: their values are summed.
+
+  Args:
+    strengths: by the names of the scorers' parameter sets.
+    base: name of the parameter set that is controlled.
+
+  Returns:
+    A behavior policy that reads the logits of `base` and of every scorer.
+  """
+
+  def controlled(*logits):
+    terms = zip(strengths.values(), logits[1:], strict=True)
+    return jax.nn.log_softmax(logits[0] + sum(strength * values for strength, values in terms))
+
+  # The names of the arguments say which parameter sets a behavior policy reads.
+  kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+  names = (base, *strengths)
+  controlled.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+  return controlled
+
+
 def geometric_mixture(policy: Array, reference: Array, *, reference_weight: float = 0.5) -> Array:
   """Normalised policy^(1 - w) * reference^w, token by token (Nash-MD, arXiv:2312.00886).
 
@@ -60,6 +107,7 @@ def geometric_mixture(policy: Array, reference: Array, *, reference_weight: floa
 
 
 TABLE = table(
-  'behavior_policies', current, greedy, reference, opponent, previous, geometric_mixture
+  'behavior_policies',
+  *(current, greedy, reference, opponent, previous, teacher, controlled, geometric_mixture),
 )
 Part = Annotated[Callable, TABLE]

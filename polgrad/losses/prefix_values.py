@@ -1,0 +1,58 @@
+"""Targets for the values of prefixes, from which a scorer of prefixes learns (arXiv:2310.17022).
+
+The value V(x, y_1..t) of a prefix is the mean reward of its continuations by a fixed policy pi_ref. A
+function of `TABLE` fills the slot `target` of `objectives.PrefixValues`. No gradient flows through it.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from polgrad.registry import table
+from polgrad.types import Array
+
+
+def monte_carlo(rewards: Array, mask: Array) -> Array:
+  """The reward of the row, at each of its tokens (CD-FUDGE).
+
+  The mean over rows is the value under the policy that drew them, so only rows of pi_ref are right.
+
+  Args:
+    rewards: [B].
+    mask: bool[B, T].
+
+  Returns:
+    [B, T], in units of the reward.
+  """
+  return jnp.broadcast_to(jax.lax.stop_gradient(rewards)[:, None], mask.shape)
+
+
+def bootstrapped(rewards: Array, state_value: Array, mask: Array) -> Array:
+  """The present estimate of the value after one more token, and the reward at the last one (CD-Q).
+
+      target_t = sum_z pi_ref(z | y_1..t) V(y_1..t z),   at the last token of the row the reward
+
+  The sum is over what pi_ref does next, so the rows may come from any policy. It is the statistic
+  `state_value` at the next token of the mask.
+
+  Args:
+    rewards: [B].
+    state_value: [B, T], value of the prefix before each token, see `logit_stats.expected_logit`.
+    mask: bool[B, T].
+
+  Returns:
+    [B, T], in units of the reward.
+  """
+  length = mask.shape[1]
+  places = jnp.broadcast_to(jnp.arange(length), mask.shape)
+  # The place of the next token of the mask, `length` if there is none.
+  nearest = jax.lax.cummin(jnp.where(mask, places, length), axis=1, reverse=True)
+  following = jnp.pad(nearest[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+  value = jnp.take_along_axis(state_value, jnp.minimum(following, length - 1), axis=1)
+  return jax.lax.stop_gradient(jnp.where(following < length, value, rewards[:, None]))
+
+
+TABLE = table('prefix_values', monte_carlo, bootstrapped)
+Part = Annotated[Callable, TABLE]
