@@ -35,6 +35,7 @@ format: $(VENV)/.test
 pages: $(VENV)/.test
 	$(BIN)/python launch/method_table.py
 	$(BIN)/python -m benchmarks.estimators --new
+	$(BIN)/python -m benchmarks.preferences --new
 
 $(BIN)/python:
 	python=$$(launch/find_python.sh) && "$$python" -m venv $(VENV)

@@ -1,0 +1,316 @@
+"""The preference report: where the gradient flow of every preference method ends, exactly.
+
+    python -m benchmarks.preferences             # all methods; writes docs/preferences.*
+    python -m benchmarks.preferences dpo ipo     # computes these again and merges them into the report
+    python -m benchmarks.preferences --new       # computes methods that the report does not have yet
+    python -m benchmarks.preferences --table     # writes the page from the numbers that there are
+
+Credit and objective of a method get every pair of sequences of a tiny policy with its probability. The
+exact expected gradient is followed from the reference to where it vanishes. docs/preferences.md says how
+to read the report.
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.integrate import solve_ivp
+from scipy.optimize import minimize_scalar
+
+from benchmarks import preference_world as world
+from benchmarks import preferences_page
+from polgrad import credit as credits
+from polgrad import methods
+from polgrad.methods import Method
+from polgrad.tabular import enumerable
+from polgrad.tabular.estimators import Setting, rollout_loss
+
+END = 1e6  # of the flow, in units in which the first step has speed 1
+STILL = 1e-9  # the flow has ended where its speed is below this
+EVALUATIONS = 4000  # of the gradient; a flow that needs more runs along a kink of the loss
+DESCENT = 20_000  # steps of plain descent with falling lengths, where the loss has kinks
+SETTLED = 1e-3  # descent has ended where no probability moves more in its second half
+# What the exact setting has of a group of sequences, apart from log-probs of anchors.
+GIVEN = {
+  *('logp', 'entropy', 'mask', 'tokens', 'segment_ids', 'turn_ids', 'group_ids', 'prompt_ids'),
+  *('behavior_logp', 'label', 'rewards', 'valid', 'wins', 'staleness', 'stream', 'step', 'logits'),
+}
+# method -> why it is left out, if its arrays do not say it
+LEFT_OUT: dict[str, str] = {}
+BUDGETS = {'max_new_tokens': 2, 'samples_per_prompt': 2, 'steps': 100, 'learning_rate': 0.01}
+
+
+class Found(NamedTuple):
+  """Where a flow ends."""
+
+  ended: bool  # whether it is at rest there
+  speed: float  # length of the gradient there, over that at the start
+  tilt: float | None  # total variation to reference exp(r / T) / Z at the best T; None: no rewards
+  tilt_temperature: float | None  # that T, in units of the reward
+  nash: float  # total variation to reference exp(P(. > pi) / T) / Z at the best T
+  nash_temperature: float  # that T
+  response: float  # total variation to reference exp(P(. > data) / T) / Z at the best T
+  response_temperature: float  # that T
+  chosen: float  # change of E[log pi(chosen)] from the reference, nats
+  rejected: float  # change of E[log pi(rejected)] from the reference, nats
+  unseen: float  # probability of the sequences that the data lacks
+  win_rate: float  # P(pi > reference)
+  kl: float  # KL(pi || reference), nats
+
+
+def load(name: str) -> Method:
+  """The method with `TEMPERATURE` as the coefficient of its reference."""
+  function = getattr(methods, name)
+  takes = inspect.signature(function).parameters
+  budgets = {k: v for k, v in BUDGETS.items() if k in takes}
+  method = function(**budgets)
+  if 'reference' not in method.anchors:
+    return method
+  coefficients = {k: world.TEMPERATURE for k in ('beta', 'tau') if k in takes}
+  return function(**budgets, **coefficients)
+
+
+def left_out(name: str) -> str:
+  """Why a method has no place in the report; '' if it has one."""
+  if name in LEFT_OUT:
+    return LEFT_OUT[name]
+  method = load(name)
+  missing = sorted(
+    read for read in method.reads if read not in GIVEN and not read.endswith('_logp')
+  )
+  if missing:
+    return f'reads {", ".join(missing)}, which the exact setting lacks'
+  if method.bound()[1].select is not None:
+    return 'compares the pairs of a batch, and the report gives it one pair at a time'
+  return ''
+
+
+def make_field(method: Method, preferences: world.Preferences, data: world.Data) -> Callable:
+  """logits f64[P, 3] -> the exact expected gradient of the method's loss, of the same shape.
+
+  Rows are the chosen and the rejected sequence of a pair, whose probability is
+  2 mu(chosen) mu(rejected) P(chosen > rejected). Anchors that follow the policy are the policy.
+  """
+  credit, objective = method.bound()
+  if method.needs != 'problems':
+    credit = credits.nothing()
+  pairs = np.indices((world.SIZE, world.SIZE)).reshape(2, -1).T
+  wins = preferences.wins[pairs[:, 0], pairs[:, 1]]
+  reference = jnp.asarray(world.reference())
+  verdict = {
+    'label': jnp.array([1.0, 0.0]),
+    'rewards': jnp.array([1.0, 0.0]),
+    'wins': jnp.array([[0.5, 1.0], [0.0, 0.5]]),
+  }
+
+  def field(live):
+    behavior = live if data.logits is None else jnp.asarray(data.logits)
+    mu = jnp.exp(jnp.sum(enumerable.logp(world.POLICY, behavior), axis=1)) * data.seen
+    mu = mu / jnp.sum(mu)
+    weight = 2 * mu[pairs[:, 0]] * mu[pairs[:, 1]] * wins
+    setting = Setting(
+      policy=world.POLICY,
+      rewards=np.zeros(world.SIZE),
+      params=live,
+      behavior=behavior,
+      anchors={name: live if follows(method, name) else reference for name in anchors_of(method)},
+      values=np.zeros(world.POLICY.tokens.shape),
+      features=verdict,
+    )
+    one = lambda params, pair: rollout_loss(
+      setting, credit, objective, params, pair, {}, credit.init(), jax.random.key(0)
+    )
+    mean = lambda params: weight @ jax.vmap(lambda pair: one(params, pair))(pairs)
+    return jax.grad(mean)(live)
+
+  return jax.jit(field)
+
+
+def anchors_of(method: Method) -> set[str]:
+  read = {r.removesuffix('_logp') for r in method.reads if r.endswith('_logp')}
+  return {'reference', *method.anchors, *read} - {'behavior'}
+
+
+def follows(method: Method, anchor: str) -> bool:
+  """Whether an anchor moves with the policy, so that at rest it is the policy."""
+  rule = method.anchors.get(anchor)
+  return anchor != 'reference' if rule is None else rule.name != 'optim.fixed'
+
+
+def flow(field: Callable) -> tuple[np.ndarray, bool, float]:
+  """Follows d logits / dt = -field from the reference.
+
+  Returns:
+    The last logits, whether the flow has ended there, and its speed over that at the start.
+  """
+  start = world.reference()
+  size = np.linalg.norm(field(start))
+  if size < 1e-14:
+    return start, True, 0.0
+  calls = itertools.count()
+
+  def speed(x):
+    if next(calls) > EVALUATIONS:
+      raise Kinked
+    return -np.asarray(field(x.reshape(start.shape))).ravel() / size
+
+  try:
+    found = solve_ivp(
+      lambda t, x: speed(x),
+      (0, END),
+      start.ravel(),
+      method='BDF',
+      rtol=1e-7,
+      atol=1e-9,
+      t_eval=[END],
+    )
+    if not found.success:
+      raise Kinked
+    logits = polish(speed, found.y[:, -1])
+  except Kinked:
+    return descent(field, start, size)
+  left = float(np.linalg.norm(speed(logits)))
+  return logits.reshape(start.shape), left < STILL, left
+
+
+class Kinked(Exception):
+  """The flow takes too many steps, as it does where the loss has no derivative."""
+
+
+def descent(field: Callable, start: np.ndarray, size: float) -> tuple[np.ndarray, bool, float]:
+  """`flow` by steps whose lengths fall as 1 / number, for losses with kinks."""
+
+  @jax.jit
+  def steps(x, first, count):
+    move = lambda i, x: x - 0.2 / (1 + i / 100) * field(x) / size
+    return jax.lax.fori_loop(first, first + count, move, x)
+
+  half = steps(start, 0, DESCENT // 2)
+  logits = np.asarray(steps(half, DESCENT // 2, DESCENT // 2))
+  moved = np.abs(world.probabilities(logits) - world.probabilities(half)).max()
+  return logits, bool(moved < SETTLED), float(np.linalg.norm(field(logits)) / size)
+
+
+def polish(speed: Callable, x: np.ndarray) -> np.ndarray:
+  """Newton steps of least length, which leave directions without a gradient alone."""
+  for _ in range(4):
+    step = 1e-5
+    columns = [
+      (speed(x + step * unit) - speed(x - step * unit)) / (2 * step) for unit in np.eye(len(x))
+    ]
+    move = np.linalg.pinv(np.stack(columns, axis=1), rcond=1e-7) @ speed(x)
+    if np.abs(move).max() > 0.05 or np.linalg.norm(speed(x - move)) > np.linalg.norm(speed(x)):
+      break
+    x = x - move
+  return x
+
+
+def nearest(pi: np.ndarray, q: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
+  """The least total variation between pi and reference exp(q / T) / Z over T, and that T.
+
+  Both are distributions over the sequences of `seen`, bool[S].
+  """
+  pi, q = pi[seen] / pi[seen].sum(), q[seen]
+  reference = world.probabilities(world.reference())[seen]
+
+  def distance(log_t):
+    tilted = reference * np.exp((q - q.max()) / np.exp(log_t))
+    return 0.5 * np.abs(pi - tilted / tilted.sum()).sum()
+
+  grid = np.linspace(np.log(0.01), np.log(1e4), 200)
+  best = grid[np.argmin([distance(x) for x in grid])]
+  width = grid[1] - grid[0]
+  found = minimize_scalar(
+    distance, bounds=(best - width, best + width), method='bounded', options={'xatol': 1e-12}
+  )
+  return float(found.fun), float(np.exp(found.x))
+
+
+def measure(method: Method, preferences: world.Preferences, data: world.Data) -> Found:
+  logits, ended, speed = flow(make_field(method, preferences, data))
+  pi, mu = world.probabilities(logits), world.sampled(data, logits)
+  reference = world.probabilities(world.reference())
+  wins, gain = preferences.wins, np.log(pi / reference)
+  tilt = (
+    (None, None) if preferences.rewards is None else nearest(pi, preferences.rewards, data.seen)
+  )
+  seen = pi * data.seen / pi[data.seen].sum()  # what the policy is on the data
+  nash = nearest(pi, wins @ seen, data.seen)
+  response = nearest(pi, wins @ mu, data.seen)
+  chosen = 2 * mu * (wins @ mu)  # distribution of the preferred sequence of a pair
+  return Found(
+    ended,
+    speed,
+    *tilt,
+    *nash,
+    *response,
+    chosen=float(chosen @ gain),
+    rejected=float((2 * mu - chosen) @ gain),
+    unseen=float(pi[~data.seen].sum()),
+    win_rate=float(pi @ wins @ reference),
+    kl=float(pi @ gain),
+  )
+
+
+def report(names: list[str]) -> preferences_page.Rows:
+  """Computes the methods and prints a line for each."""
+  rows = {}
+  for name in names:
+    method, began = load(name), time.monotonic()
+    rows[name] = {
+      preferences.name: {
+        data.name: measure(method, preferences, data)._asdict() for data in world.sources()
+      }
+      for preferences in (world.bradley_terry(), world.game())
+    }
+    told = preferences_page.cells(rows[name])
+    print(f'{name:20s} {time.monotonic() - began:5.1f} s ', *told, sep=' | ', flush=True)
+  return rows
+
+
+def stored() -> preferences_page.Rows:
+  """The numbers of the last report, without methods that are gone."""
+  numbers = json.loads(preferences_page.NUMBERS.read_text())
+  return {n: numbers[n] for n in numbers if n in all_names()}
+
+
+def reasons() -> dict[str, str]:
+  """Why methods are left out, by name."""
+  found = {name: left_out(name) for name in sorted(methods.FAMILIES['preference'])}
+  return {name: reason for name, reason in found.items() if reason}
+
+
+def all_names() -> list[str]:
+  return sorted(set(methods.FAMILIES['preference']) - reasons().keys())
+
+
+def main() -> None:
+  names = all_names()
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('methods', nargs='*', help=f'out of {", ".join(names)}; none: all')
+  parser.add_argument('--new', action='store_true', help='those that the report does not have')
+  parser.add_argument('--table', action='store_true', help='only write the page')
+  arguments = parser.parse_args()
+  unknown = sorted(set(arguments.methods) - set(names))
+  if unknown:
+    parser.error(f'unknown {unknown}; valid: {names}')
+
+  # The numbers of methods that are not computed come from the last report.
+  before = stored() if arguments.methods or arguments.new or arguments.table else {}
+  new = [name for name in names if name not in before]
+  with jax.enable_x64(True):
+    found = report([] if arguments.table else arguments.methods or new)
+  rows = dict(sorted((before | found).items()))
+  preferences_page.draw(rows)
+  preferences_page.write(rows, left_out=reasons())
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,284 @@
+"""docs/preferences.md, .json and .png from the numbers of the preference report.
+
+`rows` are by method, preferences ('bradley_terry', 'game') and data; an entry is that of
+`preferences.Found`.
+"""
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks import preference_world as world
+
+DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+NUMBERS = DOCS / 'preferences.json'
+EXACT = 1e-6  # total variation below which two distributions are called equal
+DATA = ('on_policy', 'reference', 'other', 'partial')
+COLUMNS = tuple((kind, data) for kind in ('bradley_terry', 'game') for data in DATA)
+Rows = dict[str, dict[str, dict[str, dict]]]
+
+
+def verdict(found: dict) -> str:
+  """What a flow ends at: `tilt T`, `Nash T`, `response T`, reference, something else, or nothing."""
+  if not found['ended']:
+    return 'no end'
+  if found['kl'] < 1e-12:
+    return 'reference'
+  for kind, word in (('tilt', 'tilt'), ('nash', 'Nash'), ('response', 'response')):
+    if found[kind] is not None and found[kind] < EXACT:
+      return f'{word} {found[f"{kind}_temperature"]:.2f}'
+  return f'{away(found):.0e}' if away(found) < 5e-4 else f'{away(found):.3f}'
+
+
+def away(found: dict) -> float:
+  """Distance to the nearest tilt of the reference by the reward; in a game, to the nearest Nash."""
+  return found['nash'] if found['tilt'] is None else found['tilt']
+
+
+def cells(row: dict) -> list[str]:
+  return [verdict(row[kind][data]) for kind, data in COLUMNS]
+
+
+def tilts(row: dict) -> bool:
+  """Whether both data sets that cover everything lead to a tilt by the reward."""
+  found = [verdict(row['bradley_terry'][data]) for data in ('reference', 'other')]
+  return all(x.startswith('tilt') for x in found)
+
+
+def finds_nash(row: dict) -> bool:
+  return verdict(row['game']['on_policy']).startswith('Nash')
+
+
+def responds(row: dict) -> bool:
+  """Whether the end is the regularised best response to whoever sampled the data."""
+  found = [verdict(row['game'][data]) for data in ('reference', 'other')]
+  return all(x.startswith('response') for x in found)
+
+
+def endless(row: dict) -> bool:
+  return any(x == 'no end' for x in cells(row))
+
+
+CLASSES = {
+  'the tilted policy, from any data that covers all': tilts,
+  'the regularised Nash policy, from own samples': finds_nash,
+  'no end in at least one setting': endless,
+  'neither': lambda row: True,
+}
+
+
+def grouped(rows: Rows) -> dict[str, list[str]]:
+  """Names by the first class they belong to."""
+  found = {title: [] for title in CLASSES}
+  for name, row in rows.items():
+    found[next(t for t, belongs in CLASSES.items() if belongs(row))].append(name)
+  return {title: names for title, names in found.items() if names}
+
+
+PAGE = """# Where preference losses lead: the exact fixed point of every method
+
+Made by `python -m benchmarks.preferences`, which computes expectations exactly instead of
+sampling.
+
+The policy is a free table over the {size} sequences of one or two tokens (three tokens, one of
+them the stop token). Credit and objective of each method get every pair (chosen, rejected) as a
+batch, with its probability 2 mu(chosen) mu(rejected) P(chosen > rejected): the two sequences are
+drawn independently from mu, and the verdict from P. The exact expected gradient is followed from
+the reference (gradient flow, float64, BDF with tolerance 1e-7, up to {end:.0e} units in which the
+first step has speed 1, then Newton steps) to where it vanishes. Equal means a total variation
+below {exact:.0e}.
+
+Two kinds of preferences: `Bradley-Terry`, P = sigmoid(r - r') with rewards from {least} to {most}
+(this is the setting in which a reward explains the labels), and a `game`, whose P no reward
+explains (1 beats 4, 4 beats 6 and 6 beats 1, each with probability {cycle:.3f}).
+
+Four sources of pairs: `own`, the policy that is trained (samples and labels are always fresh);
+`reference`, where it starts; `other`, another policy that gives every sequence a probability; and
+`partial`, the reference restricted to {seen} of the {size} sequences. The last three are data
+sets that never change.
+
+A cell says at what the flow ends:
+
+* **tilt T**: reference exp(r / T) / Z, the optimum of E[r] - T KL(pi || reference).
+* **Nash T**: the policy pi = reference exp(P(. > pi) / T) / Z, which no policy beats in the game
+  with KL penalty T.
+* **response T**: reference exp(P(. > mu) / T) / Z, the best response to mu, who sampled the data.
+* **a number**: none of these. It is the total variation to the nearest tilt (in the game, to the
+  nearest Nash policy), where T is chosen to make it smallest.
+* **no end**: the gradient has not vanished; the policy still moves.
+* With `partial` data all of these are meant among the sequences of the data.
+
+Methods with a reference have T = {temperature} as their `beta` or `tau`, all other constants are
+defaults. What follows the policy (a reference that is renewed, the policy at the start of a
+phase) is the policy itself, as it is at rest.
+
+![ends, likelihoods, and mass on sequences that the data lacks](preferences.png)
+
+## What to read from it
+
+{reading}
+
+* **Why they differ**: with the logistic loss and Bradley-Terry labels, the best margin of each
+  pair is the difference of the rewards over beta, so all pairs agree and mu does not matter.
+  Without a reward the pairs contradict each other, and a loss averages the contradictions in its
+  way, weighted by mu. The squared loss averages win probabilities, and its optimum is the best
+  response to mu; if mu is the policy itself, that is the regularised Nash policy. Other losses
+  average something else.
+* **The likelihood of chosen answers** falls in most offline runs, and that alone is no error: the
+  optimum moves mass to good sequences wherever they are, and the rejected ones fall more. What is
+  an error is where the mass goes if the data does not cover it: a loss of margins does not see
+  the sequences that the data lacks, and their probability is whatever the parameters make of it.
+
+## Where each method ends
+
+{tables}
+
+## Likelihood and mass that no data asked for
+
+Bradley-Terry labels. *chosen* and *rejected* are changes of E[log pi] from the reference, in
+nats. *unseen* is the probability of the sequences that the partial data lacks: {unseen:.3f} in
+the reference, {wanted:.3f} in the tilted policy that has T = {temperature}. *win rate* is P(pi >
+reference), KL is KL(pi || reference) in nats.
+
+{likelihoods}
+
+## Left out
+
+{left_out}
+"""
+
+
+def write(rows: Rows, *, left_out: dict[str, str]) -> None:
+  from benchmarks.preferences import END
+
+  reference = world.probabilities(world.reference())
+  tilted = reference * np.exp(world.REWARDS / world.TEMPERATURE)
+  unseen = ~np.isin(np.arange(world.SIZE), world.SEEN)
+  text = PAGE.format(
+    size=world.SIZE,
+    end=END,
+    exact=EXACT,
+    least=world.REWARDS.min(),
+    most=world.REWARDS.max(),
+    cycle=world.game().wins[1, 4],
+    seen=len(world.SEEN),
+    temperature=world.TEMPERATURE,
+    reading=reading(rows),
+    tables=tables(rows),
+    unseen=reference[unseen].sum(),
+    wanted=tilted[unseen].sum() / tilted.sum(),
+    likelihoods=likelihoods(rows),
+    left_out='\n'.join(f'* `{k}`: {v}.' for k, v in left_out.items()) or 'None.',
+  )
+  (DOCS / 'preferences.md').write_text(text)
+  NUMBERS.write_text(json.dumps(rows, indent=1) + '\n')
+
+
+def tables(rows: Rows) -> str:
+  names = {'on_policy': 'own'}
+  kinds = {'bradley_terry': 'Bradley-Terry', 'game': 'game'}
+  head = [f'{kinds[kind]}, {names.get(data, data)}' for kind, data in COLUMNS]
+  lines = []
+  for title, members in grouped(rows).items():
+    lines += [f'### {title[0].upper()}{title[1:]}', '', f'| method | {" | ".join(head)} |']
+    lines += ['|---' * (len(head) + 1) + '|']
+    lines += [f'| `{name}` | {" | ".join(cells(rows[name]))} |' for name in members]
+    lines.append('')
+  return '\n'.join(lines).rstrip()
+
+
+def likelihoods(rows: Rows) -> str:
+  lines = [
+    '| method | own: chosen, rejected | reference: chosen, rejected | partial: chosen, rejected '
+    '| unseen | win rate, KL (reference) |',
+    '|---' * 6 + '|',
+  ]
+  for name, row in rows.items():
+    of = row['bradley_terry']
+    pairs = [
+      f'{of[d]["chosen"]:+.2f}, {of[d]["rejected"]:+.2f}'
+      for d in ('on_policy', 'reference', 'partial')
+    ]
+    rest = [f'{of["partial"]["unseen"]:.3f}']
+    rest.append(f'{of["reference"]["win_rate"]:.3f}, {of["reference"]["kl"]:.2f}')
+    lines.append(f'| `{name}` | {" | ".join(pairs + rest)} |')
+  return '\n'.join(lines)
+
+
+def reading(rows: Rows) -> str:
+  """The findings, from the numbers."""
+  listed = lambda names: ', '.join(f'`{n}`' for n in names) or 'none'
+  offline = lambda row: row['bradley_terry']['reference']
+  partial = lambda row: row['bradley_terry']['partial']
+  reference = world.probabilities(world.reference())
+  before = reference[~np.isin(np.arange(world.SIZE), world.SEEN)].sum()
+  lines = {
+    'The tilted policy from Bradley-Terry labels, whatever data covers all': tilts,
+    'The regularised Nash policy of the game, from own samples': finds_nash,
+    'The best response to whoever sampled the data': responds,
+    'The same end with both data sets that cover all, in the game too': lambda row: (
+      abs(row['game']['reference']['kl'] - row['game']['other']['kl']) < 1e-6
+      and row['game']['reference']['ended']
+    ),
+    'The likelihood of chosen answers falls (data from the reference)': lambda row: (
+      offline(row)['chosen'] < -EXACT
+    ),
+    'It rises': lambda row: offline(row)['chosen'] > EXACT,
+    f'More than half of the mass on the sequences that partial data lacks (before: {before:.2f})': (
+      lambda row: partial(row)['unseen'] > 0.5
+    ),
+    'No end in at least one setting': endless,
+  }
+  return '\n'.join(
+    f'* {title}: {listed([n for n, row in rows.items() if belongs(row)])}.'
+    for title, belongs in lines.items()
+  )
+
+
+def draw(rows: Rows) -> None:
+  """One row per method: distances, changes of likelihoods, and the mass on unseen sequences."""
+  names = [name for members in grouped(rows).values() for name in members]
+  lines = np.arange(len(names))
+  figure, (left, middle, right) = plt.subplots(
+    1, 3, figsize=(13, 0.22 * len(names) + 2.2), layout='constrained', sharey=True,
+    width_ratios=(1.3, 1, 0.8),
+  )  # fmt: skip
+  entries = [[rows[n][kind][data] for kind, data in COLUMNS] for n in names]
+  distance = np.array([[max(away(x), 1e-7) if x['ended'] else np.nan for x in e] for e in entries])
+  colors = plt.get_cmap('RdYlGn_r').with_extremes(bad='lightgray')
+  image = left.imshow(np.log10(distance), aspect='auto', cmap=colors, vmin=-6, vmax=0)
+  left.set_yticks(lines, names, fontsize=8)
+  labels = ('own', 'reference', 'other', 'partial')
+  left.set_xticks(range(len(COLUMNS)), labels * 2, rotation=60, fontsize=8)
+  left.axvline(len(DATA) - 0.5, color='white', lw=4)
+  left.set_title('to the tilted policy (Bradley-Terry) | to Nash (game)', fontsize=9)
+  bar = figure.colorbar(image, ax=left, location='bottom', shrink=0.8, ticks=(-6, -4, -2, 0))
+  bar.ax.set_xticklabels(('exact', '1e-4', '0.01', '1'), fontsize=8)
+  bar.set_label('total variation; gray: no end', fontsize=8)
+
+  data = [rows[n]['bradley_terry']['reference'] for n in names]
+  chosen, rejected = (np.array([x[k] for x in data]) for k in ('chosen', 'rejected'))
+  middle.hlines(lines, rejected, chosen, color='lightgray', lw=1)
+  middle.plot(chosen, lines, '.', color='C2', ms=8, label='chosen')
+  middle.plot(rejected, lines, '.', color='C3', ms=8, label='rejected')
+  middle.axvline(0, color='gray', lw=0.7, ls=':')
+  middle.set_title('change of mean log-prob, nats\n(data of the reference)', fontsize=9)
+  middle.legend(fontsize=8)
+  middle.grid(axis='x', alpha=0.3)
+
+  unseen = [rows[n]['bradley_terry']['partial']['unseen'] for n in names]
+  reference = world.probabilities(world.reference())
+  before = reference[~np.isin(np.arange(world.SIZE), world.SEEN)].sum()
+  right.plot(unseen, lines, '.', color='C0', ms=8)
+  right.axvline(before, color='gray', lw=0.7, ls=':')
+  right.set_xlim(-0.02, 1.02)
+  right.set_title('mass on sequences that\npartial data lacks (dotted: before)', fontsize=9)
+  right.grid(axis='x', alpha=0.3)
+  figure.savefig(DOCS / 'preferences.png', dpi=110)
+  plt.close(figure)

@@ -1,0 +1,99 @@
+"""The preference report says what the methods do, and its page says what its numbers say."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import preference_world as world
+from benchmarks import preferences, preferences_page
+
+
+@pytest.fixture
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture(scope='module')
+def numbers() -> dict:
+  return json.loads(preferences_page.NUMBERS.read_text())
+
+
+def test_every_preference_method_is_in_the_report_or_left_out_for_a_reason(numbers):
+  assert sorted(numbers) == preferences.all_names(), 'run `make pages`'
+
+
+def test_the_page_is_that_of_the_numbers(numbers, monkeypatch, tmp_path):
+  written = (preferences_page.DOCS / 'preferences.md').read_text()
+  monkeypatch.setattr(preferences_page, 'DOCS', tmp_path)
+  monkeypatch.setattr(preferences_page, 'NUMBERS', tmp_path / 'preferences.json')
+  preferences_page.write(numbers, left_out=preferences.reasons())
+  assert (tmp_path / 'preferences.md').read_text() == written, 'run `make pages`'
+
+
+@pytest.mark.parametrize(
+  ('name', 'kind', 'data'), [('ipo', 'game', 'on_policy'), ('dpo', 'bradley_terry', 'partial')]
+)
+def test_the_report_is_what_the_methods_do(name, kind, data, numbers, x64):
+  kinds = {x.name: x for x in (world.bradley_terry(), world.game())}
+  sources = {x.name: x for x in world.sources()}
+  found = preferences.measure(preferences.load(name), kinds[kind], sources[data])._asdict()
+  for key, value in numbers[name][kind][data].items():
+    if key not in ('speed', 'tilt', 'nash', 'response') and not key.endswith('temperature'):
+      np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-7)
+  assert preferences_page.verdict(found) == preferences_page.verdict(numbers[name][kind][data])
+
+
+def verdicts(numbers, name, kind) -> list[str]:
+  return [preferences_page.verdict(numbers[name][kind][data]) for data in preferences_page.DATA]
+
+
+def test_dpo_ends_at_the_tilted_policy_whoever_sampled_the_bradley_terry_labels(numbers):
+  assert verdicts(numbers, 'dpo', 'bradley_terry') == [f'tilt {world.TEMPERATURE:.2f}'] * 4
+
+
+def test_ipo_ends_at_the_best_response_to_whoever_sampled_and_therefore_depends_on_it(numbers):
+  for kind in ('bradley_terry', 'game'):
+    assert verdicts(numbers, 'ipo', kind)[1:] == [f'response {world.TEMPERATURE:.2f}'] * 3
+  kls = [numbers['ipo']['game'][data]['kl'] for data in ('reference', 'other')]
+  assert abs(kls[0] - kls[1]) > 0.01
+
+
+def test_from_own_samples_the_squared_loss_finds_the_nash_policy_and_the_logistic_one_does_not(
+  numbers,
+):
+  assert verdicts(numbers, 'ipo', 'game')[0] == f'Nash {world.TEMPERATURE:.2f}'
+  assert numbers['online_dpo']['game']['on_policy']['nash'] > 1e-3
+  assert numbers['online_dpo']['bradley_terry']['on_policy']['tilt'] < preferences_page.EXACT
+
+
+def test_the_likelihood_of_chosen_answers_falls_under_dpo_and_rejected_ones_fall_more(numbers):
+  found = numbers['dpo']['bradley_terry']['reference']
+  assert found['rejected'] < found['chosen'] < 0
+
+
+def test_an_online_method_has_the_fixed_point_of_its_loss(numbers):
+  """The verdicts of pairs are drawn in the same way, so online DPO and DPO have one field."""
+  for data in preferences_page.DATA:
+    for key in ('tilt', 'kl'):
+      found = (numbers[name]['bradley_terry'][data][key] for name in ('dpo', 'online_dpo'))
+      np.testing.assert_allclose(*found, rtol=0, atol=1e-6)
+
+
+def test_a_game_has_no_reward_and_a_reward_gives_no_cycle():
+  wins = world.game().wins
+  np.testing.assert_allclose(wins + wins.T, np.ones_like(wins), rtol=0, atol=1e-12)
+  assert min(wins[1, 4], wins[4, 6], wins[6, 1]) > 0.9
+  log_odds = np.log(world.bradley_terry().wins / world.bradley_terry().wins.T)
+  np.testing.assert_allclose(log_odds[1, 4] + log_odds[4, 6] + log_odds[6, 1], 0, atol=1e-12)
+
+
+def test_the_nearest_tilt_of_a_tilted_policy_is_itself():
+  reference = world.probabilities(world.reference())
+  tilted = reference * np.exp(world.REWARDS / 0.4)
+  every = np.ones(world.SIZE, bool)
+  distance, temperature = preferences.nearest(tilted / tilted.sum(), world.REWARDS, every)
+  assert distance < preferences_page.EXACT
+  np.testing.assert_allclose(temperature, 0.4, rtol=1e-5)
