@@ -4,9 +4,10 @@
 |---|---|
 | `verifiers` | functions that judge one completion: exact match, numbers, formats, length |
 | `comparisons` | functions that compare two completions of one prompt |
+| `judge` | a language model that judges, asked over HTTP |
 | `scoring` | runs verifiers over a batch, in worker processes if asked, and reports their failures |
 """
 
-from polgrad.rewards import comparisons, scoring, verifiers
+from polgrad.rewards import comparisons, judge, scoring, verifiers
 
-__all__ = ['comparisons', 'scoring', 'verifiers']
+__all__ = ['comparisons', 'judge', 'scoring', 'verifiers']

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from polgrad.registry import Positive, inputs, table, unbound
+from polgrad.rewards import judge
 
 
 def by_reward(first_reward: float, second_reward: float, *, temperature: Positive = 1.0) -> float:
@@ -79,5 +80,5 @@ def both_orders(*, comparison: Annotated[Callable, SIMPLE]) -> Callable:
   return over
 
 
-TABLE = SIMPLE | table('comparisons', both_orders)
+TABLE = SIMPLE | table('comparisons', both_orders) | judge.COMPARISONS
 Part = Annotated[Callable, TABLE]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from polgrad.registry import NotNegative, table
-from polgrad.rewards import expressions
+from polgrad.rewards import expressions, judge
 
 # A minus is a sign only if it does not subtract, that is, not after a digit or a closing bracket.
 NUMBER = re.compile(
@@ -260,14 +260,17 @@ def _task_scorer(task):
   return get_score_answer_fn(task)
 
 
-TABLE = table(
-  'verifiers',
-  exact_match,
-  numeric_answer,
-  boxed_answer,
-  choice_letter,
-  regex_format,
-  reasoning_gym_score,
-  soft_overlong,
+TABLE = (
+  table(
+    'verifiers',
+    exact_match,
+    numeric_answer,
+    boxed_answer,
+    choice_letter,
+    regex_format,
+    reasoning_gym_score,
+    soft_overlong,
+  )
+  | judge.SCORES
 )
 Part = Annotated[Callable, TABLE]
