@@ -119,13 +119,14 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
     if not value or _free(key):
       continue
     for text in value if isinstance(value, list) else [value]:
-      if not isinstance(text, str):
+      # Only these are made to paths: the URL of a judge, for example, is none.
+      named = name in ('path', 'adapter', 'ensemble')
+      if not isinstance(text, str) or not (named or (data and os.sep in text)):
         continue
       path = paths.path(text)
       # Data in a folder elsewhere have a fingerprint of their own, see `describe`.
-      elsewhere = data and paths.REMOTE in text and not path.is_file()
-      named = name in ('path', 'adapter', 'ensemble') and not elsewhere
-      if named or (data and os.sep in text and path.is_file()):
+      elsewhere = data and paths.REMOTE in text
+      if path.is_file() or (named and not elsewhere):
         yield path, data
 
 

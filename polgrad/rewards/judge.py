@@ -79,7 +79,7 @@ def score(
   retries: Count = 4,
   concurrency: Annotated[int, Range(at_least=1, at_most=256)] = 16,
   batch_s: Positive = 600.0,
-  options: dict = {},
+  options: Mapping = {},
 ) -> list[float | Failure]:
   """(mark - low) / (high - low), in [0, 1]: what a judge says of each completion.
 
@@ -151,7 +151,7 @@ def compare(
   retries: Count = 4,
   concurrency: Annotated[int, Range(at_least=1, at_most=256)] = 16,
   batch_s: Positive = 600.0,
-  options: dict = {},
+  options: Mapping = {},
 ) -> list[float | Failure]:
   """P(first beats second) = (P(A | first, second) + 1 - P(A | second, first)) / 2 (arXiv:2402.04792).
 
@@ -261,7 +261,7 @@ class _Client:
   retries: int
   concurrency: int
   batch_s: float
-  options: dict
+  options: Mapping
 
   def ask(self, questions: Sequence[str], *, logprobs: bool = False) -> list[dict | Failure]:
     """The reply to each question, or why there is none.

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from polgrad import identity
 from polgrad.registry import bind, part
 from polgrad.rewards import comparisons, judge, scoring, verifiers
 from polgrad.rewards.worker import Failure
@@ -297,3 +298,8 @@ def test_a_judge_fills_the_slots_of_rewards_and_of_comparisons(serve):
     pairs = [{'first': 'a', 'second': 'b', **pair}, {'first': 'fail', 'second': 'b', **pair}]
     found = compare(pairs, {'prompt': lambda: ['p', 'p']})
     np.testing.assert_allclose(found.wins, [0.5, np.nan])
+
+
+def test_the_address_of_a_judge_and_its_question_are_no_files_of_a_run():
+  knobs = {'url': 'http://localhost/v1', 'template': '/long ' * 1000}
+  assert not list(identity._paths({'source': knobs, 'phases': {'reward': knobs}}))
