@@ -57,7 +57,9 @@ BATCH = {
 FEATURES = {
   'target': Spec('B', 'the number that the score of the row should be; from the data'),
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
-  'margins': Spec('B', 'what the margin of the pair must exceed, in both rows; from the data'),
+  'annotated_margin': Spec(
+    'B', 'how much better the chosen row of the pair is, in both rows; from the data'
+  ),
   'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
   'pair_side': Spec(
     'B', '1 for the chosen row of a group, -1 for the rejected one, else 0; from credit'

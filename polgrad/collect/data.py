@@ -92,7 +92,7 @@ class Preferences(Given):
   # that the phase can share the prompts of its pairs (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
   # Numbers that every record has and the objective reads, the same in both rows of a pair: name of the
-  # array -> field of the record, as in {'margins': 'margin'}.
+  # array -> field of the record, as in {'annotated_margin': 'margin'}.
   numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # Whether records may have weights of tokens, `chosen_weights` and `rejected_weights`.
   token_weights: bool = False

@@ -10,6 +10,9 @@ Some templates change the text of a turn, for example remove its thoughts. Then 
 has written it already, such as `<think>`; a last turn of `messages` is refused. A `prompt` that is text
 has no template: the completion follows it word for word.
 
+If a record has `previous_steps`, a text, this follows the prompt word for word and is not trained, and
+the completion follows it: one step of an answer is trained after the steps before it.
+
 With a `prefix` of the tokenizer, which is put between the prompt and what is sampled, completions follow
 that word for word, and lose it where they begin with it.
 
@@ -30,6 +33,7 @@ from polgrad.data.chat import plain_chat
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch, Prompts
 
+PREVIOUS = 'previous_steps'  # field with the text that a completion continues: given, not trained
 Overlong = Literal['error', 'drop', 'truncate']  # what is done with a record that is too long
 OnUnusable = Literal['error', 'drop']  # what is done with one that `Unusable` is raised for
 
@@ -479,6 +483,10 @@ def _segment(record, tokenizer, field):
   if _ends_with_assistant(record):
     raise ValueError(f'record {record["id"]}: {field!r} after messages that end with an assistant')
   prompt = _prompt(record, tokenizer)
+  if PREVIOUS in record:  # the completion continues a turn that the template has no end for
+    steps = _previous(record, tokenizer)
+    completion, trained = _words(record, tokenizer, field)
+    return prompt + steps + completion, [False] * len(prompt + steps) + trained
   completion, trained = _turn(record, tokenizer, field) or _words(record, tokenizer, field)
   return prompt + completion, [False] * len(prompt) + trained
 
@@ -490,6 +498,14 @@ def _after(record, tokenizer, row, other):
   first, _ = _segment(record, tokenizer, other)
   ids, mask = row
   return first + ids, [False] * len(first) + mask
+
+
+def _previous(record, tokenizer):
+  """The ids of what the model has said before the completion."""
+  if not isinstance(record[PREVIOUS], str):
+    raise ValueError(f'record {record["id"]}: {PREVIOUS} must be text, got {record[PREVIOUS]!r}')
+  with _naming(record):
+    return list(tokenizer.encode(record[PREVIOUS]))
 
 
 def _turn(record, tokenizer, field):

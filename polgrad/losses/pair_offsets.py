@@ -32,29 +32,29 @@ def length_difference(mask: Array, preferred: Array) -> Array:
   return chosen - rejected
 
 
-def given(margins: Array) -> Array:
+def annotated(annotated_margin: Array) -> Array:
   """The margins that the data give, such as how much better annotators found the chosen completion
   (Llama 2, arXiv:2307.09288, arXiv:2402.10571).
 
   Args:
-    margins: [B], the same in both rows of a pair.
+    annotated_margin: [B], the same in both rows of a pair.
 
   Returns:
     [B / 2].
   """
-  return pairs.first(margins)
+  return pairs.first(annotated_margin)
 
 
-def log_given(margins: Array) -> Array:
+def log_annotated(annotated_margin: Array) -> Array:
   """log(1 + m), m the margin that the data give to a pair (arXiv:2402.10571).
 
   Args:
-    margins: [B], at least 0, the same in both rows of a pair.
+    annotated_margin: [B], at least 0, the same in both rows of a pair.
 
   Returns:
     [B / 2].
   """
-  return jnp.log1p(pairs.first(margins))
+  return jnp.log1p(pairs.first(annotated_margin))
 
 
 def matched(matched_gap: Array) -> Array:
@@ -70,5 +70,5 @@ def matched(matched_gap: Array) -> Array:
   return pairs.first(matched_gap)
 
 
-TABLE = table('pair_offsets', length_difference, given, log_given, matched)
+TABLE = table('pair_offsets', length_difference, annotated, log_annotated, matched)
 Part = Annotated[Callable, TABLE]

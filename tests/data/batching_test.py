@@ -50,6 +50,23 @@ def test_the_completion_ends_with_the_stop_token_exactly_once():
 
 
 @pytest.mark.parametrize(
+  'asked', [{'prompt': '1+1+1='}, {'messages': [{'role': 'user', 'content': '1'}]}]
+)
+def test_a_step_is_trained_after_the_steps_before_it(asked):
+  """What Step-DPO trains: each row is prompt, previous steps, step and stop token."""
+  record = {**asked, 'previous_steps': '1+1=2 ', 'chosen': '2+1=3', 'rejected': '2+1=4', 'id': 0}
+  got = batching.pairs([record], BYTE, length=60)
+  prompt = batching.prompt_text(record, BYTE)
+  for row, step in enumerate(('2+1=3', '2+1=4')):
+    trained = got.tokens[row, got.mask[row]].tolist()
+    seen = got.tokens[row, (got.segment_ids[row] > 0) & ~got.mask[row]].tolist()
+    assert trained == [*BYTE.encode(step), BYTE.stop_ids[0]]
+    assert [t for t in seen if t != BYTE.bos_id] == BYTE.encode(prompt + '1+1=2 ')
+  with pytest.raises(ValueError, match=r'record 0: previous_steps must be text, got 2'):
+    batching.pairs([record | {'previous_steps': 2}], BYTE, length=60)
+
+
+@pytest.mark.parametrize(
   ('record', 'prompt', 'said'),
   [
     ({'prompt': 'q: ', 'answer': '4'}, 'q: <a>\n', '4'),

@@ -130,11 +130,11 @@ def exo_pref(x, const):
 
 
 def odpo(x, const):
-  return soft(logistic, 0.1 * margin(x) - np.log(1 + x['margins'][::2]), x)
+  return soft(logistic, 0.1 * margin(x) - np.log(1 + x['annotated_margin'][::2]), x)
 
 
 def odpo_linear(x, const):
-  return soft(logistic, 0.1 * margin(x) - 0.5 * x['margins'][::2], x)
+  return soft(logistic, 0.1 * margin(x) - 0.5 * x['annotated_margin'][::2], x)
 
 
 def dpo_length_normalized(x, const):

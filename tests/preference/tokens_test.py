@@ -331,7 +331,7 @@ def test_the_reference_of_humanline_is_the_policy_before_the_last_update():
 class TestFieldsOfRecords:
   def test_numbers_are_those_of_both_rows(self):
     records = [{'id': 4, 'similarity': 0.5}, {'id': 5, 'similarity': 1}]
-    found = pair_fields.numbers(records, ('similarity',))
+    found = pair_fields.numbers(records, {'similarity': 'similarity'})
     np.testing.assert_array_equal(found['similarity'], np.float32([0.5, 0.5, 1, 1]))
 
   @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ class TestFieldsOfRecords:
   )
   def test_a_missing_number_is_named(self, record, words):
     with pytest.raises(ValueError, match=words):
-      pair_fields.numbers([{'id': 4, **record}], ('similarity',))
+      pair_fields.numbers([{'id': 4, **record}], {'similarity': 'similarity'})
 
   MASK = np.array([[False, True, True, True], [False, True, True, False]])
 

@@ -23,14 +23,16 @@ def odpo(*, beta: float = 0.1, alpha: float = 1.0, log: bool = True) -> Method:
   Confidence: MEMORY.
   """
   return Method(
-    collect=partial(collect.Preferences, numbers={'margins': 'margin'}),
+    collect=partial(collect.Preferences, numbers={'annotated_margin': 'margin'}),
     objective=part(
       objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.logistic),
       beta=beta,
       offsets={
-        'annotated': weighted(alpha, part(pair_offsets.log_given if log else pair_offsets.given))
+        'annotated': weighted(
+          alpha, part(pair_offsets.log_annotated if log else pair_offsets.annotated)
+        )
       },
     ),
     anchors={'reference': part(optim.fixed)},

@@ -12,13 +12,10 @@ def step_dpo(*, beta: float = 0.5) -> Method:
       loss = mean over pairs of softplus(-beta h)
       h = log(pi / reference)(corrected step) - log(pi / reference)(wrong step)
 
-  Only the tokens of the step count. This is DPO on records of a special form: `prompt` is a text that
-  holds the question and all steps before the first wrong one, written as the chat template writes them;
-  `chosen` is the corrected and `rejected` the wrong step. A completion follows a text word for word, so
-  no template comes between them, and it ends with the stop token, as in the authors' data.
-
-  Differences: records with `messages` have no place for the steps, because what is trained is a whole
-  turn.
+  Only the tokens of the step, and the stop token after it, count. This is DPO on records of a special
+  form: beside the question (`prompt` or `messages`) they have `previous_steps`, the text of all steps
+  before the first wrong one, which follows the prompt word for word and is not trained. `chosen` is the
+  corrected step and `rejected` the wrong one.
 
   Args:
     beta: coefficient of the KL to the reference; the released runs have 0.5 (7B) and 0.4 (72B).
