@@ -152,6 +152,7 @@ CONFIGURED = {
   'bounds': Spec('2', 'selection: least and largest ratio of the trust region'),
   'reference_selected': Spec('B T', 'selection: tokens chosen for the reference, bool'),
   'pair_shares': Spec('B', 'selection: weight of the pair, with mean 1; 0 if it is left out'),
+  'matched_score': Spec('B', 'selection: score of the row that a row is compared with'),
   'matched_gap': Spec('B', 'selection: sorted reference margin less the own one, nats'),
   'batch_beta': Spec('', 'selection: beta of the batch'),
   'gap_average': Spec('2', 'history: moving averages of mean and deviation of `gap`'),

@@ -73,6 +73,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
   shape = lambda name: shapes[ARRAYS[name].shape if name in ARRAYS else 'B T']
   found = {name: 0.1 * random.random(shape(name)) for name in sorted(method.reads)}
   found = {name: -x if name.endswith('logp') else x for name, x in found.items()}
+  if 'label' in found:
+    found['label'] = np.tile([0.9, 0.1], 4)
   if 'rewards' in found:
     found['rewards'] = np.tile([1.0, 0.0], 4)
   if 'group_ids' in found:

@@ -66,8 +66,13 @@ def _list(record: Mapping, name: str) -> list:
 
 
 def _number(record: Mapping, x: Any, name: str) -> float:
+  """A finite number, which a text may hold, as in CSV."""
   if name not in record:
     raise Unusable(f'record {record["id"]}: there is no {name!r} here{suggest(name, record)}')
-  if not isinstance(x, int | float) or isinstance(x, bool) or not math.isfinite(x):
+  try:
+    number = float(x)
+  except (TypeError, ValueError):
+    number = math.nan
+  if not math.isfinite(number):
     raise Unusable(f'record {record["id"]}: {name} must be a finite number, got {x!r}')
-  return float(x)
+  return number

@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import preference_losses
 from polgrad.losses.groups import Groups, maximum, partner, rank, same, size, total
 from polgrad.registry import AtLeastOne, NotNegative, Positive, table
 from polgrad.types import Array
@@ -130,6 +131,24 @@ def apo_down(score: Array, label: Array, group_ids: Array) -> Array:
   return jnp.where(paired, label * both, 0)
 
 
+def chosen_pair(score: Array, label: Array, pair_side: Array, group_ids: Array) -> Array:
+  """p softplus(-h) + (1 - p) softplus(h), h = r_w - r_l of two rows of the group: CREAM
+  (arXiv:2410.12735).
+
+  Args:
+    score: [B].
+    label: [B], p, the probability that w is the better row.
+    pair_side: [B], 1 for w, -1 for l, and 0 for the other rows of the group.
+    group_ids: i32[B].
+
+  Returns:
+    [B]; 0 in all rows but w.
+  """
+  chex.assert_equal_shape([score, label, pair_side, group_ids])
+  gap = total(pair_side * score, same(group_ids))
+  return jnp.where(pair_side > 0, preference_losses.logistic(gap, label), 0)
+
+
 def _same(score: Array, rewards: Array, group_ids: Array) -> Groups:
   chex.assert_rank(score, 1)
   chex.assert_equal_shape([score, rewards, group_ids])
@@ -155,5 +174,5 @@ def _log_softmax(x: Array, group: Groups, kept: Array | bool = True) -> Array:
   return shifted - jnp.log(total(jnp.where(kept, jnp.exp(jnp.where(kept, shifted, 0)), 0), group))
 
 
-TABLE = table('listwise', infonca, nca, exo, hard_negatives, apo_down)
+TABLE = table('listwise', infonca, nca, exo, hard_negatives, apo_down, chosen_pair)
 Part = Annotated[Callable, TABLE]

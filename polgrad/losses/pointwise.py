@@ -5,7 +5,7 @@ formulas, is an implicit reward that is multiplied by beta already (see `implici
 p in formulas. Labels and rewards are constants.
 
 A function of `SELECTIONS` fills one of their `selections`: it makes one number of the whole minibatch,
-which a loss reads by its name in the configuration.
+or one of each row, which a loss reads by its name in the configuration.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from polgrad.losses import preference_losses
 from polgrad.losses._common import bounded
-from polgrad.losses.groups import partner, same
+from polgrad.losses.groups import everyone, partner, rank, same
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -150,6 +150,59 @@ def running_mean(score: Array, earlier_scores: Array, mask: Array) -> Array:
   return sums / jnp.maximum(jnp.sum(where) + earlier_scores[1], 1)
 
 
+def matched(
+  score: Array, matched_score: Array, label: Array, *, label_smoothing: float = 0.0
+) -> Array:
+  """softplus(-(z - m)) of a good row and softplus(z - m) of a bad one, m the score of the row of the
+  other kind that it is matched with: AOT without pairs (arXiv:2406.05882).
+
+  Matched by rank (`sorted_partners`), both rows of a match have its loss, so with as many good as bad
+  rows the mean over rows is the mean over matches. Each row has the gradient by its own score alone,
+  as m is a constant; it counts twice, which makes up for the mean over twice as many numbers. The value
+  is not changed by that.
+
+  Args:
+    score: [B].
+    matched_score: [B], m; infinite for a row that has no match, whose loss is 0.
+    label: [B], at least one half for good rows; between 0 and 1 it is a probability.
+    label_smoothing: probability that a label is wrong, in [0, 1/2].
+
+  Returns:
+    [B].
+  """
+  chex.assert_equal_shape([score, matched_score, label])
+  found = jnp.isfinite(matched_score)
+  twice = 2 * score - jax.lax.stop_gradient(score)
+  gap = jnp.where(found, twice - jnp.where(found, matched_score, 0), 0)
+  p = label * (1 - label_smoothing) + (1 - label) * label_smoothing
+  return jnp.where(found, preference_losses.logistic(gap, p), 0)
+
+
+def sorted_partners(score: Array, label: Array, mask: Array) -> Array:
+  """For every row the score of the same rank among the rows of the other kind, for `matched`.
+
+  Rows with a label of at least one half are good, the others bad. With other numbers of good and bad
+  rows, a rank is scaled to the number of the other kind and rounded down.
+
+  Args:
+    score: [B].
+    label: [B].
+    mask: bool[B, T]; rows without tokens do not count.
+
+  Returns:
+    [B]; infinite where the other kind has no rows.
+  """
+  rows = jnp.any(mask, axis=1)
+  good = label >= 0.5
+  kinds = [rows & good, rows & ~good]
+  ranks = [rank(score, everyone(kind)) for kind in kinds]
+  ordered = [jnp.sort(jnp.where(kind, score, jnp.inf)) for kind in kinds]
+  counts = [jnp.sum(kind) for kind in kinds]
+  place = lambda own, other: ranks[own] * counts[other] // jnp.maximum(counts[own], 1)
+  take = lambda own, other: ordered[other][jnp.minimum(place(own, other), len(score) - 1)]
+  return jnp.where(good, take(0, 1), take(1, 0))
+
+
 def squared(score: Array, label: Array, *, target: float = 1.0) -> Array:
   """(z - (2 p - 1) target)^2: SPPO (arXiv:2405.00675).
 
@@ -274,6 +327,7 @@ TABLE = table(
   sigmoid,
   kto,
   bco,
+  matched,
   squared,
   squared_error,
   paired_product_clip,
@@ -281,5 +335,5 @@ TABLE = table(
 )
 Part = Annotated[Callable, TABLE]
 
-SELECTIONS = table('pointwise', mismatched_mean, running_mean)
+SELECTIONS = table('pointwise', mismatched_mean, running_mean, sorted_partners)
 SelectionPart = Annotated[Callable, SELECTIONS]

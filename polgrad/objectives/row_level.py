@@ -43,8 +43,9 @@ class Pointwise(Objective):
     beta: multiplies the score.
     rows_per_prompt: number of consecutive rows with the same prompt; more than 1 is needed only if
       `loss` compares the rows of a group.
-    selections: numbers of the whole minibatch, such as a mean score; the loss reads them by these names.
-      They are computed before micro-batches are cut, and no gradient passes through them.
+    selections: numbers of the whole minibatch or of each row, such as a mean or partners by rank; the
+      loss reads them by these names. They are computed before micro-batches are cut, and no gradient
+      passes through them.
     history: values that are kept between updates; selections and loss read them by these names.
 
   Raises:
@@ -111,7 +112,10 @@ class Pointwise(Objective):
     rows, found = len(batch.mask), {}
     for name, selection in self.selections.items():
       value = jax.lax.stop_gradient(call_slot(f'selections.{name}', selection, x))
-      found[WHOLE + name] = jnp.broadcast_to(value, (rows, *value.shape))
+      if value.shape == (rows,):
+        found[name] = value
+      else:  # one value of the whole batch
+        found[WHOLE + name] = jnp.broadcast_to(value, (rows, *value.shape))
     return found
 
   def reduce(self, loss: Array, x: Mapping[str, Array], where: Array) -> Mean:

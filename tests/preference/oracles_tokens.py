@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from scipy import stats
 
 from tests.preference.harness import (
   average,
@@ -9,6 +10,8 @@ from tests.preference.harness import (
   logistic,
   mean,
   pair,
+  ratio,
+  sigmoid,
   soft,
   total,
 )
@@ -164,10 +167,54 @@ def opa(x, const):
   return soft(logistic, 0.1 * (chosen - rejected), x) + 2 * rows.mean()
 
 
+def aot_unpaired(x, const):
+  """Every row against the row of its rank among the others; the other row is a constant. Each match
+  stands twice in the mean, so the gradient of each row counts twice."""
+  where, good = x['mask'].any(axis=1), x['label'] >= 0.5
+  own, fixed = 0.01 * ratio(x), 0.01 * ratio(const)
+  losses = []
+  for mine, others in ((good & where, ~good & where), (~good & where, good & where)):
+    order = np.flatnonzero(mine)[np.argsort(fixed[mine])]
+    partners = np.sort(fixed[others])
+    for place, row in enumerate(order):
+      z = 2 * own[row] - fixed[row] - partners[place * len(partners) // len(order)]
+      p = x['label'][row]
+      losses.append(p * logistic(z) + (1 - p) * logistic(-z))
+  return float(np.mean(losses))
+
+
+def humanline_kto(x, const):
+  clipped = total(np.clip(x['logp'] - x['reference_logp'], -1.0, 1.5), x['mask'])
+  where = x['mask'].any(axis=1)
+  point = max(0.1 * const['mismatched_log_ratio'][where].mean(), 0)
+  z, p = 0.1 * clipped - point, x['label']
+  loss = 1.1 * p * (1 - sigmoid(z)) + (1 - p) * (1 - sigmoid(-z))
+  return float(loss[where].mean())
+
+
+def cream(x, const):
+  """Of each group the best and the worst row by the policy's own rewards, and the mean agreement."""
+  rewards = [
+    total(x[n] - x['reference_logp'], x['mask']) for n in ('proximal_logp', 'previous_logp')
+  ]
+  groups = [np.flatnonzero(x['mask'].any(axis=1) & (x['group_ids'] == g)) for g in (0, 1)]
+  taus = [stats.kendalltau(*(r[rows] for r in rewards))[0] for rows in groups]
+  p = np.mean([(tau + 1) / 2 for tau in taus])
+  losses = []
+  for rows in groups:
+    best, worst = rows[np.argmax(rewards[0][rows])], rows[np.argmin(rewards[0][rows])]
+    z = 0.1 * (ratio(x)[best] - ratio(x)[worst])
+    losses.append(p * logistic(z) + (1 - p) * logistic(-z))
+  return float(np.mean(losses))
+
+
 ORACLES = {
   'aot_paired': aot_paired,
+  'aot_unpaired': aot_unpaired,
   'beta_dpo': adaptive(),
+  'cream': cream,
   'humanline_dpo': humanline(-1.0, 1.5),
+  'humanline_kto': humanline_kto,
   'ld_dpo': lambda x, const: damped(x, 0.5),
   'opa_dpo': opa,
   'sampo': sampo,
