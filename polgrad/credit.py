@@ -344,6 +344,21 @@ def _mean_wins(batch: Batch) -> Array:
   return jnp.where(count > 0, mean, 0.5)
 
 
+def imitation() -> Estimator:
+  """Labels of groups with a demonstration: 1 for it, 0 for samples (arXiv:2401.01335)."""
+
+  def apply(batch, state):
+    label = batch.stream == STREAMS.index('demonstration')
+    return batch.with_arrays(label=label.astype(jnp.float32)), state
+
+  return Estimator(
+    apply=apply,
+    requires=frozenset({'stream'}),
+    provides=frozenset({'label'}),
+    scored=frozenset(),
+  )
+
+
 def success_contrast(
   *, standardized: bool = False, negative_weight: float = 1.0, least: float = 0.02
 ) -> Estimator:
@@ -533,6 +548,7 @@ SIMPLE = table(
   preference,
   compared,
   win_rate_gap,
+  imitation,
   success_contrast,
   win_rate,
   self_consistency,

@@ -34,6 +34,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
     best_of_n           the distribution of the best of n samples                none
+    self_improvement    SRPO, whose scores are of three prompts                  none
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
 
@@ -76,6 +77,7 @@ from polgrad.losses import (
   score_penalties,
   score_shapes,
   selections,
+  self_improvement,
   surrogates,
   trust_region_masks,
   weights,
@@ -109,6 +111,7 @@ __all__ = [
   'score_penalties',
   'score_shapes',
   'selections',
+  'self_improvement',
   'surrogates',
   'trust_region_masks',
   'weights',

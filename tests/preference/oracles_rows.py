@@ -155,6 +155,12 @@ def weighted_kto(x, const):
   return kto(x, const, beta=0.5, desirable=1.5, undesirable=0.8)
 
 
+def spin(x, const):
+  """The demonstration is preferred to the sample, whatever their rewards."""
+  sampled, demonstration = (ratio(x)[x['stream'] == i] for i in (1, 0))
+  return average(logistic(0.1 * (demonstration - sampled)), x)
+
+
 ORACLES = {
   'apo_down': apo_down,
   'apo_zero': apo_zero,
@@ -166,6 +172,7 @@ ORACLES = {
   'kto': kto,
   'mc_po': mc_po,
   'nca': nca,
+  'spin': spin,
 }
 LISTED = dict(candidates=4, samples_per_prompt=4)
 VARIANTS = [
