@@ -18,7 +18,7 @@ def nash_md_pg(*, tau: float = 0.008, reference_weight: float = 0.125) -> Method
   which has the expectation of crediting it with the KL of the whole answer and a smaller variance.
 
   Differences: TRL credits a token with its own log-ratio alone, which is biased for answers of more than
-  one token: the objective's penalty `importance_k1` in the place of `kl_coefficient`. TRL samples at
+  one token: the objective's penalty `k2` in the place of `kl_coefficient`. TRL samples at
   temperature 0.9 and scores at 1.
 
   Args:
