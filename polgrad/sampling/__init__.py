@@ -4,12 +4,20 @@
 |---|---|
 | `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
 | `behavior_policies` | who draws: the policy, greedily, a reference, mixtures, with a scorer |
+| `blockwise` | continues with the best of several blocks, as a scorer or a verifier says |
 | `stopping` | texts that end a completion, as a table of states and tokens |
 | `streaming` | one completion token by token, for a chat |
 | `processors` | what is done to its logits before a draw: temperature, top-k, top-p |
 """
 
 from polgrad.sampling import behavior_policies, processors
+from polgrad.sampling.blockwise import make_block_sampler, prefix_value
 from polgrad.sampling.sampler import make_sampler
 
-__all__ = ['behavior_policies', 'make_sampler', 'processors']
+__all__ = [
+  'behavior_policies',
+  'make_block_sampler',
+  'make_sampler',
+  'prefix_value',
+  'processors',
+]
