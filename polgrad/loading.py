@@ -16,6 +16,7 @@ from polgrad.build import TABLE, Experiment, build
 from polgrad.data import tokenizers
 from polgrad.evaluate import chosen_params, init_params
 from polgrad.models import hf
+from polgrad.models.policy import Policy
 from polgrad.registry import part
 from polgrad.types import Params
 
@@ -86,3 +87,22 @@ def load(config: ConfigDict) -> tuple[Experiment, Params]:
   if MODEL.value:
     return experiment, init_params(experiment.policy, experiment.mesh, experiment.seed)
   return experiment, chosen_params(experiment)
+
+
+def beside(folder: str, experiment: Experiment) -> tuple[Policy, Params]:
+  """A second model, from a Hugging Face folder, on the devices of an experiment.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: its vocabulary is not that of the experiment's model.
+  """
+  if not paths.path(folder).is_dir():
+    raise FileNotFoundError(f'there is no folder {folder}')
+  policy = models.pretrained(path=folder)
+  sizes = policy.config.vocab_size, experiment.policy.config.vocab_size
+  if sizes[0] != sizes[1]:
+    raise ValueError(
+      f'the vocabulary of {folder} has {sizes[0]} tokens, that of the model {sizes[1]}; both must be '
+      'of one tokenizer'
+    )
+  return policy, init_params(policy, experiment.mesh, experiment.seed)

@@ -3,6 +3,7 @@
     python -m polgrad.sample --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m polgrad.sample ... --prompt='12+34='
     python -m polgrad.sample --model=FOLDER --chat --temperature=0.7 --top_p=0.95
+    python -m polgrad.sample --model=FOLDER --scorer=FOLDER --strength=4 --temperature=1
 
 The model is chosen as `polgrad.loading` says. Without --prompt, every line of the standard input is a
 prompt. With --chat, every line is a user's turn, and the prompt is the conversation so far in the
@@ -41,6 +42,10 @@ _TOP_P = flags.DEFINE_float(
   'top_p', 1.0, 'Draw from the most likely tokens of this probability; 1: from all.',
   lower_bound=1e-6, upper_bound=1,
 )  # fmt: skip
+_SCORER = flags.DEFINE_string(
+  'scorer', '', 'Folder of a model that cd_fudge or cd_q trained, which steers the decoding.'
+)
+_STRENGTH = flags.DEFINE_float('strength', 1.0, 'Strength of --scorer, in 1 / unit of its reward.')
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'Text before which an answer ends; repeat the flag for more.'
 )
@@ -79,7 +84,7 @@ class Completer:
       seed: with the number of the turn, it seeds the sampling noise.
       prefix: given beginning of every completion.
       stop: texts before which a completion ends.
-      settings: `temperature`, `top_k`, `top_p` and `note` of `Streamer`.
+      settings: `temperature`, `top_k`, `top_p`, `scorer`, `strength` and `note` of `Streamer`.
     """
     self._tokenizer = experiment.tokenizer.sampling(prefix, ())
     self.limit = experiment.policy.config.max_length
@@ -213,6 +218,8 @@ def main(argv: list[str]) -> None:
       temperature=_TEMPERATURE.value,
       top_k=_TOP_K.value,
       top_p=_TOP_P.value,
+      scorer=loading.beside(_SCORER.value, experiment) if _SCORER.value else None,
+      strength=_STRENGTH.value,
       note=note,
     )
     lines = _PROMPT.value or (typed_lines() if sys.stdin.isatty() else sys.stdin)

@@ -13,7 +13,7 @@ import numpy as np
 
 from polgrad.compiling import jit
 from polgrad.models.policy import Policy
-from polgrad.sampling import stopping
+from polgrad.sampling import behavior_policies, stopping
 from polgrad.sampling.decoding import categorical
 from polgrad.sampling.sampler import behavior_at, chosen_processors
 from polgrad.types import Array, Params
@@ -27,8 +27,8 @@ BROKEN = '\N{REPLACEMENT CHARACTER}'  # what a tokenizer writes for a part of a 
 class Reading(NamedTuple):
   """What the model has read, from which the next token is drawn."""
 
-  hidden: Array  # [D], final hidden state of the last token
-  cache: Any  # keys and values; a token's column is its position
+  hidden: dict[str, Array]  # [D] by model: final hidden state of the last token
+  cache: dict[str, Any]  # keys and values by model; a token's column is its position
 
 
 class Streamer:
@@ -48,6 +48,8 @@ class Streamer:
     top_k: int = 0,
     top_p: float = 1.0,
     stop_ids: Sequence[int] = (),
+    scorer: tuple[Policy, Params] | None = None,
+    strength: float = 1.0,
     note: Callable[[str], None] = lambda text: None,
   ):
     """Prepares the parameters for decoding.
@@ -57,12 +59,19 @@ class Streamer:
       temperature: divides the logits; 0 is greedy.
       top_k, top_p: see `make_sampler`.
       stop_ids: tokens that end a completion.
+      scorer: a model of the same vocabulary whose logits are values, which steers the decoding, see
+        `behavior_policies.controlled`; None: nothing does.
+      strength: of the scorer, in 1 / unit of its values.
       note: is called with a line of text before something that takes time.
     """
-    self._policy, self._stops, self._note = policy, frozenset(stop_ids), note
+    self._stops, self._note = frozenset(stop_ids), note
+    self._models = {'policy': policy} | ({'scorer': scorer[0]} if scorer else {})
+    self._strength = strength
+    self._limit = min(model.config.max_length for model in self._models.values())
     self._behavior, temperature = behavior_at(temperature)
     self._processors = chosen_processors(temperature, top_k, top_p)
-    self._params = jit(policy.unstack)(params)
+    given = {'policy': params} | ({'scorer': scorer[1]} if scorer else {})
+    self._params = {name: jit(model.unstack)(given[name]) for name, model in self._models.items()}
     self._read = jit(self._read_chunk, donate_argnums=3)
     self._step = jit(self._draw, donate_argnums=2)
     self._grow = jit(self._larger, static_argnames='size')
@@ -84,7 +93,7 @@ class Streamer:
     Raises:
       ValueError: the prompt leaves no room for a token.
     """
-    limit = self._policy.config.max_length
+    limit = self._limit
     if len(prompt) >= limit:
       raise ValueError(f'a prompt of {len(prompt)} tokens: the model reads {limit} with the answer')
     end = min(len(prompt) + max_new_tokens, limit)
@@ -105,9 +114,9 @@ class Streamer:
 
   def _make_room(self, columns: int) -> bool:
     """Makes a cache of at least that number of columns, which keeps what was read; whether it is new."""
-    size = max(self._size, min(SMALLEST, self._policy.config.max_length))
+    size = max(self._size, min(SMALLEST, self._limit))
     while size < columns:
-      size = min(2 * size, self._policy.config.max_length)
+      size = min(2 * size, self._limit)
     grown = size != self._size
     if grown:
       self._note(f'compiling for conversations of up to {size} tokens ...')
@@ -116,8 +125,11 @@ class Streamer:
     return grown
 
   def _larger(self, cache: Any, *, size: int) -> Any:
-    new = self._policy.init_cache(1, size)
-    return new if cache is None else self._policy.begin(new, cache, jnp.ones(1, bool))
+    new = {name: model.init_cache(1, size) for name, model in self._models.items()}
+    if cache is None:
+      return new
+    grow = lambda name, model: model.begin(new[name], cache[name], jnp.ones(1, bool))
+    return {name: grow(name, model) for name, model in self._models.items()}
 
   def _read_prompt(self, prompt: list[int]) -> Reading:
     """Reads what the cache does not hold yet, at least the last token.
@@ -144,22 +156,35 @@ class Streamer:
   def _read_chunk(self, params, tokens, count, cache, start) -> Reading:
     """Reads the first `count` of tokens i32[CHUNK] into the columns from `start` on."""
     place = jnp.arange(len(tokens))
-    hidden, cache = self._policy.decode(
-      params, tokens[None], (start + place)[None], (place < count)[None], cache, start
-    )
-    return Reading(hidden[0, count - 1], cache)
+    given = (tokens[None], (start + place)[None], (place < count)[None])
+    return self._decode(params, *given, cache, start, column=count - 1)
 
   def _draw(self, params, key, reading, made, place) -> tuple[Array, Reading]:
     """Draws token number `made` of a completion, and reads it at `place`."""
-    logits = self._behavior(self._policy.unembed(params, reading.hidden[None]))
+    logits = {
+      name: model.unembed(params[name], reading.hidden[name][None])
+      for name, model in self._models.items()
+    }
+    chosen = logits['policy']
+    if 'scorer' in logits:
+      chosen = behavior_policies.controlled(chosen, logits['scorer'], strength=self._strength)
+    logits = self._behavior(chosen)
     for processor in self._processors:
       logits = processor(logits)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     token = categorical(key[None], made[None], log_probs)
-    hidden, cache = self._policy.decode(
-      params, token[None], place[None, None], jnp.ones((1, 1), bool), reading.cache, place
-    )
-    return token[0], Reading(hidden[0, 0], cache)
+    given = (token[None], place[None, None], jnp.ones((1, 1), bool))
+    return token[0], self._decode(params, *given, reading.cache, place, column=0)
+
+  def _decode(self, params, tokens, positions, valid, cache, index, *, column) -> Reading:
+    """Lets all models read the tokens [1, S]; the hidden states are those of `column`."""
+    hidden, caches = {}, {}
+    for name, model in self._models.items():
+      states, caches[name] = model.decode(
+        params[name], tokens, positions, valid, cache[name], index
+      )
+      hidden[name] = states[0, column]
+    return Reading(hidden, caches)
 
 
 class Text:

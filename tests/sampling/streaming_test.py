@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad.data import tokenizers
-from polgrad.sampling import make_sampler, streaming
+from polgrad.sampling import behavior_policies, make_sampler, streaming
 from polgrad.sampling.streaming import Streamer, Text
 from tests.data import folders
 from tests.models import tiny
@@ -61,6 +61,23 @@ def test_a_completion_ends_where_the_model_can_read_no_more(stream):
   assert len(made) == 4 or made[-1] in STOPS
   with pytest.raises(ValueError, match='64 tokens: the model reads 64 with the answer'):
     list(stream([5] * 64, max_new_tokens=10, seed=0, turn=0))
+
+
+def test_a_scorer_steers_what_is_streamed_as_it_steers_the_sampler():
+  model, prompt = tiny.policy(num_layers=1), list(PROMPTS[1])
+  base, scorer = (tiny.params(seed, num_layers=1) for seed in (0, 1))
+  steered = functools.partial(behavior_policies.controlled, strength=2.0)
+  sample = make_sampler(
+    {'reference': model, 'scorer': model},
+    behavior_policy=steered,
+    max_new_tokens=8,
+    temperature=1.3,
+  )
+  rows = (np.array([prompt]), np.ones((1, len(prompt)), bool), np.array([0]))
+  whole = jax.device_get(sample({'reference': base, 'scorer': scorer}, *rows, seed=5, step=0))
+  stream = Streamer(model, base, temperature=1.3, scorer=(model, scorer), strength=2.0)
+  found = list(stream(prompt, max_new_tokens=8, seed=5, turn=0))
+  assert found == whole.tokens[whole.mask].tolist()
 
 
 TEXTS = ['Hello world', 'naïve 東京 🙂🙂 café', '', '🙂', ' \n a']
