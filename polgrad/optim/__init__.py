@@ -9,6 +9,7 @@ An optimizer is an optax transformation that the learner calls as
 | `variance_reduction` | optimizers for policy gradients, with less variance |
 | `schedules` | multipliers of a learning rate or of a loss weight |
 | `anchors` | rules by which named parameter sets follow the policy |
+| `rank` | descent by rankings alone, with a loop of its own |
 | `wrappers` | float32 master copies, balance steps of routers, and the oracle |
 """
 
@@ -17,6 +18,7 @@ from typing import Annotated
 import optax
 
 from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync, sync_before
+from polgrad.optim.rank import rank_descent, rank_gradient, ranking
 from polgrad.optim.schedules import (
   SCHEDULES,
   SchedulePart,
@@ -64,6 +66,9 @@ __all__ = [
   'learning_rate',
   'linear',
   'normalized_igt',
+  'rank_descent',
+  'rank_gradient',
+  'ranking',
   'sgd',
   'signal_to_noise',
   'stairs',
