@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from polgrad import cli, models, overrides, paths, sharding
 from polgrad.build import TABLE, Experiment, build
 from polgrad.data import tokenizers
-from polgrad.evaluate import chosen_params, init_params
+from polgrad.evaluate import chosen_params, init_params, restore_params
 from polgrad.models import hf
 from polgrad.models.policy import Policy
 from polgrad.registry import part
@@ -89,16 +89,24 @@ def load(config: ConfigDict) -> tuple[Experiment, Params]:
   return experiment, chosen_params(experiment)
 
 
-def beside(folder: str, experiment: Experiment) -> tuple[Policy, Params]:
-  """A second model, from a Hugging Face folder, on the devices of an experiment.
+def beside(name: str, experiment: Experiment) -> tuple[Policy, Params]:
+  """A second model on the devices of an experiment: a folder, or other parameters of the run.
+
+  Args:
+    name: a Hugging Face folder; with --workdir or --checkpoints also 'policy' or the name of an anchor.
+    experiment: of the first model.
 
   Raises:
     FileNotFoundError: there is no such folder.
-    ValueError: its vocabulary is not that of the experiment's model.
+    ValueError: its vocabulary is not that of the experiment's model, or the run has no such anchor.
   """
-  if not paths.path(folder).is_dir():
+  folder = paths.path(name)
+  if not folder.is_dir() and (cli.WORKDIR.value or cli.CHECKPOINTS.value):
+    found = restore_params(experiment, cli.checkpoint_folder(), cli.STEP.value, name)
+    return experiment.policy, found
+  if not folder.is_dir():
     raise FileNotFoundError(f'there is no folder {folder}')
-  policy = models.pretrained(path=folder)
+  policy = models.pretrained(path=str(folder))
   sizes = policy.config.vocab_size, experiment.policy.config.vocab_size
   if sizes[0] != sizes[1]:
     raise ValueError(

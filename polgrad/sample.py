@@ -3,7 +3,7 @@
     python -m polgrad.sample --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m polgrad.sample ... --prompt='12+34='
     python -m polgrad.sample --model=FOLDER --chat --temperature=0.7 --top_p=0.95
-    python -m polgrad.sample --model=FOLDER --scorer=FOLDER --strength=4 --temperature=1
+    python -m polgrad.sample ... --params=teacher --scorer=policy --strength=4 --temperature=1
 
 The model is chosen as `polgrad.loading` says. Without --prompt, every line of the standard input is a
 prompt. With --chat, every line is a user's turn, and the prompt is the conversation so far in the
@@ -43,7 +43,9 @@ _TOP_P = flags.DEFINE_float(
   lower_bound=1e-6, upper_bound=1,
 )  # fmt: skip
 _SCORER = flags.DEFINE_string(
-  'scorer', '', 'Folder of a model that cd_fudge or cd_q trained, which steers the decoding.'
+  'scorer',
+  '',
+  'What cd_fudge or cd_q trained, which steers the decoding: a folder, or "policy" of --workdir.',
 )
 _STRENGTH = flags.DEFINE_float('strength', 1.0, 'Strength of --scorer, in 1 / unit of its reward.')
 _STOP = flags.DEFINE_multi_string(

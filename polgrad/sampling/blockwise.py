@@ -80,7 +80,8 @@ def make_block_sampler(
       fill = ((0, 0), (max_new_tokens - start, 0))
       text = np.pad(np.concatenate([np.asarray(tokens), made[:, :start]], 1), fill)
       seen = np.pad(np.concatenate([np.asarray(mask), drawn[:, :start]], 1), fill)
-      rows = to_host(draw(params, text, seen, prompt_ids, seed=seed, step=step * blocks + block))
+      number = (step * blocks + block) % 2**31  # so that blocks draw different noise
+      rows = to_host(draw(params, text, seen, prompt_ids, seed=seed, step=number))
       best = np.asarray(score(rows)).reshape(prompts, candidates).argmax(axis=1)
       chosen = jax.tree.map(lambda x, best=best: x[np.arange(prompts) * candidates + best], rows)
       # Rows that have ended were drawn too, because shapes are fixed; their draws are dropped.
