@@ -18,7 +18,10 @@ from polgrad.registry import name_of  # noqa: E402
 
 PAGE, README = ROOT / 'docs' / 'methods.md', ROOT / 'README.md'
 # What goes without saying.
-USUAL = {'ratio': 'token', 'proximal': 'recorded', 'loss': 'nll', 'normalizer': 'identity'}
+USUAL = {
+  **{'ratio': 'token', 'proximal': 'recorded', 'loss': 'nll', 'normalizer': 'identity'},
+  'shape': 'identity',
+}
 TITLES = {
   'policy_gradient': 'Policy gradients',
   'preference': 'Preferences',
