@@ -35,6 +35,10 @@ def folder(tmp_path, monkeypatch):
   write(tmp_path / 'problems.jsonl', [{'prompt': '2+2?', 'answer': '4'}] * 80)
   write(tmp_path / 'problems.parquet', [{'prompt': '2+2?', 'answer': 4}] * 80)
   write(tmp_path / 'gsm8k.parquet', [{'question': '2+2?', 'answer': 'So\n#### 4'}] * 80)
+  pair, label = {'chosen': '4', 'rejected': '5'}, {'completion': '4', 'label': True}
+  listed = {'completions': ['4', '5', '6'], 'rewards': [1, 0, 0.5]}
+  for name, fields in (('pairs', pair), ('labels', label), ('lists', listed)):
+    write(tmp_path / f'{name}.jsonl', [{'prompt': '2+2?', **fields}] * 80)
   maths = {'problem': '2+2?', 'solution': r'So \boxed{4}', 'short': '4'}
   write(tmp_path / 'math.jsonl', [maths] * 80)
   pair = {'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'similarity': 0.9}
@@ -50,13 +54,16 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_commands_compose_and_read_their_data(folder):
-  assert len(COMMANDS) == 12
+  assert len(COMMANDS) == 18
   for command in COMMANDS:
     [config, *_], changes = cli.split_changes(shlex.split(command))
     made = from_text(config.partition('run.py:')[2] + ',smoke')
     made = apply(made, changes, build.TABLE)
     run = build.build(made)
-    assert 72 <= len(run.phases['train'].source) <= 80
+    rows = len(run.phases['train'].source) // (2 if 'kto,task=jsonl,data=pairs' in command else 1)
+    assert 72 <= rows <= 80
+    if 'unusable=drop' in command:
+      assert run.phases['train'].collect.unusable == 'drop'
 
 
 def test_the_forms_of_records_are_read(tmp_path):

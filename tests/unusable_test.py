@@ -82,6 +82,7 @@ def test_the_check_lists_bad_records_or_says_how_many_are_dropped(tmp_path):
     said[unusable] = check.check_records(section, job.read(range(21)))
   [wrong] = [one for one in said['error'].findings if one.fails]
   assert f'{path}:21: chosen and rejected have the same tokens' in wrong.text
+  assert '--config.phases.train.collect.unusable=drop' in wrong.mend
   assert not any(one.fails for one in said['drop'].findings)
   [told] = [one for one in said['drop'].findings if 'unusable' in one.text]
   assert '1 of 21 records are unusable and dropped' in told.text and f'{path}:21' in told.text

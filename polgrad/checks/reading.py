@@ -69,8 +69,9 @@ def read_record(record: Mapping, reader: Any, tokenizer: Tokenizer) -> RecordFac
     if {*fields} - {'answer'} or not all(budget.fits(row) for row in rows):
       own = own._replace(fate=_fate(record, reader, tokenizer))
   except batching.Unusable as error:
+    own = own._replace(fate='unusable')
     if getattr(reader, 'unusable', 'error') == 'drop':
-      return own._replace(fate='unusable')
+      return own
     return own._replace(error=str(error).removeprefix(f'record {record["id"]}: '))
   except ValueError as error:
     return own._replace(error=str(error).removeprefix(f'record {record["id"]}: '))
@@ -226,13 +227,15 @@ def findings(
   wrong, source = [], source_field(path)
   fate = lambda name: [one.row for one in found if one.fate == name and not one.error]
   errors = collections.defaultdict(list)
+  unusable = {one.row for one in found if one.fate == 'unusable'}
   for one in found:
     if one.error:
       errors[one.error].append(one.row)
   for text, rows in sorted(errors.items(), key=lambda item: item[1])[:5]:
-    wrong.append(
-      Finding(source, f'{some(rows, place)}: {text}', 'correct or remove them', fails=True)
-    )
+    mend = 'correct or remove them'
+    if rows[0] in unusable:
+      mend += f', or --{reader_field(path)}.unusable=drop'
+    wrong.append(Finding(source, f'{some(rows, place)}: {text}', mend, fails=True))
   if len(errors) > 5:
     wrong.append(Finding(source, f'and {len(errors) - 5} other kinds of errors', fails=True))
   if refused := fate('refused'):

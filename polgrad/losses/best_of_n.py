@@ -9,8 +9,6 @@ samples, with ties broken at random, is y with the probability
 The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import best_of_n`.
 """
 
-import math
-
 import chex
 import jax.numpy as jnp
 
@@ -62,7 +60,7 @@ def kl_bound(n: int) -> float:
   >>> round(best_of_n.kl_bound(4), 5)
   0.63629
   """
-  return math.log(n) - (n - 1) / n
+  return float(jnp.log(n)) - (n - 1) / n
 
 
 def mean_margin(n: int) -> float:
@@ -106,7 +104,7 @@ def worse_than_both(rewards: Array, anchor_rewards: Array) -> Array:
   """
   chex.assert_shape(anchor_rewards, (*rewards.shape, 2))
   worse = jnp.all(rewards[..., None] < anchor_rewards, axis=-1)
-  return jnp.where(worse, -math.log(16), 0.0)
+  return jnp.where(worse, -jnp.log(16.0), 0.0)
 
 
 def _cumulative(probabilities: Array, rewards: Array) -> tuple[Array, Array]:

@@ -31,7 +31,6 @@ def spin(*, beta: float = 0.1, every: int = 50) -> Method:
       samples_per_prompt=1,
       demonstrations=1,
       behavior_policy=part(behavior_policies.reference),
-      recompute_proximal=True,
     ),
     credit=part(credit.imitation),
     objective=part(
