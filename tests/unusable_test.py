@@ -13,16 +13,18 @@ from polgrad.options import from_text
 BYTE = tokenizers.byte()._replace(bos_id=-1)
 GOOD = {
   'pairs': {'prompt': '1+1=', 'chosen': '2', 'rejected': '3'},
+  'margins': {'prompt': '1+1=', 'chosen': '2', 'rejected': '3', 'margin': 0.5},
   'feedback': {'prompt': '1+1=', 'completion': '2', 'label': True},
   'lists': {'prompt': '1+1=', 'completions': ['2', '3', '4'], 'rewards': [1, 0, 0.5]},
 }
-METHODS = {'pairs': 'dpo', 'feedback': 'kto', 'lists': 'infonca'}
+METHODS = {'pairs': 'dpo', 'margins': 'odpo', 'feedback': 'kto', 'lists': 'infonca'}
 BAD = [
   ('pairs', {'rejected': '2'}, 'chosen and rejected have the same tokens'),
   ('pairs', {'chosen': ' '}, "'chosen' is empty"),
   ('pairs', {'rejected': None}, "no 'rejected', only"),
-  ('pairs', {'margin': 'big'}, "margin must be a number, got 'big'"),
-  ('pairs', {'margin': float('inf')}, 'margin must be a number, got inf'),
+  ('margins', {'margin': 'big'}, "margin must be a finite number, got 'big'"),
+  ('margins', {'margin': float('inf')}, 'margin must be a finite number, got inf'),
+  ('margins', {'margin': ...}, "there is no 'margin' here"),
   ('feedback', {'label': 1.5}, 'label must be true, false or a probability, got 1.5'),
   ('feedback', {'label': 'good'}, "label must be true, false or a probability, got 'good'"),
   ('feedback', {'label': ...}, "no 'label', only"),

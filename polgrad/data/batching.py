@@ -164,8 +164,8 @@ def pairs(
 
   Raises:
     TooLong, ValueError: as in `supervised`; a prompt longer than `prompt_length`, unless that is 0.
-    Unusable: a field is missing, a completion is empty, or both have the same tokens (perhaps because
-      they were cut).
+    Unusable: a field is missing, a completion is empty, or both have the same tokens, perhaps because
+      they were cut.
   """
   segments, starts = [], []
   for record in records:
