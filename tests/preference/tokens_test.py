@@ -2,7 +2,9 @@
 without their own knob, and what they make of whole batches."""
 
 import dataclasses
+import functools
 import itertools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +69,8 @@ def test_rows_of_equal_length_are_not_sampled_from(x64):
 
 
 def test_a_batch_of_one_pair_has_nothing_to_sort(x64):
-  x = {k: v[:2] for k, v in arrays(DPO).items()}
+  x = arrays(DPO)
+  x['mask'][2:] = False  # pairs without tokens do not count
   wanted = harness.value_and_gradient(DPO, x)
   for method in (methods.aot_paired(beta=0.1), methods.aot_unpaired(beta=0.1)):
     got = harness.value_and_gradient(method, x)
@@ -92,7 +95,7 @@ def test_constant_partners_have_value_and_gradient_of_the_sorted_loss(x64):
   np.testing.assert_allclose(got[1]['logp'], gradient, rtol=1e-10)
 
 
-def test_scores_without_rows_to_compare_with_have_no_loss():
+def test_scores_without_rows_to_compare_with_have_no_loss(x64):
   x = arrays(DPO)
   x['label'] = np.ones(8)
   loss, gradient = harness.value_and_gradient(methods.aot_unpaired(), x)
@@ -111,25 +114,27 @@ class TestAlignment:
     for logits in (jnp.zeros((2, 3, 5)), 100.0 * jax.nn.one_hot(jnp.zeros((2, 3), int), 5)):
       logp = jax.nn.log_softmax(logits)[..., 0]
       for typical in (logit_stats.log_collision, logit_stats.largest_logp):
-        weight = pair_weights.alignment(logp, typical(logits), mask)
+        weight = jax.jit(pair_weights.alignment)(logp, jax.jit(typical)(logits), mask)
         np.testing.assert_allclose(weight, [1.0], atol=1e-6)
 
   def test_statistics_of_a_padded_vocabulary_are_finite(self):
     logits = jnp.array([[1.0, 2.0, -jnp.inf]])
     for statistic in (logit_stats.log_collision, logit_stats.largest_logp):
-      assert np.isfinite(statistic(logits)).all()
+      assert np.isfinite(jax.jit(statistic)(logits)).all()
 
 
 def test_a_subset_has_the_length_of_the_shorter_row_and_is_uniform():
-  mask = jnp.arange(6)[None] < jnp.array([[6], [2]])
-  counts = np.zeros((2, 6))
-  for seed in range(60):
-    noise = jax.random.uniform(jax.random.key(seed), mask.shape)
-    kept, again = (pair_selections.shortened(noise, mask, again=flag) for flag in (False, True))
-    assert kept.sum(axis=1).tolist() == again.sum(axis=1).tolist() == [2, 2]
-    counts += kept
-  np.testing.assert_array_equal(counts[1], [60, 60, 0, 0, 0, 0])
-  assert np.abs(counts[0] - 20).max() < 4 * np.sqrt(60 * 2 / 9)  # four standard deviations
+  mask = np.arange(6)[None] < np.array([[6], [2]])
+  noise = np.random.default_rng(0).random((60, 2, 6), np.float32)
+  draw = lambda noise, again: jax.vmap(
+    lambda one: pair_selections.shortened(one, mask, again=again)
+  )(noise)
+  both = jax.jit(lambda noise: [draw(noise, again) for again in (False, True)])
+  for kept in both(noise):
+    assert np.all(kept.sum(axis=2) == 2)
+    counts = kept.sum(axis=0)
+    np.testing.assert_array_equal(counts[1], [60, 60, 0, 0, 0, 0])
+    assert np.abs(counts[0] - 20).max() < 4 * np.sqrt(60 * 2 / 9)  # four standard deviations
 
 
 WHOLE = {
@@ -144,26 +149,31 @@ WHOLE = {
 def pieces_of(method, x, step):
   """Loss and gradient of the whole batch, and the sum of those of its single pairs."""
   objective = method.bound()[1]
-  live = jnp.asarray(x.pop('logp'))
-  mask = jnp.asarray(x.pop('mask'))
-  batch = Batch(tokens=jnp.zeros(mask.shape, int), segment_ids=mask.astype(int), mask=mask)
-  batch = batch.with_arrays(**{k: jnp.asarray(v) for k, v in x.items()})
+  logp, mask = x.pop('logp'), x.pop('mask')
+  tokens = np.zeros(mask.shape, int)
+  batch = Batch(tokens=tokens, segment_ids=mask.astype(int), mask=mask).with_arrays(**x)
   state = objective.init()
-  found = objective.select(Outputs(logp=live), batch, state, step=step)
-  selected = batch.replace(features=batch.features | found)
-
-  def loss(logp, rows=slice(None), count=None, batch=batch):
-    part = jax.tree.map(lambda a: a[rows], batch)
-    terms, _ = objective.apply(Outputs(logp=logp[rows]), part, state, step=step)
-    return sum(Mean(total=t.total, count=count or t.count).value() for t in terms.values())
-
-  count = sum(
-    t.count for t in objective.apply(Outputs(logp=live), batch, state, step=step)[0].values()
-  )
-  whole = jax.value_and_grad(loss)(live)
   cut = [slice(i, i + 2) for i in range(0, len(mask), 2)]
-  pieces = [jax.value_and_grad(loss)(live, rows, count, selected) for rows in cut]
-  return whole, jax.tree.map(lambda *a: sum(a), *pieces)
+
+  def terms(logp, batch):
+    return objective.apply(Outputs(logp=logp), batch, state, step=step)[0]
+
+  @jax.jit
+  def both(logp):
+    found = objective.select(Outputs(logp=logp), batch, state, step=step)
+    selected = batch.replace(features=batch.features | found)
+    [count] = [t.count for t in terms(logp, batch).values()]
+
+    def whole(logp):
+      return sum(t.value() for t in terms(logp, batch).values())
+
+    def pieces(logp):
+      parts = [terms(logp[rows], jax.tree.map(lambda a, r=rows: a[r], selected)) for rows in cut]
+      return sum(Mean(total=t.total, count=count).value() for p in parts for t in p.values())
+
+    return [jax.value_and_grad(function)(logp) for function in (whole, pieces)]
+
+  return both(logp)
 
 
 @pytest.mark.parametrize('name', WHOLE)
@@ -176,31 +186,25 @@ def test_single_pairs_add_up_to_what_the_whole_batch_decides(name, x64):
 
 def test_moving_averages_are_of_whole_batches_and_skip_empty_ones():
   average = metric_history.average(metrics=('margin', 'margin_std'), decay=0.9)
-  x = jnp.array([1.0, 3.0, 8.0])
-  true = jnp.ones(3, bool)
-  metrics = {
-    'margin': Mean(total=x.sum(), count=jnp.float32(3)),
-    'margin_std': Deviation.of(x[:1], true[:1]) + Deviation.of(x[1:], true[1:]),
-  }
-  state = average.advance(average.init(), metrics)
+  x = np.array([1.0, 3.0, 8.0])
+
+  @jax.jit
+  def after(state, where):
+    metrics = {
+      'margin': Mean(total=jnp.sum(jnp.where(where, x, 0)), count=jnp.sum(where, dtype=float)),
+      'margin_std': Deviation.of(x[:1], where[:1]) + Deviation.of(x[1:], where[1:]),
+    }
+    return average.advance(state, metrics)
+
+  state = after(average.init(), np.ones(3, bool))
   np.testing.assert_allclose(average.value(state), [0.4, 0.1 * np.std(x, ddof=1)], rtol=1e-6)
-  empty = {
-    'margin': Mean(total=jnp.zeros(()), count=jnp.zeros(())),
-    'margin_std': Deviation.of(x, ~true),
-  }
-  np.testing.assert_array_equal(average.advance(state, empty), state)
+  np.testing.assert_array_equal(after(state, np.zeros(3, bool)), state)
 
 
 def test_beta_follows_the_margins_of_the_batch_and_stays_positive():
-  beta = lambda gap, **knobs: pair_selections.adaptive_beta(
-    jnp.repeat(jnp.asarray(gap), 2),
-    jnp.ones((6, 1), bool),
-    jnp.full((6, 1), 0.5),
-    jnp.array([1.0, 2.0]),
-    jnp.zeros(()),
-    dropped=0.0,
-    **knobs,
-  )
+  still = jax.jit(functools.partial(pair_selections.adaptive_beta, dropped=0.0))
+  others = np.ones((6, 1), bool), np.full((6, 1), 0.5), np.array([1.0, 2.0]), np.zeros(())
+  beta = lambda gap: still(np.repeat(gap, 2), *others)
   # M = 0.9 * 1 + 0.1 * mean, so mean - M = 0.9 * (mean - 1).
   np.testing.assert_allclose(beta([1.0, 2.0, 3.0]), 0.1 * (1 + 0.6 * 0.9), rtol=1e-6)
   np.testing.assert_allclose(beta([-9.0, -9.0, -9.0]), 1e-3)
@@ -213,7 +217,7 @@ def test_pairs_far_from_the_average_are_seldom_drawn():
     gap, mask, noise, jnp.array([0.0, 1.0]), jnp.zeros(())
   )
   noise = jax.random.uniform(jax.random.key(0), (50, 10, 1))
-  shares = jax.vmap(draw)(noise)
+  shares = jax.jit(jax.vmap(draw))(noise)
   np.testing.assert_allclose(shares.sum(axis=1), np.full(50, 5.0), rtol=1e-6)
   assert np.all((shares > 0).sum(axis=1) == 4)
   assert (shares[:, 4] > 0).sum() < 5
@@ -251,7 +255,8 @@ def test_pairs_with_small_margins_have_the_wrong_labels():
   theta = jax.jit(lambda t: jax.lax.fori_loop(0, 50, step, t))(jnp.zeros((20, 4)))
   gap = jnp.repeat(logp(theta)[::2, 0] - logp(theta)[1::2, 0], 2)
   arguments = gap, logp(theta), reference, preferred, mask, jnp.zeros(())
-  kept = np.asarray(pair_selections.largest_gaps(*arguments, fraction=0.7) > 0)
+  select = jax.jit(functools.partial(pair_selections.largest_gaps, fraction=0.7))
+  kept = np.asarray(select(*arguments)) > 0
   assert kept.sum() == 0.7 * len(prompt)
   assert flipped.mean() > 0.17
   assert flipped[kept].mean() < 0.05
@@ -262,8 +267,11 @@ def test_the_earlier_policy_has_its_say_in_the_margin():
   previous = jnp.array([[9.0], [0.0], [0.0], [0.0], [0.0], [0.0]])
   zeros, mask = jnp.zeros((6, 1)), jnp.ones((6, 1), bool)
   preferred = jnp.tile(jnp.array([True, False]), 3)
-  kept = lambda **knobs: pair_selections.largest_gaps(
-    gap, previous, zeros, preferred, mask, jnp.asarray(7), fraction=0.3, **knobs
+  select = lambda **knobs: jax.jit(
+    functools.partial(pair_selections.largest_gaps, fraction=0.3, **knobs)
+  )
+  kept = lambda **knobs: select(**knobs)(
+    gap, previous, zeros, preferred, mask, np.int32(7)
   ).tolist()
   assert kept(ensemble=1.0) == [0, 0, 3] and kept(ensemble=0.5) == [3, 0, 0]
   assert kept(begin=8) == [1, 1, 1]
@@ -397,6 +405,11 @@ class TestSelfConsistency:
   NOW = np.array([1.0, 3.0, 2.0, -1.0, 0.5, 0.1, 0.2, 0.9])
   BEFORE = np.array([1.0, 2.0, 3.0, -2.0, 0.1, 0.5, 0.4, 0.0])
 
+  ASSIGN: typing.ClassVar = {
+    average: jax.jit(functools.partial(credit.assign, credit.self_consistency(average=average)))
+    for average in (True, False)
+  }
+
   def credited(self, now=NOW, before=BEFORE, valid=None, **knobs):
     ones = np.ones((8, 1))
     batch = Batch(
@@ -408,7 +421,7 @@ class TestSelfConsistency:
       reference_logp=-ones,
       proximal_logp=now[:, None] - 1,
     ).with_arrays(previous_logp=before[:, None] - 1)
-    return credit.assign(credit.self_consistency(**knobs), batch, ())[0]
+    return self.ASSIGN[knobs.get('average', True)](batch, ())[0]
 
   def test_the_best_and_the_worst_row_are_a_pair_and_the_label_is_the_agreement(self):
     found = self.credited(average=False)
