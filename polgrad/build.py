@@ -134,7 +134,7 @@ class Phase(Judged):
   objective: objectives.Part
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
-  comparison: comparisons.Part = comparisons.by_reward
+  comparison: reward_models.ComparisonPart = comparisons.by_reward
   shuffle: bool = True
   epochs: AtLeastOne = 1
   minibatches: AtLeastOne = 1

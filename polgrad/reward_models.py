@@ -6,9 +6,11 @@
 A folder is what `polgrad.convert --reward_model` writes: a classifier of Hugging Face with one label. It
 has its own tokenizer and chat template, so it may be of another family than the policy. `REWARDS` are
 all verifiers by the names that a configuration uses: those of `rewards.verifiers`, and these.
+`COMPARISONS` are in the same way all that compare two completions.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -23,7 +25,7 @@ from polgrad.data import batching, tokenizers
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.models import Policy, hf, pretrained
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, either, table
-from polgrad.rewards import verifiers
+from polgrad.rewards import comparisons, verifiers
 from polgrad.rewards.scoring import Failure
 from polgrad.types import Array, Params
 
@@ -94,18 +96,12 @@ def reward_model(
   _mesh(devices, fsdp)  # refuses what does not fit
 
   def judge(completions: list[str], records: list[dict]) -> list[float | Failure]:
-    kept, failed = list(range(len(completions))), {}
-    scores = np.zeros((len(folders), len(completions)))
-    for i, folder in enumerate(folders):
-      scorer, rows = load(folder, **settings), {}
-      for j in kept:
-        rows[j] = _row(scorer, records[j], completions[j], before)
-      failed |= {j: row for j, row in rows.items() if isinstance(row, Failure)}
-      kept = [j for j in kept if j not in failed]
-      scores[i, kept] = scorer.score([rows[j] for j in kept])
-    found = scores.min(axis=0)
-    if combine == 'mean':
-      found = scores.mean(axis=0) - pessimism * scores.std(axis=0)
+    firsts = [record.get(before) for record in records] if before else None
+    found = [scores(load(folder, **settings), records, completions, firsts) for folder in folders]
+    failed = {j: x for one in found for j, x in enumerate(one) if isinstance(x, Failure)}
+    found = np.array([[np.nan if isinstance(x, Failure) else x for x in one] for one in found])
+    worst, middle = found.min(axis=0), found.mean(axis=0) - pessimism * found.std(axis=0)
+    found = worst if combine == 'min' else middle
     found = (found - mean) / std
     found = np.clip(found, -clip, clip) if clip else found
     return [failed.get(j, float(x)) for j, x in enumerate(found)]
@@ -113,6 +109,68 @@ def reward_model(
   judge.batched = True
   judge.__qualname__ = 'reward_model'
   return judge
+
+
+def preference_model(
+  *,
+  path: str,
+  temperature: Positive = 1.0,
+  batch: AtLeastOne = 16,
+  max_length: Count = 0,
+  dtype: str = 'float32',
+  devices: Count = 0,
+  fsdp: AtLeastOne = 1,
+) -> Callable:
+  """A comparison of whole batches: sigmoid(g(y, y') / temperature), with a model that reads both.
+
+  g(y, y') = s(y', then y) - s(y, then y') is the logit that `methods.pairwise_preference` trains, s the
+  score at the last token of the row. P(first better) + P(second better) is one. A pair of which a row
+  is too long has failed.
+
+  Args:
+    path: folder of the model, which `polgrad.convert --reward_model` wrote.
+    temperature: unit of g.
+    batch, max_length, dtype, devices, fsdp: as in `reward_model`.
+
+  Raises:
+    FileNotFoundError, ValueError: as in `reward_model`.
+  """
+  settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
+  folder = _checked(path)
+  _mesh(devices, fsdp)
+
+  def compare(first: list[str], second: list[str], record: list[dict]) -> list[float | Failure]:
+    rows = scores(load(folder, **settings), record * 2, first + second, second + first)
+    for_first, for_second = rows[: len(first)], rows[len(first) :]
+    return [
+      next((x for x in (one, other) if isinstance(x, Failure)), None)
+      or 0.5 + 0.5 * math.tanh((one - other) / (2 * temperature))
+      for one, other in zip(for_first, for_second)
+    ]
+
+  compare.batched = True
+  compare.__qualname__ = 'preference_model'
+  return compare
+
+
+def scores(
+  scorer: Scorer,
+  records: Sequence[Mapping],
+  texts: Sequence[str],
+  firsts: Sequence[str | None] | None = None,
+) -> list[float | Failure]:
+  """The score of each completion, or why it has none.
+
+  Args:
+    firsts: completions that the model reads before; None: it reads one completion.
+  """
+  rows = [
+    _row(scorer, record, text, *([] if firsts is None else [firsts[i]]))
+    for i, (record, text) in enumerate(zip(records, texts, strict=True))
+  ]
+  kept = [i for i, row in enumerate(rows) if not isinstance(row, Failure)]
+  found = dict(zip(kept, scorer.score([rows[i] for i in kept]).tolist(), strict=True))
+  return [found.get(i, row) for i, row in enumerate(rows)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -173,14 +231,15 @@ def _padded(
   return tokens, segment_ids
 
 
-def _row(scorer: Scorer, record: Mapping, text: str, before: str) -> list[int] | Failure:
+def _row(scorer: Scorer, record: Mapping, text: str, *first: str | None) -> list[int] | Failure:
   """The ids that the model reads of a completion, or why there are none."""
+  if first == (None,):
+    return Failure('KeyError', 'the record has no completion that the reward model reads first')
   try:
     asked = _asked(record, scorer.chats)
-    first = record[before] if before else None
-    ids = batching.judged(asked, scorer.tokenizer, text, first=first)
-  except (ValueError, KeyError) as error:
-    return Failure(type(error).__name__, str(error))
+    ids = batching.judged(asked, scorer.tokenizer, text, first=first[0] if first else None)
+  except ValueError as error:
+    return Failure('ValueError', str(error))
   if len(ids) > scorer.max_length:
     reason = f'{len(ids)} tokens, the reward model reads {scorer.max_length}'
     return Failure('TooLong', reason)
@@ -243,6 +302,7 @@ def _mesh(devices: int, fsdp: int) -> Mesh:
   )
 
 
-TABLE = table('reward_models', reward_model)
-REWARDS = either(verifiers.TABLE, TABLE)
+REWARDS = either(verifiers.TABLE, table('reward_models', reward_model))
+COMPARISONS = either(comparisons.TABLE, table('reward_models', preference_model))
 Part = Annotated[Callable, REWARDS]
+ComparisonPart = Annotated[Callable, COMPARISONS]

@@ -104,7 +104,25 @@ def test_a_row_that_cannot_be_scored_has_failed_and_the_others_have_not(models):
   (alone,) = verifier(models[0])(texts[2:], RECORDS[2:])
   np.testing.assert_allclose(found.total[2], 2 * alone, atol=1e-5)
   (missing,) = verifier(models[0], before='reference')(TEXTS[:1], RECORDS[:1])
-  assert isinstance(missing, Failure) and 'reference' in missing.reason
+  assert isinstance(missing, Failure) and 'has no completion' in missing.reason
+
+
+def test_a_model_that_reads_both_completions_compares_them_in_both_orders(models):
+  knobs = dict(path=models[0], batch=4, temperature=0.05)
+  compare = bind(part(reward_models.preference_model, **knobs), reward_models.COMPARISONS)
+  swapped = TEXTS[1:] + TEXTS[:1]
+  one, other = (np.array(compare(*pair, RECORDS)) for pair in ((TEXTS, swapped), (swapped, TEXTS)))
+  np.testing.assert_allclose(one + other, 1, atol=1e-6)
+  scores = lambda texts, firsts: np.array(
+    verifier(models[0], before='first')(
+      texts, [r | {'first': first} for r, first in zip(RECORDS, firsts)]
+    )
+  )
+  logit = scores(TEXTS, swapped) - scores(swapped, TEXTS)
+  np.testing.assert_allclose(one, 1 / (1 + np.exp(-logit / 0.05)), atol=1e-4)
+  assert np.abs(one - 0.5).max() > 0.01
+  short, long = compare(['a', 'a'], ['b', 'b ' * 300], RECORDS[:2])
+  assert 0 < short < 1 and long.kind == 'TooLong'
 
 
 def test_what_is_no_reward_model_is_refused_when_the_run_is_built(models, tmp_path):
