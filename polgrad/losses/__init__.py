@@ -35,6 +35,8 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
     best_of_n           the distribution of the best of n samples                none
     self_improvement    SRPO, whose scores are of three prompts                  none
+    latent_preferences  preferences of users who are latent variables            none: whole functions
+    shared_information  what two samples of one policy have in common            none: whole functions
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
 
@@ -58,6 +60,7 @@ from polgrad.losses import (
   f_divergences,
   groups,
   implicit_rewards,
+  latent_preferences,
   listwise,
   log_partition,
   logit_stats,
@@ -78,6 +81,7 @@ from polgrad.losses import (
   score_shapes,
   selections,
   self_improvement,
+  shared_information,
   surrogates,
   trust_region_masks,
   weights,
@@ -92,6 +96,7 @@ __all__ = [
   'f_divergences',
   'groups',
   'implicit_rewards',
+  'latent_preferences',
   'listwise',
   'log_partition',
   'logit_stats',
@@ -112,6 +117,7 @@ __all__ = [
   'score_shapes',
   'selections',
   'self_improvement',
+  'shared_information',
   'surrogates',
   'trust_region_masks',
   'weights',
