@@ -101,7 +101,7 @@ class TestReplay:
 
 def test_memory_has_the_shapes_of_what_is_put_into_it():
   settings = dict(lag=1, replay=1, replay_fraction=0.5, baseline_samples=1, demonstrations=1)
-  _, found = run_steps(2, **settings)
+  _, found = run_steps(2, compare=('wins', 'baseline_wins'), **settings)
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   (before, got), (after, _) = found
   assert shapes(before.collect_state) == shapes(got.collect_state) == shapes(after.collect_state)
