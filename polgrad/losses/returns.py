@@ -62,6 +62,31 @@ def reward_to_go(token_rewards: Array, mask: Array, *, discount: float = 1.0) ->
   return _scan_backwards(step, start, token_rewards, mask)
 
 
+def td_lookahead(scores: Array, mask: Array, *, steps: int = 1, rate: float = 0.5) -> Array:
+  """s_t + rate (s_{t + steps} - s_t): the scores of early steps look ahead (arXiv:2501.07861).
+
+  A model that scores the steps of a solution knows little of the first ones; the score of a later step
+  corrects it. A step that has no later one at that distance looks at the last one.
+
+  Args:
+    scores: [..., T], of the steps of a row.
+    mask: bool[..., T], the steps that there are; others are skipped.
+    steps: how many steps ahead, at least 1.
+    rate: 0 leaves the scores, 1 takes the later ones.
+
+  Returns:
+    [..., T]; 0 outside the mask.
+  """
+  chex.assert_equal_shape([scores, mask])
+  # The k-th step of a row is at column `place[k]`; steps stand first in this order.
+  place = jnp.argsort(~mask, axis=-1, stable=True)
+  number = jnp.cumsum(mask, axis=-1) - 1  # of a step, from 0
+  last = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True) - 1, 0)
+  ahead = jnp.clip(number + steps, 0, last)
+  later = jnp.take_along_axis(scores, jnp.take_along_axis(place, ahead, axis=-1), axis=-1)
+  return jnp.where(mask, scores + rate * (later - scores), 0)
+
+
 def gae(
   token_rewards: Array, values: Array, mask: Array, *, discount: float = 1.0, trace: float = 0.95
 ) -> Array:

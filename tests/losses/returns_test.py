@@ -110,3 +110,11 @@ def test_the_clip_of_vtrace_decides_whose_value_is_learnt(rho_bar, expected, x64
     rho_bar=rho_bar,
   )
   np.testing.assert_allclose(mu @ targets[:, 0], expected, atol=1e-12)
+
+
+def test_scores_of_steps_look_ahead_over_holes_and_the_end():
+  scores = jnp.array([[1.0, 3.0, 99.0, 7.0, 15.0]])
+  got = returns.td_lookahead(scores, HOLES.at[0, 4].set(True), steps=2, rate=0.5)
+  np.testing.assert_allclose(got, [[4, 9, 0, 11, 15]])  # 1 looks at 7; 3, 7 and 15 at 15
+  same = returns.td_lookahead(scores, HOLES, rate=0.0)
+  np.testing.assert_allclose(same, [[1, 3, 0, 7, 0]])
