@@ -207,6 +207,8 @@ class HeldOut(Judged, Evaluation):
     prefix, stop_strings: what completions begin and end with, see `collect.Sampling`.
     anchors: anchors that are measured as well, in phases that have them, such as an average of the
       policy; their metrics are `evaluation_NAME/...`.
+    comparison: which of two completions is better, for `polgrad.compare`; by default the one with the
+      larger reward.
   """
 
   every: Count = 50
@@ -223,6 +225,12 @@ class HeldOut(Judged, Evaluation):
   prefix: str = ''
   stop_strings: tuple = ()
   anchors: tuple = ()
+  comparison: comparisons.Part = comparisons.larger_reward
+
+  @functools.cached_property
+  def compare(self) -> Callable:
+    """(pairs, others) -> `Compared`, see `scoring.make_comparer`."""
+    return scoring.make_comparer(self.comparison, **self.limits)
 
   def own(self, tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer with this prefix and these stop strings."""

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -104,8 +104,8 @@ class Attempts(NamedTuple):
 def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Samples]]:
   """Makes `evaluate(params) -> (metrics, greedy samples)` for the experiment's `evaluation`."""
   plan = experiment.evaluation
-  greedy = _sampler(experiment, 1, behavior_policies.greedy)
-  several = _sampler(experiment, plan.samples, behavior_policies.current) if plan.samples else None
+  greedy = sampler(experiment, 1, behavior_policies.greedy)
+  several = sampler(experiment, plan.samples, behavior_policies.current) if plan.samples else None
 
   def evaluate(params: Params) -> tuple[dict[str, float], Samples]:
     # One greedy completion of each problem.
@@ -136,11 +136,19 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
   return evaluate
 
 
-def attempt(experiment: Experiment, sample: Callable, params: Params, samples: int) -> Attempts:
+def attempt(
+  experiment: Experiment,
+  sample: Callable,
+  params: Params,
+  samples: int,
+  look: Callable[[Batch, int, Mapping], None] = lambda rollout, rows, others: None,
+) -> Attempts:
   """Completes and scores the first `problems` rows of the evaluation's source that are not dropped.
 
   Args:
     sample: a sampler of the policy, which makes `samples` completions of each prompt.
+    look: called with each rollout (NumPy), the number of its rows that count, and functions that make
+      further lists about these rows, see `collect.also_read`.
   """
   plan = experiment.evaluation
   tokenizer = plan.own(experiment.tokenizer)
@@ -169,6 +177,7 @@ def attempt(experiment: Experiment, sample: Callable, params: Params, samples: i
     owners = [record for record in piece for _ in range(samples)]
     others = also_read(rollout, range(rows), owners, tokenizer)
     scores.append(plan.score(written, owners, lengths, others).total)
+    look(rollout, rows, others)
     texts += [written[i : i + samples] for i in range(0, rows, samples)]
     records += piece
   return Attempts(records, texts, np.concatenate(scores).reshape(-1, samples))
@@ -193,7 +202,7 @@ def problems(experiment: Experiment) -> list[tuple[dict, str]]:
   return found
 
 
-def _sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> Callable:
+def sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> Callable:
   """The evaluation's sampler, with `samples` completions of each prompt."""
   plan = experiment.evaluation
   return make_sampler(

@@ -44,6 +44,8 @@ LEVELS = {
   'jsons': 0,
   'paths': 0,
   'evaluate': 6,
+  'preference_evaluation': 1,
+  'compare': 8,
   'loading': 7,
   'convert': 8,
   'sample': 8,
@@ -76,7 +78,7 @@ HOMES = {
   },
   'orbax': {'checkpoint'},
   'absl': {
-    *('check', 'cli', 'convert', 'evaluate', 'explain', 'inspect', 'lm_eval', 'loading'),
+    *('check', 'cli', 'compare', 'convert', 'evaluate', 'explain', 'inspect', 'lm_eval', 'loading'),
     *('metrics', 'phases', 'report', 'row_files', 'sample', 'trackers', 'train', 'verify', 'view'),
     'workdirs',
   },

@@ -107,7 +107,7 @@ def test_held_out_problems_are_dropped_or_cut_and_counted(tmp_path, monkeypatch,
   run = experiment(tmp_path, 'grpo', overlong, rows=5)
   fates = [fate for _, fate in evaluate.problems(run)]
   assert fates == ['kept'] * 5 + ['dropped' if overlong == 'drop' else 'cut']
-  monkeypatch.setattr(evaluate, '_sampler', make_sample)
+  monkeypatch.setattr(evaluate, 'sampler', make_sample)
   found, shown = evaluate.make_evaluator(run)(None)
   assert asked == set(range(number)) and len(shown) == number
   counts = {'dropped': int(overlong == 'drop'), 'cut': int(overlong == 'truncate')}

@@ -32,6 +32,11 @@ def by_reward(first_reward: float, second_reward: float, *, temperature: Positiv
   return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
 
 
+def larger_reward(first_reward: float, second_reward: float) -> float:
+  """1 where the first completion has the larger reward, 0 where it has the smaller, 1/2 for a tie."""
+  return 0.5 if first_reward == second_reward else float(first_reward > second_reward)
+
+
 def by_table(first: str, second: str, record: Mapping, *, field: str = 'wins') -> float:
   """record[field][first][second]: a game whose payoffs are written in the data.
 
@@ -52,7 +57,7 @@ def shorter(first: str, second: str) -> float:
   return 0.5 if len(first) == len(second) else float(len(first) < len(second))
 
 
-SIMPLE = table('comparisons', by_reward, by_table, shorter)
+SIMPLE = table('comparisons', by_reward, larger_reward, by_table, shorter)
 OTHER = {
   **{'first': 'second', 'second': 'first'},
   **{'first_reward': 'second_reward', 'second_reward': 'first_reward'},

@@ -35,7 +35,7 @@ MESSAGES = 5  # number of failures that are reported in words for each batch
 IN_PROCESS = (
   *(ours.exact_match, ours.numeric_answer, ours.boxed_answer),
   *(ours.choice_letter, ours.soft_overlong),
-  *(comparisons.by_reward, comparisons.by_table, comparisons.shorter),
+  *(comparisons.by_reward, comparisons.larger_reward, comparisons.by_table, comparisons.shorter),
 )
 
 

@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_those_of_the_equation(name, x64):
   method, oracle = CASES[name]
 
   def loss(values):
-    arrays = dict(values_after=values, label=LABEL, margins=MARGINS, target=np.arange(8.0))
+    arrays = dict(values_after=values, label=LABEL, annotated_margin=MARGINS, target=np.arange(8.0))
     return method.loss(mask=MASK, logp=np.zeros(MASK.shape), **arrays)[0]
 
   value, gradient = jax.jit(jax.value_and_grad(loss))(VALUES)

@@ -41,7 +41,9 @@ def test_a_row_may_read_another_completion_first():
     'answer': ('Fine\0Well.', 'Fine\0No'),
   }
   for before, texts in rows.items():
-    collector = collect.Preferences(length=64, before=before, margin_field='margin')
+    collector = collect.Preferences(
+      length=64, before=before, numbers={'annotated_margin': 'margin'}
+    )
     batch = collector.lay_out([PAIR], tokenizer=BYTES)
     for row, text in enumerate(texts):
       parts = [prompt + ids(one) for one in text.split('\0')]
@@ -55,14 +57,11 @@ def test_a_row_may_read_another_completion_first():
       # A reward model in use reads the same tokens as in training.
       *first, last = text.split('\0')
       assert batching.judged(PAIR, BYTES, last, first=first[0] if first else None) == whole
-    assert batch.label.tolist() == [1, 0] and batch.features['margins'].tolist() == [0.5, 0.5]
+    assert batch.label.tolist() == [1, 0]
+    assert batch.features['annotated_margin'].tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize('given', [{}, {'margin': 'much'}, {'margin': float('nan')}])
-def test_a_record_without_the_number_is_named(given):
-  record = {k: v for k, v in PAIR.items() if k != 'margin'} | given
-  with pytest.raises(ValueError, match="record 0: 'margin' must be a number, and is "):
-    collect.Preferences(margin_field='margin').lay_out([record], tokenizer=BYTES)
+def test_rows_that_read_each_other_share_no_prompt():
   with pytest.raises(ValueError, match="before='other' and prompt_length=8"):
     collect.Preferences(before='other', prompt_length=8)
 

@@ -39,9 +39,11 @@ def bradley_terry(
     'centering': weighted(centering, part(score_penalties.centered)),
     'barrier': weighted(barrier, part(score_penalties.barrier)),
   }
-  margins = {'given': weighted(1.0, part(pair_offsets.given))}
+  margins = {'annotated': weighted(1.0, part(pair_offsets.annotated))}
   return Method(
-    collect=partial(collect.Preferences, numbers={'margins': margin_field} if margin_field else {}),
+    collect=partial(
+      collect.Preferences, numbers={'annotated_margin': margin_field} if margin_field else {}
+    ),
     objective=part(
       objectives.RewardModel,
       link=part(preference_losses.focal if focal else preference_losses.logistic),
