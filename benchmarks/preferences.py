@@ -26,7 +26,6 @@ from scipy.optimize import minimize_scalar
 
 from benchmarks import preference_world as world
 from benchmarks import preferences_page
-from polgrad import credit as credits
 from polgrad import methods
 from polgrad.methods import Method
 from polgrad.tabular import enumerable
@@ -34,17 +33,29 @@ from polgrad.tabular.estimators import Setting, rollout_loss
 
 END = 1e6  # of the flow, in units in which the first step has speed 1
 STILL = 1e-9  # the flow has ended where its speed is below this
-EVALUATIONS = 4000  # of the gradient; a flow that needs more runs along a kink of the loss
+EVALUATIONS = 3000  # of the gradient; a flow that needs more runs along a kink of the loss
 DESCENT = 20_000  # steps of plain descent with falling lengths, where the loss has kinks
 SETTLED = 1e-3  # descent has ended where no probability moves more in its second half
 # What the exact setting has of a group of sequences, apart from log-probs of anchors.
 GIVEN = {
   *('logp', 'entropy', 'mask', 'tokens', 'segment_ids', 'turn_ids', 'group_ids', 'prompt_ids'),
-  *('behavior_logp', 'label', 'rewards', 'valid', 'wins', 'staleness', 'stream', 'step', 'logits'),
+  *('behavior_logp', 'label', 'rewards', 'valid', 'wins', 'baseline_wins', 'staleness', 'step'),
+  *('logits', 'teacher_logits'),
+}
+# What a collector does that a pair drawn from one policy does not show -> why the method is left out.
+COLLECTED = {
+  'choose': 'the collector chooses the rows to train on out of more samples',
+  'demonstrations': 'learns from demonstrations as well',
+  'preferences': 'mixes pairs of the data with samples of the policy',
+  'opponents': 'the two sequences of a pair have different samplers',
+  'stats': 'the collector measures statistics',
 }
 # method -> why it is left out, if its arrays do not say it
 LEFT_OUT: dict[str, str] = {}
-BUDGETS = {'max_new_tokens': 2, 'samples_per_prompt': 2, 'steps': 100, 'learning_rate': 0.01}
+BUDGETS = {
+  **{'max_new_tokens': 2, 'samples_per_prompt': 2, 'steps': 100, 'learning_rate': 0.01},
+  'candidates': 2,
+}
 
 
 class Found(NamedTuple):
@@ -61,19 +72,22 @@ class Found(NamedTuple):
   chosen: float  # change of E[log pi(chosen)] from the reference, nats
   rejected: float  # change of E[log pi(rejected)] from the reference, nats
   unseen: float  # probability of the sequences that the data lacks
+  largest: float  # probability of the most likely sequence
   win_rate: float  # P(pi > reference)
   kl: float  # KL(pi || reference), nats
 
 
 def load(name: str) -> Method:
-  """The method with `TEMPERATURE` as the coefficient of its reference."""
+  """The method with `TEMPERATURE` as the coefficient of its fixed anchor."""
   function = getattr(methods, name)
   takes = inspect.signature(function).parameters
   budgets = {k: v for k, v in BUDGETS.items() if k in takes}
   method = function(**budgets)
-  if 'reference' not in method.anchors:
+  if not method.anchors:
     return method
   coefficients = {k: world.TEMPERATURE for k in ('beta', 'tau') if k in takes}
+  if {'tau', 'eta'} <= takes.keys():  # the step of mirror descent, in units of tau
+    coefficients['eta'] = 3 * world.TEMPERATURE
   return function(**budgets, **coefficients)
 
 
@@ -82,55 +96,18 @@ def left_out(name: str) -> str:
   if name in LEFT_OUT:
     return LEFT_OUT[name]
   method = load(name)
+  asked = method.collect.keywords
+  for keyword, reason in COLLECTED.items():
+    if asked.get(keyword):
+      return reason
+  if method.bound()[1].select is not None:
+    return 'its selection looks at a whole batch, and the report gives it one pair at a time'
   missing = sorted(
     read for read in method.reads if read not in GIVEN and not read.endswith('_logp')
   )
   if missing:
     return f'reads {", ".join(missing)}, which the exact setting lacks'
-  if method.bound()[1].select is not None:
-    return 'compares the pairs of a batch, and the report gives it one pair at a time'
   return ''
-
-
-def make_field(method: Method, preferences: world.Preferences, data: world.Data) -> Callable:
-  """logits f64[P, 3] -> the exact expected gradient of the method's loss, of the same shape.
-
-  Rows are the chosen and the rejected sequence of a pair, whose probability is
-  2 mu(chosen) mu(rejected) P(chosen > rejected). Anchors that follow the policy are the policy.
-  """
-  credit, objective = method.bound()
-  if method.needs != 'problems':
-    credit = credits.nothing()
-  pairs = np.indices((world.SIZE, world.SIZE)).reshape(2, -1).T
-  wins = preferences.wins[pairs[:, 0], pairs[:, 1]]
-  reference = jnp.asarray(world.reference())
-  verdict = {
-    'label': jnp.array([1.0, 0.0]),
-    'rewards': jnp.array([1.0, 0.0]),
-    'wins': jnp.array([[0.5, 1.0], [0.0, 0.5]]),
-  }
-
-  def field(live):
-    behavior = live if data.logits is None else jnp.asarray(data.logits)
-    mu = jnp.exp(jnp.sum(enumerable.logp(world.POLICY, behavior), axis=1)) * data.seen
-    mu = mu / jnp.sum(mu)
-    weight = 2 * mu[pairs[:, 0]] * mu[pairs[:, 1]] * wins
-    setting = Setting(
-      policy=world.POLICY,
-      rewards=np.zeros(world.SIZE),
-      params=live,
-      behavior=behavior,
-      anchors={name: live if follows(method, name) else reference for name in anchors_of(method)},
-      values=np.zeros(world.POLICY.tokens.shape),
-      features=verdict,
-    )
-    one = lambda params, pair: rollout_loss(
-      setting, credit, objective, params, pair, {}, credit.init(), jax.random.key(0)
-    )
-    mean = lambda params: weight @ jax.vmap(lambda pair: one(params, pair))(pairs)
-    return jax.grad(mean)(live)
-
-  return jax.jit(field)
 
 
 def anchors_of(method: Method) -> set[str]:
@@ -142,6 +119,90 @@ def follows(method: Method, anchor: str) -> bool:
   """Whether an anchor moves with the policy, so that at rest it is the policy."""
   rule = method.anchors.get(anchor)
   return anchor != 'reference' if rule is None else rule.name != 'optim.fixed'
+
+
+def sampler(method: Method, slot: str, live):
+  """Logits of the policy that samples for a method: `behavior_policy`, or `baseline_policy`."""
+  spec = method.collect.keywords.get(slot)
+  name = spec['name'].rpartition('.')[2] if spec else 'current'
+  reference = live if follows(method, 'reference') else jnp.asarray(world.reference())
+  if name == 'reference':
+    return reference
+  if name == 'geometric_mixture':
+    weight = spec['reference_weight']
+    return (1 - weight) * jax.nn.log_softmax(live) + weight * jax.nn.log_softmax(reference)
+  return live  # `previous` and moving averages are the policy, at rest
+
+
+def kind_of(method: Method) -> str:
+  """What is told of a pair: 'verdict', which row won; 'wins', the probabilities."""
+  return 'wins' if method.credit.name in ('credit.win_rate_gap', 'credit.of_wins') else 'verdict'
+
+
+class Arrays(NamedTuple):
+  """What differs between preferences and data, so that one program serves all."""
+
+  wins: np.ndarray  # f64[S, S]
+  own: float  # 1: the method samples; 0: `logits` do
+  logits: np.ndarray  # f64[P, 3]
+  seen: np.ndarray  # f64[S], 1 where a sequence can occur
+
+
+def arrays_of(preferences: world.Preferences, data: world.Data) -> Arrays:
+  return Arrays(
+    wins=preferences.wins,
+    own=float(data.logits is None),
+    logits=world.reference() if data.logits is None else data.logits,
+    seen=data.seen.astype(float),
+  )
+
+
+def make_field(method: Method) -> Callable:
+  """(logits f64[P, 3], Arrays) -> the exact expected gradient of the method's loss, f64[P, 3].
+
+  Rows are the chosen and the rejected sequence of a pair, whose probability is
+  2 mu(chosen) mu(rejected) P(chosen > rejected). The rewards of the two rows are 1 and 0. Methods that
+  read probabilities get all pairs, with the probability mu mu. Anchors that follow the policy are it.
+  """
+  credit, objective = method.bound()
+  kind = kind_of(method)
+  pairs = np.indices((world.SIZE, world.SIZE)).reshape(2, -1).T
+  reference = jnp.asarray(world.reference())
+  distribution = lambda logits: jnp.exp(jnp.sum(enumerable.logp(world.POLICY, logits), axis=1))
+
+  def told(pair, arrays, opponent):
+    won = jnp.array([1.0, 0.0])
+    wins = arrays.wins[pair][:, pair] if kind == 'wins' else jnp.array([[0.5, 1.0], [0.0, 0.5]])
+    against = (arrays.wins @ distribution(opponent))[pair][:, None]
+    return {'label': won, 'rewards': won, 'wins': wins, 'baseline_wins': against}
+
+  def field(live, arrays):
+    behavior = jnp.where(arrays.own > 0, sampler(method, 'behavior_policy', live), arrays.logits)
+    mu = distribution(behavior) * arrays.seen
+    mu = mu / jnp.sum(mu)
+    weight = mu[pairs[:, 0]] * mu[pairs[:, 1]]
+    if kind == 'verdict':
+      weight = 2 * weight * arrays.wins[pairs[:, 0], pairs[:, 1]]
+    opponent = sampler(method, 'baseline_policy', live)
+    setting = Setting(
+      policy=world.POLICY,
+      rewards=np.zeros(world.SIZE),
+      params=live,
+      behavior=behavior,
+      anchors={name: live if follows(method, name) else reference for name in anchors_of(method)},
+      values=np.zeros(world.POLICY.tokens.shape),
+    )
+
+    def one(params, pair):
+      given = setting._replace(features=told(pair, arrays, opponent))
+      return rollout_loss(
+        given, credit, objective, params, pair, {}, credit.init(), jax.random.key(0)
+      )
+
+    mean = lambda params: weight @ jax.vmap(lambda pair: one(params, pair))(pairs)
+    return jax.grad(mean)(live)
+
+  return jax.jit(field)
 
 
 def flow(field: Callable) -> tuple[np.ndarray, bool, float]:
@@ -233,11 +294,16 @@ def nearest(pi: np.ndarray, q: np.ndarray, seen: np.ndarray) -> tuple[float, flo
   return float(found.fun), float(np.exp(found.x))
 
 
-def measure(method: Method, preferences: world.Preferences, data: world.Data) -> Found:
-  logits, ended, speed = flow(make_field(method, preferences, data))
+def measure(field: Callable, preferences: world.Preferences, data: world.Data) -> Found:
+  """Where the flow of `make_field` ends."""
+  arrays = arrays_of(preferences, data)
+  logits, ended, speed = flow(lambda logits: field(logits, arrays))
   pi, mu = world.probabilities(logits), world.sampled(data, logits)
   reference = world.probabilities(world.reference())
-  wins, gain = preferences.wins, np.log(pi / reference)
+  log_pi, log_reference = (
+    np.asarray(enumerable.logp(world.POLICY, x)).sum(axis=1) for x in (logits, world.reference())
+  )
+  wins, gain = preferences.wins, log_pi - log_reference
   tilt = (
     (None, None) if preferences.rewards is None else nearest(pi, preferences.rewards, data.seen)
   )
@@ -254,6 +320,7 @@ def measure(method: Method, preferences: world.Preferences, data: world.Data) ->
     chosen=float(chosen @ gain),
     rejected=float((2 * mu - chosen) @ gain),
     unseen=float(pi[~data.seen].sum()),
+    largest=float(pi.max()),
     win_rate=float(pi @ wins @ reference),
     kl=float(pi @ gain),
   )
@@ -263,10 +330,10 @@ def report(names: list[str]) -> preferences_page.Rows:
   """Computes the methods and prints a line for each."""
   rows = {}
   for name in names:
-    method, began = load(name), time.monotonic()
+    field, began = make_field(load(name)), time.monotonic()
     rows[name] = {
       preferences.name: {
-        data.name: measure(method, preferences, data)._asdict() for data in world.sources()
+        data.name: measure(field, preferences, data)._asdict() for data in world.sources()
       }
       for preferences in (world.bradley_terry(), world.game())
     }

@@ -25,7 +25,9 @@ Rows = dict[str, dict[str, dict[str, dict]]]
 
 
 def verdict(found: dict) -> str:
-  """What a flow ends at: `tilt T`, `Nash T`, `response T`, reference, something else, or nothing."""
+  """What a flow ends at: `tilt T`, `Nash T`, `response T`, ..., another policy, or nothing."""
+  if found['largest'] > 1 - 1e-3:
+    return 'one'
   if not found['ended']:
     return 'no end'
   if found['kl'] < 1e-12:
@@ -111,6 +113,7 @@ A cell says at what the flow ends:
 * **response T**: reference exp(P(. > mu) / T) / Z, the best response to mu, who sampled the data.
 * **a number**: none of these. It is the total variation to the nearest tilt (in the game, to the
   nearest Nash policy), where T is chosen to make it smallest.
+* **one**: all mass on one sequence (which is the limit of many distributions, so no T is meant).
 * **no end**: the gradient has not vanished; the policy still moves.
 * With `partial` data all of these are meant among the sequences of the data.
 
