@@ -101,7 +101,7 @@ class Batch:
   advantages: Array | None = None  # f32[B, T], units of the reward, or normalised
   returns: Array | None = None  # f32[B, T], units of the reward, targets of the critic
   label: Array | None = None  # f32[B], 1: chosen or desirable, 0: rejected; between: a probability
-  weights: Array | None = None  # f32[B], multiply the loss of a preference pair
+  weights: Array | None = None  # f32[B], of preference pairs, equal in both rows; from the data
 
   features: dict[str, Array] = struct.field(default_factory=dict)  # [B, ...], all other arrays
 

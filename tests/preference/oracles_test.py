@@ -1,10 +1,13 @@
 """Every preference method: value and gradient of its loss are those of its oracle, and what every
 method owes: padding may hold anything, and micro-batches change nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from polgrad import credit as credits
 from polgrad.arrays import MODEL
@@ -97,3 +100,15 @@ def test_padding_and_micro_batches_change_nothing(name, x64):
 
 def is_token_array(a, mask):
   return a.shape == mask.shape and jnp.issubdtype(a.dtype, jnp.floating)
+
+
+@pytest.mark.parametrize('name', ['arpo'])
+def test_devices_change_nothing(name, x64):
+  """Rows spread over eight devices: pairs, and a mean over rows, are those of the whole batch."""
+  method = harness.make(name, {})
+  case = credited(method, harness.random_arrays(method))
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = NamedSharding(mesh, PartitionSpec('data'))
+  spread = jax.tree.map(lambda a: jax.device_put(a, rows), case[1:])
+  compiled = jax.jit(functools.partial(totals, case[0]))(*spread)
+  close(compiled, totals(*case))
