@@ -106,8 +106,9 @@ def measure(method, rewards: np.ndarray, *, on_policy: bool, seeds: int = 5) -> 
 
 PAGE = """# On-policy samples and negative gradients: a bandit that shows when they matter
 
-Made by `python -m benchmarks.on_policy`: {arms} arms, and {rounds} rounds of {groups} groups of {samples} samples
-with {steps} Adam steps each. It is a simplified form, without contexts, of an experiment of arXiv:2404.14367.
+Made by `python -m benchmarks.on_policy`: {arms} arms, {rounds} rounds of {groups} groups of
+{samples} samples, and {steps} Adam steps a round. It is a simplified form, without contexts, of an
+experiment of arXiv:2404.14367.
 
 The policy starts at the distribution of the data, most of which is at low arms. One reward has its mode
 where the data are, the other far away, where the data have little mass. *Offline* means one draw of
@@ -125,8 +126,8 @@ largest; the most that can be had is 1.
   at least as high as the likelihood of the best one.
 * **Offline, the same push may harm**: IPO with its large target ends below the likelihood of the best
   sample, because the mass that leaves the worst ones goes to arms that the data do not show, good or
-  bad. The explicit negative gradient stops at a probability of 1e-4, and so neither harms nor helps much;
-  without a bound it diverges.
+  bad. The explicit negative gradient stops at a probability of 1e-4, and so neither harms nor helps
+  much; without a bound it diverges.
 """
 
 
