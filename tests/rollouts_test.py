@@ -213,6 +213,21 @@ class TestFeatures:
     np.testing.assert_allclose(got.batch.features['spread'][where], want[where], atol=1e-5)
     assert not got.batch.features['spread'][:, 0].any()  # prompts are not scored
 
+  def test_statistics_may_compare_the_live_policy_with_a_teacher(self):
+    """The value of the prefix before each token, as CD-Q needs it."""
+    stats = {'state_value': part(logit_stats.expected_logit)}
+    anchors = {'teacher': part(optim.fixed)}
+    run, found = run_steps(2, change=louder, lag=1, stats=stats, anchors=anchors)
+    (first, _), (state, got) = found
+    rows = got.batch.tokens, got.batch.segment_ids
+    with jax.set_mesh(run.mesh):
+      full = jax.jit(lambda params: run.policy.unembed(params, run.policy.hidden(params, *rows)))
+      logits, teacher = full(state.params), full(first.params)
+    want = np.sum(np.asarray(jax.nn.softmax(teacher)) * logits, axis=-1)[:, :-1]
+    where = got.batch.mask[:, 1:]
+    found = got.batch.features['state_value'][:, 1:]
+    np.testing.assert_allclose(found[where], want[where], atol=1e-5)
+
   def test_credit_reads_features_by_name(self):
     def apply(x, state):
       advantages = x['spread'] * x['uniform'][:, None]
