@@ -1,5 +1,7 @@
 """One mirror step at decision time, and optimistic mirror descent, give the numbers of their papers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,16 +46,17 @@ def test_search_in_every_state_improves_a_policy_of_several_moves(x64):
   params, rewards = jax.random.normal(jax.random.key(0), (7, 2)), jnp.arange(8.0) % 3
   value = lambda p: enumerable.objective(policy, p, rewards)
 
-  def searched(params, step_size):
+  @jax.jit
+  def searched(step_size):
     log_pi = jax.nn.log_softmax(params)
     rest = jnp.cumsum(enumerable.logp(policy, params)[:, ::-1], axis=1)[:, ::-1]
     # Q of a move: rewards of the sequences that begin with it, weighted by the moves that follow it.
     after = jnp.pad(jnp.exp(rest[:, 1:]), ((0, 0), (0, 1)), constant_values=1)
     q = jnp.zeros((7, 2)).at[policy.prefixes, policy.tokens].add(after * rewards[:, None])
-    return search.search_step(log_pi, q, step_size=step_size)
+    return value(search.search_step(log_pi, q, step_size=step_size))
 
-  values = [float(value(searched(params, eta))) for eta in (0.0, 0.1, 0.5, 2.0)]
-  assert values[0] == pytest.approx(float(value(params)))
+  values = [float(searched(eta)) for eta in (0.0, 0.1, 0.5, 2.0)]
+  assert values[0] == pytest.approx(float(jax.jit(value)(params)))
   assert values == sorted(values) and values[3] > values[0] + 0.1
 
 
@@ -62,7 +65,8 @@ def test_rollouts_estimate_the_values_of_a_matrix_game():
   payoff = jnp.array([[2.0, -1.0], [-1.0, 1.0]])
   other = jnp.log(jnp.array([0.4, 0.6]))
   rollout = lambda key, action: payoff[action, jax.random.categorical(key, other)]
-  q = search.rollout_values(rollout, jax.random.key(0), actions=2, rollouts=4000)
+  values = jax.jit(lambda key: search.rollout_values(rollout, key, actions=2, rollouts=4000))
+  q = values(jax.random.key(0))
   game = games.game(payoff, players=2)
   exact = games.values(game, (other, other))[0]
   np.testing.assert_allclose(q, exact, atol=0.08)
@@ -89,13 +93,15 @@ def test_optimistic_descent_pays_for_changes_of_the_losses_alone(
 
 
 def test_optimistic_descent_has_constant_regret_where_losses_do_not_change(x64):
+  @functools.partial(jax.jit, static_argnames=('rounds', 'convexity'))
   def regret(rounds, **more):
     gradient = lambda x, round: x - jnp.array([0.5, 0.0])  # of |x - target|^2 / 2
     played = search.optimistic_descent(
       gradient, jnp.zeros(2), rounds=rounds, radius=1.0, largest_gradient=2.0, **more
     )
     gaps = played.points - jnp.array([[0.5, 0.0]])
-    return float(jnp.sum(jnp.square(gaps)) / 2)
+    return jnp.sum(jnp.square(gaps)) / 2
 
-  assert regret(400) == pytest.approx(regret(100), rel=1e-6)
-  assert regret(400, convexity=1.0) == pytest.approx(regret(100, convexity=1.0), rel=0.05)
+  for convexity, tolerance in ((0.0, 1e-6), (1.0, 0.05)):
+    short, long = (regret(rounds, convexity=convexity) for rounds in (100, 400))
+    assert long == pytest.approx(float(short), rel=tolerance)
