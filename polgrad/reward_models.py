@@ -84,7 +84,8 @@ def reward_model(
     batch: rows that are forwarded at once.
     max_length: tokens that a row may have; 0 is the limit of the model.
     dtype: of the computation, 'float32' or 'bfloat16'.
-    devices: how many devices of each process it runs on, counted from the last; 0 is all.
+    devices: how many devices of each process it runs on, counted from the last; 0 is as many as `fsdp`
+      divides.
     fsdp: number of these devices that the parameters are cut over.
 
   Raises:
