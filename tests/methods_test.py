@@ -26,7 +26,7 @@ EACH = pytest.mark.parametrize('name', methods.TABLE)
 TRAINED = (
   *('ppo', 'reinforce', 'remax', 'a_star_po', 'tba', 'hpt', 'props', 'remix', 'otr', 'harpg'),
   *('oblr_po', 'st_ppo', 'm2po', 'epo', 'lp_reg', 'grpo_guard', 'impala', 'decoupled_ppo', 'dapo'),
-  *('f_dpg', 'humanline', 'online_dpo', 'slic'),
+  *('f_dpg', 'humanline', 'online_dpo', 'slic', 'kto', 'mc_po'),
 )
 OFF_POLICY = {
   *('effective_sample_size', 'ratio_q01', 'ratio_q50', 'ratio_q99', 'sampler_kl'),

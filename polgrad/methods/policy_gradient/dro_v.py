@@ -15,8 +15,9 @@ def dro_v(*, beta: float = 0.2) -> Method:
   the optimum pi = reference exp(R / beta) / Z and V = beta log Z, whichever policy sampled, so one
   answer per prompt is enough.
 
-  Differences: The paper has beta = 1, a separate network for the value with another learning rate,
-  and a fixed set of data. Here the data are rollouts that are four batches old (lag=4).
+  Differences: The paper has beta = 1, a separate network for the value with another learning rate, a
+  gradient of the policy that is divided by beta, and a fixed set of data. Here the data are rollouts
+  that are four batches old (lag=4).
 
   Args:
     beta: coefficient of the KL to the reference, in units of the reward.
