@@ -200,7 +200,8 @@ class PhaseRun:
       seconds: of the whole step.
     """
     model, phase = self.experiment.model.config, self.phase
-    flops = speed.update_flops(model, collected.batch, phase.layout)
+    logits = 'values_after' not in phase.objective.requires  # a reward model has none
+    flops = speed.update_flops(model, collected.batch, phase.layout, logits=logits)
     if 'teacher_logits' in phase.objective.requires:
       teacher = phase.frozen.get('teacher', self.experiment.model).config
       flops += speed.forward_flops(teacher, collected.batch, phase.layout)

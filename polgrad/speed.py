@@ -166,7 +166,9 @@ def parse_steps(text: str, first: int, last: int) -> range:
   return steps
 
 
-def forward_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
+def forward_flops(
+  config: Any, batch: Batch, layout: Layout = PLAIN, *, logits: bool = True
+) -> float:
   """Operations of one forward pass over the rows of a batch (NumPy), each of one sequence.
 
   NaN for a model that is no decoder of `models`, because nothing is known of its layers.
@@ -174,19 +176,22 @@ def forward_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
   Args:
     config: of the model, a `models.config.Config`.
     layout: says which rows share a prompt.
+    logits: whether there are logits; a reward model has none.
   """
   if not hasattr(config, 'layer'):
     return math.nan
   tokens, pairs = _tokens(batch, layout), _pairs(config, batch, layout)
   scored = float(np.sum(batch.mask))
   weights = sum(_used(config, name) for name in config.layer) * config.num_layers
-  logits = 2.0 * config.vocab_size * config.width * scored
-  return 2.0 * weights * tokens + logits + _attention(config, pairs)
+  unembedding = 2.0 * config.vocab_size * config.width * scored if logits else 0.0
+  return 2.0 * weights * tokens + unembedding + _attention(config, pairs)
 
 
-def update_flops(config: Any, batch: Batch, layout: Layout = PLAIN) -> float:
+def update_flops(
+  config: Any, batch: Batch, layout: Layout = PLAIN, *, logits: bool = True
+) -> float:
   """Operations of the gradient of a loss over the rows of a batch; see `forward_flops`."""
-  forward = forward_flops(config, batch, layout)
+  forward = forward_flops(config, batch, layout, logits=logits)
   if math.isnan(forward) or not config.lora_rank:
     return 3.0 * forward
   adapter = sum(math.prod(config.shape(name)) for name in config.adapter) * config.num_layers

@@ -149,3 +149,16 @@ def test_steps_to_trace_that_the_run_does_not_make_are_refused(text):
   with pytest.raises(ValueError, match=f'--profile_steps={text}: '):
     speed.parse_steps(text, 1, 10)
   assert [*speed.parse_steps('1:10', 1, 10)] == [*range(1, 10)] and not speed.parse_steps('', 1, 10)
+
+
+def test_a_reward_model_computes_no_logits(quick_compiler):
+  policy = tiny.policy(num_layers=1, vocab_size=20_000, value_head=True)
+  rows = batch(prompt=0, completion=8)
+  look = lambda params: (
+    forward(policy, params, rows, fields=frozenset({'values_after'})).values_after
+  )
+  compiled = jax.jit(jax.grad(lambda p: look(p).sum())).lower(policy.shapes()).compile()
+  own = speed.update_flops(policy.config, rows, logits=False)
+  everything = speed.update_flops(policy.config, rows)
+  assert everything > 20 * own
+  assert compiled.cost_analysis()['flops'] < 3 * own
