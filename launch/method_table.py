@@ -75,7 +75,11 @@ def row(family: str, name: str) -> str:
   confidence = re.search(r'Confidence:\s+(.*?)(?:\.\s|\.$|\n\n|$)', doc, re.DOTALL)[1]
   grades = ', '.join(dict.fromkeys(re.findall(r'CODE|PAPER|DERIVED|MEMORY', confidence)))
   phase = from_text(f'method={name},task=addition,model=tiny').phases.train.to_dict()
-  needs = NEEDS.get(phase['collect']['name'], 'problems')
+  needs = (
+    'pairs'
+    if phase['collect'].get('preferences')
+    else NEEDS.get(phase['collect']['name'], 'problems')
+  )
   sources = re.sub(r'(?:arXiv:)?(\d{4}\.\d{4,5})', r'[\1](https://arxiv.org/abs/\1)', source)
   path = f'../polgrad/methods/{family}/{name}.py'
   return f'| [`{name}`]({path}) {title} | {slots(phase)} | {needs} | {sources} | {grades} |'
@@ -92,6 +96,9 @@ def slots(phase: dict) -> str:
   if _short(collect) == 'Explored':
     chosen.append('Explored')
   extras = ('lag', 'replay', 'baseline_samples', 'demonstrations', 'max_resamples')
+  extras += ('opponents', 'resets', 'preferences')
+  if _short(collect.get('choose', {'name': '.everything'})) != 'everything':
+    chosen.append(_short(collect['choose']))
   chosen += [k for k in extras if collect.get(k)]
   return ' '.join(f'`{c}`' for c in dict.fromkeys(chosen) if c)
 

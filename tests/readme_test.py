@@ -20,7 +20,7 @@ README = (ROOT / 'README.md').read_text()
 PAGES = (
   *('README.md', 'CONTRIBUTING.md', 'docs/architecture.md'),
   *('docs/data.md', 'docs/before_a_run.md', 'docs/looking_inside.md', 'docs/tracking.md'),
-  *('docs/models.md', 'docs/pods.md', 'docs/reward_models.md'),
+  *('docs/models.md', 'docs/pods.md', 'docs/reward_models.md', 'docs/online_preferences.md'),
 )
 LOSS, MINE = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
