@@ -126,7 +126,9 @@ def adaptive_beta(
     beta: at a batch whose margins are the average.
     rate: relative change of beta for each nat above the average.
     least: smallest beta.
-    dropped, decay, correct_bias: those of `near_average`.
+    dropped: that of `near_average`.
+    decay: that of `near_average`.
+    correct_bias: that of `near_average`.
 
   Returns:
     f32[].

@@ -67,7 +67,8 @@ def semantic(similarity: Array, *, alpha: Annotated[float, Range(at_least=0)] = 
 
 
 def chosen_pairs(pair_shares: Array) -> Array:
-  """The selection `pair_shares`: 0 for pairs that are left out, and the same number for all others.
+  """The selection `pair_shares`: 0 for pairs that are left out, and the same number for all others
+  (standard).
 
   The number is (pairs) / (pairs that are kept), so the mean over all pairs is that over the kept ones.
 
@@ -81,7 +82,14 @@ def chosen_pairs(pair_shares: Array) -> Array:
 
 
 def batch_beta(batch_beta: Array) -> Array:
-  """The selection `batch_beta`, one number for the whole batch: [] -> []."""
+  """The selection `batch_beta`, one number for the whole batch (arXiv:2407.08639).
+
+  Args:
+    batch_beta: [].
+
+  Returns:
+    [].
+  """
   return batch_beta
 
 

@@ -22,6 +22,7 @@ from polgrad.losses import (
   preference_losses,
   returns,
   reward_penalties,
+  score_shapes,
 )
 from tests.policy_gradient import oracles
 
@@ -89,8 +90,28 @@ ARRAYS |= dict(
   proxy_logp=logps(),
   selected=RNG.uniform(size=(B, T)) < 0.5,
   mean_entropy=np.array(1.1),
+  token_weights=RNG.uniform(0.5, 2, size=(B, T)),
+  reference_selected=RNG.uniform(size=(B, T)) < 0.5,
+  preferred=np.array([True, False, False, True, True, False]),
 )
 PAIRS = dict(group_ids=np.array([7, 2, 7, 2, 5, 5]))
+
+
+def both_orders(link, a):
+  """p l(z) + (1 - p) l(-z)."""
+  return a['label'] * link(a['margin']) + (1 - a['label']) * link(-a['margin'])
+
+
+def kl_of_coins(q, p):
+  return q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+
+
+def adaptive(a, row):
+  """ARPO's score of one row; the rows of a pair are 2i and 2i + 1."""
+  lengths = np.maximum(MASK.sum(-1), 1)
+  means = (a['score'] / lengths)[row // 2 * 2 : row // 2 * 2 + 2]
+  c = min(1, 0.8 * np.exp(0.3 * abs(means[0] - means[1])) - 1)
+  return a['score'][row] * (1 if a['preferred'][row] else c)
 
 
 def by_row(fn):
@@ -395,6 +416,76 @@ ORACLES = {
   ),
   implicit_rewards.logp_sum: ({}, lambda a: row_scores(a['logp'])[0]),
   implicit_rewards.logp_mean: ({}, lambda a: np.divide(*row_scores(a['logp']))),
+  implicit_rewards.weighted_log_ratio_sum: (
+    {},
+    lambda a: row_scores(a['token_weights'] * (a['logp'] - a['reference_logp']))[0],
+  ),
+  implicit_rewards.clipped_log_ratio_sum: (
+    dict(low=-0.5, high=0.7),
+    lambda a: row_scores(np.clip(a['logp'] - a['reference_logp'], -0.5, 0.7))[0],
+  ),
+  implicit_rewards.selected_log_ratio_sum: (
+    {},
+    lambda a: row_scores(a['selected'] * (a['logp'] - a['reference_logp']))[0],
+  ),
+  implicit_rewards.separately_selected_sum: (
+    {},
+    lambda a: row_scores(a['selected'] * a['logp'] - a['reference_selected'] * a['reference_logp'])[
+      0
+    ],
+  ),
+  preference_losses.exponential: ({}, lambda a: both_orders(lambda z: np.exp(-z), a)),
+  preference_losses.truncated_square: (
+    {},
+    lambda a: both_orders(lambda z: np.maximum(1 - z, 0) ** 2, a),
+  ),
+  preference_losses.savage: ({}, lambda a: both_orders(lambda z: sigmoid(-z) ** 2, a)),
+  preference_losses.sigmoid: ({}, lambda a: both_orders(lambda z: sigmoid(-z), a)),
+  preference_losses.modulated: (
+    dict(temperature=0.7),
+    lambda a: both_orders(
+      lambda z: sigmoid(-z / 0.7) * -np.log(sigmoid(z)) + sigmoid(z / 0.7) * np.exp(-z), a
+    ),
+  ),
+  preference_losses.clipped_logistic: (
+    dict(bound=0.5),
+    lambda a: both_orders(lambda z: -np.log(sigmoid(np.clip(z, -0.5, 0.5))), a),
+  ),
+  preference_losses.reverse_kl: (
+    {},
+    lambda a: kl_of_coins(sigmoid(a['margin']), np.clip(a['label'], 1e-6, 1 - 1e-6)),
+  ),
+  score_shapes.identity: ({}, lambda a: a['score']),
+  score_shapes.forward_kl: ({}, lambda a: -1 / np.exp(a['score'])),
+  score_shapes.jensen_shannon: (
+    {},
+    lambda a: np.log(2 * np.exp(a['score']) / (1 + np.exp(a['score']))),
+  ),
+  score_shapes.alpha_divergence: (
+    dict(alpha=0.3),
+    lambda a: (1 - np.exp(a['score']) ** -0.3) / 0.3,
+  ),
+  score_shapes.chi_square_kl: (
+    dict(chi=0.5),
+    lambda a: 0.5 * np.exp(a['score']) + a['score'],
+  ),
+  score_shapes.power: (dict(alpha=-0.4), lambda a: (np.exp(0.4 * a['score']) - 1) / 0.4),
+  score_shapes.log_odds: (
+    {},
+    lambda a: (lambda p: np.log(p / (1 - p)))(np.exp(np.minimum(a['score'], -1e-6))),
+  ),
+  score_shapes.anchored: (
+    dict(penalty=3.0),
+    lambda a: a['score'] + 3 * a['preferred'] * np.minimum(a['score'], 0),
+  ),
+  score_shapes.damped: (
+    dict(factor=0.4),
+    lambda a: np.where(a['preferred'], 1.0, 0.4) * a['score'],
+  ),
+  score_shapes.adaptive_rejection: (
+    dict(scale=0.8, rate=0.3),
+    lambda a: np.array([adaptive(a, i) for i in range(B)]),
+  ),
   preference_losses.logistic: ({}, lambda a: bernoulli(a['margin'], a['label'])),
   preference_losses.squared: (
     dict(target=2.0),
@@ -487,6 +578,7 @@ TABLES = [
   advantages.NORMALIZERS,
   penalties.TABLE,
   implicit_rewards.TABLE,
+  score_shapes.TABLE,
   preference_losses.TABLE,
   pointwise.TABLE,
   log_partition.TABLE,

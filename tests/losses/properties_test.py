@@ -111,7 +111,7 @@ def make(fn, seed=0, rows=B):
       arrays[name] = rng.normal(size=rows).astype(np.float32)
     elif name == 'preferred':
       arrays[name] = np.array([True, False, False, True])[:rows]
-    elif name == 'selected':
+    elif name in ('selected', 'reference_selected'):
       arrays[name] = mask & (rng.uniform(size=(rows, T)) < 0.5)
     elif name in WHOLE:
       arrays[name] = np.array(WHOLE[name], np.float32)
@@ -147,7 +147,7 @@ def test_arrays_are_positional_and_knobs_are_keywords_with_numbers(fn):
     else:
       assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
       assert parameter.default is inspect.Parameter.empty
-      assert parameter.name in ARRAYS
+      assert parameter.name in ARRAYS or parameter.name.endswith('_logp')  # of an anchor
 
 
 @listed
