@@ -60,6 +60,14 @@ def test_without_its_own_knob_a_method_is_dpo(name, knobs, x64):
   np.testing.assert_allclose(gradient['logp'], wanted['logp'], rtol=1e-12, atol=1e-15)
 
 
+def test_without_bounds_humanline_kto_is_kto(x64):
+  kto, ours = (methods.kto(), methods.humanline_kto(low=-np.inf, high=np.inf, desirable=1.0))
+  x = arrays(kto)
+  got, wanted = (harness.value_and_gradient(method, x) for method in (ours, kto))
+  np.testing.assert_allclose(got[0], wanted[0], rtol=1e-12)
+  np.testing.assert_allclose(got[1]['logp'], wanted[1]['logp'], rtol=1e-12)
+
+
 def test_rows_of_equal_length_are_not_sampled_from(x64):
   x = arrays(DPO)
   x['mask'] = np.ones_like(x['mask'])
