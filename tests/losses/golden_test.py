@@ -90,6 +90,7 @@ ARRAYS |= dict(
   proxy_logp=logps(),
   selected=RNG.uniform(size=(B, T)) < 0.5,
   mean_entropy=np.array(1.1),
+  matched_score=np.append(RNG.normal(size=B - 1), np.inf),
   token_weights=RNG.uniform(0.5, 2, size=(B, T)),
   reference_selected=RNG.uniform(size=(B, T)) < 0.5,
   preferred=np.array([True, False, False, True, True, False]),
@@ -499,6 +500,14 @@ ORACLES = {
     ),
   ),
   pointwise.logistic: ({}, lambda a: bernoulli(a['score'], a['label'])),
+  pointwise.matched: (
+    dict(label_smoothing=0.1),
+    lambda a: np.where(
+      np.isfinite(a['matched_score']),
+      bernoulli(np.nan_to_num(a['score'] - a['matched_score'], neginf=0), 0.1 + 0.8 * a['label']),
+      0,
+    ),
+  ),
   pointwise.sigmoid: (
     dict(desirable=1.5, undesirable=0.8),
     lambda a: (
