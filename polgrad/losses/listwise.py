@@ -149,6 +149,43 @@ def chosen_pair(score: Array, label: Array, pair_side: Array, group_ids: Array) 
   return jnp.where(pair_side > 0, preference_losses.logistic(gap, label), 0)
 
 
+def token_pair(
+  logp: Array,
+  reference_logp: Array,
+  token_weights: Array,
+  label: Array,
+  group_ids: Array,
+  mask: Array,
+  beta: Array,
+) -> Array:
+  """p softplus(-z_t) + (1 - p) softplus(z_t), z_t = beta (s_w D_w - s_l D_l) at position t, averaged
+  over the positions of a pair: OPA-DPO as its authors code it (arXiv:2501.09695).
+
+  D is logp - reference_logp, and s the weight of a token. This compares completions position by
+  position, which makes sense where one is an edited copy of the other.
+
+  Args:
+    logp: [B, T], nats.
+    reference_logp: [B, T], nats, constant.
+    token_weights: [B, T], s, constant.
+    label: [B], p, the probability that the row is the better one.
+    group_ids: i32[B]; a pair is a group of two rows. Rows of other groups have loss 0.
+    mask: bool[B, T]. A position counts if either row has a token there; a missing token has D = 0.
+    beta: [], what multiplies scores.
+
+  Returns:
+    [B], half of the pair's loss at each of its rows.
+  """
+  chex.assert_equal_shape([logp, reference_logp, token_weights, mask])
+  other = partner(same(group_ids))
+  ratios = jnp.where(mask, token_weights * (logp - reference_logp), 0)
+  z = beta * (ratios - ratios[other])
+  where = mask | mask[other]
+  loss = preference_losses.logistic(z, jnp.broadcast_to(label[:, None], z.shape))
+  mean = jnp.sum(jnp.where(where, loss, 0), axis=1) / jnp.maximum(jnp.sum(where, axis=1), 1)
+  return jnp.where(other != jnp.arange(len(label)), mean / 2, 0)
+
+
 def _same(score: Array, rewards: Array, group_ids: Array) -> Groups:
   chex.assert_rank(score, 1)
   chex.assert_equal_shape([score, rewards, group_ids])
@@ -174,5 +211,5 @@ def _log_softmax(x: Array, group: Groups, kept: Array | bool = True) -> Array:
   return shifted - jnp.log(total(jnp.where(kept, jnp.exp(jnp.where(kept, shifted, 0)), 0), group))
 
 
-TABLE = table('listwise', infonca, nca, exo, hard_negatives, apo_down, chosen_pair)
+TABLE = table('listwise', infonca, nca, exo, hard_negatives, apo_down, chosen_pair, token_pair)
 Part = Annotated[Callable, TABLE]

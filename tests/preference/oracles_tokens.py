@@ -167,6 +167,19 @@ def opa(x, const):
   return soft(logistic, 0.1 * (chosen - rejected), x) + 2 * rows.mean()
 
 
+def opa_per_token(x, const):
+  """A logistic function at every position where one of the rows has a token, averaged over them."""
+  ratios = np.where(x['mask'], x['token_weights'] * (x['logp'] - x['reference_logp']), 0)
+  losses = []
+  for i in 2 * complete(x):
+    z, p = 0.1 * (ratios[i] - ratios[i + 1]), x['label'][i]
+    where = x['mask'][i] | x['mask'][i + 1]
+    losses.append((p * logistic(z) + (1 - p) * logistic(-z))[where].mean())
+  z, p = 0.1 * ratio(x), x['label']
+  rows = (p * logistic(z) + (1 - p) * logistic(-z))[x['mask'].any(axis=1)]
+  return np.mean(losses) + 0.5 * 2 * rows.mean()
+
+
 def aot_unpaired(x, const):
   """Every row against the row of its rank among the others; the other row is a constant. Each match
   stands twice in the mean, so the gradient of each row counts twice."""
@@ -224,6 +237,7 @@ ORACLES = {
   'wpo': aligned(collision, 1.0),
 }
 VARIANTS = [
+  ('opa_dpo', dict(per_token=True, anchor_coefficient=0.5), opa_per_token),
   ('beta_dpo', dict(dropped=0.5, rate=-0.4, correct_bias=True), adaptive(0.5, -0.4, True)),
   ('humanline_dpo', dict(low=-0.3, high=0.2), humanline(-0.3, 0.2)),
   ('ld_dpo', dict(damping=0.1), lambda x, const: damped(x, 0.1)),

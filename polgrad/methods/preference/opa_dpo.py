@@ -1,12 +1,14 @@
 from functools import partial
 
 from polgrad import collect, objectives, optim
-from polgrad.losses import implicit_rewards, pointwise, preference_losses
+from polgrad.losses import implicit_rewards, listwise, pointwise, preference_losses
 from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def opa_dpo(*, beta: float = 0.1, anchor_coefficient: float = 1.0) -> Method:
+def opa_dpo(
+  *, beta: float = 0.1, anchor_coefficient: float = 1.0, per_token: bool = False
+) -> Method:
   """OPA-DPO (arXiv:2501.09695): DPO with weighted tokens, and an anchor on both completions.
 
       loss = mean over pairs of softplus(-beta (s_w - s_l)) + anchor_coefficient (a_w + a_l)
@@ -20,20 +22,25 @@ def opa_dpo(*, beta: float = 0.1, anchor_coefficient: float = 1.0) -> Method:
   completions before, so that these are likely under the reference: that is the paper's point.
 
   Differences: Text alone; the paper has terms that compare with a masked image as well. The authors'
-  code takes the logistic function of each position and raises the anchor of one kind of rejected rows.
+  code takes the logistic function of each position (`per_token`) and averages over padding, too; here
+  the average is over positions at which one of the rows has a token. The code also raises the anchor
+  of one kind of rejected rows, which looks like a slip.
 
   Args:
     beta: coefficient of the KL to the reference.
     anchor_coefficient: of the anchor.
+    per_token: compare the two completions position by position, for pairs of which one is an edited copy
+      of the other.
 
   Confidence: CODE (weights, constants), PAPER (loss of whole completions).
   """
-  pairs = part(
-    objectives.Pairwise,
-    score=part(implicit_rewards.weighted_log_ratio_sum),
-    link=part(preference_losses.logistic),
-    beta=beta,
-  )
+  score = part(implicit_rewards.weighted_log_ratio_sum)
+  if per_token:
+    loss = part(listwise.token_pair)
+    pairs = part(objectives.Listwise, score=score, loss=loss, beta=beta, rows_per_prompt=2)
+  else:
+    link = part(preference_losses.logistic)
+    pairs = part(objectives.Pairwise, score=score, link=link, beta=beta)
   anchor = part(
     objectives.Pointwise,
     score=part(implicit_rewards.log_ratio_sum),
