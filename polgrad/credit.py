@@ -466,7 +466,7 @@ def self_consistency(*, average: bool = True, least: float = 1e-3) -> Estimator:
     apply=apply,
     requires=frozenset({'proximal_logp', 'reference_logp', 'previous_logp'}),
     provides=frozenset({'label', 'pair_side', 'mask'}),
-    rewarded=False,
+    scored=frozenset({'group_ids'}),
   )
 
 
