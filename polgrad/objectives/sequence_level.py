@@ -67,13 +67,13 @@ class Pairwise(Objective):
     shape: of a row, [B], a function of `score` and of any arrays; it may compare the rows of a pair.
     beta: multiplies the difference of the shaped scores.
     scales: factors of beta by name, [B / 2] or one number, without gradient.
-    offset: number that is subtracted from it, in units of the link's argument.
+    offset: number that is subtracted from the margin, in units of the link's argument.
     offsets: functions of any arrays, [B / 2], which are subtracted too, each with its coefficient,
       e.g. `{'length': weighted(-0.1, part(pair_offsets.length_difference))}`. They may carry gradient.
     weights: factors of the loss of a pair by name, [B / 2]. No gradient passes through them, and a pair
       of weight 0 still counts in the number of pairs.
-    label_smoothing: s. In [0, 1/2] it is the probability that a label is wrong. The negative number
-      -e / (1 - 2 e) undoes flips of probability e, so p may be larger than 1.
+    label_smoothing: probability s that a label is wrong, in [0, 1/2]. The negative number
+      -e / (1 - 2 e) undoes flips of probability e instead, so p may be larger than 1.
     stats: statistics of the next-token distribution; slots read them by these names.
     selections: functions that compare pairs of the whole batch, such as ranks; slots read the results
       by these names.
