@@ -14,6 +14,7 @@ from polgrad import build, identity, tasks
 from polgrad.data import sources, tables
 from polgrad.options import from_text
 from polgrad.registry import bind
+from polgrad.rewards import verifiers
 from tests import buckets
 
 ROWS = [
@@ -264,7 +265,7 @@ def test_two_system_turns_in_one_record_are_refused(tmp_path):
 def judged(task):
   """Records and the verifier of a task."""
   return bind(task.problems, sources.TABLE), bind(
-    task.rewards['correct'], build.reward_models.REWARDS
+    task.rewards['correct'], verifiers.TABLE
   ).fn
 
 
@@ -313,7 +314,7 @@ def test_math_problems_that_a_package_ships_are_a_task():
 
 def test_boxes_are_found_in_linear_time():
   record = {'answer': '1'}
-  verify = build.verifiers.boxed_answer
+  verify = verifiers.boxed_answer
   assert verify(r'\boxed{' * 100_000 + '1' + '}' * 100_000, record) == 0
   assert verify('{' * 500_000 + r'\boxed{1', record) == 0
   with pytest.raises(ValueError, match='no answer'):
