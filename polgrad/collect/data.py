@@ -58,7 +58,7 @@ class Demonstrations(Given):
   # Records of a batch, one row each.
   rows: AtLeastOne = 32
   # Numbers that every record has and the objective reads: name of the array -> field of the record, as
-  # in {'target': 'score'}.
+  # in {'target': 'rating'}.
   numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
@@ -79,7 +79,7 @@ class Demonstrations(Given):
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     batch = batching.supervised(records, tokenizer, length=self.length, cut=cut)
-    return batch.with_arrays(**pair_fields.numbers(records, self.numbers))
+    return batch.with_arrays(**pair_fields.numbers(records, self.numbers, rows=1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,12 +121,13 @@ class Preferences(Given):
 
   @property
   def provides(self) -> frozenset[str]:
-    return frozenset({'label', *self.numbers, *(['token_weights'] if self.token_weights else [])})
+    own = ['token_weights'] if self.token_weights else []
+    return frozenset({'label', *self.numbers, *own})
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, prompt_length=self.prompt_length, before=self.before)
     batch = batching.pairs(records, tokenizer, **sizes, cut=cut)
-    found = pair_fields.numbers(records, self.numbers, rows=2)
+    found = pair_fields.numbers(records, self.numbers)
     if self.token_weights:
       found['token_weights'] = pair_fields.token_weights(records, batch.mask, cut=cut)
     return batch.with_arrays(**found)

@@ -11,14 +11,14 @@ from polgrad.registry import suggest
 
 
 def numbers(
-  records: Sequence[Mapping], fields: Mapping[str, str], *, rows: int = 1
+  records: Sequence[Mapping], fields: Mapping[str, str], *, rows: int = 2
 ) -> dict[str, np.ndarray]:
-  """Numbers of n records as arrays f32[n rows], the same in all rows of a record.
+  """Numbers of n records as arrays f32[rows * n], the same at all rows of a record.
 
   Args:
     records: n of them.
     fields: name of the array -> field of the record.
-    rows: of each record.
+    rows: of a record.
 
   Raises:
     Unusable: a record lacks a field, or has no finite number there; the message names both.

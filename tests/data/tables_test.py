@@ -264,9 +264,7 @@ def test_two_system_turns_in_one_record_are_refused(tmp_path):
 
 def judged(task):
   """Records and the verifier of a task."""
-  return bind(task.problems, sources.TABLE), bind(
-    task.rewards['correct'], verifiers.TABLE
-  ).fn
+  return bind(task.problems, sources.TABLE), bind(task.rewards['correct'], verifiers.TABLE).fn
 
 
 @pytest.mark.parametrize('ending', ['parquet', 'jsonl'])

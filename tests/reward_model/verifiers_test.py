@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import collect, identity, learner, reward_models
+from polgrad import collect, identity, learner, methods, reward_models
 from polgrad.data import batching, tokenizers
 from polgrad.models import hf
 from polgrad.options import from_text
@@ -41,9 +41,7 @@ def test_a_row_may_read_another_completion_first():
     'answer': ('Fine\0Well.', 'Fine\0No'),
   }
   for before, texts in rows.items():
-    collector = collect.Preferences(
-      length=64, before=before, numbers={'annotated_margin': 'margin'}
-    )
+    collector = collect.Preferences(length=64, before=before)
     batch = collector.lay_out([PAIR], tokenizer=BYTES)
     for row, text in enumerate(texts):
       parts = [prompt + ids(one) for one in text.split('\0')]
@@ -58,10 +56,15 @@ def test_a_row_may_read_another_completion_first():
       *first, last = text.split('\0')
       assert batching.judged(PAIR, BYTES, last, first=first[0] if first else None) == whole
     assert batch.label.tolist() == [1, 0]
-    assert batch.features['annotated_margin'].tolist() == [0.5, 0.5]
 
 
-def test_rows_that_read_each_other_share_no_prompt():
+def test_numbers_of_records_are_features_of_their_rows():
+  method = methods.reward_regression(target_field='margin')
+  batch = method.collect(length=64).lay_out([PAIR], tokenizer=BYTES)
+  assert batch.features['target'].tolist() == [0.5]
+  method = methods.bradley_terry(margin_field='margin')
+  batch = method.collect(length=64).lay_out([PAIR], tokenizer=BYTES)
+  assert batch.features['annotated_margin'].tolist() == [0.5, 0.5]
   with pytest.raises(ValueError, match="before='other' and prompt_length=8"):
     collect.Preferences(before='other', prompt_length=8)
 

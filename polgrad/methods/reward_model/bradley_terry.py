@@ -40,10 +40,9 @@ def bradley_terry(
     'barrier': weighted(barrier, part(score_penalties.barrier)),
   }
   margins = {'annotated': weighted(1.0, part(pair_offsets.annotated))}
+  numbers = {'annotated_margin': margin_field} if margin_field else {}
   return Method(
-    collect=partial(
-      collect.Preferences, numbers={'annotated_margin': margin_field} if margin_field else {}
-    ),
+    collect=partial(collect.Preferences, numbers=numbers),
     objective=part(
       objectives.RewardModel,
       link=part(preference_losses.focal if focal else preference_losses.logistic),
