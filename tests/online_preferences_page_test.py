@@ -52,6 +52,6 @@ def test_the_phases_of_the_page_build():
 
 
 def test_every_choice_and_comparison_is_on_the_page():
-  for table in (collect.choices.TABLE, comparisons.TABLE):
+  for table in (collect.picks.TABLE, comparisons.TABLE):
     for name in table:
       assert f'`{name}`' in PAGE or f'`{name.partition(".")[2]}`' in PAGE, name

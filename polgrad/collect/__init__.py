@@ -11,7 +11,7 @@
 | `Given` | the interface of those that read completions off the data |
 | `Sampling` | the interface of those that sample |
 | `Collector` | the interface of all of these; its fields are settings, `make` gives the function |
-| `choices` | which of the sampled rows of a group are trained on, such as the best and the worst |
+| `picks` | which of the sampled rows of a group are trained on, such as the best and the worst |
 | `minibatches` | cuts a batch for several updates |
 
 All make a `types.Batch`, so reinforcement, preference learning, distillation and supervised learning
@@ -22,7 +22,7 @@ over the mesh.
 
 from typing import Annotated
 
-from polgrad.collect import choices
+from polgrad.collect import picks
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
 from polgrad.collect.data import Demonstrations, Feedback, Given, Lists, Preferences
 from polgrad.collect.exploration import Explored
@@ -45,9 +45,9 @@ __all__ = [
   'Rollouts',
   'Sampling',
   'also_read',
-  'choices',
   'completions',
   'minibatches',
+  'picks',
   'question',
 ]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from polgrad.collect import choices
+from polgrad.collect import picks
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Draw, Sampling, compares
 from polgrad.collect.scored import (
@@ -97,7 +97,7 @@ class Rollouts(Sampling):
   # Who samples them: the reference is XPO (arXiv:2405.21046).
   opponent_policy: behavior_policies.Part = behavior_policies.reference
   # Which rows of each group are trained on, such as the best and the worst.
-  choose: choices.Part = choices.everything
+  choose: picks.Part = picks.everything
   # The reward of a sampled row without a stop token; inf leaves what the verifiers say.
   unfinished_reward: float = math.inf
   # Probability that a completion begins with the first tokens of the record's `answer`, a uniformly
@@ -136,7 +136,7 @@ class Rollouts(Sampling):
 
   @functools.cached_property
   def rows_per_prompt(self) -> int:
-    return choices.rows_of(self.choose, len(self.group))
+    return picks.rows_of(self.choose, len(self.group))
 
   @property
   def length(self) -> int:
@@ -501,7 +501,7 @@ class RolloutSteps(Steps):
     arrays = {name: groups(batch[name]) for name in ('rewards', 'valid', 'wins') if name in batch}
     arrays['lengths'] = groups(batch.mask.sum(axis=1))
     random = np.random.default_rng((self.context.seed, step, 4))
-    chosen = choices.choose(self.settings.choose, arrays, random)
+    chosen = picks.choose(self.settings.choose, arrays, random)
     rows = (chosen.rows + size * np.arange(len(chosen.rows))[:, None]).reshape(-1)
     terms = {name: x[rows] for name, x in report.terms.items()}
     report.metrics['left_out'] = float(

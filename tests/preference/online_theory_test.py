@@ -8,7 +8,7 @@ import numpy as np
 
 from polgrad import credit as credits
 from polgrad import methods
-from polgrad.collect import choices, scored
+from polgrad.collect import picks, scored
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, penalties
 from polgrad.registry import part, weighted
@@ -238,7 +238,7 @@ def test_accepted_samples_have_the_law_of_the_optimal_policy():
   """RSO: ref = (.5, .3, .2), r = (0, .5, 1), beta = .5: the first accepted has ref exp(r / beta) / Z."""
   rng = np.random.default_rng(0)
   arms = rng.choice(3, size=(4000, 64), p=[0.5, 0.3, 0.2])
-  got = choices.rejection(arms / 2, np.ones(arms.shape, bool), rng, beta=0.5, rows=1)
+  got = picks.rejection(arms / 2, np.ones(arms.shape, bool), rng, beta=0.5, rows=1)
   first = arms[np.arange(len(arms)), got.rows[:, 0]]
   np.testing.assert_allclose(np.bincount(first) / len(first), [0.1790, 0.2919, 0.5291], atol=0.025)
   assert got.usable.all()

@@ -144,8 +144,8 @@ def test_wins_against_a_baseline_are_of_the_baseline_of_the_prompt():
   [
     (dict(compare=('win',)), 'valid are'),
     (dict(compare=('baseline_wins',)), 'with baseline_samples'),
-    (dict(choose=part(collect.choices.tournament)), "'wins' must be in compare"),
-    (dict(choose=part(collect.choices.best, rows=9)), '9 rows, but a group has 8'),
+    (dict(choose=part(collect.picks.tournament)), "'wins' must be in compare"),
+    (dict(choose=part(collect.picks.best, rows=9)), '9 rows, but a group has 8'),
   ],
 )
 def test_settings_of_comparisons_that_cannot_be_are_refused(settings, words):

@@ -33,7 +33,7 @@ def async_online_dpo(
     collect=partial(
       collect.Rollouts,
       samples_per_prompt=samples,
-      choose=part(collect.choices.best_worst),
+      choose=part(collect.picks.best_worst),
       unfinished_reward=unfinished,
       lag=lag,
       temperature=0.7,

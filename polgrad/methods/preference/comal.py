@@ -44,7 +44,7 @@ def comal(
       collect.Rollouts,
       samples_per_prompt=4,
       compare=('wins',),
-      choose=part(collect.choices.best_worst_by_wins, second=second),
+      choose=part(collect.picks.best_worst_by_wins, second=second),
       behavior_policy=part(behavior_policies.previous),
     ),
     credit=part(credit.compared, label='better'),

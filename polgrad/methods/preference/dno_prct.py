@@ -35,7 +35,7 @@ def dno_prct(*, steps: int, eta: float = 0.1, min_gap: float = 0.0, iterations: 
       samples_per_prompt=4,
       demonstrations=1,
       compare=('wins',),
-      choose=part(collect.choices.best_worst_by_wins, min_gap=min_gap),
+      choose=part(collect.picks.best_worst_by_wins, min_gap=min_gap),
       behavior_policy=part(behavior_policies.reference),
     ),
     credit=part(credit.compared, label='better'),

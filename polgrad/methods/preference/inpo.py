@@ -33,7 +33,7 @@ def inpo(*, steps: int, eta: float = 7.5e-3, tau: float = 2.5e-3, iterations: in
       collect.Rollouts,
       samples_per_prompt=8,
       compare=('wins',),
-      choose=part(collect.choices.tournament),
+      choose=part(collect.picks.tournament),
       behavior_policy=part(behavior_policies.previous),
     ),
     credit=part(credit.compared, label='better'),

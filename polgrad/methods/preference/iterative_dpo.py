@@ -41,7 +41,7 @@ def iterative_dpo(
     collect=partial(
       collect.Rollouts,
       samples_per_prompt=8,
-      choose=part(collect.choices.best_worst, length_penalty=length_penalty),
+      choose=part(collect.picks.best_worst, length_penalty=length_penalty),
       behavior_policy=part(behavior_policies.previous),
     ),
     credit=part(credit.preference),

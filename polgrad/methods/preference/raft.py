@@ -25,7 +25,7 @@ def raft(*, samples: int = 8, keep: int = 1, epochs: int = 4) -> Method:
     collect=partial(
       collect.Rollouts,
       samples_per_prompt=samples,
-      choose=part(collect.choices.best, rows=keep),
+      choose=part(collect.picks.best, rows=keep),
     ),
     objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
     learns='imitate',

@@ -33,7 +33,7 @@ def rest_em(
     collect=partial(
       collect.Rollouts,
       samples_per_prompt=samples,
-      choose=part(collect.choices.above, threshold=threshold, rows=keep),
+      choose=part(collect.picks.above, threshold=threshold, rows=keep),
       behavior_policy=part(behavior_policies.previous),
     ),
     objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),

@@ -31,7 +31,7 @@ def rso(*, samples: int = 8, temperature_of_rewards: float = 0.5, gamma: float =
     collect=partial(
       collect.Rollouts,
       samples_per_prompt=samples,
-      choose=part(collect.choices.rejection, beta=temperature_of_rewards),
+      choose=part(collect.picks.rejection, beta=temperature_of_rewards),
       behavior_policy=part(behavior_policies.reference),
     ),
     credit=part(credit.preference),

@@ -276,7 +276,7 @@ def _halves(game: Array, players: list[int]) -> tuple[list[int], list[int]]:
 
 
 TABLE = table(
-  'choices',
+  'picks',
   everything,
   best_worst,
   best_second,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polgrad import collect, optim, phases
-from polgrad.collect import choices
+from polgrad.collect import picks
 from polgrad.data import batching
 from polgrad.registry import bind, part
 from polgrad.rewards import comparisons
@@ -22,11 +22,11 @@ VALID = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)
 
 def chosen(spec, *, rewards=REWARDS, valid=VALID, wins=None, seed=0):
   arrays = {'rewards': rewards, 'valid': valid, 'lengths': np.ones(rewards.shape), 'wins': wins}
-  fn = bind(spec, choices.TABLE)
-  assert choices.rows_of(fn, rewards.shape[1]) == len(
-    choices.choose(fn, arrays, np.random.default_rng(seed)).rows[0]
+  fn = bind(spec, picks.TABLE)
+  assert picks.rows_of(fn, rewards.shape[1]) == len(
+    picks.choose(fn, arrays, np.random.default_rng(seed)).rows[0]
   )
-  return choices.choose(fn, arrays, np.random.default_rng(seed))
+  return picks.choose(fn, arrays, np.random.default_rng(seed))
 
 
 def usable(got):
@@ -34,27 +34,27 @@ def usable(got):
 
 
 def test_best_and_worst_are_of_the_valid_rows_and_the_better_one_comes_first():
-  got = chosen(part(choices.best_worst))
+  got = chosen(part(picks.best_worst))
   assert usable(got) == [(1, 0), (0, 3), ()]  # one valid row makes no pair
-  assert usable(chosen(part(choices.best_second))) == [(1, 2), (0, 1), ()]
-  assert usable(chosen(part(choices.best, rows=2))) == [(1, 2), (0, 1), (2,)]
+  assert usable(chosen(part(picks.best_second))) == [(1, 2), (0, 1), ()]
+  assert usable(chosen(part(picks.best, rows=2))) == [(1, 2), (0, 1), (2,)]
 
 
 def test_pairs_are_split_by_the_gap_of_their_rewards():
-  easy = chosen(part(choices.best_worst, min_gap=0.5))
-  hard = chosen(part(choices.best_worst, max_gap=0.5))
+  easy = chosen(part(picks.best_worst, min_gap=0.5))
+  hard = chosen(part(picks.best_worst, max_gap=0.5))
   assert usable(easy) == [(1, 0), (), ()] and usable(hard) == [(), (0, 3), ()]
 
 
 def test_length_counts_in_the_choice_and_not_in_the_gap():
   lengths = np.array([[1, 9, 2, 1]])
-  fn = bind(part(choices.best_worst, length_penalty=0.1, min_gap=0.25), choices.TABLE)
+  fn = bind(part(picks.best_worst, length_penalty=0.1, min_gap=0.25), picks.TABLE)
   arrays = dict(rewards=REWARDS[:1], valid=VALID[:1], lengths=lengths)
-  assert usable(choices.choose(fn, arrays, np.random.default_rng(0))) == [(2, 1)]
+  assert usable(picks.choose(fn, arrays, np.random.default_rng(0))) == [(2, 1)]
 
 
 def test_random_choices_differ_by_step_and_never_take_a_row_twice():
-  for fn in (choices.random_pair, choices.best_random):
+  for fn in (picks.random_pair, picks.best_random):
     found = [usable(chosen(part(fn), seed=seed)) for seed in range(40)]
     assert len({groups[1] for groups in found}) > 2
     assert all(len({*rows}) == len(rows) for groups in found for rows in groups)
@@ -62,7 +62,7 @@ def test_random_choices_differ_by_step_and_never_take_a_row_twice():
 
 
 def test_all_pairs_hold_every_two_rows_once():
-  got = chosen(part(choices.all_pairs, min_gap=0.3))
+  got = chosen(part(picks.all_pairs, min_gap=0.3))
   assert got.rows.shape == (3, 12)
   assert usable(got)[0] == (0, 1, 0, 2, 1, 2) and usable(got)[1] == ()
 
@@ -74,7 +74,7 @@ def test_a_tournament_leads_to_its_champion_unless_the_last_one_beats_it():
   valid = np.ones((3, 4), bool)
   valid[2, 1:] = False
   got = chosen(
-    part(choices.tournament),
+    part(picks.tournament),
     rewards=np.zeros((3, 4)),
     valid=valid,
     wins=np.stack([wins, cycle, wins]),
@@ -82,16 +82,14 @@ def test_a_tournament_leads_to_its_champion_unless_the_last_one_beats_it():
   # In the cycle 0 and 2 win, then 2; 1 and 3 lose, then 3: and 2 beats 3.
   assert usable(got) == [(2, 1), (2, 3), ()]
   cycle[2, 3], cycle[3, 2] = 0, 1
-  got = chosen(
-    part(choices.tournament), rewards=np.zeros((1, 4)), valid=valid[:1], wins=cycle[None]
-  )
+  got = chosen(part(picks.tournament), rewards=np.zeros((1, 4)), valid=valid[:1], wins=cycle[None])
   assert usable(got) in ([()], [(3, 1)])
 
 
 def test_best_by_wins_ignores_rows_that_are_not_valid():
   wins = np.array([[0.5, 0.6, 0.1], [0.4, 0.5, 0.9], [0.9, 0.1, 0.5]])[None]
   got = chosen(
-    part(choices.best_worst_by_wins),
+    part(picks.best_worst_by_wins),
     rewards=np.zeros((1, 3)),
     valid=np.array([[True, True, False]]),
     wins=wins,
@@ -100,9 +98,9 @@ def test_best_by_wins_ignores_rows_that_are_not_valid():
 
 
 def test_rows_above_a_threshold_and_the_top_of_a_batch():
-  got = chosen(part(choices.above, threshold=0.5, rows=2))
+  got = chosen(part(picks.above, threshold=0.5, rows=2))
   assert sorted(usable(got)[0]) == [1, 2] and usable(got)[2] == (2,)
-  top = chosen(part(choices.top_of_batch, fraction=1 / 3))
+  top = chosen(part(picks.top_of_batch, fraction=1 / 3))
   assert usable(top) == [(), (0, 1, 2, 3), ()]  # the first prompt starves
 
 
@@ -122,7 +120,7 @@ def test_a_batch_has_the_chosen_rows_of_every_group_and_masks_those_that_are_not
     steps = settings.make(phases.context(run, phase, 0)).__self__
     batch, records = steps.sample(state, lambda n: source[:n], 0)
     batch, report = steps.score(batch, records, state, None, 0)
-  pairs = bind(part(choices.best_worst, min_gap=0.3), choices.TABLE)
+  pairs = bind(part(picks.best_worst, min_gap=0.3), picks.TABLE)
   steps = dataclasses.replace(steps, settings=dataclasses.replace(settings, choose=pairs))
   few, report = steps._choose(batch, report, 0)
   assert batch.tokens.shape[0] == 4 * 6 and few.tokens.shape[0] == 4 * 2
@@ -182,8 +180,8 @@ def test_resets_begin_with_the_answer_which_verifiers_see_and_no_loss_does():
   [
     (dict(preferences=2), 'preferences, got 2'),
     (dict(resets=0.5, demonstrations=1), 'with resets'),
-    (dict(samples_per_prompt=1, choose=part(choices.best_worst)), 'at least 2 rows'),
-    (dict(choose=part(choices.rejection, rows=9)), '9 rows, but a group has 8'),
+    (dict(samples_per_prompt=1, choose=part(picks.best_worst)), 'at least 2 rows'),
+    (dict(choose=part(picks.rejection, rows=9)), '9 rows, but a group has 8'),
   ],
 )
 def test_choices_that_cannot_be_are_refused(wrong, words):
