@@ -333,12 +333,16 @@ def win_rate_gap() -> Estimator:
   )
 
 
-def _mean_wins(batch: Batch) -> Array:
-  """[B], mean probability to beat the other valid rows of the group; 1/2 where there are none."""
+def _mean_wins(batch: Batch, with_itself: bool = False) -> Array:
+  """[B], mean probability to beat the other valid rows of the group; 1/2 where there are none.
+
+  A row beats itself with probability 1/2, which counts if `with_itself`.
+  """
   wins = batch['wins']
   size = wins.shape[1]
   own = jnp.arange(size)[None] == jnp.arange(len(wins))[:, None] % size
-  others = jnp.repeat(batch.valid.reshape(-1, size), size, axis=0) & ~own
+  valid = jnp.repeat(batch.valid.reshape(-1, size), size, axis=0)
+  others = valid if with_itself else valid & ~own
   count = jnp.sum(others, axis=1)
   mean = jnp.sum(jnp.where(others, wins, 0.0), axis=1) / jnp.maximum(count, 1)
   return jnp.where(count > 0, mean, 0.5)
@@ -384,7 +388,9 @@ def success_contrast(
   return Estimator(apply=apply, provides=frozenset({'advantages', 'success_rate'}))
 
 
-def win_rate(*, with_itself: bool = True, extremes: bool = True) -> Estimator:
+def win_rate(
+  *, with_itself: bool = True, extremes: bool = True, by: Literal['rewards', 'wins'] = 'rewards'
+) -> Estimator:
   """Labels in [0, 1]: an estimated probability that the row beats a row of its group.
 
   label_i = mean over the valid rows j of the group of sigmoid(R_i - R_j): SPPO's estimate
@@ -395,18 +401,28 @@ def win_rate(*, with_itself: bool = True, extremes: bool = True) -> Estimator:
   Args:
     with_itself: whether j may be i; a row without any j gets one half.
     extremes: whether the mask keeps only the best and the worst row of a group.
+    by: 'wins' takes the comparisons of the rows in the place of the rewards.
   """
 
   def apply(batch, state):
-    label = _win_rates(batch.rewards, batch.group_ids, batch.valid, with_itself)
+    if by == 'wins':
+      label = score = _mean_wins(batch, with_itself)
+    else:
+      label = _win_rates(batch.rewards, batch.group_ids, batch.valid, with_itself)
+      score = batch.rewards
     if not extremes:
       return batch.with_arrays(label=label), state
     group = members(batch.group_ids, batch.valid)
-    place = rank(-batch.rewards, group)  # 0 is the first of the best rows
+    place = rank(-score, group)  # 0 is the first of the best rows
     extreme = (place == 0) | (place == size(group) - 1)
     return batch.with_arrays(label=label, mask=batch.mask & extreme[:, None]), state
 
-  return Estimator(apply=apply, provides=frozenset({'label', 'mask'}))
+  return Estimator(
+    apply=apply,
+    requires=frozenset({'wins'} if by == 'wins' else ()),
+    provides=frozenset({'label', 'mask'}),
+    scored=frozenset({'group_ids'} if by == 'wins' else {'rewards', 'group_ids'}),
+  )
 
 
 @jax.jit

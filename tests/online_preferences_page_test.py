@@ -4,6 +4,8 @@ import pathlib
 import re
 import shlex
 
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 
 from polgrad import build, cli, collect
@@ -13,7 +15,7 @@ from polgrad.rewards import comparisons
 
 PAGE = (pathlib.Path(__file__).parent.parent / 'docs/online_preferences.md').read_text()
 COMMANDS = re.findall(r'^python -m polgrad.train (.*)$', PAGE.replace('\\\n', ''), re.MULTILINE)
-JUDGE, GAME, PHASES = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+JUDGE, GAME, COUNT, PHASES = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
 
 
 @pytest.fixture
@@ -41,6 +43,14 @@ def test_the_commands_compose_and_compare(folder):
   game = found['game']
   pair = dict(first='p', second='s', record=game.source[0], first_reward=0, second_reward=0)
   assert game.compare([pair]).wins[0] == pytest.approx(1 / 3)
+
+
+def test_the_moves_of_the_game_are_counted(folder, capsys):
+  (folder / 'runs/game/rollouts').mkdir(parents=True)
+  table = pyarrow.table({'completion': ['r', 'p', 'p', 's', 'rr']})
+  pq.write_table(table, folder / 'runs/game/rollouts/train-000061.parquet')
+  exec(compile(COUNT, 'count', 'exec'), {})
+  assert capsys.readouterr().out == "{'r': 0.25, 'p': 0.5, 's': 0.25}\n"
 
 
 def test_the_phases_of_the_page_build():

@@ -268,3 +268,20 @@ def test_resets_solve_a_lock_in_polynomially_many_updates():
 
   assert [updates(h, [0]) for h in (4, 8)] == [28, 206]
   assert [updates(h, range(h)) for h in (4, 8, 12, 16)] == [34, 129, 281, 489]
+
+
+def test_sppo_by_a_judge_and_by_rewards_agree_where_the_judge_is_bradley_and_terry():
+  rewards = np.array([0.3, -1.0, 2.0, 0.7, 0.0, 0.0, 1.0, 3.0], np.float32)
+  gap = rewards.reshape(2, 4)[:, :, None] - rewards.reshape(2, 4)[:, None]
+  x = {
+    'mask': np.ones((8, 1), bool),
+    'logp': np.zeros((8, 1), np.float32),
+    'reference_logp': -np.ones((8, 1), np.float32),
+    'group_ids': np.repeat([0, 1], 4),
+    'valid': np.arange(8) != 5,
+  }
+  for knobs in ({}, {'with_itself': False, 'extremes': False}):
+    by_reward, _ = methods.sppo(**knobs).loss(rewards=rewards, **x)
+    wins = (1 / (1 + np.exp(-gap))).reshape(8, 4)
+    judged, _ = methods.sppo(by='wins', **knobs).loss(wins=wins, **x)
+    np.testing.assert_allclose(judged, by_reward, rtol=1e-5)
