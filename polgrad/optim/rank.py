@@ -75,17 +75,25 @@ def rank_descent(
     Parameters shaped like `params`.
   """
   point, unravel = ravel_pytree(params)
-  stack = jax.vmap(unravel)
-  for step in range(steps):
+  lengths = jnp.array([0.0, *(shrink**i for i in range(line_search))], point.dtype)
+
+  # The oracle is not compiled; what lies between its answers is.
+  @jax.jit
+  def proposed(point, step):
     noise = jax.random.normal(jax.random.fold_in(key, step), (candidates, point.size), point.dtype)
-    order = jnp.asarray(rank(stack(point[None] + scale * noise)))
-    move = -step_size(step) * rank_gradient(noise, order)
-    if not line_search:
-      point = point + move
-      continue
-    lengths = jnp.array([0.0, *(shrink**i for i in range(line_search))], point.dtype)
+    return noise, jax.vmap(unravel)(point[None] + scale * noise)
+
+  @jax.jit
+  def moved(point, noise, order, rate):
+    move = -rate * rank_gradient(noise, order)
     trials = point[None] + lengths[:, None] * move[None]
-    point = trials[int(rank(stack(trials))[0])]
+    return point + move, trials, jax.vmap(unravel)(trials)
+
+  for step in range(steps):
+    noise, shown = proposed(point, step)
+    point, trials, shown = moved(point, noise, jnp.asarray(rank(shown)), step_size(step))
+    if line_search:
+      point = trials[int(rank(shown)[0])]
   return unravel(point)
 
 
