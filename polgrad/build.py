@@ -545,6 +545,7 @@ def check_data(run: Experiment) -> list[str]:
   for one in sections:
     if one.judged:
       told += _try_verifiers(f'{one.path}.reward', one.judged, one.source, run.tokenizer)
+      _try_judge(one, run.tokenizer)
     lines, asked[one.path] = _look(one, run.tokenizer)
     told += lines
   return told + [str(one) for one in leaks(sections, asked)]
@@ -625,6 +626,28 @@ def _try_verifiers(
     f'{path}: the right answers of {len(records)} records get no more than an empty text; '
     'python -m polgrad.check tries them in the forms that verifiers usually want'
   ]
+
+
+def _try_judge(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
+  """Asks a comparison of whole batches, such as a judge on the network, about a few records.
+
+  Raises:
+    ValueError: it fails on all of them, as it does without its server or its key.
+  """
+  phase, source = section.judged, section.source
+  if section.held_out or not {'wins', 'baseline_wins'} & section.reader.provides:
+    return
+  if not scoring.is_batched(phase.comparison) or not len(source):
+    return
+  records = [source[i] for i in sources.spaced(len(source), TRIED)]
+  pair = {'first': 'yes', 'second': 'no', 'first_reward': 0.0, 'second_reward': 0.0}
+  prompts = lambda: [batching.prompt_text(record, tokenizer) for record in records]
+  found = phase.compare([{**pair, 'record': record} for record in records], {'prompt': prompts})
+  if np.isnan(found.wins).all():
+    reason = found.messages[0].partition(': comparison: ')[2] if found.messages else ''
+    raise ValueError(
+      f'{section.path}.comparison: it fails on all of {len(records)} records ({reason})'
+    )
 
 
 def _look(

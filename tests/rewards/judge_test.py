@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from polgrad import identity
+from polgrad import build, identity
+from polgrad.options import from_text
 from polgrad.registry import bind, part
 from polgrad.rewards import comparisons, judge, scoring, verifiers
 from polgrad.rewards.worker import Failure
@@ -303,3 +304,19 @@ def test_a_judge_fills_the_slots_of_rewards_and_of_comparisons(serve):
 def test_the_address_of_a_judge_and_its_question_are_no_files_of_a_run():
   knobs = {'url': 'http://localhost/v1', 'template': '/long ' * 1000}
   assert not list(identity._paths({'source': knobs, 'phases': {'reward': knobs}}))
+
+
+def test_a_run_whose_judge_does_not_answer_is_refused_in_words(serve):
+  config = from_text('method=online_ipo,task=addition,model=tiny,smoke')
+  config.phases.train.comparison = part(judge.compare, url='http://127.0.0.1:9/v1', model='j')
+  config.phases.train.comparison.retries = 0
+  run = build.build(config)
+  [section] = [s for s in build.data_sections(run) if s.path == 'config.phases.train']
+  with pytest.raises(ValueError, match=r'train.comparison: it fails on all of 4 records \(Unreach'):
+    build._try_judge(section, run.tokenizer)
+  with serve(lambda body, n: said('A')) as (url, seen):
+    config.phases.train.comparison.url = url
+    run = build.build(config)
+    [section] = [s for s in build.data_sections(run) if s.path == 'config.phases.train']
+    build._try_judge(section, run.tokenizer)
+  assert len(seen) == 8 and RECORD['prompt'][1] in seen[0][2]['messages'][0]['content']
