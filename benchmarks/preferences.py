@@ -33,8 +33,9 @@ from polgrad.tabular.estimators import Setting, rollout_loss
 
 END = 1e6  # of the flow, in units in which the first step has speed 1
 STILL = 1e-9  # the flow has ended where its speed is below this
-EVALUATIONS = 3000  # of the gradient; a flow that needs more runs along a kink of the loss
+EVALUATIONS = 3000  # of the gradient; a flow that needs more has no end or runs along a kink
 DESCENT = 20_000  # steps of plain descent with falling lengths, where the loss has kinks
+FAR = 1e3  # a flow that comes so far without an end has no kink in its way
 SETTLED = 1e-3  # descent has ended where no probability moves more in its second half
 # What the exact setting has of a group of sequences, apart from log-probs of anchors.
 GIVEN = {
@@ -67,7 +68,7 @@ class Found(NamedTuple):
   tilt_temperature: float | None  # that T, in units of the reward
   nash: float  # total variation to reference exp(P(. > pi) / T) / Z at the best T
   nash_temperature: float  # that T
-  response: float  # total variation to reference exp(P(. > data) / T) / Z at the best T
+  response: float  # total variation to reference exp(P(. > other) / T) / Z at the best T
   response_temperature: float  # that T
   chosen: float  # change of E[log pi(chosen)] from the reference, nats
   rejected: float  # change of E[log pi(rejected)] from the reference, nats
@@ -134,6 +135,12 @@ def sampler(method: Method, slot: str, live):
   return live  # `previous` and moving averages are the policy, at rest
 
 
+def opponent(method: Method, logits: np.ndarray) -> np.ndarray:
+  """Distribution of the sequences that a method with its own samples compares with, f64[S]."""
+  slot = 'baseline_policy' if 'baseline_wins' in method.reads else 'behavior_policy'
+  return world.probabilities(sampler(method, slot, jnp.asarray(logits)))
+
+
 def kind_of(method: Method) -> str:
   """What is told of a pair: 'verdict', which row won; 'wins', the probabilities."""
   return 'wins' if method.credit.name in ('credit.win_rate_gap', 'credit.of_wins') else 'verdict'
@@ -170,10 +177,10 @@ def make_field(method: Method) -> Callable:
   reference = jnp.asarray(world.reference())
   distribution = lambda logits: jnp.exp(jnp.sum(enumerable.logp(world.POLICY, logits), axis=1))
 
-  def told(pair, arrays, opponent):
+  def told(pair, arrays, other):
     won = jnp.array([1.0, 0.0])
     wins = arrays.wins[pair][:, pair] if kind == 'wins' else jnp.array([[0.5, 1.0], [0.0, 0.5]])
-    against = (arrays.wins @ distribution(opponent))[pair][:, None]
+    against = (arrays.wins @ distribution(other))[pair][:, None]
     return {'label': won, 'rewards': won, 'wins': wins, 'baseline_wins': against}
 
   def field(live, arrays):
@@ -183,7 +190,7 @@ def make_field(method: Method) -> Callable:
     weight = mu[pairs[:, 0]] * mu[pairs[:, 1]]
     if kind == 'verdict':
       weight = 2 * weight * arrays.wins[pairs[:, 0], pairs[:, 1]]
-    opponent = sampler(method, 'baseline_policy', live)
+    against = sampler(method, 'baseline_policy', live)
     setting = Setting(
       policy=world.POLICY,
       rewards=np.zeros(world.SIZE),
@@ -194,7 +201,7 @@ def make_field(method: Method) -> Callable:
     )
 
     def one(params, pair):
-      given = setting._replace(features=told(pair, arrays, opponent))
+      given = setting._replace(features=told(pair, arrays, against))
       return rollout_loss(
         given, credit, objective, params, pair, {}, credit.init(), jax.random.key(0)
       )
@@ -215,34 +222,35 @@ def flow(field: Callable) -> tuple[np.ndarray, bool, float]:
   size = np.linalg.norm(field(start))
   if size < 1e-14:
     return start, True, 0.0
-  calls = itertools.count()
+  calls, last = itertools.count(), [0.0, start.ravel()]
 
   def speed(x):
+    return -np.asarray(field(x.reshape(start.shape))).ravel() / size
+
+  def moving(t, x):
     if next(calls) > EVALUATIONS:
       raise Kinked
-    return -np.asarray(field(x.reshape(start.shape))).ravel() / size
+    if t > last[0]:
+      last[:] = t, x
+    return speed(x)
 
   try:
     found = solve_ivp(
-      lambda t, x: speed(x),
-      (0, END),
-      start.ravel(),
-      method='BDF',
-      rtol=1e-7,
-      atol=1e-9,
-      t_eval=[END],
+      moving, (0, END), start.ravel(), method='BDF', rtol=1e-7, atol=1e-9, t_eval=[END]
     )
-    if not found.success:
-      raise Kinked
-    logits = polish(speed, found.y[:, -1])
+    if found.success:
+      last[:] = END, found.y[:, -1]
   except Kinked:
+    pass
+  if last[0] < FAR:
     return descent(field, start, size)
+  logits = polish(speed, last[1])
   left = float(np.linalg.norm(speed(logits)))
   return logits.reshape(start.shape), left < STILL, left
 
 
 class Kinked(Exception):
-  """The flow takes too many steps, as it does where the loss has no derivative."""
+  """The flow takes too many steps, as it does where the loss has no derivative, or moves forever."""
 
 
 def descent(field: Callable, start: np.ndarray, size: float) -> tuple[np.ndarray, bool, float]:
@@ -294,7 +302,9 @@ def nearest(pi: np.ndarray, q: np.ndarray, seen: np.ndarray) -> tuple[float, flo
   return float(found.fun), float(np.exp(found.x))
 
 
-def measure(field: Callable, preferences: world.Preferences, data: world.Data) -> Found:
+def measure(
+  method: Method, field: Callable, preferences: world.Preferences, data: world.Data
+) -> Found:
   """Where the flow of `make_field` ends."""
   arrays = arrays_of(preferences, data)
   logits, ended, speed = flow(lambda logits: field(logits, arrays))
@@ -309,7 +319,9 @@ def measure(field: Callable, preferences: world.Preferences, data: world.Data) -
   )
   seen = pi * data.seen / pi[data.seen].sum()  # what the policy is on the data
   nash = nearest(pi, wins @ seen, data.seen)
-  response = nearest(pi, wins @ mu, data.seen)
+  response = nearest(
+    pi, wins @ (mu if data.logits is not None else opponent(method, logits)), data.seen
+  )
   chosen = 2 * mu * (wins @ mu)  # distribution of the preferred sequence of a pair
   return Found(
     ended,
@@ -330,10 +342,11 @@ def report(names: list[str]) -> preferences_page.Rows:
   """Computes the methods and prints a line for each."""
   rows = {}
   for name in names:
-    field, began = make_field(load(name)), time.monotonic()
+    method, began = load(name), time.monotonic()
+    field = make_field(method)
     rows[name] = {
       preferences.name: {
-        data.name: measure(field, preferences, data)._asdict() for data in world.sources()
+        data.name: measure(method, field, preferences, data)._asdict() for data in world.sources()
       }
       for preferences in (world.bradley_terry(), world.game())
     }

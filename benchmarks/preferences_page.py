@@ -57,6 +57,11 @@ def finds_nash(row: dict) -> bool:
   return verdict(row['game']['on_policy']).startswith('Nash')
 
 
+def mixes(row: dict) -> bool:
+  """Whether own samples lead to the best response to a mixture of policy and reference."""
+  return verdict(row['game']['on_policy']).startswith('response')
+
+
 def responds(row: dict) -> bool:
   """Whether the end is the regularised best response to whoever sampled the data."""
   found = [verdict(row['game'][data]) for data in ('reference', 'other')]
@@ -64,13 +69,14 @@ def responds(row: dict) -> bool:
 
 
 def endless(row: dict) -> bool:
-  return any(x == 'no end' for x in cells(row))
+  return any(x in ('no end', 'one') for x in cells(row))
 
 
 CLASSES = {
   'the tilted policy, from any data that covers all': tilts,
   'the regularised Nash policy, from own samples': finds_nash,
-  'no end in at least one setting': endless,
+  'the best response to a mixture of policy and reference': mixes,
+  'no end, or a single sequence, in at least one setting': endless,
   'neither': lambda row: True,
 }
 
@@ -110,7 +116,9 @@ A cell says at what the flow ends:
 * **tilt T**: reference exp(r / T) / Z, the optimum of E[r] - T KL(pi || reference).
 * **Nash T**: the policy pi = reference exp(P(. > pi) / T) / Z, which no policy beats in the game
   with KL penalty T.
-* **response T**: reference exp(P(. > mu) / T) / Z, the best response to mu, who sampled the data.
+* **response T**: reference exp(P(. > mu) / T) / Z, the best response to mu, who sampled the data. A
+  method that compares with samples of another policy than its own has the best response to that one
+  (with a geometric mixture of policy and reference, that mixture is the Nash policy of a higher T).
 * **a number**: none of these. It is the total variation to the nearest tilt (in the game, to the
   nearest Nash policy), where T is chosen to make it smallest.
 * **one**: all mass on one sequence (which is the limit of many distributions, so no T is meant).
@@ -224,6 +232,7 @@ def reading(rows: Rows) -> str:
   lines = {
     'The tilted policy from Bradley-Terry labels, whatever data covers all': tilts,
     'The regularised Nash policy of the game, from own samples': finds_nash,
+    'From own samples, the best response to a mixture of policy and reference': mixes,
     'The best response to whoever sampled the data': responds,
     'The same end with both data sets that cover all, in the game too': lambda row: (
       abs(row['game']['reference']['kl'] - row['game']['other']['kl']) < 1e-6
@@ -236,7 +245,7 @@ def reading(rows: Rows) -> str:
     f'More than half of the mass on the sequences that partial data lacks (before: {before:.2f})': (
       lambda row: partial(row)['unseen'] > 0.5
     ),
-    'No end in at least one setting': endless,
+    'No end, or all mass on one sequence, in at least one setting': endless,
   }
   return '\n'.join(
     f'* {title}: {listed([n for n, row in rows.items() if belongs(row)])}.'

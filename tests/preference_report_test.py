@@ -39,8 +39,9 @@ def test_the_page_is_that_of_the_numbers(numbers, monkeypatch, tmp_path):
 def test_the_report_is_what_the_methods_do(name, kind, data, numbers, x64):
   kinds = {x.name: x for x in (world.bradley_terry(), world.game())}
   sources = {x.name: x for x in world.sources()}
-  field = preferences.make_field(preferences.load(name))
-  found = preferences.measure(field, kinds[kind], sources[data])._asdict()
+  method = preferences.load(name)
+  field = preferences.make_field(method)
+  found = preferences.measure(method, field, kinds[kind], sources[data])._asdict()
   for key, value in numbers[name][kind][data].items():
     if key not in ('speed', 'tilt', 'nash', 'response') and not key.endswith('temperature'):
       np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-7)
