@@ -43,6 +43,7 @@ GIVEN = {
   *('behavior_logp', 'label', 'rewards', 'valid', 'wins', 'baseline_wins', 'staleness', 'step'),
   *('logits', 'teacher_logits'),
 }
+EXTREMES = tuple(f'choices.{x}' for x in ('best_worst', 'best_worst_by_wins', 'tournament'))
 # What a collector does that a pair drawn from one policy does not show -> why the method is left out.
 COLLECTED = {
   'choose': 'the collector chooses the rows to train on out of more samples',
@@ -52,7 +53,7 @@ COLLECTED = {
   'stats': 'the collector measures statistics',
 }
 # method -> why it is left out, if its arrays do not say it
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT = {'comal': 'its two anchors follow the policy at different speeds'}
 BUDGETS = {
   **{'max_new_tokens': 2, 'samples_per_prompt': 2, 'steps': 100, 'learning_rate': 0.01},
   'candidates': 2,
@@ -99,7 +100,11 @@ def left_out(name: str) -> str:
   method = load(name)
   asked = method.collect.keywords
   for keyword, reason in COLLECTED.items():
-    if asked.get(keyword):
+    given = asked.get(keyword)
+    # The best and the worst of two samples are the pair itself.
+    if given and not (
+      keyword == 'choose' and given['name'] in EXTREMES and not given.get('second')
+    ):
       return reason
   if method.bound()[1].select is not None:
     return 'its selection looks at a whole batch, and the report gives it one pair at a time'

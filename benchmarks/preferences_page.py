@@ -19,6 +19,7 @@ from benchmarks import preference_world as world
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 NUMBERS = DOCS / 'preferences.json'
 EXACT = 1e-6  # total variation below which two distributions are called equal
+LEAST = -10  # nats; the picture draws what is less at this place
 DATA = ('on_policy', 'reference', 'other', 'partial')
 COLUMNS = tuple((kind, data) for kind in ('bradley_terry', 'game') for data in DATA)
 Rows = dict[str, dict[str, dict[str, dict]]]
@@ -122,12 +123,14 @@ A cell says at what the flow ends:
 * **a number**: none of these. It is the total variation to the nearest tilt (in the game, to the
   nearest Nash policy), where T is chosen to make it smallest.
 * **one**: all mass on one sequence (which is the limit of many distributions, so no T is meant).
-* **no end**: the gradient has not vanished; the policy still moves.
+* **no end**: the gradient has not vanished. The policy moves to infinity, or circles, as self-play
+  without a KL does in a game.
 * With `partial` data all of these are meant among the sequences of the data.
 
 Methods with a reference have T = {temperature} as their `beta` or `tau`, all other constants are
-defaults. What follows the policy (a reference that is renewed, the policy at the start of a
-phase) is the policy itself, as it is at rest.
+defaults. Methods that choose the best and the worst of many samples get two. What follows the
+policy (a reference that is renewed, the policy at the start of a phase) is the policy itself, as
+it is at rest.
 
 ![ends, likelihoods, and mass on sequences that the data lacks](preferences.png)
 
@@ -213,13 +216,17 @@ def likelihoods(rows: Rows) -> str:
   for name, row in rows.items():
     of = row['bradley_terry']
     pairs = [
-      f'{of[d]["chosen"]:+.2f}, {of[d]["rejected"]:+.2f}'
+      f'{change(of[d]["chosen"])}, {change(of[d]["rejected"])}'
       for d in ('on_policy', 'reference', 'partial')
     ]
     rest = [f'{of["partial"]["unseen"]:.3f}']
     rest.append(f'{of["reference"]["win_rate"]:.3f}, {of["reference"]["kl"]:.2f}')
     lines.append(f'| `{name}` | {" | ".join(pairs + rest)} |')
   return '\n'.join(lines)
+
+
+def change(nats: float) -> str:
+  return f'{nats:+.2f}' if nats > -100 else 'below -100'
 
 
 def reading(rows: Rows) -> str:
@@ -275,12 +282,14 @@ def draw(rows: Rows) -> None:
   bar.set_label('total variation; gray: no end', fontsize=8)
 
   data = [rows[n]['bradley_terry']['reference'] for n in names]
-  chosen, rejected = (np.array([x[k] for x in data]) for k in ('chosen', 'rejected'))
+  chosen, rejected = (np.array([max(x[k], LEAST) for x in data]) for k in ('chosen', 'rejected'))
   middle.hlines(lines, rejected, chosen, color='lightgray', lw=1)
   middle.plot(chosen, lines, '.', color='C2', ms=8, label='chosen')
   middle.plot(rejected, lines, '.', color='C3', ms=8, label='rejected')
   middle.axvline(0, color='gray', lw=0.7, ls=':')
-  middle.set_title('change of mean log-prob, nats\n(data of the reference)', fontsize=9)
+  middle.set_xlim(LEAST - 0.5, None)
+  title = f'change of mean log-prob, nats\n(data of the reference; left edge: below {LEAST})'
+  middle.set_title(title, fontsize=9)
   middle.legend(fontsize=8)
   middle.grid(axis='x', alpha=0.3)
 
