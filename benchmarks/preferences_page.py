@@ -260,6 +260,11 @@ def reading(rows: Rows) -> str:
   )
 
 
+def drawn(found: dict) -> float:
+  """The distance in the picture; NaN where there is none."""
+  return np.nan if verdict(found) in ('one', 'no end') else max(away(found), 1e-7)
+
+
 def draw(rows: Rows) -> None:
   """One row per method: distances, changes of likelihoods, and the mass on unseen sequences."""
   names = [name for members in grouped(rows).values() for name in members]
@@ -269,7 +274,7 @@ def draw(rows: Rows) -> None:
     width_ratios=(1.3, 1, 0.8),
   )  # fmt: skip
   entries = [[rows[n][kind][data] for kind, data in COLUMNS] for n in names]
-  distance = np.array([[max(away(x), 1e-7) if x['ended'] else np.nan for x in e] for e in entries])
+  distance = np.array([[drawn(x) for x in e] for e in entries])
   colors = plt.get_cmap('RdYlGn_r').with_extremes(bad='lightgray')
   image = left.imshow(np.log10(distance), aspect='auto', cmap=colors, vmin=-6, vmax=0)
   left.set_yticks(lines, names, fontsize=8)
@@ -279,7 +284,7 @@ def draw(rows: Rows) -> None:
   left.set_title('to the tilted policy (Bradley-Terry) | to Nash (game)', fontsize=9)
   bar = figure.colorbar(image, ax=left, location='bottom', shrink=0.8, ticks=(-6, -4, -2, 0))
   bar.ax.set_xticklabels(('exact', '1e-4', '0.01', '1'), fontsize=8)
-  bar.set_label('total variation; gray: no end', fontsize=8)
+  bar.set_label('total variation; gray: no end, or one sequence', fontsize=8)
 
   data = [rows[n]['bradley_terry']['reference'] for n in names]
   chosen, rejected = (np.array([max(x[k], LEAST) for x in data]) for k in ('chosen', 'rejected'))
