@@ -106,7 +106,6 @@ def score(
 
   Raises:
     ValueError: low is not below high, or the environment variable is not set.
-    KeyError, IndexError: the template names what there is not.
   """
   if not low < high:
     raise ValueError(f'judge.score: low={low} must be below high={high}')
@@ -115,7 +114,7 @@ def score(
     *(timeout_s, retries, concurrency, batch_s, options),
   )
   rows = zip(prompt, completions, records, strict=True)
-  asked = [template.format(prompt=p, completion=c, record=r) for p, c, r in rows]
+  asked = [_filled(template, prompt=p, completion=c, record=r) for p, c, r in rows]
 
   def mark(reply: dict) -> float | Failure:
     text = _text(reply)
@@ -176,7 +175,6 @@ def compare(
 
   Raises:
     ValueError: the environment variable is not set.
-    KeyError, IndexError: the template names what there is not.
   """
   client = _Client(
     *(url, model, key_variable, temperature, max_tokens),
@@ -187,8 +185,8 @@ def compare(
   asked = []
   for i in differ:
     one, other, r, p = pairs[i]
-    asked.append(template.format(prompt=p, first=one, second=other, record=r))
-    asked.append(template.format(prompt=p, first=other, second=one, record=r))
+    asked.append(_filled(template, prompt=p, first=one, second=other, record=r))
+    asked.append(_filled(template, prompt=p, first=other, second=one, record=r))
   replies = client.ask(asked, logprobs=logprobs)
   read = [
     x if isinstance(x, Failure) else _read(lambda x: _probability(x, pattern), x) for x in replies
@@ -201,6 +199,14 @@ def compare(
 
 
 compare.batched = True
+
+
+def _filled(template: str, **fields: Any) -> str | Failure:
+  """The question; a record without a field that the template names is a `Failure` of its row."""
+  try:
+    return template.format(**fields)
+  except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+    return Failure('Template', f'{type(error).__name__}: {words(error)}')
 
 
 def _probability(reply: dict, pattern: str) -> float | Failure:
@@ -263,8 +269,10 @@ class _Client:
   batch_s: float
   options: Mapping
 
-  def ask(self, questions: Sequence[str], *, logprobs: bool = False) -> list[dict | Failure]:
-    """The reply to each question, or why there is none.
+  def ask(
+    self, questions: Sequence[str | Failure], *, logprobs: bool = False
+  ) -> list[dict | Failure]:
+    """The reply to each question, or why there is none; what is a failure already stays one.
 
     Raises:
       ValueError: the environment variable of the key is not set, or the URL is none of HTTP.
@@ -281,8 +289,8 @@ class _Client:
     threads = futures.ThreadPoolExecutor(min(self.concurrency, len(questions)))
     try:
       one = lambda question: self._persist(self._body(question, logprobs), key, deadline, ended)
-      running = [threads.submit(one, question) for question in questions]
-      return [self._result(x, deadline) for x in running]
+      running = [q if isinstance(q, Failure) else threads.submit(one, q) for q in questions]
+      return [x if isinstance(x, Failure) else self._result(x, deadline) for x in running]
     finally:  # after an interruption, no thread waits for its next try
       ended.set()
       threads.shutdown(wait=False, cancel_futures=True)

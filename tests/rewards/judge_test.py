@@ -130,6 +130,15 @@ def test_the_probability_is_that_of_the_two_letters_and_without_log_probs_the_ve
     assert wins(url, [('x', 'y')], logprobs=False) == [1.0]
 
 
+def test_a_record_without_a_field_of_the_template_is_a_failure_of_its_row(serve):
+  with serve(lambda body, n: said('10')) as (url, _):
+    one, other = judge.score(
+      *(['a', 'b'], [RECORD, {'prompt': 'x'}], ['p', 'p']),
+      **{'url': url, 'model': 'j', 'template': '{completion} {record[answer]}'},
+    )
+  assert one == 1.0 and other.kind == 'Template' and 'answer' in other.reason
+
+
 def test_equal_texts_are_a_tie_that_nobody_is_asked_about(serve):
   with serve(lambda body, n: said('A')) as (url, seen):
     assert wins(url, [('x', 'x')]) == [0.5]
