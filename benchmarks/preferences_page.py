@@ -69,6 +69,13 @@ def responds(row: dict) -> bool:
   return all(x.startswith('response') for x in found)
 
 
+def same(row: dict, kind: str) -> bool:
+  """Whether it does not matter which of the two data sets that cover everything it has."""
+  one, other = row[kind]['reference'], row[kind]['other']
+  ended = not {'no end', 'one'} & {verdict(one), verdict(other)}
+  return ended and all(abs(one[k] - other[k]) < 1e-6 for k in ('kl', 'win_rate', 'largest'))
+
+
 def endless(row: dict) -> bool:
   return any(x in ('no end', 'one') for x in cells(row))
 
@@ -241,10 +248,10 @@ def reading(rows: Rows) -> str:
     'The regularised Nash policy of the game, from own samples': finds_nash,
     'From own samples, the best response to a mixture of policy and reference': mixes,
     'The best response to whoever sampled the data': responds,
-    'The same end with both data sets that cover all, in the game too': lambda row: (
-      abs(row['game']['reference']['kl'] - row['game']['other']['kl']) < 1e-6
-      and row['game']['reference']['ended']
+    'Another policy, but the same one from both data sets that cover all': lambda row: (
+      same(row, 'bradley_terry') and not tilts(row)
     ),
+    'The same policy from both data sets in the game, too': lambda row: same(row, 'game'),
     'The likelihood of chosen answers falls (data from the reference)': lambda row: (
       offline(row)['chosen'] < -EXACT
     ),
