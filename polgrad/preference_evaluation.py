@@ -73,9 +73,13 @@ def length_controlled(
   theta and phi minimise the mean cross-entropy with the wins as soft labels, plus
   ridge (theta^2 + phi^2) / 2, and the win rate is sigmoid(theta).
 
-  Differences: The paper's third term, the difficulty of a prompt times a number of the model, needs
-  many models judged on the same prompts and is left out. Its penalty is chosen by cross-validation;
-  here it is a constant, which keeps theta and phi finite if the longer answer always wins.
+  The standard deviation is that of a sample (n - 1). This is what the authors' code calls
+  `length_controlled_minimal`.
+
+  Differences: The leaderboard's formula has a third term, the difficulty of a prompt, which needs many
+  models judged on the same prompts, and adds two baselines that are too long or too short on purpose.
+  Both are left out. The authors choose the penalty by cross-validation; here it is a constant, which
+  keeps theta and phi finite if the longer answer always wins.
 
   Args:
     wins: f[n], probability that the policy's completion is the better one; NaN is left out.
@@ -87,7 +91,7 @@ def length_controlled(
   wins, d = wins[known], (lengths - other_lengths)[known].astype(float)
   if not len(wins):
     return LengthControlled(np.nan, np.nan, np.nan)
-  spread = np.std(d)
+  spread = np.std(d, ddof=1) if len(d) > 1 else 0.0
   x = np.stack([np.ones(len(d)), np.tanh(d / spread) if spread > 0 else np.zeros(len(d))], axis=1)
   # Newton's method; the ridge makes the problem strictly convex.
   beta = np.zeros(2)

@@ -32,7 +32,7 @@ def test_length_control_finds_the_log_odds_at_equal_lengths():
   """Soft labels of the model itself: the regression gives back its numbers, up to the ridge."""
   random = np.random.default_rng(1)
   lengths, others = random.integers(10, 200, 500), random.integers(10, 200, 500)
-  d = (lengths - others) / np.std(lengths - others)
+  d = (lengths - others) / np.std(lengths - others, ddof=1)
   wins = 1 / (1 + np.exp(-(-0.4 + 1.5 * np.tanh(d))))
   found = numbers.length_controlled(wins, lengths, others, ridge=1e-8)
   np.testing.assert_allclose([found.theta, found.phi], [-0.4, 1.5], rtol=1e-5)
