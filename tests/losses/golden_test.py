@@ -94,6 +94,7 @@ ARRAYS |= dict(
   token_weights=RNG.uniform(0.5, 2, size=(B, T)),
   reference_selected=RNG.uniform(size=(B, T)) < 0.5,
   preferred=np.array([True, False, False, True, True, False]),
+  previous_logp=logps(),
 )
 PAIRS = dict(group_ids=np.array([7, 2, 7, 2, 5, 5]))
 
@@ -417,6 +418,10 @@ ORACLES = {
   ),
   implicit_rewards.logp_sum: ({}, lambda a: row_scores(a['logp'])[0]),
   implicit_rewards.logp_mean: ({}, lambda a: np.divide(*row_scores(a['logp']))),
+  implicit_rewards.two_references: (
+    dict(reference_weight=0.25),
+    lambda a: row_scores(a['logp'] - 0.25 * a['reference_logp'] - 0.75 * a['previous_logp'])[0],
+  ),
   implicit_rewards.weighted_log_ratio_sum: (
     {},
     lambda a: row_scores(a['token_weights'] * (a['logp'] - a['reference_logp']))[0],
