@@ -444,7 +444,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   if compares and not phase.reward and 'first_reward' in inputs(phase.comparison):
     raise ValueError(
       f'{path}.comparison: it compares rewards, but {path}.reward has no verifier; name another '
-      f'comparison: {sorted(comparisons.TABLE)}'
+      f'comparison: {sorted(reward_models.COMPARISONS)}'
     )
   if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(
