@@ -98,7 +98,9 @@ def game(payoff: Array, *, reference: Array | None = None, players: int = 1) -> 
     ValueError: with one player, payoff + payoff^T is not 1.
   """
   payoff = jnp.asarray(payoff, float)
-  if players == 1 and not jnp.allclose(payoff + jnp.swapaxes(payoff, -1, -2), 1, atol=1e-5):
+  other = jnp.swapaxes(payoff, -1, -2)
+  symmetric = payoff.shape == other.shape and jnp.allclose(payoff + other, 1, atol=1e-5)
+  if players == 1 and not symmetric:
     raise ValueError(
       'payoff + its transpose must be 1 in a game of one policy against itself; antisymmetric payoffs '
       'A become probabilities as 1/2 + A / (2 max |A|), and other games have players=2'
@@ -165,7 +167,7 @@ def solve(
   *,
   steps: int,
   schedule: Schedule | float | None = None,
-  start: Policies | None = None,
+  start: Policies | Array | None = None,
 ) -> Path:
   """The policies of `steps` steps of a solver.
 
@@ -174,9 +176,11 @@ def solve(
     solver: one of those in this module, or of your own.
     steps: number of steps.
     schedule: step size, or a function from the number of the step (from 0) to it; None: the solver's.
-    start: log-policies [..., n] of each player, normalised; None: the references.
+    start: log-policies [..., n] of each player, normalised, or one array if there is one player; None:
+      the references.
   """
   start = game.log_reference if start is None else start
+  start = start if isinstance(start, tuple) else (start,)
   if schedule is None:
     schedule = solver.schedule
   rate = schedule if callable(schedule) else lambda step: schedule

@@ -64,7 +64,7 @@ def test_the_equilibrium_is_found_in_float32_too():
 
 
 def test_nash_mp_converges_linearly_in_kl_gap_and_span(rps, star):
-  last = games.solve(rps, games.nash_mp(0.1), steps=40, start=(log(0.98, 0.01, 0.01),)).last
+  last = games.solve(rps, games.nash_mp(0.1), steps=40, start=log(0.98, 0.01, 0.01)).last
   at = (0, 1, 5, 10, 20, 40)
   kl = [2.78850, 2.05097, 0.476015, 0.0650349, 4.8937e-4, 1.8169e-8]
   gap = [0.9558, 0.8930, 0.1450, 0.05198, 4.879e-4, 1.78e-8]
@@ -244,8 +244,9 @@ def test_methods_that_reduce_to_each_other(x64):
 
 
 def test_payoffs_of_one_policy_against_itself_are_probabilities():
-  with pytest.raises(ValueError, match=r'must be 1 .*players=2'):
-    games.game(SADDLE)
+  for payoff in (SADDLE, SADDLE[:1]):
+    with pytest.raises(ValueError, match=r'must be 1 .*players=2'):
+      games.game(payoff)
 
 
 def test_the_page_shows_every_solver_and_its_example_runs(capsys):
