@@ -40,6 +40,7 @@ def trained(method: str, folder: str):
     reward = {'low_digits': weighted(1.0, part(low_digits))}
     config.phases.train.reward = reward
     config.evaluation.reward = reward
+    config.evaluation.every = config.show_samples = 0
   train.run(config, folder)
   experiment = build.build(config)
   checkpoints = str(pathlib.Path(folder) / 'checkpoints')
