@@ -1,0 +1,84 @@
+"""A gold preference on SmolLM2-135M-Instruct: sentences whose words do not have the letter e.
+
+Gold is the fraction of words without an e, of the first sentence that the model writes about a subject.
+It is known exactly, so a reward model can be compared with what it stands for. Options: run, path (of
+the model's folder), reward (folder of a reward model; empty means gold), lora, steps, smoke.
+
+    python -m polgrad.train --config=experiments/smollm2_preferences.py:run=online_dpo,path=FOLDER --workdir=runs/online
+
+| run | pairs or samples | labels |
+|---|---|---|
+| `bradley_terry` | two samples of the model before training | gold |
+| `dpo` | the same | gold, or `reward` |
+| `online_dpo` | two samples of the policy | gold, or `reward` |
+| `best_of_8` | the best of 8 samples of the policy, learned by imitation (RAFT) | gold, or `reward` |
+"""
+
+import dataclasses
+from functools import partial
+
+from polgrad import collect, credit, methods, optim, presets, reward_models, tasks
+from polgrad.compose import compose
+from polgrad.data import sources
+from polgrad.options import values
+from polgrad.registry import part, weighted
+from polgrad.sampling import behavior_policies
+
+KINDS = ('old', 'new', 'small', 'big', 'lost', 'cold', 'quiet', 'bright')
+SUBJECTS = (
+  *('town', 'dog', 'ship', 'garden', 'king', 'road', 'song', 'farm', 'storm', 'book', 'shop', 'hill'),
+  *('cat', 'moon', 'train', 'cook', 'boy', 'girl', 'wolf', 'farmer', 'lake', 'clock', 'door', 'map'),
+)
+
+
+def without_e(completion: str) -> float:
+  """Fraction of the words that have no e; 0 for less than four words."""
+  words = completion.lower().split()
+  return sum('e' not in word for word in words) / len(words) if len(words) >= 4 else 0.0
+
+
+def prompts(*, held_out: bool = False) -> sources.Source:
+  """One prompt for each kind of each subject; of every four one is held out."""
+  asked = [f'Write one sentence about the {kind} {subject}.' for subject in SUBJECTS for kind in KINDS]
+  chosen = [text for i, text in enumerate(asked) if (i % 4 == 0) == held_out]
+  return sources.Source(size=len(chosen), record=lambda row: {'prompt': chosen[row]})
+
+
+def get_config(text: str = ''):
+  o = values(text, run='online_dpo', path='', reward='', lora=0, steps=30, smoke=False)
+  judge = part(reward_models.reward_model, path=o.reward) if o.reward else part(without_e)
+  task = tasks.Task(
+    problems=part(prompts),
+    held_out=part(prompts, held_out=True),
+    rewards={'gold': weighted(1.0, part(without_e))},
+    prompt_length=24,
+    max_new_tokens=24,
+    rows=32,
+    steps=30,
+    evaluate_every=10,
+    held_out_problems=48,
+    evaluation_batch=48,
+  )
+  model = presets.smollm2(path=o.path, lora=o.lora)
+  config = compose(RUNS[o.run](), task, model, steps=o.steps, warm_start=0, smoke=o.smoke)
+  config.phases.train.reward = {'reward': weighted(1.0, judge)}
+  return config
+
+
+def of_reference(method: methods.Method) -> methods.Method:
+  """The method on pairs of samples of the model before training."""
+  behavior_policy = part(behavior_policies.reference)
+  return dataclasses.replace(
+    method,
+    collect=partial(collect.Rollouts, samples_per_prompt=2, behavior_policy=behavior_policy),
+    credit=part(credit.preference),
+    anchors={'reference': part(optim.fixed)},
+  )
+
+
+RUNS = {
+  'bradley_terry': lambda: of_reference(methods.bradley_terry(centering=0.01)),
+  'dpo': lambda: of_reference(methods.dpo()),
+  'online_dpo': methods.online_dpo,
+  'best_of_8': lambda: methods.raft(epochs=1),
+}
