@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad import methods
+from polgrad import methods, objectives
 from polgrad.arrays import ARRAYS, MODEL
 from polgrad.methods import Method
 from tests.runs import method_of
@@ -98,7 +98,9 @@ def random_arrays(method: Method, seed: int = 0) -> Arrays:
   if 'tokens' in x:
     x['tokens'] = rng.integers(0, VOCABULARY, (ROWS, LENGTH))
   if 'stream' in x:
-    x['stream'] = np.tile([1, 1, 0, 0], ROWS // 4)
+    # A weighted sum has an objective for each stream; elsewhere a pair holds a row of each.
+    of_pairs = isinstance(method.bound()[1], objectives.WeightedSum)
+    x['stream'] = np.tile([1, 1, 0, 0] if of_pairs else [0, 1, 0, 1], ROWS // 4)
   if 'opponent' in x:
     x['opponent'] = np.tile([0.0, 1.0], ROWS // 2)
   if 'wins' in x:
