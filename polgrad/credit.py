@@ -291,8 +291,7 @@ def compared(*, label: Literal['soft', 'drawn', 'better'] = 'soft') -> Estimator
   """
 
   def apply(batch, state):
-    rows = jnp.arange(len(batch.valid))
-    partner = rows ^ 1
+    rows, partner = _partners(batch)
     p = batch['wins'][rows, partner % batch['wins'].shape[1]]
     usable = batch.valid & batch.valid[partner]
     if label == 'drawn':
@@ -319,7 +318,7 @@ def win_rate_gap() -> Estimator:
   """
 
   def apply(batch, state):
-    partner = jnp.arange(len(batch.valid)) ^ 1
+    _, partner = _partners(batch)
     rate = _mean_wins(batch)
     usable = batch.valid & batch.valid[partner]
     label = jax.nn.sigmoid(rate - rate[partner])
@@ -331,6 +330,15 @@ def win_rate_gap() -> Estimator:
     provides=frozenset({'label', 'mask'}),
     scored=frozenset(),
   )
+
+
+def _partners(batch: Batch) -> tuple[Array, Array]:
+  """The numbers of all rows, i32[B], and of the other rows of their pairs, which are of their group."""
+  size = batch['wins'].shape[1]
+  if size % 2:
+    raise ValueError(f'rows are compared in pairs, but a group has {size} rows, an odd number')
+  rows = jnp.arange(len(batch.valid))
+  return rows, rows ^ 1
 
 
 def _mean_wins(batch: Batch, with_itself: bool = False) -> Array:

@@ -153,6 +153,14 @@ def test_settings_of_comparisons_that_cannot_be_are_refused(settings, words):
     bind(part(collect.Rollouts, **settings), collect.TABLE)
 
 
+def test_groups_of_an_odd_number_of_rows_have_no_pairs_to_label():
+  config = addition(method_of('online_ipo'))
+  config.phases.train.collect.choose = part(collect.picks.best)
+  run = build.build(config)
+  with pytest.raises(ValueError, match='a group has 1 rows, an odd number'):
+    build.check_data(run)
+
+
 def test_a_phase_compares_as_it_is_configured():
   run = experiment()
   config = part(build.Phase, **{**run_config(), 'comparison': part(comparisons.shorter)})
