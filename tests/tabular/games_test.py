@@ -255,6 +255,9 @@ def test_the_page_shows_every_solver_and_its_example_runs(capsys):
   solvers = {name for name in dir(games) if _returns_a_solver(getattr(games, name))}
   assert solvers and solvers <= rows
   (block,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  indented = re.findall(r'^ {4}(\S.*\n)', page.split('```')[0], re.MULTILINE)
+  block = ''.join(indented) + block
+  assert 'games.nash_mp' in block
   with jax.numpy_rank_promotion('raise'):
     exec(compile(block, 'docs/games.md', 'exec'), {})
   assert float(capsys.readouterr().out) < 0.05
