@@ -191,9 +191,10 @@ def rows_of(scores) -> tuple[Outputs, Batch]:
 def test_the_threshold_of_bco_is_the_mean_of_all_rows_so_far():
   _, objective = methods.bco(beta=0.5).bound()
   state, seen = objective.init(), []
-  for scores in ([1.0, 3.0], [2.0, -4.0, 5.0], [0.5]):
+  for scores, rows in (([1.0, 3.0], 2), ([2.0, -4.0], 1), ([0.5, 5.0], 2)):  # some have no tokens
     outputs, batch = rows_of(np.array(scores))
-    seen += scores
+    batch = batch.replace(mask=jnp.arange(2)[:, None] < rows)
+    seen += scores[:rows]
     _, metrics = objective.apply(outputs, batch, state, step=0)
     assert metrics['reference_point'].value() == pytest.approx(0.5 * np.mean(seen))
     state = objective.advance(state, metrics)
