@@ -299,7 +299,7 @@ def test_requirements_decide_what_is_collected():
   }  # fmt: skip
   assert isinstance(run.phases['train'].collect, collect.Collector)
   assert run.phases['train'].credit.provides == {'advantages', 'returns'}
-  assert optim.ANCHORS.keys() == {'optim.fixed', 'optim.ema', 'optim.sync'}
+  assert {'optim.fixed', 'optim.ema', 'optim.sync'} <= optim.ANCHORS.keys()
 
 
 BOUNDED = {  # what no run can have, and the range that the error names
