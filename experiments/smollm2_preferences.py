@@ -4,7 +4,7 @@ Gold is the fraction of words without an e, of the first sentence that the model
 It is known exactly, so a reward model can be compared with what it stands for. Options: run, path (of
 the model's folder), reward (folder of a reward model; empty means gold), lora, steps, smoke.
 
-    python -m polgrad.train --config=experiments/smollm2_preferences.py:run=online_dpo,path=FOLDER --workdir=runs/online
+    python -m polgrad.train --config=experiments/smollm2_preferences.py:run=dpo,path=FOLDER --workdir=runs/x
 
 | run | pairs or samples | labels |
 |---|---|---|
@@ -26,8 +26,34 @@ from polgrad.sampling import behavior_policies
 
 KINDS = ('old', 'new', 'small', 'big', 'lost', 'cold', 'quiet', 'bright')
 SUBJECTS = (
-  *('town', 'dog', 'ship', 'garden', 'king', 'road', 'song', 'farm', 'storm', 'book', 'shop', 'hill'),
-  *('cat', 'moon', 'train', 'cook', 'boy', 'girl', 'wolf', 'farmer', 'lake', 'clock', 'door', 'map'),
+  *(
+    'town',
+    'dog',
+    'ship',
+    'garden',
+    'king',
+    'road',
+    'song',
+    'farm',
+    'storm',
+    'book',
+    'shop',
+    'hill',
+  ),
+  *(
+    'cat',
+    'moon',
+    'train',
+    'cook',
+    'boy',
+    'girl',
+    'wolf',
+    'farmer',
+    'lake',
+    'clock',
+    'door',
+    'map',
+  ),
 )
 
 
@@ -39,7 +65,9 @@ def without_e(completion: str) -> float:
 
 def prompts(*, held_out: bool = False) -> sources.Source:
   """One prompt for each kind of each subject; of every four one is held out."""
-  asked = [f'Write one sentence about the {kind} {subject}.' for subject in SUBJECTS for kind in KINDS]
+  asked = [
+    f'Write one sentence about the {kind} {subject}.' for subject in SUBJECTS for kind in KINDS
+  ]
   chosen = [text for i, text in enumerate(asked) if (i % 4 == 0) == held_out]
   return sources.Source(size=len(chosen), record=lambda row: {'prompt': chosen[row]})
 
