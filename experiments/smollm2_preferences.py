@@ -4,7 +4,8 @@ Gold is the fraction of words without an e, of the first sentence that the model
 It is known exactly, so a reward model can be compared with what it stands for. Options: run, path (of
 the model's folder), reward (folder of a reward model; empty means gold), lora, steps, smoke.
 
-    python -m polgrad.train --config=experiments/smollm2_preferences.py:run=dpo,path=FOLDER --workdir=runs/x
+    python -m polgrad.train --workdir=runs/x \\
+      --config=experiments/smollm2_preferences.py:run=online_dpo,path=FOLDER
 
 | run | pairs or samples | labels |
 |---|---|---|
