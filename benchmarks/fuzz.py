@@ -56,7 +56,10 @@ from tests.data import folders
 ROOT = pathlib.Path(__file__).parents[1]
 MEMORY = 6 * 2**30  # bytes of address space that one input may take
 # Types of deliberate errors, without their subclasses: UnicodeDecodeError is a ValueError too.
-REFUSALS = (ValueError, TypeError, FileNotFoundError, FileExistsError)
+REFUSALS = (
+  *(ValueError, TypeError, FileNotFoundError, FileExistsError),
+  *(batching.TooLong, batching.Unusable),
+)
 
 
 class Kind(NamedTuple):

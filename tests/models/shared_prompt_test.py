@@ -87,7 +87,7 @@ def test_the_work_for_a_long_prompt_is_done_once():
 
 def test_pairs_of_preferences_share_their_prompts():
   records = [
-    {'id': i, 'prompt': 'abc'[: i + 1], 'chosen': 'de', 'rejected': 'f' * (2 - i)} for i in range(3)
+    {'id': i, 'prompt': 'abc'[: i + 1], 'chosen': 'de', 'rejected': 'f' * (3 - i)} for i in range(3)
   ]
   policy, params = tiny.policy(vocab_size=260), tiny.params(vocab_size=260)
 
