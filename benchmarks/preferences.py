@@ -27,7 +27,9 @@ from scipy.optimize import minimize_scalar
 from benchmarks import preference_world as world
 from benchmarks import preferences_page
 from polgrad import methods
+from polgrad.collect import picks
 from polgrad.methods import Method
+from polgrad.registry import name_of
 from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import Setting, rollout_loss
 
@@ -43,7 +45,8 @@ GIVEN = {
   *('behavior_logp', 'label', 'rewards', 'valid', 'wins', 'baseline_wins', 'staleness', 'step'),
   *('logits', 'teacher_logits'),
 }
-EXTREMES = tuple(f'choices.{x}' for x in ('best_worst', 'best_worst_by_wins', 'tournament'))
+# Choices that take the pair itself where a group has two rows.
+EXTREMES = tuple(map(name_of, (picks.best_worst, picks.best_worst_by_wins, picks.tournament)))
 # What a collector does that a pair drawn from one policy does not show -> why the method is left out.
 COLLECTED = {
   'choose': 'the collector chooses the rows to train on out of more samples',
@@ -101,10 +104,8 @@ def left_out(name: str) -> str:
   asked = method.collect.keywords
   for keyword, reason in COLLECTED.items():
     given = asked.get(keyword)
-    # The best and the worst of two samples are the pair itself.
-    if given and not (
-      keyword == 'choose' and given['name'] in EXTREMES and not given.get('second')
-    ):
+    of_two = keyword == 'choose' and given and given['name'] in EXTREMES and not given.get('second')
+    if given and not of_two:
       return reason
   if method.bound()[1].select is not None:
     return 'its selection looks at a whole batch, and the report gives it one pair at a time'

@@ -1,8 +1,10 @@
 """A gold preference on SmolLM2-135M-Instruct: sentences whose words do not have the letter e.
 
 Gold is the fraction of words without an e, of the first sentence that the model writes about a subject.
-It is known exactly, so a reward model can be compared with what it stands for. Options: run, path (of
-the model's folder), reward (folder of a reward model; empty means gold), lora, steps, smoke.
+It is known exactly, so a reward model can be compared with the preference that it was trained on.
+
+Options: run, path (folder of the model), reward (folder of a reward model; empty: gold), lora, steps,
+smoke.
 
     python -m polgrad.train --workdir=runs/x \\
       --config=experiments/smollm2_preferences.py:run=online_dpo,path=FOLDER
@@ -27,34 +29,9 @@ from polgrad.sampling import behavior_policies
 
 KINDS = ('old', 'new', 'small', 'big', 'lost', 'cold', 'quiet', 'bright')
 SUBJECTS = (
-  *(
-    'town',
-    'dog',
-    'ship',
-    'garden',
-    'king',
-    'road',
-    'song',
-    'farm',
-    'storm',
-    'book',
-    'shop',
-    'hill',
-  ),
-  *(
-    'cat',
-    'moon',
-    'train',
-    'cook',
-    'boy',
-    'girl',
-    'wolf',
-    'farmer',
-    'lake',
-    'clock',
-    'door',
-    'map',
-  ),
+  *('town', 'dog', 'ship', 'garden', 'king', 'road', 'song', 'farm'),
+  *('storm', 'book', 'shop', 'hill', 'cat', 'moon', 'train', 'cook'),
+  *('boy', 'girl', 'wolf', 'farmer', 'lake', 'clock', 'door', 'map'),
 )
 
 

@@ -165,7 +165,7 @@ class Annotator:
   stats: frozenset[str]  # statistics of the policy
   # (params, batch, params of the teacher or None) -> outputs; None: nothing of the policy is needed
   of_policy: Callable[[Params, Batch, Params | None], Outputs] | None
-  compared: bool  # whether a statistic of the policy reads the teacher's logits
+  reads_teacher: bool  # whether a statistic of the policy reads the teacher's logits
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
   mismatched: bool = False  # whether `mismatched_log_ratio` is read
   random: bool = False  # whether `uniform` is read
@@ -181,7 +181,9 @@ class Annotator:
     found = {}
     params = parameter_sets(state, self.context.frozen)
     if self.own or self.stats:
-      outputs = self.of_policy(state.params, rows, params['teacher'] if self.compared else None)
+      outputs = self.of_policy(
+        state.params, rows, params['teacher'] if self.reads_teacher else None
+      )
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in self.own} | outputs.stats
     for name, function in self.of_anchor.items():
@@ -198,7 +200,7 @@ class Annotator:
       return batch
     rows = Batch(**{n.removeprefix('mismatched_'): x for n, x in given.items()})
     placed, params = self._placed(rows), parameter_sets(state, self.context.frozen)
-    teacher = params['teacher'] if self.compared else None
+    teacher = params['teacher'] if self.reads_teacher else None
     outputs = (
       self.of_policy(state.params, placed, teacher),
       self.of_anchor['reference'](params['reference'], placed),
@@ -216,7 +218,7 @@ class Annotator:
     models += [frozen.get(name, policy) for name in self.of_anchor]
     if self.mismatched:
       models += [policy, frozen.get('reference', policy)]
-    models += [frozen.get('teacher', policy)] if self.compared else []
+    models += [frozen.get('teacher', policy)] if self.reads_teacher else []
     layout = self.context.layout
     return sum(speed.forward_flops(model.config, batch, layout) for model in models)
 
@@ -300,14 +302,14 @@ def make_annotator(
     own=own,
     stats=frozenset(stats),
     of_policy=jit(of_policy) if own or stats or mismatched else None,
-    compared=compares(stats),
+    reads_teacher=reads_teacher(stats),
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
     mismatched=mismatched,
     random='uniform' in wanted,
   )
 
 
-def compares(stats: Mapping[str, Callable]) -> bool:
+def reads_teacher(stats: Mapping[str, Callable]) -> bool:
   """Whether one of these statistics reads the logits of the anchor `teacher`."""
   return any('teacher_logits' in inputs(stat) for stat in stats.values())
 

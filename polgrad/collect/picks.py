@@ -1,8 +1,9 @@
 """Which rows of each group are trained on: pairs, the best of n, rejection sampling.
 
-A function of `TABLE` fills the setting `choose` of `Rollouts`. It runs on the host, before log-probs of
-anchors are computed, so rows that nobody trains on cost nothing but their sampling. The names of its
-positional arguments say what it reads of `N` groups of `G` rows, as they were sampled and scored:
+A function of `TABLE` fills the setting `choose` of `Rollouts`. It runs on the host before the log-probs
+of anchors are computed, so a row that is not trained on is sampled and scored but never forwarded. The
+names of its positional arguments say what it reads of `N` groups of `G` rows, as they were sampled and
+scored:
 
 | name | array |
 |---|---|
@@ -12,9 +13,9 @@ positional arguments say what it reads of `N` groups of `G` rows, as they were s
 | `lengths` | i[N, G], tokens of the completion |
 | `random` | `numpy.random.Generator` of the step |
 
-It returns `Chosen`: the same number of rows for every group, which may repeat, so the batch keeps its
-shape. A pair is two consecutive rows; which of them is preferred, and how surely, is said by credit
-(`credit.preference`, `credit.compared`) or is the order of the rows.
+It returns `Chosen`: the same number of rows for every group, so shapes do not depend on the data. A row
+may be in it more than once. A pair is two consecutive rows. Credit says which of them is preferred, and
+how surely (`credit.preference`, `credit.compared`); otherwise the order of the rows does.
 """
 
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def random_pair(valid: Array, random: np.random.Generator) -> Chosen:
 
 
 def all_pairs(rewards: Array, valid: Array, *, min_gap: Gap = 0.0) -> Chosen:
-  """Every pair of rows of the group, G (G - 1) / 2 pairs; a row stands in G - 1 of them."""
+  """Every pair of rows of the group, G (G - 1) / 2 pairs; each row is in G - 1 of them."""
   first, second = (np.tile(x, (len(valid), 1)) for x in np.triu_indices(valid.shape[1], 1))
   return _pairs(first, second, valid, rewards, min_gap)
 
@@ -107,8 +108,8 @@ def tournament(wins: Array, valid: Array) -> Chosen:
   """The winner and the loser of a knock-out tournament, left out unless the winner beats the loser.
 
   Rows are paired in their order. Winners play winners, and losers losers, until one is left of each
-  (INPO, arXiv:2407.00617). A row without a partner goes on. Of a tie the first row wins. Rows that are
-  not valid do not play.
+  (INPO, arXiv:2407.00617). A row without a partner advances without a game. In a tie the first row wins.
+  Rows that are not valid do not play.
   """
   rows, usable = np.zeros((len(valid), 2), int), np.zeros((len(valid), 2), bool)
   for group, (game, able) in enumerate(zip(wins, valid)):

@@ -11,7 +11,7 @@ import numpy as np
 
 from polgrad.collect import picks
 from polgrad.collect import replay as replays
-from polgrad.collect.base import Collect, Context, Draw, Sampling, compares
+from polgrad.collect.base import Collect, Context, Draw, Sampling, reads_teacher
 from polgrad.collect.scored import (
   Texts,
   begun,
@@ -148,14 +148,14 @@ class Rollouts(Sampling):
 
   def _shapes(self) -> dict[str, tuple]:
     """Arrays that some settings add: dtype and shape of a row."""
-    number, baselines = np.float32, (self.baseline_samples,)
+    # By name: whether the array is there, its dtype, and the axes of a row.
     some = {
-      'baseline_rewards': (baselines[0], number, *baselines),
+      'baseline_rewards': (self.baseline_samples, np.float32, self.baseline_samples),
       'stream': (self.demonstrations or self.preferences, np.int32),
-      'label': (self.preferences, number),
-      'opponent': (self.opponents, number),
-      'wins': ('wins' in self.compare, number, self.rows_per_prompt),
-      'baseline_wins': ('baseline_wins' in self.compare, number, *baselines),
+      'label': (self.preferences, np.float32),
+      'opponent': (self.opponents, np.float32),
+      'wins': ('wins' in self.compare, np.float32, self.rows_per_prompt),
+      'baseline_wins': ('baseline_wins' in self.compare, np.float32, self.baseline_samples),
     }
     return {name: shape for name, (there, *shape) in some.items() if there}
 
@@ -163,8 +163,8 @@ class Rollouts(Sampling):
   def anchors_read(self) -> frozenset[str]:
     baseline = inputs(self.baseline_policy) if self.baseline_samples else ()
     opponent = inputs(self.opponent_policy) if self.opponents else ()
-    compared = {'teacher'} if compares(self.stats) else set()
-    read = {*inputs(self.behavior_policy), *baseline, *opponent, *compared}
+    measured = ('teacher',) if reads_teacher(self.stats) else ()
+    read = {*inputs(self.behavior_policy), *baseline, *opponent, *measured}
     return frozenset(read - {'policy'})
 
   @property
@@ -202,13 +202,12 @@ class Rollouts(Sampling):
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
     own = self.own(tokenizer)
-    if self.resets:  # refuses a record without an answer
+    if self.resets:
       for record in records:
-        batching.completion(record, own)
+        batching.completion(record, own)  # refuses a record without an answer
       return prompts
-    for (
-      field
-    ) in self.fields:  # they are added after sampling; here one that does not fit is refused
+    # Completions of the data are added after sampling; here one that does not fit is refused.
+    for field in self.fields:
       self.demonstrated(records, own, field, cut=cut)
     return prompts
 
@@ -359,7 +358,7 @@ class RolloutSteps(Steps):
   def score(
     self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
-    """Scores the rows, replaces uninformative groups, adds what stands beside them, and chooses rows."""
+    """Scores the rows, replaces uninformative groups, adds further rows to each, and chooses rows."""
     batch, texts = self._judge(batch, records)
     batch, texts = self._resample(batch, texts, state, draw, step)
     records = texts.records
@@ -387,7 +386,7 @@ class RolloutSteps(Steps):
     ]
 
   def _judge(self, batch: Batch, records: Sequence[dict]) -> tuple[Batch, Texts]:
-    """Sampled rows with their rewards; those without a stop token may have one of their own."""
+    """Sampled rows with their rewards; a row without a stop token gets `unfinished_reward`, if set."""
     batch, texts = score_rows(batch, records, self.context)
     other = self.settings.unfinished_reward
     if math.isfinite(other):
@@ -438,7 +437,8 @@ class RolloutSteps(Steps):
     self, batch: Batch, records: Sequence[dict], report: Report, state: TrainState, step: int
   ) -> tuple[Batch, Report]:
     """Adds the rows of the other policy to each group, behind its samples."""
-    ids = [record['id'] for record in records]  # as if drawn before: a baseline draws other noise
+    # As if the prompts had been drawn before, so that a baseline draws other noise.
+    ids = [record['id'] for record in records]
     rows, texts = self._judge(self._draw(self.draw_opponents, state, records, step, ids), records)
     terms = joined(report.terms, texts.scores.components, len(records))
     report = report._replace(terms=terms)
