@@ -55,6 +55,8 @@ class Judged:
 
   Attributes:
     reward: verifiers with their weights; their weighted sum is the reward.
+    comparison: which of two completions is better, for a collector that compares. By default it is the
+      one with the larger reward, with the probability of Bradley and Terry.
     isolate_verifiers: run verifiers in processes that are killed when they hang, except those of
       polgrad that need none.
     verifier_timeout: seconds for one isolated verifier on one row.
@@ -63,6 +65,7 @@ class Judged:
   """
 
   reward: Mapping[str, reward_models.Part] = dataclasses.field(default_factory=dict)
+  comparison: reward_models.ComparisonPart = comparisons.by_reward
   isolate_verifiers: bool = True
   verifier_timeout: Positive = 5.0
   verifier_workers: AtLeastOne = 2
@@ -72,6 +75,11 @@ class Judged:
   def score(self) -> Callable:
     """(completions, records, lengths, others) -> `Scores`, see `scoring.make_scorer`."""
     return scoring.make_scorer(self.reward, **self.limits)
+
+  @functools.cached_property
+  def compare(self) -> Callable:
+    """(pairs, others) -> `Compared`, see `scoring.make_comparer`."""
+    return scoring.make_comparer(self.comparison, **self.limits)
 
   @property
   def limits(self) -> dict[str, float]:
@@ -107,8 +115,6 @@ class Phase(Judged):
     objective: the loss.
     optimizer: what makes a step of its gradient.
     credit: from rewards to advantages, returns or labels.
-    comparison: which of two completions is better, for a collector that compares. By default it is the
-      one with the larger reward, with the probability of Bradley and Terry.
     shuffle: draw records in an order that changes with each epoch.
     epochs: passes over a collected batch.
     minibatches: updates in each pass.
@@ -134,7 +140,6 @@ class Phase(Judged):
   objective: objectives.Part
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
-  comparison: reward_models.ComparisonPart = comparisons.by_reward
   shuffle: bool = True
   epochs: AtLeastOne = 1
   minibatches: AtLeastOne = 1
@@ -147,11 +152,6 @@ class Phase(Judged):
   held_out: Mapping[str, sources.Part] = dataclasses.field(default_factory=dict)
   held_out_every: Count = 50
   held_out_records: AtLeastOne = 256
-
-  @functools.cached_property
-  def compare(self) -> Callable:
-    """(pairs, others) -> `Compared`, see `scoring.make_comparer`."""
-    return scoring.make_comparer(self.comparison, **self.limits)
 
   @functools.cached_property
   def layout(self) -> Layout:
@@ -225,12 +225,7 @@ class HeldOut(Judged, Evaluation):
   prefix: str = ''
   stop_strings: tuple = ()
   anchors: tuple = ()
-  comparison: comparisons.Part = comparisons.larger_reward
-
-  @functools.cached_property
-  def compare(self) -> Callable:
-    """(pairs, others) -> `Compared`, see `scoring.make_comparer`."""
-    return scoring.make_comparer(self.comparison, **self.limits)
+  comparison: reward_models.ComparisonPart = comparisons.larger_reward
 
   def own(self, tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer with this prefix and these stop strings."""
@@ -440,8 +435,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
       f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
     )
-  compares = 'wins' in collector.provides or 'baseline_wins' in collector.provides
-  if compares and not phase.reward and 'first_reward' in inputs(phase.comparison):
+  if collector.compares and not phase.reward and 'first_reward' in inputs(phase.comparison):
     raise ValueError(
       f'{path}.comparison: it compares rewards, but {path}.reward has no verifier; name another '
       f'comparison: {sorted(reward_models.COMPARISONS)}'
@@ -635,7 +629,7 @@ def _try_judge(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
     ValueError: it fails on all of them, as it does without its server or its key.
   """
   phase, source = section.judged, section.source
-  if section.held_out or not {'wins', 'baseline_wins'} & section.reader.provides:
+  if section.held_out or not section.reader.compares:
     return
   if not scoring.is_batched(phase.comparison) or not len(source):
     return

@@ -123,12 +123,9 @@ def wins_of(experiment: Experiment, one: Made, other: Made) -> tuple[np.ndarray,
 def make_divergence(experiment: Experiment) -> Callable[..., numbers.Divergence]:
   """Makes `divergence(made, params, other) -> Divergence`, of the samples of the first parameters."""
   plan, mesh = experiment.evaluation, experiment.mesh
+  settings = dict(fields=frozenset(), temperature=plan.temperature)
   look = jit(
-    lambda params, batch: (
-      forward_in_pieces(
-        experiment.policy, params, batch, fields=frozenset(), temperature=plan.temperature
-      ).logp
-    )
+    lambda params, batch: forward_in_pieces(experiment.policy, params, batch, **settings).logp
   )
 
   def divergence(made: Made, params: Params, other: Params) -> numbers.Divergence:
@@ -170,19 +167,19 @@ def opponent(experiment: Experiment) -> Callable[[int], Params | None]:
   """The other parameters for a checkpoint of the run, by --against; None: there are only texts.
 
   Raises:
-    ValueError: --against is an anchor, but there is no run.
+    FileNotFoundError: --against is the path of a folder that does not exist.
+    ValueError: when called, --against is no anchor of the run's checkpoint.
   """
   name = _AGAINST.value
   if name.startswith('field:'):
     return lambda step: None
-  if name == 'before' or os.path.isdir(os.path.expanduser(name)):
-    params = (
-      evaluate.init_params(experiment.policy, experiment.mesh, experiment.seed)
-      if name == 'before'
-      else evaluate.restore_params(
-        experiment, os.path.join(os.path.expanduser(name), 'checkpoints'), _AGAINST_STEP.value
-      )
-    )
+  if name == 'before':
+    before = evaluate.init_params(experiment.policy, experiment.mesh, experiment.seed)
+    return lambda step: before
+  folder = os.path.expanduser(name)
+  if os.path.isdir(folder):
+    checkpoints = os.path.join(folder, 'checkpoints')
+    params = evaluate.restore_params(experiment, checkpoints, _AGAINST_STEP.value)
     return lambda step: params
   if os.sep in name:
     raise FileNotFoundError(f'--against={name}: there is no such folder')
@@ -247,7 +244,7 @@ def compare_checkpoints(
   sample = evaluate.sampler(experiment, samples, behavior_policies.current)
   divergence = make_divergence(experiment)
   phase = experiment.phases[experiment.order[-1]] if experiment.order else None
-  rows, before = [], None
+  rows, last, two = [], None, None  # `two` are the completions of the opponent `last`
   for step in steps:
     try:
       other = find(step)
@@ -259,14 +256,11 @@ def compare_checkpoints(
     params = evaluate.restore_params(experiment, cli.checkpoint_folder(), step, cli.PARAMS.value)
     one = make(experiment, sample, params, samples)
     # An opponent that is the same for all steps makes its completions once.
-    if before is None or before[0] is not other or other is None:
-      two = (
-        of_field(experiment, one, _AGAINST.value.removeprefix('field:'))
-        if other is None
-        else make(experiment, sample, other, samples)
-      )
-      before = other, two
-    found, messages = measure(experiment, one, before[1])
+    if other is None:
+      two = of_field(experiment, one, _AGAINST.value.removeprefix('field:'))
+    elif other is not last:
+      two, last = make(experiment, sample, other, samples), other
+    found, messages = measure(experiment, one, two)
     for message in messages:
       print(message, file=sys.stderr)
     if other is not None:
@@ -274,7 +268,7 @@ def compare_checkpoints(
       found |= {'kl': kl.k1, 'kl_error': kl.k1_error, 'kl_k3': kl.k3, 'kl_k3_error': kl.k3_error}
     proxy = score(phase, one, one.texts) if phase and phase.reward else np.array([])
     rows.append({'step': step, **found, 'proxy_reward': evaluate.mean(proxy[np.isfinite(proxy)])})
-    show(one, before[1], experiment.show_samples)
+    show(one, two, experiment.show_samples)
   return rows
 
 

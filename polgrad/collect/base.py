@@ -25,6 +25,7 @@ from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainS
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
 Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # texts, records, lengths
 Compare = Callable[..., Compared]  # pairs of completions -> probabilities, see `make_comparer`
+COMPARED = frozenset({'wins', 'baseline_wins'})  # features that comparisons of completions fill in
 
 
 class Context(NamedTuple):
@@ -132,6 +133,11 @@ class Collector(abc.ABC):
   def provides(self) -> frozenset[str]:
     """Fields and features of the batch that are there without credit or anchors."""
     return frozenset()
+
+  @property
+  def compares(self) -> bool:
+    """Whether completions of a prompt are compared, by the phase's `comparison`."""
+    return bool(COMPARED & self.provides)
 
   @property
   def anchors_read(self) -> frozenset[str]:

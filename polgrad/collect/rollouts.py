@@ -11,7 +11,7 @@ import numpy as np
 
 from polgrad.collect import picks
 from polgrad.collect import replay as replays
-from polgrad.collect.base import Collect, Context, Draw, Sampling, reads_teacher
+from polgrad.collect.base import COMPARED, Collect, Context, Draw, Sampling, reads_teacher
 from polgrad.collect.scored import (
   Texts,
   begun,
@@ -275,7 +275,7 @@ def _check_counts(settings: Rollouts) -> None:
       f'Rollouts: demonstrations must be 0 or 1, got {settings.demonstrations}: a record has one '
       f'answer; and so must preferences, got {settings.preferences}: it has one pair'
     )
-  unknown = sorted({*settings.compare} - {'wins', 'baseline_wins'})
+  unknown = {*settings.compare} - COMPARED
   if unknown or ('baseline_wins' in settings.compare and not settings.baseline_samples):
     raise ValueError(
       f"Rollouts: compare={settings.compare}: valid are 'wins' and, with baseline_samples, "

@@ -331,6 +331,27 @@ def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> l
   return [TokenRow(mask.index(True) if True in mask else len(ids), ids, mask) for ids, mask in rows]
 
 
+def number(record: Mapping, field: str, value: Any, expected: str = 'a number') -> float:
+  """A finite number of a record, which a text may hold, as in CSV.
+
+  Args:
+    record: with `id`.
+    field: where the value is, for errors.
+    value: the number, or a text.
+    expected: what the field holds, for errors.
+
+  Raises:
+    Unusable: the value is no finite number.
+  """
+  try:
+    found = float(value)
+  except (TypeError, ValueError):
+    found = math.nan
+  if not math.isfinite(found):
+    raise Unusable(f'{_name(record)}: {field} must be {expected}, got {value!r}')
+  return found
+
+
 def completion(record: Mapping, tokenizer: Tokenizer, field: str = 'answer') -> list[int]:
   """The ids of a completion that follow the prompt, through its stop token."""
   ids, _ = _segment(record, tokenizer, field)
@@ -416,10 +437,10 @@ def _label(record):
   label = record['label']
   if isinstance(label, str) and label.strip().lower() in ('true', 'false'):  # as CSV has them
     label = label.strip().lower() == 'true'
-  number = _number(record, 'label', label, 'true, false or a probability')
-  if not 0 <= number <= 1:
+  value = number(record, 'label', label, 'true, false or a probability')
+  if not 0 <= value <= 1:
     raise Unusable(f'{_name(record)}: label must be true, false or a probability, got {label!r}')
-  return number
+  return value
 
 
 def _listed(record, size=0):
@@ -439,18 +460,7 @@ def _listed(record, size=0):
   for text in texts:
     if not isinstance(text, str):
       raise Unusable(f'{_name(record)}: completions must be texts, got {text!r}')
-  return texts, [_number(record, 'rewards', value) for value in values]
-
-
-def _number(record: Mapping, field: str, value: Any, expected: str = 'a number') -> float:
-  """A finite number, which a text may hold, as in CSV."""
-  try:
-    number = float(value)
-  except (TypeError, ValueError):
-    number = math.nan
-  if not math.isfinite(number):
-    raise Unusable(f'{_name(record)}: {field} must be {expected}, got {value!r}')
-  return number
+  return texts, [number(record, 'rewards', value) for value in values]
 
 
 def _mismatch(row, rows, length):

@@ -1,12 +1,11 @@
 """Numbers in records that losses read: of a record, or of the tokens of its completions."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from polgrad.data.batching import Unusable
+from polgrad.data.batching import Unusable, number
 from polgrad.registry import suggest
 
 
@@ -66,13 +65,7 @@ def _list(record: Mapping, name: str) -> list:
 
 
 def _number(record: Mapping, x: Any, name: str) -> float:
-  """A finite number, which a text may hold, as in CSV."""
+  """A finite number of a field that the record must have."""
   if name not in record:
     raise Unusable(f'record {record["id"]}: there is no {name!r} here{suggest(name, record)}')
-  try:
-    number = float(x)
-  except (TypeError, ValueError):
-    number = math.nan
-  if not math.isfinite(number):
-    raise Unusable(f'record {record["id"]}: {name} must be a finite number, got {x!r}')
-  return number
+  return number(record, name, x, 'a finite number')

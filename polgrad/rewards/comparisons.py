@@ -3,7 +3,7 @@
 A function of `TABLE` fills the setting `comparison` of a phase. The names of its arguments say what it
 reads: `first` and `second` (texts), `record`, `prompt` (the text that was tokenised), and the rewards
 that the phase's other verifiers gave, `first_reward` and `second_reward`. It returns a number in [0, 1]:
-1 where the first is better for sure, 1/2 for a tie.
+1 where the first is certainly better, 1/2 for a tie.
 
 A function with the attribute `batched = True` is called once a batch. Its arguments have the same
 names, and are lists over the pairs; it returns a list. `scoring.make_comparer` says what is done with
@@ -15,8 +15,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated
 
-from polgrad.registry import Positive, inputs, table, unbound
+from polgrad.registry import Positive, inputs, table
 from polgrad.rewards import judge
+from polgrad.rewards.worker import is_batched
 
 
 def by_reward(first_reward: float, second_reward: float, *, temperature: Positive = 1.0) -> float:
@@ -58,10 +59,9 @@ def shorter(first: str, second: str) -> float:
 
 
 SIMPLE = table('comparisons', by_reward, larger_reward, by_table, shorter)
-OTHER = {
-  **{'first': 'second', 'second': 'first'},
-  **{'first_reward': 'second_reward', 'second_reward': 'first_reward'},
-}
+# What a comparison reads of the other completion in the place of what it reads of one.
+OTHER = {'first': 'second', 'first_reward': 'second_reward'}
+OTHER |= {other: one for one, other in OTHER.items()}
 
 
 def both_orders(*, comparison: Annotated[Callable, SIMPLE]) -> Callable:
@@ -69,10 +69,13 @@ def both_orders(*, comparison: Annotated[Callable, SIMPLE]) -> Callable:
 
   Language models that judge prefer the answer that they read first, or last, so each pair is judged in
   both orders (arXiv:2402.04792).
+
+  Args:
+    comparison: the one that is asked twice.
   """
   names = inputs(comparison)
   swapped = [names.index(OTHER.get(name, name)) for name in names]
-  batched = bool(getattr(unbound(comparison), 'batched', False))
+  batched = is_batched(comparison)
 
   def over(*arrays):
     one, other = comparison(*arrays), comparison(*(arrays[i] for i in swapped))

@@ -22,7 +22,7 @@ import numpy as np
 from polgrad import registry
 from polgrad.rewards import comparisons, worker
 from polgrad.rewards import verifiers as ours
-from polgrad.rewards.worker import Failure, number, verify, words
+from polgrad.rewards.worker import Failure, is_batched, number, verify, words
 
 READS = ('completion', 'record', 'length')  # what every call of `score` gets of a row
 ALSO = ('prompt', 'tokens')  # what it gets only if a verifier reads it
@@ -221,11 +221,6 @@ def _make_judge(
     return values, dict(errors), messages[:MESSAGES]
 
   return judge
-
-
-def is_batched(fn: Callable) -> bool:
-  """Whether a verifier judges all rows of a batch in one call."""
-  return bool(getattr(registry.unbound(fn), 'batched', False))
 
 
 def _judge_batch(

@@ -49,6 +49,11 @@ def verify(fn: Callable, row: Mapping) -> float | Failure:
   return value
 
 
+def is_batched(fn: Callable) -> bool:
+  """Whether a verifier or a comparison judges a whole batch in one call."""
+  return bool(getattr(registry.unbound(fn), 'batched', False))
+
+
 def number(value: Any) -> float | Failure:
   """What a verifier returned as a finite number; a `Failure` stays one, and all else becomes one."""
   if isinstance(value, Failure):
