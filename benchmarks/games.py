@@ -98,7 +98,7 @@ Made by `python -m benchmarks.games`, in 16 CPU seconds. Every number is exact: 
 A judge that compares two answers need not be consistent: A may beat B, B beat C, and C beat A. Then no
 reward explains the judge, and "the best answer" has no meaning; a policy that no other policy beats
 still exists, the *equilibrium* of the game in which two players answer and the judge decides. Nash-MD,
-INPO, SPPO, DNO and their kin look for it with language models. `polgrad/tabular/games.py` has their
+INPO, SPPO, DNO and similar methods look for it with language models. `polgrad/tabular/games.py` has their
 exact forms, where a policy is a table and P(y > pi), the chance that y beats the present policy, is
 computed and not sampled.
 
@@ -111,7 +111,7 @@ computed and not sampled.
 The game is rock-paper-scissors with wins of different sizes; its equilibrium is (1, 3, 3) / 7. The
 *exploitability* of pi is max_y P(y > pi) - 1/2: what a player who knows pi wins beyond a draw. In the
 *regularised* game both players also pay tau = {tau} times their KL to a uniform reference; its *duality
-gap* is what both would win by their best responses. Both are 0 at the equilibrium alone. All start from
+gap* is what both would win by their best responses. Both are 0 only at the equilibrium. All start from
 {start}.
 
 ![exploitability and duality gap by evaluations of the preferences](games.png)
@@ -132,7 +132,7 @@ than half of the mass on one action. 0 is below 1e-12.
 
 * **The last policy of multiplicative weights gets worse.** It circles outwards, to one pure action after
   the other, so its exploitability swings up to 1/2; a column shows one point of a swing. Its average
-  converges, but nobody trains the average of networks. SPPO and DNO are this solver where
+  converges, but no method trains an average of networks. SPPO and DNO are this solver where
   preferences are exact: with an intransitive judge more iterations are not better.
 * **Two things repair the last policy**: to count the last change twice (`optimistic_weights`), or to
   regularise. A regularised solver finds the equilibrium of the plain game if its reference follows:

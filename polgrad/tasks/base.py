@@ -39,7 +39,8 @@ class Task:
     samples_per_prompt: completions of a prompt, unless the method asks for another number.
     demonstration_rows: rows in a batch of demonstrations.
     pairs_per_batch: pairs in a batch of preferences; a batch of feedback has twice as many rows.
-    candidates: completions that a list may have; a batch has as many rows of lists as of pairs, about.
+    candidates: completions that a list may have. A batch has 2 * pairs_per_batch / candidates lists, so
+      about as many rows as a batch of pairs.
     temperature: of sampling.
     steps: batches to collect.
     evaluate_every: batches between evaluations.
