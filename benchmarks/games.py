@@ -98,7 +98,7 @@ Made by `python -m benchmarks.games`, in 16 CPU seconds. Every number is exact: 
 A judge that compares two answers need not be consistent: A may beat B, B beat C, and C beat A. Then no
 reward explains the judge, and "the best answer" has no meaning; a policy that no other policy beats
 still exists, the *equilibrium* of the game in which two players answer and the judge decides. Nash-MD,
-INPO, SPPO, DNO and similar methods look for it with language models. `polgrad/tabular/games.py` has their
+INPO, SPPO and DNO, for example, look for it with language models. `polgrad/tabular/games.py` has their
 exact forms, where a policy is a table and P(y > pi), the chance that y beats the present policy, is
 computed and not sampled.
 

@@ -14,7 +14,7 @@ POLICY = enumerable.table(3, 2, stop=0)  # seven sequences of one or two tokens
 SIZE = len(POLICY.tokens)
 TEMPERATURE = 0.25  # of methods with a reference: their `beta` or `tau`
 REWARDS = np.array([0.1, 0.8, -0.6, 0.3, 1.0, -0.3, -0.8])
-SEEN = np.array([1, 2, 4, 6])  # the sequences of the data that does not cover all
+SEEN = np.array([1, 2, 4, 6])  # the sequences of the data that lacks some
 
 
 class Preferences(NamedTuple):
@@ -22,9 +22,8 @@ class Preferences(NamedTuple):
 
   name: str
   wins: np.ndarray  # f64[S, S], probability that the first is preferred; wins + wins.T = 1
-  rewards: (
-    np.ndarray | None
-  )  # f64[S] with wins = sigmoid of their differences; None: there are none
+  # f64[S] with wins = sigmoid of their differences; None: no rewards explain the wins
+  rewards: np.ndarray | None
 
 
 class Data(NamedTuple):

@@ -274,7 +274,7 @@ def descent(field: Callable, start: np.ndarray, size: float) -> tuple[np.ndarray
 
 
 def polish(speed: Callable, x: np.ndarray) -> np.ndarray:
-  """Newton steps of least length, which leave directions without a gradient alone."""
+  """Newton steps of least length, which do not move along directions without a gradient."""
   for _ in range(4):
     step = 1e-5
     columns = [

@@ -26,7 +26,7 @@ Rows = dict[str, dict[str, dict[str, dict]]]
 
 
 def verdict(found: dict) -> str:
-  """What a flow ends at: `tilt T`, `Nash T`, `response T`, ..., another policy, or nothing."""
+  """Where a flow ends: `tilt T`, `Nash T`, `response T`, ..., another policy, or nothing."""
   if found['largest'] > 1 - 1e-3:
     return 'one'
   if not found['ended']:
@@ -122,7 +122,7 @@ Four sources of pairs: `own`, the policy that is trained (samples and labels are
 `partial`, the reference restricted to {seen} of the {size} sequences. The last three are data
 sets that never change.
 
-A cell says at what the flow ends:
+A cell says where the flow ends:
 
 * **tilt T**: reference exp(r / T) / Z, the optimum of E[r] - T KL(pi || reference).
 * **Nash T**: the policy pi = reference exp(P(. > pi) / T) / Z, which no policy beats in the game
@@ -135,12 +135,12 @@ A cell says at what the flow ends:
 * **one**: all mass on one sequence (which is the limit of many distributions, so no T is meant).
 * **no end**: the gradient has not vanished. The policy moves to infinity, or circles, as self-play
   without a KL does in a game.
-* With `partial` data all of these are meant among the sequences of the data.
+* With `partial` data all of these are distributions over the sequences of the data.
 
 Methods with a reference have T = {temperature} as their `beta` or `tau`, all other constants are
-defaults. Methods that choose the best and the worst of many samples get two. What follows the
-policy (a reference that is renewed, the policy at the start of a phase) is the policy itself, as
-it is at rest.
+defaults. Methods that choose the best and the worst of many samples get two samples. An anchor
+that follows the policy (a reference that is renewed, the policy at the start of a phase) is taken
+to be the policy itself, which it becomes once the policy no longer moves.
 
 ![ends, likelihoods, and mass on sequences that the data lacks](preferences.png)
 
@@ -154,10 +154,10 @@ it is at rest.
   way, weighted by mu. The squared loss averages win probabilities, and its optimum is the best
   response to mu; if mu is the policy itself, that is the regularised Nash policy. Other losses
   average something else.
-* **The likelihood of chosen answers** falls in most offline runs, and that alone is no error: the
-  optimum moves mass to good sequences wherever they are, and the rejected ones fall more. What is
-  an error is where the mass goes if the data does not cover it: a loss of margins does not see
-  the sequences that the data lacks, and their probability is whatever the parameters make of it.
+* **The likelihood of chosen answers** falls in most offline runs, and that by itself is no error: the
+  optimum moves mass to good sequences wherever they are, and the rejected ones fall more. It is an
+  error if the mass goes to sequences that the data lacks: a loss of margins does not see them, and
+  their probability is whatever the parameters make of it.
 
 ## Where each method ends
 

@@ -8,8 +8,8 @@ def addition(*, digits: int = 2) -> Task:
   """Sums of two numbers, `12+34=`, with an exact answer; one problem in ten is held out.
 
   Pairs are the right sum against the sum with one digit changed; feedback has one of the two; a list is
-  the right sum and three others. A transformer with 0.4 million
-  parameters learns two digits in minutes on a CPU, so this is the task of the quickstart and of tests.
+  the right sum and three others. A transformer with 0.4 million parameters learns two digits in minutes
+  on a CPU, so this is the task of the quickstart and of tests.
   """
   problems = part(sources.arithmetic, digits=digits)
   pairs = part(sources.wrong_digit_pairs, source=problems)

@@ -64,8 +64,8 @@ def chain_sum(
   """Sums and differences (reasoning-gym's `chain_sum`), answered by a number alone.
 
   Pairs are the right answer against the answer with one digit changed; feedback has one of the two; a
-  list is the right answer and three others. One-digit problems are few, so
-  some held-out problems also occur in training.
+  list is the right answer and three others. One-digit problems are few, so some held-out problems also
+  occur in training.
   """
   numbers = dict(
     min_terms=min_terms, max_terms=max_terms, min_digits=min_digits, max_digits=max_digits
