@@ -26,10 +26,12 @@ from scipy.optimize import minimize_scalar
 
 from benchmarks import preference_world as world
 from benchmarks import preferences_page
-from polgrad import methods
+from polgrad import credit as credits
+from polgrad import methods, optim
 from polgrad.collect import picks
 from polgrad.methods import Method
 from polgrad.registry import name_of
+from polgrad.sampling import behavior_policies
 from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import Setting, rollout_loss
 
@@ -125,17 +127,16 @@ def anchors_of(method: Method) -> set[str]:
 def follows(method: Method, anchor: str) -> bool:
   """Whether an anchor moves with the policy, so that at rest it is the policy."""
   rule = method.anchors.get(anchor)
-  return anchor != 'reference' if rule is None else rule.name != 'optim.fixed'
+  return anchor != 'reference' if rule is None else rule.name != name_of(optim.fixed)
 
 
 def sampler(method: Method, slot: str, live):
   """Logits of the policy that samples for a method: `behavior_policy`, or `baseline_policy`."""
-  spec = method.collect.keywords.get(slot)
-  name = spec['name'].rpartition('.')[2] if spec else 'current'
+  spec = method.collect.keywords.get(slot) or {'name': name_of(behavior_policies.current)}
   reference = live if follows(method, 'reference') else jnp.asarray(world.reference())
-  if name == 'reference':
+  if spec['name'] == name_of(behavior_policies.reference):
     return reference
-  if name == 'geometric_mixture':
+  if spec['name'] == name_of(behavior_policies.geometric_mixture):
     weight = spec['reference_weight']
     return (1 - weight) * jax.nn.log_softmax(live) + weight * jax.nn.log_softmax(reference)
   return live  # `previous` and moving averages are the policy, at rest
@@ -149,7 +150,8 @@ def opponent(method: Method, logits: np.ndarray) -> np.ndarray:
 
 def kind_of(method: Method) -> str:
   """What is told of a pair: 'verdict', which row won; 'wins', the probabilities."""
-  return 'wins' if method.credit.name in ('credit.win_rate_gap', 'credit.of_wins') else 'verdict'
+  probabilities = map(name_of, (credits.win_rate_gap, credits.of_wins))
+  return 'wins' if method.credit.name in probabilities else 'verdict'
 
 
 class Arrays(NamedTuple):

@@ -4,6 +4,7 @@ python launch/method_table.py           # rewrites both
 python launch/method_table.py --check   # exits with 1 if they are not what the methods say
 """
 
+import inspect
 import pathlib
 import re
 import sys
@@ -12,9 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this clone, not another polgrad that may be installed
 
 from polgrad import methods  # noqa: E402
-from polgrad.methods import base  # noqa: E402
 from polgrad.options import from_text  # noqa: E402
-from polgrad.registry import name_of  # noqa: E402
 
 PAGE, README = ROOT / 'docs' / 'methods.md', ROOT / 'README.md'
 # What goes without saying.
@@ -39,7 +38,8 @@ Any method runs on any task and model that have what it needs:
 `polgrad.methods.NAME(...)`. The parts are what a method chooses beyond the usual. The last column says
 how sure we are of the formula: CODE, read in released code; PAPER, in the paper; DERIVED, follows from
 one of them; MEMORY, written down from memory."""
-NEEDS = {name_of(collector): need for collector, need in base.NEEDS.items()}
+# What a method function gets from a run; the page shows none of it.
+BUDGETS = dict(max_new_tokens=2, samples_per_prompt=2, candidates=2, steps=100, learning_rate=0.01)
 
 
 def main() -> None:
@@ -75,11 +75,8 @@ def row(family: str, name: str) -> str:
   confidence = re.search(r'Confidence:\s+(.*?)(?:\.\s|\.$|\n\n|$)', doc, re.DOTALL)[1]
   grades = ', '.join(dict.fromkeys(re.findall(r'CODE|PAPER|DERIVED|MEMORY', confidence)))
   phase = from_text(f'method={name},task=addition,model=tiny').phases.train.to_dict()
-  needs = (
-    'pairs'
-    if phase['collect'].get('preferences')
-    else NEEDS.get(phase['collect']['name'], 'problems')
-  )
+  takes = inspect.signature(methods.TABLE[name]).parameters
+  needs = methods.TABLE[name](**{k: v for k, v in BUDGETS.items() if k in takes}).needs
   sources = re.sub(r'(?:arXiv:)?(\d{4}\.\d{4,5})', r'[\1](https://arxiv.org/abs/\1)', source)
   path = f'../polgrad/methods/{family}/{name}.py'
   return f'| [`{name}`]({path}) {title} | {slots(phase)} | {needs} | {sources} | {grades} |'

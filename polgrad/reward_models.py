@@ -6,7 +6,7 @@
 A folder is what `polgrad.convert --reward_model` writes: a classifier of Hugging Face with one label. It
 has its own tokenizer and chat template, so it may be of another family than the policy. `REWARDS` are
 all verifiers by the names that a configuration uses: those of `rewards.verifiers`, and these.
-`COMPARISONS` are in the same way all that compare two completions.
+`COMPARISONS` are likewise all functions that compare two completions.
 """
 
 import functools

@@ -178,7 +178,8 @@ class Lists(Given):
   lists: AtLeastOne = 8
   # Rows of a record; one with fewer completions has empty rows, and one with more is unusable.
   candidates: Annotated[int, Range(at_least=2)] = 4
-  # As in preferences.
+  # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
+  # that the phase can share the prompt of a list (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
 
   @property

@@ -416,7 +416,7 @@ OF_SOURCE = FRACTION | table('sources', without, wrong_digit_pairs, wrong_digit_
 
 
 def split_pairs(*, source: Annotated[Source, OF_SOURCE]) -> Source:
-  """The two completions of every preference pair as records of their own, with a `label`.
+  """The two completions of every preference pair as separate records, with a `label`.
 
   Row 2i has the chosen completion of pair i as its `answer` and the label 1, row 2i + 1 the rejected one
   and the label 0. A pair that lacks one of them gives a record without an answer.

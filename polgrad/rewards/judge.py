@@ -6,8 +6,8 @@ once. A request that gets no answer after all retries, or an answer without a ve
 its row. The row is then invalid, and never gets a reward of 0.
 
 The key of the endpoint is read from an environment variable when a batch is judged. It is in no
-configuration, and cut out of all messages. Only the standard library is used: one kind of request is
-made, and which errors are tried again, and how often, is to be said here in any case.
+configuration, and cut out of all messages. Only the standard library is used, because there is one kind
+of request, and the rules by which it is tried again are in this module in any case.
 """
 
 import dataclasses
