@@ -10,7 +10,6 @@ all verifiers by the names that a configuration uses: those of `rewards.verifier
 """
 
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -100,12 +99,12 @@ def reward_model(
     firsts = [record.get(before) for record in records] if before else None
     found = [scores(load(folder, **settings), records, completions, firsts) for folder in folders]
     failed = {j: x for one in found for j, x in enumerate(one) if isinstance(x, Failure)}
-    found = np.array([[np.nan if isinstance(x, Failure) else x for x in one] for one in found])
-    worst, middle = found.min(axis=0), found.mean(axis=0) - pessimism * found.std(axis=0)
-    found = worst if combine == 'min' else middle
-    found = (found - mean) / std
-    found = np.clip(found, -clip, clip) if clip else found
-    return [failed.get(j, float(x)) for j, x in enumerate(found)]
+    # [models, rows]; a failure of one model is a failure of the row.
+    each = np.array([[np.nan if isinstance(x, Failure) else x for x in one] for one in found])
+    least, middle = each.min(axis=0), each.mean(axis=0) - pessimism * each.std(axis=0)
+    rewards = ((least if combine == 'min' else middle) - mean) / std
+    rewards = np.clip(rewards, -clip, clip) if clip else rewards
+    return [failed.get(j, float(x)) for j, x in enumerate(rewards)]
 
   judge.batched = True
   judge.__qualname__ = 'reward_model'
@@ -142,12 +141,13 @@ def preference_model(
 
   def compare(first: list[str], second: list[str], record: list[dict]) -> list[float | Failure]:
     rows = scores(load(folder, **settings), record * 2, first + second, second + first)
-    for_first, for_second = rows[: len(first)], rows[len(first) :]
-    return [
-      next((x for x in (one, other) if isinstance(x, Failure)), None)
-      or 0.5 + 0.5 * math.tanh((one - other) / (2 * temperature))
-      for one, other in zip(for_first, for_second)
-    ]
+    return [win(*pair) for pair in zip(rows[: len(first)], rows[len(first) :])]
+
+  def win(one: float | Failure, other: float | Failure) -> float | Failure:
+    for score in (one, other):
+      if isinstance(score, Failure):
+        return score
+    return comparisons.by_reward(one, other, temperature=temperature)
 
   compare.batched = True
   compare.__qualname__ = 'preference_model'
