@@ -114,14 +114,14 @@ The policy starts at the distribution of the data, most of which is at low arms.
 where the data are, the other far away, where the data have little mass. *Offline* means one draw of
 the data for all rounds, *on-policy* a new draw from the policy in each round; losses and number of
 updates are the same. The table has expected rewards, means of five seeds with the least and the
-largest; the most that can be had is 1.
+largest; 1 is the best possible value.
 
 {table}
 
 ## What to read from it
 
-* **If the data cover the good answers, offline samples nearly do.** If they do not, no loss makes up
-  for samples that never show what is good: on-policy rounds move step by step to where it is.
+* **If the data cover the good answers, offline samples nearly suffice.** If they do not, no loss makes
+  up for samples that never show a good answer; on-policy rounds move towards it step by step.
 * **With on-policy samples a negative gradient helps**: losses that also push the worst sample down end
   at least as high as the likelihood of the best one.
 * **Offline, the same push may harm**: IPO with its large target ends below the likelihood of the best
