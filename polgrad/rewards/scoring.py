@@ -153,9 +153,9 @@ def make_comparer(
 def _with_others(
   rows: list[dict], others: Mapping[str, Callable], verifiers: Mapping[str, Callable]
 ) -> list[dict]:
-  """The rows with what is made only where a verifier reads it."""
-  wanted = set(ALSO).intersection(*[{n for fn in verifiers.values() for n in registry.inputs(fn)}])
-  for name in wanted & others.keys():
+  """Adds to the rows, in place, what is made only if a verifier reads it: the names of `ALSO`."""
+  read = {name for fn in verifiers.values() for name in registry.inputs(fn)}
+  for name in read & {*ALSO} & others.keys():
     for row, value in zip(rows, others[name](), strict=True):
       row[name] = value
   return rows

@@ -238,10 +238,11 @@ def tfds(
     prompt_field=prompt_field,
     answer_field=answer_field,
   )
+  fields = {'prompt', *(['answer'] if answer_field else [])}
   return _task(
     read(split),
     read(held_out_split) if held_out_split else None,
-    Fields(*[{'prompt', *(['answer'] if answer_field else [])}] * 2),
+    Fields(common=fields, some=fields),
     rewards=_rewards(reward, reward_options),
     system=system,
     prompt_length=prompt_length,
