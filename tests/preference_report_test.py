@@ -25,6 +25,13 @@ def test_every_preference_method_is_in_the_report_or_left_out_for_a_reason(numbe
   assert sorted(numbers) == preferences.all_names(), 'run `make pages`'
 
 
+def test_methods_that_take_the_best_and_the_worst_are_in_the_report_as_those_of_two_samples(
+  numbers,
+):
+  assert {'inpo', 'iterative_dpo', 'async_online_dpo'} <= numbers.keys()
+  assert 'chooses the rows' in preferences.left_out('raft')  # which takes one row of two
+
+
 def test_the_page_is_that_of_the_numbers(numbers, monkeypatch, tmp_path):
   written = (preferences_page.DOCS / 'preferences.md').read_text()
   monkeypatch.setattr(preferences_page, 'DOCS', tmp_path)
