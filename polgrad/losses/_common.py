@@ -1,4 +1,4 @@
-"""Helpers that several modules of losses share: precision, ratios, trust regions, row sums."""
+"""Helpers that several modules of losses share: precision, ratios, trust regions, row sums, noise."""
 
 import chex
 import jax
@@ -92,6 +92,15 @@ def geometric_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
   [..., T] -> [..., 1]."""
   chex.assert_equal_shape([logp, old_logp, mask])
   return jnp.exp(bounded(row_mean(jax.lax.stop_gradient(logp - old_logp), mask)))
+
+
+def gumbel(uniform: Array) -> Array:
+  """Standard Gumbel noise from uniform random numbers in [0, 1): [...] -> [...].
+
+  Of logits plus this noise, the n largest are n draws without replacement from softmax(logits)
+  (arXiv:1903.06059).
+  """
+  return -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
 
 
 def truncate(ratio: Array, floor: float, cap: float) -> Array:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import preference_losses
+from polgrad.losses._common import gumbel
 from polgrad.losses.groups import Groups, maximum, partner, rank, same, size, total
 from polgrad.registry import AtLeastOne, NotNegative, Positive, table
 from polgrad.types import Array
@@ -44,8 +45,8 @@ def infonca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegativ
 def nca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegative = 0.0) -> Array:
   """-sum_k [p_k log sigmoid(r_k) + (1/K) log sigmoid(-r_k)]: NCA (arXiv:2402.05369).
 
-  The minimiser is r_k = log(K p_k), which is no matter of differences: the probability of the best
-  completion need not fall.
+  The minimiser is r_k = log(K p_k). It fixes each score, not only differences of scores, so the
+  probability of the best completion need not fall.
 
   Args:
     score: [B].
@@ -64,8 +65,8 @@ def nca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegative = 
 def exo(score: Array, rewards: Array, group_ids: Array, *, alpha: Positive = 0.5) -> Array:
   """KL(q, p) = sum_k q_k log(q_k / p_k), q = softmax(r): EXO on rewards (arXiv:2402.00856).
 
-  It has the minimiser of `infonca`, where q = p, and the other direction of the divergence: a score
-  whose p is small is pushed down hard.
+  Like `infonca` it is minimal at q = p, but it is the other direction of the divergence: the score of a
+  completion whose p is small is pushed down hard.
 
   Args:
     score: [B].
@@ -103,9 +104,7 @@ def hard_negatives(
   """
   group = _same(score, rewards, group_ids)
   best = _best(rewards, group)
-  # The largest sums of a score and Gumbel noise are draws without replacement.
-  noise = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
-  order = jnp.where(best, jnp.inf, jax.lax.stop_gradient(score) + noise)
+  order = jnp.where(best, jnp.inf, jax.lax.stop_gradient(score) + gumbel(uniform))
   kept = rank(-order, group) <= negatives
   return jnp.where(best, -_log_softmax(score, group, kept), 0)
 
@@ -187,6 +186,7 @@ def token_pair(
 
 
 def _same(score: Array, rewards: Array, group_ids: Array) -> Groups:
+  """The groups of equal ids; refuses arrays that are not all [B]."""
   chex.assert_rank(score, 1)
   chex.assert_equal_shape([score, rewards, group_ids])
   return same(group_ids)

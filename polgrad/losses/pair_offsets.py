@@ -33,8 +33,8 @@ def length_difference(mask: Array, preferred: Array) -> Array:
 
 
 def annotated(annotated_margin: Array) -> Array:
-  """The margins that the data give, such as how much better annotators found the chosen completion
-  (Llama 2, arXiv:2307.09288, arXiv:2402.10571).
+  """m, the margin that the data give to a pair, such as how much better annotators found the chosen
+  completion (Llama 2, arXiv:2307.09288; ODPO, arXiv:2402.10571).
 
   Args:
     annotated_margin: [B], the same in both rows of a pair.
@@ -46,7 +46,7 @@ def annotated(annotated_margin: Array) -> Array:
 
 
 def log_annotated(annotated_margin: Array) -> Array:
-  """log(1 + m), m the margin that the data give to a pair (arXiv:2402.10571).
+  """log(1 + m), m the margin that the data give to a pair: ODPO (arXiv:2402.10571).
 
   Args:
     annotated_margin: [B], at least 0, the same in both rows of a pair.
@@ -58,11 +58,12 @@ def log_annotated(annotated_margin: Array) -> Array:
 
 
 def matched(matched_gap: Array) -> Array:
-  """What the gap of a pair becomes less by if it is compared with another reference margin: AOT
-  (arXiv:2406.05882).
+  """n_(k) - n, the reference margin of the pair's rank less the pair's own: AOT (arXiv:2406.05882).
+
+  Subtracted from the DPO margin m - n of a pair, it gives m - n_(k), the comparison of sorted margins.
 
   Args:
-    matched_gap: [B], see `pair_selections.sorted_reference`.
+    matched_gap: [B], the same in both rows of a pair, see `pair_selections.sorted_reference`.
 
   Returns:
     [B / 2], nats.

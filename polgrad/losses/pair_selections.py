@@ -1,11 +1,11 @@
 """Comparisons of the preference pairs of a whole batch, such as ranks.
 
-A function of `TABLE` fills one of the `selections` of `objectives.Pairwise`; shapes, offsets and weights
-read the result by its name in the configuration. It is evaluated once per update on the whole minibatch,
-before that is split into micro-batches, and no gradient flows through it. It returns one number a pair,
-[B / 2], which its readers get as [B], the same in both rows; any other shape is one value of the whole
-batch, and [B, T] are tokens. Pairs of which a row has no tokens (`pairs.complete` is False) should have
-no say.
+A function of `TABLE` fills one of the `selections` of `objectives.Pairwise`; scores, shapes, offsets and
+weights read the result by its name in the configuration. It is evaluated once per update on the whole
+minibatch, before that is split into micro-batches, and no gradient flows through it. It returns one
+number a pair, [B / 2], which its readers get as [B], the same in both rows; or one entry a token,
+[B, T]; any other shape is one value of the whole batch. Pairs of which a row has no tokens
+(`pairs.complete` is False) should not influence the result of the other pairs.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import implicit_rewards, pairs
-from polgrad.losses.groups import divide
+from polgrad.losses._common import gumbel
+from polgrad.losses.groups import divide, everyone, rank
 from polgrad.reductions import Deviation
 from polgrad.registry import Count, Fraction, Positive, table
 from polgrad.types import Array
@@ -56,8 +57,8 @@ def largest_gaps(
   chosen, rejected = pairs.split(earlier, preferred)
   margin = ensemble * pairs.first(gap) + (1 - ensemble) * (chosen - rejected)
   where = pairs.complete(mask)
-  number = jnp.ceil(fraction * jnp.sum(where) * (1 - 1e-6))
-  best = where & (_rank(-margin, where) < number)
+  number = jnp.ceil(fraction * jnp.sum(where) * (1 - 1e-6))  # the factor makes up for rounding
+  best = where & (rank(-margin, everyone(where)) < number)
   return _shares(jnp.where(step < begin, where, best), where)
 
 
@@ -139,7 +140,7 @@ def adaptive_beta(
 
 
 def shortened(noise: Array, mask: Array, *, again: bool = False) -> Array:
-  """As many tokens of each row as the shorter row of its pair has, drawn without replacement: SamPO
+  """m tokens of each row, drawn without replacement, m the length of the shorter row of the pair: SamPO
   (arXiv:2406.10957).
 
   Args:
@@ -180,7 +181,7 @@ def sorted_reference(logp: Array, reference_logp: Array, preferred: Array, mask:
   where = pairs.complete(mask)
   margin = lambda x: jnp.subtract(*pairs.split(implicit_rewards.logp_sum(x, mask), preferred))
   own = margin(reference_logp)
-  matched = jnp.sort(jnp.where(where, own, jnp.inf))[_rank(margin(logp), where)]
+  matched = jnp.sort(jnp.where(where, own, jnp.inf))[rank(margin(logp), everyone(where))]
   return jnp.where(where, matched - own, 0)
 
 
@@ -202,16 +203,11 @@ def _near_average(
     average = average / (1 - decay ** (step + 1))
   center, width = average
   distance = divide(margin - center, width)
-  # The largest of log p + Gumbel noise are a sample without replacement (arXiv:1903.06059).
-  gumbel = -jnp.log(-jnp.log(jnp.maximum(noise[::2, 0], 1e-30)))
+  keys = -jnp.square(distance) / 2 + gumbel(noise[::2, 0])
+  # 1 + 1e-6 makes up for rounding: 0.8 * 5 pairs must not become 3.9999998, which is rounded down to 3.
   number = jnp.maximum(jnp.floor((1 - dropped) * jnp.sum(where) * (1 + 1e-6)), 1)
-  drawn = where & (_rank(jnp.square(distance) / 2 - gumbel, where) < number)
+  drawn = where & (rank(-keys, everyone(where)) < number)
   return drawn, center
-
-
-def _rank(x: Array, where: Array) -> Array:
-  """The place of every pair in increasing order of x, i32[n]; those outside `where` come last."""
-  return jnp.argsort(jnp.argsort(jnp.where(where, x, jnp.inf), stable=True))
 
 
 def _shares(kept: Array, where: Array) -> Array:

@@ -22,17 +22,26 @@ from polgrad.registry import table
 from polgrad.types import Array
 
 
-def logistic(score: Array, label: Array) -> Array:
-  """p log(1 + exp(-z)) + (1 - p) log(1 + exp(z)): the binary classifier of BCO (arXiv:2404.04656).
+def logistic(
+  score: Array, label: Array, *, desirable: float = 1.0, undesirable: float = 1.0
+) -> Array:
+  """desirable p softplus(-z) + undesirable (1 - p) softplus(z): the binary classifier of BCO
+  (arXiv:2404.04656) with its threshold at z = 0.
+
+  softplus(z) is log(1 + exp(z)). `bco` has another threshold.
 
   Args:
     score: [...].
     label: [...], 1 for a desirable row, 0 for an undesirable one.
+    desirable: weight of desirable rows.
+    undesirable: weight of undesirable rows.
 
   Returns:
     [...].
   """
-  return preference_losses.logistic(score, label)
+  chex.assert_equal_shape([score, label])
+  good, bad = jax.nn.softplus(-score), jax.nn.softplus(score)
+  return desirable * label * good + undesirable * (1 - label) * bad
 
 
 def sigmoid(
@@ -69,8 +78,8 @@ def kto(
   """`sigmoid` of z - z0: KTO (arXiv:2402.01306), z0 the reference point.
 
   Rows count as gains or losses relative to z0. In the paper it is an estimate of beta KL(pi, reference),
-  `mismatched_mean`. The paper recommends weights with
-  desirable * (number of desirable rows) / (undesirable * number of undesirable rows) between 1 and 4/3.
+  `mismatched_mean`. Where one kind of rows is rarer, desirable * (number of desirable rows) should be
+  between 1 and 4/3 times undesirable * (number of undesirable rows); another version has 3/2.
 
   Args:
     score: [...].
@@ -94,8 +103,7 @@ def bco(
   desirable: float = 1.0,
   undesirable: float = 1.0,
 ) -> Array:
-  """desirable p softplus(-(z - d)) + undesirable (1 - p) softplus(z - d): BCO (arXiv:2404.04656), d the
-  reference point.
+  """`logistic` of z - d: BCO (arXiv:2404.04656), d the reference point.
 
   In the paper d is the mean score of all rows so far, `running_mean`.
 
@@ -109,10 +117,8 @@ def bco(
   Returns:
     [...].
   """
-  chex.assert_equal_shape([score, label])
-  z = score - jax.lax.stop_gradient(reference_point)
-  good, bad = jax.nn.softplus(-z), jax.nn.softplus(z)
-  return desirable * label * good + undesirable * (1 - label) * bad
+  shifted = score - jax.lax.stop_gradient(reference_point)
+  return logistic(shifted, label, desirable=desirable, undesirable=undesirable)
 
 
 def mismatched_mean(mismatched_log_ratio: Array, beta: Array, mask: Array) -> Array:
@@ -156,10 +162,10 @@ def matched(
   """softplus(-(z - m)) of a good row and softplus(z - m) of a bad one, m the score of the row of the
   other kind that it is matched with: AOT without pairs (arXiv:2406.05882).
 
-  Matched by rank (`sorted_partners`), both rows of a match have its loss, so with as many good as bad
-  rows the mean over rows is the mean over matches. Each row has the gradient by its own score alone,
-  as m is a constant; it counts twice, which makes up for the mean over twice as many numbers. The value
-  is not changed by that.
+  Rows are matched by rank (`sorted_partners`). Both rows of a match have the loss of the match, so with
+  as many good as bad rows the mean over rows is the mean over matches. m is a constant, so a row has the
+  gradient by its own score only. That gradient is doubled, without a change of the value, because the
+  mean is over twice as many numbers as there are matches.
 
   Args:
     score: [B].
@@ -181,8 +187,8 @@ def matched(
 def sorted_partners(score: Array, label: Array, mask: Array) -> Array:
   """For every row the score of the same rank among the rows of the other kind, for `matched`.
 
-  Rows with a label of at least one half are good, the others bad. With other numbers of good and bad
-  rows, a rank is scaled to the number of the other kind and rounded down.
+  Rows with a label of at least one half are good, the others bad. If there are not as many good as bad
+  rows, a rank is scaled to the number of rows of the other kind and rounded down.
 
   Args:
     score: [B].
