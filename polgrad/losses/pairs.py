@@ -19,6 +19,18 @@ def preferred(label: Array) -> Array:
   return jnp.stack([first, ~first], axis=1).reshape(-1)
 
 
+def certainty(label: Array) -> Array:
+  """The probability that the preferred row of each pair is the better one, at least one half.
+
+  Args:
+    label: [B], as for `preferred`.
+
+  Returns:
+    [B / 2].
+  """
+  return jnp.maximum(label[::2], 1 - label[::2])
+
+
 def split(x: Array, preferred: Array) -> tuple[Array, Array]:
   """The values of the preferred and of the other rows, [B] -> two of [B / 2].
 

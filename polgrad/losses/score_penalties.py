@@ -1,7 +1,7 @@
-"""Penalties on the scores of a preference pair: they say where a reward model's scores lie.
+"""Penalties on the two scores of a preference pair, which fix the level of a reward model's scores.
 
-A function of `TABLE` fills one of the `penalties` of `objectives.RewardModel`. A Bradley-Terry loss
-sees only the difference of the two scores, so without a penalty all scores may drift together. It
+A Bradley-Terry loss sees only the difference of the two scores, so without a penalty all scores may
+drift together. A function of `TABLE` fills one of the `penalties` of `objectives.RewardModel`. It
 returns one number a pair, [B / 2], and reads arrays of all rows: rows 2i and 2i + 1 are a pair.
 
 The examples need `import jax.numpy as jnp, numpy as np` and

@@ -1,4 +1,4 @@
-"""The objective of reward models: pairs of scores, where the scores lie, and how calibrated they are."""
+"""The objective of reward models: pairs of scores, penalties on their level, and their calibration."""
 
 import dataclasses
 import functools
@@ -32,8 +32,8 @@ class RewardModel(Pairwise):
   * `brier`: the mean of (p - label)^2; 1/4 if the model knows nothing.
   * `calibration_error`: see `reductions.CalibrationError`, of the row with the higher score.
 
-  Both are of the Bradley-Terry model, so they say little where the link is not `logistic` or `focal`.
-  Margins do not enter them. They merge exactly over micro-batches and held-out batches.
+  Both assume the Bradley-Terry model, so they say little where the link is not `logistic` or `focal`.
+  Offsets do not enter them. They merge exactly over micro-batches and held-out batches.
 
   Attributes:
     score: of a row, [B]; by default the scalar head after its last token.
@@ -64,9 +64,9 @@ class RewardModel(Pairwise):
       loss = coefficient * call_slot(f'penalties.{name}', penalty, x)
       terms[name] = row_mean(loss, where)
 
-    # The row that the model prefers, how sure it is, and to which fraction it is right.
+    # How sure the model is of the row with the higher score, and the probability that it is right.
     gap = jax.lax.stop_gradient(self.beta * pairs.first(x['gap']))
-    label = jnp.where(pairs.first(x['preferred']), x['label'][::2], 1 - x['label'][::2])
+    label = pairs.certainty(x['label'])
     right = jnp.where(gap == 0, 0.5, jnp.where(gap > 0, label, 1 - label))
     return terms, metrics | {
       'brier': row_mean(jnp.square(jax.nn.sigmoid(gap) - label), where),

@@ -172,14 +172,14 @@ class Pairwise(Objective):
   def add_scores(self, x: dict[str, Array]) -> None:
     """Adds the shaped `score` of the rows and the `gap` of their pairs, in place."""
     x['score'] = call_slot('score', self.score, x)
-    x['score'] = call_slot('shape', self.shape, x)
+    x['score'] = call_slot('shape', self.shape, x)  # a shape reads the score by that name
     chosen, rejected = pairs.split(x['score'], x['preferred'])
     x['gap'] = jnp.repeat(chosen - rejected, 2)
 
   def confidence(self, x: Mapping[str, Array]) -> Array:
-    """The probability that the preferred row is the better one, [B / 2]."""
-    label = jnp.where(pairs.first(x['preferred']), x['label'][::2], 1 - x['label'][::2])
-    return label * (1 - self.label_smoothing) + (1 - label) * self.label_smoothing
+    """The probability that the preferred row is the better one, after smoothing, [B / 2]."""
+    p = pairs.certainty(x['label'])
+    return p * (1 - self.label_smoothing) + (1 - p) * self.label_smoothing
 
   def compare(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
