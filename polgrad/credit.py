@@ -120,6 +120,23 @@ def reward_to_go(
   return Estimator(apply=apply, requires=_kl_requires(kl_coefficient) | further)
 
 
+def kl_to_go() -> Estimator:
+  """A_t = -sum over k >= t of (log pi - log reference)(y_k), nats. Rewards are not read.
+
+  On samples of the policy, the policy gradient with these advantages descends KL(pi, reference) (HyPO,
+  arXiv:2406.01462).
+  """
+
+  def apply(batch, state):
+    return batch.with_arrays(advantages=-returns.reward_to_go(_k1(batch), batch.mask)), state
+
+  return Estimator(
+    apply=apply,
+    requires=frozenset({'proximal_logp', 'reference_logp'}),
+    scored=frozenset(),
+  )
+
+
 def token_baseline(*, discount: float = 1.0, lone_baseline: bool = False) -> Estimator:
   """Returns minus the variance-minimising baseline of each position in the group (arXiv:2602.07078).
 
@@ -564,6 +581,7 @@ SIMPLE = table(
   nothing,
   outcome,
   reward_to_go,
+  kl_to_go,
   token_baseline,
   generalized,
   vtrace,

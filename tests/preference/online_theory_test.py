@@ -161,10 +161,8 @@ def test_the_second_term_of_hypo_is_the_gradient_of_the_kl(x64):
       logp=logp,
       proximal_logp=enumerable.logp(STRINGS, theta)[rows],
       reference_logp=enumerable.logp(STRINGS, reference)[rows],
-      rewards=jnp.zeros(4),
       label=jnp.array([0.0, 0, 1, 0]),
       stream=jnp.array([1, 1, 0, 0]),
-      group_ids=jnp.zeros(4, jnp.int32),
     )[0]
 
   got = enumerable.expected_gradient(

@@ -150,12 +150,12 @@ def nll(x, const):
 
 
 def hypo(x, const):
-  """Rows of a group: two samples, the chosen and the rejected completion."""
+  """Rows of a group: two samples, the chosen and the rejected completion. No reward is part of it."""
   rows = np.arange(len(x['mask']))
   given, p = rows[::2] % 4 == 2, const['label'][::2]
   pairs = labelled(logistic, 0.05 * first_less_second(ratio(x)), p, x, given)
   sampled = (rows % 4 < 2) & x['mask'].any(axis=1)
-  kl = to_go(log_ratio(const, 'reference'), const['mask']) - const['rewards'][:, None]
+  kl = to_go(log_ratio(const, 'reference'), const['mask'])
   return pairs + 0.01 * total(kl * x['logp'], x['mask'])[sampled].mean()
 
 

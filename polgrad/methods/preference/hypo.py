@@ -1,7 +1,7 @@
 from functools import partial
 
 from polgrad import collect, credit, objectives, optim
-from polgrad.losses import advantages, aggregation, implicit_rewards, preference_losses, surrogates
+from polgrad.losses import aggregation, implicit_rewards, preference_losses, surrogates
 from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
@@ -16,7 +16,7 @@ def hypo(*, beta: float = 0.05, kl_coefficient: float = 0.01) -> Method:
 
   The expected gradient of the second term is that of KL(pi, reference). DPO alone may move all
   probability to answers that no pair has; the KL on the policy's own samples keeps it from that. Each
-  group has two samples and the pair of the record.
+  group has two samples and the pair of the record. No reward is read.
 
   Args:
     beta: coefficient of the log-ratios.
@@ -37,7 +37,7 @@ def hypo(*, beta: float = 0.05, kl_coefficient: float = 0.01) -> Method:
   )
   return Method(
     collect=partial(collect.Rollouts, samples_per_prompt=2, preferences=1),
-    credit=part(credit.reward_to_go, normalizer=part(advantages.identity), kl_coefficient=1.0),
+    credit=part(credit.kl_to_go),
     objective=part(
       objectives.WeightedSum,
       streams={'demonstration': weighted(1.0, pairs), 'sampled': weighted(kl_coefficient, samples)},
