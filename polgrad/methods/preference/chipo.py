@@ -16,7 +16,7 @@ def chipo(*, beta: float = 0.1, reward_range: float = 5.0, chi: float = 1.0) -> 
   bounded where data are scarce, so the error depends only on how well the data cover the policy that it
   is compared with. D is clamped to 20 nats in the exponential.
 
-  Differences: the paper has chi = 1, and names neither beta nor R in numbers.
+  Differences: the paper has chi = 1. It gives no numbers for beta and R; the defaults are our choice.
 
   Args:
     beta: coefficient of the divergence from the reference.
@@ -24,7 +24,7 @@ def chipo(*, beta: float = 0.1, reward_range: float = 5.0, chi: float = 1.0) -> 
       pair whose margin is beyond 2 R has no gradient.
     chi: weight of the chi-square divergence; 0 is DPO with a clipped margin.
 
-  Confidence: PAPER (formula), DERIVED (constants).
+  Confidence: PAPER (formula).
   """
   return Method(
     collect=partial(collect.Preferences),

@@ -14,16 +14,17 @@ def comal(
   tau: float = 2e-3 / 3,
   second: bool = False,
   iterations: int = 24,
-  rounds: int = 12,
+  reference_iterations: int = 12,
 ) -> Method:
   """COMAL (arXiv:2410.23223): INPO whose reference follows, towards the Nash equilibrium without a KL.
 
       loss = mean over pairs of (h - 1 / (2 eta))^2
       h = s(winner) - s(loser),   s = log pi - (tau / eta) log reference - (1 - tau / eta) log pi_k
 
-  pi_k, the anchor `previous`, is renewed every iteration, and the reference after every `rounds`
-  iterations: a proximal point method. Of 4 answers of pi_k the winner has the best mean probability to
-  beat the others, and the loser the worst. Who wins is said by the phase's `comparison`.
+  pi_k, the anchor `previous`, is renewed every iteration, and the reference only after every
+  `reference_iterations` of them: a proximal point method. Of 4 answers of pi_k the winner has the
+  highest mean probability to beat the others, and the loser the lowest. The phase's `comparison` gives
+  these probabilities.
 
   Differences: The code has 5 answers of a prompt, and takes the second best as the loser, which is
   second=True.
@@ -34,9 +35,9 @@ def comal(
     tau: coefficient of the KL to the reference.
     second: whether the loser is the second best answer.
     iterations: number of times that pi_k is taken, evenly over the run.
-    rounds: iterations for which the reference stays.
+    reference_iterations: number of iterations between two changes of the reference.
 
-  Confidence: CODE.
+  Confidence: CODE (loss, eta, tau and the changes of the reference).
   """
   every = max(steps // iterations, 1)
   return Method(
@@ -54,7 +55,7 @@ def comal(
       link=part(preference_losses.squared, target=1 / (2 * eta)),
     ),
     anchors={
-      'reference': part(optim.sync, every=rounds * every),
+      'reference': part(optim.sync, every=reference_iterations * every),
       'previous': part(optim.sync, every=every),
     },
   )

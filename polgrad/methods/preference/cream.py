@@ -10,7 +10,7 @@ def cream(
   *,
   beta: float = 0.1,
   average: bool = True,
-  rounds: int = 3,
+  iterations: int = 3,
   samples_per_prompt: int = 5,
   steps: int = 300,
 ) -> Method:
@@ -21,18 +21,18 @@ def cream(
 
   The implicit reward of a sample is its summed log-ratio to the initial policy. The best and the worst
   sample of a prompt are its pair, and h is the margin of `dpo`. Verifiers are not read. The previous
-  policy is a copy taken at the end of each of `rounds` equal parts of the run.
+  policy is the policy at the end of the last iteration.
 
-  Differences: Pairs are made of every batch by the policy as it is; the paper makes a data set once a
-  round. A policy that still is the reference is scored by its mean log-prob, as the paper scores the
-  initial one. The average of C is that of the batch, not of the data set.
+  Differences: The present policy makes pairs of every batch; the paper makes a data set once an
+  iteration. A policy that is still the reference is scored by its mean log-prob, as the paper scores the
+  initial one. The average of C is over the prompts of the batch, not of the data set.
 
   Args:
     beta: coefficient of the KL to the reference.
     average: give all prompts of a batch their mean C, in place of each its own.
-    rounds: parts of the run.
+    iterations: number of equal parts of the run, at whose ends the previous policy is taken.
     samples_per_prompt: samples that are ranked.
-    steps: updates of the run.
+    steps: updates of the run; the run fills it in.
 
   Confidence: CODE.
   """
@@ -50,6 +50,6 @@ def cream(
     ),
     anchors={
       'reference': part(optim.fixed),
-      'previous': part(optim.sync, every=max(steps // rounds, 1)),
+      'previous': part(optim.sync, every=max(steps // iterations, 1)),
     },
   )

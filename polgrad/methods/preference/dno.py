@@ -16,7 +16,7 @@ def dno(*, steps: int, eta: float = 0.1, iterations: int = 3) -> Method:
   r(y) is the mean probability to beat the other answers of the group, an estimate of P(y beats pi_k).
   All answers are used, in pairs by their order. pi_k, the anchor `reference`, samples them; it is the
   policy at the start of iteration k. The minimiser is pi_k exp(r / eta) / Z, the multiplicative weights
-  update. P is of the phase's `comparison`.
+  update. The phase's `comparison` gives P.
 
   Args:
     steps: batches of the run; the run fills it in.

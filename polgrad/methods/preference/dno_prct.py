@@ -15,11 +15,11 @@ def dno_prct(*, steps: int, eta: float = 0.1, min_gap: float = 0.0, iterations: 
 
   pi_k, the anchor `reference`, is the policy at the start of iteration k. It samples four answers a
   prompt, to which the record's answer is added. They are ranked by their mean probability to beat the
-  others, by the phase's `comparison`.
+  others, which the phase's `comparison` gives.
 
-  Differences: The paper has five answers. It keeps every pair with a large difference of the scores
-  that a language model gives, but not those in which its own answer beats the given one by less. Here
-  one pair of a prompt is kept, if its win rates differ by `min_gap`.
+  Differences: The paper samples five answers. A language model scores them, and every pair with a large
+  difference of scores is kept; the given answer is mostly the better one of its pairs. Here one pair of
+  a prompt is kept, if its win rates differ by at least `min_gap`.
 
   Args:
     steps: batches of the run; the run fills it in.
@@ -27,7 +27,7 @@ def dno_prct(*, steps: int, eta: float = 0.1, min_gap: float = 0.0, iterations: 
     min_gap: least difference of the win rates of a pair.
     iterations: number of times that pi_k is taken, evenly over the run.
 
-  Confidence: MEMORY (objective and constants).
+  Confidence: MEMORY (objective, choice of pairs and constants).
   """
   return Method(
     collect=partial(

@@ -20,7 +20,7 @@ def f_dpo(*, divergence: str = 'jensen_shannon', beta: float = 0.0, alpha: float
   | `forward_kl` | -1 / u | 0.03 |
   | `jensen_shannon` | log(2 u / (1 + u)) | 0.3 |
   | `alpha` | (1 - u^(-alpha)) / alpha | 0.3 |
-  | `chi_square_kl` | u + log u, as in chiPO | none: 0.1 |
+  | `chi_square_kl` | u + log u, as in chiPO | none; 0.1 is our choice |
 
   Differences: log u is clamped to +-20 nats in exponentials, where TRL has 80. TRL's alpha is 1 - alpha.
 
@@ -32,18 +32,18 @@ def f_dpo(*, divergence: str = 'jensen_shannon', beta: float = 0.0, alpha: float
   Raises:
     ValueError: an unknown divergence.
 
-  Confidence: CODE, DERIVED (beta of chi_square_kl).
+  Confidence: CODE.
   """
-  choices = {
+  shapes = {
     'reverse_kl': (part(score_shapes.identity), 0.9),
     'forward_kl': (part(score_shapes.forward_kl), 0.03),
     'jensen_shannon': (part(score_shapes.jensen_shannon), 0.3),
     'alpha': (part(score_shapes.alpha_divergence, alpha=alpha), 0.3),
     'chi_square_kl': (part(score_shapes.chi_square_kl), 0.1),
   }
-  if divergence not in choices:
-    raise ValueError(f'unknown divergence {divergence!r}{suggest(divergence, choices)}')
-  shape, usual = choices[divergence]
+  if divergence not in shapes:
+    raise ValueError(f'unknown divergence {divergence!r}{suggest(divergence, shapes)}')
+  shape, usual = shapes[divergence]
   return Method(
     collect=partial(collect.Preferences),
     objective=part(

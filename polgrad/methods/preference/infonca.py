@@ -22,7 +22,7 @@ def infonca(
   alpha = 0 is the limit in which p is 1 for the completion with the largest reward; with two
   completions that is DPO. Equal rewards: the first one is the best.
 
-  Differences: The authors' runs have alpha = 0.0001, after which p is one-hot; that is the default.
+  Differences: The authors' runs have alpha = 0.0001, with which p is one-hot: the default alpha = 0.
 
   Args:
     candidates: completions of a record in the data; the run fills it in.

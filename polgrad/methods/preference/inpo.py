@@ -14,9 +14,10 @@ def inpo(*, steps: int, eta: float = 7.5e-3, tau: float = 2.5e-3, iterations: in
       h = s(winner) - s(loser),   s = log pi - (tau / eta) log reference - (1 - tau / eta) log pi_k
 
   pi_k, the anchor `previous`, is the policy at the start of iteration k. It samples 8 answers a prompt,
-  and winner and loser are those of a knock-out tournament, if the winner beats the loser. Over all pairs
-  of pi_k the minimiser is pi_k^(1 - tau / eta) reference^(tau / eta) exp(P(y beats pi_k) / eta) / Z. Who
-  wins is said by the phase's `comparison`.
+  and winner and loser are those of a knock-out tournament; a pair whose winner does not beat its loser
+  is left out. Over all pairs of samples of pi_k the minimiser is
+  pi_k^(1 - tau / eta) reference^(tau / eta) exp(P(y beats pi_k) / eta) / Z. The phase's `comparison`
+  gives P and says who wins.
 
   Differences: Every pair of the group is compared, where the tournament needs 11 comparisons of 28.
 

@@ -15,7 +15,7 @@ def ipo_md(*, tau: float = 1.0, reference_weight: float = 0.125) -> Method:
       y, y' ~ the normalised policy^(1 - w) reference^w, token by token
 
   It has the stationary points of Nash-MD-PG with the same w, and its samples stay nearer to the
-  reference. p is of the phase's `comparison`.
+  reference. The phase's `comparison` gives p.
 
   Args:
     tau: coefficient of the KL to the reference, in units of the probability.

@@ -18,10 +18,10 @@ def kto(*, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0) 
   can be used too: each is a good and a bad row.
 
   Differences: The mean in z0 is that of the whole batch, over all devices and micro-batches, as in the
-  paper; the authors' code leaves out values that are exactly 0. It is taken at the start of the
-  updates on a batch, of which there is one unless the run sets several. Held-out rows are measured
-  with the z0 of their own batch. Some recommend desirable (number of good rows) / (undesirable (number
-  of bad rows)) between 1 and 4/3; nothing is set on its own.
+  paper; the authors' code leaves out values that are exactly 0. z0 is computed once for all updates on
+  a batch; there is one update unless the run sets several. Held-out rows are measured with the z0 of
+  their own batch. The weights are not adapted to the numbers of good and bad rows; see
+  `losses.pointwise.kto` for the paper's advice.
 
   Args:
     beta: coefficient of the KL to the reference.

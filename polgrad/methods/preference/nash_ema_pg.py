@@ -14,7 +14,7 @@ def nash_ema_pg(*, tau: float = 0.008, decay: float = 0.99) -> Method:
       A_t = P(y beats y') - 1/2 - tau sum over s >= t of log(pi / reference)(y_s)
       y ~ pi,   y' ~ the policy with the moving average of the parameters
 
-  P is of the phase's `comparison`. The average is the anchor `opponent`.
+  The phase's `comparison` gives P. The average is the anchor `opponent`.
 
   Args:
     tau: coefficient of the KL to the reference, in units of the probability.

@@ -14,7 +14,7 @@ def nash_md_pg(*, tau: float = 0.008, reference_weight: float = 0.125) -> Method
       A_t = P(y beats y') - 1/2 - tau sum over s >= t of log(pi / reference)(y_s)
       y ~ pi,   y' ~ the normalised policy^(1 - w) reference^w, token by token
 
-  P is of the phase's `comparison`. Each token is credited with the KL of itself and of later tokens,
+  The phase's `comparison` gives P. Each token is credited with the KL of itself and of later tokens,
   which has the expectation of crediting it with the KL of the whole answer and a smaller variance.
 
   Differences: TRL credits a token with its own log-ratio alone, which is biased for answers of more than

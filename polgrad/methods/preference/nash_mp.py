@@ -15,14 +15,14 @@ def nash_mp(*, beta: float = 0.1, eta: float = 0.2, rate: float = 0.05) -> Metho
             - sum over s >= t of [beta log(pi / reference) + (beta / eta) log(pi / slow)](y_s)
       y ~ pi,   y' ~ slow,   slow <- rate pi + (1 - rate) slow after every update
 
-  The slow copy, the anchor `opponent`, is opponent and centre of the proximal step at once. P is of the
-  phase's `comparison`. The exact algorithm of the paper makes two such steps from one centre; see
-  `tabular/games.py`.
+  The slow copy, the anchor `opponent`, is both the opponent and the centre of the proximal step. The
+  phase's `comparison` gives P. The exact algorithm of the paper makes two such steps from one centre;
+  see `tabular/games.py`.
 
   Args:
     beta: coefficient of the KL to the reference, in units of the probability.
-    eta: step of the proximal point; a small one holds the policy at the slow copy.
-    rate: of the slow copy, per update; 1 with a large eta is plain self-play.
+    eta: step of the proximal point; a small one keeps the policy near the slow copy.
+    rate: weight of the policy in the slow copy, per update; 1 with a large eta is plain self-play.
 
   Confidence: PAPER (exact algorithm), MEMORY (this form and its constants).
   """

@@ -14,7 +14,7 @@ def nca(
   alpha: float = 0.0,
   sampled: bool = False,
 ) -> Method:
-  """NCA (arXiv:2402.05369): several completions of a prompt, each pulled to a likelihood of its own.
+  """NCA (arXiv:2402.05369): several completions of a prompt, each pulled to a fixed log-ratio.
 
       loss = -mean over prompts of sum_k (p_k log sigmoid(r_k) + log sigmoid(-r_k) / K)
       r_k = beta log(pi / reference)(completion k),  p = softmax(R / alpha)
@@ -23,7 +23,7 @@ def nca(
   as it may with `infonca`. alpha = 0 is the limit in which p is 1 for the completion with the largest
   reward. Equal rewards: the first one is the best.
 
-  Differences: The authors' runs have alpha = 0.0001, after which p is one-hot; that is the default.
+  Differences: The authors' runs have alpha = 0.0001, with which p is one-hot: the default alpha = 0.
 
   Args:
     candidates: completions of a record in the data; the run fills it in.

@@ -15,15 +15,15 @@ def online_ipo(*, tau: float = 1.0, label: Literal['soft', 'drawn', 'better'] = 
 
   The log-ratios are sums over the tokens of an answer. The expected gradient is -4 / tau times that of
   the self-play objective P(pi beats pi') - tau KL(pi, reference), so the stationary point is the Nash
-  equilibrium of the regularised game, also where preferences are not transitive. p is of the phase's
-  `comparison`.
+  equilibrium of the regularised game, also where preferences are not transitive. The phase's
+  `comparison` gives p.
 
   Args:
     tau: coefficient of the KL to the reference, in units of the probability.
     label: 'soft' takes p itself, 'drawn' draws the winner with probability p, which has the same
       expected gradient, and 'better' calls the more probable winner the winner.
 
-  Confidence: PAPER, DERIVED (the factor 4 / tau; the paper writes 2 / tau for a loss of half the size).
+  Confidence: PAPER, DERIVED (the factor 4 / tau of this loss; the paper states it with 2 / tau).
   """
   return Method(
     collect=partial(collect.Rollouts, samples_per_prompt=2, compare=('wins',)),

@@ -13,7 +13,7 @@ def online_slic(*, beta: float = 0.002) -> Method:
       h = log(pi / reference)(better) - log(pi / reference)(worse)
 
   The log-ratios are sums over the tokens of an answer. The better answer is the one that wins with a
-  probability above one half; a tie is left out. Who wins is said by the phase's `comparison`.
+  probability above one half; a tie is left out. The phase's `comparison` gives that probability.
 
   Args:
     beta: multiplies the difference of the log-ratios.

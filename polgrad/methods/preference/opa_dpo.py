@@ -21,10 +21,11 @@ def opa_dpo(
   expert has given 1, 2, 3, 4 points. Policy and reference are a model that has learned the preferred
   completions before, so that these are likely under the reference: that is the paper's point.
 
-  Differences: Text alone; the paper has terms that compare with a masked image as well. The authors'
+  Differences: Text only; the paper has terms that compare with a masked image as well. The authors'
   code takes the logistic function of each position (`per_token`) and averages over padding, too; here
-  the average is over positions at which one of the rows has a token. The code also raises the anchor
-  of one kind of rejected rows, which looks like a slip.
+  the average is over positions at which one of the rows has a token. The anchor of the authors' code
+  lowers the revised completions, although these are preferred in their pairs, and does not read the
+  rejected ones; that looks like a slip.
 
   Args:
     beta: coefficient of the KL to the reference.
@@ -32,7 +33,7 @@ def opa_dpo(
     per_token: compare the two completions position by position, for pairs of which one is an edited copy
       of the other.
 
-  Confidence: CODE (weights, constants), PAPER (loss of whole completions).
+  Confidence: CODE (weights, constants, `per_token`), DERIVED (whole completions, sign of the anchor).
   """
   score = part(implicit_rewards.weighted_log_ratio_sum)
   if per_token:

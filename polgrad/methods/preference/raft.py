@@ -11,8 +11,8 @@ def raft(*, samples: int = 8, keep: int = 1, epochs: int = 4) -> Method:
 
       loss = -token mean of log pi over the `keep` answers with the largest rewards
 
-  This is the authors' mode `local`, best of n. Their mode `top`, the best of the whole batch, is the
-  choice `top_of_batch`; prompts whose answers have low rewards then have none.
+  This is the authors' mode `local`, best of n. Their mode `top`, the best of the whole batch, is
+  `choose=collect.picks.top_of_batch`; a prompt whose answers all have low rewards is then left out.
 
   Args:
     samples: answers of a prompt.

@@ -13,7 +13,7 @@ def self_play_spo() -> Method:
       A = r - mean of r over the other rows,   r = mean over the others y' of P(y beats y')
 
   The average of the policies approaches the minimax winner of the game, also where preferences are not
-  transitive; the last policy may cycle. P is of the phase's `comparison`.
+  transitive; the last policy may cycle. The phase's `comparison` gives P.
 
   Differences: The paper runs PPO and SAC on control tasks. Here the advantage is that of RLOO, and any
   other `credit` and surrogate may take its place.

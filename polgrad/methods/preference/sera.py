@@ -11,7 +11,7 @@ def sera(
   beta: float = 0.1,
   fraction: float = 0.7,
   ensemble: float = 0.5,
-  rounds: int = 3,
+  iterations: int = 3,
   steps: int = 300,
 ) -> Method:
   """SeRA (arXiv:2410.09362): DPO on the pairs whose implicit reward margin is among the largest.
@@ -20,22 +20,22 @@ def sera(
       kept: the `fraction` of a batch with the largest ensemble h(policy) + (1 - ensemble) h(previous)
 
   h is the margin of `dpo`: a pair with a wrong label tends to have a small one. `previous` is the policy
-  when the last of `rounds` equal parts of the run ended. In the first part all pairs are kept.
+  at the end of the last iteration. In the first iteration all pairs are kept.
 
-  Differences: The paper selects once a round from the whole data set, by the policies of the last two
-  rounds; here each batch is selected from, by the policy as it is and as it was a round ago. The
-  paper's pairs of the policy's own samples are a matter of the data.
+  Differences: The paper selects once an iteration from the whole data set, by the policies of the last
+  two iterations; here pairs are selected from each batch, by the present policy and `previous`. The
+  paper also makes pairs of the policy's own samples; here all pairs are from the data.
 
   Args:
     beta: coefficient of the KL to the reference.
     fraction: of the pairs of a batch that are kept.
     ensemble: weight of the policy's own margin.
-    rounds: parts of the run.
-    steps: updates of the run.
+    iterations: number of equal parts of the run, at whose ends `previous` is taken.
+    steps: updates of the run; the run fills it in.
 
   Confidence: PAPER (idea, from the abstract), MEMORY (constants).
   """
-  every = max(steps // rounds, 1)
+  every = max(steps // iterations, 1)
   return Method(
     collect=partial(collect.Preferences),
     objective=part(
