@@ -85,7 +85,7 @@ SAME = {
   'DPOP without a penalty is DPO': (methods.dpop(penalty=0.0, beta=0.1), DPO()),
   'R-DPO that ignores lengths is DPO': (methods.rdpo(alpha=0.0), DPO()),
   'ODPO that ignores margins is DPO': (methods.odpo(alpha=0.0), DPO()),
-  'RPO without likelihood is DPO': (methods.rpo(coefficient=0.0, beta=0.1), DPO()),
+  'RPO without likelihood is DPO': (methods.rpo(nll_coefficient=0.0, beta=0.1), DPO()),
   'TR-DPO has the loss of DPO': (methods.tr_dpo(beta=0.1), DPO()),
   'Step-DPO has the loss of DPO': (methods.step_dpo(beta=0.1), DPO()),
   'AlphaPO with alpha 0 is SimPO': (
@@ -364,7 +364,7 @@ def test_where_a_regulariser_stops_dpo_from_moving_mass_to_an_answer_without_dat
   likelihood, kl, theta
 ):
   """DPO alone increases theta for ever, and with it the answer 3 that nobody compared."""
-  slope = lambda t: slope_of_coverage(methods.rpo(beta=1.0, coefficient=likelihood), t, kl)
+  slope = lambda t: slope_of_coverage(methods.rpo(beta=1.0, nll_coefficient=likelihood), t, kl)
   assert slope(theta - 2e-3) < 0 < slope(theta + 2e-3)
   assert slope_of_coverage(methods.dpo(beta=1.0), theta) < 0
 

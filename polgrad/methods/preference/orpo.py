@@ -6,10 +6,10 @@ from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 
 
-def orpo(*, coefficient: float = 0.1) -> Method:
+def orpo(*, odds_coefficient: float = 0.1) -> Method:
   """ORPO (arXiv:2403.07691): likelihood of the chosen completion, and a logistic loss on the odds.
 
-      loss = mean over chosen rows of -l_w + coefficient (mean over pairs of softplus(-(o_w - o_l)))
+      loss = mean over chosen rows of -l_w + odds_coefficient (mean over pairs of softplus(-(o_w - o_l)))
       o = log(p / (1 - p)), p = exp(l)
 
   l is the mean log-prob per token of a completion, so o is its log-odds. There is no reference.
@@ -18,7 +18,7 @@ def orpo(*, coefficient: float = 0.1) -> Method:
   tokens of a batch. Here it is of the completion, and each row counts the same.
 
   Args:
-    coefficient: of the odds loss, lambda in the paper; the released runs have 0.1 and 0.05.
+    odds_coefficient: of the odds loss, lambda in the paper; the released runs have 0.1 and 0.05.
 
   Confidence: CODE.
   """
@@ -28,7 +28,7 @@ def orpo(*, coefficient: float = 0.1) -> Method:
       objectives.WeightedSum,
       streams={
         'margin': weighted(
-          coefficient,
+          odds_coefficient,
           part(
             objectives.Pairwise,
             score=part(implicit_rewards.logp_mean),
