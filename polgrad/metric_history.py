@@ -51,28 +51,33 @@ def running_mean(*, metric: str = 'entropy', decay: float = 1.0) -> History:
 def average(*, metrics: tuple, decay: float = 0.9) -> History:
   """Moving averages of n metrics, f32[n]: x <- decay x + (1 - decay) metric, from 0.
 
-  An update that has nothing to take a mean of leaves them as they are.
+  A metric that has no numbers in an update, such as the mean over no rows, leaves its average unchanged.
+
+  Args:
+    metrics: names of the metrics.
+    decay: weight of the earlier updates.
   """
 
   def advance(x, found):
-    seen = jnp.stack([getattr(found[name], 'count', 1) > 0 for name in metrics])
-    new = jnp.stack([_value(found, name) for name in metrics])
+    found = [_metric(found, name) for name in metrics]
+    seen = jnp.stack([getattr(one, 'count', 1) > 0 for one in found])
+    new = jnp.stack([one.value() for one in found])
     return jnp.where(seen, decay * x + (1 - decay) * new, x)
 
   return _remembered((0.0,) * len(metrics), advance)
 
 
 def total_of(*, metric: str = 'score') -> History:
-  """The sum of a mean's numbers over all earlier updates, and how many there were, f32[2].
+  """The sum and the number of all numbers that a mean was taken of in earlier updates, f32[2].
 
   Their quotient is the mean over all rows so far, also where updates have different numbers of rows.
 
   Args:
-    metric: name of the mean.
+    metric: name of a `reductions.Mean`.
   """
 
   def advance(state, metrics):
-    found = metrics[metric] if metric in metrics else _value(metrics, metric)
+    found = _metric(metrics, metric)
     return state + jnp.stack([found.total, found.count])
 
   return _remembered((0.0, 0.0), advance)
@@ -161,14 +166,19 @@ def entropy_coefficient(entropy_coefficient: Array) -> Array:
 
 
 def _value(metrics: Mapping[str, Metric], name: str) -> Array:
-  """The value of a metric.
+  """The value of a metric; see `_metric`."""
+  return _metric(metrics, name).value()
+
+
+def _metric(metrics: Mapping[str, Metric], name: str) -> Metric:
+  """The metric of this name.
 
   Raises:
     ValueError: the objective has no metric of this name; the message lists those that it has.
   """
   if name not in metrics:
     raise ValueError(f'the history reads the metric {name!r}{suggest(name, metrics)}')
-  return metrics[name].value()
+  return metrics[name]
 
 
 def _remembered(initial: float | tuple, advance: Callable) -> History:

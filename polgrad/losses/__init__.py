@@ -20,7 +20,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     pair_scores         scores that look at both rows of a pair                  score
     score_shapes        functions of a row's score, as f' of a divergence        shape
     preference_losses   losses of a preference pair                              link
-    score_penalties     where the scores of a pair lie                           penalties
+    score_penalties     penalties on the scores of a pair                        penalties
     pair_offsets        what the margin of a pair must exceed                    offsets
     pair_weights        weights of pairs                                         weights
     pair_selections     comparisons of the pairs of the whole minibatch          selections
@@ -33,10 +33,10 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     reward_penalties    costs that are subtracted from rewards                   costs
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
-    best_of_n           the distribution of the best of n samples                none
-    self_improvement    SRPO, whose scores are of three prompts                  none
-    latent_preferences  preferences of users who are latent variables            none: whole functions
-    shared_information  what two samples of one policy have in common            none: whole functions
+    best_of_n           the distribution of the best of n samples                none: call it yourself
+    self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
+    latent_preferences  reward models with a latent variable for each user       none: call it yourself
+    shared_information  the representation loss of RLP                           none: call it yourself
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
 

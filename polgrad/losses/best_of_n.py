@@ -1,4 +1,4 @@
-"""The distribution of the best of n samples, and what it takes to learn it without drawing n.
+"""The distribution of the best of n samples, and rewards and margins with which a policy learns it.
 
 p(y) is the probability of a completion under a reference, r(y) its reward, F(y) the probability that a
 sample of the reference has a reward of at most r(y), and F_<(y) that of a smaller one. The best of n
@@ -53,9 +53,9 @@ def variational_law(probabilities: Array, rewards: Array, *, n: int) -> Array:
 
 
 def kl_bound(n: int) -> float:
-  """log n - (n - 1) / n, nats: the most that the best of n samples can be from the reference.
+  """log n - (n - 1) / n, nats: the largest possible KL(best of n, reference).
 
-  It is reached where single completions have no weight.
+  It is reached in the limit where every single completion has probability 0.
 
   >>> round(best_of_n.kl_bound(4), 5)
   0.63629
@@ -64,8 +64,10 @@ def kl_bound(n: int) -> float:
 
 
 def mean_margin(n: int) -> float:
-  """(n - 1) (1 + 1/2 + ... + 1/(n - 1)), nats: the mean of log(pi / p)(best) - log(pi / p)(worst) of n
-  samples, pi their best's distribution (arXiv:2406.00832).
+  """(n - 1) (1 + 1/2 + ... + 1/(n - 1)), nats: BonBon's target margin (arXiv:2406.00832).
+
+  It is the mean of log(pi / p)(best) - log(pi / p)(worst) over draws of n samples, where pi is the
+  distribution of the best of n.
 
   >>> round(best_of_n.mean_margin(8), 2)
   18.15

@@ -1,14 +1,14 @@
 """Preferences of a user who is a latent variable: variational preference learning (arXiv:2408.10075).
 
-A user is known by labelled pairs, the context. An encoder reads it and gives a Gaussian over a latent z,
-and the reward of a completion is a function of its embedding and of z. With a query pair of the same
-user, the negative evidence bound is
+What is known of a user are labelled pairs of completions, the context. An encoder maps the context to a
+Gaussian over a latent variable z, and the reward r(y, z) of a completion y is a function of its
+embedding and of z. With a query pair of the same user, the negative evidence lower bound is
 
     softplus(-(r(chosen, z) - r(rejected, z))) + weight KL(q(z | context) || N(0, I)),  z ~ q
 
-Without a latent, users with opposite tastes cancel: the best Bradley-Terry reward then knows nothing.
-These are pure functions of embeddings, such as the states at the last token that a reward model gives.
-No method of polgrad trains them.
+Without the latent, users with opposite tastes cancel: the best Bradley-Terry reward is then constant.
+These are pure functions of embeddings, such as a reward model's state at the last token. No method of
+polgrad trains them.
 
 The examples need `import jax, jax.numpy as jnp, numpy as np` and
 `from polgrad.losses import latent_preferences`.
@@ -40,7 +40,10 @@ def init(
     width: size of an embedding.
     latent: size of the latent.
     hidden: size of the hidden layers.
-    attention: whether pairs of the context look at each other.
+    attention: whether pairs of the context attend to each other.
+
+  Returns:
+    {'encoder': ..., 'decoder': [...]}, float32.
   """
   keys = iter(jax.random.split(key, 16))
 
@@ -122,14 +125,15 @@ def negative_evidence_bound(
   weight: float = 1e-4,
   normalize: bool = True,
 ) -> Array:
-  """The loss of each user, [...], see above.
+  """The loss of each user, [...]: the formula at the top of this module.
 
   Args:
     params: of `init`.
     context: embeddings [..., N, width] of the chosen and the rejected completions that are known.
     query: embeddings [..., width] of a chosen and a rejected completion of the same user.
     noise: [..., L], standard normal.
-    weight: of the KL. With a weight near 1 the posterior collapses to the prior, and z says nothing.
+    weight: of the KL. With a weight near 1 the posterior collapses to the prior, and z carries no
+      information.
     normalize: see `sample`.
   """
   posterior = encode(params, *context)

@@ -30,12 +30,12 @@ def monte_carlo(rewards: Array, mask: Array) -> Array:
 
 
 def bootstrapped(rewards: Array, state_value: Array, mask: Array) -> Array:
-  """The present estimate of the value after one more token, and the reward at the last one (CD-Q).
+  """The expected value after one more token of pi_ref, and the reward at the last token (CD-Q).
 
       target_t = sum_z pi_ref(z | y_1..t) V(y_1..t z),   at the last token of the row the reward
 
-  The sum is over what pi_ref does next, so the rows may come from any policy. It is the statistic
-  `state_value` at the next token of the mask.
+  pi_ref chooses the next token in this sum, so the rows may come from any policy. The sum at t is the
+  statistic `state_value` at the next token of the mask.
 
   Args:
     rewards: [B].

@@ -63,14 +63,15 @@ def reward_to_go(token_rewards: Array, mask: Array, *, discount: float = 1.0) ->
 
 
 def td_lookahead(scores: Array, mask: Array, *, steps: int = 1, rate: float = 0.5) -> Array:
-  """s_t + rate (s_{t + steps} - s_t): the scores of early steps look ahead (arXiv:2501.07861).
+  """s_t + rate (s_{t + steps} - s_t): early steps are scored with a look ahead (arXiv:2501.07861).
 
-  A model that scores the steps of a solution knows little of the first ones; the score of a later step
-  corrects it. A step that has no later one at that distance looks at the last one.
+  A model that scores the steps of a solution is unreliable at the first ones; the score of a later step
+  corrects it. A step that has no later one at that distance takes the last one. The paper's coefficients
+  are not known to us.
 
   Args:
     scores: [..., T], of the steps of a row.
-    mask: bool[..., T], the steps that there are; others are skipped.
+    mask: bool[..., T], True at the steps; other columns are skipped.
     steps: how many steps ahead, at least 1.
     rate: 0 leaves the scores, 1 takes the later ones.
 
@@ -78,7 +79,7 @@ def td_lookahead(scores: Array, mask: Array, *, steps: int = 1, rate: float = 0.
     [..., T]; 0 outside the mask.
   """
   chex.assert_equal_shape([scores, mask])
-  # The k-th step of a row is at column `place[k]`; steps stand first in this order.
+  # The k-th step of a row is at column `place[k]`: a stable sort puts the steps before other columns.
   place = jnp.argsort(~mask, axis=-1, stable=True)
   number = jnp.cumsum(mask, axis=-1) - 1  # of a step, from 0
   last = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True) - 1, 0)

@@ -1,18 +1,17 @@
 """SRPO: a policy that improves its own answers, learned offline (arXiv:2406.01660).
 
-One network plays two parts: the generator pi(y | x), and the reviser pi'(y2 | y1, x), which is asked
-again with an answer y1 in its prompt. The objective is the reviser's best gain over the generator's
-worst case,
+One network plays two parts: the generator pi(y1 | x), and the reviser pi'(y2 | y1, x), whose prompt also
+has an answer y1, which it is to improve. The generator minimises, and the reviser maximises,
 
-    min over pi, max over pi' of E[P(y2 > y1) - beta KL(pi' || reference) + beta KL(pi || reference)].
+    E[P(y2 > y1) - beta KL(pi' || reference) + beta KL(pi || reference)],    y1 ~ pi,  y2 ~ pi'(. | y1).
 
-Its solution does not depend on who wrote the pairs that it is learned from. The functions take six
-summed log-ratios to the reference for every pair of a preferred completion w and another one l. In
+The solution does not depend on who wrote the pairs that it is learned from. A pair is a preferred
+completion w and another one l. The functions take six summed log-ratios to the reference:
 
-    u_w      log pi(w | x) / reference(w | x)
-    a_wl     log pi'(w | l, x) / reference(w | l, x)        the revision of l is w
+    u_w      log pi(w | x) / reference(w | x),              and u_l
+    a_wl     log pi'(w | l, x) / reference(w | l, x),       and a_lw, a_ww, a_ll
 
-the letters after `a_` are the answer and what it revises; u_l, a_lw, a_ww and a_ll are alike.
+The first letter after `a_` is the revision, the second one the answer that it revises.
 """
 
 import chex
@@ -45,8 +44,8 @@ def robustness(u_w: Array, u_l: Array, a_ww: Array, a_ll: Array, *, beta: float)
   """beta^2 ((u_w - a_ww) - (u_l - a_ll))^2: the loss that ties the generator to the reviser
   (arXiv:2406.01660).
 
-  At the optimum U(y) - A(y | y) is the same for all answers of a prompt. Gradient flows through both
-  parts.
+  At the optimum U(y) - A(y | y) is the same for all answers y of a prompt, U being the log-ratio of the
+  generator and A that of the reviser. The gradient flows through both.
 
   Args:
     u_w, u_l, a_ww, a_ll: [...], nats.
@@ -76,7 +75,7 @@ def srpo(
     u_w, u_l: [...], nats, of the generator.
     a_wl, a_ll, a_lw, a_ww: [...], nats, of the reviser.
     beta: coefficient of both KLs.
-    alpha: share of the reviser's loss, in [0, 1].
+    alpha: weight of the reviser's loss, in [0, 1].
 
   Returns:
     [...].

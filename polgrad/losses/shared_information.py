@@ -1,12 +1,14 @@
 """What two samples of one policy have in common: the representation loss of RLP (arXiv:2403.19279).
 
-Two completions v1 and v2 of one prompt are two views of it. Each has a Gaussian q_i over a code z_i. The
-loss asks the codes of one prompt to tell much of each other, and to hold nothing else:
+Two completions v1 and v2 of one prompt are two views of it. An encoder maps each to a Gaussian q1 or q2,
+from which a code z1 or z2 is drawn. The loss rewards codes that are informative of each other, and
+penalises what only one of them holds:
 
-    loss = symmetric_kl(q1, q2) - jensen_shannon(T(z1_i, z2_j))
+    loss = mean over prompts of symmetric_kl(q1, q2) - jensen_shannon(T)
 
-It is added to the Bradley-Terry loss of a reward model, with the coefficient 1/2 in the paper, whose
-features the q_i are functions of. These are pure functions; no method of polgrad trains them.
+T is the matrix of a critic's scores T(z1 of prompt i, z2 of prompt j). The encoder reads the features of
+a reward model, and the loss is added to the Bradley-Terry loss, in the paper with the coefficient 1/2.
+These are pure functions; no method of polgrad trains them.
 
 The examples need `import jax.numpy as jnp, numpy as np` and
 `from polgrad.losses import shared_information`.
@@ -43,14 +45,14 @@ def symmetric_kl(mean: Array, std: Array, other_mean: Array, other_std: Array) -
 
 
 def jensen_shannon(critic: Array) -> Array:
-  """The Jensen-Shannon bound of the information between the codes, from [N, N] to [].
+  """The Jensen-Shannon lower bound of the information between the codes, from [N, N] to [].
 
       mean over i of -softplus(-T_ii) - mean over i != j of softplus(T_ij)
 
   It is -2 log 2 for a critic that knows nothing (T = 0), and below 0 for every critic.
 
   Args:
-    critic: T_ij, what the critic says of the codes z1 of prompt i and z2 of prompt j.
+    critic: T_ij, the critic's score of the codes z1 of prompt i and z2 of prompt j.
 
   >>> print(shared_information.jensen_shannon(jnp.zeros((3, 3))).round(4))
   -1.3863

@@ -9,7 +9,7 @@ An optimizer is an optax transformation that the learner calls as
 | `variance_reduction` | optimizers for policy gradients, with less variance |
 | `schedules` | multipliers of a learning rate or of a loss weight |
 | `anchors` | rules by which named parameter sets follow the policy |
-| `rank` | descent by rankings alone, with a loop of its own |
+| `rank` | descent by rankings of candidates, and the loop that runs it |
 | `wrappers` | float32 master copies, balance steps of routers, and the oracle |
 """
 

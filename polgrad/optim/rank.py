@@ -1,7 +1,7 @@
-"""Descent by rankings alone: ZO-RankSGD (arXiv:2303.03751), for losses that nobody can compute.
+"""Descent by rankings of candidates: ZO-RankSGD (arXiv:2303.03751), for losses that nobody can compute.
 
-The oracle is a person or a judge who sees m candidates and says which k are best, in order. No number
-and no gradient is needed; a monotone change of the loss changes nothing.
+The oracle is a person or a judge who sees m candidates and says which k are best, in order. No value of
+the loss and no gradient is needed, so a monotone transform of the loss changes nothing.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 from polgrad.types import Array, Params
 
-Rank = Callable[
-  [Params], Array
-]  # candidates, stacked along a first axis [m, ...] -> best k, i32[k]
+# Candidates, stacked along a first axis [m, ...] -> indices of the best k, the best first, i32[k].
+Rank = Callable[[Params], Array]
 
 
 def rank_gradient(noise: Array, order: Array) -> Array:
@@ -24,8 +23,9 @@ def rank_gradient(noise: Array, order: Array) -> Array:
       g = 1 / |E| sum over (i -> j) in E of (noise_j - noise_i)
 
   E has an edge from every ranked point to every point that it beats: all that are ranked lower, and
-  all that are not ranked. |E| = k (k - 1) / 2 + k (m - k). In linear time it is -sum_i c_i noise_i / |E|
-  with c = m - 1 - 2 r for rank r = 0, ..., k - 1, and c = -k for unranked points; the c sum to 0.
+  all that are not ranked. |E| = k (k - 1) / 2 + k (m - k). Each noise occurs once for each of its edges,
+  so g = -sum_i c_i noise_i / |E| with c = m - 1 - 2 r for the ranks r = 0, ..., k - 1 and c = -k for
+  points that are not ranked; the c sum to 0.
 
   Differences: the authors' demo has c = m - 2 r, which is one too many.
 
@@ -77,7 +77,7 @@ def rank_descent(
   point, unravel = ravel_pytree(params)
   lengths = jnp.array([0.0, *(shrink**i for i in range(line_search))], point.dtype)
 
-  # The oracle is not compiled; what lies between its answers is.
+  # The oracle may be a person, so it is not compiled, but everything between two of its answers is.
   @jax.jit
   def proposed(point, step):
     noise = jax.random.normal(jax.random.fold_in(key, step), (candidates, point.size), point.dtype)
