@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from polgrad.arrays import ARRAYS, MODEL, OBJECTIVE, OWNED, VOCABULARY, per_token
 from polgrad.losses import aggregation
 from polgrad.losses._common import single
+from polgrad.metric_history import History
 from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
 from polgrad.registry import UnknownArray, call, inputs, suggest, unbound
 from polgrad.types import Array, Batch, Outputs
@@ -84,6 +85,47 @@ class Objective(abc.ABC):
     return state
 
 
+class Comparing(Objective):
+  """An objective that compares the entries of a whole batch, and that keeps values between updates.
+
+  Attributes:
+    selections: functions of the whole batch by name; `compare` calls them.
+    history: values that are kept between updates, by name.
+  """
+
+  selections: Mapping[str, Callable] = EMPTY
+  history: Mapping[str, History] = EMPTY
+
+  @abc.abstractmethod
+  def compare(
+    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
+  ) -> dict[str, Array]:
+    """The results of all selections as features [B, ...], without gradient; see `select`."""
+
+  @property
+  def select(self) -> Select | None:
+    return self.compare if self.selections else None
+
+  def init(self) -> State:
+    return {name: one.init() for name, one in self.history.items()}
+
+  def advance(self, state: State, metrics: Metrics) -> State:
+    return {name: one.advance(state[name], metrics) for name, one in self.history.items()}
+
+  def remembered(self, state: State) -> dict[str, Array]:
+    """The values of the history, by name."""
+    return {name: one.value(state[name]) for name, one in self.history.items()}
+
+  def compared(self, outputs: Outputs, batch: Batch, state: State, step: Array | int) -> Batch:
+    """The batch with the results of all selections as features.
+
+    A caller that splits the batch has called `select` before the split; then nothing is done.
+    """
+    if all({name, WHOLE + name} & batch.features.keys() for name in self.selections):
+      return batch
+    return batch.replace(features=batch.features | self.compare(outputs, batch, state, step=step))
+
+
 WHOLE = 'whole/'  # marks a feature that is one value of the whole batch, repeated for every row
 
 
@@ -114,23 +156,6 @@ def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
     first = jnp.argmax(mask, axis=1)[:, None]
     arrays['first_value'] = jnp.take_along_axis(arrays['values'], first, axis=1)[:, 0]
   return arrays
-
-
-def with_selections(
-  batch: Batch, names: Collection[str], compare: Callable[[], dict[str, Array]]
-) -> Batch:
-  """The batch with the results of all selections as features.
-
-  A caller that splits the batch has compared its rows before the split; then nothing is done.
-
-  Args:
-    batch: whole, or a part of one that has the features already.
-    names: of the selections.
-    compare: makes the features.
-  """
-  if all({name, WHOLE + name} & batch.features.keys() for name in names):
-    return batch
-  return batch.replace(features=batch.features | compare())
 
 
 RESERVED = frozenset(OWNED)  # names that statistics, selections and histories cannot have

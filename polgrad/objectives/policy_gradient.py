@@ -21,9 +21,8 @@ from polgrad.losses import selections as batch_selections
 from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
   WHOLE,
+  Comparing,
   Metrics,
-  Objective,
-  Select,
   State,
   Terms,
   call_slot,
@@ -35,7 +34,6 @@ from polgrad.objectives.base import (
   token_mean,
   view,
   weigh,
-  with_selections,
 )
 from polgrad.registry import check_weighted, either, inputs
 from polgrad.types import Array, Batch, Outputs
@@ -48,7 +46,7 @@ PROBE = 'probe/'  # prefix of the terms of probes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradient(Objective):
+class PolicyGradient(Comparing):
   """AGG(prod_k w_k * surrogate) + sum_k coefficient_k * schedule_k(step) * AGG(penalty_k).
 
   Attributes:
@@ -151,16 +149,6 @@ class PolicyGradient(Objective):
     made = {'log_ratio', *self.stats, *self.selections, *self.history}
     return frozenset(made if 'proximal_logp' in inputs(self.proximal) else made | FROM_RATIO)
 
-  @property
-  def select(self) -> Select | None:
-    return self.compare if self.selections else None
-
-  def init(self) -> State:
-    return {name: one.init() for name, one in self.history.items()}
-
-  def advance(self, state: State, metrics: Metrics) -> State:
-    return {name: one.advance(state[name], metrics) for name, one in self.history.items()}
-
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
@@ -187,14 +175,6 @@ class PolicyGradient(Objective):
       terms[name] = self.aggregation(self.token_loss(x, x['logp'], slot, probe), where)
     return terms, metrics
 
-  def compared(self, outputs: Outputs, batch: Batch, state: State, step: Array | int) -> Batch:
-    """The batch with the results of all selections.
-
-    A caller that splits the batch has compared its tokens before the split.
-    """
-    compare = functools.partial(self.compare, outputs, batch, state, step=step)
-    return with_selections(batch, self.selections, compare)
-
   def factor(self, name: str, x: Mapping[str, Array]) -> Array | float:
     """The factor of a penalty's coefficient: of its schedule, or 1."""
     if name not in self.schedules:
@@ -207,7 +187,7 @@ class PolicyGradient(Objective):
     """Every array that a slot may name, except those that depend on the log-ratio."""
     x = view(outputs, batch)
     x['step'] = jnp.asarray(step, jnp.float32)
-    return x | {name: one.value(state[name]) for name, one in self.history.items()}
+    return x | self.remembered(state)
 
   def with_ratio(self, x: Mapping[str, Array], logp: Array) -> dict[str, Array]:
     """The arrays with `logp` replaced, and with the log-ratio where a slot reads it."""

@@ -13,9 +13,8 @@ from polgrad.losses import groups, implicit_rewards, listwise
 from polgrad.losses import pointwise as pointwise_losses
 from polgrad.objectives.base import (
   WHOLE,
+  Comparing,
   Metrics,
-  Objective,
-  Select,
   State,
   Terms,
   call_slot,
@@ -23,7 +22,6 @@ from polgrad.objectives.base import (
   off_policy_metrics,
   row_mean,
   view,
-  with_selections,
 )
 from polgrad.reductions import Mean
 from polgrad.registry import either
@@ -31,7 +29,7 @@ from polgrad.types import Array, Batch, Outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pointwise(Objective):
+class Pointwise(Comparing):
   """Mean over rows of loss(beta * score, ...); the loss reads a label, a reward or a group.
 
   Where rows have labels, `chosen_reward` and `rejected_reward` are the mean scaled scores of those with
@@ -71,22 +69,13 @@ class Pointwise(Objective):
   def makes(self) -> frozenset[str]:
     return frozenset({'score', 'beta', *self.selections, *self.history})
 
-  @property
-  def select(self) -> Select | None:
-    return self.compare if self.selections else None
-
-  def init(self) -> State:
-    return {name: one.init() for name, one in self.history.items()}
-
-  def advance(self, state: State, metrics: Metrics) -> State:
-    return {name: one.advance(state[name], metrics) for name, one in self.history.items()}
-
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
-    compare = functools.partial(self.compare, outputs, batch, state, step=step)
-    x = self.arrays(outputs, with_selections(batch, self.selections, compare), state)
+    x = self.arrays(outputs, self.compared(outputs, batch, state, step), state)
     where = isolate_empty_rows(x)
+
+    # Selections are metrics too; one number of the whole batch is its own mean.
     score = jax.lax.stop_gradient(x['score'])
     metrics = {'score': row_mean(score, where)}
     metrics |= {name: row_mean(jnp.full_like(score, x[name]), where) for name in self.selections}
@@ -94,13 +83,14 @@ class Pointwise(Objective):
       metrics['chosen_reward'] = row_mean(score, where & (x['label'] >= 0.5))
       metrics['rejected_reward'] = row_mean(score, where & (x['label'] < 0.5))
     metrics |= self.group_metrics(x, where)
+
     loss = call_slot('loss', self.loss, x)
     return {'pointwise': self.reduce(loss, x, where)}, metrics | off_policy_metrics(x)
 
   def arrays(self, outputs: Outputs, batch: Batch, state: State) -> dict[str, Array]:
     """Every array that the loss may name."""
     x = view(outputs, batch)
-    x |= {name: one.value(state[name]) for name, one in self.history.items()}
+    x |= self.remembered(state)
     return x | {'score': self.beta * call_slot('score', self.score, x), 'beta': self.beta}
 
   def compare(

@@ -24,9 +24,9 @@ from polgrad.losses import (
 )
 from polgrad.objectives.base import (
   WHOLE,
+  Comparing,
   Metrics,
   Objective,
-  Select,
   State,
   Terms,
   call_slot,
@@ -36,7 +36,6 @@ from polgrad.objectives.base import (
   row_mean,
   view,
   weigh,
-  with_selections,
 )
 from polgrad.objectives.row_level import isolate_empty_rows
 from polgrad.reductions import Deviation
@@ -47,14 +46,15 @@ StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairwise(Objective):
-  """Mean over pairs of prod_k w_k * link(z, label), z = beta (r_w - r_l) - offset - sum_k c_k offset_k.
+class Pairwise(Comparing):
+  """Mean over pairs of (product of weights) * link(z, p'),
+  z = beta (product of scales) (r_w - r_l) - offset - sum_k c_k offset_k.
 
   r = shape(score) of a row, w the preferred row of a pair and l the other. Rows 2i and 2i + 1 are a
   pair. `label[2i]` is the probability that row 2i is preferred; if it is below one half, row 2i + 1 is
-  the preferred one, so sampled pairs need no reordering. The link gets the probability p that the
-  preferred row is the better one, after smoothing: (1 - s) p + s (1 - p). A pair with a fully masked
-  row (a tie, a failed verifier) is left out of both the sum and the number of pairs.
+  the preferred one, so sampled pairs need no reordering. With p, the probability that the preferred row
+  is the better one, the link gets p' = (1 - s) p + s (1 - p), s being `label_smoothing`. A pair with a
+  fully masked row (a tie, a failed verifier) is left out of both the sum and the number of pairs.
 
   The metric `accuracy` is the fraction of pairs whose preferred row has the higher score. Equal
   scores count as one half, as they do before the first update of DPO, where rounding would decide
@@ -126,23 +126,13 @@ class Pairwise(Objective):
   def requires(self) -> frozenset[str]:
     return super().requires | {'label'}
 
-  @property
-  def select(self) -> Select | None:
-    return self.compare if self.selections else None
-
-  def init(self) -> State:
-    return {name: one.init() for name, one in self.history.items()}
-
-  def advance(self, state: State, metrics: Metrics) -> State:
-    return {name: one.advance(state[name], metrics) for name, one in self.history.items()}
-
   def apply(
     self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
   ) -> tuple[Terms, Metrics]:
-    compare = functools.partial(self.compare, outputs, batch, state, step=step)
-    x = self.arrays(outputs, with_selections(batch, self.selections, compare), state, step)
+    x = self.arrays(outputs, self.compared(outputs, batch, state, step), state, step)
     self.add_scores(x)
 
+    # The margin of each pair, less what it must exceed, and the weighted loss.
     chosen, rejected = pairs.split(x['score'], x['preferred'])
     gap = chosen - rejected
     margin = weigh(self.beta * gap, self.scales, x, 'scales') - self.offset
@@ -167,7 +157,7 @@ class Pairwise(Objective):
     x = view(outputs, batch)
     x['step'] = jnp.asarray(step, jnp.float32)
     x['preferred'] = pairs.preferred(x['label'])
-    return x | {name: one.value(state[name]) for name, one in self.history.items()}
+    return x | self.remembered(state)
 
   def add_scores(self, x: dict[str, Array]) -> None:
     """Adds the shaped `score` of the rows and the `gap` of their pairs, in place."""
