@@ -44,7 +44,7 @@ class Estimator(NamedTuple):
       behavior_logp, old_values, teacher_logp, stream, or features of the collector.
     provides: the fields or features of the batch that it fills in. Changes to others are dropped.
     init: () -> the first state. The state is part of `TrainState` and its checkpoints.
-    scored: which of `rewards` and `group_ids`, which every scored batch has, it reads.
+    scored: those of `rewards` and `group_ids` that it reads; every scored batch has both.
   """
 
   apply: Apply
@@ -297,14 +297,15 @@ def preference() -> Estimator:
 
 
 def compared(*, label: Literal['soft', 'drawn', 'better'] = 'soft') -> Estimator:
-  """Labels of pairs by comparison: rows 2i and 2i + 1 of a group, p the probability that the first wins.
+  """Labels of the pairs of rows 2i and 2i + 1 by comparison: p is the probability that the row wins
+  (arXiv:2403.08635).
 
   A pair with a failed verifier is masked out of loss and count.
 
   Args:
     label: 'soft' is p itself. 'drawn' is 1 with probability p and else 0, which has the same expected
-      loss, because losses are linear in the label. 'better' is 1 where p > 1/2 and 0 where it is
-      smaller; a tie is masked out.
+      loss, because losses are linear in the label. 'better' is 1 where p > 1/2 and 0 where p < 1/2; a
+      pair with p = 1/2 is masked out.
   """
 
   def apply(batch, state):
@@ -350,7 +351,11 @@ def win_rate_gap() -> Estimator:
 
 
 def _partners(batch: Batch) -> tuple[Array, Array]:
-  """The numbers of all rows, i32[B], and of the other rows of their pairs, which are of their group."""
+  """The indices of all rows, i32[B], and of the other row of each row's pair.
+
+  Raises:
+    ValueError: a group has an odd number of rows, so a pair would be of two groups.
+  """
   size = batch['wins'].shape[1]
   if size % 2:
     raise ValueError(f'rows are compared in pairs, but a group has {size} rows, an odd number')
@@ -374,7 +379,7 @@ def _mean_wins(batch: Batch, with_itself: bool = False) -> Array:
 
 
 def imitation() -> Estimator:
-  """Labels of groups with a demonstration: 1 for it, 0 for samples (arXiv:2401.01335)."""
+  """Labels of groups with a demonstration: 1 for the demonstration, 0 for samples (arXiv:2401.01335)."""
 
   def apply(batch, state):
     label = batch.stream == STREAMS.index('demonstration')
@@ -426,7 +431,7 @@ def win_rate(
   Args:
     with_itself: whether j may be i; a row without any j gets one half.
     extremes: whether the mask keeps only the best and the worst row of a group.
-    by: 'wins' takes the comparisons of the rows in the place of the rewards.
+    by: 'wins' takes the mean of the comparisons `wins` instead of the formula above.
   """
 
   def apply(batch, state):
@@ -481,7 +486,7 @@ def self_consistency(*, average: bool = True, least: float = 1e-3) -> Estimator:
 
   Args:
     average: give all groups the mean C of the batch.
-    least: a policy whose |R| are all at most this, nats, in a group counts as the reference there.
+    least: a policy counts as the reference in a group where all |R| are at most this, nats.
   """
 
   def apply(batch, state):
@@ -514,7 +519,7 @@ def self_consistency(*, average: bool = True, least: float = 1e-3) -> Estimator:
 def _own_rewards(
   logp: Array, reference_logp: Array, mask: Array, group: Groups, least: float
 ) -> Array:
-  """Summed log-ratios to the reference, or mean log-probs in a group where these are all 0: [B]."""
+  """Summed log-ratios to the reference, or mean log-probs in a group where all are near 0: [B]."""
   ratios = jnp.sum(jnp.where(mask, logp - reference_logp, 0), axis=1)
   means = jnp.sum(jnp.where(mask, logp, 0), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
   return jnp.where(maximum(jnp.abs(ratios), group) > least, ratios, means)
@@ -632,13 +637,13 @@ def of_wins(
 ) -> Estimator:
   """Another estimator, for which the reward of a row is its mean probability to win, minus 1/2.
 
-  In place of a reward, self-play has the probability to beat samples of the policy or of an opponent
-  (arXiv:2312.00886, arXiv:2401.04056).
+  Self-play uses the probability to beat samples of the policy or of an opponent instead of a reward
+  (Nash-MD-PG, arXiv:2312.00886; SPO, arXiv:2401.04056).
 
   Args:
-    credit: from these rewards to advantages.
-    against: whom the rows play: the other valid rows of their group (the feature `wins`), or the other
-      completions of the prompt (`baseline_wins`).
+    credit: the estimator that makes advantages of these rewards.
+    against: whom the rows play: 'group', the other valid rows of their group (the feature `wins`), or
+      'baseline', the other completions of the prompt (`baseline_wins`).
   """
 
   def apply(batch, state):

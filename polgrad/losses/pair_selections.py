@@ -59,7 +59,7 @@ def largest_gaps(
   where = pairs.complete(mask)
   number = jnp.ceil(fraction * jnp.sum(where) * (1 - 1e-6))  # the factor makes up for rounding
   best = where & (rank(-margin, everyone(where)) < number)
-  return _shares(jnp.where(step < begin, where, best), where)
+  return _factors(jnp.where(step < begin, where, best), where)
 
 
 def near_average(
@@ -96,7 +96,7 @@ def near_average(
     f32[B / 2], (pairs) / (drawn pairs) for the drawn ones and 0 for the others.
   """
   drawn, _ = _near_average(gap, mask, noise, gap_average, step, dropped, decay, correct_bias)
-  return _shares(drawn, pairs.complete(mask))
+  return _factors(drawn, pairs.complete(mask))
 
 
 def adaptive_beta(
@@ -210,7 +210,7 @@ def _near_average(
   return drawn, center
 
 
-def _shares(kept: Array, where: Array) -> Array:
+def _factors(kept: Array, where: Array) -> Array:
   """(pairs) / (kept pairs) for the kept ones, 0 for the others: two of bool[n] -> f32[n]."""
   return jnp.where(kept, divide(jnp.sum(where, dtype=jnp.float32), jnp.sum(kept)), 0)
 

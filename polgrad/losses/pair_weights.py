@@ -18,7 +18,7 @@ from polgrad.types import Array
 
 
 def given(weights: Array) -> Array:
-  """The weights that the data give, `Batch.weights` (standard).
+  """The weights that the data give to pairs, `Batch.weights` (standard).
 
   Args:
     weights: [B], the same in both rows of a pair.
@@ -58,7 +58,7 @@ def semantic(similarity: Array, *, alpha: Annotated[float, Range(at_least=0)] = 
   Args:
     similarity: [B], the cosine between embeddings of prompt and preferred completion, the same in both
       rows of a pair.
-    alpha: how much less a pair counts that is semantically far from its prompt.
+    alpha: larger values give less weight to pairs whose completion is semantically far from the prompt.
 
   Returns:
     [B / 2].
@@ -66,23 +66,24 @@ def semantic(similarity: Array, *, alpha: Annotated[float, Range(at_least=0)] = 
   return jnp.exp(-alpha * (1 - pairs.first(similarity)))
 
 
-def chosen_pairs(pair_shares: Array) -> Array:
-  """The selection `pair_shares`: 0 for pairs that are left out, and the same number for all others
+def kept_pairs(pair_factors: Array) -> Array:
+  """The selection `pair_factors`: 0 for pairs that are left out, and one positive number for all others
   (standard).
 
-  The number is (pairs) / (pairs that are kept), so the mean over all pairs is that over the kept ones.
+  The number is (pairs) / (pairs that are kept), so the mean over all pairs of weight * loss is the mean
+  loss of the kept ones.
 
   Args:
-    pair_shares: [B], the same in both rows of a pair.
+    pair_factors: [B], the same in both rows of a pair.
 
   Returns:
     [B / 2].
   """
-  return pairs.first(pair_shares)
+  return pairs.first(pair_factors)
 
 
 def batch_beta(batch_beta: Array) -> Array:
-  """The selection `batch_beta`, one number for the whole batch (arXiv:2407.08639).
+  """The selection `batch_beta`, a factor of beta for the whole batch: beta-DPO (arXiv:2407.08639).
 
   Args:
     batch_beta: [].
@@ -93,5 +94,5 @@ def batch_beta(batch_beta: Array) -> Array:
   return batch_beta
 
 
-TABLE = table('pair_weights', given, alignment, semantic, chosen_pairs, batch_beta)
+TABLE = table('pair_weights', given, alignment, semantic, kept_pairs, batch_beta)
 Part = Annotated[Callable, TABLE]

@@ -2,7 +2,7 @@
 
 A rule is a function (anchor, params, step) -> anchor. It is applied after every update: `params` are
 the policy's new parameters that updates change, `step` the number of updates in the phase, from 1. A
-rule that names `previous` gets these parameters as they were before the update.
+rule with an argument `previous` gets the parameters before the update.
 """
 
 from collections.abc import Callable

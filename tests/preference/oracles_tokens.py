@@ -181,8 +181,9 @@ def opa_per_token(x, const):
 
 
 def aot_unpaired(x, const):
-  """Every row against the row of its rank among the others; the other row is a constant. Each match
-  stands twice in the mean, so the gradient of each row counts twice."""
+  """Every row against the row of its rank among the others; the other row is a constant. The mean has
+  each match twice, so the gradient of each row is doubled. That this is the gradient of the sorted loss
+  of the paper is tested in tokens_test.py."""
   where, good = x['mask'].any(axis=1), x['label'] >= 0.5
   own, fixed = 0.01 * ratio(x), 0.01 * ratio(const)
   losses = []

@@ -45,9 +45,9 @@ def beta_dpo(
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.logistic),
       scales={'beta': part(pair_weights.batch_beta)},
-      weights={'drawn': part(pair_weights.chosen_pairs)},
+      weights={'drawn': part(pair_weights.kept_pairs)},
       selections={
-        'pair_shares': part(pair_selections.near_average, **draw),
+        'pair_factors': part(pair_selections.near_average, **draw),
         'batch_beta': adaptive,
       },
       history={

@@ -43,9 +43,9 @@ def sera(
       score=part(implicit_rewards.log_ratio_sum),
       link=part(preference_losses.logistic),
       beta=beta,
-      weights={'kept': part(pair_weights.chosen_pairs)},
+      weights={'kept': part(pair_weights.kept_pairs)},
       selections={
-        'pair_shares': part(
+        'pair_factors': part(
           pair_selections.largest_gaps, fraction=fraction, ensemble=ensemble, begin=every
         ),
       },
