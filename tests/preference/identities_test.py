@@ -363,7 +363,7 @@ def slope_of_coverage(method, theta, kl=0.0):
 def test_where_a_regulariser_stops_dpo_from_moving_mass_to_an_answer_without_data(
   likelihood, kl, theta
 ):
-  """DPO alone increases theta for ever, and with it the answer 3 that nobody compared."""
+  """DPO alone increases theta without bound, and with it the answer 3, which no pair has."""
   slope = lambda t: slope_of_coverage(methods.rpo(beta=1.0, nll_coefficient=likelihood), t, kl)
   assert slope(theta - 2e-3) < 0 < slope(theta + 2e-3)
   assert slope_of_coverage(methods.dpo(beta=1.0), theta) < 0

@@ -270,7 +270,22 @@ def test_pairs_with_small_margins_have_the_wrong_labels():
   assert flipped[kept].mean() < 0.05
 
 
-def test_the_earlier_policy_has_its_say_in_the_margin():
+def test_after_the_first_iteration_sera_is_dpo_on_the_kept_pairs(x64):
+  """The margins of the present and of the previous policy count one half each."""
+  method = methods.sera(steps=9, iterations=3, fraction=0.5, ensemble=0.5)
+  x = arrays(method)
+  margin = lambda logp: np.subtract(
+    *harness.pair(harness.total(logp - x['reference_logp'], x['mask']), x)
+  )
+  h, where = margin(x['logp']), np.array([0, 1, 3])  # pair 2 has a row without tokens
+  both = (h + margin(x['previous_logp'])) / 2
+  kept = where[np.argsort(-both[where])[:2]]  # one half of three pairs, rounded up
+  z, p = 0.1 * h[kept], harness.confidence(x)[kept]
+  wanted = np.mean(p * harness.logistic(z) + (1 - p) * harness.logistic(-z))
+  np.testing.assert_allclose(method.loss(step=3, **x)[0], wanted, rtol=1e-10)
+
+
+def test_the_margin_of_the_earlier_policy_counts():
   gap = jnp.repeat(jnp.array([1.0, 2.0, 3.0]), 2)
   previous = jnp.array([[9.0], [0.0], [0.0], [0.0], [0.0], [0.0]])
   zeros, mask = jnp.zeros((6, 1)), jnp.ones((6, 1), bool)

@@ -23,7 +23,7 @@ def cd_fudge() -> Method:
   Differences: the scorer has a value for every next token in place of one for the prefix, and begins as
   the model itself.
 
-  Confidence: PAPER (formula), MEMORY (constants).
+  Confidence: PAPER (formula, as notes on the paper give it), MEMORY (constants).
   """
   return Method(
     collect=partial(

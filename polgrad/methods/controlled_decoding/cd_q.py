@@ -23,7 +23,7 @@ def cd_q(*, minibatches: int = 4) -> Method:
   Args:
     minibatches: updates on each batch, and so between two renewals of the target.
 
-  Confidence: PAPER (formula), MEMORY (constants).
+  Confidence: PAPER (formula, as notes on the paper give it), MEMORY (constants).
   """
   return Method(
     collect=partial(

@@ -12,8 +12,8 @@ def cal_dpo(*, beta: float = 0.001) -> Method:
       loss = mean over pairs of softplus(-(D_w - D_l)) + ((D_w - t)^2 + (D_l + t)^2) / 2
       D = log(pi / reference)(completion),  t = 1 / (2 beta)
 
-  DPO cares for the difference of both alone, so both may fall; here the chosen one cannot. Without the
-  first term this is SPPO with hard labels.
+  DPO depends only on the difference of D_w and D_l, so both may fall; here D_w is pulled up to t and D_l
+  down to -t. Without the first term this is SPPO with hard labels.
 
   Differences: The factor 1/2 is in the authors' code and not in the paper. beta is not inside the
   logistic loss, as there.

@@ -22,7 +22,7 @@ def contrastive_preference(*, beta: float = 10.0, damping: float = 0.5) -> Metho
     beta: multiplies the difference; 1 / T of the paper's code, whose T is 0.1.
     damping: lambda in the paper: how much the loser is pushed away; 1 is symmetric.
 
-  Confidence: CODE (formula, beta), MEMORY (damping).
+  Confidence: CODE (form of the loss, beta), DERIVED (log-probs in place of distances), MEMORY (damping).
   """
   return Method(
     collect=partial(collect.Preferences),

@@ -22,8 +22,8 @@ def exo_reward(
   The softmaxes are over the completions of a prompt. `infonca` is the other direction of this
   divergence: it covers all good completions, while this one seeks the best.
 
-  Differences: beta and alpha are those of the authors' dialogue and summary runs; with 0.1 for both
-  they trained on IMDB.
+  The defaults of beta and alpha are those of the authors' dialogue and summary runs; their runs on IMDB
+  have 0.1 for both.
 
   Args:
     candidates: completions of a record in the data; the run fills it in.

@@ -12,8 +12,8 @@ def sampo(*, beta: float = 0.1, shared: bool = True) -> Method:
       loss = mean over pairs of softplus(-beta (s_w - s_l))
       s = sum over m tokens of log(pi / reference)
 
-  m is the number of tokens of the shorter completion, of which all count. Of the longer one m tokens
-  are drawn without replacement, anew in every update. Pairs of equal length have the loss of DPO.
+  m is the number of tokens of the shorter completion, all of whose tokens count. Of the longer one m
+  tokens are drawn without replacement, anew in every update. Pairs of equal length have the loss of DPO.
 
   Differences: The authors' code draws the tokens of the reference separately (shared=False), so the sum
   is no sum of log-ratios. One subset for both has less variance.

@@ -13,15 +13,15 @@ def spin(*, beta: float = 0.1, every: int = 50) -> Method:
       loss = mean over prompts of softplus(-beta h)
       h = log(pi / reference)(demonstration) - log(pi / reference)(sample)
 
-  The reference is the policy of some updates ago, and it also writes the sample. No reward is read. At
-  the fixed point the policy writes as the demonstrations do, and h is no better than chance.
+  The reference is an earlier copy of the policy, and it also writes the sample. No reward is read. At
+  the fixed point samples have the distribution of the demonstrations, and no h can tell them apart.
 
   Differences: The paper samples for all prompts first and trains several epochs on them in each of
   four iterations; here samples are drawn when they are used, by the same policy.
 
   Args:
     beta: coefficient of the KL to the reference.
-    every: updates after which the reference is the policy anew.
+    every: updates between two copies of the policy to the reference.
 
   Confidence: CODE (loss as DPO), MEMORY (beta and the length of an iteration).
   """
