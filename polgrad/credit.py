@@ -495,10 +495,9 @@ def self_consistency(*, average: bool = True, least: float = 1e-3) -> Estimator:
       _own_rewards(batch[name], batch.reference_logp, batch.mask, group, least)
       for name in ('proximal_logp', 'previous_logp')
     )
-    best, worst = (group.counted & (now == f(now, group)) for f in (maximum, minimum))
-    usable = (maximum(now, group) > minimum(now, group)) & (size(group) > 1)
-    # Of equal rows the first one.
-    best, worst = (usable & one & (rank(~one, group) == 0) for one in (best, worst))
+    # The first of the best rows and the first of the worst rows of every group whose rows differ.
+    usable = maximum(now, group) > minimum(now, group)
+    best, worst = (usable & (rank(x, group) == 0) for x in (-now, now))
     label = (kendall_tau(now, before, group) + 1) / 2
     if average:
       label = jnp.full_like(

@@ -1,4 +1,4 @@
-"""Sums and moments over groups of rows, used by `advantages`, `baselines` and `log_partition`.
+"""Sums, ranks and moments over groups of rows, for the modules that compare the rows of a group.
 
 Rows belong to one group when their `group_ids` are equal. They need not be consecutive, and groups may
 differ in size. Time and memory grow with the number of rows B, up to a logarithm; no array has B^2

@@ -33,7 +33,7 @@ def arpo(
     objective=part(
       objectives.WeightedSum,
       streams={
-        'margin': weighted(
+        'preference': weighted(
           1.0,
           part(
             objectives.Pairwise,

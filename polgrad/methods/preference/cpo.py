@@ -29,7 +29,7 @@ def cpo(*, beta: float = 0.1, nll_coefficient: float = 1.0, label_smoothing: flo
     objective=part(
       objectives.WeightedSum,
       streams={
-        'margin': weighted(
+        'preference': weighted(
           1.0,
           part(
             objectives.Pairwise,

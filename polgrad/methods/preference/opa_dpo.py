@@ -49,7 +49,10 @@ def opa_dpo(
     beta=beta,
   )
   # The mean over rows is half the sum of the means over chosen and over rejected rows.
-  streams = {'pairs': weighted(1.0, pairs), 'anchor': weighted(2.0 * anchor_coefficient, anchor)}
+  streams = {
+    'preference': weighted(1.0, pairs),
+    'anchor': weighted(2.0 * anchor_coefficient, anchor),
+  }
   return Method(
     collect=partial(collect.Preferences, token_weights=True),
     objective=part(objectives.WeightedSum, streams=streams),

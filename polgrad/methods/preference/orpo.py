@@ -27,7 +27,7 @@ def orpo(*, odds_coefficient: float = 0.1) -> Method:
     objective=part(
       objectives.WeightedSum,
       streams={
-        'margin': weighted(
+        'preference': weighted(
           odds_coefficient,
           part(
             objectives.Pairwise,

@@ -32,7 +32,7 @@ def rpo(*, beta: float = 0.5, nll_coefficient: float = 0.2, per_token: bool = Tr
     objective=part(
       objectives.WeightedSum,
       streams={
-        'margin': weighted(
+        'preference': weighted(
           1.0,
           part(
             objectives.Pairwise,

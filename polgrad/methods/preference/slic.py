@@ -31,7 +31,7 @@ def slic(
     objective=part(
       objectives.WeightedSum,
       streams={
-        'margin': weighted(
+        'preference': weighted(
           1.0,
           part(
             objectives.Pairwise,
