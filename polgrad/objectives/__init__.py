@@ -26,7 +26,7 @@ from typing import Annotated
 from polgrad.objectives.base import Objective, check_reads, view
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
-from polgrad.objectives.prefix_values import PrefixValues
+from polgrad.objectives.prefix_scorer import PrefixValues
 from polgrad.objectives.reward_model import RewardModel
 from polgrad.objectives.row_level import Listwise, Pointwise
 from polgrad.objectives.sequence_level import Pairwise, Regression
