@@ -119,7 +119,9 @@ def make(fn, seed=0, rows=B):
       arrays[name] = rng.uniform(size=(rows, 2)).astype(np.float32)
     elif name == 'score_norm':
       arrays[name] = np.where(mask, rng.uniform(0, 2, size=(rows, T)), 0).astype(np.float32)
-    elif ARRAYS[name].shape == 'B':
+    elif (
+      name in ARRAYS and ARRAYS[name].shape == 'B'
+    ):  # log-probs of further anchors are not listed
       arrays[name] = rng.uniform(size=rows).astype(np.float32)
     elif name in ('logits', 'teacher_logits'):
       arrays[name] = rng.normal(size=(rows, T, V)).astype(np.float32)
