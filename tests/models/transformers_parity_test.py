@@ -295,19 +295,10 @@ PROMPTS = (
   'What is the capital of France?',
   'Write a haiku about the sea.',
   'What is 17 plus 25? Explain step by step.',
-  'Translate "good morning" into Spanish.',
-  'Name three primary colours.',
-  'Who wrote Romeo and Juliet?',
   'Give me a recipe for pancakes.',
   'Explain photosynthesis to a child.',
   'Write a Python function that reverses a string.',
-  'List five animals that live in the forest.',
-  'What happens when water boils?',
   'Tell me a short story about a dragon and a baker.',
-  'How do I tie a bow tie?',
-  'Summarise the plot of Cinderella in two sentences.',
-  'Is the number 91 prime?',
-  'Why is the sky blue?',
   'Correct the grammar: he go to school yesterday.',
   'hello',
   'Write a polite e-mail that declines an invitation to a dinner on Friday because of a journey.',
@@ -349,7 +340,7 @@ def test_smollm2_says_what_it_says_in_transformers(smollm2):
   found = sample({'policy': params}, tokens, mask, np.arange(len(tokens)), seed=0, step=0)
   width = tokens.shape[1]
   made = np.asarray(found.tokens)[:, width:]
-  assert found.mask[:, width:].sum() > 20 * 15  # they do talk
+  assert found.mask[:, width:].sum() > len(PROMPTS) * 15  # they do talk
   for prompt, ours, wanted in zip(PROMPTS, made, out[:, width:], strict=True):
     assert tokenizer.decode(ours) == tokenizer.decode(wanted), prompt
     np.testing.assert_array_equal(ours[: len(wanted)], wanted, err_msg=prompt)
