@@ -644,6 +644,16 @@ def _try_judge(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
     )
 
 
+def _first_reason(section: DataSection, tokenizer: tokenizers.Tokenizer) -> str:
+  """Why the first record of a section cannot be laid out."""
+  source, reader = section.source, section.reader
+  try:
+    reader.lay_out([{**source[0], 'id': 0}], tokenizer=tokenizer, cut=reader.overlong == 'truncate')
+  except (batching.TooLong, batching.Unusable) as error:
+    return f'; for example {source.place(0)}: {str(error).removeprefix("record 0: ")}'
+  return ''
+
+
 def _look(
   section: DataSection, tokenizer: tokenizers.Tokenizer
 ) -> tuple[list[str], list[tuple[int, bytes]]]:
@@ -670,7 +680,8 @@ def _look(
       raise ValueError(said) from error
   if fates and fates['dropped'] + fates['unusable'] == fates.total():
     what = 'too long or unusable' if fates['unusable'] else 'too long'
-    raise ValueError(f'{where}: each of {fates.total()} records is {what}, and dropped')
+    said = f'{where}: each of {fates.total()} records is {what}, and dropped'
+    raise ValueError(said + _first_reason(section, tokenizer))
   told, looked = [], f'{where}: of {fates.total()} records that were looked at'
   if fates['dropped'] + fates['cut']:
     told.append(f'{looked}, {fates["dropped"]} are too long and dropped, {fates["cut"]} are cut')

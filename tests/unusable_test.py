@@ -24,6 +24,9 @@ BAD = [
   ('pairs', {'rejected': None}, "no 'rejected', only"),
   ('margins', {'margin': 'big'}, "margin must be a finite number, got 'big'"),
   ('margins', {'margin': float('inf')}, 'margin must be a finite number, got inf'),
+  ('margins', {'margin': 1e39}, 'margin must be a finite number, got 1e+39'),
+  ('margins', {'margin': 10**400}, 'margin must be a finite number, got 1000'),
+  ('margins', {'margin': -0.5}, 'margin must be at least 0, got -0.5'),
   ('margins', {'margin': ...}, "there is no 'margin' here"),
   ('feedback', {'label': 1.5}, 'label must be true, false or a probability, got 1.5'),
   ('feedback', {'label': 'good'}, "label must be true, false or a probability, got 'good'"),
@@ -152,3 +155,13 @@ def test_a_list_with_fewer_completions_has_empty_rows():
     batching._listed(record, 1)
   [first, second] = batching.read(record, BYTE, Lists().fields)
   assert (len(first.ids), len(second.ids)) == (3, 4)
+
+
+def test_a_run_whose_records_are_all_dropped_says_why_the_first_one_is(tmp_path):
+  path = tmp_path / 'data.jsonl'
+  path.write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}\n' * 3)
+  config = from_text(text(path, 'pairs'))
+  config.phases.train.collect.unusable = 'drop'
+  with pytest.raises(ValueError, match='each of 3 records') as error:
+    build.check_data(build.build(config))
+  assert str(error.value).endswith(f'example {path}:1: chosen and rejected have the same tokens')

@@ -94,6 +94,8 @@ class Preferences(Given):
   # Numbers that every record has and the objective reads, the same in both rows of a pair: name of the
   # array -> field of the record, as in {'annotated_margin': 'margin'}.
   numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Names of those arrays whose numbers must be at least 0.
+  not_negative: tuple[str, ...] = ()
   # Whether records may have weights of tokens, `chosen_weights` and `rejected_weights`.
   token_weights: bool = False
   # Completion that a row has read before its own: 'other' is that of the pair's other row, another name
@@ -127,7 +129,7 @@ class Preferences(Given):
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, prompt_length=self.prompt_length, before=self.before)
     batch = batching.pairs(records, tokenizer, **sizes, cut=cut)
-    found = pair_fields.numbers(records, self.numbers)
+    found = pair_fields.numbers(records, self.numbers, not_negative=self.not_negative)
     if self.token_weights:
       found['token_weights'] = pair_fields.token_weights(records, batch.mask, cut=cut)
     return batch.with_arrays(**found)

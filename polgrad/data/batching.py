@@ -332,23 +332,17 @@ def read(record: Mapping, tokenizer: Tokenizer, fields: Sequence[str] = ()) -> l
 
 
 def number(record: Mapping, field: str, value: Any, expected: str = 'a number') -> float:
-  """A finite number of a record, which a text may hold, as in CSV.
-
-  Args:
-    record: with `id`.
-    field: where the value is, for errors.
-    value: the number, or a text.
-    expected: what the field holds, for errors.
+  """A number that is finite as a float32; a text may hold it, as in CSV.
 
   Raises:
-    Unusable: the value is no finite number.
+    Unusable: it is none; the message names the record, the field and what was `expected`.
   """
   try:
     found = float(value)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     found = math.nan
-  if not math.isfinite(found):
-    raise Unusable(f'{_name(record)}: {field} must be {expected}, got {value!r}')
+  if not abs(found) <= float(np.finfo(np.float32).max):
+    raise Unusable(f'{_name(record)}: {field} must be {expected}, got {value!r:.80}')
   return found
 
 

@@ -10,7 +10,11 @@ from polgrad.registry import suggest
 
 
 def numbers(
-  records: Sequence[Mapping], fields: Mapping[str, str], *, rows: int = 2
+  records: Sequence[Mapping],
+  fields: Mapping[str, str],
+  *,
+  rows: int = 2,
+  not_negative: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
   """Numbers of n records as arrays f32[rows * n], the same at all rows of a record.
 
@@ -18,14 +22,20 @@ def numbers(
     records: n of them.
     fields: name of the array -> field of the record.
     rows: of a record.
+    not_negative: names of arrays whose numbers must be at least 0.
 
   Raises:
-    Unusable: a record lacks a field, or has no finite number there; the message names both.
+    Unusable: a record lacks a field, or has no finite number there, or a negative one that must not be;
+      the message names both.
   """
-  return {
-    name: np.repeat([_number(r, r.get(field), field) for r in records], rows).astype(np.float32)
-    for name, field in fields.items()
-  }
+  found = {}
+  for name, field in fields.items():
+    values = [_number(r, r.get(field), field) for r in records]
+    for record, value in zip(records, values):
+      if name in not_negative and value < 0:
+        raise Unusable(f'record {record["id"]}: {field} must be at least 0, got {value}')
+    found[name] = np.repeat(values, rows).astype(np.float32)
+  return found
 
 
 def token_weights(records: Sequence[Mapping], mask: np.ndarray, *, cut: bool) -> np.ndarray:

@@ -12,8 +12,8 @@ def odpo(*, beta: float = 0.1, alpha: float = 1.0, log: bool = True) -> Method:
       loss = mean over pairs of softplus(-(beta h - alpha f(m)))
       h = log(pi / reference)(chosen) - log(pi / reference)(rejected)
 
-  m is the number in the field `margin` of a record, such as the difference of two ratings, and f(m) is
-  log(1 + m) or m.
+  m is the number in the field `margin` of a record, at least 0, such as the difference of two
+  ratings, and f(m) is log(1 + m) or m.
 
   Args:
     beta: coefficient of the KL to the reference.
@@ -23,7 +23,11 @@ def odpo(*, beta: float = 0.1, alpha: float = 1.0, log: bool = True) -> Method:
   Confidence: MEMORY.
   """
   return Method(
-    collect=partial(collect.Preferences, numbers={'annotated_margin': 'margin'}),
+    collect=partial(
+      collect.Preferences,
+      numbers={'annotated_margin': 'margin'},
+      not_negative=('annotated_margin',),
+    ),
     objective=part(
       objectives.Pairwise,
       score=part(implicit_rewards.log_ratio_sum),
