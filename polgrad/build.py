@@ -38,6 +38,7 @@ from polgrad.registry import (
   part,
   suggest,
   table,
+  unbound,
 )
 from polgrad.rewards import comparisons, scoring
 from polgrad.sampling import stopping
@@ -46,6 +47,7 @@ from polgrad.types import Layout, Prompts
 CHECKED = 64  # records of a generated source that are laid out before a run
 CHECKED_OF_FILES = 20_000  # records of a file, which may be of any length
 TRIED = 4  # records on which verifiers are tried
+HINT = '; a wrong completion should get a low number, not an error'
 VALUES = frozenset({'values', 'values_after', 'old_values'})  # what needs the model's scalar head
 
 
@@ -397,6 +399,12 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   if isinstance(collector, collect.Sampling):
     _check_stops(f'{path}.collect', collector, run)
   _check_length(f'{path}.collect', collector.length, run.policy)
+  compares = bool({'wins', 'baseline_wins'} & collector.provides)
+  if not compares and unbound(phase.comparison) is not comparisons.by_reward:
+    raise ValueError(
+      f'{path}.comparison: nothing reads it; name what is compared, as in '
+      f"{path}.collect.compare=('wins',)"
+    )
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   if phase.layout.shared > 1 and not phase.layout.prompt_length:
     raise ValueError(
@@ -409,9 +417,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       'several rows is in none of them'
     )
   compared, rows_per_prompt = max(phase.objective.rows_per_prompt, 1), phase.rows_per_prompt
-  if collector.rows % compared or (
-    collector.rows_per_prompt % compared and collector.rows_per_prompt != 1
-  ):
+  if collector.rows % compared or collector.rows_per_prompt % compared:
     raise ValueError(
       f'{path}.collect: groups of {collector.rows_per_prompt} rows, but the objective compares '
       f'{compared}'
@@ -607,9 +613,11 @@ def _try_verifiers(
     if np.isnan(values).all():
       said = [m.partition(f': {name}: ')[2] for m in scores.messages if f': {name}: ' in m]
       reason = said[0] if said else 'as others do'
+      term = judged.reward[name]
+      whole = scoring.is_batched(getattr(term, 'fn', term))  # a judge or a reward model
       raise ValueError(
         f'{path}.{name}: it fails on all of {len(records)} records, where it judges their own answers '
-        f'({reason}); a wrong completion should get a low number, not an error'
+        f'({reason})' + ('' if whole else HINT)
       )
   if not all(completions):
     return []

@@ -366,7 +366,7 @@ def _make(fn: Callable, knobs: Mapping[str, Any], path: str) -> Any:
   """Calls a factory; an error of its own names the place in the configuration."""
   try:
     return fn(**knobs)
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, FileNotFoundError) as error:
     if str(error).startswith('config'):
       raise
     raise type(error)(f'{path}: {error}') from error

@@ -185,6 +185,11 @@ def load(
   mesh = _mesh(devices, fsdp)
   policy = pretrained(path=folder, max_length=max_length, dtype=dtype, value_head=True)
   tokenizer = tokenizers.huggingface(path=folder)
+  if tokenizer.vocab_size > policy.config.vocab_size:
+    raise ValueError(
+      f'{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model '
+      f'{policy.config.vocab_size}; it is the tokenizer of another model'
+    )
   shapes = policy.shapes()
   with jax.set_mesh(mesh):
     shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)

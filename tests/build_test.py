@@ -10,7 +10,9 @@ from experiments import quickstart
 from polgrad import build, collect, credit, models, objectives, optim
 from polgrad.data import sources, tokenizers
 from polgrad.losses import aggregation, penalties, surrogates
+from polgrad.options import from_text
 from polgrad.registry import part, weighted
+from polgrad.rewards import comparisons
 from polgrad.sampling import behavior_policies
 from tests.runs import dpo, grpo, hpt, ppo
 
@@ -300,6 +302,30 @@ def test_requirements_decide_what_is_collected():
   assert isinstance(run.phases['train'].collect, collect.Collector)
   assert run.phases['train'].credit.provides == {'advantages', 'returns'}
   assert {'optim.fixed', 'optim.ema', 'optim.sync'} <= optim.ANCHORS.keys()
+
+
+EMPTY_GAP = part(collect.picks.best_worst, min_gap=2.0, max_gap=1.0)
+
+
+@pytest.mark.parametrize(
+  ('method', 'changes', 'words'),
+  [
+    ('online_dpo', {'collect.samples_per_prompt': 1}, 'collect: groups of 1 rows, but the .* 2'),
+    ('online_dpo', {'collect.samples_per_prompt': 3}, 'collect: groups of 3 rows, but the .* 2'),
+    ('infonca,sampled=true', {'collect.samples_per_prompt': 1}, 'collect: groups of 1 rows'),
+    ('online_dpo', {'comparison': part(comparisons.shorter)}, 'comparison: nothing reads it; name'),
+    ('dpo', {'objective.beta': -1.0}, 'objective.beta: expected a number above 0'),
+    ('online_dpo', {'collect.choose': EMPTY_GAP}, 'collect: best_worst: min_gap=2.0 must be below'),
+    ('dpo', {'comparison': part(comparisons.shorter)}, 'comparison: nothing reads it; name'),
+  ],
+)
+def test_what_cannot_teach_pairs_is_refused(method, changes, words):
+  config = from_text(f'method={method},task=addition,model=tiny,smoke')
+  for path, value in changes.items():
+    section, _, name = path.rpartition('.')
+    (config.phases.train[section] if section else config.phases.train)[name] = value
+  with pytest.raises(ValueError, match=rf'config\.phases\.train\.{words}'):
+    build.build(config)
 
 
 BOUNDED = {  # what no run can have, and the range that the error names

@@ -58,7 +58,12 @@ def best_worst(
     max_gap: a pair whose rewards differ by this or more is left out: with the same number as `min_gap`
       of another phase, data are split into easy and hard pairs.
     length_penalty: reward that a token costs while rows are chosen; gaps are those of the rewards.
+
+  Raises:
+    ValueError: no pair can be between the gaps.
   """
+  if not min_gap < max_gap:
+    raise ValueError(f'best_worst: min_gap={min_gap} must be below max_gap={max_gap}')
   order = _descending(rewards - length_penalty * lengths, valid)
   return _pairs(order[:, :1], _last(order, valid), valid, rewards, min_gap, max_gap)
 

@@ -24,7 +24,7 @@ from polgrad.objectives.base import (
   view,
 )
 from polgrad.reductions import Mean
-from polgrad.registry import either
+from polgrad.registry import Positive, either
 from polgrad.types import Array, Batch, Outputs
 
 
@@ -52,7 +52,7 @@ class Pointwise(Comparing):
 
   score: implicit_rewards.Part
   loss: pointwise_losses.Part
-  beta: float = 1.0
+  beta: Positive = 1.0
   rows_per_prompt: int = 1
   selections: Mapping[str, pointwise_losses.SelectionPart] = dataclasses.field(default_factory=dict)
   history: Mapping[str, metric_history.Part] = dataclasses.field(default_factory=dict)

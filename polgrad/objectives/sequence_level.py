@@ -39,7 +39,7 @@ from polgrad.objectives.base import (
 )
 from polgrad.objectives.row_level import isolate_empty_rows
 from polgrad.reductions import Deviation
-from polgrad.registry import check_weighted, either, inputs
+from polgrad.registry import Positive, check_weighted, either, inputs
 from polgrad.types import Array, Batch, Outputs
 
 StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
@@ -87,7 +87,7 @@ class Pairwise(Comparing):
   score: pair_scores.Part
   link: preference_losses.Part
   shape: score_shapes.Part = score_shapes.identity
-  beta: float = 1.0
+  beta: Positive = 1.0
   scales: Mapping[str, pair_weights.Part] = dataclasses.field(default_factory=dict)
   offset: float = 0.0
   offsets: Mapping[str, pair_offsets.Part] = dataclasses.field(default_factory=dict)
@@ -219,7 +219,7 @@ class Regression(Objective):
 
   score: implicit_rewards.Part
   center: log_partition.Part
-  beta: float = 0.5
+  beta: Positive = 0.5
   schedule: optim.SchedulePart = optim.constant
   scale: float = 1.0
   rows_per_prompt: int = 1

@@ -130,7 +130,7 @@ def test_a_model_that_reads_both_completions_compares_them_in_both_orders(models
 def test_what_is_no_reward_model_is_refused_when_the_run_is_built(models, tmp_path):
   with pytest.raises(ValueError, match='holds no reward model, but a language model'):
     verifier(str(pathlib.Path(models[0]).parent / 'source0' / 'first'))
-  with pytest.raises(FileNotFoundError, match='expected the folder of a reward model'):
+  with pytest.raises(FileNotFoundError, match=r'config: .*expected the folder of a reward model'):
     verifier(str(tmp_path))
   with pytest.raises(ValueError, match='devices=99 and fsdp=1 do not fit'):
     verifier(models[0], devices=99)
@@ -152,3 +152,13 @@ def test_options_of_a_run_name_it_and_its_files_are_part_of_what_the_run_is(mode
   file.write_bytes(content)
   (found,) = identity.differences(before, identity.describe(config))
   assert found == f'{other}: other contents than before'
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(models, tmp_path):
+  shutil.copytree(models[0], tmp_path / 'mixed')
+  file = tmp_path / 'mixed' / 'tokenizer.json'
+  content = json.loads(file.read_text())
+  content['model']['vocab'] |= {f'more{i}': i for i in range(640, 650)}
+  file.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r'mixed: its tokenizer has 650 tokens, its model 640'):
+    verifier(str(tmp_path / 'mixed'))(['x'], [{'prompt': 'y'}])

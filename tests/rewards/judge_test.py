@@ -315,6 +315,15 @@ def test_the_address_of_a_judge_and_its_question_are_no_files_of_a_run():
   assert not list(identity._paths({'source': knobs, 'phases': {'reward': knobs}}))
 
 
+def test_a_reward_whose_judge_does_not_answer_is_refused_in_words():
+  config = from_text('method=grpo,task=addition,model=tiny,smoke')
+  config.phases.train.reward.exact = part(judge.score, url='http://127.0.0.1:9/v1', retries=0)
+  with pytest.raises(
+    ValueError, match=r'reward.exact: .* own answers \(Unreachable: .*refused>\)$'
+  ):
+    build.check_data(build.build(config))
+
+
 def test_a_run_whose_judge_does_not_answer_is_refused_in_words(serve):
   config = from_text('method=online_ipo,task=addition,model=tiny,smoke')
   config.phases.train.comparison = part(judge.compare, url='http://127.0.0.1:9/v1', model='j')
