@@ -146,6 +146,9 @@ def test_a_batch_has_the_chosen_rows_of_every_group_and_masks_those_that_are_not
     gap = few['wins'][2 * group, 1]
     assert gap == pytest.approx(wins(rewards[group, best], rewards[group, worst]), abs=1e-6)
   assert report.metrics['left_out'] == (~few.valid).sum()
+  failed = batch.replace(valid=batch.valid & (np.arange(24) >= 6))  # the whole first group
+  few, again = steps._choose(failed, report._replace(terms={}), 0)
+  assert again.metrics['left_out'] == (~few.valid[2:]).sum() and not few.valid[:2].any()
   assert set(report.terms) == {'short'} and len(report.terms['short']) == 8
 
 
