@@ -203,6 +203,8 @@ def typed_lines(read: Callable[[str], str] = input) -> Iterator[str]:
 def main(argv: list[str]) -> None:
   loading.start(argv)
   with cli.refusals():
+    if _STRENGTH.value != _STRENGTH.default and not _SCORER.value:
+      raise ValueError('--strength is that of a scorer: add --scorer')
     experiment, params = loading.load(loading.config())
     system = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
     if _CHAT.value:  # a tokenizer without a template, or one that has no system turn, refuses

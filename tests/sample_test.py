@@ -151,3 +151,11 @@ def test_a_chat_without_a_template_is_refused_in_one_line(folder, tmp_path, caps
     sample.main(['sample'])
   told = capsys.readouterr().err
   assert ended.value.code == 2 and 'no chat template' in told and told.count('\n') == 1
+
+
+def test_a_strength_without_a_scorer_is_refused_in_one_line(folder, capsys):
+  given = dict(model=folder, strength=4.0, compilation_cache='')
+  with flagsaver.flagsaver(**given), pytest.raises(SystemExit) as ended:
+    sample.main(['sample'])
+  told = capsys.readouterr().err
+  assert ended.value.code == 2 and '--scorer' in told and told.count('\n') == 1
