@@ -5,13 +5,14 @@ import types
 import numpy as np
 import pytest
 
-from polgrad import build, collect
+from polgrad import build, collect, credit
 from polgrad.collect import scored
 from polgrad.data import tokenizers
 from polgrad.registry import bind, part
 from polgrad.rewards import comparisons, scoring
 from polgrad.types import Batch
 from tests.collect_test import experiment
+from tests.policy_gradient import harness
 from tests.runs import addition, method_of
 
 TOKENIZER = tokenizers.characters(alphabet='0123456789+=')
@@ -156,9 +157,12 @@ def test_settings_of_comparisons_that_cannot_be_are_refused(settings, words):
 def test_groups_of_an_odd_number_of_rows_have_no_pairs_to_label():
   config = addition(method_of('online_ipo'))
   config.phases.train.collect.choose = part(collect.picks.best)
-  run = build.build(config)
-  with pytest.raises(ValueError, match='a group has 1 rows, an odd number'):
-    build.check_data(run)
+  with pytest.raises(ValueError, match='groups of 1 rows, but the objective compares 2'):
+    build.build(config)
+  # An objective of single rows can have such groups, but not with this credit.
+  batch = harness.scored(rewards=np.zeros(3), wins=np.full((3, 3), 0.5))
+  with pytest.raises(ValueError, match='a group has 3 rows, an odd number'):
+    credit.compared().apply(batch, ())
 
 
 def test_a_phase_compares_as_it_is_configured():
