@@ -9,9 +9,9 @@ Options: method, path (of the model's folder), lora, steps, smoke.
 
     python -m polgrad.train --config=experiments/smollm2_family.py:path=FOLDER --workdir=runs/family
 
-Measured on 2 shared CPU cores, float32, one seed. Greedy accuracy on 64 held-out problems (standard
-error at most 0.06) after so many batches of 32 samples, and the mean reward of the samples of each ten
-batches (dynamic sampling replaces groups without signal, so DAPO's reads high):
+Measured on 2 shared CPU cores, float32, one seed: greedy accuracy on 64 held-out problems (standard
+error at most 0.06) by the number of batches of 32 samples, and the mean reward of the samples, averaged
+over ten batches. Dynamic sampling replaces groups without signal, so DAPO's mean reads high:
 
     batches             0     10     20     30     40
     DAPO, greedy     0.03   0.28   0.30   0.31   0.34

@@ -1,4 +1,4 @@
-"""Which rows of a group are trained on, and what stands beside the samples of a group."""
+"""Which rows of a group are trained on, and which rows a group has besides its samples."""
 
 import dataclasses
 
