@@ -18,6 +18,7 @@ LEVELS = {
   'sharding': 1,
   'models': 2,
   'rewards': 1,
+  'environments': 2,
   'data': 1,
   'optim': 1,
   'checkpoint': 1,

@@ -1,0 +1,81 @@
+"""The interface of environments, and that between them and the sampler."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from polgrad.registry import AtLeastOne
+
+
+class Step(NamedTuple):
+  """What an environment answers to a turn of the policy."""
+
+  state: Any  # the next state
+  # What the policy reads before its next turn: a text, which becomes a user turn, or messages as in
+  # records, such as {'role': 'tool', 'content': '4'}. It is not read if the episode is over.
+  observation: str | Sequence[Mapping] = ''
+  reward: float = 0.0  # of this turn; the reward of a row is the sum over its turns
+  done: bool = False  # whether the episode is over
+  metrics: Mapping[str, float] = {}  # numbers of this turn by name, such as {'tool_errors': 1.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment(abc.ABC):
+  """Answers the turns of the policy; a frozen dataclass whose fields are its settings.
+
+  It holds no state of an episode: `reset` makes one, and `step` returns the next one. So an episode can
+  be continued in another process, or twice from the same place. States are picklable, except where the
+  environment runs in the process of the trainer.
+  """
+
+  # Turns that the policy may take; an episode that is not done by then ends.
+  max_turns: AtLeastOne = 8
+
+  def opened(self, record: Mapping) -> dict:
+    """The record that the first prompt is made of, for example with tools or a system turn added."""
+    return dict(record)
+
+  @abc.abstractmethod
+  def reset(self, record: Mapping, seed: int) -> Any:
+    """The state in which an episode begins.
+
+    Args:
+      record: a record of the data.
+      seed: differs between the samples of a prompt and between steps, for what is random.
+    """
+
+  @abc.abstractmethod
+  def step(self, state: Any, text: str) -> Step:
+    """The answer to a turn.
+
+    Args:
+      text: what the policy said in this turn, without the stop token.
+    """
+
+
+class Replies(Protocol):
+  """What the sampler needs of the other side: tokens to read after each turn.
+
+  Rows are numbered 0 .. B - 1, prompt-major. The sampler asks when a turn has ended and goes on decoding
+  other rows until the reply is there.
+  """
+
+  def ask(self, row: int, ids: Sequence[int], ended: bool) -> None:
+    """Hands in a turn.
+
+    Args:
+      ids: the tokens drawn in this turn, stop token included.
+      ended: whether a stop token or a stop string ended it, and not a budget.
+    """
+
+  def take(self, wait: bool) -> list[tuple[int, list[int] | None]]:
+    """The replies that have come since the last call, each a row with the tokens to append to it.
+
+    The tokens are those between the turn and the next one: what the chat template writes after a turn
+    (the stop token itself where the policy did not draw it), the observation, and the beginning of the
+    next assistant turn. They are at least one. None instead of tokens ends the row.
+
+    Args:
+      wait: whether to wait until there is at least one reply; some row is being answered then.
+    """
