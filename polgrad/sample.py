@@ -4,6 +4,7 @@
     python -m polgrad.sample ... --prompt='12+34='
     python -m polgrad.sample --model=FOLDER --chat --temperature=0.7 --top_p=0.95
     python -m polgrad.sample ... --params=teacher --scorer=policy --strength=4 --temperature=1
+    python -m polgrad.sample ... --params=teacher --scorer=policy --candidates=4 --temperature=1
 
 The model is chosen as `polgrad.loading` says. Without --prompt, every line of the standard input is a
 prompt. With --chat, every line is a user's turn, and the prompt is the conversation so far in the
@@ -12,6 +13,7 @@ ends, and Ctrl-C interrupts an answer. Answers are written to the standard outpu
 """
 
 import contextlib
+import functools
 import re
 import signal
 import sys
@@ -23,6 +25,7 @@ from absl import flags
 from polgrad import cli, loading
 from polgrad.build import Experiment
 from polgrad.data import batching
+from polgrad.sampling.blockwise import block_streamer
 from polgrad.sampling.streaming import Streamer, Text
 from polgrad.types import Params
 
@@ -48,6 +51,14 @@ _SCORER = flags.DEFINE_string(
   'What cd_fudge or cd_q trained, which steers the decoding: a folder, or "policy" of --workdir.',
 )
 _STRENGTH = flags.DEFINE_float('strength', 1.0, 'Strength of --scorer, in 1 / unit of its reward.')
+_CANDIDATES = flags.DEFINE_integer(
+  'candidates',
+  0,
+  'Draw that number of blocks of --block_tokens, continue with the one that --scorer values most, and '
+  'repeat; 0: the scorer steers each token.',
+  lower_bound=0,
+)
+_BLOCK = flags.DEFINE_integer('block_tokens', 8, 'Tokens of a block.', lower_bound=1)
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'Text before which an answer ends; repeat the flag for more.'
 )
@@ -76,6 +87,8 @@ class Completer:
     seed: int = 0,
     prefix: str = '',
     stop: Sequence[str] = (),
+    candidates: int = 0,
+    block_tokens: int = 8,
     **settings,
   ):
     """Prepares a model.
@@ -86,14 +99,18 @@ class Completer:
       seed: with the number of the turn, it seeds the sampling noise.
       prefix: given beginning of every completion.
       stop: texts before which a completion ends.
-      settings: `temperature`, `top_k`, `top_p`, `scorer`, `strength` and `note` of `Streamer`.
+      candidates, block_tokens: with candidates, `block_streamer` draws in place of `Streamer`.
+      settings: `temperature`, `top_k`, `top_p` and `scorer`; without candidates also `strength` and
+        `note`, see `Streamer`.
     """
     self._tokenizer = experiment.tokenizer.sampling(prefix, ())
     self.limit = experiment.policy.config.max_length
     self._stop, self._length, self._seed = tuple(stop), max_new_tokens, seed
-    self._stream = Streamer(
-      experiment.policy, params, stop_ids=self._tokenizer.stop_ids, **settings
-    )
+    make = Streamer
+    if candidates:
+      blocks = dict(candidates=candidates, block_tokens=block_tokens)
+      make = functools.partial(block_streamer, **blocks)
+    self._stream = make(experiment.policy, params, stop_ids=self._tokenizer.stop_ids, **settings)
     self.cut = False
 
   def __call__(self, record: dict, turn: int) -> Iterator[str]:
@@ -205,6 +222,12 @@ def main(argv: list[str]) -> None:
   with cli.refusals():
     if _STRENGTH.value != _STRENGTH.default and not _SCORER.value:
       raise ValueError('--strength is that of a scorer: add --scorer')
+    if _CANDIDATES.value and not _SCORER.value:
+      raise ValueError('--candidates are compared by a scorer: add --scorer')
+    if _CANDIDATES.value and _STRENGTH.value != _STRENGTH.default:
+      raise ValueError('--strength steers single tokens, so it has no use with --candidates')
+    if not _CANDIDATES.value and _BLOCK.value != _BLOCK.default:
+      raise ValueError('--block_tokens needs --candidates')
     experiment, params = loading.load(loading.config())
     system = [{'role': 'system', 'content': _SYSTEM.value}] if _SYSTEM.value else []
     if _CHAT.value:  # a tokenizer without a template, or one that has no system turn, refuses
@@ -223,14 +246,20 @@ def main(argv: list[str]) -> None:
       top_k=_TOP_K.value,
       top_p=_TOP_P.value,
       scorer=loading.beside(_SCORER.value, experiment) if _SCORER.value else None,
-      strength=_STRENGTH.value,
-      note=note,
+      **_steering(),
     )
     lines = _PROMPT.value or (typed_lines() if sys.stdin.isatty() else sys.stdin)
     if _CHAT.value:
       chat(completer, lines, _SYSTEM.value)
     else:
       complete_lines(completer, lines)
+
+
+def _steering() -> dict:
+  """How --scorer acts: on blocks, or on tokens."""
+  if _CANDIDATES.value:
+    return dict(candidates=_CANDIDATES.value, block_tokens=_BLOCK.value)
+  return dict(strength=_STRENGTH.value, note=note)
 
 
 if __name__ == '__main__':

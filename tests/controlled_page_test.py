@@ -16,7 +16,7 @@ MAINS = {main.__name__: main for main in (sample, train)}
 
 def test_commands_are_accepted():
   commands = re.findall(r'^python -m .*', PAGE, re.MULTILINE)
-  assert len(commands) == 2
+  assert len(commands) == 3
   for command in commands:
     _, _, main, *arguments = shlex.split(command)
     assert main in MAINS

@@ -153,9 +153,26 @@ def test_a_chat_without_a_template_is_refused_in_one_line(folder, tmp_path, caps
   assert ended.value.code == 2 and 'no chat template' in told and told.count('\n') == 1
 
 
-def test_a_strength_without_a_scorer_is_refused_in_one_line(folder, capsys):
-  given = dict(model=folder, strength=4.0, compilation_cache='')
-  with flagsaver.flagsaver(**given), pytest.raises(SystemExit) as ended:
+@pytest.mark.parametrize(
+  'given, named',
+  [
+    (dict(strength=4.0), '--scorer'),
+    (dict(candidates=4), '--scorer'),
+    (dict(candidates=4, scorer='policy', strength=2.0), '--strength'),
+    (dict(block_tokens=4, scorer='policy'), '--candidates'),
+  ],
+)
+def test_steering_that_has_no_effect_is_refused_in_one_line(given, named, folder, capsys):
+  flags = flagsaver.flagsaver(model=folder, compilation_cache='', **given)
+  with flags, pytest.raises(SystemExit) as ended:
     sample.main(['sample'])
   told = capsys.readouterr().err
-  assert ended.value.code == 2 and '--scorer' in told and told.count('\n') == 1
+  assert ended.value.code == 2 and named in told and told.count('\n') == 1
+
+
+def test_the_best_of_several_answers_is_printed(folder, capfd):
+  given = dict(scorer=folder, candidates=3, block_tokens=8, max_new_tokens=8, temperature=1.0)
+  with flagsaver.flagsaver(model=folder, prompt=['hello'], compilation_cache='', **given):
+    sample.main(['sample'])
+  told = capfd.readouterr()
+  assert told.err == '' and told.out.endswith('\n') and len(told.out) > 1

@@ -5,7 +5,7 @@ appended, and so on until a stop token. With M = max_new_tokens it is best-of-K.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from polgrad.compiling import jit
 from polgrad.losses import logit_stats
 from polgrad.models.policy import Policy
 from polgrad.models.token_stats import token_stats
-from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling.sampler import behavior_at, make_sampler
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Params
 
+WIDTH = 64  # the columns of a single prompt are a multiple of this, so few programs compile
 Score = Callable[[Batch], Array]  # rows [B] of prompts and partial completions -> values [B]
 
 
@@ -77,7 +78,7 @@ def make_block_sampler(
       start, end = block * block_tokens, (block + 1) * block_tokens
       # All rows that continue have `start` tokens, so texts stay left-padded. The columns on the left
       # fill up to one width for all blocks, so few programs compile.
-      fill = ((0, 0), (max_new_tokens - start, 0))
+      fill = ((0, 0), (max_new_tokens - end, 0))
       text = np.pad(np.concatenate([np.asarray(tokens), made[:, :start]], 1), fill)
       seen = np.pad(np.concatenate([np.asarray(mask), drawn[:, :start]], 1), fill)
       number = (step * blocks + block) % 2**31  # so that blocks draw different noise
@@ -85,7 +86,7 @@ def make_block_sampler(
       best = np.asarray(score(rows)).reshape(prompts, candidates).argmax(axis=1)
       chosen = jax.tree.map(lambda x, best=best: x[np.arange(prompts) * candidates + best], rows)
       # Rows that have ended were drawn too, because shapes are fixed; their draws are dropped.
-      new = slice(width + max_new_tokens, None)
+      new = slice(width + max_new_tokens - block_tokens, None)
       drawn[:, start:end] = chosen.mask[:, new] & ~finished[:, None]
       made[:, start:end] = np.where(drawn[:, start:end], chosen.tokens[:, new], pad_id)
       logp[:, start:end] = np.where(drawn[:, start:end], chosen.behavior_logp[:, new], 0)
@@ -117,6 +118,77 @@ def prefix_value(policy: Policy, params: Params) -> Score:
 
   value = jit(value)
   return lambda batch: value(params, batch.tokens, batch.segment_ids, batch.mask)
+
+
+def block_streamer(
+  policy: Policy,
+  params: Params,
+  *,
+  scorer: tuple[Policy, Params],
+  candidates: int,
+  block_tokens: int,
+  stop_ids: Sequence[int] = (),
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+) -> Callable[..., Iterator[int]]:
+  """Makes `stream(prompt, *, max_new_tokens, seed, turn)`, which yields one completion's tokens.
+
+  The function is called as a `Streamer` is, but the first token comes when the last block is chosen.
+  Where the model can read no further whole block, the completion ends.
+
+  Args:
+    policy, params: the model that blocks are drawn from.
+    scorer: the model whose `prefix_value` chooses, and its parameters.
+    candidates, block_tokens: see `make_block_sampler`.
+    stop_ids, temperature, top_k, top_p: see `make_sampler`; a temperature of 0 is greedy.
+
+  Raises:
+    ValueError: a number below 1, a setting that `make_sampler` refuses, or (from `stream`) a prompt that
+      leaves no room for a block.
+  """
+  if candidates < 1 or block_tokens < 1:
+    raise ValueError(
+      f'candidates and block_tokens must be at least 1, got {candidates} and {block_tokens}'
+    )
+  behavior_policy, temperature = behavior_at(temperature)
+  value = prefix_value(*scorer)
+
+  @functools.cache
+  def sampler(max_new_tokens: int) -> Callable[..., Batch]:
+    return make_block_sampler(
+      {'policy': policy},
+      score=value,
+      candidates=candidates,
+      block_tokens=block_tokens,
+      max_new_tokens=max_new_tokens,
+      behavior_policy=behavior_policy,
+      stop_ids=stop_ids,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+    )
+
+  def stream(prompt: Sequence[int], *, max_new_tokens: int, seed: int, turn: int) -> Iterator[int]:
+    limit = min(policy.config.max_length, scorer[0].config.max_length)
+    room = limit - len(prompt)
+    blocks = min(-(-max_new_tokens // block_tokens), room // block_tokens)
+    if blocks < 1:
+      raise ValueError(
+        f'a prompt of {len(prompt)} tokens leaves room for {max(room, 0)} more, less than a block of '
+        f'{block_tokens}'
+      )
+    width = min(len(prompt) - len(prompt) % -WIDTH, limit - blocks * block_tokens)
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, width - len(prompt) :] = prompt
+    mask = np.arange(width)[None] >= width - len(prompt)
+    ids = np.array([turn], np.int32)
+    rows = sampler(blocks * block_tokens)(
+      {'policy': params}, tokens, mask, ids, seed=seed, step=turn
+    )
+    yield from rows.tokens[rows.mask][:max_new_tokens].tolist()
+
+  return stream
 
 
 def _batch(tokens, mask, prompt_ids, made, logp, drawn, finished, pad_id) -> Batch:

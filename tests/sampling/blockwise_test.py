@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad.sampling import make_block_sampler, make_sampler, prefix_value
+from polgrad.sampling.blockwise import block_streamer
 from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
@@ -93,3 +94,25 @@ def test_the_scorer_values_the_last_token_of_a_row():
 def test_blocks_must_fill_the_completion():
   with pytest.raises(ValueError, match='block_tokens must divide max_new_tokens 6, got 4'):
     make_block_sampler({}, score=token_sum, candidates=2, block_tokens=4, max_new_tokens=6)
+
+
+def test_streamed_blocks_are_those_of_the_block_sampler():
+  scorer = (POLICY, tiny.params(1, num_layers=1))
+  common = dict(candidates=3, block_tokens=2, stop_ids=STOPS)
+  stream = block_streamer(POLICY, PARAMS, scorer=scorer, **common)
+  prompt = np.asarray(TOKENS[0]).tolist()
+  found = list(stream(prompt, max_new_tokens=5, seed=2, turn=7))
+  # The same prompt in as many columns: the draws depend neither on the padding nor on the last block.
+  draw = make_block_sampler(
+    {'policy': POLICY}, score=prefix_value(*scorer), max_new_tokens=6, **common
+  )
+  row = (TOKENS[:1], MASK[:1], jnp.array([7]))
+  rows = draw({'policy': PARAMS}, *row, seed=2, step=7)
+  assert found == rows.tokens[rows.mask][:5].tolist()
+
+
+def test_a_prompt_without_room_for_a_block_is_refused():
+  stream = block_streamer(POLICY, PARAMS, scorer=(POLICY, PARAMS), candidates=2, block_tokens=8)
+  limit = POLICY.config.max_length
+  with pytest.raises(ValueError, match='room for 3 more, less than a block of 8'):
+    list(stream([5] * (limit - 3), max_new_tokens=8, seed=0, turn=0))
