@@ -1,9 +1,12 @@
-"""Held-out accuracy of a model: greedy, pass@k and maj@k.
+"""What a model does on held-out data: accuracy on problems (greedy, pass@k, maj@k), losses on records.
 
     python -m polgrad.evaluate --config=experiments/quickstart.py --workdir=runs/quickstart
 
 Without --workdir (and --checkpoints) it measures the model as it was before training: that of the
 files which the configuration names, or one with random parameters.
+
+Where the last phase learns from given completions, its loss and metrics on the held-out ones are
+printed too: of preferences and reward models the accuracy, of demonstrations the loss.
 
 A completion whose verifier failed is neither right nor wrong. All rates leave it out, and the metric
 `evaluation/verifier_errors` counts it.
@@ -14,6 +17,7 @@ import json
 import math
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -264,6 +268,54 @@ def make_row_evaluator(phase: Phase, context: Context) -> Callable[[TrainState],
   return measure
 
 
+def context(experiment: Experiment, phase: Phase, index: int) -> Context:
+  """What the collector of phase number `index` reads of the run."""
+  return Context(
+    policy=experiment.policy,
+    tokenizer=experiment.tokenizer,
+    mesh=experiment.mesh,
+    seed=experiment.seed + 1_000_003 * index,  # phases draw other data and samples
+    objective=phase.objective,
+    credit=phase.credit,
+    score=phase.score,
+    frozen=phase.frozen,
+    micro_batches=phase.micro_batches,
+    layout=phase.layout,
+    compare=phase.compare,
+  )
+
+
+def row_metrics(
+  experiment: Experiment, params: Params, anchors: Mapping[str, Params] = types.MappingProxyType({})
+) -> dict[str, float]:
+  """What `make_row_evaluator` measures for the last phase, {} if it has no held-out records.
+
+  Args:
+    params: of the policy.
+    anchors: parameters of the phase's anchors by name. Those that are left out are the policy itself, or
+      the frozen model of their name.
+  """
+  index = len(experiment.order) - 1
+  phase = experiment.phases[experiment.order[index]]
+  if not phase.held_out:
+    return {}
+  given = dict.fromkeys(phase.anchors, params) | dict(anchors)
+  held = {name: learned(experiment.policy, x) for name, x in given.items()}
+  for name, model in phase.frozen.items():
+    held[name] = init_params(model, experiment.mesh, experiment.seed)
+  zero = np.zeros((), np.int32)
+  state = TrainState(
+    params=params,
+    anchors=held,
+    opt_state=(),
+    collect_state=(),
+    credit_state=(),
+    objective_state=phase.objective.init(),
+    **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), zero),
+  )
+  return make_row_evaluator(phase, context(experiment, phase, index))(state)
+
+
 def row_batches(phase: Phase, source: sources.Source, context: Context) -> Iterator[Batch]:
   """Batches (NumPy) of the first `held_out_records` records of a source that are not dropped.
 
@@ -339,16 +391,33 @@ def chosen_params(experiment: Experiment) -> Params:
   return init_params(experiment.policy, experiment.mesh, experiment.seed)
 
 
+def _anchors(experiment: Experiment) -> dict[str, Params]:
+  """The anchors of the last phase in the checkpoint that the flags choose; {} without one."""
+  phase = experiment.phases[experiment.order[-1]]
+  if not phase.held_out or not (cli.WORKDIR.value or cli.CHECKPOINTS.value):
+    return {}
+  names, folder = phase.anchors.keys() - phase.frozen.keys(), cli.checkpoint_folder()
+  return {name: restore_params(experiment, folder, cli.STEP.value, name) for name in names}
+
+
 def main(argv: list[str]) -> None:
   cli.start(argv, needed=['config'])
   with cli.refusals():
     experiment = build(cli.config(TABLE))
-    if not experiment.evaluation.every:
-      raise ValueError('config.evaluation: the experiment has no held-out problems')
+    last = experiment.order[-1]
+    if not experiment.evaluation.every and not experiment.phases[last].held_out:
+      raise ValueError(
+        'config.evaluation: the experiment has no held-out problems, and '
+        f'config.phases.{last}.held_out no other records'
+      )
     params = chosen_params(experiment)
-  with jax.set_mesh(experiment.mesh):
-    found, samples = make_evaluator(experiment)(params)
-  metrics.show_samples('held out, greedy', samples[: experiment.show_samples])
+  found, samples = {}, []
+  with jax.set_mesh(experiment.mesh), cli.refusals():
+    if experiment.evaluation.every:
+      found, samples = make_evaluator(experiment)(params)
+    found |= row_metrics(experiment, params, _anchors(experiment))
+  if samples:
+    metrics.show_samples('held out, greedy', samples[: experiment.show_samples])
   print(json.dumps(found, indent=2))
 
 

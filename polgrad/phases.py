@@ -23,11 +23,11 @@ from polgrad import (
   speed,
 )
 from polgrad.build import Experiment, Phase
-from polgrad.collect import Collected, Context, minibatches
+from polgrad.collect import Collected, minibatches
 from polgrad.compiling import jit
 from polgrad.data import batching, stream
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.evaluate import init_params
+from polgrad.evaluate import context, init_params
 from polgrad.learner import parameter_sets
 from polgrad.models.policy import learned
 from polgrad.packing import pack
@@ -421,23 +421,6 @@ class Drawer:
     return stream.records(
       self.phase.source, seed=self.seed, cursor=at, count=count, shuffle=self.phase.shuffle
     )
-
-
-def context(experiment: Experiment, phase: Phase, index: int) -> Context:
-  """What the collector of phase number `index` reads of the run."""
-  return Context(
-    policy=experiment.policy,
-    tokenizer=experiment.tokenizer,
-    mesh=experiment.mesh,
-    seed=experiment.seed + 1_000_003 * index,  # phases draw other data and samples
-    objective=phase.objective,
-    credit=phase.credit,
-    score=phase.score,
-    frozen=phase.frozen,
-    micro_batches=phase.micro_batches,
-    layout=phase.layout,
-    compare=phase.compare,
-  )
 
 
 def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Callable:

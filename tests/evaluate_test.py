@@ -234,6 +234,9 @@ def test_held_out_pairs_are_measured_by_the_objective_in_batches_that_do_not_div
   assert 0 < expected['accuracy'] < 1
   for name, value in expected.items():
     np.testing.assert_allclose(found[f'evaluation/pairs/{name}'], value, rtol=2e-4, err_msg=name)
+  # What the main prints of a checkpoint.
+  with jax.set_mesh(experiment.mesh):
+    assert evaluate.row_metrics(experiment, moved, state.anchors) == found
 
 
 def test_files_hold_out_demonstrations_and_pairs(tmp_path):

@@ -45,7 +45,8 @@ def test_commands_are_accepted(command, here, monkeypatch):
   rest, changes = cli.split_changes(arguments)
   given = dict(word.removeprefix('--').split('=', 1) for word in rest if '=' in word)
   assert given.keys() - {'config'} <= {'workdir', 'out'}
-  assert main == ('polgrad.convert' if '--reward_model' in rest else 'polgrad.train')
+  usual = 'polgrad.train' if 'workdir' in given else 'polgrad.evaluate'
+  assert main == ('polgrad.convert' if '--reward_model' in rest else usual)
   file, text = given['config'].split(':', 1)
   phase = built(text, changes, here).phases['train']
   assert file == 'experiments/run.py'
