@@ -54,7 +54,7 @@ COLLECTED = {
   'choose': 'the collector chooses the rows to train on out of more samples',
   'demonstrations': 'learns from demonstrations as well',
   'preferences': 'mixes pairs of the data with samples of the policy',
-  'opponents': 'the two sequences of a pair have different samplers',
+  'opponents': 'the sequences of a group have different samplers',
   'stats': 'the collector measures statistics',
 }
 # method -> why it is left out, if its arrays do not say it

@@ -121,6 +121,10 @@ LOCAL = {
   'scaled_rewards': Spec('B', 'rewards / beta, nats; in log_partition'),
   'residual': Spec('B', 'rewards / beta - score, nats; in log_partition'),
   'log_ratio_sum': Spec('B', 'log pi - log reference of the row, nats; in reward penalties'),
+  'not_better': Spec(
+    'B', 'how many samples of another policy have at most the reward of the row; in best_of_n'
+  ),
+  'compared_with': Spec('B', 'how many samples of another policy the prompt has; in best_of_n'),
   'log_t': Spec('B', 'log pi - log target of the row, nats; in f_divergences'),
   'token_rewards': Spec('B T', 'reward of a token: the row has its own at its last; in returns'),
   'token_returns': Spec('B T', 'sum of the rewards from the token on; in token baselines'),

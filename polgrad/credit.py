@@ -13,12 +13,15 @@ import jax.numpy as jnp
 
 from polgrad.arrays import per_token
 from polgrad.losses import advantages as advantage_functions
+from polgrad.losses import best_of_n as best_of_n_rewards
 from polgrad.losses import f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
 from polgrad.losses.groups import (
   Groups,
+  at_most,
+  first_best,
   kendall_tau,
   maximum,
   members,
@@ -28,7 +31,7 @@ from polgrad.losses.groups import (
   size,
   total,
 )
-from polgrad.registry import call, check_weighted, inputs, table
+from polgrad.registry import NotNegative, call, check_weighted, inputs, table
 from polgrad.types import STREAMS, Array, Batch
 
 Apply = Callable[[Batch, Any], tuple[Batch, Any]]
@@ -350,6 +353,64 @@ def win_rate_gap() -> Estimator:
   )
 
 
+def best_of_n(
+  *,
+  reward: best_of_n_rewards.RewardPart = best_of_n_rewards.log_quantile,
+  policy: NotNegative = 1.0,
+  reference: NotNegative = 1.0,
+  kl_coefficient: float = 0.0,
+) -> Estimator:
+  """Weights with which a policy learns the best of n samples of a reference (arXiv:2407.14622).
+
+  A group holds samples of the policy and n samples of the reference, the rows with `opponent` 1. A row
+  of the policy gets
+
+      A_t = policy (q - mean of q over the other rows of the policy) - kl_coefficient sum over s >= t of
+            log(pi / reference)(y_s)
+
+  with q the `reward` of how many samples of the reference are not better. The best sample of the
+  reference gets A_t = reference, so it is imitated; its other samples are masked out. Each kind is
+  divided by its share of the rows, so a mean over rows (`sequence_sum`) is the sum of a mean over the
+  rows of the policy and a mean over the imitated ones.
+
+  Args:
+    reward: of rows of the policy.
+    policy: factor of the policy gradient.
+    reference: factor of the log-likelihood of the best sample of the reference.
+    kl_coefficient: of k1 = log pi - log reference, nats.
+  """
+
+  def apply(batch, state):
+    other = batch['opponent'] > 0
+    theirs, ours = batch.valid & other, batch.valid & ~other
+    count = total(theirs.astype(jnp.int32), same(batch.group_ids))
+    quantile = reward(at_most(batch.rewards, batch.group_ids, theirs), count)
+    centred = advantage_functions.leave_one_out(quantile, batch.group_ids, ours)
+    best = first_best(batch.rewards, members(batch.group_ids, theirs))
+
+    gains = policy * _to_tokens(centred, batch.mask)
+    if kl_coefficient:
+      gains -= kl_coefficient * returns.reward_to_go(_k1(batch), batch.mask)
+    imitated = _to_tokens(jnp.full(len(best), reference), batch.mask)
+    # Rows with tokens, of either kind: their shares of the mean over rows.
+    there = jnp.any(batch.mask, axis=1)
+    kept = there & (ours | best)
+    share = lambda kind: jnp.sum(there & kind) / jnp.maximum(jnp.sum(kept), 1)
+    scaled = jnp.where(
+      other[:, None],
+      imitated / jnp.maximum(share(best), 1e-8),
+      gains / jnp.maximum(share(ours), 1e-8),
+    )
+    mask = batch.mask & kept[:, None]
+    return batch.with_arrays(advantages=jnp.where(mask, scaled, 0.0), mask=mask), state
+
+  return Estimator(
+    apply=apply,
+    requires=_kl_requires(kl_coefficient) | {'opponent'},
+    provides=frozenset({'advantages', 'mask'}),
+  )
+
+
 def _partners(batch: Batch) -> tuple[Array, Array]:
   """The indices of all rows, i32[B], and of the other row of each row's pair.
 
@@ -595,6 +656,7 @@ SIMPLE = table(
   preference,
   compared,
   win_rate_gap,
+  best_of_n,
   imitation,
   success_contrast,
   win_rate,

@@ -81,6 +81,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     found['group_ids'] = np.repeat(np.arange(8 // group), group)
   if 'stream' in found:
     found['stream'] = np.tile([0, 0, 1, 1], 2)
+  if 'opponent' in found:
+    found['opponent'] = np.tile([0.0, 0.0, 0.0, 1.0], 2)
   return found
 
 

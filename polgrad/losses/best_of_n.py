@@ -9,9 +9,13 @@ samples, with ties broken at random, is y with the probability
 The examples need `import jax.numpy as jnp, numpy as np` and `from polgrad.losses import best_of_n`.
 """
 
+from collections.abc import Callable
+from typing import Annotated
+
 import chex
 import jax.numpy as jnp
 
+from polgrad.registry import Positive, table
 from polgrad.types import Array
 
 
@@ -75,38 +79,40 @@ def mean_margin(n: int) -> float:
   return (n - 1) * sum(1 / k for k in range(1, n))
 
 
-def log_quantile(rewards: Array, reference_rewards: Array) -> Array:
+def log_quantile(not_better: Array, compared_with: Array) -> Array:
   """log of the estimated F(y): the reward of BOND's backward KL (arXiv:2407.14622).
 
   With a KL penalty of coefficient 1 / (n - 1) the policy gradient of this reward descends the divergence
   to the best of n. The row counts as a sample itself, so the logarithm is finite.
 
   Args:
-    rewards: [...] of samples of the policy.
-    reference_rewards: [..., m] of m samples of the reference for the same prompts.
+    not_better: [...], how many samples of the reference have a reward of at most that of the row.
+    compared_with: [...], how many samples of the reference there are for its prompt.
 
   Returns:
-    [...], nats, at most 0 and at least -log(m + 1).
+    [...], nats, at most 0 and at least -log(compared_with + 1).
+
+  >>> print(np.asarray(best_of_n.log_quantile(jnp.array([4, 1]), jnp.array([4, 4]))).round(2))
+  [ 0.   -0.92]
   """
-  chex.assert_equal_shape_prefix([rewards, reference_rewards], rewards.ndim)
-  below = jnp.sum(reference_rewards <= rewards[..., None], axis=-1)
-  return jnp.log((1 + below) / (1 + reference_rewards.shape[-1]))
+  chex.assert_equal_shape([not_better, compared_with])
+  return jnp.log((1 + not_better) / (1 + compared_with))
 
 
-def worse_than_both(rewards: Array, anchor_rewards: Array) -> Array:
-  """-log 16 where the reward is below both of two samples of the anchor, else 0: J-BOND
-  (arXiv:2407.14622).
+def worse_than_all(
+  not_better: Array, compared_with: Array, *, cost: Positive = 2.772588722
+) -> Array:
+  """-cost where the reward is below all samples of the anchor, else 0: J-BOND (arXiv:2407.14622).
 
   Args:
-    rewards: [...] of samples of the policy.
-    anchor_rewards: [..., 2] of two samples of the anchor for the same prompts.
+    not_better, compared_with: see `log_quantile`; J-BOND takes two samples.
+    cost: nats; J-BOND's is log 16.
 
   Returns:
-    [...], nats.
+    [...], nats; 0 where there are no samples.
   """
-  chex.assert_shape(anchor_rewards, (*rewards.shape, 2))
-  worse = jnp.all(rewards[..., None] < anchor_rewards, axis=-1)
-  return jnp.where(worse, -jnp.log(16.0), 0.0)
+  chex.assert_equal_shape([not_better, compared_with])
+  return jnp.where((not_better == 0) & (compared_with > 0), -cost, 0.0)
 
 
 def _cumulative(probabilities: Array, rewards: Array) -> tuple[Array, Array]:
@@ -116,3 +122,7 @@ def _cumulative(probabilities: Array, rewards: Array) -> tuple[Array, Array]:
   others = probabilities[..., None, :]
   at_most = jnp.sum(jnp.where(other <= own, others, 0), axis=-1)
   return at_most, jnp.sum(jnp.where(other < own, others, 0), axis=-1)
+
+
+REWARDS = table('best_of_n', log_quantile, worse_than_all)
+RewardPart = Annotated[Callable, REWARDS]

@@ -82,6 +82,11 @@ def first(groups: Groups) -> Array:
   return groups.counted & (rank(jnp.zeros(len(groups.counted)), groups) == 0)
 
 
+def first_best(x: Array, groups: Groups) -> Array:
+  """bool[B]: of each group the counted row with the largest x, the first one of equals."""
+  return groups.counted & (rank(-x, groups) == 0)
+
+
 def rank(x: Array, groups: Groups) -> Array:
   """The number of counted rows of the group whose x is smaller: [B] -> i32[B].
 
@@ -91,6 +96,27 @@ def rank(x: Array, groups: Groups) -> Array:
   place = jnp.argsort(jnp.lexsort((x, ~groups.counted, groups.last)))
   start = groups.last - groups.place[groups.last]
   return place - start
+
+
+@jax.jit
+def at_most(x: Array, group_ids: Array, among: Array) -> Array:
+  """How many rows of `among` in the group have an x that is at most that of the row: -> i32[B].
+
+  Args:
+    x: [B].
+    group_ids: i32[B].
+    among: bool[B], the rows that are counted.
+  """
+  chex.assert_equal_shape([x, group_ids, among])
+  order = jnp.lexsort((x, group_ids))
+  ids, values, up_to = group_ids[order], x[order], jnp.cumsum(among[order])
+  # Rows of one group with equal x are a run; each gets the count at the end of its run.
+  new = (ids[1:] != ids[:-1]) | (values[1:] != values[:-1])
+  run = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(new)])
+  end = jnp.searchsorted(run, run, side='right') - 1
+  start = jnp.searchsorted(ids, ids)
+  before = jnp.where(start > 0, up_to[start - 1], 0)  # those of groups that are sorted before
+  return (up_to[end] - before)[jnp.argsort(order)]
 
 
 @jax.jit

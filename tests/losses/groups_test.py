@@ -81,6 +81,15 @@ def test_each_column_is_treated_separately():
   np.testing.assert_allclose(got, np.stack(columns, 1), atol=1e-6)
 
 
+def test_rows_that_are_not_better_are_counted_with_ties():
+  random = np.random.default_rng(0)
+  x, ids = random.integers(0, 3, 40).astype(np.float32), random.integers(0, 4, 40)
+  among = random.random(40) < 0.5
+  found = groups.at_most(jnp.asarray(x), jnp.asarray(ids), jnp.asarray(among))
+  pairs = (ids[:, None] == ids[None]) & among[None] & (x[None] <= x[:, None])
+  np.testing.assert_array_equal(found, pairs.sum(axis=1))
+
+
 def test_partners_are_the_two_rows_of_a_pair():
   ids = jnp.array([4, 1, 4, 2, 2, 2, 7])
   np.testing.assert_array_equal(groups.partner(groups.same(ids)), [2, 1, 0, 3, 4, 5, 6])

@@ -181,7 +181,44 @@ def dr_po(x, const):
   return total(policy + 0.1 * value, mask).sum() / mask.sum()
 
 
+def learns_the_best(quantile, backward, forward, kl, size=4):
+  """Groups of `size` rows, of which the reference sampled every second one.
+
+  `quantile(not better, number)` is the reward of a row of the policy, by counting.
+  """
+
+  def oracle(x, const):
+    mask, rewards, given = const['mask'], const['rewards'], const['opponent'] > 0
+    k_to_go = to_go(log_ratio(const, 'reference'), mask)
+    policy, imitated = [], []
+    for start in range(0, len(mask), size):
+      rows = range(start, start + size)
+      theirs, ours = [i for i in rows if given[i]], [i for i in rows if not given[i]]
+      q = {i: quantile(sum(rewards[j] <= rewards[i] for j in theirs), len(theirs)) for i in ours}
+      for i in ours:
+        a = backward * (q[i] - np.mean([q[j] for j in ours if j != i])) - kl * k_to_go[i]
+        if mask[i].any():
+          policy.append(-(a * x['logp'][i])[mask[i]].sum())
+      best = max(theirs, key=lambda i: rewards[i])
+      if mask[best].any():
+        imitated.append(-forward * x['logp'][best][mask[best]].sum())
+    return np.mean(policy) + np.mean(imitated)
+
+  return oracle
+
+
+def log_f(k, m):
+  return np.log((1 + k) / (1 + m))
+
+
+def below_both(k, m):
+  return -np.log(16) if k == 0 else 0.0
+
+
 ORACLES = {
+  'bond': learns_the_best(log_f, 0.5 * 7, 0.5, 0.5),
+  'j_bond': learns_the_best(below_both, 0.5, 0.5, 1.0),
+  'vbon': learns_the_best(log_f, 7.0, 0.0, 1.0),
   'async_online_dpo': dpo_by_rewards(0.1),
   'comal': comal,
   'dno': dno,

@@ -118,10 +118,20 @@ def test_without_atoms_the_kl_of_the_best_of_n_reaches_its_bound():
 
 def test_best_of_n_rewards_and_margins():
   assert round(best_of_n.mean_margin(8), 2) == 18.15
-  rewards, others = jnp.array([1.0, 0.0]), jnp.array([[0.5, 1.0], [0.5, 0.0]])
-  np.testing.assert_allclose(jnp.exp(best_of_n.log_quantile(rewards, others)), [1, 2 / 3])
-  below = jnp.array([[0.5, 1.0], [0.5, 0.1]])
-  np.testing.assert_allclose(best_of_n.worse_than_both(rewards, below), [0, -np.log(16)])
+  better = jnp.array([2, 1, 0])  # samples of the reference that are not better, of two
+  found = best_of_n.log_quantile(better, jnp.full(3, 2))
+  np.testing.assert_allclose(jnp.exp(found), [1, 2 / 3, 1 / 3], rtol=1e-6)
+  found = best_of_n.worse_than_all(better, jnp.full(3, 2))
+  np.testing.assert_allclose(found, [0, 0, -np.log(16)], rtol=1e-6)
+
+
+def test_the_variational_best_of_n_maximises_its_objective():
+  p, rewards, n = np.array([0.1, 0.2, 0.3, 0.4]), np.arange(4.0), 4
+  pi = np.asarray(best_of_n.variational_law(jnp.asarray(p), jnp.asarray(rewards), n=n))
+  f = np.cumsum(p)
+  # d/d logits of -E[(n - 1) log F] + KL(pi, p), with log F in the place of its estimate.
+  gain = (n - 1) * np.log(f) - np.log(pi / p)
+  np.testing.assert_allclose(pi * (gain - pi @ gain), 0, atol=1e-7)
 
 
 def test_bonbon_aims_at_the_mean_margin_of_the_best_of_n():
