@@ -3,9 +3,9 @@
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from polgrad.registry import AtLeastOne
+from polgrad.registry import AtLeastOne, Count
 
 
 class Step(NamedTuple):
@@ -29,8 +29,17 @@ class Environment(abc.ABC):
   environment runs in the process of the trainer.
   """
 
+  # Whether it is quick, starts nothing and evaluates nothing, so that it needs no process for itself.
+  IN_PROCESS: ClassVar[bool] = False
+  # The roles of its messages; a chat template that refuses one of them is refused before a run.
+  ROLES: ClassVar[tuple[str, ...]] = ('user',)
+  # Libraries that it imports late: a worker has them before the time of a call counts.
+  imports: ClassVar[tuple[str, ...]] = ()
+
   # Turns that the policy may take; an episode that is not done by then ends.
   max_turns: AtLeastOne = 8
+  # Tokens of the words of one message of an observation; a longer one is cut. 0: no limit.
+  observation_tokens: Count = 0
 
   def opened(self, record: Mapping) -> dict:
     """The record that the first prompt is made of, for example with tools or a system turn added."""

@@ -2,7 +2,8 @@
 
 `Worker` is the trainer's side. `main` is the other: a guard that only watches whether the trainer
 lives, and its child, which runs the verifiers. Both are in one process group, together with every
-process that a verifier starts, and the group is killed as a whole.
+process that a verifier starts, and the group is killed as a whole. Environments run in the same way
+(`environments/workers.py`): what is said of verifiers here holds for them.
 
 This contains accidents. It is no sandbox: a verifier can read and write files, use the network, and
 leave the group on purpose.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -81,19 +83,19 @@ def dumps(verifiers: Mapping[str, Callable]) -> bytes:
   """
   for name, fn in verifiers.items():
     try:
-      _send_whole(fn)
+      send_whole(registry.unbound(fn).__module__)
       cloudpickle.dumps(fn)
     except Exception as error:  # whatever the objects that it refers to raise
       raise TypeError(
         f'{name}: verifiers run in other processes, and this one cannot be sent there ({error}): let it '
         'refer to no locks, files or other open objects, or set isolate_verifiers=False'
       ) from error
-  return cloudpickle.dumps(dict(verifiers))
+  return cloudpickle.dumps((verify, dict(verifiers), False))
 
 
-def _send_whole(fn: Callable) -> None:
-  """Lets a function of a module that a fresh process would not find travel by value: a config file."""
-  module = sys.modules.get(registry.unbound(fn).__module__)
+def send_whole(name: str) -> None:
+  """Lets what a module has travel by value if a fresh process would not find it: a config file."""
+  module = sys.modules.get(name)
   if module is None or module.__name__ == '__main__':
     return  # these travel by value anyway
   package = module.__name__.partition('.')[0]
@@ -105,7 +107,9 @@ class Worker:
   """Starts the process with the first task, and again after it was stopped.
 
   Args:
-    verifiers: of `dumps`.
+    verifiers: of `dumps`; in general, three values as cloudpickle writes them: `run`, things by name,
+      and whether what the process prints is thrown away once it has started. A task (name, given) is
+      answered by `run(things[name], given)`, which raises nothing.
     timeout_s: seconds for one task.
     memory_gib: address space that the process may use; 0: no limit.
   """
@@ -116,12 +120,16 @@ class Worker:
     self._sent = 0  # number of the last task
     self._worked = False  # whether the process has started once
 
-  def ask(self, task: tuple[str, Mapping]) -> float | Failure:
+  def ask(self, task: tuple[str, Any]) -> Any | Failure:
     """Sends a task (name of a verifier, row) and waits for its answer.
 
     Raises:
       RuntimeError: the process cannot start at all. If it cannot start again, that is a `Failure`.
     """
+    try:
+      sent = bytes(reduction.ForkingPickler.dumps((self._sent + 1, *task)))
+    except Exception as error:  # a record that cannot be pickled
+      return Failure(type(error).__name__, words(error))
     if self._process is None:
       try:
         self._start()
@@ -137,24 +145,25 @@ class Worker:
     timer.daemon = True
     timer.start()
     try:
-      answer = self._exchange(task)
+      answer = self._exchange(sent)
       if not late.is_set():
         return answer
       failure = Failure('Timeout', f'no answer in {self._timeout_s} s')
-    except (EOFError, OSError):
-      hung = Failure('Timeout', f'no answer in {self._timeout_s} s')
-      failure = hung if late.is_set() else Failure('Died', 'the worker process ended')
-    except Exception as error:  # a record that cannot be pickled: nothing was sent
-      return Failure(type(error).__name__, words(error))
+    except Exception as error:
+      failure = Failure('Died', 'the worker process ended')
+      if not isinstance(error, EOFError | OSError):  # something else wrote into the pipe
+        failure = Failure('Died', f'the worker process sent what is no answer: {words(error)}')
+      if late.is_set():
+        failure = Failure('Timeout', f'no answer in {self._timeout_s} s')
     finally:
       timer.cancel()
     # A worker that hangs or has died is not used again; the next task starts a new one.
     self.stop()
     return failure
 
-  def _exchange(self, task: tuple[str, Mapping]) -> float | Failure:
+  def _exchange(self, sent: bytes) -> Any | Failure:
     """The answer with the number of this task; others are of processes that a verifier forked."""
-    self._pipe.send((self._sent, *task))
+    self._pipe.send_bytes(sent)
     while True:
       number, answer = self._pipe.recv()
       if number == self._sent:
@@ -233,7 +242,7 @@ def main(pipe: int, alive: int) -> None:
 def work(pipe: Connection) -> None:
   """Loads the verifiers, says that they are there, then answers tasks until the pipe closes."""
   verifiers, memory_gib = pipe.recv()
-  verifiers = cloudpickle.loads(verifiers)
+  run, verifiers, quiet = cloudpickle.loads(verifiers)
   # What a verifier would import with its first row, it has before its time counts.
   for fn in verifiers.values():
     for module in getattr(registry.unbound(fn), 'imports', ()):
@@ -244,7 +253,11 @@ def work(pipe: Connection) -> None:
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   pipe.send('ready')
+  if quiet:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
   with contextlib.suppress(EOFError, BrokenPipeError):
     while True:
       number, name, row = pipe.recv()
-      pipe.send((number, verify(verifiers[name], row)))
+      pipe.send((number, run(verifiers[name], row)))

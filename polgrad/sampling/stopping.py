@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polgrad.data.stops import before as before
+from polgrad.data.stops import through as through
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.models.policy import Policy
 
@@ -25,24 +27,6 @@ class StopTable(NamedTuple):
   following: np.ndarray  # u8[states, V], the state after a token
   start: int  # state of a row without tokens
   end: int  # state of a row whose text contains a stop string; it is never left
-
-
-def before(text: str, strings: Sequence[str]) -> str:
-  """The text before the first of the strings; empty strings are ignored.
-
-  >>> before('a. b', ['.', ' ']), before('a', ['.', ''])
-  ('a', 'a')
-  """
-  return text[: min((text.index(s) for s in strings if s and s in text), default=len(text))]
-
-
-def through(text: str, strings: Sequence[str]) -> str:
-  """The text up to the earliest end of one of the strings.
-
-  >>> through('a</b> c', ['</b>', 'c'])
-  'a</b>'
-  """
-  return text[: min((text.index(s) + len(s) for s in strings if s in text), default=len(text))]
 
 
 def check(strings: Sequence[str]) -> None:

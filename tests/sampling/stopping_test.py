@@ -8,10 +8,10 @@ import pytest
 
 from polgrad import build, evaluate
 from polgrad.collect import completions
-from polgrad.data import tokenizers
+from polgrad.data import stops, tokenizers
 from polgrad.options import from_text
 from polgrad.registry import part, weighted
-from polgrad.sampling import make_sampler, stopping
+from polgrad.sampling import make_sampler
 from polgrad.sampling.stopping import stop_table
 from polgrad.types import Batch
 from tests.data import folders
@@ -103,7 +103,7 @@ def test_bytes_and_characters_have_tables():
 
 
 def test_the_examples_of_the_docstrings_are_true():
-  found = doctest.testmod(stopping)
+  found = doctest.testmod(stops)
   assert found.attempted == 2 and not found.failed
 
 

@@ -1,0 +1,169 @@
+"""The episodes of a rollout: each row of the sampler talks to an environment.
+
+`Episodes` is what the sampler asks for replies (see `Replies`), and afterwards holds what was said and
+what it was worth.
+"""
+
+import collections
+import dataclasses
+import functools
+import queue
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+from polgrad.data import batching
+from polgrad.data.tokenizers import Tokenizer
+from polgrad.environments import conversation
+from polgrad.environments.workers import Pool, Reply
+from polgrad.rewards.worker import Failure, words
+
+MESSAGES = 5  # failures that are reported in words
+
+
+@dataclasses.dataclass
+class Episode:
+  """What one row said and what it was worth, turn by turn."""
+
+  turns: list[str] = dataclasses.field(default_factory=list)  # what the policy said
+  # The words that it read after a turn: one less than turns, or as many if the row had no room to go on.
+  observations: list[str] = dataclasses.field(default_factory=list)
+  rewards: list[float] = dataclasses.field(default_factory=list)  # one for each turn
+  metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # of each turn
+  done: bool = False  # whether the environment has ended it
+  failure: Failure | None = None  # why it failed; its row is invalid, and its rewards mean nothing
+
+  @property
+  def valid(self) -> bool:
+    """Whether the environment has answered every turn."""
+    return self.failure is None
+
+
+class Episodes:
+  """The episodes of the rows of one rollout, as the sampler asks for them (`Replies`).
+
+  Rows are numbered prompt-major: row i is of the record i // samples_per_prompt. The first states are
+  made at once, in the processes of the pool; each turn is answered while other rows are decoded.
+
+  Args:
+    pool: the environment, and where its calls run.
+    tokenizer: of the policy, with the prefix and the stop strings of the sampler.
+    records: of the prompts, as `Environment.opened` returns them; the environment gets these.
+    samples_per_prompt: rows of each record.
+    seeds: one for each row.
+
+  Attributes:
+    episodes: one `Episode` for each row.
+  """
+
+  def __init__(
+    self,
+    pool: Pool,
+    tokenizer: Tokenizer,
+    records: Sequence[Mapping],
+    *,
+    samples_per_prompt: int,
+    seeds: Sequence[int],
+  ):
+    rows = len(records) * samples_per_prompt
+    if len(seeds) != rows:
+      raise ValueError(f'{len(seeds)} seeds for {rows} rows')
+    self._pool, self._tokenizer = pool, tokenizer
+    self._records = [record for record in records for _ in range(samples_per_prompt)]
+    self.episodes = [Episode() for _ in range(rows)]
+    self._stopped = [False] * rows  # whether the last turn of a row ended with a stop token
+    self._pending = 0  # rows that have asked and were not answered
+    self._answers = queue.SimpleQueue()  # (row, future of the answer)
+    self._states = [pool.reset(record, seed) for record, seed in zip(self._records, seeds)]
+
+  def ask(self, row: int, ids: Sequence[int], ended: bool) -> None:
+    """Hands in a turn; see `Replies.ask`."""
+    record, episode = self._records[row], self.episodes[row]
+    templated, first = 'messages' in record, not episode.turns
+    opened = self._tokenizer.opening if templated else ''
+    text = conversation.turn_text(
+      ids,
+      self._tokenizer,
+      ended=ended,
+      opened=batching.opening(record, self._tokenizer) if first else opened,
+      begun=record.get('begun', ()) if first else (),
+    )
+    episode.turns.append(text)
+    self._stopped[row] = bool(len(ids)) and int(ids[-1]) in self._tokenizer.stop_ids
+    self._pending += 1
+    # The step begins when the state is there, which only a first turn may have to wait for.
+    self._states[row].add_done_callback(functools.partial(self._step, row, text))
+
+  def _step(self, row: int, text: str, state: futures.Future) -> None:
+    if state.exception() is not None or isinstance(state.result(), Failure):
+      self._answers.put((row, state))
+      return
+    answer = self._pool.step(state.result(), text)
+    answer.add_done_callback(lambda answer: self._answers.put((row, answer)))
+
+  def take(self, wait: bool) -> list[tuple[int, list[int] | None]]:
+    """The replies that have come since the last call, by row; see `Replies.take`.
+
+    Raises:
+      RuntimeError: no process can be started, or no row has asked and `wait` is set.
+    """
+    if wait and not self._pending:
+      raise RuntimeError('nothing to wait for: no row has asked')
+    answers = [self._answers.get()] if wait else []
+    while not self._answers.empty():
+      answers.append(self._answers.get())
+    self._pending -= len(answers)
+    replies = [(row, self._reply(row, answer.result())) for row, answer in answers]
+    return sorted(replies, key=lambda reply: reply[0])
+
+  def _reply(self, row: int, answer: Any) -> list[int] | None:
+    """Notes what the environment answered, and returns the tokens to append; None ends the row."""
+    episode = self.episodes[row]
+    if isinstance(answer, Failure):
+      episode.failure = answer
+      return None
+    reply: Reply = answer
+    episode.rewards.append(reply.reward)
+    episode.metrics.append(reply.metrics)
+    episode.done = reply.done
+    environment = self._pool.environment
+    if reply.done or len(episode.turns) >= environment.max_turns:
+      return None
+    try:
+      read = conversation.between(
+        reply.observation,
+        self._records[row],
+        self._tokenizer,
+        stopped=self._stopped[row],
+        limit=environment.observation_tokens,
+      )
+    except Exception as error:  # of a template, or of a tokenizer that lacks the characters
+      episode.failure = Failure('Unreadable', f'its observation: {words(error)}')
+      return None
+    episode.observations.append(read.text)
+    if environment.observation_tokens:
+      reply.metrics['observation_cut'] = float(read.cut)
+    self._states[row] = _there(reply.state)
+    return read.ids
+
+  @property
+  def errors(self) -> dict[str, int]:
+    """Number of rows that failed, by 'environment/kind'."""
+    return dict(
+      collections.Counter(f'environment/{e.failure.kind}' for e in self.episodes if not e.valid)
+    )
+
+  @property
+  def messages(self) -> list[str]:
+    """Row, turn and reason of the first few failures."""
+    return [
+      f'row {row}: environment, turn {len(e.turns)}: {e.failure.kind}: {e.failure.reason}'
+      for row, e in enumerate(self.episodes)
+      if not e.valid
+    ][:MESSAGES]
+
+
+def _there(state: Any) -> futures.Future:
+  future = futures.Future()
+  future.set_result(state)
+  return future
