@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from polgrad.registry import AtLeastOne, Count
+from polgrad.registry import AtLeastOne
 
 
 class Step(NamedTuple):
@@ -38,8 +38,6 @@ class Environment(abc.ABC):
 
   # Turns that the policy may take; an episode that is not done by then ends.
   max_turns: AtLeastOne = 8
-  # Tokens of the words of one message of an observation; a longer one is cut. 0: no limit.
-  observation_tokens: Count = 0
 
   def opened(self, record: Mapping) -> dict:
     """The record that the first prompt is made of, for example with tools or a system turn added."""

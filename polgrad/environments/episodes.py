@@ -51,6 +51,8 @@ class Episodes:
     records: of the prompts, as `Environment.opened` returns them; the environment gets these.
     samples_per_prompt: rows of each record.
     seeds: one for each row.
+    observation_tokens: most tokens of the words of one message of an observation; a longer one is cut,
+      and its turn has the metric `observation_cut`. 0: no limit.
 
   Attributes:
     episodes: one `Episode` for each row.
@@ -64,11 +66,12 @@ class Episodes:
     *,
     samples_per_prompt: int,
     seeds: Sequence[int],
+    observation_tokens: int = 0,
   ):
     rows = len(records) * samples_per_prompt
     if len(seeds) != rows:
       raise ValueError(f'{len(seeds)} seeds for {rows} rows')
-    self._pool, self._tokenizer = pool, tokenizer
+    self._pool, self._tokenizer, self._limit = pool, tokenizer, observation_tokens
     self._records = [record for record in records for _ in range(samples_per_prompt)]
     self.episodes = [Episode() for _ in range(rows)]
     self._stopped = [False] * rows  # whether the last turn of a row ended with a stop token
@@ -126,8 +129,7 @@ class Episodes:
     episode.rewards.append(reply.reward)
     episode.metrics.append(reply.metrics)
     episode.done = reply.done
-    environment = self._pool.environment
-    if reply.done or len(episode.turns) >= environment.max_turns:
+    if reply.done or len(episode.turns) >= self._pool.environment.max_turns:
       return None
     try:
       read = conversation.between(
@@ -135,13 +137,13 @@ class Episodes:
         self._records[row],
         self._tokenizer,
         stopped=self._stopped[row],
-        limit=environment.observation_tokens,
+        limit=self._limit,
       )
     except Exception as error:  # of a template, or of a tokenizer that lacks the characters
       episode.failure = Failure('Unreadable', f'its observation: {words(error)}')
       return None
     episode.observations.append(read.text)
-    if environment.observation_tokens:
+    if self._limit:
       reply.metrics['observation_cut'] = float(read.cut)
     self._states[row] = _there(reply.state)
     return read.ids
