@@ -31,13 +31,20 @@ class Environment(abc.ABC):
 
   # Whether it is quick, starts nothing and evaluates nothing, so that it needs no process for itself.
   IN_PROCESS: ClassVar[bool] = False
-  # The roles of its messages; a chat template that refuses one of them is refused before a run.
-  ROLES: ClassVar[tuple[str, ...]] = ('user',)
-  # Libraries that it imports late: a worker has them before the time of a call counts.
-  imports: ClassVar[tuple[str, ...]] = ()
 
   # Turns that the policy may take; an episode that is not done by then ends.
   max_turns: AtLeastOne = 8
+
+  @property
+  def roles(self) -> tuple[str, ...]:
+    """The roles of its messages; a chat template that refuses one of them is refused before a run."""
+    return ('user',)
+
+  def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
+    """Is called once in each process that it runs in, before the time of a call counts.
+
+    Here it imports libraries and reads files. An error ends the run.
+    """
 
   def opened(self, record: Mapping) -> dict:
     """The record that the first prompt is made of, for example with tools or a system turn added."""

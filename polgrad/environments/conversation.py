@@ -97,7 +97,7 @@ def check(environment: Environment, record: Mapping, tokenizer: Tokenizer) -> No
   if 'messages' not in record:
     return
   name = type(environment).__name__
-  for role in environment.ROLES:
+  for role in environment.roles:
     written = []
     for words in ('1', '2'):
       try:

@@ -9,8 +9,7 @@ raises, hangs, dies or returns what makes no sense gives a `Failure`, which is n
 import json
 import os
 import queue
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -71,7 +70,9 @@ class Pool:
       )
     self.environment = environment
     self.isolated = isolate and not environment.IN_PROCESS
-    if self.isolated:
+    if not self.isolated:
+      environment.prepare()
+    else:
       sent = dumps(environment)
       self._idle = queue.LifoQueue()
       for _ in range(workers):
@@ -212,21 +213,18 @@ def _observation(observation: Any) -> str | list[dict] | Failure:
     if wrong:
       return Failure('NotAnObservation', wrong)
     observation = [dict(message) for message in observation]
-  size = len(observation) if isinstance(observation, str) else _size(observation)
+  written = json.dumps(observation)
+  size = len(observation) if isinstance(observation, str) else len(written)
   if size > LARGEST_OBSERVATION:
     return Failure(
       'TooLarge', f'an observation of {size} characters; the limit is {LARGEST_OBSERVATION}'
     )
-  return json.loads(json.dumps(observation))  # plain values, also of subclasses
-
-
-def _size(messages: Sequence[Mapping]) -> int:
-  return sum(len(message['content']) for message in messages)
+  return json.loads(written)  # plain values, also of subclasses
 
 
 def _wrong_messages(messages: Any) -> str:
   """What is wrong with messages, '' if nothing is."""
-  if not isinstance(messages, typing.Sequence) or not messages:
+  if not isinstance(messages, list | tuple) or not messages:
     return f'an observation is a text or messages, got {messages!r:.80}'
   for message in messages:
     if not isinstance(message, Mapping) or not isinstance(message.get('content'), str):

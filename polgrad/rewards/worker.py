@@ -99,7 +99,10 @@ def send_whole(name: str) -> None:
   if module is None or module.__name__ == '__main__':
     return  # these travel by value anyway
   package = module.__name__.partition('.')[0]
-  if importlib.machinery.PathFinder.find_spec(package) is None:
+  if (
+    package not in sys.stdlib_module_names
+    and importlib.machinery.PathFinder.find_spec(package) is None
+  ):
     cloudpickle.register_pickle_by_value(module)
 
 
@@ -207,7 +210,7 @@ class Worker:
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(1.0)  # time to write its message
     self.stop()
-    raise RuntimeError(f'a verifier process {reason}')
+    raise RuntimeError(f'a worker process {reason}')
 
   def stop(self):
     """Kills the process and all that it started."""
@@ -247,6 +250,8 @@ def work(pipe: Connection) -> None:
   for fn in verifiers.values():
     for module in getattr(registry.unbound(fn), 'imports', ()):
       importlib.import_module(module)
+    if prepare := getattr(fn, 'prepare', None):
+      prepare()
   if memory_gib:
     import resource  # not on Windows
 
