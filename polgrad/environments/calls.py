@@ -1,12 +1,11 @@
 """Tool calls in what a model says, in the forms that model families write.
 
-| form | looks like | models |
-|---|---|---|
-| hermes | `<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>` | Hermes, Qwen 2.5, Qwen 3 |
-| xml | `<tool_call><function=f><parameter=x>1</parameter></function></tool_call>` | Qwen3-Coder |
-| json | a turn that is `{"name": "f", "parameters": {"x": 1}}`, perhaps after `<\\|python_tag\\|>` | Llama 3 |
-| mistral | `[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]`, or `[TOOL_CALLS]f[ARGS]{"x": 1}` | Mistral |
-| inline | `<1+1>`, or with several tools `<f 1+1>` | tiny models, see `tools.Tools` |
+* Hermes, Qwen 2.5 and Qwen 3: `<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>`
+* Qwen3-Coder: `<tool_call><function=f><parameter=x>1</parameter></function></tool_call>`
+* Llama 3: a turn that is `{"name": "f", "parameters": {"x": 1}}`, perhaps behind `<|python_tag|>`;
+  behind that tag also `f.call(x=1)` or a program
+* Mistral: `[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]`, or `[TOOL_CALLS]f[ARGS]{"x": 1}`
+* inline, for tiny models (see `tools.Tools`): `<1+1>`, or with several tools `<f 1+1>`
 
 A turn may have several calls. One that cannot be read is a `Call` with an `error` for the model to read.
 """
@@ -40,7 +39,7 @@ def spoken(text: str) -> str:
   >>> spoken('<think>12 * 7?</think>84'), spoken('<think>12 * 7?'), spoken('84')
   ('84', '', '84')
   """
-  before, ended, after = text.rpartition('</think>')
+  _, ended, after = text.rpartition('</think>')
   return '' if '<think>' in after else after if ended else text
 
 

@@ -60,7 +60,7 @@ def test_calls_of_a_turn(text, found):
       'no JSON: Expecting .,. delim',
     ),
     ('<tool_call></tool_call>', 'no JSON: Expecting value'),
-    ('<tool_call>[1, 2]</tool_call>', 'an object with "name"'),
+    ('<tool_call>[1]</tool_call>', 'an object with "name"'),
     ('<tool_call>{"arguments": {}}</tool_call>', 'an object with "name"'),
     ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', 'the arguments are an object'),
     ('<tool_call>{"name": "add", "arguments": "{"}</tool_call>', 'the arguments are an object'),
