@@ -10,6 +10,7 @@ INIT = pathlib.Path(__file__).parent / 'polgrad/__init__.py'
 VERSION = re.search("^__version__ = '(.+)'$", INIT.read_text(), re.MULTILINE)[1]
 
 TASKS = ['reasoning-gym>=0.1.19']
+SEARCH = ['bm25s>=0.2']
 GGUF = ['gguf>=0.10']
 HUB = ['datasets>=3.0']
 TRACK = ['mlflow-skinny>=2.20', 'trackio>=0.2', 'wandb>=0.19']
@@ -32,6 +33,7 @@ TEST = [
   *EVAL,
   *GGUF,
   *HUB,
+  *SEARCH,
   *TASKS,
   *TRACK,
 ]
@@ -74,6 +76,7 @@ setup(
     'tasks': TASKS,
     'gguf': GGUF,
     'hub': HUB,
+    'search': SEARCH,
     'track': TRACK,
     'eval': EVAL,
     'test': TEST,

@@ -7,6 +7,11 @@
 | `workers` | runs the calls of an environment in other processes, with limits, or in this one |
 | `conversation` | observations as tokens, by the chat template |
 | `guessing` | a number to be guessed: a small example |
+| `tools` | the policy calls tools before it answers |
+| `toolbox` | tools: a calculator, a search in texts, Python in a sandbox |
+| `calls` | tool calls in what a model says |
+| `schemas` | what a chat template is told of a tool |
+| `sandbox` | runs a Python program that nobody has read |
 
 Nothing here imports JAX, except `episodes` and `conversation`, which are imported one by one.
 """
@@ -15,9 +20,10 @@ from typing import Annotated
 
 from polgrad.environments.base import Environment, Replies, Step
 from polgrad.environments.guessing import Guess
+from polgrad.environments.tools import Tools
 from polgrad.registry import table
 
-TABLE = table('environments', Guess)
+TABLE = table('environments', Guess, Tools)
 Part = Annotated[Environment, TABLE]
 
-__all__ = ['TABLE', 'Environment', 'Guess', 'Part', 'Replies', 'Step']
+__all__ = ['TABLE', 'Environment', 'Guess', 'Part', 'Replies', 'Step', 'Tools']

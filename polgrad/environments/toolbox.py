@@ -46,7 +46,10 @@ def calculate(expression: str) -> str:
   text = re.sub(r'(?<=\d),(?=\d{3}\b)', '', expression.translate(SIGNS)).strip().rstrip('=')
   if not expressions.is_arithmetic(text):
     raise ValueError('no arithmetic: numbers with + - * / ** and parentheses are')
-  return _written(_value(ast.parse(text.strip(), mode='eval').body))
+  try:
+    return _written(_value(ast.parse(text.strip(), mode='eval').body))
+  except ZeroDivisionError as error:
+    raise ValueError('division by zero') from error
 
 
 def _value(node: ast.AST) -> Fraction | float:
@@ -199,6 +202,8 @@ def _middle_cut(text: str, characters: int) -> str:
   half = characters // 2
   return f'{text[:half]} [...] {text[len(text) - half :]}'
 
+
+IN_PROCESS = (calculate,)  # tools that are quick, start nothing and evaluate nothing
 
 TABLE = table('toolbox', calculate, Search, Python)
 Part = Annotated[Callable, TABLE]

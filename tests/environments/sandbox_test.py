@@ -133,12 +133,12 @@ def test_processes_are_counted():
 def test_a_program_sees_itself_alone_and_writes_in_memory():
   ran = run(
     'import os\n'
-    'open("/tmp/x", "w").write("a")\n'
+    'open("/tmp/polgrad_x", "w").write("a")\n'
     'print(os.listdir("/tmp"), os.path.exists("/home"), os.getpid() < 10)\n'
     'print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])'
   )
-  assert ran.output == "['x'] False True\n0000000000000000\n"
-  assert not pathlib.Path('/tmp/x').exists() or pathlib.Path('/tmp/x').read_text() != 'a'
+  assert ran.output == "['polgrad_x'] False True\n0000000000000000\n"
+  assert not pathlib.Path('/tmp/polgrad_x').exists()
 
 
 def test_the_tool_tells_what_went_wrong():
