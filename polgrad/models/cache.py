@@ -36,8 +36,20 @@ def empty(config: Config, batch: int, length: int) -> Cache:
 
 
 def write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) -> Array:
-  """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both."""
-  out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axes.index('length'))
+  """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both.
+
+  Args:
+    index: one column for all rows, of a `buffer` in which all columns of `new` find room; or i32[B], a
+      column for each row, and what would lie outside of `buffer` is dropped.
+  """
+  axis = axes.index('length')
+  if jnp.ndim(index) == 0:
+    out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis)
+  else:
+    columns = index[:, None] + jnp.arange(new.shape[axis])[None]
+    before = (slice(None),) * (axis - 1)
+    put = lambda buffer, new, columns: buffer.at[(*before, columns)].set(new, mode='drop')
+    out = jax.vmap(put)(buffer, new, columns)
   return constrain(out, axes)
 
 

@@ -35,9 +35,10 @@ class Policy(NamedTuple):
       too. Call it once, outside the decode loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->
       (hidden [B, S, D], cache). Writes the tokens to columns index .. index + S - 1, those that are
-      not valid as empty columns. A token sees every token in the cache whose position is at most its
-      own, whatever the order of the columns. Prefill has S = prompt length and index 0; a step of
-      decoding has S = 1.
+      not valid as empty columns. `index` is one number, or i32[B], a number for each row, and then what
+      lies outside of the cache is dropped. A token sees every token in the cache whose position is at
+      most its own, whatever the order of the columns. Prefill has S = prompt length and index 0; a step
+      of decoding has S = 1.
     axes: params -> the same tree with a tuple of logical axis names for every array.
     labels: params, or any part of the tree -> the same tree with a label for every array that says what
       an update does to it: 'train', 'frozen' (the base of an adapter) or 'balance' (a router's bias,

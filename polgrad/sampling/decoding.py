@@ -40,8 +40,12 @@ class Decoding(NamedTuple):
   """State of the decode loop, for B rows in Q queues of S slots each."""
 
   step: Array  # i32[], number of draws so far
-  row: Array  # i32[Q, S], number of the slot's row in its queue; B / Q if the slot is idle
-  made: Array  # i32[Q, S], tokens of that row drawn so far; without meaning if the slot is idle
+  # i32[Q, S], number of the slot's row in its queue; B / Q if the slot is idle; the number plus
+  # B / Q + 1 if the row waits for the reply to a turn, see `turns`.
+  row: Array
+  made: (
+    Array  # i32[Q, S], tokens of that row behind its prompt; without meaning if the slot is idle
+  )
   upcoming: Array  # i32[Q], number of the first row that waits in the queue; B / Q if none waits
   length: Array  # i32[Q * S], tokens of the prompt of the slot's row
   caches: dict[str, Any]  # caches of Tp + max_new_tokens columns by parameter set, Q * S rows first
@@ -62,10 +66,20 @@ class Decoding(NamedTuple):
     """bool[Q, S], the slots without a row."""
     return self.row == self.end
 
+  @property
+  def running(self) -> Array:
+    """bool[Q, S], the slots whose row gets a token by the next draw."""
+    return self.row < self.end
+
+  @property
+  def waiting(self) -> Array:
+    """bool[Q, S], the slots whose row waits for a reply; there are none in a rollout of one turn."""
+    return self.row > self.end
+
 
 def rows_left(state: Decoding) -> Array:
   """bool[], whether a row is in a slot or still waits in a queue: condition of the outer loop."""
-  return jnp.any(state.row < state.end) | jnp.any(state.upcoming < state.end)
+  return jnp.any(state.running) | jnp.any(state.upcoming < state.end)
 
 
 def no_refill_due(state: Decoding) -> Array:
@@ -172,7 +186,7 @@ class Sampler:
     taken = state.idle & (candidate < state.end)
     row, new = jnp.where(taken, candidate, state.row), taken.reshape(-1)
     # Each new row continues its prompt; the other slots keep what they have.
-    prompt = jax.tree.map(lambda x: _take(x, row // self.samples_per_prompt), prompts)
+    prompt = jax.tree.map(lambda x: take(x, row // self.samples_per_prompt), prompts)
     swap = lambda a, b: jnp.where(new.reshape(-1, *(1,) * (b.ndim - 1)), a, b)
     begin = lambda name, policy: policy.begin(state.caches[name], prompt.caches[name], new)
     return state._replace(
@@ -195,30 +209,31 @@ class Sampler:
   ) -> Decoding:
     """Draws the next token of every slot, then lets the models read it.
 
-    Idle slots compute too, because the program has fixed shapes, but they write no token to a row.
+    Slots that do not run compute too, because the program has fixed shapes, but they write no token to
+    a row, and only empty columns to the caches.
     """
-    running, made = state.row.reshape(-1) < state.end, state.made.reshape(-1)
+    running, made = state.running.reshape(-1), state.made.reshape(-1)
     log_probs = self.distribution(params, state.hidden)
-    token = categorical(_take(keys, state.row), made, log_probs)
+    token = categorical(take(keys, state.row), made, log_probs)
     logp = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
     # A row ends with a stop token, a stop string or its last column. The token is recorded in any case.
     stopped, seen = self._is_stop(token), None
     if self.stop_table:
       seen = following[state.seen, token.reshape(state.seen.shape)]
       stopped |= seen.reshape(-1) == self.stop_table.end
-    over = stopped | (made + 1 == self.max_new_tokens)
-    write = lambda x, value: _put(x, state.row, state.made, value)
+    over = running & (stopped | (made + 1 == self.max_new_tokens))
+    write = lambda x, value: put(x, state.row, state.made, value)
     hidden, caches = self.read(params, token, running, prompt_width, state)
     return state._replace(
       step=state.step + 1,
       row=jnp.where(over.reshape(state.row.shape), state.end, state.row),
-      made=state.made + 1,
+      made=state.made + state.running,
       hidden=hidden,
       caches=caches,
       tokens=write(state.tokens, token),
       logp=write(state.logp, logp),
       drawn=write(state.drawn, jnp.ones_like(running)),
-      finished=_put(state.finished, state.row, jnp.zeros_like(state.row), stopped),
+      finished=put(state.finished, state.row, jnp.zeros_like(state.row), stopped),
       seen=seen,
     )
 
@@ -242,9 +257,7 @@ class Sampler:
   ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Lets the models read one token of every slot: the next hidden states, and the caches."""
     position = state.length + state.made.reshape(-1)
-    # All slots write the same cache column in a step, cycling through max_new_tokens columns. A row
-    # lives for at most that many steps, so it has ended before its first column is overwritten.
-    column = prompt_width + state.step % self.max_new_tokens
+    column = self.column(prompt_width, state)
     hidden, caches = {}, {}
     for name, policy in self.policies.items():
       states, caches[name] = policy.decode(
@@ -257,6 +270,12 @@ class Sampler:
       )
       hidden[name] = states[:, 0]
     return hidden, caches
+
+  def column(self, prompt_width: int, state: Decoding) -> Array:
+    """The column of the caches that the next draw writes: i32[], or one for each slot i32[Q * S]."""
+    # All slots write the same column in a step, cycling through max_new_tokens columns. A row lives for
+    # at most that many steps, so it has ended before its first column is overwritten.
+    return prompt_width + state.step % self.max_new_tokens
 
   def finish(
     self,
@@ -293,27 +312,31 @@ class Sampler:
     return jnp.any(tokens[:, None] == stops, axis=1)
 
 
-def _take(x: Array, index: Array) -> Array:
+def take(x: Array, index: Array) -> Array:
   """Entries of x [Q * n, ...] by their number in the queue, index i32[Q, S]: [Q * S, ...].
 
   Numbers past the last entry, such as those of idle slots, give the last one.
   """
   queued = x.reshape(len(index), -1, *x.shape[1:])
   index = jnp.minimum(index, queued.shape[1] - 1)
-  return _merge(jax.vmap(lambda x, i: x[i])(queued, index))
+  return merge(jax.vmap(lambda x, i: x[i])(queued, index))
 
 
-def _put(x: Array, row: Array, column: Array, value: Array) -> Array:
-  """Writes one value [Q * S] of every slot to its row and column i32[Q, S] of x [B, ...].
+def put(x: Array, row: Array, column: Array, value: Array) -> Array:
+  """Writes the values of every slot to its row and columns of x [B, ...].
 
-  Idle slots write nothing, because no row has their number.
+  Nothing is written outside of x, and so nothing of idle slots, because no row has their number.
+
+  Args:
+    row, column: i32[Q, S] each, or i32[Q, S, 1] and i32[Q, S, n].
+    value: [Q * S], or [Q * S, n].
   """
   write = lambda x, row, column, value: x.at[row, column].set(value, mode='drop')
   queued = x.reshape(len(row), -1, *x.shape[1:])
-  return _merge(jax.vmap(write)(queued, row, column, value.reshape(row.shape)))
+  return merge(jax.vmap(write)(queued, row, column, value.reshape(column.shape)))
 
 
-def _merge(x: Array) -> Array:
+def merge(x: Array) -> Array:
   """[Q, n, ...] -> [Q * n, ...]."""
   return x.reshape(-1, *x.shape[2:])
 

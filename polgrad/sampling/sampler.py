@@ -76,26 +76,27 @@ def make_sampler(
     ValueError: a setting is out of range; a name that the behavior policy reads has no model; the
       slots, or (from `sample`) the prompts, do not divide over the mesh.
   """
-  queues = 1 if mesh is None else data_parallel_size(mesh)
-  policies = {name: policies.get(name, default) for name in inputs(behavior_policy)}
-  _check(policies, max_new_tokens, samples_per_prompt, slots, queues, temperature, top_k, top_p)
-  sampler = Sampler(
-    policies=policies,
-    behavior_policy=behavior_policy,
-    processors=chosen_processors(temperature, top_k, top_p),
+  sampler = configure(
+    Sampler,
+    policies,
+    mesh,
+    default=default,
     max_new_tokens=max_new_tokens,
+    behavior_policy=behavior_policy,
     samples_per_prompt=samples_per_prompt,
     slots=slots,
-    queues=queues,
-    stop_ids=tuple(stop_ids),
-    pad_id=pad_id,
+    stop_ids=stop_ids,
     stop_table=stop_table,
+    pad_id=pad_id,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
   )
   following = stop_table.following if stop_table else None
   run = jit(sampler.run, static_argnames='padding')
 
   def sample(params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step) -> Batch:
-    padding = tokens.shape[1] - _bucket(int(np.max(np.sum(mask, axis=1))), tokens.shape[1])
+    padding = spare_columns(mask)
     prompts = (tokens[:, padding:], mask[:, padding:], prompt_ids)
     if mesh is None:
       return run(params, *prompts, seed, step, following, padding=padding)
@@ -103,6 +104,48 @@ def make_sampler(
       return run(params, *place_batch(mesh, prompts), seed, step, following, padding=padding)
 
   return sample
+
+
+def configure(
+  kind: type[Sampler],
+  policies: Mapping[str, Policy],
+  mesh: Mesh | None,
+  *,
+  default: Policy | None,
+  behavior_policy: Callable[..., Array],
+  stop_ids: Sequence[int],
+  temperature: float,
+  top_k: int,
+  top_p: float,
+  **fields,
+) -> Sampler:
+  """The sampler of these settings, see `make_sampler`.
+
+  Args:
+    kind: its class.
+    fields: fields of the class that are settings as they are.
+
+  Raises:
+    ValueError: a setting that `make_sampler` refuses.
+  """
+  queues = 1 if mesh is None else data_parallel_size(mesh)
+  policies = {name: policies.get(name, default) for name in inputs(behavior_policy)}
+  sampler = kind(
+    policies=policies,
+    behavior_policy=behavior_policy,
+    processors=chosen_processors(temperature, top_k, top_p),
+    queues=queues,
+    stop_ids=tuple(stop_ids),
+    **fields,
+  )
+  _check(sampler, temperature, top_k, top_p)
+  return sampler
+
+
+def spare_columns(mask: Array) -> int:
+  """Columns on the left of bool[N, Tp] that no prompt needs: after trimming, few widths are left."""
+  width = mask.shape[1]
+  return width - _bucket(int(np.max(np.sum(mask, axis=1))), width)
 
 
 def behavior_at(temperature: float) -> tuple[Callable, float]:
@@ -129,16 +172,17 @@ def _bucket(needed: int, width: int) -> int:
   return min(size for size in (width, -(-width // 2), -(-width // 4)) if size >= needed)
 
 
-def _check(policies, max_new_tokens, samples_per_prompt, slots, queues, temperature, top_k, top_p):
+def _check(sampler: Sampler, temperature: float, top_k: int, top_p: float) -> None:
   """Refuses settings that have no meaning, see `make_sampler`."""
-  missing = sorted(n for n, policy in policies.items() if policy is None)
+  missing = sorted(n for n, policy in sampler.policies.items() if policy is None)
   if missing:
     raise ValueError(f'the behavior policy reads {missing}, but there is no model of that name')
-  sizes = {n: policy.config.vocab_size for n, policy in policies.items()}
+  sizes = {n: policy.config.vocab_size for n, policy in sampler.policies.items()}
   if len(set(sizes.values())) != 1:
     raise ValueError(f'the vocabularies of the behavior policy differ: {sizes}')
-  if max_new_tokens < 1 or samples_per_prompt < 1:
+  if sampler.max_new_tokens < 1 or sampler.samples_per_prompt < 1:
     raise ValueError('max_new_tokens and samples_per_prompt must be at least 1')
+  slots, queues = sampler.slots, sampler.queues
   if slots < 0 or slots % queues:
     raise ValueError(
       f'slots must be 0 or a multiple of the data-parallel size {queues}, got {slots}'
