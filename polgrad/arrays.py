@@ -80,6 +80,16 @@ FEATURES = {
   'opponent': Spec(
     'B', '1 for a row that another policy sampled, 0 for others; from the collector'
   ),
+  'turn_rewards': Spec(
+    'B T',
+    'reward of a turn at its last token in the mask, 0 elsewhere, so it sums to `rewards`; from the '
+    'environment',
+  ),
+  'observation_ids': Spec(
+    'B T',
+    'number of what was read right before the turn, i32, equal for equal tokens, 0 outside the mask; '
+    'from the environment',
+  ),
 }
 
 # Fields of `types.Outputs`: they carry gradients.

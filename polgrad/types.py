@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import struct
 
 from polgrad.registry import suggest
@@ -138,6 +139,16 @@ class Batch:
 
 # The fields of a batch that a loss or an estimator may read.
 FIELDS = tuple(n for n in Batch.__dataclass_fields__ if n not in ('features', 'offset', 'layout'))
+
+
+def turns(mask: np.ndarray) -> list[slice]:
+  """The turns of a row, bool[T]: runs of True, because something is read between two turns.
+
+  >>> turns(np.array([False, True, True, False, True]))
+  [slice(1, 3, None), slice(4, 5, None)]
+  """
+  edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+  return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 @struct.dataclass(kw_only=True)

@@ -17,9 +17,9 @@ import optax
 
 from polgrad import optim, sharding
 from polgrad.collect import base
-from polgrad.collect.base import Collect, Context, Draw, Sampling
-from polgrad.collect.rollouts import make_drawer
-from polgrad.collect.scored import distinct
+from polgrad.collect.base import Collect, Context, Draw, Sampling, draws_of
+from polgrad.collect.drawn import Drawn, Draws
+from polgrad.collect.scored import distinct, joined_rows
 from polgrad.collect.steps import PROVIDED, Steps, common
 from polgrad.compiling import jit
 from polgrad.learner import Learner, forward_in_pieces
@@ -28,7 +28,7 @@ from polgrad.models.policy import Policy, learned
 from polgrad.objectives import Objective, PolicyGradient
 from polgrad.registry import AtLeastOne, Positive, Range
 from polgrad.sharding import to_host
-from polgrad.types import Array, Batch, Params, Prompts, TrainState
+from polgrad.types import Array, Batch, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class Explored(Sampling):
   mask_truncated: bool = False
 
   def __post_init__(self):
+    super().__post_init__()
     if self.samples_per_prompt % self.rounds:
       raise ValueError(
         f'Explored: a group of {self.samples_per_prompt} is not drawn in {self.rounds} equal rounds'
@@ -92,18 +93,19 @@ class Explored(Sampling):
 
   @property
   def provides(self) -> frozenset[str]:
-    return PROVIDED
+    return PROVIDED | self.turn_arrays.keys()
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
-    sampler = dict(
-      samples_per_prompt=self.samples_per_prompt // self.rounds,
-      max_new_tokens=self.max_new_tokens,
-      temperature=self.temperature,
-    )
     return ExploredSteps(
       settings=self,
-      sampler=make_drawer(context, sampler),
+      draw=draws_of(
+        self,
+        context,
+        samples_per_prompt=self.samples_per_prompt // self.rounds,
+        max_new_tokens=self.max_new_tokens,
+        temperature=self.temperature,
+      ),
       behavior=_make_behavior(self, context),
       **common(
         context,
@@ -119,23 +121,26 @@ class ExploredSteps(Steps):
   """The steps of `Explored`: sampling is done in rounds, the others are those of all collectors."""
 
   settings: Explored
-  sampler: Callable  # from `make_sampler`, for the rows of one round
+  draw: Draws  # of the rows of one round
   behavior: 'Behavior'
 
-  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     settings, context = self.settings, self.context
     records = draw(settings.prompts)
     prompts = settings.lay_out(records, tokenizer=context.tokenizer, cut=settings.cut)
     # Each round gets other ids, because noise is folded from them.
     ids = distinct(np.tile(prompts.ids, settings.rounds)).reshape(settings.rounds, -1)
-    drawn = []
+    drawn, episodes = [], []
     for number in range(settings.rounds):
       params = self._params(state, drawn, step)
-      rows = self._round(params, prompts, ids[number], step)
-      drawn.append(self.count(rows, settings.samples_per_prompt // settings.rounds))
+      seed = self.context.seed
+      rows = self.draw({'policy': params}, prompts, records, ids[number], seed=seed, step=step)
+      self.count(rows, settings.samples_per_prompt // settings.rounds)
+      drawn.append(rows.batch)
+      episodes = joined_rows(episodes, rows.episodes, settings.prompts)
     batch = joined(drawn, settings.rounds, settings.prompts)
     prompt_ids = np.repeat(prompts.ids, settings.samples_per_prompt)
-    return batch.replace(prompt_ids=prompt_ids), prompts.records
+    return Drawn(batch.replace(prompt_ids=prompt_ids), episodes), records
 
   def _params(self, state: TrainState, drawn: Sequence[Batch], step: int) -> Params:
     """Of the policy in the first round, then of a policy that avoids what was drawn."""
@@ -144,12 +149,6 @@ class ExploredSteps(Steps):
     seen = joined(drawn, self.settings.rounds, self.settings.prompts)
     seed = (self.context.seed, step, 2, len(drawn))
     return self.behavior.avoiding(state, seen, seed=seed).params
-
-  def _round(self, params: Params, prompts: Prompts, ids: np.ndarray, step: int) -> Batch:
-    """One part of every group, NumPy."""
-    seed = self.context.seed
-    arrays = (prompts.tokens, prompts.mask, ids)
-    return to_host(self.sampler({'policy': params}, *arrays, seed=seed, step=step))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

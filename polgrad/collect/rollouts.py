@@ -11,7 +11,16 @@ import numpy as np
 
 from polgrad.collect import picks
 from polgrad.collect import replay as replays
-from polgrad.collect.base import COMPARED, Collect, Context, Draw, Sampling, reads_teacher
+from polgrad.collect.base import (
+  COMPARED,
+  Collect,
+  Context,
+  Draw,
+  Sampling,
+  draws_of,
+  reads_teacher,
+)
+from polgrad.collect.drawn import Drawn, Draws, with_rewards
 from polgrad.collect.scored import (
   Texts,
   begun,
@@ -21,6 +30,7 @@ from polgrad.collect.scored import (
   distinct,
   informative,
   joined,
+  joined_rows,
   replace_groups,
   score_rows,
 )
@@ -31,9 +41,7 @@ from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
 from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs, unbound
-from polgrad.sampling import behavior_policies, stopping
-from polgrad.sampling.sampler import make_sampler
-from polgrad.sharding import to_host
+from polgrad.sampling import behavior_policies
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 PAIR = ('chosen', 'rejected')  # fields of a record with a preference
@@ -116,6 +124,8 @@ class Rollouts(Sampling):
   stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
+    super().__post_init__()
+    _check_environment(self)
     _check_counts(self)
     _check_stats(self.stats)
 
@@ -157,7 +167,8 @@ class Rollouts(Sampling):
       'wins': ('wins' in self.compare, np.float32, self.rows_per_prompt),
       'baseline_wins': ('baseline_wins' in self.compare, np.float32, self.baseline_samples),
     }
-    return {name: shape for name, (there, *shape) in some.items() if there}
+    shapes = {name: shape for name, (there, *shape) in some.items() if there}
+    return shapes | {name: [dtype, self.length] for name, dtype in self.turn_arrays.items()}
 
   @property
   def anchors_read(self) -> frozenset[str]:
@@ -246,17 +257,19 @@ class Rollouts(Sampling):
     self, context: Context, behavior_policy: Callable, samples_per_prompt: int
   ) -> 'RowSampler':
     same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
-    settings = {name: getattr(self, name) for name in same} | {
-      'samples_per_prompt': samples_per_prompt,
-      'behavior_policy': behavior_policy,
-    }
     return RowSampler(
       context=context,
       # Prompts alone: `lay_out` of this class would lay out the demonstrations too.
       lay_out=functools.partial(super().lay_out, tokenizer=context.tokenizer, cut=self.cut),
       samples_per_prompt=samples_per_prompt,
       reads=inputs(behavior_policy),
-      sample=make_drawer(context, settings),
+      draw=draws_of(
+        self,
+        context,
+        samples_per_prompt=samples_per_prompt,
+        behavior_policy=behavior_policy,
+        **{name: getattr(self, name) for name in same},
+      ),
     )
 
 
@@ -288,6 +301,18 @@ def _check_counts(settings: Rollouts) -> None:
   settings.rows_per_prompt  # refuses a choice of more rows than there are  # noqa: B018
 
 
+def _check_environment(settings: Rollouts) -> None:
+  """Refuses groups of episodes with rows that nothing answers."""
+  if not settings.environment.answers:
+    return
+  for knob in ('demonstrations', 'preferences', 'resets'):
+    if getattr(settings, knob):
+      raise ValueError(
+        f'Rollouts: {knob}={getattr(settings, knob)} adds completions of the data to groups, which '
+        'have no turns of an environment; leave it out, or the environment'
+      )
+
+
 def _check_stats(stats: Mapping[str, Callable]) -> None:
   for name in stats:
     if name in RESERVED:
@@ -302,12 +327,12 @@ class RowSampler:
   lay_out: Callable[[Sequence[dict]], Prompts]
   samples_per_prompt: int
   reads: tuple[str, ...]  # parameter sets of the behavior policy
-  sample: Callable  # from `make_sampler`
+  draw: Draws
 
   def __call__(
     self, state: TrainState, records: Sequence[dict], step: int, before: Sequence[int] = ()
-  ) -> Batch:
-    """Completions of the records, NumPy.
+  ) -> Drawn:
+    """Completions of the records, or episodes that begin with them.
 
     Args:
       before: ids of records whose completions the step has drawn already: noise is not drawn again.
@@ -315,31 +340,17 @@ class RowSampler:
     context = self.context
     prompts = self.lay_out(records)
     params = parameter_sets(state, context.frozen)
-    batch = self.sample(
+    rows = self.draw(
       {name: params[name] for name in self.reads},
-      prompts.tokens,
-      prompts.mask,
+      prompts,
+      records,
       distinct(prompts.ids, before),
       seed=context.seed,
       step=step,
     )
     # The sampler got ids that differ where a prompt is there twice.
     ids = np.repeat(prompts.ids, self.samples_per_prompt)
-    return to_host(batch).replace(prompt_ids=ids)
-
-
-def make_drawer(context: Context, settings: Mapping) -> Callable:
-  """The sampler of these settings, with the tokenizer and the devices of the run."""
-  tokenizer = context.tokenizer
-  return make_sampler(
-    context.frozen,
-    default=context.policy,
-    mesh=context.mesh,
-    stop_ids=tokenizer.stop_ids,
-    stop_table=stopping.for_policy(tokenizer, context.policy),
-    pad_id=tokenizer.pad_id,
-    **settings,
-  )
+    return rows._replace(batch=rows.batch.replace(prompt_ids=ids))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,15 +362,15 @@ class RolloutSteps(Steps):
   draw_baselines: RowSampler | None  # None: there are no baselines
   draw_opponents: RowSampler | None  # None: there are no opponents
 
-  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     records = self._begin(draw(self.settings.prompts), step)
     return self._draw(self.draw_rows, state, records, step), records
 
   def score(
-    self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+    self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
     """Scores the rows, replaces uninformative groups, adds further rows to each, and chooses rows."""
-    batch, texts = self._judge(batch, records)
+    batch, texts = self._judge(rows, records)
     batch, texts = self._resample(batch, texts, state, draw, step)
     records = texts.records
     report = Report.of(batch, texts)
@@ -385,13 +396,13 @@ class RolloutSteps(Steps):
       for record in records
     ]
 
-  def _judge(self, batch: Batch, records: Sequence[dict]) -> tuple[Batch, Texts]:
+  def _judge(self, rows: Drawn, records: Sequence[dict]) -> tuple[Batch, Texts]:
     """Sampled rows with their rewards; a row without a stop token gets `unfinished_reward`, if set."""
-    batch, texts = score_rows(batch, records, self.context)
+    batch, texts = score_rows(rows, records, self.context)
     other = self.settings.unfinished_reward
     if math.isfinite(other):
       rewards = np.where(batch.finished | ~batch.valid, batch.rewards, np.float32(other))
-      batch = batch.replace(rewards=rewards)
+      batch = with_rewards(batch, rewards)
     return batch, texts
 
   def exchange(
@@ -411,7 +422,7 @@ class RolloutSteps(Steps):
     )
     return taken, memory
 
-  def _draw(self, sampler: RowSampler, *arguments: Any) -> Batch:
+  def _draw(self, sampler: RowSampler, *arguments: Any) -> Drawn:
     """Rows of a sampler, on the clock of the rollout."""
     with self.meter.timing('rollout'):
       return self.count(sampler(*arguments), sampler.samples_per_prompt)
@@ -441,7 +452,8 @@ class RolloutSteps(Steps):
     ids = [record['id'] for record in records]
     rows, texts = self._judge(self._draw(self.draw_opponents, state, records, step, ids), records)
     terms = joined(report.terms, texts.scores.components, len(records))
-    report = report._replace(terms=terms)
+    episodes = joined_rows(report.episodes, texts.episodes, len(records))
+    report = report._replace(terms=terms, episodes=episodes)
     return joined(batch, rows, len(records)), report.beside('opponent', rows, texts.scores)
 
   def _add_given(
@@ -450,7 +462,7 @@ class RolloutSteps(Steps):
     """Adds a completion of the record to each group, behind the rows that are there."""
     settings = self.settings
     rows = settings.demonstrated(records, self.context.tokenizer, field, cut=settings.cut)
-    rows, texts = score_rows(rows, records, self.context)
+    rows, texts = score_rows(Drawn(rows), records, self.context)
     terms = joined(report.terms, texts.scores.components, len(records))
     report = report._replace(terms=terms)
     name = 'demonstration' if field == 'answer' else field
@@ -513,4 +525,5 @@ class RolloutSteps(Steps):
       wins = np.take_along_axis(picked['wins'], columns, axis=1)
       picked = picked.with_arrays(wins=wins)
     valid = picked.valid & chosen.usable.reshape(-1)
-    return picked.replace(valid=valid), report._replace(terms=terms)
+    episodes = [report.episodes[i] for i in rows] if report.episodes else []
+    return picked.replace(valid=valid), report._replace(terms=terms, episodes=episodes)

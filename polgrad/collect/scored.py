@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from polgrad.collect import drawn
 from polgrad.collect.base import Context
+from polgrad.collect.drawn import Drawn, Episode
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.rewards.scoring import Scores
 from polgrad.sampling import stopping
-from polgrad.types import Batch
+from polgrad.types import Batch, turns
 
 
 class Texts(NamedTuple):
@@ -23,6 +25,7 @@ class Texts(NamedTuple):
   completions: list[str]  # [B], decoded
   records: list[dict]  # [N], data records of the prompts
   scores: Scores  # of the completions, by term, with errors and messages
+  episodes: Sequence[Episode] = ()  # [B]; () without an environment
 
 
 def question(record: Mapping) -> str:
@@ -31,7 +34,7 @@ def question(record: Mapping) -> str:
 
 
 def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) -> list[str]:
-  """The text of each row's completion, without the stop token that ended it.
+  """The text of each row's completion, without the stop token that ended it; of turns, the last one.
 
   It is the whole assistant turn: what the prompt has written of it, such as `<think>` by the chat
   template, the `prefix` or the tokens `begun`, comes first. Of special tokens only stop, pad and bos
@@ -46,30 +49,58 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
   for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
     record = records[i // rows_per_prompt]
     opened = batching.opening(record, tokenizer)
-    ids = [*record.get('begun', ()), *(int(i) for i in tokens[mask])]
+    ids = [*record.get('begun', ()), *(int(i) for i in tokens[_last_turn(mask)])]
     stopped = finished and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids)
     texts.append(opened + stopping.through(text, tokenizer.stop_strings))
   return texts
 
 
-def score_rows(batch: Batch, records: Sequence[dict], context: Context) -> tuple[Batch, Texts]:
-  """Decodes sampled rows (NumPy) and fills in `rewards` and `valid`."""
+def _last_turn(mask: np.ndarray) -> slice:
+  return turns(mask)[-1] if mask.any() else slice(0, 0)
+
+
+def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[Batch, Texts]:
+  """Decodes sampled rows (NumPy) and fills in `rewards` and `valid`.
+
+  Args:
+    rows: where they are episodes, with `turn_rewards` and `valid`; rewards of verifiers are added to
+      those of the environment, and both must have answered.
+    records: of the prompts.
+  """
+  batch, episodes = rows
   texts = completions(batch, records, context.tokenizer)
   lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)
   # Each process verifies every n-th row, and gets the scores of all.
   processes, own = jax.process_count(), jax.process_index()
-  rows = range(own, len(texts), processes)
+  mine = range(own, len(texts), processes)
   scores = context.score(
-    [texts[i] for i in rows],
-    [records[i // rows_per_prompt] for i in rows],
-    [int(lengths[i]) for i in rows],
-    also_read(batch, rows, [records[i // rows_per_prompt] for i in rows], context.tokenizer),
+    [texts[i] for i in mine],
+    [records[i // rows_per_prompt] for i in mine],
+    [int(lengths[i]) for i in mine],
+    also_read(
+      batch,
+      mine,
+      [context.environment.opened(records[i // rows_per_prompt]) for i in mine],
+      context.tokenizer,
+    ),
   )
   scores = _gather_scores(scores, len(texts))
-  rewards = np.where(scores.valid, scores.total, 0.0).astype(np.float32)
-  return batch.replace(rewards=rewards, valid=scores.valid), Texts(texts, list(records), scores)
+  valid, total = scores.valid, scores.total
+  if episodes:
+    valid = valid & batch.valid
+    earned = np.where(batch.valid, batch['turn_rewards'].sum(axis=1), np.nan)
+    total = total + earned
+    errors, messages = drawn.failures(episodes)
+    scores = scores._replace(
+      components={'environment': earned, **scores.components},
+      errors=scores.errors | errors,
+      messages=messages + scores.messages,
+    )
+  rewards = np.where(valid, total, 0.0).astype(np.float32)
+  batch = drawn.with_rewards(batch.replace(valid=valid), rewards)
+  return batch, Texts(texts, list(records), scores, list(episodes))
 
 
 def compare_groups(
@@ -150,7 +181,8 @@ def _compare(
     }
     for i, j in pairs[own]
   ]
-  prompt = lambda: [batching.prompt_text(one['record'], context.tokenizer) for one in given]
+  opened = context.environment.opened
+  prompt = lambda: [batching.prompt_text(opened(one['record']), context.tokenizer) for one in given]
   compared = context.compare(given, {'prompt': prompt})
   found = np.full(len(pairs), 0.5)
   found[asked] = _gather(compared.wins, len(asked))
@@ -253,7 +285,13 @@ def replace_groups(
     messages=before.messages + after.messages,
   )
   texts, records = old[1].completions + new[1].completions, old[1].records + new[1].records
-  return batch, Texts([texts[i] for i in rows], [records[i] for i in source], scores)
+  episodes = [*old[1].episodes, *new[1].episodes]
+  return batch, Texts(
+    [texts[i] for i in rows],
+    [records[i] for i in source],
+    scores,
+    [episodes[i] for i in rows] if episodes else [],
+  )
 
 
 def demonstrated(
@@ -348,8 +386,16 @@ def joined(groups: Any, rows: Any, prompts: int) -> Any:
   return jax.tree.map(join, groups, rows)
 
 
-def metrics(batch: Batch, scores: Scores) -> dict[str, float]:
-  """Rewards, lengths and failures of scored rows."""
+def joined_rows(groups: Sequence, rows: Sequence, prompts: int) -> list:
+  """`joined` for lists with an entry for each row."""
+  size, more = len(groups) // prompts, len(rows) // prompts
+  cut = lambda x, n, group: list(x[group * n : (group + 1) * n])
+  parts = [cut(groups, size, g) + cut(rows, more, g) for g in range(prompts)]
+  return [row for part in parts for row in part]
+
+
+def metrics(batch: Batch, scores: Scores, episodes: Sequence[Episode] = ()) -> dict[str, float]:
+  """Rewards, lengths and failures of scored rows; of episodes, what `drawn.metrics` says as well."""
   valid, rewards = batch.valid, batch.rewards
   mean = lambda x: float(np.mean(x[valid])) if valid.any() else float('nan')
   _, group = np.unique(batch.group_ids, return_inverse=True)
@@ -360,19 +406,32 @@ def metrics(batch: Batch, scores: Scores) -> dict[str, float]:
     'reward/same_in_group': float(np.mean(np.array(spread) == 0)) if spread else float('nan'),
     'length': float(batch.mask.sum(axis=1).mean()),
     'truncated': float(1 - batch.finished.mean()),
-    'verifier_errors': float(len(valid) - valid.sum()),
-    **{f'verifier_errors/{name}': float(n) for name, n in scores.errors.items()},
+    'verifier_errors': float(np.sum(~scores.valid)),
+    **_errors(scores),
+    **(drawn.metrics(batch, episodes) if episodes else {}),
   }
 
 
+def _errors(scores: Scores) -> dict[str, float]:
+  """Failures by kind: `verifier_errors/NAME/KIND`; with an environment, `environment_errors/KIND`."""
+  found = {f'verifier_errors/{name}': float(n) for name, n in scores.errors.items()}
+  if 'environment' not in scores.components:
+    return found
+  own = {name: n for name, n in found.items() if name.startswith('verifier_errors/environment/')}
+  by_kind = {f'environment_errors/{name.rpartition("/")[2]}': n for name, n in own.items()}
+  others = {name: n for name, n in found.items() if name not in own}
+  return others | by_kind | {'environment_errors': sum(own.values(), 0.0)}
+
+
 def shown(batch: Batch, texts: Texts) -> list[tuple[str, str, float]]:
-  """The rows of a table of samples: prompt, completion, reward (NaN where a verifier failed)."""
+  """The rows of a table of samples: prompt, completion or episode, reward (NaN where it failed)."""
   rows_per_prompt = len(texts.completions) // len(texts.records)
+  said = [drawn.transcript(one) for one in texts.episodes] or texts.completions
   return [
     (
       question(texts.records[i // rows_per_prompt]),
       text,
       float(batch.rewards[i] if batch.valid[i] else np.nan),
     )
-    for i, text in enumerate(texts.completions)
+    for i, text in enumerate(said)
   ]

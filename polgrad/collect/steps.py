@@ -11,6 +11,7 @@ import numpy as np
 from polgrad import credit as credits
 from polgrad import speed
 from polgrad.collect.base import Annotator, Collected, Context, Draw, make_annotator
+from polgrad.collect.drawn import Drawn, Episode
 from polgrad.collect.scored import Texts, metrics, score_rows, shown
 from polgrad.compiling import jit
 from polgrad.rewards.scoring import Scores
@@ -31,22 +32,27 @@ class Report(NamedTuple):
   samples: list[tuple[str, str, float]]  # prompt, completion, reward
   messages: list[str]  # of verifiers that failed
   terms: dict[str, np.ndarray]  # f[B], terms of the rewards; NaN where a verifier failed
+  episodes: Sequence[Episode] = ()  # [B]; () without an environment
 
   @classmethod
   def of(cls, batch: Batch, texts: Texts) -> 'Report':
     """The report of scored rows that the policy sampled."""
     scores = texts.scores
     return cls(
-      metrics(batch, scores), shown(batch, texts), list(scores.messages), scores.components
+      metrics(batch, scores, texts.episodes),
+      shown(batch, texts),
+      list(scores.messages),
+      scores.components,
+      texts.episodes,
     )
 
   def beside(self, name: str, batch: Batch, scores: Scores) -> 'Report':
     """Adds the mean reward and the failures of further rows, such as demonstrations."""
     found = metrics(batch, scores)
-    added = {
-      f'reward_of_{name}': found['reward'],
-      'verifier_errors': self.metrics['verifier_errors'] + found['verifier_errors'],
-    }
+    added = {f'reward_of_{name}': found['reward']}
+    for errors in ('verifier_errors', 'environment_errors'):
+      if errors in self.metrics:
+        added[errors] = self.metrics[errors] + found.get(errors, 0.0)
     return self._replace(metrics=self.metrics | added, messages=self.messages + scores.messages)
 
   def with_errors(self, errors: Mapping[str, int], messages: list[str]) -> 'Report':
@@ -74,9 +80,9 @@ class Steps(abc.ABC):
     """The batch of a step; `step` is the number of batches collected in the phase before it."""
     meter = self.meter
     with meter.timing('rollout'):
-      batch, records = self.sample(state, draw, step)
+      rows, records = self.sample(state, draw, step)
     with meter.timing('scoring'):
-      batch, report = self.score(batch, records, state, draw, step)
+      batch, report = self.score(rows, records, state, draw, step)
     with meter.timing('annotation'):
       batch, memory = self.remember(batch, state, step)
       batch = self.annotate(state, batch)
@@ -86,22 +92,22 @@ class Steps(abc.ABC):
     report.metrics.update(meter.take())
     return Collected(batch, credit_state, memory, *report)
 
-  def count(self, batch: Batch, samples_per_prompt: int) -> Batch:
-    """Counts the operations of the sampler, which prefills a prompt once; returns the batch."""
+  def count(self, rows: Drawn, samples_per_prompt: int) -> Drawn:
+    """Counts the operations of the sampler, which prefills a prompt once; returns the rows."""
     layout = Layout(self.context.layout.prompt_length, samples_per_prompt)
-    self.meter.add('rollout', speed.forward_flops(self.context.policy.config, batch, layout))
-    return batch
+    self.meter.add('rollout', speed.forward_flops(self.context.policy.config, rows.batch, layout))
+    return rows
 
   @abc.abstractmethod
-  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
-    """Completions (NumPy) of the records that `draw` gives, and these records."""
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
+    """Completions of the records that `draw` gives, and these records."""
 
   def score(
-    self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+    self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
     """The rows with `rewards` and `valid`, and what to report of them."""
     del state, draw, step
-    batch, texts = score_rows(batch, records, self.context)
+    batch, texts = score_rows(rows, records, self.context)
     return batch, Report.of(batch, texts)
 
   def remember(self, batch: Batch, state: TrainState, step: int) -> tuple[Batch, Any]:

@@ -6,6 +6,7 @@
 | `episodes` | the episodes of a rollout: asks the environment, keeps what was said and its rewards |
 | `workers` | runs the calls of an environment in other processes, with limits, or in this one |
 | `conversation` | observations as tokens, by the chat template |
+| `one_turn` | what ordinary tasks have: an episode of one turn |
 | `guessing` | a number to be guessed: a small example |
 | `tools` | the policy calls tools before it answers |
 | `toolbox` | tools: a calculator, a search in texts, Python in a sandbox |
@@ -20,10 +21,11 @@ from typing import Annotated
 
 from polgrad.environments.base import Environment, Replies, Step
 from polgrad.environments.guessing import Guess
+from polgrad.environments.one_turn import OneTurn
 from polgrad.environments.tools import Tools
 from polgrad.registry import table
 
-TABLE = table('environments', Guess, Tools)
+TABLE = table('environments', Guess, OneTurn, Tools)
 Part = Annotated[Environment, TABLE]
 
-__all__ = ['TABLE', 'Environment', 'Guess', 'Part', 'Replies', 'Step', 'Tools']
+__all__ = ['TABLE', 'Environment', 'Guess', 'OneTurn', 'Part', 'Replies', 'Step', 'Tools']

@@ -34,6 +34,8 @@ class Environment(abc.ABC):
 
   # Turns that the policy may take; an episode that is not done by then ends.
   max_turns: AtLeastOne = 8
+  # Whether it answers turns at all; `OneTurn` does not.
+  answers: ClassVar[bool] = True
 
   @property
   def roles(self) -> tuple[str, ...]:
