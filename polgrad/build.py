@@ -8,9 +8,10 @@ a prompt that does not fit is found before the first step.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -191,7 +192,7 @@ class Never(Evaluation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOut(Judged, Evaluation):
+class HeldOut(Judged, collect.Turns, Evaluation):
   """Accuracy on the first `problems` rows of a source, greedy and, if asked for, sampled.
 
   Attributes:
@@ -207,6 +208,8 @@ class HeldOut(Judged, Evaluation):
     answer: regular expression; maj@k compares the first group of its last match.
     overlong: of problems whose prompt is longer: 'error', 'drop' or 'truncate', see `collect.Collector`.
     prefix, stop_strings: what completions begin and end with, see `collect.Sampling`.
+    environment: what answers the turns of the policy, with its budgets and limits; the one of training
+      may be another.
     anchors: anchors that are measured as well, in phases that have them, such as an average of the
       policy; their metrics are `evaluation_NAME/...`.
     comparison: which of two completions is better, for `polgrad.compare`; by default the one with the
@@ -237,7 +240,8 @@ class HeldOut(Judged, Evaluation):
     self, records: Sequence[dict], *, tokenizer: tokenizers.Tokenizer, cut: bool = False
   ) -> Prompts:
     """The prompts of these problems, each of which has an `id`."""
-    return batching.prompts(records, self.own(tokenizer), length=self.prompt_length, cut=cut)
+    records, tokenizer = self.opened(records), self.own(tokenizer)
+    return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -367,6 +371,7 @@ def check(run: Experiment) -> None:
   evaluation = run.evaluation
   if evaluation.every:
     _check_stops('config.evaluation', evaluation, run)
+    _check_environment('config.evaluation', evaluation, evaluation.reward, run)
     length = evaluation.prompt_length + evaluation.max_new_tokens
     _check_length('config.evaluation', length, run.policy)
     _check_measured(evaluation.anchors, run)
@@ -398,6 +403,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
   if isinstance(collector, collect.Sampling):
     _check_stops(f'{path}.collect', collector, run)
+    _check_environment(f'{path}.collect', collector, phase.reward, run)
   _check_length(f'{path}.collect', collector.length, run.policy)
   compares = bool({'wins', 'baseline_wins'} & collector.provides)
   if not compares and unbound(phase.comparison) is not comparisons.by_reward:
@@ -435,13 +441,14 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
-  unknown = sorted(collector.terms_ignored - phase.reward.keys())
-  if unknown or (collector.terms_ignored and collector.terms_ignored >= phase.reward.keys()):
+  terms = phase.reward.keys() | collector.earned
+  unknown = sorted(collector.terms_ignored - terms)
+  if unknown or (collector.terms_ignored and collector.terms_ignored >= terms):
     raise ValueError(
       f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
-      f'some of the terms of the reward, {sorted(phase.reward)}, and leave another'
+      f'some of the terms of the reward, {sorted(terms)}, and leave another'
     )
-  if collector.compares and not phase.reward and 'first_reward' in inputs(phase.comparison):
+  if collector.compares and not terms and 'first_reward' in inputs(phase.comparison):
     raise ValueError(
       f'{path}.comparison: it compares rewards, but {path}.reward has no verifier; name another '
       f'comparison: {sorted(reward_models.COMPARISONS)}'
@@ -460,6 +467,30 @@ def _check_stops(path: str, sampling: collect.Sampling | HeldOut, run: Experimen
     stopping.for_policy(sampling.own(run.tokenizer), run.policy)
   except ValueError as error:
     raise ValueError(f'{path}.{error}') from error
+
+
+def _check_environment(
+  path: str, turns: collect.Turns, reward: Mapping[str, Callable], run: Experiment
+) -> None:
+  """Refuses an environment that cannot run, or whose reward has the name of a verifier."""
+  turns.check_turns(path)
+  if not turns.environment.answers:
+    return
+  if 'environment' in reward:
+    raise ValueError(
+      f'{path}.environment: its reward is called environment, so no verifier can have that name'
+    )
+  with _placing(f'{path}.environment'):
+    turns.pool  # refuses one that cannot be sent to another process  # noqa: B018
+
+
+@contextlib.contextmanager
+def _placing(path: str) -> Iterator[None]:
+  """Puts a place of the configuration before errors."""
+  try:
+    yield
+  except (ValueError, TypeError) as error:
+    raise type(error)(f'{path}: {error}') from error
 
 
 def _check_reads(path: str, phase: Phase, run: Experiment) -> None:

@@ -168,10 +168,15 @@ def opponent(experiment: Experiment) -> Callable[[int], Params | None]:
 
   Raises:
     FileNotFoundError: --against is the path of a folder that does not exist.
-    ValueError: when called, --against is no anchor of the run's checkpoint.
+    ValueError: texts against episodes; when called, --against is no anchor of the run's checkpoint.
   """
   name = _AGAINST.value
   if name.startswith('field:'):
+    if experiment.evaluation.environment.answers:
+      raise ValueError(
+        f'--against={name}: the problems are episodes of an environment, which texts of the data have '
+        'no turns of; name a model'
+      )
     return lambda step: None
   if name == 'before':
     before = evaluate.init_params(experiment.policy, experiment.mesh, experiment.seed)
@@ -266,7 +271,9 @@ def compare_checkpoints(
     if other is not None:
       kl = divergence(one, params, other)
       found |= {'kl': kl.k1, 'kl_error': kl.k1_error, 'kl_k3': kl.k3, 'kl_k3_error': kl.k3_error}
-    proxy = score(phase, one, one.texts) if phase and phase.reward else np.array([])
+    # What an environment has paid in training is not known of episodes of the evaluation.
+    judged = phase and phase.reward and not phase.collect.earned
+    proxy = score(phase, one, one.texts) if judged else np.array([])
     rows.append({'step': step, **found, 'proxy_reward': evaluate.mean(proxy[np.isfinite(proxy)])})
     show(one, two, experiment.show_samples)
   return rows

@@ -226,6 +226,7 @@ class _Run:
       'unusable': task.unusable,
       'prefix': task.prefix,
       'stop_strings': task.stop_strings,
+      **task.turns,
     }
     if issubclass(kind, collect.Given):
       budgets.pop('prompt_length')
@@ -250,7 +251,7 @@ class _Run:
 
   def evaluation(self) -> ConfigDict:
     task = self.task
-    if task.held_out is None or not task.rewards:
+    if task.held_out is None or not task.judged:
       return part(build.Never)
     limit = SMOKE['held_out'] if self.smoke else task.held_out_problems
     return part(
@@ -265,6 +266,7 @@ class _Run:
       overlong=task.overlong,
       prefix=task.prefix,
       stop_strings=task.stop_strings,
+      **task.turns,
     )
 
 
@@ -286,13 +288,19 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
       f'the method needs {method.needs}, but the task has {list(task.has)}; '
       f'tasks with {method.needs}: {_examples(method.needs)}'
     )
-  rewarded = bool(task.rewards or method.rewards)
+  rewarded = task.judged or bool(method.rewards)
   if method.needs == 'problems' and 'rewards' in method.reads and not rewarded:
     raise ValueError(
       'the method learns from rewards, but the task has no verifier; name one with '
       f'reward=..., valid: {sorted(k.partition(".")[2] for k in REWARDS)}'
     )
   asked = method.collect.keywords
+  for name in ('demonstrations', 'resets', 'preferences'):
+    if asked.get(name) and task.environment is not None:
+      raise ValueError(
+        f'the method adds completions of the data to its groups ({name}), which have no turns of the '
+        "task's environment; take a method that samples alone"
+      )
   answers = asked.get('demonstrations') or asked.get('resets')
   if answers and 'demonstrations' not in task.has:
     raise ValueError('the method learns from the answers in the data, but the records have none')

@@ -27,15 +27,16 @@ from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import TABLE, Experiment, Phase, build
-from polgrad.collect import Context, also_read, completions, question
+from polgrad.collect import Context, Drawn, also_read, completions, make_draws, question
 from polgrad.collect.base import make_annotator
+from polgrad.collect.drawn import transcript
 from polgrad.compiling import jit
 from polgrad.data import batching, sources
+from polgrad.environments.episodes import Episode
 from polgrad.models.policy import Policy, learned, overlay
 from polgrad.packing import pack
 from polgrad.reductions import merged
-from polgrad.sampling import behavior_policies, stopping
-from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling import behavior_policies
 from polgrad.types import Batch, Params, TrainState
 
 EVALUATION_STEP = 2**31 - 1  # seeds the sampling noise, with a step that no training step has
@@ -102,7 +103,8 @@ class Attempts(NamedTuple):
 
   records: list[dict]  # the problems, [N]
   texts: list[list[str]]  # completions, [N][samples]
-  scores: np.ndarray  # rewards f[N, samples], NaN where the verifier failed
+  scores: np.ndarray  # rewards f[N, samples], NaN where the verifier or the environment failed
+  episodes: list[Episode]  # [N * samples]; [] without an environment
 
 
 def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Samples]]:
@@ -134,8 +136,12 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
     if plan.overlong != 'error':
       counts = collections.Counter(fate for _, fate in problems(experiment))
       found |= {f'evaluation/{fate}': float(counts[fate]) for fate in ('dropped', 'cut')}
-    rows = zip(one.records, one.texts, one.scores)
-    return found, [(question(r), text[0], float(score[0])) for r, text, score in rows]
+    if one.episodes:
+      found['evaluation/turns'] = mean([len(e.turns) for e in one.episodes])
+      found['evaluation/environment_errors'] = float(sum(not e.valid for e in one.episodes))
+    said = [transcript(e) for e in one.episodes] or [text for [text] in one.texts]
+    rows = zip(one.records, said, one.scores)
+    return found, [(question(r), text, float(score[0])) for r, text, score in rows]
 
   return evaluate
 
@@ -150,41 +156,44 @@ def attempt(
   """Completes and scores the first `problems` rows of the evaluation's source that are not dropped.
 
   Args:
-    sample: a sampler of the policy, which makes `samples` completions of each prompt.
+    sample: of `sampler`, which makes `samples` completions of each prompt.
     look: called with each rollout (NumPy), the number of its rows that count, and functions that make
       further lists about these rows, see `collect.also_read`.
   """
   plan = experiment.evaluation
   tokenizer = plan.own(experiment.tokenizer)
   kept = [record for record, fate in problems(experiment) if fate != 'dropped']
-  records, texts, scores = [], [], []
+  records, texts, scores, episodes = [], [], [], []
   for start in range(0, len(kept), plan.batch):
     piece = kept[start : start + plan.batch]
 
     # The last batch is filled up with copies of its last problem, so that one shape compiles.
     padded = piece + [piece[-1]] * (plan.batch - len(piece))
     prompts = plan.lay_out(padded, tokenizer=tokenizer, cut=plan.overlong == 'truncate')
-    rollout = sample(
+    drawn = sample(
       {'policy': params},
-      prompts.tokens,
-      prompts.mask,
+      prompts,
+      padded,
       prompts.ids,
       seed=experiment.seed,
       step=EVALUATION_STEP,
     )
-    rollout = sharding.to_host(rollout)
+    rollout = drawn.batch
 
     # Score the completions of the real problems; the samples of a problem are consecutive rows.
     rows = len(piece) * samples
     written = completions(rollout, padded, tokenizer)[:rows]
     lengths = [int(x) for x in rollout.mask.sum(axis=1)[:rows]]
     owners = [record for record in piece for _ in range(samples)]
-    others = also_read(rollout, range(rows), owners, tokenizer)
-    scores.append(plan.score(written, owners, lengths, others).total)
+    others = also_read(rollout, range(rows), plan.opened(owners), tokenizer)
+    verified = plan.score(written, owners, lengths, others).total
+    scores.append(verified + earned(drawn)[:rows])
     look(rollout, rows, others)
     texts += [written[i : i + samples] for i in range(0, rows, samples)]
+    episodes += drawn.episodes[:rows]
     records += piece
-  return Attempts(records, texts, np.concatenate(scores).reshape(-1, samples))
+  scores = np.concatenate(scores).reshape(-1, samples)
+  return Attempts(records, texts, scores, episodes)
 
 
 def problems(experiment: Experiment) -> list[tuple[dict, str]]:
@@ -209,17 +218,24 @@ def problems(experiment: Experiment) -> list[tuple[dict, str]]:
 def sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> Callable:
   """The evaluation's sampler, with `samples` completions of each prompt."""
   plan = experiment.evaluation
-  return make_sampler(
+  return make_draws(
+    plan,
     {'policy': experiment.policy},
+    tokenizer=plan.own(experiment.tokenizer),
+    policy=experiment.policy,
     samples_per_prompt=samples,
     max_new_tokens=plan.max_new_tokens,
     temperature=plan.temperature,
     behavior_policy=behavior_policy,
     mesh=experiment.mesh,
-    stop_ids=experiment.tokenizer.stop_ids,
-    stop_table=stopping.for_policy(plan.own(experiment.tokenizer), experiment.policy),
-    pad_id=experiment.tokenizer.pad_id,
   )
+
+
+def earned(drawn: Drawn) -> np.ndarray:
+  """The rewards of the environment by row, f[B]: NaN where it failed, 0 without one."""
+  if not drawn.episodes:
+    return np.zeros(len(drawn.batch.tokens))
+  return np.array([sum(e.rewards, 0.0) if e.valid else np.nan for e in drawn.episodes])
 
 
 def answer(text: str, pattern: str) -> str:

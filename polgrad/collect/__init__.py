@@ -10,6 +10,7 @@
 | `Lists` | reads several completions of a prompt, with their rewards, off the data |
 | `Given` | the interface of those that read completions off the data |
 | `Sampling` | the interface of those that sample |
+| `Turns` | what settings of anything that samples say of environments |
 | `Collector` | the interface of all of these; its fields are settings, `make` gives the function |
 | `picks` | which of the sampled rows of a group are trained on, such as the best and the worst |
 | `minibatches` | cuts a batch for several updates |
@@ -25,6 +26,7 @@ from typing import Annotated
 from polgrad.collect import picks
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
 from polgrad.collect.data import Demonstrations, Feedback, Given, Lists, Preferences
+from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
@@ -36,6 +38,7 @@ __all__ = [
   'Collector',
   'Context',
   'Demonstrations',
+  'Drawn',
   'Explored',
   'Feedback',
   'Given',
@@ -44,8 +47,10 @@ __all__ = [
   'Preferences',
   'Rollouts',
   'Sampling',
+  'Turns',
   'also_read',
   'completions',
+  'make_draws',
   'minibatches',
   'picks',
   'question',

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import environments, sharding, speed
-from polgrad.collect.drawn import Draws, Episode, make_draws
+from polgrad import sharding, speed
+from polgrad.collect.drawn import Draws, Episode, Turns, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
@@ -19,7 +19,7 @@ from polgrad.learner import forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
-from polgrad.registry import Count, inputs
+from polgrad.registry import inputs
 from polgrad.rewards.scoring import Compared, Scores
 from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
 
@@ -43,7 +43,7 @@ class Context(NamedTuple):
   micro_batches: int
   layout: Layout = PLAIN
   compare: Compare | None = None  # None: nothing is compared
-  environment: environments.Environment = environments.OneTurn()
+  opened: Callable[[Sequence[dict]], list[dict]] = list  # records -> those of the prompts
 
 
 class Collected(NamedTuple):
@@ -153,6 +153,11 @@ class Collector(abc.ABC):
     return frozenset()
 
   @property
+  def earned(self) -> frozenset[str]:
+    """Terms of the reward that no verifier gives: that of an environment."""
+    return frozenset()
+
+  @property
   def filtered(self) -> bool:
     """Whether sampling differs from the policy (top-k, top-p, greedy, mixtures).
 
@@ -246,7 +251,7 @@ class Annotator:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(Collector):
+class Sampling(Turns, Collector):
   """A collector that samples: what completions begin and end with."""
 
   # The beginning of every completion, such as '<think>': it is given, not sampled and not trained, and
@@ -254,20 +259,12 @@ class Sampling(Collector):
   prefix: str = ''
   # Texts that end a completion, besides the stop tokens.
   stop_strings: tuple = ()
-  # What answers the turns of the policy (docs/environments.md). By default nothing does: a completion is
-  # one turn.
-  environment: environments.Part = environments.OneTurn
-  # Tokens that the policy may draw in one turn; 0: only the row has a limit, `max_new_tokens`.
-  turn_tokens: Count = 0
-  # Tokens that an observation may have, see docs/environments.md; 0: only the row has a limit.
-  observation_tokens: Count = 0
 
   def __post_init__(self):
-    check_turns(type(self).__name__, self)
+    self.check_turns(type(self).__name__)
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
-    opened = list(map(self.environment.opened, records)) if self.environment.answers else records
-    return super().lay_out(opened, tokenizer=self.own(tokenizer), cut=cut)
+    return super().lay_out(self.opened(records), tokenizer=self.own(tokenizer), cut=cut)
 
   def own(self, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with this prefix and these stop strings."""
@@ -275,20 +272,17 @@ class Sampling(Collector):
 
   def within(self, context: Context) -> Context:
     """The context with the tokenizer that `own` gives, and with the environment."""
-    return context._replace(tokenizer=self.own(context.tokenizer), environment=self.environment)
+    return context._replace(tokenizer=self.own(context.tokenizer), opened=self.opened)
+
+  @property
+  def earned(self) -> frozenset[str]:
+    return frozenset({'environment'} if self.environment.answers else ())
 
   @property
   def turn_arrays(self) -> dict[str, type]:
     """Dtypes of the arrays [B, T] that only batches of an environment have."""
     there = self.environment.answers
     return {'turn_rewards': np.float32, 'observation_ids': np.int32} if there else {}
-
-
-def check_turns(name: str, settings: Any) -> None:
-  """Refuses budgets of turns where no environment answers."""
-  for knob in ('turn_tokens', 'observation_tokens'):
-    if getattr(settings, knob) and not settings.environment.answers:
-      raise ValueError(f'{name}: {knob} is a budget of turns, but there is no environment')
 
 
 def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:

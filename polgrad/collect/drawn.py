@@ -1,31 +1,30 @@
 """Draws rows with a sampler: completions of one turn, or episodes of an environment."""
 
 import collections
+import dataclasses
+import functools
+import pickle
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from polgrad import environments
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.environments.episodes import Episode, Episodes
+from polgrad.environments.workers import Pool
 from polgrad.models.policy import Policy
+from polgrad.registry import AtLeastOne, Count, NotNegative, Positive
 from polgrad.rewards.scoring import MESSAGES
 from polgrad.sampling import stopping
 from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling.turns import make_turn_sampler
 from polgrad.sharding import to_host
-from polgrad.types import Batch, Params, Prompts
+from polgrad.types import Batch
 from polgrad.types import turns as spans_of
-
-
-class Episode(NamedTuple):
-  """What was said in a row, turn by turn, and what the environment made of it."""
-
-  turns: list[str]  # what the policy said
-  observations: list[str]  # what it read after each turn; none after the last
-  rewards: list[float]  # of the turns that were answered
-  metrics: list[Mapping[str, float]]  # of the turns that were answered
-  failure: tuple[str, str] | None  # (kind, reason): the environment failed, so the row is invalid
 
 
 class Drawn(NamedTuple):
@@ -39,51 +38,114 @@ class Drawn(NamedTuple):
 Draws = Callable[..., Drawn]
 
 
-class Turns(Protocol):
-  """What settings of a sampler say of turns, see `collect.Sampling`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turns:
+  """Settings of whatever samples: the environment, its budgets and its limits."""
 
-  environment: environments.Environment
-  turn_tokens: int
-  observation_tokens: int
+  # What answers the turns of the policy (docs/environments.md). By default nothing does: a completion is
+  # one turn.
+  environment: environments.Part = environments.OneTurn
+  # Tokens that the policy may draw in one turn; 0: only the row has a limit, `max_new_tokens`.
+  turn_tokens: Count = 0
+  # Tokens of a message that the policy reads; a longer one is cut. 0: only the row has a limit.
+  observation_tokens: Count = 0
+  # Processes that the environment runs in, and so turns that it answers at the same time.
+  environment_workers: AtLeastOne = 2
+  # Seconds that it may take for one turn.
+  environment_timeout: Positive = 10.0
+  # GiB of address space of each of its processes; 0: no limit.
+  environment_memory: NotNegative = 4.0
+  # False runs it in the process of the trainer, where nothing limits it.
+  isolate_environment: bool = True
+
+  def check_turns(self, path: str) -> None:
+    """Refuses budgets of turns where no environment answers."""
+    for knob in ('turn_tokens', 'observation_tokens'):
+      if getattr(self, knob) and not self.environment.answers:
+        raise ValueError(f'{path}: {knob} is a budget of turns, but there is no environment')
+
+  @functools.cached_property
+  def pool(self) -> Pool:
+    """The processes of the environment; they start with the first turn."""
+    return Pool(
+      self.environment,
+      workers=self.environment_workers,
+      timeout_s=self.environment_timeout,
+      memory_gib=self.environment_memory,
+      isolate=self.isolate_environment,
+    )
+
+  def opened(self, records: Sequence[dict]) -> list[dict]:
+    """The records that prompts are made of."""
+    if not self.environment.answers:
+      return list(records)
+    return [{**self.environment.opened(record), 'id': record['id']} for record in records]
 
 
 def make_draws(
-  turns: Turns,
+  settings: Turns,
   policies: Mapping[str, Policy],
   *,
   tokenizer: Tokenizer,
   policy: Policy,
   samples_per_prompt: int = 1,
-  **settings: Any,
+  **sampler: Any,
 ) -> Draws:
   """Makes the function that draws rows, of one turn or of several.
 
   Args:
-    turns: the environment and its budgets.
+    settings: the environment.
     policies: as in `make_sampler`.
     tokenizer: says what ends a turn, and makes texts of tokens.
     policy: the model for the names that `policies` lacks.
     samples_per_prompt: rows of a prompt.
-    settings: further ones of `make_sampler`.
+    sampler: further settings of `make_sampler`.
   """
-  sample = make_sampler(
+  several = settings.environment.answers
+  make = make_turn_sampler if several else make_sampler
+  sample = make(
     policies,
     default=policy,
     stop_ids=tokenizer.stop_ids,
     stop_table=stopping.for_policy(tokenizer, policy),
     pad_id=tokenizer.pad_id,
     samples_per_prompt=samples_per_prompt,
-    **settings,
+    **sampler,
+    **({'turn_tokens': settings.turn_tokens} if several else {}),
   )
 
-  def draw(
-    params: Mapping[str, Params], prompts: Prompts, records, ids, *, seed: int, step: int
-  ) -> Drawn:
+  def in_one_turn(params, prompts, records, ids, *, seed, step) -> Drawn:
     del records
-    arrays = prompts.tokens, prompts.mask, ids
-    return Drawn(to_host(sample(params, *arrays, seed=seed, step=step)))
+    return Drawn(to_host(sample(params, prompts.tokens, prompts.mask, ids, seed=seed, step=step)))
 
-  return draw
+  def in_turns(params, prompts, records, ids, *, seed, step) -> Drawn:
+    # The first process alone talks to the environment; the others are told.
+    talks = jax.process_index() == 0
+    replies = talks and Episodes(
+      settings.pool,
+      tokenizer,
+      settings.opened(records),
+      samples_per_prompt=samples_per_prompt,
+      seeds=episode_seeds(seed, step, ids, samples_per_prompt),
+      observation_tokens=settings.observation_tokens,
+    )
+    batch = sample(
+      params, prompts.tokens, prompts.mask, ids, seed=seed, step=step, replies=replies or None
+    )
+    episodes = from_first(replies.episodes if talks else [])
+    return Drawn(with_turns(to_host(batch), episodes), episodes)
+
+  return in_turns if several else in_one_turn
+
+
+def from_first(value: Any) -> Any:
+  """The value of the first process, in all of them."""
+  if jax.process_count() == 1:
+    return value
+  sent = np.frombuffer(pickle.dumps(value), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int64(len(sent))))
+  own = sent if jax.process_index() == 0 else np.zeros(size, np.uint8)
+  return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes())
 
 
 def episode_seeds(seed: int, step: int, ids: Sequence[int], samples_per_prompt: int) -> list[int]:
@@ -110,10 +172,10 @@ def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
     for number, span in enumerate(spans_of(batch.mask[row])):
       read = batch.tokens[row, begin : span.start][seen[begin : span.start]]
       anchors[row, span] = zlib.crc32(read.astype('<i4').tobytes()) >> 1
-      if number < len(episode.rewards) and episode.failure is None:
+      if number < len(episode.rewards) and episode.valid:
         rewards[row, span.stop - 1] = episode.rewards[number]
       begin = span.stop
-  valid = np.array([episode.failure is None for episode in episodes])
+  valid = np.array([episode.valid for episode in episodes])
   return batch.with_arrays(turn_rewards=rewards, observation_ids=anchors, valid=valid)
 
 
@@ -137,7 +199,7 @@ def transcript(episode: Episode) -> str:
     if number < len(episode.observations) and episode.observations[number]:
       lines.append(f'[read] {episode.observations[number]}')
   if episode.failure:
-    lines.append(f'[failed] {": ".join(episode.failure)}')
+    lines.append(f'[failed] {episode.failure.kind}: {episode.failure.reason}')
   return '\n'.join(lines)
 
 
@@ -148,10 +210,13 @@ def _worth(episode: Episode, number: int) -> str:
 
 def failures(episodes: Sequence[Episode]) -> tuple[dict[str, int], list[str]]:
   """The number of failures by 'environment/kind', and the first of them in words."""
-  found = [(row, *e.failure) for row, e in enumerate(episodes) if e.failure]
-  counts = collections.Counter(f'environment/{kind}' for _, kind, _ in found)
-  told = [f'row {row}: environment: {kind}: {why}' for row, kind, why in found]
-  return dict(counts), told[:MESSAGES]
+  failed = [(row, e) for row, e in enumerate(episodes) if e.failure]
+  counts = collections.Counter(f'environment/{e.failure.kind}' for _, e in failed)
+  told = [
+    f'row {row}: environment, turn {len(e.turns)}: {e.failure.kind}: {e.failure.reason}'
+    for row, e in failed[:MESSAGES]
+  ]
+  return dict(counts), told
 
 
 def metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, float]:

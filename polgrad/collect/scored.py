@@ -72,6 +72,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
   texts = completions(batch, records, context.tokenizer)
   lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)
+  opened = context.opened(records)
   # Each process verifies every n-th row, and gets the scores of all.
   processes, own = jax.process_count(), jax.process_index()
   mine = range(own, len(texts), processes)
@@ -82,7 +83,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
     also_read(
       batch,
       mine,
-      [context.environment.opened(records[i // rows_per_prompt]) for i in mine],
+      [opened[i // rows_per_prompt] for i in mine],
       context.tokenizer,
     ),
   )
@@ -181,8 +182,10 @@ def _compare(
     }
     for i, j in pairs[own]
   ]
-  opened = context.environment.opened
-  prompt = lambda: [batching.prompt_text(opened(one['record']), context.tokenizer) for one in given]
+  prompt = lambda: [
+    batching.prompt_text(one, context.tokenizer)
+    for one in context.opened([pair['record'] for pair in given])
+  ]
   compared = context.compare(given, {'prompt': prompt})
   found = np.full(len(pairs), 0.5)
   found[asked] = _gather(compared.wins, len(asked))

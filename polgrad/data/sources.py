@@ -19,7 +19,7 @@ import numpy as np
 from polgrad import paths
 from polgrad.data import tables
 from polgrad.data.records import normalized
-from polgrad.registry import Range, table
+from polgrad.registry import Fraction, Range, table
 
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
 
@@ -243,7 +243,41 @@ def _plain(value):
   return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
-BASE = table('sources', arithmetic, jsonl, hub, tfds_records, reasoning_gym)
+def hidden_numbers(
+  *,
+  highest: Annotated[int, Range(at_least=1, at_most=999)] = 20,
+  split: str = 'train',
+  holdout: Fraction = 0.1,
+  seed: int = 0,
+) -> Source:
+  """Ranges `3-17:` with a number in them as the answer, for guessing; one prompt in ten is held out.
+
+  Args:
+    highest: largest number; every range `a-b` with 0 <= a < b <= highest occurs once.
+    split: 'train' or 'heldout'.
+    holdout: fraction of the ranges in 'heldout'.
+    seed: seed of the numbers, of the order and of what is held out.
+
+  Raises:
+    ValueError: another split.
+  """
+  if split not in ('train', 'heldout'):
+    raise ValueError(f"split {split!r}; valid: ['heldout', 'train']")
+  random = np.random.default_rng(seed)
+  low, high = np.triu_indices(highest + 1, 1)
+  order = random.permutation(len(low))
+  answers = random.integers(low, high + 1)
+  held = round(holdout * len(low))
+  rows = order[:held] if split == 'heldout' else order[held:]
+
+  def record(row):
+    i = rows[row]
+    return {'prompt': f'{low[i]}-{high[i]}:', 'answer': str(answers[i])}
+
+  return Source(len(rows), record)
+
+
+BASE = table('sources', arithmetic, hidden_numbers, jsonl, hub, tfds_records, reasoning_gym)
 
 
 def fraction(

@@ -29,11 +29,16 @@ class Task:
     held_out_pairs: source of pairs that are not trained on, to measure loss and accuracy.
     held_out_feedback: source of feedback that is not trained on, to measure the loss.
     held_out_lists: source of lists that are not trained on, to measure the loss.
-    rewards: verifiers by name, each with its weight; their weighted sum is the reward.
+    rewards: verifiers by name, each with its weight; their weighted sum is the reward. With an
+      environment, they judge the last turn, and its reward is added.
+    environment: what answers the turns of the policy, a part of `polgrad.environments`.
+    turn_tokens: tokens that the policy may draw in one turn; 0: only the row has a limit.
+    observation_tokens: tokens of a message that the policy reads; 0: only the row has a limit.
     system: system turn that is put before each prompt where the model has a chat template.
     alphabet: characters of prompts and answers, for models whose tokens are characters.
     prompt_length: tokens that a prompt may have, without those of a chat template.
-    max_new_tokens: tokens that a completion may have, the stop token included.
+    max_new_tokens: tokens that a completion may have, the stop token included; with an environment,
+      those of all turns and of what is read between them.
     length: tokens of a row with its given completion; 0 means prompt_length + max_new_tokens.
     rows: completions in a batch of rollouts; rows / samples_per_prompt prompts are drawn.
     samples_per_prompt: completions of a prompt, unless the method asks for another number.
@@ -64,6 +69,9 @@ class Task:
   lists: ConfigDict | None = None
   held_out_lists: ConfigDict | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
+  environment: ConfigDict | None = None
+  turn_tokens: Count = 0
+  observation_tokens: Count = 0
   system: str = ''
   alphabet: str = PRINTABLE
   prompt_length: AtLeastOne = 256
@@ -91,3 +99,16 @@ class Task:
   def has(self) -> tuple[str, ...]:
     """What methods can ask for, out of `KINDS`."""
     return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
+
+  @property
+  def judged(self) -> bool:
+    """Whether something gives a reward: verifiers, or the environment."""
+    return bool(self.rewards) or self.environment is not None
+
+  @property
+  def turns(self) -> dict[str, object]:
+    """The settings of whatever samples that say how turns are answered, see `collect.Turns`."""
+    if self.environment is None:
+      return {}
+    names = ('environment', 'turn_tokens', 'observation_tokens')
+    return {name: getattr(self, name) for name in names}
