@@ -24,6 +24,7 @@ from polgrad import trackers as tracking
 from polgrad.checks import duplicates, tracing
 from polgrad.checks.findings import Finding, source_field
 from polgrad.data import batching, chat, sources, tokenizers
+from polgrad.environments import conversation
 from polgrad.learner import Learner
 from polgrad.models import Part as ModelPart
 from polgrad.models.kernels import ATTENTION, PLATFORMS
@@ -42,6 +43,7 @@ from polgrad.registry import (
   unbound,
 )
 from polgrad.rewards import comparisons, scoring
+from polgrad.rewards.worker import Failure
 from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
@@ -474,7 +476,7 @@ def _check_environment(
 ) -> None:
   """Refuses an environment that cannot run, or whose reward has the name of a verifier."""
   turns.check_turns(path)
-  if not turns.environment.answers:
+  if not turns.has_environment:
     return
   if 'environment' in reward:
     raise ValueError(
@@ -577,6 +579,7 @@ def check_data(run: Experiment) -> list[str]:
     if one.judged:
       told += _try_verifiers(f'{one.path}.reward', one.judged, one.source, run.tokenizer)
       _try_judge(one, run.tokenizer)
+    _try_environment(one, run.tokenizer)
     lines, asked[one.path] = _look(one, run.tokenizer)
     told += lines
   return told + [str(one) for one in leaks(sections, asked)]
@@ -591,6 +594,11 @@ class DataSection(NamedTuple):
   reader: collect.Collector | HeldOut  # lays the records out
   judged: Judged | None  # has the verifiers of completions of these records; None: there are none
   held_out: bool  # whether the records are only measured
+
+  @property
+  def turns(self) -> str:
+    """The place in the configuration that says who answers turns."""
+    return self.path if self.path == 'config.evaluation' else f'{self.path}.collect'
 
 
 def data_sections(run: Experiment) -> list[DataSection]:
@@ -681,6 +689,28 @@ def _try_judge(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
     raise ValueError(
       f'{section.path}.comparison: it fails on all of {len(records)} records ({reason})'
     )
+
+
+def _try_environment(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
+  """Lets the environment of a section answer an empty turn on a few records.
+
+  Raises:
+    ValueError: it fails on all of them, or the chat template cannot write what it says.
+  """
+  reader, source = section.reader, section.source
+  if not isinstance(reader, collect.Turns) or not reader.has_environment or not len(source):
+    return
+  records = [{**source[i], 'id': i} for i in sources.spaced(len(source), TRIED)]
+  with _placing(f'{section.turns}.environment'):
+    opened = reader.opened(records)
+    conversation.check(reader.environment, opened[0], reader.own(tokenizer))
+    states = [reader.pool.reset(record, 0).result() for record in opened]
+    found = [s if isinstance(s, Failure) else reader.pool.step(s, '').result() for s in states]
+    if all(isinstance(one, Failure) for one in found):
+      raise ValueError(
+        f'it fails on all of {len(records)} records, where it answers an empty turn '
+        f'({found[0].kind}: {found[0].reason}); a turn that makes no sense should be answered too'
+      )
 
 
 def _first_reason(section: DataSection, tokenizer: tokenizers.Tokenizer) -> str:

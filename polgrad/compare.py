@@ -172,7 +172,7 @@ def opponent(experiment: Experiment) -> Callable[[int], Params | None]:
   """
   name = _AGAINST.value
   if name.startswith('field:'):
-    if experiment.evaluation.environment.answers:
+    if experiment.evaluation.has_environment:
       raise ValueError(
         f'--against={name}: the problems are episodes of an environment, which texts of the data have '
         'no turns of; name a model'

@@ -276,12 +276,12 @@ class Sampling(Turns, Collector):
 
   @property
   def earned(self) -> frozenset[str]:
-    return frozenset({'environment'} if self.environment.answers else ())
+    return frozenset({'environment'} if self.has_environment else ())
 
   @property
   def turn_arrays(self) -> dict[str, type]:
     """Dtypes of the arrays [B, T] that only batches of an environment have."""
-    there = self.environment.answers
+    there = self.has_environment
     return {'turn_rewards': np.float32, 'observation_ids': np.int32} if there else {}
 
 

@@ -58,10 +58,16 @@ class Turns:
   # False runs it in the process of the trainer, where nothing limits it.
   isolate_environment: bool = True
 
+  @property
+  def has_environment(self) -> bool:
+    """Whether an environment answers the turns of the policy."""
+    one = environments.OneTurn
+    return self.environment is not one and not isinstance(self.environment, one)
+
   def check_turns(self, path: str) -> None:
     """Refuses budgets of turns where no environment answers."""
     for knob in ('turn_tokens', 'observation_tokens'):
-      if getattr(self, knob) and not self.environment.answers:
+      if getattr(self, knob) and not self.has_environment:
         raise ValueError(f'{path}: {knob} is a budget of turns, but there is no environment')
 
   @functools.cached_property
@@ -77,7 +83,7 @@ class Turns:
 
   def opened(self, records: Sequence[dict]) -> list[dict]:
     """The records that prompts are made of."""
-    if not self.environment.answers:
+    if not self.has_environment:
       return list(records)
     return [{**self.environment.opened(record), 'id': record['id']} for record in records]
 
@@ -101,7 +107,7 @@ def make_draws(
     samples_per_prompt: rows of a prompt.
     sampler: further settings of `make_sampler`.
   """
-  several = settings.environment.answers
+  several = settings.has_environment
   make = make_turn_sampler if several else make_sampler
   sample = make(
     policies,

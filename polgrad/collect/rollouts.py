@@ -303,7 +303,7 @@ def _check_counts(settings: Rollouts) -> None:
 
 def _check_environment(settings: Rollouts) -> None:
   """Refuses groups of episodes with rows that nothing answers."""
-  if not settings.environment.answers:
+  if not settings.has_environment:
     return
   for knob in ('demonstrations', 'preferences', 'resets'):
     if getattr(settings, knob):

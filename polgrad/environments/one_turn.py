@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
 
 from polgrad.environments.base import Environment, Step
 
@@ -15,7 +14,6 @@ class OneTurn(Environment):
   """
 
   max_turns: int = 1
-  answers: ClassVar[bool] = False
 
   def reset(self, record: Mapping, seed: int) -> None:
     """There is no state."""

@@ -1,0 +1,239 @@
+"""Environments in the loop: batches of episodes, what they earn, failures, seeds, metrics, storage."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import build, collect, credit, environments, objectives, phases, presets, tasks
+from polgrad.collect import drawn, scored
+from polgrad.compose import compose
+from polgrad.environments import Environment, Step
+from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.methods import Method
+from polgrad.options import from_text
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+from polgrad.rewards.scoring import Scores
+from polgrad.sampling import behavior_policies
+from polgrad.types import turns
+
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Echo(Environment):
+  """Answers with a digit of its seed, pays half a point a character, and fails at one of them."""
+
+  IN_PROCESS: ClassVar[bool] = True
+  max_turns: int = 3
+  fails_at: str = ''
+
+  def reset(self, record, seed):
+    return seed, 0
+
+  def step(self, state, text):
+    seed, taken = state
+    if self.fails_at and self.fails_at in text:
+      raise LookupError(f'no {self.fails_at}')
+    metrics = {'long': float(len(text) > 1)} if taken else {}
+    return Step((seed, taken + 1), str(seed % 10), 0.5 * len(text), metrics=metrics)
+
+
+class Deaf(Echo):
+  """Fails at every turn."""
+
+  def step(self, state, text):
+    raise LookupError('nothing')
+
+
+def config(environment=None, rewards=None, kind=collect.Rollouts, **rollouts):
+  """A smoke run of group means on the task `guess`, with another environment."""
+  method = Method(
+    collect=functools.partial(kind, **rollouts),
+    credit=part(credit.outcome, advantage=part(advantages.group_mean)),
+    objective=part(
+      objectives.PolicyGradient,
+      surrogate=part(surrogates.reinforce),
+      aggregation=part(aggregation.token_mean),
+    ),
+  )
+  task = tasks.guess(guesses=3)
+  task = dataclasses.replace(
+    task, environment=environment or part(Echo), turn_tokens=3, rewards=rewards or {}
+  )
+  return compose(method, task, presets.tiny(alphabet=task.alphabet), warm_start=0, smoke=True)
+
+
+def collected(run, steps=1):
+  phase = run.phases['train']
+  found = []
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    make = phase.collect.make(phases.context(run, phase, 0))
+    for step in range(steps):
+      draw = phases.Drawer(phase, seed=0, cursor=int(state.cursor))
+      got = make(state, draw, step)
+      found.append(got)
+      state = phases.advance(run.mesh, state, got, draw.cursor)
+  return found
+
+
+@pytest.fixture(scope='module')
+def plain():
+  return collected(build.build(config()), steps=2)
+
+
+def test_a_batch_has_the_reward_of_each_turn_at_its_last_token(plain):
+  batch, episodes = plain[0].batch, plain[0].episodes
+  assert batch.valid.all() and len(episodes) == len(batch.tokens)
+  for row, episode in enumerate(episodes):
+    spans = turns(batch.mask[row])
+    assert len(spans) == len(episode.rewards) == 3
+    at = [s.stop - 1 for s in spans]
+    np.testing.assert_array_equal(batch['turn_rewards'][row, at], episode.rewards)
+    assert np.count_nonzero(batch['turn_rewards'][row]) <= len(spans)
+  np.testing.assert_allclose(batch.rewards, batch['turn_rewards'].sum(axis=1))
+  np.testing.assert_array_equal(batch['turn_rewards'][~batch.mask], 0)
+  np.testing.assert_array_equal(batch.advantages[~batch.mask], 0)
+
+
+def test_turns_have_one_number_where_the_policy_has_read_the_same(plain):
+  batch, episodes = plain[0].batch, plain[0].episodes
+  ids = batch['observation_ids']
+  assert ids.dtype == np.int32 and (ids >= 0).all()
+  np.testing.assert_array_equal(ids[~batch.mask], 0)
+  stop = {}  # whether the policy drew the stop token decides what is appended; here nothing is
+  for row, episode in enumerate(episodes):
+    for number, span in enumerate(turns(batch.mask[row])):
+      [own] = set(ids[row, span])
+      read = int(batch.group_ids[row]) if number == 0 else episode.observations[number - 1]
+      assert stop.setdefault((number > 0, read), own) == own
+  assert len(set(stop.values())) == len(stop)
+
+
+def test_what_the_policy_drew_is_what_the_environment_was_told(plain):
+  run = build.build(config())
+  batch, episodes = plain[0].batch, plain[0].episodes
+  for row, episode in enumerate(episodes):
+    said = [batch.tokens[row, span].tolist() for span in turns(batch.mask[row])]
+    ids = [x[:-1] if x[-1] in run.tokenizer.stop_ids else x for x in said]
+    assert [run.tokenizer.decode(x) for x in ids] == episode.turns
+  texts = collect.completions(batch, [{'prompt': ''}] * 4, run.tokenizer)
+  assert texts == [episode.turns[-1] for episode in episodes]  # verifiers judge the last turn
+
+
+def test_metrics_are_means_by_turn(plain):
+  got, batch, episodes = plain[0].metrics, plain[0].batch, plain[0].episodes
+  assert got['turns'] == 3 and got['turns/3/share'] == 1
+  assert got['turns/2/reward'] == pytest.approx(np.mean([e.rewards[1] for e in episodes]))
+  lengths = [turns(row)[0].stop - turns(row)[0].start for row in batch.mask]
+  assert got['turns/1/length'] == pytest.approx(np.mean(lengths))
+  long = [m['long'] for e in episodes for m in e.metrics[1:]]
+  assert got['environment/long'] == pytest.approx(np.mean(long))
+  assert got['reward/environment'] == got['reward'] and got['environment_errors'] == 0
+
+
+@pytest.fixture(scope='module')
+def judged():
+  """Episodes that fail at a character, and a verifier of two points for short ones."""
+  short = {'short': weighted(2.0, part(verifiers.soft_overlong, max_length=7, cache=4))}
+  return collected(build.build(config(part(Echo, fails_at='3'), rewards=short)))[0]
+
+
+def test_an_episode_that_fails_is_invalid_and_counted_and_never_0(plain, judged):
+  batch, bad = judged.batch, ~judged.batch.valid
+  np.testing.assert_array_equal(bad, [any('3' in t for t in e.turns) for e in plain[0].episodes])
+  assert 0 < bad.sum() < len(bad)
+  assert (batch.rewards[bad] == 0).all() and not batch['turn_rewards'][bad].any()
+  assert not batch.mask[bad].any() and not batch.advantages[bad].any()
+  got = judged.metrics
+  assert got['environment_errors'] == got['environment_errors/LookupError'] == bad.sum()
+  assert got['verifier_errors'] == 0
+  assert got['reward'] == pytest.approx(batch.rewards[~bad].mean())
+  assert 'LookupError: no 3' in judged.messages[0]
+  assert np.isnan(judged.terms['environment'][bad]).all()
+
+
+def test_rewards_of_verifiers_are_added_at_the_last_token(plain, judged):
+  good = judged.batch.valid
+  rows = np.arange(good.sum())
+  extra = (judged.batch['turn_rewards'] - plain[0].batch['turn_rewards'])[good]
+  last = np.array([turns(row)[-1].stop - 1 for row in judged.batch.mask[good]])
+  np.testing.assert_allclose(extra[rows, last], 2 * judged.terms['short'][good], atol=1e-6)
+  sums = judged.batch['turn_rewards'].sum(axis=1)
+  np.testing.assert_allclose(judged.batch.rewards, sums, atol=1e-6)
+  extra[rows, last] = 0
+  assert not extra.any() and judged.terms['short'][good].any()
+
+
+def test_episodes_have_seeds_that_a_resumed_run_has_too(plain, judged):
+  good = judged.batch.valid
+  np.testing.assert_array_equal(judged.batch.tokens[good], plain[0].batch.tokens[good])
+  said = lambda got: [e.observations[0] for e in got.episodes if e.observations]
+  assert said(plain[0]) != said(plain[1])
+  assert len(set(drawn.episode_seeds(0, 1, range(50), 4))) == 200
+  assert drawn.episode_seeds(-1, 1, [3], 1) != drawn.episode_seeds(0, 1, [3], 1)
+
+
+def test_every_row_of_a_group_is_an_episode_also_in_a_memory(plain):
+  greedy = part(behavior_policies.greedy)
+  made = config(opponents=1, opponent_policy=greedy, lag=1)
+  first, second = collected(build.build(made), steps=2)
+  assert len(first.episodes) == len(first.batch.tokens) == 20
+  for row, episode in enumerate(first.episodes):
+    at = [s.stop - 1 for s in turns(first.batch.mask[row])]
+    np.testing.assert_array_equal(first.batch['turn_rewards'][row, at], episode.rewards)
+  for got in (first, second):  # the second step uses the first batch once more
+    own = got.batch['opponent'] == 0
+    for name in ('turn_rewards', 'observation_ids', 'rewards'):
+      np.testing.assert_array_equal(got.batch[name][own], plain[0].batch[name])
+  assert [e.turns for e in second.episodes] != [e.turns for e in first.episodes]  # those are fresh
+
+
+def test_replaced_groups_bring_their_episodes(plain):
+  episodes = plain[0].episodes
+  batch = plain[0].batch
+  half = lambda rows: jax.tree.map(lambda x: x[rows], batch)
+  scores = Scores(batch.rewards[:8], {}, batch.valid[:8], {}, [])
+  texts = lambda rows: scored.Texts([''] * 8, [{}, {}], scores, episodes[rows])
+  old, new = slice(0, 8), slice(8, 16)
+  useful = np.array([True, False])
+  got, said = scored.replace_groups((half(old), texts(old)), (half(new), texts(new)), useful, 4)
+  begin = 8 + 4 * int(np.argmax(scored.informative(half(new), texts(new), 4)))
+  assert list(said.episodes) == [*episodes[:4], *episodes[begin : begin + 4]]
+  expected = batch['turn_rewards'][begin : begin + 4]
+  np.testing.assert_array_equal(got['turn_rewards'][4:], expected)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'told'),
+  [
+    (dict(demonstrations=1), 'demonstrations=1 adds completions of the data.*no turns'),
+    (dict(resets=0.5), 'resets=0.5'),
+    (dict(preferences=1), 'preferences=1'),
+    (dict(environment=environments.OneTurn()), 'turn_tokens is a budget of turns.*no environment'),
+  ],
+)
+def test_what_has_no_meaning_with_an_environment_is_refused(settings, told):
+  with pytest.raises(ValueError, match=told):
+    collect.Rollouts(**{'environment': Echo(), 'turn_tokens': 3, **settings})
+
+
+def test_a_method_that_adds_answers_to_groups_is_refused_by_name():
+  with pytest.raises(ValueError, match=r'demonstrations.*no turns of the task'):
+    from_text('method=luffy,task=guess,model=tiny')
+
+
+def test_a_verifier_cannot_have_the_name_of_the_environment():
+  made = config(rewards={'environment': weighted(1.0, part(verifiers.exact_match))})
+  with pytest.raises(ValueError, match='no verifier can have that name'):
+    build.build(made)
+
+
+def test_an_environment_that_never_answers_is_refused_before_a_run():
+  with pytest.raises(ValueError, match=r'collect.environment: it fails on all of 4.*LookupError'):
+    build.check_data(build.build(config(part(Deaf))))
