@@ -271,8 +271,8 @@ def compare_checkpoints(
     if other is not None:
       kl = divergence(one, params, other)
       found |= {'kl': kl.k1, 'kl_error': kl.k1_error, 'kl_k3': kl.k3, 'kl_k3_error': kl.k3_error}
-    # What an environment has paid in training is not known of episodes of the evaluation.
-    judged = phase and phase.reward and not phase.collect.earned
+    # Verifiers alone are no proxy reward where an environment pays as well.
+    judged = phase and phase.reward and not experiment.evaluation.has_environment
     proxy = score(phase, one, one.texts) if judged else np.array([])
     rows.append({'step': step, **found, 'proxy_reward': evaluate.mean(proxy[np.isfinite(proxy)])})
     show(one, two, experiment.show_samples)

@@ -106,6 +106,11 @@ class Attempts(NamedTuple):
   scores: np.ndarray  # rewards f[N, samples], NaN where the verifier or the environment failed
   episodes: list[Episode]  # [N * samples]; [] without an environment
 
+  @property
+  def failed(self) -> int:
+    """Episodes that the environment did not answer to their end."""
+    return sum(not episode.valid for episode in self.episodes)
+
 
 def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Samples]]:
   """Makes `evaluate(params) -> (metrics, greedy samples)` for the experiment's `evaluation`."""
@@ -116,7 +121,7 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
   def evaluate(params: Params) -> tuple[dict[str, float], Samples]:
     # One greedy completion of each problem.
     one = attempt(experiment, greedy, params, 1)
-    errors = np.isnan(one.scores).sum()
+    errors = np.isnan(one.scores).sum() - one.failed
     found = {
       'evaluation/greedy': pass_at_k(mark(one.scores, plan.threshold), 1),
       'evaluation/reward': mean(one.scores[~np.isnan(one.scores)]),
@@ -125,7 +130,7 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
     # Several samples of each problem, for pass@k and maj@k.
     if several:
       many = attempt(experiment, several, params, plan.samples)
-      errors += np.isnan(many.scores).sum()
+      errors += np.isnan(many.scores).sum() - many.failed
       marks = mark(many.scores, plan.threshold)
       for k in sorted({1, plan.samples}):
         found[f'evaluation/pass@{k}'] = pass_at_k(marks, k)
@@ -138,7 +143,7 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
       found |= {f'evaluation/{fate}': float(counts[fate]) for fate in ('dropped', 'cut')}
     if one.episodes:
       found['evaluation/turns'] = mean([len(e.turns) for e in one.episodes])
-      found['evaluation/environment_errors'] = float(sum(not e.valid for e in one.episodes))
+      found['evaluation/environment_errors'] = float(one.failed)
     said = [transcript(e) for e in one.episodes] or [text for [text] in one.texts]
     rows = zip(one.records, said, one.scores)
     return found, [(question(r), text, float(score[0])) for r, text, score in rows]

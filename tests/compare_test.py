@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 
 from polgrad import checkpoint, cli, compare, evaluate, sharding
 from polgrad.build import HeldOut
+from polgrad.collect import Drawn
 from polgrad.data import sources
 from polgrad.rewards import comparisons
 from polgrad.types import Outputs
@@ -41,8 +42,9 @@ def experiment(comparison=comparisons.larger_reward, **phases):
 
 
 def sampler(one, samples, behavior_policy):
-  def sample(params, tokens, mask, ids, *, seed, step):
-    return rollout([t for i in ids for t in params['policy']['abc'[int(i)]][:samples]], tokens)
+  def sample(params, prompts, records, ids, *, seed, step):
+    texts = [t for i in ids for t in params['policy']['abc'[int(i)]][:samples]]
+    return Drawn(rollout(texts, prompts.tokens))
 
   return sample
 

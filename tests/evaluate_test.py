@@ -12,11 +12,15 @@ import pytest
 
 from polgrad import build, evaluate, phases
 from polgrad.build import HeldOut
+from polgrad.collect import Drawn
 from polgrad.data import sources, tokenizers
+from polgrad.environments import Guess
+from polgrad.environments.episodes import Episode
 from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
 from polgrad.learner import forward
 from polgrad.options import from_text
 from polgrad.rewards import verifiers
+from polgrad.rewards.worker import Failure
 from polgrad.types import Batch
 from tests.runs import dpo
 
@@ -142,15 +146,15 @@ def measure(monkeypatch):
   """(answers to 'a', 'b', ... by group size, samples) -> (metrics, greedy samples)."""
 
   def run(written, *, samples):
-    def make_sampler(policies, *, samples_per_prompt, **settings):
-      def sample(params, tokens, mask, ids, *, seed, step):
+    def make_draws(plan, policies, *, samples_per_prompt, **settings):
+      def sample(params, prompts, records, ids, *, seed, step):
         assert len(ids) == 2  # always one shape
         texts = [t for i in ids for t in written[samples_per_prompt][int(i)]]
-        return rollout(texts, tokens)
+        return Drawn(rollout(texts, prompts.tokens))
 
       return sample
 
-    monkeypatch.setattr(evaluate, 'make_sampler', make_sampler)
+    monkeypatch.setattr(evaluate, 'make_draws', make_draws)
     problems = [{'prompt': p, 'answer': p} for p in 'abc']
     plan = HeldOut(
       every=1,
@@ -254,3 +258,43 @@ def test_files_hold_out_demonstrations_and_pairs(tmp_path):
   config.phases.train.held_out = {'pairs': config.phases.train.source}
   with pytest.raises(ValueError, match=r'train\.held_out: this phase samples its completions'):
     build.build(config)
+
+
+def test_an_environment_pays_beside_the_verifiers_and_its_failures_are_neither_right_nor_wrong(
+  monkeypatch,
+):
+  episodes = {
+    0: Episode(turns=['x', 'a'], observations=['no'], rewards=[0.5, 1.0], metrics=[{}, {}]),
+    1: Episode(turns=['b'], failure=Failure('Timeout', 'no answer')),
+    2: Episode(turns=['x'], rewards=[0.25], metrics=[{}]),
+  }
+
+  def make_draws(plan, policies, **settings):
+    def sample(params, prompts, records, ids, **step):
+      found = [episodes[record['id']] for record in records]
+      return Drawn(rollout([e.turns[-1] for e in found], prompts.tokens), found)
+
+    return sample
+
+  monkeypatch.setattr(evaluate, 'make_draws', make_draws)
+  problems = [{'prompt': p, 'answer': p} for p in 'abc']
+  plan = HeldOut(
+    source=sources.Source(3, problems.__getitem__),
+    reward={'exact': verifiers.exact_match},
+    batch=2,
+    prompt_length=2,
+    max_new_tokens=WIDTH,
+    environment=Guess(),
+  )
+  run = types.SimpleNamespace(evaluation=plan, policy=(), tokenizer=TOKENIZER, mesh=None, seed=0)
+  found, samples = make_evaluator(run)({})
+  assert found == {
+    'evaluation/greedy': 1 / 2,
+    'evaluation/reward': (2.5 + 0.25) / 2,
+    'evaluation/verifier_errors': 0,
+    'evaluation/turns': 4 / 3,
+    'evaluation/environment_errors': 1,
+  }
+  assert [round(score, 2) for _, _, score in samples][::2] == [2.5, 0.25]
+  assert math.isnan(samples[1][2]) and samples[1][1].endswith('[failed] Timeout: no answer')
+  assert samples[0][1] == '[turn 1, reward 0.5] x\n[read] no\n[turn 2, reward 1] a'
