@@ -90,6 +90,9 @@ FEATURES = {
     'number of what was read right before the turn, i32, equal for equal tokens, 0 outside the mask; '
     'from the environment',
   ),
+  'turn_players': Spec(
+    'B T', 'player who took the turn of the token, i32, 0 outside the mask; from the environment'
+  ),
 }
 
 # Fields of `types.Outputs`: they carry gradients.

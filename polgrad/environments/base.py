@@ -18,6 +18,11 @@ class Step(NamedTuple):
   reward: float = 0.0  # of this turn; the reward of a row is the sum over its turns
   done: bool = False  # whether the episode is over
   metrics: Mapping[str, float] = {}  # numbers of this turn by name, such as {'tool_errors': 1.0}
+  # In a game that the policy plays against itself: who took this turn, and the rewards of other players,
+  # each by its number. They are added to the last turn that this player took, if there was one. So the
+  # player who has lost learns it although the other one moved last.
+  player: int = 0
+  others: Mapping[int, float] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
