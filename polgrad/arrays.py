@@ -82,7 +82,7 @@ FEATURES = {
   ),
   'turn_rewards': Spec(
     'B T',
-    'reward of a turn at its last token in the mask, 0 elsewhere, so it sums to `rewards`; from the '
+    'reward of a turn at its last token in the mask, 0 elsewhere; sums to `rewards`; from the '
     'environment',
   ),
   'observation_ids': Spec(
@@ -90,10 +90,22 @@ FEATURES = {
     'number of what was read right before the turn, i32, equal for equal tokens, 0 outside the mask; '
     'from the environment',
   ),
+  'void_turns': Spec(
+    'B', 'number of turns of the row in which the policy did nothing; from the environment'
+  ),
+  'invalid_turns': Spec(
+    'B T',
+    '1 in the tokens of a turn that the environment could not read, 0 elsewhere; from the environment',
+  ),
   'turn_players': Spec(
     'B T', 'player who took the turn of the token, i32, 0 outside the mask; from the environment'
   ),
 }
+
+# What only batches with several turns may have. Functions that look for these arrays do without them.
+OF_TURNS = (
+  *('turn_rewards', 'observation_ids', 'void_turns', 'invalid_turns', 'turn_players', 'turn_ids'),
+)
 
 # Fields of `types.Outputs`: they carry gradients.
 MODEL = {
@@ -108,7 +120,9 @@ MODEL = {
 # What an objective computes before it calls a function.
 OBJECTIVE = {
   'turn_ids': Spec(
-    'B T', 'number of the turn (run of mask) in the row, i32, from 0; -1 outside the mask'
+    'B T',
+    'number of the turn in the row, i32, from 0; -1 outside the mask; turns are the runs of the mask '
+    'unless the batch has the numbers',
   ),
   'first_value': Spec('B', 'critic before the first token of the mask', made_of='values'),
   'step': Spec('', 'updates of the phase so far, f32'),

@@ -39,6 +39,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     shared_information  the representation loss of RLP                           none: call it yourself
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
+    turns               numbers of turns, and sums over their tokens             none: modules above
 
 A loss without configuration. Arrays have the shape [B, T] of rows and tokens; `mask` is True for the
 tokens that count.
@@ -84,6 +85,7 @@ from polgrad.losses import (
   shared_information,
   surrogates,
   trust_region_masks,
+  turns,
   weights,
 )
 
@@ -120,5 +122,6 @@ __all__ = [
   'shared_information',
   'surrogates',
   'trust_region_masks',
+  'turns',
   'weights',
 ]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
-from polgrad.arrays import ARRAYS, MODEL, VOCABULARY
+from polgrad.arrays import ARRAYS, MODEL, OF_TURNS, VOCABULARY
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
 
@@ -29,6 +29,7 @@ LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 DISCRETE = frozenset({
   *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids'),
   *('mask', 'where', 'valid', 'finished', 'selected', 'preferred'),
+  *('observation_ids', 'turn_players'),
 })  # fmt: skip
 
 
@@ -187,6 +188,7 @@ def _checked(
   """The arrays that the method reads, with defaults, or an error that says which ones it reads."""
   wanted = _reads(credit, objective)
   known = wanted | _made(credit) | {'tokens', 'valid', 'behavior_logp', 'entropy', 'group_ids'}
+  known |= {*OF_TURNS}
   for name in sorted(arrays.keys() - known - ARRAYS.keys()):
     raise UnknownArray(f'no method reads {name!r}{suggest(name, known)}')
   arrays = {name: x for name, x in arrays.items() if name in known}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.arrays import ARRAYS, MODEL, OBJECTIVE, OWNED, VOCABULARY, per_token
-from polgrad.losses import aggregation
+from polgrad.losses import aggregation, turns
 from polgrad.losses._common import single
 from polgrad.metric_history import History
 from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
@@ -150,8 +150,8 @@ def view(outputs: Outputs, batch: Batch) -> dict[str, Array]:
   zeroed = {n: jnp.where(mask, x, jnp.zeros_like(x)) for n, x in tokens.items()}
   arrays = found | zeroed | {n.removeprefix(WHOLE): x[0] for n, x in whole.items()}
   arrays['mask'] = mask
-  starts = mask & ~jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
-  arrays['turn_ids'] = jnp.where(mask, jnp.cumsum(starts, axis=1) - 1, -1)
+  given = arrays.get('turn_ids')
+  arrays['turn_ids'] = turns.numbers(mask) if given is None else jnp.where(mask, given, -1)
   if 'values' in arrays:
     first = jnp.argmax(mask, axis=1)[:, None]
     arrays['first_value'] = jnp.take_along_axis(arrays['values'], first, axis=1)[:, 0]

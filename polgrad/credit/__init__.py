@@ -5,13 +5,26 @@ minibatches are cut, so statistics of groups and of the batch are those of all r
 data: no gradient flows through them. `assign` runs an estimator."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from polgrad.arrays import per_token
+from polgrad.credit.base import (
+  Estimator,
+  critic,
+  k1,
+  kl_requires,
+  log_rho,
+  named,
+  to_tokens,
+  token_rewards,
+  valid_groups,
+  with_rewards,
+  with_targets,
+)
 from polgrad.losses import advantages as advantage_functions
 from polgrad.losses import best_of_n as best_of_n_rewards
 from polgrad.losses import f_divergences, log_partition, returns
@@ -31,30 +44,8 @@ from polgrad.losses.groups import (
   size,
   total,
 )
-from polgrad.registry import NotNegative, call, check_weighted, inputs, table
+from polgrad.registry import NotNegative, call, check_weighted, table
 from polgrad.types import STREAMS, Array, Batch
-
-Apply = Callable[[Batch, Any], tuple[Batch, Any]]
-
-
-class Estimator(NamedTuple):
-  """Credit assignment with its state.
-
-  Attributes:
-    apply: (batch, state) -> (batch, state). It gets a batch with mask, rewards, valid, group_ids and
-      what `requires` names, and returns it with the arrays that `provides` names.
-    requires: further arrays of the batch that it reads: reference_logp, proximal_logp,
-      behavior_logp, old_values, teacher_logp, stream, or features of the collector.
-    provides: the fields or features of the batch that it fills in. Changes to others are dropped.
-    init: () -> the first state. The state is part of `TrainState` and its checkpoints.
-    scored: those of `rewards` and `group_ids` that it reads; every scored batch has both.
-  """
-
-  apply: Apply
-  requires: frozenset[str] = frozenset()
-  provides: frozenset[str] = frozenset({'advantages'})
-  init: Callable[[], Any] = lambda: ()
-  scored: frozenset[str] = frozenset({'rewards', 'group_ids'})
 
 
 def nothing() -> Estimator:
@@ -80,16 +71,16 @@ def outcome(
   def apply(batch, state):
     penalized = batch
     if kl_coefficient or costs:
-      log_ratio_sum = jnp.sum(_k1(batch), axis=1)
+      log_ratio_sum = jnp.sum(k1(batch), axis=1)
       penalized = batch.with_arrays(log_ratio_sum=log_ratio_sum)
       penalty = kl_coefficient * log_ratio_sum
       penalty += sum(one.weight * call(one.fn, penalized) for one in costs.values())
       penalized = penalized.with_arrays(rewards=batch.rewards - penalty)
-    advantages = _to_tokens(call(advantage, penalized), batch.mask)
+    advantages = to_tokens(call(advantage, penalized), batch.mask)
     return batch.with_arrays(advantages=normalizer(advantages, batch.mask)), state
 
   return Estimator(
-    apply=apply, requires=_kl_requires(kl_coefficient or len(costs)) | _named(advantage)
+    apply=apply, requires=kl_requires(kl_coefficient or len(costs)) | named(advantage)
   )
 
 
@@ -113,14 +104,14 @@ def reward_to_go(
   """
 
   def apply(batch, state):
-    rewards = _token_rewards(batch, kl_coefficient)
+    rewards = token_rewards(batch, kl_coefficient)
     for name, coefficient in anchors.items():
-      rewards = rewards - coefficient * _k1(batch, f'{name}_logp')
+      rewards = rewards - coefficient * k1(batch, f'{name}_logp')
     future = returns.reward_to_go(rewards, batch.mask, discount=discount)
     return batch.with_arrays(advantages=normalizer(future, batch.mask)), state
 
   further = {'proximal_logp', *(f'{name}_logp' for name in anchors)} if anchors else set()
-  return Estimator(apply=apply, requires=_kl_requires(kl_coefficient) | further)
+  return Estimator(apply=apply, requires=kl_requires(kl_coefficient) | further)
 
 
 def kl_to_go() -> Estimator:
@@ -131,7 +122,7 @@ def kl_to_go() -> Estimator:
   """
 
   def apply(batch, state):
-    return batch.with_arrays(advantages=-returns.reward_to_go(_k1(batch), batch.mask)), state
+    return batch.with_arrays(advantages=-returns.reward_to_go(k1(batch), batch.mask)), state
 
   return Estimator(
     apply=apply,
@@ -149,7 +140,7 @@ def token_baseline(*, discount: float = 1.0, lone_baseline: bool = False) -> Est
   baseline = functools.partial(optimal_token_baseline, lone_baseline=lone_baseline)
 
   def apply(batch, state):
-    future = returns.reward_to_go(_token_rewards(batch), batch.mask, discount=discount)
+    future = returns.reward_to_go(token_rewards(batch), batch.mask, discount=discount)
     advantages = call(baseline, batch.with_arrays(token_returns=future))
     return batch.with_arrays(advantages=advantages), state
 
@@ -176,11 +167,11 @@ def generalized(
   """
 
   def apply(batch, state):
-    rewards, values = _token_rewards(batch, kl_coefficient), batch.old_values
+    rewards, values = token_rewards(batch, kl_coefficient), batch.old_values
     advantages = returns.gae(rewards, values, batch.mask, discount=discount, trace=trace)
-    return _with_targets(batch, advantages, advantages + values, normalizer), state
+    return with_targets(batch, advantages, advantages + values, normalizer), state
 
-  return _critic(apply, _kl_requires(kl_coefficient))
+  return critic(apply, kl_requires(kl_coefficient))
 
 
 def vtrace(
@@ -200,12 +191,12 @@ def vtrace(
 
   def apply(batch, state):
     knobs = dict(discount=discount, trace=trace, rho_bar=rho_bar, c_bar=c_bar)
-    arrays = (_token_rewards(batch), batch.old_values, _log_rho(batch), batch.mask)
+    arrays = (token_rewards(batch), batch.old_values, log_rho(batch), batch.mask)
     advantages = returns.vtrace_advantages(*arrays, rho_pg=rho_pg, **knobs)
     targets = returns.vtrace_targets(*arrays, **knobs)
-    return _with_targets(batch, advantages, targets, normalizer), state
+    return with_targets(batch, advantages, targets, normalizer), state
 
-  return _critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
+  return critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
 
 
 def retrace(
@@ -218,29 +209,11 @@ def retrace(
 
   def apply(batch, state):
     values = batch.old_values
-    arrays = (_token_rewards(batch), values, _log_rho(batch), batch.mask)
+    arrays = (token_rewards(batch), values, log_rho(batch), batch.mask)
     targets = returns.retrace_targets(*arrays, discount=discount, trace=trace)
-    return _with_targets(batch, targets - values, targets, normalizer), state
+    return with_targets(batch, targets - values, targets, normalizer), state
 
-  return _critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
-
-
-def _critic(apply: Apply, requires: frozenset[str]) -> Estimator:
-  """An estimator with a critic: it reads old values, and provides targets for new ones."""
-  return Estimator(
-    apply=apply,
-    requires=requires | {'old_values'},
-    provides=frozenset({'advantages', 'returns'}),
-  )
-
-
-def _with_targets(
-  batch: Batch, advantages: Array, targets: Array, normalizer: Callable[[Array, Array], Array]
-) -> Batch:
-  """The batch with normalised advantages, and with targets that are 0 outside the mask."""
-  return batch.with_arrays(
-    advantages=normalizer(advantages, batch.mask), returns=jnp.where(batch.mask, targets, 0.0)
-  )
+  return critic(apply, frozenset({'proximal_logp', 'behavior_logp'}))
 
 
 def moving_baseline(*, decay: float = 0.9) -> Estimator:
@@ -263,7 +236,7 @@ def moving_baseline(*, decay: float = 0.9) -> Estimator:
       'total': jnp.where(seen, decay * state['total'] + mean, state['total']),
       'weight': jnp.where(seen, decay * state['weight'] + 1.0, state['weight']),
     }
-    return batch.with_arrays(advantages=_to_tokens(per_row, batch.mask)), state
+    return batch.with_arrays(advantages=to_tokens(per_row, batch.mask)), state
 
   return Estimator(apply=apply, init=lambda: {'total': jnp.zeros(()), 'weight': jnp.zeros(())})
 
@@ -388,10 +361,10 @@ def best_of_n(
     centred = advantage_functions.leave_one_out(quantile, batch.group_ids, ours)
     best = first_best(batch.rewards, members(batch.group_ids, theirs))
 
-    gains = policy * _to_tokens(centred, batch.mask)
+    gains = policy * to_tokens(centred, batch.mask)
     if kl_coefficient:
-      gains -= kl_coefficient * returns.reward_to_go(_k1(batch), batch.mask)
-    imitated = _to_tokens(jnp.full(len(best), reference), batch.mask)
+      gains -= kl_coefficient * returns.reward_to_go(k1(batch), batch.mask)
+    imitated = to_tokens(jnp.full(len(best), reference), batch.mask)
     # Rows with tokens, of either kind: their shares of the mean over rows.
     there = jnp.any(batch.mask, axis=1)
     kept = there & (ours | best)
@@ -406,7 +379,7 @@ def best_of_n(
 
   return Estimator(
     apply=apply,
-    requires=_kl_requires(kl_coefficient) | {'opponent'},
+    requires=kl_requires(kl_coefficient) | {'opponent'},
     provides=frozenset({'advantages', 'mask'}),
   )
 
@@ -473,7 +446,7 @@ def success_contrast(
     scale = jnp.sqrt((1 - rate) / rate) if standardized else 1 - rate
     per_row = scale * jnp.where(rewards > 0.5, 1.0, -negative_weight)
     per_row = jnp.where(mixed, per_row, 0.0)
-    advantages = _to_tokens(per_row, batch.mask)
+    advantages = to_tokens(per_row, batch.mask)
     return batch.with_arrays(advantages=advantages, success_rate=rate), state
 
   return Estimator(apply=apply, provides=frozenset({'advantages', 'success_rate'}))
@@ -597,7 +570,7 @@ def divergence_reward(
   def apply(batch, state):
     target = jnp.sum(batch.reference_logp, axis=1) + batch.rewards / beta
     sampled = jnp.sum(batch.behavior_logp, axis=1)
-    log_z = log_partition.log_partition(target - sampled, _valid_groups(batch))
+    log_z = log_partition.log_partition(target - sampled, valid_groups(batch))
     log_t = jnp.sum(batch.proximal_logp, axis=1) - target + log_z
     pseudo = jnp.where(batch.valid, -derivative(log_t), 0.0)
     return baseline.apply(batch.with_arrays(rewards=pseudo), state)
@@ -605,40 +578,6 @@ def divergence_reward(
   baseline = moving_baseline(decay=decay)
   requires = frozenset({'reference_logp', 'proximal_logp', 'behavior_logp'})
   return Estimator(apply=apply, requires=requires, init=baseline.init)
-
-
-def _to_tokens(per_row: Array, mask: Array) -> Array:
-  """[B] -> [B, T]: each token in the mask gets the number of its row, all others 0."""
-  return jnp.where(mask, per_row[:, None], 0.0)
-
-
-def _valid_groups(batch: Batch) -> Array:
-  """Group ids in which each row that is not valid is a group by itself."""
-  return jnp.where(batch.valid, batch.group_ids, -1 - jnp.arange(len(batch.valid)))
-
-
-def _k1(batch: Batch, other: str = 'reference_logp') -> Array:
-  """The k1 estimate of KL(proximal, other) at each token, nats."""
-  return jnp.where(batch.mask, batch.proximal_logp - batch[other], 0.0)
-
-
-def _token_rewards(batch: Batch, kl_coefficient: float = 0.0) -> Array:
-  """Rewards of tokens [B, T]: the row's at its last token, minus the KL penalty at every token."""
-  rewards = returns.place_last(batch.rewards, batch.mask)
-  return rewards - kl_coefficient * _k1(batch) if kl_coefficient else rewards
-
-
-def _log_rho(batch: Batch) -> Array:
-  return batch.proximal_logp - batch.behavior_logp
-
-
-def _kl_requires(kl_coefficient: float) -> frozenset[str]:
-  return frozenset({'proximal_logp', 'reference_logp'} if kl_coefficient else ())
-
-
-def _named(fn: Callable) -> frozenset[str]:
-  """What a function reads beyond what every scored batch has."""
-  return frozenset(inputs(fn)) - {'mask', 'rewards', 'valid', 'group_ids'}
 
 
 SIMPLE = table(
@@ -709,7 +648,7 @@ def of_wins(
 
   def apply(batch, state):
     rate = _mean_wins(batch) if against == 'group' else jnp.mean(batch['baseline_wins'], axis=1)
-    return credit.apply(batch.with_arrays(rewards=rate - 0.5), state)
+    return credit.apply(with_rewards(batch, rate - 0.5), state)
 
   return credit._replace(
     apply=apply,

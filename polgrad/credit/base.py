@@ -1,0 +1,102 @@
+"""What an estimator of credit is, and what several of them share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from polgrad.losses import returns, turns
+from polgrad.registry import inputs
+from polgrad.types import Array, Batch
+
+Apply = Callable[[Batch, Any], tuple[Batch, Any]]
+
+
+class Estimator(NamedTuple):
+  """Credit assignment with its state.
+
+  Attributes:
+    apply: (batch, state) -> (batch, state). It gets a batch with mask, rewards, valid, group_ids and
+      what `requires` names, and returns it with the arrays that `provides` names.
+    requires: further arrays of the batch that it reads: reference_logp, proximal_logp,
+      behavior_logp, old_values, teacher_logp, stream, or features of the collector.
+    provides: the fields or features of the batch that it fills in. Changes to others are dropped.
+    init: () -> the first state. The state is part of `TrainState` and its checkpoints.
+    scored: those of `rewards` and `group_ids` that it reads; every scored batch has both.
+  """
+
+  apply: Apply
+  requires: frozenset[str] = frozenset()
+  provides: frozenset[str] = frozenset({'advantages'})
+  init: Callable[[], Any] = lambda: ()
+  scored: frozenset[str] = frozenset({'rewards', 'group_ids'})
+
+
+def critic(apply: Apply, requires: frozenset[str]) -> Estimator:
+  """An estimator with a critic: it reads old values, and provides targets for new ones."""
+  return Estimator(
+    apply=apply,
+    requires=requires | {'old_values'},
+    provides=frozenset({'advantages', 'returns'}),
+  )
+
+
+def with_targets(
+  batch: Batch, advantages: Array, targets: Array, normalizer: Callable[[Array, Array], Array]
+) -> Batch:
+  """The batch with normalised advantages, and with targets that are 0 outside the mask."""
+  return batch.with_arrays(
+    advantages=normalizer(advantages, batch.mask), returns=jnp.where(batch.mask, targets, 0.0)
+  )
+
+
+def to_tokens(per_row: Array, mask: Array) -> Array:
+  """[B] -> [B, T]: each token in the mask gets the number of its row, all others 0."""
+  return jnp.where(mask, per_row[:, None], 0.0)
+
+
+def valid_groups(batch: Batch) -> Array:
+  """Group ids in which each row that is not valid is a group by itself."""
+  return jnp.where(batch.valid, batch.group_ids, -1 - jnp.arange(len(batch.valid)))
+
+
+def k1(batch: Batch, other: str = 'reference_logp') -> Array:
+  """The k1 estimate of KL(proximal, other) at each token, nats."""
+  return jnp.where(batch.mask, batch.proximal_logp - batch[other], 0.0)
+
+
+def token_rewards(batch: Batch, kl_coefficient: float = 0.0) -> Array:
+  """Rewards of tokens [B, T], minus the KL penalty at every token: those of the turns, each at the last
+  token of its turn, where the batch has them, else that of the row at its last token."""
+  if 'turn_rewards' in batch:
+    rewards = jnp.where(batch.mask, batch['turn_rewards'], 0.0)
+  else:
+    rewards = returns.place_last(batch.rewards, batch.mask)
+  return rewards - kl_coefficient * k1(batch) if kl_coefficient else rewards
+
+
+def with_rewards(batch: Batch, rewards: Array) -> Batch:
+  """The batch with other rewards of rows, and without those of turns, which were parts of the former."""
+  features = {name: x for name, x in batch.features.items() if name != 'turn_rewards'}
+  return batch.replace(rewards=rewards, features=features)
+
+
+def turn_ids(batch: Batch) -> Array:
+  """The number of the turn of each token in its row, i32[B, T], -1 outside the mask: `turn_ids` where
+  the batch has them, else the runs of the mask."""
+  if 'turn_ids' in batch:
+    return jnp.where(batch.mask, batch['turn_ids'], -1)
+  return turns.numbers(batch.mask)
+
+
+def log_rho(batch: Batch) -> Array:
+  return batch.proximal_logp - batch.behavior_logp
+
+
+def kl_requires(kl_coefficient: float) -> frozenset[str]:
+  return frozenset({'proximal_logp', 'reference_logp'} if kl_coefficient else ())
+
+
+def named(fn: Callable) -> frozenset[str]:
+  """What a function reads beyond what every scored batch has."""
+  return frozenset(inputs(fn)) - {'mask', 'rewards', 'valid', 'group_ids'}
