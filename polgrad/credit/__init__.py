@@ -25,6 +25,15 @@ from polgrad.credit.base import (
   with_rewards,
   with_targets,
 )
+from polgrad.credit.turns import (
+  bilevel_generalized,
+  discounted_outcome,
+  gigpo,
+  self_correction,
+  self_play,
+  turn_generalized,
+  turn_returns,
+)
 from polgrad.losses import advantages as advantage_functions
 from polgrad.losses import best_of_n as best_of_n_rewards
 from polgrad.losses import f_divergences, log_partition, returns
@@ -601,6 +610,13 @@ SIMPLE = table(
   win_rate,
   self_consistency,
   divergence_reward,
+  turn_returns,
+  gigpo,
+  discounted_outcome,
+  turn_generalized,
+  bilevel_generalized,
+  self_correction,
+  self_play,
 )
 
 
@@ -630,6 +646,24 @@ def gated(
   )
 
 
+def without_void(*, credit: Annotated[Estimator, SIMPLE]) -> Estimator:
+  """Rows with a void turn leave the loss and stay in the statistics (SimpleTIR, arXiv:2509.02479).
+
+  A turn is void if the policy neither acted nor answered in it; `void_turns` counts them. The reward of
+  such a row is still part of the means and deviations of its group, so the other rows are credited as
+  if it were there. A batch without `void_turns` has none.
+  """
+
+  def apply(batch, state):
+    credited, state = credit.apply(batch, state)
+    if 'void_turns' in batch:
+      kept = batch['void_turns'] == 0
+      credited = credited.with_arrays(mask=credited.mask & kept[:, None])
+    return credited, state
+
+  return credit._replace(apply=apply, provides=credit.provides | {'mask'})
+
+
 def of_wins(
   *,
   credit: Annotated[Estimator, SIMPLE],
@@ -657,7 +691,7 @@ def of_wins(
   )
 
 
-TABLE = SIMPLE | table('credit', gated, of_wins)
+TABLE = SIMPLE | table('credit', gated, without_void, of_wins)
 Part = Annotated[Estimator, TABLE]
 
 

@@ -22,6 +22,7 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
+from polgrad.losses import turns
 from polgrad.losses._common import single
 from polgrad.reductions import Mean
 from polgrad.registry import table
@@ -67,6 +68,35 @@ def sequence_mean(loss: Array, where: Array, *, empty_rows: bool = False) -> Mea
   """
   lengths = jnp.maximum(jnp.sum(where, axis=-1), 1)
   return Mean(total=jnp.sum(_row_sums(loss, where) / lengths), count=_rows(where, loss, empty_rows))
+
+
+def turn_mean(loss: Array, where: Array) -> Mean:
+  """Every turn counts the same, by its mean over tokens (standard).
+
+  A turn is a run of valid tokens: between two turns there is something that the policy read. So a token
+  of a long turn has a smaller weight than one of a short turn, and a row with many turns counts more
+  than one with few. In rows of one turn this is `sequence_mean`.
+
+  Args:
+    loss: [B, T].
+    where: bool[B, T].
+
+  Returns:
+    total: the sum of the turns' means; count: the number of turns.
+
+  >>> loss = jnp.array([[1.0, 9.0, 9.0], [4.0, 9.0, 6.0]])
+  >>> where = jnp.array([[True, False, False], [True, False, True]])
+  >>> print(float(aggregation.turn_mean(loss, where).value()))
+  3.6666667
+  """
+  chex.assert_rank([loss, where], 2)
+  chex.assert_equal_shape([loss, where])
+  ids = turns.numbers(where)
+  sums = turns.totals(single(loss), ids, where)
+  lengths = turns.totals(jnp.ones_like(sums), ids, where)
+  return Mean(
+    total=jnp.sum(sums / jnp.maximum(lengths, 1)), count=jnp.sum(lengths > 0, dtype=sums.dtype)
+  )
 
 
 def sequence_sum(loss: Array, where: Array, *, empty_rows: bool = False) -> Mean:
@@ -160,5 +190,7 @@ def _count(where: Array, loss: Array) -> Array:
   return jnp.sum(where, dtype=single(loss).dtype)
 
 
-TABLE = table('aggregation', token_mean, sequence_mean, sequence_sum, constant_length, token_sum)
+TABLE = table(
+  'aggregation', token_mean, sequence_mean, turn_mean, sequence_sum, constant_length, token_sum
+)
 Part = Annotated[Callable, TABLE]

@@ -233,11 +233,11 @@ def optimal_token_baseline(
   the optimal token baseline (arXiv:2602.07078).
 
   W_jt is the squared norm of the gradient of log pi(tokens of row j up to t) with respect to the
-  logits. There is one baseline per group and column t. Column t must be the same step of the
-  completion in all rows of a group, so their prompts must take the same number of columns.
+  logits. There is one baseline per group and number t of a token of the policy; what lies between tokens
+  of the mask is not counted.
 
   In a group of one, and beyond the end of the second longest row, only one row of the group has a token
-  in a column. There the baseline is 0, so A = G, as in verl; with `lone_baseline` the formula is kept,
+  of a number. There the baseline is 0, so A = G, as in verl; with `lone_baseline` the formula is kept,
   by which that row is its own baseline and gets 0.
 
   Args:
@@ -246,7 +246,7 @@ def optimal_token_baseline(
     mask: bool[B, T].
     group_ids: i32[B].
     valid: bool[B].
-    lone_baseline: whether a row that is alone in a column is its own baseline, or has the baseline 0.
+    lone_baseline: whether a row that is alone at a token is its own baseline, or has the baseline 0.
 
   Returns:
     [B, T]; 0 where `mask` or `valid` is False.
@@ -254,13 +254,19 @@ def optimal_token_baseline(
   chex.assert_rank([token_returns, valid], [2, 1])
   chex.assert_equal_shape([token_returns, score_norm, mask])
   chex.assert_equal_shape_prefix([valid, mask], 1)
+  # Column t of the sorted arrays is the t-th token of the policy.
+  order = jnp.argsort(~mask, axis=-1, stable=True)
+  token_returns, score_norm, mask = (
+    jnp.take_along_axis(x, order, axis=-1) for x in (token_returns, score_norm, mask)
+  )
   where = mask & valid[:, None]
   weights = jnp.where(where, jnp.cumsum(jnp.where(mask, score_norm, 0), axis=-1), 0)
   token_returns, group = jnp.where(where, token_returns, 0), members(group_ids, valid)
   centered = center(token_returns, group, weights)
   if not lone_baseline:
     centered = jnp.where(total(where.astype(jnp.int32), group) == 1, token_returns, centered)
-  return jnp.where(where, centered, 0)
+  centered = jnp.where(where, centered, 0)
+  return jnp.take_along_axis(centered, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def _group(rewards: Array, group_ids: Array, valid: Array) -> Groups:

@@ -120,6 +120,18 @@ def at_most(x: Array, group_ids: Array, among: Array) -> Array:
 
 
 @jax.jit
+def joint(a: Array, b: Array) -> Array:
+  """Group ids of rows that agree in both of two ids: i32[B], i32[B] -> i32[B]."""
+  chex.assert_rank([a, b], 1)
+  chex.assert_equal_shape([a, b])
+  order = jnp.lexsort((b, a))
+  a, b = a[order], b[order]
+  differs = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+  ids = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(differs, dtype=jnp.int32)])
+  return jnp.zeros(len(order), jnp.int32).at[order].set(ids)
+
+
+@jax.jit
 def center(x: Array, groups: Groups, weights: Array | None = None) -> Array:
   """x_i - sum_j w_j x_j / sum_j w_j over the counted rows j of the group of row i.
 

@@ -262,6 +262,23 @@ def selected_k3(logp: Array, proxy_logp: Array, selected: Array) -> Array:
   return jnp.where(selected, k3(logp, proxy_logp, limit=10.0), 0)
 
 
+def turn_k2(logp: Array, reference_logp: Array, turn_ids: Array, *, turn: int = 0) -> Array:
+  """`k2` in the tokens of one turn, 0 elsewhere: it keeps the first answer near the reference in stage I
+  of SCoRe (arXiv:2409.12917).
+
+  Args:
+    logp: [B, T], nats.
+    reference_logp: [B, T], nats.
+    turn_ids: i32[B, T], number of the turn of each token, from 0.
+    turn: number of the turn.
+
+  Returns:
+    [B, T], >= 0.
+  """
+  chex.assert_equal_shape([logp, reference_logp, turn_ids])
+  return jnp.where(turn_ids == turn, k2(logp, reference_logp), 0)
+
+
 def entropy_band(
   entropy: Array, mean_entropy: Array, *, low: float = 0.8, high: float = 1.2
 ) -> Array:
@@ -324,6 +341,7 @@ TABLE = table(
   nll,
   selected_absolute,
   selected_k3,
+  turn_k2,
   entropy_band,
   entropy_band_published,
 )

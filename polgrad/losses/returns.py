@@ -19,6 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import turns
 from polgrad.losses._common import bounded
 from polgrad.registry import table
 from polgrad.types import Array
@@ -235,6 +236,112 @@ def retrace_targets(
   return _scan_backwards(step, start, token_rewards, values, c, mask)
 
 
+def turn_returns(
+  token_rewards: Array, turn_ids: Array, mask: Array, *, discount: float = 1.0
+) -> Array:
+  """R_k = r_k + discount R_{k+1} at every token of turn k, r_k the sum of the rewards of its tokens:
+  discounting by turns (standard; AReaL, arXiv:2505.24298, has it for conversations).
+
+  Args:
+    token_rewards: [B, T].
+    turn_ids: i32[B, T], which turn of its row a token belongs to.
+    mask: bool[B, T].
+    discount: factor per turn; the tokens of a turn are not discounted against each other.
+
+  Returns:
+    [B, T].
+  """
+  rewards = turns.totals(token_rewards, turn_ids, mask)
+  future = reward_to_go(rewards, turns.present(turn_ids, mask), discount=discount)
+  return turns.at_tokens(future, turn_ids, mask)
+
+
+def turn_gae(
+  token_rewards: Array,
+  values: Array,
+  turn_ids: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float = 0.95,
+) -> Array:
+  """A_k = sum_j (discount trace)^j delta_{k+j}, delta_k = r_k + discount V_{k+1} - V_k: `gae` in which
+  one step is one turn (Turn-PPO, arXiv:2511.20718).
+
+  r_k is the sum of the rewards of the tokens of turn k, and V_k the value before its first token. Turns
+  of one token give `gae`; a row of one turn gives its reward minus its first value.
+
+  Args:
+    token_rewards: [B, T].
+    values: [B, T], the value of the state before each token; only that of first tokens is read.
+    turn_ids: i32[B, T], which turn of its row a token belongs to; numbers grow along the row.
+    mask: bool[B, T].
+    discount: factor per turn.
+    trace: decay of the errors per turn, lambda in the paper.
+
+  Returns:
+    [B, T], A_k at every token of turn k.
+  """
+  chex.assert_equal_shape([token_rewards, values, turn_ids, mask])
+  starts, present = turns.starts(turn_ids, mask), turns.present(turn_ids, mask)
+  rewards, values = (
+    turns.totals(token_rewards, turn_ids, mask),
+    turns.totals(values, turn_ids, starts),
+  )
+  advantages = gae(rewards, values, present, discount=discount, trace=trace)
+  return turns.at_tokens(advantages, turn_ids, mask)
+
+
+def bilevel_gae(
+  token_rewards: Array,
+  values: Array,
+  turn_ids: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float = 1.0,
+  turn_discount: float = 0.95,
+) -> Array:
+  """`gae` over turns, and then over the tokens of each turn: bi-level GAE (RAGEN, arXiv:2504.20073).
+
+  The first `gae` has one step a turn, with the reward and the value at the last token of the turn and
+  `turn_discount`. Its advantage plus that value is the return R_k of turn k. The second runs over the
+  tokens of each turn by itself, with `discount`: the last token of turn k has the reward R_k, and the
+  value after it is 0. A row of one turn gives `gae`.
+
+  Ends of turns are those of `turn_ids`. The released code takes tokens with a reward other than 0 for
+  them, so that a turn with the reward 0 becomes part of the next one.
+
+  Args:
+    token_rewards: [B, T].
+    values: [B, T], the value of the state before each token.
+    turn_ids: i32[B, T], which turn of its row a token belongs to; numbers grow along the row.
+    mask: bool[B, T].
+    discount: factor per token of a turn.
+    trace: decay of the errors, lambda of both levels.
+    turn_discount: factor per turn.
+
+  Returns:
+    [B, T].
+  """
+  chex.assert_equal_shape([token_rewards, values, turn_ids, mask])
+  ends = turns.ends(turn_ids, mask)
+  returned = gae(token_rewards, values, ends, discount=turn_discount, trace=trace) + values
+  rewards = jnp.where(ends, returned, token_rewards)
+
+  def step(carry, now):
+    reward, value, end, valid = now
+    # Nothing follows the last token of a turn.
+    next_value, next_advantage = (jnp.where(end, 0, x) for x in carry)
+    delta = reward + discount * next_value - value
+    advantage = delta + discount * trace * next_advantage
+    carry = jnp.where(valid, value, carry[0]), jnp.where(valid, advantage, carry[1])
+    return carry, jnp.where(valid, advantage, 0)
+
+  start = jnp.zeros_like(values[..., 0])
+  return _scan_backwards(step, (start, start), rewards, values, ends, mask)
+
+
 def _vtrace(token_rewards, values, log_rho, mask, discount, trace, *, rho_bar, c_bar):
   """(e_t, V_{t+1} + trace e_{t+1}) of V-trace at every valid token, 0 elsewhere."""
   chex.assert_equal_shape([token_rewards, values, log_rho, mask])
@@ -267,6 +374,9 @@ def _scan_backwards(step: Callable, carry, *arrays: Array):
 
 TABLE = table('returns', reward_to_go, gae)
 Part = Annotated[Callable, TABLE]
+
+# Of rows with several turns.
+OF_TURNS = table('returns', turn_returns, turn_gae, bilevel_gae)
 
 # Corrected for tokens that another policy sampled.
 TARGETS = table('returns', vtrace_targets, retrace_targets)

@@ -50,6 +50,7 @@ def logps():
 ARRAYS = dict(
   mask=MASK,
   where=MASK,
+  turn_ids=np.where(MASK, [0, 0, 1, 1, 2], -1),
   group_ids=GROUPS,
   valid=np.array([True, True, False, True, True, True]),
   logp=logps(),
@@ -169,15 +170,17 @@ def balanced(a):
 
 
 def token_baselined(a, lone_baseline=False):
-  where = MASK & a['valid'][:, None]
-  w = np.where(where, np.cumsum(a['score_norm'] * MASK, axis=-1), 0)
-  baseline = weighted_mean(a, a['token_returns'], w)
-  if not lone_baseline:
-    ids = a['group_ids']
-    for b, t in zip(*np.nonzero(where)):
-      if where[ids == ids[b], t].sum() == 1:
-        baseline[b, t] = 0
-  return where * (a['token_returns'] - baseline)
+  """By number of the token: n-th tokens of the rows of a group are compared."""
+  out = np.zeros((B, T))
+  at = [np.flatnonzero(row) for row in MASK]
+  for b in np.flatnonzero(a['valid']):
+    for n, t in enumerate(at[b]):
+      others = [j for j in np.flatnonzero(GROUPS[b] == GROUPS) if a['valid'][j] and n < len(at[j])]
+      w = [a['score_norm'][j, at[j][: n + 1]].sum() for j in others]
+      g = [a['token_returns'][j, at[j][n]] for j in others]
+      lone = len(others) == 1 and not lone_baseline
+      out[b, t] = a['token_returns'][b, t] - (0 if lone else np.dot(w, g) / sum(w))
+  return out
 
 
 def vtrace(b, at, discount, trace, rho_bar, c_bar):
@@ -587,6 +590,7 @@ TABLES = [
   returns.TABLE,
   returns.TARGETS,
   returns.CORRECTED,
+  returns.OF_TURNS,
   baselines.TOKEN_BASELINES,
   advantages.TABLE,
   advantages.NORMALIZERS,

@@ -61,7 +61,12 @@ TO_ROWS = [
   *f_divergences.TABLE.values(),
   *reward_penalties.TABLE.values(),
 ]
-RETURNS = [*returns.TABLE.values(), *returns.TARGETS.values(), *returns.CORRECTED.values()]
+RETURNS = [
+  *returns.TABLE.values(),
+  *returns.OF_TURNS.values(),
+  *returns.TARGETS.values(),
+  *returns.CORRECTED.values(),
+]
 TO_TOKENS = [
   *RETURNS,
   *baselines.TOKEN_BASELINES.values(),
