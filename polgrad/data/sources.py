@@ -8,6 +8,8 @@ template; and any other field that a reward reads.
 """
 
 import dataclasses
+import functools
+import itertools
 import operator as operators
 import pathlib
 import re
@@ -21,6 +23,7 @@ from polgrad.data import tables
 from polgrad.data.records import normalized
 from polgrad.registry import Fraction, Range, table
 
+Digit = Annotated[int, Range(at_least=1, at_most=9)]
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
 
 
@@ -98,6 +101,28 @@ def arithmetic(
     return {'prompt': f'{a}{operator}{b}=', 'answer': str(OPERATORS[operator](a, b))}
 
   return Source(len(ranges[split]), record)
+
+
+def nim_positions(
+  *,
+  piles: Annotated[int, Range(at_least=1, at_most=5)] = 3,
+  most: Digit = 3,
+  winnable: bool = False,
+) -> Source:
+  """Positions of the game of Nim without the empty one, as `prompt`, one digit a pile, and as `piles`.
+
+  Args:
+    piles: number of piles.
+    most: stones of the largest pile.
+    winnable: only positions in which the player to move can win, those whose nim-sum is not 0.
+  """
+  every = itertools.product(range(most + 1), repeat=piles)
+  nim_sum = lambda position: functools.reduce(operators.xor, position)
+  chosen = [p for p in every if any(p) and (nim_sum(p) or not winnable)]
+  prompt = lambda position: ''.join(map(str, position))
+  return Source(
+    len(chosen), lambda row: {'prompt': prompt(chosen[row]), 'piles': list(chosen[row])}
+  )
 
 
 def jsonl(
@@ -277,7 +302,9 @@ def hidden_numbers(
   return Source(len(rows), record)
 
 
-BASE = table('sources', arithmetic, hidden_numbers, jsonl, hub, tfds_records, reasoning_gym)
+BASE = table(
+  'sources', arithmetic, hidden_numbers, nim_positions, jsonl, hub, tfds_records, reasoning_gym
+)
 
 
 def fraction(
