@@ -95,6 +95,8 @@ class Nim(Environment):
     loss: reward of the loser. With 0, the mean reward against an opponent is the rate of games won.
   """
 
+  IN_PROCESS = True
+
   opponent: str = 'self'
   win: float = 1.0
   loss: float = -1.0
