@@ -21,7 +21,7 @@ import numpy as np
 from polgrad import paths
 from polgrad.data import tables
 from polgrad.data.records import normalized
-from polgrad.registry import Fraction, Range, table
+from polgrad.registry import AtLeastOne, Count, Fraction, Range, table
 
 Digit = Annotated[int, Range(at_least=1, at_most=9)]
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
@@ -123,6 +123,16 @@ def nim_positions(
   return Source(
     len(chosen), lambda row: {'prompt': prompt(chosen[row]), 'piles': list(chosen[row])}
   )
+
+
+def seeds(*, size: AtLeastOne = 1000, first: Count = 0) -> Source:
+  """Records with an empty prompt and a `seed`, for environments that make what is played themselves.
+
+  Args:
+    size: number of records.
+    first: seed of the first one.
+  """
+  return Source(size, lambda row: {'prompt': '', 'seed': first + row})
 
 
 def jsonl(
@@ -303,7 +313,15 @@ def hidden_numbers(
 
 
 BASE = table(
-  'sources', arithmetic, hidden_numbers, nim_positions, jsonl, hub, tfds_records, reasoning_gym
+  'sources',
+  arithmetic,
+  hidden_numbers,
+  nim_positions,
+  seeds,
+  jsonl,
+  hub,
+  tfds_records,
+  reasoning_gym,
 )
 
 

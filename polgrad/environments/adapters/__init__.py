@@ -1,0 +1,6 @@
+"""Environments of other packages.
+
+| module | package | what of it |
+|---|---|---|
+| `textarena` | textarena | its text games, for one player, against an opponent, or in self-play |
+"""
