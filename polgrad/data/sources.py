@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 
 from polgrad import paths
-from polgrad.data import tables
+from polgrad.data import tables, verifiers_package
 from polgrad.data.records import normalized
 from polgrad.registry import AtLeastOne, Count, Fraction, Range, table
 
@@ -272,6 +272,28 @@ def reasoning_gym(
   return Source(size, record)
 
 
+def verifiers(
+  *,
+  load: str,
+  options: dict = {},  # noqa: B006
+  split: str = 'train',
+) -> Source:
+  """The data set of an environment of the package verifiers, for `environments.Verifiers`.
+
+  Args:
+    load: name of an installed package of an environment, or `file.py:function` for a function that
+      returns one.
+    options: arguments of its `load_environment`, or of your function.
+    split: 'train' or 'eval'; an environment that has no data for 'eval' gives those of 'train'.
+
+  Raises:
+    ImportError: the package is not installed.
+    ValueError: the environment cannot be loaded or used.
+  """
+  size, record = verifiers_package.records(load, dict(options), split)
+  return Source(size, record, irregular=True)
+
+
 def _plain(value):
   """Scalars and texts as Python values; other arrays are returned unchanged."""
   value = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
@@ -322,6 +344,7 @@ BASE = table(
   hub,
   tfds_records,
   reasoning_gym,
+  verifiers,
 )
 
 
