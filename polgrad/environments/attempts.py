@@ -1,6 +1,7 @@
 """Several attempts at one problem: wrong answers are sent back, or every answer is."""
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -60,10 +61,9 @@ class Attempts(Environment):
         + (f', and it reads {sorted(others)}' if others else '')
       )
 
-  @property
-  def imports(self) -> tuple[str, ...]:
-    """Libraries that the verifier imports late."""
-    return getattr(unbound(self.verifier), 'imports', ())
+  def prepare(self) -> None:
+    for library in getattr(unbound(self.verifier), 'imports', ()):
+      importlib.import_module(library)
 
   def reset(self, record: Mapping, seed: int) -> Tried:
     return Tried(dict(record), 0)

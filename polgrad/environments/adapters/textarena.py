@@ -76,9 +76,6 @@ class TextArena(Environment):
     opponent: takes the turns of all other players: `(observation, seed) -> text`; None: self-play.
   """
 
-  ROLES = ('user',)
-  imports = ('textarena',)
-
   game: str
   players: Count = 0
   opponent: Opponent = None
@@ -87,6 +84,10 @@ class TextArena(Environment):
   def __post_init__(self):
     if self.opponent is not None and inputs(self.opponent) != ('observation', 'seed'):
       raise ValueError('opponent: expected a function of observation and seed')
+
+  def prepare(self) -> None:
+    with _quiet():
+      _textarena()
 
   def opened(self, record: Mapping) -> dict:
     """The record with the beginning of the game as its user turn, behind the record's system turn."""
@@ -152,12 +153,9 @@ def make(name: str, players: int, seed: int) -> Any:
     ValueError: there is no such game, it cannot be played here (some want to download words or to ask a
       model), or not by so many players.
   """
-  try:
-    import textarena
-    from textarena.envs.registration import ENV_REGISTRY
-  except ImportError as error:
-    raise ImportError(MISSING) from error
-  names = sorted(n.removesuffix('-raw') for n in ENV_REGISTRY if n.endswith('-raw'))
+  textarena = _textarena()
+  registered = textarena.envs.registration.ENV_REGISTRY
+  names = sorted(n.removesuffix('-raw') for n in registered if n.endswith('-raw'))
   if name not in names:
     near = difflib.get_close_matches(name, names, 5)
     raise ValueError(f'game {name!r}: textarena has no such game; near: {near}')
@@ -176,6 +174,15 @@ def make(name: str, players: int, seed: int) -> Any:
   raise ValueError(
     f'game {name!r} cannot be played by {players or "any number of"} players: {reasons[0]}'
   )
+
+
+def _textarena() -> Any:
+  try:
+    import textarena
+    import textarena.envs.registration
+  except ImportError as error:
+    raise ImportError(MISSING) from error
+  return textarena
 
 
 def _refused(game: Any, player: int) -> bool:

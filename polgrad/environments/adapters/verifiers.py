@@ -89,7 +89,7 @@ class Verifiers(Environment):
   max_turns: int = 100  # the environment has its own limit
 
   @property
-  def ROLES(self) -> tuple[str, ...]:
+  def roles(self) -> tuple[str, ...]:
     """The role of its messages; some environments have others as well."""
     return ('tool',) if verifiers_package.load(self.load, self.options).tool_defs else ('user',)
 
