@@ -281,8 +281,8 @@ class Sampling(Turns, Collector):
   @property
   def turn_arrays(self) -> dict[str, type]:
     """Dtypes of the arrays [B, T] that only batches of an environment have."""
-    there = self.has_environment
-    return {'turn_rewards': np.float32, 'observation_ids': np.int32} if there else {}
+    there = {'turn_rewards': np.float32, 'observation_ids': np.int32, 'turn_players': np.int32}
+    return there if self.has_environment else {}
 
 
 def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:

@@ -169,7 +169,8 @@ def episode_seeds(seed: int, step: int, ids: Sequence[int], samples_per_prompt: 
 
 
 def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
-  """The batch with `turn_rewards`, `observation_ids` and `valid`, see `polgrad/arrays.py`."""
+  """The batch with the arrays of turns and `valid`, see `polgrad/arrays.py`."""
+  players = np.zeros(batch.mask.shape, np.int32)
   rewards = np.zeros(batch.mask.shape, np.float32)
   anchors = np.zeros(batch.mask.shape, np.int32)
   for row, episode in enumerate(episodes):
@@ -180,9 +181,12 @@ def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
       anchors[row, span] = zlib.crc32(read.astype('<i4').tobytes()) >> 1
       if number < len(episode.rewards) and episode.valid:
         rewards[row, span.stop - 1] = episode.rewards[number]
+        players[row, span] = episode.players[number]
       begin = span.stop
   valid = np.array([episode.valid for episode in episodes])
-  return batch.with_arrays(turn_rewards=rewards, observation_ids=anchors, valid=valid)
+  return batch.with_arrays(
+    turn_rewards=rewards, observation_ids=anchors, turn_players=players, valid=valid
+  )
 
 
 def with_rewards(batch: Batch, rewards: np.ndarray) -> Batch:

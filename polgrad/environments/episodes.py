@@ -30,6 +30,7 @@ class Episode:
   observations: list[str] = dataclasses.field(default_factory=list)
   rewards: list[float] = dataclasses.field(default_factory=list)  # one for each turn
   metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # of each turn
+  players: list[int] = dataclasses.field(default_factory=list)  # who took each turn, in self-play
   done: bool = False  # whether the environment has ended it
   failure: Failure | None = None  # why it failed; its row is invalid, and its rewards mean nothing
 
@@ -37,6 +38,17 @@ class Episode:
   def valid(self) -> bool:
     """Whether the environment has answered every turn."""
     return self.failure is None
+
+  def answered(self, reply: Reply) -> None:
+    """Notes the answer to a turn. Rewards of other players are added to the last turn of each."""
+    for player, reward in reply.others.items():
+      if player in self.players:
+        last = len(self.players) - 1 - self.players[::-1].index(player)
+        self.rewards[last] += reward
+    self.rewards.append(reply.reward)
+    self.metrics.append(reply.metrics)
+    self.players.append(reply.player)
+    self.done = reply.done
 
 
 class Episodes:
@@ -126,9 +138,7 @@ class Episodes:
       episode.failure = answer
       return None
     reply: Reply = answer
-    episode.rewards.append(reply.reward)
-    episode.metrics.append(reply.metrics)
-    episode.done = reply.done
+    episode.answered(reply)
     if reply.done or len(episode.turns) >= self._pool.environment.max_turns:
       return None
     try:

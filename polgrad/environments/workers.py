@@ -33,6 +33,8 @@ class Reply(NamedTuple):
   reward: float
   done: bool
   metrics: dict[str, float]
+  player: int = 0
+  others: Mapping[int, float] = {}
 
 
 class Pool:
@@ -187,11 +189,22 @@ def checked(step: Any) -> Reply | Failure:
   if not isinstance(step.done, bool | np.bool_):
     return Failure('NotAStep', f'done must be True or False, got {type(step.done).__name__}')
   metrics = _metrics(step.metrics)
+  others = _others(step.others)
   observation = '' if step.done else _observation(step.observation)
-  for value in (metrics, observation):
+  for value in (metrics, others, observation):
     if isinstance(value, Failure):
       return value
-  return Reply(step.state, observation, reward, bool(step.done), metrics)
+  return Reply(step.state, observation, reward, bool(step.done), metrics, int(step.player), others)
+
+
+def _others(rewards: Any) -> dict[int, float] | Failure:
+  """Rewards of other players."""
+  found = {}
+  for player, value in dict(rewards).items():
+    found[int(player)] = worker.number(value)
+    if isinstance(found[int(player)], Failure):
+      return found[int(player)]._replace(reason=f'others: {found[int(player)].reason}')
+  return found
 
 
 def _metrics(metrics: Any) -> dict[str, float] | Failure:
