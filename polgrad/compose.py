@@ -266,7 +266,7 @@ class _Run:
       overlong=task.overlong,
       prefix=task.prefix,
       stop_strings=task.stop_strings,
-      **task.turns,
+      **task.turns | task.held_out_turns,
     )
 
 

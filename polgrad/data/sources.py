@@ -13,6 +13,7 @@ import itertools
 import operator as operators
 import pathlib
 import re
+import string
 from collections.abc import Callable
 from typing import Annotated
 
@@ -23,7 +24,6 @@ from polgrad.data import tables, verifiers_package
 from polgrad.data.records import normalized
 from polgrad.registry import AtLeastOne, Count, Fraction, Range, table
 
-Digit = Annotated[int, Range(at_least=1, at_most=9)]
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
 
 
@@ -103,12 +103,11 @@ def arithmetic(
   return Source(len(ranges[split]), record)
 
 
-def nim_positions(
-  *,
-  piles: Annotated[int, Range(at_least=1, at_most=5)] = 3,
-  most: Digit = 3,
-  winnable: bool = False,
-) -> Source:
+Piles = Annotated[int, Range(at_least=1, at_most=5)]
+Digit = Annotated[int, Range(at_least=1, at_most=9)]
+
+
+def nim_positions(*, piles: Piles = 3, most: Digit = 3, winnable: bool = False) -> Source:
   """Positions of the game of Nim without the empty one, as `prompt`, one digit a pile, and as `piles`.
 
   Args:
@@ -116,13 +115,28 @@ def nim_positions(
     most: stones of the largest pile.
     winnable: only positions in which the player to move can win, those whose nim-sum is not 0.
   """
-  every = itertools.product(range(most + 1), repeat=piles)
   nim_sum = lambda position: functools.reduce(operators.xor, position)
-  chosen = [p for p in every if any(p) and (nim_sum(p) or not winnable)]
-  prompt = lambda position: ''.join(map(str, position))
-  return Source(
-    len(chosen), lambda row: {'prompt': prompt(chosen[row]), 'piles': list(chosen[row])}
-  )
+  found = [p for p in _positions(piles, most) if nim_sum(p) or not winnable]
+  return Source(len(found), lambda row: _position(found[row]))
+
+
+def nim_moves(*, piles: Piles = 3, most: Digit = 3) -> Source:
+  """Every legal move of every position of `nim_positions`, good or bad, as the `answer`."""
+  found = [
+    (position, f'{name}{taken}')
+    for position in _positions(piles, most)
+    for name, pile in zip(string.ascii_lowercase, position)
+    for taken in range(1, pile + 1)
+  ]
+  return Source(len(found), lambda row: {**_position(found[row][0]), 'answer': found[row][1]})
+
+
+def _positions(piles, most):
+  return [p for p in itertools.product(range(most + 1), repeat=piles) if any(p)]
+
+
+def _position(piles):
+  return {'prompt': ''.join(map(str, piles)), 'piles': list(piles)}
 
 
 def seeds(*, size: AtLeastOne = 1000, first: Count = 0) -> Source:
@@ -338,6 +352,7 @@ BASE = table(
   'sources',
   arithmetic,
   hidden_numbers,
+  nim_moves,
   nim_positions,
   seeds,
   jsonl,

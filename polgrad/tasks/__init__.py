@@ -5,6 +5,7 @@
 | `addition` | sums of two numbers, for small models made from nothing |
 | `choices` | sums with four choices, answered by a letter |
 | `guess` | a number that is guessed in several turns |
+| `nim` | a game of two players, in self-play |
 | `chain_sum` | sums and differences as questions in words |
 | `reasoning_gym` | any task of reasoning-gym by name |
 | `jsonl` | your own file: problems, pairs, demonstrations or conversations |
@@ -21,9 +22,10 @@ from polgrad.tasks.base import Task
 from polgrad.tasks.choices import choices
 from polgrad.tasks.files import gsm8k, hub, jsonl, math, tfds
 from polgrad.tasks.guess import guess
+from polgrad.tasks.nim import nim
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
 
-FUNCTIONS = (addition, choices, guess, chain_sum, reasoning_gym, jsonl, hub, gsm8k, math, tfds)
+FUNCTIONS = (addition, choices, guess, nim, chain_sum, reasoning_gym, jsonl, hub, gsm8k, math, tfds)
 TABLE = {fn.__name__: fn for fn in FUNCTIONS}
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
   'hub',
   'jsonl',
   'math',
+  'nim',
   'reasoning_gym',
   'tfds',
 ]

@@ -32,6 +32,7 @@ class Task:
     rewards: verifiers by name, each with its weight; their weighted sum is the reward. With an
       environment, they judge the last turn, and its reward is added.
     environment: what answers the turns of the policy, a part of `polgrad.environments`.
+    held_out_environment: of the evaluation; None: the same.
     turn_tokens: tokens that the policy may draw in one turn; 0: only the row has a limit.
     observation_tokens: tokens of a message that the policy reads; 0: only the row has a limit.
     system: system turn that is put before each prompt where the model has a chat template.
@@ -70,6 +71,7 @@ class Task:
   held_out_lists: ConfigDict | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   environment: ConfigDict | None = None
+  held_out_environment: ConfigDict | None = None
   turn_tokens: Count = 0
   observation_tokens: Count = 0
   system: str = ''
@@ -112,3 +114,9 @@ class Task:
       return {}
     names = ('environment', 'turn_tokens', 'observation_tokens')
     return {name: getattr(self, name) for name in names}
+
+  @property
+  def held_out_turns(self) -> dict[str, object]:
+    """What differs from `turns` in the evaluation."""
+    found = self.held_out_environment
+    return {} if found is None else {'environment': found}
