@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from polgrad.data import sources
-from polgrad.environments.adapters.verifiers import Verifiers, tool_calls
+from polgrad.environments.adapters.verifiers import Verifiers
 
 FILE = f'{__file__}:'
 
@@ -117,10 +117,6 @@ def test_a_call_that_is_no_json_or_has_no_tool_is_an_answer_of_the_tool():
   )
   assert [m['role'] for m in broken.observation + missing.observation] == ['tool', 'tool']
   assert 'sub' in missing.observation[0]['content']
-  assert tool_calls('<tool_call>1</tool_call> x <tool_call>{"name": "f"}</tool_call>') == [
-    {'name': '', 'arguments': '1'},
-    {'name': 'f', 'arguments': '{}'},
-  ]
 
 
 def test_an_environment_of_several_turns_ends_itself():

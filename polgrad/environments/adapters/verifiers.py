@@ -10,17 +10,15 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polgrad.data import verifiers_package
+from polgrad.environments import calls
 from polgrad.environments.base import Environment, Step
 from polgrad.registry import Positive
-
-CALL = re.compile(r'<tool_call>(.*?)</tool_call>', re.DOTALL)
 
 
 class Talk:
@@ -66,8 +64,7 @@ class Verifiers(Environment):
   episode is over and what the reward is, which the last turn gets. Weighted reward functions are summed
   by its rubric; each, and each metric, is a metric of the last turn.
 
-  Tool calls are what the policy writes as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`,
-  the form of Qwen and Hermes.
+  Tool calls are read in the forms that chat templates have (`environments/calls.py`).
 
   It runs in the process of the trainer, since its rollouts hold open objects. An answer may take
   `timeout_s` seconds, but code that blocks the event loop of verifiers stops all of its episodes.
@@ -154,40 +151,26 @@ def _response(text: str) -> Any:
   """What the policy said, as verifiers reads it."""
   from verifiers.types import Response, ResponseMessage, ToolCall
 
-  calls = [ToolCall(id=f'call_{i}', **call) for i, call in enumerate(tool_calls(text))]
+  called = [ToolCall(**_tool_call(i, call)) for i, call in enumerate(calls.calls(text))]
   message = ResponseMessage(
     content=_words(text),
-    tool_calls=calls or None,
-    finish_reason='tool_calls' if calls else 'stop',
+    tool_calls=called or None,
+    finish_reason='tool_calls' if called else 'stop',
     is_truncated=False,
   )
   return Response(id='', created=0, model='policy', message=message)
 
 
-def tool_calls(text: str) -> list[dict[str, str]]:
-  """The calls in a turn, as name and arguments (JSON); one that is no JSON has the name ''.
-
-  >>> tool_calls('<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
-  [{'name': 'add', 'arguments': '{"a": 1}'}]
-  """
-  calls = []
-  for written in CALL.findall(text):
-    try:
-      call = json.loads(written)
-      name, arguments = str(call['name']), call.get('arguments', {})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-      name, arguments = '', written
-    calls.append(
-      {
-        'name': name,
-        'arguments': arguments if isinstance(arguments, str) else json.dumps(arguments),
-      }
-    )
-  return calls
+def _tool_call(number: int, call: calls.Call) -> dict[str, str]:
+  """A call as verifiers reads it; one that cannot be read has the name ''."""
+  arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments)
+  name, arguments = ('', call.error) if call.error else (call.name, arguments)
+  return {'id': f'call_{number}', 'name': name, 'arguments': arguments}
 
 
 def _words(text: str) -> str:
-  return CALL.sub('', text).strip() if CALL.search(text) else text
+  """What is said beside calls."""
+  return text.partition('<tool_call>')[0].strip() if calls.calls(text) else text
 
 
 def _plain(message: Any) -> dict:
