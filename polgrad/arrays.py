@@ -77,6 +77,19 @@ FEATURES = {
   'baseline_wins': Spec(
     'B n', 'probability that the row beats n other completions of the prompt; from comparisons'
   ),
+  'step_ids': Spec(
+    'B T', 'number of the step in the row, i32, from 0; -1 outside the mask; from `collect.Vines`'
+  ),
+  'step_values': Spec(
+    'B T',
+    'mean reward of further completions from the state before the step; from `collect.Vines`',
+  ),
+  'node_values': Spec(
+    'B T', 'value of the tree node of the token, 0 at the root; from `collect.Trees`'
+  ),
+  'parent_values': Spec('B T', 'value of the node before that one; from `collect.Trees`'),
+  'node_leaves': Spec('B T', 'trained leaves below the node of the token; from `collect.Trees`'),
+  'parent_leaves': Spec('B T', 'trained leaves below the node before; from `collect.Trees`'),
   'opponent': Spec(
     'B', '1 for a row that another policy sampled, 0 for others; from the collector'
   ),

@@ -3,7 +3,8 @@
 | name | what it does |
 |---|---|
 | `Rollouts` | samples completions of prompts, scores and credits them |
-| `Explored` | the same, but draws them so that they cover the policy's distribution better |
+| `Vines` | the same, and estimates the value of the state before each step by further completions |
+| `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
 | `Feedback` | reads completions with a label each off the data |
@@ -30,6 +31,7 @@ from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
+from polgrad.collect.vines import Vines
 from polgrad.registry import table
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
   'Rollouts',
   'Sampling',
   'Turns',
+  'Vines',
   'also_read',
   'completions',
   'make_draws',
@@ -56,5 +59,5 @@ __all__ = [
   'question',
 ]
 
-TABLE = table('collect', Rollouts, Explored, Demonstrations, Preferences, Feedback, Lists)
+TABLE = table('collect', Rollouts, Vines, Explored, Demonstrations, Preferences, Feedback, Lists)
 Part = Annotated[Collector, TABLE]

@@ -230,7 +230,10 @@ class Rollouts(Sampling):
     return demonstrated(records, tokenizer, **sizes, cut=cut, field=field)
 
   def make(self, context: Context) -> Collect:
-    context = self.within(context)
+    return RolloutSteps(**self._parts(self.within(context))).collect
+
+  def _parts(self, context: Context) -> dict[str, Any]:
+    """The fields of `RolloutSteps`."""
     draw_rows = self._row_sampler(context, self.behavior_policy, self.samples_per_prompt)
     # A seed that no phase has: others must not draw the noise of what they are compared with.
     other = context._replace(seed=~context.seed)
@@ -239,7 +242,7 @@ class Rollouts(Sampling):
       draw_baselines = self._row_sampler(other, self.baseline_policy, self.baseline_samples)
     if self.opponents:
       draw_opponents = self._row_sampler(other, self.opponent_policy, self.opponents)
-    return RolloutSteps(
+    return dict(
       settings=self,
       draw_rows=draw_rows,
       draw_baselines=draw_baselines,
@@ -251,7 +254,7 @@ class Rollouts(Sampling):
         mask_truncated=self.mask_truncated,
         stats=self.stats,
       ),
-    ).collect
+    )
 
   def _row_sampler(
     self, context: Context, behavior_policy: Callable, samples_per_prompt: int

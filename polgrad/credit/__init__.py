@@ -25,6 +25,7 @@ from polgrad.credit.base import (
   with_rewards,
   with_targets,
 )
+from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
   bilevel_generalized,
   discounted_outcome,
@@ -617,6 +618,8 @@ SIMPLE = table(
   bilevel_generalized,
   self_correction,
   self_play,
+  step_values,
+  tree_values,
 )
 
 

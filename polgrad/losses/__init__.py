@@ -33,6 +33,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     reward_penalties    costs that are subtracted from rewards                   costs
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
+    trees               advantages of steps and of tree nodes                    none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
     self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
@@ -84,6 +85,7 @@ from polgrad.losses import (
   self_improvement,
   shared_information,
   surrogates,
+  trees,
   trust_region_masks,
   turns,
   weights,
@@ -121,6 +123,7 @@ __all__ = [
   'self_improvement',
   'shared_information',
   'surrogates',
+  'trees',
   'trust_region_masks',
   'turns',
   'weights',

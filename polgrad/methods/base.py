@@ -27,7 +27,7 @@ NEEDS = {
 LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 # Arrays that are not numbers but ids or choices.
 DISCRETE = frozenset({
-  *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids'),
+  *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids', 'step_ids'),
   *('mask', 'where', 'valid', 'finished', 'selected', 'preferred'),
   *('observation_ids', 'turn_players'),
 })  # fmt: skip

@@ -1,0 +1,134 @@
+"""Further completions of the first tokens of rows: what `Vines` and `Trees` draw.
+
+A prefix is a row and a column: the tokens of the row before the column are given, and the sampler reads
+them as a longer prompt. What it draws is put behind them, so the result is a row like any other, with
+the same columns and the same budget of tokens. Nothing is tokenised again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from polgrad import speed
+from polgrad.collect.base import Context
+from polgrad.collect.rollouts import make_drawer
+from polgrad.learner import parameter_sets
+from polgrad.registry import inputs
+from polgrad.sampling import behavior_policies
+from polgrad.sharding import to_host
+from polgrad.types import Batch, Layout, TrainState
+
+
+class Prefixes(NamedTuple):
+  """Prefixes of rows of a batch; one with `n` of them has all its arrays [n]."""
+
+  rows: np.ndarray  # i32, rows of the batch
+  columns: np.ndarray  # i32, the first column that is drawn anew
+  ids: np.ndarray  # i32, all different within a step: noise is folded from them
+
+  def taken(self, index: Sequence[int]) -> 'Prefixes':
+    return Prefixes(*(x[index] for x in self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuer:
+  """Draws `samples` completions of each of a fixed number of prefixes."""
+
+  context: Context
+  sample: Callable  # from `make_sampler`
+  reads: Sequence[str]  # parameter sets of the behavior policy
+  samples: int
+  prefixes: int  # of one call of the sampler
+
+  def __call__(
+    self, state: TrainState, batch: Batch, prefixes: Prefixes, step: int, meter: speed.Meter
+  ) -> Batch:
+    """Rows of the prefixes, NumPy, prefix-major.
+
+    Args:
+      batch: the rows that the prefixes are of, NumPy.
+      prefixes: at most as many as a call of the sampler has. It is filled up with rows that are not
+        used, so that one shape compiles.
+      step: noise is folded from it.
+      meter: of the phase.
+    """
+    count = len(prefixes.rows)
+    filled = prefixes.taken(np.minimum(np.arange(self.prefixes), count - 1))
+    tokens, mask = as_prompts(batch, filled, self.context.tokenizer.pad_id)
+    params = parameter_sets(state, self.context.frozen)
+    with meter.timing('rollout'):
+      drawn = self.sample(
+        {name: params[name] for name in self.reads},
+        *(tokens, mask, filled.ids),
+        # A seed that no phase has: the rows that the prefixes are of drew other noise.
+        seed=~self.context.seed,
+        step=step,
+      )
+      drawn = to_host(drawn)
+      layout = Layout(batch.tokens.shape[1], self.samples)
+      meter.add('rollout', speed.forward_flops(self.context.policy.config, drawn, layout))
+    drawn = jax.tree.map(lambda x: x[: count * self.samples], drawn)
+    return grafted(batch, prefixes, drawn, self.samples)
+
+
+def make_continuer(
+  context: Context,
+  *,
+  samples: int,
+  prefixes: int,
+  behavior_policy: Callable = behavior_policies.current,
+  **settings: float,
+) -> Continuer:
+  """A `Continuer`; `settings` are further ones of `make_sampler`."""
+  settings |= dict(samples_per_prompt=samples, behavior_policy=behavior_policy)
+  return Continuer(
+    context=context,
+    sample=make_drawer(context, settings),
+    reads=inputs(behavior_policy),
+    samples=samples,
+    prefixes=prefixes,
+  )
+
+
+def as_prompts(batch: Batch, prefixes: Prefixes, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens i32[n, T] and mask bool[n, T] of the prefixes, left-padded to the length of a row."""
+  width = batch.tokens.shape[1]
+  source = np.arange(width)[None] - (width - prefixes.columns[:, None])
+  pick = lambda x: np.take_along_axis(x[prefixes.rows], np.maximum(source, 0), axis=1)
+  mask = (source >= 0) & (pick(batch.segment_ids) > 0)
+  return np.where(mask, pick(batch.tokens), pad_id).astype(np.int32), mask
+
+
+def grafted(batch: Batch, prefixes: Prefixes, drawn: Batch, samples: int) -> Batch:
+  """Rows of the prefixes with what was drawn behind them, in the columns of `batch`.
+
+  What has no room, because a row may have no more than its columns, is cut off; that row is not
+  `finished`.
+
+  Args:
+    batch: the rows that the prefixes are of.
+    prefixes: n of them.
+    drawn: n * samples rows, prefix-major, of T + max_new_tokens columns; prefixes end at column T.
+    samples: rows of each prefix.
+  """
+  width = batch.tokens.shape[1]
+  rows = np.repeat(prefixes.rows, samples)
+  columns = np.repeat(prefixes.columns, samples)[:, None]
+  here = np.arange(width)[None]
+  # Column c of a row comes from the batch before the fork, and from what was drawn behind it.
+  source = np.clip(width + here - columns, 0, drawn.tokens.shape[1] - 1)
+
+  def join(name):
+    fresh = np.take_along_axis(drawn[name], source, axis=1)
+    return np.where(here < columns, batch[name][rows], fresh)
+
+  fits = drawn.mask.sum(axis=1) <= width - columns[:, 0]
+  return Batch(
+    **{name: join(name) for name in ('tokens', 'segment_ids', 'mask', 'behavior_logp')},
+    finished=drawn.finished & fits,
+    prompt_ids=batch.prompt_ids[rows],
+    group_ids=batch.group_ids[rows],
+  )
