@@ -4,6 +4,7 @@
 |---|---|
 | `Rollouts` | samples completions of prompts, scores and credits them |
 | `Vines` | the same, and estimates the value of the state before each step by further completions |
+| `Trees` | samples completions as trees, whose branches say how good their nodes are |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
@@ -31,6 +32,7 @@ from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
+from polgrad.collect.trees import Trees
 from polgrad.collect.vines import Vines
 from polgrad.registry import table
 
@@ -49,6 +51,7 @@ __all__ = [
   'Preferences',
   'Rollouts',
   'Sampling',
+  'Trees',
   'Turns',
   'Vines',
   'also_read',
@@ -59,5 +62,7 @@ __all__ = [
   'question',
 ]
 
-TABLE = table('collect', Rollouts, Vines, Explored, Demonstrations, Preferences, Feedback, Lists)
+TABLE = table(
+  'collect', Rollouts, Vines, Trees, Explored, Demonstrations, Preferences, Feedback, Lists
+)
 Part = Annotated[Collector, TABLE]

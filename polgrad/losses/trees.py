@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses.advantages import leave_one_out
-from polgrad.losses.groups import members, size
+from polgrad.losses.groups import same, total
 from polgrad.types import Array
 
 
@@ -111,7 +111,7 @@ def tree_values(
   before = _take(
     _previous(mask), jnp.maximum(start, 0)
   )  # the last token of the parent; -1: the root
-  everyone = size(members(group_ids, valid & trained)).astype(rewards.dtype)
+  everyone = total((trained & valid).astype(rewards.dtype), same(group_ids))
   parent = lambda x, root: jnp.where(before >= 0, _take(x, jnp.maximum(before, 0)), root)
   found = TreeValues(
     node_values=node_values,
