@@ -100,7 +100,7 @@ BONUS = 'objective.penalties.entropy.weight'
 STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('rloo', 'demo_regularized', 'reinforce_plus_plus'), (minus_kl, IN_CREDIT)),
   **dict.fromkeys(
-    ('grpo', 'aspo', 'reinforce_plus_plus_baseline', 'deepseek_v32', 'intellect2'),
+    ('grpo', 'aspo', 'reinforce_plus_plus_baseline', 'deepseek_v32', 'intellect2', 'vineppo'),
     (minus_kl, IN_LOSS),
   ),
   **dict.fromkeys(('a_star_po', 'copg', 'dro_v', 'tba', 'tbrm'), (minus_kl, 'objective.beta')),

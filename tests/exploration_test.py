@@ -59,49 +59,56 @@ def bandits() -> Policy:
   )
 
 
-def sampling_error(collector: collect.Collector) -> float:
-  """KL(empirical, policy) of the arms drawn, averaged over the bandits; also checks the log-probs."""
-  policy = bandits()
-  mesh = sharding.make_mesh()
+def context_of(policy: Policy, encode, *, score, estimator=None) -> collect.Context:
+  """What a collector reads of a run, with a policy that is no transformer."""
   tokenizer = tokenizers.Tokenizer(
-    encode=lambda text: [len(ARMS) + int(text)],
-    decode=str,
+    encode=encode,
+    decode=lambda ids: ' '.join(map(str, ids)),
     chat=None,
     conversation=None,
-    vocab_size=VOCABULARY,
+    vocab_size=policy.config.vocab_size,
     pad_id=0,
     bos_id=-1,
     stop_ids=(),
   )
-  score = lambda texts, *_: Scores(np.zeros(len(texts)), {}, np.ones(len(texts), bool), {}, [])
-  context = collect.Context(
+  return collect.Context(
     policy=policy,
     tokenizer=tokenizer,
-    mesh=mesh,
+    mesh=sharding.make_mesh(),
     seed=0,
     objective=Reader(),
-    credit=credit.nothing(),
+    credit=estimator or credit.nothing(),
     score=score,
     frozen={},
     micro_batches=1,
   )
+
+
+def state_of(params) -> TrainState:
   zero = jnp.int32(0)
-  state = TrainState(
+  return TrainState(
     step=zero,
     phase=zero,
     phase_step=zero,
     update=zero,
     cursor=zero,
     skipped=zero,
-    params={'table': jnp.tile(ARMS[None], (BANDITS, 1))},
+    params=params,
     opt_state=(),
     anchors={},
     collect_state=(),
     credit_state=(),
     objective_state=(),
   )
+
+
+def sampling_error(collector: collect.Collector) -> float:
+  """KL(empirical, policy) of the arms drawn, averaged over the bandits; also checks the log-probs."""
+  score = lambda texts, *_: Scores(np.zeros(len(texts)), {}, np.ones(len(texts), bool), {}, [])
+  context = context_of(bandits(), lambda text: [len(ARMS) + int(text)], score=score)
+  state = state_of({'table': jnp.tile(ARMS[None], (BANDITS, 1))})
   draw = lambda count: [{'id': i, 'prompt': str(i)} for i in range(count)]
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(context.mesh):
     batch = collector.make(context)(state, draw, 0).batch
   log_policy = np.asarray(jax.nn.log_softmax(ARMS))
   arms = batch.tokens[:, 1].reshape(BANDITS, -1)

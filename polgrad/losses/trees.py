@@ -8,6 +8,8 @@ and `tree_advantages` those of a tree whose leaves are trained on (TreeRL).
 The estimators of `credit` and the collector `collect.Trees` call these functions. Their outputs are
 constants of the policy gradient. The functions do not call stop_gradient. Tokens outside the mask are
 skipped: nothing is read there, and the output is 0.
+
+The examples need `import jax.numpy as jnp` and `from polgrad.losses import trees`.
 """
 
 from typing import Literal, NamedTuple
@@ -42,7 +44,7 @@ def step_advantages(
   >>> row = lambda *numbers: jnp.array([numbers])
   >>> mask = row(True, True, True, True)
   >>> values = row(0.5, 0.5, 0.75, 0.75)
-  >>> print(step_advantages(row(0.0, 0, 0, 1), values, row(0, 0, 1, 1), mask))
+  >>> print(trees.step_advantages(row(0.0, 0, 0, 1), values, row(0, 0, 1, 1), mask))
   [[0.25 0.25 0.25 0.25]]
   """
   chex.assert_equal_shape([token_rewards, step_values, step_ids, mask])
@@ -152,7 +154,7 @@ def tree_advantages(
 
   >>> numbers = [jnp.array([[x]]) for x in (1.0, 1 / 3, 1.0, 2.0)]
   >>> for weighting in ('advantage', 'value'):
-  ...   print(tree_advantages(*numbers, weighting=weighting).round(2))
+  ...   print(trees.tree_advantages(*numbers, weighting=weighting).round(2))
   [[1.67]]
   [[1.76]]
   """

@@ -152,8 +152,13 @@ def rollout_loss(
   batch = _scored(setting, sample, objective.rows_per_prompt)
   # Annotations: what critic, anchors and statistics say of the rows, and a random number a row.
   anchors = {'proximal': setting.behavior} | setting.anchors
+  values = jnp.asarray(setting.values)[sample]
+  places = jnp.arange(values.shape[1], dtype=jnp.int32)
   batch = batch.with_arrays(
-    old_values=jnp.asarray(setting.values)[sample],
+    old_values=values,
+    # Further completions, as many as a value takes to be exact, from the state before each token.
+    step_values=values,
+    step_ids=jnp.where(batch.mask, places, -1),
     uniform=jax.random.uniform(key, (len(sample),)),
     **{f'{k}_logp': enumerable.logp(policy, v)[sample] for k, v in anchors.items()},
     **_statistics(setting, stats, jax.lax.stop_gradient(params), sample),
