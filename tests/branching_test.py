@@ -212,10 +212,11 @@ def grown():
   with jax.set_mesh(run.mesh):
     state = phases.begin(run, 0, None)
     steps = settings.make(phases.context(run, phase, 0)).__self__
-    leaves, records = steps.sample(state, phases.Drawer(phase, seed=0, cursor=0), 0)
+    drawn, records = steps.sample(state, phases.Drawer(phase, seed=0, cursor=0), 0)
+    leaves = drawn.batch
     logp = np.asarray(learner.forward(run.policy, state.params, leaves).logp)
-    scored, _ = super(type(steps), steps).score(leaves, records, state, None, 0)
-    batch, report = steps.score(leaves, records, state, None, 0)
+    scored, _ = super(type(steps), steps).score(drawn, records, state, None, 0)
+    batch, report = steps.score(drawn, records, state, None, 0)
   return leaves, logp, scored, batch, report
 
 

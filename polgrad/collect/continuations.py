@@ -13,13 +13,12 @@ import jax
 import numpy as np
 
 from polgrad import speed
-from polgrad.collect.base import Context
-from polgrad.collect.rollouts import make_drawer
+from polgrad.collect.base import Context, Sampling, draws_of
+from polgrad.collect.drawn import Draws
 from polgrad.learner import parameter_sets
 from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies
-from polgrad.sharding import to_host
-from polgrad.types import Batch, Layout, TrainState
+from polgrad.types import Batch, Layout, Prompts, TrainState
 
 
 class Prefixes(NamedTuple):
@@ -38,7 +37,7 @@ class Continuer:
   """Draws `samples` completions of each of a fixed number of prefixes."""
 
   context: Context
-  sample: Callable  # from `make_sampler`
+  draw: Draws
   reads: Sequence[str]  # parameter sets of the behavior policy
   samples: int
   prefixes: int  # of one call of the sampler
@@ -57,17 +56,17 @@ class Continuer:
     """
     count = len(prefixes.rows)
     filled = prefixes.taken(np.minimum(np.arange(self.prefixes), count - 1))
-    tokens, mask = as_prompts(batch, filled, self.context.tokenizer.pad_id)
     params = parameter_sets(state, self.context.frozen)
     with meter.timing('rollout'):
-      drawn = self.sample(
+      drawn = self.draw(
         {name: params[name] for name in self.reads},
-        *(tokens, mask, filled.ids),
+        as_prompts(batch, filled, self.context.tokenizer.pad_id),
+        (),
+        filled.ids,
         # A seed that no phase has: the rows that the prefixes are of drew other noise.
         seed=~self.context.seed,
         step=step,
-      )
-      drawn = to_host(drawn)
+      ).batch
       layout = Layout(batch.tokens.shape[1], self.samples)
       meter.add('rollout', speed.forward_flops(self.context.policy.config, drawn, layout))
     drawn = jax.tree.map(lambda x: x[: count * self.samples], drawn)
@@ -75,31 +74,46 @@ class Continuer:
 
 
 def make_continuer(
+  settings: Sampling,
   context: Context,
   *,
   samples: int,
   prefixes: int,
   behavior_policy: Callable = behavior_policies.current,
-  **settings: float,
 ) -> Continuer:
-  """A `Continuer`; `settings` are further ones of `make_sampler`."""
-  settings |= dict(samples_per_prompt=samples, behavior_policy=behavior_policy)
+  """The `Continuer` of a collector.
+
+  Raises:
+    ValueError: a collector with an environment, whose states would have to be continued as well.
+  """
+  if settings.has_environment:
+    raise ValueError(
+      f'{type(settings).__name__} continues completions of one turn: leave out the environment'
+    )
+  same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
   return Continuer(
     context=context,
-    sample=make_drawer(context, settings),
+    draw=draws_of(
+      settings,
+      context,
+      samples_per_prompt=samples,
+      behavior_policy=behavior_policy,
+      **{name: getattr(settings, name) for name in same},
+    ),
     reads=inputs(behavior_policy),
     samples=samples,
     prefixes=prefixes,
   )
 
 
-def as_prompts(batch: Batch, prefixes: Prefixes, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens i32[n, T] and mask bool[n, T] of the prefixes, left-padded to the length of a row."""
+def as_prompts(batch: Batch, prefixes: Prefixes, pad_id: int) -> Prompts:
+  """The prefixes as prompts, left-padded to the length of a row."""
   width = batch.tokens.shape[1]
   source = np.arange(width)[None] - (width - prefixes.columns[:, None])
   pick = lambda x: np.take_along_axis(x[prefixes.rows], np.maximum(source, 0), axis=1)
   mask = (source >= 0) & (pick(batch.segment_ids) > 0)
-  return np.where(mask, pick(batch.tokens), pad_id).astype(np.int32), mask
+  tokens = np.where(mask, pick(batch.tokens), pad_id).astype(np.int32)
+  return Prompts(tokens=tokens, mask=mask, ids=batch.prompt_ids[prefixes.rows])
 
 
 def grafted(batch: Batch, prefixes: Prefixes, drawn: Batch, samples: int) -> Batch:

@@ -13,9 +13,10 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from polgrad.collect.base import Collect, Context, Draw, Sampling
+from polgrad.collect.base import Collect, Context, Draw, Sampling, draws_of
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
-from polgrad.collect.rollouts import RowSampler, make_drawer
+from polgrad.collect.drawn import Drawn
+from polgrad.collect.rollouts import RowSampler
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.compiling import jit
@@ -68,6 +69,7 @@ class Trees(Sampling):
   mask_truncated: bool = False
 
   def __post_init__(self):
+    super().__post_init__()
     if self.samples_per_prompt > self.leaves:
       raise ValueError(
         f'Trees: samples_per_prompt is {self.samples_per_prompt}, but a prompt has only {self.leaves} '
@@ -111,10 +113,10 @@ class Trees(Sampling):
         lay_out=functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut),
         samples_per_prompt=self.trees,
         reads=('policy',),
-        sample=make_drawer(context, sampler | {'samples_per_prompt': self.trees}),
+        draw=draws_of(self, context, samples_per_prompt=self.trees, **sampler),
       ),
       continuer=make_continuer(
-        context, samples=self.branches, prefixes=self.prompts * self.trees * self.forks, **sampler
+        self, context, samples=self.branches, prefixes=self.prompts * self.trees * self.forks
       ),
       values=jit(trees.tree_values),
       **common(
@@ -135,10 +137,10 @@ class TreeSteps(Steps):
   continuer: Continuer  # of the others
   values: Callable[..., trees.TreeValues]  # compiled
 
-  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Sequence[dict]]:
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     settings = self.settings
     records = draw(settings.prompts)
-    batch = self.count(self.draw_rows(state, records, step), settings.trees)
+    batch = self.count(self.draw_rows(state, records, step), settings.trees).batch
     # While trees grow, rows are in the order in which they are drawn: the first leaves of all trees,
     # then those of the first iteration, and so on.
     rows = np.arange(len(batch.tokens))
@@ -152,13 +154,13 @@ class TreeSteps(Steps):
       batch = _grown(batch, fresh, prefixes, settings.branches)
       tree = np.append(tree, np.repeat(tree[prefixes.rows], settings.branches))
       forked = np.concatenate([forked, np.zeros_like(forked, shape=fresh.tokens.shape)])
-    return _by_prompt(batch, tree // settings.trees), records
+    return Drawn(_by_prompt(batch, tree // settings.trees)), records
 
   def score(
-    self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+    self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
     """All leaves are scored; those that are trained on are the rows of the batch."""
-    batch, report = super().score(batch, records, state, draw, step)
+    batch, report = super().score(rows, records, state, draw, step)
     settings = self.settings
     random = np.random.default_rng((self.context.seed, step, 4))
     rows = chosen(batch.rewards, batch.valid, settings.leaves, settings.samples_per_prompt, random)

@@ -16,6 +16,7 @@ import numpy as np
 from polgrad.collect import splits
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
+from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts, RolloutSteps
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import Report
@@ -56,12 +57,12 @@ class Vines(Rollouts):
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
-    same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'behavior_policy')
     continuer = make_continuer(
+      self,
       context,
       samples=self.value_samples,
       prefixes=self.prefixes_at_a_time or self.rows,
-      **{name: getattr(self, name) for name in same},
+      behavior_policy=self.behavior_policy,
     )
     pieces = context.tokenizer.pieces
     return VineSteps(
@@ -87,7 +88,7 @@ class VineSteps(RolloutSteps):
   pieces: Sequence[bytes] | None  # text of each token; None: tokens are decoded one by one
 
   def score(
-    self, batch: Batch, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+    self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int
   ) -> tuple[Batch, Report]:
     known = {record['id']: record for record in records}
 
@@ -97,7 +98,7 @@ class VineSteps(RolloutSteps):
       known.update((record['id'], record) for record in drawn)
       return drawn
 
-    batch, report = super().score(batch, records, state, noted, step)
+    batch, report = super().score(rows, records, state, noted, step)
     return self._add_values(batch, report, known, state, step)
 
   def _add_values(
@@ -150,7 +151,9 @@ class VineSteps(RolloutSteps):
     for start in range(0, len(prefixes.rows), size):
       piece = prefixes.taken(slice(start, start + size))
       rows = self.continuer(state, batch, piece, step, self.meter)
-      rows, texts = self._judge(rows, [records[i] for i in batch.prompt_ids[piece.rows].tolist()])
+      rows, texts = self._judge(
+        Drawn(rows), [records[i] for i in batch.prompt_ids[piece.rows].tolist()]
+      )
       given = np.repeat(piece.columns, samples)[:, None]
       tokens += int((rows.mask & (np.arange(rows.mask.shape[1]) >= given)).sum())
       rewards.append(rows.rewards.reshape(-1, samples).astype(float))
