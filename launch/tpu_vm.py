@@ -7,7 +7,8 @@
 
 Steps: create the slice (or reuse it), copy this repository (uncommitted changes too), install it, run,
 and follow the log. What follows -- goes to `python -m MODULE`; --workdir=~/runs/NAME,
---checkpoints=BUCKET/NAME and --distributed are added (only --distributed if there is a --model). The run
+--checkpoints=BUCKET/NAME and --distributed are added (only --distributed if there is a --model, or a
+--workdir of yours, such as gs://BUCKET/NAME). The run
 is detached: it outlives this shell, and the same command resumes it from its last checkpoint.
 
 While this shell follows it, a run also begins again by itself:
@@ -269,7 +270,7 @@ class Slice:
 
   def start(self, flags: list) -> None:
     flags = [*flags]
-    if not names_model(flags):
+    if not names(flags, '--model', '--workdir'):
       flags += [f'--workdir=../runs/{self.o.name}']
       flags += [f'--checkpoints={self.o.bucket.rstrip("/")}/{self.o.name}']
     command = shlex.join(['../venv/bin/python', '-m', self.o.module, *flags, '--distributed'])
@@ -310,9 +311,13 @@ class Slice:
     self.run(*self.gcloud('scp', source, folder, *options))
 
 
-def names_model(flags: list) -> bool:
-  """Whether the command works with a model that no run made, so it has no folders of a run."""
-  return any(flag.partition('=')[0] == '--model' for flag in flags)
+def names(flags: list, *wanted: str) -> bool:
+  """Whether one of the flags is given.
+
+  With --model the command works with a model that no run made, so it has no folders of a run; with
+  --workdir it names them itself.
+  """
+  return any(flag.partition('=')[0] in wanted for flag in flags)
 
 
 def launch(tpu: Slice, flags: list) -> int:
@@ -344,7 +349,7 @@ def launch(tpu: Slice, flags: list) -> int:
 
 def check(options: argparse.Namespace, flags: list, error) -> None:
   """Refuses a launch that lacks something."""
-  if not options.type or not (options.bucket or names_model(flags)):
+  if not options.type or not (options.bucket or names(flags, '--model', '--workdir')):
     error('need --type and --bucket')
   if options.bucket and not options.bucket.startswith('/') and '://' not in options.bucket:
     error(f'--bucket={options.bucket}: expected gs://..., or a path from / that all workers reach')

@@ -26,7 +26,7 @@ import ml_collections
 from absl import flags
 from tqdm import tqdm
 
-from polgrad import cli, collect, phases
+from polgrad import cli, collect, paths, phases
 from polgrad.build import TABLE, DataSection, Experiment, HeldOut, build, data_sections, leaks
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.checks.findings import Finding
@@ -205,6 +205,9 @@ def check_memory(run: Experiment, workdir: str) -> Section:
       wrong.append(Finding(f'config.phases.{name}', text, mend, fails=True))
   kept = [u for u in uses if u.name in ('parameters', 'optimizer') or u.name.startswith('anchor')]
   disk = (run.keep_checkpoints + 1) * sum(u.total for u in kept)
+  if paths.REMOTE in workdir:
+    lines.append(f'  checkpoints: up to {tables.size(disk)} in {workdir}')
+    return Section('memory', lines, wrong)
   place = os.path.abspath(os.path.expanduser(workdir or '.'))
   while not os.path.exists(place):
     place = os.path.dirname(place)

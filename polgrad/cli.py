@@ -19,7 +19,9 @@ from polgrad.progress import BEST, NEWEST
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'File of the experiment.', lock_config=True
 )
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: metrics, checkpoints, report.')
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run: metrics, checkpoints, report; also gs://...'
+)
 CHECKPOINTS = flags.DEFINE_string(
   'checkpoints', '', 'Folder of the checkpoints, also gs://...; default: WORKDIR/checkpoints.'
 )
@@ -175,16 +177,7 @@ def chosen_of_a_run() -> list[flags.FlagHolder]:
 
 
 def workdir() -> str:
-  """The folder of the run, by the flags.
-
-  Raises:
-    ValueError: it is of no file system of this machine.
-  """
-  if '://' in WORKDIR.value:
-    raise ValueError(
-      f'--workdir={WORKDIR.value}: it must be a local folder, because it holds a lock and metrics that '
-      f'grow; checkpoints may be there: --checkpoints={WORKDIR.value}'
-    )
+  """The folder of the run, by the flags."""
   return os.path.expanduser(WORKDIR.value)
 
 

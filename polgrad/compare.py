@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from polgrad import checkpoint, cli, evaluate, sharding
+from polgrad import checkpoint, cli, evaluate, mirrors, sharding
 from polgrad import preference_evaluation as numbers
 from polgrad.build import TABLE, Experiment, build
 from polgrad.collect import question
@@ -297,10 +297,12 @@ def main(argv: list[str]) -> None:
   plain = [{k: v if np.isfinite(v) else None for k, v in row.items()} for row in rows]
   print(json.dumps(plain if _CURVE.value else plain[0], indent=2))
   if _CURVE.value:
+    with mirrors.reading(cli.workdir()) as here:
+      path = os.path.join(here, 'overoptimization')
+      with writing(f'{path}.json') as file:
+        file.write(json.dumps(plain, indent=1) + '\n')
+      draw(rows, f'{path}.png')
     path = os.path.join(cli.workdir(), 'overoptimization')
-    with writing(f'{path}.json') as file:
-      file.write(json.dumps(plain, indent=1) + '\n')
-    draw(rows, f'{path}.png')
     print(f'wrote {path}.json and {path}.png', file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polgrad import checkpoint, cli, evaluate, row_files, sharding, train, verify
+from polgrad import checkpoint, cli, evaluate, paths, row_files, sharding, train, verify
 from polgrad.build import TABLE, Experiment, Phase, build
 from polgrad.compiling import jit
 from polgrad.learner import forward
@@ -310,7 +310,8 @@ def main(argv: list[str]) -> None:
   cli.start(argv, needed=[])
   rollout, workdir = os.path.expanduser(_ROLLOUT.value), cli.WORKDIR.value and cli.workdir()
   if rollout and not workdir:  # WORKDIR/rollouts/FILE
-    workdir = os.path.dirname(os.path.dirname(os.path.abspath(rollout)))
+    whole = rollout if paths.REMOTE in rollout else os.path.abspath(rollout)
+    workdir = os.path.dirname(os.path.dirname(whole))
   if cli.CONFIG.value is None and not workdir:
     raise app.UsageError('--config is needed, or --workdir of a run, or --rollout')
   with cli.refusals():
@@ -334,9 +335,9 @@ def main(argv: list[str]) -> None:
 
 def _checkpoints(workdir: str | None) -> str:
   """The folder of a run's checkpoints, '' if it has none."""
-  folder = os.path.join(workdir, 'checkpoints') if workdir else ''
-  whole = folder and os.path.isdir(folder) and any(name.isdecimal() for name in os.listdir(folder))
-  return folder if whole else ''
+  folder = paths.path(os.path.join(workdir, 'checkpoints')) if workdir else None
+  whole = folder and folder.is_dir() and any(place.name.isdecimal() for place in folder.iterdir())
+  return str(folder) if whole else ''
 
 
 if __name__ == '__main__':

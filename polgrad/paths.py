@@ -38,6 +38,8 @@ def size(place: pathlib.Path) -> int:
 def files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """The files of a folder and of the folders in it; `rglob` does not work in buckets."""
   for place in folder.iterdir():
+    if place == folder:  # some buckets list the folder itself
+      continue
     if place.is_dir():
       yield from files(place)
     elif place.is_file():

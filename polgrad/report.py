@@ -7,6 +7,7 @@ It reads metrics.jsonl alone, so it also draws a run that still trains or was ki
 own curves, over its own updates; which ones depends on what the phase learns from.
 """
 
+import contextlib
 import fnmatch
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polgrad import cli, metrics
+from polgrad import cli, metrics, mirrors
 
 
 class Panel(NamedTuple):
@@ -228,11 +229,14 @@ def main(argv: list[str]) -> None:
   with cli.refusals():
     if len(argv) < 2:
       raise ValueError('name the folders of runs: python -m polgrad.report WORKDIR...')
-    for folder in argv[1:]:
-      if not os.path.exists(os.path.join(folder, 'metrics.jsonl')):
-        raise FileNotFoundError(f'{folder}: expected the folder of a run, with metrics.jsonl')
-    path = draw(argv[1:], cli.OUT.value or '')
-  print(f'wrote {path}')
+    folders = argv[1:]
+    with contextlib.ExitStack() as stack:
+      here = [stack.enter_context(mirrors.reading(folder)) for folder in folders]
+      for folder, copied in zip(folders, here):
+        if not os.path.exists(os.path.join(copied, 'metrics.jsonl')):
+          raise FileNotFoundError(f'{folder}: expected the folder of a run, with metrics.jsonl')
+      path = draw(here, cli.OUT.value or '')
+  print(f'wrote {path.replace(here[0], folders[0])}')
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
+from polgrad import paths
 from polgrad.arrays import per_token
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch
@@ -264,11 +265,13 @@ def read(path: str) -> Stored:
     FileNotFoundError: there is no such file.
     ValueError: it is no parquet file of a run.
   """
-  if not os.path.isfile(path):
+  place = paths.path(path)
+  if not place.is_file():
     raise FileNotFoundError(f'{path}: expected a file of rows, such as WORKDIR/rollouts/*{ENDING}')
   phase, step = split_name(os.path.basename(path))
   try:
-    table = pq.read_table(path, partitioning=None)
+    with place.open('rb') as file:
+      table = pq.read_table(file)
     meta = json.loads((table.schema.metadata or {})[META])
     rows = table.to_pylist()
   except (pa.ArrowException, OSError, KeyError, ValueError) as error:

@@ -72,7 +72,7 @@ class Session(NamedTuple):
 
   experiment: Experiment
   identity: dict  # goes into checkpoints
-  workdir: str
+  folder: workdirs.Folder
   checkpoints: Any
   state: TrainState
   logs: Logs  # the profiler is that of the last phase
@@ -89,7 +89,8 @@ def run(
   """Trains to the end of the last phase, from the last checkpoint if there is one.
 
   Args:
-    workdir: a local folder for config.json, metrics and the report; only the first process writes it.
+    workdir: folder for config.json, metrics and the report, also gs://...; only the first process writes
+      it.
     folder: folder of the checkpoints, which all processes must reach; '': `workdir`/checkpoints.
     step: number of the checkpoint to resume from, after which later ones are deleted; -1: the last.
     on_mismatch: 'stop' or 'continue', if the checkpoint is of another run (see `identity`).
@@ -128,12 +129,11 @@ def prepare(
   for line in check_data(experiment):
     logging.warning('%s', line)
   own = identity.describe(config, fingerprints(experiment))
-  os.makedirs(workdir, exist_ok=True)
   chief = jax.process_index() == 0
   folder = folder or os.path.join(workdir, 'checkpoints')
   with contextlib.ExitStack() as stack:
-    if chief:
-      stack.enter_context(workdirs.locked(workdir))
+    own_folder = stack.enter_context(workdirs.opened(workdir, chief=chief))
+    workdir = own_folder.path
     progress = Progress()  # read from the checkpoint below
     checkpoints = checkpoint.manager(
       folder, keep=experiment.keep_checkpoints, best=lambda: progress.best_step
@@ -151,6 +151,7 @@ def prepare(
     for one in stops.findings(experiment.tokenizer, bad):
       logging.warning('%s', one)
     steps = speed.parse_steps(profile_steps, *steps_left(experiment, state))
+    own_folder.take()
     if before is not None:
       workdirs.drop_later(checkpoints, before)
     progress.read(meta)
@@ -164,7 +165,8 @@ def prepare(
       tell_what_is_left(experiment, state, progress)
     profiler = speed.Profiler(os.path.join(workdir, 'profile'), steps)
     logs = Logs(writer=writer, store=store, progress=progress, profiler=profiler)
-    yield Session(experiment, own, workdir, checkpoints, state, logs)
+    own_folder.send()
+    yield Session(experiment, own, own_folder, checkpoints, state, logs)
 
 
 def run_phases(session: Session, keep: Callable[[TrainState], None] | None = None) -> TrainState:
@@ -175,9 +177,7 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
   """
   experiment, state = session.experiment, session.state
   if keep is None:
-    keep = functools.partial(
-      save, experiment, session.checkpoints, session.identity, progress=session.logs.progress
-    )
+    keep = functools.partial(save_all, session)
   for index in range(int(state.phase), len(experiment.order)):
     if index > int(state.phase):
       state = begin(experiment, index, state)
@@ -186,9 +186,21 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
       logs = dataclasses.replace(logs, profiler=speed.Profiler())
     state = run_phase(experiment, state, keep, logs)
   if session.logs.writer:
-    path = report.draw([session.workdir])
-    print(f'metrics, checkpoints and curves are in {session.workdir}; see {path}')
+    report.draw([session.folder.path])
+    print(f'metrics, checkpoints and curves are in {session.folder.name}; see its report.png')
   return state
+
+
+def save_all(session: Session, state: TrainState) -> None:
+  """Saves the state; before that, the files of the run are brought to where a resumed run finds them."""
+  session.folder.send()
+  save(
+    session.experiment,
+    session.checkpoints,
+    session.identity,
+    state,
+    progress=session.logs.progress,
+  )
 
 
 def steps_left(experiment: Experiment, state: TrainState) -> tuple[int, int]:

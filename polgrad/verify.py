@@ -8,14 +8,12 @@ verifier that is not a function of its arguments.
 """
 
 import os
-import pathlib
-import shutil
 import sys
 import tempfile
 
 import ml_collections
 
-from polgrad import checkpoint, cli, jsons, train
+from polgrad import checkpoint, cli, jsons, paths, train
 from polgrad.digests import digests
 from polgrad.types import TrainState
 
@@ -51,8 +49,12 @@ def differences(workdir: str, step: int, folder: str = '') -> list[str]:
   finally:
     stored.close()
   with tempfile.TemporaryDirectory() as place:
-    own = pathlib.Path(place) / 'checkpoints'
-    shutil.copytree(os.path.join(folder, str(step)), own / str(step))
+    own = paths.path(place) / 'checkpoints'
+    source = paths.path(folder) / str(step)
+    for file in paths.files(source):
+      copied = own / str(step) / file.relative_to(source)
+      copied.parent.mkdir(parents=True, exist_ok=True)
+      copied.write_bytes(file.read_bytes())
     state = _replay(config, place, str(own), later[0])
   trees = {'params': state.params, 'rest': state.replace(params=None)}
   found = {f'{name}/{k}': x for name, tree in trees.items() for k, x in digests(tree).items()}

@@ -2,16 +2,75 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from absl import logging
 
-from polgrad import checkpoint, identity
+from polgrad import checkpoint, identity, mirrors, paths
 from polgrad.progress import NEWEST
 from polgrad.whole_files import writing
+
+
+class Folder(NamedTuple):
+  """The folder that a run writes into.
+
+  Attributes:
+    name: as the user gave it, such as gs://bucket/run.
+    path: the folder of this machine.
+    take: must be called before anything is written or deleted, checkpoints included.
+    send: copies the files to the bucket, if the folder is in one. The run calls it before each save, so
+      the bucket has all files up to its checkpoint.
+  """
+
+  name: str
+  path: str
+  take: Callable[[], None] = lambda: None
+  send: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def opened(workdir: str, *, chief: bool) -> Iterator[Folder]:
+  """Opens the folder of a run: a folder of this machine with a lock, or one of a bucket with a mirror.
+
+  Args:
+    workdir: the folder, such as runs/a or gs://bucket/runs/a.
+    chief: this is the process that writes; others of a pod get a folder that no one reads.
+
+  Raises:
+    RuntimeError: another process trains in the folder of this machine.
+  """
+  if paths.REMOTE not in workdir:
+    os.makedirs(workdir, exist_ok=True)
+    with locked(workdir) if chief else contextlib.nullcontext():
+      yield Folder(workdir, workdir)
+    return
+  with mirrors.temporary(workdir) as mirror:
+    if not chief:
+      yield Folder(workdir, str(mirror.here))
+      return
+    with contextlib.suppress(FileNotFoundError):  # a new run
+      mirror.fetch()
+    try:
+      yield Folder(workdir, str(mirror.here), functools.partial(_take, mirror), mirror.send)
+    except BaseException:
+      with contextlib.suppress(Exception):  # the first error is the one to tell
+        mirror.finish()
+      raise
+    mirror.finish()
+
+
+def _take(mirror: mirrors.Mirror) -> None:
+  """Takes a folder of a bucket; whether the run that had it is still alive cannot be known."""
+  before = mirror.take()
+  if before:
+    logging.warning(
+      '%s was left by %s without its end; if that run is still alive, it ends at its next save',
+      mirror.bucket, before,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

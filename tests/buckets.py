@@ -14,7 +14,8 @@ class Bucket:
 
   def __getattr__(self, name):
     here = lambda path: str(path).replace('gs://bucket', str(self._folder))
-    return lambda path, *rest: getattr(epath.backend.os_backend, name)(here(path), *rest)
+    call = getattr(epath.backend.os_backend, name)
+    return lambda path, *rest, **settings: call(here(path), *rest, **settings)
 
 
 def use(monkeypatch, folder) -> None:

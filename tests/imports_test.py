@@ -44,6 +44,7 @@ LEVELS = {
   'compiling': 0,
   'jsons': 0,
   'paths': 0,
+  'mirrors': 0,
   'evaluate': 6,
   'preference_evaluation': 1,
   'compare': 8,

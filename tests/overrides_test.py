@@ -213,9 +213,9 @@ def test_what_a_config_file_raises_is_one_line_of_the_mains(file, said, monkeypa
   assert 'Traceback' not in told and 'earlier failure' not in told
 
 
-def test_a_workdir_of_a_bucket_is_refused_and_its_checkpoints_are_not():
+def test_the_checkpoints_of_a_run_in_a_bucket_are_there_or_where_the_flag_says():
   with flagsaver.flagsaver():
-    cli._parse(['train', '--workdir=gs://bucket/run', '--checkpoints=gs://bucket/run'])
-    with pytest.raises(ValueError, match=r'must be a local folder.*--checkpoints=gs://bucket/run'):
-      cli.workdir()
-    assert cli.checkpoint_folder() == 'gs://bucket/run'
+    cli._parse(['train', '--workdir=gs://bucket/run'])
+    assert cli.checkpoint_folder() == 'gs://bucket/run/checkpoints'
+    cli._parse(['train', '--checkpoints=s3://other/run'])
+    assert cli.checkpoint_folder() == 's3://other/run'

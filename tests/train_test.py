@@ -27,6 +27,7 @@ from polgrad import (
   learner,
   methods,
   metrics,
+  mirrors,
   objectives,
   optim,
   phases,
@@ -46,7 +47,7 @@ from polgrad.options import from_text
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.types import Batch
-from tests import examples
+from tests import buckets, examples
 from tests.data import folders
 from tests.runs import addition, dpo
 
@@ -549,6 +550,42 @@ class TestAnotherRunInTheSameFolder:
     ):
       train.run(config(), str(copied))
     train.run(config(), str(copied))
+
+
+def test_a_run_in_a_bucket_that_is_killed_resumes_to_the_same_end(
+  finished, tmp_path, monkeypatch, caplog, capsys
+):
+  place = tmp_path / 'run'
+  shutil.copytree(finished[0], place)
+  for step in ('11', '19'):
+    shutil.rmtree(place / 'checkpoints' / step)
+  buckets.use(monkeypatch, tmp_path)
+  # Orbax writes arrays past epath, so they are where the bucket keeps its files.
+  run = lambda: train.run(config(), 'gs://bucket/run', str(place / 'checkpoints'))
+  summary, killed = phases.summary, []
+
+  def kill(*args):
+    killed.append(True)
+    if len(killed) == 3:  # in the step after the save at update 11
+      raise KeyboardInterrupt
+    return summary(*args)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(phases, 'summary', kill)
+    patch.setattr(mirrors.Mirror, 'finish', lambda mirror: None)  # as after kill -9
+    run()
+  assert last(place) == 11 and rows(place) == rows(finished[0])[:-2]
+  names = lambda folder: sorted(file.name for file in (folder / 'rollouts').iterdir())
+  assert names(place) == [
+    'train-000007.parquet',
+    'warm_start-000001.parquet',
+    'warm_start-000003.parquet',
+  ]
+  equal(run(), finished[1])
+  assert 'gs://bucket/run was left by' in caplog.text
+  assert rows(place) == rows(finished[0]) and names(place) == names(pathlib.Path(finished[0]))
+  assert (place / 'config.json').exists() and not (place / '.owner').exists()
+  assert 'checkpoints and curves are in gs://bucket/run;' in capsys.readouterr().out
 
 
 def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What the page shows of the folders of runs, bounded in size."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polgrad import identity, jsons, metrics, overrides, report, row_files
+from polgrad import identity, jsons, metrics, mirrors, overrides, report, row_files
 from polgrad.build import TABLE
 from polgrad.view import tokens
 from polgrad.view.charts import number
@@ -77,6 +78,13 @@ def read(workdirs: Sequence[str], limits: Limits) -> list[Run]:
     FileNotFoundError: a folder does not exist, or holds neither metrics nor rows.
     ValueError: the same folder twice.
   """
+  with contextlib.ExitStack() as stack:
+    here = [stack.enter_context(mirrors.reading(workdir)) for workdir in workdirs]
+    found = _read(here, limits)
+  return [run._replace(workdir=workdir) for run, workdir in zip(found, workdirs)]
+
+
+def _read(workdirs: Sequence[str], limits: Limits) -> list[Run]:
   plans = [_plan(workdir, limits) for workdir in workdirs]
   # All rows share the budget of tokens; a page with very many rows shows fewer of them.
   rows = sum(min(len(stored.rows), limits.rows) for files, _ in plans for stored in files)
