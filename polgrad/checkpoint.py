@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from polgrad import paths
 from polgrad.digests import digests, not_finite, path_name
 from polgrad.progress import BEST
 
@@ -49,10 +51,15 @@ def manager(
 
   handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
   return ocp.CheckpointManager(
-    epath.Path(folder).absolute(),
+    _absolute(folder),
     options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, best), create=True),
     item_handlers=handlers | {'meta': ocp.JsonCheckpointHandler()},
   )
+
+
+def _absolute(folder: str) -> epath.Path:
+  """The absolute path of a folder; `epath` would put the current folder before gs://."""
+  return epath.Path(folder if paths.REMOTE in folder else os.path.abspath(folder))
 
 
 def save(

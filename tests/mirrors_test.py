@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from polgrad import mirrors, report, row_files, workdirs
+from polgrad import checkpoint, mirrors, report, row_files, workdirs
 from polgrad.view import runs
 from tests import buckets
 
@@ -125,3 +125,8 @@ def test_a_file_of_rows_is_read_from_a_bucket(filled):
   store.write_samples('train', 1, [('1+1=', '2', 1.0)])
   stored = row_files.read(f'{FOLDER}/evaluations/train-000001.parquet')
   assert stored.rows[0]['completion'] == '2'
+
+
+def test_the_checkpoints_of_a_bucket_are_not_put_below_the_current_folder():
+  assert str(checkpoint._absolute('gs://bucket/run')) == 'gs://bucket/run'
+  assert str(checkpoint._absolute('run')) == os.path.join(os.getcwd(), 'run')
