@@ -15,6 +15,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments.base import Environment
 
 CUT = ' [...]'  # ends the words of an observation that was cut
+CALLED = {'name': 'calculate', 'tool_call_id': 'call00000'}  # what some templates want of a result
 CHARACTERS = 32  # of a token, at most, in what is cut
 
 
@@ -101,7 +102,8 @@ def check(environment: Environment, record: Mapping, tokenizer: Tokenizer) -> No
     written = []
     for words in ('1', '2'):
       try:
-        written.append(following([{'role': role, 'content': words}], record, tokenizer))
+        message = {'role': role, 'content': words, **(CALLED if role == 'tool' else {})}
+        written.append(following([message], record, tokenizer))
       except ValueError as error:
         raise ValueError(f'{name}: observations have the role {role!r}: {error}') from error
     if written[0] == written[1]:
