@@ -5,6 +5,7 @@ schema is made from the signature and the docstring: the first paragraph says wh
 under `Args:` what each argument is.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -32,7 +33,11 @@ def parameters(tool: Callable) -> dict[str, tuple[Any, bool]]:
   Raises:
     ValueError: an argument without a type of `TYPES` or `Literal`.
   """
-  fn = function_of(tool)
+  return _parameters(function_of(tool))
+
+
+@functools.cache
+def _parameters(fn: Callable) -> dict[str, tuple[Any, bool]]:
   hints = typing.get_type_hints(fn)
   found = {}
   for name, one in inspect.signature(fn).parameters.items():
