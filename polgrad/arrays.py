@@ -100,8 +100,8 @@ FEATURES = {
   ),
   'observation_ids': Spec(
     'B T',
-    'number of what was read right before the turn, i32, equal for equal tokens, 0 outside the mask; '
-    'from the environment',
+    'number of what was read right before the turn, i32, positive and equal for equal tokens, 0 outside '
+    'of turns; from the environment',
   ),
   'void_turns': Spec(
     'B', 'number of turns of the row in which the policy did nothing; from the environment'

@@ -9,6 +9,7 @@ checkpoint thinks of each token. The third shows a row that a run has kept, with
 checkpoint's policy, and which tokens the surrogate clips. `--out=row.html` writes a page as well.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -267,11 +268,28 @@ def painted(row: Mapping[str, Any], levels: Sequence[int]) -> Text:
   """The tokens of a row as text with colours."""
   text = Text()
   signed = any(x < 0 for x in levels)
-  for piece, x, inside in zip(row['pieces'], levels, row['mask']):
+  heads = heads_of(row)
+  for i, (piece, x, inside) in enumerate(zip(row['pieces'], levels, row['mask'])):
+    if i in heads:
+      text.append(f'\n{heads[i]}\n', 'italic')
     scale = MINUS if x < 0 else PLUS if signed else ONE
     paint = f'#ffffff on {scale[abs(x) - 1]}' if x else '' if inside else 'dim'
     text.append(tokens.visible(piece), paint)
   return text
+
+
+def heads_of(row: Mapping[str, Any]) -> dict[int, str]:
+  """What is printed before some tokens of an episode: who says what follows, and its reward."""
+  found, turn = {}, 0
+  for part in row.get('turns') or ():
+    turn += part['who'] == 'policy'
+    said = [f'{name} {x:.4g}' for name, x in json.loads(part['metrics']).items()]
+    if part['who'] == 'policy':
+      said = [f'turn {turn}: reward {part["reward"]:.4g}', *said]
+      found[part['begin']] = f'[{", ".join(said)}]'
+    else:
+      found[part['begin']] = '[read]'
+  return found
 
 
 def numbers_of(row: Mapping[str, Any], names: Sequence[str]) -> Table:
@@ -292,7 +310,7 @@ def html(view: View) -> str:
   rows = [
     {
       'facts': runs.facts(row),
-      'tokens': tokens.tokens(row),
+      'said': runs.said(row),
       'numbers': [
         [tokens.value(row, name, i) for name in names] for i in range(len(row['pieces']))
       ],

@@ -2,21 +2,23 @@
 
 An option belongs to whoever has an argument of its name: the run (`compose.compose`), the function of
 the method, of the task or of the model, or a field of `Task`. A name that has two owners is refused,
-and so is one that has none.
+and so is one that has none. `environment=NAME` (or `file.py:Class`) is what answers the turns of the
+policy, in any task, and `environment.KNOB=...` are its settings.
 """
 
 import dataclasses
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from polgrad import methods, presets, tasks
+from polgrad import environments, methods, presets, tasks
 from polgrad.compose import SMOKE, compose
 from polgrad.methods.base import BUDGETS
-from polgrad.registry import plain, suggest
+from polgrad.registry import find, part, plain, suggest
 from polgrad.tasks import Task
 
 CHOICES = ('method', 'task', 'model')
@@ -46,6 +48,7 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   method, model = (_choose(kind, given.pop(kind)) for kind in ('method', 'model'))
   task_name = given.pop('task')
   template_options = _taken(given, 'template')
+  environment, environment_knobs = given.pop('environment', ''), _taken(given, 'environment')
   task, rest = _task_function(task_name, given)
 
   # Give every other option to the function that has an argument of its name.
@@ -63,6 +66,7 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   # Call them. A model of characters takes its alphabet from the task.
   fields = values.pop('fields')
   made = dataclasses.replace(task(**values['task']), **fields)
+  made = _with_environment(made, environment, environment_knobs)
   if 'alphabet' in _knobs(model):
     values['model']['alphabet'] = made.alphabet
   preset = _with_template(model(**values['model']), template_options)
@@ -166,6 +170,23 @@ def _with_template(preset: presets.Preset, options: Mapping[str, str]) -> preset
   return dataclasses.replace(preset, tokenizer=ConfigDict(tokenizer))
 
 
+def _with_environment(task: Task, name: str, knobs: Mapping[str, str]) -> Task:
+  """The task with another environment, or with other settings: `environment.max_turns=3`."""
+  if not (name or knobs):
+    return task
+  before = {} if name or task.environment is None else task.environment.to_dict()
+  name = name or before.pop('name', '')
+  if not name:
+    raise ValueError(f'options {sorted(knobs)} of an environment: name it with environment=...')
+  made = find(name, environments.TABLE, 'option environment')
+  kinds = {k: plain(hint) for k, hint in typing.get_type_hints(made, include_extras=True).items()}
+  given = {
+    k: convert(f'environment.{k}', text, kinds[k]) if kinds.get(k) in SIMPLE else text
+    for k, text in knobs.items()
+  }
+  return dataclasses.replace(task, environment=part(made, **before | given))
+
+
 def _taken(given: dict[str, str], prefix: str) -> dict[str, str]:
   """Takes the options `prefix.NAME` out of the others, by NAME."""
   names = [name for name in given if name.startswith(f'{prefix}.')]
@@ -215,6 +236,6 @@ def _assign(given: Mapping[str, str], owners: Mapping[str, Mapping[str, type]]) 
     elif name in fields:
       values['fields'][name] = convert(name, text, fields[name])
     else:
-      valid = {*CHOICES, *fields, *(n for knobs in owners.values() for n in knobs)}
+      valid = {*CHOICES, 'environment', *fields, *(n for knobs in owners.values() for n in knobs)}
       raise ValueError(f'unknown option {name!r}{suggest(name, valid)}')
   return values

@@ -276,6 +276,7 @@ class PhaseRun:
         tokenizer=self.experiment.tokenizer,
         number=step - 1,
         terms=collected.terms,
+        episodes=collected.episodes,
       )
 
   def show(self, collected: Collected, step: int) -> None:

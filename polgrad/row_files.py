@@ -25,7 +25,8 @@ from absl import logging
 from polgrad import paths
 from polgrad.arrays import per_token
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.types import Batch
+from polgrad.environments.episodes import Episode
+from polgrad.types import Batch, turns
 from polgrad.whole_files import writing
 
 ROLLOUTS, EVALUATIONS = 'rollouts', 'evaluations'  # folders in the folder of a run
@@ -146,6 +147,7 @@ def table_of(
   tokenizer: Tokenizer,
   number: int = 0,
   terms: Mapping[str, np.ndarray] = {},
+  episodes: Sequence[Episode] = (),
 ) -> pa.Table:
   """The first `count` rows of a batch: texts, terms of the reward, and every array of the batch.
 
@@ -160,6 +162,7 @@ def table_of(
     number: batches that the phase had collected before.
     terms: f[B], the terms of the rewards of rows that were drawn in this step, NaN where a verifier
       failed; other rows, which a memory kept, get null.
+    episodes: of these rows, where there is an environment.
   """
   count = min(count, len(batch.tokens))
   spans = [_span(seen) for seen in batch.segment_ids[:count]]
@@ -187,6 +190,15 @@ def table_of(
     kept = [float(x) if here else None for x, here in zip(values, fresh)]
     columns[f'reward/{name}'] = pa.array(kept, pa.float64())
 
+  if 'turn_rewards' in batch:
+    told = [episodes[i] if episodes and fresh[i] else None for i in range(count)]
+    said = [
+      turns_of(batch, i, episode, span, text_of)
+      for i, (episode, span) in enumerate(zip(told, spans))
+    ]
+    columns['turns'] = pa.array(said, pa.list_(TURN))
+    columns['failure'] = pa.array([e and failure_of(e) for e in told], pa.string())
+
   # Every array of the batch, under its name.
   arrays = {}
   for name in batch:
@@ -197,6 +209,59 @@ def table_of(
     columns[name] = pa.array(values)
   meta = {'arrays': arrays, 'columns': batch.tokens.shape[1], 'of': len(batch.tokens)}
   return _with_meta(columns, meta)
+
+
+# A turn of the policy, or what it reads between two turns; see `turns_of`.
+TURN = pa.struct([
+  *(('who', pa.string()), ('begin', pa.int64()), ('length', pa.int64()), ('text', pa.string())),
+  *(('reward', pa.float64()), ('metrics', pa.string())),
+])  # fmt: skip
+
+
+def turns_of(
+  batch: Batch, row: int, episode: Episode | None, span: slice, text_of: Callable[[tuple], str]
+) -> list[dict[str, Any]]:
+  """Who said what in a row, from its first turn on.
+
+  Args:
+    batch: NumPy, with `turn_rewards` and `observation_ids`.
+    row: number of the row.
+    episode: of the row; None if it is not known, as of a row that a memory kept.
+    span: columns of the row's tokens.
+    text_of: makes text of ids.
+
+  Returns:
+    For each turn `who`, 'policy' or 'environment'; the place of its first token in the lists of the row,
+    and how many there are; its text; and of the policy, reward and numbers of the turn, as JSON.
+  """
+  found, end = [], None
+  say = lambda who, begin, stop: {
+    'who': who,
+    'begin': begin - span.start,
+    'length': stop - begin,
+    'text': plain(text_of(tuple(batch.tokens[row, begin:stop].tolist()))),
+    'reward': None,
+    'metrics': '{}',
+  }
+  # The mask may have lost the row since, for example because its episode has failed.
+  for number, turn in enumerate(turns(batch['observation_ids'][row] != 0)):
+    if end is not None:
+      read = say('environment', end, turn.start)
+      if episode and number <= len(episode.observations):
+        read['text'] = plain(episode.observations[number - 1])
+      found.append(read)
+    one = say('policy', turn.start, turn.stop)
+    one['reward'] = float(batch['turn_rewards'][row, turn].sum())
+    if episode and number < len(episode.metrics):
+      one['metrics'] = json.dumps(dict(episode.metrics[number]))
+    found.append(one)
+    end = turn.stop
+  return found
+
+
+def failure_of(episode: Episode) -> str:
+  """Why an episode failed, in words; '' if it did not."""
+  return plain(f'{episode.failure.kind}: {episode.failure.reason}') if episode.failure else ''
 
 
 def _with_meta(columns: Mapping[str, pa.Array], meta: Mapping) -> pa.Table:

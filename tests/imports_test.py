@@ -59,7 +59,7 @@ LEVELS = {
   'check': 8,
   'explain': 7,
   'workdirs': 2,
-  'row_files': 2,
+  'row_files': 3,
   'view': 6,
   'inspect': 10,
   'preemption': 1,

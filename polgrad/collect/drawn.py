@@ -178,7 +178,7 @@ def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
     begin = 0
     for number, span in enumerate(spans_of(batch.mask[row])):
       read = batch.tokens[row, begin : span.start][seen[begin : span.start]]
-      anchors[row, span] = zlib.crc32(read.astype('<i4').tobytes()) >> 1
+      anchors[row, span] = zlib.crc32(read.astype('<i4').tobytes()) >> 1 or 1
       if number < len(episode.rewards) and episode.valid:
         rewards[row, span.stop - 1] = episode.rewards[number]
         players[row, span] = episode.players[number]

@@ -21,6 +21,7 @@ FAMILIES = {
     *('kl', 'sampler_', 'effective_', 'ratio_', 'kept_', 'staleness'),
   ),
   'Completions': ('length', 'truncated', 'entropy', 'verifier_', 'records/'),
+  'Turns': ('turns', 'environment'),
   'Speed': ('seconds', 'tokens_per_second', 'rows_forwarded'),
 }
 OTHER = 'Other'

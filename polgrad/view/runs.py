@@ -25,12 +25,20 @@ class Limits(NamedTuple):
   tokens: int = 100_000  # of all rows of all runs together
 
 
+class Said(NamedTuple):
+  """A part of a row: a turn, what is read between two turns, or a whole completion."""
+
+  title: str  # who says it; '' of a whole completion
+  facts: list[tuple[str, str]]  # name and number, such as the reward
+  tokens: list[tokens.Token]
+
+
 class Cell(NamedTuple):
-  """A completion of a group."""
+  """A completion of a group, or an episode."""
 
   row: int
-  tokens: list[tokens.Token]
   facts: list[tuple[str, str]]  # name and number, such as the reward
+  said: list[Said]
 
 
 class Group(NamedTuple):
@@ -188,8 +196,31 @@ def shown(stored: row_files.Stored, rows: int, most: int) -> Shown:
 
 
 def cell(row: Mapping[str, Any], most: int) -> Cell:
-  """A completion with its numbers."""
-  return Cell(row['row'], tokens.tokens(row, most, row['start']), facts(row))
+  """A completion or an episode with its numbers."""
+  return Cell(row['row'], facts(row), said(row, most, row['start']))
+
+
+def said(row: Mapping[str, Any], most: int = 10**9, first: int = 0) -> list[Said]:
+  """A row from token `first` on, cut into turns if it has some; at most `most` of its tokens."""
+  parts = row.get('turns')
+  if not parts:
+    return [Said('', [], tokens.tokens(row, most, first))]
+  found, each, turn = [], max(most // (len(parts) + 1), 8), 0
+  if first < parts[0]['begin']:
+    found.append(Said('prompt', [], tokens.tokens(row, each, first, parts[0]['begin'])))
+  for part in parts:
+    own = part['who'] == 'policy'
+    turn += own
+    numbers = {'reward': part['reward'], **json.loads(part['metrics'])} if own else {}
+    end = part['begin'] + part['length']
+    found.append(
+      Said(
+        f'turn {turn}' if own else 'read',
+        [(name, number(x)) for name, x in numbers.items()],
+        tokens.tokens(row, each, part['begin'], end),
+      )
+    )
+  return found
 
 
 def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -210,6 +241,10 @@ def facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     low, high = (min(inside), max(inside)) if inside else (0.0, 0.0)
     found.append(('advantage', number(low) + ('' if low == high else f' to {number(high)}')))
   found.append(('length', number(row['length'])))
+  if row.get('turns'):
+    found.append(('turns', number(sum(part['who'] == 'policy' for part in row['turns']))))
+  if row.get('failure'):
+    found.append(('failed', tokens.cut(row['failure'], 200)))
   if row.get('finished') is False:
     found.append(('cut off', 'at the limit'))
   if row.get('staleness'):

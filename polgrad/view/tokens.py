@@ -95,16 +95,19 @@ def levels(row: Mapping[str, Any]) -> dict[str, list[int]]:
   return found
 
 
-def tokens(row: Mapping[str, Any], most: int = 10**9, first: int = 0) -> list[Token]:
+def tokens(
+  row: Mapping[str, Any], most: int = 10**9, first: int = 0, last: int | None = None
+) -> list[Token]:
   """The tokens of a row; of more than `most`, the middle is left out and counted.
 
   Args:
     row: lists by column: `pieces`, `tokens`, and those of `QUANTITIES`; `column` is that of the first.
     most: number of tokens to show.
     first: the token to begin with, for example the first of the completion.
+    last: the token to end before; None: the row's end.
   """
   found, texts = levels(row), row['pieces']
-  shown = list(range(first, len(texts)))
+  shown = list(range(first, len(texts) if last is None else last))
   left = len(shown) - most
   if left > 0:
     shown = [*shown[: most - most // 2], -1, *shown[len(shown) - most // 2 :]]
