@@ -222,7 +222,7 @@ class Sampler:
       seen = following[state.seen, token.reshape(state.seen.shape)]
       stopped |= seen.reshape(-1) == self.stop_table.end
     over = running & (stopped | (made + 1 == self.max_new_tokens))
-    write = lambda x, value: put(x, state.row, state.made, value)
+    write = lambda x, value: put(x, (state.row, state.made), value)
     hidden, caches = self.read(params, token, running, prompt_width, state)
     return state._replace(
       step=state.step + 1,
@@ -233,7 +233,7 @@ class Sampler:
       tokens=write(state.tokens, token),
       logp=write(state.logp, logp),
       drawn=write(state.drawn, jnp.ones_like(running)),
-      finished=put(state.finished, state.row, jnp.zeros_like(state.row), stopped),
+      finished=put(state.finished, (state.row, jnp.zeros_like(state.row)), stopped),
       seen=seen,
     )
 
@@ -322,18 +322,19 @@ def take(x: Array, index: Array) -> Array:
   return merge(jax.vmap(lambda x, i: x[i])(queued, index))
 
 
-def put(x: Array, row: Array, column: Array, value: Array) -> Array:
-  """Writes the values of every slot to its row and columns of x [B, ...].
+def put(x: Array, index: tuple[Array, ...], value: Array) -> Array:
+  """Writes values to x [Q * n, ...], at an index in each queue.
 
   Nothing is written outside of x, and so nothing of idle slots, because no row has their number.
 
   Args:
-    row, column: i32[Q, S] each, or i32[Q, S, 1] and i32[Q, S, n].
-    value: [Q * S], or [Q * S, n].
+    index: one or more arrays i32[Q, ...] for the first axes of x; their shapes broadcast.
+    value: as many as entries in the last one, their axes merged or not.
   """
-  write = lambda x, row, column, value: x.at[row, column].set(value, mode='drop')
-  queued = x.reshape(len(row), -1, *x.shape[1:])
-  return merge(jax.vmap(write)(queued, row, column, value.reshape(column.shape)))
+  queued = x.reshape(len(index[0]), -1, *x.shape[1:])
+  value = value.reshape(*index[-1].shape, *x.shape[len(index) :])
+  write = lambda x, index, value: x.at[index].set(value, mode='drop')
+  return merge(jax.vmap(write)(queued, index, value))
 
 
 def merge(x: Array) -> Array:

@@ -64,15 +64,22 @@ class Told(NamedTuple):
   queued: Array  # i32[Q], rows that have had no slot yet, by queue
 
 
+class Chunk(NamedTuple):
+  """Pieces of replies that are read together, by K slots of each queue."""
+
+  slot: np.ndarray  # i32[Q, K], number of a slot in its queue; S where there are fewer than K
+  tokens: np.ndarray  # i32[Q * K, CHUNK]
+  count: np.ndarray  # i32[Q * K], tokens of each piece; 0 where there is none
+  last: np.ndarray  # bool[Q * K], whether the piece is the last one of its reply
+
+
 class Plan(NamedTuple):
   """What the host has decided after it has taken replies."""
 
   over: np.ndarray  # bool[Q * S], slots whose row is over
   finished: np.ndarray  # bool[Q * S], those of them whose row is `finished`
   due: np.ndarray  # bool[], whether replies are still being made
-  tokens: np.ndarray  # i32[n, Q * S, CHUNK], chunks of replies
-  count: np.ndarray  # i32[n, Q * S], tokens of each chunk, 0 if a slot reads nothing
-  last: np.ndarray  # bool[n, Q * S], whether a chunk is the last one of its reply
+  chunks: Chunk  # what is read, one chunk after the other: every array has a leading axis of chunks
 
 
 def make_turn_sampler(
@@ -191,55 +198,55 @@ class TurnSampler(Sampler):
     end = len(finished) // len(row)
     over = over.reshape(row.shape)
     number = jnp.where(over, row - end - 1, end)
-    finished = put(finished, number, jnp.zeros_like(row), whether)
+    finished = put(finished, (number, jnp.zeros_like(row)), whether)
     return batch_first(jnp.where(over, end, row)), batch_first(finished)
 
-  def extend(
-    self,
-    params: dict[str, Params],
-    turns: Turns,
-    tokens: Array,
-    count: Array,
-    last: Array,
-    *,
-    width: int,
-  ) -> Turns:
-    """Reads the first `count` i32[Q * S] of the tokens i32[Q * S, CHUNK] in every slot.
+  def extend(self, params: dict[str, Params], turns: Turns, chunk: Chunk, *, width: int) -> Turns:
+    """Reads pieces of replies; rows whose reply is complete draw again afterwards.
 
     Args:
-      last: bool[Q * S], rows that draw again afterwards.
       width: columns of the prompts.
     """
-    state, made = turns.decoding, turns.decoding.made.reshape(-1)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    state, slot, count, last = turns.decoding, *chunk[:1], *chunk[2:]
+    of = lambda x: take(x, slot)
+    made = of(merge(state.made))
+    places = jnp.broadcast_to(jnp.arange(CHUNK)[None], chunk.tokens.shape)
     valid = places < count[:, None]
-    position = (state.length + made)[:, None] + places
-    # What is not valid lies behind the tokens of the row, where columns are empty anyway.
+    position = (of(state.length) + made)[:, None] + places
+    final = jnp.maximum(count - 1, 0)[:, None, None]
+    back = lambda x, value: put(x, (slot,), value)
     hidden, caches = {}, {}
     for name, policy in self.policies.items():
-      states, caches[name] = policy.decode(
-        params[name], tokens, position, valid, state.caches[name], width + made
+      # What is not valid lies behind the tokens of the row, where columns are empty anyway.
+      states, cache = policy.decode(
+        params[name],
+        chunk.tokens,
+        position,
+        valid,
+        jax.tree.map(of, state.caches[name]),
+        width + made,
       )
-      index = jnp.maximum(count - 1, 0)[:, None, None]
-      final = jnp.take_along_axis(states, index, axis=1)[:, 0]
-      hidden[name] = jnp.where(last[:, None], final, state.hidden[name])
-    shape = state.row.shape
-    number = jnp.where(state.waiting, state.row - state.end - 1, state.end)
+      caches[name] = jax.tree.map(back, state.caches[name], cache)
+      states = jnp.take_along_axis(states, final, axis=1)[:, 0]
+      hidden[name] = back(state.hidden[name], states)
+    # The tokens become part of the rows. What is not valid gets a column that no row has.
+    number = of(merge(state.row)).reshape(slot.shape) - state.end - 1
     column = jnp.where(valid, made[:, None] + places, self.max_new_tokens)
-    write = lambda x, value: put(x, number[..., None], column.reshape(*shape, -1), value)
-    last, made = last.reshape(shape), state.made + count.reshape(shape)
-    seen = jnp.where(last, self.stop_table.start, state.seen) if self.stop_table else None
+    place = (number[..., None], column.reshape(*slot.shape, -1))
+    complete = jnp.where(last.reshape(slot.shape), slot, state.row.shape[1])
+    change = lambda x, slot, value: put(merge(x), (slot,), value).reshape(x.shape)
+    begins = jnp.full_like(number, self.stop_table.start) if self.stop_table else None
+    made = made + count
     state = state._replace(
-      row=jnp.where(last, number, state.row),
-      made=made,
+      row=change(state.row, complete, number),
+      made=change(state.made, slot, made),
       hidden=hidden,
       caches=caches,
-      tokens=write(state.tokens, tokens),
-      seen=seen,
+      tokens=put(state.tokens, place, chunk.tokens),
+      seen=change(state.seen, complete, begins) if self.stop_table else None,
     )
-    return settled(
-      Turns(state, jnp.where(last, made, turns.begun), write(turns.given, jnp.ones_like(valid)))
-    )
+    begun = change(turns.begun, complete, made)
+    return settled(Turns(state, begun, put(turns.given, place, valid)))
 
   def advance(
     self,
@@ -359,16 +366,16 @@ class Rollout:
     told = self._read(self._tell(turns))
     desk = Desk(self._sampler, replies)
     while (told.row >= 0).any() or told.queued.any():
-      plan = shared(desk.plan(told) if jax.process_index() == 0 else None, len(told.row))
+      plan = shared(desk.plan(told) if jax.process_index() == 0 else None, told)
       # All processes do the same from here on, because `told` and `plan` are equal in all of them.
       if plan.over.any():
         turns = self._close_rows(turns, plan)
-      for chunk in zip(plan.tokens, plan.count, plan.last):
-        turns = self._extend(params, turns, *self._place(chunk), width=width)
+      for chunk in zip(*plan.chunks):
+        turns = self._extend(params, turns, Chunk(*self._place(chunk)), width=width)
       running = (told.row >= 0) & ~told.waiting
       if self._refill_due(told, plan, running.any()):
         turns = self._fill(read, turns)
-      elif not running.any() and not plan.last.any():
+      elif not running.any() and not plan.chunks.last.any():
         # Nothing to draw: the host goes on waiting.
         told = told._replace(row=np.where(plan.over, -1, told.row))
         continue
@@ -389,7 +396,7 @@ class Rollout:
     """Whether idle slots get rows now: it costs a copy of all caches, so it waits for an eighth."""
     idle = ((told.row < 0) | plan.over).reshape(len(told.queued), -1).sum(axis=1)
     idle = idle[told.queued > 0]
-    resting = not running and not plan.last.any()
+    resting = not running and not plan.chunks.last.any()
     patience = 1 if resting else max(1, len(told.row) // len(told.queued) // 8)
     return bool((idle >= patience).any())
 
@@ -425,7 +432,9 @@ class Desk:
         over[slot], finished[slot] = True, ids is None and told.stopped[slot]
       else:
         texts[slot] = ids
-    return Plan(over, finished, np.bool_(self._asked), *chunks(texts, len(told.row)))
+    queues = len(told.queued)
+    pieces = chunks(texts, queues, len(told.row) // queues)
+    return Plan(over, finished, np.bool_(self._asked), pieces)
 
   def _check(self, row: int, ids: list[int] | None) -> int:
     """The slot of the row that was answered."""
@@ -441,31 +450,57 @@ class Desk:
     return self._asked.pop(row)
 
 
-def chunks(texts: Mapping[int, Sequence[int]], slots: int) -> tuple[np.ndarray, ...]:
-  """`tokens`, `count` and `last` of a plan, for the tokens that some of the slots read."""
-  longest = max(map(len, texts.values()), default=0)
-  number = -(-longest // CHUNK)
-  tokens = np.zeros((number, slots, CHUNK), np.int32)
-  count, last = np.zeros((number, slots), np.int32), np.zeros((number, slots), bool)
-  for slot, ids in texts.items():
-    for i in range(0, len(ids), CHUNK):
-      piece = ids[i : i + CHUNK]
-      tokens[i // CHUNK, slot, : len(piece)] = piece
-      count[i // CHUNK, slot] = len(piece)
-    last[(len(ids) - 1) // CHUNK, slot] = True
-  return tokens, count, last
+def chunks(texts: Mapping[int, Sequence[int]], queues: int, slots: int) -> Chunk:
+  """The tokens that some of the slots read, cut into pieces of CHUNK tokens.
+
+  Args:
+    texts: tokens by slot, which is numbered over all queues, `slots` in each.
+  """
+  made = []
+  for start in range(0, max(map(len, texts.values()), default=0), CHUNK):
+    # Pieces of one text are in different chunks, because each reads those before it.
+    pieces = [[] for _ in range(queues)]
+    for slot, ids in texts.items():
+      if start < len(ids):
+        piece = (slot % slots, ids[start : start + CHUNK], start + CHUNK >= len(ids))
+        pieces[slot // slots].append(piece)
+    for first in range(0, max(map(len, pieces)), at_once(slots)):
+      made.append([queue[first : first + at_once(slots)] for queue in pieces])
+  out = empty_chunks(len(made), queues, slots)
+  for i, chunk in enumerate(made):
+    for queue, pieces in enumerate(chunk):
+      for k, (slot, ids, last) in enumerate(pieces):
+        place = i, queue * at_once(slots) + k
+        out.slot[i, queue, k] = slot
+        out.tokens[place][: len(ids)] = ids
+        out.count[place], out.last[place] = len(ids), last
+  return out
 
 
-def shared(plan: Plan | None, slots: int) -> Plan:
+def empty_chunks(number: int, queues: int, slots: int) -> Chunk:
+  """That number of chunks, in which no slot reads anything."""
+  each = at_once(slots)
+  return Chunk(
+    slot=np.full((number, queues, each), slots, np.int32),
+    tokens=np.zeros((number, queues * each, CHUNK), np.int32),
+    count=np.zeros((number, queues * each), np.int32),
+    last=np.zeros((number, queues * each), bool),
+  )
+
+
+def at_once(slots: int) -> int:
+  """K, the slots of a queue that read a chunk together."""
+  return max(1, slots // 8)
+
+
+def shared(plan: Plan | None, told: Told) -> Plan:
   """The plan of the first process, in all of them."""
   if jax.process_count() == 1:
     return plan
-  number = len(plan.count) if plan else 0
+  number = len(plan.chunks.slot) if plan else 0
   number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-  empty = np.zeros(slots, bool)
-  chunked = (
-    np.zeros((number, slots, *rest), kind)
-    for rest, kind in (((CHUNK,), np.int32), ((), np.int32), ((), bool))
-  )
-  plan = plan or Plan(empty, empty, np.bool_(False), *chunked)
+  nothing = np.zeros(len(told.row), bool)
+  queues = len(told.queued)
+  chunks = empty_chunks(number, queues, len(nothing) // queues)
+  plan = plan or Plan(nothing, nothing, np.bool_(False), chunks)
   return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(plan))

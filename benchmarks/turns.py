@@ -1,0 +1,136 @@
+"""What a rollout of four turns costs, against one of a single turn with as many sampled tokens.
+
+    python -m benchmarks.turns [--repeats=7]
+
+The model is a random Qwen3 of four layers and width 256 in float32. A row of four turns reads three
+replies of 16 tokens, which cost nothing to make. Both rollouts run in turn, and a ratio is of two
+neighbours: seconds per sampled token of four turns over those of one turn. The target is 1.15.
+
+* equal turns: all turns have 24 tokens, so all rows wait at the same time
+* random turns: a token ends its turn with probability 1/24, and the single turn ends with the fourth
+  such token, so rows wait at different times
+* slots: the same with a queue, a quarter of the rows at a time
+* slow replies: random turns whose replies take 0.1 s each, many at a time; the ratio is to replies that
+  take no time, and what a rollout in rounds of all rows would wait is at least 0.3 s
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.compare import MODEL
+from polgrad import models
+from polgrad.sampling import make_sampler, make_turn_sampler
+from polgrad.sampling.stopping import StopTable
+from polgrad.types import Batch
+
+POLICY = models.decoder(**MODEL)
+PARAMS = {'policy': POLICY.init(jax.random.key(0))}
+PROMPTS, GROUP, WIDTH = 8, 8, 32
+TURNS, MEAN, REPLY = 4, 24, 16
+LONGEST = 240  # columns behind the prompt in rollouts of random turns
+STOP = 1
+
+
+class Instant:
+  """Replies of random tokens to every turn but the last one, after some seconds."""
+
+  def __init__(self, seconds: float = 0.0):
+    self._seconds, self._turns = seconds, {}
+    self._open: list[tuple[float, int]] = []
+    self._random = np.random.default_rng(0)
+
+  def ask(self, row: int, ids: list[int], ended: bool) -> None:
+    self._turns[row] = self._turns.get(row, 0) + 1
+    self._open.append((time.perf_counter() + self._seconds, row))
+
+  def take(self, wait: bool) -> list:
+    if wait:
+      time.sleep(max(0.0, self._open[0][0] - time.perf_counter()))
+    now = time.perf_counter()
+    there = [row for at, row in self._open if at <= now]
+    self._open = [(at, row) for at, row in self._open if at > now]
+    return [(row, self._reply() if self._turns[row] < TURNS else None) for row in there]
+
+  def _reply(self) -> list[int]:
+    return self._random.integers(2, MODEL['vocab_size'], REPLY).tolist()
+
+
+def ending(policy):
+  """Ends a turn with probability 1 / MEAN at every token."""
+  others = policy.at[:, STOP].set(-jnp.inf)
+  return others.at[:, STOP].set(jax.nn.logsumexp(others, axis=-1) - jnp.log(MEAN - 1.0))
+
+
+def fourth_stop() -> StopTable:
+  """Ends a row at its fourth STOP."""
+  following = np.repeat(np.arange(TURNS + 1, dtype=np.uint8)[:, None], MODEL['vocab_size'], axis=1)
+  following[:TURNS, STOP] += 1
+  return StopTable(following, start=0, end=TURNS)
+
+
+def prompts() -> tuple:
+  random = np.random.default_rng(1)
+  tokens = random.integers(2, MODEL['vocab_size'], (PROMPTS, WIDTH)).astype(np.int32)
+  return tokens, np.ones_like(tokens, bool), np.arange(PROMPTS)
+
+
+def one_turn(**settings) -> Callable[[int], Batch]:
+  sample = make_sampler({'policy': POLICY}, samples_per_prompt=GROUP, **settings)
+  return lambda step: sample(PARAMS, *prompts(), seed=0, step=step)
+
+
+def four_turns(seconds: float = 0.0, **settings) -> Callable[[int], Batch]:
+  sample = make_turn_sampler({'policy': POLICY}, samples_per_prompt=GROUP, **settings)
+  return lambda step: sample(PARAMS, *prompts(), seed=0, step=step, replies=Instant(seconds))
+
+
+def compared(one: Callable, four: Callable, repeats: int) -> str:
+  """Ratios of neighbours, in seconds and in CPU seconds per sampled token, and medians of both."""
+  clocks = (time.perf_counter, time.process_time)
+  costs = []  # [repeats + 1, 2 rollouts, 2 clocks]
+  for step in range(repeats + 1):
+    pair = {}
+    for run in (one, four) if step % 2 else (four, one):
+      start = np.array([clock() for clock in clocks])
+      drawn = int(np.sum(run(step).mask))
+      pair[run] = (np.array([clock() for clock in clocks]) - start) / drawn * 1e6
+    costs.append((pair[one], pair[four]))
+  told = []
+  for name, (a, b) in zip(('', 'CPU '), np.transpose(costs[1:], (2, 1, 0))):
+    ratios, middle = b / a, np.median
+    spread = f'{middle(ratios):.2f}x ({ratios.min():.2f} to {ratios.max():.2f})'
+    told.append(f'{middle(a):.0f} -> {middle(b):.0f} {name}us a token, {spread}')
+  return '; '.join(told)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--only', default='', help='the beginning of the name of one line')
+  options = parser.parse_args()
+  repeats = options.repeats
+  drawn, mixed = TURNS * MEAN, dict(behavior_policy=ending, max_new_tokens=LONGEST)
+  random = lambda **more: four_turns(stop_ids=(STOP,), **mixed, **more)
+  single = lambda **more: one_turn(stop_table=fourth_stop(), **mixed, **more)
+  some = dict(slots=PROMPTS * GROUP // 4)
+  lines = {
+    'equal turns': lambda: (
+      one_turn(max_new_tokens=drawn),
+      four_turns(max_new_tokens=drawn + (TURNS - 1) * REPLY, turn_tokens=MEAN),
+    ),
+    'random turns': lambda: (single(), random()),
+    'slots': lambda: (single(**some), random(**some)),
+    'slow replies': lambda: (random(), random(seconds=0.1)),
+  }
+  for name, make in lines.items():
+    if name.startswith(options.only):
+      print(f'{name + ":":13} {compared(*make(), repeats)}', flush=True)
+
+
+if __name__ == '__main__':
+  main()
