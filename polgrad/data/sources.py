@@ -348,10 +348,76 @@ def hidden_numbers(
   return Source(len(rows), record)
 
 
+# What a word problem says, what is to be computed, and its value.
+STORIES = (
+  (
+    '{who} has {a} boxes of {b} {what}. How many {what} is that?',
+    *('{a}*{b}', lambda a, b, c: a * b),
+  ),
+  (
+    '{who} has {a} boxes of {b} {what} and gets {c} more. How many {what} is that?',
+    *('{a}*{b}+{c}', lambda a, b, c: a * b + c),
+  ),
+  (
+    '{who} has {a} boxes of {b} {what} and loses {c}. How many {what} are left?',
+    *('{a}*{b}-{c}', lambda a, b, c: a * b - c),
+  ),
+  (
+    '{who} has {a} {what}, and {b} friends have {c} each. How many {what} is that?',
+    *('{a}+{b}*{c}', lambda a, b, c: a + b * c),
+  ),
+)
+NAMES = ('Ann', 'Ben', 'Eva', 'Leo', 'Mia', 'Tom')
+THINGS = ('apples', 'books', 'cards', 'nuts', 'pens', 'stamps')
+
+
+def word_problems(
+  *,
+  digits: Annotated[int, Range(at_least=1, at_most=9)] = 3,
+  size: AtLeastOne = 20_000,
+  split: str = 'train',
+  seed: int = 0,
+) -> Source:
+  """Word problems with a product and perhaps a sum or a difference; `expression` is what to compute.
+
+  The problems of the two splits differ in their numbers. One in ten is in 'heldout'.
+
+  Args:
+    digits: digits of the numbers.
+    size: number of problems.
+    split: 'train' or 'heldout'.
+    seed: seed of the problems.
+
+  Raises:
+    ValueError: another split.
+  """
+  if split not in ('train', 'heldout'):
+    raise ValueError(f"split {split!r}; valid: ['heldout', 'train']")
+  least = max(10 ** (digits - 1), 2)
+
+  def record(row):
+    random = np.random.default_rng((seed, row))
+    told, expression, value = STORIES[random.integers(len(STORIES))]
+    who, what = (words[random.integers(len(words))] for words in (NAMES, THINGS))
+    # The sum of the numbers says which split they are of.
+    numbers = [0, 0, 0]
+    while not all(numbers) or (sum(numbers) % 10 == 0) != (split == 'heldout'):
+      numbers = random.integers(least, 10**digits, 3).tolist()
+    named = dict(zip('abc', numbers))
+    return {
+      'prompt': told.format(who=who, what=what, **named),
+      'answer': str(value(*numbers)),
+      'expression': expression.format(**named),
+    }
+
+  return Source(size, record)
+
+
 BASE = table(
   'sources',
   arithmetic,
   hidden_numbers,
+  word_problems,
   nim_moves,
   nim_positions,
   seeds,
@@ -402,6 +468,23 @@ def without(*, source: Annotated[Source, FRACTION], pattern: str, field: str = '
     return fields | ({field: found.sub('', fields[field])} if field in fields else {})
 
   return dataclasses.replace(source, record=record)
+
+
+def calls_and_answers(*, source: Annotated[Source, FRACTION]) -> Source:
+  """Word problems with the turns of a policy that calls a calculator: two records of each.
+
+  Row 2i has the call `<12*34>` as its `answer`. Row 2i + 1 has the number, and before it the call with
+  its result, `<12*34>408>`, as `previous_steps`.
+  """
+
+  def record(row):
+    fields = source[row // 2]
+    call = f'<{fields["expression"]}>'
+    if row % 2 == 0:
+      return {**fields, 'answer': call}
+    return {**fields, 'previous_steps': f'{call}{fields["answer"]}>'}
+
+  return dataclasses.replace(source, size=2 * len(source), record=record)
 
 
 def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
@@ -529,7 +612,9 @@ def _change_digit(number, rng):
   return number[:place] + str(rng.choice(digits)) + number[place + 1 :]
 
 
-OF_SOURCE = FRACTION | table('sources', without, wrong_digit_pairs, wrong_digit_lists, with_choices)
+OF_SOURCE = FRACTION | table(
+  'sources', without, calls_and_answers, wrong_digit_pairs, wrong_digit_lists, with_choices
+)
 
 
 def split_pairs(*, source: Annotated[Source, OF_SOURCE]) -> Source:

@@ -4,6 +4,7 @@
 |---|---|
 | `addition` | sums of two numbers, for small models made from nothing |
 | `choices` | sums with four choices, answered by a letter |
+| `calculator` | word problems with large numbers, and a calculator to call |
 | `guess` | a number that is guessed in several turns |
 | `nim` | a game of two players, in self-play |
 | `chain_sum` | sums and differences as questions in words |
@@ -19,19 +20,34 @@ Each is a function that returns a `Task`. `polgrad.compose` joins it with a meth
 
 from polgrad.tasks.addition import addition
 from polgrad.tasks.base import Task
+from polgrad.tasks.calculator import calculator
 from polgrad.tasks.choices import choices
 from polgrad.tasks.files import gsm8k, hub, jsonl, math, tfds
 from polgrad.tasks.guess import guess
 from polgrad.tasks.nim import nim
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
 
-FUNCTIONS = (addition, choices, guess, nim, chain_sum, reasoning_gym, jsonl, hub, gsm8k, math, tfds)
+FUNCTIONS = (
+  addition,
+  choices,
+  calculator,
+  guess,
+  nim,
+  chain_sum,
+  reasoning_gym,
+  jsonl,
+  hub,
+  gsm8k,
+  math,
+  tfds,
+)
 TABLE = {fn.__name__: fn for fn in FUNCTIONS}
 
 __all__ = [
   'TABLE',
   'Task',
   'addition',
+  'calculator',
   'chain_sum',
   'choices',
   'gsm8k',
