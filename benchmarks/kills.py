@@ -18,6 +18,7 @@ begins in a second or two.
 
 import argparse
 import collections
+import dataclasses
 import functools
 import json
 import mmap
@@ -37,7 +38,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import robustness
 from benchmarks.robustness import PLACES
-from polgrad import checkpoint, cli, metrics, optim, preemption, train
+from polgrad import checkpoint, cli, environments, metrics, optim, preemption, train
 from polgrad.options import from_text
 from polgrad.phases import PhaseRun
 from polgrad.registry import part, weighted
@@ -110,6 +111,26 @@ def experts() -> ConfigDict:
   return config
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Late(environments.Guess):
+  """A guessing game in processes of its own, which answers after a time that no seed decides."""
+
+  IN_PROCESS = False
+
+  def step(self, state, text):
+    time.sleep(0.05 * random.SystemRandom().random())
+    return super().step(state, text)
+
+
+def episodes() -> ConfigDict:
+  """Rollouts of several turns with an environment in processes of its own, one step old."""
+  config = from_text('method=grpo,task=guess,model=tiny,warm_start=0,smoke')
+  config.phases.train.steps = 8
+  config.phases.train.collect.update(lag=1)
+  config.phases.train.collect.environment = part(Late, max_turns=3)
+  return config
+
+
 def distributed() -> ConfigDict:
   """Two processes, each with half of the parameters and of the moments."""
   config = from_text(f'method=grpo,{TEXT}')
@@ -118,7 +139,7 @@ def distributed() -> ConfigDict:
   return config
 
 
-RUNS = {f.__name__: f for f in (phases, replay, adaptive, lora, experts, distributed)}
+RUNS = {f.__name__: f for f in (phases, replay, adaptive, lora, experts, episodes, distributed)}
 
 
 # ---- In the processes that train ----

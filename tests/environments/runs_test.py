@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import random
+import time
 from typing import ClassVar
 
 import jax
@@ -43,6 +45,17 @@ class Echo(Environment):
     return Step((seed, taken + 1), str(seed % 10), 0.5 * len(text), metrics=metrics)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Late(Echo):
+  """The same in processes of its own, which answers after a time that no seed decides."""
+
+  IN_PROCESS: ClassVar[bool] = False
+
+  def step(self, state, text):
+    time.sleep(0.01 * random.SystemRandom().random())
+    return super().step(state, text)
+
+
 class Deaf(Echo):
   """Fails at every turn."""
 
@@ -68,14 +81,15 @@ def config(environment=None, rewards=None, kind=collect.Rollouts, **rollouts):
   return compose(method, task, presets.tiny(alphabet=task.alphabet), warm_start=0, smoke=True)
 
 
-def collected(run, steps=1):
+def collected(run, steps=1, first=0):
+  """What is collected in these steps, with the parameters at the start."""
   phase = run.phases['train']
   found = []
   with jax.set_mesh(run.mesh):
     state = phases.begin(run, 0, None)
     make = phase.collect.make(phases.context(run, phase, 0))
-    for step in range(steps):
-      draw = phases.Drawer(phase, seed=0, cursor=int(state.cursor))
+    for step in range(first, steps):
+      draw = phases.Drawer(phase, seed=0, cursor=step * phase.collect.prompts)
       got = make(state, draw, step)
       found.append(got)
       state = phases.advance(run.mesh, state, got, draw.cursor)
@@ -177,6 +191,13 @@ def test_episodes_have_seeds_that_a_resumed_run_has_too(plain, judged):
   assert said(plain[0]) != said(plain[1])
   assert len(set(drawn.episode_seeds(0, 1, range(50), 4))) == 200
   assert drawn.episode_seeds(-1, 1, [3], 1) != drawn.episode_seeds(0, 1, [3], 1)
+
+
+def test_a_run_that_begins_again_has_the_same_bits_whenever_answers_come(plain):
+  got = collected(build.build(config(part(Late))), steps=2, first=1)[0]
+  assert got.episodes == plain[1].episodes
+  same = lambda a, b: np.testing.assert_array_equal(a, b)
+  jax.tree.map(same, got.batch, plain[1].batch)
 
 
 def test_every_row_of_a_group_is_an_episode_also_in_a_memory(plain):
