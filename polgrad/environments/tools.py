@@ -8,8 +8,9 @@ from typing import Any, Literal
 from polgrad.environments import calls, schemas, toolbox
 from polgrad.environments.base import Environment, Step
 from polgrad.environments.calls import Call
-from polgrad.registry import NotNegative, unbound
+from polgrad.registry import AtLeastOne, NotNegative, Positive, unbound
 
+Form = Literal['template', 'described', 'inline']
 DESCRIPTION = """You can call these tools:
 {tools}
 To call one, write <tool_call>{{"name": NAME, "arguments": {{...}}}}</tool_call> and end your turn. \
@@ -44,7 +45,7 @@ class Tools(Environment):
   """
 
   tools: Mapping[str, toolbox.Part]  # by the names that the policy calls
-  form: Literal['template', 'described', 'inline'] = 'template'
+  form: Form = 'template'
   marks: tuple = ('<', '>')  # what begins and ends an inline call
   answer: str = ''  # a text that every answer has, such as `<answer>`; '' is any text
   error_penalty: NotNegative = 0.0  # taken from the reward of a turn with an error
@@ -146,6 +147,54 @@ class Tools(Environment):
       {'role': 'tool', 'name': call.name, 'content': text, 'tool_call_id': f'call{n:05d}'}
       for n, (call, text) in enumerate(zip(asked, results))
     ]
+
+
+def calculator(
+  *, form: Form = 'template', marks: tuple = ('<', '>'), max_turns: AtLeastOne = 8
+) -> Tools:
+  """The tool `calculate` alone; for more settings use `Tools`.
+
+  Args:
+    form, marks, max_turns: as in `Tools`.
+  """
+  return Tools(
+    tools={'calculate': toolbox.calculate}, form=form, marks=tuple(marks), max_turns=max_turns
+  )
+
+
+def search(
+  *,
+  corpus: str,
+  field: str = 'text',
+  results: AtLeastOne = 3,
+  form: Form = 'template',
+  max_turns: AtLeastOne = 8,
+) -> Tools:
+  """The tool `search` alone, over a file of texts; for more settings use `Tools` and `toolbox.Search`.
+
+  Args:
+    corpus, field, results: as in `toolbox.Search`.
+    form, max_turns: as in `Tools`.
+  """
+  tool = toolbox.Search(corpus=corpus, field=field, results=results)
+  return Tools(tools={'search': tool}, form=form, max_turns=max_turns)
+
+
+def python(
+  *,
+  form: Form = 'template',
+  timeout_s: Positive = 5.0,
+  isolation: Literal['namespaces', 'limits'] = 'namespaces',
+  max_turns: AtLeastOne = 8,
+) -> Tools:
+  """The tool `python` alone; for more settings use `Tools` and `toolbox.Python`.
+
+  Args:
+    form, max_turns: as in `Tools`.
+    timeout_s, isolation: as in `toolbox.Python`.
+  """
+  tool = toolbox.Python(timeout_s=timeout_s, isolation=isolation)
+  return Tools(tools={'python': tool}, form=form, max_turns=max_turns)
 
 
 def with_system(messages: Sequence[Mapping], text: str) -> list[dict]:

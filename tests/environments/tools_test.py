@@ -169,6 +169,15 @@ def test_tools_are_parts_of_a_configuration():
   assert made.step(0, hermes('run', text='a')).observation[0]['content'] == 'A!'
 
 
+def test_single_tools_have_names():
+  find = lambda name, **knobs: bind({'name': f'environments.{name}', **knobs}, environments.TABLE)
+  assert find('calculator', form='inline', marks=['<<', '>>']) == Tools(
+    tools={'calculate': toolbox.calculate}, form='inline', marks=('<<', '>>')
+  )
+  assert find('search', corpus='x.txt').tools == {'search': toolbox.Search(corpus='x.txt')}
+  assert find('python', timeout_s=1.0).tools == {'python': toolbox.Python(timeout_s=1.0)}
+
+
 @pytest.mark.parametrize(
   ('settings', 'why'),
   [
