@@ -38,7 +38,9 @@ class Tools(Environment):
     what a tiny model learns: two characters of its alphabet are enough. The sampler needs what ends a
     call among its `stop_strings`, so that a turn ends with it. With one tool a call is its first
     argument; with several, the name of the tool comes before. A record with messages gets a system turn
-    that describes this; a `prompt` that is text does not.
+    that describes this; a `prompt` that is text does not. An alphabet needs the characters of results
+    (of the calculator: digits and `.-+e`) and of `failed`: a result that cannot be encoded makes the row
+    invalid.
 
   Metrics of each turn: `tool_calls` and `tool_errors`, their numbers; `void`, 1 for a turn with neither
   a call nor an answer: it says nothing beside thoughts, or lacks what an answer must have.
@@ -47,6 +49,7 @@ class Tools(Environment):
   tools: Mapping[str, toolbox.Part]  # by the names that the policy calls
   form: Form = 'template'
   marks: tuple = ('<', '>')  # what begins and ends an inline call
+  failed: str = 'error'  # what the policy reads of an inline call with an error
   answer: str = ''  # a text that every answer has, such as `<answer>`; '' is any text
   error_penalty: NotNegative = 0.0  # taken from the reward of a turn with an error
   void_penalty: NotNegative = 0.0  # taken from the reward of a void turn
@@ -108,7 +111,7 @@ class Tools(Environment):
   def step(self, state: int, text: str) -> Step:
     asked = self._calls(text)
     if not asked:
-      void = not calls.spoken(text).strip() or self.answer not in text
+      void = not calls.spoken(text).strip() or self.answer not in calls.spoken(text)
       metrics = {'tool_calls': 0.0, 'tool_errors': 0.0, 'void': float(void)}
       return Step(state + 1, reward=-self.void_penalty * void, done=True, metrics=metrics)
     results = [self._result(call) for call in asked]
@@ -135,7 +138,7 @@ class Tools(Environment):
       tool = self.tools[call.name]
       return _text(tool(**schemas.fitted(tool, call.arguments))), False
     except toolbox.MISTAKES as error:
-      return f'error: {error}' if self.form != 'inline' else 'error', True
+      return f'error: {error}' if self.form != 'inline' else self.failed, True
 
   def _observation(self, asked: Sequence[Call], results: Sequence[str]) -> str | list[dict]:
     if self.form == 'inline':

@@ -204,8 +204,11 @@ class Worker:
     with contextlib.suppress(EOFError, OSError):
       self._pipe.send((self._verifiers, self._memory_gib))
       if self._pipe.poll(START_S):
-        self._pipe.recv()
-        return
+        failed = self._pipe.recv()
+        if not failed:
+          return
+        self.stop()
+        raise RuntimeError(f'a worker process cannot start: {failed}')
       reason = f'did not start in {START_S} s'
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(1.0)  # time to write its message
@@ -245,19 +248,23 @@ def main(pipe: int, alive: int) -> None:
 def work(pipe: Connection) -> None:
   """Loads the verifiers, says that they are there, then answers tasks until the pipe closes."""
   verifiers, memory_gib = pipe.recv()
-  run, verifiers, quiet = cloudpickle.loads(verifiers)
-  # What a verifier would import with its first row, it has before its time counts.
-  for fn in verifiers.values():
-    for module in getattr(registry.unbound(fn), 'imports', ()):
-      importlib.import_module(module)
-    if prepare := getattr(fn, 'prepare', None):
-      prepare()
+  try:
+    run, verifiers, quiet = cloudpickle.loads(verifiers)
+    # What a verifier would import with its first row, it has before its time counts.
+    for fn in verifiers.values():
+      for module in getattr(registry.unbound(fn), 'imports', ()):
+        importlib.import_module(module)
+      if prepare := getattr(fn, 'prepare', None):
+        prepare()
+  except Exception as error:
+    pipe.send(f'{type(error).__name__}: {words(error)}')
+    return
   if memory_gib:
     import resource  # not on Windows
 
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-  pipe.send('ready')
+  pipe.send('')  # nothing has failed
   if quiet:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -140,12 +140,14 @@ def test_an_answer_may_need_a_text_and_penalties_are_taken_from_the_turn():
   tools = Tools(tools=BOTH.tools, answer='<answer>', void_penalty=0.1, error_penalty=0.2)
   assert tools.step(0, 'It is 4.').reward == -0.1
   assert tools.step(0, '<answer>4</answer>').reward == 0.0
+  assert tools.step(0, '<think><answer></think>4').reward == -0.1
   assert tools.step(0, hermes('whisper')).reward == -0.2
 
 
 def test_a_short_call_is_answered_word_for_word():
   assert ONE.step(0, '12*7=<12*7>').observation == '84>'
   assert ONE.step(0, '<1/0>').observation == 'error>'
+  assert Tools(tools=ONE.tools, form='inline', failed='?').step(0, '<1/0>').observation == '?>'
   assert ONE.step(0, '84').done
   several = Tools(tools=BOTH.tools, form='inline', marks=('<<', '>>'))
   assert several.step(0, '<<shout a>> <<calculate 1+1>>').observation == 'A!>>2>>'

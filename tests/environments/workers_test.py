@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from polgrad.environments import Guess
+from polgrad.environments import Guess, search
 from polgrad.environments.workers import Pool, Reply
 from polgrad.registry import bind
 from polgrad.rewards.worker import Failure
@@ -139,3 +139,9 @@ def test_an_environment_of_a_config_file_travels_whole(tmp_path):
     assert [a.result().observation for a in answers] == [f'b {n}'] * 2
     state = answers[1].result().state
   pool.close()
+
+
+def test_an_environment_that_cannot_start_says_why(tmp_path):
+  pool = Pool(search(corpus=str(tmp_path / 'missing.txt')), workers=1)
+  with pytest.raises(RuntimeError, match=r'cannot start: FileNotFoundError: .*missing\.txt'):
+    pool.reset({}, 0).result()
