@@ -1,6 +1,5 @@
 from polgrad import environments
 from polgrad.data import sources
-from polgrad.environments import toolbox
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks.base import Task
@@ -37,12 +36,7 @@ def calculator(
     demonstrations=part(sources.calls_and_answers, source=problems) if inline else None,
     held_out=part(sources.word_problems, digits=digits, seed=data_seed, split='heldout'),
     rewards={'right': weighted(1.0, part(verifiers.numeric_answer))},
-    environment=part(
-      environments.Tools,
-      tools={'calculate': part(toolbox.calculate)},
-      form=form,
-      max_turns=calls + 1,
-    ),
+    environment=part(environments.calculator, form=form, max_turns=calls + 1),
     turn_tokens=turn,
     observation_tokens=result,
     stop_strings=('>',) if inline else (),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import random
+import re
 import time
 from typing import ClassVar
 
@@ -10,10 +12,23 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, collect, credit, environments, objectives, phases, presets, tasks
+from polgrad import (
+  build,
+  collect,
+  credit,
+  environments,
+  inspect,
+  methods,
+  objectives,
+  phases,
+  presets,
+  row_files,
+  tasks,
+)
 from polgrad.collect import drawn, scored
 from polgrad.compose import compose
-from polgrad.environments import Environment, Step
+from polgrad.data import sources
+from polgrad.environments import Environment, Step, toolbox
 from polgrad.losses import advantages, aggregation, surrogates
 from polgrad.methods import Method
 from polgrad.options import from_text
@@ -22,6 +37,8 @@ from polgrad.rewards import verifiers
 from polgrad.rewards.scoring import Scores
 from polgrad.sampling import behavior_policies
 from polgrad.types import turns
+from polgrad.view import runs
+from tests.runs import method_of
 
 pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
 
@@ -258,3 +275,105 @@ def test_a_verifier_cannot_have_the_name_of_the_environment():
 def test_an_environment_that_never_answers_is_refused_before_a_run():
   with pytest.raises(ValueError, match=r'collect.environment: it fails on all of 4.*LookupError'):
     build.check_data(build.build(config(part(Deaf))))
+
+
+@pytest.fixture(scope='module')
+def rows(judged):
+  run = build.build(config())
+  table = row_files.table_of(
+    'train',
+    1,
+    judged.batch,
+    16,
+    tokenizer=run.tokenizer,
+    terms=judged.terms,
+    episodes=judged.episodes,
+  )
+  return table.to_pylist()
+
+
+class TestStored:
+  """Rows of episodes in files and on pages."""
+
+  def test_say_who_said_what_and_what_it_was_worth(self, rows, judged):
+    for row, episode in zip(rows, judged.episodes):
+      own = [part for part in row['turns'] if part['who'] == 'policy']
+      read = [part['text'] for part in row['turns'] if part['who'] == 'environment']
+      assert [part['text'] for part in own] == episode.turns
+      assert read == episode.observations
+      assert [json.loads(part['metrics']) for part in own][
+        : len(episode.metrics)
+      ] == episode.metrics
+      if episode.valid:
+        assert sum(part['reward'] for part in own) == pytest.approx(row['rewards'])
+      assert row['failure'] == ('' if episode.valid else 'LookupError: no 3')
+      ends = [part['begin'] + part['length'] for part in row['turns']]
+      assert [part['begin'] for part in row['turns']] == [row['start'], *ends[:-1]]
+
+  def test_are_shown_turn_by_turn(self, rows):
+    row = next(row for row in rows if not row['failure'])
+    said = runs.said(row, 1000, row['start'])
+    assert [one.title for one in said] == ['turn 1', 'read', 'turn 2', 'read', 'turn 3']
+    assert ''.join(t.text for one in said for t in one.tokens) == ''.join(
+      row['pieces'][row['start'] :]
+    )
+    assert said[2].facts[1][0] == 'long' and ('turns', '3') in runs.facts(row)
+    bad = next(row for row in rows if row['failure'])
+    assert ('failed', 'LookupError: no 3') in runs.facts(bad)
+    view = inspect.View('a row', 'a note', [row])
+    assert inspect.html(view).count('class="turn read"') == 2
+    printed = inspect.painted(row, [0] * len(row['pieces'])).plain
+    assert '[turn 2: reward ' in printed and printed.count('[read]') == 2
+
+  def test_of_a_memory_have_the_tokens_of_turns_and_no_more(self, judged):
+    old = judged.batch.with_arrays(staleness=np.ones(16, np.float32))
+    tokenizer = build.build(config()).tokenizer
+    table = row_files.table_of('t', 1, old, 2, tokenizer=tokenizer, episodes=judged.episodes)
+    first = table.to_pylist()[0]
+    assert first['failure'] is None and first['turns'][0]['metrics'] == '{}'
+
+
+def test_an_environment_is_an_option_of_any_task():
+  made = from_text('method=grpo,task=addition,model=tiny,environment=Guess,environment.high=5')
+  own = made.phases.train.collect.environment
+  assert (own.name, own.high) == ('environments.Guess', 5)
+  made = from_text('method=grpo,task=guess,model=tiny,environment.max_turns=2')
+  assert made.evaluation.environment.max_turns == 2
+  with pytest.raises(ValueError, match='name it with environment='):
+    from_text('method=grpo,task=addition,model=tiny,environment.high=5')
+  with pytest.raises(ValueError, match="unknown 'hihg'; did you mean 'high'"):
+    from_text('method=grpo,task=guess,model=tiny,environment.hihg=5')
+
+
+def test_every_method_that_samples_alone_takes_an_environment():
+  refused, taken = set(), set()
+  for name in methods.TABLE:
+    made = method_of(name)
+    if made.needs == 'problems' and issubclass(made.collect.func, collect.Sampling):
+      try:
+        compose(made, tasks.guess(), presets.tiny(alphabet='01'), smoke=True)
+        taken.add(name)
+      except ValueError as error:
+        assert 'no turns of' in str(error), error
+        refused.add(name)
+  assert refused == {'dno_prct', 'dr_po', 'hpt', 'luffy', 'spin'}
+  assert len(taken) > 90
+
+
+def test_problems_of_the_tasks_are_right_and_held_out_by_their_numbers():
+  for make in (sources.word_problems, sources.hidden_numbers):
+    train, held = (list(map(make(split=s).record, range(20))) for s in ('train', 'heldout'))
+    numbers = lambda record: tuple(re.findall(r'\d+', record['prompt']))
+    assert not set(map(numbers, train)) & set(map(numbers, held))
+    with pytest.raises(ValueError, match='split'):
+      make(split='test')
+  for record in train:
+    low, high = map(int, numbers(record))
+    assert low <= int(record['answer']) <= high
+  for record in map(sources.word_problems(digits=2).record, range(20)):
+    assert toolbox.calculate(record['expression']) == record['answer']
+    assert set(re.findall(r'\d+', record['expression'])) <= set(numbers(record))
+  both = sources.calls_and_answers(source=sources.word_problems())
+  call, answer = both[6], both[7]
+  assert call['answer'] == f'<{call["expression"]}>'
+  assert answer['previous_steps'] == f'{call["answer"]}{answer["answer"]}>'
