@@ -23,6 +23,7 @@ USUAL = {
 }
 TITLES = {
   'policy_gradient': 'Policy gradients',
+  'multi_turn': 'Several turns',
   'preference': 'Preferences',
   'reward_model': 'Reward models',
   'controlled_decoding': 'Controlled decoding',
@@ -37,7 +38,10 @@ Any method runs on any task and model that have what it needs:
 `--config=experiments/run.py:method=NAME,task=...,model=...`. In a notebook it is
 `polgrad.methods.NAME(...)`. The parts are what a method chooses beyond the usual. The last column says
 how sure we are of the formula: CODE, read in released code; PAPER, in the paper; DERIVED, follows from
-one of them; MEMORY, written down from memory."""
+one of them; MEMORY, written down from memory.
+
+Methods for several turns are policy gradients whose credit looks at turns
+([turn_credit.md](turn_credit.md)). On a task of one turn they run as well."""
 # What a method function gets from a run; the page shows none of it.
 BUDGETS = dict(max_new_tokens=2, samples_per_prompt=2, candidates=2, steps=100, learning_rate=0.01)
 

@@ -17,6 +17,7 @@ import pkgutil
 from polgrad.methods import (
   controlled_decoding,
   distillation,
+  multi_turn,
   policy_gradient,
   preference,
   reward_model,
@@ -26,6 +27,7 @@ from polgrad.methods.base import Method
 
 _PACKAGES = (
   policy_gradient,
+  multi_turn,
   preference,
   reward_model,
   controlled_decoding,
