@@ -4,11 +4,12 @@ module      what it is for
 ----------  ---------------------------------------------------------------------------------------
 enumerable  a tiny policy: log-probabilities of all its sequences, the exact objective and gradient
 estimators  exact mean and variance of the gradient that a credit and an objective give
+turns       environments of several turns: all episodes, the exact objective, values, gradient
 games       matrix games of preferences, their solvers and the distance to an equilibrium
 bilevel     the gradient of an outer loss through the solution of an inner problem
 search      one policy update at decision time; optimistic mirror descent
 """
 
-from polgrad.tabular import bilevel, enumerable, estimators, games, search
+from polgrad.tabular import bilevel, enumerable, estimators, games, search, turns
 
-__all__ = ['bilevel', 'enumerable', 'estimators', 'games', 'search']
+__all__ = ['bilevel', 'enumerable', 'estimators', 'games', 'search', 'turns']

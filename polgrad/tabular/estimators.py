@@ -35,6 +35,8 @@ class Setting(NamedTuple):
     features: further arrays of the rollout, [G, ...], the same for all groups; default none.
     staleness: batches collected between sampling by `behavior` and use by `params`, default 0.
     demonstration: index of a sequence that is added to every group; -1 (default): none.
+    chance: [S], the probability of what was read between the tokens of each sequence, if that is random.
+    arrays: further arrays of sequences, [S, ...], such as the rewards of turns; default none.
   """
 
   policy: enumerable.Policy
@@ -46,6 +48,8 @@ class Setting(NamedTuple):
   features: Mapping[str, np.ndarray] = {}
   staleness: float = 0.0
   demonstration: int = -1
+  chance: np.ndarray | None = None
+  arrays: Mapping[str, np.ndarray] = {}
 
 
 class Distribution(NamedTuple):
@@ -108,6 +112,8 @@ def gradient_distributions(
   # The exact moments of one setting: a sum of all chunks, weighted by the groups' probabilities.
   def distribution(setting: Setting) -> Distribution:
     log_p = np.asarray(jnp.sum(enumerable.logp(setting.policy, setting.behavior), axis=1))
+    if setting.chance is not None:
+      log_p = log_p + np.log(setting.chance)
     weight = np.concatenate([np.exp(log_p[samples].sum(axis=1)), np.zeros(pad)])
     arrays = {name: getattr(setting, name) for name in ARRAYS}
     mean, square = 0.0, 0.0
@@ -163,6 +169,7 @@ def rollout_loss(
     **{f'{k}_logp': enumerable.logp(policy, v)[sample] for k, v in anchors.items()},
     **_statistics(setting, stats, jax.lax.stop_gradient(params), sample),
     **{k: jnp.asarray(v) for k, v in setting.features.items()},
+    **{k: jnp.asarray(v)[sample] for k, v in setting.arrays.items()},
   )
   batch, _ = credits.assign(credit, batch, credit_state)
   log_p = jax.nn.log_softmax(policy.logits(params))
