@@ -1,6 +1,7 @@
 """Collectors that branch: further completions of prefixes (`Vines`), and trees (`Trees`)."""
 
 import collections
+import doctest
 import itertools
 import types
 
@@ -125,6 +126,11 @@ def test_a_row_with_a_failed_completion_of_a_prefix_leaves_the_loss():
   np.testing.assert_array_equal(got.batch.mask.any(axis=1), ~bad)
   assert np.isfinite(got.batch.advantages).all() and np.isfinite(got.batch['step_values']).all()
   assert got.metrics['verifier_errors'] == got.metrics['verifier_errors/short/ValueError'] == 1
+
+
+def test_examples_of_steps_print_what_they_say():
+  found = doctest.testmod(splits)
+  assert found.attempted == 4 and not found.failed
 
 
 def test_vines_with_beginnings_that_are_given_are_refused():
