@@ -14,11 +14,12 @@ import numpy as np
 
 from polgrad import speed
 from polgrad.collect.base import Context, Sampling, draws_of
-from polgrad.collect.drawn import Draws
+from polgrad.collect.drawn import Begun, Drawn, Draws, with_turns
+from polgrad.environments.episodes import Episode
 from polgrad.learner import parameter_sets
 from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies
-from polgrad.types import Batch, Layout, Prompts, TrainState
+from polgrad.types import Batch, Layout, Prompts, TrainState, turns
 
 
 class Prefixes(NamedTuple):
@@ -43,34 +44,48 @@ class Continuer:
   prefixes: int  # of one call of the sampler
 
   def __call__(
-    self, state: TrainState, batch: Batch, prefixes: Prefixes, step: int, meter: speed.Meter
-  ) -> Batch:
-    """Rows of the prefixes, NumPy, prefix-major.
+    self,
+    state: TrainState,
+    batch: Batch,
+    prefixes: Prefixes,
+    step: int,
+    meter: speed.Meter,
+    records: Sequence[dict],
+    episodes: Sequence[Episode] = (),
+  ) -> Drawn:
+    """Rows of the prefixes, NumPy, prefix-major, and their episodes.
 
     Args:
       batch: the rows that the prefixes are of, NumPy.
       prefixes: at most as many as a call of the sampler has. It is filled up with rows that are not
-        used, so that one shape compiles.
+        used, so that one shape compiles. With an environment they end where a turn begins.
       step: noise is folded from it.
       meter: of the phase.
+      records: of the prompts of the prefixes.
+      episodes: of the rows of the batch, with their states, if there is an environment.
     """
     count = len(prefixes.rows)
-    filled = prefixes.taken(np.minimum(np.arange(self.prefixes), count - 1))
+    index = np.minimum(np.arange(self.prefixes), count - 1)
+    filled = prefixes.taken(index)
     params = parameter_sets(state, self.context.frozen)
+    more = {'begun': _begun(batch, filled, episodes)} if episodes else {}
     with meter.timing('rollout'):
-      drawn = self.draw(
+      drawn, continued = self.draw(
         {name: params[name] for name in self.reads},
         as_prompts(batch, filled, self.context.tokenizer.pad_id),
-        (),
+        [records[i] for i in index],
         filled.ids,
         # A seed that no phase has: the rows that the prefixes are of drew other noise.
         seed=~self.context.seed,
         step=step,
-      ).batch
+        **more,
+      )
       layout = Layout(batch.tokens.shape[1], self.samples)
       meter.add('rollout', speed.forward_flops(self.context.policy.config, drawn, layout))
     drawn = jax.tree.map(lambda x: x[: count * self.samples], drawn)
-    return grafted(batch, prefixes, drawn, self.samples)
+    rows = grafted(batch, prefixes, drawn, self.samples)
+    continued = continued[: count * self.samples]
+    return Drawn(with_turns(rows, continued) if episodes else rows, continued)
 
 
 def make_continuer(
@@ -81,15 +96,7 @@ def make_continuer(
   prefixes: int,
   behavior_policy: Callable = behavior_policies.current,
 ) -> Continuer:
-  """The `Continuer` of a collector.
-
-  Raises:
-    ValueError: a collector with an environment, whose states would have to be continued as well.
-  """
-  if settings.has_environment:
-    raise ValueError(
-      f'{type(settings).__name__} continues completions of one turn: leave out the environment'
-    )
+  """The `Continuer` of a collector; with an environment, its episodes must keep their states."""
   same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
   return Continuer(
     context=context,
@@ -103,6 +110,16 @@ def make_continuer(
     reads=inputs(behavior_policy),
     samples=samples,
     prefixes=prefixes,
+  )
+
+
+def _begun(batch: Batch, prefixes: Prefixes, episodes: Sequence[Episode]) -> Begun:
+  """The episodes that prefixes are the beginnings of."""
+  ends = [[span.stop for span in turns(mask)] for mask in batch.mask]
+  numbers = [int(np.sum(np.array(ends[r]) <= c)) for r, c in zip(prefixes.rows, prefixes.columns)]
+  return Begun(
+    episodes=[(episodes[row], number) for row, number in zip(prefixes.rows, numbers)],
+    room=(batch.tokens.shape[1] - prefixes.columns).tolist(),
   )
 
 
@@ -139,7 +156,7 @@ def grafted(batch: Batch, prefixes: Prefixes, drawn: Batch, samples: int) -> Bat
     fresh = np.take_along_axis(drawn[name], source, axis=1)
     return np.where(here < columns, batch[name][rows], fresh)
 
-  fits = drawn.mask.sum(axis=1) <= width - columns[:, 0]
+  fits = (drawn.segment_ids[:, width:] > 0).sum(axis=1) <= width - columns[:, 0]
   return Batch(
     **{name: join(name) for name in ('tokens', 'segment_ids', 'mask', 'behavior_logp')},
     finished=drawn.finished & fits,

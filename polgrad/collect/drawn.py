@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from polgrad import environments
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.environments.episodes import Episode, Episodes
+from polgrad.environments.episodes import Episode, Episodes, Within
 from polgrad.environments.workers import Pool
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive
@@ -32,6 +32,13 @@ class Drawn(NamedTuple):
 
   batch: Batch
   episodes: Sequence[Episode] = ()  # [B]; () without an environment
+
+
+class Begun(NamedTuple):
+  """Episodes that rows continue, an entry for each prompt."""
+
+  episodes: Sequence[tuple[Episode, int]]  # and the number of the turn that comes next
+  room: Sequence[int]  # columns that the rows have behind their prompt
 
 
 # (parameter sets by name, prompts, their records, ids of sampling keys, *, seed, step) -> rows
@@ -63,6 +70,11 @@ class Turns:
     """Whether an environment answers the turns of the policy."""
     one = environments.OneTurn
     return self.environment is not one and not isinstance(self.environment, one)
+
+  @property
+  def keeps_states(self) -> bool:
+    """Whether episodes keep the states before their turns, so that they can be continued."""
+    return False
 
   def check_turns(self, path: str) -> None:
     """Refuses budgets of turns where no environment answers."""
@@ -124,7 +136,7 @@ def make_draws(
     del records
     return Drawn(to_host(sample(params, prompts.tokens, prompts.mask, ids, seed=seed, step=step)))
 
-  def in_turns(params, prompts, records, ids, *, seed, step) -> Drawn:
+  def in_turns(params, prompts, records, ids, *, seed, step, begun: Begun | None = None) -> Drawn:
     # The first process alone talks to the environment; the others are told.
     talks = jax.process_index() == 0
     replies = talks and Episodes(
@@ -134,12 +146,22 @@ def make_draws(
       samples_per_prompt=samples_per_prompt,
       seeds=episode_seeds(seed, step, ids, samples_per_prompt),
       observation_tokens=settings.observation_tokens,
+      keep_states=settings.keeps_states,
+      before=begun.episodes if begun else (),
     )
+    asked = replies
+    if begun and talks:
+      asked = Within(replies, np.repeat(begun.room, samples_per_prompt))
     batch = sample(
-      params, prompts.tokens, prompts.mask, ids, seed=seed, step=step, replies=replies or None
+      params, prompts.tokens, prompts.mask, ids, seed=seed, step=step, replies=asked or None
     )
     episodes = from_first(replies.episodes if talks else [])
-    return Drawn(with_turns(to_host(batch), episodes), episodes)
+    batch = to_host(batch)
+    if begun is None:
+      return Drawn(with_turns(batch, episodes), episodes)
+    cut = from_first(sorted(asked.unfinished) if talks else [])
+    over = np.isin(np.arange(len(episodes)), cut)
+    return Drawn(batch.replace(finished=batch.finished & ~over), episodes)
 
   return in_turns if several else in_one_turn
 

@@ -70,5 +70,9 @@ def starts(split: Callable, pieces: Sequence[bytes], most: int) -> list[int]:
   [0, 16, 32]
   """
   begins = call(split, {'pieces': pieces, 'number': len(pieces)})
-  places = [0, *(i for i in begins if 0 < i < len(pieces))]
+  return joined([0, *(i for i in begins if 0 < i < len(pieces))], most)
+
+
+def joined(places: list[int], most: int) -> list[int]:
+  """At most `most` of the places, evenly spaced and with the first one."""
   return [places[i * len(places) // most] for i in range(most)] if len(places) > most else places

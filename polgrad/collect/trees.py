@@ -70,6 +70,11 @@ class Trees(Sampling):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.has_environment:
+      raise ValueError(
+        'Trees: a token in the middle of a turn is drawn again, which an environment cannot answer; '
+        'leave out the environment, or take another method'
+      )
     if self.samples_per_prompt > self.leaves:
       raise ValueError(
         f'Trees: samples_per_prompt is {self.samples_per_prompt}, but a prompt has only {self.leaves} '
@@ -140,6 +145,7 @@ class TreeSteps(Steps):
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     settings = self.settings
     records = draw(settings.prompts)
+    known = {record['id']: record for record in records}
     batch = self.count(self.draw_rows(state, records, step), settings.trees).batch
     # While trees grow, rows are in the order in which they are drawn: the first leaves of all trees,
     # then those of the first iteration, and so on.
@@ -150,7 +156,8 @@ class TreeSteps(Steps):
       prefixes = _forks(batch, tree, forked, settings.forks, ids)
       forked[prefixes.rows, prefixes.columns] = True
       ids += batch.prompt_ids[prefixes.rows].tolist()
-      fresh = self.continuer(state, batch, prefixes, step, self.meter)
+      own = [known[i] for i in batch.prompt_ids[prefixes.rows].tolist()]
+      fresh = self.continuer(state, batch, prefixes, step, self.meter, own).batch
       batch = _grown(batch, fresh, prefixes, settings.branches)
       tree = np.append(tree, np.repeat(tree[prefixes.rows], settings.branches))
       forked = np.concatenate([forked, np.zeros_like(forked, shape=fresh.tokens.shape)])

@@ -18,10 +18,11 @@ from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts, RolloutSteps
-from polgrad.collect.scored import distinct
+from polgrad.collect.scored import distinct, metrics
 from polgrad.collect.steps import Report
 from polgrad.registry import AtLeastOne, Count
-from polgrad.types import Batch, TrainState
+from polgrad.rewards.scoring import Scores
+from polgrad.types import Batch, TrainState, turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Vines(Rollouts):
   value_samples further completions.
   """
 
-  # Where steps begin.
+  # Where steps begin. With an environment every turn is a step, and this is not read.
   split: splits.Part = splits.lines
   # Largest number of steps of a completion; of more, some are joined.
   most_steps: AtLeastOne = 8
@@ -50,6 +51,10 @@ class Vines(Rollouts):
       raise ValueError(
         'Vines: with resets a completion is partly given, so its steps have no values'
       )
+
+  @property
+  def keeps_states(self) -> bool:
+    return True
 
   def _shapes(self) -> dict[str, tuple]:
     values = {'step_ids': (np.int32, self.length), 'step_values': (np.float32, self.length)}
@@ -111,7 +116,7 @@ class VineSteps(RolloutSteps):
   ) -> tuple[Batch, Report]:
     """Fills in `step_ids` and `step_values`, and reports what that has cost."""
     step_ids = self._step_ids(batch)
-    prefixes, which = distinct_prefixes(batch, step_ids)
+    prefixes, which = distinct_prefixes(batch, step_ids, shared=not report.episodes)
     values, report = self._values(batch, prefixes, report, records, state, step)
     # Column by column: the value and the failures of the prefix that its step begins with.
     here = which >= 0
@@ -125,10 +130,18 @@ class VineSteps(RolloutSteps):
     """The number of the step of each token, i32[B, T]; -1 outside the mask."""
     step_ids = np.full(batch.tokens.shape, -1, np.int32)
     for row, (tokens, mask) in enumerate(zip(batch.tokens, batch.mask)):
-      pieces = [self._piece(int(token)) for token in tokens[mask]]
-      begins = splits.starts(self.settings.split, pieces, self.settings.most_steps)
-      step_ids[row, mask] = np.searchsorted(begins, np.arange(len(pieces)), side='right') - 1
+      begins = self._begins(tokens, mask)
+      step_ids[row, mask] = np.searchsorted(begins, np.arange(mask.sum()), side='right') - 1
     return step_ids
+
+  def _begins(self, tokens: np.ndarray, mask: np.ndarray) -> list[int]:
+    """The tokens of the mask that begin a step, by their number."""
+    settings = self.settings
+    if settings.has_environment:
+      lengths = [span.stop - span.start for span in turns(mask)]
+      return splits.joined(np.cumsum([0, *lengths[:-1]]).tolist(), settings.most_steps)
+    pieces = [self._piece(int(token)) for token in tokens[mask]]
+    return splits.starts(settings.split, pieces, settings.most_steps)
 
   def _piece(self, token: int) -> bytes:
     """The text that a token adds; special tokens have none."""
@@ -147,34 +160,43 @@ class VineSteps(RolloutSteps):
   ) -> tuple[Values, Report]:
     """Continues all prefixes and scores what was drawn."""
     size, samples = self.continuer.prefixes, self.settings.value_samples
-    rewards, valid, tokens, errors = [], [], 0, collections.Counter()
+    found, valid, tokens, errors, messages = [], [], 0, collections.Counter(), []
     for start in range(0, len(prefixes.rows), size):
       piece = prefixes.taken(slice(start, start + size))
-      rows = self.continuer(state, batch, piece, step, self.meter)
-      rows, texts = self._judge(
-        Drawn(rows), [records[i] for i in batch.prompt_ids[piece.rows].tolist()]
-      )
-      given = np.repeat(piece.columns, samples)[:, None]
-      tokens += int((rows.mask & (np.arange(rows.mask.shape[1]) >= given)).sum())
-      rewards.append(rows.rewards.reshape(-1, samples).astype(float))
+      own = [records[i] for i in batch.prompt_ids[piece.rows].tolist()]
+      rows = self.continuer(state, batch, piece, step, self.meter, own, report.episodes)
+      rows, texts = self._judge(rows, own)
+      fresh = np.arange(rows.mask.shape[1]) >= np.repeat(piece.columns, samples)[:, None]
+      # What turns before the prefix have earned is not part of its value.
+      earned = rows.rewards
+      if report.episodes:
+        earned = np.where(fresh, rows['turn_rewards'], 0).sum(axis=1)
+      tokens += int((rows.mask & fresh).sum())
+      found.append(earned.reshape(-1, samples).astype(float))
       valid.append(rows.valid.reshape(-1, samples))
-      errors.update(texts.scores.errors)
-      report = report._replace(messages=report.messages + texts.scores.messages)
-    rewards, valid = (np.concatenate([np.zeros((0, samples)), *x]) for x in (rewards, valid))
-    whole = (valid > 0).all(axis=1)
-    errors = {f'verifier_errors/{name}': float(n) for name, n in errors.items()}
-    errors['verifier_errors'] = float((valid == 0).sum())
-    report.metrics.update({name: n + report.metrics.get(name, 0.0) for name, n in errors.items()})
-    report.metrics['continuations/prefixes'] = float(len(rewards))
+      errors.update(failures(rows, texts.scores))
+      messages += texts.scores.messages
+    found, valid = (np.concatenate([np.zeros((0, samples)), *x]) for x in (found, valid))
+    for name, number in errors.items():
+      report.metrics[name] = report.metrics.get(name, 0.0) + number
+    report.metrics['continuations/prefixes'] = float(len(found))
     report.metrics['continuations/tokens'] = float(tokens)
-    report.metrics['reward_of_continuations'] = _mean(rewards[valid > 0])
-    return Values(np.where(whole, rewards.mean(axis=1), 0), whole), report
+    report.metrics['reward_of_continuations'] = _mean(found[valid > 0])
+    whole = (valid > 0).all(axis=1)
+    values = Values(np.where(whole, found.mean(axis=1), 0), whole)
+    return values, report._replace(messages=report.messages + messages)
 
 
-def distinct_prefixes(batch: Batch, step_ids: np.ndarray) -> tuple[Prefixes, np.ndarray]:
+def distinct_prefixes(
+  batch: Batch, step_ids: np.ndarray, *, shared: bool = True
+) -> tuple[Prefixes, np.ndarray]:
   """The different prefixes that steps of valid rows begin with, and for each token the number of its.
 
-  Rows of one record with the same first tokens have one prefix, so they share what is drawn from it.
+  Args:
+    batch: rows, NumPy.
+    step_ids: i32[B, T], number of the step of each token.
+    shared: whether rows of one record with the same first tokens have one prefix, so that they share
+      what is drawn from it. With an environment they may be in different states.
 
   Returns:
     The prefixes, and i32[B, T], the number of the prefix before the step of a token; -1 where the mask
@@ -186,7 +208,7 @@ def distinct_prefixes(batch: Batch, step_ids: np.ndarray) -> tuple[Prefixes, np.
     for number, column in zip(*np.unique(step_ids[row], return_index=True)):
       if number < 0:
         continue
-      key = (int(batch.prompt_ids[row]), batch.tokens[row, :column].tobytes())
+      key = (int(batch.prompt_ids[row]), batch.tokens[row, :column].tobytes(), shared or row)
       if key not in seen:
         seen[key] = len(rows)
         rows.append(row)
@@ -194,6 +216,12 @@ def distinct_prefixes(batch: Batch, step_ids: np.ndarray) -> tuple[Prefixes, np.
       which[row, step_ids[row] == number] = seen[key]
   rows, columns = np.array(rows, np.int32), np.array(columns, np.int32)
   return Prefixes(rows, columns, distinct(batch.prompt_ids[rows])), which
+
+
+def failures(batch: Batch, scores: Scores) -> dict[str, float]:
+  """The metrics of scored rows that count what has failed."""
+  kinds = ('verifier_errors', 'environment_errors')
+  return {k: n for k, n in metrics(batch, scores).items() if k.partition('/')[0] in kinds}
 
 
 def _mean(x: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments import conversation
+from polgrad.environments.base import Replies
 from polgrad.environments.workers import Pool, Reply
 from polgrad.rewards.worker import Failure, words
 
@@ -33,6 +34,7 @@ class Episode:
   players: list[int] = dataclasses.field(default_factory=list)  # who took each turn, in self-play
   done: bool = False  # whether the environment has ended it
   failure: Failure | None = None  # why it failed; its row is invalid, and its rewards mean nothing
+  states: list[Any] = dataclasses.field(default_factory=list)  # before each turn, if they are kept
 
   @property
   def valid(self) -> bool:
@@ -50,6 +52,11 @@ class Episode:
     self.players.append(reply.player)
     self.done = reply.done
 
+  def until(self, turn: int) -> 'Episode':
+    """A copy of what was before the turn of this number, the first of which is 0."""
+    lists = ('turns', 'observations', 'rewards', 'metrics', 'players', 'states')
+    return Episode(**{name: getattr(self, name)[:turn] for name in lists})
+
 
 class Episodes:
   """The episodes of the rows of one rollout, as the sampler asks for them (`Replies`).
@@ -65,6 +72,9 @@ class Episodes:
     seeds: one for each row.
     observation_tokens: most tokens of the words of one message of an observation; a longer one is cut,
       and its turn has the metric `observation_cut`. 0: no limit.
+    keep_states: whether the state before each turn is kept, from which the episode can be continued.
+    before: an episode for each record, whose states were kept, and the number of the turn at which the
+      rows of the record continue it; empty: all rows begin anew.
 
   Attributes:
     episodes: one `Episode` for each row.
@@ -79,6 +89,8 @@ class Episodes:
     samples_per_prompt: int,
     seeds: Sequence[int],
     observation_tokens: int = 0,
+    keep_states: bool = False,
+    before: Sequence[tuple[Episode, int]] = (),
   ):
     rows = len(records) * samples_per_prompt
     if len(seeds) != rows:
@@ -89,7 +101,13 @@ class Episodes:
     self._stopped = [False] * rows  # whether the last turn of a row ended with a stop token
     self._pending = 0  # rows that have asked and were not answered
     self._answers = queue.SimpleQueue()  # (row, future of the answer)
-    self._states = [pool.reset(record, seed) for record, seed in zip(self._records, seeds)]
+    self._keep = keep_states
+    if before:
+      begun = [one for one in before for _ in range(samples_per_prompt)]
+      self.episodes = [episode.until(turn) for episode, turn in begun]
+      self._states = [_there(episode.states[turn]) for episode, turn in begun]
+    else:
+      self._states = [pool.reset(record, seed) for record, seed in zip(self._records, seeds)]
 
   def ask(self, row: int, ids: Sequence[int], ended: bool) -> None:
     """Hands in a turn; see `Replies.ask`."""
@@ -138,6 +156,8 @@ class Episodes:
       episode.failure = answer
       return None
     reply: Reply = answer
+    if self._keep:
+      episode.states.append(self._states[row].result())
     episode.answered(reply)
     if reply.done or len(episode.turns) >= self._pool.environment.max_turns:
       return None
@@ -173,6 +193,41 @@ class Episodes:
       for row, e in enumerate(self.episodes)
       if not e.valid
     ][:MESSAGES]
+
+
+class Within:
+  """Replies to rows that have fewer columns than the sampler gives them (`Replies`).
+
+  What a turn draws beyond the columns of its row is not handed on; the row is then over, as it is if a
+  reply leaves no room for another token.
+
+  Args:
+    replies: to rows with all columns.
+    room: columns of each row behind its prompt.
+
+  Attributes:
+    unfinished: rows that are over because their columns are used up.
+  """
+
+  def __init__(self, replies: Replies, room: Sequence[int]):
+    self._replies, self._room = replies, list(room)
+    self.unfinished: set[int] = set()
+
+  def ask(self, row: int, ids: Sequence[int], ended: bool) -> None:
+    left = self._room[row]
+    self._room[row] -= len(ids)
+    self._replies.ask(row, ids[:left], ended and len(ids) <= left)
+
+  def take(self, wait: bool) -> list[tuple[int, list[int] | None]]:
+    return [(row, self._fitting(row, ids)) for row, ids in self._replies.take(wait)]
+
+  def _fitting(self, row: int, ids: list[int] | None) -> list[int] | None:
+    left = self._room[row]
+    if left >= 0 and (ids is None or len(ids) < left):
+      self._room[row] -= len(ids or ())
+      return ids
+    self.unfinished.add(row)
+    return None
 
 
 def _there(state: Any) -> futures.Future:
