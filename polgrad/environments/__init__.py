@@ -29,10 +29,22 @@ from polgrad.environments.base import Environment, Replies, Step
 from polgrad.environments.guessing import Guess
 from polgrad.environments.nim import Nim
 from polgrad.environments.one_turn import OneTurn
-from polgrad.environments.tools import Tools
+from polgrad.environments.tools import Tools, calculator, python, search
 from polgrad.registry import table
 
-TABLE = table('environments', Attempts, Guess, Nim, OneTurn, TextArena, Tools, Verifiers)
+TABLE = table(
+  'environments',
+  Attempts,
+  Guess,
+  Nim,
+  OneTurn,
+  TextArena,
+  Tools,
+  Verifiers,
+  calculator,
+  python,
+  search,
+)
 Part = Annotated[Environment, TABLE]
 
 __all__ = [
@@ -48,4 +60,7 @@ __all__ = [
   'TextArena',
   'Tools',
   'Verifiers',
+  'calculator',
+  'python',
+  'search',
 ]
