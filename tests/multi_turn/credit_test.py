@@ -82,10 +82,14 @@ def random_batch(seed: int = 0) -> Batch:
   seen = rng.integers(5, 7, shape)
   seen[:, 0] = 1 + np.arange(ROWS) // GROUP  # the prompt
   tokens = ('old_values', 'score_norm', 'behavior_logp', 'proximal_logp', 'reference_logp')
-  tokens += ('teacher_logp', 'previous_logp')
+  tokens += ('teacher_logp', 'previous_logp', 'node_values', 'parent_values')
+  tokens += ('node_leaves', 'parent_leaves')
   x = {name: np.where(mask, rng.uniform(0.1, 1, shape), 0) for name in tokens}
   x |= {
     'turn_ids': ids,
+    'step_ids': ids,
+    'step_values': per_turn(rng.uniform(size=shape)),
+    'opponent': np.tile([0.0, 1.0, 0.0, 1.0], 2),
     'observation_ids': per_turn(seen),
     'invalid_turns': per_turn(rng.integers(0, 2, shape)),
     'turn_players': per_turn(rng.integers(0, 2, shape)),
