@@ -13,6 +13,8 @@ import json
 import math
 import operator
 import re
+import sys
+import types
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -112,7 +114,7 @@ class Search:
     texts, model, tokenize = _index(self.corpus, self.field, self.stopwords)
     asked = tokenize([query])
     number = min(self.results, len(texts))
-    found, scores = model.retrieve(asked, k=number, show_progress=False)
+    found, scores = model.retrieve(asked, k=number, show_progress=False, backend_selection='numpy')
     best = [texts[i] for i, score in zip(found[0], scores[0]) if score > 0]
     if not best:
       return 'nothing found'
@@ -126,15 +128,27 @@ def _shortened(text: str, characters: int) -> str:
 @functools.lru_cache(maxsize=4)
 def _index(corpus: str, field: str, stopwords: str) -> tuple[list[str], object, Callable]:
   """The texts of a corpus, their index, and the function that makes words of texts."""
-  try:
-    import bm25s
-  except ImportError as error:
-    raise ImportError('toolbox.Search needs bm25s: pip install "polgrad[search]"') from error
   texts = read_corpus(corpus, field)
+  bm25s = _bm25s()
   tokenize = functools.partial(bm25s.tokenize, stopwords=stopwords or None, show_progress=False)
   model = bm25s.BM25()
   model.index(tokenize(texts), show_progress=False)
   return texts, model, tokenize
+
+
+def _bm25s() -> types.ModuleType:
+  """The library, without JAX: it would start JAX at once, and so take the devices of the trainer."""
+  hidden = 'jax' not in sys.modules
+  if hidden:
+    sys.modules['jax'] = None  # as if JAX were not installed
+  try:
+    import bm25s
+  except ImportError as error:
+    raise ImportError('toolbox.Search needs bm25s: pip install "polgrad[search]"') from error
+  finally:
+    if hidden:
+      del sys.modules['jax']
+  return bm25s
 
 
 def read_corpus(corpus: str, field: str) -> list[str]:

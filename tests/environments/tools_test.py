@@ -2,6 +2,9 @@
 
 import doctest
 import json
+import pathlib
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from polgrad import environments
 from polgrad.environments import Tools, schemas, toolbox
 from polgrad.registry import bind, part
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def shout(text: str, times: int = 1, ends: Literal['!', '?'] = '!') -> str:
@@ -243,3 +248,14 @@ def test_a_search_finds_texts_by_their_words(tmp_path):
     lines.write_text(content)
     with pytest.raises(ValueError, match=why):
       toolbox.read_corpus(str(lines), 'text')
+
+
+def test_a_search_does_not_start_jax(tmp_path):
+  """In a worker it would take the devices of the trainer."""
+  (tmp_path / 'corpus.txt').write_text('The cat sat on the mat.')
+  code = (
+    'import sys; from polgrad.environments import toolbox; '
+    f'print(toolbox.Search(corpus="{tmp_path}/corpus.txt")("cat"), "jax" in sys.modules)'
+  )
+  ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+  assert ran.stdout == '[1] The cat sat on the mat. False\n', ran.stderr
