@@ -113,13 +113,14 @@ class Tools(Environment):
     if not asked:
       void = not calls.spoken(text).strip() or self.answer not in calls.spoken(text)
       metrics = {'tool_calls': 0.0, 'tool_errors': 0.0, 'void': float(void)}
-      return Step(state + 1, reward=-self.void_penalty * void, done=True, metrics=metrics)
+      reward = -self.void_penalty if void else 0.0
+      return Step(state + 1, reward=reward, done=True, metrics=metrics)
     results = [self._result(call) for call in asked]
     errors = sum(failed for _, failed in results)
     return Step(
       state + 1,
       self._observation(asked, [text for text, _ in results]),
-      reward=-self.error_penalty * (errors > 0),
+      reward=-self.error_penalty if errors else 0.0,
       metrics={'tool_calls': float(len(asked)), 'tool_errors': float(errors), 'void': 0.0},
     )
 
