@@ -130,7 +130,8 @@ def dumps(environment: Environment) -> bytes:
   except Exception as error:  # whatever the objects that it refers to raise
     raise TypeError(
       f'{type(environment).__name__}: its calls run in other processes, and it cannot be sent there '
-      f'({words(error)}): let it refer to no locks, files or other open objects, or set isolate=False'
+      f'({words(error)}): let it refer to no locks, files or other open objects, or set '
+      'isolate_environment=False'
     ) from error
 
 
@@ -143,25 +144,26 @@ def respond(environment: Environment, call: tuple, travels: bool = True) -> Any:
   """
   process = os.getpid()
   try:
-    reply = _reset(environment, *call[1:]) if call[0] == 'reset' else None
-    if call[0] == 'step':
-      state = cloudpickle.loads(call[1]) if travels else call[1]
-      reply = checked(environment.step(state, call[2]))
-    if travels and not isinstance(reply, Failure):
-      step = call[0] == 'step'
-      packed = _packed(reply.state if step else reply, environment)
-      reply = reply._replace(state=packed) if step and not isinstance(packed, Failure) else packed
+    reply = _called(environment, *call, travels=travels)
   except (Exception, SystemExit) as error:  # the rollout continues whatever an environment does
     reply = Failure(type(error).__name__, words(error))
-  if (
-    os.getpid() != process
-  ):  # the environment forked, and this is the copy: it must not answer as well
+  # If the environment forked, and this is the copy, it must not answer as well.
+  if os.getpid() != process:
     os._exit(1)
   return reply
 
 
-def _reset(environment: Environment, record: Mapping, seed: int) -> Any:
-  return environment.reset(record, seed)
+def _called(environment: Environment, kind: str, given: Any, other: Any, travels: bool) -> Any:
+  """What a call returns: a state, a `Reply` or a `Failure`."""
+  pack = _packed if travels else lambda state, environment: state
+  if kind == 'reset':
+    return pack(environment.reset(given, other), environment)
+  state = cloudpickle.loads(given) if travels else given
+  reply = checked(environment.step(state, other))
+  if isinstance(reply, Failure):
+    return reply
+  packed = pack(reply.state, environment)
+  return packed if isinstance(packed, Failure) else reply._replace(state=packed)
 
 
 def _packed(state: Any, environment: Environment) -> bytes | Failure:
@@ -172,7 +174,7 @@ def _packed(state: Any, environment: Environment) -> bytes | Failure:
     return Failure(
       'NotPicklable',
       f'a state of {type(environment).__name__} cannot be sent between processes ({words(error)}): let '
-      'it hold plain data, or set isolate=False, which runs the environment in the process of the run',
+      'it hold plain data, or set isolate_environment=False, which runs it in the process of the run',
     )
   if len(packed) > LARGEST_STATE:
     return Failure('TooLarge', f'a state of {len(packed)} bytes; the limit is {LARGEST_STATE}')

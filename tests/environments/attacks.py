@@ -66,7 +66,7 @@ ACTIONS = {
   'done': lambda state: Step(state, done='no'),
   'metrics': lambda state: Step(state, metrics={'n': 'many'}),
   'lock': lambda state: Step(threading.Lock(), 'next'),
-  'large': lambda state: Step(b'x' * (65 * 2**20), 'next'),
+  'large': lambda state: Step(b'x' * 2000, 'next'),
   'code': lambda state: Step(state, Text('read me')),
 }
 
