@@ -307,7 +307,7 @@ def _task(
   return Task(
     problems=None if conversations else train,
     demonstrations=train if conversations or 'answer' in fields.common else None,
-    held_out=held_out if settings['rewards'] and not conversations else None,
+    held_out=None if conversations else held_out,
     held_out_demonstrations=held_out if own.common & {'assistant', 'answer'} else None,
     candidates=max(fields.most, own.most, 2),
     **kinds,
