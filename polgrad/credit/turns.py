@@ -40,6 +40,7 @@ def turn_returns(
   advantage: advantage_functions.Part = leave_one_out,
   discount: float = 1.0,
   among: Among = 'number',
+  players: AtLeastOne = 1,
   normalizer: NormalizerPart = identity,
 ) -> Estimator:
   """Each token of turn k gets advantage(R_k), R_k = r_k + discount R_{k+1} (standard).
@@ -52,12 +53,14 @@ def turn_returns(
     discount: of rewards, per turn.
     among: which turns of the samples of a prompt are compared: those of the same 'number' in their rows,
       those that begin in the same 'state' (`observation_ids`), or all turns of the 'group'.
+    players: number of players that the policy plays. With more than one, R_k is the reward of the turn
+      and the discounted ones of later turns of the same player (`turn_players`).
     normalizer: of the advantages.
   """
 
   def apply(batch, state):
     ids = turn_ids(batch)
-    future = _returns(batch, ids, discount)
+    future = _returns(batch, ids, discount, players)
     compared = _compare(advantage, future, batch, ids, among)
     advantages = turns.at_tokens(compared, ids, batch.mask)
     return batch.with_arrays(advantages=normalizer(advantages, batch.mask)), state
@@ -237,7 +240,7 @@ def self_play(*, players: AtLeastOne = 2, decay: float = 0.95) -> Estimator:
 
   def apply(batch, state):
     ids = turn_ids(batch)
-    player = batch['turn_players'] if 'turn_players' in batch else ids % players
+    player = _players(batch, ids, players)
     own = jnp.where(batch.mask, player, -1)[:, :, None] == jnp.arange(players)[None, None]
     took_part = jnp.any(own, axis=1)
     earned = jnp.sum(jnp.where(own, token_rewards(batch)[:, :, None], 0.0), axis=1)
@@ -259,10 +262,24 @@ def self_play(*, players: AtLeastOne = 2, decay: float = 0.95) -> Estimator:
   return Estimator(apply=apply, init=init)
 
 
-def _returns(batch: Batch, ids: Array, discount: float) -> Array:
+def _returns(batch: Batch, ids: Array, discount: float, players: int = 1) -> Array:
   """R_k of every turn, [B, T] of turns."""
   rewards = turns.totals(token_rewards(batch), ids, batch.mask)
-  return returns.reward_to_go(rewards, turns.present(ids, batch.mask), discount=discount)
+  exists = turns.present(ids, batch.mask)
+  if players == 1:
+    return returns.reward_to_go(rewards, exists, discount=discount)
+  player = turns.totals(_players(batch, ids, players), ids, turns.starts(ids, batch.mask))
+  future = jnp.zeros_like(rewards)
+  for number in range(players):
+    own = exists & (player == number)
+    of_one = returns.reward_to_go(jnp.where(own, rewards, 0.0), own, discount=discount)
+    future = jnp.where(own, of_one, future)
+  return future
+
+
+def _players(batch: Batch, ids: Array, players: int) -> Array:
+  """Who took the turn of each token; without `turn_players` they take turns, player 0 first."""
+  return batch['turn_players'] if 'turn_players' in batch else ids % players
 
 
 def _invalid(batch: Batch, ids: Array) -> Array:

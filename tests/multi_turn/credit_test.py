@@ -242,6 +242,16 @@ def self_correction(batch, bonus, first_turn):
   return {key: x if first_turn or key[1] else 0.0 for key, x in found.items()}
 
 
+def own_to_go(batch, discount):
+  """The reward of a turn and those of later turns of its player, discounted by these turns."""
+  out = {}
+  for turns in turns_of(batch):
+    for t in turns:
+      later = [o['r'] for o in turns if o['player'] == t['player'] and o['k'] >= t['k']]
+      out[t['row'], t['k']] = sum(r * discount**n for n, r in enumerate(later))
+  return out
+
+
 def self_play(batch, baseline):
   out = {}
   for turns in turns_of(batch):
@@ -260,6 +270,10 @@ EQUAL = {
   'state': (
     credit.turn_returns(discount=0.9, among='state'),
     lambda b: compared(b, to_go(b, 0.9), lambda t: (t['group'], t['state']), False),
+  ),
+  'state of a player': (
+    credit.turn_returns(discount=0.9, among='state', players=2),
+    lambda b: compared(b, own_to_go(b, 0.9), lambda t: (t['group'], t['state']), False),
   ),
   'group': (
     credit.turn_returns(advantage=advantages.group_normalized, among='group'),
