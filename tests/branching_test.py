@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import collect, credit, learner, phases
+from polgrad import build, collect, credit, learner, phases
 from polgrad.collect import splits
 from polgrad.collect import trees as growing
+from polgrad.collect import vines as vines_module
+from polgrad.environments.episodes import Within
 from polgrad.models.policy import Policy
 from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
-from polgrad.types import Batch
+from polgrad.types import Batch, turns
 from tests import examples
 from tests.collect_test import collected, experiment
+from tests.environments import runs_test
 from tests.exploration_test import context_of, state_of
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
@@ -315,3 +318,91 @@ def test_leaves_are_chosen_at_random_with_one_of_the_best():
 def test_more_trained_leaves_than_there_are_are_refused():
   with pytest.raises(ValueError, match='31, but a prompt has only 30 leaves'):
     bind(part(collect.Trees, samples_per_prompt=31), collect.TABLE)
+
+
+@pytest.fixture(scope='module')
+def episodes():
+  """Vines on an environment that answers with a digit of its seed, and all rows that were scored."""
+  run = build.build(
+    runs_test.config(
+      kind=collect.Vines, value_samples=SAMPLES, samples_per_prompt=2, max_new_tokens=10
+    )
+  )
+  phase = examples.changed(run.phases['train'], credit=credit.step_values())
+  seen = []
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    steps = phase.collect.make(phases.context(run, phase, 0)).__self__
+    judge = vines_module.RolloutSteps._judge
+
+    def noted(self, rows, records):
+      judged = judge(self, rows, records)
+      seen.append((rows.episodes, judged[0]))
+      return judged
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(vines_module.RolloutSteps, '_judge', noted)
+      got = steps.collect(state, phases.Drawer(phase, seed=0, cursor=0), 0)
+  return run, got, seen
+
+
+def test_a_turn_is_a_step_whose_value_is_what_continued_episodes_still_earn(episodes):
+  _, got, ((sources, _), *further) = episodes
+  batch = got.batch
+  continued = [(e, rows, i) for some, rows in further for i, e in enumerate(some)]
+  spans = [turns(mask) for mask in batch.mask]
+  prefixes = [(row, number) for row in range(len(spans)) for number in range(len(spans[row]))]
+  assert len(prefixes) * SAMPLES == len(continued) and max(n for _, n in prefixes) == 2
+  values = {}
+  for place, (row, number) in enumerate(prefixes):
+    source, column = sources[row], spans[row][number].start
+    group = continued[place * SAMPLES : (place + 1) * SAMPLES]
+    for episode, rows, i in group:
+      # The episode goes on from its state: the same words before, and the same digit of the seed after.
+      assert episode.turns[:number] == source.turns[:number]
+      assert {*episode.observations} <= {*source.observations} | {str(source.states[0][0] % 10)}
+      np.testing.assert_array_equal(rows.tokens[i, :column], batch.tokens[row, :column])
+      assert rows.mask[i, column] and len(episode.turns) == len(episode.rewards)
+      assert rows.tokens.shape[1] == batch.tokens.shape[1]
+      np.testing.assert_array_equal(rows['turn_rewards'][i].sum(), np.float32(sum(episode.rewards)))
+    values[row, number] = np.mean([sum(e.rewards[number:]) for e, _, _ in group])
+  for row, own in enumerate(spans):
+    for number, span in enumerate(own):
+      assert (batch['step_ids'][row, span] == number).all()
+      got_values = batch['step_values'][row, span]
+      np.testing.assert_allclose(got_values, values[row, number], atol=1e-6)
+      following = values.get((row, number + 1), 0.0)
+      want = sources[row].rewards[number] + following - values[row, number]
+      np.testing.assert_allclose(batch.advantages[row, span], want, atol=1e-5)
+
+
+def test_rows_with_less_room_end_like_rows_whose_columns_are_used_up():
+  class Echo:
+    """Answers each turn with two tokens, and notes what it was asked."""
+
+    def __init__(self):
+      self.asked = []
+
+    def ask(self, row, ids, ended):
+      self.asked.append((row, list(ids), ended))
+
+    def take(self, wait):
+      return [(row, None if ids[-1] == 0 else [8, 9]) for row, ids, _ in self.asked[-1:]]
+
+  def said(room, *turns_of_row):
+    inner = Echo()
+    replies = Within(inner, [room])
+    answers = []
+    for ids in turns_of_row:
+      replies.ask(0, ids, True)
+      answers += replies.take(True)
+    return [(ids, ended) for _, ids, ended in inner.asked], answers, replies.unfinished
+
+  # Three tokens and two of a reply leave one of six columns.
+  asked, answers, cut = said(6, [1, 1, 1], [2, 2])
+  assert asked == [([1, 1, 1], True), ([2], False)]
+  assert answers == [(0, [8, 9]), (0, None)] and cut == {0}
+  # The reply would fill the row.
+  assert said(5, [1, 1, 1])[1:] == ([(0, None)], {0})
+  # The last turn ends in the last column.
+  assert said(6, [1, 1, 1], [0])[1:] == ([(0, [8, 9]), (0, None)], set())
