@@ -23,6 +23,7 @@ FREE = (
   *('evaluation', 'mesh', 'phases.*.steps', 'phases.*.held_out*'),
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
+  *('phases.*.collect.environment_*', 'phases.*.collect.isolate_environment'),
 )
 # Bytes of a file of weights up to which it is read whole; of a larger one the two ends are read.
 SMALL = 64 * 2**20

@@ -195,6 +195,12 @@ def interruptible() -> Iterator[list]:
     signal.signal(signal.SIGINT, before)
 
 
+def answered(experiment: Experiment) -> bool:
+  """Whether an environment answers the turns of the run."""
+  settings = [experiment.evaluation, *(phase.collect for phase in experiment.phases.values())]
+  return any(getattr(one, 'has_environment', False) for one in settings)
+
+
 def note(text: str) -> None:
   """Tells something that is no answer."""
   print(f'[{text}]', file=sys.stderr, flush=True)
@@ -248,6 +254,8 @@ def main(argv: list[str]) -> None:
       scorer=loading.beside(_SCORER.value, experiment) if _SCORER.value else None,
       **_steering(),
     )
+    if answered(experiment):
+      note('the environment of this run answers nothing here: this is its first turn')
     lines = _PROMPT.value or (typed_lines() if sys.stdin.isatty() else sys.stdin)
     if _CHAT.value:
       chat(completer, lines, _SYSTEM.value)
