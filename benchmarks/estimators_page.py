@@ -19,6 +19,7 @@ from benchmarks.tiny_world import STALENESS
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 NUMBERS = DOCS / 'estimators.json'
+TURNS = DOCS / 'turn_estimators.json'  # of benchmarks/turn_estimators.py
 Rows = dict[str, dict[str, tuple]]
 
 
@@ -91,7 +92,51 @@ exact, those of the reference have many samples. Methods that bring an optimizer
 gradient that this optimizer gets. Left out: {left_out}.
 
 {tables}
+
+## Over several turns
+
+Made by `python -m benchmarks.turn_estimators`, in the same way, for the credit that
+[turn_credit.md](turn_credit.md) describes. Two environments of `polgrad/tabular/turns.py` answer turns
+of one or two tokens, and pay for every turn:
+
+* *deterministic*: two turns; what is right in the second depends on the first, and the first turn that
+  is paid at once leads to the worse place.
+* *stochastic*: one first turn ends the episode, and another one is answered at random.
+
+Groups are {turn_group} samples of the policy that is trained, and critics are exact. The true gradient
+is that of E[sum of the rewards of all turns].
+
+### Credit alone, with the loss of REINFORCE summed over tokens
+
+{turn_credits}
+
+### Methods as they are
+
+Beside the credit, these have the biases of their losses: means over sampled lengths, clips, whitening.
+
+{turn_methods}
 """
+
+
+def turn_tables() -> dict[str, str]:
+  """The tables of the report over several turns: of credits, then of methods, which are one word."""
+  rows = json.loads(TURNS.read_text())
+  worlds = list(next(iter(rows.values())))
+  head = [
+    '| | ' + ' | '.join(f'angle, noise, progress: {w}' for w in worlds) + ' |',
+    '|---' * 3 + '|',
+  ]
+  tables = {'turn_credits': [*head], 'turn_methods': [*head]}
+  for name, points in rows.items():
+    method = name.replace('_', '').isalpha() and name != 'outcome'
+    cells = [
+      f'{_degrees(p["angle"])}, {p["noise"]:.2f}, {p["progress"]:.2f}' for p in points.values()
+    ]
+    label = f'`{name}`' if method else name
+    tables['turn_methods' if method else 'turn_credits'].append(
+      f'| {label} | {" | ".join(cells)} |'
+    )
+  return {key: '\n'.join(lines) for key, lines in tables.items()}
 
 
 def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
@@ -122,6 +167,8 @@ def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
     reading=reading(rows, groups),
     left_out='; '.join(f'`{k}` ({v})' for k, v in left_out.items()),
     tables='\n'.join(tables).rstrip(),
+    turn_group=group,
+    **turn_tables(),
   )
   (DOCS / 'estimators.md').write_text(text)
   numbers = {n: {s: p._asdict() for s, p in own.items()} for n, own in rows.items()}

@@ -104,11 +104,9 @@ FEATURES = {
     'of turns; from the environment',
   ),
   'void_turns': Spec(
-    'B', 'number of turns of the row in which the policy did nothing; from the environment'
-  ),
-  'invalid_turns': Spec(
     'B T',
-    '1 in the tokens of a turn that the environment could not read, 0 elsewhere; from the environment',
+    '1 in the tokens of a turn in which the policy neither acted nor answered, 0 elsewhere; from the '
+    'environment',
   ),
   'turn_players': Spec(
     'B T', 'player who took the turn of the token, i32, 0 outside the mask; from the environment'
@@ -116,9 +114,7 @@ FEATURES = {
 }
 
 # What only batches with several turns may have. Functions that look for these arrays do without them.
-OF_TURNS = (
-  *('turn_rewards', 'observation_ids', 'void_turns', 'invalid_turns', 'turn_players', 'turn_ids'),
-)
+OF_TURNS = (*('turn_rewards', 'observation_ids', 'void_turns', 'turn_players', 'turn_ids'),)
 
 # Fields of `types.Outputs`: they carry gradients.
 MODEL = {

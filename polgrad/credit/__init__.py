@@ -652,15 +652,15 @@ def gated(
 def without_void(*, credit: Annotated[Estimator, SIMPLE]) -> Estimator:
   """Rows with a void turn leave the loss and stay in the statistics (SimpleTIR, arXiv:2509.02479).
 
-  A turn is void if the policy neither acted nor answered in it; `void_turns` counts them. The reward of
-  such a row is still part of the means and deviations of its group, so the other rows are credited as
-  if it were there. A batch without `void_turns` has none.
+  A turn is void if the policy neither acted nor answered in it (`void_turns`). The reward of such a row
+  is still part of the means and deviations of its group, so the other rows are credited as if it were
+  there. A batch without `void_turns` has none.
   """
 
   def apply(batch, state):
     credited, state = credit.apply(batch, state)
     if 'void_turns' in batch:
-      kept = batch['void_turns'] == 0
+      kept = ~jnp.any(batch.mask & (batch['void_turns'] > 0), axis=1)
       credited = credited.with_arrays(mask=credited.mask & kept[:, None])
     return credited, state
 

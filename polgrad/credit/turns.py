@@ -1,7 +1,7 @@
 """Estimators of credit for rows with several turns; docs/turn_credit.md says which to choose.
 
 They read the reward of each turn (`turn_rewards`), and some of them what the policy read before a turn
-(`observation_ids`), which turns the environment could not read (`invalid_turns`) or who took them
+(`observation_ids`), in which turns the policy did nothing (`void_turns`) or who took them
 (`turn_players`). Batches of environments have these arrays. In a batch without them a row has its reward
 in its last turn, and only first turns of a prompt begin in the same state.
 """
@@ -74,7 +74,7 @@ def gigpo(
   discount: float = 0.95,
   state_weight: float = 1.0,
   per: Literal['trajectory', 'turn'] = 'trajectory',
-  invalid_penalty: float = 0.1,
+  void_penalty: float = 0.1,
 ) -> Estimator:
   """A = advantage(R) + state_weight advantage(R_k): GiGPO (arXiv:2505.10978).
 
@@ -88,22 +88,22 @@ def gigpo(
     state_weight: of the second term, omega in the paper; 0 gives GRPO.
     per: whether each 'trajectory' counts once in the statistics of the first term, as in the paper, or
       each 'turn', as in the released code, where rows with many turns count more.
-    invalid_penalty: subtracted, for a turn in `invalid_turns`, from its R_k (and not from those of
+    void_penalty: subtracted, for a turn in `void_turns`, from its R_k (and not from those of
       earlier turns) and from its R; where a trajectory counts once, the mean over its turns is
       subtracted from R.
   """
 
   def apply(batch, state):
     ids = turn_ids(batch)
-    invalid = invalid_penalty * _invalid(batch, ids)
-    steps = _returns(batch, ids, discount) - invalid
+    void = void_penalty * _void(batch, ids)
+    steps = _returns(batch, ids, discount) - void
     by_state = turns.at_tokens(_compare(advantage, steps, batch, ids, 'state'), ids, batch.mask)
     if per == 'turn':
-      scores = batch.rewards[:, None] - invalid
+      scores = batch.rewards[:, None] - void
       by_row = turns.at_tokens(_compare(advantage, scores, batch, ids, 'group'), ids, batch.mask)
     else:
       number = jnp.maximum(jnp.sum(turns.present(ids, batch.mask), axis=1), 1)
-      scores = batch.rewards - jnp.sum(invalid, axis=1) / number
+      scores = batch.rewards - jnp.sum(void, axis=1) / number
       by_row = to_tokens(call(advantage, batch.with_arrays(rewards=scores)), batch.mask)
     return batch.with_arrays(advantages=by_row + state_weight * by_state), state
 
@@ -282,11 +282,11 @@ def _players(batch: Batch, ids: Array, players: int) -> Array:
   return batch['turn_players'] if 'turn_players' in batch else ids % players
 
 
-def _invalid(batch: Batch, ids: Array) -> Array:
-  """1 for turns that the environment could not read, [B, T] of turns."""
-  if 'invalid_turns' not in batch:
+def _void(batch: Batch, ids: Array) -> Array:
+  """1 for void turns, [B, T] of turns."""
+  if 'void_turns' not in batch:
     return jnp.zeros(batch.mask.shape)
-  return turns.totals(batch['invalid_turns'], ids, turns.starts(ids, batch.mask))
+  return turns.totals(batch['void_turns'], ids, turns.starts(ids, batch.mask))
 
 
 def _compare(advantage, x: Array, batch: Batch, ids: Array, among: Among) -> Array:

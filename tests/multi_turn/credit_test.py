@@ -91,9 +91,8 @@ def random_batch(seed: int = 0) -> Batch:
     'step_values': per_turn(rng.uniform(size=shape)),
     'opponent': np.tile([0.0, 1.0, 0.0, 1.0], 2),
     'observation_ids': per_turn(seen),
-    'invalid_turns': per_turn(rng.integers(0, 2, shape)),
+    'void_turns': per_turn(rng.integers(0, 2, shape)),
     'turn_players': per_turn(rng.integers(0, 2, shape)),
-    'void_turns': rng.integers(0, 2, ROWS),
     'group_ids': np.arange(ROWS) // GROUP,
     'valid': np.arange(ROWS) != 2,
     'stream': np.tile([0, 1, 1, 1], 2),
@@ -166,7 +165,7 @@ def turns_of(batch):
       turns.append({
         'row': b, 'k': k, 'at': own, 'group': x['group_ids'][b],
         'r': x['turn_rewards'][b, own].sum(), 'state': x['observation_ids'][b, own[0]],
-        'invalid': x['invalid_turns'][b, own[0]], 'player': x['turn_players'][b, own[0]],
+        'void': x['void_turns'][b, own[0]], 'player': x['turn_players'][b, own[0]],
       })  # fmt: skip
     found.append(turns)
   return found
@@ -212,8 +211,8 @@ def gigpo(batch, per):
   }
   for turns in turns_of(batch):
     for t in turns:
-      steps[t['row'], t['k']] -= 0.1 * t['invalid']
-      cost = t['invalid'] if per == 'turn' else np.mean([o['invalid'] for o in turns])
+      steps[t['row'], t['k']] -= 0.1 * t['void']
+      cost = t['void'] if per == 'turn' else np.mean([o['void'] for o in turns])
       totals[t['row'], t['k']] -= 0.1 * cost
   by_state = compared(batch, steps, lambda t: (t['group'], t['state']), True)
   if per == 'turn':
@@ -417,8 +416,9 @@ def test_a_void_row_leaves_the_loss_and_stays_in_the_group():
   inner = credit.outcome(advantage=advantages.group_mean)
   estimator = credit.without_void(credit=inner)
   plain = credit.assign(inner, batch, ())[0]
-  for void, kept in ((None, [1, 1, 1]), ([0, 0, 0], [1, 1, 1]), ([0, 0, 2], [1, 1, 0])):
-    given = batch if void is None else batch.with_arrays(void_turns=padded(void))
+  void = [[0, 0, 0, 0, 0]] * 2 + [[0, 1, 1, 0, 0]]  # the first turn of the last row
+  for marked, kept in ((None, [1, 1, 1]), ([[0], [0], [0]], [1, 1, 1]), (void, [1, 1, 0])):
+    given = batch if marked is None else batch.with_arrays(void_turns=padded(marked))
     got = credit.assign(estimator, given, ())[0]
     np.testing.assert_array_equal(got.mask, batch.mask & padded(kept).astype(bool)[:, None])
     np.testing.assert_array_equal(got.advantages, plain.advantages)

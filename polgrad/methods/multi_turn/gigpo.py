@@ -13,7 +13,7 @@ def gigpo(
   discount: float = 0.95,
   state_weight: float = 1.0,
   per: Literal['trajectory', 'turn'] = 'trajectory',
-  invalid_penalty: float = 0.1,
+  void_penalty: float = 0.1,
 ) -> Method:
   """GiGPO (arXiv:2505.10978): rows of a prompt are compared, and turns that begin in the same state.
 
@@ -33,7 +33,7 @@ def gigpo(
     discount: of rewards, per turn, in the second term.
     state_weight: of the second term; 0 is GRPO with a token mean.
     per: whether a trajectory or a turn counts once in the first term.
-    invalid_penalty: subtracted from R and R_k of a turn that the environment could not read.
+    void_penalty: subtracted from R and R_k of a turn in which the policy did nothing that can be read.
 
   Confidence: CODE (formula as in verl-agent).
   """
@@ -44,7 +44,7 @@ def gigpo(
       discount=discount,
       state_weight=state_weight,
       per=per,
-      invalid_penalty=invalid_penalty,
+      void_penalty=void_penalty,
     ),
     objective=part(
       objectives.PolicyGradient,

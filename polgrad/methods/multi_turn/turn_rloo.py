@@ -12,7 +12,7 @@ def turn_rloo(*, discount: float = 1.0) -> Method:
 
   The baseline of a turn does not depend on that turn, and no turn is credited with earlier rewards. So
   the estimate of the gradient of E[sum of r] is unbiased for `discount` 1 if all rows have the same
-  number of turns, and has less noise than with one advantage per row.
+  number of turns.
 
   Differences: The paper has one turn. A turn that no other sample has gets no credit, which is a bias
   where rows differ in their number of turns.
