@@ -32,6 +32,7 @@ GROUP = 4
 LEFT_OUT = {
   'otr': 'learns from demonstrations',
   'props': 'changes who samples; its estimator is that of a plain PPO',
+  'agentic_arpo': 'changes who samples; its estimator is GRPO without a KL',
   'treerl': 'its rows share tokens; [trees.md](trees.md) has the numbers of the paper',
 }
 

@@ -1,6 +1,7 @@
 """Collectors that branch: further completions of prefixes (`Vines`), and trees (`Trees`)."""
 
 import collections
+import dataclasses
 import doctest
 import itertools
 import types
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, collect, credit, learner, phases
-from polgrad.collect import splits
+from polgrad.collect import branched, splits
 from polgrad.collect import trees as growing
 from polgrad.collect import vines as vines_module
 from polgrad.environments.episodes import Within
@@ -325,7 +326,7 @@ def episodes():
   """Vines on an environment that answers with a digit of its seed, and all rows that were scored."""
   run = build.build(
     runs_test.config(
-      kind=collect.Vines, value_samples=SAMPLES, samples_per_prompt=2, max_new_tokens=10
+      kind=collect.Vines, value_samples=SAMPLES, samples_per_prompt=2, max_new_tokens=12
     )
   )
   phase = examples.changed(run.phases['train'], credit=credit.step_values())
@@ -406,3 +407,67 @@ def test_rows_with_less_room_end_like_rows_whose_columns_are_used_up():
   assert said(5, [1, 1, 1])[1:] == ([(0, None)], {0})
   # The last turn ends in the last column.
   assert said(6, [1, 1, 1], [0])[1:] == ([(0, [8, 9]), (0, None)], set())
+
+
+def test_a_row_is_copied_more_often_where_the_entropy_rises():
+  u = np.random.default_rng(0).random(4000)
+  rate = lambda rise, weight: np.mean([branched.spawns(x, rise, weight, 0.5) for x in u])
+  assert rate(3.0, 0.0) == pytest.approx(0.5, abs=0.03)
+  assert rate(1.0, 0.2) == pytest.approx(0.7, abs=0.03)
+  assert rate(-1.0, 0.2) == pytest.approx(0.3, abs=0.03)
+  assert rate(9.0, 0.2) == 1.0 and not doctest.testmod(branched).failed
+
+
+@pytest.fixture(scope='module')
+def copied():
+  """Four rows of each prompt, two of which start at it; every reply has a copy while rows are left."""
+  settings = dict(kind=collect.Branched, samples_per_prompt=4, max_new_tokens=12, threshold=1.0)
+  run = build.build(runs_test.config(**settings))
+  phase = run.phases['train']
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    steps = phase.collect.make(phases.context(run, phase, 0)).__self__
+    draw = lambda number: phases.Drawer(phase, seed=0, cursor=0)(number)
+    drawn, records = steps.sample(state, draw, 0)
+    logp = np.asarray(learner.forward(run.policy, state.params, drawn.batch).logp)
+    batch, report = steps.score(drawn, records, state, draw, 0)
+
+  def sample(**changes):
+    other = dataclasses.replace(steps.settings, **changes)
+    with jax.set_mesh(run.mesh):
+      return dataclasses.replace(steps, settings=other).sample(state, draw, 0)[0]
+
+  return drawn, logp, batch, report, sample
+
+
+def test_copies_go_on_from_the_state_behind_a_reply(copied):
+  drawn, logp, batch, report, _ = copied
+  assert len(batch.tokens) == 16 and 'anew' not in batch
+  np.testing.assert_array_equal(batch.group_ids, np.arange(16) // 4)
+  anew = drawn.batch['anew'].reshape(4, 4)
+  assert not anew[:, :2].any() and (anew[:, 2:] > 0).all()  # all rows have a reply to go on from
+  for row in np.flatnonzero(anew):
+    own = drawn.episodes[row]
+    turn, group = anew.flat[row], range(row - row % 4, row)
+    start = turns(batch.mask[row])[turn].start
+    same = [i for i in group if np.array_equal(batch.tokens[i, :start], batch.tokens[row, :start])]
+    assert same and own.turns[:turn] == drawn.episodes[same[0]].turns[:turn]
+    digits = {*own.observations}
+    assert len(digits) == 1 and digits == {*drawn.episodes[same[0]].observations}
+    assert batch['turn_rewards'][row].sum() == pytest.approx(sum(own.rewards))
+  assert not any(episode.states for episode in drawn.episodes)
+  np.testing.assert_allclose(batch.behavior_logp[batch.mask], logp[batch.mask], atol=1e-5)
+  assert len({tuple(row) for row in batch.tokens}) == 16
+  assert report.metrics['branches/copies'] == 0.5
+  assert (
+    batch.mask.sum() > report.metrics['branches/tokens'] > batch.mask.reshape(4, 4, -1)[:, :2].sum()
+  )
+
+
+def test_rows_that_are_left_start_at_the_prompt_with_seeds_of_their_own(copied):
+  *_, sample = copied
+  drawn = sample(threshold=0.0, entropy_weight=0.0)
+  assert len(drawn.batch.tokens) == 16 and not drawn.batch['anew'].any()
+  seen = [{*episode.observations} for episode in drawn.episodes]
+  groups = [set.union(*seen[i : i + 4]) for i in range(0, 16, 4)]
+  assert max(map(len, groups)) > 2

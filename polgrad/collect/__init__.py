@@ -5,6 +5,7 @@
 | `Rollouts` | samples completions of prompts, scores and credits them |
 | `Vines` | the same, and estimates the value of the state before each step by further completions |
 | `Trees` | samples completions as trees, whose branches say how good their nodes are |
+| `Branched` | samples episodes, some of which are copies of others up to a reply |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
@@ -27,6 +28,7 @@ from typing import Annotated
 
 from polgrad.collect import picks
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
+from polgrad.collect.branched import Branched
 from polgrad.collect.data import Demonstrations, Feedback, Given, Lists, Preferences
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
@@ -38,6 +40,7 @@ from polgrad.registry import table
 
 __all__ = [
   'TABLE',
+  'Branched',
   'Collected',
   'Collector',
   'Context',
@@ -63,6 +66,15 @@ __all__ = [
 ]
 
 TABLE = table(
-  'collect', Rollouts, Vines, Trees, Explored, Demonstrations, Preferences, Feedback, Lists
+  'collect',
+  Rollouts,
+  Vines,
+  Trees,
+  Branched,
+  Explored,
+  Demonstrations,
+  Preferences,
+  Feedback,
+  Lists,
 )
 Part = Annotated[Collector, TABLE]

@@ -52,6 +52,7 @@ class Continuer:
     meter: speed.Meter,
     records: Sequence[dict],
     episodes: Sequence[Episode] = (),
+    anew: bool = False,
   ) -> Drawn:
     """Rows of the prefixes, NumPy, prefix-major, and their episodes.
 
@@ -63,12 +64,13 @@ class Continuer:
       meter: of the phase.
       records: of the prompts of the prefixes.
       episodes: of the rows of the batch, with their states, if there is an environment.
+      anew: whether prefixes are prompts whose episodes begin anew, with seeds of their own.
     """
     count = len(prefixes.rows)
     index = np.minimum(np.arange(self.prefixes), count - 1)
     filled = prefixes.taken(index)
     params = parameter_sets(state, self.context.frozen)
-    more = {'begun': _begun(batch, filled, episodes)} if episodes else {}
+    more = {'begun': _begun(batch, filled, episodes)} if episodes and not anew else {}
     with meter.timing('rollout'):
       drawn, continued = self.draw(
         {name: params[name] for name in self.reads},

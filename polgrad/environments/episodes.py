@@ -152,12 +152,13 @@ class Episodes:
   def _reply(self, row: int, answer: Any) -> list[int] | None:
     """Notes what the environment answered, and returns the tokens to append; None ends the row."""
     episode = self.episodes[row]
+    state = self._states[row].result()
+    if self._keep and not isinstance(state, Failure):
+      episode.states.append(state)
     if isinstance(answer, Failure):
       episode.failure = answer
       return None
     reply: Reply = answer
-    if self._keep:
-      episode.states.append(self._states[row].result())
     episode.answered(reply)
     if reply.done or len(episode.turns) >= self._pool.environment.max_turns:
       return None

@@ -1,4 +1,4 @@
-"""Weights of methods whose rollouts branch: VinePPO and TreeRL."""
+"""Weights of methods whose rollouts branch: VinePPO, TreeRL and agentic ARPO."""
 
 import numpy as np
 
@@ -17,4 +17,8 @@ def treerl(x):
   return sequence_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
 
 
-ORACLES = {'vineppo': vineppo, 'treerl': treerl}
+def agentic_arpo(x):
+  return token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
+
+
+ORACLES = {'vineppo': vineppo, 'treerl': treerl, 'agentic_arpo': agentic_arpo}
