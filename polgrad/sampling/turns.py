@@ -40,6 +40,9 @@ from polgrad.sharding import constrain, place_batch
 from polgrad.types import Array, Batch, Params
 
 CHUNK = 16  # tokens of a reply that are read at once
+# Of the slots of a queue, one in SHARE is served together: that number of slots reads a chunk, and that
+# number has ended a turn, or is idle, before draws are interrupted.
+SHARE = 8
 # Draws that are made at most while the host has something to do: a turn has ended, or a reply is due.
 LATEST = 8
 
@@ -62,6 +65,16 @@ class Told(NamedTuple):
   stopped: Array  # bool, whether a stop token or a stop string has ended the turn
   tokens: Array  # i32[Q * S, C], the tokens of the turn, and behind them anything
   queued: Array  # i32[Q], rows that have had no slot yet, by queue
+
+  @property
+  def idle(self) -> np.ndarray:
+    """bool[Q * S], the slots without a row."""
+    return self.row < 0
+
+  @property
+  def running(self) -> np.ndarray:
+    """bool[Q * S], the slots whose row gets a token by the next draw."""
+    return (self.row >= 0) & ~self.waiting
 
 
 class Chunk(NamedTuple):
@@ -174,14 +187,14 @@ class TurnSampler(Sampler):
     prompt_ids: Array,
     seed: Array,
     step: Array,
-  ) -> tuple[dict[str, Params], Array, Prefilled, Turns]:
-    """Unstacked parameters, keys of the rows, the prompts, and a state without a row in a slot."""
+  ) -> tuple[dict[str, Params], Array, Prefilled, Turns, Told]:
+    """Unstacked parameters, keys of the rows, the prompts, and a state in which all slots are idle."""
     params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
     state = self.start(prompts, tokens.shape[1])
     turns = Turns(state, jnp.zeros_like(state.made), jnp.zeros_like(state.drawn))
-    return params, keys, prompts, settled(turns)
+    return params, keys, prompts, settled(turns), self.tell(turns)
 
   def fill(self, prompts: Prefilled, turns: Turns) -> Turns:
     """Gives idle slots the next rows of their queue."""
@@ -207,7 +220,7 @@ class TurnSampler(Sampler):
     Args:
       width: columns of the prompts.
     """
-    state, slot, count, last = turns.decoding, *chunk[:1], *chunk[2:]
+    state, slot, count = turns.decoding, chunk.slot, chunk.count
     of = lambda x: take(x, slot)
     made = of(merge(state.made))
     places = jnp.broadcast_to(jnp.arange(CHUNK)[None], chunk.tokens.shape)
@@ -233,9 +246,9 @@ class TurnSampler(Sampler):
     number = of(merge(state.row)).reshape(slot.shape) - state.end - 1
     column = jnp.where(valid, made[:, None] + places, self.max_new_tokens)
     place = (number[..., None], column.reshape(*slot.shape, -1))
-    complete = jnp.where(last.reshape(slot.shape), slot, state.row.shape[1])
+    complete = jnp.where(chunk.last.reshape(slot.shape), slot, state.row.shape[1])
     change = lambda x, slot, value: put(merge(x), (slot,), value).reshape(x.shape)
-    begins = jnp.full_like(number, self.stop_table.start) if self.stop_table else None
+    begins = jnp.full(slot.shape, self.stop_table.start, jnp.uint8) if self.stop_table else None
     made = made + count
     state = state._replace(
       row=change(state.row, complete, number),
@@ -260,12 +273,12 @@ class TurnSampler(Sampler):
   ) -> tuple[Turns, Told]:
     """Draws until no slot runs or the host is needed.
 
-    The host is needed when an eighth of a queue's slots (at least one) have ended a turn, or `LATEST`
-    draws after the first of them did. If replies are `due`, these draws count from the beginning.
+    The host is needed when K slots of a queue have ended a turn (see `at_once`), or `LATEST` draws after
+    the first of them did. If replies are `due`, these draws count from the beginning.
     """
     draw = functools.partial(self.draw, params, keys, following, width)
     before = jnp.sum(turns.decoding.waiting, axis=1)
-    patience = max(1, turns.begun.shape[1] // 8)
+    patience = at_once(turns.begun.shape[1])
 
     def ended(turns: Turns) -> Array:
       return jnp.sum(turns.decoding.waiting, axis=1) - before
@@ -356,35 +369,28 @@ class Rollout:
     self._close = jit(sampler.close)
     self._extend = jit(sampler.extend, static_argnames='width', donate_argnums=1)
     self._advance = jit(sampler.advance, static_argnames='width', donate_argnums=3)
-    self._tell = jit(sampler.tell)
     self._end = jit(sampler.end, static_argnames='padding')
 
   def run(self, params, prompts, seed, step, padding: int, replies: Replies | None) -> Batch:
     """The batch for prompts (tokens, mask, ids) that were trimmed by `padding` columns."""
     width = prompts[0].shape[1]
-    params, keys, read, turns = self._begin(params, *prompts, seed, step)
-    told = self._read(self._tell(turns))
-    desk = Desk(self._sampler, replies)
-    while (told.row >= 0).any() or told.queued.any():
+    params, keys, read, turns, told = self._begin(params, *prompts, seed, step)
+    told, desk = on_host(told), Desk(self._sampler, replies)
+    while not told.idle.all() or told.queued.any():
       plan = shared(desk.plan(told) if jax.process_index() == 0 else None, told)
-      # All processes do the same from here on, because `told` and `plan` are equal in all of them.
+      # From here on all processes do the same, because `told` and `plan` are equal in all of them.
       if plan.over.any():
         turns = self._close_rows(turns, plan)
       for chunk in zip(*plan.chunks):
         turns = self._extend(params, turns, Chunk(*self._place(chunk)), width=width)
-      running = (told.row >= 0) & ~told.waiting
-      if self._refill_due(told, plan, running.any()):
-        turns = self._fill(read, turns)
-      elif not running.any() and not plan.chunks.last.any():
-        # Nothing to draw: the host goes on waiting.
-        told = told._replace(row=np.where(plan.over, -1, told.row))
-        continue
-      turns, told = self._advance(params, keys, self._following, turns, plan.due, width=width)
-      told = self._read(told)
+      drawing = (told.running & ~plan.over).any() or plan.chunks.last.any()
+      told = told._replace(row=np.where(plan.over, -1, told.row))
+      if self._refill_due(told, drawing):
+        turns, drawing = self._fill(read, turns), True
+      if drawing:
+        turns, told = self._advance(params, keys, self._following, turns, plan.due, width=width)
+        told = on_host(told)
     return self._end(turns, *prompts, padding=padding)
-
-  def _read(self, told: Told) -> Told:
-    return jax.tree.map(np.asarray, told)
 
   def _close_rows(self, turns: Turns, plan: Plan) -> Turns:
     state = turns.decoding
@@ -392,13 +398,11 @@ class Rollout:
     row, finished = self._close(state.row, state.finished, over, finished)
     return turns._replace(decoding=state._replace(row=row, finished=finished))
 
-  def _refill_due(self, told: Told, plan: Plan, running: bool) -> bool:
-    """Whether idle slots get rows now: it costs a copy of all caches, so it waits for an eighth."""
-    idle = ((told.row < 0) | plan.over).reshape(len(told.queued), -1).sum(axis=1)
-    idle = idle[told.queued > 0]
-    resting = not running and not plan.chunks.last.any()
-    patience = 1 if resting else max(1, len(told.row) // len(told.queued) // 8)
-    return bool((idle >= patience).any())
+  def _refill_due(self, told: Told, drawing: bool) -> bool:
+    """Whether idle slots get rows now: it rewrites all caches, so it waits until some are idle."""
+    idle = told.idle.reshape(len(told.queued), -1)
+    patience = at_once(idle.shape[1]) if drawing else 1
+    return bool((idle.sum(axis=1)[told.queued > 0] >= patience).any())
 
   def _place(self, arrays: tuple) -> tuple:
     return arrays if self._mesh is None else place_batch(self._mesh, arrays)
@@ -414,16 +418,16 @@ class Desk:
 
   def plan(self, told: Told) -> Plan:
     """Hands in the turns that have ended, and decides what to do with the replies that have come."""
-    for slot in np.flatnonzero(told.waiting & (told.row >= 0)).tolist():
+    for slot in np.flatnonzero(told.waiting & ~told.idle).tolist():
       row = int(told.row[slot])
       if row not in self._asked:
         self._asked[row] = slot
         ids = told.tokens[slot, : told.count[slot]].tolist()
         self._replies.ask(row, ids, bool(told.stopped[slot]))
     # Where nothing can be drawn, there is nothing to do but to wait.
-    idle = (told.row < 0).reshape(len(told.queued), -1).any(axis=1)
-    busy = ((told.row >= 0) & ~told.waiting).any() or (idle & (told.queued > 0)).any()
-    taken = self._replies.take(wait=not busy) if self._asked else []
+    idle = told.idle.reshape(len(told.queued), -1).any(axis=1)
+    drawing = told.running.any() or (idle & (told.queued > 0)).any()
+    taken = self._replies.take(wait=not drawing) if self._asked else []
     over, finished = np.zeros((2, len(told.row)), bool)
     texts = {}
     for row, ids in taken:
@@ -448,6 +452,11 @@ class Desk:
         f'{min(ids)} to {max(ids)}'
       )
     return self._asked.pop(row)
+
+
+def on_host(told: Told) -> Told:
+  """NumPy arrays, in every process."""
+  return jax.tree.map(np.asarray, told)
 
 
 def chunks(texts: Mapping[int, Sequence[int]], queues: int, slots: int) -> Chunk:
@@ -489,8 +498,8 @@ def empty_chunks(number: int, queues: int, slots: int) -> Chunk:
 
 
 def at_once(slots: int) -> int:
-  """K, the slots of a queue that read a chunk together."""
-  return max(1, slots // 8)
+  """K, the slots that are served together, of the slots of a queue."""
+  return max(1, slots // SHARE)
 
 
 def shared(plan: Plan | None, told: Told) -> Plan:

@@ -1,16 +1,21 @@
 """Rows of several turns equal one forward pass over them, whenever their replies come."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from polgrad.sampling import make_sampler, make_turn_sampler
+from polgrad import sharding
+from polgrad.sampling import behavior_policies, make_sampler, make_turn_sampler, processors
+from polgrad.sampling.stopping import StopTable
 from polgrad.types import Batch
 from tests.models import tiny
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 POLICY, PARAMS = tiny.policy(), tiny.params()
 STOPS = (3, 5, 8)
 WIDTH, NEW, GROUP = 6, 44, 3
@@ -59,14 +64,14 @@ class Script:
 
 
 @functools.cache
-def sampler(**settings):
-  return make_turn_sampler({'policy': POLICY}, **{**SETTINGS, **settings})
+def sampler():
+  return make_turn_sampler({'policy': POLICY}, **SETTINGS)
 
 
-def rollout(replies, sample=None, **settings) -> Batch:
-  sample = sample or sampler(**settings)
+def rollout(replies, sample=None, params=None) -> Batch:
+  sample, params = sample or sampler(), params or {'policy': PARAMS}
   return jax.tree.map(
-    np.asarray, sample({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0, replies=replies)
+    np.asarray, sample(params, TOKENS, MASK, IDS, seed=0, step=0, replies=replies)
   )
 
 
@@ -86,24 +91,25 @@ def test_rows_of_several_turns_equal_one_forward_pass():
   assert_told(out, script)
 
 
-def assert_scored(out: Batch, policy=POLICY, temperature: float = 0.7):
+def assert_scored(out: Batch, policy=POLICY, process=lambda logits: logits):
+  """The log-probs are those of one forward pass over the finished rows."""
   logits = policy.unembed(PARAMS, policy.hidden(PARAMS, out.tokens, out.segment_ids))
-  logp = jax.nn.log_softmax(logits[:, :-1] / temperature)
+  logp = jax.nn.log_softmax(process(logits[:, :-1] / SETTINGS['temperature']))
   logp = jnp.take_along_axis(logp, out.tokens[:, 1:, None], axis=-1)[..., 0]
   logp = np.pad(logp, ((0, 0), (1, 0)))
   np.testing.assert_allclose(out.behavior_logp, np.where(out.mask, logp, 0), atol=1e-5)
 
 
-def assert_told(out: Batch, script: Script, stops=lambda ids: ids[-1] in STOPS, columns=NEW):
+def assert_told(out: Batch, script: Script, stops=lambda ids: ids[-1] in STOPS):
   """The rows hold what the policy has said and read, one after the other."""
   assert len(script.asked) == len(out.tokens)
   for row, turns in script.asked.items():
     said, drawn = [], []
     for number, (ids, ended) in enumerate(turns, start=1):
       said, drawn = said + ids, drawn + [True] * len(ids)
-      assert ended == stops(ids) and not set(ids[:-1]) & set(STOPS)
+      assert ended == stops(ids) and not any(stops(ids[:n]) for n in range(1, len(ids)))
       reply = script.reply(row, number)
-      fits = reply is not None and len(said) + len(reply) < columns
+      fits = reply is not None and len(said) + len(reply) < NEW
       assert fits == (number < len(turns))
       if fits:
         said, drawn = said + reply, drawn + [False] * len(reply)
@@ -117,5 +123,107 @@ def assert_told(out: Batch, script: Script, stops=lambda ids: ids[-1] in STOPS, 
 
 @pytest.mark.parametrize('order', ['first', 'last', 'late'])
 def test_a_batch_is_the_same_bit_by_bit_whenever_its_replies_come(order):
+  jax.tree.map(np.testing.assert_array_equal, rollout(Script(4, order=order)), rollout(Script(4)))
+
+
+# A turn ends with a stop token, with a token twice, or after six tokens.
+TWICE = 22
+FOLLOWING = np.zeros((3, tiny.VOCAB), np.uint8)
+FOLLOWING[0, TWICE], FOLLOWING[1, TWICE], FOLLOWING[2] = 1, 2, 2
+MANY = dict(
+  turn_tokens=6, stop_table=StopTable(FOLLOWING, start=0, end=2), top_k=9, slots=5,
+  default=tiny.policy(window=5, local_layers=(0,)), behavior_policy=behavior_policies.geometric_mixture,
+)  # fmt: skip
+
+
+def test_slots_stop_strings_budgets_and_a_mixture_of_models_with_local_layers():
+  sets = {'policy': PARAMS, 'reference': tiny.params(1)}
+  sample = make_turn_sampler({}, **SETTINGS, **MANY)
+  script = Script(4, 9)
+  out = rollout(script, sample, params=sets)
+  stops = lambda ids: ids[-1] in STOPS or ids[-2:] == [TWICE, TWICE]
+  assert_told(out, script, stops)
+  turns = [turn for row in script.asked.values() for turn in row]
+  assert max(len(ids) for ids, _ in turns) == 6
+  assert any(ended and ids[-1] == TWICE for ids, ended in turns)
+  # A turn that ends with the first half of the string does not make the next one shorter.
+  pairs = [
+    (a[-1], b[0]) for row in script.asked.values() for (a, _), (b, _) in itertools.pairwise(row)
+  ]
+  assert (TWICE, TWICE) in pairs
+  policy = MANY['default']
+  other = policy.unembed(
+    sets['reference'], policy.hidden(sets['reference'], out.tokens, out.segment_ids)
+  )
+  mixed = lambda logits: processors.top_k((logits + other[:, :-1] / 0.7) / 2, k=9)
+  assert_scored(out, policy, mixed)
+  # The order of replies decides which slot a row gets, and changes nothing.
+  late = rollout(Script(4, 9, 'late'), sample, params=sets)
+  np.testing.assert_array_equal(late.tokens, out.tokens)
+  np.testing.assert_allclose(late.behavior_logp, out.behavior_logp, atol=1e-5)
+
+
+def test_a_mesh_of_eight_devices_gives_the_rows_of_one():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  policy = jax.tree.map(np.asarray, PARAMS)
+  shardings = sharding.param_shardings(mesh, POLICY.axes(policy), policy)
+  params = {'policy': sharding.place(policy, shardings)}
+  sample = make_turn_sampler({'policy': POLICY}, mesh=mesh, **{**SETTINGS, 'slots': 8})
+  prompts = [np.asarray(x) for x in (TOKENS, MASK, IDS)]
+  script = Script(4, order='last')
+  out = sharding.to_host(sample(params, *prompts, seed=0, step=0, replies=script))
   expected = rollout(Script(4))
-  jax.tree.map(np.testing.assert_array_equal, rollout(Script(4, order=order)), expected)
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  np.testing.assert_array_equal(out.segment_ids, expected.segment_ids)
+  np.testing.assert_allclose(out.behavior_logp, expected.behavior_logp, atol=1e-5)
+
+
+def test_other_processes_follow_the_first_one(monkeypatch):
+  """The second process is played: it gets what the first one broadcasts, and no replies."""
+  sent = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(
+    multihost_utils, 'broadcast_one_to_all', lambda tree: sent.append(tree) or tree
+  )
+  first = rollout(Script(4, order='last'))
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+
+  def received(tree):
+    told = sent.pop(0)
+    assert jax.tree.map(np.shape, told) == jax.tree.map(np.shape, tree)
+    return told
+
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', received)
+  second = rollout(None)
+  jax.tree.map(np.testing.assert_array_equal, second, first)
+  assert not sent
+
+
+@pytest.mark.parametrize(
+  'reply, message',
+  [
+    ([], 'the reply to row 0 has no tokens; one that ends the row is None'),
+    ([2, tiny.VOCAB], 'the reply to row 0 has tokens outside of the vocabulary of 23: 2 to 23'),
+  ],
+)
+def test_replies_that_cannot_be_read_are_refused(reply, message):
+  class Wrong(Script):
+    def take(self, wait):
+      return [(0, reply)] if 0 in self.open else super().take(wait)
+
+  with pytest.raises(ValueError, match=message):
+    rollout(Wrong(4))
+
+
+def test_a_reply_that_nobody_waits_for_is_refused():
+  class Twice(Script):
+    def take(self, wait):
+      return super().take(wait) * 2
+
+  with pytest.raises(ValueError, match=r'a reply to row \d+, which waits for none'):
+    rollout(Twice(4))
+
+
+def test_a_negative_budget_is_refused():
+  with pytest.raises(ValueError, match='turn_tokens must be 0'):
+    make_turn_sampler({'policy': POLICY}, turn_tokens=-1, **SETTINGS)
