@@ -49,6 +49,8 @@ class Tools(Environment):
   tools: Mapping[str, toolbox.Part]  # by the names that the policy calls
   form: Form = 'template'
   marks: tuple = ('<', '>')  # what begins and ends an inline call
+  # What a system turn says of the tools, with `{tools}` in their place; '' is a text of polgrad.
+  description: str = ''
   failed: str = 'error'  # what the policy reads of an inline call with an error
   answer: str = ''  # a text that every answer has, such as `<answer>`; '' is any text
   error_penalty: NotNegative = 0.0  # taken from the reward of a turn with an error
@@ -96,13 +98,16 @@ class Tools(Environment):
     return {**record, 'messages': with_system(record['messages'], self._description())}
 
   def _description(self) -> str:
-    if self.form == 'described':
-      return DESCRIPTION.format(tools='\n'.join(map(json.dumps, self.schemas)))
     begin, end = self.marks
     told = [one['function'] for one in self.schemas]
+    short = '\n'.join(f'{one["name"]}: {one["description"]}' for one in told)
+    tools = short if self.form == 'inline' else '\n'.join(map(json.dumps, self.schemas))
+    if self.description:
+      return self.description.replace('{tools}', tools)
+    if self.form == 'described':
+      return DESCRIPTION.format(tools=tools)
     named = '' if len(told) == 1 else 'NAME '
-    lines = [f'{one["name"]}: {one["description"]}' for one in told]
-    return INLINE.format(tools='\n'.join(lines), example=f'{begin}{named}...{end}', end=end)
+    return INLINE.format(tools=tools, example=f'{begin}{named}...{end}', end=end)
 
   def reset(self, record: Mapping, seed: int) -> int:
     """The number of turns so far: the tools have no state."""

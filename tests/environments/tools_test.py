@@ -80,6 +80,8 @@ def test_a_record_gets_the_tools_in_the_place_of_its_form():
   )
   assert both['messages'][0]['content'].startswith('Be kind.\n\nYou can')
   assert 'write <<NAME ...>>' in both['messages'][0]['content']
+  own = Tools(tools=BOTH.tools, form='inline', description='Say <a>:\n{tools}').opened(record)
+  assert own['messages'][0]['content'].startswith('Say <a>:\nshout: Repeats a text loudly.\n')
   assert ONE.opened({'id': 0, 'prompt': '1+1='}) == {'id': 0, 'prompt': '1+1='}
   with pytest.raises(ValueError, match='no place for tools'):
     BOTH.opened({'id': 0, 'prompt': '1+1='})
