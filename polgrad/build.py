@@ -21,10 +21,9 @@ import numpy as np
 from polgrad import collect, objectives, optim, reward_models, sharding
 from polgrad import credit as credits
 from polgrad import trackers as tracking
-from polgrad.checks import duplicates, tracing
-from polgrad.checks.findings import Finding, source_field
+from polgrad.checks import answers, duplicates, tracing
+from polgrad.checks.findings import Finding, reader_field, source_field
 from polgrad.data import batching, chat, sources, tokenizers
-from polgrad.environments import conversation
 from polgrad.learner import Learner
 from polgrad.models import Part as ModelPart
 from polgrad.models.kernels import ATTENTION, PLATFORMS
@@ -43,7 +42,6 @@ from polgrad.registry import (
   unbound,
 )
 from polgrad.rewards import comparisons, scoring
-from polgrad.rewards.worker import Failure
 from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
@@ -579,7 +577,7 @@ def check_data(run: Experiment) -> list[str]:
     if one.judged:
       told += _try_verifiers(f'{one.path}.reward', one.judged, one.source, run.tokenizer)
       _try_judge(one, run.tokenizer)
-    _try_environment(one, run.tokenizer)
+    told += [str(x) for x in try_environment(one, run.tokenizer).findings]
     lines, asked[one.path] = _look(one, run.tokenizer)
     told += lines
   return told + [str(one) for one in leaks(sections, asked)]
@@ -594,11 +592,6 @@ class DataSection(NamedTuple):
   reader: collect.Collector | HeldOut  # lays the records out
   judged: Judged | None  # has the verifiers of completions of these records; None: there are none
   held_out: bool  # whether the records are only measured
-
-  @property
-  def turns(self) -> str:
-    """The place in the configuration that says who answers turns."""
-    return self.path if self.path == 'config.evaluation' else f'{self.path}.collect'
 
 
 def data_sections(run: Experiment) -> list[DataSection]:
@@ -691,7 +684,14 @@ def _try_judge(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
     )
 
 
-def _try_environment(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
+class Tried(NamedTuple):
+  """What the environment of a section answered to an empty turn."""
+
+  answers: list[answers.Answer]  # [] without an environment
+  findings: list[Finding]
+
+
+def try_environment(section: DataSection, tokenizer: tokenizers.Tokenizer) -> Tried:
   """Lets the environment of a section answer an empty turn on a few records.
 
   Raises:
@@ -699,18 +699,15 @@ def _try_environment(section: DataSection, tokenizer: tokenizers.Tokenizer) -> N
   """
   reader, source = section.reader, section.source
   if not isinstance(reader, collect.Turns) or not reader.has_environment or not len(source):
-    return
+    return Tried([], [])
   records = [{**source[i], 'id': i} for i in sources.spaced(len(source), TRIED)]
-  with _placing(f'{section.turns}.environment'):
-    opened = reader.opened(records)
-    conversation.check(reader.environment, opened[0], reader.own(tokenizer))
-    states = [reader.pool.reset(record, 0).result() for record in opened]
-    found = [s if isinstance(s, Failure) else reader.pool.step(s, '').result() for s in states]
-    if all(isinstance(one, Failure) for one in found):
-      raise ValueError(
-        f'it fails on all of {len(records)} records, where it answers an empty turn '
-        f'({found[0].kind}: {found[0].reason}); a turn that makes no sense should be answered too'
-      )
+  path = f'{reader_field(section.path)}.environment'
+  with _placing(path):
+    found = answers.answers(reader, records, tokenizer)
+  wrong = answers.findings(path, found, source.place)
+  if any(one.fails for one in wrong):
+    raise ValueError(str(wrong[0]))
+  return Tried(found, wrong)
 
 
 def _first_reason(section: DataSection, tokenizer: tokenizers.Tokenizer) -> str:

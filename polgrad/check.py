@@ -27,7 +27,17 @@ from absl import flags
 from tqdm import tqdm
 
 from polgrad import cli, collect, paths, phases
-from polgrad.build import TABLE, DataSection, Experiment, HeldOut, build, data_sections, leaks
+from polgrad.build import (
+  TABLE,
+  DataSection,
+  Experiment,
+  HeldOut,
+  Tried,
+  build,
+  data_sections,
+  leaks,
+  try_environment,
+)
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
 from polgrad.checks.findings import Finding
 from polgrad.data import chat, sources, tokenizers
@@ -151,6 +161,31 @@ def check_verifiers(section: DataSection, run: Experiment, most: int) -> Section
   wrong = canaries.findings(section.path, canary, place)
   wrong += canaries.unanswered(section.path, section.judged.reward, judge, records, place)
   return Section(title, lines, wrong)
+
+
+def check_environment(section: DataSection, tried: Tried) -> Section:
+  """What the environment of a section answers to an empty turn."""
+  said = lambda one: 'the episode is over' if one.done else repr(one.said[:60])
+  lines = tables.table(
+    ('record', 'milliseconds', 'reward', 'answer'),
+    [
+      (section.source.place(one.row), f'{1000 * one.seconds:.1f}', f'{one.reward:g}', said(one))
+      if not one.failure
+      else (
+        section.source.place(one.row),
+        '-',
+        '-',
+        f'{one.failure.kind}: {one.failure.reason}'[:60],
+      )
+      for one in tried.answers
+    ],
+  )
+  environment = section.reader.environment
+  name = type(environment).__name__
+  title = (
+    f'{section.path}: {name} answers an empty turn; an episode has {environment.max_turns} at most'
+  )
+  return Section(title, lines, tried.findings)
 
 
 def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any) -> Section:
@@ -281,6 +316,9 @@ def check_data(
     wrong = leaks(sections, asked)
     yield Section('held-out prompts in training data', _none_if(wrong), wrong)
   for section in sections:
+    tried = try_environment(section, run.tokenizer)
+    if tried.answers:
+      yield check_environment(section, tried)
     spec, source = specs(config, section)
     key = json.dumps([source, spec['reward']])
     if section.judged and section.judged.reward and key not in seen:

@@ -4,7 +4,7 @@
 
 The configuration is config.json of the run. Nothing in the run's folder is changed. A difference means
 that the run cannot be reproduced here: another machine, another version of a library, other data, or a
-verifier that is not a function of its arguments.
+verifier or an environment that is not a function of its arguments.
 """
 
 import os
