@@ -178,9 +178,9 @@ def report_places(mark: mmap.mmap) -> None:
     mark[0] = STEP
     return update(self, state, batch, step)
 
-  def saving(experiment, checkpoints, identity, state):
+  def saving(experiment, checkpoints, identity, state, **more):
     mark[0] = SAVE
-    save(experiment, checkpoints, identity, state)
+    save(experiment, checkpoints, identity, state, **more)
     last = len(experiment.order) - 1
     ended = int(state.phase) == last
     ended = ended and int(state.phase_step) >= experiment.phases[experiment.order[last]].steps
