@@ -54,6 +54,12 @@ def advantages_of(estimator, batch, state=None) -> np.ndarray:
   return np.asarray(credit.assign(estimator, batch, state)[0].advantages)
 
 
+@functools.cache
+def compiled(estimator):
+  """`credit.assign` as one program, for an estimator that several tests call."""
+  return jax.jit(lambda batch, state: credit.assign(estimator, batch, state))
+
+
 def of_turns(values, batch) -> list[list[float]]:
   """The values at tokens, one number a turn; all tokens of a turn must have the same."""
   found = []
@@ -138,8 +144,8 @@ def with_masked_tokens(batch: Batch, seed: int) -> tuple[Batch, np.ndarray]:
 def test_masked_tokens_anywhere_change_no_credit(name):
   estimator, batch = ESTIMATORS[name], random_batch()
   holed, place = with_masked_tokens(batch, seed=1)
-  expected, state = credit.assign(estimator, batch, estimator.init())
-  got, holed_state = credit.assign(estimator, holed, estimator.init())
+  expected, state = compiled(estimator)(batch, estimator.init())
+  got, holed_state = compiled(estimator)(holed, estimator.init())
   for key in estimator.provides:
     x, wanted = np.asarray(got[key]), np.asarray(expected[key])
     if x.ndim == 2:
@@ -424,24 +430,23 @@ def test_a_void_row_leaves_the_loss_and_stays_in_the_group():
     np.testing.assert_array_equal(got.advantages, plain.advantages)
 
 
-D = jnp.array([[0.1, 0.3, 50.0, -0.2]])
-IDS, SEEN = jnp.array([[0, 0, -1, 1]]), jnp.array([[True, True, False, True]])
-
-
 def test_ratios_of_tokens_turns_and_rows():
   """What the tool said has a log-ratio of 50 here."""
+  d, ids, seen = (
+    padded([x]) for x in ([0.1, 0.3, 50.0, -0.2], [0, 0, 0, 1], [True, True, False, True])
+  )
   for found, expected in (
-    (ratios.token(D, SEEN), [1.10517, 1.34986, 0.81873]),
-    (ratios.turn_geometric(D, IDS, SEEN), [1.2214, 1.2214, 0.81873]),
-    (ratios.sequence_product(D, SEEN), [1.2214] * 3),
-    (ratios.sequence_geometric(D, SEEN), [1.06894] * 3),
+    (ratios.token(d, seen), [1.10517, 1.34986, 0.81873]),
+    (ratios.turn_geometric(d, ids, seen), [1.2214, 1.2214, 0.81873]),
+    (ratios.sequence_product(d, seen), [1.2214] * 3),
+    (ratios.sequence_geometric(d, seen), [1.06894] * 3),
   ):
-    np.testing.assert_allclose(np.exp(found)[np.asarray(SEEN)], expected, atol=6e-6)
+    np.testing.assert_allclose(np.exp(found)[np.asarray(seen)], expected, atol=6e-6)
 
 
 def test_turns_count_the_same_in_their_mean():
-  loss = jnp.array([[1.0, 3.0, np.nan, 7.0], [5.0, 0.0, 0.0, 0.0]])
-  where = jnp.array([[True, True, False, True], [True, False, False, False]])
+  loss = padded([[1.0, 3.0, np.nan, 7.0], [5.0, 0.0, 0.0, 0.0]])
+  where = padded([[True, True, False, True], [True, False, False, False]])
   assert aggregation.turn_mean(loss, where).value() == (2 + 7 + 5) / 3
 
 
@@ -495,9 +500,10 @@ def test_a_reward_in_the_last_turn_is_the_reward_of_the_row(name):
   estimator, batch = ESTIMATORS[f'credit.{name}'], random_batch()
   last = np.asarray(batch.mask) & (np.cumsum(batch.mask[:, ::-1], axis=1)[:, ::-1] == 1)
   told = batch.with_arrays(turn_rewards=jnp.where(last, batch.rewards[:, None], 0))
-  plain = advantages_of(estimator, without_rewards_of_turns(batch))
-  np.testing.assert_array_equal(advantages_of(estimator, told), plain)
-  assert np.abs(advantages_of(estimator, batch) - plain).max() > 1e-3
+  found = lambda batch: np.asarray(compiled(estimator)(batch, estimator.init())[0].advantages)
+  plain = found(without_rewards_of_turns(batch))
+  np.testing.assert_array_equal(found(told), plain)
+  assert np.abs(found(batch) - plain).max() > 1e-3
 
 
 def test_every_estimator_is_tested_for_masked_tokens():
