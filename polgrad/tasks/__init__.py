@@ -7,6 +7,8 @@
 | `calculator` | word problems with large numbers, and a calculator to call |
 | `guess` | a number that is guessed in several turns |
 | `nim` | a game of two players, in self-play |
+| `textarena` | a game of the package textarena by name |
+| `verifiers` | an environment of the package verifiers |
 | `chain_sum` | sums and differences as questions in words |
 | `reasoning_gym` | any task of reasoning-gym by name |
 | `jsonl` | your own file: problems, pairs, demonstrations or conversations |
@@ -18,6 +20,7 @@
 Each is a function that returns a `Task`. `polgrad.compose` joins it with a method and a model.
 """
 
+from polgrad.tasks.adapters import textarena, verifiers
 from polgrad.tasks.addition import addition
 from polgrad.tasks.base import Task
 from polgrad.tasks.calculator import calculator
@@ -33,6 +36,8 @@ FUNCTIONS = (
   calculator,
   guess,
   nim,
+  textarena,
+  verifiers,
   chain_sum,
   reasoning_gym,
   jsonl,
@@ -59,5 +64,7 @@ __all__ = [
   'math',
   'nim',
   'reasoning_gym',
+  'textarena',
   'tfds',
+  'verifiers',
 ]

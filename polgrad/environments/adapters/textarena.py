@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from polgrad.environments.base import Environment, Step
-from polgrad.registry import Count, inputs, table
+from polgrad.registry import Count, inputs, table, unbound
 
 MISSING = 'textarena is not installed: pip install "polgrad[environments]"'
 MOST_PLAYERS = 15
@@ -38,7 +38,12 @@ def listed_move(observation: str, seed: int) -> str:
   return random.Random(seed).choice(found)
 
 
-OPPONENTS = table('textarena', listed_move)
+def itself(observation: str, seed: int) -> str:
+  """The policy: it takes the turns of all players. This function only stands for it."""
+  raise NotImplementedError('the policy plays itself')
+
+
+OPPONENTS = table('textarena', itself, listed_move)
 Opponent = Annotated[Callable[[str, int], str], OPPONENTS]
 
 
@@ -62,10 +67,10 @@ class TextArena(Environment):
   The policy reads what the game sends to its player since the last turn, without its own words, and of
   several boards the last. It does not need the wrappers with which textarena repeats the whole history.
 
-  A game of several players is played by the policy alone if there is no `opponent` (self-play): it takes
+  With the opponent `itself` a game of several players is played by the policy alone (self-play): it takes
   every turn, and each observation ends with whose turn it is. The final rewards go to the last turn of
   each player. All that any player was sent is in the one transcript, so a game with hidden cards is not
-  hidden in self-play. With an opponent the policy has the seat `seed % players`.
+  hidden in self-play. With another opponent the policy has the seat `seed % players`.
 
   Rewards are those of textarena, -1, 0 or 1 in most games, at the end. A game that is not over after
   `max_turns` turns has none. Metric: `invalid`, whether the game refused the turn.
@@ -73,16 +78,16 @@ class TextArena(Environment):
   Attributes:
     game: name of the game, without the suffix `-raw`.
     players: number of players; 0: the least that the game takes.
-    opponent: takes the turns of all other players: `(observation, seed) -> text`; None: self-play.
+    opponent: takes the turns of all other players: `(observation, seed) -> text`; `itself`: self-play.
   """
 
   game: str
   players: Count = 0
-  opponent: Opponent = None
+  opponent: Opponent = itself
   max_turns: int = 20
 
   def __post_init__(self):
-    if self.opponent is not None and inputs(self.opponent) != ('observation', 'seed'):
+    if inputs(self.opponent) != ('observation', 'seed'):
       raise ValueError('opponent: expected a function of observation and seed')
 
   def prepare(self) -> None:
@@ -136,7 +141,9 @@ class TextArena(Environment):
 
   def _seat(self, game: Any, record: Mapping) -> int | None:
     players = game.state.num_players
-    return None if players > 1 and self.opponent is None else int(record['seed']) % players
+    return (
+      None if players > 1 and unbound(self.opponent) is itself else int(record['seed']) % players
+    )
 
   def _opponents_move(self, game: Any, seat: int, seed: int) -> None:
     """Plays until the policy is to move or the game is over."""

@@ -1,0 +1,65 @@
+"""SCoRe (arXiv:2409.12917) on two-digit addition, on a model made from nothing."""
+
+import dataclasses
+
+from polgrad import environments, methods, presets, tasks
+from polgrad.compose import compose
+from polgrad.data import sources
+from polgrad.options import values
+from polgrad.registry import part
+from polgrad.rewards import verifiers
+
+
+def get_config(text: str = ''):
+  o = values(text, stages=2, seed=0, steps=60, smoke=False)
+  task = twice()
+  model = presets.tiny(alphabet=task.alphabet)
+  run = dict(steps=o.steps, seed=o.seed, smoke=o.smoke)
+  config = compose(methods.score_stage_one(), task, model, warm_start=200, **run)
+  if o.stages == 2:
+    second = compose(methods.score_stage_two(), task, model, warm_start=0, **run)
+    config.phases.stage_two = second.phases.train
+    config.order = (*config.order, 'stage_two')
+  return config
+
+
+def twice() -> tasks.Task:
+  """Addition with two attempts: `12+34=`, an answer `46.`, the request `?`, and another answer."""
+  base = tasks.addition()
+  attempts = dict(
+    verifier=part(verifiers.numeric_answer), until_right=False, max_turns=2, feedback='?'
+  )
+  return dataclasses.replace(
+    base,
+    demonstrations=part(answers, source=base.problems),
+    rewards={},
+    environment=part(environments.Attempts, rewarded='every', **attempts),
+    held_out_environment=part(environments.Attempts, rewarded='last', **attempts),
+    turn_tokens=5,
+    stop_strings=('.',),
+    alphabet=base.alphabet + '.?',
+    prompt_length=12,
+    max_new_tokens=11,
+    length=18,
+    rows=256,
+    evaluate_every=20,
+    held_out_problems=200,
+    evaluation_batch=200,
+  )
+
+
+def answers(*, source: sources.Part) -> sources.Source:
+  """First answers, and second ones after a wrong or a right first one, in equal numbers of records.
+
+  The wrong ones are of the next problem, so that nothing is learned of how to make a wrong answer.
+  """
+
+  def record(row):
+    problem, after = source[row // 2], source[(row // 2 + 1) % len(source)]
+    given = {'answer': problem['answer'] + '.'}
+    if row % 2 == 0:
+      return {**given, 'prompt': problem['prompt']}
+    first = problem if row % 4 == 1 else after
+    return {**given, 'prompt': f'{problem["prompt"]}{first["answer"]}.?'}
+
+  return dataclasses.replace(source, size=2 * len(source), record=record)
