@@ -49,7 +49,7 @@ def calculate(expression: str) -> str:
   if not expressions.is_arithmetic(text):
     raise ValueError('no arithmetic: numbers with + - * / ** and parentheses are')
   try:
-    return _written(_value(ast.parse(text.strip(), mode='eval').body))
+    return _written(_value(expressions.parsed(text).body))
   except ZeroDivisionError as error:
     raise ValueError('division by zero') from error
 
@@ -157,7 +157,10 @@ def read_corpus(corpus: str, field: str) -> list[str]:
   Raises:
     ValueError: names the line that is no JSON with the field, or the file without texts.
   """
-  content = paths.path(corpus).read_text(encoding='utf-8')
+  try:
+    content = paths.path(corpus).read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{corpus} is no text in UTF-8: {error}') from error
   if not corpus.endswith(('.jsonl', '.json')):
     texts = [' '.join(part.split()) for part in re.split(r'\n\s*\n', content)]
   else:

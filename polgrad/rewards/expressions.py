@@ -6,6 +6,7 @@ checks look at the syntax tree alone and run nothing. They also bound the size o
 """
 
 import ast
+import warnings
 from collections.abc import Collection
 
 LONGEST = 5_000  # characters of an answer that is parsed at all
@@ -19,7 +20,7 @@ FUNCTIONS = frozenset({
 
 def is_literal(text: str) -> bool:
   """Whether the text is a Python literal of lists, tuples, strings and numbers."""
-  tree = _parse(text)
+  tree = parsed(text)
   if tree is None:
     return False
   allowed = (ast.Expression, ast.List, ast.Tuple, ast.Constant, ast.Load, ast.UnaryOp, ast.USub)
@@ -33,7 +34,7 @@ def is_arithmetic(text: str, *, functions: Collection[str] = (), symbols: bool =
     functions: names that may be called, with positional arguments.
     symbols: whether single letters and `pi` may occur as well.
   """
-  tree = _parse(text)
+  tree = parsed(text)
   if tree is None:
     return False
   try:
@@ -47,12 +48,13 @@ def is_formula(text: str) -> bool:
   return is_arithmetic(text, functions=FUNCTIONS, symbols=True)
 
 
-def _parse(text: str) -> ast.Expression | None:
+def parsed(text: str) -> ast.Expression | None:
   """The syntax tree, or None if the text is too long or no expression."""
   if len(text) > LONGEST:
     return None
   try:
-    return ast.parse(text.strip(), mode='eval')
+    with warnings.catch_warnings(action='ignore', category=SyntaxWarning):  # of 1if, for example
+      return ast.parse(text.strip(), mode='eval')
   except (SyntaxError, ValueError, RecursionError, MemoryError):
     return None
 

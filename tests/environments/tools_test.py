@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from polgrad import environments
@@ -29,7 +30,7 @@ def shout(text: str, times: int = 1, ends: Literal['!', '?'] = '!') -> str:
   """
   if times > 3:
     raise ValueError('too loud')
-  if times < 0:
+  if text == 'break':
     raise RuntimeError('broken')
   return text.upper() * times + ends
 
@@ -124,7 +125,60 @@ def test_an_error_of_the_policy_is_told(text, why):
 
 def test_a_tool_that_fails_is_no_error_of_the_policy():
   with pytest.raises(RuntimeError, match='broken'):
-    BOTH.step(0, hermes('shout', text='a', times=-1))
+    BOTH.step(0, hermes('shout', text='break'))
+
+
+WRITTEN = (
+  *(hermes('shout', text='a', times=2), '<|python_tag|>calculate.call(expression="1+1")'),
+  '<tool_call><function=shout><parameter=text>a</parameter></function></tool_call>',
+  '{"name": "calculate", "parameters": {"expression": "2**3"}}',
+  *('[TOOL_CALLS]calculate[ARGS]{"expression": "1"}', '<think>a</think><12*7>'),
+)
+BITS = (
+  *(
+    '<',
+    '>',
+    '{',
+    '}',
+    '"',
+    '[',
+    ']',
+    ':',
+    ',',
+    '**',
+    '(',
+    ')',
+    '9' * 400,
+    '\ud800',
+    '\0',
+    'é',
+    'if',
+  ),
+  *(
+    '<tool_call>',
+    '</tool_call>',
+    '<function=',
+    '</function>',
+    'times',
+    'null',
+    'true',
+    '1e999',
+    'NaN',
+  ),
+)
+
+
+@pytest.mark.filterwarnings('error')
+def test_no_turn_is_a_failure():
+  random = np.random.default_rng(0)
+  for _ in range(1500):
+    text = list(random.choice(WRITTEN))
+    for _ in range(random.integers(6)):
+      place = random.integers(len(text) + 1)
+      cut = random.integers(5) if random.random() < 0.4 else 0
+      text[place : place + cut] = [] if cut else list(random.choice(BITS))
+    for tools in (BOTH, ONE):
+      tools.step(0, ''.join(text))
 
 
 def test_texts_of_numbers_are_numbers():
