@@ -90,7 +90,7 @@ mount -t tmpfs -o size=16m,mode=755,nosuid,nodev tmpfs "$root"
 while [ "$1" != -- ]; do
   mkdir -p "$root$1"
   mount --bind "$1" "$root$1"
-  mount -o remount,bind,ro,nosuid "$root$1"
+  mount -o remount,bind,ro,nosuid,nodev "$root$1"
   shift
 done
 shift
