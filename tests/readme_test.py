@@ -22,7 +22,7 @@ PAGES = (
   *('docs/data.md', 'docs/before_a_run.md', 'docs/looking_inside.md', 'docs/tracking.md'),
   *('docs/models.md', 'docs/pods.md', 'docs/reward_models.md', 'docs/online_preferences.md'),
   *('docs/judges.md', 'docs/games.md', 'docs/preferences.md', 'docs/controlled_decoding.md'),
-  *('docs/tools.md', 'docs/turn_credit.md'),
+  *('docs/environments.md', 'docs/tools.md', 'docs/turn_credit.md', 'docs/trees.md'),
 )
 LOSS, MINE = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
