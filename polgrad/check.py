@@ -181,10 +181,8 @@ def check_environment(section: DataSection, tried: Tried) -> Section:
     ],
   )
   environment = section.reader.environment
-  name = type(environment).__name__
-  title = (
-    f'{section.path}: {name} answers an empty turn; an episode has {environment.max_turns} at most'
-  )
+  name, most = type(environment).__name__, environment.max_turns
+  title = f'{section.path}: {name} answers an empty turn; an episode has {most} turns at most'
   return Section(title, lines, tried.findings)
 
 

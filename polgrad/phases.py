@@ -495,7 +495,8 @@ def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[s
   )
 
 
-# A run stops after this number of consecutive batches without a gradient if every verifier fails.
+# A run stops after this number of consecutive batches without a gradient if every verifier fails, or the
+# environment in every row.
 MAX_FAILED = 10
 
 
@@ -504,11 +505,12 @@ def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, s
 
   Raises:
     RuntimeError: `limit` (0: no limit) consecutive batches had no gradient; or `MAX_FAILED` had none,
-      and in the last of them every verifier failed.
+      and in the last of them every verifier failed, or the environment in every row.
   """
   limits = {'config.max_silent': limit}
-  if row.get('verifier_errors', 0) and not np.isfinite(row.get('reward', 0)):
-    why = 'every verifier failed'
+  failed = [who for who in ('verifier', 'environment') if row.get(f'{who}_errors', 0)]
+  if failed and not np.isfinite(row.get('reward', 0)):
+    why = f'every {" or ".join(failed)} failed'
     limits['phases.MAX_FAILED'] = MAX_FAILED
   elif row.get('reward/same_in_group') == 1:
     why = 'the rewards of each group are all equal'
