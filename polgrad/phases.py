@@ -508,9 +508,13 @@ def warn_if_silent(row: dict[str, float], silent: int, limit: int, phase: str, s
       and in the last of them every verifier failed, or the environment in every row.
   """
   limits = {'config.max_silent': limit}
-  failed = [who for who in ('verifier', 'environment') if row.get(f'{who}_errors', 0)]
-  if failed and not np.isfinite(row.get('reward', 0)):
-    why = f'every {" or ".join(failed)} failed'
+  failed = {
+    'verifier_errors': 'every verifier failed',
+    'environment_errors': 'the environment failed in every row',
+  }
+  failures = [why for name, why in failed.items() if row.get(name, 0)]
+  if failures and not np.isfinite(row.get('reward', 0)):
+    why = failures[0]
     limits['phases.MAX_FAILED'] = MAX_FAILED
   elif row.get('reward/same_in_group') == 1:
     why = 'the rewards of each group are all equal'

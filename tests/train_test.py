@@ -835,7 +835,7 @@ def test_a_run_all_of_whose_verifiers_fail_stops_by_itself():
   ):
     phases.warn_if_silent(failed, 10, 0, 'rl', 4)
   unanswered = {'environment_errors': 8.0, 'verifier_errors': 0.0, 'reward': np.nan}
-  with pytest.raises(RuntimeError, match='every environment failed'):
+  with pytest.raises(RuntimeError, match='the environment failed in every row'):
     phases.warn_if_silent(unanswered, 10, 0, 'rl', 4)
   with pytest.raises(RuntimeError, match='stopped after 3 of them'):
     phases.warn_if_silent(failed, 3, 3, 'rl', 4)
