@@ -109,19 +109,22 @@ def random_batch(seed: int = 0) -> Batch:
   return batch.with_arrays(**{k: jnp.asarray(v) for k, v in x.items()})
 
 
-# Estimators that need another part, and further settings.
+# Estimators that need another part, and settings that the tests below ask for.
 BUILT = {
   'credit.divergence_reward': lambda fn: fn(derivative=f_divergences.reverse_kl),
   'credit.gated': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
   'credit.without_void': lambda fn: fn(credit=credit.reward_to_go()),
   'credit.of_wins': lambda fn: fn(credit=credit.reward_to_go(discount=0.9)),
+  'credit.generalized': lambda fn: fn(kl_coefficient=0.1),
+  'credit.turn_returns': lambda fn: fn(discount=0.9),
+  'credit.self_correction': lambda fn: fn(bonus=3.0),
+  'credit.self_play': lambda fn: fn(decay=0.5),
 }
 ESTIMATORS = {name: BUILT.get(name, lambda fn: fn())(fn) for name, fn in credit.TABLE.items()} | {
   'gigpo per turn': credit.gigpo(per='turn'),
   'turns of a state': credit.turn_returns(among='state', discount=0.9),
-  'turns of a group': credit.turn_returns(among='group', normalizer=advantages.whiten),
-  'to go with a penalty': credit.reward_to_go(discount=0.9, kl_coefficient=0.1),
-  'generalized with a penalty': credit.generalized(kl_coefficient=0.1),
+  'state of a player': credit.turn_returns(among='state', discount=0.9, players=2),
+  'turns of a group': credit.turn_returns(advantage=advantages.group_normalized, among='group'),
 }
 
 
@@ -267,53 +270,34 @@ def self_play(batch, baseline):
 
 
 BY_NUMBER = lambda t: (t['group'], t['k'])
+BY_STATE = lambda t: (t['group'], t['state'])
 EQUAL = {
-  'number': (
-    credit.turn_returns(discount=0.9),
-    lambda b: compared(b, to_go(b, 0.9), BY_NUMBER, False),
-  ),
-  'state': (
-    credit.turn_returns(discount=0.9, among='state'),
-    lambda b: compared(b, to_go(b, 0.9), lambda t: (t['group'], t['state']), False),
-  ),
-  'state of a player': (
-    credit.turn_returns(discount=0.9, among='state', players=2),
-    lambda b: compared(b, own_to_go(b, 0.9), lambda t: (t['group'], t['state']), False),
-  ),
-  'group': (
-    credit.turn_returns(advantage=advantages.group_normalized, among='group'),
-    lambda b: compared(b, to_go(b, 1.0), lambda t: t['group'], True),
-  ),
-  'gigpo': (credit.gigpo(), functools.partial(gigpo, per='trajectory')),
-  'gigpo per turn': (credit.gigpo(per='turn'), functools.partial(gigpo, per='turn')),
-  'self_correction': (
-    credit.self_correction(bonus=3.0),
-    functools.partial(self_correction, bonus=3.0, first_turn=True),
-  ),
-  'stage one': (
-    credit.self_correction(bonus=0.0, first_turn=False),
-    functools.partial(self_correction, bonus=0.0, first_turn=False),
-  ),
+  'credit.turn_returns': lambda b: compared(b, to_go(b, 0.9), BY_NUMBER, False),
+  'turns of a state': lambda b: compared(b, to_go(b, 0.9), BY_STATE, False),
+  'state of a player': lambda b: compared(b, own_to_go(b, 0.9), BY_STATE, False),
+  'turns of a group': lambda b: compared(b, to_go(b, 1.0), lambda t: t['group'], True),
+  'credit.gigpo': functools.partial(gigpo, per='trajectory'),
+  'gigpo per turn': functools.partial(gigpo, per='turn'),
+  'credit.self_correction': functools.partial(self_correction, bonus=3.0, first_turn=True),
 }
 
 
 @pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize('name', EQUAL)
 def test_estimators_equal_their_transcriptions(name, seed):
-  estimator, oracle = EQUAL[name]
   batch = random_batch(seed)
-  expected = written(batch, oracle(batch))
-  np.testing.assert_allclose(advantages_of(estimator, batch), expected, atol=2e-5)
+  expected = written(batch, EQUAL[name](batch))
+  got = compiled(ESTIMATORS[name])(batch, ESTIMATORS[name].init())[0].advantages
+  np.testing.assert_allclose(got, expected, atol=2e-5)
   assert np.abs(expected).max() > 0.1
 
 
 def test_self_play_compares_each_role_with_its_own_past():
   batch = random_batch()
-  estimator = credit.self_play(decay=0.5)
   state = {'total': jnp.array([3.0, -1.0]), 'weight': jnp.array([2.0, 1.0])}
   expected = written(batch, self_play(batch, [1.5, -1.0]))
-  np.testing.assert_allclose(advantages_of(estimator, batch, state), expected, atol=2e-5)
-  _, after = credit.assign(estimator, batch, state)
+  got, after = compiled(ESTIMATORS['credit.self_play'])(batch, state)
+  np.testing.assert_allclose(got.advantages, expected, atol=2e-5)
   means = []
   for player in (0, 1):
     rows = [[t['r'] for t in turns if t['player'] == player] for turns in turns_of(batch)]
