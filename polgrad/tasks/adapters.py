@@ -26,19 +26,22 @@ def textarena(
   Args:
     game: its name; `environments.TextArena` says what is played how.
     players: number of players; 0: the least that the game takes.
-    opponent: `itself`; `listed_move`, which is any move that the game lists, or `file.py:function` for your own.
+    opponent: `itself`; `listed_move`, any move that the game lists; or `file.py:function`, your own.
     turns: that the policy may take.
     size: number of deals to train on.
     prompt_length: tokens of the beginning of the game.
     max_new_tokens: tokens of all turns and of what is read between them.
     turn_tokens: tokens of one turn.
   """
-  against = part(find(opponent, OPPONENTS, 'opponent'))
   return Task(
     problems=part(sources.seeds, size=size),
     held_out=part(sources.seeds, size=64, first=HELD_OUT_SEED),
     environment=part(
-      environments.TextArena, game=game, players=players, opponent=against, max_turns=turns
+      environments.TextArena,
+      game=game,
+      players=players,
+      opponent=part(find(opponent, OPPONENTS, 'opponent')),
+      max_turns=turns,
     ),
     turn_tokens=turn_tokens,
     prompt_length=prompt_length,

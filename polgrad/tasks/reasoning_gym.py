@@ -1,11 +1,13 @@
 import dataclasses
 
+from polgrad import environments
 from polgrad.data import sources
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks.base import Task
 
 HELD_OUT_SEED = 1_000_000  # item i + 1 of a seed is item i of the next, so seeds must be far apart
+BETWEEN = 32  # tokens between two turns: a sentence, and what a chat template writes around it
 NUMBER = r'-?\d+'
 
 
@@ -18,9 +20,14 @@ def reasoning_gym(
   system: str = 'Think, then give the answer alone in <answer></answer>.',
   prompt_length: int = 192,
   max_new_tokens: int = 192,
+  tries: int = 1,
+  discount: float = 1.0,
   options: dict = {},  # noqa: B006
 ) -> Task:
   """Any task of reasoning-gym (arXiv:2505.24760) by its name, judged by its own score.
+
+  With `tries` above 1, a wrong answer is sent back and the policy answers again
+  (`environments.Attempts`). The reward is the score of the last answer.
 
   Args:
     task: name of the task, for example `countdown`.
@@ -28,17 +35,21 @@ def reasoning_gym(
     data_seed: seed of the first problem.
     pattern: regular expression of the answer in a completion; the first group of the last match.
     system: system turn of a chat, which must ask for the form that `pattern` finds.
+    max_new_tokens: tokens of an answer.
+    tries: answers that the policy may give.
+    discount: factor of the reward for each wrong answer before the last one.
     options: settings of the task itself, such as `min_terms`.
   """
   source = lambda seed, size: part(
     sources.reasoning_gym, task=task, size=size, seed=seed, options=dict(options)
   )
   problems = source(data_seed, size)
-  return Task(
+  score = part(verifiers.reasoning_gym_score, pattern=pattern)
+  task = Task(
     problems=problems,
     demonstrations=problems,
     held_out=source(data_seed + HELD_OUT_SEED, 64),
-    rewards={'score': weighted(1.0, part(verifiers.reasoning_gym_score, pattern=pattern))},
+    rewards={'score': weighted(1.0, score)},
     system=system,
     prompt_length=prompt_length,
     max_new_tokens=max_new_tokens,
@@ -49,6 +60,15 @@ def reasoning_gym(
     evaluate_every=10,
     held_out_problems=64,
     evaluation_batch=32,
+  )
+  if tries == 1:
+    return task
+  return dataclasses.replace(
+    task,
+    rewards={},
+    environment=part(environments.Attempts, verifier=score, max_turns=tries, discount=discount),
+    turn_tokens=max_new_tokens,
+    max_new_tokens=tries * max_new_tokens + (tries - 1) * BETWEEN,
   )
 
 

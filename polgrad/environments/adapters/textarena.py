@@ -67,10 +67,10 @@ class TextArena(Environment):
   The policy reads what the game sends to its player since the last turn, without its own words, and of
   several boards the last. It does not need the wrappers with which textarena repeats the whole history.
 
-  With the opponent `itself` a game of several players is played by the policy alone (self-play): it takes
-  every turn, and each observation ends with whose turn it is. The final rewards go to the last turn of
-  each player. All that any player was sent is in the one transcript, so a game with hidden cards is not
-  hidden in self-play. With another opponent the policy has the seat `seed % players`.
+  With the opponent `itself` a game of several players is played by the policy alone (self-play). It
+  takes every turn, and each observation ends with whose turn it is. The final rewards go to the last
+  turn of each player. All that any player was sent is in the one transcript, so a game with hidden cards
+  is not hidden in self-play. With another opponent the policy has the seat `seed % players`.
 
   Rewards are those of textarena, -1, 0 or 1 in most games, at the end. A game that is not over after
   `max_turns` turns has none. Metric: `invalid`, whether the game refused the turn.
