@@ -41,7 +41,7 @@ def get_config(text: str = ''):
   model = (
     presets.tiny(alphabet=task.alphabet) if o.model == 'tiny' else presets.smollm2(path=o.path)
   )
-  steps = {'tiny': 300, 'smollm2': 20}[o.model]
+  steps = {'tiny': 300, 'smollm2': 20}[o.model] if task.demonstrations else 0
   return compose(method, task, model, warm_start=steps, steps=o.steps, seed=o.seed, smoke=o.smoke)
 
 

@@ -1,4 +1,4 @@
-"""Self-play in the game of Nim (2 piles of at most 4 stones), on a model made from nothing.
+"""Self-play in the game of Nim (3 piles of at most 3 stones), on a model made from nothing.
 
 The policy plays both sides of every game, and a row is one game. A short supervised phase on all legal
 moves, good and bad, teaches the form of a move. Options: credit, opponent, seed, steps, smoke.
@@ -22,14 +22,9 @@ CREDIT = {
 
 
 def get_config(text: str = ''):
-  o = values(text, credit='state', opponent='self', seed=0, steps=80, smoke=False)
+  o = values(text, credit='state', opponent='self', seed=0, steps=100, smoke=False)
   task = dataclasses.replace(
-    tasks.nim(piles=2, most=4, opponent=o.opponent),
-    rows=128,
-    samples_per_prompt=16,
-    evaluate_every=10,
-    held_out_problems=20,
-    evaluation_batch=20,
+    tasks.nim(opponent=o.opponent), rows=128, samples_per_prompt=32, evaluate_every=10
   )
   method = dataclasses.replace(
     methods.dr_grpo(max_new_tokens=task.max_new_tokens),

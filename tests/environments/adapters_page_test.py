@@ -1,10 +1,13 @@
 """What docs/adapters.md shows works as it says."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
 
-from polgrad import environments
+import pytest
+
+from polgrad import build, environments
 from polgrad.environments.adapters.textarena import OPPONENTS, TextArena
 from polgrad.options import from_text
 from polgrad.registry import bind
@@ -16,6 +19,27 @@ CONFIGS = [
   for line in PAGE.splitlines()
   if line.startswith('python -m polgrad.train')
 ]
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'kind'),
+  [
+    ('nim_self_play', 'credit=spiral', 'Nim'),
+    ('score_addition', '', 'Attempts'),
+    ('calculator', 'credit=state', 'Tools'),
+    ('calculator', 'calls=false', 'OneTurn'),
+  ],
+)
+def test_the_named_runs_of_several_turns_build(name, options, kind):
+  file = pathlib.Path(__file__).parents[2] / 'experiments' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(options)
+  config.mesh.data = 1
+  run = build.build(config)
+  assert type(run.phases['train'].collect.environment).__name__ == kind
+  assert run.order[0] == 'warm_start' and set(run.order) == set(run.phases)
 
 
 def test_the_commands_make_runs(smollm2):
