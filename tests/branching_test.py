@@ -110,6 +110,16 @@ def test_equal_prefixes_share_a_value_and_all_that_was_drawn_is_counted(vines):
   assert of_prompt(further[0]) != of_prompt(rows)
 
 
+def test_a_memory_has_room_for_what_vines_add(vines):
+  batch = vines[0].batch
+  settings = dict(samples_per_prompt=4, split=part(splits.every, tokens=2), lag=1)
+  blank = bind(part(collect.Vines, **SIZES, **settings), collect.TABLE).init().batches
+  for name in ('step_ids', 'step_values', 'tokens'):
+    assert (blank[name].shape[1:], blank[name].dtype) == (batch[name].shape, batch[name].dtype), (
+      name
+    )
+
+
 def test_a_row_with_a_failed_completion_of_a_prefix_leaves_the_loss():
   real, calls = experiment().phases['train'].score, []
 
@@ -354,6 +364,7 @@ def test_a_turn_is_a_step_whose_value_is_what_continued_episodes_still_earn(epis
   spans = [turns(mask) for mask in batch.mask]
   prefixes = [(row, number) for row in range(len(spans)) for number in range(len(spans[row]))]
   assert len(prefixes) * SAMPLES == len(continued) and max(n for _, n in prefixes) == 2
+  assert not any(episode.states for episode in got.episodes)
   values = {}
   for place, (row, number) in enumerate(prefixes):
     source, column = sources[row], spans[row][number].start

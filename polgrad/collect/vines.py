@@ -123,6 +123,9 @@ class VineSteps(RolloutSteps):
     found = np.where(here, np.append(values.mean, 0)[which], 0).astype(np.float32)
     failed = here & ~np.append(values.valid, True)[which]
     rows = batch.valid & ~failed.any(axis=1)
+    # The states of episodes have served their purpose, and may be large.
+    told = [dataclasses.replace(episode, states=[]) for episode in report.episodes]
+    report = report._replace(episodes=told)
     report.metrics['steps'] = _mean(step_ids[batch.valid].max(axis=1, initial=-1) + 1)
     return batch.with_arrays(step_ids=step_ids, step_values=found, valid=rows), report
 
