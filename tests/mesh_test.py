@@ -21,7 +21,7 @@ from tests.train_test import config
 
 pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
 ROOT = pathlib.Path(__file__).parent.parent
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [(8, 1, 1), (2, 2, 2)]  # slots and packed rows are on a third one
 
 
 def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share: bool = False):
@@ -98,9 +98,11 @@ def test_packed_rows_give_the_plain_result(one_device):
 @pytest.mark.parametrize('experiment', [sft, dpo, on_policy_distillation], ids=lambda run: run.name)
 def test_every_family_gives_the_one_device_result(experiment, tmp_path):
   """Policy gradients are above; these are the other families, two smoke steps of each."""
+  # The teacher is the policy of the warm start.
+  text = 'smoke' if experiment is on_policy_distillation else 'smoke,warm_start=0'
   found = []
   for shape in ((1, 1, 1), (2, 2, 2)):
-    made = experiment.get_config('smoke')
+    made = experiment.get_config(text)
     made.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), shape)))
     with made.unlocked():
       made.evaluation = part(build.Never)
@@ -177,8 +179,8 @@ for a, b in zip(local(params), local(again)):
 
 
 def grpo_smoke():
-  """The GRPO experiment, with a reward that random weights can earn."""
-  made = grpo.get_config('smoke')
+  """The GRPO experiment without its warm start, with a reward that random weights can earn."""
+  made = grpo.get_config('smoke,warm_start=0')
   with made.unlocked():
     made.phases.train.reward.short = weighted(
       1.0, part(verifiers.soft_overlong, max_length=5, cache=4)

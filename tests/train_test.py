@@ -100,10 +100,11 @@ def equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-# Updates: 3 in sft, then 4 a step in rl. Killed inside rl, and at the phase's border.
-@pytest.mark.parametrize('last_checkpoint', [11, 3])
-def test_resumed_run_equals_one_that_went_on(finished, tmp_path, last_checkpoint):
+def test_resumed_run_equals_one_that_went_on(finished, tmp_path):
+  """Updates: 3 in the warm start, then 4 a step. Killed inside the second phase; the run in a bucket
+  below resumes at its border too."""
   workdir, state = finished
+  last_checkpoint = 11
   shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
   kept = tmp_path / 'checkpoints'
   for folder in kept.iterdir():
@@ -206,33 +207,30 @@ def _first_rows(made):
     return rows(workdir)
 
 
-def test_new_weights_reach_the_sampler(finished):
+def test_new_weights_reach_the_sampler(finished, collected):
   """After updates, what the sampler reports of its tokens is what the trainer's forward says."""
   _, state = finished
   experiment = build.build(config())
-  phase = experiment.phases['train']
-  made = phase.collect.make(phases.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
-    got = made(state, phases.Drawer(phase, seed=0, cursor=0), 0)
     fresh = experiment.policy.init(jax.random.key(0))
     logp = {
-      name: learner.forward(experiment.policy, params, got.batch).logp
+      name: learner.forward(experiment.policy, params, collected).logp
       for name, params in (('now', state.params), ('start', fresh))
     }
   gap = {
-    k: np.abs(np.asarray(v) - got.batch.behavior_logp)[got.batch.mask].max()
+    k: np.abs(np.asarray(v) - collected.behavior_logp)[collected.mask].max()
     for k, v in logp.items()
   }
   assert gap['now'] < 1e-5 < 1e-2 < gap['start']
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
+def test_micro_batches_give_the_gradient_of_the_whole_batch(finished, collected):
   _, state = finished
   experiment = build.build(config())
   phase = experiment.phases['train']
-  batch = _batch(experiment, state)
+  batch = jax.tree.map(jnp.asarray, collected)
   results = []
-  for micro in (1, 2, 4):
+  for micro in (1, 4):
     made = learner.Learner(
       experiment.policy,
       phase.objective,
@@ -253,20 +251,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(finished):
       np.testing.assert_allclose(value, results[0][1][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['policy gradient', 'preferences'])
-def test_packed_rows_train_as_rows_alone(name, tmp_path):
+def test_packed_rows_train_as_rows_alone(tmp_path):
+  """A supervised phase and one of preferences; mesh_test.py has packed rows of a policy gradient."""
   found = []
   for pack in (0, 4):
-    made = config() if name == 'policy gradient' else dpo.get_config('smoke')
-    if name == 'policy gradient':  # the other one has the supervised phase
-      with made.unlocked():
-        made.phases, made.order = {'train': made.phases.train}, ('train',)
+    made = dpo.get_config('smoke')
     for phase in made.phases.values():
       phase.update(pack=pack, micro_batches=2)
-      if 'length' in phase.collect:
-        phase.collect.length = 32
-      else:
-        phase.collect.max_new_tokens = 24
+      phase.collect.length = 32
     with made.unlocked():
       made.evaluation = part(build.Never)
     train.run(made, str(tmp_path / str(pack)))
@@ -279,29 +271,30 @@ def test_packed_rows_train_as_rows_alone(name, tmp_path):
         np.testing.assert_allclose(packed[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-def _batch(experiment, state):
+@pytest.fixture(scope='module')
+def collected(finished):
+  """A batch that the finished run's policy has drawn, and its phase."""
+  experiment = build.build(config())
   phase = experiment.phases['train']
   made = phase.collect.make(phases.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
-    got = made(state, phases.Drawer(phase, seed=0, cursor=0), 0)
-  return jax.tree.map(jnp.asarray, got.batch)
+    return made(finished[1], phases.Drawer(phase, seed=0, cursor=0), 0).batch
 
 
 class TestBrokenUpdates:
-  def _update(self, experiment, **poison):
+  def _update(self, experiment, batch):
     phase = experiment.phases['train']
     state = phases.begin(experiment, 1, None)
-    batch = _batch(experiment, state).replace(**poison)
     update = phases.jit_update(experiment, phase, state)
     before = jax.tree.map(np.asarray, state)
     with jax.set_mesh(experiment.mesh):
-      return before, *update(state, batch), update, batch
+      return before, *update(state, batch), update
 
-  def test_are_skipped_counted_and_leave_everything_as_it_was(self):
+  def test_are_skipped_counted_and_leave_everything_as_it_was(self, collected):
     experiment = build.build(config())
-    shape = _batch(experiment, phases.begin(experiment, 1, None)).tokens.shape
-    nan = jnp.full(shape, jnp.nan)
-    before, after, report, update, batch = self._update(experiment, advantages=nan)
+    shape = collected.tokens.shape
+    batch = jax.tree.map(jnp.asarray, collected).replace(advantages=jnp.full(shape, jnp.nan))
+    before, after, report, update = self._update(experiment, batch)
     assert report['skipped'] == 1 and not np.isfinite(report['loss'])
     for name in ('params', 'opt_state', 'anchors', 'objective_state', 'credit_state'):
       equal(getattr(before, name), getattr(after, name))
@@ -333,9 +326,9 @@ class TestBrokenUpdates:
       train.run(made, str(tmp_path))
     checkpoints = checkpoint.manager(str(tmp_path / 'checkpoints'))
     assert checkpoints.latest_step() == 3  # the end of the supervised phase
-    monkeypatch.undo()
-    state = train.run(config(), str(tmp_path))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    checkpoints.close()
+    params = evaluate.restore_params(experiment, str(tmp_path / 'checkpoints'))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 @pytest.fixture
@@ -543,13 +536,16 @@ class TestAnotherRunInTheSameFolder:
     with pytest.raises(ValueError, match=r'data\.jsonl: other contents than before'):
       train.run(config(), str(tmp_path / 'run'))
 
-  def test_waits_until_the_first_has_ended(self, copied):
+  def test_waits_until_the_first_has_ended(self, copied, finished, capsys):
     with (
       workdirs.locked(str(copied)),
       pytest.raises(RuntimeError, match='another process trains here'),
     ):
       train.run(config(), str(copied))
+    shutil.rmtree(copied)
+    shutil.copytree(finished[0], copied)
     train.run(config(), str(copied))
+    assert 'finished: train has made its 4 steps' in capsys.readouterr().out
 
 
 def test_a_run_in_a_bucket_that_is_killed_resumes_to_the_same_end(
@@ -591,14 +587,13 @@ def test_a_run_in_a_bucket_that_is_killed_resumes_to_the_same_end(
 def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path, capsys):
   workdir, _ = finished
   before = {f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()}
-  assert verify.differences(workdir, 3) == []
-  assert {
-    f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()
-  } == before
   flags.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver(workdir=workdir, step=3, compilation_cache=''):
     verify.main(['verify'])
   assert 'every bit is the same' in capsys.readouterr().out
+  assert {
+    f: f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob('*') if f.is_file()
+  } == before
   with pytest.raises(FileNotFoundError, match='no checkpoint after 19'):
     verify.differences(workdir, -1)
   shutil.copytree(workdir, tmp_path / 'copy')
@@ -608,12 +603,6 @@ def test_a_replay_from_a_checkpoint_has_every_bit_of_the_next(finished, tmp_path
   del meta['digest']
   path.write_text(json.dumps({**meta, 'digest': checkpoint.digest_of(meta)}))
   assert verify.differences(str(tmp_path / 'copy'), 3) == ['params/final_norm']
-
-
-def test_a_finished_run_says_so(finished, tmp_path, capsys):
-  shutil.copytree(finished[0], tmp_path / 'copy')
-  train.run(config(), str(tmp_path / 'copy'))
-  assert 'finished: train has made its 4 steps' in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_stays_and_a_run_that_gets_no_better_stops(copied, capsys):
@@ -811,17 +800,16 @@ def test_update_does_not_retrace():
 
 def test_batches_that_teach_nothing_are_reported_and_stop_the_run_if_asked(tmp_path, caplog):
   made = addition(methods.dr_grpo(max_new_tokens=5))  # without KL; random weights solve nothing
-  made.phases.train.update(steps=5)
-  with caplog.at_level('WARNING'):
-    train.run(made, str(tmp_path / 'whole'))
-  assert [r['silent'] for r in rows(tmp_path / 'whole') if 'silent' in r] == [1.0] * 5
+  made.phases.train.update(steps=7)
+  made.max_silent = 6
+  stopped = r'step 5: 6 batches in a row taught nothing.*max_silent'
+  with caplog.at_level('WARNING'), pytest.raises(RuntimeError, match=stopped):
+    train.run(made, str(tmp_path))
+  assert [r['silent'] for r in rows(tmp_path) if 'silent' in r] == [1.0] * 5
   assert (
     'train, step 4: 5 batches in a row taught nothing: the rewards of each group are all equal'
     in caplog.text
   )
-  made.max_silent = 2
-  with pytest.raises(RuntimeError, match=r'step 1: 2 batches in a row taught nothing.*max_silent'):
-    train.run(made, str(tmp_path / 'stopped'))
 
 
 def test_a_run_all_of_whose_verifiers_fail_stops_by_itself():

@@ -103,18 +103,19 @@ def test_slots_change_no_completion(slots):
   assert_equal(rollout(), rollout(slots=slots))
 
 
-def test_slots_of_a_model_with_local_layers_and_of_a_mixture():
+def test_slots_of_a_mixture_of_models_with_local_layers():
   """Where rows have taken turns, the columns of a cache are no longer in order."""
-  local = tiny.policy(window=3, local_layers=(0,))
-  for behavior_policy, params in (
-    (behavior_policies.current, {}),
-    (behavior_policies.geometric_mixture, {'reference': OTHER}),
-  ):
-    settings = dict(SETTINGS, behavior_policy=behavior_policy, default=local, max_new_tokens=12)
-    draw = lambda slots, settings=settings, params=params: make_sampler(
-      {}, slots=slots, **settings
-    )({'policy': PARAMS, **params}, TOKENS, MASK, IDS, seed=0, step=0)
-    assert_equal(draw(0), draw(4))
+  settings = dict(
+    SETTINGS,
+    behavior_policy=behavior_policies.geometric_mixture,
+    default=tiny.policy(window=3, local_layers=(0,)),
+    max_new_tokens=12,
+  )
+  params = {'policy': PARAMS, 'reference': OTHER}
+  draw = lambda slots: make_sampler({}, slots=slots, **settings)(
+    params, TOKENS, MASK, IDS, seed=0, step=0
+  )
+  assert_equal(draw(0), draw(4))
 
 
 def test_a_slot_does_not_wait_for_the_longest_row():
