@@ -86,8 +86,8 @@ def turn_mean(loss: Array, where: Array) -> Mean:
 
   >>> loss = jnp.array([[1.0, 9.0, 9.0], [4.0, 9.0, 6.0]])
   >>> where = jnp.array([[True, False, False], [True, False, True]])
-  >>> print(float(aggregation.turn_mean(loss, where).value()))
-  3.6666667
+  >>> print(round(float(aggregation.turn_mean(loss, where).value()), 4))
+  3.6667
   """
   chex.assert_rank([loss, where], 2)
   chex.assert_equal_shape([loss, where])
