@@ -41,6 +41,12 @@ def test_the_numbers_of_the_tree_are_those_of_the_functions(weighting):
   assert [f'{x:.3f}' for x in got[:, 0].tolist()] == [x.strip() for x in row.split('|')]
 
 
+def test_the_pages_that_it_names_are_there():
+  folder = pathlib.Path(__file__).parent.parent / 'docs'
+  for target in re.findall(r'\]\(([^):]+)\)', PAGE):
+    assert (folder / target).exists(), target
+
+
 def test_every_split_is_on_the_page():
   for name in splits.TABLE:
     assert f'`{name}`' in PAGE, name
