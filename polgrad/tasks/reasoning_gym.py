@@ -21,7 +21,7 @@ def reasoning_gym(
   prompt_length: int = 192,
   max_new_tokens: int = 192,
   tries: int = 1,
-  discount: float = 1.0,
+  try_discount: float = 1.0,
   options: dict = {},  # noqa: B006
 ) -> Task:
   """Any task of reasoning-gym (arXiv:2505.24760) by its name, judged by its own score.
@@ -37,7 +37,7 @@ def reasoning_gym(
     system: system turn of a chat, which must ask for the form that `pattern` finds.
     max_new_tokens: tokens of an answer.
     tries: answers that the policy may give.
-    discount: factor of the reward for each wrong answer before the last one.
+    try_discount: factor of the reward for each wrong answer before the last one.
     options: settings of the task itself, such as `min_terms`.
   """
   source = lambda seed, size: part(
@@ -66,7 +66,7 @@ def reasoning_gym(
   return dataclasses.replace(
     task,
     rewards={},
-    environment=part(environments.Attempts, verifier=score, max_turns=tries, discount=discount),
+    environment=part(environments.Attempts, verifier=score, max_turns=tries, discount=try_discount),
     turn_tokens=max_new_tokens,
     max_new_tokens=tries * max_new_tokens + (tries - 1) * BETWEEN,
   )
