@@ -1,4 +1,22 @@
-"""Word problems whose product a small model cannot compute, with a calculator to call."""
+"""Word problems whose product a small model cannot compute, with a calculator to call.
+
+`43 boxes of 56 pens, 89 lost. Left?` A model can learn to copy the numbers into the call `<43*56-89>`
+and to copy its result, and cannot learn to multiply such numbers in a short run. `calls=false` is the same
+run without the calculator. The reward is 1 for the right number in the last turn.
+
+    python -m polgrad.train --config=experiments/calculator.py:credit=state --workdir=runs/calculator
+    python -m polgrad.train --config=experiments/calculator.py:calls=false --workdir=runs/alone
+    python -m polgrad.train --config=experiments/calculator.py:model=smollm2,path=FOLDER --workdir=runs/x
+
+Options: credit ('row' is the advantage of the row for all its turns; 'turn' and 'state' compare turns of
+the same number, or those that have read the same), calls, model ('tiny' or 'smollm2'), path (of the
+model's folder), seed, steps, smoke.
+
+Both models first learn from demonstrations of calls and answers: the tiny one 300 batches of 64, SmolLM2
+20 batches, whose template knows no tools, so that calls are described in the system turn.
+
+The curves of these runs have not been recorded yet.
+"""
 
 import dataclasses
 from typing import Literal

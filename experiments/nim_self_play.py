@@ -1,7 +1,27 @@
 """Self-play in the game of Nim (3 piles of at most 3 stones), on a model made from nothing.
 
 The policy plays both sides of every game, and a row is one game. A short supervised phase on all legal
-moves, good and bad, teaches the form of a move. Options: credit, opponent, seed, steps, smoke.
+moves, good and bad, teaches the form of a move. Evaluation is greedy, from the 48 positions that can be
+won. Options: credit ('state', 'spiral' or 'row'), opponent, samples (of a prompt), seed, steps, smoke.
+
+    python -m polgrad.train --config=experiments/nim_self_play.py --workdir=runs/nim
+
+Measured with 128 games a step, one seed, on a CPU. `won` is the fraction of evaluation games that are
+won against perfect play (standard error 0.07). `best` is the fraction of sampled moves that keep a won
+position won, and `illegal` that of illegal moves, both of the ten steps before:
+
+    step                             0    10    20    30    40    50    60    70    80
+    state, won                    0.12  0.23  0.27  0.33  0.33  0.33  0.33  0.38  0.38
+    state, best                   -     0.39  0.43  0.47  0.60  0.59  0.55  0.61  0.56
+    state, illegal                -     0.25  0.16  0.12  0.03  0.02  0.01  0.01  0.01
+    spiral, samples=8, won        0.12  0.21  0.25  0.38  0.35  0.38  0.33  0.35  0.38
+    spiral, samples=8, best       -     0.40  0.45  0.51  0.57  0.57  0.56  0.51  0.52
+
+A player who makes any legal move with the same probability wins 0.28 of these games against perfect
+play and 0.54 against a random opponent. After 80 steps with `spiral` the greedy policy wins 0.69 of them
+against a random opponent. Most of what is learned is to make legal moves and to play the last moves of
+a game; the entropy of moves falls to 0.1 nats by then, and learning slows down. The two kinds of credit
+had other numbers of samples of a prompt, so the table does not compare them.
 """
 
 import dataclasses
@@ -22,9 +42,9 @@ CREDIT = {
 
 
 def get_config(text: str = ''):
-  o = values(text, credit='state', opponent='self', seed=0, steps=100, smoke=False)
+  o = values(text, credit='state', opponent='self', samples=32, seed=0, steps=100, smoke=False)
   task = dataclasses.replace(
-    tasks.nim(opponent=o.opponent), rows=128, samples_per_prompt=32, evaluate_every=10
+    tasks.nim(opponent=o.opponent), rows=128, samples_per_prompt=o.samples, evaluate_every=10
   )
   method = dataclasses.replace(
     methods.dr_grpo(max_new_tokens=task.max_new_tokens),
