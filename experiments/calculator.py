@@ -1,8 +1,9 @@
 """Word problems whose product a small model cannot compute, with a calculator to call.
 
-`43 boxes of 56 pens, 89 lost. Left?` A model can learn to copy the numbers into the call `<43*56-89>`
-and to copy its result, and cannot learn to multiply such numbers in a short run. `calls=false` is the same
-run without the calculator. The reward is 1 for the right number in the last turn.
+`43 boxes of 56 pens, 89 lost. Left?` A model can learn to copy the numbers into the call
+`<43*56-89>` and to copy its result, and cannot learn to multiply such numbers in a short run.
+`calls=false` is the same run without the calculator. The reward is 1 for the right number in the
+last turn.
 
     python -m polgrad.train --config=experiments/calculator.py:credit=state --workdir=runs/calculator
     python -m polgrad.train --config=experiments/calculator.py:calls=false --workdir=runs/alone
