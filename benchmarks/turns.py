@@ -2,7 +2,7 @@
 
     python -m benchmarks.turns [--repeats=7]
 
-The model is a random Qwen3 of four layers and width 256 in float32. The 32 rows of four turns read three
+The model has the layers of the preset `tiny` and random weights. The 32 rows of four turns read three
 replies of 16 tokens (an answer and what a template writes around it), which cost nothing to make. Both
 rollouts run in turn, and a ratio is of two neighbours: what a sampled token costs in the rollout of four
 turns, over what it costs in the other one, reading included. On a machine with other work, CPU seconds
@@ -25,12 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.compare import MODEL
 from polgrad import models
 from polgrad.sampling import make_sampler, make_turn_sampler
 from polgrad.sampling.stopping import StopTable
 from polgrad.types import Batch
 
+MODEL = dict(
+  vocab_size=64, num_layers=3, width=96, num_heads=4, num_kv_heads=2, head_dim=24, mlp_width=288,
+  max_length=512,
+)  # fmt: skip
 POLICY = models.decoder(**MODEL)
 PARAMS = {'policy': POLICY.init(jax.random.key(0))}
 PROMPTS, GROUP, WIDTH = 8, 4, 32
