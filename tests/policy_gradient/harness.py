@@ -11,6 +11,10 @@ from polgrad.types import Batch, Outputs
 from tests.runs import method_of
 
 NAMES = list(methods.FAMILIES['policy_gradient'])
+# One method of each objective; the others with the same one differ outside of it.
+DISTINCT = list({method_of(n).objective.to_json_best_effort(): n for n in NAMES[::-1]}.values())[
+  ::-1
+]
 TOKENS = ('behavior_logp', 'proximal_logp', 'reference_logp', 'teacher_logp', 'advantages',
           'returns', 'old_values')  # fmt: skip
 LIVE = ('logp', 'entropy', 'values')
