@@ -105,8 +105,8 @@ FEATURES = {
   ),
   'void_turns': Spec(
     'B T',
-    '1 in the tokens of a turn in which the policy neither acted nor answered, 0 elsewhere; from the '
-    'environment',
+    '1 in the tokens of a turn in which the policy neither acted nor answered, 0 elsewhere; the metric '
+    '`void` of the environment',
   ),
   'turn_players': Spec(
     'B T', 'player who took the turn of the token, i32, 0 outside the mask; from the environment'

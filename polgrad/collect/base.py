@@ -281,8 +281,9 @@ class Sampling(Turns, Collector):
   @property
   def turn_arrays(self) -> dict[str, type]:
     """Dtypes of the arrays [B, T] that only batches of an environment have."""
-    there = {'turn_rewards': np.float32, 'observation_ids': np.int32, 'turn_players': np.int32}
-    return there if self.has_environment else {}
+    numbers = dict.fromkeys(('turn_rewards', 'void_turns'), np.float32)
+    ids = dict.fromkeys(('observation_ids', 'turn_players'), np.int32)
+    return numbers | ids if self.has_environment else {}
 
 
 def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:

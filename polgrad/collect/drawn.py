@@ -195,6 +195,7 @@ def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
   players = np.zeros(batch.mask.shape, np.int32)
   rewards = np.zeros(batch.mask.shape, np.float32)
   anchors = np.zeros(batch.mask.shape, np.int32)
+  void = np.zeros(batch.mask.shape, np.float32)
   for row, episode in enumerate(episodes):
     seen = batch.segment_ids[row] > 0
     begin = 0
@@ -204,10 +205,15 @@ def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
       if number < len(episode.rewards) and episode.valid:
         rewards[row, span.stop - 1] = episode.rewards[number]
         players[row, span] = episode.players[number]
+        void[row, span] = episode.metrics[number].get('void', 0.0)
       begin = span.stop
   valid = np.array([episode.valid for episode in episodes])
   return batch.with_arrays(
-    turn_rewards=rewards, observation_ids=anchors, turn_players=players, valid=valid
+    turn_rewards=rewards,
+    observation_ids=anchors,
+    turn_players=players,
+    void_turns=void,
+    valid=valid,
   )
 
 

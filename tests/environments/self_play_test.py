@@ -36,6 +36,13 @@ def test_the_loss_of_the_player_who_moved_before_is_at_its_own_last_token():
   assert batch['turn_players'].tolist() == [[0, 0, 0, 0, 1, 1, 0, 0, 0]]
 
 
+def test_a_void_turn_is_marked_at_its_tokens():
+  steps = [Step(0, observation='again', metrics={'void': 1.0}), Step(0, done=True)]
+  mask = np.array([[0, 1, 1, 0, 1]], bool)
+  batch = Batch(tokens=np.arange(5)[None], segment_ids=np.ones((1, 5), np.int32), mask=mask)
+  assert with_turns(batch, [episode_of(steps)])['void_turns'].tolist() == [[0, 1, 1, 0, 0]]
+
+
 def test_a_player_without_a_turn_has_no_reward():
   episode = episode_of([Step(None, done=True, reward=1.0, others={1: -1.0})])
   assert episode.rewards == [1.0]
