@@ -10,12 +10,12 @@ Measured with 128 games a step, one seed, on a CPU. `won` is the fraction of eva
 won against perfect play (standard error 0.07). `best` is the fraction of sampled moves that keep a won
 position won, and `illegal` that of illegal moves, both of the ten steps before:
 
-    step                             0    10    20    30    40    50    60    70    80
-    state, won                    0.12  0.23  0.27  0.33  0.33  0.33  0.33  0.38  0.38
-    state, best                   -     0.39  0.43  0.47  0.60  0.59  0.55  0.61  0.56
-    state, illegal                -     0.25  0.16  0.12  0.03  0.02  0.01  0.01  0.01
-    spiral, samples=8, won        0.12  0.21  0.25  0.38  0.35  0.38  0.33  0.35  0.38
-    spiral, samples=8, best       -     0.40  0.45  0.51  0.57  0.57  0.56  0.51  0.52
+    step                        0    10    20    30    40    50    60    70    80    90   100
+    state, won               0.12  0.23  0.27  0.33  0.33  0.33  0.33  0.38  0.38  0.38  0.35
+    state, best                 -  0.39  0.43  0.47  0.60  0.59  0.55  0.61  0.56  0.59  0.58
+    state, illegal              -  0.25  0.16  0.12  0.03  0.02  0.01  0.01  0.01  0.01  0.01
+    spiral, samples=8, won   0.12  0.21  0.25  0.38  0.35  0.38  0.33  0.35  0.38
+    spiral, samples=8, best     -  0.40  0.45  0.51  0.57  0.57  0.56  0.51  0.52
 
 A player who makes any legal move with the same probability wins 0.28 of these games against perfect
 play and 0.54 against a random opponent. After 80 steps with `spiral` the greedy policy wins 0.69 of them
