@@ -98,11 +98,9 @@ def test_packed_rows_give_the_plain_result(one_device):
 @pytest.mark.parametrize('experiment', [sft, dpo, on_policy_distillation], ids=lambda run: run.name)
 def test_every_family_gives_the_one_device_result(experiment, tmp_path):
   """Policy gradients are above; these are the other families, two smoke steps of each."""
-  # The teacher is the policy of the warm start.
-  text = 'smoke' if experiment is on_policy_distillation else 'smoke,warm_start=0'
   found = []
   for shape in ((1, 1, 1), (2, 2, 2)):
-    made = experiment.get_config(text)
+    made = experiment.get_config('smoke')
     made.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), shape)))
     with made.unlocked():
       made.evaluation = part(build.Never)
@@ -179,8 +177,8 @@ for a, b in zip(local(params), local(again)):
 
 
 def grpo_smoke():
-  """The GRPO experiment without its warm start, with a reward that random weights can earn."""
-  made = grpo.get_config('smoke,warm_start=0')
+  """The GRPO experiment, with a reward that random weights can earn."""
+  made = grpo.get_config('smoke')
   with made.unlocked():
     made.phases.train.reward.short = weighted(
       1.0, part(verifiers.soft_overlong, max_length=5, cache=4)
