@@ -42,7 +42,7 @@ from polgrad.types import Array, Batch, Params
 CHUNK = 16  # tokens of a reply that are read at once
 # Of the slots of a queue, one in SHARE is served together: that number of slots reads a chunk, and that
 # number has ended a turn, or is idle, before draws are interrupted.
-SHARE = 8
+SHARE = 4
 # Draws that are made at most while the host has something to do: a turn has ended, or a reply is due.
 LATEST = 8
 
