@@ -162,9 +162,9 @@ class BranchedSteps(Steps):
     self._grow(rows, starts, 0, state, records, step)
     order = np.argsort(rows.prompt, kind='stable')
     batch = jax.tree.map(lambda x: x[order], rows.batch.with_arrays(anew=rows.anew))
-    # The states have served their purpose, and may be large.
-    told = [dataclasses.replace(rows.episodes[i], states=[]) for i in order if rows.episodes]
-    return Drawn(batch, told), records
+    # All copies are drawn, so the states of episodes are not needed any more.
+    episodes = [rows.episodes[i].without_states() for i in order if rows.episodes]
+    return Drawn(batch, episodes), records
 
   def score(
     self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int

@@ -18,7 +18,6 @@ from polgrad.environments.episodes import Episode, Episodes, Within
 from polgrad.environments.workers import Pool
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive
-from polgrad.rewards.scoring import MESSAGES
 from polgrad.sampling import stopping
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sampling.turns import make_turn_sampler
@@ -244,17 +243,6 @@ def transcript(episode: Episode) -> str:
 def _worth(episode: Episode, number: int) -> str:
   reward = episode.rewards[number] if number < len(episode.rewards) else 0.0
   return f', reward {reward:.4g}' if reward else ''
-
-
-def failures(episodes: Sequence[Episode]) -> tuple[dict[str, int], list[str]]:
-  """The number of failures by 'environment/kind', and the first of them in words."""
-  failed = [(row, e) for row, e in enumerate(episodes) if e.failure]
-  counts = collections.Counter(f'environment/{e.failure.kind}' for _, e in failed)
-  told = [
-    f'row {row}: environment, turn {len(e.turns)}: {e.failure.kind}: {e.failure.reason}'
-    for row, e in failed[:MESSAGES]
-  ]
-  return dict(counts), told
 
 
 def metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from polgrad.collect.base import Context
 from polgrad.collect.drawn import Drawn, Episode
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.environments.episodes import failures
 from polgrad.rewards.scoring import Scores
 from polgrad.sampling import stopping
 from polgrad.types import Batch, turns
@@ -93,7 +94,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
     valid = valid & batch.valid
     earned = np.where(batch.valid, batch['turn_rewards'].sum(axis=1), np.nan)
     total = total + earned
-    errors, messages = drawn.failures(episodes)
+    errors, messages = failures(episodes)
     scores = scores._replace(
       components={'environment': earned, **scores.components},
       errors=scores.errors | errors,

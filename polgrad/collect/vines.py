@@ -123,9 +123,8 @@ class VineSteps(RolloutSteps):
     found = np.where(here, np.append(values.mean, 0)[which], 0).astype(np.float32)
     failed = here & ~np.append(values.valid, True)[which]
     rows = batch.valid & ~failed.any(axis=1)
-    # The states of episodes have served their purpose, and may be large.
-    told = [dataclasses.replace(episode, states=[]) for episode in report.episodes]
-    report = report._replace(episodes=told)
+    # All continuations are drawn, so the states of episodes are not needed any more.
+    report = report._replace(episodes=[episode.without_states() for episode in report.episodes])
     report.metrics['steps'] = _mean(step_ids[batch.valid].max(axis=1, initial=-1) + 1)
     return batch.with_arrays(step_ids=step_ids, step_values=found, valid=rows), report
 

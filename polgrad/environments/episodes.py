@@ -17,9 +17,8 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments import conversation
 from polgrad.environments.base import Replies
 from polgrad.environments.workers import Pool, Reply
+from polgrad.rewards.scoring import MESSAGES
 from polgrad.rewards.worker import Failure, words
-
-MESSAGES = 5  # failures that are reported in words
 
 
 @dataclasses.dataclass
@@ -56,6 +55,10 @@ class Episode:
     """A copy of what was before the turn of this number, the first of which is 0."""
     lists = ('turns', 'observations', 'rewards', 'metrics', 'players', 'states')
     return Episode(**{name: getattr(self, name)[:turn] for name in lists})
+
+  def without_states(self) -> 'Episode':
+    """A copy that can no longer be continued: states may be large."""
+    return dataclasses.replace(self, states=[])
 
 
 class Episodes:
@@ -179,21 +182,16 @@ class Episodes:
     self._states[row] = _there(reply.state)
     return read.ids
 
-  @property
-  def errors(self) -> dict[str, int]:
-    """Number of rows that failed, by 'environment/kind'."""
-    return dict(
-      collections.Counter(f'environment/{e.failure.kind}' for e in self.episodes if not e.valid)
-    )
 
-  @property
-  def messages(self) -> list[str]:
-    """Row, turn and reason of the first few failures."""
-    return [
-      f'row {row}: environment, turn {len(e.turns)}: {e.failure.kind}: {e.failure.reason}'
-      for row, e in enumerate(self.episodes)
-      if not e.valid
-    ][:MESSAGES]
+def failures(episodes: Sequence[Episode]) -> tuple[dict[str, int], list[str]]:
+  """The number of rows that failed by 'environment/kind', and row, turn and reason of the first few."""
+  failed = [(row, e) for row, e in enumerate(episodes) if not e.valid]
+  counts = collections.Counter(f'environment/{e.failure.kind}' for _, e in failed)
+  messages = [
+    f'row {row}: environment, turn {len(e.turns)}: {e.failure.kind}: {e.failure.reason}'
+    for row, e in failed[:MESSAGES]
+  ]
+  return dict(counts), messages
 
 
 class Within:

@@ -5,7 +5,7 @@ import tokenizers as hf
 
 from polgrad.data import tokenizers
 from polgrad.environments import Guess, Tools, conversation, toolbox
-from polgrad.environments.episodes import Episodes
+from polgrad.environments.episodes import Episodes, failures
 from polgrad.environments.workers import Pool
 from tests.data import folders
 from tests.environments import templates
@@ -189,5 +189,6 @@ def test_a_cut_is_counted_and_a_message_that_cannot_be_written_fails_its_row():
   assert dict(made.take(wait=True)) == {0: t.encode('12'), 1: t.encode('12'), 2: None}
   cuts = [episode.metrics[0]['observation_cut'] for episode in made.episodes[:2]]
   assert cuts == [0.0, 1.0]
-  assert made.errors == {'environment/Unreadable': 1}
-  assert 'row 2: environment, turn 1: Unreadable: ' in made.messages[0]
+  errors, messages = failures(made.episodes)
+  assert errors == {'environment/Unreadable': 1}
+  assert 'row 2: environment, turn 1: Unreadable: ' in messages[0]

@@ -4,7 +4,7 @@ import pytest
 
 from polgrad.data import tokenizers
 from polgrad.environments import Guess
-from polgrad.environments.episodes import Episodes
+from polgrad.environments.episodes import Episodes, failures
 from polgrad.environments.workers import Pool
 
 PROMPT = [{'id': 0, 'prompt': 'guess: '}]
@@ -32,7 +32,7 @@ def test_rows_guess_until_they_are_right():
   first, _, third, _ = episodes.episodes
   assert (first.turns, first.observations, first.rewards) == (['5', '7'], ['>'], [0.0, 1.0])
   assert third.turns == ['5.', '2.'] and third.done and third.valid
-  assert not episodes.errors and not episodes.messages
+  assert failures(episodes.episodes) == ({}, [])
 
 
 def test_an_episode_ends_after_its_last_turn():
