@@ -286,14 +286,24 @@ class Sampling(Turns, Collector):
     return numbers | ids if self.has_environment else {}
 
 
+# Settings that a collector hands to its sampler, under the same names, if it has them.
+HANDED_ON = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'slots')
+
+
 def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:
-  """The sampler of a collector, with the tokenizer, the models and the devices of the run."""
+  """The sampler of a collector, with the tokenizer, the models and the devices of the run.
+
+  Args:
+    sampler: settings of `make_sampler` besides those in `HANDED_ON`.
+  """
+  own = {field.name for field in dataclasses.fields(settings)}
   return make_draws(
     settings,
     context.frozen,
     tokenizer=context.tokenizer,
     policy=context.policy,
     mesh=context.mesh,
+    **{name: getattr(settings, name) for name in HANDED_ON if name in own},
     **sampler,
   )
 

@@ -1,22 +1,22 @@
 """Episodes that branch behind replies which made the policy unsure (ARPO, arXiv:2507.19849).
 
-What a tool answers changes what the policy may say next, most where its entropy rises. So a part of the
-rows of a prompt is kept back: they become copies of episodes, which go on from the place behind such a
-reply. Copies share all tokens up to there, and so they compare what the policy does with the reply.
+What a tool answers changes what the policy may say next, most where its entropy rises. So some of the
+rows of a prompt are not drawn at first. Each of them becomes a copy of an episode: it shares all tokens
+up to the end of such a reply, and draws everything behind it anew. Comparing the copies shows which use
+of the reply is best.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Annotated
 
 import jax
 import numpy as np
 
-from polgrad.collect.base import Collect, Context, Draw, Sampling, draws_of
+from polgrad.collect.base import Collect, Context, Draw, Sampling
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import RowSampler
+from polgrad.collect.rollouts import RowSampler, make_row_sampler
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.environments.episodes import Episode
@@ -99,18 +99,10 @@ class Branched(Sampling):
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
-    same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
-    sampler = {name: getattr(self, name) for name in same}
     left = self.samples_per_prompt - self.first
     return BranchedSteps(
       settings=self,
-      draw_rows=RowSampler(
-        context=context,
-        lay_out=functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut),
-        samples_per_prompt=self.first,
-        reads=('policy',),
-        draw=draws_of(self, context, samples_per_prompt=self.first, **sampler),
-      ),
+      draw_rows=make_row_sampler(self, context, self.first),
       continuer=make_continuer(self, context, samples=1, prefixes=self.prompts * max(left, 1)),
       **common(
         context,

@@ -99,16 +99,9 @@ def make_continuer(
   behavior_policy: Callable = behavior_policies.current,
 ) -> Continuer:
   """The `Continuer` of a collector; with an environment, its episodes must keep their states."""
-  same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
   return Continuer(
     context=context,
-    draw=draws_of(
-      settings,
-      context,
-      samples_per_prompt=samples,
-      behavior_policy=behavior_policy,
-      **{name: getattr(settings, name) for name in same},
-    ),
+    draw=draws_of(settings, context, samples_per_prompt=samples, behavior_policy=behavior_policy),
     reads=inputs(behavior_policy),
     samples=samples,
     prefixes=prefixes,

@@ -99,13 +99,7 @@ class Explored(Sampling):
     context = self.within(context)
     return ExploredSteps(
       settings=self,
-      draw=draws_of(
-        self,
-        context,
-        samples_per_prompt=self.samples_per_prompt // self.rounds,
-        max_new_tokens=self.max_new_tokens,
-        temperature=self.temperature,
-      ),
+      draw=draws_of(self, context, samples_per_prompt=self.samples_per_prompt // self.rounds),
       behavior=_make_behavior(self, context),
       **common(
         context,

@@ -234,14 +234,14 @@ class Rollouts(Sampling):
 
   def _parts(self, context: Context) -> dict[str, Any]:
     """The fields of `RolloutSteps`."""
-    draw_rows = self._row_sampler(context, self.behavior_policy, self.samples_per_prompt)
+    draw_rows = make_row_sampler(self, context, self.samples_per_prompt, self.behavior_policy)
     # A seed that no phase has: others must not draw the noise of what they are compared with.
     other = context._replace(seed=~context.seed)
     draw_baselines = draw_opponents = None
     if self.baseline_samples:
-      draw_baselines = self._row_sampler(other, self.baseline_policy, self.baseline_samples)
+      draw_baselines = make_row_sampler(self, other, self.baseline_samples, self.baseline_policy)
     if self.opponents:
-      draw_opponents = self._row_sampler(other, self.opponent_policy, self.opponents)
+      draw_opponents = make_row_sampler(self, other, self.opponents, self.opponent_policy)
     return dict(
       settings=self,
       draw_rows=draw_rows,
@@ -253,25 +253,6 @@ class Rollouts(Sampling):
         recompute_proximal=self.recompute_proximal,
         mask_truncated=self.mask_truncated,
         stats=self.stats,
-      ),
-    )
-
-  def _row_sampler(
-    self, context: Context, behavior_policy: Callable, samples_per_prompt: int
-  ) -> 'RowSampler':
-    same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
-    return RowSampler(
-      context=context,
-      # Prompts alone: `lay_out` of this class would lay out the demonstrations too.
-      lay_out=functools.partial(super().lay_out, tokenizer=context.tokenizer, cut=self.cut),
-      samples_per_prompt=samples_per_prompt,
-      reads=inputs(behavior_policy),
-      draw=draws_of(
-        self,
-        context,
-        samples_per_prompt=samples_per_prompt,
-        behavior_policy=behavior_policy,
-        **{name: getattr(self, name) for name in same},
       ),
     )
 
@@ -354,6 +335,32 @@ class RowSampler:
     # The sampler got ids that differ where a prompt is there twice.
     ids = np.repeat(prompts.ids, self.samples_per_prompt)
     return rows._replace(batch=rows.batch.replace(prompt_ids=ids))
+
+
+def make_row_sampler(
+  settings: Sampling,
+  context: Context,
+  samples_per_prompt: int,
+  behavior_policy: Callable = behavior_policies.current,
+) -> RowSampler:
+  """The `RowSampler` of a collector whose records are prompts.
+
+  Args:
+    context: of `Sampling.within`.
+    samples_per_prompt: rows of each record.
+    behavior_policy: who samples.
+  """
+  tokenizer, cut = context.tokenizer, settings.cut
+  return RowSampler(
+    context=context,
+    # Prompts alone: `Rollouts.lay_out` would lay out the demonstrations too.
+    lay_out=functools.partial(Sampling.lay_out, settings, tokenizer=tokenizer, cut=cut),
+    samples_per_prompt=samples_per_prompt,
+    reads=inputs(behavior_policy),
+    draw=draws_of(
+      settings, context, samples_per_prompt=samples_per_prompt, behavior_policy=behavior_policy
+    ),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,16 @@ the leaves, are scored; the means of their rewards say how good the nodes betwee
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import jax
 import numpy as np
 
-from polgrad.collect.base import Collect, Context, Draw, Sampling, draws_of
+from polgrad.collect.base import Collect, Context, Draw, Sampling
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import RowSampler
+from polgrad.collect.rollouts import RowSampler, make_row_sampler
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.compiling import jit
@@ -109,17 +108,9 @@ class Trees(Sampling):
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
-    same = ('slots', 'max_new_tokens', 'temperature', 'top_k', 'top_p')
-    sampler = {name: getattr(self, name) for name in same}
     return TreeSteps(
       settings=self,
-      draw_rows=RowSampler(
-        context=context,
-        lay_out=functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut),
-        samples_per_prompt=self.trees,
-        reads=('policy',),
-        draw=draws_of(self, context, samples_per_prompt=self.trees, **sampler),
-      ),
+      draw_rows=make_row_sampler(self, context, self.trees),
       continuer=make_continuer(
         self, context, samples=self.branches, prefixes=self.prompts * self.trees * self.forks
       ),
