@@ -14,9 +14,9 @@ from polgrad.collect.base import Context
 from polgrad.collect.drawn import Drawn, Episode
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.environments import conversation
 from polgrad.environments.episodes import failures
 from polgrad.rewards.scoring import Scores
-from polgrad.sampling import stopping
 from polgrad.types import Batch, turns
 
 
@@ -49,11 +49,14 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
   texts = []
   for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
     record = records[i // rows_per_prompt]
-    opened = batching.opening(record, tokenizer)
-    ids = [*record.get('begun', ()), *(int(i) for i in tokens[_last_turn(mask)])]
-    stopped = finished and ids[-1] in tokenizer.stop_ids
-    text = tokenizer.decode(ids[:-1] if stopped else ids)
-    texts.append(opened + stopping.through(text, tokenizer.stop_strings))
+    text = conversation.turn_text(
+      tokens[_last_turn(mask)],
+      tokenizer,
+      ended=finished,
+      opened=batching.opening(record, tokenizer),
+      begun=record.get('begun', ()),
+    )
+    texts.append(text)
   return texts
 
 

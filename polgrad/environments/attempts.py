@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from polgrad.environments.base import Environment, Step
-from polgrad.registry import AtLeastOne, Fraction, inputs, unbound
+from polgrad.registry import AtLeastOne, Fraction, call, inputs, unbound
 from polgrad.rewards import verifiers
 
 REWARDS = ('last', 'every')
@@ -33,13 +33,13 @@ class Attempts(Environment):
 
   Attributes:
     verifier: judges an attempt; it may read `completion` and `record`.
-    feedback: what the policy reads after an attempt that does not end the episode. `{score}` stands for
-      its score, with two digits behind the point.
+    feedback: what the policy reads after an attempt that does not end the episode. `{score}` is replaced
+      by its score, with two digits behind the point.
     until_right: whether a right attempt ends the episode.
     right: least score of a right attempt.
     rewarded: 'last': the last attempt alone has a reward, its score; 'every': each has its own.
-    discount: factor of the reward for each attempt before it, in [0, 1]. So a right answer at the third
-      attempt is worth discount**2. The turn-level retry of AReaL does the same.
+    discount: the reward of attempt t, from 0, is score * discount**t; in [0, 1]. The turn-level retry of
+      AReaL does the same.
   """
 
   verifier: verifiers.Part
@@ -69,8 +69,7 @@ class Attempts(Environment):
     return Tried(dict(record), 0)
 
   def step(self, state: Tried, text: str) -> Step:
-    given = {'completion': text, 'record': state.record}
-    score = float(self.verifier(*(given[name] for name in inputs(self.verifier))))
+    score = float(call(self.verifier, {'completion': text, 'record': state.record}))
     attempt = state.attempts + 1
     done = attempt >= self.max_turns or (self.until_right and score >= self.right)
     reward = score * self.discount**state.attempts if done or self.rewarded == 'every' else 0.0

@@ -16,7 +16,7 @@ from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments import conversation
 from polgrad.environments.base import Replies
-from polgrad.environments.workers import Pool, Reply
+from polgrad.environments.workers import Pool, Reply, ready
 from polgrad.rewards.scoring import MESSAGES
 from polgrad.rewards.worker import Failure, words
 
@@ -26,13 +26,16 @@ class Episode:
   """What one row said and what it was worth, turn by turn."""
 
   turns: list[str] = dataclasses.field(default_factory=list)  # what the policy said
-  # The words that it read after a turn: one less than turns, or as many if the row had no room to go on.
+  # What it read after each turn: one entry fewer than `turns`, or the same number if the row had no room
+  # left for another turn.
   observations: list[str] = dataclasses.field(default_factory=list)
   rewards: list[float] = dataclasses.field(default_factory=list)  # one for each turn
   metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # of each turn
   players: list[int] = dataclasses.field(default_factory=list)  # who took each turn, in self-play
   done: bool = False  # whether the environment has ended it
-  failure: Failure | None = None  # why it failed; its row is invalid, and its rewards mean nothing
+  failure: Failure | None = (
+    None  # why it failed; then its row is invalid, and its rewards are unused
+  )
   states: list[Any] = dataclasses.field(default_factory=list)  # before each turn, if they are kept
 
   @property
@@ -108,7 +111,7 @@ class Episodes:
     if before:
       begun = [one for one in before for _ in range(samples_per_prompt)]
       self.episodes = [episode.until(turn) for episode, turn in begun]
-      self._states = [_there(episode.states[turn]) for episode, turn in begun]
+      self._states = [ready(episode.states[turn]) for episode, turn in begun]
     else:
       self._states = [pool.reset(record, seed) for record, seed in zip(self._records, seeds)]
 
@@ -179,7 +182,7 @@ class Episodes:
     episode.observations.append(read.text)
     if self._limit:
       reply.metrics['observation_cut'] = float(read.cut)
-    self._states[row] = _there(reply.state)
+    self._states[row] = ready(reply.state)
     return read.ids
 
 
@@ -197,8 +200,8 @@ def failures(episodes: Sequence[Episode]) -> tuple[dict[str, int], list[str]]:
 class Within:
   """Replies to rows that have fewer columns than the sampler gives them (`Replies`).
 
-  What a turn draws beyond the columns of its row is not handed on; the row is then over, as it is if a
-  reply leaves no room for another token.
+  Tokens that a turn draws beyond the columns of its row are not handed on, and the row is over. A row is
+  also over if its reply leaves no room for another token.
 
   Args:
     replies: to rows with all columns.
@@ -227,9 +230,3 @@ class Within:
       return ids
     self.unfinished.add(row)
     return None
-
-
-def _there(state: Any) -> futures.Future:
-  future = futures.Future()
-  future.set_result(state)
-  return future

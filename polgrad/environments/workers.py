@@ -7,7 +7,6 @@ raises, hangs, dies or returns what makes no sense gives a `Failure`, which is n
 """
 
 import json
-import os
 import queue
 from collections.abc import Mapping
 from concurrent import futures
@@ -97,9 +96,7 @@ class Pool:
   def _submit(self, *call: Any) -> futures.Future:
     if self.isolated:
       return self._threads.submit(self._ask, call)
-    done = futures.Future()
-    done.set_result(respond(self.environment, call, travels=False))
-    return done
+    return ready(respond(self.environment, call, travels=False))
 
   def _ask(self, call: tuple) -> Any:
     # The worker that was busy last is taken first, so that no more of them start than are needed.
@@ -115,6 +112,13 @@ class Pool:
       self._threads.shutdown(cancel_futures=True)
       for _ in range(self._workers):
         self._idle.get().stop()
+
+
+def ready(value: Any) -> futures.Future:
+  """A future that has this value already."""
+  future = futures.Future()
+  future.set_result(value)
+  return future
 
 
 def dumps(environment: Environment) -> bytes:
@@ -142,15 +146,7 @@ def respond(environment: Environment, call: tuple, travels: bool = True) -> Any:
     call: ('reset', record, seed) or ('step', state, text).
     travels: whether states are bytes outside this function.
   """
-  process = os.getpid()
-  try:
-    reply = _called(environment, *call, travels=travels)
-  except (Exception, SystemExit) as error:  # the rollout continues whatever an environment does
-    reply = Failure(type(error).__name__, words(error))
-  # If the environment forked, and this is the copy, it must not answer as well.
-  if os.getpid() != process:
-    os._exit(1)
-  return reply
+  return worker.contained(lambda: _called(environment, *call, travels=travels))
 
 
 def _called(environment: Environment, kind: str, given: Any, other: Any, travels: bool) -> Any:

@@ -41,12 +41,17 @@ class Failure(NamedTuple):
 
 def verify(fn: Callable, row: Mapping) -> float | Failure:
   """Runs one verifier on one row; every error becomes a `Failure`."""
+  return contained(lambda: number(registry.call(fn, row)))
+
+
+def contained(call: Callable[[], Any]) -> Any | Failure:
+  """What code of a user returns; every error becomes a `Failure`, because the batch continues."""
   process = os.getpid()
   try:
-    value = number(registry.call(fn, row))
-  except (Exception, SystemExit) as error:  # the batch continues whatever a verifier does
+    value = call()
+  except (Exception, SystemExit) as error:
     value = Failure(type(error).__name__, words(error))
-  if os.getpid() != process:  # the verifier forked, and this is the copy: it must not train as well
+  if os.getpid() != process:  # the call forked, and this is the copy: it must not answer as well
     os._exit(1)
   return value
 
