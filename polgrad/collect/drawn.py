@@ -25,6 +25,8 @@ from polgrad.sharding import to_host
 from polgrad.types import Batch
 from polgrad.types import turns as spans_of
 
+SHOWN = 8  # turns that have metrics, from the first one
+
 
 class Drawn(NamedTuple):
   """Rows of a sampler, NumPy, and their episodes."""
@@ -46,7 +48,7 @@ Draws = Callable[..., Drawn]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turns:
-  """Settings of whatever samples: the environment, its budgets and its limits."""
+  """The environment of a collector or of the evaluation, its budgets and its limits."""
 
   # What answers the turns of the policy (docs/environments.md). By default nothing does: a completion is
   # one turn.
@@ -148,6 +150,7 @@ def make_draws(
       keep_states=settings.keeps_states,
       before=begun.episodes if begun else (),
     )
+    # Rows that continue an episode have fewer columns left than the sampler gives them.
     asked = replies
     if begun and talks:
       asked = Within(replies, np.repeat(begun.room, samples_per_prompt))
@@ -199,8 +202,10 @@ def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:
     seen = batch.segment_ids[row] > 0
     begin = 0
     for number, span in enumerate(spans_of(batch.mask[row])):
+      # What was read between the last turn and this one, hashed to a positive i32.
       read = batch.tokens[row, begin : span.start][seen[begin : span.start]]
       anchors[row, span] = zlib.crc32(read.astype('<i4').tobytes()) >> 1 or 1
+      # A turn that was not answered has no reward.
       if number < len(episode.rewards) and episode.valid:
         rewards[row, span.stop - 1] = episode.rewards[number]
         players[row, span] = episode.players[number]
@@ -267,9 +272,6 @@ def metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, float]:
     for name, value in one.items():
       values[f'environment/{name}'].append(float(value))
   return found | {name: float(np.mean(x)) for name, x in sorted(values.items())}
-
-
-SHOWN = 8  # turns that have metrics of their own
 
 
 def _size(span: slice) -> int:

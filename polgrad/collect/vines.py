@@ -114,7 +114,7 @@ class VineSteps(RolloutSteps):
     state: TrainState,
     step: int,
   ) -> tuple[Batch, Report]:
-    """Fills in `step_ids` and `step_values`, and reports what that has cost."""
+    """Fills in `step_ids` and `step_values`, and adds the metrics of the continuations."""
     step_ids = self._step_ids(batch)
     prefixes, which = distinct_prefixes(batch, step_ids, shared=not report.episodes)
     values, report = self._values(batch, prefixes, report, records, state, step)
@@ -160,10 +160,11 @@ class VineSteps(RolloutSteps):
     state: TrainState,
     step: int,
   ) -> tuple[Values, Report]:
-    """Continues all prefixes and scores what was drawn."""
+    """The value of each prefix: all are continued, and what was drawn is scored."""
     size, samples = self.continuer.prefixes, self.settings.value_samples
     found, valid, tokens, errors, messages = [], [], 0, collections.Counter(), []
     for start in range(0, len(prefixes.rows), size):
+      # One call of the sampler.
       piece = prefixes.taken(slice(start, start + size))
       own = [records[i] for i in batch.prompt_ids[piece.rows].tolist()]
       rows = self.continuer(state, batch, piece, step, self.meter, own, report.episodes)
@@ -178,6 +179,7 @@ class VineSteps(RolloutSteps):
       valid.append(rows.valid.reshape(-1, samples))
       errors.update(failures(rows, texts.scores))
       messages += texts.scores.messages
+    # [n, samples]; the first piece is empty, for a batch without prefixes.
     found, valid = (np.concatenate([np.zeros((0, samples)), *x]) for x in (found, valid))
     for name, number in errors.items():
       report.metrics[name] = report.metrics.get(name, 0.0) + number

@@ -13,7 +13,7 @@
 | `tools` | the policy calls tools before it answers |
 | `toolbox` | tools: a calculator, a search in texts, Python in a sandbox |
 | `calls` | tool calls in what a model says |
-| `schemas` | what a chat template is told of a tool |
+| `schemas` | descriptions of tools for chat templates |
 | `sandbox` | runs a Python program that nobody has read |
 | `adapters` | environments of the packages textarena and verifiers |
 

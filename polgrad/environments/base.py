@@ -1,4 +1,4 @@
-"""The interface of environments, and that between them and the sampler."""
+"""Two interfaces: `Environment`, and `Replies`, by which the sampler gets answers to its turns."""
 
 import abc
 import dataclasses
@@ -48,9 +48,9 @@ class Environment(abc.ABC):
     return ('user',)
 
   def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
-    """Is called once in each process that it runs in, before the time of a call counts.
+    """Imports libraries and reads files: called once in each process, before the first call is timed.
 
-    Here it imports libraries and reads files. An error ends the run.
+    An error ends the run.
     """
 
   def opened(self, record: Mapping) -> dict:
@@ -76,10 +76,10 @@ class Environment(abc.ABC):
 
 
 class Replies(Protocol):
-  """What the sampler needs of the other side: tokens to read after each turn.
+  """Where the sampler gets the tokens from that a row reads after each turn.
 
-  Rows are numbered 0 .. B - 1, prompt-major. The sampler asks when a turn has ended and goes on decoding
-  other rows until the reply is there.
+  Rows are numbered 0 .. B - 1, prompt-major. The sampler asks when a turn has ended, and decodes other
+  rows until the reply is there.
   """
 
   def ask(self, row: int, ids: Sequence[int], ended: bool) -> None:

@@ -104,7 +104,7 @@ def _few(found: list[Call]) -> list[Call]:
 
 
 def _tagged(text: str) -> list[Call]:
-  """What stands in a pair of <tool_call> tags."""
+  """The calls between a pair of <tool_call> tags."""
   return _functions(text) if '<function=' in text else _objects(text.strip())
 
 

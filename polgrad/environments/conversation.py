@@ -80,8 +80,8 @@ def following(messages: Sequence[Mapping], record: Mapping, tokenizer: Tokenizer
   text = tokenizer.chat([*record['messages'], turn, *messages], tools=record.get('tools'))
   if text.count(MARK) != 1:
     raise ValueError(
-      'no text after a turn can be told: the chat template does not write an assistant turn before '
-      f'a message of the role {messages[0]["role"]!r} once and as it is'
+      'the text after a turn is not known: the chat template does not write an assistant turn before '
+      f'a message of the role {messages[0]["role"]!r} exactly once and unchanged'
     )
   return text.partition(MARK)[2]
 

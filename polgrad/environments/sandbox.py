@@ -3,10 +3,12 @@
 With `namespaces` (Linux, where users may make namespaces; no root is needed) the program
 
 * has no network, not even to this machine;
-* sees a file system of its own: /usr and the like and the Python installation, both read-only, and an
-  empty folder in memory (16 MiB) where it may write. There are no home folders, no data, no run;
+* sees a file system with only the system folders (/usr, /lib, ...) and the Python installation, both
+  read-only, and an empty folder in memory (16 MiB) where it may write. It has no home folders, no data
+  and no workdir of a run;
 * sees no other process, and everything that it started dies with it;
-* has no capabilities, is nobody where root runs it, and sees no environment variables of yours;
+* has no capabilities, runs as the user nobody if root starts it, and sees no environment variables of
+  yours;
 * has limits: seconds, memory of each process, 128 processes, open files, size of output.
 
 What this does not keep out: it shares the kernel, so a hole in the kernel is a way out; a virtual

@@ -1,4 +1,4 @@
-"""What a chat template is told of a tool, and whether arguments fit it.
+"""The description of a tool for a chat template, and whether arguments fit the tool.
 
 A tool is a function with arguments by position, or a frozen dataclass that is called in this way. Its
 schema is made from the signature and the docstring: the first paragraph says what it does, and the lines
@@ -54,7 +54,7 @@ def _parameters(fn: Callable) -> dict[str, tuple[Any, bool]]:
 
 
 def schema(name: str, tool: Callable) -> dict:
-  """What a chat template gets of a tool.
+  """The description of a tool for a chat template: a JSON schema of the form that OpenAI introduced.
 
   >>> def add(x: int, y: int = 1) -> int:
   ...   '''Adds two numbers.

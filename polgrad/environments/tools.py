@@ -76,7 +76,7 @@ class Tools(Environment):
 
   @property
   def schemas(self) -> list[dict]:
-    """What a chat template gets of the tools."""
+    """Descriptions of the tools for a chat template."""
     return [schemas.schema(name, tool) for name, tool in self.tools.items()]
 
   def prepare(self) -> None:

@@ -43,9 +43,8 @@ class Decoding(NamedTuple):
   # i32[Q, S], number of the slot's row in its queue; B / Q if the slot is idle; the number plus
   # B / Q + 1 if the row waits for the reply to a turn, see `turns`.
   row: Array
-  made: (
-    Array  # i32[Q, S], tokens of that row behind its prompt; without meaning if the slot is idle
-  )
+  # i32[Q, S], tokens of that row behind its prompt; without meaning if the slot is idle
+  made: Array
   upcoming: Array  # i32[Q], number of the first row that waits in the queue; B / Q if none waits
   length: Array  # i32[Q * S], tokens of the prompt of the slot's row
   caches: dict[str, Any]  # caches of Tp + max_new_tokens columns by parameter set, Q * S rows first

@@ -8,7 +8,7 @@ the host, because replies come from there. It uses these programs, whose state s
     repeat until no row is left:
       (host)    hands in the turns that have ended, and takes the replies that have come
       close     frees the slots of rows that are over
-      extend    reads a chunk of every reply; its rows go on drawing
+      extend    reads a chunk of every reply; its rows resume drawing
       refill    idle slots get the next rows of their queue
       advance   draws a token in every running slot; repeated until the host is needed
     finish      prompts and completions become a `Batch`
@@ -40,10 +40,11 @@ from polgrad.sharding import constrain, place_batch
 from polgrad.types import Array, Batch, Params
 
 CHUNK = 16  # tokens of a reply that are read at once
-# Of the slots of a queue, one in SHARE is served together: that number of slots reads a chunk, and that
-# number has ended a turn, or is idle, before draws are interrupted.
+# Slots are served in groups of K = max(1, S // SHARE) of the S slots of a queue, see `at_once`: K slots
+# read a chunk together, and drawing is interrupted when K slots have ended a turn, or K are idle.
 SHARE = 4
-# Draws that are made at most while the host has something to do: a turn has ended, or a reply is due.
+# Largest number of draws that are made although the host has something to do: a turn has ended, or a
+# reply is due.
 LATEST = 8
 
 
@@ -63,7 +64,7 @@ class Told(NamedTuple):
   made: Array  # i32, tokens of the row behind its prompt
   count: Array  # i32, tokens that its turn has so far
   stopped: Array  # bool, whether a stop token or a stop string has ended the turn
-  tokens: Array  # i32[Q * S, C], the tokens of the turn, and behind them anything
+  tokens: Array  # i32[Q * S, C], the tokens of the turn; those behind them have no meaning
   queued: Array  # i32[Q], rows that have had no slot yet, by queue
 
   @property
@@ -116,8 +117,8 @@ def make_turn_sampler(
 
   A row is a prompt, a turn of the policy, a reply, the next turn, and so on. A turn ends with a stop
   token, a stop string, or after `turn_tokens` tokens. It is handed to `replies` (see
-  `environments.Replies`) as the tokens that were drawn; those of the reply are appended as they are, and
-  the models read only these. The row is over when its reply is None, and then it is `finished` if its
+  `environments.Replies`) as the tokens that were drawn. The tokens of the reply are appended unchanged,
+  and the models read only these. The row is over when its reply is None; then it is `finished` if its
   last turn was ended by a stop. If its columns are used up, or the reply leaves no room for another
   token, it is over and not `finished`. Other rows are decoded while a reply is being made.
 
@@ -379,10 +380,12 @@ class Rollout:
     while not told.idle.all() or told.queued.any():
       plan = shared(desk.plan(told) if jax.process_index() == 0 else None, told)
       # From here on all processes do the same, because `told` and `plan` are equal in all of them.
+      # Rows that are over leave their slots, and the others read their replies.
       if plan.over.any():
         turns = self._close_rows(turns, plan)
       for chunk in zip(*plan.chunks):
         turns = self._extend(params, turns, Chunk(*self._place(chunk)), width=width)
+      # Idle slots get new rows, and slots that run draw until the host is needed again.
       drawing = (told.running & ~plan.over).any() or plan.chunks.last.any()
       told = told._replace(row=np.where(plan.over, -1, told.row))
       if self._refill_due(told, drawing):
@@ -418,16 +421,18 @@ class Desk:
 
   def plan(self, told: Told) -> Plan:
     """Hands in the turns that have ended, and decides what to do with the replies that have come."""
+    # A turn is handed in once, in the first plan after it has ended.
     for slot in np.flatnonzero(told.waiting & ~told.idle).tolist():
       row = int(told.row[slot])
       if row not in self._asked:
         self._asked[row] = slot
         ids = told.tokens[slot, : told.count[slot]].tolist()
         self._replies.ask(row, ids, bool(told.stopped[slot]))
-    # Where nothing can be drawn, there is nothing to do but to wait.
+    # Wait for a reply only if nothing can be drawn meanwhile.
     idle = told.idle.reshape(len(told.queued), -1).any(axis=1)
     drawing = told.running.any() or (idle & (told.queued > 0)).any()
     taken = self._replies.take(wait=not drawing) if self._asked else []
+    # A reply ends its row, has no room in it, or will be read.
     over, finished = np.zeros((2, len(told.row)), bool)
     texts = {}
     for row, ids in taken:
@@ -506,6 +511,8 @@ def shared(plan: Plan | None, told: Told) -> Plan:
   """The plan of the first process, in all of them."""
   if jax.process_count() == 1:
     return plan
+  # First the number of chunks, so that the other processes pass arrays of the same shapes; the values of
+  # theirs are not used.
   number = len(plan.chunks.slot) if plan else 0
   number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
   nothing = np.zeros(len(told.row), bool)

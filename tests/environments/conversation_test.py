@@ -134,7 +134,7 @@ def test_plain_prompts_read_an_observation_word_for_word():
 @pytest.mark.parametrize(
   ('template', 'environment', 'why'),
   [
-    (templates.FORGETFUL, Guess(), "Guess: .* role 'user': no text after a turn can be told"),
+    (templates.FORGETFUL, Guess(), "Guess: .* role 'user': the text after a turn is not known"),
     (templates.DEAF, TOOLS, "role 'tool', of which the chat template writes nothing"),
     (folders.CHATML, TOOLS, "Tools: .* role 'tool': the record has tools"),
   ],

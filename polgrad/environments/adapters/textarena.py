@@ -39,7 +39,7 @@ def listed_move(observation: str, seed: int) -> str:
 
 
 def itself(observation: str, seed: int) -> str:
-  """The policy: it takes the turns of all players. This function only stands for it."""
+  """The policy: it takes the turns of all players. This function is only its name."""
   raise NotImplementedError('the policy plays itself')
 
 
@@ -158,7 +158,7 @@ def make(name: str, players: int, seed: int) -> Any:
   Raises:
     ImportError: textarena is not installed.
     ValueError: there is no such game, it cannot be played here (some want to download words or to ask a
-      model), or not by so many players.
+      model), or not by this number of players.
   """
   textarena = _textarena()
   registered = textarena.envs.registration.ENV_REGISTRY

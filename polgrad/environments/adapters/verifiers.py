@@ -205,7 +205,7 @@ def _numbers(metrics: Mapping | None) -> dict[str, float]:
 
 @functools.cache
 def loop() -> asyncio.AbstractEventLoop:
-  """The event loop of all episodes, in a thread of its own."""
+  """The event loop of all episodes, in a separate thread."""
   made = asyncio.new_event_loop()
   threading.Thread(target=made.run_forever, name='verifiers', daemon=True).start()
   return made
