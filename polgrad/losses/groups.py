@@ -108,20 +108,21 @@ def at_most(x: Array, group_ids: Array, among: Array) -> Array:
     among: bool[B], the rows that are counted.
   """
   chex.assert_equal_shape([x, group_ids, among])
-  order = jnp.lexsort((x, group_ids))
-  ids, values, up_to = group_ids[order], x[order], jnp.cumsum(among[order])
-  # Rows of one group with equal x are a run; each gets the count at the end of its run.
-  new = (ids[1:] != ids[:-1]) | (values[1:] != values[:-1])
-  run = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(new)])
-  end = jnp.searchsorted(run, run, side='right') - 1
-  start = jnp.searchsorted(ids, ids)
-  before = jnp.where(start > 0, up_to[start - 1], 0)  # those of groups that are sorted before
-  return (up_to[end] - before)[jnp.argsort(order)]
+  level = joint(group_ids, x)
+  # Sorted by group and then by x; up_to[i] counts the rows of `among` before place i.
+  order = jnp.argsort(level)
+  up_to = jnp.pad(jnp.cumsum(among[order]), (1, 0))
+  start = jnp.searchsorted(group_ids[order], group_ids)
+  end = jnp.searchsorted(level[order], level, side='right')
+  return up_to[end] - up_to[start]
 
 
 @jax.jit
 def joint(a: Array, b: Array) -> Array:
-  """Group ids of rows that agree in both of two ids: i32[B], i32[B] -> i32[B]."""
+  """Group ids of rows that are equal in both a and b: [B], [B] -> i32[B].
+
+  The ids grow with a, and among rows of one a with b.
+  """
   chex.assert_rank([a, b], 1)
   chex.assert_equal_shape([a, b])
   order = jnp.lexsort((b, a))

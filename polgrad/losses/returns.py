@@ -109,17 +109,7 @@ def gae(
   Returns:
     [..., T].
   """
-  chex.assert_equal_shape([token_rewards, values, mask])
-
-  def step(carry, now):
-    next_value, next_advantage = carry
-    reward, value, valid = now
-    delta = reward + discount * next_value - value
-    advantage = jnp.where(valid, delta + discount * trace * next_advantage, next_advantage)
-    return (jnp.where(valid, value, next_value), advantage), jnp.where(valid, advantage, 0)
-
-  start = jnp.zeros_like(values[..., 0])
-  return _scan_backwards(step, (start, start), token_rewards, values, mask)
+  return _gae(token_rewards, values, jnp.zeros_like(mask), mask, discount, trace)
 
 
 def vtrace_targets(
@@ -283,11 +273,11 @@ def turn_gae(
     [B, T], A_k at every token of turn k.
   """
   chex.assert_equal_shape([token_rewards, values, turn_ids, mask])
-  starts, present = turns.starts(turn_ids, mask), turns.present(turn_ids, mask)
   rewards, values = (
     turns.totals(token_rewards, turn_ids, mask),
-    turns.totals(values, turn_ids, starts),
+    turns.first(values, turn_ids, mask),
   )
+  present = turns.present(turn_ids, mask)
   advantages = gae(rewards, values, present, discount=discount, trace=trace)
   return turns.at_tokens(advantages, turn_ids, mask)
 
@@ -328,10 +318,15 @@ def bilevel_gae(
   ends = turns.ends(turn_ids, mask)
   returned = gae(token_rewards, values, ends, discount=turn_discount, trace=trace) + values
   rewards = jnp.where(ends, returned, token_rewards)
+  return _gae(rewards, values, ends, mask, discount, trace)
+
+
+def _gae(token_rewards, values, ends, mask, discount, trace):
+  """`gae` in which value and advantage after a token of `ends` are 0, as after the last token."""
+  chex.assert_equal_shape([token_rewards, values, ends, mask])
 
   def step(carry, now):
     reward, value, end, valid = now
-    # Nothing follows the last token of a turn.
     next_value, next_advantage = (jnp.where(end, 0, x) for x in carry)
     delta = reward + discount * next_value - value
     advantage = delta + discount * trace * next_advantage
@@ -339,7 +334,7 @@ def bilevel_gae(
     return carry, jnp.where(valid, advantage, 0)
 
   start = jnp.zeros_like(values[..., 0])
-  return _scan_backwards(step, (start, start), rewards, values, ends, mask)
+  return _scan_backwards(step, (start, start), token_rewards, values, ends, mask)
 
 
 def _vtrace(token_rewards, values, log_rho, mask, discount, trace, *, rho_bar, c_bar):

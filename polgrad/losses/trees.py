@@ -1,7 +1,7 @@
 """Advantages of steps and of tree nodes, from rewards of several continuations of one prefix.
 
 A reward at the end of a completion does not say which of its steps were good. Several completions that
-share their first tokens do: the mean reward of those that go on from a prefix is an estimate of its
+share their first tokens do: the mean reward of those that continue a prefix is an estimate of its
 value. `step_advantages` uses completions that were drawn for this purpose alone (VinePPO), `tree_values`
 and `tree_advantages` those of a tree whose leaves are trained on (TreeRL).
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from polgrad.losses.advantages import leave_one_out
 from polgrad.losses.groups import same, total
+from polgrad.losses.returns import turn_gae
 from polgrad.types import Array
 
 
@@ -35,7 +36,7 @@ def step_advantages(
   Args:
     token_rewards: [B, T], in units of the reward.
     step_values: [B, T], V(s_j) at each token of step j.
-    step_ids: i32[B, T], the number of the step; consecutive tokens with one number are a step.
+    step_ids: i32[B, T], the number of the step in its row, from 0; numbers grow along the row.
     mask: bool[B, T].
 
   Returns:
@@ -48,17 +49,8 @@ def step_advantages(
   [[0.25 0.25 0.25 0.25]]
   """
   chex.assert_equal_shape([token_rewards, step_values, step_ids, mask])
-  columns = jnp.arange(mask.shape[1])
-  begins = _begins(step_ids, mask)
-  start = _latest(jnp.where(begins, columns, -1))
-  # The first column of the next step; T, where a column of zeros is added, behind the last one.
-  later = jnp.where(begins, columns, len(columns))
-  later = jax.lax.cummin(later, axis=1, reverse=True)
-  following = jnp.pad(later[:, 1:], ((0, 0), (0, 1)), constant_values=len(columns))
-  values = jnp.pad(jnp.where(mask, step_values, 0), ((0, 0), (0, 1)))
-  rewards = _sums(jnp.where(mask, token_rewards, 0), jnp.maximum(start, 0))
-  gain = _take(values, following) - jnp.where(mask, step_values, 0)
-  return jnp.where(mask, _take(rewards, jnp.maximum(start, 0)) + gain, 0)
+  # The one-step error of `turn_gae`, in which a step is a turn.
+  return turn_gae(token_rewards, step_values, step_ids, mask, discount=1.0, trace=0.0)
 
 
 class TreeValues(NamedTuple):
@@ -89,7 +81,7 @@ def tree_values(
     drawn_by: i32[B, T] in 0..B-1: the row that a token was drawn in. A row that was forked off another
       one has the tokens before the fork from it, at the same columns.
     mask: bool[B, T].
-    trained: bool[B], the leaves that are trained on: the others have a part in the values alone.
+    trained: bool[B], the leaves that are trained on; the others are used for the values only.
 
   Returns:
     The values, in units of the reward, and numbers of leaves, at each token.
@@ -110,9 +102,8 @@ def tree_values(
   # Along a row leaves only ever go to other branches, so a node ends where their number changes.
   begins = _begins(below(jnp.ones_like(group_ids)), mask)
   start = _latest(jnp.where(begins, columns, -1))
-  before = _take(
-    _previous(mask), jnp.maximum(start, 0)
-  )  # the last token of the parent; -1: the root
+  # The column of the last token of the parent; -1: the parent is the root.
+  before = _take(_previous(mask), jnp.maximum(start, 0))
   everyone = total((trained & valid).astype(rewards.dtype), same(group_ids))
   parent = lambda x, root: jnp.where(before >= 0, _take(x, jnp.maximum(before, 0)), root)
   found = TreeValues(
@@ -184,11 +175,6 @@ def _begins(ids: Array, mask: Array) -> Array:
   previous = _previous(mask)
   changed = _take(ids, jnp.maximum(previous, 0)) != ids
   return mask & (changed | (previous < 0))
-
-
-def _sums(x: Array, places: Array) -> Array:
-  """The sum over a row of the entries of x that have the same place, at that place: [B, T]."""
-  return jax.vmap(lambda x, places: jnp.zeros_like(x).at[places].add(x))(x, places)
 
 
 def _take(x: Array, columns: Array) -> Array:

@@ -1,8 +1,8 @@
 """The turns of a row: their numbers, sums over their tokens, and functions of turns at tokens.
 
 In a row with several turns the mask is False in what the policy read between them, such as the answer
-of a tool. `turn_ids` i32[B, T] has the number of the turn of each token in its row, from 0; what it is
-outside the mask is not read. Arrays of turns have the shape [B, T] too: column k belongs to turn k of
+of a tool. `turn_ids` i32[B, T] has the number of the turn of each token in its row, from 0; it is
+ignored outside the mask. Arrays of turns have the shape [B, T] too: column k belongs to turn k of
 the row, and columns beyond the last turn are 0. So a function of tokens, such as `returns.gae`, works on
 turns with the mask `present`.
 """
@@ -34,6 +34,11 @@ def totals(x: Array, turn_ids: Array, mask: Array) -> Array:
   x, ids = jnp.where(mask, x, 0), jnp.where(mask, turn_ids, columns)
   add = lambda x, ids: jax.ops.segment_sum(x, ids, columns + 1)[:columns]
   return jax.vmap(add)(x, ids)
+
+
+def first(x: Array, turn_ids: Array, mask: Array) -> Array:
+  """x at the first token of every turn: [B, T] of tokens -> [B, T] of turns."""
+  return totals(x, turn_ids, starts(turn_ids, mask))
 
 
 def present(turn_ids: Array, mask: Array) -> Array:
