@@ -39,8 +39,8 @@ def write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) 
   """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both.
 
   Args:
-    index: one column for all rows, of a `buffer` in which all columns of `new` find room; or i32[B], a
-      column for each row, and what would lie outside of `buffer` is dropped.
+    index: one column for all rows, and then `new` must fit into `buffer` behind it; or i32[B], a column
+      for each row, and then columns of `new` outside of `buffer` are dropped.
   """
   axis = axes.index('length')
   if jnp.ndim(index) == 0:

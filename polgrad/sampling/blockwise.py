@@ -178,6 +178,7 @@ def block_streamer(
         f'a prompt of {len(prompt)} tokens leaves room for {max(room, 0)} more, less than a block of '
         f'{block_tokens}'
       )
+    # The prompt is left-padded to a multiple of WIDTH, as far as the models have room for it.
     width = min(len(prompt) - len(prompt) % -WIDTH, limit - blocks * block_tokens)
     tokens = np.zeros((1, width), np.int32)
     tokens[0, width - len(prompt) :] = prompt

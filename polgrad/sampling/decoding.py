@@ -328,7 +328,7 @@ def put(x: Array, index: tuple[Array, ...], value: Array) -> Array:
 
   Args:
     index: one or more arrays i32[Q, ...] for the first axes of x; their shapes broadcast.
-    value: as many as entries in the last one, their axes merged or not.
+    value: one entry for each entry of the last of these arrays; its leading axes may be merged.
   """
   queued = x.reshape(len(index[0]), -1, *x.shape[1:])
   value = value.reshape(*index[-1].shape, *x.shape[len(index) :])
