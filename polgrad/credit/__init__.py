@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from polgrad.arrays import per_token
 from polgrad.credit.base import (
   Estimator,
+  average,
+  averaged,
+  averages,
   critic,
   k1,
   kl_requires,
@@ -236,19 +239,14 @@ def moving_baseline(*, decay: float = 0.9) -> Estimator:
 
   def apply(batch, state):
     valid, rewards = batch.valid, batch.rewards
-    baseline = state['total'] / jnp.maximum(state['weight'], 1e-8)
-    per_row = jnp.where(valid, rewards - baseline, 0.0)
-    # A batch without valid rows has no mean, and leaves the average as it is.
+    per_row = jnp.where(valid, rewards - average(state), 0.0)
+    # A batch without valid rows has no mean.
     rows = jnp.sum(valid)
     mean = jnp.sum(jnp.where(valid, rewards, 0.0)) / jnp.maximum(rows, 1)
-    seen = (rows > 0).astype(jnp.float32)
-    state = {
-      'total': jnp.where(seen, decay * state['total'] + mean, state['total']),
-      'weight': jnp.where(seen, decay * state['weight'] + 1.0, state['weight']),
-    }
+    state = averaged(state, mean, rows > 0, decay)
     return batch.with_arrays(advantages=to_tokens(per_row, batch.mask)), state
 
-  return Estimator(apply=apply, init=lambda: {'total': jnp.zeros(()), 'weight': jnp.zeros(())})
+  return Estimator(apply=apply, init=averages)
 
 
 def teacher_log_ratio(*, clip: float = 10.0) -> Estimator:
@@ -351,13 +349,14 @@ def best_of_n(
       A_t = policy (q - mean of q over the other rows of the policy) - kl_coefficient sum over s >= t of
             log(pi / reference)(y_s)
 
-  with q the `reward` of how many samples of the reference are not better. The best sample of the
-  reference gets A_t = reference, so it is imitated; its other samples are masked out. Each kind is
-  divided by its share of the rows, so a mean over rows (`sequence_sum`) is the sum of a mean over the
-  rows of the policy and a mean over the imitated ones.
+  with q = reward(number of samples of the reference whose reward is at most that of the row, number of
+  samples of the reference). The best sample of the reference gets A_t = reference, so it is imitated;
+  the other samples of the reference are masked out. The advantages of both kinds of rows are divided by
+  the fraction of the rows that are of this kind, so a mean over rows (`sequence_sum`) is the sum of a
+  mean over the rows of the policy and a mean over the imitated ones.
 
   Args:
-    reward: of rows of the policy.
+    reward: q, of rows of the policy.
     policy: factor of the policy gradient.
     reference: factor of the log-likelihood of the best sample of the reference.
     kl_coefficient: of k1 = log pi - log reference, nats.
@@ -371,11 +370,12 @@ def best_of_n(
     centred = advantage_functions.leave_one_out(quantile, batch.group_ids, ours)
     best = first_best(batch.rewards, members(batch.group_ids, theirs))
 
+    # Advantages of the rows of the policy, and of the imitated ones.
     gains = policy * to_tokens(centred, batch.mask)
     if kl_coefficient:
       gains -= kl_coefficient * returns.reward_to_go(k1(batch), batch.mask)
     imitated = to_tokens(jnp.full(len(best), reference), batch.mask)
-    # Rows with tokens, of either kind: their shares of the mean over rows.
+    # What fraction of the rows with tokens is of each kind.
     there = jnp.any(batch.mask, axis=1)
     kept = there & (ours | best)
     share = lambda kind: jnp.sum(there & kind) / jnp.maximum(jnp.sum(kept), 1)

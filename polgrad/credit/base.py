@@ -10,6 +10,7 @@ from polgrad.registry import inputs
 from polgrad.types import Array, Batch
 
 Apply = Callable[[Batch, Any], tuple[Batch, Any]]
+State = dict[str, Array]
 
 
 class Estimator(NamedTuple):
@@ -76,9 +77,25 @@ def token_rewards(batch: Batch, kl_coefficient: float = 0.0) -> Array:
 
 
 def with_rewards(batch: Batch, rewards: Array) -> Batch:
-  """The batch with other rewards of rows, and without those of turns, which were parts of the former."""
+  """The batch with other rewards of rows. Those of turns are left out: they add up to the old ones."""
   features = {name: x for name, x in batch.features.items() if name != 'turn_rewards'}
   return batch.replace(rewards=rewards, features=features)
+
+
+def averages(shape: tuple[int, ...] = ()) -> State:
+  """The first state of moving averages: total = sum_k decay^k x_k and weight = sum_k decay^k."""
+  return {'total': jnp.zeros(shape), 'weight': jnp.zeros(shape)}
+
+
+def average(state: State) -> Array:
+  """total / weight; 0 before the first x."""
+  return state['total'] / jnp.maximum(state['weight'], 1e-8)
+
+
+def averaged(state: State, x: Array, seen: Array, decay: float) -> State:
+  """The state after another x. Where `seen` is False there is no x, and the state does not change."""
+  after = {'total': decay * state['total'] + x, 'weight': decay * state['weight'] + 1.0}
+  return {name: jnp.where(seen, after[name], state[name]) for name in state}
 
 
 def turn_ids(batch: Batch) -> Array:
@@ -90,10 +107,12 @@ def turn_ids(batch: Batch) -> Array:
 
 
 def log_rho(batch: Batch) -> Array:
+  """log of the ratio of the proximal to the sampling policy at each token, nats."""
   return batch.proximal_logp - batch.behavior_logp
 
 
 def kl_requires(kl_coefficient: float) -> frozenset[str]:
+  """What a penalty by `k1` reads; nothing if its coefficient is 0."""
   return frozenset({'proximal_logp', 'reference_logp'} if kl_coefficient else ())
 
 

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from polgrad.credit.base import (
   Estimator,
+  average,
+  averaged,
+  averages,
   critic,
   named,
   to_tokens,
@@ -153,8 +156,8 @@ def turn_generalized(
     ids, values = turn_ids(batch), batch.old_values
     knobs = dict(discount=discount, trace=trace)
     advantages = returns.turn_gae(token_rewards(batch), values, ids, batch.mask, **knobs)
-    first = turns.totals(values, ids, turns.starts(ids, batch.mask))
-    targets = advantages + turns.at_tokens(first, ids, batch.mask)
+    first = turns.at_tokens(turns.first(values, ids, batch.mask), ids, batch.mask)
+    targets = advantages + first
     return with_targets(batch, advantages, targets, normalizer), state
 
   return critic(apply, frozenset())
@@ -241,40 +244,28 @@ def self_play(*, players: AtLeastOne = 2, decay: float = 0.95) -> Estimator:
   def apply(batch, state):
     ids = turn_ids(batch)
     player = _players(batch, ids, players)
+    # [B, T, players] which tokens are whose; [B, players] who took part in a row, and what it earned.
     own = jnp.where(batch.mask, player, -1)[:, :, None] == jnp.arange(players)[None, None]
     took_part = jnp.any(own, axis=1)
     earned = jnp.sum(jnp.where(own, token_rewards(batch)[:, :, None], 0.0), axis=1)
-    baseline = state['total'] / jnp.maximum(state['weight'], 1e-8)
-    per_token = jnp.where(own, (earned - baseline[None])[:, None, :], 0.0)
-    # A player without a turn in the batch has no mean there, and its average stays what it is.
+    per_token = jnp.where(own, (earned - average(state)[None])[:, None, :], 0.0)
+    # A player without a turn in the batch has no mean.
     rows = jnp.sum(took_part, axis=0)
     mean = jnp.sum(jnp.where(took_part, earned, 0.0), axis=0) / jnp.maximum(rows, 1)
-    kept = jnp.where(rows > 0, decay, 1.0)
-    state = {
-      'total': kept * state['total'] + mean,
-      'weight': kept * state['weight'] + (rows > 0),
-    }
+    state = averaged(state, mean, rows > 0, decay)
     return batch.with_arrays(advantages=jnp.sum(per_token, axis=2)), state
 
-  def init():
-    return {'total': jnp.zeros(players), 'weight': jnp.zeros(players)}
-
-  return Estimator(apply=apply, init=init)
+  return Estimator(apply=apply, init=lambda: averages((players,)))
 
 
 def _returns(batch: Batch, ids: Array, discount: float, players: int = 1) -> Array:
   """R_k of every turn, [B, T] of turns."""
-  rewards = turns.totals(token_rewards(batch), ids, batch.mask)
-  exists = turns.present(ids, batch.mask)
-  if players == 1:
-    return returns.reward_to_go(rewards, exists, discount=discount)
-  player = turns.totals(_players(batch, ids, players), ids, turns.starts(ids, batch.mask))
-  future = jnp.zeros_like(rewards)
-  for number in range(players):
-    own = exists & (player == number)
-    of_one = returns.reward_to_go(jnp.where(own, rewards, 0.0), own, discount=discount)
-    future = jnp.where(own, of_one, future)
-  return future
+  masks = [batch.mask]
+  if players > 1:
+    player = _players(batch, ids, players)
+    masks = [batch.mask & (player == number) for number in range(players)]
+  of = lambda mask: returns.turn_returns(token_rewards(batch), ids, mask, discount=discount)
+  return turns.first(sum(map(of, masks)), ids, batch.mask)
 
 
 def _players(batch: Batch, ids: Array, players: int) -> Array:
@@ -286,7 +277,7 @@ def _void(batch: Batch, ids: Array) -> Array:
   """1 for void turns, [B, T] of turns."""
   if 'void_turns' not in batch:
     return jnp.zeros(batch.mask.shape)
-  return turns.totals(batch['void_turns'], ids, turns.starts(ids, batch.mask))
+  return turns.first(batch['void_turns'], ids, batch.mask)
 
 
 def _compare(advantage, x: Array, batch: Batch, ids: Array, among: Among) -> Array:
@@ -308,7 +299,7 @@ def _states(batch: Batch, ids: Array) -> Array:
   """A number of the state in which each turn begins, i32[B, T] of turns."""
   shape = batch.mask.shape
   if 'observation_ids' in batch:
-    return turns.totals(batch['observation_ids'], ids, turns.starts(ids, batch.mask))
-  # Only that first turns begin at the prompt is known; every other turn is by itself.
+    return turns.first(batch['observation_ids'], ids, batch.mask)
+  # Only the state of first turns is known: the prompt. Every other turn gets a number that no other has.
   alone = jnp.arange(shape[0] * shape[1]).reshape(shape)
   return jnp.where(jnp.arange(shape[1]) == 0, -1, alone)
