@@ -97,10 +97,10 @@ gradient that this optimizer gets. Left out: {left_out}.
 
 Made by `python -m benchmarks.turn_estimators`, in the same way, for the credit that
 [turn_credit.md](turn_credit.md) describes. Two environments of `polgrad/tabular/turns.py` answer turns
-of one or two tokens, and pay for every turn:
+of one or two tokens, and give a reward for every turn:
 
 * *deterministic*: two turns; what is right in the second depends on the first, and the first turn that
-  is paid at once leads to the worse place.
+  is rewarded at once leads to the worse place.
 * *stochastic*: one first turn ends the episode, and another one is answered at random.
 
 Groups are {turn_group} samples of the policy that is trained, and critics are exact. The true gradient
@@ -110,7 +110,7 @@ is that of E[sum of the rewards of all turns].
 
 {turn_credits}
 
-### Methods as they are
+### Whole methods
 
 Beside the credit, these have the biases of their losses: means over sampled lengths, clips, whitening.
 

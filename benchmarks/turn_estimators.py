@@ -50,7 +50,7 @@ CREDITS = {
   'bi-level GAE, turn discount .95': credit.bilevel_generalized(**PLAIN),
   'bi-level GAE, no discount': credit.bilevel_generalized(turn_discount=1.0, **PLAIN),
 }
-# Methods as they are, which maximise E[R]; `ppo` without its entropy bonus.
+# Whole methods that maximise E[R]; `ppo` without its entropy bonus.
 METHODS = {
   **{n: {} for n in ('reinforce', 'rloo', 'grpo', 'dr_grpo', 'dapo', 'reinforce_plus_plus')},
   'ppo': {'entropy_coefficient': 0.0},

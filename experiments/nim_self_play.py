@@ -1,4 +1,4 @@
-"""Self-play in the game of Nim (3 piles of at most 3 stones), on a model made from nothing.
+"""Self-play in the game of Nim (3 piles of at most 3 stones), on a model that is trained from scratch.
 
 The policy plays both sides of every game, and a row is one game. A short supervised phase on all legal
 moves, good and bad, teaches the form of a move. Evaluation is greedy, from the 48 positions that can be

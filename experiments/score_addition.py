@@ -1,4 +1,4 @@
-"""SCoRe (arXiv:2409.12917) on two-digit addition, on a model made from nothing.
+"""SCoRe (arXiv:2409.12917) on two-digit addition, on a model that is trained from scratch.
 
 The model answers `12+34=` with `46.`, reads `?` and answers again. Stage I reinforces the second answer
 and holds the first one; stage II reinforces both, with a bonus for a correction. A supervised phase of
@@ -8,8 +8,8 @@ and holds the first one; stage II reinforces both, with a bonus for a correction
     python -m polgrad.train --config=experiments/score_addition.py --workdir=runs/score
 
 Measured on a CPU, one seed, in 60 steps of stage I and 30 of stage II: mean reward of the sampled
-answers, over ten steps of 256 rows. The second answer comes from below the first to as good as it,
-and not above it; the greedy second answer goes from 0.185 to 0.215 on 200 held-out sums (standard
+answers, over ten steps of 256 rows. The second answer is worse than the first one at the start, and as
+good at the end, not better; the greedy second answer goes from 0.185 to 0.215 on 200 held-out sums (standard
 error 0.03). So these few steps show that the two stages run, and not that the method helps here.
 
     steps up to       10    20    30    40    50    60 |  70    80    90

@@ -84,10 +84,8 @@ FEATURES = {
     'B T',
     'mean reward of further completions from the state before the step; from `collect.Vines`',
   ),
-  'node_values': Spec(
-    'B T', 'value of the tree node of the token, 0 at the root; from `collect.Trees`'
-  ),
-  'parent_values': Spec('B T', 'value of the node before that one; from `collect.Trees`'),
+  'node_values': Spec('B T', 'value of the tree node of the token; from `collect.Trees`'),
+  'parent_values': Spec('B T', 'value of the node before it, 0 for the root; from `collect.Trees`'),
   'node_leaves': Spec('B T', 'trained leaves below the node of the token; from `collect.Trees`'),
   'parent_leaves': Spec('B T', 'trained leaves below the node before; from `collect.Trees`'),
   'opponent': Spec(
@@ -113,8 +111,8 @@ FEATURES = {
   ),
 }
 
-# What only batches with several turns may have. Functions that look for these arrays do without them.
-OF_TURNS = (*('turn_rewards', 'observation_ids', 'void_turns', 'turn_players', 'turn_ids'),)
+# Arrays that only batches with several turns have. What reads them also works on batches without them.
+OF_TURNS = ('turn_rewards', 'observation_ids', 'void_turns', 'turn_players', 'turn_ids')
 
 # Fields of `types.Outputs`: they carry gradients.
 MODEL = {

@@ -162,7 +162,7 @@ def rollout_loss(
   places = jnp.arange(values.shape[1], dtype=jnp.int32)
   batch = batch.with_arrays(
     old_values=values,
-    # Further completions, as many as a value takes to be exact, from the state before each token.
+    # Each token is a step, whose value is exact, as if it had any number of further completions.
     step_values=values,
     step_ids=jnp.where(batch.mask, places, -1),
     uniform=jax.random.uniform(key, (len(sample),)),

@@ -32,9 +32,7 @@ class World(NamedTuple):
   policy: enumerable.Policy  # tokens are 0 at observations, where the mask is False
   chance: np.ndarray  # f64[S], probability of what the environment answered, given the turns
   turn_rewards: np.ndarray  # f64[S, H], the reward of a turn at its last token
-  observation_ids: (
-    np.ndarray
-  )  # i32[S, H], in every turn the observation before it; 0 outside the mask
+  observation_ids: np.ndarray  # i32[S, H], the observation before the turn; 0 outside the mask
 
   @property
   def rewards(self) -> np.ndarray:

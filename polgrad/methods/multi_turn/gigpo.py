@@ -33,7 +33,8 @@ def gigpo(
     discount: of rewards, per turn, in the second term.
     state_weight: of the second term; 0 is GRPO with a token mean.
     per: whether a trajectory or a turn counts once in the first term.
-    void_penalty: subtracted from R and R_k of a turn in which the policy did nothing that can be read.
+    void_penalty: subtracted from R and R_k of a turn in which the policy neither acted nor
+      answered (`void_turns`).
 
   Confidence: CODE (formula as in verl-agent).
   """

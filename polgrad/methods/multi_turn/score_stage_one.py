@@ -5,7 +5,7 @@ from polgrad.registry import part, weighted
 
 
 def score_stage_one(*, kl_coefficient: float = 0.1) -> Method:
-  """SCoRe, stage I (arXiv:2409.12917): learn to correct first answers that stay what they are.
+  """SCoRe, stage I (arXiv:2409.12917): learn to correct a first answer that is held near the reference.
 
       loss = -mean over sequences of A_2 log pi(turn 2) + kl_coefficient k2(turn 1)
       A_2 = r_2 - mean of r_2 over the other rows of the group

@@ -12,13 +12,13 @@ def simpletir(*, eps_low: float = 0.2, eps_high: float = 0.28, max_resamples: in
       loss = token mean of -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), over rows without void turns
       A = (R - mean_g) / (std_g + 1e-6), over all rows of the group
 
-  r = pi / pi_old. A turn is void if it has neither an action nor an answer; it is mostly a sign of text
-  that the policy would not have written by itself, and such rows blow the gradient up. The reward of a
-  void row stays in the mean and deviation of its group. Groups that are all right or all wrong are
-  replaced by groups of fresh prompts. There is no KL.
+  r = pi / pi_old. A turn is void if it has neither an action nor an answer. Such turns mostly have
+  tokens that are unlikely under the policy, and the gradient of their rows can be very large. The reward
+  of a row with a void turn stays in the mean and deviation of its group. Groups that are all right or
+  all wrong are replaced by groups of fresh prompts. There is no KL.
 
-  Differences: Groups are replaced at most `max_resamples` times per batch. Which turn is void is said
-  by the environment, in `void_turns`.
+  Differences: Groups are replaced at most `max_resamples` times per batch. The environment
+  decides which turns are void (`void_turns`).
 
   Args:
     eps_low: distance of the lower clipping bound from 1.

@@ -13,8 +13,8 @@ def spiral(
       A = R_p - b_p in the turns of player p
 
   r = pi / pi_old. One policy plays all roles; a row holds the turns of all of them. R_p is the sum of
-  the rewards of player p in the row, and b_p its moving average. Without an own baseline the role that
-  the game favours would always be reinforced.
+  the rewards of player p in the row, and b_p its moving average. With one baseline for all, the role
+  that the game favours would always be reinforced.
 
   Differences: The average is taken once a batch, over its rows, and before the batch is added to it;
   the paper updates it with every game and has one for each kind of game. There is no filter of draws.

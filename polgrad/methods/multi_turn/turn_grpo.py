@@ -11,10 +11,10 @@ def turn_grpo(*, eps: float = 0.2, discount: float = 0.9) -> Method:
       A_k = (R_k - mean_g) / (std_g + 1e-6),   R_k = r_k + discount R_{k+1}
 
   r = pi / pi_old; mean and unbiased deviation are those of all turns of the samples of the prompt, so
-  a turn is compared with turns of other places. `turn_rloo` compares it with those of its own number.
+  a turn is also compared with turns of other numbers. `turn_rloo` compares it with those of its number.
 
   Differences: In the source, which is a training system, the discount is a choice of the server and
-  off by default; a group is normalised as one of rows, each of which is a turn.
+  off by default; the turns of a group are normalised as if each were a row.
 
   Args:
     eps: distance of the clipping bounds from 1.

@@ -20,16 +20,17 @@ def agentic_arpo(
       A_i = (R_i - mean_g) / (std_g + 1e-6)
       a row is copied behind a reply if clip(u - entropy_weight (H - H_0), 0, 1) <= threshold
 
-  r = pi / pi_old. A part of the rows of a prompt starts at it; the others are copies of rows up to a
-  reply of the environment, while there are rows left, and then start at the prompt too. u is uniform in
-  [0, 1); H is the entropy of the first tokens behind the reply, divided by the logarithm of the
-  vocabulary, and H_0 that of the first turn. There is no KL. On a task without an environment nothing is
-  copied, and the method is GRPO. It has nothing to do with the preference method `arpo`.
+  r = pi / pi_old. A fraction `started` of the rows of a prompt start at it. The others become copies of
+  rows up to a reply of the environment; those that are not used for a copy start at the prompt too. u is
+  uniform in [0, 1); H is the entropy of the first tokens behind the reply, divided by the logarithm of
+  the vocabulary, and H_0 that of the first turn. There is no KL. On a task without an environment
+  nothing is copied, and the method is GRPO. It has nothing to do with the preference method `arpo`.
 
-  Differences: H is estimated by the mean of -log pi of the drawn tokens instead of the sum over their
-  ten likeliest alternatives. Rows are drawn to their end before they are copied, turn by turn; the
-  code copies them while others run. The number of rows is that of the task (16, of which 8 start, in
-  the code). A batch is used for one epoch of two updates.
+  Differences: H is a mean over the drawn tokens, of -log pi. The code has a sum over them, of -p log p
+  of their ten likeliest alternatives, so its H may be up to `window` times as large. Rows are drawn to
+  their end before they are copied, turn by turn; the code copies them while others run. The number of
+  rows is that of the task (16, of which 8 start, in the code). A batch is used for one epoch of two
+  updates.
 
   Args:
     started: fraction of the rows of a prompt that start at it.
