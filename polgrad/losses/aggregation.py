@@ -92,11 +92,8 @@ def turn_mean(loss: Array, where: Array) -> Mean:
   chex.assert_rank([loss, where], 2)
   chex.assert_equal_shape([loss, where])
   ids = turns.numbers(where)
-  sums = turns.totals(single(loss), ids, where)
-  lengths = turns.totals(jnp.ones_like(sums), ids, where)
-  return Mean(
-    total=jnp.sum(sums / jnp.maximum(lengths, 1)), count=jnp.sum(lengths > 0, dtype=sums.dtype)
-  )
+  means = turns.means(single(loss), ids, where)
+  return Mean(total=jnp.sum(means), count=jnp.sum(turns.present(ids, where), dtype=means.dtype))
 
 
 def sequence_sum(loss: Array, where: Array, *, empty_rows: bool = False) -> Mean:

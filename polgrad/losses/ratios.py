@@ -15,6 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import turns
 from polgrad.losses._common import bounded, kept, row_mean, row_sum, within
 from polgrad.registry import table
 from polgrad.types import Array
@@ -116,15 +117,8 @@ def turn_geometric(log_ratio: Array, turn_ids: Array, mask: Array) -> Array:
   """
   chex.assert_equal_shape([log_ratio, turn_ids, mask])
   log_ratio = jnp.where(mask, log_ratio, 0)
-  turns = mask.shape[-1]
-  ids = jnp.where(mask, turn_ids, turns)  # all masked tokens go to one extra turn
-
-  def row(log_ratio, ids):
-    total = jax.ops.segment_sum(log_ratio, ids, turns + 1)
-    length = jax.ops.segment_sum(jnp.ones_like(log_ratio), ids, turns + 1)
-    return (total / jnp.maximum(length, 1))[ids]
-
-  return _straight_through(log_ratio, jax.vmap(row)(log_ratio, ids), mask)
+  means = turns.means(log_ratio, turn_ids, mask)
+  return _straight_through(log_ratio, turns.at_tokens(means, turn_ids, mask), mask)
 
 
 def clamped(log_ratio: Array, mask: Array, *, low: float = -1.0, high: float = 1.5) -> Array:

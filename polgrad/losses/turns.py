@@ -36,6 +36,12 @@ def totals(x: Array, turn_ids: Array, mask: Array) -> Array:
   return jax.vmap(add)(x, ids)
 
 
+def means(x: Array, turn_ids: Array, mask: Array) -> Array:
+  """The mean of x over the tokens of every turn: [B, T] of tokens -> [B, T] of turns."""
+  lengths = totals(jnp.ones_like(x), turn_ids, mask)
+  return totals(x, turn_ids, mask) / jnp.maximum(lengths, 1)
+
+
 def first(x: Array, turn_ids: Array, mask: Array) -> Array:
   """x at the first token of every turn: [B, T] of tokens -> [B, T] of turns."""
   return totals(x, turn_ids, starts(turn_ids, mask))
