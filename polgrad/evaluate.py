@@ -187,7 +187,7 @@ def attempt(
 
     # Score the completions of the real problems; the samples of a problem are consecutive rows.
     rows = len(piece) * samples
-    written = completions(rollout, padded, tokenizer)[:rows]
+    written = completions(rollout, padded, tokenizer, drawn.episodes)[:rows]
     lengths = [int(x) for x in rollout.mask.sum(axis=1)[:rows]]
     owners = [record for record in piece for _ in range(samples)]
     others = also_read(rollout, range(rows), plan.opened(owners), tokenizer)

@@ -34,7 +34,12 @@ def question(record: Mapping) -> str:
   return record['prompt'] if 'prompt' in record else record['messages'][-1]['content']
 
 
-def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) -> list[str]:
+def completions(
+  batch: Batch,
+  records: Sequence[Mapping],
+  tokenizer: Tokenizer,
+  episodes: Sequence[Episode] = (),
+) -> list[str]:
   """The text of each row's completion, without the stop token that ended it; of turns, the last one.
 
   It is the whole assistant turn: what the prompt has written of it, such as `<think>` by the chat
@@ -44,7 +49,10 @@ def completions(batch: Batch, records: Sequence[Mapping], tokenizer: Tokenizer) 
 
   Args:
     records: of the prompts, in the order of the rows; each has the same number of rows.
+    episodes: of the rows, where they have several turns; verifiers judge what the environment was told.
   """
+  if episodes:
+    return [episode.turns[-1] if episode.turns else '' for episode in episodes]
   rows_per_prompt = len(batch.tokens) // len(records)
   texts = []
   for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
@@ -73,7 +81,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
     records: of the prompts.
   """
   batch, episodes = rows
-  texts = completions(batch, records, context.tokenizer)
+  texts = completions(batch, records, context.tokenizer, episodes)
   lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)
   opened = context.opened(records)

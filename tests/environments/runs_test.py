@@ -155,6 +155,9 @@ def test_what_the_policy_drew_is_what_the_environment_was_told(plain):
     assert [run.tokenizer.decode(x) for x in ids] == episode.turns
   texts = collect.completions(batch, [{'prompt': ''}] * 4, run.tokenizer)
   assert texts == [episode.turns[-1] for episode in episodes]  # verifiers judge the last turn
+  # A prefix begins the first turn alone, so no verifier finds it in the last one.
+  begun = run.tokenizer.sampling('A:', ())
+  assert collect.completions(batch, [{'prompt': ''}] * 4, begun, episodes) == texts
 
 
 def test_metrics_are_means_by_turn(plain):
