@@ -9,8 +9,8 @@ and holds the first one; stage II reinforces both, with a bonus for a correction
 
 Measured on a CPU, one seed, in 60 steps of stage I and 30 of stage II: mean reward of the sampled
 answers, over ten steps of 256 rows. The second answer is worse than the first one at the start, and as
-good at the end, not better; the greedy second answer goes from 0.185 to 0.215 on 200 held-out sums (standard
-error 0.03). So these few steps show that the two stages run, and not that the method helps here.
+good at the end, not better; the greedy second answer goes from 0.185 to 0.215 on 200 held-out sums
+(standard XX that the two stages run, and not that the method helps here.
 
     steps up to       10    20    30    40    50    60 |  70    80    90
     first answer    0.10  0.11  0.11  0.11  0.12  0.12 |0.12  0.13  0.13
