@@ -12,6 +12,7 @@ there, and the output is 0. So a row with masked positions gives the same number
 them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -109,7 +110,10 @@ def gae(
   Returns:
     [..., T].
   """
-  return _gae(token_rewards, values, jnp.zeros_like(mask), mask, discount, trace)
+  chex.assert_equal_shape([token_rewards, values, mask])
+  start = jnp.zeros_like(values[..., 0])
+  step = functools.partial(_gae_step, discount, trace)
+  return _scan_backwards(step, (start, start), token_rewards, values, mask)
 
 
 def vtrace_targets(
@@ -318,23 +322,24 @@ def bilevel_gae(
   ends = turns.ends(turn_ids, mask)
   returned = gae(token_rewards, values, ends, discount=turn_discount, trace=trace) + values
   rewards = jnp.where(ends, returned, token_rewards)
-  return _gae(rewards, values, ends, mask, discount, trace)
-
-
-def _gae(token_rewards, values, ends, mask, discount, trace):
-  """`gae` in which value and advantage after a token of `ends` are 0, as after the last token."""
-  chex.assert_equal_shape([token_rewards, values, ends, mask])
 
   def step(carry, now):
-    reward, value, end, valid = now
-    next_value, next_advantage = (jnp.where(end, 0, x) for x in carry)
-    delta = reward + discount * next_value - value
-    advantage = delta + discount * trace * next_advantage
-    carry = jnp.where(valid, value, carry[0]), jnp.where(valid, advantage, carry[1])
-    return carry, jnp.where(valid, advantage, 0)
+    *now, end = now
+    # Nothing follows the last token of a turn.
+    carry = tuple(jnp.where(end, 0, x) for x in carry)
+    return _gae_step(discount, trace, carry, now)
 
   start = jnp.zeros_like(values[..., 0])
-  return _scan_backwards(step, (start, start), token_rewards, values, ends, mask)
+  return _scan_backwards(step, (start, start), rewards, values, mask, ends)
+
+
+def _gae_step(discount, trace, carry, now):
+  """One step of `gae`, which runs backwards; the carry is V and A of the next valid token."""
+  next_value, next_advantage = carry
+  reward, value, valid = now
+  delta = reward + discount * next_value - value
+  advantage = jnp.where(valid, delta + discount * trace * next_advantage, next_advantage)
+  return (jnp.where(valid, value, next_value), advantage), jnp.where(valid, advantage, 0)
 
 
 def _vtrace(token_rewards, values, log_rho, mask, discount, trace, *, rho_bar, c_bar):
