@@ -32,6 +32,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
+import cloudpickle
 import ml_collections
 
 _NAMES: dict[Callable, str] = {}  # qualified names of what tables list
@@ -319,7 +320,15 @@ def _load(name: str, path: str) -> Callable:
     sys.path.append(os.path.dirname(file))
   spec = importlib.util.spec_from_file_location('polgrad_config_' + str(abs(hash(file))), file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  sys.modules[spec.name] = module  # where dataclasses look up annotations that are texts
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:  # whatever the file does
+    del sys.modules[spec.name]
+    raise ValueError(
+      f'{path}.name: {file} cannot be imported: {type(error).__name__}: {error}'
+    ) from error
+  cloudpickle.register_pickle_by_value(module)  # other processes would not find it
   for key, value in vars(module).items():  # one file is read once for all its functions
     if callable(value) and getattr(value, '__module__', '') == module.__name__:
       _OWN.setdefault(f'{file}:{key}', value)
@@ -332,8 +341,10 @@ def _file_of(fn: Callable) -> str:
   """The file in which a function or class is written."""
   functions = [fn, *vars(fn).values()] if inspect.isclass(fn) else [fn]
   codes = [f.__code__ for f in functions if inspect.isfunction(f)]
-  files = [c.co_filename for c in codes if not c.co_filename.startswith('<')]
-  return os.path.abspath(files[0]) if files else fn.__module__
+  made = '<', dataclasses.__file__  # what the decorator writes
+  files = [c.co_filename for c in codes if not c.co_filename.startswith(made)]
+  found = files[0] if files else getattr(sys.modules.get(fn.__module__), '__file__', None)
+  return os.path.abspath(found) if found else fn.__module__
 
 
 def _is_entry(value: Any) -> bool:
@@ -341,8 +352,20 @@ def _is_entry(value: Any) -> bool:
 
 
 def knobs_of(fn: Callable) -> dict[str, inspect.Parameter]:
-  """The knobs of a function or dataclass, with their defaults."""
+  """The knobs of a function or dataclass, with their defaults.
+
+  Raises:
+    TypeError: a class that is no dataclass, so that its fields would be ignored.
+  """
   if inspect.isclass(fn):
+    own = vars(fn)
+    if not dataclasses.is_dataclass(fn) or (
+      own.get('__annotations__') and '__dataclass_params__' not in own
+    ):
+      raise TypeError(
+        f'{fn.__qualname__}: it is no dataclass; write @dataclasses.dataclass(frozen=True, '
+        'kw_only=True) above it'
+      )
     return {f.name: _field_parameter(f) for f in dataclasses.fields(fn) if f.init}
   parameters = inspect.signature(fn).parameters
   return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}

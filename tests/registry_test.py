@@ -195,6 +195,38 @@ def test_a_function_of_the_users_file_needs_no_registration(tmp_path):
     part(lambda margin: margin)
 
 
+FILE = """from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Word:
+  word: str = 'x'
+
+class Plain:
+  word: str = 'x'
+
+class Longer(Word):
+  length: int = 3
+"""
+
+
+def test_a_class_of_the_users_file_is_read_or_refused_in_one_line(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(FILE)
+  made = part(registry.find(f'{file}:Word', {}, 'option'))
+  assert made.to_dict() == {'name': f'{file}:Word', 'word': 'x'}  # although it has no function
+  for name in ('Plain', 'Longer'):
+    with pytest.raises(TypeError, match=f'{name}: it is no dataclass'):
+      part(registry.find(f'{file}:{name}', {}, 'option'))
+  for text in ('import nowhere_to_be_found', 'def f(:', '1 / 0'):
+    broken = tmp_path / f'broken{len(text)}.py'
+    broken.write_text(text)
+    with pytest.raises(
+      ValueError, match=rf'^option.name: {broken} cannot be imported: \w+Error: .'
+    ):
+      registry.find(f'{broken}:f', {}, 'option')
+
+
 def test_what_a_slot_cannot_hold_is_refused():
   with pytest.raises(TypeError, match='config: expected a Settings'):
     registry._bind_part(part(wrong_settings), SettingsPart, 'config')
