@@ -489,7 +489,7 @@ def _placing(path: str) -> Iterator[None]:
   """Puts a place of the configuration before errors."""
   try:
     yield
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
     raise type(error)(f'{path}: {error}') from error
 
 
@@ -696,6 +696,7 @@ def try_environment(section: DataSection, tokenizer: tokenizers.Tokenizer) -> Tr
 
   Raises:
     ValueError: it fails on all of them, or the chat template cannot write what it says.
+    RuntimeError: its processes cannot start.
   """
   reader, source = section.reader, section.source
   if not isinstance(reader, collect.Turns) or not reader.has_environment or not len(source):

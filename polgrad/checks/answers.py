@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from polgrad.checks.findings import Finding, some
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments import conversation
-from polgrad.rewards.worker import Failure
+from polgrad.rewards.worker import Failure, words
 
 
 class Answer(NamedTuple):
@@ -47,8 +47,22 @@ def answers(reader: Any, records: Sequence[Mapping], tokenizer: Tokenizer) -> li
     else:
       said = reply.observation
       said = said if isinstance(said, str) else '\n'.join(one['content'] for one in said)
-      found.append(Answer(record['id'], seconds, said, reply.reward, reply.done, None))
+      failure = None
+      if not reply.done and reader.environment.max_turns > 1:
+        failure = _unreadable(reply.observation, record, reader.own(tokenizer))
+      found.append(Answer(record['id'], seconds, said, reply.reward, reply.done, failure))
   return found
+
+
+def _unreadable(
+  observation: str | Sequence[Mapping], record: Mapping, tokenizer: Tokenizer
+) -> Failure | None:
+  """Why the policy could not read an observation; None if it can."""
+  try:
+    conversation.between(observation, record, tokenizer, stopped=True)
+  except Exception as error:  # of a template, or of a tokenizer that lacks the characters
+    return Failure('Unreadable', f'its observation: {words(error)}')
+  return None
 
 
 def findings(path: str, found: Sequence[Answer], place: Callable[[int], str]) -> list[Finding]:
@@ -66,4 +80,6 @@ def findings(path: str, found: Sequence[Answer], place: Callable[[int], str]) ->
   which = f'all of {len(found)} records' if every else some([one.row for one in failed], place)
   text = f'it fails on {which}, where it answers an empty turn ({first.kind}: {first.reason})'
   mend = 'a turn that makes no sense should be answered too'
+  if first.kind == 'Unreadable':
+    mend = 'before its next turn the policy needs something to read that its tokenizer can write'
   return [Finding(path, text, mend, fails=every)]

@@ -18,6 +18,7 @@ from polgrad.environments.episodes import Episode, Episodes, Within
 from polgrad.environments.workers import Pool
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive
+from polgrad.rewards.worker import words
 from polgrad.sampling import stopping
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sampling.turns import make_turn_sampler
@@ -95,10 +96,28 @@ class Turns:
     )
 
   def opened(self, records: Sequence[dict]) -> list[dict]:
-    """The records that prompts are made of."""
+    """The records that prompts are made of.
+
+    Raises:
+      ValueError: the environment makes no record with a prompt of one; names it.
+    """
     if not self.has_environment:
       return list(records)
-    return [{**self.environment.opened(record), 'id': record['id']} for record in records]
+    return [_opened(self.environment, record) for record in records]
+
+
+def _opened(environment: environments.Environment, record: dict) -> dict:
+  """The record that a prompt is made of."""
+  said = f'record {record["id"]}: {type(environment).__name__}.opened'
+  try:
+    found = environment.opened(record)
+  except ValueError:  # says itself what is wrong
+    raise
+  except Exception as error:  # whatever an environment raises
+    raise ValueError(f'{said}: {type(error).__name__}: {words(error)}') from error
+  if not isinstance(found, Mapping) or not {'prompt', 'messages'} & set(found):
+    raise ValueError(f'{said}: expected a record with a prompt or messages, got {found!r:.80}')
+  return {**found, 'id': record['id']}
 
 
 def make_draws(

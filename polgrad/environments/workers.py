@@ -72,7 +72,7 @@ class Pool:
     self.environment = environment
     self.isolated = isolate and not environment.IN_PROCESS
     if not self.isolated:
-      environment.prepare()
+      _prepare(environment)
     else:
       sent = dumps(environment)
       self._idle = queue.LifoQueue()
@@ -119,6 +119,16 @@ def ready(value: Any) -> futures.Future:
   future = futures.Future()
   future.set_result(value)
   return future
+
+
+def _prepare(environment: Environment) -> None:
+  """Prepares it in this process; an error of a kind that says nothing by itself gets a name."""
+  try:
+    environment.prepare()
+  except (ValueError, TypeError, OSError, ImportError, RuntimeError):
+    raise
+  except Exception as error:  # whatever an environment raises
+    raise RuntimeError(f'prepare: {type(error).__name__}: {words(error)}') from error
 
 
 def dumps(environment: Environment) -> bytes:

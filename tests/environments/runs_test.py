@@ -280,6 +280,47 @@ def test_an_environment_that_never_answers_is_refused_before_a_run():
     build.check_data(build.build(config(part(Deaf))))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(Echo):
+  """Fails where its settings say."""
+
+  prepares: bool = True
+  opens: str = 'prompt'
+  says: str = '1'
+
+  def prepare(self):
+    if not self.prepares:
+      raise KeyError('corpus')
+
+  def opened(self, record):
+    return {self.opens: record[self.opens or 'absent']}
+
+  def step(self, state, text):
+    return Step(state, self.says)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'told'),
+  [
+    ({'prepares': False}, "prepare: KeyError: 'corpus'"),
+    ({'opens': ''}, "record 0: Broken.opened: KeyError: 'absent'"),
+    ({'opens': 'answer'}, 'record 0: Broken.opened: expected a record with a prompt or messages'),
+    (
+      {'says': ''},
+      'it fails on all of 4 .*Unreadable: .*without any token.*needs something to read',
+    ),
+    ({'says': 'é'}, 'it fails on all of 4 .*Unreadable: .*is not in the alphabet'),
+  ],
+)
+def test_an_environment_that_cannot_begin_is_refused_with_its_field(settings, told):
+  with pytest.raises((ValueError, RuntimeError), match=rf'^config.*collect.environment: {told}'):
+    build.check_data(build.build(config(part(Broken, **settings))))
+
+
+def test_what_is_said_after_the_last_turn_need_not_be_readable():
+  build.check_data(build.build(config(part(Broken, says='', max_turns=1))))
+
+
 @pytest.fixture(scope='module')
 def rows(judged):
   run = build.build(config())
