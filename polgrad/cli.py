@@ -178,9 +178,23 @@ def chosen_of_a_run() -> list[flags.FlagHolder]:
 
 def workdir() -> str:
   """The folder of the run, by the flags."""
-  return os.path.expanduser(WORKDIR.value)
+  return _folder(WORKDIR)
 
 
 def checkpoint_folder() -> str:
   """The folder of the run's checkpoints, by the flags."""
-  return os.path.expanduser(CHECKPOINTS.value) or os.path.join(workdir(), 'checkpoints')
+  return _folder(CHECKPOINTS) or os.path.join(workdir(), 'checkpoints')
+
+
+def _folder(flag: flags.FlagHolder) -> str:
+  """The folder that a flag names.
+
+  Raises:
+    ValueError: the name of a bucket that lacks a slash, which would be a folder of this machine.
+  """
+  if found := re.match(r'(gs|s3):/*', flag.value):
+    right = f'{found[1]}://'
+    if found[0] != right:
+      given, rest = flag.value, flag.value[found.end() :]
+      raise ValueError(f'--{flag.name}={given}: a bucket is written as {right}{rest}')
+  return os.path.expanduser(flag.value)

@@ -219,3 +219,7 @@ def test_the_checkpoints_of_a_run_in_a_bucket_are_there_or_where_the_flag_says()
     assert cli.checkpoint_folder() == 'gs://bucket/run/checkpoints'
     cli._parse(['train', '--checkpoints=s3://other/run'])
     assert cli.checkpoint_folder() == 's3://other/run'
+    for text in ('gs:/bucket/run', 'gs:bucket/run'):
+      cli._parse(['train', f'--workdir={text}', '--checkpoints='])
+      with pytest.raises(ValueError, match=f'--workdir={text}: .* as gs://bucket/run'):
+        cli.checkpoint_folder()
