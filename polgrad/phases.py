@@ -161,7 +161,7 @@ class PhaseRun:
         f'and --config.phases.{self.name}.collect.{mend}'
       ) from error
     for message in collected.messages:
-      logging.warning('verifier: %s', message)
+      logging.warning('failed: %s', message)
     return collected
 
   def update_all(

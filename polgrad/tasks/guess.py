@@ -1,10 +1,10 @@
 from polgrad import environments
 from polgrad.data import sources
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, check_ranges, part
 from polgrad.tasks.base import Task
 
 
-def guess(*, highest: int = 20, guesses: int = 4) -> Task:
+def guess(*, highest: int = 20, guesses: AtLeastOne = 4) -> Task:
   """A number in a range such as `3-17:` is to be found; the policy reads `>` or `<` after each guess.
 
   The smallest task of several turns: its environment is `environments.Guess`, and demonstrations are the
@@ -14,6 +14,7 @@ def guess(*, highest: int = 20, guesses: int = 4) -> Task:
     highest: largest number of a range.
     guesses: turns that the policy has.
   """
+  check_ranges(guess, {'guesses': guesses})
   problems = part(sources.hidden_numbers, highest=highest)
   turn = len(str(highest)) + 1  # with the stop token
   return Task(

@@ -2,7 +2,7 @@ import dataclasses
 
 from polgrad import environments
 from polgrad.data import sources
-from polgrad.registry import part, weighted
+from polgrad.registry import AtLeastOne, check_ranges, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.tasks.base import Task
 
@@ -20,7 +20,7 @@ def reasoning_gym(
   system: str = 'Think, then give the answer alone in <answer></answer>.',
   prompt_length: int = 192,
   max_new_tokens: int = 192,
-  tries: int = 1,
+  tries: AtLeastOne = 1,
   try_discount: float = 1.0,
   options: dict = {},  # noqa: B006
 ) -> Task:
@@ -40,6 +40,7 @@ def reasoning_gym(
     try_discount: factor of the reward for each wrong answer before the last one.
     options: settings of the task itself, such as `min_terms`.
   """
+  check_ranges(reasoning_gym, {'tries': tries})
   source = lambda seed, size: part(
     sources.reasoning_gym, task=task, size=size, seed=seed, options=dict(options)
   )

@@ -404,6 +404,13 @@ def test_every_method_that_samples_alone_takes_an_environment():
   assert len(taken) > 90
 
 
+@pytest.mark.parametrize('option', ['task=guess,guesses', 'task=simple_equations,tries'])
+def test_a_task_of_no_turns_is_refused_by_its_option(option):
+  name = option.rpartition(',')[2]
+  with pytest.raises(ValueError, match=f'^{name}: expected a number at least 1, got 0'):
+    from_text(f'method=grpo,model=tiny,{option}=0')
+
+
 def test_problems_of_the_tasks_are_right_and_held_out_by_their_numbers():
   for make in (sources.word_problems, sources.hidden_numbers):
     train, held = (list(map(make(split=s).record, range(20))) for s in ('train', 'heldout'))
