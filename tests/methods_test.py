@@ -13,6 +13,7 @@ import pytest
 
 from polgrad import build, methods, metrics, phases, tasks, train
 from polgrad.arrays import ARRAYS
+from polgrad.collect.base import HANDED_ON
 from polgrad.methods.base import BUDGETS
 from polgrad.options import from_text
 from polgrad.registry import UnknownArray, part
@@ -79,6 +80,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     found['group_ids'] = np.repeat(np.arange(8 // group), group)
   if 'stream' in found:
     found['stream'] = np.tile([0, 0, 1, 1], 2)
+  if 'step_ids' in found:
+    found['step_ids'] = np.tile([0, 0, 1, 1, 2], (8, 1))
   if 'opponent' in found:
     found['opponent'] = np.tile([0.0, 0.0, 0.0, 1.0], 2)
   return found
@@ -218,12 +221,13 @@ def made():
 
 @pytest.fixture
 def shared(made, monkeypatch):
-  make_drawer, init_params = rollouts.make_drawer, phases.init_params
+  draws_of, init_params = rollouts.draws_of, phases.init_params
 
-  def drawer(context, settings):
-    key = context.policy.config, tuple(context.frozen), repr(sorted(settings.items(), key=str))
+  def draws(settings, context, **sampler):
+    handed = {name: getattr(settings, name, None) for name in HANDED_ON} | sampler
+    key = context.policy.config, tuple(context.frozen), repr(sorted(handed.items(), key=str))
     if key not in made:
-      made[key] = make_drawer(context, settings)
+      made[key] = draws_of(settings, context, **sampler)
     return made[key]
 
   def params(policy, mesh, seed):
@@ -232,7 +236,7 @@ def shared(made, monkeypatch):
       made[key] = init_params(policy, mesh, seed)
     return jax.tree.map(jnp.copy, made[key])  # an update gives its arguments away
 
-  monkeypatch.setattr(rollouts, 'make_drawer', drawer)
+  monkeypatch.setattr(rollouts, 'draws_of', draws)
   monkeypatch.setattr(phases, 'init_params', params)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from polgrad import build, evaluate, phases
 from polgrad.collect import scored
+from polgrad.collect.drawn import Drawn
 from polgrad.data import batching, tokenizers
 from polgrad.options import from_text
 from polgrad.types import Batch
@@ -96,11 +97,12 @@ def test_held_out_problems_are_dropped_or_cut_and_counted(tmp_path, monkeypatch,
   asked = set()
 
   def make_sample(run, samples, policy):
-    def sample(params, tokens, mask, ids, **_):
+    def sample(params, prompts, records, ids, **_):
       asked.update(ids.tolist())
-      tokens = np.repeat(tokens, samples, axis=0)
+      tokens = np.repeat(prompts.tokens, samples, axis=0)
       silent = np.zeros(tokens.shape, bool)
-      return Batch(tokens=tokens, segment_ids=silent, mask=silent, finished=silent[:, 0])
+      batch = Batch(tokens=tokens, segment_ids=silent, mask=silent, finished=silent[:, 0])
+      return Drawn(batch)
 
     return sample
 

@@ -12,7 +12,6 @@ there, and the output is 0. So a row with masked positions gives the same number
 them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -112,7 +111,7 @@ def gae(
   """
   chex.assert_equal_shape([token_rewards, values, mask])
   start = jnp.zeros_like(values[..., 0])
-  step = functools.partial(_gae_step, discount, trace)
+  step = lambda carry, x: _gae_step(discount, trace, carry, x)
   return _scan_backwards(step, (start, start), token_rewards, values, mask)
 
 

@@ -130,14 +130,16 @@ def test_processes_are_counted():
 
 
 @needs_namespaces
-def test_a_program_sees_itself_alone_and_writes_in_memory():
+def test_a_program_sees_itself_alone_and_writes_in_memory(tmp_path):
+  (tmp_path / 'secret').write_text('a')
   ran = run(
     'import os\n'
     'open("/tmp/polgrad_x", "w").write("a")\n'
-    'print(os.listdir("/tmp"), os.path.exists("/home"), os.getpid() < 10)\n'
+    'print("polgrad_x" in os.listdir("/tmp"), os.path.exists("/home"), os.getpid() < 10)\n'
+    f'print(os.path.exists({str(tmp_path / "secret")!r}))\n'
     'print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])'
   )
-  assert ran.output == "['polgrad_x'] False True\n0000000000000000\n"
+  assert ran.output == 'True False True\nFalse\n0000000000000000\n'
   assert not pathlib.Path('/tmp/polgrad_x').exists()
 
 

@@ -102,7 +102,7 @@ def rows_of(*texts):
 
 
 def judging(compare):
-  return types.SimpleNamespace(tokenizer=TOKENIZER, compare=compare)
+  return types.SimpleNamespace(tokenizer=TOKENIZER, compare=compare, opened=list)
 
 
 def test_wins_of_a_group_are_a_game_of_which_failures_leave():

@@ -5,7 +5,7 @@ from polgrad.registry import AtLeastOne, part
 
 
 def spiral(
-  *, max_new_tokens: int, eps: float = 0.2, players: AtLeastOne = 2, decay: float = 0.95
+  *, max_new_tokens: int, eps: float = 0.2, roles: AtLeastOne = 2, decay: float = 0.95
 ) -> Method:
   """SPIRAL (arXiv:2506.24119): self-play in which each role has its own baseline.
 
@@ -22,13 +22,13 @@ def spiral(
   Args:
     max_new_tokens: largest number of tokens of a row; the run fills it in.
     eps: distance of the clipping bounds from 1.
-    players: number of players.
+    roles: number of players.
     decay: of the moving averages, per batch.
 
   Confidence: CODE (decay), PAPER (baseline), MEMORY (loss).
   """
   return Method(
-    credit=part(credit.self_play, players=players, decay=decay),
+    credit=part(credit.self_play, players=roles, decay=decay),
     objective=part(
       objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
