@@ -16,7 +16,18 @@ model's folder), seed, steps, smoke.
 Both models first learn from demonstrations of calls and answers: the tiny one 300 batches of 64, SmolLM2
 20 batches, whose template knows no tools, so that calls are described in the system turn.
 
-The curves of these runs have not been recorded yet.
+Measured on a CPU with the tiny model, one seed. `greedy` is the accuracy on 100 held-out problems
+(standard error 0.02), `sampled` the mean reward of the ten steps before, 128 rows each:
+
+    step                    0    10    20    30    40    50    60
+    row, greedy          0.94  0.95  0.95  0.96  0.97  0.99  0.98
+    row, sampled            -  0.85  0.89  0.87  0.89  0.90  0.92
+    state, greedy        0.94  0.96  0.94  0.99  0.96  0.97  0.95
+    state, sampled          -  0.85  0.89  0.88  0.83  0.94  0.92
+
+Most of it is learned in the supervised phase: reinforcement raises the reward of samples from 0.77 in
+the first step, and the two kinds of credit do not differ visibly. Without calls the same supervised
+phase ends with none of the held-out problems right. SmolLM2 was not trained.
 """
 
 import dataclasses
