@@ -113,7 +113,7 @@ def experts() -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Late(environments.Guess):
-  """A guessing game in processes of its own, which answers after a time that no seed decides."""
+  """A guessing game in separate processes, whose answers take a time that depends on no seed."""
 
   IN_PROCESS = False
 
@@ -123,7 +123,7 @@ class Late(environments.Guess):
 
 
 def episodes() -> ConfigDict:
-  """Rollouts of several turns with an environment in processes of its own, one step old."""
+  """Rollouts of several turns, one step old, with an environment in separate processes."""
   config = from_text('method=grpo,task=guess,model=tiny,warm_start=0,smoke')
   config.phases.train.steps = 8
   config.phases.train.collect.update(lag=1)

@@ -2,7 +2,7 @@
 
 | preset | what it is |
 |---|---|
-| `tiny` | 0.4 million parameters made from nothing, with characters as tokens; runs anywhere |
+| `tiny` | 0.4 million parameters trained from scratch, with characters as tokens; runs anywhere |
 | `smollm2` | SmolLM2-135M-Instruct; runs on a CPU, `launch/fetch_smollm2.py` makes its folder |
 | `qwen3` | Qwen3-0.6B, for a TPU host of four chips or more |
 | `llama3` | Llama-3.2-1B-Instruct, for the same |

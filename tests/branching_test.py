@@ -370,7 +370,7 @@ def test_a_turn_is_a_step_whose_value_is_what_continued_episodes_still_earn(epis
     source, column = sources[row], spans[row][number].start
     group = continued[place * SAMPLES : (place + 1) * SAMPLES]
     for episode, rows, i in group:
-      # The episode goes on from its state: the same words before, and the same digit of the seed after.
+      # The episode continues from its state: the same words before, the same digit of the seed after.
       assert episode.turns[:number] == source.turns[:number]
       assert {*episode.observations} <= {*source.observations} | {str(source.states[0][0] % 10)}
       np.testing.assert_array_equal(rows.tokens[i, :column], batch.tokens[row, :column])
@@ -456,7 +456,7 @@ def test_copies_go_on_from_the_state_behind_a_reply(copied):
   assert len(batch.tokens) == 16 and 'anew' not in batch
   np.testing.assert_array_equal(batch.group_ids, np.arange(16) // 4)
   anew = drawn.batch['anew'].reshape(4, 4)
-  assert not anew[:, :2].any() and (anew[:, 2:] > 0).all()  # all rows have a reply to go on from
+  assert not anew[:, :2].any() and (anew[:, 2:] > 0).all()  # all rows have a reply to continue from
   for row in np.flatnonzero(anew):
     own = drawn.episodes[row]
     turn, group = anew.flat[row], range(row - row % 4, row)

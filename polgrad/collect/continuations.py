@@ -64,7 +64,7 @@ class Continuer:
       meter: of the phase.
       records: of the prompts of the prefixes.
       episodes: of the rows of the batch, with their states, if there is an environment.
-      anew: whether prefixes are prompts whose episodes begin anew, with seeds of their own.
+      anew: whether prefixes are prompts whose episodes begin anew, with other seeds.
     """
     count = len(prefixes.rows)
     index = np.minimum(np.arange(self.prefixes), count - 1)

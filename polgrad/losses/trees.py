@@ -135,7 +135,7 @@ def tree_advantages(
   Args:
     node_values, parent_values, node_leaves, parent_leaves: [B, T], see `TreeValues`.
     weighting: 'advantage' divides the sum of both terms by sqrt(L), as in the paper. 'value' divides the
-      value of each node by the root of its own number of leaves before both terms are formed, as in the
+      value of each node by the root of its number of leaves before both terms are formed, as in the
       authors' code. 'none' does neither.
 
   Returns:

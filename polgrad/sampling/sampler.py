@@ -123,7 +123,7 @@ def configure(
 
   Args:
     kind: its class.
-    fields: fields of the class that are settings as they are.
+    fields: fields of the class that are settings, unchanged.
 
   Raises:
     ValueError: a setting that `make_sampler` refuses.

@@ -284,17 +284,17 @@ class TurnSampler(Sampler):
     def ended(turns: Turns) -> Array:
       return jnp.sum(turns.decoding.waiting, axis=1) - before
 
-    def going_on(carry: tuple[Turns, Array]) -> Array:
+    def draws_on(carry: tuple[Turns, Array]) -> Array:
       turns, late = carry
       served = jnp.all(ended(turns) < patience)
       return jnp.any(turns.decoding.running) & served & (late < LATEST)
 
-    def go_on(carry: tuple[Turns, Array]) -> tuple[Turns, Array]:
+    def draw_once(carry: tuple[Turns, Array]) -> tuple[Turns, Array]:
       turns, late = carry
       turns = self.draw_in_turn(draw, turns)
       return turns, late + (due | jnp.any(ended(turns) > 0))
 
-    turns, _ = jax.lax.while_loop(going_on, go_on, (turns, jnp.int32(0)))
+    turns, _ = jax.lax.while_loop(draws_on, draw_once, (turns, jnp.int32(0)))
     return settled(turns), self.tell(turns)
 
   def draw_in_turn(self, draw: Callable[[Decoding], Decoding], turns: Turns) -> Turns:

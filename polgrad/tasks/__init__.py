@@ -2,7 +2,7 @@
 
 | task | what it is |
 |---|---|
-| `addition` | sums of two numbers, for small models made from nothing |
+| `addition` | sums of two numbers, for small models that are trained from scratch |
 | `choices` | sums with four choices, answered by a letter |
 | `calculator` | word problems with large numbers, and a calculator to call |
 | `guess` | a number that is guessed in several turns |

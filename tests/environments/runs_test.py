@@ -64,7 +64,7 @@ class Echo(Environment):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Late(Echo):
-  """The same in processes of its own, which answers after a time that no seed decides."""
+  """The same in separate processes, whose answers take a time that depends on no seed."""
 
   IN_PROCESS: ClassVar[bool] = False
 

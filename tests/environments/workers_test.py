@@ -14,7 +14,7 @@ from tests.environments.attacks import Attack
 
 @pytest.fixture(scope='module')
 def pool():
-  """It lives through the whole file: whatever happened before, it goes on answering."""
+  """It is used by the whole file: whatever happened before, it still answers."""
   made = Pool(Attack(), timeout_s=2.5, workers=2, memory_gib=2)
   yield made
   made.close()

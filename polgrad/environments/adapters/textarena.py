@@ -40,7 +40,7 @@ def listed_move(observation: str, seed: int) -> str:
 
 def itself(observation: str, seed: int) -> str:
   """The policy: it takes the turns of all players. This function is only its name."""
-  raise NotImplementedError('the policy plays itself')
+  raise RuntimeError('the policy takes these turns; nobody calls this')
 
 
 OPPONENTS = table('textarena', itself, listed_move)

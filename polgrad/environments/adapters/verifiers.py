@@ -144,7 +144,7 @@ def _seat_class() -> type:
 
 
 def _no_endpoint(*args, **kwargs):
-  raise NotImplementedError('the policy is in this process: there is no endpoint')
+  raise RuntimeError('the policy is in this process: there is no endpoint')
 
 
 def _response(text: str) -> Any:
