@@ -1,5 +1,6 @@
 """From records to a batch, on the host: groups, failures, truncation, dynamic sampling."""
 
+import dataclasses
 import functools
 import json
 
@@ -40,6 +41,15 @@ def judged(rewards, *, first=0, valid=None):
   scores = Scores(rewards.astype(float), {'r': rewards.astype(float)}, valid, {'r/X': 1}, ['m'])
   records = [{'prompt': str(i)} for i in range(first // 2, first // 2 + rows // 2)]
   return batch, judging.Texts([str(i) for i in made], records, scores)
+
+
+@pytest.mark.parametrize('one', collect.TABLE.values(), ids=lambda one: one.__name__)
+def test_a_setting_is_declared_again_only_to_change_its_default(one):
+  fields = {field.name: field.default for field in dataclasses.fields(one)}
+  for base in filter(dataclasses.is_dataclass, one.__mro__[1:]):
+    inherited = {field.name: field.default for field in dataclasses.fields(base)}
+    repeated = set(one.__annotations__) & inherited.keys()
+    assert not {name for name in repeated if inherited[name] == fields[name]}
 
 
 def test_informative_groups_are_those_whose_valid_rewards_differ():

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from polgrad.learner import forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
-from polgrad.registry import inputs
+from polgrad.registry import AtLeastOne, Count, Positive, Range, inputs
 from polgrad.rewards.scoring import Compared, Scores
 from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
 
@@ -252,8 +252,22 @@ class Annotator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Turns, Collector):
-  """A collector that samples: what completions begin and end with."""
+  """A collector that samples: which rows, how long, and what completions begin and end with."""
 
+  # Data records of a step.
+  prompts: AtLeastOne = 8
+  # Rows that are sampled for each prompt.
+  samples_per_prompt: AtLeastOne = 8
+  # Tokens that prompts are left-padded to; see `overlong`.
+  prompt_length: AtLeastOne = 64
+  # Largest number of tokens behind the prompt. Stop tokens count, and so do replies of an environment.
+  max_new_tokens: AtLeastOne = 64
+  # Divides all logits, in sampling and in every later forward pass.
+  temperature: Positive = 1.0
+  # Overlong filtering (arXiv:2503.14476): rows without a stop token count in the statistics of their
+  # group and leave the loss. Whether they also leave its denominator is decided by the aggregation:
+  # `constant_length` counts all rows, the others what is in the mask.
+  mask_truncated: bool = False
   # The beginning of every completion, such as '<think>': it is given, not sampled and not trained, and
   # verifiers see it.
   prefix: str = ''
@@ -275,6 +289,18 @@ class Sampling(Turns, Collector):
     return context._replace(tokenizer=self.own(context.tokenizer), opened=self.opened)
 
   @property
+  def records(self) -> int:
+    return self.prompts
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return self.samples_per_prompt
+
+  @property
+  def length(self) -> int:
+    return self.prompt_length + self.max_new_tokens
+
+  @property
   def earned(self) -> frozenset[str]:
     return frozenset({'environment'} if self.has_environment else ())
 
@@ -284,6 +310,27 @@ class Sampling(Turns, Collector):
     numbers = dict.fromkeys(('turn_rewards', 'void_turns'), np.float32)
     ids = dict.fromkeys(('observation_ids', 'turn_players'), np.int32)
     return numbers | ids if self.has_environment else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filtering(Sampling):
+  """A collector that samples and can leave out unlikely tokens.
+
+  The sampler's log-probs are then not those of the policy, unless `recompute_proximal` is set.
+  """
+
+  # Number of most likely tokens that sampling keeps; 0 keeps all.
+  top_k: Count = 0
+  # Probability mass of the most likely tokens that sampling keeps; 1 keeps all.
+  top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
+  # Rows that are decoded at a time (see `make_sampler`); 0 decodes all at once.
+  slots: Count = 0
+  # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
+  recompute_proximal: bool = False
+
+  @property
+  def filtered(self) -> bool:
+    return (self.top_k > 0 or self.top_p < 1) and not self.recompute_proximal
 
 
 # Settings that a collector hands to its sampler, under the same names, if it has them.

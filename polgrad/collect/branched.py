@@ -8,24 +8,23 @@ of the reply is best.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
 
 import jax
 import numpy as np
 
-from polgrad.collect.base import Collect, Context, Draw, Sampling
+from polgrad.collect.base import Collect, Context, Draw, Filtering
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import RowSampler, make_row_sampler
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.environments.episodes import Episode
-from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range
+from polgrad.registry import AtLeastOne, Fraction
 from polgrad.types import Batch, TrainState, turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Branched(Sampling):
+class Branched(Filtering):
   """Samples episodes, some of which are copies of others up to a turn.
 
   A part of the rows of a prompt starts at the prompt. Behind every reply, in the order of turns, each
@@ -39,11 +38,7 @@ class Branched(Sampling):
   left at the end start at the prompt. Without an environment all rows do.
   """
 
-  # Data records of a step.
-  prompts: AtLeastOne = 8
-  # Rows of each prompt.
-  samples_per_prompt: AtLeastOne = 8
-  # Fraction of them that start at the prompt, at least one row.
+  # Fraction of the rows of a prompt that start at it, at least one row.
   started: Fraction = 0.5
   # How much a rise of the entropy by the logarithm of the vocabulary changes the probability of a copy.
   entropy_weight: float = 0.2
@@ -51,22 +46,6 @@ class Branched(Sampling):
   threshold: Fraction = 0.5
   # Tokens of a turn that its entropy is estimated from.
   window: AtLeastOne = 20
-  # Tokens that prompts are left-padded to; see `overlong`.
-  prompt_length: AtLeastOne = 64
-  # Largest number of tokens behind the prompt, stop tokens and replies included.
-  max_new_tokens: AtLeastOne = 64
-  # Divides all logits, in sampling and in every later forward pass.
-  temperature: Positive = 1.0
-  # Number of most likely tokens that sampling keeps; 0 keeps all.
-  top_k: Count = 0
-  # Probability mass of the most likely tokens that sampling keeps; 1 keeps all.
-  top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
-  # Rows that are decoded at a time (see `make_sampler`); 0 decodes all at once.
-  slots: Count = 0
-  # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
-  recompute_proximal: bool = False
-  # Overlong filtering, as in `Rollouts`.
-  mask_truncated: bool = False
 
   @property
   def first(self) -> int:
@@ -74,24 +53,8 @@ class Branched(Sampling):
     return max(1, int(self.started * self.samples_per_prompt))
 
   @property
-  def records(self) -> int:
-    return self.prompts
-
-  @property
-  def rows_per_prompt(self) -> int:
-    return self.samples_per_prompt
-
-  @property
-  def length(self) -> int:
-    return self.prompt_length + self.max_new_tokens
-
-  @property
   def provides(self) -> frozenset[str]:
     return PROVIDED | self.turn_arrays.keys()
-
-  @property
-  def filtered(self) -> bool:
-    return (self.top_k > 0 or self.top_p < 1) and not self.recompute_proximal
 
   @property
   def keeps_states(self) -> bool:
@@ -104,12 +67,7 @@ class Branched(Sampling):
       settings=self,
       draw_rows=make_row_sampler(self, context, self.first),
       continuer=make_continuer(self, context, samples=1, prefixes=self.prompts * max(left, 1)),
-      **common(
-        context,
-        temperature=self.temperature,
-        recompute_proximal=self.recompute_proximal,
-        mask_truncated=self.mask_truncated,
-      ),
+      **common(self, context, recompute_proximal=self.recompute_proximal),
     ).collect
 
 

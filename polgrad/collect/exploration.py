@@ -26,7 +26,7 @@ from polgrad.learner import Learner, forward_in_pieces
 from polgrad.losses import aggregation, surrogates
 from polgrad.models.policy import Policy, learned
 from polgrad.objectives import Objective, PolicyGradient
-from polgrad.registry import AtLeastOne, Positive, Range
+from polgrad.registry import AtLeastOne, Range
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Params, TrainState
 
@@ -41,18 +41,8 @@ class Explored(Sampling):
   `behavior_logp` that of the behavior policy that drew the row.
   """
 
-  # Data records of a step.
-  prompts: AtLeastOne = 8
-  # Completions of each prompt; a multiple of `rounds`.
-  samples_per_prompt: AtLeastOne = 8
-  # Parts that a group is drawn in.
+  # Parts that a group is drawn in; `samples_per_prompt` is a multiple of it.
   rounds: AtLeastOne = 4
-  # Tokens that prompts are left-padded to; see `overlong`.
-  prompt_length: AtLeastOne = 64
-  # Largest number of tokens of a completion, stop token included.
-  max_new_tokens: AtLeastOne = 64
-  # Divides all logits, in sampling and in every later forward pass.
-  temperature: Positive = 1.0
   # Of the behavior policy.
   optimizer: optim.Part = optim.adamw
   # Passes of the behavior policy over the rows that were drawn already.
@@ -65,8 +55,6 @@ class Explored(Sampling):
   # The passes end with the update at which the behavior policy is this far from the policy, in nats per
   # token.
   kl_limit: Annotated[float, Range(above=0)] = 0.01
-  # Overlong filtering, as in `Rollouts`.
-  mask_truncated: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -80,18 +68,6 @@ class Explored(Sampling):
       )
 
   @property
-  def records(self) -> int:
-    return self.prompts
-
-  @property
-  def rows_per_prompt(self) -> int:
-    return self.samples_per_prompt
-
-  @property
-  def length(self) -> int:
-    return self.prompt_length + self.max_new_tokens
-
-  @property
   def provides(self) -> frozenset[str]:
     return PROVIDED | self.turn_arrays.keys()
 
@@ -101,12 +77,7 @@ class Explored(Sampling):
       settings=self,
       draw=draws_of(self, context, samples_per_prompt=self.samples_per_prompt // self.rounds),
       behavior=_make_behavior(self, context),
-      **common(
-        context,
-        temperature=self.temperature,
-        recompute_proximal=True,
-        mask_truncated=self.mask_truncated,
-      ),
+      **common(self, context, recompute_proximal=True),
     ).collect
 
 

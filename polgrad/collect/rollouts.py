@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from polgrad.collect.base import (
   Collect,
   Context,
   Draw,
+  Filtering,
   Sampling,
   draws_of,
   reads_teacher,
@@ -40,7 +41,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
-from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, inputs, unbound
+from polgrad.registry import Count, Fraction, inputs, unbound
 from polgrad.sampling import behavior_policies
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
@@ -48,39 +49,17 @@ PAIR = ('chosen', 'rejected')  # fields of a record with a preference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollouts(Sampling):
+class Rollouts(Filtering):
   """Samples completions of prompts, scores and credits them."""
 
-  # Data records of a step.
-  prompts: AtLeastOne = 8
-  # Completions of each prompt.
-  samples_per_prompt: AtLeastOne = 8
-  # Tokens that prompts are left-padded to; see `overlong`.
-  prompt_length: AtLeastOne = 64
-  # Largest number of tokens of a completion, stop token included.
-  max_new_tokens: AtLeastOne = 64
-  # Divides all logits, in sampling and in every later forward pass.
-  temperature: Positive = 1.0
-  # Number of most likely tokens that sampling keeps; 0 keeps all.
-  top_k: Count = 0
-  # Probability mass of the most likely tokens that sampling keeps; 1 keeps all.
-  top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
-  # Completions that are decoded at a time (see `make_sampler`); 0 decodes all at once.
-  slots: Count = 0
   # Who samples: the policy itself, greedy, an anchor, or a mixture with one.
   behavior_policy: behavior_policies.Part = behavior_policies.current
-  # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
-  recompute_proximal: bool = False
   # Dynamic sampling (arXiv:2503.14476): how often, at most, further prompts are drawn to replace
   # groups whose rewards are all equal.
   max_resamples: Count = 0
   # Names of terms of the reward that dynamic sampling does not compare, such as a penalty of length:
   # then groups of equal correctness are replaced, whatever their lengths.
   resample_ignores: tuple = ()
-  # Overlong filtering (arXiv:2503.14476): rows without a stop token count in the statistics of their
-  # group and leave the loss. Whether they also leave its denominator is decided by the aggregation:
-  # `constant_length` counts all rows, the others what is in the mask.
-  mask_truncated: bool = False
   # Asynchronous training (arXiv:2505.24298): collected batches between sampling a batch and training
   # on it. The first `lag` steps of a phase reuse its first batch. What depends on the live policy
   # (values, credit, ...) is computed when a batch is used.
@@ -130,10 +109,6 @@ class Rollouts(Sampling):
     _check_stats(self.stats)
 
   @property
-  def records(self) -> int:
-    return self.prompts
-
-  @property
   def fields(self) -> tuple[str, ...]:
     answers = ('answer',) if self.demonstrations or self.resets else ()
     return (*answers, *PAIR) if self.preferences else answers
@@ -147,10 +122,6 @@ class Rollouts(Sampling):
   @functools.cached_property
   def rows_per_prompt(self) -> int:
     return picks.rows_of(self.choose, len(self.group))
-
-  @property
-  def length(self) -> int:
-    return self.prompt_length + self.max_new_tokens
 
   @property
   def provides(self) -> frozenset[str]:
@@ -185,7 +156,7 @@ class Rollouts(Sampling):
   @property
   def filtered(self) -> bool:
     mixed = unbound(self.behavior_policy) is not behavior_policies.current
-    return (self.top_k > 0 or self.top_p < 1 or mixed) and not self.recompute_proximal
+    return super().filtered or (mixed and not self.recompute_proximal)
 
   def init(self) -> replays.Ring | tuple:
     """An empty memory for the batches that `lag` and `replay` need; () without them."""
@@ -247,13 +218,7 @@ class Rollouts(Sampling):
       draw_rows=draw_rows,
       draw_baselines=draw_baselines,
       draw_opponents=draw_opponents,
-      **common(
-        context,
-        temperature=self.temperature,
-        recompute_proximal=self.recompute_proximal,
-        mask_truncated=self.mask_truncated,
-        stats=self.stats,
-      ),
+      **common(self, context, recompute_proximal=self.recompute_proximal, stats=self.stats),
     )
 
 

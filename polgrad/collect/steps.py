@@ -10,7 +10,7 @@ import numpy as np
 
 from polgrad import credit as credits
 from polgrad import speed
-from polgrad.collect.base import Annotator, Collected, Context, Draw, make_annotator
+from polgrad.collect.base import Annotator, Collected, Context, Draw, Sampling, make_annotator
 from polgrad.collect.drawn import Drawn, Episode
 from polgrad.collect.scored import Texts, metrics, score_rows, shown
 from polgrad.compiling import jit
@@ -141,19 +141,18 @@ class Steps(abc.ABC):
 
 
 def common(
+  settings: Sampling,
   context: Context,
   *,
-  temperature: float,
   recompute_proximal: bool,
-  mask_truncated: bool,
   stats: Mapping[str, Callable] = {},
 ) -> dict[str, Any]:
   """The fields of `Steps`, from the settings of a collector."""
   return dict(
     context=context,
     annotate=make_annotator(
-      context, temperature, recompute_proximal=recompute_proximal, stats=stats
+      context, settings.temperature, recompute_proximal=recompute_proximal, stats=stats
     ),
     assign=jit(functools.partial(credits.assign, context.credit)),
-    mask_truncated=mask_truncated,
+    mask_truncated=settings.mask_truncated,
   )

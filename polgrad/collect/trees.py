@@ -7,12 +7,11 @@ the leaves, are scored; the means of their rewards say how good the nodes betwee
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
 import jax
 import numpy as np
 
-from polgrad.collect.base import Collect, Context, Draw, Sampling
+from polgrad.collect.base import Collect, Context, Draw, Filtering
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import RowSampler, make_row_sampler
@@ -20,7 +19,7 @@ from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.compiling import jit
 from polgrad.losses import trees
-from polgrad.registry import AtLeastOne, Count, Positive, Range
+from polgrad.registry import AtLeastOne
 from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState
 
@@ -28,7 +27,7 @@ NODES = trees.TreeValues._fields  # features that are filled in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trees(Sampling):
+class Trees(Filtering):
   """Samples completions of prompts as trees; some of the leaves are trained on.
 
   A prompt has trees * (1 + iterations * forks * branches) leaves. They are scored and compared with each
@@ -37,8 +36,6 @@ class Trees(Sampling):
   token, see `losses.trees`.
   """
 
-  # Data records of a step.
-  prompts: AtLeastOne = 8
   # Leaves of each prompt that are trained on: drawn at random, among them one with the largest reward.
   samples_per_prompt: AtLeastOne = 16
   # Trees of each prompt.
@@ -50,22 +47,6 @@ class Trees(Sampling):
   forks: AtLeastOne = 2
   # New leaves of each fork.
   branches: AtLeastOne = 2
-  # Tokens that prompts are left-padded to; see `overlong`.
-  prompt_length: AtLeastOne = 64
-  # Largest number of tokens of a completion, stop token included.
-  max_new_tokens: AtLeastOne = 64
-  # Divides all logits, in sampling and in every later forward pass.
-  temperature: Positive = 1.0
-  # Number of most likely tokens that sampling keeps; 0 keeps all.
-  top_k: Count = 0
-  # Probability mass of the most likely tokens that sampling keeps; 1 keeps all.
-  top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
-  # Completions that are decoded at a time (see `make_sampler`); 0 decodes all at once.
-  slots: Count = 0
-  # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
-  recompute_proximal: bool = False
-  # Overlong filtering, as in `Rollouts`.
-  mask_truncated: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -87,24 +68,8 @@ class Trees(Sampling):
     return self.trees * (1 + self.iterations * self.forks * self.branches)
 
   @property
-  def records(self) -> int:
-    return self.prompts
-
-  @property
-  def rows_per_prompt(self) -> int:
-    return self.samples_per_prompt
-
-  @property
-  def length(self) -> int:
-    return self.prompt_length + self.max_new_tokens
-
-  @property
   def provides(self) -> frozenset[str]:
     return PROVIDED | frozenset(NODES)
-
-  @property
-  def filtered(self) -> bool:
-    return (self.top_k > 0 or self.top_p < 1) and not self.recompute_proximal
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
@@ -115,12 +80,7 @@ class Trees(Sampling):
         self, context, samples=self.branches, prefixes=self.prompts * self.trees * self.forks
       ),
       values=jit(trees.tree_values),
-      **common(
-        context,
-        temperature=self.temperature,
-        recompute_proximal=self.recompute_proximal,
-        mask_truncated=self.mask_truncated,
-      ),
+      **common(self, context, recompute_proximal=self.recompute_proximal),
     ).collect
 
 
