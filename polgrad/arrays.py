@@ -61,6 +61,11 @@ FEATURES = {
     'B', 'how much better the chosen row of the pair is, in both rows; from the data'
   ),
   'success_rate': Spec('B', "fraction of the group's rows that are right; from credit"),
+  'shown_label': Spec(
+    'B',
+    'label of the completion that the prompt shows to be improved, 1 chosen, 0 rejected, -1 none; from '
+    '`collect.Revisions`',
+  ),
   'pair_side': Spec(
     'B', '1 for the chosen row of a group, -1 for the rejected one, else 0; from credit'
   ),

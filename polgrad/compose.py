@@ -142,9 +142,9 @@ class _Run:
     own = self.task.length or self.task.prompt_length + self.task.max_new_tokens
     return own + self.preset.template_tokens
 
-  def row_length(self, asked: Mapping[str, Any]) -> int:
-    """Tokens of a row of given completions; a row that reads another one first has two of them."""
-    return 2 * self.length if asked.get('before') else self.length
+  def row_length(self, method: Method) -> int:
+    """Tokens of a row of given completions; some collectors put another one before it."""
+    return method.collect.func.longest_row(self.length, method.collect.keywords)
 
   def source(self, source: ConfigDict) -> ConfigDict:
     """The source as the model reads it: in a chat template or not."""
@@ -209,7 +209,7 @@ class _Run:
       prompts = min(prompts, SMOKE['prompts'])
       rows, pairs = min(rows, SMOKE['demonstration_rows']), min(pairs, SMOKE['pairs'])
       lists = min(lists, SMOKE['lists'])
-    length = self.row_length(asked)
+    length = self.row_length(method)
     budgets = {
       'prompts': prompts,
       'samples_per_prompt': samples,
@@ -241,7 +241,7 @@ class _Run:
     base = model.base if 'base' in model else model
     resets = bool(method.collect.keywords.get('resets'))
     sampled = self.prompt_length + (1 + resets) * self.task.max_new_tokens
-    base.max_length = max(base.max_length, self.row_length(method.collect.keywords), sampled)
+    base.max_length = max(base.max_length, self.row_length(method), sampled)
     credited, objective = method.bound()
     if (objective.requires | credited.requires) & build.VALUES:
       base.value_head = True

@@ -5,11 +5,14 @@
     python -m polgrad.sample --model=FOLDER --chat --temperature=0.7 --top_p=0.95
     python -m polgrad.sample ... --params=teacher --scorer=policy --strength=4 --temperature=1
     python -m polgrad.sample ... --params=teacher --scorer=policy --candidates=4 --temperature=1
+    python -m polgrad.sample ... --revise=2 --prompt='12+34='
 
 The model is chosen as `polgrad.loading` says. Without --prompt, every line of the standard input is a
 prompt. With --chat, every line is a user's turn, and the prompt is the conversation so far in the
 tokenizer's chat template. /reset begins a new conversation, /help lists the commands, /quit or Ctrl-D
-ends, and Ctrl-C interrupts an answer. Answers are written to the standard output, all else to stderr.
+ends, and Ctrl-C interrupts an answer. With --revise, an answer and its revisions are one line each, and
+the conversation continues with the last one. Answers are written to the standard output, all else to
+stderr.
 """
 
 import contextlib
@@ -61,6 +64,12 @@ _CANDIDATES = flags.DEFINE_integer(
 _BLOCK = flags.DEFINE_integer('block_tokens', 8, 'Tokens of a block.', lower_bound=1)
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'Text before which an answer ends; repeat the flag for more.'
+)
+_REVISE = flags.DEFINE_integer(
+  'revise', 0, 'Ask that number of times for a better answer, as `srpo` trains it.', lower_bound=0
+)
+_REQUEST = flags.DEFINE_string(
+  'request', '', 'What asks for a better answer; default: what `srpo` trains with.'
 )
 _TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 512, 'Maximum length of a completion.', lower_bound=1
@@ -132,14 +141,35 @@ class Completer:
     self.cut = token not in self._tokenizer.stop_ids and not text.ended
 
 
-def complete_lines(completer: Completer, lines: Iterable[str]) -> None:
-  """Prints the completion of each line."""
+def answer(
+  completer: Completer, record: dict, turn: int, revise: int = 0, request: str = ''
+) -> str:
+  """Prints the completion of a record, and then revisions of it.
+
+  Args:
+    record: with `prompt` or `messages`.
+    turn: number of the record, for the sampling noise.
+    revise: number of revisions; each sees the completion before it alone.
+    request: what asks for a revision, see `batching.revision`.
+
+  Returns:
+    The last one.
+  """
+  turn *= 1 + revise  # every completion has a number, which seeds its noise
+  text = show(completer(record, turn))
+  for i in range(1, revise + 1):
+    text = show(completer(batching.revision(record, text, request), turn + i))
+  return text
+
+
+def complete_lines(completer: Completer, lines: Iterable[str], **revisions) -> None:
+  """Prints the completion of each line; `revisions` are arguments of `answer`."""
   for turn, line in enumerate(lines):
-    show(completer({'prompt': line.rstrip('\n')}, turn))
+    answer(completer, {'prompt': line.rstrip('\n')}, turn, **revisions)
 
 
-def chat(completer: Completer, lines: Iterable[str], system: str = '') -> None:
-  """Answers each line, knowing all lines and answers so far."""
+def chat(completer: Completer, lines: Iterable[str], system: str = '', **revisions) -> None:
+  """Answers each line, knowing all lines and answers so far; `revisions` are arguments of `answer`."""
   first = [{'role': 'system', 'content': system}] if system else []
   messages, turn = list(first), 0
   for line in map(str.strip, lines):
@@ -153,7 +183,7 @@ def chat(completer: Completer, lines: Iterable[str], system: str = '') -> None:
     elif line:
       asked = [*messages, {'role': 'user', 'content': line}]
       try:
-        reply = show(completer({'messages': asked}, turn))
+        reply = answer(completer, {'messages': asked}, turn, **revisions)
       except batching.TooLong:
         note(f'the conversation is full: the model reads {completer.limit} tokens; use /reset')
         continue
@@ -230,6 +260,8 @@ def main(argv: list[str]) -> None:
       raise ValueError('--strength is that of a scorer: add --scorer')
     if _CANDIDATES.value and not _SCORER.value:
       raise ValueError('--candidates are compared by a scorer: add --scorer')
+    if _REQUEST.value and not _REVISE.value:
+      raise ValueError('--request asks for better answers: add --revise')
     if _CANDIDATES.value and _STRENGTH.value != _STRENGTH.default:
       raise ValueError('--strength steers single tokens, so it has no use with --candidates')
     if not _CANDIDATES.value and _BLOCK.value != _BLOCK.default:
@@ -256,11 +288,12 @@ def main(argv: list[str]) -> None:
     )
     if answered(experiment):
       note('the environment of this run answers nothing here: this is its first turn')
+    revisions = dict(revise=_REVISE.value, request=_REQUEST.value)
     lines = _PROMPT.value or (typed_lines() if sys.stdin.isatty() else sys.stdin)
     if _CHAT.value:
-      chat(completer, lines, _SYSTEM.value)
+      chat(completer, lines, _SYSTEM.value, **revisions)
     else:
-      complete_lines(completer, lines)
+      complete_lines(completer, lines, **revisions)
 
 
 def _steering() -> dict:

@@ -57,7 +57,8 @@ def test_says_its_source_and_how_sure_we_are(name):
 def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
   """Random values of everything that the method reads: two groups of four rows (or four of two) of
   five tokens."""
-  group = 2 if method.bound()[1].rows_per_prompt == 2 else 4
+  size = method.bound()[1].rows_per_prompt
+  group = size if size in (2, 6) else 4
   random = np.random.default_rng(seed)
   shapes = {
     'B T': (8, 5),
@@ -77,7 +78,10 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
   if 'rewards' in found:
     found['rewards'] = np.tile([1.0, 0.0], 4)
   if 'group_ids' in found:
-    found['group_ids'] = np.repeat(np.arange(8 // group), group)
+    found['group_ids'] = np.arange(8) // group
+  if 'shown_label' in found:
+    found['label'] = np.tile([1.0, 0.0], 4)
+    found['shown_label'] = np.array([-1.0, -1, 0, 0, 1, 1, -1, -1])
   if 'stream' in found:
     found['stream'] = np.tile([0, 0, 1, 1], 2)
   if 'step_ids' in found:

@@ -75,6 +75,13 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
   assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_an_answer_is_revised_by_a_prompt_that_shows_it(capsys):
+  seen, out, _ = talk(capsys, ['a', 'b'], revise=2, request='r')
+  assert out == ['a', 'r', 'r', 'b', 'r', 'r']
+  assert seen[:3] == [['a'], ['a', 'a', 'r'], ['a', 'r', 'r']]
+  assert seen[3:] == [['a', 'r', 'b'], ['a', 'r', 'b', 'b', 'r'], ['a', 'r', 'b', 'r', 'r']]
+
+
 def test_a_second_ctrl_c_ends_the_program():
   def slow():  # a piece that takes long, such as a compilation
     signal.raise_signal(signal.SIGINT)

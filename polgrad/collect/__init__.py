@@ -10,6 +10,7 @@
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
 | `Feedback` | reads completions with a label each off the data |
+| `Revisions` | reads pairs off the data, and asks for each completion to be improved |
 | `Lists` | reads several completions of a prompt, with their rewards, off the data |
 | `Given` | the interface of those that read completions off the data |
 | `Sampling` | the interface of those that sample |
@@ -29,7 +30,14 @@ from typing import Annotated
 from polgrad.collect import picks
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
 from polgrad.collect.branched import Branched
-from polgrad.collect.data import Demonstrations, Feedback, Given, Lists, Preferences
+from polgrad.collect.data import (
+  Demonstrations,
+  Feedback,
+  Given,
+  Lists,
+  Preferences,
+  Revisions,
+)
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
 from polgrad.collect.rollouts import Rollouts
@@ -52,6 +60,7 @@ __all__ = [
   'Lists',
   'Part',
   'Preferences',
+  'Revisions',
   'Rollouts',
   'Sampling',
   'Trees',
@@ -74,6 +83,7 @@ TABLE = table(
   Explored,
   Demonstrations,
   Preferences,
+  Revisions,
   Feedback,
   Lists,
 )

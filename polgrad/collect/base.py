@@ -92,6 +92,17 @@ class Collector(abc.ABC):
     """
     return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
 
+  @classmethod
+  def longest_row(cls, length: int, asked: Mapping[str, Any]) -> int:
+    """Tokens of a row, where a prompt with its completion has at most `length`.
+
+    Args:
+      length: in tokens.
+      asked: settings of the collector, those that are not the default ones.
+    """
+    del asked
+    return length
+
   @property
   def fields(self) -> tuple[str, ...]:
     """Fields of the records that hold completions to train on; () if all are sampled."""

@@ -109,6 +109,10 @@ class Preferences(Given):
         'completions first, so they share no prompt'
       )
 
+  @classmethod
+  def longest_row(cls, length: int, asked: Mapping) -> int:
+    return 2 * length if asked.get('before') else length
+
   @property
   def records(self) -> int:
     return self.pairs
@@ -133,6 +137,43 @@ class Preferences(Given):
     if self.token_weights:
       found['token_weights'] = pair_fields.token_weights(records, batch.mask, cut=cut)
     return batch.with_arrays(**found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Revisions(Given):
+  """Pairs for a policy that improves answers: each completion after the prompt, and after prompts that
+  show a completion and ask for a better one. Six rows a record, see `batching.revisions`."""
+
+  # Records of a batch.
+  pairs: AtLeastOne = 16
+  # What asks for a better completion: the user's turn, or text behind the completion, in which
+  # '{prompt}' is the prompt. '' is the usual one, see `batching.revision`.
+  request: str = ''
+
+  @classmethod
+  def longest_row(cls, length: int, asked: Mapping) -> int:
+    request = asked.get('request') or batching.REQUEST
+    return 2 * length + len(request.encode())
+
+  @property
+  def records(self) -> int:
+    return self.pairs
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('chosen', 'rejected')
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return 6
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset({'label', 'shown_label'})
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    sizes = dict(length=self.length, request=self.request)
+    return batching.revisions(records, tokenizer, **sizes, cut=cut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

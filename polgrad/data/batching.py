@@ -34,6 +34,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch, Prompts
 
 PREVIOUS = 'previous_steps'  # field with the text that a completion continues: given, not trained
+REQUEST = 'Reply with a better answer.'  # see `revision`
 Overlong = Literal['error', 'drop', 'truncate']  # what is done with a record that is too long
 OnUnusable = Literal['error', 'drop']  # what is done with one that `Unusable` is raised for
 
@@ -185,6 +186,82 @@ def pairs(
   return _lay(segments, tokenizer, length, starts).replace(
     group_ids=rows // 2, label=(1 - rows % 2).astype(np.float32)
   )
+
+
+def revisions(
+  records: Sequence[Mapping],
+  tokenizer: Tokenizer,
+  *,
+  length: int,
+  request: str = '',
+  cut: bool = False,
+) -> Batch:
+  """Six rows for each record: its two completions, after three prompts.
+
+  | rows | prompt | `shown_label` |
+  |---|---|---|
+  | 0, 1 | that of the record | -1 |
+  | 2, 3 | the `revision` that shows `rejected` | 0 |
+  | 4, 5 | the `revision` that shows `chosen` | 1 |
+
+  After each prompt the first row has `chosen` (label 1) and the second `rejected` (label 0). Rows are
+  made as in `supervised`, and begin at column 0. `group_ids` are equal for the rows of a record.
+
+  Args:
+    records: with `chosen` and `rejected`.
+    tokenizer: tokenises prompts and completions.
+    length: number of columns.
+    request: what asks for a better completion, see `revision`.
+    cut: a row longer than `length` loses its end.
+
+  Raises:
+    TooLong, ValueError: as in `supervised`.
+    Unusable: as in `pairs`.
+  """
+  segments = []
+  for record in records:
+    asked = [record]
+    for shown in ('rejected', 'chosen'):
+      _completion(record, tokenizer, shown)  # refuses what is missing or empty
+      said = record.get(PREVIOUS, '') + record[shown]
+      asked.append(revision(record, said, request))
+    rows = [_completion(one, tokenizer, name) for one in asked for name in ('chosen', 'rejected')]
+    laid = [_begin(record, *row, length, cut) for row in rows]
+    if rows[0] == rows[1]:
+      raise Unusable(f'{_name(record)}: chosen and rejected have the same tokens')
+    if any(laid[i] == laid[i + 1] for i in (0, 2, 4)):
+      raise Unusable(f'{_name(record)}: cut to {length} tokens, chosen and rejected are the same')
+    segments += laid
+  pattern = lambda *row: np.tile(np.asarray(row, np.float32), len(records))
+  batch = _lay(segments, tokenizer, length).replace(
+    group_ids=np.arange(len(segments), dtype=np.int32) // 6, label=pattern(1, 0, 1, 0, 1, 0)
+  )
+  return batch.with_arrays(shown_label=pattern(-1, -1, 0, 0, 1, 1))
+
+
+def revision(record: Mapping, completion: str, request: str = '') -> dict:
+  """The record whose prompt shows a completion and asks for a better one.
+
+  In a conversation the completion is the assistant's turn, and the request the next turn of the user.
+  Behind a prompt that is text both follow word for word.
+
+  Args:
+    record: with `messages` or `prompt`; its other fields stay.
+    completion: what the prompt shows.
+    request: what asks for a better one; `{prompt}` in it is the prompt, if that is text. '' is
+      `REQUEST` in a conversation, and elsewhere the prompt once more.
+
+  >>> revision({'prompt': '1+1='}, '3')
+  {'prompt': '1+1=31+1='}
+  >>> revision({'prompt': '1+1='}, '3', ' Wrong! {prompt}')
+  {'prompt': '1+1=3 Wrong! 1+1='}
+  """
+  if 'messages' in record:
+    shown = {'role': 'assistant', 'content': completion}
+    asked = {'role': 'user', 'content': request or REQUEST}
+    return {**record, 'messages': [*record['messages'], shown, asked]}
+  again = (request or '{prompt}').replace('{prompt}', record['prompt'])
+  return {**record, 'prompt': record['prompt'] + completion + again}
 
 
 def feedback(

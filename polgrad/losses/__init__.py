@@ -35,7 +35,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
     trees               advantages of steps and of tree nodes                    none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
-    self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
+    self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
     shared_information  the representation loss of RLP                           none: call it yourself
     groups              means and variances over groups of rows                  none: modules above

@@ -16,10 +16,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses import preference_losses
+from polgrad.losses import preference_losses, self_improvement
 from polgrad.losses._common import gumbel
 from polgrad.losses.groups import Groups, maximum, partner, rank, same, size, total
-from polgrad.registry import AtLeastOne, NotNegative, Positive, table
+from polgrad.registry import AtLeastOne, NotNegative, Positive, Range, table
 from polgrad.types import Array
 
 
@@ -185,6 +185,42 @@ def token_pair(
   return jnp.where(other != jnp.arange(len(label)), mean / 2, 0)
 
 
+def srpo(
+  score: Array,
+  label: Array,
+  shown_label: Array,
+  group_ids: Array,
+  *,
+  alpha: Annotated[float, Range(at_least=0, at_most=1)] = 0.5,
+) -> Array:
+  """`self_improvement.srpo` of the six rows of a pair: SRPO (arXiv:2406.01660).
+
+  The rows are the chosen completion w and the rejected one l, each after the prompt (u_w, u_l), after a
+  prompt that shows l (a_wl, a_ll), and after one that shows w (a_ww, a_lw).
+
+  Args:
+    score: [B], beta times the log-ratio to the reference.
+    label: [B], 1 for w, 0 for l.
+    shown_label: [B], the label of the completion that the prompt shows, -1 if it shows none.
+    group_ids: i32[B]; the rows of a pair are a group of six. Rows of other groups have loss 0.
+    alpha: weight of the reviser's loss, in [0, 1].
+
+  Returns:
+    [B], a sixth of the pair's loss at each of its rows.
+  """
+  chex.assert_equal_shape([score, label, shown_label, group_ids])
+  group = same(group_ids)
+
+  def of(completion: int, shown: int) -> Array:
+    where = ((label > 0.5) == completion) & (shown_label == shown)
+    return total(jnp.where(where, score, 0), group)
+
+  generator = dict(u_w=of(1, -1), u_l=of(0, -1))
+  reviser = dict(a_wl=of(1, 0), a_ll=of(0, 0), a_lw=of(0, 1), a_ww=of(1, 1))
+  loss = self_improvement.srpo(**generator, **reviser, beta=1.0, alpha=alpha)
+  return jnp.where(size(group) == 6, loss / 6, 0)
+
+
 def _same(score: Array, rewards: Array, group_ids: Array) -> Groups:
   """The groups of equal ids; refuses arrays that are not all [B]."""
   chex.assert_rank(score, 1)
@@ -211,5 +247,7 @@ def _log_softmax(x: Array, group: Groups, kept: Array | bool = True) -> Array:
   return shifted - jnp.log(total(jnp.where(kept, jnp.exp(jnp.where(kept, shifted, 0)), 0), group))
 
 
-TABLE = table('listwise', infonca, nca, exo, hard_negatives, apo_down, chosen_pair, token_pair)
+TABLE = table(
+  'listwise', infonca, nca, exo, hard_negatives, apo_down, chosen_pair, token_pair, srpo
+)
 Part = Annotated[Callable, TABLE]

@@ -21,6 +21,7 @@ BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'candidates', 'steps', 'learn
 NEEDS = {
   collectors.Demonstrations: 'demonstrations',
   collectors.Preferences: 'pairs',
+  collectors.Revisions: 'pairs',
   collectors.Feedback: 'feedback',
   collectors.Lists: 'lists',
 }

@@ -1,5 +1,7 @@
 """Batches: who is masked, what ends a completion, and that nothing is cut."""
 
+import doctest
+
 import numpy as np
 import pytest
 
@@ -184,6 +186,37 @@ def test_a_pair_is_a_group_of_two_with_chosen_first():
   assert [T.decode(row) for row in got.tokens] == ['a1', 'a22', 'bb4', 'bb3']
   assert got.mask.sum(axis=1).tolist() == [2, 3, 2, 2]
   assert (got.label.dtype, got.group_ids.dtype) == (np.float32, np.int32)
+
+
+def test_a_pair_to_learn_revisions_from_is_six_rows_of_three_prompts():
+  record = {'prompt': '1+1=', 'chosen': '2', 'rejected': '3', 'id': 0}
+  got = batching.revisions([record], T, length=14)
+  prompts = ['1+1='] * 2 + ['1+1=31+1='] * 2 + ['1+1=21+1='] * 2
+  for row, (prompt, own) in enumerate(zip(prompts, '232323')):
+    own = [*T.encode(own), EOS]
+    assert got.tokens[row, got.mask[row]].tolist() == own
+    assert got.tokens[row, got.segment_ids[row] == 1].tolist() == T.encode(prompt) + own
+  assert got.label.tolist() == [1, 0] * 3
+  assert got.features['shown_label'].tolist() == [-1, -1, 0, 0, 1, 1]
+  assert got.group_ids.tolist() == [0] * 6
+  with pytest.raises(batching.TooLong, match='record 0: 11 tokens'):
+    batching.revisions([record], T, length=10)
+  with pytest.raises(batching.Unusable, match='record 0: chosen and rejected have the same tokens'):
+    batching.revisions([{**record, 'rejected': '2'}], T, length=14)
+
+
+def test_a_revision_is_asked_for_in_the_next_turn_as_a_chat_would_be():
+  """What `polgrad.sample --chat` samples from is what the rows of the reviser begin with."""
+  assert not doctest.testmod(batching).failed
+  asked = [{'role': 'user', 'content': '1+1?'}]
+  record = {'messages': asked, 'previous_steps': 'Well, ', 'chosen': '2', 'rejected': '3', 'id': 0}
+  got = batching.revisions([record], BYTE, length=120, request='Better!')
+  shown = [{'role': 'assistant', 'content': 'Well, 3'}, {'role': 'user', 'content': 'Better!'}]
+  begin = BYTE.encode(BYTE.chat(asked + shown) + 'Well, ')
+  begin = [BYTE.bos_id, *begin] if BYTE.bos_id >= 0 else begin
+  row = got.tokens[2, got.segment_ids[2] == 1].tolist()
+  assert row == begin + got.tokens[2, got.mask[2]].tolist()
+  assert got.tokens[2, got.mask[2]].tolist() == [*BYTE.encode('2'), BYTE.stop_ids[0]]
 
 
 def test_pairs_with_a_prompt_length_begin_their_completions_at_that_column():

@@ -63,20 +63,21 @@ def random_arrays(method: Method, seed: int = 0) -> Arrays:
   """Everything that the method reads, in float64: eight rows of five tokens, masks with holes.
 
   Rows 2i and 2i + 1 are a pair, and row 5 has no tokens. A group is a pair, or four rows where the
-  method compares more of them.
+  method compares more of them; of a method whose groups are six rows there are two groups.
   """
   rng = np.random.default_rng(seed)
-  group = 2 if method.bound()[1].rows_per_prompt == 2 else 4
-  mask = rng.random((ROWS, LENGTH)) < 0.7
+  size = method.bound()[1].rows_per_prompt
+  group, rows = (size, 12) if size == 6 else (2 if size == 2 else 4, ROWS)
+  mask = rng.random((rows, LENGTH)) < 0.7
   mask[:, 2] = True
   mask[EMPTY_ROW] = False
   shapes = {
-    'B T': (ROWS, LENGTH),
-    'B': (ROWS,),
-    'B n': (ROWS, 3),
-    'B G': (ROWS, group),
-    '... V': (ROWS, LENGTH, VOCABULARY),
-    '... D': (ROWS, LENGTH, 4),
+    'B T': (rows, LENGTH),
+    'B': (rows,),
+    'B n': (rows, 3),
+    'B G': (rows, group),
+    '... V': (rows, LENGTH, VOCABULARY),
+    '... D': (rows, LENGTH, 4),
     '2': (2,),
     '': (),
   }
@@ -89,12 +90,12 @@ def random_arrays(method: Method, seed: int = 0) -> Arrays:
     elif spec in ('... V', '... D'):
       x[name] = 4 * x[name] - 2
   if 'label' in x:
-    first = np.array([0.9, 0.2, 1.0, 0.0])
+    first = np.resize([0.9, 0.2, 1.0, 0.0], rows // 2)
     x['label'] = np.stack([first, 1 - first], axis=1).reshape(-1)
   if 'rewards' in x:
     x['rewards'] = np.round(x['rewards'], 2)
   if 'group_ids' in x:
-    x['group_ids'] = np.repeat(np.arange(ROWS // group), group)
+    x['group_ids'] = np.repeat(np.arange(rows // group), group)
   if 'tokens' in x:
     x['tokens'] = rng.integers(0, VOCABULARY, (ROWS, LENGTH))
   if 'stream' in x:
@@ -103,6 +104,9 @@ def random_arrays(method: Method, seed: int = 0) -> Arrays:
     x['stream'] = np.tile([1, 1, 0, 0] if of_pairs else [0, 1, 0, 1], ROWS // 4)
   if 'opponent' in x:
     x['opponent'] = np.tile([0.0, 1.0], ROWS // 2)
+  if 'shown_label' in x:
+    x['label'] = np.tile([1.0, 0.0], rows // 2)
+    x['shown_label'] = np.tile([-1.0, -1, 0, 0, 1, 1], rows // 6)
   if 'wins' in x:
     x['wins'] = game(x['wins'])
   return x | {'mask': mask}

@@ -1,5 +1,7 @@
 """Losses of single rows and of lists of rows, from their papers."""
 
+import functools
+
 import numpy as np
 
 from tests.preference.harness import (
@@ -73,6 +75,16 @@ def apo_zero_unpaired(x, const):
 def apo_down(x, const):
   z = 0.1 * ratio(x)
   return over_pairs(lambda w, l: sigmoid(z[w]) + 1 - sigmoid(z[w] - z[l]), x)
+
+
+def srpo(x, const, beta=0.01, alpha=0.5):
+  """Rows of a pair are w, l after the prompt, after one that shows l, and after one that shows w."""
+  z, losses = beta * ratio(x).reshape(-1, 6), []
+  for (u_w, u_l, a_wl, a_ll, a_ww, a_lw), there in zip(z, rows(x).reshape(-1, 6)):
+    robust = ((u_w - a_ww) - (u_l - a_ll)) ** 2
+    improve = (0.5 - (a_wl - a_ll)) ** 2 + (-0.5 - (a_lw - a_ww)) ** 2
+    losses.append(((1 - alpha) * robust + alpha * improve) * there.all())
+  return float(np.mean(losses))
 
 
 def cal_dpo(x, const):
@@ -162,6 +174,7 @@ def spin(x, const):
 
 
 ORACLES = {
+  'srpo': srpo,
   'apo_down': apo_down,
   'apo_zero': apo_zero,
   'bco': bco,
@@ -180,6 +193,7 @@ VARIANTS = [
   ('bco', dict(beta=0.1, paired=True), bco_paired),
   ('infonca', dict(beta=2.0, alpha=0.3, **LISTED), infonca_soft),
   ('infonca', dict(beta=2.0, alpha=0.3, sampled=True, **LISTED), infonca_soft),
+  ('srpo', dict(beta=0.3, alpha=0.2), functools.partial(srpo, beta=0.3, alpha=0.2)),
   ('kto', dict(beta=0.5, desirable=1.5, undesirable=0.8), weighted_kto),
   ('mc_po', dict(negatives=2, **LISTED), two_negatives),
   ('nca', dict(beta=2.0, alpha=0.3, **LISTED), nca_soft),

@@ -90,7 +90,8 @@ def test_padding_and_micro_batches_change_nothing(name, x64):
     outputs = Outputs(**{k: live.get(k) for k in MODEL}, stats=stats)
     found = objective.select(outputs, batch, objective.init(), step=0)
     batch = batch.replace(features=batch.features | found)
-  first = (np.arange(harness.ROWS) < harness.ROWS // 2)[:, None]
+  rows = len(batch.mask)
+  first = (np.arange(rows) < rows // 2)[:, None]
   halves = [
     totals(objective, live, arrays, batch.replace(mask=batch.mask & half), counts)[0]
     for half in (first, ~first)
