@@ -5,7 +5,8 @@
 
 The result is what `polgrad.build` reads; every value in it can still be changed, in Python or with
 `--config.phases.train...` on the command line. The phase of the method is called `train`. A model that
-was not pretrained first learns the task's demonstrations, in a phase called `warm_start`.
+was not pretrained first learns the task's demonstrations, in a phase called `warm_start`. A method may
+ask for other phases before its own (`Method.before`).
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ def compose(
       'the method distils a teacher: name its folder with teacher=FOLDER, or use warm_start=STEPS to '
       'train one first'
     )
-  phases = {'train': run.phase(method, teacher=teacher)}
+  earlier = {name: run.phase(one) for name, one in method.before.items()}
+  phases = {**earlier, 'train': run.phase(method, teacher=teacher)}
   evaluation = run.evaluation()
   if average:
     phases['train'].anchors.average = part(optim.ema, decay=average)
@@ -162,7 +164,7 @@ class _Run:
     frozen = {'teacher': part(models.pretrained, path=teacher)} if teacher else {}
     return part(
       build.Phase,
-      steps=self.total_steps,
+      steps=self.total_steps if self.smoke else method.steps or self.total_steps,
       source=self.source(getattr(task, needs)),
       collect=self.collector(method),
       credit=method.credit,

@@ -28,6 +28,7 @@ from polgrad.credit.base import (
   with_rewards,
   with_targets,
 )
+from polgrad.credit.tokens import decoupled
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
   bilevel_generalized,
@@ -620,6 +621,7 @@ SIMPLE = table(
   self_play,
   step_values,
   tree_values,
+  decoupled,
 )
 
 

@@ -90,7 +90,12 @@ def td_lookahead(scores: Array, mask: Array, *, steps: int = 1, rate: float = 0.
 
 
 def gae(
-  token_rewards: Array, values: Array, mask: Array, *, discount: float = 1.0, trace: float = 0.95
+  token_rewards: Array,
+  values: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float | Array = 0.95,
 ) -> Array:
   """A_t = sum_k (discount trace)^k delta_{t+k}, delta_t = r_t + discount V_{t+1} - V_t: generalised
   advantage estimation (arXiv:1506.02438).
@@ -104,7 +109,7 @@ def gae(
     values: [..., T], V_t, the value of the state before token t.
     mask: bool[..., T].
     discount: factor per valid token.
-    trace: decay of the errors, lambda in the paper.
+    trace: decay of the errors, lambda in the paper: one number, or one for each row, [...].
 
   Returns:
     [..., T].
@@ -113,6 +118,29 @@ def gae(
   start = jnp.zeros_like(values[..., 0])
   step = lambda carry, x: _gae_step(discount, trace, carry, x)
   return _scan_backwards(step, (start, start), token_rewards, values, mask)
+
+
+def length_adaptive_trace(mask: Array, *, scale: float = 0.05) -> Array:
+  """lambda = 1 - 1 / (scale L) for a row of L valid tokens: VAPO (arXiv:2504.05118).
+
+  The sum over k of lambda^k is then scale L, so an error reaches the same fraction of a long row and of
+  a short one. A fixed lambda of .95 makes the reward at the end of a long row vanish at its beginning.
+  Rows of at most 1 / scale tokens get 0.
+
+  Args:
+    mask: bool[..., T].
+    scale: alpha in the paper, positive.
+
+  Returns:
+    [...], in [0, 1).
+
+  Raises:
+    ValueError: scale <= 0.
+  """
+  if scale <= 0:
+    raise ValueError(f'scale must be positive, got {scale}')
+  length = jnp.sum(mask, axis=-1, dtype=float)
+  return jnp.maximum(1 - 1 / jnp.maximum(scale * length, 1), 0)
 
 
 def vtrace_targets(

@@ -59,6 +59,9 @@ class Method:
     minibatches: updates in each pass.
     restart: initialise the policy again after the anchors were copied from it (distillation).
     warm_start: whether a model that was not pretrained learns the task's demonstrations first.
+    before: methods of phases that come before this one, by the names of the phases, such as one that
+      trains the critic alone.
+    steps: number of batches to collect; 0 is that of the run.
   """
 
   objective: ConfigDict
@@ -76,6 +79,8 @@ class Method:
   minibatches: int = 1
   restart: bool = False
   warm_start: bool = True
+  before: Mapping[str, 'Method'] = dataclasses.field(default_factory=dict)
+  steps: int = 0
 
   @property
   def needs(self) -> str:

@@ -21,6 +21,7 @@ from polgrad.objectives.base import (
   view,
   weigh,
 )
+from polgrad.registry import unbound
 from polgrad.types import Array, Batch, Outputs
 
 LossPart = Annotated[Callable, penalties.TABLE | logit_stats.TABLE]
@@ -75,7 +76,7 @@ class Supervised(Objective):
   Attributes:
     aggregation: how token losses become one number.
     loss: of one given token, -logp by default. A loss of the whole next-token distribution reads
-      `logits`.
+      `logits`. Its name is that of the term and of the metric.
     weights: token weights by name; no gradient passes through them. Without weights, the default,
       this is plain supervised fine-tuning.
     only: name of an array [B]; rows where it is not above one half are left out of both the sum and its
@@ -121,4 +122,5 @@ class Supervised(Objective):
     if self.only:
       where = where & (x[self.only] > 0.5)[:, None]
     loss = x['loss'] if self.stats else call_slot('loss', self.loss, x)
-    return {'nll': self.aggregation(weigh(loss, self.weights, x), where)}, off_policy_metrics(x)
+    name = unbound(self.loss).__name__
+    return {name: self.aggregation(weigh(loss, self.weights, x), where)}, off_policy_metrics(x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
-from polgrad.optim.wrappers import in_float32, scheduled, skipping
+from polgrad.optim.wrappers import in_float32, partial_update, scheduled, skipping
 from polgrad.registry import Decay, NotNegative, Range, table
 
 
@@ -24,6 +24,7 @@ def adamw(
   skip_grad_norm: Annotated[float, Range(above=0)] = float('inf'),
   schedule: SchedulePart = constant,
   master_weights: bool = True,
+  only: str = '',
 ) -> optax.GradientTransformation:
   """AdamW (arXiv:1711.05101), on a gradient that is clipped by its global norm.
 
@@ -38,6 +39,8 @@ def adamw(
     max_grad_norm: a longer gradient is scaled to this norm.
     skip_grad_norm: a longer gradient changes neither parameters nor moments; the default skips none.
     master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
+    only: regular expression; only parameters in whose name it is found are updated, such as
+      `value_head$`. Empty updates all that the model trains.
   """
   transform = optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
@@ -49,6 +52,7 @@ def adamw(
   if skip_grad_norm < float('inf'):
     transform = skipping(transform, limit=skip_grad_norm)
   transform = in_float32(transform) if master_weights else transform
+  transform = partial_update(transform, names=only) if only else transform
   return scheduled(transform, learning_rate, schedule)
 
 

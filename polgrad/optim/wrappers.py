@@ -1,5 +1,6 @@
 """What surrounds every optimizer: float32 master copies, balance steps, and the oracle."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,6 +137,37 @@ def skipping(
     return steps, jax.tree.map(lambda new, old: jnp.where(used, new, old), moved, state)
 
   return optax.GradientTransformation(optimizer.init, update)
+
+
+def partial_update(
+  optimizer: optax.GradientTransformation, *, names: str
+) -> optax.GradientTransformation:
+  """Updates only some parameters; the others keep their values, and their gradients are not seen.
+
+  So a clipping of the gradient by its norm sees the norm of these parameters alone.
+
+  Args:
+    names: regular expression that is searched for in the last part of a parameter's name, such as
+      `value_head$`.
+
+  Raises:
+    ValueError: from `init`, no parameter has such a name.
+  """
+  pattern = re.compile(names)
+
+  def labels(params):
+    name = lambda path: str(getattr(path[-1], 'key', '')) if path else ''
+    label = lambda path, _: 'moved' if pattern.search(name(path)) else 'kept'
+    return jax.tree_util.tree_map_with_path(label, params)
+
+  parts = optax.partition({'moved': optimizer, 'kept': optax.set_to_zero()}, labels)
+
+  def init(params):
+    if 'moved' not in jax.tree.leaves(labels(params)):
+      raise ValueError(f'no parameter that is trained has a name with {names!r}')
+    return parts.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, parts.update)
 
 
 def balanced(

@@ -69,6 +69,8 @@ def random_arrays(objective: Objective, *, group: int = 4, seed: int = 0) -> dic
     'hidden_norm': rng.uniform(0, 2000, size=shape),
   }
   x |= {name: rng.uniform(0.1, 1.0, size=shape) for name in objective.stats}
+  if isinstance(objective, objectives.WeightedSum) and 'stream' not in objective.requires:
+    del x['stream']  # all of its objectives see all rows
   return {
     k: np.where(mask, v, 0.0) if k != 'mask' and np.shape(v) == shape else v for k, v in x.items()
   }
