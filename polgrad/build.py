@@ -18,7 +18,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from polgrad import collect, objectives, optim, reward_models, sharding
+from polgrad import collect, curricula, objectives, optim, reward_models, sharding
 from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.checks import answers, duplicates, tracing
@@ -119,6 +119,7 @@ class Phase(Judged):
     optimizer: what makes a step of its gradient.
     credit: from rewards to advantages, returns or labels.
     shuffle: draw records in an order that changes with each epoch.
+    curriculum: which records a step draws (docs/curricula.md); by default the next ones of the epochs.
     epochs: passes over a collected batch.
     minibatches: updates in each pass.
     micro_batches: pieces that a minibatch is forwarded in; changes memory, not the result.
@@ -144,6 +145,7 @@ class Phase(Judged):
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
   shuffle: bool = True
+  curriculum: curricula.Part = curricula.epochs
   epochs: AtLeastOne = 1
   minibatches: AtLeastOne = 1
   micro_batches: AtLeastOne = 1
@@ -458,7 +460,33 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.held_out: this phase samples its completions; held-out problems are measured by '
       'config.evaluation'
     )
+  _check_curriculum(path, phase)
   _check_reads(path, phase, run)
+
+
+def _check_curriculum(path: str, phase: Phase) -> None:
+  """Refuses a curriculum that learns from what the phase does not give."""
+  curriculum, collector = phase.curriculum, phase.collect
+  reads = curriculum.reads | ({'features'} if curriculum.provides else set())
+  if reads and isinstance(collector, collect.Given):
+    raise ValueError(
+      f'{path}.curriculum: it learns from the rewards of completions, but this phase samples none'
+    )
+  terms = phase.reward.keys() | collector.earned
+  if unknown := sorted(curriculum.terms - terms):
+    raise ValueError(
+      f'{path}.curriculum.term: {unknown[0]!r} is no term of the reward{suggest(unknown[0], terms)}'
+    )
+  if 'magnitudes' in reads and 'advantages' not in phase.credit.provides:
+    raise ValueError(
+      f'{path}.curriculum: it learns from advantages, but the credit of this phase makes none'
+    )
+  older = [name for name in ('lag', 'replay') if getattr(collector, name, 0)]
+  if older and reads - {'rewards'}:
+    raise ValueError(
+      f'{path}.curriculum: it reads what belongs to the rows of its own step, but with '
+      f'collect.{older[0]} a step trains on older rows'
+    )
 
 
 def _check_stops(path: str, sampling: collect.Sampling | HeldOut, run: Experiment) -> None:
@@ -497,7 +525,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   """Refuses a phase in which nobody provides what objective or credit read."""
   collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
-  provided = collector.provides | phase.credit.provides
+  provided = collector.provides | phase.credit.provides | phase.curriculum.provides
   anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
   for field, anchor in sorted(anchors.items()):
@@ -572,6 +600,8 @@ def check_data(run: Experiment) -> list[str]:
   told, asked = [], {}
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
+    with _placing(f'config.phases.{name}.curriculum'):
+      phase.curriculum.init(phase.source)  # refuses records that lack what it reads
   sections = data_sections(run)
   for one in sections:
     if one.judged:

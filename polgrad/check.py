@@ -261,7 +261,7 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
     doing = phases.start_phase(run, state, phases.Logs())
     path = f'config.phases.{name}'
     for step in tqdm(range(min(count, doing.phase.steps)), f'steps of {name}', leave=False):
-      draw = phases.Drawer(doing.phase, doing.seed, int(state.cursor), run.tokenizer)
+      draw = doing.draw(state)
       started = time.perf_counter()
       try:
         collected = doing.collect(state, draw, step)
@@ -272,7 +272,7 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
         wrong.append(Finding(path, text, fails=True))
         break
       ended = time.perf_counter()
-      state = phases.advance(run.mesh, state, collected, draw.cursor)
+      state = doing.advance(state, collected, draw)
       row = phases.summary(reports, collected, ended - started)
       silent.append(row['silent'])
       times = (f'{x:.2f}' for x in (middle - started, ended - middle, ended - started))

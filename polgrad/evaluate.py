@@ -303,6 +303,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     micro_batches=phase.micro_batches,
     layout=phase.layout,
     compare=phase.compare,
+    curriculum=phase.curriculum,
   )
 
 

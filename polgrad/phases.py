@@ -15,6 +15,7 @@ from absl import logging
 from tqdm import tqdm
 
 from polgrad import (
+  curricula,
   evaluate,
   metrics,
   preemption,
@@ -25,7 +26,7 @@ from polgrad import (
 from polgrad.build import Experiment, Phase
 from polgrad.collect import Collected, minibatches
 from polgrad.compiling import jit
-from polgrad.data import batching, stream
+from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.evaluate import context, init_params
 from polgrad.learner import parameter_sets
@@ -62,7 +63,7 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
     params = fresh()
     trainable = learned(experiment.policy, params)
 
-  # Counters, and the states of collector, credit and objective, are small and on every device.
+  # Counters, and the states of collector, credit, objective and curriculum, are on every device.
   zero = np.zeros((), np.int32)
   small = sharding.replicate(
     mesh,
@@ -76,6 +77,7 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
       collect_state=phase.collect.init(),
       credit_state=phase.credit.init(),
       objective_state=phase.objective.init(),
+      curriculum_state=phase.curriculum.init(phase.source),
     ),
   )
   return TrainState(
@@ -140,10 +142,42 @@ class PhaseRun:
   measure: Callable | None
   measure_rows: Callable  # state -> metrics on held-out records of the phase
   logs: Logs
+  # (state of the curriculum, what it observes) -> its next state
+  observe: Callable = lambda state, found: state
+  categories: tuple[str, ...] = ()  # names of what the curriculum reports
 
   def due(self, every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
     return every > 0 and (step % every == 0 or step == self.phase.steps)
+
+  def draw(self, state: TrainState) -> 'Drawer':
+    """What draws the records of the next step."""
+    return Drawer(
+      self.phase,
+      self.seed,
+      int(state.cursor),
+      self.experiment.tokenizer,
+      sharding.to_host(state.curriculum_state),
+    )
+
+  def advance(self, state: TrainState, collected: Collected, draw: 'Drawer') -> TrainState:
+    """The state after a collected batch was used; the curriculum observes what became of its rows."""
+    curriculum_state = draw.curriculum_state
+    if jax.tree.leaves(curriculum_state):
+      found = curricula.observed(collected.batch, collected.sampled)
+      curriculum_state = sharding.to_host(self.observe(curriculum_state, found))
+    return advance(self.experiment.mesh, state, collected, draw.cursor, curriculum_state)
+
+  def curriculum(self, state: TrainState) -> dict[str, float]:
+    """What the curriculum reports, as metrics `curriculum/...`."""
+    found = {}
+    for name, x in self.phase.curriculum.report(sharding.to_host(state.curriculum_state)).items():
+      if np.ndim(x):
+        entries = zip(self.categories, x, strict=True)
+        found |= {f'curriculum/{name}/{key}': float(value) for key, value in entries}
+      else:
+        found[f'curriculum/{name}'] = float(x)
+    return found
 
   def next_batch(self, state: TrainState, draw: 'Drawer', step: int) -> Collected:
     """The batch of a step; messages of its verifiers are logged.
@@ -300,6 +334,8 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     update=jit_update(experiment, phase, state),
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
+    observe=jit(phase.curriculum.update),
+    categories=phase.curriculum.names(phase.source),
     logs=logs,
   )
 
@@ -329,18 +365,18 @@ def run_phase(
     started = time.perf_counter()
 
     # Draw records, and collect a batch from them.
-    draw = Drawer(run.phase, run.seed, int(state.cursor), experiment.tokenizer)
+    draw = run.draw(state)
     collected = run.next_batch(state, draw, step)
 
     # Update on each minibatch, then count the batch as used.
     updating = time.perf_counter()
     state, reports = run.update_all(state, collected.batch, step)
-    state = advance(experiment.mesh, state, collected, draw.cursor)
+    state = run.advance(state, collected, draw)
 
     # Evaluate and report. The time of a step is without its evaluation.
     logs.profiler.end(step)
     now = time.perf_counter()
-    row = summary(reports, collected, now - started) | draw.report()
+    row = summary(reports, collected, now - started) | draw.report() | run.curriculum(state)
     row |= run.speed(collected, now - updating, now - started)
     progress.tokens += int(np.sum(collected.batch.segment_ids > 0))
     row['tokens_seen'] = progress.tokens
@@ -380,15 +416,25 @@ def ran_out_of_patience(experiment: Experiment, progress: Progress) -> str:
 
 
 class Drawer:
-  """Draws the next records of a phase's stream; `cursor` is the position after the last of them.
+  """Draws the records of a step, those that the curriculum of the phase proposes.
 
-  Whether records that are too long or unusable are dropped here or refused later depends on `overlong`
-  and `unusable` of the phase's collector. Which are dropped depends on the cursor alone, so a resumed
-  run draws the same.
+  `cursor` is the number of records that the phase has drawn, also of those dropped. Whether records that
+  are too long or unusable are dropped here or refused later depends on `overlong` and `unusable` of the
+  phase's collector. What is drawn depends only on the cursor and the state of the curriculum, so a
+  resumed run draws the same.
   """
 
-  def __init__(self, phase: Phase, seed: int, cursor: int, tokenizer: Tokenizer | None = None):
+  def __init__(
+    self,
+    phase: Phase,
+    seed: int,
+    cursor: int,
+    tokenizer: Tokenizer | None = None,
+    curriculum_state: Any = (),
+  ):
     self.phase, self.seed, self.cursor, self.tokenizer = phase, seed, cursor, tokenizer
+    self.curriculum_state = curriculum_state
+    self.taken = []  # rows drawn so far
     self.fates = collections.Counter()  # of the records drawn so far, see `batching.fate`
 
   def __call__(self, count: int) -> list[dict]:
@@ -396,14 +442,14 @@ class Drawer:
       return self._next(count)
     records, dropped = [], 0
     while len(records) < count:
-      [record] = self._next(1)
-      fate = self._fate(record)
-      self.fates[fate] += 1
-      kept = fate in ('kept', 'cut')
-      dropped = 0 if kept else dropped + 1
-      if kept:
-        records.append(record)
-      elif dropped >= 2 * len(self.phase.source):  # any two epochs hold every record
+      for record in self._next(count - len(records)):
+        fate = self._fate(record)
+        self.fates[fate] += 1
+        kept = fate in ('kept', 'cut')
+        dropped = 0 if kept else dropped + 1
+        if kept:
+          records.append(record)
+      if dropped >= 2 * len(self.phase.source):  # any two epochs hold every record
         raise ValueError('every record of the source is too long or unusable, and dropped')
     return records
 
@@ -418,10 +464,19 @@ class Drawer:
     return batching.fate(self.phase.collect, record, self.tokenizer)
 
   def _next(self, count: int) -> list[dict]:
-    at, self.cursor = self.cursor, self.cursor + count
-    return stream.records(
-      self.phase.source, seed=self.seed, cursor=at, count=count, shuffle=self.phase.shuffle
+    source = self.phase.source
+    request = curricula.Request(
+      count=count,
+      size=len(source),
+      cursor=self.cursor,
+      seed=self.seed,
+      shuffle=self.phase.shuffle,
+      taken=tuple(self.taken),
     )
+    rows = [int(row) for row in self.phase.curriculum.propose(self.curriculum_state, request)]
+    self.cursor += count
+    self.taken += rows
+    return [{**source[row], 'id': row} for row in rows]
 
 
 def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Callable:
@@ -435,12 +490,17 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
 
 
 def advance(
-  mesh: jax.sharding.Mesh, state: TrainState, collected: Collected, cursor: int
+  mesh: jax.sharding.Mesh,
+  state: TrainState,
+  collected: Collected,
+  cursor: int,
+  curriculum_state: Any = None,
 ) -> TrainState:
   """The state after a collected batch was used: it is counted, and its new states are taken over.
 
   Args:
-    cursor: position of the phase's stream after the records of the batch.
+    cursor: number of records that the phase has drawn with those of the batch.
+    curriculum_state: the next one; None: as before.
   """
   moved = dict(
     phase_step=np.asarray(int(state.phase_step) + 1, np.int32),
@@ -448,6 +508,8 @@ def advance(
     collect_state=collected.collect_state,
     credit_state=collected.credit_state,
   )
+  if curriculum_state is not None:
+    moved['curriculum_state'] = curriculum_state
   return state.replace(**sharding.replicate(mesh, moved))
 
 

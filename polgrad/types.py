@@ -173,7 +173,7 @@ class TrainState:
   phase: Array  # i32[], index into config.phases
   phase_step: Array  # i32[], batches collected in this phase
   update: Array  # i32[], updates tried in this phase; schedules and anchors count it
-  cursor: Array  # i32[], next position of this phase's shuffled source
+  cursor: Array  # i32[], records drawn in this phase; the next position of its shuffled source
   skipped: Array  # i32[], consecutive updates skipped because loss or gradient was not finite
   params: Params
   opt_state: Any
@@ -181,3 +181,4 @@ class TrainState:
   collect_state: Any  # of the collector: its memory of earlier batches
   credit_state: Any
   objective_state: Any
+  curriculum_state: Any = ()  # what the curriculum remembers of the rows of the data

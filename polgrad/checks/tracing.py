@@ -26,7 +26,13 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
   collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
   anchors = {f'{name}_logp' for name in phase.anchors} & wanted
-  names = {*ALL, *collector.provides, *anchors, *({'old_values'} & wanted)}
+  names = {
+    *ALL,
+    *collector.provides,
+    *phase.curriculum.provides,
+    *anchors,
+    *({'old_values'} & wanted),
+  }
   if 'rewards' in names or 'label' in names:
     names.add('group_ids')
   sizes = {'B T': (rows, collector.length), 'B': (rows,), '': (), '2': (2,)}
@@ -113,6 +119,7 @@ def state_shapes(phase: Any, policy: Policy) -> TrainState:
     collect_state=phase.collect.init(),
     credit_state=phase.credit.init(),
     objective_state=phase.objective.init(),
+    curriculum_state=phase.curriculum.init(phase.source),
   )
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import sharding, speed
+from polgrad import curricula, sharding, speed
 from polgrad.collect.drawn import Draws, Episode, Turns, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
@@ -44,6 +44,7 @@ class Context(NamedTuple):
   layout: Layout = PLAIN
   compare: Compare | None = None  # None: nothing is compared
   opened: Callable[[Sequence[dict]], list[dict]] = list  # records -> those of the prompts
+  curriculum: curricula.Curriculum = curricula.epochs()
 
 
 class Collected(NamedTuple):
@@ -57,6 +58,9 @@ class Collected(NamedTuple):
   messages: list[str]  # of verifiers and environments that failed
   terms: Mapping[str, np.ndarray] = {}  # f[B], terms of the rewards of the rows that were sampled
   episodes: Sequence[Episode] = ()  # [B], of the rows that were sampled; () without an environment
+  sampled: curricula.Sampled | None = (
+    None  # every row that was scored; None: the data have them all
+  )
 
 
 Collect = Callable[[TrainState, Draw, int], Collected]

@@ -33,9 +33,11 @@ from polgrad.collect.scored import (
   joined,
   joined_rows,
   replace_groups,
+  replacements,
   score_rows,
 )
-from polgrad.collect.steps import PROVIDED, Report, Steps, common
+from polgrad.collect.steps import PROVIDED, Report, Steps, common, sampled_of
+from polgrad.curricula import Sampled
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
@@ -346,9 +348,9 @@ class RolloutSteps(Steps):
   ) -> tuple[Batch, Report]:
     """Scores the rows, replaces uninformative groups, adds further rows to each, and chooses rows."""
     batch, texts = self._judge(rows, records)
-    batch, texts = self._resample(batch, texts, state, draw, step)
+    batch, texts, sampled = self._resample(batch, texts, state, draw, step)
     records = texts.records
-    report = Report.of(batch, texts)
+    report = Report.of(batch, texts)._replace(sampled=sampled)
     if self.draw_opponents is not None:
       batch, report = self._add_opponents(batch, records, report, state, step)
     for field in ('answer',) * self.settings.demonstrations + PAIR * self.settings.preferences:
@@ -404,10 +406,17 @@ class RolloutSteps(Steps):
 
   def _resample(
     self, batch: Batch, texts: Texts, state: TrainState, draw: Draw, step: int
-  ) -> tuple[Batch, Texts]:
-    """Dynamic sampling: replaces groups with equal rewards by groups of further prompts."""
+  ) -> tuple[Batch, Texts, Sampled]:
+    """Dynamic sampling: replaces groups with equal rewards by groups of further prompts.
+
+    Returns:
+      The rows, their texts, and all rows that were sampled.
+    """
     samples, ignored = self.settings.samples_per_prompt, self.settings.resample_ignores
     drawn = [record['id'] for record in texts.records]  # a small data set gives a prompt again
+    attempts = [sampled_of(batch, texts)]
+    kept = np.arange(len(texts.records))  # which of the groups of all attempts is in each place
+    dull = [~informative(batch, texts, samples, ignored)]
     for _ in range(self.settings.max_resamples):
       useful = informative(batch, texts, samples, ignored)
       if useful.all():
@@ -416,8 +425,15 @@ class RolloutSteps(Steps):
       rows = self._draw(self.draw_rows, state, records, step, drawn)
       fresh = self._judge(rows, records)
       drawn += [record['id'] for record in records]
+      attempts.append(sampled_of(*fresh))
+      dull.append(~informative(*fresh, samples, ignored))
+      own = np.arange(len(records)) + sum(map(len, dull[:-1]))
+      kept = np.concatenate([kept, own])[replacements(useful, ~dull[-1])]
       batch, texts = replace_groups((batch, texts), fresh, useful, samples, ignored)
-    return batch, texts
+    replaced = np.concatenate(dull)
+    replaced[kept] = False
+    sampled = jax.tree.map(lambda *parts: np.concatenate(parts), *attempts)
+    return batch, texts, sampled._replace(replaced=np.repeat(replaced, samples))
 
   def _add_opponents(
     self, batch: Batch, records: Sequence[dict], report: Report, state: TrainState, step: int

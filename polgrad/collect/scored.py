@@ -272,6 +272,19 @@ def informative(
   return differs
 
 
+def replacements(useful: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+  """Which of the groups (old, then new) each place gets, i[N].
+
+  Args:
+    useful: bool[N], old groups that stay.
+    fresh: bool[M], new groups that may take the place of others.
+  """
+  places, spare = np.flatnonzero(~useful), np.flatnonzero(fresh)
+  source = np.arange(len(useful))
+  source[places[: len(spare)]] = len(useful) + spare[: len(places)]
+  return source
+
+
 def replace_groups(
   old: tuple[Batch, Texts],
   new: tuple[Batch, Texts],
@@ -280,11 +293,7 @@ def replace_groups(
   ignored: Collection[str] = (),
 ) -> tuple[Batch, Texts]:
   """Replaces groups of `old` that are not useful, bool[N], by groups of `new` that are `informative`."""
-  # Which group of (old, then new) each place gets, and which rows these groups have.
-  places = np.flatnonzero(~useful)
-  spare = np.flatnonzero(informative(*new, rows_per_prompt, ignored))
-  source = np.arange(len(useful))
-  source[places[: len(spare)]] = len(useful) + spare[: len(places)]
+  source = replacements(useful, informative(*new, rows_per_prompt, ignored))
   rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None, :]).reshape(-1)
   pick = lambda a, b: np.concatenate([a, b])[rows]
   # Groups are numbered by their places, because a new group may have the number of an old one.

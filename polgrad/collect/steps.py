@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import speed
+from polgrad import curricula, speed
 from polgrad.collect.base import Annotator, Collected, Context, Draw, Sampling, make_annotator
 from polgrad.collect.drawn import Drawn, Episode
 from polgrad.collect.scored import Texts, metrics, score_rows, shown
@@ -33,6 +33,7 @@ class Report(NamedTuple):
   messages: list[str]  # of verifiers that failed
   terms: dict[str, np.ndarray]  # f[B], terms of the rewards; NaN where a verifier failed
   episodes: Sequence[Episode] = ()  # [B]; () without an environment
+  sampled: curricula.Sampled | None = None  # of the policy, without those that credit alone reads
 
   @classmethod
   def of(cls, batch: Batch, texts: Texts) -> 'Report':
@@ -44,6 +45,7 @@ class Report(NamedTuple):
       list(scores.messages),
       scores.components,
       texts.episodes,
+      sampled_of(batch, texts),
     )
 
   def beside(self, name: str, batch: Batch, scores: Scores) -> 'Report':
@@ -85,6 +87,7 @@ class Steps(abc.ABC):
       batch, report = self.score(rows, records, state, draw, step)
     with meter.timing('annotation'):
       batch, memory = self.remember(batch, state, step)
+      batch = self.tracked(batch, state)
       batch = self.annotate(state, batch)
       meter.add('annotation', self.annotate.flops(batch))
       batch, credit_state = self.credit(batch, state)
@@ -127,6 +130,14 @@ class Steps(abc.ABC):
     )
     return batch, memory
 
+  def tracked(self, batch: Batch, state: TrainState) -> Batch:
+    """The batch with what the curriculum knows of the prompts of its rows."""
+    curriculum = self.context.curriculum
+    if not curriculum.provides:
+      return batch
+    found = curriculum.features(to_host(state.curriculum_state), batch.prompt_ids)
+    return batch.with_arrays(**{name: found[name] for name in curriculum.provides})
+
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     """The batch to train on, and the next memory; without a memory it is the batch itself."""
     del random
@@ -138,6 +149,17 @@ class Steps(abc.ABC):
     if self.mask_truncated:  # after credit: these rows count in the statistics of their group
       batch = batch.replace(mask=batch.mask & batch.finished[:, None])
     return batch.replace(layout=self.context.layout), credit_state
+
+
+def sampled_of(batch: Batch, texts: Texts) -> curricula.Sampled:
+  """What a curriculum is told of scored rows."""
+  return curricula.Sampled(
+    rows=np.asarray(batch.prompt_ids, np.int32),
+    rewards=np.asarray(batch.rewards, np.float32),
+    valid=np.asarray(batch.valid, bool),
+    terms={name: np.asarray(x, np.float32) for name, x in texts.scores.components.items()},
+    replaced=np.zeros(len(batch.valid), bool),
+  )
 
 
 def common(

@@ -1,0 +1,463 @@
+"""Curricula: which data rows each step trains on.
+
+| name | rows of a step |
+|---|---|
+| `epochs` | the next rows of shuffled epochs; the default |
+| `uniform` | random rows |
+| `mixed` | random rows of categories with fixed weights |
+| `vade` | rows that are probably neither solved nor hopeless, by Thompson sampling |
+| `spo` | random rows, more often those whose success rate is near 1/2 |
+| `window` | random rows whose success rate lies between two numbers |
+| `target` | random rows, more often those whose success rate is near a number |
+| `stages` | random rows of the present stage, from easy to hard ones |
+| `sec` | random rows of categories in which advantages are large |
+| `revisit` | new rows, and rows again whose rewards differed |
+| `returns` | random rows, more often those with a large return; for data with completions |
+
+A `Curriculum` is a few pure functions of a state that is kept in `TrainState` and its checkpoints, so a
+resumed run draws the same rows. Success rates are estimated from the rewards of the run itself, each cut
+to [0, 1]; docs/curricula.md has a command for each of them.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polgrad.curricula import trackers
+from polgrad.curricula.base import (
+  Counts,
+  Curriculum,
+  Observed,
+  Request,
+  Sampled,
+  best,
+  counts,
+  drawn,
+  observed,
+)
+from polgrad.curricula.budget import allocate_budget, expected_contrast
+from polgrad.registry import AtLeastOne, Count, Fraction, NotNegative, Positive, table
+
+__all__ = [
+  'TABLE',
+  'Counts',
+  'Curriculum',
+  'Observed',
+  'Part',
+  'Request',
+  'Sampled',
+  'allocate_budget',
+  'best',
+  'counts',
+  'drawn',
+  'expected_contrast',
+  'observed',
+  'trackers',
+]
+
+
+def epochs() -> Curriculum:
+  """The next rows of shuffled epochs: every row comes once in each epoch. Nothing is remembered."""
+  return Curriculum(init=lambda records: (), propose=lambda state, request: request.next_rows())
+
+
+def uniform() -> Curriculum:
+  """Random rows, different ones in a step. Nothing is remembered."""
+  return Curriculum(
+    init=lambda records: (),
+    propose=lambda state, request: drawn(np.ones(request.size), request),
+  )
+
+
+def _tracking(**functions) -> Curriculum:
+  """A curriculum whose state is `trackers.DiscountedBeta`, with what it reports."""
+  own = dict(
+    init=lambda records: trackers.begin(len(records)),
+    report=lambda state: {'success_rate': float(np.mean(trackers.value(state)))},
+    reads=frozenset({'rewards'}),
+  )
+  return Curriculum(**own | functions)
+
+
+def _tracked(decay: float, decay_all: float = 1.0, *, prior: float, term: str):
+  """The update of a state `trackers.DiscountedBeta`."""
+
+  def update(state, found):
+    seen = counts(found, len(state.alpha), term)
+    return trackers.updated(state, seen, decay=decay, decay_all=decay_all, prior=prior)
+
+  return update
+
+
+def vade(
+  *,
+  power: Positive = 2.0,
+  decay: Fraction = 0.9,
+  decay_all: Fraction = 0.99,
+  term: str = '',
+) -> Curriculum:
+  """Rows that are probably neither solved nor hopeless, by Thompson sampling (VADE, arXiv:2511.18902).
+
+  For every row theta ~ Beta(alpha, beta) is drawn, and the rows with the largest theta (1 - theta)^power
+  are taken; with power 2 the score is largest at theta = 1/3. Counts start at alpha = beta = 1. After a
+  step, alpha <- 1 + d (alpha - 1) + k and beta <- 1 + d (beta - 1) + G - k, for k right ones of G
+  completions. How counts decay, and how fast, is our choice.
+
+  Args:
+    power: of the failure rate; 1 is the variance of the reward.
+    decay: d of the rows of a step, times `decay_all`; 1 forgets nothing.
+    decay_all: d of all rows, every step.
+    term: name of the term of the reward that says how right a completion is; '' is the whole reward.
+  """
+
+  def propose(state, request):
+    theta = request.random.beta(np.asarray(state.alpha), np.asarray(state.beta))
+    return best(theta * (1 - theta) ** power, request)
+
+  return _tracking(
+    propose=propose,
+    update=_tracked(decay, decay_all, prior=1.0, term=term),
+    terms=frozenset({term} if term else ()),
+  )
+
+
+def spo(
+  *,
+  decay: Fraction = 0.875,
+  floor: NotNegative = 0.05,
+  rate_field: str = '',
+  rollouts: Count = 8,
+  term: str = '',
+) -> Curriculum:
+  """Random rows, more often those whose success rate v is near 1/2 (SPO, arXiv:2509.13232).
+
+  The weight of a row is sqrt(v (1 - v)) + floor, drawn without replacement, with v = alpha /
+  (alpha + beta). After a step, alpha <- decay alpha + k and beta <- decay beta + G - k, for k right ones
+  of G completions. v from before the step is the feature `tracked_value`, a baseline that the row's own
+  reward is not part of (`baselines.tracked_baseline`).
+
+  The paper lowers `decay` where the policy has moved far on the stored response of a prompt, between
+  0.96 and 0.875; here it is fixed, and responses are not stored.
+
+  Args:
+    decay: weight of earlier counts; N = 1 / (1 - decay) completions count.
+    floor: weight of a row that is always or never solved.
+    rate_field: field of the records with a success rate that was measured before; '' starts all rows
+      with alpha = beta = 1/2.
+    rollouts: n completions that this rate was measured with: alpha = N (n rate + 1/2) / (n + 1).
+    term: name of the term of the reward that says how right a completion is; '' is the whole reward.
+
+  Raises:
+    ValueError: `rate_field` with a decay of 1, with which N has no end.
+  """
+  if rate_field and decay == 1:
+    raise ValueError(
+      'spo: with decay=1 nothing is forgotten, so rate_field has no weight to begin with'
+    )
+
+  def init(records):
+    if not rate_field:
+      return trackers.begin(len(records), 0.5)
+    rates = np.clip(trackers.numbers(records, rate_field), 0, 1)
+    return trackers.begin_from_rates(rates, rollouts, 1 / (1 - decay))
+
+  def propose(state, request):
+    v = trackers.value(state)
+    return drawn(np.sqrt(v * (1 - v)) + floor, request)
+
+  return _tracking(
+    init=init,
+    propose=propose,
+    update=_tracked(decay, prior=0.0, term=term),
+    features=lambda state, rows: {'tracked_value': trackers.value(state)[rows]},
+    provides=frozenset({'tracked_value'}),
+    terms=frozenset({term} if term else ()),
+  )
+
+
+def window(
+  *, low: Fraction = 0.2, high: Fraction = 0.8, decay: Fraction = 0.9, term: str = ''
+) -> Curriculum:
+  """Random rows whose estimated success rate v is between two numbers; other rows only if too few are.
+
+  Counts start at 1/2 each, so rows that were never tried have v = 1/2.
+
+  Args:
+    low, high: least and largest v; 0 and 1 draw all rows alike.
+    decay: weight of the earlier counts of a row that is tried again.
+    term: as in `vade`.
+
+  Raises:
+    ValueError: `low` is above `high`.
+  """
+  if low > high:
+    raise ValueError(f'window: low={low} is above high={high}')
+  inside = lambda v: (v >= low) & (v <= high)
+  return _of_rates(lambda v: inside(v).astype(np.float64), decay, term)
+
+
+def target(
+  *, rate: Fraction = 0.5, width: Positive = 0.15, decay: Fraction = 0.9, term: str = ''
+) -> Curriculum:
+  """Random rows with weights exp(-(v - rate)^2 / (2 width^2)), v the estimated success rate.
+
+  Args:
+    rate: the success rate with the largest weight.
+    width: distance from it at which the weight is exp(-1/2).
+    decay: weight of the earlier counts of a row that is tried again.
+    term: as in `vade`.
+  """
+  return _of_rates(lambda v: np.exp(-((v - rate) ** 2) / (2 * width**2)), decay, term)
+
+
+def _of_rates(weight, decay: float, term: str) -> Curriculum:
+  """A curriculum that draws rows by a weight of their estimated success rate f[D]."""
+  return _tracking(
+    init=lambda records: trackers.begin(len(records), 0.5),
+    propose=lambda state, request: drawn(weight(trackers.value(state)), request),
+    update=_tracked(decay, prior=0.0, term=term),
+    terms=frozenset({term} if term else ()),
+  )
+
+
+def stages(
+  *,
+  field: str = 'difficulty',
+  number: AtLeastOne = 4,
+  steps: AtLeastOne = 100,
+  cumulative: bool = False,
+) -> Curriculum:
+  """Random rows of the present stage: the rows are cut into stages by a number in their records.
+
+  Stage k of n has the rows between the quantiles k / n and (k + 1) / n of the field, borders included.
+  After the last stage its rows go on being drawn.
+
+  Args:
+    field: of the records, a number; small ones come first.
+    number: of stages.
+    steps: of a stage.
+    cumulative: also draw the rows of earlier stages.
+  """
+
+  def propose(state, request):
+    score = np.asarray(state['score'])
+    stage = min(int(state['step']) // steps, number - 1)
+    low, high = np.quantile(score, [0.0 if cumulative else stage / number, (stage + 1) / number])
+    return drawn((score >= low) & (score <= high), request)
+
+  return Curriculum(
+    init=lambda records: {
+      'score': trackers.numbers(records, field),
+      'step': np.zeros((), np.int32),
+    },
+    propose=propose,
+    update=lambda state, found: state | {'step': state['step'] + 1},
+    report=lambda state: {'stage': float(min(int(state['step']) // steps, number - 1))},
+  )
+
+
+def sec(
+  *, field: str = 'category', rate: Fraction = 0.5, temperature: Positive = 1.0
+) -> Curriculum:
+  """Random rows of categories in which advantages are large: a bandit (SEC, arXiv:2505.14970).
+
+  Each row of a step is of a category drawn from softmax(Q / temperature), and any row of it with equal
+  probability. After a step, Q <- (1 - rate) Q + rate x for the categories that were in it, with x the
+  mean |advantage| of their completions; Q starts at 0. With 0/1 rewards and group-normalised advantages
+  x is 2 sqrt(p (1 - p)), largest for categories of which half is solved.
+
+  Args:
+    field: of the records, whose values are the categories: numbers, or the parts of a
+      `sources.mixture`.
+    rate: weight of the newest step.
+    temperature: of the softmax; a small one draws the best category alone.
+  """
+
+  def propose(state, request):
+    return _of_categories(trackers.softmax(state.value, temperature), state.category, request)
+
+  def report(state):
+    return {'value': state.value, 'probability': trackers.softmax(state.value, temperature)}
+
+  return Curriculum(
+    init=lambda records: trackers.begin_bandit(records, field),
+    propose=propose,
+    update=lambda state, found: trackers.rewarded(state, found, rate),
+    report=report,
+    names=lambda records: trackers.category_names(records, field),
+    reads=frozenset({'magnitudes'}),
+  )
+
+
+def mixed(*, weights: Mapping[str, float], field: str = 'category') -> Curriculum:
+  """Random rows of categories with fixed weights.
+
+  Args:
+    weights: by category, which need not add up to 1; categories without a weight are not drawn.
+    field: of the records, whose values are the categories.
+  """
+  weights = dict(weights)
+  if not all(isinstance(x, int | float) and 0 <= x < float('inf') for x in weights.values()):
+    raise ValueError(f'mixed: weights must be at least 0 and finite, got {weights}')
+
+  def init(records):
+    names = trackers.category_names(records, field)
+    if not weights.keys() <= {*names} or not sum(weights.values()) > 0:
+      raise ValueError(f'mixed: weights {weights}, but the categories are {list(names)}')
+    shares = np.array([weights.get(name, 0.0) for name in names], np.float32)
+    return trackers.begin_bandit(records, field)._replace(value=shares)
+
+  def propose(state, request):
+    shares = np.asarray(state.value, np.float64)
+    return _of_categories(shares / shares.sum(), state.category, request)
+
+  return Curriculum(init=init, propose=propose)
+
+
+def _of_categories(probabilities: np.ndarray, category: np.ndarray, request: Request) -> np.ndarray:
+  """Rows of categories that are drawn one by one; the rows of one category come in random order."""
+  random, category = request.random, np.asarray(category)
+  arms = random.choice(len(probabilities), request.count, p=probabilities / probabilities.sum())
+  keys = random.random(request.size)
+  rows = np.zeros(request.count, np.int64)
+  for arm in np.unique(arms):
+    own, places = np.flatnonzero(category == arm), np.flatnonzero(arms == arm)
+    taken = np.flatnonzero(np.isin(own, request.taken))
+    asked = request._replace(count=len(places), size=len(own), taken=tuple(taken.tolist()))
+    rows[places] = own[best(keys[own], asked)]
+  return rows
+
+
+def revisit(
+  *,
+  new: Fraction = 0.5,
+  exponent: NotNegative = 1.0,
+  capacity: Count = 0,
+  term: str = '',
+) -> Curriculum:
+  """New rows, and rows again whose rewards differed when they were tried last.
+
+  A fraction `new` of the rows of a step are those that were tried least often, at random. The others are
+  drawn with probabilities proportional to priority^exponent, without replacement. The priority of a row
+  is p (1 - p), the variance of its rewards, with p the success rate in the last step that had it. Rows
+  of priority 0 are not drawn again in this way; if too few others are there, more new rows are taken.
+
+  This is the priority buffer of ExIt (arXiv:2509.04575) for prompts alone, without the attempts that
+  the paper appends to them; the paper's constants are not known to us.
+
+  Args:
+    new: 1 draws only new rows, as in random epochs.
+    exponent: 0 draws all rows with a priority alike.
+    capacity: number of rows that keep a priority, those with the largest ones; 0: all.
+    term: as in `vade`.
+  """
+
+  def propose(state, request):
+    priority, visits = np.asarray(state['priority'], np.float64), np.asarray(state['visits'])
+    usable = priority > 0
+    usable[[*request.taken]] = False
+    again = min(request.count - round(new * request.count), int(usable.sum()))
+    weights = np.where(usable, np.maximum(priority, 1e-12) ** exponent, 0.0)
+    rows = drawn(weights, request._replace(count=again)) if again else np.zeros(0, np.int64)
+    fresh = request._replace(
+      count=request.count - again, taken=(*request.taken, *rows.tolist()), seed=request.seed + 1
+    )
+    noise = fresh.random.random(request.size)
+    return np.concatenate([rows, best(noise - visits, fresh)])
+
+  def update(state, found):
+    size = len(state['visits'])
+    seen = counts(found, size, term)
+    tried = seen.total > 0
+    p = seen.hits / jnp.maximum(seen.total, 1)
+    priority = jnp.where(tried, p * (1 - p), state['priority'])
+    if 0 < capacity < size:
+      least = jax.lax.top_k(priority, capacity)[0][-1]
+      priority = jnp.where(priority >= least, priority, 0.0)
+    return {'priority': priority, 'visits': state['visits'] + tried.astype(jnp.int32)}
+
+  return Curriculum(
+    init=lambda records: {
+      'priority': np.zeros(len(records), np.float32),
+      'visits': np.zeros(len(records), np.int32),
+    },
+    propose=propose,
+    update=update,
+    report=lambda state: {'with_priority': float(np.mean(np.asarray(state['priority']) > 0))},
+    terms=frozenset({term} if term else ()),
+    reads=frozenset({'rewards'}),
+  )
+
+
+def returns(
+  *,
+  field: str = 'return',
+  baseline_field: str = '',
+  length_field: str = '',
+  temperature: Positive = 0.1,
+  top: Fraction = 0.0,
+) -> Curriculum:
+  """Random rows, more often those with a large return, for data with completions (arXiv:2306.13085).
+
+  A row is drawn with the probabilities of `return_weights`, with replacement. Nothing is updated: the
+  weights depend on the data alone.
+
+  Args:
+    field: of the records, the return G.
+    baseline_field: of the records, a baseline that is subtracted from G, such as its value predicted
+      from the prompt (advantage weighting); '' is none.
+    length_field: of the records, a number of steps that multiplies the weight of a row. '' is none, and
+      right where the loss is a mean over tokens, in which a long row counts more already.
+    temperature: of the weights; a large one draws all rows alike.
+    top: draw only this fraction of the rows, those with the largest returns, all alike; 0: by weights.
+  """
+
+  def init(records):
+    found = trackers.numbers(records, field)
+    if baseline_field:
+      found = found - trackers.numbers(records, baseline_field)
+    lengths = trackers.numbers(records, length_field) if length_field else np.ones(len(found))
+    if top:
+      kept = np.argsort(-found, kind='stable')[: max(round(top * len(found)), 1)]
+      return np.isin(np.arange(len(found)), kept).astype(np.float32)
+    return return_weights(found, lengths, temperature=temperature).astype(np.float32)
+
+  return Curriculum(init=init, propose=lambda state, request: drawn(state, request, repeated=True))
+
+
+def return_weights(
+  returns: np.ndarray, lengths: np.ndarray, *, temperature: float = 0.1
+) -> np.ndarray:
+  """Probabilities proportional to L exp(g / temperature), g the returns scaled to [0, 1], f64[D].
+
+  g = (G - min G) / (max G - min G), and 0 for all where the returns are equal. Every step of a row has
+  the same weight, so the row has L times that (arXiv:2306.13085).
+
+  >>> print(return_weights(np.array([0.0, 0.5, 1.0]), np.array([10, 10, 5])).round(5))
+  [9.000e-05 1.330e-02 9.866e-01]
+  """
+  returns = np.asarray(returns, np.float64)
+  spread = np.ptp(returns)
+  scaled = (returns - returns.min()) / spread if spread > 0 else np.zeros(len(returns))
+  weights = np.asarray(lengths, np.float64) * np.exp((scaled - 1) / temperature)
+  return weights / weights.sum()
+
+
+TABLE = table(
+  'curricula',
+  epochs,
+  uniform,
+  mixed,
+  vade,
+  spo,
+  window,
+  target,
+  stages,
+  sec,
+  revisit,
+  returns,
+)
+Part = Annotated[Curriculum, TABLE]
