@@ -57,6 +57,9 @@ BATCH = {
 FEATURES = {
   'target': Spec('B', 'the number that the score of the row should be; from the data'),
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
+  'tracked_value': Spec(
+    'B', 'success rate of the prompt in earlier steps, in [0, 1]; from the curriculum `spo`'
+  ),
   'annotated_margin': Spec(
     'B', 'how much better the chosen row of the pair is, in both rows; from the data'
   ),

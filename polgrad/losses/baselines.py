@@ -3,8 +3,8 @@
 `advantages.TABLE` includes the functions of `TABLE`, so they fill the slot `advantage` of an estimator
 in `credit`. A function of `TOKEN_BASELINES` gives one advantage per token.
 
-All baselines here except `sampled_baseline` contain the row's own reward, as that of
-`advantages.group_mean` does, so the expected gradient is not exactly the true one.
+All baselines here except `sampled_baseline` and that of `tracked_baseline` contain the row's own reward,
+as that of `advantages.group_mean` does, so the expected gradient is not exactly the true one.
 
 `valid` is False for rows whose verifier failed: they enter no statistic and get 0. Like all
 advantages, the results are constants of the policy gradient, but no function calls stop_gradient.
@@ -21,6 +21,7 @@ from polgrad.losses.groups import (
   Groups,
   center,
   divide,
+  everyone,
   maximum,
   members,
   minimum,
@@ -50,6 +51,39 @@ def sampled_baseline(rewards: Array, baseline_rewards: Array, valid: Array) -> A
   chex.assert_equal_shape([rewards, valid])
   chex.assert_equal_shape_prefix([rewards, baseline_rewards], 1)
   return jnp.where(valid, jnp.mean(rewards[:, None] - baseline_rewards, axis=-1), 0)
+
+
+def tracked_baseline(
+  rewards: Array, tracked_value: Array, valid: Array, *, normalized: bool = True, eps: float = 1e-8
+) -> Array:
+  """A_i = (a_i - mean) / (std + eps), a_i = R_i - v_i, over the batch: SPO (arXiv:2509.13232).
+
+  v is the success rate of the prompt in earlier steps, so it does not depend on the row, and one
+  completion of a prompt is enough. The standard deviation is the unbiased one.
+
+  Args:
+    rewards: [B].
+    tracked_value: [B], v, in units of the reward; from the curriculum `spo`.
+    valid: bool[B].
+    normalized: False returns a.
+    eps: added to the standard deviation, in units of the reward.
+
+  Returns:
+    [B]; 0 in a batch of one valid row, if `normalized`.
+
+  >>> rewards, tracked = jnp.array([1.0, 0.0, 1.0]), jnp.array([0.5, 0.5, 0.75])
+  >>> got = baselines.tracked_baseline(rewards, tracked, jnp.ones(3, bool))
+  >>> print(np.asarray(got).round(2))
+  [ 0.8  -1.12  0.32]
+  """
+  chex.assert_rank(rewards, 1)
+  chex.assert_equal_shape([rewards, tracked_value, valid])
+  gap = jnp.where(valid, rewards - tracked_value, 0)
+  if not normalized:
+    return gap
+  batch = everyone(valid)
+  centered = center(gap, batch)
+  return divide(centered, jnp.sqrt(variance(centered, batch, 1)) + eps)
 
 
 def length_weighted(rewards: Array, mask: Array, group_ids: Array, valid: Array) -> Array:
@@ -289,6 +323,7 @@ def _share(valid: Array, counted: Array) -> Array:
 TABLE = table(
   'baselines',
   sampled_baseline,
+  tracked_baseline,
   length_weighted,
   gradient_weighted,
   informative_mean,

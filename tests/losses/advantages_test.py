@@ -33,7 +33,10 @@ def test_published_numbers_of_eight_binary_rewards(fn, knobs, high, low):
 
 
 CENTERED = [fn for fn in advantages.TABLE.values() if fn is not advantages.raw]
-OF_THE_BATCH = (advantages.batch_mean, advantages.batch_normalized, baselines.sampled_baseline)
+OF_THE_BATCH = (
+  *(advantages.batch_mean, advantages.batch_normalized),
+  *(baselines.sampled_baseline, baselines.tracked_baseline),
+)
 GROUPED = [fn for fn in CENTERED if fn not in OF_THE_BATCH]
 ABSOLUTE = (baselines.nonzero_mean, advantages.pass_at_k)  # not of differences of rewards alone
 SCALED = (
@@ -54,6 +57,7 @@ def run(fn, rewards, group_ids, valid, rows=slice(8)):
   arrays |= dict(rewards=jnp.asarray(rewards), group_ids=group_ids, valid=valid)
   best = jnp.max(jnp.where(valid, arrays['rewards'], -jnp.inf))
   arrays['baseline_rewards'] = jnp.full((len(rewards), 2), best)
+  arrays['tracked_value'] = jnp.full(len(rewards), 0.25)
   return registry.call(fn, arrays)
 
 

@@ -77,6 +77,7 @@ ARRAYS = dict(
 )
 ARRAYS |= dict(
   uniform=RNG.uniform(size=B),
+  tracked_value=np.random.default_rng(3).uniform(size=B),
   baseline_rewards=RNG.normal(size=(B, 3)),
   scaled_rewards=RNG.normal(size=B),
   beta=np.array(0.3),
@@ -103,6 +104,13 @@ PAIRS = dict(group_ids=np.array([7, 2, 7, 2, 5, 5]))
 def both_orders(link, a):
   """p l(z) + (1 - p) l(-z)."""
   return a['label'] * link(a['margin']) + (1 - a['label']) * link(-a['margin'])
+
+
+def tracked(a):
+  gap = (a['rewards'] - a['tracked_value'])[a['valid']]
+  found = np.zeros(B)
+  found[a['valid']] = (gap - gap.mean()) / (gap.std(ddof=1) + 0.1)
+  return found
 
 
 def kl_of_coins(q, p):
@@ -313,6 +321,7 @@ ORACLES = {
     {},
     lambda a: a['valid'] * (a['rewards'] - a['baseline_rewards'].mean(-1)),
   ),
+  baselines.tracked_baseline: (dict(eps=0.1), lambda a: tracked(a)),
   baselines.length_weighted: ({}, lambda a: baselined(a, MASK.sum(-1))),
   baselines.gradient_weighted: ({}, lambda a: baselined(a, (a['score_norm'] * MASK).sum(-1))),
   baselines.informative_mean: ({}, lambda a: group_gap(a) * a['valid'] * 5 / 3),

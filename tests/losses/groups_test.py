@@ -37,7 +37,8 @@ def rows(count=B, dtype=np.float32):
   ids = rng.integers(0, max(count // 4, 1), count).astype(np.int32) * 5
   x |= {'matched_score': rng.uniform(size=count), 'pair_side': rng.integers(-1, 2, count)}
   x |= {n: rng.uniform(size=(count, T)) for n in ('reference_logp', 'token_weights')}
-  x |= {'target': rng.uniform(size=count), 'shown_label': rng.integers(-1, 2, count)}
+  x |= {n: rng.uniform(size=count) for n in ('target', 'tracked_value')}
+  x |= {'shown_label': rng.integers(-1, 2, count)}
   x = {n: a.astype(dtype) for n, a in x.items()}
   return x | dict(
     group_ids=ids, valid=rng.uniform(size=count) < 0.8, mask=rng.uniform(size=(count, T)) < 0.7

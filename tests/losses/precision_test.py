@@ -50,6 +50,7 @@ def test_a_reward_that_is_nan_is_not_an_advantage_of_zero(fn):
   arrays |= dict(
     uniform=jnp.linspace(0, 0.9, 8),
     baseline_rewards=jnp.zeros((8, 2)),
+    tracked_value=jnp.zeros(8),
     score_norm=jnp.ones((8, 1)),
     mask=jnp.ones((8, 1), bool),
   )
