@@ -11,23 +11,25 @@ last turn.
 
 Options: credit ('row' is the advantage of the row for all its turns; 'turn' and 'state' compare turns of
 the same number, or those that have read the same), calls, model ('tiny' or 'smollm2'), path (of the
-model's folder), seed, steps, smoke.
+model's folder), lora (rank of SmolLM2's adapter), warm_start, seed, steps, smoke.
 
-Both models first learn from demonstrations of calls and answers: the tiny one 300 batches of 64, SmolLM2
-20 batches, whose template knows no tools, so that calls are described in the system turn.
+Both models first learn from demonstrations of calls and answers, in `warm_start` batches: the tiny one
+150 batches of 64, SmolLM2 12 of 8. A call is `<43*56-89>`, its result is put behind it.
 
-Measured on a CPU with the tiny model, one seed. `greedy` is the accuracy on 100 held-out problems
-(standard error 0.02), `sampled` the mean reward of the ten steps before, 128 rows each:
+Measured on a CPU with the tiny model, seed 0. `greedy` is the accuracy on 100 held-out problems
+(standard error 0.05 at first, 0.04 at the end), `sampled` the mean reward of the ten steps before, 128
+rows each (standard error 0.01):
 
-    step                    0    10    20    30    40    50    60
-    row, greedy          0.94  0.95  0.95  0.96  0.97  0.99  0.98
-    row, sampled            -  0.85  0.89  0.87  0.89  0.90  0.92
-    state, greedy        0.94  0.96  0.94  0.99  0.96  0.97  0.95
-    state, sampled          -  0.85  0.89  0.88  0.83  0.94  0.92
+    step                    0    10    20    30    40    50    60    70    80    90   100
+    row, greedy          0.64  0.72  0.68  0.80  0.74  0.78  0.84  0.76  0.74  0.83  0.86
+    row, sampled            -  0.41  0.53  0.55  0.57  0.60  0.67  0.67  0.70  0.62  0.66
+    state, greedy        0.64  0.72  0.76  0.74  0.80  0.73  0.82
+    state, sampled          -  0.41  0.52  0.55  0.57  0.60  0.63
 
-Most of it is learned in the supervised phase: reinforcement raises the reward of samples from 0.77 in
-the first step, and the two kinds of credit do not differ visibly. Without calls the same supervised
-phase ends with none of the held-out problems right. SmolLM2 was not trained.
+Reinforcement raises both, and the kinds of credit do not differ visibly. It needs a model that is often
+right: after a warm start of 100 batches, samples have a reward of 0.05 and the greedy accuracy is 0.23
+at first and 0.13 after 70 steps. After one of 300 it is 0.94 before any reinforcement, with calls. Without
+calls (`calls=false`) a warm start of 300 ends with none of the held-out problems right.
 """
 
 import dataclasses
@@ -50,6 +52,7 @@ PROBLEMS = (
   ('{a} rows of {b} seats and {c} more. All?', '{a}*{b}+{c}'),
   ('{c} coins, then {a} on {b} days. All?', '{c}+{a}*{b}'),
 )
+EXAMPLE = 'Write <12*7+5> to compute it.'  # what the system turn of SmolLM2 says of calls
 CREDIT = {
   # Every token of a row has the advantage of the row, as in GRPO.
   'row': part(credit.outcome, advantage=part(advantages.leave_one_out)),
@@ -61,18 +64,32 @@ CREDIT = {
 
 
 def get_config(text: str = ''):
-  o = values(text, credit='row', calls=True, model='tiny', path='', seed=0, steps=60, smoke=False)
-  task = short(o.calls) if o.model == 'tiny' else chat(o.calls)
-  method = dataclasses.replace(
-    methods.dr_grpo(max_new_tokens=task.max_new_tokens), credit=CREDIT[o.credit], minibatches=1
+  o = values(
+    text,
+    **dict(credit='row', calls=True, model='tiny', path='', lora=8, warm_start=-1),
+    **dict(seed=0, steps=-1, smoke=False),
   )
+  warm_start, steps, rate = {'tiny': (150, 60, 3e-4), 'smollm2': (12, 12, 2e-4)}[o.model]
   if o.model == 'tiny':
-    method = dataclasses.replace(method, optimizer=part(optim.adamw, learning_rate=3e-4, b2=0.99))
-  model = (
-    presets.tiny(alphabet=task.alphabet) if o.model == 'tiny' else presets.smollm2(path=o.path)
+    task = short(o.calls)
+    model = presets.tiny(alphabet=task.alphabet)
+  else:
+    task = chat(o.calls)
+    model = presets.smollm2(path=o.path, lora=o.lora)
+  method = dataclasses.replace(
+    methods.dr_grpo(max_new_tokens=task.max_new_tokens),
+    credit=CREDIT[o.credit],
+    minibatches=1,
+    optimizer=part(optim.adamw, learning_rate=rate, b2=0.99),
   )
-  steps = {'tiny': 300, 'smollm2': 20}[o.model] if task.demonstrations else 0
-  return compose(method, task, model, warm_start=steps, steps=o.steps, seed=o.seed, smoke=o.smoke)
+  if not task.demonstrations:
+    warm_start = 0
+  elif o.warm_start >= 0:
+    warm_start = o.warm_start
+  run = dict(steps=steps if o.steps < 0 else o.steps, seed=o.seed, smoke=o.smoke)
+  config = compose(method, task, model, warm_start=warm_start, **run)
+  config.phases.train.share_prompts = o.model == 'smollm2'
+  return config
 
 
 def problems(
@@ -126,29 +143,47 @@ def short(calls: bool) -> tasks.Task:
 
 
 def chat(calls: bool) -> tasks.Task:
-  """The task for a model that was tuned to chat, whose template knows no tools."""
+  """The task for a model that was tuned to chat; its system turn has an example of a call."""
+  made = tasks.calculator(digits=2, calls=1)
+  tools = part(
+    environments.Tools,
+    tools={'calculate': part(toolbox.calculate)},
+    form='inline',
+    description=EXAMPLE,
+    max_turns=2,
+  )
   made = dataclasses.replace(
-    tasks.calculator(digits=2, form='described'), rows=32, evaluate_every=10, held_out_problems=50
+    made,
+    environment=tools,
+    demonstrations=part(told, source=made.demonstrations),
+    prompt_length=52,
+    length=72,
+    rows=32,
+    demonstration_rows=8,
+    evaluate_every=12,
+    held_out_problems=50,
   )
   if calls:
-    return dataclasses.replace(made, demonstrations=part(described, source=made.problems))
-  return dataclasses.replace(made, environment=None, turn_tokens=0, observation_tokens=0)
+    return made
+  without = dict(environment=None, turn_tokens=0, observation_tokens=0, stop_strings=())
+  return dataclasses.replace(
+    made,
+    **without,
+    demonstrations=None,
+    system=tasks.calculator().system.replace('with', 'without'),
+  )
 
 
-def described(*, source: sources.Part) -> sources.Source:
-  """The conversations in which a problem is solved with one call, as `environments.Tools` has them."""
-  told = environments.Tools(tools={'calculate': toolbox.calculate}, form='described')
+def told(*, source: sources.Part) -> sources.Source:
+  """The demonstrations with the system turn that the environment writes."""
+  tools = environments.Tools(
+    tools={'calculate': toolbox.calculate}, form='inline', description=EXAMPLE
+  )
+  system = [{'role': 'system', 'content': tasks.calculator().system}]
 
   def record(row):
-    fields = source[row]
-    call = f'{{"name": "calculate", "arguments": {{"expression": "{fields["expression"]}"}}}}'
-    turns = [
-      {'role': 'user', 'content': fields['prompt']},
-      {'role': 'assistant', 'content': f'<tool_call>{call}</tool_call>'},
-      {'role': 'user', 'content': f'<tool_response>\n{fields["answer"]}\n</tool_response>'},
-      {'role': 'assistant', 'content': fields['answer']},
-    ]
-    system = [{'role': 'system', 'content': tasks.calculator(digits=2).system}]
-    return told.opened({'messages': system + turns})
+    fields = dict(source[row])
+    user = {'role': 'user', 'content': fields.pop('prompt')}
+    return {**fields, **tools.opened({'messages': [*system, user]})}
 
   return dataclasses.replace(source, record=record)
