@@ -28,8 +28,9 @@ import dataclasses
 
 from polgrad import credit, methods, optim, presets, tasks
 from polgrad.compose import compose
+from polgrad.losses import penalties
 from polgrad.options import values
-from polgrad.registry import part
+from polgrad.registry import part, weighted
 
 CREDIT = {
   # A move is compared with the other moves of the group that were made in the same position.
@@ -42,15 +43,24 @@ CREDIT = {
 
 
 def get_config(text: str = ''):
-  o = values(text, credit='state', opponent='self', samples=32, seed=0, steps=100, smoke=False)
+  o = values(
+    text,
+    **dict(credit='state', opponent='self', rows=128, samples=32, entropy=0.0, rate=5e-4),
+    **dict(warm_start=180, seed=0, steps=100, smoke=False),
+  )
   task = dataclasses.replace(
-    tasks.nim(opponent=o.opponent), rows=128, samples_per_prompt=o.samples, evaluate_every=10
+    tasks.nim(opponent=o.opponent), rows=o.rows, samples_per_prompt=o.samples, evaluate_every=10
   )
   method = dataclasses.replace(
     methods.dr_grpo(max_new_tokens=task.max_new_tokens),
     credit=CREDIT[o.credit],
     minibatches=1,
-    optimizer=part(optim.adamw, learning_rate=5e-4, b2=0.99),
+    optimizer=part(optim.adamw, learning_rate=o.rate, b2=0.99),
   )
   model = presets.tiny(alphabet=task.alphabet)
-  return compose(method, task, model, steps=o.steps, seed=o.seed, smoke=o.smoke)
+  run = dict(warm_start=o.warm_start, steps=o.steps, seed=o.seed, smoke=o.smoke)
+  config = compose(method, task, model, **run)
+  if o.entropy:
+    bonus = weighted(o.entropy, part(penalties.negative_entropy))
+    config.phases.train.objective.penalties = {'entropy': bonus}
+  return config

@@ -28,11 +28,11 @@ from polgrad.rewards import verifiers
 
 
 def get_config(text: str = ''):
-  o = values(text, stages=2, seed=0, steps=60, smoke=False)
+  o = values(text, stages=2, warm_start=400, rate=5e-4, seed=0, steps=80, smoke=False)
   task = twice()
   model = presets.tiny(alphabet=task.alphabet)
-  run = dict(steps=o.steps, seed=o.seed, smoke=o.smoke)
-  config = compose(methods.score_stage_one(), task, model, warm_start=200, **run)
+  run = dict(learning_rate=o.rate, steps=o.steps, seed=o.seed, smoke=o.smoke)
+  config = compose(methods.score_stage_one(), task, model, warm_start=o.warm_start, **run)
   if o.stages == 2:
     second = compose(methods.score_stage_two(), task, model, warm_start=0, **run)
     config.phases.stage_two = second.phases.train

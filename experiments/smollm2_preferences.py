@@ -51,23 +51,29 @@ def prompts(*, held_out: bool = False) -> sources.Source:
 
 
 def get_config(text: str = ''):
-  o = values(text, run='online_dpo', path='', reward='', lora=0, steps=30, smoke=False)
+  o = values(
+    text,
+    **dict(run='online_dpo', path='', reward='', lora=8, rate=3e-4, rows=32),
+    **dict(seed=0, steps=12, smoke=False),
+  )
   judge = part(reward_models.reward_model, path=o.reward) if o.reward else part(without_e)
   task = tasks.Task(
     problems=part(prompts),
     held_out=part(prompts, held_out=True),
     rewards={'gold': weighted(1.0, part(without_e))},
     prompt_length=24,
-    max_new_tokens=24,
-    rows=32,
-    steps=30,
-    evaluate_every=10,
+    max_new_tokens=16,
+    rows=o.rows,
+    evaluate_every=o.steps,
     held_out_problems=48,
     evaluation_batch=48,
   )
   model = presets.smollm2(path=o.path, lora=o.lora)
-  config = compose(RUNS[o.run](), task, model, steps=o.steps, warm_start=0, smoke=o.smoke)
+  run = dict(steps=o.steps, warm_start=0, seed=o.seed, smoke=o.smoke)
+  config = compose(RUNS[o.run](), task, model, **run)
   config.phases.train.reward = {'reward': weighted(1.0, judge)}
+  config.phases.train.optimizer.learning_rate = o.rate
+  config.phases.train.share_prompts = o.run != 'best_of_8'  # which learns one row of a prompt
   return config
 
 
