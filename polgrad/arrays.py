@@ -73,6 +73,9 @@ FEATURES = {
     'B', '1 for the chosen row of a group, -1 for the rejected one, else 0; from credit'
   ),
   'similarity': Spec('B', 'cosine between prompt and preferred completion; from the data'),
+  'density_ratio': Spec(
+    'B', 'p(prompt | good row) / p(prompt | bad row); from the data, `polgrad.prompt_weights`'
+  ),
   'token_weights': Spec('B T', 'weights of the tokens of completions; from the data'),
   'mismatched_log_ratio': Spec(
     'B',

@@ -204,7 +204,7 @@ def load(
     with jax.set_mesh(mesh):
       for start in range(0, len(rows), at_once):
         piece = order[start : start + at_once]
-        arrays = _padded([rows[i] for i in piece], at_once, tokenizer.pad_id, policy)
+        arrays = padded([rows[i] for i in piece], at_once, tokenizer.pad_id, policy)
         scores = look(params, *(sharding.place_batch(mesh, x) for x in arrays))
         found[piece] = np.asarray(scores, np.float64)[: len(piece)]
     return found
@@ -220,7 +220,7 @@ def last_score(policy: Policy, params: Params, tokens: Array, segment_ids: Array
   return policy.value(params, ends)
 
 
-def _padded(
+def padded(
   rows: Sequence[list[int]], count: int, pad_id: int, policy: Policy
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens and segment ids i32[count, T] of rows that begin at column 0; the last row is repeated."""

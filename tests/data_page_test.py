@@ -43,6 +43,8 @@ def folder(tmp_path, monkeypatch):
   write(tmp_path / 'math.jsonl', [maths] * 80)
   pair = {'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'similarity': 0.9}
   write(tmp_path / 'similar.jsonl', [pair] * 80)
+  weighted = {'prompt': '2+2?', **label, 'density_ratio': 0.7}
+  write(tmp_path / 'weighted.jsonl', [weighted] * 80)
   write(tmp_path / 'sheet.csv', [{'problem': '2+2?', 'result': 4}] * 80)
   (tmp_path / 'short.py').write_text(VERIFIER)
   path = hub.published('qwen3', tmp_path)
@@ -54,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_commands_compose_and_read_their_data(folder):
-  assert len(COMMANDS) == 19
+  assert len(COMMANDS) == 20
   for command in COMMANDS:
     [config, *_], changes = cli.split_changes(shlex.split(command))
     made = from_text(config.partition('run.py:')[2] + ',smoke')

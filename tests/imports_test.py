@@ -52,6 +52,7 @@ LEVELS = {
   'loading': 7,
   'convert': 8,
   'sample': 8,
+  'prompt_weights': 8,
   'lm_eval': 8,
   'phases': 7,
   'train': 8,
@@ -82,7 +83,18 @@ HOMES = {
   'orbax': {'checkpoint'},
   'absl': {
     *('check', 'cli', 'compare', 'convert', 'evaluate', 'explain', 'inspect', 'lm_eval', 'loading'),
-    *('metrics', 'phases', 'report', 'row_files', 'sample', 'trackers', 'train', 'verify', 'view'),
+    *(
+      'metrics',
+      'phases',
+      'prompt_weights',
+      'report',
+      'row_files',
+      'sample',
+      'trackers',
+      'train',
+      'verify',
+      'view',
+    ),
     'workdirs',
   },
 }

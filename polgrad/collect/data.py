@@ -185,6 +185,10 @@ class Feedback(Given):
   # Also score every prompt with the completion of another record: the feature `mismatched_log_ratio`,
   # which costs two further forward passes.
   mismatched: bool = False
+  # Numbers that every record has and the objective reads: name of the array -> field of the record.
+  numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Names of those arrays whose numbers must be at least 0.
+  not_negative: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.mismatched and self.rows < 2:
@@ -206,11 +210,14 @@ class Feedback(Given):
 
   @property
   def provides(self) -> frozenset[str]:
-    return frozenset({'label', *(['mismatched_log_ratio'] if self.mismatched else [])})
+    own = ['mismatched_log_ratio'] if self.mismatched else []
+    return frozenset({'label', *self.numbers, *own})
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, mismatched=self.mismatched)
-    return batching.feedback(records, tokenizer, **sizes, cut=cut)
+    batch = batching.feedback(records, tokenizer, **sizes, cut=cut)
+    settings = dict(rows=1, not_negative=self.not_negative)
+    return batch.with_arrays(**pair_fields.numbers(records, self.numbers, **settings))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

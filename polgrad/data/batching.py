@@ -291,7 +291,7 @@ def feedback(
     Unusable: a field is missing, the completion is empty, or the label is none.
   """
   rows = [_completion(record, tokenizer, 'completion') for record in records]
-  labels = [_label(record) for record in records]
+  labels = [label(record) for record in records]
   segments = [_begin(record, *row, length, cut) for record, row in zip(records, rows)]
   batch = _lay(segments, tokenizer, length).replace(label=np.asarray(labels, np.float32))
   if not mismatched:
@@ -501,16 +501,20 @@ def _completion(record, tokenizer, name, field=''):
   return _segment(record, tokenizer, field)
 
 
-def _label(record):
-  """The label of a record as a number from 0 to 1; true and false are 1 and 0."""
+def label(record: Mapping) -> float:
+  """The label of a record as a number from 0 to 1; true and false are 1 and 0.
+
+  Raises:
+    Unusable: there is none, or it is something else.
+  """
   if 'label' not in record:
     raise Unusable(f"{_name(record)}: no 'label', only {sorted(record)}")
-  label = record['label']
-  if isinstance(label, str) and label.strip().lower() in ('true', 'false'):  # as CSV has them
-    label = label.strip().lower() == 'true'
-  value = number(record, 'label', label, 'true, false or a probability')
+  given = record['label']
+  if isinstance(given, str) and given.strip().lower() in ('true', 'false'):  # as CSV has them
+    given = given.strip().lower() == 'true'
+  value = number(record, 'label', given, 'true, false or a probability')
   if not 0 <= value <= 1:
-    raise Unusable(f'{_name(record)}: label must be true, false or a probability, got {label!r}')
+    raise Unusable(f'{_name(record)}: label must be true, false or a probability, got {given!r}')
   return value
 
 

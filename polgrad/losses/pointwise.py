@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from polgrad.losses import preference_losses
 from polgrad.losses._common import bounded
 from polgrad.losses.groups import everyone, partner, rank, same
-from polgrad.registry import table
+from polgrad.registry import NotNegative, table
 from polgrad.types import Array
 
 
@@ -112,13 +112,41 @@ def bco(
     label: [...], 1 for a desirable row, 0 for an undesirable one.
     reference_point: [], d; no gradient flows through it.
     desirable: weight of desirable rows.
-    undesirable: weight of undesirable rows.
+    undesirable: weight of undesirable rows; `matched_bco` has another one for each row.
 
   Returns:
     [...].
   """
   shifted = score - jax.lax.stop_gradient(reference_point)
   return logistic(shifted, label, desirable=desirable, undesirable=undesirable)
+
+
+def matched_bco(
+  score: Array,
+  label: Array,
+  reference_point: Array,
+  density_ratio: Array,
+  *,
+  least: NotNegative = 0.5,
+  most: NotNegative = 10.0,
+) -> Array:
+  """p softplus(-(z - d)) + w (1 - p) softplus(z - d), w = clip(density_ratio, least, most): `bco` whose
+  bad rows count as if their prompts were those of good rows (arXiv:2404.04656).
+
+  Args:
+    score: [...].
+    label: [...], 1 for a desirable row, 0 for an undesirable one.
+    reference_point: [], d; no gradient flows through it.
+    density_ratio: [...], p(prompt | good row) / p(prompt | bad row), constant.
+    least: smallest w.
+    most: largest w.
+
+  Returns:
+    [...].
+  """
+  chex.assert_equal_shape([score, label, density_ratio])
+  weight = jnp.clip(jax.lax.stop_gradient(density_ratio), least, most)
+  return bco(score, label, reference_point, undesirable=weight)
 
 
 def mismatched_mean(mismatched_log_ratio: Array, beta: Array, mask: Array) -> Array:
@@ -333,6 +361,7 @@ TABLE = table(
   sigmoid,
   kto,
   bco,
+  matched_bco,
   matched,
   squared,
   squared_error,

@@ -89,6 +89,7 @@ ARRAYS |= dict(
   log_rho=RNG.normal(size=(B, T)),
   log_normalizer=RNG.normal(size=(B, T)),
   reference_point=np.array(0.3),
+  density_ratio=np.linspace(0.1, 1.1, B),
   proxy_logp=logps(),
   selected=RNG.uniform(size=(B, T)) < 0.5,
   mean_entropy=np.array(1.1),

@@ -309,6 +309,7 @@ LIVE = {fn: set() for fn in NOTHING} | {
   pointwise.paired_joint_clip: {'logp', 'rewards'},
   pointwise.kto: {'score', 'label'},
   pointwise.bco: {'score', 'label'},
+  pointwise.matched_bco: {'score', 'label'},
   advantages.leave_one_out_normalized: set(),  # the groups here have fewer than three valid rows
   baselines.balanced_group_mean: {'rewards'},
   advantages.pass_at_k: set(),

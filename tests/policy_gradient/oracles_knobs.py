@@ -33,6 +33,11 @@ def huber(a):
   return np.where(size <= 0.5, size**2 / 2, 0.5 * (size - 0.25))
 
 
+def matched_bco(a):
+  z, w = a.score - a.reference_point, np.minimum(np.maximum(a.density_ratio, 0.2), 0.6)
+  return a.label * np.logaddexp(0, -z) + w * (1 - a.label) * np.logaddexp(0, z)
+
+
 def kto(a):
   z = a.score - a.reference_point
   sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -66,6 +71,7 @@ FUNCTIONS = {
   advantages.batch_scaled: (dict(ddof=0, eps=0.1), batch_scaled),
   penalties.importance_k1: ({}, lambda a: np.exp(a.log_ratio) * (a.logp - a.reference_logp)),
   penalties.huber_value_error: (dict(delta=0.5), huber),
+  pointwise.matched_bco: (dict(least=0.2, most=0.6), matched_bco),
   pointwise.kto: (dict(desirable=1.5, undesirable=0.8), kto),
   pointwise.bco: (dict(desirable=1.5, undesirable=0.8), bco),
   aggregation.token_sum: (

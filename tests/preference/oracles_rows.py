@@ -56,6 +56,14 @@ def bco(x, const):
   return over_rows(p * logistic(z - delta) + (1 - p) * logistic(delta - z), x)
 
 
+def bco_matched(x, const, beta=0.1):
+  """Weights of bad rows are ratios of densities, clipped to [1/2, 10]."""
+  delta = (beta * ratio(const))[rows(x)].mean()
+  z, p = beta * ratio(x), x['label']
+  w = np.minimum(np.maximum(x['density_ratio'], 0.5), 10)
+  return over_rows(p * logistic(z - delta) + w * (1 - p) * logistic(delta - z), x)
+
+
 def bco_paired(x, const):
   delta = (0.1 * ratio(const))[rows(x)].mean()
   z = 0.1 * ratio(x)
@@ -191,6 +199,7 @@ LISTED = dict(candidates=4, samples_per_prompt=4)
 VARIANTS = [
   ('apo_zero', dict(beta=0.3, paired=False), apo_zero_unpaired),
   ('bco', dict(beta=0.1, paired=True), bco_paired),
+  ('bco', dict(beta=0.1, density_ratio=True), bco_matched),
   ('infonca', dict(beta=2.0, alpha=0.3, **LISTED), infonca_soft),
   ('infonca', dict(beta=2.0, alpha=0.3, sampled=True, **LISTED), infonca_soft),
   ('srpo', dict(beta=0.3, alpha=0.2), functools.partial(srpo, beta=0.3, alpha=0.2)),
