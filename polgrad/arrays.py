@@ -5,10 +5,11 @@ is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` wid
 rows of a group, `n` further completions of a prompt. The entry of a per-token array `x[b, t]` belongs
 to `tokens[b, t]`. Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
 
-Two further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
-under that anchor, [B, T]. A configuration may also choose names: those of its `stats`
-(of the collector or of the objective), `selections` and `history`. The names in `CONFIGURED` are of
-this kind; they are listed because functions in `losses` read them.
+Three further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
+under that anchor, [B, T]. `<term>_term`, for any term of the phase's reward that the collector's
+`terms` name, is what the verifier said of the row, [B], before it is weighed. A configuration may also
+choose names: those of its `stats` (of the collector or of the objective), `selections` and `history`.
+The names in `CONFIGURED` are of this kind; they are listed because functions in `losses` read them.
 """
 
 from typing import NamedTuple
@@ -195,6 +196,7 @@ CONFIGURED = {
   'old_kl': Spec('B T', 'statistic: divergence between teacher and policy, nats'),
   'reference_kl': Spec('B T', 'statistic: KL(teacher || policy), nats'),
   'typical_logp': Spec('B T', 'statistic: log-prob that a token is compared with, nats'),
+  'stratum_term': Spec('B', 'term of the reward: equal for rows of one stratum of a group'),
   'selected': Spec('B T', 'selection: chosen tokens, bool'),
   'normalized_weights': Spec('B T', 'selection: importance weights with mean 1, f32'),
   'prompt_weights': Spec('B T', 'selection: weights with which prompts count the same, f32'),

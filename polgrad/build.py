@@ -443,18 +443,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
-  terms = phase.reward.keys() | collector.earned
-  unknown = sorted(collector.terms_ignored - terms)
-  if unknown or (collector.terms_ignored and collector.terms_ignored >= terms):
-    raise ValueError(
-      f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
-      f'some of the terms of the reward, {sorted(terms)}, and leave another'
-    )
-  if collector.compares and not terms and 'first_reward' in inputs(phase.comparison):
-    raise ValueError(
-      f'{path}.comparison: it compares rewards, but {path}.reward has no verifier; name another '
-      f'comparison: {sorted(reward_models.COMPARISONS)}'
-    )
+  _check_terms(path, phase)
   if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(
       f'{path}.held_out: this phase samples its completions; held-out problems are measured by '
@@ -519,6 +508,28 @@ def _placing(path: str) -> Iterator[None]:
     yield
   except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
     raise type(error)(f'{path}: {error}') from error
+
+
+def _check_terms(path: str, phase: Phase) -> None:
+  """Refuses names of terms of the reward that there are not."""
+  collector = phase.collect
+  terms = phase.reward.keys() | collector.earned
+  unknown = sorted(collector.terms_ignored - terms)
+  if unknown or (collector.terms_ignored and collector.terms_ignored >= terms):
+    raise ValueError(
+      f'{path}.collect: groups are compared without {sorted(collector.terms_ignored)}, which must be '
+      f'some of the terms of the reward, {sorted(terms)}, and leave another'
+    )
+  unknown = sorted(collector.terms_read - terms)
+  if unknown:
+    raise ValueError(
+      f'{path}.collect.terms: {unknown[0]!r} is no term of the reward{suggest(unknown[0], terms)}'
+    )
+  if collector.compares and not terms and 'first_reward' in inputs(phase.comparison):
+    raise ValueError(
+      f'{path}.comparison: it compares rewards, but {path}.reward has no verifier; name another '
+      f'comparison: {sorted(reward_models.COMPARISONS)}'
+    )
 
 
 def _check_reads(path: str, phase: Phase, run: Experiment) -> None:

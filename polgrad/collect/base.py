@@ -168,6 +168,11 @@ class Collector(abc.ABC):
     return frozenset()
 
   @property
+  def terms_read(self) -> frozenset[str]:
+    """Terms of the reward that are features of the batch."""
+    return frozenset()
+
+  @property
   def earned(self) -> frozenset[str]:
     """Terms of the reward that no verifier gives: that of an environment."""
     return frozenset()

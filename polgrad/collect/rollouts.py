@@ -87,6 +87,10 @@ class Rollouts(Filtering):
   opponent_policy: behavior_policies.Part = behavior_policies.reference
   # Which rows of each group are trained on, such as the best and the worst.
   choose: picks.Part = picks.everything
+  # Terms of the reward, by their names in the phase's `reward`, that credit and objective may read: what
+  # the verifier of term `kind` says of a row is the feature `kind_term`, before it is weighed. A term of
+  # weight 0 is not rewarded but only noted.
+  terms: tuple = ()
   # The reward of a sampled row without a stop token; inf leaves what the verifiers say.
   unfinished_reward: float = math.inf
   # Probability that a completion begins with the first tokens of the record's `answer`, a uniformly
@@ -141,6 +145,7 @@ class Rollouts(Filtering):
       'baseline_wins': ('baseline_wins' in self.compare, np.float32, self.baseline_samples),
     }
     shapes = {name: shape for name, (there, *shape) in some.items() if there}
+    shapes |= {f'{name}_term': [np.float32] for name in self.terms}
     return shapes | {name: [dtype, self.length] for name, dtype in self.turn_arrays.items()}
 
   @property
@@ -154,6 +159,10 @@ class Rollouts(Filtering):
   @property
   def terms_ignored(self) -> frozenset[str]:
     return frozenset(self.resample_ignores if self.max_resamples else ())
+
+  @property
+  def terms_read(self) -> frozenset[str]:
+    return frozenset(self.terms)
 
   @property
   def filtered(self) -> bool:
@@ -375,12 +384,21 @@ class RolloutSteps(Steps):
 
   def _judge(self, rows: Drawn, records: Sequence[dict]) -> tuple[Batch, Texts]:
     """Sampled rows with their rewards; a row without a stop token gets `unfinished_reward`, if set."""
-    batch, texts = score_rows(rows, records, self.context)
+    batch, texts = self._scored(rows, records)
     other = self.settings.unfinished_reward
     if math.isfinite(other):
       rewards = np.where(batch.finished | ~batch.valid, batch.rewards, np.float32(other))
       batch = with_rewards(batch, rewards)
     return batch, texts
+
+  def _scored(self, rows: Drawn, records: Sequence[dict]) -> tuple[Batch, Texts]:
+    """Rows with their rewards, and with those terms of them that are read."""
+    batch, texts = score_rows(rows, records, self.context)
+    found = {
+      f'{name}_term': np.where(batch.valid, texts.scores.components[name], 0).astype(np.float32)
+      for name in self.settings.terms
+    }
+    return batch.with_arrays(**found), texts
 
   def exchange(
     self, batch: Batch, memory: replays.Ring | tuple, random: np.random.Generator
@@ -453,7 +471,7 @@ class RolloutSteps(Steps):
     """Adds a completion of the record to each group, behind the rows that are there."""
     settings = self.settings
     rows = settings.demonstrated(records, self.context.tokenizer, field, cut=settings.cut)
-    rows, texts = score_rows(Drawn(rows), records, self.context)
+    rows, texts = self._scored(Drawn(rows), records)
     terms = joined(report.terms, texts.scores.components, len(records))
     report = report._replace(terms=terms)
     name = 'demonstration' if field == 'answer' else field

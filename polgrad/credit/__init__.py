@@ -41,7 +41,7 @@ from polgrad.credit.turns import (
 )
 from polgrad.losses import advantages as advantage_functions
 from polgrad.losses import best_of_n as best_of_n_rewards
-from polgrad.losses import f_divergences, log_partition, returns
+from polgrad.losses import f_divergences, log_partition, multipliers, returns, reward_maps
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
@@ -625,9 +625,11 @@ SIMPLE = table(
 )
 
 
-def gated(
-  *, credit: Annotated[Estimator, SIMPLE], limit: int = 0, threshold: float = 1.0
-) -> Estimator:
+TABLE = dict(SIMPLE)  # and the estimators below, which take another one, also one of each other
+Part = Annotated[Estimator, TABLE]
+
+
+def gated(*, credit: Part, limit: int = 0, threshold: float = 1.0) -> Estimator:
   """Prompts that the policy cannot solve learn from their demonstration, the others from samples.
 
   A group with at most `limit` samples of reward >= `threshold` keeps only its demonstration in the
@@ -651,7 +653,7 @@ def gated(
   )
 
 
-def without_void(*, credit: Annotated[Estimator, SIMPLE]) -> Estimator:
+def without_void(*, credit: Part) -> Estimator:
   """Rows with a void turn leave the loss and stay in the statistics (SimpleTIR, arXiv:2509.02479).
 
   A turn is void if the policy neither acted nor answered in it (`void_turns`). The reward of such a row
@@ -671,7 +673,7 @@ def without_void(*, credit: Annotated[Estimator, SIMPLE]) -> Estimator:
 
 def of_wins(
   *,
-  credit: Annotated[Estimator, SIMPLE],
+  credit: Part,
   against: Literal['group', 'baseline'] = 'group',
 ) -> Estimator:
   """Another estimator, for which the reward of a row is its mean probability to win, minus 1/2.
@@ -696,8 +698,57 @@ def of_wins(
   )
 
 
-TABLE = SIMPLE | table('credit', gated, without_void, of_wins)
-Part = Annotated[Estimator, TABLE]
+def shaped(*, credit: Part, reward: reward_maps.Part) -> Estimator:
+  """Another estimator, for which the reward of a row is a function of the rewards of the batch.
+
+  Args:
+    credit: the estimator that makes advantages of these rewards.
+    reward: arrays by name -> [B]. Rewards of turns are left out, because they add up to the old ones.
+  """
+
+  def apply(batch, state):
+    return credit.apply(with_rewards(batch, call(reward, batch)), state)
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | named(reward),
+    scored=credit.scored | {'rewards'},
+  )
+
+
+def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
+  """Another estimator, whose advantages are multiplied by a factor for each row or token.
+
+  Args:
+    credit: the estimator that makes the advantages.
+    multiplier: arrays by name -> [B] or [B, T]; it may read `advantages`, those of the other estimator.
+
+  Raises:
+    ValueError: the other estimator makes no advantages.
+  """
+  _check_advantages('scaled', credit)
+
+  def apply(batch, state):
+    credited, state = credit.apply(batch, state)
+    factor = call(multiplier, credited)
+    factor = factor if factor.ndim == 2 else factor[:, None]
+    return credited.with_arrays(advantages=credited.advantages * factor), state
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | (named(multiplier) - {'advantages'}),
+    scored=frozenset({'rewards', 'group_ids'}),
+  )
+
+
+def _check_advantages(name: str, credit: Estimator) -> None:
+  if 'advantages' not in credit.provides:
+    raise ValueError(
+      f'{name}: its credit makes {sorted(credit.provides)}, but it needs one that makes advantages'
+    )
+
+
+TABLE |= table('credit', gated, without_void, of_wins, shaped, scaled)
 
 
 def assign(estimator: Estimator, batch: Batch, state: Any) -> tuple[Batch, Any]:

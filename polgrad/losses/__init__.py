@@ -30,6 +30,10 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     log_partition       estimates of log Z for a regression on rewards           center
     advantages          advantages of rows from their rewards; normalisers       advantage, normalizer
     baselines           advantages with weighted, chosen or sampled baselines    advantage
+    difficulty          advantages that depend on the share of right answers     advantage
+    strata              advantages among rows of one kind in a group             advantage
+    multipliers         factors of advantages                                    multiplier
+    reward_maps         rewards made of rewards                                  reward
     reward_penalties    costs that are subtracted from rewards                   costs
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
@@ -58,6 +62,7 @@ from polgrad.losses import (
   aggregation,
   baselines,
   best_of_n,
+  difficulty,
   divergences,
   f_divergences,
   groups,
@@ -66,6 +71,7 @@ from polgrad.losses import (
   listwise,
   log_partition,
   logit_stats,
+  multipliers,
   pair_offsets,
   pair_scores,
   pair_selections,
@@ -78,12 +84,14 @@ from polgrad.losses import (
   prefix_values,
   ratios,
   returns,
+  reward_maps,
   reward_penalties,
   score_penalties,
   score_shapes,
   selections,
   self_improvement,
   shared_information,
+  strata,
   surrogates,
   trees,
   trust_region_masks,
@@ -96,6 +104,7 @@ __all__ = [
   'aggregation',
   'baselines',
   'best_of_n',
+  'difficulty',
   'divergences',
   'f_divergences',
   'groups',
@@ -104,6 +113,7 @@ __all__ = [
   'listwise',
   'log_partition',
   'logit_stats',
+  'multipliers',
   'pair_offsets',
   'pair_scores',
   'pair_selections',
@@ -116,12 +126,14 @@ __all__ = [
   'prefix_values',
   'ratios',
   'returns',
+  'reward_maps',
   'reward_penalties',
   'score_penalties',
   'score_shapes',
   'selections',
   'self_improvement',
   'shared_information',
+  'strata',
   'surrogates',
   'trees',
   'trust_region_masks',

@@ -1,7 +1,8 @@
 """Advantages of rows from their rewards.
 
 A function of `TABLE` fills the slot `advantage` of an estimator in `credit`; `TABLE` includes the
-functions of `baselines`. A function of `NORMALIZERS` fills the slot `normalizer` and works on tokens.
+functions of `baselines`, `difficulty` and `strata`. A function of `NORMALIZERS` fills the slot
+`normalizer` and works on tokens.
 
 A function reads the arrays that it names: rewards, group_ids, valid, and for some baselines the mask,
 token statistics or rewards of other samples. A row that is not `valid` enters no statistic and gets
@@ -21,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.losses import baselines
+from polgrad.losses import baselines, difficulty, strata
 from polgrad.losses.groups import center, divide, everyone, members, size, total, variance
 from polgrad.registry import table
 from polgrad.types import Array
@@ -350,17 +351,22 @@ def _check(rewards: Array, group_ids: Array, valid: Array) -> None:
   chex.assert_equal_shape([rewards, group_ids, valid])
 
 
-TABLE = baselines.TABLE | table(
-  'advantages',
-  raw,
-  group_mean,
-  group_normalized,
-  batch_scaled,
-  leave_one_out,
-  leave_one_out_normalized,
-  pass_at_k,
-  batch_mean,
-  batch_normalized,
+TABLE = (
+  baselines.TABLE
+  | difficulty.TABLE
+  | strata.TABLE
+  | table(
+    'advantages',
+    raw,
+    group_mean,
+    group_normalized,
+    batch_scaled,
+    leave_one_out,
+    leave_one_out_normalized,
+    pass_at_k,
+    batch_mean,
+    batch_normalized,
+  )
 )
 Part = Annotated[Callable, TABLE]
 

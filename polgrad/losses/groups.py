@@ -98,6 +98,24 @@ def rank(x: Array, groups: Groups) -> Array:
   return place - start
 
 
+def ordered(x: Array, groups: Groups) -> Groups:
+  """The same groups with the rows of each sorted by x [B], ascending; `running_total` follows the order.
+
+  Rows with equal x are ordered by position. Rows that do not count come last in their group.
+  """
+  chex.assert_equal_shape([x, groups.counted])
+  order = jnp.lexsort((x, ~groups.counted, groups.last))
+  return groups._replace(order=order)
+
+
+def running_total(x: Array, groups: Groups) -> Array:
+  """The sum of x over a row and the counted rows before it in its group, [B, ...] -> [B, ...].
+
+  The order is that of `groups.order`: by position, or as `ordered` says.
+  """
+  return _running_total(x, groups)
+
+
 @jax.jit
 def at_most(x: Array, group_ids: Array, among: Array) -> Array:
   """How many rows of `among` in the group have an x that is at most that of the row: -> i32[B].
@@ -205,6 +223,12 @@ def divide(x: Array, scale: Array) -> Array:
 
 def _reduce(operation: Callable, x: Array, groups: Groups, empty: float) -> Array:
   """An associative operation over the counted rows of each group: [B, ...] -> [B, ...]."""
+  x = _prefixes(operation, x, groups, empty)[groups.last]
+  return jnp.where(_like(groups.counted, x), x, 0)
+
+
+def _prefixes(operation: Callable, x: Array, groups: Groups, empty: float) -> Array:
+  """The operation over a row and the counted rows before it in its group; rows in sorted order."""
   chex.assert_equal_shape_prefix([x, groups.counted], 1)
   counted = _like(groups.counted, x)
   rows = jnp.arange(len(x))
@@ -216,8 +240,14 @@ def _reduce(operation: Callable, x: Array, groups: Groups, empty: float) -> Arra
 
   x = jnp.where(counted, x, jnp.asarray(empty, x.dtype))[groups.order]
   distances = jnp.array([2**k for k in range((len(x) - 1).bit_length())], rows.dtype)
-  x, _ = jax.lax.scan(double, x, distances)
-  return jnp.where(counted, x[groups.last], 0)
+  return jax.lax.scan(double, x, distances)[0]
+
+
+@jax.jit
+def _running_total(x: Array, groups: Groups) -> Array:
+  prefixes = _prefixes(jnp.add, x, groups, 0)
+  found = jnp.zeros_like(prefixes).at[groups.order].set(prefixes)
+  return jnp.where(_like(groups.counted, x), found, 0)
 
 
 _combine = jax.jit(_reduce, static_argnums=0)  # quick also where a caller compiles nothing

@@ -145,6 +145,16 @@ def regex_format(completion: str, *, pattern: str) -> float:
   return float(re.fullmatch(pattern, completion, re.DOTALL) is not None)
 
 
+def count_matches(completion: str, *, pattern: str, most: int = 0) -> float:
+  """How many matches of a regular expression the completion has, and at most `most` (0: no bound).
+
+  With weight 0 it says of what kind a row is, for functions that compare rows of one kind: how often the
+  answer calls a tool, or whether it thinks.
+  """
+  found = sum(1 for _ in re.finditer(pattern, completion, re.DOTALL))
+  return float(min(found, most) if most else found)
+
+
 def reasoning_gym_score(completion: str, record: dict, *, pattern: str = ANSWER) -> float:
   """The score of the package reasoning-gym, in [0, 1] (arXiv:2505.24760).
 
@@ -268,6 +278,7 @@ TABLE = (
     boxed_answer,
     choice_letter,
     regex_format,
+    count_matches,
     reasoning_gym_score,
     soft_overlong,
   )

@@ -17,10 +17,12 @@ from polgrad.losses import (
   f_divergences,
   implicit_rewards,
   log_partition,
+  multipliers,
   penalties,
   pointwise,
   preference_losses,
   returns,
+  reward_maps,
   reward_penalties,
   score_shapes,
 )
@@ -98,6 +100,8 @@ ARRAYS |= dict(
   reference_selected=RNG.uniform(size=(B, T)) < 0.5,
   preferred=np.array([True, False, False, True, True, False]),
   previous_logp=logps(),
+  stratum_term=np.array([1.0, 1, 1, 1, 0, 1]),
+  finished=np.array([True, True, False, True, False, True]),
 )
 PAIRS = dict(group_ids=np.array([7, 2, 7, 2, 5, 5]))
 
@@ -612,6 +616,8 @@ TABLES = [
   log_partition.TABLE,
   f_divergences.TABLE,
   reward_penalties.TABLE,
+  multipliers.TABLE,
+  reward_maps.TABLE,
   divergences.TABLE,
   aggregation.TABLE,
 ]

@@ -13,10 +13,12 @@ from polgrad.losses import (
   advantages,
   aggregation,
   baselines,
+  difficulty,
   divergences,
   f_divergences,
   implicit_rewards,
   log_partition,
+  multipliers,
   pair_offsets,
   pair_selections,
   pair_weights,
@@ -25,9 +27,11 @@ from polgrad.losses import (
   preference_losses,
   ratios,
   returns,
+  reward_maps,
   reward_penalties,
   score_shapes,
   selections,
+  strata,
   surrogates,
   weights,
 )
@@ -52,6 +56,7 @@ PAIRED = [
 SHAPES = [f for f in score_shapes.TABLE.values() if f not in PAIRED]
 SCORES = list(implicit_rewards.TABLE.values())
 REDUCTIONS = list(aggregation.TABLE.values())
+OF_TOKENS = {f for f in multipliers.TABLE.values() if 'advantages' in registry.inputs(f)}
 TO_ROWS = [
   *advantages.TABLE.values(),
   *SHAPES,
@@ -60,6 +65,8 @@ TO_ROWS = [
   *log_partition.TABLE.values(),
   *f_divergences.TABLE.values(),
   *reward_penalties.TABLE.values(),
+  *reward_maps.TABLE.values(),
+  *(f for f in multipliers.TABLE.values() if f not in OF_TOKENS),
 ]
 RETURNS = [
   *returns.TABLE.values(),
@@ -76,10 +83,13 @@ TO_TOKENS = [
   *surrogates.TABLE.values(),
   *weights.TABLE.values(),
   *penalties.TABLE.values(),
+  *OF_TOKENS,
 ]
 DIVERGENCES = list(divergences.TABLE.values())
 BATCH_STATISTICS = {
   *advantages.TABLE.values(),
+  *reward_maps.TABLE.values(),
+  *multipliers.TABLE.values(),
   advantages.whiten,
   baselines.optimal_token_baseline,
   reward_penalties.root_chi_square,
@@ -105,6 +115,8 @@ def make(fn, seed=0, rows=B):
   for name in registry.inputs(fn):
     if name in ('mask', 'where'):
       arrays[name] = mask
+    elif name == 'finished':
+      arrays[name] = np.array([True, False, True, True])[:rows]
     elif name == 'valid':
       arrays[name] = np.array([True, True, False, True])[:rows]
     elif name == 'group_ids':
@@ -321,6 +333,10 @@ LIVE = {fn: set() for fn in NOTHING} | {
   implicit_rewards.bellman_sum: {'logp', 'reference_logp', 'log_normalizer'},
   penalties.entropy_band: {'entropy', 'mean_entropy'},
   penalties.entropy_band_published: set(),
+  **dict.fromkeys(multipliers.TABLE.values(), frozenset()),
+  reward_maps.brief_when_right: set(),
+  difficulty.two_sided: set(),
+  strata.stratified: set(),  # normalised groups of two
 }
 
 

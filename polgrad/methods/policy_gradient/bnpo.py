@@ -1,0 +1,45 @@
+from polgrad import credit, objectives
+from polgrad.losses import aggregation, difficulty, surrogates
+from polgrad.methods.base import Method
+from polgrad.registry import part
+
+
+def bnpo(
+  *,
+  low: float = 0.0,
+  high: float = 1.0,
+  eps_low: float = 0.2,
+  eps_high: float = 0.28,
+  cap: float = 10.0,
+) -> Method:
+  """BNPO (arXiv:2506.02864): advantages are divided by a Beta density that is fitted to the batch.
+
+      A_i = (R_i - p_g) / f(p_g),   p_g the mean reward of the group
+      loss = -mean over sequences of sums of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+
+  f is the density of a Beta distribution. Its parameters follow from the mean and variance of p_g over
+  the prompts of the batch, so that the variance of the gradient is least if the p_g are Beta
+  distributed. Other parameters give the advantages of Dr. GRPO (1 and 1) and, up to a factor, of GRPO
+  (3/2 and 3/2). Where A < 0 the loss is at most -cap A.
+
+  Differences: A batch whose prompts all have the same p_g has f = 1, because nothing can be fitted. The
+  decomposition of a reward into several terms is not here; it is off in the authors' script too.
+
+  Args:
+    low: the least reward.
+    high: the largest reward.
+    eps_low: distance of the lower clipping bound from 1.
+    eps_high: distance of the upper clipping bound from 1.
+    cap: largest ratio where A < 0.
+
+  Confidence: CODE.
+  """
+  return Method(
+    credit=part(credit.outcome, advantage=part(difficulty.beta_normalized, low=low, high=high)),
+    objective=part(
+      objectives.PolicyGradient,
+      surrogate=part(surrogates.dual_clipped, eps_low=eps_low, eps_high=eps_high, cap=cap),
+      aggregation=part(aggregation.sequence_sum),
+    ),
+    minibatches=2,
+  )
