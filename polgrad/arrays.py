@@ -96,6 +96,14 @@ FEATURES = {
     'B T',
     'mean reward of further completions from the state before the step; from `collect.Vines`',
   ),
+  'span_ids': Spec(
+    'B T',
+    'number of the scored part of the completion that the token is in, i32, from 0; -1 in none; from '
+    '`Phase.spans`',
+  ),
+  'span_scores': Spec(
+    'B T', 'score of that part, at each of its tokens; 0 in none; from `Phase.spans`'
+  ),
   'node_values': Spec('B T', 'value of the tree node of the token; from `collect.Trees`'),
   'parent_values': Spec('B T', 'value of the node before it, 0 for the root; from `collect.Trees`'),
   'node_leaves': Spec('B T', 'trained leaves below the node of the token; from `collect.Trees`'),

@@ -41,7 +41,7 @@ from polgrad.registry import (
   table,
   unbound,
 )
-from polgrad.rewards import comparisons, scoring
+from polgrad.rewards import comparisons, scoring, spans
 from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
@@ -116,6 +116,8 @@ class Phase(Judged):
     source: where records come from.
     collect: from records to a batch.
     objective: the loss.
+    spans: scores of parts of completions, for a collector that asks for them (`spans=True`). By default
+      the completion is one part, with the reward of its row.
     optimizer: what makes a step of its gradient.
     credit: from rewards to advantages, returns or labels.
     shuffle: draw records in an order that changes with each epoch.
@@ -142,6 +144,7 @@ class Phase(Judged):
   source: sources.Part
   collect: collect.Part
   objective: objectives.Part
+  spans: reward_models.SpansPart = spans.whole
   optimizer: optim.Part = optim.adamw
   credit: credits.Part = credits.nothing
   shuffle: bool = True
@@ -163,6 +166,11 @@ class Phase(Judged):
     """What of a batch need not be computed."""
     shared = self.collect.rows_per_prompt if self.share_prompts else 1
     return Layout(self.collect.prompt_length, shared, self.pack)
+
+  @functools.cached_property
+  def mark(self) -> Callable:
+    """(completions, records, lengths, rewards, others) -> `Marked`, see `scoring.make_marker`."""
+    return scoring.make_marker(self.spans, **self.limits)
 
   def learner(self, policy: Policy) -> Learner:
     """The forward pass, gradient and update of this phase."""
@@ -368,7 +376,7 @@ def check(run: Experiment) -> None:
   chat.check_written(run.tokenizer.chat, 'config.tokenizer')
   _check_kernel('config.model', run.model, run.mesh)
   for name, one in run.phases.items():
-    one.score, one.compare  # refuse verifiers that cannot run  # noqa: B018
+    one.score, one.compare, one.mark  # refuse verifiers that cannot run  # noqa: B018
     _check_phase(f'config.phases.{name}', one, run)
   evaluation = run.evaluation
   if evaluation.every:
@@ -401,18 +409,28 @@ def _check_best(run: Experiment) -> None:
     raise ValueError(f'config.keep_best: {name} is not measured, because there is no evaluation')
 
 
-def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
+def _check_unread(path: str, phase: Phase) -> None:
+  """Refuses a comparison, or scores of parts, that the collector does not ask for."""
   collector = phase.collect
-  if isinstance(collector, collect.Sampling):
-    _check_stops(f'{path}.collect', collector, run)
-    _check_environment(f'{path}.collect', collector, phase.reward, run)
-  _check_length(f'{path}.collect', collector.length, run.policy)
   compares = bool({'wins', 'baseline_wins'} & collector.provides)
   if not compares and unbound(phase.comparison) is not comparisons.by_reward:
     raise ValueError(
       f'{path}.comparison: nothing reads it; name what is compared, as in '
       f"{path}.collect.compare=('wins',)"
     )
+  if 'span_ids' not in collector.provides and unbound(phase.spans) is not spans.whole:
+    raise ValueError(
+      f'{path}.spans: nothing reads it; a collector that scores parts has {path}.collect.spans=True'
+    )
+
+
+def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
+  collector = phase.collect
+  if isinstance(collector, collect.Sampling):
+    _check_stops(f'{path}.collect', collector, run)
+    _check_environment(f'{path}.collect', collector, phase.reward, run)
+  _check_length(f'{path}.collect', collector.length, run.policy)
+  _check_unread(path, phase)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   if phase.layout.shared > 1 and not phase.layout.prompt_length:
     raise ValueError(

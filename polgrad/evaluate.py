@@ -304,6 +304,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     layout=phase.layout,
     compare=phase.compare,
     curriculum=phase.curriculum,
+    mark=phase.mark,
   )
 
 

@@ -6,10 +6,12 @@
 A folder is what `polgrad.convert --reward_model` writes: a classifier of Hugging Face with one label. It
 has its own tokenizer and chat template, so it may be of another family than the policy. `REWARDS` are
 all verifiers by the names that a configuration uses: those of `rewards.verifiers`, and these.
-`COMPARISONS` are likewise all functions that compare two completions.
+`COMPARISONS` are likewise all functions that compare two completions, and `SPANS` those that score parts
+of a completion.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -24,7 +26,7 @@ from polgrad.data import batching, tokenizers
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.models import Policy, hf, pretrained
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, either, table
-from polgrad.rewards import comparisons, verifiers
+from polgrad.rewards import comparisons, spans, verifiers
 from polgrad.rewards.scoring import Failure
 from polgrad.types import Array, Params
 
@@ -152,6 +154,65 @@ def preference_model(
   compare.batched = True
   compare.__qualname__ = 'preference_model'
   return compare
+
+
+def step_model(
+  *,
+  path: str,
+  pattern: str = r'\n\s*',
+  scale: Positive = 1.0,
+  most: AtLeastOne = 64,
+  batch: AtLeastOne = 16,
+  max_length: Count = 0,
+  dtype: str = 'float32',
+  devices: Count = 0,
+  fsdp: AtLeastOne = 1,
+) -> Callable:
+  """Scores of the steps of completions: tanh(s / (2 scale)), s the score of the text up to the end of
+  the step.
+
+  If the model was trained to say whether a solution is still right, with logit s, this is P(right) -
+  P(wrong), in [-1, 1], as PURE reads it (arXiv:2504.15275). A completion with a step whose text is too
+  long for the model has failed.
+
+  Args:
+    path: folder of the reward model, see `reward_model`.
+    pattern: regular expression; a step ends with a match of it.
+    scale: unit of the logit.
+    most: largest number of steps of a completion; of more, what follows the last one belongs to it.
+    batch, max_length, dtype, devices, fsdp: as in `reward_model`.
+
+  Raises:
+    FileNotFoundError, ValueError: as in `reward_model`.
+  """
+  settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
+  folder = _checked(path)
+  _mesh(devices, fsdp)
+
+  def judge(completions: list[str], records: list[dict]) -> list[list[spans.Span] | Failure]:
+    steps = [spans.steps(text, pattern) for text in completions]
+    steps = [
+      [*one[: most - 1], (one[most - 1][0], one[-1][1])] if len(one) > most else one
+      for one in steps
+    ]
+    prefixes = [text[:end] for text, one in zip(completions, steps) for _, end in one]
+    owners = [record for record, one in zip(records, steps) for _ in one]
+    found = iter(scores(load(folder, **settings), owners, prefixes))
+    return [_steps_of(one, [next(found) for _ in one], scale) for one in steps]
+
+  judge.batched = True
+  judge.__qualname__ = 'step_model'
+  return judge
+
+
+def _steps_of(
+  places: list[tuple[int, int]], found: list[float | Failure], scale: float
+) -> list[spans.Span] | Failure:
+  """The steps of a completion with their scores, or the first failure."""
+  failed = [x for x in found if isinstance(x, Failure)]
+  if failed:
+    return failed[0]
+  return [(*place, math.tanh(x / (2 * scale))) for place, x in zip(places, found, strict=True)]
 
 
 def scores(
@@ -309,6 +370,8 @@ def _mesh(devices: int, fsdp: int) -> Mesh:
 
 
 REWARDS = either(verifiers.TABLE, table('reward_models', reward_model))
+SPANS = either(spans.TABLE, table('reward_models', step_model))
 COMPARISONS = either(comparisons.TABLE, table('reward_models', preference_model))
 Part = Annotated[Callable, REWARDS]
+SpansPart = Annotated[Callable, SPANS]
 ComparisonPart = Annotated[Callable, COMPARISONS]

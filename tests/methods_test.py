@@ -84,8 +84,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     found['shown_label'] = np.array([-1.0, -1, 0, 0, 1, 1, -1, -1])
   if 'stream' in found:
     found['stream'] = np.tile([0, 0, 1, 1], 2)
-  if 'step_ids' in found:
-    found['step_ids'] = np.tile([0, 0, 1, 1, 2], (8, 1))
+  for name in {'step_ids', 'span_ids'} & found.keys():
+    found[name] = np.tile([0, 0, 1, 1, 2], (8, 1))
   if 'opponent' in found:
     found['opponent'] = np.tile([0.0, 0.0, 0.0, 1.0], 2)
   return found

@@ -16,7 +16,7 @@ from polgrad.registry import call
 from polgrad.types import FIELDS, Batch, Outputs, TrainState
 
 INTEGERS = ('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at')
-INTEGERS += ('observation_ids', 'turn_players', 'turn_ids', 'step_ids')
+INTEGERS += ('observation_ids', 'turn_players', 'turn_ids', 'step_ids', 'span_ids')
 BOOLEANS = ('mask', 'finished', 'valid')
 ALL = ('tokens', 'segment_ids', 'mask')  # of every batch
 

@@ -20,12 +20,14 @@ from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
 from polgrad.registry import AtLeastOne, Count, Positive, Range, inputs
-from polgrad.rewards.scoring import Compared, Scores
+from polgrad.rewards.scoring import Compared, Marked, Scores
 from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
 
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
 Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # texts, records, lengths
 Compare = Callable[..., Compared]  # pairs of completions -> probabilities, see `make_comparer`
+# Texts, records, lengths, rewards -> scores of parts of the texts, see `make_marker`.
+Mark = Callable[..., Marked]
 COMPARED = frozenset({'wins', 'baseline_wins'})  # features that comparisons of completions fill in
 
 
@@ -45,6 +47,7 @@ class Context(NamedTuple):
   compare: Compare | None = None  # None: nothing is compared
   opened: Callable[[Sequence[dict]], list[dict]] = list  # records -> those of the prompts
   curriculum: curricula.Curriculum = curricula.epochs()
+  mark: Mark | None = None  # None: parts of completions are not scored
 
 
 class Collected(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from polgrad.collect import picks
+from polgrad.collect import parts, picks
 from polgrad.collect import replay as replays
 from polgrad.collect.base import (
   COMPARED,
@@ -80,6 +80,8 @@ class Rollouts(Filtering):
   # Which pairwise comparisons are made, by the phase's `comparison`, as the features that they fill in:
   # 'wins' of the rows of a group against each other, 'baseline_wins' against the baseline.
   compare: tuple = ()
+  # Score parts of each completion by the phase's `spans`: the features `span_ids` and `span_scores`.
+  spans: bool = False
   # Rows of each group, behind the samples, that another policy samples and that may be trained on as
   # well. The feature `opponent` is 1 for them.
   opponents: Count = 0
@@ -146,7 +148,8 @@ class Rollouts(Filtering):
     }
     shapes = {name: shape for name, (there, *shape) in some.items() if there}
     shapes |= {f'{name}_term': [np.float32] for name in self.terms}
-    return shapes | {name: [dtype, self.length] for name, dtype in self.turn_arrays.items()}
+    of_tokens = self.turn_arrays | (parts.ARRAYS if self.spans else {})
+    return shapes | {name: [dtype, self.length] for name, dtype in of_tokens.items()}
 
   @property
   def anchors_read(self) -> frozenset[str]:
@@ -256,6 +259,11 @@ def _check_counts(settings: Rollouts) -> None:
     )
   if 'wins' in inputs(settings.choose) and 'wins' not in settings.compare:
     raise ValueError("Rollouts: choose reads wins, so 'wins' must be in compare")
+  if settings.spans and (settings.resets or settings.has_environment):
+    raise ValueError(
+      'Rollouts: spans are parts of a completion that the policy wrote whole, in one turn; leave out '
+      f'{"resets" if settings.resets else "the environment"}'
+    )
   if settings.resets and (settings.demonstrations or settings.preferences):
     raise ValueError('Rollouts: with resets, groups have no demonstrations and no preferences')
   settings.rows_per_prompt  # refuses a choice of more rows than there are  # noqa: B018
@@ -369,6 +377,10 @@ class RolloutSteps(Steps):
     if self.draw_baselines is not None:
       batch, others, report = self._add_baselines(batch, records, report, state, step)
     batch, report = self._compare(batch, others, records, report)
+    if self.settings.spans:
+      batch, errors, messages = parts.mark_rows(batch, records, self.context)
+      report = report.with_errors(errors, messages)
+      report.metrics.update(parts.metrics(batch))
     return self._choose(batch, report, step)
 
   def _begin(self, records: Sequence[dict], step: int) -> Sequence[dict]:

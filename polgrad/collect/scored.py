@@ -200,7 +200,7 @@ def _compare(
   ]
   compared = context.compare(given, {'prompt': prompt})
   found = np.full(len(pairs), 0.5)
-  found[asked] = _gather(compared.wins, len(asked))
+  found[asked] = gathered(compared.wins, len(asked))
   return found, compared.errors, compared.messages
 
 
@@ -221,21 +221,22 @@ def also_read(
 def _gather_scores(scores: Scores, rows: int) -> Scores:
   """Interleaves the rows of all processes; errors and messages remain those of this process."""
   return scores._replace(
-    total=_gather(scores.total, rows),
-    components={k: _gather(v, rows) for k, v in sorted(scores.components.items())},
-    valid=_gather(scores.valid, rows) > 0,
+    total=gathered(scores.total, rows),
+    components={k: gathered(v, rows) for k, v in sorted(scores.components.items())},
+    valid=gathered(scores.valid, rows) > 0,
   )
 
 
-def _gather(own: np.ndarray, rows: int) -> np.ndarray:
-  """Interleaves the numbers of all processes, each of which has every n-th of `rows`."""
+def gathered(own: np.ndarray, rows: int) -> np.ndarray:
+  """Interleaves the arrays [n, ...] of all processes, each of which has every n-th of `rows`."""
   processes = jax.process_count()
   if processes == 1:
     return own
   rows_each = -(-rows // processes)  # rounded up, because all processes must gather equal shapes
-  padded = np.zeros(rows_each, np.float64)
+  padded = np.zeros((rows_each, *own.shape[1:]), np.float64)
   padded[: len(own)] = own
-  return multihost_utils.process_allgather(padded).T.reshape(-1)[:rows]
+  every = multihost_utils.process_allgather(padded)
+  return np.moveaxis(every, 0, 1).reshape(-1, *own.shape[1:])[:rows]
 
 
 def distinct(ids: np.ndarray, before: Sequence[int] = ()) -> np.ndarray:

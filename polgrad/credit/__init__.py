@@ -28,7 +28,7 @@ from polgrad.credit.base import (
   with_rewards,
   with_targets,
 )
-from polgrad.credit.tokens import decoupled
+from polgrad.credit.tokens import decoupled, process_min
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
   bilevel_generalized,
@@ -622,6 +622,7 @@ SIMPLE = table(
   step_values,
   tree_values,
   decoupled,
+  process_min,
 )
 
 

@@ -1,9 +1,20 @@
 """Credit of tokens: advantages that differ between the tokens of one turn."""
 
-from polgrad.credit.base import Estimator, critic, kl_requires, token_rewards, with_targets
-from polgrad.losses import returns
-from polgrad.losses.advantages import NormalizerPart, whiten
-from polgrad.registry import Fraction, NotNegative
+from typing import Literal
+
+import jax.numpy as jnp
+
+from polgrad.credit.base import (
+  Estimator,
+  critic,
+  k1,
+  kl_requires,
+  token_rewards,
+  with_targets,
+)
+from polgrad.losses import process_rewards, returns, turns
+from polgrad.losses.advantages import NormalizerPart, leave_one_out, whiten
+from polgrad.registry import Fraction, NotNegative, Positive
 
 
 def decoupled(
@@ -43,3 +54,56 @@ def decoupled(
     return with_targets(batch, advantages, errors + values, normalizer), state
 
   return critic(apply, kl_requires(kl_coefficient))
+
+
+BASELINES = {
+  'step': process_rewards.without_step_baseline,
+  'token': process_rewards.without_token_baseline,
+}
+
+
+def process_min(
+  *,
+  temperature: Positive = 0.1,
+  baseline: Literal['token', 'step'] = 'token',
+  outcome: NotNegative = 1.0,
+  drop_ends: bool = True,
+  kl_coefficient: float = 0.0,
+) -> Estimator:
+  """Advantages from scores of steps, of which the worst one counts (PURE, arXiv:2504.15275).
+
+  The reward of a step is that of `process_rewards.min_form` less its baseline. The last token also gets
+  `outcome` times the reward of the row less the mean of the other rows of its group, and every token
+  -kl_coefficient k1. Their sums from each token on are the advantages, which are normalised over the
+  tokens of the batch, with the standard deviation that divides by their number.
+
+  Needs a collector that scores parts of completions (`spans=True`), with scores in [-1, 1].
+
+  Args:
+    temperature: of the weights of steps, unit of the scores.
+    baseline: 'token' or 'step', see `process_rewards`.
+    outcome: weight of the reward of the row; 0 leaves it out.
+    drop_ends: whether the last token of every step and of the row get the advantage 0 and are left out
+      of the normalisation, as in the authors' code.
+    kl_coefficient: of k1 = log pi - log reference, nats.
+  """
+
+  def apply(batch, state):
+    inside = batch.mask & (batch['span_ids'] >= 0)
+    arrays = batch['span_scores'], batch['span_ids'], batch.mask
+    earned = process_rewards.min_form(*arrays, temperature=temperature)
+    earned = BASELINES[baseline](earned, *arrays[1:], batch.group_ids, batch.valid)
+    if outcome:
+      centred = outcome * leave_one_out(batch.rewards, batch.group_ids, batch.valid)
+      earned += returns.place_last(centred, batch.mask)
+    if kl_coefficient:
+      earned -= kl_coefficient * k1(batch)
+    kept = batch.mask
+    if drop_ends:
+      last = returns.place_last(jnp.ones(len(batch.mask)), batch.mask) > 0
+      kept = kept & ~last & ~turns.ends(batch['span_ids'], inside)
+    advantages = whiten(returns.reward_to_go(earned, batch.mask), kept, ddof=0)
+    return batch.with_arrays(advantages=advantages), state
+
+  requires = kl_requires(kl_coefficient) | {'span_ids', 'span_scores'}
+  return Estimator(apply=apply, requires=requires)

@@ -38,6 +38,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
     trees               advantages of steps and of tree nodes                    none: credit calls it
+    process_rewards     rewards of tokens from scores of parts of a completion   none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
     self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
@@ -82,6 +83,7 @@ from polgrad.losses import (
   pointwise,
   preference_losses,
   prefix_values,
+  process_rewards,
   ratios,
   returns,
   reward_maps,
@@ -124,6 +126,7 @@ __all__ = [
   'pointwise',
   'preference_losses',
   'prefix_values',
+  'process_rewards',
   'ratios',
   'returns',
   'reward_maps',

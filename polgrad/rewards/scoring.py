@@ -15,14 +15,23 @@ import queue
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from polgrad import registry
-from polgrad.rewards import comparisons, worker
+from polgrad.rewards import comparisons, spans, worker
 from polgrad.rewards import verifiers as ours
-from polgrad.rewards.worker import Failure, is_batched, number, verify, words
+from polgrad.rewards.worker import (
+  Failure,
+  Part,
+  is_batched,
+  mark,
+  marks,
+  number,
+  verify,
+  words,
+)
 
 READS = ('completion', 'record', 'length')  # what every call of `score` gets of a row
 ALSO = ('prompt', 'tokens')  # what it gets only if a verifier reads it
@@ -30,12 +39,15 @@ ALSO = ('prompt', 'tokens')  # what it gets only if a verifier reads it
 OF_BATCHES = ('completions', 'records', 'lengths', *ALSO)
 # What a comparison gets of a pair of rows, besides 'prompt'.
 PAIR = ('first', 'second', 'record', 'first_reward', 'second_reward')
+# What a function that scores parts of a completion gets of a row, besides `ALSO`.
+WHOLE = (*READS, 'reward')
 MESSAGES = 5  # number of failures that are reported in words for each batch
 # Verifiers that run in this process: they are quick, start nothing and evaluate nothing.
 IN_PROCESS = (
   *(ours.exact_match, ours.numeric_answer, ours.boxed_answer),
   *(ours.choice_letter, ours.soft_overlong),
   *(comparisons.by_reward, comparisons.larger_reward, comparisons.by_table, comparisons.shorter),
+  *(spans.whole, spans.agreeing_characters),
 )
 
 
@@ -92,7 +104,8 @@ def make_scorer(
 
   def score(completions, records, lengths, others=types.MappingProxyType({})):
     rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]
-    components, errors, messages = judge(_with_others(rows, others, verifiers))
+    answers, errors, messages = judge(_with_others(rows, others, verifiers))
+    components = {name: _numbers(found) for name, found in answers.items()}
     # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
     total = sum((terms[n].weight * c for n, c in components.items()), np.zeros(len(rows)))
     return Scores(total, components, np.isfinite(total), errors, messages)
@@ -137,8 +150,8 @@ def make_comparer(
   judge = _make_judge(verifiers, plural, timeout_s, workers, memory_gib, isolate)
 
   def compare(pairs, others=types.MappingProxyType({})):
-    values, errors, messages = judge(_with_others([dict(p) for p in pairs], others, verifiers))
-    wins = values['comparison']
+    answers, errors, messages = judge(_with_others([dict(p) for p in pairs], others, verifiers))
+    wins = _numbers(answers['comparison'])
     messages = [text.replace('row', 'pair', 1) for text in messages]
     outside = (wins < 0) | (wins > 1)
     if outside.any():
@@ -148,6 +161,66 @@ def make_comparer(
     return Compared(wins, errors, messages)
 
   return compare
+
+
+class Marked(NamedTuple):
+  """Scores of parts of completions, and the failures of the function that gives them."""
+
+  parts: list[list[Part] | None]  # [B], (start, end, score) in characters; None where it failed
+  errors: dict[str, int]  # number of failures by 'spans/kind'
+  messages: list[str]  # row and reason of the first few failures
+
+
+def make_marker(
+  fn: Callable,
+  *,
+  timeout_s: float = 5.0,
+  workers: int = 2,
+  memory_gib: float = 4.0,
+  isolate: bool = True,
+) -> Callable[..., Marked]:
+  """Makes `mark(completions, records, lengths, rewards, others={}) -> Marked`.
+
+  `others` is as in `make_scorer`. A function that raises or hangs has failed, and so has one whose parts
+  overlap, are empty or lie outside of the completion.
+
+  Args:
+    fn: see `spans`.
+    timeout_s, workers, memory_gib, isolate: as in `make_scorer`.
+
+  Raises:
+    ValueError: the function has another argument, or a limit is not positive.
+    TypeError: the function is isolated and cannot be sent to another process.
+  """
+  singular = [*WHOLE, *ALSO]
+  plural = dict(zip((*OF_BATCHES[:3], 'rewards', *ALSO), singular))
+  valid = [*plural] if is_batched(fn) else singular
+  unknown = sorted(set(registry.inputs(fn)) - set(valid))
+  if unknown:
+    raise ValueError(f'spans: it cannot read {unknown}; valid: {valid}')
+  limits = timeout_s, workers, memory_gib, isolate
+  judge = _make_judge({'spans': fn}, plural, *limits, run=mark, read=marks)
+
+  def marked(completions, records, lengths, rewards, others=types.MappingProxyType({})):
+    columns = completions, records, lengths, rewards
+    rows = [dict(zip(WHOLE, row)) for row in zip(*columns, strict=True)]
+    answers, errors, messages = judge(_with_others(rows, others, {'spans': fn}))
+    parts = [None if isinstance(x, Failure) else x for x in answers['spans']]
+    for i, (found, text) in enumerate(zip(parts, completions)):
+      if found and found[-1][1] > len(text):
+        said = (
+          f'row {i}: spans: Outside: [{found[-1][0]}, {found[-1][1]}) of {len(text)} characters'
+        )
+        errors['spans/Outside'] = errors.get('spans/Outside', 0) + 1
+        messages, parts[i] = [*messages, said][:MESSAGES], None
+    return Marked(parts, errors, messages)
+
+  return marked
+
+
+def _numbers(answers: Sequence[float | Failure]) -> np.ndarray:
+  """f64[n]; NaN where a verifier failed."""
+  return np.array([np.nan if isinstance(x, Failure) else x for x in answers], np.float64)
 
 
 def _with_others(
@@ -168,11 +241,16 @@ def _make_judge(
   workers: int,
   memory_gib: float,
   isolate: bool,
-) -> Callable[[list[dict]], tuple[dict[str, np.ndarray], dict[str, int], list[str]]]:
-  """Makes `judge(rows) -> (values, errors, messages)`, which runs every verifier on every row.
+  *,
+  run: Callable = verify,
+  read: Callable = number,
+) -> Callable[[list[dict]], tuple[dict[str, list], dict[str, int], list[str]]]:
+  """Makes `judge(rows) -> (answers, errors, messages)`, which runs every verifier on every row.
 
   Args:
     plural: by the name that a verifier of whole batches gives to an argument, its name in a row.
+    run: (verifier, row) -> answer or `Failure`.
+    read: the same of what a verifier of whole batches has returned for a row.
   """
   if timeout_s <= 0 or workers < 1 or memory_gib < 0:
     raise ValueError(
@@ -185,11 +263,11 @@ def _make_judge(
     for name, fn in verifiers.items()
     if isolate and name not in whole and registry.unbound(fn) not in IN_PROCESS
   }
-  ask = _asker(apart, workers, timeout_s, memory_gib) if apart else None
+  ask = _asker(apart, run, workers, timeout_s, memory_gib) if apart else None
   reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
 
-  def run(tasks):
-    here = lambda name, row: verify(verifiers[name], row)
+  def run_all(tasks):
+    here = lambda name, row: run(verifiers[name], row)
     # Workers start first, and this process judges while they do.
     threads = futures.ThreadPoolExecutor(workers)
     try:
@@ -205,28 +283,27 @@ def _make_judge(
     given = [
       (name, {k: v for k, v in rows[row].items() if k in reads[name]}) for name, row in tasks
     ]
-    results = dict(zip(tasks, run(given), strict=True))
+    results = dict(zip(tasks, run_all(given), strict=True))
     for name, fn in whole.items():
-      answers = _judge_batch(fn, rows, plural)
+      answers = _judge_batch(fn, rows, plural, read)
       results |= {(name, row): answer for row, answer in enumerate(answers)}
 
-    values = {name: np.full(len(rows), np.nan) for name in verifiers}
+    answers = {name: [None] * len(rows) for name in verifiers}
     errors, messages = collections.Counter(), []
     for (name, row), result in results.items():
+      answers[name][row] = result
       if isinstance(result, Failure):
         errors[f'{name}/{result.kind}'] += 1
         messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
-      else:
-        values[name][row] = result
-    return values, dict(errors), messages[:MESSAGES]
+    return answers, dict(errors), messages[:MESSAGES]
 
   return judge
 
 
 def _judge_batch(
-  fn: Callable, rows: Sequence[Mapping], plural: Mapping[str, str]
-) -> list[float | Failure]:
-  """One answer for each row by a verifier of whole batches; what is no number is a `Failure`."""
+  fn: Callable, rows: Sequence[Mapping], plural: Mapping[str, str], read: Callable
+) -> list:
+  """One answer for each row by a verifier of whole batches, as `read` reads it; else a `Failure`."""
   if not rows:
     return []
   lists = {k: [row[name] for row in rows] for k, name in plural.items() if name in rows[0]}
@@ -236,7 +313,7 @@ def _judge_batch(
       raise ValueError(f'it returned {len(answers)} values for {len(rows)} rows')
   except Exception as error:  # the batch continues whatever a verifier does
     return [Failure(type(error).__name__, words(error))] * len(rows)
-  return [number(x) for x in answers]
+  return [read(x) for x in answers]
 
 
 def _check(name: str, fn: Callable) -> None:
@@ -248,13 +325,17 @@ def _check(name: str, fn: Callable) -> None:
 
 
 def _asker(
-  verifiers: Mapping[str, Callable], workers: int, timeout_s: float, memory_gib: float
-) -> Callable[[tuple[str, Mapping]], float | Failure]:
+  verifiers: Mapping[str, Callable],
+  run: Callable,
+  workers: int,
+  timeout_s: float,
+  memory_gib: float,
+) -> Callable[[tuple[str, Mapping]], Any]:
   """A function that gives a task to an idle worker and waits for the answer.
 
   The worker that was busy last is taken first, so that no more of them start than are needed.
   """
-  sent = worker.dumps(verifiers)
+  sent = worker.dumps(verifiers, run)
   idle = queue.LifoQueue()
   for _ in range(workers):
     idle.put(worker.Worker(sent, timeout_s, memory_gib))

@@ -39,6 +39,9 @@ class Failure(NamedTuple):
   reason: str  # for people
 
 
+Part = tuple[int, int, float]  # of a text: start, end, score
+
+
 def verify(fn: Callable, row: Mapping) -> float | Failure:
   """Runs one verifier on one row; every error becomes a `Failure`."""
   return contained(lambda: number(registry.call(fn, row)))
@@ -72,6 +75,31 @@ def number(value: Any) -> float | Failure:
   return value if math.isfinite(value) else Failure('NotFinite', f'returned {value}')
 
 
+def mark(fn: Callable, row: Mapping) -> list[Part] | Failure:
+  """Runs a function that scores parts of a completion on one row; every error becomes a `Failure`."""
+  return contained(lambda: marks(registry.call(fn, row)))
+
+
+def marks(value: Any) -> list[Part] | Failure:
+  """Parts of a text as (start, end, score), in the order of the text; a `Failure` stays one, and what is
+  no list of such parts becomes one."""
+  if isinstance(value, Failure):
+    return value
+  try:
+    found = sorted((int(start), int(end), float(score)) for start, end, score in value)
+  except (TypeError, ValueError, OverflowError) as error:
+    return Failure(type(error).__name__, f'expected (start, end, score) of parts: {words(error)}')
+  last = 0
+  for start, end, score in found:
+    if not math.isfinite(score):
+      return Failure('NotFinite', f'the score of [{start}, {end}) is {score}')
+    if not last <= start < end:
+      said = f'[{start}, {end}) is empty or begins before {last}, where the part before it ends'
+      return Failure('Overlap', said)
+    last = end
+  return found
+
+
 def words(error: BaseException) -> str:
   """What an error says, also if saying it fails."""
   try:
@@ -80,8 +108,12 @@ def words(error: BaseException) -> str:
     return 'its message cannot be shown'
 
 
-def dumps(verifiers: Mapping[str, Callable]) -> bytes:
+def dumps(verifiers: Mapping[str, Callable], run: Callable = verify) -> bytes:
   """The functions as bytes; those of files that another process cannot import travel whole.
+
+  Args:
+    verifiers: by name.
+    run: (verifier, row) -> what it answers, or a `Failure`.
 
   Raises:
     TypeError: names the function that cannot be sent.
@@ -95,7 +127,7 @@ def dumps(verifiers: Mapping[str, Callable]) -> bytes:
         f'{name}: verifiers run in other processes, and this one cannot be sent there ({error}): let it '
         'refer to no locks, files or other open objects, or set isolate_verifiers=False'
       ) from error
-  return cloudpickle.dumps((verify, dict(verifiers), False))
+  return cloudpickle.dumps((run, dict(verifiers), False))
 
 
 def send_whole(name: str) -> None:

@@ -18,4 +18,8 @@ def vapo(x):
   return {'logp': weight, 'values': value_error(x)}
 
 
-ORACLES = {'vc_ppo': vc_ppo, 'vapo': vapo}
+def pure(x):
+  return token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
+
+
+ORACLES = {'pure': pure, 'vc_ppo': vc_ppo, 'vapo': vapo}
