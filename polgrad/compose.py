@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 
-from polgrad import build, collect, methods, models, optim, tasks
+from polgrad import build, collect, curricula, methods, models, optim, tasks
 from polgrad import trackers as tracking
 from polgrad.data import sources
 from polgrad.methods import Method
@@ -44,6 +44,7 @@ def compose(
   smoke: bool = False,
   trackers: str = '',
   average: Decay = 0.0,
+  curriculum: ConfigDict | None = None,
 ) -> ConfigDict:
   """A complete run of a method on a task with a model.
 
@@ -61,6 +62,7 @@ def compose(
       is nowhere, and '' is TensorBoard, except in a smoke run.
     average: decay of a running mean of the policy over the updates of `train`, such as 0.999; it is the
       anchor `average`, which is measured beside the policy. 0 is none.
+    curriculum: which records a step draws, a part of `polgrad.curricula`; None is the method's choice.
 
   Raises:
     ValueError: the task lacks what the method needs, or the method cannot use what is asked for.
@@ -70,6 +72,8 @@ def compose(
   run = _Run(task, model, steps or task.steps, learning_rate, prompts, smoke)
   if not isinstance(method, Method):
     method = run.make(method)
+  if curriculum is not None:
+    method = dataclasses.replace(method, curriculum=curriculum)
   warm_start = model.warm_start if warm_start < 0 else warm_start
   if not method.warm_start:
     warm_start = 0
@@ -176,6 +180,7 @@ class _Run:
       restart=method.restart and not teacher,
       epochs=method.epochs,
       minibatches=method.minibatches,
+      curriculum=method.curriculum or part(curricula.epochs),
       **({} if issubclass(method.collect.func, collect.Sampling) else self.held_out(needs)),
     )
 

@@ -3,7 +3,8 @@
 An option belongs to whoever has an argument of its name: the run (`compose.compose`), the function of
 the method, of the task or of the model, or a field of `Task`. A name that has two owners is refused,
 and so is one that has none. `environment=NAME` (or `file.py:Class`) is what answers the turns of the
-policy, in any task, and `environment.KNOB=...` are its settings.
+policy, in any task, and `environment.KNOB=...` are its settings. `curriculum=NAME` and
+`curriculum.KNOB=...` say in the same way which records a step draws.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from polgrad import environments, methods, presets, tasks
+from polgrad import curricula, environments, methods, presets, tasks
 from polgrad.compose import SMOKE, compose
 from polgrad.methods.base import BUDGETS
 from polgrad.registry import find, part, plain, suggest
@@ -49,6 +50,7 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   task_name = given.pop('task')
   template_options = _taken(given, 'template')
   environment, environment_knobs = given.pop('environment', ''), _taken(given, 'environment')
+  curriculum = _curriculum(given.pop('curriculum', ''), _taken(given, 'curriculum'))
   task, rest = _task_function(task_name, given)
 
   # Give every other option to the function that has an argument of its name.
@@ -70,7 +72,13 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   if 'alphabet' in _knobs(model):
     values['model']['alphabet'] = made.alphabet
   preset = _with_template(model(**values['model']), template_options)
-  return compose(functools.partial(method, **values['method']), made, preset, **values['run'])
+  return compose(
+    functools.partial(method, **values['method']),
+    made,
+    preset,
+    curriculum=curriculum,
+    **values['run'],
+  )
 
 
 def parse(text: str) -> dict[str, str]:
@@ -187,6 +195,27 @@ def _with_environment(task: Task, name: str, knobs: Mapping[str, str]) -> Task:
   return dataclasses.replace(task, environment=part(made, **before | given))
 
 
+def _curriculum(name: str, knobs: Mapping[str, str]) -> ConfigDict | None:
+  """The curriculum of this name: `curriculum=vade,curriculum.decay=0.8`; None if none is named."""
+  if not name:
+    if knobs:
+      raise ValueError(f'options {sorted(knobs)} of a curriculum: name it with curriculum=...')
+    return None
+  made = find(name, curricula.TABLE, 'option curriculum')
+  kinds = {k: plain(hint) for k, hint in typing.get_type_hints(made, include_extras=True).items()}
+  given = {}
+  for knob, text in knobs.items():
+    # Entries of a mapping: `curriculum.weights.easy=2`.
+    head, _, key = knob.partition('.')
+    if key:
+      given.setdefault(head, {})[key] = _number(text)
+    elif kinds.get(knob) in SIMPLE:
+      given[knob] = convert(f'curriculum.{knob}', text, kinds[knob])
+    else:
+      given[knob] = text
+  return part(made, **given)
+
+
 def _taken(given: dict[str, str], prefix: str) -> dict[str, str]:
   """Takes the options `prefix.NAME` out of the others, by NAME."""
   names = [name for name in given if name.startswith(f'{prefix}.')]
@@ -236,6 +265,12 @@ def _assign(given: Mapping[str, str], owners: Mapping[str, Mapping[str, type]]) 
     elif name in fields:
       values['fields'][name] = convert(name, text, fields[name])
     else:
-      valid = {*CHOICES, 'environment', *fields, *(n for knobs in owners.values() for n in knobs)}
+      valid = {
+        *CHOICES,
+        'environment',
+        'curriculum',
+        *fields,
+        *(n for knobs in owners.values() for n in knobs),
+      }
       raise ValueError(f'unknown option {name!r}{suggest(name, valid)}')
   return values

@@ -276,7 +276,16 @@ def resume(experiment: Experiment, checkpoints: Any, step: int | None) -> TrainS
 
   # Parameters are stored apart from the rest of the state, see `checkpoint.TREES`.
   restore = functools.partial(checkpoint.restore, checkpoints, step)
-  rest = restore('rest', state.replace(params=None))
+  try:
+    rest = restore('rest', state.replace(params=None))
+  except ValueError as error:
+    if 'curriculum_state' not in str(error):
+      raise
+    name = experiment.order[meta['phase']]
+    raise ValueError(
+      f'{error}; config.phases.{name}.curriculum remembers the rows of config.phases.{name}.source, so '
+      'both must be those of the checkpoint: the same curriculum, and the same number of rows'
+    ) from error
   return rest.replace(params=restore('params', state.params))
 
 

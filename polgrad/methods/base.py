@@ -47,6 +47,7 @@ class Method:
     credit: rewards to advantages, returns or labels, a part of `polgrad.credit`.
     collect: the collector (a class of `polgrad.collect`) with what the method asks of it. All other
       settings, such as the number of prompts, come from the task.
+    curriculum: which records a step draws, a part of `polgrad.curricula`; None draws shuffled epochs.
     rewards: verifiers that the method adds to those of the task, each with its weight. Dynamic sampling
       does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.
@@ -69,6 +70,7 @@ class Method:
   collect: functools.partial = dataclasses.field(
     default_factory=lambda: functools.partial(collectors.Rollouts)
   )
+  curriculum: ConfigDict | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   reward_scale: float = 1.0
   anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)

@@ -102,6 +102,11 @@ def dual_clip_ppo(x):
   }
 
 
+def spo_single_stream(x):
+  ratio, a = ratio_of(x), x['advantages']
+  return token_mean(((a >= 0) | (ratio <= 10)) * ppo(x, ratio, 0.8, 1.28), x['mask'])
+
+
 def cispo(x):
   return token_mean(np.minimum(ratio_of(x), 5) * x['advantages'], x['mask'])
 
@@ -240,6 +245,7 @@ ORACLES = {
   'gspo': gspo,
   'ppo': ppo_with_values,
   'dual_clip_ppo': dual_clip_ppo,
+  'spo_single_stream': spo_single_stream,
   'reinforce_plus_plus': reinforce_plus_plus,
   'reinforce_plus_plus_baseline': reinforce_plus_plus_baseline,
   'cispo': cispo,
