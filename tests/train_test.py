@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 
@@ -22,6 +23,7 @@ from polgrad import (
   cli,
   collect,
   credit,
+  curricula,
   evaluate,
   identity,
   learner,
@@ -76,6 +78,7 @@ def config():
   made = addition(method, rewards=rewards, warm_start=180)
   made.phases.warm_start.steps = 3
   made.phases.train.steps = 4
+  made.phases.train.curriculum = part(curricula.vade, term='short')
   made.checkpoint_every = 2
   made.keep_checkpoints = 10
   return made
@@ -115,6 +118,24 @@ def test_resumed_run_equals_one_that_went_on(finished, tmp_path):
   assert max(int(f.name) for f in kept.iterdir() if f.name.isdigit()) == last_checkpoint
   equal(train.run(config(), str(tmp_path)), state)
   assert rows(tmp_path) == rows(workdir)
+
+
+def test_a_curriculum_is_part_of_the_run_and_of_its_checkpoints(finished, tmp_path):
+  workdir, state = finished
+  counts = jax.device_get(state.curriculum_state)
+  tried = counts.alpha + counts.beta > 2.001
+  assert 8 <= tried.sum() <= 16 and len(tried) == 7290  # four prompts in each of four steps
+  assert rows(workdir)[-1]['curriculum/success_rate'] == pytest.approx(
+    float(np.mean(curricula.trackers.value(counts)))
+  )
+  # Other data cannot be resumed.
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+  other = config()
+  other.phases.train.steps = 5
+  other.phases.train.source.holdout = 0.2
+  said = 'alpha: (7290,), not (6480,).*config.phases.train.curriculum remembers the rows'
+  with pytest.raises(ValueError, match=re.escape(said).replace(r'\.\*', '.*')):
+    train.run(other, str(tmp_path), on_mismatch='continue')
 
 
 def test_a_run_that_is_asked_to_stop_saves_after_its_step_and_resumes_later(
@@ -278,7 +299,8 @@ def collected(finished):
   phase = experiment.phases['train']
   made = phase.collect.make(phases.context(experiment, phase, 1))
   with jax.set_mesh(experiment.mesh):
-    return made(finished[1], phases.Drawer(phase, seed=0, cursor=0), 0).batch
+    counts = sharding.to_host(finished[1].curriculum_state)
+    return made(finished[1], phases.Drawer(phase, 0, 0, None, counts), 0).batch
 
 
 class TestBrokenUpdates:
@@ -791,7 +813,8 @@ def test_update_does_not_retrace():
   first = None
   with jax.set_mesh(experiment.mesh):
     for step in range(3):
-      got = collecting(state, phases.Drawer(phase, seed=0, cursor=4 * step), step)
+      counts = sharding.to_host(state.curriculum_state)
+      got = collecting(state, phases.Drawer(phase, 0, 4 * step, None, counts), step)
       state, _ = update(state, sharding.place_batch(experiment.mesh, got.batch))
       state = phases.advance(experiment.mesh, state, got, 4 * step + 4)
       first = first or len(traced)
