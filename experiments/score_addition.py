@@ -2,19 +2,27 @@
 
 The model answers `12+34=` with `46.`, reads `?` and answers again. Stage I reinforces the second answer
 and holds the first one; stage II reinforces both, with a bonus for a correction. A supervised phase of
-200 batches first teaches both answers, the second one behind right and wrong first ones. Options: stages
-(1 or 2), seed, steps (of each stage), smoke.
+400 batches first teaches both answers, the second one behind right and wrong first ones. Options: stages
+(1 or 2), warm_start, rate (of learning), seed, steps (of each stage), smoke.
 
     python -m polgrad.train --config=experiments/score_addition.py --workdir=runs/score
 
-Measured on a CPU, one seed, in 60 steps of stage I and 30 of stage II: mean reward of the sampled
-answers, over ten steps of 256 rows. The second answer is worse than the first one at the start, and as
-good at the end, not better; the greedy second answer goes from 0.185 to 0.215 on 200 held-out sums
-(standard XX that the two stages run, and not that the method helps here.
+Measured on a CPU, seed 0. `sampled` is the mean reward over 20 steps of 256 rows (standard error about
+0.01), `greedy` the accuracy on 200 held-out sums (0.03). `mended` and `spoilt` are the greedy answers of
+these 200 that the second attempt turns from wrong to right, and from right to wrong.
 
-    steps up to       10    20    30    40    50    60 |  70    80    90
-    first answer    0.10  0.11  0.11  0.11  0.12  0.12 |0.12  0.13  0.13
-    second answer   0.10  0.08  0.10  0.10  0.12  0.11 |0.13  0.13  0.13
+    steps up to              0     20     40     60     80 |  100    120    140    160
+    first, sampled           -   0.54   0.56   0.63   0.62 | 0.59   0.63   0.67   0.66
+    second, sampled          -   0.54   0.60   0.69   0.70 | 0.64   0.68   0.74   0.71
+    first, greedy         0.72   0.69   0.64   0.78   0.73 | 0.71   0.78   0.74   0.79
+    second, greedy        0.73   0.67   0.74   0.81   0.83 | 0.70   0.82   0.79   0.78
+    mended                  13      7     23     10     22 |    9     15     13      4
+    spoilt                  10     11      4      4      2 |   10      7      4      7
+
+After the supervised phase a second attempt is no better than the first one. After stage I it mends 22 of
+the 55 wrong answers and spoils 2 of the 145 right ones. Stage II raises the first answer and makes the
+second one no better; of greedy answers nothing of the difference is left in its last measurement. A short
+supervised phase of 200 batches, with a learning rate of 1e-4, ended with both answers equal (0.13).
 """
 
 import dataclasses
