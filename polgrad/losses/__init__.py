@@ -41,6 +41,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     process_rewards     rewards of tokens from scores of parts of a completion   none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
     self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
+    denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
     shared_information  the representation loss of RLP                           none: call it yourself
     groups              means and variances over groups of rows                  none: modules above
@@ -63,6 +64,7 @@ from polgrad.losses import (
   aggregation,
   baselines,
   best_of_n,
+  denoising,
   difficulty,
   divergences,
   f_divergences,
@@ -106,6 +108,7 @@ __all__ = [
   'aggregation',
   'baselines',
   'best_of_n',
+  'denoising',
   'difficulty',
   'divergences',
   'f_divergences',

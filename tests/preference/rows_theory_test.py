@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from polgrad import methods, objectives
-from polgrad.losses import best_of_n, listwise, pointwise, preference_losses, self_improvement
+from polgrad.losses import (
+  best_of_n,
+  denoising,
+  listwise,
+  pointwise,
+  preference_losses,
+  self_improvement,
+)
 from polgrad.types import Batch, Outputs
 
 # Row log-ratios of a pair whose margin is 0: policy less reference.
@@ -182,6 +189,26 @@ def test_hard_labels_do_not_move_the_optimum_of_srpo():
 
   for found in jax.grad(expected, argnums=(0, 1))(u, a):
     np.testing.assert_allclose(found, 0, atol=1e-12)
+
+
+def test_mapo_is_the_transcription_and_prefers_small_errors():
+  chosen, rejected = np.array([0.0, 1e-6, 0.02, 0.3, 2.0]), np.array([0.0, 1e-2, 0.01, 0.1, 2.5])
+
+  def transcribed(w, l, beta=0.1, s=0.5, t=1000):
+    g = lambda e: s * e / (np.exp(s * e) - 1) if e > 1e-5 else 1 - s * e / 2
+    return w - beta * -np.logaddexp(0, -t * (g(w) - g(l)))
+
+  found = denoising.mapo(jnp.asarray(chosen), jnp.asarray(rejected))
+  np.testing.assert_allclose(found, list(map(transcribed, chosen, rejected)), rtol=1e-5)
+  same = denoising.mapo(jnp.array(0.3), jnp.array(0.3), beta=2.0)
+  assert same == pytest.approx(0.3 + 2 * np.log(2))
+  # The error of the chosen image falls, that of the rejected one rises; both are finite at 0.
+  slopes = jax.vmap(jax.grad(denoising.mapo, argnums=(0, 1)))
+  up, down = slopes(jnp.asarray(chosen), jnp.asarray(rejected))
+  assert (up >= 1).all() and (down <= 0).all() and np.isfinite(up).all() and np.isfinite(down).all()
+  np.testing.assert_allclose(jax.grad(denoising.odds)(0.0), -0.25, rtol=1e-6)
+  x = jnp.array([9.99e-4, 1.001e-3]) * 2  # both sides of where the series ends
+  np.testing.assert_allclose(denoising.odds(x), x / 2 / np.expm1(x / 2), rtol=1e-12)
 
 
 def rows_of(scores) -> tuple[Outputs, Batch]:
