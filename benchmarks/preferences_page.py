@@ -154,6 +154,19 @@ to be the policy itself, which it becomes once the policy no longer moves.
   way, weighted by mu. The squared loss averages win probabilities, and its optimum is the best
   response to mu; if mu is the policy itself, that is the regularised Nash policy. Other losses
   average something else.
+* **`tdpo`** ends at none of these policies with Bradley-Terry labels. Its score of a sequence is the
+  sum over tokens of log(pi / reference) + KL(reference, pi). With pi = reference exp(q) / Z after a
+  prefix, a token adds q less the mean of q under the reference. So the scores are sums of advantages
+  under the reference, and the best ones are those of the reward r / T. The end is pi(token) =
+  reference(token) exp(E_reference[r | token] / T) / Z after each prefix, from any data that covers all.
+  This tilts each token by what it is worth if the reference continues, as controlled decoding does;
+  the tilt of whole sequences has T log E_reference[exp(r / T) | token] in that place.
+* **`cream`** reads no preferences. It prefers what the policy has made more likely than the reference
+  did, as surely as the policy of the last iteration agrees. At rest that policy is the present one and
+  agrees fully, so every gap grows without an end, and all mass goes to the sequence that is ahead at
+  the first update. There policy and reference are equal, and mean log-probabilities decide: it is the
+  sequence with the largest one under the reference, whatever the preferences and the data. In a run
+  the ranks of the two policies differ, and a gap ends where sigmoid(beta h) is their agreement.
 * **The likelihood of chosen answers** falls in most offline runs, and that by itself is no error: the
   optimum moves mass to good sequences wherever they are, and the rejected ones fall more. It is an
   error if the mass goes to sequences that the data lacks: a loss of margins does not see them, and

@@ -78,6 +78,56 @@ def test_from_own_samples_the_squared_loss_finds_the_nash_policy_and_the_logisti
   assert numbers['online_dpo']['bradley_terry']['on_policy']['tilt'] < preferences_page.EXACT
 
 
+def test_tdpo_tilts_each_token_by_what_it_is_worth_under_the_reference(numbers, x64):
+  """reference(token) exp(E_reference[r | token] / T) / Z after each prefix; the data does not matter."""
+  tokens, prefixes = np.asarray(world.POLICY.tokens), np.asarray(world.POLICY.prefixes)
+  there, reference = np.asarray(world.POLICY.mask), world.probabilities(world.reference())
+  logits = world.reference().copy()
+  for prefix, token in np.ndindex(logits.shape):
+    rows = (there & (prefixes == prefix) & (tokens == token)).any(axis=1)
+    worth = reference[rows] @ world.REWARDS[rows] / reference[rows].sum()
+    logits[prefix, token] += worth / world.TEMPERATURE
+  pi = world.probabilities(logits)
+  wanted = {
+    'kl': pi @ np.log(pi / reference),
+    'win_rate': pi @ world.bradley_terry().wins @ reference,
+    'largest': pi.max(),
+  }
+  for data in ('on_policy', 'reference', 'other'):
+    found = numbers['tdpo']['bradley_terry'][data]
+    for name, value in wanted.items():
+      assert found[name] == pytest.approx(value, abs=1e-9), (data, name)
+
+
+def test_cream_ends_at_one_sequence_whatever_is_preferred(numbers, x64):
+  """At the one of the largest mean log-probability under the reference, which is ahead at the start."""
+  length = np.asarray(world.POLICY.mask).sum(axis=1)
+  log_reference = np.log(world.probabilities(world.reference()))
+  first = np.argmax(log_reference / length)
+  assert first != np.argmax(log_reference)
+  for kind in ('bradley_terry', 'game'):
+    assert verdicts(numbers, 'cream', kind) == ['one'] * 4
+    for data in preferences_page.DATA:
+      assert numbers['cream'][kind][data]['kl'] == pytest.approx(-log_reference[first], abs=1e-3)
+
+
+def test_the_mean_square_of_margins_is_four_kls_near_the_reference_alone(x64):
+  """What GPO says of its regulariser; pairs are from the reference."""
+  reference = world.probabilities(world.reference())
+  move = np.random.default_rng(0).normal(size=world.reference().shape)
+
+  def ratio(size: float) -> float:
+    """E[h^2] / 4 over KL(pi, reference)."""
+    pi = world.probabilities(world.reference() + size * move)
+    gain = np.log(pi / reference)
+    squares = reference @ np.square(gain[:, None] - gain) @ reference
+    return squares / 4 / (pi @ gain)
+
+  errors = [abs(ratio(size) - 1) for size in (0.02, 0.01)]
+  assert errors[1] < 0.01 and errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+  assert ratio(10.0) > 5
+
+
 def test_the_likelihood_of_chosen_answers_falls_under_dpo_and_rejected_ones_fall_more(numbers):
   found = numbers['dpo']['bradley_terry']['reference']
   assert found['rejected'] < found['chosen'] < 0

@@ -1,8 +1,8 @@
 """Preferences between images of a diffusion model, from its denoising errors (call it yourself).
 
 polgrad has no diffusion policy: the errors are those of your own model. The error of a sample is the
-mean squared difference between the noise that was added to it and the noise that the model predicts, at a
-random time. A small error stands for a large likelihood.
+mean squared difference between the noise that was added to it and the noise that the model predicts, at
+a random time. A small error stands for a large likelihood.
 """
 
 import chex

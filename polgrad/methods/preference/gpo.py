@@ -14,7 +14,9 @@ def gpo(*, beta: float = 0.1, link: str = 'exponential') -> Method:
 
   Around h = 0 the loss is l(0) + l'(0) beta h + l''(0) (beta h)^2 / 2, whose last term regularises. So
   two links are about as strong if beta l''(0) / |l'(0)| is the same: beta / 2 for the logistic one, beta
-  for the square and the exponential one, and 0 for the hinge.
+  for the square and the exponential one, and 0 for the hinge. On pairs of the reference E[h^2] / 4 is
+  KL(pi, reference) up to third order in log(pi / reference). So the last term regularises like a KL near
+  the reference; far from it E[h^2] is much larger, and on pairs of another policy it is another number.
 
   Args:
     beta: multiplies the difference of the log-ratios.

@@ -14,8 +14,10 @@ def tdpo(*, beta: float = 0.1, alpha: float = 0.5, second: bool = False) -> Meth
       K = sum over the tokens of a completion of sum_v ref(v) log(ref(v) / pi(v))
 
   h is the margin of `dpo`. TDPO2 without gradient through K_w only keeps the rejected completion near
-  the reference; alpha = 0 is DPO. Every step has a forward pass of the reference, whose whole
-  distribution is compared, so the reference is the anchor `teacher`.
+  the reference; alpha = 0 is DPO. With Bradley-Terry labels of a reward r, TDPO1 is minimal at
+  pi(token) = reference(token) exp(E_reference[r | token] / beta) / Z after each prefix. Every step has a
+  forward pass of the reference, whose whole distribution is compared, so the reference is the anchor
+  `teacher`.
 
   Args:
     beta: coefficient of the KL to the reference.
