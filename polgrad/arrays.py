@@ -142,6 +142,14 @@ MODEL = {
   'values_after': Spec(
     'B T', 'scalar head after the token, as reward models have it; from the model'
   ),
+  'user_score': Spec('B', 'score of the row for its user; from the head `latent_user`'),
+  'user_kl': Spec(
+    'B', "KL of the posterior of the user's latent to the prior, nats; from the head `latent_user`"
+  ),
+  'view_loss': Spec(
+    'B',
+    "what two samples of the row's prompt do not tell of each other, nats; from the head `shared_views`",
+  ),
 }
 
 # What an objective computes before it calls a function.

@@ -26,6 +26,7 @@ from polgrad.checks.findings import Finding, reader_field, source_field
 from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.learner import Learner
 from polgrad.models import Part as ModelPart
+from polgrad.models.heads import with_head
 from polgrad.models.kernels import ATTENTION, PLATFORMS
 from polgrad.models.policy import Policy
 from polgrad.registry import (
@@ -187,7 +188,7 @@ class Phase(Judged):
   @property
   def rows_per_prompt(self) -> int:
     """Consecutive rows that stay together in every cut of a batch."""
-    return max(self.objective.rows_per_prompt, self.layout.shared, 1)
+    return max(self.objective.rows_together, self.layout.shared, 1)
 
 
 class Evaluation:
@@ -344,6 +345,7 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
     FileNotFoundError: a data, tokenizer or model file is missing.
   """
   run = bind(config, TABLE)
+  run = dataclasses.replace(run, model=_with_head(run, origin(config['model'])))
   model = run.model
   balanced = functools.partial(optim.balanced, labels=model.labels, rate=model.config.balance_rate)
   phases = {
@@ -353,6 +355,32 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
   run = dataclasses.replace(run, phases=phases)
   check(run)
   return run
+
+
+def origin(model: Mapping) -> str:
+  """The Hugging Face folder whose weights a model configuration starts from; '' if it names none."""
+  return origin(model['base']) if 'base' in model else model.get('path', '')
+
+
+def head(run: Experiment) -> objectives.Head | None:
+  """The head of the run's reward model that has parameters; None if there is none.
+
+  Raises:
+    ValueError: two phases have different ones.
+  """
+  found = {name: phase.objective.head for name, phase in run.phases.items()}
+  found = {name: one for name, one in found.items() if one.makes}
+  if len(set(found.values())) > 1:
+    raise ValueError(
+      f'config.phases: {sorted(found)} have objectives with different heads, but a model has one'
+    )
+  return next(iter(found.values()), None)
+
+
+def _with_head(run: Experiment, folder: str) -> Policy:
+  """The model of a run, with the parameters of the head of its objective."""
+  found = head(run)
+  return run.model if found is None else with_head(run.model, found.init, folder)
 
 
 def fingerprints(run: Experiment) -> dict[str, str]:
@@ -577,7 +605,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       )
   if wanted & VALUES and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
-  given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids'}
+  given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids'} | phase.objective.head.makes
   missing = sorted(wanted - given)
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:

@@ -21,7 +21,17 @@ from polgrad import trackers as tracking
 from polgrad.data import sources
 from polgrad.methods import Method
 from polgrad.presets import Preset
-from polgrad.registry import Count, Decay, NotNegative, Range, check_ranges, find, part, weighted
+from polgrad.registry import (
+  Count,
+  Decay,
+  NotNegative,
+  Range,
+  check_ranges,
+  find,
+  knobs_of,
+  part,
+  weighted,
+)
 from polgrad.reward_models import REWARDS
 from polgrad.tasks import Task
 
@@ -158,6 +168,18 @@ class _Run:
       return source
     return part(sources.as_chat, source=source, system=self.task.system)
 
+  def records(
+    self, method: Method, source: ConfigDict, more: ConfigDict | None = None
+  ) -> ConfigDict:
+    """The source as the method reads it; `more` are records that may be read beside it."""
+    if method.source is None:
+      return self.source(source)
+    wrap = method.source
+    beside = (
+      {} if more is None or 'more' not in knobs_of(wrap.func) else {'more': self.source(more)}
+    )
+    return part(wrap.func, source=self.source(source), **beside, **wrap.keywords)
+
   def phase(self, method: Method, *, teacher: str = '') -> ConfigDict:
     """The phase of a method."""
     task, needs = self.task, method.needs
@@ -169,7 +191,7 @@ class _Run:
     return part(
       build.Phase,
       steps=self.total_steps if self.smoke else method.steps or self.total_steps,
-      source=self.source(getattr(task, needs)),
+      source=self.records(method, getattr(task, needs)),
       collect=self.collector(method),
       credit=method.credit,
       objective=method.objective,
@@ -181,17 +203,17 @@ class _Run:
       epochs=method.epochs,
       minibatches=method.minibatches,
       curriculum=method.curriculum or part(curricula.epochs),
-      **({} if issubclass(method.collect.func, collect.Sampling) else self.held_out(needs)),
+      **({} if issubclass(method.collect.func, collect.Sampling) else self.held_out(method)),
     )
 
-  def held_out(self, needs: str) -> dict[str, Any]:
+  def held_out(self, method: Method) -> dict[str, Any]:
     """What a phase measures on records that it does not train on."""
-    task = self.task
+    task, needs = self.task, method.needs
     source = None if needs == 'problems' else getattr(task, f'held_out_{needs}')
     if source is None:
       return {}
     return {
-      'held_out': {needs: self.source(source)},
+      'held_out': {needs: self.records(method, source, more=getattr(task, needs))},
       'held_out_every': task.evaluate_every,
       'held_out_records': SMOKE['held_out'] if self.smoke else task.held_out_problems,
     }

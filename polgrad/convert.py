@@ -16,18 +16,21 @@ come from the Hugging Face folder that the run began with; generation_config.jso
 tokens that it lacks, such as one that only the chat template writes. OUT must be empty or not exist.
 """
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from absl import flags
 
 from polgrad import cli, jsons, loading
-from polgrad.build import Experiment
+from polgrad.build import Experiment, head, origin
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.models import gguf, hf
+from polgrad.models import gguf, heads, hf
 from polgrad.models.lora import merge, save_adapter
+from polgrad.registry import part
+from polgrad.sharding import to_host
 from polgrad.types import Params
 
 _GGUF = flags.DEFINE_string('gguf', '', 'A GGUF file to convert instead of a checkpoint.')
@@ -39,11 +42,6 @@ _REWARD = flags.DEFINE_bool(
   False,
   'Write a classifier whose one label is the value head, not a language model.',
 )
-
-
-def origin(model: Mapping) -> str:
-  """The Hugging Face folder whose weights a model configuration starts from; '' if it names none."""
-  return origin(model['base']) if 'base' in model else model.get('path', '')
 
 
 def export(
@@ -62,7 +60,8 @@ def export(
     out: folder to write; it must be empty or not exist.
     source: the folder that the model began with, see `origin`.
     adapter: write only the LoRA adapter.
-    reward_model: write a classifier whose one label is the value head, not a language model.
+    reward_model: write a classifier whose one label is the value head, not a language model. If the
+      run's objective has a head whose layers give the score, write the language model and these layers.
 
   Raises:
     ValueError: `adapter`, but the model has no LoRA adapter.
@@ -73,8 +72,13 @@ def export(
   with jax.set_mesh(experiment.mesh):
     if adapter:
       return save_adapter(out, policy.config, params, base_model=source)
-    whole = merge(policy.config, params) if policy.config.lora_rank else (policy.config, params)
-    hf.save(out, *whole, source=source, reward_model=reward_model)
+    of_model, layers = heads.without_head(params), None
+    one = head(experiment)
+    if reward_model and one is not None and one.scores:
+      layers = to_host(params['head']), part(type(one), **dataclasses.asdict(one)).to_dict()
+    lora = policy.config.lora_rank
+    whole = merge(policy.config, of_model) if lora else (policy.config, of_model)
+    hf.save(out, *whole, source=source, reward_model=reward_model and not layers, layers=layers)
   if source and jax.process_index() == 0:
     if reward_model:
       set_padding(out, experiment.tokenizer)

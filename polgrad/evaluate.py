@@ -27,7 +27,7 @@ from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import TABLE, Experiment, Phase, build
-from polgrad.collect import Context, Drawn, also_read, completions, make_draws, question
+from polgrad.collect import Context, Drawn, Given, also_read, completions, make_draws, question
 from polgrad.collect.base import make_annotator
 from polgrad.collect.drawn import transcript
 from polgrad.compiling import jit
@@ -39,6 +39,7 @@ from polgrad.reductions import merged
 from polgrad.sampling import behavior_policies
 from polgrad.types import Batch, Params, TrainState
 
+MOST_KINDS = 10  # more kinds of held-out records than these are not told apart
 EVALUATION_STEP = 2**31 - 1  # seeds the sampling noise, with a step that no training step has
 Samples = list[tuple[str, str, float]]  # (prompt, completion, reward)
 
@@ -261,7 +262,8 @@ def make_row_evaluator(phase: Phase, context: Context) -> Callable[[TrainState],
 
   These are the loss of the phase's objective, and its metrics: of preferences the accuracy, margin and
   implicit rewards, of demonstrations the entropy. They are exact over all records, however these are
-  cut into batches.
+  cut into batches. If the collector knows several kinds of records, such as the pairs of several users,
+  and there are at most `MOST_KINDS`, each kind is measured too, as evaluation/NAME/KIND/METRIC.
   """
   learner, collector = phase.learner(context.policy), phase.collect
   annotate = make_annotator(context, collector.temperature)
@@ -270,21 +272,27 @@ def make_row_evaluator(phase: Phase, context: Context) -> Callable[[TrainState],
   def measure(state: TrainState) -> dict[str, float]:
     found = {}
     for name, source in phase.held_out.items():
-      parts = []
-      for batch in row_batches(phase, source, context):
-        batch = annotate(state, batch).replace(layout=phase.layout)
-        batch = pack(
-          batch,
-          parts=phase.micro_batches,
-          rows_per_prompt=phase.rows_per_prompt,
-          data_parallel_size=devices,
-        )
-        parts.append(sharding.to_host(look(state, sharding.place_batch(context.mesh, batch))))
-      terms, metrics = merged(parts)
-      loss = sum(x.value() for k, x in terms.items() if k not in phase.objective.probes)
-      values = {'loss': loss} | {k: x.value() for k, x in metrics.items()}
-      found |= {f'evaluation/{name}/{k}': float(v) for k, v in values.items()}
+      parts = {}
+      for kind, records in by_kind(phase, source, context).items():
+        batches = row_batches(collector, records, context)
+        parts[f'{name}/{kind}'] = [of_batch(state, batch) for batch in batches]
+      found |= values(f'evaluation/{name}', [part for each in parts.values() for part in each])
+      if len(parts) > 1:
+        for place, each in parts.items():
+          found |= values(f'evaluation/{place}', each)
     return found
+
+  def of_batch(state: TrainState, batch: Batch) -> tuple[dict, dict]:
+    batch = annotate(state, batch).replace(layout=phase.layout)
+    sizes = dict(parts=phase.micro_batches, rows_per_prompt=phase.rows_per_prompt)
+    batch = pack(batch, **sizes, data_parallel_size=devices)
+    return sharding.to_host(look(state, sharding.place_batch(context.mesh, batch)))
+
+  def values(place: str, parts: list[tuple[dict, dict]]) -> dict[str, float]:
+    terms, metrics = merged(parts)
+    loss = sum(x.value() for k, x in terms.items() if k not in phase.objective.probes)
+    found = {'loss': loss} | {k: x.value() for k, x in metrics.items()}
+    return {f'{place}/{k}': float(v) for k, v in found.items()}
 
   return measure
 
@@ -339,10 +347,10 @@ def row_metrics(
   return make_row_evaluator(phase, context(experiment, phase, index))(state)
 
 
-def row_batches(phase: Phase, source: sources.Source, context: Context) -> Iterator[Batch]:
-  """Batches (NumPy) of the first `held_out_records` records of a source that are not dropped.
+def by_kind(phase: Phase, source: sources.Source, context: Context) -> dict[str, list[dict]]:
+  """The first `held_out_records` records of a source that are not dropped, by kind, see `Given.kind`.
 
-  The last batch is filled up with rows without tokens in the mask, so that one shape compiles.
+  If there are more than `MOST_KINDS`, all records are of the kind ''.
 
   Raises:
     ValueError: all records are dropped.
@@ -354,6 +362,18 @@ def row_batches(phase: Phase, source: sources.Source, context: Context) -> Itera
     records = [record for record in records if fate(record) in ('kept', 'cut')]
   if not records:
     raise ValueError('held_out: there are no records, or each is too long or unusable, and dropped')
+  found = {}
+  for record in records:
+    found.setdefault(collector.kind(record), []).append(record)
+  return found if len(found) <= MOST_KINDS else {'': records}
+
+
+def row_batches(collector: Given, records: Sequence[dict], context: Context) -> Iterator[Batch]:
+  """Batches (NumPy) of these records.
+
+  The last batch is filled up with rows without tokens in the mask, so that one shape compiles.
+  """
+  tokenizer = context.tokenizer
   for start in range(0, len(records), collector.records):
     piece = records[start : start + collector.records]
     filled = piece + [piece[-1]] * (collector.records - len(piece))

@@ -30,6 +30,7 @@ def forward(
   stats: Mapping[str, Callable] = {},
   temperature: float = 1.0,
   teacher: tuple[Policy, Params] | None = None,
+  head: Callable[[Params, Array, Batch], dict[str, Array]] | None = None,
 ) -> Outputs:
   """Log-probabilities of the tokens, and the other outputs that are asked for.
 
@@ -37,13 +38,15 @@ def forward(
   0 in prompt columns, and in packed rows all but values are 0 outside the mask.
 
   Args:
-    batch: only its tokens, segment_ids, mask, layout and offset are read.
+    batch: only its tokens, segment_ids, mask, layout and offset are read, and what `head` reads.
     fields: further outputs, out of {'entropy', 'values', 'values_after'}.
     stats: further functions of the next-token distribution by name, see `token_stats`.
     temperature: divides all logits, as it did when the tokens were sampled.
     teacher: a second model, whose logits a stat reads as `teacher_logits`; it gets no gradient.
+    head: (params['head'], states [B, D] at the last token of each row, batch) -> further fields of the
+      outputs, see `objectives.heads`.
   """
-  layout = batch.layout
+  given, layout = batch, batch.layout
   # Packing: short rows of the batch become one row of the model. `unpack` returns the model's
   # numbers [rows, T] to the places [B, T] of their tokens.
   unpack = lambda x: x
@@ -77,6 +80,9 @@ def forward(
   if fields & {'values', 'values_after'}:
     out['values_after'] = policy.value(params, hidden)
     out['values'] = previous(out['values_after'])
+  read = (
+    {} if head is None else head(params.get('head', {}), _last_states(hidden, given, start), given)
+  )
 
   # Back to [B, T]: the prompt columns return as zeros, and packed rows to their own places.
   out = {name: unpack(jnp.pad(x, ((0, 0), (start, 0)))) for name, x in out.items()}
@@ -86,7 +92,22 @@ def forward(
     values=out['values'] if 'values' in fields else None,
     values_after=out['values_after'] if 'values_after' in fields else None,
     stats={name: out[name] for name in stats},
+    **read,
   )
+
+
+def _last_states(hidden: Array, batch: Batch, start: int) -> Array:
+  """The states [B, D] at the last token of each row of the batch; of a row without tokens any state.
+
+  Args:
+    hidden: of the rows, without their first `start` columns, or of the packed rows.
+  """
+  seen = batch.segment_ids > 0
+  if batch.layout.rows:
+    place = batch.offset + jnp.sum(seen, axis=1) - 1
+    return hidden.reshape(-1, hidden.shape[-1])[place]
+  last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[1]), start), axis=1) - start
+  return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def _hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Array:
@@ -222,7 +243,8 @@ class Learner:
     """The undivided terms and metrics of a batch at the state's parameters; nothing is updated."""
     trainable = learned(self.policy, state.params)
     batch = self.select(state, trainable, batch)
-    look = lambda piece: self.terms(state, self.outputs(state, trainable, piece), piece)
+    outputs = functools.partial(self.outputs, state, trainable, sampled=False)
+    look = lambda piece: self.terms(state, outputs(piece), piece)
     if self.micro_batches == 1:
       return look(batch)
     pieces = split(batch, self.micro_batches, self.rows_per_prompt(batch))
@@ -284,12 +306,20 @@ class Learner:
     ]
     return sum(summands), (terms, metrics)
 
-  def outputs(self, state: TrainState, trainable: Params, batch: Batch) -> Outputs:
-    """What the objective reads of the model, with `trainable` in the place of the state's parameters."""
+  def outputs(
+    self, state: TrainState, trainable: Params, batch: Batch, *, sampled: bool = True
+  ) -> Outputs:
+    """What the objective reads of the model, with `trainable` in the place of the state's parameters.
+
+    Args:
+      sampled: whether random variables of a head are drawn, as in training; else they are their means.
+    """
     values = self.objective.requires & {'values', 'values_after'}
+    head = self.objective.head
     # Entropy is a metric of every run of a policy, which a reward model is not; where no metric or loss
     # reads it, the compiler drops it.
-    entropy = frozenset() if 'values_after' in values else frozenset({'entropy'})
+    scored = 'values_after' in values or head.makes
+    entropy = frozenset() if scored else frozenset({'entropy'})
     return forward(
       self.policy,
       overlay(state.params, trainable),
@@ -298,6 +328,7 @@ class Learner:
       stats=self.objective.stats,
       temperature=self.temperature,
       teacher=self.teacher(state),
+      head=functools.partial(head.read, sampled=sampled),
     )
 
   def teacher(self, state: TrainState) -> tuple[Policy, Params] | None:
@@ -318,7 +349,10 @@ class Learner:
     """
     zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
     stats = {name: zeros for name in self.objective.stats}
-    blank = Outputs(logp=zeros, entropy=zeros, values=zeros, values_after=zeros, stats=stats)
+    read = dict.fromkeys(self.objective.head.makes, zeros[:, 0])
+    blank = Outputs(
+      logp=zeros, entropy=zeros, values=zeros, values_after=zeros, stats=stats, **read
+    )
     terms, _ = self.terms(state, blank, batch)
     return {name: term.count for name, term in terms.items()}
 
@@ -341,7 +375,7 @@ class Learner:
 
   def rows_per_prompt(self, batch: Batch) -> int:
     """Number of consecutive rows that stay together when a batch is cut into micro-batches."""
-    return max(self.objective.rows_per_prompt, batch.layout.shared)
+    return max(self.objective.rows_together, batch.layout.shared)
 
   def oracle(self, state: TrainState, trainable: Params, batch: Batch) -> tuple[Oracle, list[str]]:
     """What the optimizer may ask about the loss of this minibatch, and the questions it has asked.

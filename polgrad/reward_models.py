@@ -10,11 +10,12 @@ all verifiers by the names that a configuration uses: those of `rewards.verifier
 of a completion.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -22,10 +23,12 @@ from jax.sharding import AxisType, Mesh
 
 from polgrad import sharding
 from polgrad.compiling import jit
-from polgrad.data import batching, tokenizers
+from polgrad.data import batching, sources, tokenizers
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.models import Policy, hf, pretrained
-from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, either, table
+from polgrad.losses import latent_preferences
+from polgrad.models import Policy, heads, hf, pretrained
+from polgrad.objectives import heads as objective_heads
+from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, bind, either, suggest, table
 from polgrad.rewards import comparisons, spans, verifiers
 from polgrad.rewards.scoring import Failure
 from polgrad.types import Array, Params
@@ -36,7 +39,8 @@ SHORTEST = 32  # columns of the shortest rows; other lengths are these times a p
 class Scorer(NamedTuple):
   """A reward model in memory, as a function of rows of tokens."""
 
-  score: Callable[[list[list[int]]], np.ndarray]  # rows of ids -> f64[rows]
+  # Rows of ids -> scores f64[rows]; of a model of users, the states f64[rows, D] at their last tokens.
+  score: Callable[[list[list[int]]], np.ndarray]
   tokenizer: Tokenizer
   chats: bool  # whether the tokenizer has a chat template
   max_length: int  # tokens that a row may have
@@ -111,6 +115,125 @@ def reward_model(
   judge.batched = True
   judge.__qualname__ = 'reward_model'
   return judge
+
+
+def user_reward_model(
+  *,
+  path: str,
+  pairs: str = '',
+  user: str = '',
+  field: str = 'user',
+  unknown: Literal['fail', 'prior'] = 'fail',
+  mean: float = 0.0,
+  std: Positive = 1.0,
+  clip: NotNegative = 0.0,
+  batch: AtLeastOne = 16,
+  max_length: Count = 0,
+  dtype: str = 'float32',
+  devices: Count = 0,
+  fsdp: AtLeastOne = 1,
+) -> Callable:
+  """A verifier of whole batches: the score that a user gives to prompt and completion, as a model of
+  `methods.vpl` predicts it.
+
+      reward = clip((r(y, z) - mean) / std),  z the mean of q(z | labelled pairs of the user)
+
+  Scores of different users have different scales, so compare them within the completions of a prompt, as
+  GRPO does.
+
+  Args:
+    path: folder of the model, which `polgrad.convert --reward_model` wrote.
+    pairs: file of JSON lines with labelled pairs of users: `prompt`, `chosen`, `rejected` and the user.
+      Of a user the first ones are read, as many as a user had in training. '' is none.
+    user: whose rewards are given; '' is the user whom the record names.
+    field: field with the user, in the file and in the records.
+    unknown: what a completion gets for a user without pairs: 'fail' makes the row invalid, 'prior' gives
+      the mean reward over 64 users that are drawn from the prior.
+    mean, std, clip, batch, max_length, dtype, devices, fsdp: as in `reward_model`.
+
+  Raises:
+    FileNotFoundError: the folder, one of its files or the file of pairs is missing.
+    ValueError: a folder whose model has no users, a `user` without pairs, a pair that lacks a field, or
+      more devices than there are.
+  """
+  settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
+  folder, head = _with_user(path)
+  _mesh(devices, fsdp)
+  users = _Users(folder, head, _pairs_of_users(pairs, field), settings, unknown == 'prior')
+  if user:
+    users.check(user)
+
+  def judge(completions: list[str], records: list[dict]) -> list[float | Failure]:
+    names = [user or str(record.get(field, '')) for record in records]
+    found = users.rewards(names, records, completions)
+    normalised = [x if isinstance(x, Failure) else (x - mean) / std for x in found]
+    if not clip:
+      return normalised
+    return [x if isinstance(x, Failure) else min(max(x, -clip), clip) for x in normalised]
+
+  judge.batched = True
+  judge.__qualname__ = 'user_reward_model'
+  return judge
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Users:
+  """The users of a model of `methods.vpl`, whose latents are computed when they are first needed."""
+
+  folder: str
+  head: objective_heads.LatentUser
+  pairs: Mapping[str, list[dict]]  # labelled pairs by user
+  settings: Mapping[str, Any]  # of `load`
+  prior: bool  # whether a user without pairs is one of the prior
+  latents: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+  def check(self, user: str) -> None:
+    """Refuses a user without pairs, unless it is one of the prior."""
+    if user not in self.pairs and not self.prior:
+      raise ValueError(f'the user {user!r} has no labelled pair{suggest(user, self.pairs)}')
+
+  def rewards(
+    self, names: list[str], records: list[dict], completions: list[str]
+  ) -> list[float | Failure]:
+    """What the user of each completion gives it."""
+    found = _read(load(self.folder, **self.settings), records, completions)
+    return [self.reward(*one) for one in zip(names, found, strict=True)]
+
+  def reward(self, name: str, state: np.ndarray | Failure) -> float | Failure:
+    if isinstance(state, Failure):
+      return state
+    try:
+      self.check(name)
+    except ValueError as error:
+      return Failure('KeyError', str(error))
+    z = self.latent(name if name in self.pairs else '')
+    states = np.repeat(state[None], len(z), axis=0).astype(np.float32)
+    return float(np.mean(latent_preferences.reward(_layers(self.folder), states, z)))
+
+  def latent(self, name: str) -> Array:
+    """z of a user [1, L]; '' is that of 64 users of the prior [64, L]."""
+    if name not in self.latents:
+      if name:
+        posterior = self.posterior(name)
+        noise = np.zeros(posterior.mean.shape, np.float32)
+      else:
+        zero = np.zeros((64, self.head.latent), np.float32)
+        posterior = latent_preferences.Posterior(zero, zero)
+        noise = np.random.default_rng(0).normal(size=zero.shape).astype(np.float32)
+      z = latent_preferences.sample(posterior, noise, normalize=self.head.normalize)
+      self.latents[name] = z
+    return self.latents[name]
+
+  def posterior(self, name: str) -> latent_preferences.Posterior:
+    """q(z | labelled pairs of a user), [1, L]."""
+    pairs = self.pairs[name][: self.head.context]
+    texts = [one[key] for key in ('chosen', 'rejected') for one in pairs]
+    states = _read(load(self.folder, **self.settings), pairs * 2, texts)
+    bad = [x.reason for x in states if isinstance(x, Failure)]
+    if bad:
+      raise ValueError(f'a labelled pair of the user {name!r} cannot be read: {bad[0]}')
+    both = np.stack(states).reshape(2, 1, len(pairs), -1).astype(np.float32)
+    return latent_preferences.encode(_layers(self.folder), *both)
 
 
 def preference_model(
@@ -226,12 +349,23 @@ def scores(
   Args:
     firsts: completions that the model reads before; None: it reads one completion.
   """
+  found = _read(scorer, records, texts, firsts)
+  return [x if isinstance(x, Failure) else float(x) for x in found]
+
+
+def _read(
+  scorer: Scorer,
+  records: Sequence[Mapping],
+  texts: Sequence[str],
+  firsts: Sequence[str | None] | None = None,
+) -> list[np.ndarray | Failure]:
+  """What the model says of each completion, an entry of what `Scorer.score` returns."""
   rows = [
     _row(scorer, record, text, *([] if firsts is None else [firsts[i]]))
     for i, (record, text) in enumerate(zip(records, texts, strict=True))
   ]
   kept = [i for i, row in enumerate(rows) if not isinstance(row, Failure)]
-  found = dict(zip(kept, scorer.score([rows[i] for i in kept]).tolist(), strict=True))
+  found = dict(zip(kept, scorer.score([rows[i] for i in kept]), strict=True))
   return [found.get(i, row) for i, row in enumerate(rows)]
 
 
@@ -244,7 +378,8 @@ def load(
   Args: see `reward_model`.
   """
   mesh = _mesh(devices, fsdp)
-  policy = pretrained(path=folder, max_length=max_length, dtype=dtype, value_head=True)
+  scalar = hf.is_reward_model(folder)
+  policy = pretrained(path=folder, max_length=max_length, dtype=dtype, value_head=scalar)
   tokenizer = tokenizers.huggingface(path=folder)
   if tokenizer.vocab_size > policy.config.vocab_size:
     raise ValueError(
@@ -256,10 +391,10 @@ def load(
     shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
     params = policy.init(jax.random.key(0), shardings)
   at_once = -(-batch // mesh.size) * mesh.size
-  look = jit(functools.partial(last_score, policy))
+  look = jit(functools.partial(last_score if scalar else last_state, policy))
 
   def score(rows: list[list[int]]) -> np.ndarray:
-    found = np.empty(len(rows))
+    found = np.empty(len(rows) if scalar else (len(rows), policy.config.width))
     # Rows of similar length go together, so that little padding is computed.
     order = np.argsort([len(row) for row in rows], kind='stable')
     with jax.set_mesh(mesh):
@@ -275,10 +410,55 @@ def load(
 
 def last_score(policy: Policy, params: Params, tokens: Array, segment_ids: Array) -> Array:
   """The scalar head at the last token of each row: i32[B, T], i32[B, T] -> f32[B]."""
+  return policy.value(params, last_state(policy, params, tokens, segment_ids))
+
+
+def last_state(policy: Policy, params: Params, tokens: Array, segment_ids: Array) -> Array:
+  """The state of the model at the last token of each row: i32[B, T], i32[B, T] -> [B, D]."""
   hidden = policy.hidden(params, tokens, segment_ids)
   last = (segment_ids > 0).sum(axis=1) - 1
-  ends = jax.numpy.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  return policy.value(params, ends)
+  return jax.numpy.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+@functools.lru_cache(maxsize=8)
+def _layers(folder: str) -> Params:
+  """The layers of the head beside a model."""
+  head = bind(heads.settings(folder), objective_heads.TABLE, folder)
+  width = pretrained(path=folder).config.width
+  return heads.read(folder, jax.eval_shape(lambda: head.init(jax.random.key(0), width)))
+
+
+def _with_user(path: str) -> tuple[str, objective_heads.LatentUser]:
+  """The folder of a model with a user, with ~ expanded, and its head.
+
+  Raises:
+    FileNotFoundError: it has no config.json.
+    ValueError: its model has no user.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if not (folder / 'config.json').is_file():
+    raise FileNotFoundError(f'{folder}: expected the folder of a reward model, with config.json')
+  if not (folder / heads.SETTINGS).is_file():
+    raise ValueError(
+      f'{folder} holds no reward model of users; train one with method=vpl, and write it with '
+      'polgrad.convert --reward_model'
+    )
+  return str(folder), bind(heads.settings(folder), objective_heads.TABLE, str(folder))
+
+
+def _pairs_of_users(path: str, field: str) -> dict[str, list[dict]]:
+  """The labelled pairs of a file by user."""
+  found = {}
+  if not path:
+    return found
+  source = sources.jsonl(path=path)
+  for row in range(len(source)):
+    record = source[row]
+    missing = [name for name in (field, 'chosen', 'rejected') if not record.get(name)]
+    if missing:
+      raise ValueError(f'{source.place(row)}: no {missing[0]!r}, only {sorted(record)}')
+    found.setdefault(str(record[field]), []).append(record)
+  return found
 
 
 def padded(
@@ -369,7 +549,7 @@ def _mesh(devices: int, fsdp: int) -> Mesh:
   )
 
 
-REWARDS = either(verifiers.TABLE, table('reward_models', reward_model))
+REWARDS = either(verifiers.TABLE, table('reward_models', reward_model, user_reward_model))
 SPANS = either(spans.TABLE, table('reward_models', step_model))
 COMPARISONS = either(comparisons.TABLE, table('reward_models', preference_model))
 Part = Annotated[Callable, REWARDS]

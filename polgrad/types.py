@@ -159,6 +159,10 @@ class Outputs:
   entropy: Array | None = None  # f32[B, T], nats
   values: Array | None = None  # f32[B, T], units of the reward, before each token
   values_after: Array | None = None  # f32[B, T], the same head after each token
+  # What further layers of a reward model read off the state at the last token (`objectives.heads`).
+  user_score: Array | None = None  # f32[B], score of the row for its user
+  user_kl: Array | None = None  # f32[B], nats, KL(posterior of the user's latent || prior)
+  view_loss: Array | None = None  # f32[B], nats, representation loss of the row's prompt
   stats: dict[str, Array] = struct.field(default_factory=dict)  # f32[B, T], by name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, methods, metrics, phases, tasks, train
-from polgrad.arrays import ARRAYS
+from polgrad.arrays import ARRAYS, MODEL
 from polgrad.collect.base import HANDED_ON
 from polgrad.methods.base import BUDGETS
 from polgrad.options import from_text
@@ -95,7 +95,7 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
 def test_gives_a_loss_and_its_gradient_from_arrays(name):
   method = method_of(name)
   arrays = arrays_of(method)
-  names = ('logp', 'entropy', 'values', 'values_after', 'logits')
+  names = (*MODEL, 'logits')
   live = {k: arrays.pop(k) for k in names if k in arrays}
   mask = np.ones((8, 5), bool)
 

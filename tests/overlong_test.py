@@ -193,5 +193,6 @@ def test_held_out_records_of_which_nothing_is_left_to_train_on_are_not_measured(
   phase = run.phases['train']
   context = phases.context(run, phase, 0)
   [source] = phase.held_out.values()
-  batches = list(evaluate.row_batches(phase, source, context))
+  [records] = evaluate.by_kind(phase, source, context).values()
+  batches = list(evaluate.row_batches(phase.collect, records, context))
   assert sum(batch.mask.any(axis=1).sum() for batch in batches) == 3 * phase.rows_per_prompt

@@ -86,6 +86,7 @@ def trace_objective(path: str, phase: Any, policy: Policy) -> Traced:
       values=numbers if 'values' in objective.requires else None,
       values_after=numbers if 'values_after' in objective.requires else None,
       stats={name: _statistic(fn, policy, numbers) for name, fn in objective.stats.items()},
+      **dict.fromkeys(objective.head.makes, jax.ShapeDtypeStruct(numbers.shape[:1], jnp.float32)),
     )
     jax.eval_shape(update, outputs, batch, objective.init())
   return found[0]

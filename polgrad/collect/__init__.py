@@ -9,6 +9,8 @@
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
+| `UserPreferences` | reads pairs off the data, each beside other pairs of the same user |
+| `SampledPreferences` | reads pairs off the data, each beside two samples of a policy |
 | `Feedback` | reads completions with a label each off the data |
 | `Revisions` | reads pairs off the data, and asks for each completion to be improved |
 | `Lists` | reads several completions of a prompt, with their rewards, off the data |
@@ -37,6 +39,8 @@ from polgrad.collect.data import (
   Lists,
   Preferences,
   Revisions,
+  SampledPreferences,
+  UserPreferences,
 )
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
@@ -62,9 +66,11 @@ __all__ = [
   'Preferences',
   'Revisions',
   'Rollouts',
+  'SampledPreferences',
   'Sampling',
   'Trees',
   'Turns',
+  'UserPreferences',
   'Vines',
   'also_read',
   'completions',
@@ -84,6 +90,8 @@ TABLE = table(
   Demonstrations,
   Preferences,
   Revisions,
+  UserPreferences,
+  SampledPreferences,
   Feedback,
   Lists,
 )

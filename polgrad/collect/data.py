@@ -16,7 +16,7 @@ from polgrad.collect.base import (
   Draw,
   make_annotator,
 )
-from polgrad.data import batching, pair_fields
+from polgrad.data import batching, pair_fields, user_pairs
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.registry import AtLeastOne, Count, Range
 from polgrad.sharding import to_host
@@ -42,6 +42,11 @@ class Given(Collector):
       Unusable: a field is missing or makes no sense, or there is nothing to learn.
       ValueError: a conversation or text that cannot be laid out.
     """
+
+  def kind(self, record: Mapping) -> str:
+    """A name under which the metrics of held-out records are reported as well; '' for none."""
+    del record
+    return ''
 
   def make(self, context: Context) -> Collect:
     return _Given(
@@ -177,6 +182,75 @@ class Revisions(Given):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class UserPreferences(Given):
+  """Pairs of a `chosen` and a `rejected` completion, each with other pairs of its user, the `context`.
+
+  Records are those of `sources.with_context`. Each has 2 + 2 * `context` rows; the loss looks at the
+  first two.
+  """
+
+  # Records of a batch.
+  pairs: AtLeastOne = 16
+  # Other pairs of a record.
+  context: AtLeastOne = 8
+  # Field of the records with the user.
+  user: str = 'user'
+
+  @property
+  def records(self) -> int:
+    return self.pairs
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('chosen', 'rejected')
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return 2 + 2 * self.context
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset({'label', 'uniform'})
+
+  def kind(self, record: Mapping) -> str:
+    return f'{self.user}={record.get(self.user)}'
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    sizes = dict(length=self.length, context=self.context, user=self.user)
+    return user_pairs.with_context(records, tokenizer, **sizes, cut=cut)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledPreferences(Given):
+  """Pairs of a `chosen` and a `rejected` completion, each with two `samples` of a policy: four rows.
+
+  The loss of pairs looks at the first two rows.
+  """
+
+  # Records of a batch.
+  pairs: AtLeastOne = 16
+
+  @property
+  def records(self) -> int:
+    return self.pairs
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('chosen', 'rejected')
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return 4
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return frozenset({'label', 'uniform'})
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
+    return user_pairs.with_samples(records, tokenizer, length=self.length, cut=cut)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Feedback(Given):
   """Prompts with one completion and its `label`: true or false, or the probability that it is good."""
 
@@ -253,6 +327,11 @@ class Lists(Given):
     return batching.lists(records, tokenizer, **sizes, cut=cut)
 
 
+def _length(batch: Batch) -> float:
+  """Mean number of tokens in the mask, of the rows that have one."""
+  return float(batch.mask.sum() / max(batch.mask.any(axis=1).sum(), 1))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Given:
   """Collects completions that the data hold."""
@@ -271,7 +350,7 @@ class _Given:
       batch=batch.replace(layout=self.annotate.context.layout),
       credit_state=to_host(state.credit_state),
       collect_state=(),
-      metrics={'length': float(batch.mask.sum() / len(batch.mask)), **self.meter.take()},
+      metrics={'length': _length(batch), **self.meter.take()},
       samples=[],
       messages=[],
     )

@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 
 from polgrad import paths
-from polgrad.data import tables, verifiers_package
+from polgrad.data import synthetic_pairs, tables, verifiers_package
 from polgrad.data.records import normalized
 from polgrad.registry import AtLeastOne, Count, Fraction, Range, table
 
@@ -137,6 +137,39 @@ def _positions(piles, most):
 
 def _position(piles):
   return {'prompt': ''.join(map(str, piles)), 'piles': list(piles)}
+
+
+def tastes(
+  *, size: AtLeastOne = 2000, first: Count = 0, users: AtLeastOne = 8, seed: Count = 0
+) -> Source:
+  """Pairs of numbers, of which half of the users prefer the larger and the others the smaller one.
+
+  Question i is a pair of user i modulo `users`, whose name is in `user`; users with an even number like
+  large numbers. `chosen` and `rejected` have one digit and differ, and `samples` are two further
+  numbers. All depend only on the question and `seed`.
+
+  Args:
+    size: number of records.
+    first: number of the first question.
+    users: number of users.
+    seed: seed of the numbers.
+  """
+
+  def record(row):
+    question = first + row
+    user, rng = question % users, np.random.default_rng((seed, question))
+    small, large = sorted(int(x) for x in rng.choice(10, size=2, replace=False))
+    chosen, rejected = (large, small) if user % 2 == 0 else (small, large)
+    samples = [str(int(x)) for x in rng.integers(10, size=2)]
+    return {
+      'prompt': f'{question}:',
+      'chosen': str(chosen),
+      'rejected': str(rejected),
+      'user': f'user {user}',
+      'samples': samples,
+    }
+
+  return Source(size, record)
 
 
 def seeds(*, size: AtLeastOne = 1000, first: Count = 0) -> Source:
@@ -419,6 +452,7 @@ BASE = table(
   hidden_numbers,
   word_problems,
   nim_moves,
+  tastes,
   nim_positions,
   seeds,
   jsonl,
@@ -657,5 +691,131 @@ def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:
   return dataclasses.replace(source, record=record)
 
 
-TABLE = PLAIN | table('sources', as_chat)
+CHAT = PLAIN | table('sources', as_chat)
+
+
+def nothing() -> Source:
+  """A source without records."""
+  return Source(0, lambda row: {})
+
+
+def with_context(
+  *,
+  source: Annotated[Source, CHAT],
+  more: Annotated[Source, CHAT | table('sources', nothing)] = nothing,
+  field: str = 'user',
+  pairs: AtLeastOne = 8,
+  seed: int = 0,
+) -> Source:
+  """Another source's preference pairs, each beside other pairs of the same user, its `context`.
+
+  The context is a list of at most `pairs` other records of the user, drawn without replacement; which
+  ones depends only on the row and `seed`. A record whose user has no other pair has an empty list, and
+  one without a user has no context. All users are read with the first record.
+
+  Args:
+    source: records with `chosen` and `rejected`, and the user in a field.
+    more: records that the context may be of as well, such as those that are trained on where `source`
+      is held out.
+    field: name of the field with the user, a text or a number.
+    pairs: most pairs of a context.
+    seed: seed of the draws.
+  """
+  both = (source, more)
+
+  @functools.cache
+  def places():
+    """Of each user, (index into `both`, row) of the records."""
+    found = {}
+    for which, one in enumerate(both):
+      for row in range(len(one)):
+        found.setdefault(_user(one[row], field), []).append((which, row))
+    return found
+
+  def record(row):
+    fields = source[row]
+    user = _user(fields, field)
+    if user is None:
+      return fields
+    others = [place for place in places()[user] if place != (0, row)]
+    drawn = np.random.default_rng((seed, row)).permutation(len(others))[:pairs]
+    return {**fields, 'context': [both[which][r] for which, r in (others[int(i)] for i in drawn)]}
+
+  return dataclasses.replace(source, record=record)
+
+
+def confident_pairs(
+  *,
+  source: Annotated[Source, CHAT],
+  confidence: Fraction = 0.5,
+  answer: str = '(?s)(.*)',
+  seed: int = 0,
+) -> Source:
+  """Another source's preference pairs, and pairs made of its lists: RLP-SPG (arXiv:2403.19279).
+
+  A record with `chosen` and `rejected` stays. One with `completions`, samples of a policy, and their
+  `rewards`, by a reward model, becomes a pair if enough of the samples say the same, see
+  `synthetic_pairs.confident_pair`; else it is left out, as are all other records. All records of
+  files are read when the source is made.
+
+  Args:
+    source: records of both kinds.
+    confidence: fraction of the samples that must say the same.
+    answer: regular expression; samples say the same if the first groups of its last matches are equal.
+      Records with a list `clusters`, a number or text for each sample, say it themselves.
+    seed: seed of the draw of the other sample.
+
+  Raises:
+    ValueError: nothing is left, or lists of different lengths.
+  """
+  paired = lambda fields: 'chosen' in fields and 'rejected' in fields
+  if not source.irregular and paired(source[0]):
+    return source  # all are pairs, where one row tells of the others
+
+  found = {}  # row of the pair -> (row of the record, what makes it a pair)
+  for row in range(len(source)):
+    fields = source[row]
+    if paired(fields):
+      found[len(found)] = row, {}
+    elif 'completions' in fields:
+      pair = _synthetic(fields, source.place(row), confidence, answer, (seed, row))
+      if pair:
+        found[len(found)] = row, pair
+  if not found:
+    raise ValueError(
+      f'none of {len(source)} records is a pair, or has completions of which {confidence:g} say the same'
+    )
+
+  def record(row):
+    original, pair = found[row]
+    return {**source[original], **pair}
+
+  place = lambda row: source.place(found[row][0])
+  return dataclasses.replace(source, size=len(found), record=record, place=place)
+
+
+def _synthetic(fields, place, confidence, answer, seed):
+  """`chosen` and `rejected` of a record with completions and rewards; {} if no pair is sure enough."""
+  texts, scores = fields['completions'], fields.get('rewards')
+  said = fields.get('clusters') or [_last_match(text, answer) for text in texts]
+  if not isinstance(scores, list) or not len(texts) == len(scores) == len(said):
+    raise ValueError(f'{place}: completions, rewards and clusters must be lists of one length')
+  draw = np.random.default_rng(seed).random()
+  pair = synthetic_pairs.confident_pair(said, scores, draw, confidence=confidence)
+  return {} if pair is None else {'chosen': texts[pair[0]], 'rejected': texts[pair[1]]}
+
+
+def _last_match(text, pattern):
+  """The first group of the pattern's last match, or the text if there is none; both stripped."""
+  matches = re.findall(pattern, text)
+  return (matches[-1] if matches and matches[-1] else text).strip()
+
+
+def _user(record, field):
+  """The user of a record as text; None if it names none."""
+  found = record.get(field)
+  return None if found is None or found == '' else str(found)
+
+
+TABLE = CHAT | table('sources', with_context, confident_pairs)
 Part = Annotated[Source, TABLE]

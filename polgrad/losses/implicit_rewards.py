@@ -91,6 +91,18 @@ def last_value(values_after: Array, mask: Array) -> Array:
   return jnp.sum(jnp.where(mask & (later == 1), single(values_after), 0), axis=-1)
 
 
+def user_score(user_score: Array) -> Array:
+  """The score that a row has for its user: variational preference learning (arXiv:2408.10075).
+
+  Args:
+    user_score: [...], of the head `heads.LatentUser`, carries gradient.
+
+  Returns:
+    [...], the same.
+  """
+  return single(user_score)
+
+
 def old_log_ratio_sum(logp: Array, proximal_logp: Array, mask: Array) -> Array:
   """sum_t (logp - proximal_logp): the log-ratio to the policy at the start of the phase, as in mirror
   descent (arXiv:2501.12599).
@@ -247,6 +259,7 @@ TABLE = table(
   logp_sum,
   logp_mean,
   last_value,
+  user_score,
   old_log_ratio_sum,
   bellman_sum,
   weighted_log_ratio_sum,

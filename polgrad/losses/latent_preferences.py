@@ -7,8 +7,8 @@ embedding and of z. With a query pair of the same user, the negative evidence lo
     softplus(-(r(chosen, z) - r(rejected, z))) + weight KL(q(z | context) || N(0, I)),  z ~ q
 
 Without the latent, users with opposite tastes cancel: the best Bradley-Terry reward is then constant.
-These are pure functions of embeddings, such as a reward model's state at the last token. No method of
-polgrad trains them.
+These are pure functions of embeddings, such as a reward model's state at the last token.
+`methods.vpl` trains them.
 
 The examples need `import jax, jax.numpy as jnp, numpy as np` and
 `from polgrad.losses import latent_preferences`.
@@ -20,6 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses._layers import layer, layers, linear, mlp
 from polgrad.types import Array, Params
 
 
@@ -43,26 +44,21 @@ def init(
     attention: whether pairs of the context attend to each other.
 
   Returns:
-    {'encoder': ..., 'decoder': [...]}, float32.
+    {'encoder': ..., 'decoder': ...}, nested dicts of float32 arrays.
   """
-  keys = iter(jax.random.split(key, 16))
-
-  def layer(inputs, outputs):
-    weight = jax.random.normal(next(keys), (inputs, outputs)) * (2 / inputs) ** 0.5
-    return {'weight': weight, 'bias': jnp.zeros(outputs)}
-
+  keys = jax.random.split(key, 5)
   encoder = {
-    'pair': [layer(2 * width, hidden), layer(hidden, hidden), layer(hidden, latent)],
-    'mean': layer(latent, latent),
-    'log_variance': layer(latent, latent),
+    'pair': layers(keys[0], 2 * width, hidden, hidden, latent),
+    'mean': layer(keys[1], latent, latent),
+    'log_variance': layer(keys[2], latent, latent),
   }
   if attention:
-    encoder['attention'] = [layer(latent, latent) for _ in range(3)]
-  decoder = [layer(width + latent, hidden), layer(hidden, hidden), layer(hidden, 1)]
-  return {'encoder': encoder, 'decoder': decoder}
+    each = zip(('query', 'key', 'value'), jax.random.split(keys[3], 3))
+    encoder['attention'] = {name: layer(one, latent, latent) for name, one in each}
+  return {'encoder': encoder, 'decoder': layers(keys[4], width + latent, hidden, hidden, 1)}
 
 
-def encode(params: Params, chosen: Array, rejected: Array) -> Posterior:
+def encode(params: Params, chosen: Array, rejected: Array, where: Array | None = None) -> Posterior:
   """The posterior of a user's latent, given labelled pairs; the order of the pairs does not matter.
 
   Each pair goes through an MLP, the codes of all pairs through one head of self-attention (if `params`
@@ -71,16 +67,21 @@ def encode(params: Params, chosen: Array, rejected: Array) -> Posterior:
   Args:
     params: of `init`.
     chosen, rejected: [..., N, width], embeddings of the N pairs of a user.
+    where: bool[..., N], the pairs that there are, at least one; None: all.
   """
   chex.assert_equal_shape([chosen, rejected])
   encoder = params['encoder']
-  codes = _mlp(encoder['pair'], jnp.concatenate([chosen, rejected], axis=-1))
+  codes = mlp(encoder['pair'], jnp.concatenate([chosen, rejected], axis=-1))
+  there = jnp.ones(codes.shape[:-1], bool) if where is None else where
   if 'attention' in encoder:
-    query, keys, values = (_linear(one, codes) for one in encoder['attention'])
-    looks = jax.nn.softmax(query @ jnp.swapaxes(keys, -1, -2) / query.shape[-1] ** 0.5)
-    codes = looks @ values
-  pooled = codes.mean(axis=-2)
-  read = lambda name: jnp.clip(_linear(encoder[name], pooled), -1, 1)
+    query, keys, values = (
+      linear(encoder['attention'][name], codes) for name in ('query', 'key', 'value')
+    )
+    looks = query @ jnp.swapaxes(keys, -1, -2) / query.shape[-1] ** 0.5
+    codes = jax.nn.softmax(jnp.where(there[..., None, :], looks, -1e30)) @ values
+  count = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
+  pooled = jnp.sum(jnp.where(there[..., None], codes, 0), axis=-2) / count
+  read = lambda name: jnp.clip(linear(encoder[name], pooled), -1, 1)
   return Posterior(read('mean'), read('log_variance'))
 
 
@@ -100,7 +101,7 @@ def sample(posterior: Posterior, noise: Array, *, normalize: bool = True) -> Arr
 
 def reward(params: Params, embedding: Array, z: Array) -> Array:
   """r(y, z) of completions, [...]: an MLP of the embedding [..., width] beside the latent [..., L]."""
-  return _mlp(params['decoder'], jnp.concatenate([embedding, z], axis=-1))[..., 0]
+  return mlp(params['decoder'], jnp.concatenate([embedding, z], axis=-1))[..., 0]
 
 
 def prior_kl(posterior: Posterior) -> Array:
@@ -149,14 +150,3 @@ def win_rates(rewards: Array) -> Array:
   against the others.
   """
   return jax.nn.sigmoid(rewards[..., :, None] - rewards[..., None, :]).mean(axis=-1)
-
-
-def _linear(layer: Params, x: Array) -> Array:
-  out = x @ layer['weight']
-  return out + jnp.broadcast_to(layer['bias'], out.shape)
-
-
-def _mlp(layers: list[Params], x: Array) -> Array:
-  for layer in layers[:-1]:
-    x = jax.nn.leaky_relu(_linear(layer, x), 0.2)
-  return _linear(layers[-1], x)

@@ -13,8 +13,9 @@ from typing import Annotated
 
 import jax.numpy as jnp
 
+from polgrad.losses import pairs
 from polgrad.losses._common import single
-from polgrad.registry import Positive, table
+from polgrad.registry import Count, Fraction, Positive, table
 from polgrad.types import Array
 
 
@@ -54,5 +55,45 @@ def barrier(score: Array, *, limit: Positive = 5.0) -> Array:
   return -jnp.mean((jnp.log(limit - score) + jnp.log(limit + score)).reshape(-1, 2), axis=1)
 
 
-TABLE = table('score_penalties', centered, barrier)
+def user_divergence(
+  user_kl: Array, step: Array, *, period: Count = 0, least: Fraction = 0.1
+) -> Array:
+  """c KL(q(z | context) || N(0, I)): keeps the latent of a user near its prior (arXiv:2408.10075).
+
+  In each period of updates the coefficient c rises from `least` to 1, along half of a cosine.
+
+      c = least + (1 - least) (1 - cos(pi (step mod period) / period)) / 2
+
+  Args:
+    user_kl: [B], nats, the same in all rows of a user; carries gradient.
+    step: number of the update.
+    period: updates after which the coefficient begins again; 0: it is 1.
+    least: coefficient at the beginning of a period.
+
+  Returns:
+    [B / 2], >= 0, nats.
+
+  >>> print(np.asarray(score_penalties.user_divergence(jnp.ones(2), jnp.array(5.0), period=10)))
+  [0.55]
+  """
+  kl = pairs.first(single(user_kl))
+  if not period:
+    return kl
+  ramp = 0.5 - 0.5 * jnp.cos(jnp.pi * (step % period) / period)
+  return (least + (1 - least) * ramp) * kl
+
+
+def views(view_loss: Array) -> Array:
+  """What two samples of a prompt do not tell of each other: the term L_M of RLP (arXiv:2403.19279).
+
+  Args:
+    view_loss: [B], nats, the same in all rows of a prompt, see `shared_information`; carries gradient.
+
+  Returns:
+    [B / 2], the same.
+  """
+  return pairs.first(single(view_loss))
+
+
+TABLE = table('score_penalties', centered, barrier, user_divergence, views)
 Part = Annotated[Callable, TABLE]

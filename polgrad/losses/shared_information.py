@@ -8,19 +8,56 @@ penalises what only one of them holds:
 
 T is the matrix of a critic's scores T(z1 of prompt i, z2 of prompt j). The encoder reads the features of
 a reward model, and the loss is added to the Bradley-Terry loss, in the paper with the coefficient 1/2.
-These are pure functions; no method of polgrad trains them.
+`methods.rlp_uml` trains it.
 
 The examples need `import jax.numpy as jnp, numpy as np` and
 `from polgrad.losses import shared_information`.
 """
 
-from collections.abc import Sequence
-
 import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.types import Array
+from polgrad.losses._layers import layers, mlp
+from polgrad.types import Array, Params
+
+
+def init(key: Array, *, width: int, code: int, hidden: int = 512) -> Params:
+  """Random parameters of the encoder and of the critic, as `encode` and `critic` read them.
+
+  The paper says that the heads have three layers; their widths and the critic are our choice.
+
+  Args:
+    key: of the random numbers.
+    width: size of the features of a completion.
+    code: size of the code z.
+    hidden: size of the hidden layers.
+
+  Returns:
+    {'mean': ..., 'log_std': ..., 'critic': ...}, nested dicts of float32 arrays.
+  """
+  mean, log_std, critic = jax.random.split(key, 3)
+  return {
+    'mean': layers(mean, width, hidden, hidden, code),
+    'log_std': layers(log_std, width, hidden, hidden, code),
+    'critic': layers(critic, 2 * code, hidden, hidden, 1),
+  }
+
+
+def encode(params: Params, features: Array) -> tuple[Array, Array]:
+  """Mean and standard deviation of the codes, [..., width] -> two of [..., code].
+
+  The logarithm of the standard deviation is clipped to [-5, 2].
+  """
+  return mlp(params['mean'], features), jnp.exp(jnp.clip(mlp(params['log_std'], features), -5, 2))
+
+
+def critic(params: Params, first: Array, second: Array) -> Array:
+  """T_ij of codes of n prompts, [..., n, code] twice -> [..., n, n]: an MLP of both codes."""
+  n = first.shape[-2]
+  rows = jnp.repeat(first[..., :, None, :], n, axis=-2)
+  columns = jnp.repeat(second[..., None, :, :], n, axis=-3)
+  return mlp(params['critic'], jnp.concatenate([rows, columns], axis=-1))[..., 0]
 
 
 def gaussian_kl(mean: Array, std: Array, other_mean: Array, other_std: Array) -> Array:
@@ -44,52 +81,24 @@ def symmetric_kl(mean: Array, std: Array, other_mean: Array, other_std: Array) -
   return 0.5 * (gaussian_kl(*q, *p) + gaussian_kl(*p, *q))
 
 
-def jensen_shannon(critic: Array) -> Array:
-  """The Jensen-Shannon lower bound of the information between the codes, from [N, N] to [].
+def jensen_shannon(critic: Array, where: Array | None = None) -> Array:
+  """The Jensen-Shannon bound of the information between the codes, by prompt: [..., n, n] -> [..., n].
 
-      mean over i of -softplus(-T_ii) - mean over i != j of softplus(T_ij)
+      -softplus(-T_ii) - mean over j != i of softplus(T_ij)
 
-  It is -2 log 2 for a critic that knows nothing (T = 0), and below 0 for every critic.
+  The bound is the mean over the prompts i. It is -2 log 2 for a critic that knows nothing (T = 0), and
+  below 0 for every critic.
 
   Args:
     critic: T_ij, the critic's score of the codes z1 of prompt i and z2 of prompt j.
+    where: bool[..., n], the prompts that there are; None: all. Others are not among the j.
 
-  >>> print(shared_information.jensen_shannon(jnp.zeros((3, 3))).round(4))
-  -1.3863
+  >>> print(np.asarray(shared_information.jensen_shannon(jnp.zeros((3, 3)))).round(4))
+  [-1.3863 -1.3863 -1.3863]
   """
-  chex.assert_rank(critic, 2)
-  own = jnp.eye(len(critic), dtype=bool)
-  others = jnp.sum(jnp.where(own, 0, jax.nn.softplus(critic)))
-  count = len(critic) * (len(critic) - 1)
-  return -jnp.mean(jax.nn.softplus(-jnp.diagonal(critic))) - others / max(count, 1)
-
-
-def confident_pair(
-  clusters: Sequence[int], scores: Sequence[float], draw: float, *, confidence: float = 0.5
-) -> tuple[int, int] | None:
-  """A synthetic preference among the samples of a prompt, or None (RLP-SPG).
-
-  If the largest cluster of equivalent samples has at least the fraction `confidence` of all samples, its
-  member with the best score is preferred to a random sample of the other clusters.
-
-  Args:
-    clusters: number of the cluster of each sample. Of equally large clusters the first is taken.
-    scores: of the samples, by a reward model.
-    draw: uniform random number in [0, 1), which chooses the other sample.
-    confidence: gamma in the paper.
-
-  Returns:
-    (preferred, other), indices of samples; None if no cluster is large enough, or all are equivalent.
-
-  >>> shared_information.confident_pair([0, 0, 1, 0], [0.1, 0.9, 2.0, 0.3], draw=0.5)
-  (1, 2)
-  """
-  sizes = {name: list(clusters).count(name) for name in dict.fromkeys(clusters)}
-  if not sizes:
-    return None
-  largest = max(sizes, key=sizes.get)
-  inside = [i for i, name in enumerate(clusters) if name == largest]
-  outside = [i for i, name in enumerate(clusters) if name != largest]
-  if len(inside) < confidence * len(clusters) or not outside:
-    return None
-  return max(inside, key=lambda i: scores[i]), outside[int(draw * len(outside))]
+  n = critic.shape[-1]
+  there = jnp.ones(critic.shape[:-1], bool) if where is None else where
+  others = there[..., None, :] & jnp.broadcast_to(~jnp.eye(n, dtype=bool), critic.shape)
+  total = jnp.sum(jnp.where(others, jax.nn.softplus(critic), 0), axis=-1)
+  own = jnp.diagonal(critic, axis1=-2, axis2=-1)
+  return -jax.nn.softplus(-own) - total / jnp.maximum(jnp.sum(others, axis=-1), 1)

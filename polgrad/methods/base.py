@@ -22,6 +22,8 @@ NEEDS = {
   collectors.Demonstrations: 'demonstrations',
   collectors.Preferences: 'pairs',
   collectors.Revisions: 'pairs',
+  collectors.UserPreferences: 'pairs',
+  collectors.SampledPreferences: 'pairs',
   collectors.Feedback: 'feedback',
   collectors.Lists: 'lists',
 }
@@ -48,6 +50,9 @@ class Method:
     collect: the collector (a class of `polgrad.collect`) with what the method asks of it. All other
       settings, such as the number of prompts, come from the task.
     curriculum: which records a step draws, a part of `polgrad.curricula`; None draws shuffled epochs.
+    source: what the source of the task's records is wrapped in, a function of `data.sources` with an
+      argument `source`. If it has an argument `more`, it gets the records that are trained on beside
+      held-out ones. None: nothing.
     rewards: verifiers that the method adds to those of the task, each with its weight. Dynamic sampling
       does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.
@@ -71,6 +76,7 @@ class Method:
     default_factory=lambda: functools.partial(collectors.Rollouts)
   )
   curriculum: ConfigDict | None = None
+  source: functools.partial | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   reward_scale: float = 1.0
   anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
@@ -150,7 +156,9 @@ def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozen
   of_credit = credit.requires | (credit.scored if _made(credit) else set())
   of_groups = {n for f in objective.slots.values() for n in inputs(f)} & {'group_ids'}
   of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & VOCABULARY.keys()
-  fields = objective.requires - {'teacher_logits'} - objective.stats.keys()
+  in_slots = {n for f in objective.slots.values() for n in inputs(f)}
+  of_head = objective.head.requires - in_slots  # `loss` gets what the head gives, not what it reads
+  fields = objective.requires - {'teacher_logits'} - objective.stats.keys() - of_head
   return frozenset({'logp'} | (fields - _made(credit)) | of_credit | of_vocabulary | of_groups)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from polgrad import jsons, paths
-from polgrad.models import families
+from polgrad.models import families, heads
 from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.models.tensors import (
@@ -232,6 +232,7 @@ def save(
   *,
   source: str | pathlib.Path = '',
   reward_model: bool = False,
+  layers: tuple[Params, Mapping] | None = None,
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Writes a folder that the transformers library reads. The folder appears when it is complete.
@@ -246,6 +247,7 @@ def save(
     source: the folder that the model was read from, if any; its config.json, tokenizer and generation
       settings are copied.
     reward_model: write a classifier with one label, the value head, instead of a language model.
+    layers: NumPy arrays of further layers, and what they are; written beside the model, see `heads`.
     max_shard_bytes: largest size of a file, unless a single tensor is larger.
 
   Raises:
@@ -288,7 +290,7 @@ def save(
     for tensor in tensors.values():
       tensor.all()  # takes part in gathering the tensor from all processes
   else:
-    _write(folder, tensors, settings, source, max_shard_bytes)
+    _write(folder, tensors, settings, source, max_shard_bytes, layers)
   together('written')  # barrier: from here on every process finds the folder
 
 
@@ -300,10 +302,12 @@ def _settings(config: Config, source: pathlib.Path | None, reward_model: bool) -
   return families.keep_settings(stated, config, reward_model)
 
 
-def _write(folder, tensors, settings, source, max_shard_bytes) -> None:
+def _write(folder, tensors, settings, source, max_shard_bytes, layers) -> None:
   """Writes weights, settings and the companions of the source to a new folder."""
   with new_folder(folder) as made:
     write_folder(made, tensors, max_shard_bytes)
+    if layers is not None:
+      heads.save(made, *layers)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (made / 'config.json').write_text(text, encoding='utf-8')
     for name in COMPANIONS:

@@ -13,10 +13,11 @@
 | `Supervised` | the negative log-likelihood of given completions |
 | `WeightedSum` | a weighted sum of these |
 
-`Objective` is their base class. An objective never sees the model: it declares what it reads
-(`requires`, `stats`), gets the model's outputs, and returns named terms as undivided means. Totals
-and counts add up, so any split of a batch into micro-batches or over devices gives the same value
-and gradient once totals are divided by the counts of the whole batch.
+`Objective` is their base class, and `Head` that of further layers of a reward model. An objective never
+sees the model: it declares what it reads (`requires`, `stats`, `head`), gets the model's outputs, and
+returns named terms as undivided means. Totals and counts add up, so any split of a batch into
+micro-batches or over devices gives the same value and gradient once totals are divided by the counts of
+the whole batch.
 
 A function in a slot reads the arrays that its positional arguments name; `view` lists all names.
 """
@@ -24,6 +25,7 @@ A function in a slot reads the arrays that its positional arguments name; `view`
 from typing import Annotated
 
 from polgrad.objectives.base import Objective, check_reads, view
+from polgrad.objectives.heads import Head
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
 from polgrad.objectives.prefix_scorer import PrefixValues
@@ -40,6 +42,7 @@ __all__ = [
   'FAMILIES',
   'TABLE',
   'Distillation',
+  'Head',
   'Listwise',
   'Objective',
   'Pairwise',

@@ -14,6 +14,7 @@ from polgrad.arrays import ARRAYS, MODEL, OBJECTIVE, OWNED, VOCABULARY, per_toke
 from polgrad.losses import aggregation, turns
 from polgrad.losses._common import single
 from polgrad.metric_history import History
+from polgrad.objectives.heads import Head, Scalar
 from polgrad.reductions import EffectiveSampleSize, Max, Mean, Metric, Quantile
 from polgrad.registry import UnknownArray, call, inputs, suggest, unbound
 from polgrad.types import Array, Batch, Outputs
@@ -37,8 +38,11 @@ class Objective(abc.ABC):
       other optional field is computed.
     stats: functions of (logits, tokens, hidden, teacher_logits) by name. They are evaluated for every
       token in the pass over the vocabulary and arrive as `outputs.stats`.
-    rows_per_prompt: number of consecutive rows that stay together, in this order, when a batch is
-      split (1: any row may be separated from the next).
+    rows_per_prompt: number of consecutive rows of a record that it compares (1: none).
+    rows_together: number of consecutive rows that stay together, in this order, when a batch is split;
+      a multiple of `rows_per_prompt`.
+    head: layers on the states of the model at the last tokens of rows, see `objectives.heads`, with
+      parameters that are trained with the model; by default there are none.
     probes: names of terms that are not part of the loss; an optimizer may ask for their gradient.
     select: (outputs, batch, state, *, step) -> features [B, ...] that compare tokens of the whole
       batch, such as ranks. A caller that splits the batch calls it before the split and adds the
@@ -50,11 +54,16 @@ class Objective(abc.ABC):
   stats: Mapping[str, StatFunction] = EMPTY
   rows_per_prompt: int = 1
   probes: Collection[str] = frozenset()
+  head: Head = Scalar()
   select: Select | None = None
 
   @functools.cached_property
   def requires(self) -> frozenset[str]:
     return reads(self.slots.values(), made=self.makes)
+
+  @property
+  def rows_together(self) -> int:
+    return self.rows_per_prompt
 
   @abc.abstractmethod
   def apply(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import implicit_rewards, pairs, score_penalties
+from polgrad.objectives import heads
 from polgrad.objectives.base import (
   Metrics,
   State,
@@ -39,15 +40,30 @@ class RewardModel(Pairwise):
     score: of a row, [B]; by default the scalar head after its last token.
     penalties: functions of `score` and any arrays by name, [B / 2], each with its coefficient; each is a
       term of the loss.
+    head: layers that read the states of the model at the last tokens of rows; score and penalties read
+      what it gives by name.
   """
 
   score: implicit_rewards.Part = implicit_rewards.last_value
   penalties: Mapping[str, score_penalties.Part] = dataclasses.field(default_factory=dict)
+  head: heads.Part = heads.Scalar
 
   def __post_init__(self):
     super().__post_init__()
     check_weighted('penalties', self.penalties)
     check_distinct(**{'terms of the loss': ['preference'], 'penalties': self.penalties})
+
+  @property
+  def rows_per_prompt(self) -> int:
+    return self.head.rows_per_prompt
+
+  @property
+  def rows_together(self) -> int:
+    return self.head.rows_per_prompt * self.head.prompts_together
+
+  @functools.cached_property
+  def requires(self) -> frozenset[str]:
+    return super().requires | self.head.requires
 
   @functools.cached_property
   def slots(self) -> Mapping[str, Callable]:

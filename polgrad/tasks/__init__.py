@@ -4,6 +4,7 @@
 |---|---|
 | `addition` | sums of two numbers, for small models that are trained from scratch |
 | `choices` | sums with four choices, answered by a letter |
+| `tastes` | preference pairs of users with opposite tastes, for reward models |
 | `calculator` | word problems with large numbers, and a calculator to call |
 | `guess` | a number that is guessed in several turns |
 | `nim` | a game of two players, in self-play |
@@ -29,10 +30,12 @@ from polgrad.tasks.files import gsm8k, hub, jsonl, math, tfds
 from polgrad.tasks.guess import guess
 from polgrad.tasks.nim import nim
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
+from polgrad.tasks.tastes import tastes
 
 FUNCTIONS = (
   addition,
   choices,
+  tastes,
   calculator,
   guess,
   nim,
@@ -64,6 +67,7 @@ __all__ = [
   'math',
   'nim',
   'reasoning_gym',
+  'tastes',
   'textarena',
   'tfds',
   'verifiers',
