@@ -89,6 +89,18 @@ def test_a_term_that_is_ignored_must_be_one_of_the_reward_and_leave_another(igno
   build.build(config)  # nothing is compared
 
 
+def test_terms_that_are_read_must_be_of_the_reward():
+  config = addition(method_of('stratified_grpo'))
+  config.phases.train.collect.terms = ('stratun',)
+  with pytest.raises(
+    ValueError, match="'stratun' is no term of the reward; did you mean 'stratum'"
+  ):
+    build.build(config)
+  config.phases.train.collect.terms = ()
+  with pytest.raises(ValueError, match='stratum_term'):
+    build.build(config)
+
+
 def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
   old, new = judged([0, 0, 1, 0, 1, 1]), judged([1, 1, 0, 1, 0, 0], first=10)
   useful = judging.informative(*old, 2)

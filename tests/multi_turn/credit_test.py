@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from polgrad import credit
-from polgrad.losses import advantages, aggregation, f_divergences, ratios
+from polgrad.losses import (
+  advantages,
+  aggregation,
+  f_divergences,
+  multipliers,
+  ratios,
+  reward_maps,
+)
 from polgrad.registry import table_of
 from polgrad.types import Batch
 
@@ -115,6 +122,11 @@ BUILT = {
   'credit.gated': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
   'credit.without_void': lambda fn: fn(credit=credit.reward_to_go()),
   'credit.of_wins': lambda fn: fn(credit=credit.reward_to_go(discount=0.9)),
+  'credit.shaped': lambda fn: fn(credit=credit.outcome(), reward=reward_maps.bent),
+  'credit.scaled': lambda fn: fn(
+    credit=credit.outcome(),
+    multiplier=functools.partial(multipliers.logistic_hardness, least=0.5),
+  ),
   'credit.generalized': lambda fn: fn(kl_coefficient=0.1),
   'credit.turn_returns': lambda fn: fn(discount=0.9),
   'credit.self_correction': lambda fn: fn(bonus=3.0),

@@ -4,7 +4,7 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def pkpo(*, k: int = 4) -> Method:
+def pkpo(*, k: int = 2) -> Method:
   """PKPO (arXiv:2505.15201): unbiased policy gradient of the best of k answers, for any rewards.
 
       loss = -mean over sequences of A_i log pi(y_i) A_i = n / C(n, k) times the sum over subsets S of k
@@ -15,7 +15,8 @@ def pkpo(*, k: int = 4) -> Method:
   answer is credited for what the others do not reach.
 
   Args:
-    k: number of answers of which the best counts, at most as many as a group has; 1 is RLOO.
+    k: number of answers of which the best counts, at most as many as a group has; 1 is RLOO. The
+      default is ours.
 
   Confidence: CODE (estimator, from the paper's listing), MEMORY (loss).
   """

@@ -8,7 +8,6 @@ from polgrad.registry import part
 
 def tempsamp_r1(
   *,
-  samples_per_prompt: int,
   knee: float = 0.8,
   above: float = 0.01,
   below: float = 1.0,
@@ -26,12 +25,12 @@ def tempsamp_r1(
   reward is high, so without the bend nearly all sampled answers would have negative advantages. The bend
   compresses high rewards and enlarges differences between low ones.
 
-  Differences: The map is applied to the whole reward; in the code it is applied to the overlap alone,
+  Differences: The answer comes beside the samples; the authors replace one of them. The map is applied
+    to the whole reward; in the code it is applied to the overlap alone,
   and 0.1 for the format is added afterwards. The formula is that of a re-implementation. Two further
   ways of the paper to use the answer are not here.
 
   Args:
-    samples_per_prompt: rows of a group, the answer in the data included; the run fills it in.
     knee: reward at which the map bends.
     above: slope above the knee.
     below: how much the map bends below it.
@@ -43,7 +42,6 @@ def tempsamp_r1(
   return Method(
     collect=partial(
       collect.Rollouts,
-      samples_per_prompt=samples_per_prompt - 1,
       demonstrations=1,
       recompute_proximal=True,
     ),
