@@ -89,6 +89,8 @@ FEATURES = {
   'baseline_wins': Spec(
     'B n', 'probability that the row beats n other completions of the prompt; from comparisons'
   ),
+  'global_advantages': Spec('B T', 'advantages of groups against each other; from credit'),
+  'local_weight': Spec('B', 'share of the comparison inside the group; from credit'),
   'step_ids': Spec(
     'B T', 'number of the step in the row, i32, from 0; -1 outside the mask; from `collect.Vines`'
   ),
@@ -213,6 +215,10 @@ CONFIGURED = {
   'reference_kl': Spec('B T', 'statistic: KL(teacher || policy), nats'),
   'typical_logp': Spec('B T', 'statistic: log-prob that a token is compared with, nats'),
   'stratum_term': Spec('B', 'term of the reward: equal for rows of one stratum of a group'),
+  'mode_term': Spec('B', 'term of the reward: positive for rows in the mode on'),
+  'answer_term': Spec('B', 'term of the reward: equal for rows with the same answer'),
+  'appeal_term': Spec('B', 'term of the reward: 1 for a rejected row whose appeal succeeded'),
+  'excess_drift': Spec('', 'selection: coefficient of a penalty on the drift from the old policy'),
   'selected': Spec('B T', 'selection: chosen tokens, bool'),
   'normalized_weights': Spec('B T', 'selection: importance weights with mean 1, f32'),
   'prompt_weights': Spec('B T', 'selection: weights with which prompts count the same, f32'),
@@ -233,6 +239,13 @@ CONFIGURED = {
 # Names with one meaning everywhere, which a configuration therefore cannot give to another array.
 OWNED = BATCH | FEATURES | MODEL | OBJECTIVE | LOCAL | VOCABULARY
 ARRAYS = OWNED | CONFIGURED
+
+
+def shape_of(name: str) -> str:
+  """The shape of an array by its name, as in `Spec`: '...' where any shape is possible."""
+  if name in ARRAYS:
+    return ARRAYS[name].shape
+  return 'B T' if name.endswith('_logp') else 'B' if name.endswith('_term') else '...'
 
 
 def per_token(name: str, x: jax.Array, mask: jax.Array) -> bool:

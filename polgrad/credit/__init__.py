@@ -6,14 +6,16 @@ data: no gradient flows through them. `assign` runs an estimator."""
 
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from polgrad.arrays import per_token
 from polgrad.credit.base import (
+  TABLE,
   Estimator,
+  Part,
   average,
   averaged,
   averages,
@@ -28,6 +30,7 @@ from polgrad.credit.base import (
   with_rewards,
   with_targets,
 )
+from polgrad.credit.levels import modes, two_level
 from polgrad.credit.tokens import decoupled, process_min
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
@@ -39,9 +42,17 @@ from polgrad.credit.turns import (
   turn_generalized,
   turn_returns,
 )
+from polgrad.credit.wrapped import (
+  appealed,
+  filtered,
+  hypervolume_guided,
+  scaled,
+  shaped,
+  with_success_rate,
+)
 from polgrad.losses import advantages as advantage_functions
 from polgrad.losses import best_of_n as best_of_n_rewards
-from polgrad.losses import f_divergences, log_partition, multipliers, returns, reward_maps
+from polgrad.losses import f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
@@ -623,11 +634,9 @@ SIMPLE = table(
   tree_values,
   decoupled,
   process_min,
+  two_level,
+  modes,
 )
-
-
-TABLE = dict(SIMPLE)  # and the estimators below, which take another one, also one of each other
-Part = Annotated[Estimator, TABLE]
 
 
 def gated(*, credit: Part, limit: int = 0, threshold: float = 1.0) -> Estimator:
@@ -699,57 +708,18 @@ def of_wins(
   )
 
 
-def shaped(*, credit: Part, reward: reward_maps.Part) -> Estimator:
-  """Another estimator, for which the reward of a row is a function of the rewards of the batch.
-
-  Args:
-    credit: the estimator that makes advantages of these rewards.
-    reward: arrays by name -> [B]. Rewards of turns are left out, because they add up to the old ones.
-  """
-
-  def apply(batch, state):
-    return credit.apply(with_rewards(batch, call(reward, batch)), state)
-
-  return credit._replace(
-    apply=apply,
-    requires=credit.requires | named(reward),
-    scored=credit.scored | {'rewards'},
-  )
-
-
-def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
-  """Another estimator, whose advantages are multiplied by a factor for each row or token.
-
-  Args:
-    credit: the estimator that makes the advantages.
-    multiplier: arrays by name -> [B] or [B, T]; it may read `advantages`, those of the other estimator.
-
-  Raises:
-    ValueError: the other estimator makes no advantages.
-  """
-  _check_advantages('scaled', credit)
-
-  def apply(batch, state):
-    credited, state = credit.apply(batch, state)
-    factor = call(multiplier, credited)
-    factor = factor if factor.ndim == 2 else factor[:, None]
-    return credited.with_arrays(advantages=credited.advantages * factor), state
-
-  return credit._replace(
-    apply=apply,
-    requires=credit.requires | (named(multiplier) - {'advantages'}),
-    scored=frozenset({'rewards', 'group_ids'}),
-  )
-
-
-def _check_advantages(name: str, credit: Estimator) -> None:
-  if 'advantages' not in credit.provides:
-    raise ValueError(
-      f'{name}: its credit makes {sorted(credit.provides)}, but it needs one that makes advantages'
-    )
-
-
-TABLE |= table('credit', gated, without_void, of_wins, shaped, scaled)
+TABLE |= SIMPLE | table(
+  'credit',
+  gated,
+  without_void,
+  of_wins,
+  shaped,
+  scaled,
+  filtered,
+  with_success_rate,
+  appealed,
+  hypervolume_guided,
+)
 
 
 def assign(estimator: Estimator, batch: Batch, state: Any) -> tuple[Batch, Any]:

@@ -1,7 +1,7 @@
 """What an estimator of credit is, and what several of them share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -31,6 +31,11 @@ class Estimator(NamedTuple):
   provides: frozenset[str] = frozenset({'advantages'})
   init: Callable[[], Any] = lambda: ()
   scored: frozenset[str] = frozenset({'rewards', 'group_ids'})
+
+
+# Every estimator, filled in by the package: one that takes another one may take any.
+TABLE = {}
+Part = Annotated[Estimator, TABLE]
 
 
 def critic(apply: Apply, requires: frozenset[str]) -> Estimator:

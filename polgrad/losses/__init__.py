@@ -34,6 +34,8 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     strata              advantages among rows of one kind in a group             advantage
     multipliers         factors of advantages                                    multiplier
     reward_maps         rewards made of rewards                                  reward
+    row_scores          numbers by which rows of a group are kept                score
+    pareto              volumes that points dominate                             none: credit calls it
     reward_penalties    costs that are subtracted from rewards                   costs
     f_divergences       derivatives of the generators of f-divergences           derivative
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
@@ -80,6 +82,7 @@ from polgrad.losses import (
   pair_selections,
   pair_weights,
   pairs,
+  pareto,
   path_consistency,
   penalties,
   pointwise,
@@ -90,6 +93,7 @@ from polgrad.losses import (
   returns,
   reward_maps,
   reward_penalties,
+  row_scores,
   score_penalties,
   score_shapes,
   selections,
@@ -124,6 +128,7 @@ __all__ = [
   'pair_selections',
   'pair_weights',
   'pairs',
+  'pareto',
   'path_consistency',
   'penalties',
   'pointwise',
@@ -134,6 +139,7 @@ __all__ = [
   'returns',
   'reward_maps',
   'reward_penalties',
+  'row_scores',
   'score_penalties',
   'score_shapes',
   'selections',

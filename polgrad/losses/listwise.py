@@ -130,6 +130,56 @@ def apo_down(score: Array, label: Array, group_ids: Array) -> Array:
   return jnp.where(paired, label * both, 0)
 
 
+def decoupled(
+  score: Array,
+  rewards: Array,
+  mask: Array,
+  group_ids: Array,
+  *,
+  least: float = 1.0,
+  temperature: Positive = 10.0,
+  spread: Positive = 0.1,
+  longest: AtLeastOne = 8192,
+) -> Array:
+  """tau log mean_j exp(r_j / tau) - sum_i w_i r_i / sum_i w_i over the wrong rows j and the right rows i
+  of a group, w_i = exp((1 - L_i / longest) / spread): DRPO (arXiv:2510.04474).
+
+  L is the length of a row, and tau the `temperature`. A length reward that acts among right rows alone
+  never gives a right row a negative weight, however long it is. w are the weights of the best policy
+  near the right rows: of reward 1 - L / longest less `spread` times the KL.
+
+  Args:
+    score: [B], usually the mean log-probability of a token.
+    rewards: [B].
+    mask: bool[B, T].
+    group_ids: i32[B].
+    least: least reward of a right row, in units of the reward.
+    temperature: a large one weighs all wrong rows alike, a small one the most likely alone.
+    spread: a large one weighs all right rows alike, a small one the shortest alone.
+    longest: number of tokens that lengths are compared with.
+
+  Returns:
+    [B]; 0 in a group without right or without wrong rows.
+  """
+  group = _same(score, rewards, group_ids)
+  chex.assert_rank(mask, 2)
+  right = rewards >= least
+  number = lambda kind: total(kind.astype(jnp.int32), group)
+  mixed = (number(right) > 0) & (number(~right) > 0)
+  lengths = jnp.sum(mask, axis=-1).astype(score.dtype)
+  weights = jnp.exp(_log_softmax(-lengths / (longest * spread), group, right))
+  weights = jnp.where(mixed & right, weights, 0)
+  # Each wrong row has an equal part of the loss of all.
+  top = jnp.where(
+    mixed, maximum(jnp.where(right, -jnp.inf, jax.lax.stop_gradient(score)), group), 0
+  )
+  scaled = jnp.where(right, -jnp.inf, (score - top) / temperature)
+  wrongs = jnp.maximum(number(~right), 1)
+  mean = total(jnp.exp(scaled), group) / wrongs
+  soft_top = top + temperature * jnp.log(jnp.where(mixed, mean, 1))
+  return jnp.where(mixed & ~right, soft_top / wrongs, 0) - weights * score
+
+
 def chosen_pair(score: Array, label: Array, pair_side: Array, group_ids: Array) -> Array:
   """p softplus(-h) + (1 - p) softplus(h), h = r_w - r_l of two rows of the group: CREAM
   (arXiv:2410.12735).
@@ -248,6 +298,15 @@ def _log_softmax(x: Array, group: Groups, kept: Array | bool = True) -> Array:
 
 
 TABLE = table(
-  'listwise', infonca, nca, exo, hard_negatives, apo_down, chosen_pair, token_pair, srpo
+  'listwise',
+  infonca,
+  nca,
+  exo,
+  hard_negatives,
+  apo_down,
+  decoupled,
+  chosen_pair,
+  token_pair,
+  srpo,
 )
 Part = Annotated[Callable, TABLE]

@@ -24,10 +24,11 @@ from collections.abc import Callable
 from typing import Annotated
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from polgrad.losses._common import bounded, finite_gradient
-from polgrad.registry import table
+from polgrad.registry import NotNegative, table
 from polgrad.types import Array
 
 
@@ -138,6 +139,37 @@ def importance_k3(log_ratio: Array, logp: Array, reference_logp: Array) -> Array
   """
   log_ratio, logp, reference_logp = finite_gradient(log_ratio, logp, reference_logp)
   return jnp.exp(log_ratio) * k3(logp, reference_logp)
+
+
+def easy_k3(
+  logp: Array,
+  reference_logp: Array,
+  advantages: Array,
+  success_rate: Array,
+  *,
+  rate: NotNegative = 2.71828,
+) -> Array:
+  """(1 - exp(-rate p)) k3 where A > 0 and 0 < p < 1, else k3: difficulty-adaptive divergence shaping of
+  APO (arXiv:2506.21655).
+
+  p is the share of right rows of the group, so good answers to hard prompts may leave the reference.
+
+  Args:
+    logp: [B, T], nats; carries gradient.
+    reference_logp: [B, T], nats.
+    advantages: [B, T].
+    success_rate: [B], p.
+    rate: how fast the weight grows with p; the authors' is Euler's number.
+
+  Returns:
+    [B, T], >= 0.
+  """
+  chex.assert_rank([logp, success_rate], [2, 1])
+  chex.assert_equal_shape([logp, reference_logp, advantages])
+  chex.assert_equal_shape_prefix([logp, success_rate], 1)
+  p = jax.lax.stop_gradient(success_rate)[:, None]
+  weight = jnp.where((advantages > 0) & (p > 0) & (p < 1), -jnp.expm1(-rate * p), 1)
+  return weight * k3(logp, reference_logp)
 
 
 def negative_entropy(entropy: Array) -> Array:
@@ -334,6 +366,7 @@ TABLE = table(
   k3,
   importance_k1,
   importance_k3,
+  easy_k3,
   negative_entropy,
   value_error,
   huber_value_error,

@@ -32,7 +32,7 @@ from polgrad.losses._common import (
   within,
 )
 from polgrad.losses.groups import divide, same, size, total
-from polgrad.registry import Range, table
+from polgrad.registry import NotNegative, Range, table
 from polgrad.types import Array
 
 
@@ -328,6 +328,28 @@ def self_normalized(
   return truncated * divide(jnp.sum(mask).astype(truncated.dtype), jnp.sum(truncated))
 
 
+def excess_drift(
+  log_ratio: Array, mask: Array, *, coefficient: NotNegative = 1e3, limit: NotNegative = 1e-4
+) -> Array:
+  """max(coefficient (D - limit), 0) with D the mean of -log_ratio over the valid tokens: DRPO
+  (arXiv:2510.04474).
+
+  D estimates KL(old policy, policy). Inside a region of radius `limit` nothing is penalised.
+
+  Args:
+    log_ratio: [B, T], log pi - log pi_old, nats.
+    mask: bool[B, T].
+    coefficient: slope beyond the limit.
+    limit: nats.
+
+  Returns:
+    f32[], the coefficient of a penalty.
+  """
+  chex.assert_equal_shape([log_ratio, mask])
+  drift = -jnp.sum(jnp.where(mask, log_ratio, 0)) / jnp.maximum(jnp.sum(mask), 1)
+  return jnp.maximum(coefficient * (jax.lax.stop_gradient(drift) - limit), 0)
+
+
 def per_prompt(group_ids: Array, mask: Array) -> Array:
   """n / (N n_g) at the n_g tokens of group g, of N groups with tokens and n tokens in the batch: with
   these weights a mean over tokens is the mean over prompts of each prompt's mean (standard).
@@ -510,6 +532,7 @@ TABLE = table(
   sequence_band,
   geometric_band,
   self_normalized,
+  excess_drift,
   per_prompt,
   balanced_bounds,
   curvature,

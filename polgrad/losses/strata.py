@@ -13,8 +13,19 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
-from polgrad.losses.groups import Groups, center, divide, joint, members, variance
-from polgrad.registry import Fraction, table
+from polgrad.losses.groups import (
+  Groups,
+  center,
+  divide,
+  everyone,
+  first,
+  joint,
+  members,
+  size,
+  total,
+  variance,
+)
+from polgrad.registry import Fraction, NotNegative, table
 from polgrad.types import Array
 
 
@@ -62,5 +73,102 @@ def normalized(rewards: Array, groups: Groups, ddof: int, eps: float) -> Array:
   return divide(centered, jnp.sqrt(variance(centered, groups, ddof)) + eps)
 
 
-TABLE = table('strata', stratified)
+def answer_entropy(answer_term: Array, group_ids: Array, valid: Array) -> Array:
+  """Entropy of the answers of a group, in bits: 0 if all rows agree, log2 G if no two do (standard).
+
+  Args:
+    answer_term: [B], equal for rows with the same answer.
+    group_ids: i32[B].
+    valid: bool[B].
+
+  Returns:
+    [B], the same in all valid rows of a group.
+  """
+  chex.assert_rank(answer_term, 1)
+  chex.assert_equal_shape([answer_term, group_ids, valid])
+  group = members(group_ids, valid)
+  alike = size(members(joint(group_ids, answer_term), valid))
+  share = divide(alike.astype(answer_term.dtype), size(group))
+  bits = -jnp.log2(jnp.where(share > 0, share, 1))
+  return divide(total(bits, group), size(group))
+
+
+def across_prompts(
+  rewards: Array, group_ids: Array, valid: Array, *, ddof: int = 1, eps: float = 1e-6
+) -> Array:
+  """(u - mean) / (std + eps) with u the mean reward of a group, and moments over the groups: COPO's
+  global advantage (arXiv:2508.04138).
+
+  A group counts once, whatever its number of rows. Groups of equal rewards have a signal here.
+
+  Args:
+    rewards: [B].
+    group_ids: i32[B].
+    valid: bool[B].
+    ddof: 1 divides the sum of squares by the number of groups - 1, 0 by their number.
+    eps: added to the standard deviation, in units of the reward.
+
+  Returns:
+    [B], the same in all valid rows of a group; 0 if there is one group.
+  """
+  chex.assert_rank(rewards, 1)
+  chex.assert_equal_shape([rewards, group_ids, valid])
+  group = members(group_ids, valid)
+  mean = divide(total(rewards, group), size(group))
+  once = first(group)
+  normal = normalized(mean, everyone(once), ddof, eps)  # of the first row of each group, else 0
+  return total(normal, group)
+
+
+def mode_choice(
+  rewards: Array,
+  mode_term: Array,
+  group_ids: Array,
+  valid: Array,
+  *,
+  tie: NotNegative = 0.01,
+  own: NotNegative = 0.3,
+  ddof: int = 0,
+  eps: float = 1e-6,
+) -> Array:
+  """A = (mean of its mode - mean + own (R - mean)) / (std + eps): the advantage of having chosen a mode
+  in HiPO (arXiv:2509.23967).
+
+  A row with `mode_term` > 0 is in the mode 'on', such as thinking before the answer, and others are in
+  the mode 'off'. If 'on' is better than 'off' by at most b = tie * (mean of 'on'), b is added to the
+  mean of 'off': a mode that is hardly worse and cheaper is chosen.
+
+  Args:
+    rewards: [B].
+    mode_term: [B].
+    group_ids: i32[B].
+    valid: bool[B].
+    tie: how much better 'on' must be, in units of its mean.
+    own: weight of the reward of the row itself.
+    ddof: 1 divides the sum of squares by the number of rows - 1, 0 by their number.
+    eps: added to the standard deviation, in units of the reward.
+
+  Returns:
+    [B], without unit.
+  """
+  chex.assert_rank(rewards, 1)
+  chex.assert_equal_shape([rewards, mode_term, group_ids, valid])
+  on = mode_term > 0
+  group = members(group_ids, valid)
+  centered = center(rewards, group)
+  mean_of = lambda kind: divide(total(jnp.where(kind, centered, 0), group), _number(kind, group))
+  of_on, of_off = mean_of(on), mean_of(~on)
+  bias = tie * (rewards - centered + of_on)
+  near = (of_on - of_off >= 0) & (of_on - of_off <= bias)
+  near &= (_number(on, group) > 0) & (_number(~on, group) > 0)
+  mean = jnp.where(on, of_on, of_off + jnp.where(near, bias, 0))
+  return divide(mean + own * centered, jnp.sqrt(variance(centered, group, ddof)) + eps) * valid
+
+
+def _number(kind: Array, groups: Groups) -> Array:
+  """How many counted rows of the group are of the kind, bool[B] -> i32[B]."""
+  return total(kind.astype(jnp.int32), groups)
+
+
+TABLE = table('strata', stratified, mode_choice)
 Part = Annotated[Callable, TABLE]

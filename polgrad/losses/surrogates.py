@@ -230,6 +230,69 @@ def dual_clipped(
   return _capped(loss, log_ratio, advantages, cap)
 
 
+def two_level_clipped(
+  log_ratio: Array,
+  advantages: Array,
+  global_advantages: Array,
+  local_weight: Array,
+  *,
+  eps_low: float = 0.2,
+  eps_high: float = 0.2,
+  cap: float = 3.0,
+) -> Array:
+  """w L(A) + (1 - w) L(A'), L the loss `dual_clipped`: COPO (arXiv:2508.04138).
+
+  A compares the rows of a group, A' the groups of the batch. Both losses are clipped by the sign of
+  their own advantage, so this is not the loss of the advantage w A + (1 - w) A' where signs differ.
+
+  Args:
+    log_ratio: [B, T], nats.
+    advantages: [B, T], A.
+    global_advantages: [B, T], A'.
+    local_weight: [B], w in [0, 1].
+    eps_low: distance of the lower bound from 1.
+    eps_high: distance of the upper bound from 1.
+    cap: the largest ratio itself (not a distance from 1), for negative advantages.
+
+  Returns:
+    [B, T].
+
+  Raises:
+    ValueError: cap <= 1.
+
+  >>> log_ratio, one = jnp.log(jnp.array([[1.5]])), jnp.ones((1, 1))
+  >>> loss = surrogates.two_level_clipped(log_ratio, one, -one, jnp.array([0.5]))
+  >>> print(np.asarray(loss).round(2))
+  [[0.15]]
+  """
+  chex.assert_rank([log_ratio, local_weight], [2, 1])
+  chex.assert_equal_shape_prefix([log_ratio, local_weight], 1)
+  knobs = dict(eps_low=eps_low, eps_high=eps_high, cap=cap)
+  local = dual_clipped(log_ratio, advantages, **knobs)
+  across = dual_clipped(log_ratio, global_advantages, **knobs)
+  weight = local_weight[:, None]
+  return weight * local + (1 - weight) * across
+
+
+def drift(log_ratio: Array, excess_drift: Array) -> Array:
+  """-c log_ratio, whose mean is c KL(old policy, policy) on samples of the old one: the trust region of
+  DRPO (arXiv:2510.04474), with c from `selections.excess_drift`.
+
+  Args:
+    log_ratio: [..., T], log pi - log pi_old, nats; carries gradient.
+    excess_drift: [], c >= 0, constant.
+
+  Returns:
+    [..., T].
+
+  >>> print(np.asarray(surrogates.drift(jnp.array([0.1, -0.2]), jnp.array(2.0))).round(2))
+  [-0.2  0.4]
+  """
+  chex.assert_rank(excess_drift, 0)
+  (log_ratio,) = finite_gradient(log_ratio)
+  return -jax.lax.stop_gradient(excess_drift) * log_ratio
+
+
 def flipped(
   log_ratio: Array,
   advantages: Array,
@@ -488,6 +551,8 @@ TABLE = table(
   clipped_between,
   clipped_away,
   dual_clipped,
+  two_level_clipped,
+  drift,
   centered_clip,
   flipped,
   gradient_preserving,

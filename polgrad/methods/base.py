@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
-from polgrad.arrays import ARRAYS, MODEL, OF_TURNS, VOCABULARY
+from polgrad.arrays import ARRAYS, MODEL, OF_TURNS, VOCABULARY, shape_of
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
 
@@ -186,7 +186,7 @@ def _shaped(arrays: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Arra
   for name, x in arrays.items():
     if name in ('advantages', 'returns') and x.shape == (rows,):
       x = jnp.broadcast_to(x[:, None], shape)
-    spec = ARRAYS[name].shape if name in ARRAYS else 'B T' if name.endswith('_logp') else '...'
+    spec = shape_of(name)
     wanted = sizes.get(spec, x.shape)
     if len(x.shape) != len(wanted) or any(n not in (m, None) for n, m in zip(wanted, x.shape)):
       raise ValueError(

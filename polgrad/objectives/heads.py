@@ -127,8 +127,8 @@ class SharedViews(Head):
   """The representation loss of RLP, see `losses.shared_information`; the score is the scalar head's.
 
   The rows of a record are a pair, and then two samples of one policy for the same prompt
-  (`collect.SampledPreferences`). Codes of different prompts in a block of consecutive records must not go
-  together.
+  (`collect.SampledPreferences`). The critic learns to tell codes of one prompt from codes
+  of different prompts, among those of a block of consecutive records.
 
   Attributes:
     block: records of a block, which is never split; it divides the records of a batch.

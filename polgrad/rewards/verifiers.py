@@ -14,6 +14,7 @@ import fractions
 import functools
 import inspect
 import re
+import zlib
 from collections.abc import Callable
 from typing import Annotated
 
@@ -155,6 +156,18 @@ def count_matches(completion: str, *, pattern: str, most: int = 0) -> float:
   return float(min(found, most) if most else found)
 
 
+def answer_class(completion: str, *, pattern: str = '(.*)') -> float:
+  """A number that is equal for equal answers: a digest below 2^24 of the answer's text, or -1.
+
+  The answer is the first group of the last match of `pattern` (`.` matches newlines) that is not empty,
+  without white space around it; without one the number is -1. With weight 0 it tells which rows of a
+  group agree. Two answers have the same number by chance once in 16 million pairs.
+  """
+  found = [text.strip() for text in re.findall(pattern, completion, re.DOTALL)]
+  found = [text for text in found if text]
+  return float(zlib.crc32(found[-1].encode()) % 2**24) if found else -1.0
+
+
 def reasoning_gym_score(completion: str, record: dict, *, pattern: str = ANSWER) -> float:
   """The score of the package reasoning-gym, in [0, 1] (arXiv:2505.24760).
 
@@ -279,6 +292,7 @@ TABLE = (
     choice_letter,
     regex_format,
     count_matches,
+    answer_class,
     reasoning_gym_score,
     soft_overlong,
   )

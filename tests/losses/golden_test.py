@@ -101,6 +101,8 @@ ARRAYS |= dict(
   preferred=np.array([True, False, False, True, True, False]),
   previous_logp=logps(),
   stratum_term=np.array([1.0, 1, 1, 1, 0, 1]),
+  mode_term=np.array([1.0, 0, 1, 0, 1, 0]),
+  success_rate=np.array([0.25, 0.0, 0.5, 1.0, 0.75, 0.5]),
   finished=np.array([True, True, False, True, False, True]),
 )
 PAIRS = dict(group_ids=np.array([7, 2, 7, 2, 5, 5]))

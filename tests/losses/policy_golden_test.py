@@ -42,6 +42,9 @@ ARRAYS = dict(
   bounds=np.array([0.7, 1.3]),
   normalized_weights=np.exp(numbers()),
   prompt_weights=np.exp(numbers()),
+  global_advantages=-numbers()[::-1],
+  local_weight=np.array([0.2, 0.5, 0.9, 0.0]),
+  excess_drift=np.array(0.7),
   selected=MASK & (RNG.uniform(size=(B, T)) < 0.5),
 )
 

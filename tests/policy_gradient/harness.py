@@ -65,6 +65,8 @@ def random_arrays(objective: Objective, *, group: int = 4, seed: int = 0) -> dic
     'baseline_rewards': np.repeat(rng.normal(size=(rows // group, 3)), group, axis=0),
     'uniform': rng.uniform(size=rows),
     'score_norm': rng.uniform(0, 2, size=shape),
+    'global_advantages': np.repeat(rng.normal(size=(rows, 1)), length, axis=1),
+    'local_weight': rng.uniform(size=rows),
     'score_fisher': rng.uniform(0, 0.5, size=shape),
     'hidden_norm': rng.uniform(0, 2000, size=shape),
   }
@@ -91,6 +93,8 @@ def fix_a(objective: Objective) -> dict[str, np.ndarray]:
     'rewards': rewards,
     'group_ids': np.zeros(2, int),
     'success_rate': np.full(2, 0.5),
+    'global_advantages': np.repeat(rewards[:, None], 3, axis=1),
+    'local_weight': np.full(2, 0.5),
     'staleness': np.full(2, 2.0),
     'entropy': np.ones((2, 3)),
     'values': np.zeros((2, 3)),
@@ -128,7 +132,8 @@ def loss_and_weight(
 
   Probes are added to the loss if `with_probes` is True.
   """
-  batch = batch_of({k: jnp.asarray(v) for k, v in x.items() if k not in (*LIVE, *objective.stats)})
+  unread = {*LIVE, *objective.stats} | {'stream'} - objective.requires
+  batch = batch_of({k: jnp.asarray(v) for k, v in x.items() if k not in unread})
   leaves = {k: jnp.asarray(x[k]) for k in (*LIVE, *objective.stats) if k in x}
 
   def loss(leaves):

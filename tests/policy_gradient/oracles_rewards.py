@@ -5,8 +5,21 @@ import math
 
 import numpy as np
 
-from polgrad.losses import difficulty, multipliers, reward_maps, strata
-from tests.policy_gradient.harness import ppo, ratio_of, sequence_sum, token_mean
+from polgrad.losses import (
+  difficulty,
+  multipliers,
+  penalties,
+  reward_maps,
+  strata,
+  surrogates,
+)
+from tests.policy_gradient.harness import (
+  ppo,
+  ratio_of,
+  sequence_mean,
+  sequence_sum,
+  token_mean,
+)
 
 
 def clipped(x, low=0.8, high=1.2):
@@ -23,7 +36,53 @@ def reinforce(x):
   return sequence_sum(x['advantages'], x['mask'])
 
 
+def copo(x):
+  ratio, w = ratio_of(x), x['local_weight'][:, None]
+
+  def dual(a):
+    keep = (a >= 0) | (ratio <= 3)
+    return keep * ppo(x | {'advantages': a}, ratio, 0.8, 1.2)
+
+  weight = w * dual(x['advantages']) + (1 - w) * dual(x['global_advantages'])
+  return sequence_mean(weight, x['mask'])
+
+
+def drpo(x):
+  """Budgets of a run on addition: 5 tokens. A row without tokens is in no group."""
+  mask, lengths = x['mask'], x['mask'].sum(axis=1)
+  out = np.zeros(mask.shape)
+  groups = sorted(set(x['group_ids']))
+  for g in groups:
+    rows = [i for i in range(len(mask)) if x['group_ids'][i] == g and lengths[i]]
+    right = [i for i in rows if x['rewards'][i] >= 1]
+    wrong = [i for i in rows if x['rewards'][i] < 1]
+    if not right or not wrong:
+      continue
+    w = np.exp((1 - lengths[right] / 5) / 0.1)
+    s = np.array([x['logp'][i][mask[i]].mean() for i in wrong])
+    p = np.exp(s / 10) / np.exp(s / 10).sum()
+    for rows, weights in ((right, w / w.sum()), (wrong, -p)):
+      for i, weight in zip(rows, weights):
+        out[i] = mask[i] * weight / lengths[i] / len(groups)
+  drift = -(x['logp'] - x['proximal_logp'])[mask].mean()
+  return out + mask * max(1e3 * (drift - 1e-4), 0) / mask.sum()
+
+
+def view_r1(x):
+  p = x['success_rate'][:, None]
+  kappa = np.where((x['advantages'] > 0) & (p > 0) & (p < 1), 1 - np.exp(-2.71828 * p), 1)
+  forward_kl = -(1 - np.exp(x['reference_logp'] - x['logp']))
+  return sequence_mean(ppo(x, ratio_of(x), 0.8, 1.2) + 0.001 * kappa * forward_kl, x['mask'])
+
+
 ORACLES = {
+  'copo': copo,
+  'drpo': drpo,
+  'view_r1': view_r1,
+  'hipo': clipped,
+  'gfpo': clipped,
+  'hypervolume_guided': reinforce,
+  'noisy_appeals': reinforce,
   'adora': clipped,
   'bnpo': bnpo,
   'a_grae': clipped,
@@ -167,7 +226,43 @@ def brief_when_right(a, least, weight):
   return out
 
 
+def dual_clipped(a, advantages, low, high, cap):
+  ratio = np.exp(a.log_ratio)
+  loss = np.maximum(-ratio * advantages, -np.clip(ratio, low, high) * advantages)
+  return np.where(advantages < 0, np.minimum(loss, -cap * advantages), loss)
+
+
+def two_level(a):
+  w = a.local_weight[:, None]
+  local, across = (dual_clipped(a, x, 0.8, 1.3, 1.5) for x in (a.advantages, a.global_advantages))
+  return w * local + (1 - w) * across
+
+
+def easy_k3(a):
+  p, d = a.success_rate[:, None], a.reference_logp - a.logp
+  kappa = np.where((a.advantages > 0) & (p > 0) & (p < 1), 1 - np.exp(-2 * p), 1)
+  return kappa * (np.exp(d) - 1 - d)
+
+
+def mode_choice(a):
+  on = a.mode_term > 0
+
+  def of(rows):
+    r = a.rewards
+    mean = {m: np.mean([r[i] for i in rows if on[i] == m]) for m in set(on[rows])}
+    if len(mean) == 2 and 0 <= mean[True] - mean[False] <= 0.9 * mean[True]:
+      mean[False] += 0.9 * mean[True]
+    overall, std = r[rows].mean(), r[rows].std()
+    return {i: (mean[on[i]] - overall + 0.4 * (r[i] - overall)) / (std + 1e-6) for i in rows}
+
+  return per_row(a, of)
+
+
 FUNCTIONS = {
+  strata.mode_choice: (dict(tie=0.9, own=0.4), mode_choice),
+  surrogates.two_level_clipped: (dict(eps_low=0.2, eps_high=0.3, cap=1.5), two_level),
+  surrogates.drift: ({}, lambda a: -a.excess_drift * a.log_ratio),
+  penalties.easy_k3: (dict(rate=2.0), easy_k3),
   difficulty.beta_normalized: (
     dict(low=-3.0, high=3.0),
     lambda a: beta_normalized(a, -3.0, 3.0),

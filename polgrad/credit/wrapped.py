@@ -1,0 +1,239 @@
+"""Estimators that change what another estimator sees, or what it made."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from polgrad.credit.base import Estimator, Part, named, with_rewards
+from polgrad.losses import multipliers, pareto, reward_maps, row_scores
+from polgrad.losses.groups import divide, members, rank, size, total
+from polgrad.registry import AtLeastOne, Decay, Fraction, Positive, call
+
+
+def shaped(*, credit: Part, reward: reward_maps.Part) -> Estimator:
+  """Another estimator, for which the reward of a row is a function of the rewards of the batch.
+
+  Args:
+    credit: the estimator that makes advantages of these rewards.
+    reward: arrays by name -> [B]. Rewards of turns are left out, because they add up to the old ones.
+  """
+
+  def apply(batch, state):
+    return credit.apply(with_rewards(batch, call(reward, batch)), state)
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | named(reward),
+    scored=credit.scored | {'rewards'},
+  )
+
+
+def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
+  """Another estimator, whose advantages are multiplied by a factor for each row or token.
+
+  Args:
+    credit: the estimator that makes the advantages.
+    multiplier: arrays by name -> [B] or [B, T]; it may read `advantages`, those of the other estimator.
+
+  Raises:
+    ValueError: the other estimator makes no advantages.
+  """
+  if 'advantages' not in credit.provides:
+    raise ValueError(
+      f'scaled: its credit makes {sorted(credit.provides)}, but it needs one that makes advantages'
+    )
+
+  def apply(batch, state):
+    credited, state = credit.apply(batch, state)
+    factor = call(multiplier, credited)
+    factor = factor if factor.ndim == 2 else factor[:, None]
+    return credited.with_arrays(advantages=credited.advantages * factor), state
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | (named(multiplier) - {'advantages'}),
+    scored=frozenset({'rewards', 'group_ids'}),
+  )
+
+
+def filtered(*, credit: Part, score: row_scores.Part, keep: AtLeastOne) -> Estimator:
+  """Another estimator, which sees of each group only the rows with the largest scores: GFPO
+  (arXiv:2508.09726).
+
+  The other rows are in no statistic, and leave the loss and its denominator.
+
+  Args:
+    credit: the estimator that credits the rows that are kept.
+    score: arrays by name -> [B], such as the negative length.
+    keep: number of rows of a group; a group with fewer valid rows keeps all.
+  """
+
+  def apply(batch, state):
+    place = rank(-call(score, batch), members(batch.group_ids, batch.valid))
+    kept = batch.valid & (place < keep)
+    credited, state = credit.apply(batch.with_arrays(valid=kept), state)
+    return credited.with_arrays(mask=credited.mask & kept[:, None]), state
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | named(score),
+    provides=credit.provides | {'mask'},
+    scored=credit.scored | {'rewards', 'group_ids'},
+  )
+
+
+def with_success_rate(*, credit: Part, least: float = 1.0) -> Estimator:
+  """Another estimator, and the share of right rows of each group as the feature `success_rate`.
+
+  Args:
+    credit: the other estimator; its group statistics and this one are of the same rows.
+    least: least reward of a right row, in units of the reward.
+  """
+
+  def apply(batch, state):
+    group = members(batch.group_ids, batch.valid)
+    right = total((batch.rewards >= least).astype(batch.rewards.dtype), group)
+    credited, state = credit.apply(batch, state)
+    return credited.with_arrays(success_rate=divide(right, size(group))), state
+
+  return credit._replace(
+    apply=apply,
+    provides=credit.provides | {'success_rate'},
+    scored=frozenset({'rewards', 'group_ids'}),
+  )
+
+
+def appealed(
+  *,
+  credit: Part,
+  false_positive: Fraction = 0.0,
+  checked: Positive = 1.0,
+  decay: Decay = 0.95,
+  missed: Positive = 0.5,
+  accepted: Positive = 4.5,
+) -> Estimator:
+  """Another estimator, for which rewards are corrected by a rate of false negatives that is measured
+  (arXiv:2510.00915).
+
+      R_i = (r_i - false_positive) / (1 - false_positive - q),   q = m / (m + a), at most 0.49
+
+  r is 0 or 1. Of the rows with r = 0 some are appealed: a second, better judge looks at them, and the
+  feature `appeal_term` is 1 where it says that the answer is right. m is the decayed number of such
+  rows divided by `checked`, and a that of rows with r = 1; both begin with a prior. q does not depend
+  on the batch that it corrects. False positives are counted as right, so they make q smaller than the
+  true rate.
+
+  Args:
+    credit: the estimator that sees the corrected rewards. One that divides by the standard deviation of
+      a group undoes the correction.
+    false_positive: share of wrong answers that the verifier accepts; it must be known.
+    checked: share of the rows with r = 0 that are appealed.
+    decay: of the counts, per batch.
+    missed: prior count of rows that were rejected wrongly.
+    accepted: prior count of rows that were accepted.
+
+  Raises:
+    ValueError: `false_positive` is 0.5 or more.
+  """
+  if false_positive >= 0.5:
+    raise ValueError(f'appealed: false_positive must be below 0.5, got {false_positive}')
+
+  def apply(batch, state):
+    counts, inner = state['counts'], state['credit']
+    rate = (counts['missed'] + missed) / (counts['missed'] + counts['accepted'] + missed + accepted)
+    rate = jnp.minimum(rate, 0.49)
+    corrected = (batch.rewards - false_positive) / (1 - false_positive - rate)
+    number = lambda rows: jnp.sum(batch.valid & rows)
+    seen = {
+      'missed': number((batch.rewards < 0.5) & (batch['appeal_term'] > 0)) / checked,
+      'accepted': number(batch.rewards >= 0.5),
+    }
+    # A batch without valid rows says nothing, and nothing is forgotten for it.
+    there = jnp.any(batch.valid)
+    counts = {k: jnp.where(there, decay * counts[k] + seen[k], counts[k]) for k in counts}
+    credited, inner = credit.apply(with_rewards(batch, corrected), inner)
+    return credited, {'counts': counts, 'credit': inner}
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {'appeal_term'},
+    scored=credit.scored | {'rewards'},
+    init=lambda: {
+      'counts': {'missed': jnp.zeros(()), 'accepted': jnp.zeros(())},
+      'credit': credit.init(),
+    },
+  )
+
+
+def hypervolume_guided(
+  *,
+  credit: Part,
+  terms: Mapping[str, float] = {},
+  reference: tuple = (),
+  capacity: AtLeastOne = 16,
+) -> Estimator:
+  """Another estimator, whose rewards count more after the policy has reached a new trade-off between
+  several rewards: hypervolume-guided weights (arXiv:2509.11452).
+
+      R_i = (0.5 + 1.5 tanh(V)) r_i
+
+  The policy's place is a vector of means over the valid rows of the batch: of each of the `terms`,
+  behind that of the rest of the reward. V is the volume that this place adds to the volume that earlier
+  places dominate, measured from the reference. A place that adds something is kept; if there is no
+  room, it replaces the oldest one. The first batch has the factor 1.
+
+  Args:
+    credit: the estimator that sees these rewards. One that divides by the standard deviation of a group
+      or of the batch does not see the factor.
+    terms: weights in the reward of terms that the collector notes (`terms`), by their names.
+    reference: the worst values, of the rest of the reward and of each term in alphabetical order; () is
+      0 for all.
+    capacity: number of places that are kept.
+
+  Raises:
+    ValueError: no terms, or another number of references.
+  """
+  names = sorted(terms)
+  if not names or len(reference) not in (0, 1 + len(names)):
+    raise ValueError(
+      'hypervolume_guided: it needs terms, and a reference for the rest of the reward and for each of '
+      f'them; got {dict(terms)} and {reference}'
+    )
+  corner = reference or (0.0,) * (1 + len(names))
+
+  def apply(batch, state):
+    own, inner = state['places'], state['credit']
+    found = [batch[f'{name}_term'] for name in names]
+    rest = batch.rewards - sum(terms[name] * x for name, x in zip(names, found))
+    values = jnp.stack([rest, *found], axis=1)
+    rows = jnp.sum(batch.valid)
+    place = jnp.sum(jnp.where(batch.valid[:, None], values, 0), axis=0) / jnp.maximum(rows, 1)
+    known = jnp.arange(capacity) < own['number']
+    # The new place is measured beside the known ones, in a row of its own.
+    points = jnp.concatenate([own['points'], place[None]])
+    among = lambda new: pareto.hypervolume(
+      points, jnp.append(known, new), jnp.asarray(corner, points.dtype)
+    )
+    gain = among(True) - among(False)
+    gained = (rows > 0) & (gain > 0)
+    factor = jnp.where(own['number'] > 0, 0.5 + 1.5 * jnp.tanh(gain), 1.0)
+    at = (jnp.arange(capacity) == own['number'] % capacity)[:, None]
+    own = {
+      'points': jnp.where(gained & at, place[None], own['points']),
+      'number': own['number'] + gained,
+    }
+    credited, inner = credit.apply(with_rewards(batch, factor * batch.rewards), inner)
+    return credited, {'places': own, 'credit': inner}
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {f'{name}_term' for name in names},
+    scored=credit.scored | {'rewards'},
+    init=lambda: {
+      'places': {
+        'points': jnp.zeros((capacity, len(corner))),
+        'number': jnp.zeros((), jnp.int32),
+      },
+      'credit': credit.init(),
+    },
+  )

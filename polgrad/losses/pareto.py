@@ -1,0 +1,38 @@
+"""Volumes that sets of points dominate, to compare policies by several rewards at once.
+
+A point dominates another one if it is at least as large in every coordinate.
+"""
+
+import chex
+import jax.numpy as jnp
+
+from polgrad.types import Array
+
+
+def hypervolume(points: Array, counted: Array, reference: Array) -> Array:
+  """The volume of all places above the reference that some counted point dominates: -> [].
+
+  It is exact: the coordinates of the points cut the space into (C + 1)^K boxes, each of which is
+  dominated as a whole or not at all.
+
+  Args:
+    points: [C, K].
+    counted: bool[C]; the other points are ignored.
+    reference: [K], the corner from which volumes are measured.
+  """
+  chex.assert_rank([points, counted, reference], [2, 1, 1])
+  chex.assert_equal_shape_prefix([points, counted], 1)
+  chex.assert_equal(points.shape[1:], reference.shape)
+  points = jnp.where(counted[:, None], jnp.maximum(points, reference[None]), reference[None])
+  rows, axes = points.shape
+  volume, dominated = jnp.ones((1,) * axes, points.dtype), jnp.ones((1,) * (axes + 1), bool)
+  for axis in range(axes):
+    ordered = jnp.sort(points[:, axis])
+    edges = jnp.concatenate([reference[axis : axis + 1], ordered])
+    along = [1] * axes
+    along[axis] = rows
+    volume = volume * (edges[1:] - edges[:-1]).reshape(along)
+    # Whether a point reaches the upper edge of a box, with the points along the first axis.
+    reaches = points[:, axis, None] >= ordered[None]
+    dominated = dominated & reaches.reshape(rows, *along)
+  return jnp.sum(jnp.where(jnp.any(dominated, axis=0), volume, 0))
