@@ -207,6 +207,9 @@ CONFIGURED = {
   'score_norm': Spec('B T', 'statistic: squared norm of the gradient of logp by the logits'),
   'score_fisher': Spec('B T', 'statistic: that gradient in the Fisher metric of the logits'),
   'hidden_norm': Spec('B T', 'statistic: squared norm of the hidden state'),
+  'old_entropy': Spec(
+    'B T', 'statistic: entropy of the policy when the batch is used, nats, without gradient'
+  ),
   'proxy_logp': Spec('B T', 'statistic: log-prob under the distribution without its tail, nats'),
   'log_normalizer': Spec('B T', 'statistic: logsumexp of the logits'),
   'state_value': Spec('B T', 'statistic: value of the prefix before the token, unit of the reward'),

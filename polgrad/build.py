@@ -605,7 +605,8 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       )
   if wanted & VALUES and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
-  given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids'} | phase.objective.head.makes
+  given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids', 'tokens'}
+  given |= phase.objective.head.makes
   missing = sorted(wanted - given)
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:

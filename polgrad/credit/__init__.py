@@ -31,11 +31,12 @@ from polgrad.credit.base import (
   with_targets,
 )
 from polgrad.credit.levels import modes, two_level
-from polgrad.credit.tokens import decoupled, process_min
+from polgrad.credit.tokens import conflict_aware, decoupled, process_min
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
   bilevel_generalized,
   discounted_outcome,
+  entropy_modulated,
   gigpo,
   self_correction,
   self_play,
@@ -52,7 +53,7 @@ from polgrad.credit.wrapped import (
 )
 from polgrad.losses import advantages as advantage_functions
 from polgrad.losses import best_of_n as best_of_n_rewards
-from polgrad.losses import f_divergences, log_partition, returns
+from polgrad.losses import down_sampling, f_divergences, log_partition, returns
 from polgrad.losses import reward_penalties as cost_functions
 from polgrad.losses.advantages import NormalizerPart, group_mean, identity, whiten
 from polgrad.losses.baselines import optimal_token_baseline
@@ -69,7 +70,7 @@ from polgrad.losses.groups import (
   size,
   total,
 )
-from polgrad.registry import NotNegative, call, check_weighted, table
+from polgrad.registry import AtLeastOne, NotNegative, call, check_weighted, table
 from polgrad.types import STREAMS, Array, Batch
 
 
@@ -636,6 +637,8 @@ SIMPLE = table(
   process_min,
   two_level,
   modes,
+  conflict_aware,
+  entropy_modulated,
 )
 
 
@@ -681,6 +684,57 @@ def without_void(*, credit: Part) -> Estimator:
   return credit._replace(apply=apply, provides=credit.provides | {'mask'})
 
 
+def down_sampled(
+  *,
+  credit: Part,
+  rows: tuple = (0.25, 0.5),
+  tokens: tuple = (0.25, 0.5),
+  batches: AtLeastOne = 100,
+) -> Estimator:
+  """Another estimator, and a mask that keeps the rows and tokens which teach most (D3S,
+  arXiv:2509.22115).
+
+  Of the rows with tokens those are kept whose advantages have the largest variance, over all prompts; of
+  their tokens, those with the largest |A| H, with H the entropy of the policy. Advantages are those of
+  all rows. The two fractions go linearly from their first to their last value. Needs the statistic
+  `old_entropy` of the policy, from the collector's `stats`.
+
+  Args:
+    credit: makes the advantages, which must be equal in all tokens of a row.
+    rows: fraction of the rows at the beginning and at the end.
+    tokens: fraction of their tokens likewise.
+    batches: collected batches between the two.
+
+  Raises:
+    ValueError: not two fractions in (0, 1].
+  """
+  for name, ends in (('rows', rows), ('tokens', tokens)):
+    if len(ends) != 2 or not all(0 < x <= 1 for x in ends):
+      raise ValueError(f'{name}: expected two fractions in (0, 1], got {ends}')
+
+  def apply(batch, state):
+    credited, inner = credit.apply(batch, state['credit'])
+    done = jnp.minimum(state['batches'] / batches, 1)
+    now = lambda ends: ends[0] + done * (ends[1] - ends[0])
+    mask, advantages = credited.mask, credited.advantages
+    there = jnp.any(mask, axis=1)
+    # One number a row, that of its first token.
+    gains = jnp.take_along_axis(advantages, jnp.argmax(mask, axis=1)[:, None], axis=1)[:, 0]
+    number = jnp.ceil(now(rows) * jnp.sum(there) - 1e-4).astype(jnp.int32)
+    mask = mask & down_sampling.largest_variance(gains, there, number)[:, None]
+    scores = jnp.abs(advantages) * batch['old_entropy']
+    mask = down_sampling.largest_scores(scores, mask, now(tokens))
+    state = {'credit': inner, 'batches': state['batches'] + 1}
+    return credited.with_arrays(mask=mask), state
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {'old_entropy'},
+    provides=credit.provides | {'mask'},
+    init=lambda: {'credit': credit.init(), 'batches': jnp.zeros((), jnp.int32)},
+  )
+
+
 def of_wins(
   *,
   credit: Part,
@@ -713,6 +767,7 @@ TABLE |= SIMPLE | table(
   gated,
   without_void,
   of_wins,
+  down_sampled,
   shaped,
   scaled,
   filtered,

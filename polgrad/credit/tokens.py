@@ -9,12 +9,20 @@ from polgrad.credit.base import (
   critic,
   k1,
   kl_requires,
+  named,
+  to_tokens,
   token_rewards,
   with_targets,
 )
-from polgrad.losses import process_rewards, returns, turns
-from polgrad.losses.advantages import NormalizerPart, leave_one_out, whiten
-from polgrad.registry import Fraction, NotNegative, Positive
+from polgrad.losses import advantages as advantage_functions
+from polgrad.losses import conflicts, process_rewards, returns, turns
+from polgrad.losses.advantages import (
+  NormalizerPart,
+  group_mean,
+  leave_one_out,
+  whiten,
+)
+from polgrad.registry import Fraction, NotNegative, Positive, call
 
 
 def decoupled(
@@ -107,3 +115,37 @@ def process_min(
 
   requires = kl_requires(kl_coefficient) | {'span_ids', 'span_scores'}
   return Estimator(apply=apply, requires=requires)
+
+
+def conflict_aware(
+  *,
+  advantage: advantage_functions.Part = group_mean,
+  factor: NotNegative = 2.0,
+  entropy_limit: NotNegative = 0.7,
+  entropy_penalty: NotNegative = 0.1,
+) -> Estimator:
+  """Advantages that protect the tokens which good and bad rows share (GTPO, arXiv:2508.03772).
+
+      A_t = weight_t (A - entropy_penalty H)   where H <= entropy_limit, else 0
+
+  H is the mean entropy of the tokens of the row, and the weights are those of
+  `conflicts.conflict_weights`, by the sign of A before H is subtracted. Needs the statistic
+  `old_entropy` of the policy, from the collector's `stats`.
+
+  Args:
+    advantage: A of rows.
+    factor: weight of the conflicting tokens of good rows; those of bad rows get 0.
+    entropy_limit: largest H of a row that is trained on, nats; inf is none.
+    entropy_penalty: gamma in the paper.
+  """
+
+  def apply(batch, state):
+    mask = batch.mask
+    gains = jnp.where(batch.valid, call(advantage, batch), 0)
+    weights = conflicts.conflict_weights(batch.tokens, mask, gains, batch.group_ids, factor=factor)
+    entropy = jnp.sum(jnp.where(mask, batch['old_entropy'], 0), axis=1)
+    entropy = entropy / jnp.maximum(jnp.sum(mask, axis=1), 1)
+    shaped = jnp.where(entropy <= entropy_limit, gains - entropy_penalty * entropy, 0)
+    return batch.with_arrays(advantages=weights * to_tokens(shaped, mask)), state
+
+  return Estimator(apply=apply, requires=named(advantage) | {'old_entropy', 'tokens'})

@@ -23,7 +23,7 @@ from polgrad.credit.base import (
   with_targets,
 )
 from polgrad.losses import advantages as advantage_functions
-from polgrad.losses import returns, turns
+from polgrad.losses import entropy_shaping, returns, turns
 from polgrad.losses.advantages import (
   NormalizerPart,
   group_normalized,
@@ -32,7 +32,7 @@ from polgrad.losses.advantages import (
   whiten,
 )
 from polgrad.losses.groups import joint
-from polgrad.registry import AtLeastOne, call
+from polgrad.registry import AtLeastOne, NotNegative, call
 from polgrad.types import Array, Batch
 
 Among = Literal['number', 'state', 'group']
@@ -111,6 +111,34 @@ def gigpo(
     return batch.with_arrays(advantages=by_row + state_weight * by_state), state
 
   return Estimator(apply=apply, requires=named(advantage))
+
+
+def entropy_modulated(
+  *,
+  advantage: advantage_functions.Part = group_normalized,
+  decay: NotNegative = 1.0,
+  next_decay: NotNegative = 1.0,
+  bonus: float = 0.05,
+) -> Estimator:
+  """Advantages of turns by how sure the policy was in them and in the next one (EMPG,
+  arXiv:2509.09265), see `entropy_shaping.modulated`.
+
+  Needs the statistic `old_entropy` of the policy, from the collector's `stats`.
+
+  Args:
+    advantage: of rows.
+    decay: how fast the factor of a turn falls with its entropy; 0: all turns have the factor 1.
+    next_decay: the same of the bonus, with the entropy of the next turn.
+    bonus: weight of the bonus.
+  """
+
+  def apply(batch, state):
+    knobs = dict(decay=decay, next_decay=next_decay, bonus=bonus)
+    arrays = batch['old_entropy'], turn_ids(batch), batch.mask
+    found = entropy_shaping.modulated(call(advantage, batch), *arrays, **knobs)
+    return batch.with_arrays(advantages=found), state
+
+  return Estimator(apply=apply, requires=named(advantage) | {'old_entropy'})
 
 
 def discounted_outcome(

@@ -41,6 +41,9 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     returns             returns, generalised advantages, V-trace, Retrace        none: credit calls it
     trees               advantages of steps and of tree nodes                    none: credit calls it
     process_rewards     rewards of tokens from scores of parts of a completion   none: credit calls it
+    conflicts           weights of tokens that good and bad rows share           none: credit calls it
+    entropy_shaping     advantages of turns by the entropy of the policy         none: credit calls it
+    down_sampling       rows and tokens that teach most                          none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
     self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
     denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
@@ -66,9 +69,12 @@ from polgrad.losses import (
   aggregation,
   baselines,
   best_of_n,
+  conflicts,
   denoising,
   difficulty,
   divergences,
+  down_sampling,
+  entropy_shaping,
   f_divergences,
   groups,
   implicit_rewards,
@@ -112,9 +118,12 @@ __all__ = [
   'aggregation',
   'baselines',
   'best_of_n',
+  'conflicts',
   'denoising',
   'difficulty',
   'divergences',
+  'down_sampling',
+  'entropy_shaping',
   'f_divergences',
   'groups',
   'implicit_rewards',

@@ -96,12 +96,14 @@ def random_batch(seed: int = 0) -> Batch:
   seen[:, 0] = 1 + np.arange(ROWS) // GROUP  # the prompt
   tokens = ('old_values', 'score_norm', 'behavior_logp', 'proximal_logp', 'reference_logp')
   tokens += ('teacher_logp', 'previous_logp', 'node_values', 'parent_values')
-  tokens += ('node_leaves', 'parent_leaves')
+  tokens += ('node_leaves', 'parent_leaves', 'old_entropy')
   x = {name: np.where(mask, rng.uniform(0.1, 1, shape), 0) for name in tokens}
   x |= {
     'turn_ids': ids,
     'step_ids': ids,
     'step_values': per_turn(rng.uniform(size=shape)),
+    'span_ids': ids,
+    'span_scores': per_turn(rng.uniform(-1, 1, size=shape)),
     'opponent': np.tile([0.0, 1.0, 0.0, 1.0], 2),
     'observation_ids': per_turn(seen),
     'void_turns': per_turn(rng.integers(0, 2, shape)),
@@ -127,6 +129,7 @@ BUILT = {
     credit=credit.outcome(),
     multiplier=functools.partial(multipliers.logistic_hardness, least=0.5),
   ),
+  'credit.down_sampled': lambda fn: fn(credit=credit.outcome()),
   'credit.generalized': lambda fn: fn(kl_coefficient=0.1),
   'credit.turn_returns': lambda fn: fn(discount=0.9),
   'credit.self_correction': lambda fn: fn(bonus=3.0),

@@ -22,7 +22,7 @@ def test_the_example_of_the_page_runs():
 
 def test_the_page_names_estimators_and_methods_that_exist():
   rows = re.findall(r'^\| `(\w+)` \| [^|]* \| (`.*`) \|$', PAGE, re.MULTILINE)
-  assert len(rows) == 8
+  assert len(rows) == 9
   assert {f'credit.{name}' for name, _ in rows} <= credit.TABLE.keys()
   named = {name for _, cell in rows for name in re.findall('`(.*?)`', cell)}
   assert named == {*methods.FAMILIES['multi_turn']}

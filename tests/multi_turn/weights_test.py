@@ -51,6 +51,7 @@ def with_critic(weight, eps):
 
 ORACLES = {
   'gigpo': lambda x: token_mean(clipped(x) + 0.01 * forward_kl(x), x['mask']),
+  'empg': lambda x: token_mean(clipped(x), x['mask']),
   'turn_grpo': lambda x: token_mean(clipped(x), x['mask']),
   'turn_rloo': lambda x: sequence_sum(x['advantages'], x['mask']),
   'areal_retry': lambda x: token_mean(clipped(x), x['mask']),

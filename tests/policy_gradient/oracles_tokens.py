@@ -1,6 +1,8 @@
 """Weights of methods that credit the tokens of a row differently."""
 
-from tests.policy_gradient.harness import ppo, ratio_of, token_mean
+import numpy as np
+
+from tests.policy_gradient.harness import ppo, ratio_of, sequence_mean, token_mean
 
 
 def value_error(x):
@@ -22,4 +24,26 @@ def pure(x):
   return token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
 
 
-ORACLES = {'pure': pure, 'vc_ppo': vc_ppo, 'vapo': vapo}
+def gtpo(x):
+  return sequence_mean(x['advantages'], x['mask'])
+
+
+def d3s(x):
+  return token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
+
+
+def forking_tokens(x):
+  """Tokens below the quantile have no gradient, and count in the mean."""
+  tau = np.quantile(x['entropy'][x['mask']], 0.8)
+  weight = ppo(x, ratio_of(x), 0.8, 1.28)
+  return token_mean(np.where(x['entropy'] >= tau, weight, 0), x['mask'])
+
+
+ORACLES = {
+  'gtpo': gtpo,
+  'd3s': d3s,
+  'forking_tokens': forking_tokens,
+  'pure': pure,
+  'vc_ppo': vc_ppo,
+  'vapo': vapo,
+}

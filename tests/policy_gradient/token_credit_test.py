@@ -1,5 +1,7 @@
 """Credit of single tokens: numbers of the papers, identities, and transcriptions in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,14 @@ import optax
 import pytest
 
 from polgrad import credit, optim
-from polgrad.losses import process_rewards, returns
+from polgrad.losses import (
+  conflicts,
+  down_sampling,
+  entropy_shaping,
+  process_rewards,
+  returns,
+  selections,
+)
 from tests.policy_gradient.harness import scored
 from tests.runs import Run
 
@@ -193,3 +202,144 @@ def test_one_step_that_has_the_reward_as_its_score_is_outcome_reward():
     span_scores=np.repeat(rewards[:, None], 3, axis=1),
   )
   np.testing.assert_allclose(found.advantages, np.repeat([[1], [-1], [-1], [1]], 3, 1), rtol=1e-5)
+
+
+conflict_weights = jax.jit(conflicts.conflict_weights)
+THREE = np.array([[5, 6, 7, 8, 9], [5, 6, 3, 8, 9], [5, 2, 7, 9, 0]])
+THREE_MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], bool)
+GAINS = np.array([1.0, -0.5, -0.5])
+
+
+def test_conflicting_tokens_of_three_rows_are_the_published_ones():
+  got = conflict_weights(THREE, THREE_MASK, GAINS, np.zeros(3, int))
+  np.testing.assert_array_equal(got, [[2, 2, 2, 4, 4], [0, 0, 1, 0, 0], [0, 1, 1, 0, 1]])
+  # Rows in another order, with holes and tokens in between that are not in the mask.
+  order = [2, 0, 1]
+  holed = lambda x, fill: np.insert(x[order], [0, 2, 5], fill, axis=1)
+  moved = conflict_weights(
+    holed(THREE, 5), holed(THREE_MASK, False), GAINS[order], np.zeros(3, int)
+  )
+  np.testing.assert_array_equal(moved, holed(np.asarray(got), 1))
+  good = conflict_weights(THREE, THREE_MASK, np.abs(GAINS), np.zeros(3, int))
+  apart = conflict_weights(THREE, THREE_MASK, GAINS, np.arange(3))
+  assert (good == 1).all() and (apart == 1).all()
+
+
+def conflicting(tokens, gains):
+  """The first shared tokens of each list, by sets of the tokens at a place."""
+  found = []
+  for row in tokens:
+    run = 0
+    while run < len(row) and all(
+      any(
+        len(other) > run and other[run] == row[run] and sign * gain > 0
+        for other, gain in zip(tokens, gains)
+      )
+      for sign in (1, -1)
+    ):
+      run += 1
+    found.append(run)
+  return found
+
+
+def test_gtpo_is_its_transcription(x64):
+  random = np.random.default_rng(0)
+  tokens, mask = random.integers(0, 2, (12, 9)), np.arange(9) < random.integers(1, 9, (12, 1))
+  groups, rewards = np.arange(12) % 3, random.integers(0, 2, 12).astype(float)
+  entropy = random.uniform(0.2, 1.1, (12, 9))
+  x = dict(tokens=tokens, mask=mask, group_ids=groups, rewards=rewards, old_entropy=entropy)
+  found = assigned(credit.conflict_aware(), **x).advantages
+  expected = np.zeros(mask.shape)
+  for g in range(3):
+    rows = np.flatnonzero(groups == g)
+    gains = rewards[rows] - rewards[rows].mean()
+    lists = [tokens[r][mask[r]].tolist() for r in rows]
+    ahead, back = conflicting(lists, gains), conflicting([x[::-1] for x in lists], gains)
+    for r, gain, first, last in zip(rows, gains, ahead, back):
+      n = mask[r].sum()
+      weight = {True: 2.0, False: 0.0 if gain < 0 else 1.0}[gain > 0]
+      factors = np.array([weight ** ((t < first) + (t >= n - last)) for t in range(n)])
+      h = entropy[r][mask[r]].mean()
+      expected[r][mask[r]] = factors * (gain - 0.1 * h if h <= 0.7 else 0)
+  assert (expected == 0).any() and len(np.unique(np.round(expected, 6))) > 8
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_a_common_first_token_is_pushed_up_instead_of_cancelling():
+  """Two rows of two tokens, +1 and -1, with the same first token; GTPO gives it 2 / L, GRPO nothing."""
+  tokens = np.array([[1, 2, 0, 0, 0], [1, 3, 0, 0, 0], [0, 0, 0, 0, 0]])
+  mask, gains = np.tile([True, True, False, False, False], (3, 1)), np.array([1.0, -1.0, 0.0])
+  weights = conflict_weights(tokens, mask, gains, np.zeros(3, int))
+  of_first = (np.asarray(weights) * gains[:, None] / 2)[:, 0]
+  assert of_first.sum() == 1.0 and (gains / 2).sum() == 0
+
+
+def test_empg_gives_the_published_advantages(x64):
+  """Two rows of three steps of two tokens; their mean entropies and gains are those of the example."""
+  steps = np.array([[0.2, 0.8, 0.5], [1.0, 0.1, 0.4]])
+  entropy = np.repeat(steps, 2, axis=1) + np.tile([0.05, -0.05], 3)
+  ids, mask = np.repeat(np.tile(np.arange(3), (2, 1)), 2, axis=1), np.ones((2, 6), bool)
+  modulated = jax.jit(entropy_shaping.modulated)
+  found = np.asarray(modulated(np.array([1.0, -1.0]), entropy, ids, mask))
+  wanted = [[1.33729, 0.70604, 0.94128], [-0.49269, -1.43648, -1.05543]]
+  np.testing.assert_allclose(found[:, ::2], wanted, atol=1e-5)
+  np.testing.assert_array_equal(found[:, ::2], found[:, 1::2])
+  knobs = dict(decay=0.0, bonus=0.0)
+  plain = modulated(np.array([1.0, -1.0]), entropy, ids, mask, **knobs)
+  np.testing.assert_allclose(plain, [[1] * 6, [-1] * 6], atol=1e-7)
+  # The theorem behind it: the squared norm of the score is 1 minus the collision probability.
+  p = np.array([0.7, 0.2, 0.1])
+  norm = sum(p[a] * np.sum((np.eye(3)[a] - p) ** 2) for a in range(3))
+  np.testing.assert_allclose([norm, 1 - np.sum(p**2)], 0.46)
+
+
+GAINS_OF_EIGHT = np.array([-1.5, -0.7, -0.2, 0.1, 0.3, 0.9, 1.1, 0.0])
+
+
+def test_the_rows_of_largest_variance_are_the_published_ones(x64):
+  choose = jax.jit(down_sampling.largest_variance)
+  every = np.ones(8, bool)
+  known = {2: 1.69, 3: 1.39556, 4: 1.1875, 6: 0.81472}
+  for number in range(1, 9):
+    kept = np.asarray(choose(GAINS_OF_EIGHT, every, number))
+    assert kept.sum() == number
+    best = max(np.var(c) for c in itertools.combinations(GAINS_OF_EIGHT, number))
+    np.testing.assert_allclose(np.var(GAINS_OF_EIGHT[kept]), best, atol=1e-12)
+    np.testing.assert_allclose(best, known.get(number, best), atol=1e-5)
+    scaled = GAINS_OF_EIGHT / GAINS_OF_EIGHT.std()
+    assert number == 1 or np.var(scaled[kept]) > 1 - 1e-12
+  valid = np.arange(8) != 0
+  kept = np.asarray(choose(GAINS_OF_EIGHT, valid, 2))
+  np.testing.assert_array_equal(np.flatnonzero(kept), [1, 6])
+  np.testing.assert_array_equal(choose(GAINS_OF_EIGHT, valid, 8), valid)
+  assert not np.any(choose(GAINS_OF_EIGHT, ~every, 3))
+
+
+def test_fewer_tokens_of_fewer_rows_are_kept_at_the_beginning():
+  random = np.random.default_rng(0)
+  entropy, mask = random.uniform(size=(8, 5)), np.ones((8, 5), bool)
+  mask[:, 3:] = False
+  x = scored(rewards=GAINS_OF_EIGHT, mask=mask, old_entropy=entropy)
+  inner = credit.outcome(advantage=lambda rewards: rewards)
+  estimator = credit.down_sampled(credit=inner, rows=(0.5, 1.0), tokens=(0.25, 1.0), batches=2)
+  assign = jax.jit(lambda batch, state: credit.assign(estimator, batch, state))
+  state, kept = estimator.init(), []
+  for _ in range(4):
+    batch, state = assign(x, state)
+    kept.append(np.asarray(batch.mask))
+    np.testing.assert_allclose(batch.advantages[:, 0], GAINS_OF_EIGHT, rtol=1e-6)
+  # Of 8 rows of 3 tokens: 4 rows and a quarter of 12 tokens, 6 rows and 5/8 of 18, and all.
+  assert [one.sum() for one in kept] == [3, 12, 24, 24]
+  rows = np.isin(np.arange(8), [0, 1, 5, 6])[:, None] & mask
+  scores = np.where(rows, np.abs(GAINS_OF_EIGHT)[:, None] * entropy, -1)
+  np.testing.assert_array_equal(kept[0], scores >= np.sort(scores.ravel())[-3])
+  with pytest.raises(ValueError, match=r'rows: expected two fractions in \(0, 1\]'):
+    credit.down_sampled(credit=inner, rows=(0.0, 1.0))
+
+
+def test_the_tokens_of_highest_entropy_are_the_published_ones():
+  entropy, mask = np.arange(12, dtype=np.float32)[None], np.arange(12)[None] < 10
+  found = selections.top_entropy(entropy, mask, share=0.2)  # the quantile is 7.2
+  np.testing.assert_array_equal(np.flatnonzero(found), [8, 9])
+  assert np.array_equal(selections.top_entropy(entropy, mask, share=1.0), mask)
+  assert np.array_equal(selections.top_entropy(np.ones_like(entropy), mask, share=0.2), mask)
