@@ -14,7 +14,7 @@ import operator as operators
 import pathlib
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import numpy as np
@@ -504,6 +504,51 @@ def without(*, source: Annotated[Source, FRACTION], pattern: str, field: str = '
   return dataclasses.replace(source, record=record)
 
 
+def mixture(*, sources: Mapping[str, Annotated[Source, FRACTION]], most: Count = 0) -> Source:
+  """The records of several sources, one of each in turn; `category` is the name of their source.
+
+  Shuffled epochs hold every record once, so a source counts by its number of records. The curricula
+  `mixed` and `sec` draw categories with other weights (docs/curricula.md).
+
+  Args:
+    sources: by name.
+    most: records of each source, from the first; 0: all.
+
+  Raises:
+    ValueError: there is no source, or one has a weight.
+  """
+  weighed = [name for name, one in sources.items() if not isinstance(one, Source)]
+  if not sources or weighed:
+    raise ValueError(
+      f'mixture: it needs sources by name, and weights {weighed} belong to the curriculum `mixed`'
+    )
+  names = list(sources)
+  sizes = [min(len(sources[name]), most or len(sources[name])) for name in names]
+  which = np.repeat(np.arange(len(names)), sizes)
+  own = np.concatenate([np.arange(size) for size in sizes])
+  order = np.lexsort((which, own))
+
+  def find(row):
+    name = names[which[order[row]]]
+    return name, sources[name], int(own[order[row]])
+
+  def record(row):
+    name, source, there = find(row)
+    return {**source[there], 'category': name}
+
+  def place(row):
+    name, source, there = find(row)
+    return f'{name}, {source.place(there)}'
+
+  return Source(
+    len(order),
+    record,
+    irregular=any(one.irregular for one in sources.values()),
+    place=place,
+    fingerprint='+'.join(one.fingerprint for one in sources.values() if one.fingerprint),
+  )
+
+
 def calls_and_answers(*, source: Annotated[Source, FRACTION]) -> Source:
   """Word problems with the turns of a policy that calls a calculator: two records of each.
 
@@ -647,7 +692,7 @@ def _change_digit(number, rng):
 
 
 OF_SOURCE = FRACTION | table(
-  'sources', without, calls_and_answers, wrong_digit_pairs, wrong_digit_lists, with_choices
+  'sources', without, mixture, calls_and_answers, wrong_digit_pairs, wrong_digit_lists, with_choices
 )
 
 

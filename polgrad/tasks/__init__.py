@@ -3,6 +3,7 @@
 | task | what it is |
 |---|---|
 | `addition` | sums of two numbers, for small models that are trained from scratch |
+| `mixed_sums` | sums of numbers of different lengths, which are their categories |
 | `choices` | sums with four choices, answered by a letter |
 | `tastes` | preference pairs of users with opposite tastes, for reward models |
 | `calculator` | word problems with large numbers, and a calculator to call |
@@ -28,12 +29,14 @@ from polgrad.tasks.calculator import calculator
 from polgrad.tasks.choices import choices
 from polgrad.tasks.files import gsm8k, hub, jsonl, math, tfds
 from polgrad.tasks.guess import guess
+from polgrad.tasks.mixed_sums import mixed_sums
 from polgrad.tasks.nim import nim
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
 from polgrad.tasks.tastes import tastes
 
 FUNCTIONS = (
   addition,
+  mixed_sums,
   choices,
   tastes,
   calculator,
@@ -65,6 +68,7 @@ __all__ = [
   'hub',
   'jsonl',
   'math',
+  'mixed_sums',
   'nim',
   'reasoning_gym',
   'tastes',

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from polgrad.data import sources
-from polgrad.registry import bind, part
+from polgrad.registry import Weighted, bind, part
 
 
 def read(path, *lines):
@@ -40,6 +40,21 @@ def test_arithmetic_splits_are_disjoint_complete_and_right(operator, digits, pro
 def test_arithmetic_depends_on_the_seed_alone():
   assert list(sources.arithmetic(digits=1)) == list(sources.arithmetic(digits=1))
   assert list(sources.arithmetic(digits=1)) != list(sources.arithmetic(digits=1, seed=1))
+
+
+def test_a_mixture_has_the_records_of_its_sources_in_turn_with_their_names():
+  small, large = sources.arithmetic(digits=1), sources.seeds(size=3)
+  mixed = sources.mixture(sources={'sums': small, 'seeds': large})
+  assert len(mixed) == len(small) + 3
+  assert mixed[0] == {**small[0], 'category': 'sums'}
+  assert mixed[5] == {'prompt': '', 'seed': 2, 'category': 'seeds'}
+  assert [mixed[i] for i in range(6, 93)] == [
+    {**small[i], 'category': 'sums'} for i in range(3, 90)
+  ]
+  assert mixed.place(5) == 'seeds, row 2'
+  assert len(sources.mixture(sources={'sums': small, 'seeds': large}, most=5)) == 8
+  with pytest.raises(ValueError, match='belong to the curriculum'):
+    sources.mixture(sources={'sums': Weighted(2.0, small)})
 
 
 def test_arithmetic_of_long_numbers_is_never_listed():
