@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, collect, credit, learner, objectives, phases
+from polgrad import build, collect, credit, curricula, learner, objectives, phases
 from polgrad.collect import scored as judging
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, aggregation, surrogates
@@ -200,8 +200,12 @@ def test_resampling_draws_on_and_the_cursor_knows():
   always_same = lambda texts, *_: Scores(
     np.zeros(len(texts)), {'r': np.zeros(len(texts))}, np.ones(len(texts), bool), {}, []
   )
-  got, drawer = collected(run, score=always_same)
+  got, drawer = collected(run, score=always_same, curriculum=curricula.uniform())
   assert drawer.cursor == 4 * 4  # three more tries, then what is dull stays
+  # A curriculum proposes other prompts for the further tries, and learns of all of them.
+  assert len({*drawer.taken}) == 16
+  np.testing.assert_array_equal(got.sampled.rows, np.repeat(drawer.taken, 4))
+  np.testing.assert_array_equal(got.sampled.replaced, np.arange(64) >= 16)
   assert got.metrics['reward/same_in_group'] == 1.0 and not got.batch.advantages.any()
   assert got.batch.mask.any(axis=1).all()
 
@@ -216,7 +220,14 @@ def test_a_prompt_that_is_drawn_again_within_a_step_draws_other_noise():
     rewards = np.arange(len(texts)) % 4 * float(len(attempts) > 1)
     return Scores(rewards, {'r': rewards}, np.ones(len(texts), bool), {}, [])
 
-  got = collected(run, score=dull_at_first, source=source)[0].batch
+  step = collected(run, score=dull_at_first, source=source)[0]
+  got = step.batch
+  found = curricula.observed(got, step.sampled)
+  np.testing.assert_array_equal(
+    found.trained_rows, np.append(got.prompt_ids, step.sampled.rows[:16])
+  )
+  assert found.magnitudes[:16].all() and not found.magnitudes[16:].any()
+  assert found.trained_valid.all() and len(found.rewards) == 32
   first = collected(experiment(), source=source)[0].batch
   for prompt in range(4):
     drawn = [b.tokens[b.prompt_ids == prompt] for b in (first, got)]

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from polgrad import build, evaluate, phases
+from polgrad import build, curricula, evaluate, phases
 from polgrad.collect import scored
 from polgrad.collect.drawn import Drawn
 from polgrad.data import batching, tokenizers
 from polgrad.options import from_text
 from polgrad.types import Batch
+from tests import examples
 
 BYTE = tokenizers.byte()._replace(bos_id=-1)
 LONG = 12  # tokens of the one prompt that is too long, where 8 have room
@@ -60,6 +61,15 @@ def test_dropped_records_are_counted_and_the_next_ones_are_drawn(tmp_path, metho
   begun = first(13)
   after = phases.Drawer(run.phases['train'], seed=0, cursor=first.cursor, tokenizer=run.tokenizer)
   assert begun + after(27) == records and after.cursor == draw.cursor
+
+
+def test_a_curriculum_proposes_other_records_for_those_that_are_dropped(tmp_path):
+  run = experiment(tmp_path, 'grpo', 'drop')
+  phase = examples.changed(run.phases['train'], curriculum=curricula.uniform())
+  draw = phases.Drawer(phase, seed=0, cursor=0, tokenizer=run.tokenizer)
+  found = [record['id'] for record in draw(20)]
+  assert sorted(found) == list(range(20)) and draw.cursor in (20, 21)
+  assert {*draw.taken} - {20} == {*found}
 
 
 @pytest.mark.parametrize('method', FILES)

@@ -23,7 +23,7 @@ PAGES = (
   *('docs/models.md', 'docs/pods.md', 'docs/reward_models.md', 'docs/online_preferences.md'),
   *('docs/judges.md', 'docs/games.md', 'docs/preferences.md', 'docs/controlled_decoding.md'),
   *('docs/environments.md', 'docs/tools.md', 'docs/turn_credit.md', 'docs/trees.md'),
-  'docs/adapters.md',
+  *('docs/adapters.md', 'docs/curricula.md'),
 )
 LOSS, MINE = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
