@@ -190,3 +190,45 @@ def test_resets_begin_with_the_answer_which_verifiers_see_and_no_loss_does():
 def test_choices_that_cannot_be_are_refused(wrong, words):
   with pytest.raises(ValueError, match=words):
     bind(part(collect.Rollouts, **wrong), collect.TABLE)
+
+
+STRATEGIES = {'best': 1.0, 'best_half': 0.5, 'best_worst': 0.5, 'power': 0.81 / 1.2}
+
+
+@pytest.mark.parametrize(('strategy', 'share'), STRATEGIES.items())
+def test_filtered_rows_are_drawn_by_their_rewards(strategy, share):
+  rewards, valid = np.array([[0.1, 0.9, 0.5, 0.3, 0.2]]), np.ones((1, 5), bool)
+  weights = picks.filter_weights(rewards, valid, strategy=strategy)
+  np.testing.assert_allclose(weights.sum(), 1)
+  assert weights[0, 1] == pytest.approx(share)
+  order = np.array([3, 1, 4, 0, 2])
+  turned = picks.filter_weights(rewards[:, order], valid, strategy=strategy)
+  np.testing.assert_allclose(turned, weights[:, order])
+  # Equal rewards, rows that failed, and groups in which all failed.
+  got = picks.filter_weights(REWARDS, VALID, strategy=strategy)
+  np.testing.assert_allclose(got[1], 0.25)
+  np.testing.assert_allclose(got[2], [0, 0, 1, 0])
+  assert not picks.filter_weights(REWARDS, VALID & False, strategy=strategy).any()
+  many = chosen(part(picks.filtered, strategy=strategy), rewards=np.tile(rewards, (2000, 1)),
+                valid=np.tile(valid, (2000, 1)))  # fmt: skip
+  assert np.mean(many.rows == 1) == pytest.approx(share, abs=0.02) and many.usable.all()
+
+
+def test_best_and_worst_of_two_rows_are_both():
+  got = picks.filter_weights(np.array([[0.3, 0.1]]), np.ones((1, 2), bool))
+  np.testing.assert_allclose(got, 0.5)
+
+
+def test_rewards_of_filtered_rows_explain_true_scores_as_the_theory_says():
+  """True scores are uniform in [0, 1]; the reward has the error 0.5 (1 - |2 q - 1|), so it is largest
+  in the middle. The best rows alone are wrong ones that the reward model overrates."""
+  random = np.random.default_rng(0)
+  true = random.uniform(size=(100_000, 5))
+  rewards = true + random.normal(size=true.shape) * 0.5 * (1 - np.abs(2 * true - 1))
+  valid = np.ones(true.shape, bool)
+  for strategy, want in {'': 0.50, 'best': 0.003, 'best_worst': 0.486, 'best_half': 0.440}.items():
+    weights = (
+      picks.filter_weights(rewards, valid, strategy=strategy) if strategy else np.ones(true.shape)
+    )
+    corr = np.cov(rewards.reshape(-1), true.reshape(-1), aweights=weights.reshape(-1))
+    assert corr[0, 1] ** 2 / (corr[0, 0] * corr[1, 1]) == pytest.approx(want, abs=0.01)

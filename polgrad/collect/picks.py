@@ -19,7 +19,7 @@ how surely (`credit.preference`, `credit.compared`); otherwise the order of the 
 """
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
@@ -198,6 +198,70 @@ def top_of_batch(rewards: Array, valid: Array, *, fraction: Fraction = 0.2) -> C
   return Chosen(everything(valid).rows, kept.reshape(valid.shape) & valid)
 
 
+Filter = Literal['best', 'best_half', 'best_worst', 'power']
+
+
+def filtered(
+  rewards: Array,
+  valid: Array,
+  random: np.random.Generator,
+  *,
+  strategy: Filter = 'best_worst',
+  power: Positive = 2.0,
+) -> Chosen:
+  """As many rows as a group has, drawn with replacement by `filter_weights` (PF-PPO, arXiv:2409.06957).
+
+  Rewards of a learned model are most reliable for very good and very bad completions, so these are
+  trained on more often.
+
+  Args:
+    rewards, valid, random: see above.
+    strategy, power: see `filter_weights`.
+  """
+  weights = filter_weights(rewards, valid, strategy=strategy, power=power)
+  ends = np.cumsum(weights, axis=1)
+  # Each place takes the first row whose cumulative weight exceeds a random number below the total.
+  places = random.random(rewards.shape)[:, :, None] * ends[:, None, -1:]
+  rows = np.minimum((places >= ends[:, None, :]).sum(axis=2), rewards.shape[1] - 1)
+  return Chosen(rows, np.take_along_axis(valid, rows, axis=1))
+
+
+def filter_weights(
+  rewards: Array, valid: Array, *, strategy: Filter = 'best_worst', power: float = 2.0
+) -> Array:
+  """Probabilities of the rows of each group by their rewards, f[N, G]; 0 without a valid row.
+
+  Rows with equal rewards have equal probabilities, and where all rewards are equal, all have the same.
+
+  Args:
+    rewards: f[N, G].
+    valid: bool[N, G]; other rows get 0.
+    strategy: 'best' takes the best row alone; 'best_half' takes it as often as all others together;
+      'best_worst' takes the best and the worst, each with probability 1/2; 'power' takes a row
+      proportionally to |R|^power.
+    power: of 'power'.
+
+  >>> rewards, valid = np.array([[0.1, 0.9, 0.5, 0.3, 0.2]]), np.ones((1, 5), bool)
+  >>> print(filter_weights(rewards, valid, strategy='best_half').round(3))
+  [[0.125 0.5   0.125 0.125 0.125]]
+  """
+  share = lambda kind: kind / np.maximum(kind.sum(axis=1, keepdims=True), 1e-30)
+  largest = np.where(valid, rewards, -np.inf).max(axis=1, keepdims=True)
+  smallest = np.where(valid, rewards, np.inf).min(axis=1, keepdims=True)
+  best, worst = valid & (rewards == largest), valid & (rewards == smallest)
+  if strategy == 'best':
+    found = share(best)
+  elif strategy == 'best_half':
+    found = share(best) / 2 + share(valid & ~best) / 2
+  elif strategy == 'best_worst':
+    found = share(best) / 2 + share(worst) / 2
+  else:
+    found = np.where(valid, np.abs(rewards) ** power, 0.0)
+  # Where nothing is preferred, all valid rows are alike.
+  alike = (largest == smallest) | (found.sum(axis=1, keepdims=True) <= 0)
+  return share(np.where(alike, valid, found).astype(float))
+
+
 def win_rates(wins: Array, valid: Array) -> Array:
   """The mean probability to beat the other valid rows of the group, f[N, G]; 1/2 without others."""
   others = valid[:, None, :] & ~np.eye(valid.shape[1], dtype=bool)
@@ -295,5 +359,6 @@ TABLE = table(
   best,
   above,
   top_of_batch,
+  filtered,
 )
 Part = Annotated[Callable, TABLE]

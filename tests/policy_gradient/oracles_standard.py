@@ -244,6 +244,7 @@ ORACLES = {
   'pass_at_k': dapo,
   'gspo': gspo,
   'ppo': ppo_with_values,
+  'pf_ppo': ppo_with_values,
   'dual_clip_ppo': dual_clip_ppo,
   'spo_single_stream': spo_single_stream,
   'reinforce_plus_plus': reinforce_plus_plus,
