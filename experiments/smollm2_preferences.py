@@ -3,18 +3,19 @@
 Gold is the fraction of words without an e, of the first sentence that the model writes about a subject.
 It is known exactly, so a reward model can be compared with the preference that it was trained on.
 
-Options: run, path (folder of the model), reward (folder of a reward model; empty: gold), lora, steps,
-smoke.
+Options: run, path (folder of the model), reward (folder of a reward model; empty: gold), lora (rank of
+the adapter; 0 trains all parameters), rate (of learning), rows (samples of a step), samples (of a
+prompt), seed, steps, smoke.
 
     python -m polgrad.train --workdir=runs/x \\
       --config=experiments/smollm2_preferences.py:run=online_dpo,path=FOLDER
 
-| run | pairs or samples | labels |
+| run | what is learned from | labels |
 |---|---|---|
-| `bradley_terry` | two samples of the model before training | gold |
+| `bradley_terry` | the best and the worst sample of the model before training | gold |
 | `dpo` | the same | gold, or `reward` |
-| `online_dpo` | two samples of the policy | gold, or `reward` |
-| `best_of_8` | the best of 8 samples of the policy, learned by imitation (RAFT) | gold, or `reward` |
+| `online_dpo` | the best and the worst sample of the policy | gold, or `reward` |
+| `best_of_n` | the best sample of the policy, by imitation (RAFT) | gold, or `reward` |
 """
 
 import dataclasses
@@ -53,8 +54,8 @@ def prompts(*, held_out: bool = False) -> sources.Source:
 def get_config(text: str = ''):
   o = values(
     text,
-    **dict(run='online_dpo', path='', reward='', lora=8, rate=3e-4, rows=32),
-    **dict(seed=0, steps=12, smoke=False),
+    **dict(run='online_dpo', path='', reward='', lora=8, rate=5e-4, rows=64, samples=8),
+    **dict(seed=0, steps=16, smoke=False),
   )
   judge = part(reward_models.reward_model, path=o.reward) if o.reward else part(without_e)
   task = tasks.Task(
@@ -70,27 +71,32 @@ def get_config(text: str = ''):
   )
   model = presets.smollm2(path=o.path, lora=o.lora)
   run = dict(steps=o.steps, warm_start=0, seed=o.seed, smoke=o.smoke)
-  config = compose(RUNS[o.run](), task, model, **run)
+  config = compose(RUNS[o.run](o.samples), task, model, **run)
   config.phases.train.reward = {'reward': weighted(1.0, judge)}
   config.phases.train.optimizer.learning_rate = o.rate
-  config.phases.train.share_prompts = o.run != 'best_of_8'  # which learns one row of a prompt
+  config.phases.train.share_prompts = o.run != 'best_of_n'  # which learns one row of a prompt
   return config
 
 
-def of_reference(method: methods.Method) -> methods.Method:
-  """The method on pairs of samples of the model before training."""
-  behavior_policy = part(behavior_policies.reference)
+def pairs(method: methods.Method, samples: int, *, reference: bool) -> methods.Method:
+  """The method on the best and the worst of samples of the policy, or of the model before training."""
+  of = behavior_policies.reference if reference else behavior_policies.current
   return dataclasses.replace(
     method,
-    collect=partial(collect.Rollouts, samples_per_prompt=2, behavior_policy=behavior_policy),
+    collect=partial(
+      collect.Rollouts,
+      samples_per_prompt=samples,
+      choose=part(collect.picks.best_worst),
+      behavior_policy=part(of),
+    ),
     credit=part(credit.preference),
     anchors={'reference': part(optim.fixed)},
   )
 
 
 RUNS = {
-  'bradley_terry': lambda: of_reference(methods.bradley_terry(centering=0.01)),
-  'dpo': lambda: of_reference(methods.dpo()),
-  'online_dpo': methods.online_dpo,
-  'best_of_8': lambda: methods.raft(epochs=1),
+  'bradley_terry': lambda n: pairs(methods.bradley_terry(centering=0.01), n, reference=True),
+  'dpo': lambda n: pairs(methods.dpo(), n, reference=True),
+  'online_dpo': lambda n: pairs(methods.online_dpo(), n, reference=False),
+  'best_of_n': lambda n: methods.raft(samples=n, epochs=1),
 }
