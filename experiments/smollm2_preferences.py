@@ -16,6 +16,17 @@ prompt), seed, steps, smoke.
 | `dpo` | the same | gold, or `reward` |
 | `online_dpo` | the best and the worst sample of the policy | gold, or `reward` |
 | `best_of_n` | the best sample of the policy, by imitation (RAFT) | gold, or `reward` |
+
+Measured on a CPU, one seed, with gold as the reward and LoRA of rank 8. `gold` is the mean over 48
+held-out prompts of the greedy completion, cut after 16 tokens, with the standard error of the gain over
+the same prompts; it is 0.641 before training.
+
+| run | steps of samples | gold at the end | gain | samples of the first and last four steps |
+|---|---|---|---|---|
+| `best_of_n,rows=32` | 16 of 32 | 0.830 | 0.189 (0.019) | 0.61, 0.66 |
+
+Samples at temperature 1 gain less than greedy completions. Words without an e are repeated (`A cat with a
+long, curly tail and a fluffy coat was a cat with`), which gold does not punish.
 """
 
 import dataclasses
