@@ -41,6 +41,7 @@ WHOLE = {
   'mean_entropy': 0.7,
   'beta': 0.5,
   'reference_point': 0.2,
+  'excess_drift': 0.5,
 }  # numbers of the whole batch
 SELECTORS = {'mask', 'where', 'valid'}
 REQUIRED_KNOBS = {aggregation.constant_length: {'length': 8}, aggregation.token_sum: {'rows': 8}}
@@ -262,6 +263,7 @@ OTHERWISE = {
   surrogates.negative_aware,
   surrogates.probability_shaped,
   surrogates.path_consistency,
+  surrogates.drift,
 }
 LIKE_REINFORCE = [f for f in surrogates.TABLE.values() if f not in OTHERWISE]
 OWN_TOKEN = [f for f in ratios.TABLE.values() if f is not ratios.sequence_product]
@@ -280,8 +282,10 @@ def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(surrogate, leve
     old_kl=jnp.zeros((2, 3)),
     turn_ids=jnp.array([[0, 0, -1], [0, 1, 1]]),
     bounds=jnp.array([0.8, 1.2]),
+    local_weight=jnp.array([0.3, 0.9]),
     mask=mask,
   )
+  arrays['global_advantages'] = arrays['advantages']
 
   def loss(logp, fn):
     log_ratio = registry.call(level, dict(arrays, log_ratio=logp - old))
@@ -333,6 +337,8 @@ LIVE = {fn: set() for fn in NOTHING} | {
   implicit_rewards.bellman_sum: {'logp', 'reference_logp', 'log_normalizer'},
   penalties.entropy_band: {'entropy', 'mean_entropy'},
   penalties.entropy_band_published: set(),
+  penalties.easy_k3: {'logp', 'reference_logp'},
+  surrogates.drift: {'log_ratio'},
   **dict.fromkeys(multipliers.TABLE.values(), frozenset()),
   reward_maps.brief_when_right: set(),
   difficulty.two_sided: set(),
@@ -365,12 +371,15 @@ def test_what_stands_behind_the_mask_reaches_neither_loss_nor_gradient(surrogate
     turn_ids=jnp.where(mask, 0, -1),
     bounds=jnp.array([0.8, 1.2]),
     success_rate=jnp.array([0.3, 0.6]),
+    local_weight=jnp.array([0.3, 0.9]),
+    excess_drift=jnp.array(0.5),
     mask=mask,
   )
 
   def loss(logp, old, adv):
     logp, old, adv = (jnp.where(mask, x, 0) for x in (logp, old, adv))
     arrays = dict(constants, logp=logp, advantages=adv, log_ratio=logp - old, old_kl=old**2)
+    arrays['global_advantages'] = -adv
     arrays['log_ratio'] = registry.call(level, arrays)
     return aggregation.token_mean(registry.call(surrogate, arrays), mask).value()
 

@@ -162,9 +162,10 @@ NUMBERS = {
   selections.self_normalized: (dict(cap=1.5, floor=0.5), self_normalized),
   selections.per_prompt: ({}, per_prompt),
 }
-# Functions that return bounds -> knobs, and the bounds of a batch without tokens.
+# Functions that return numbers of the whole batch -> knobs, and the numbers of a batch without tokens.
 BOUNDS = {
   selections.balanced_bounds: (dict(share=0.6), [0.6, 1.2]),
+  selections.excess_drift: (dict(coefficient=2.0, limit=-0.5), 1.0),
   selections.second_moment_bounds: (dict(limit=0.2, low=0.9, high=1.1), [0.0, np.exp(20.0)]),
 }
 KNOBS = {fn: knobs for fn, (knobs, _) in (ORACLES | NUMBERS | BOUNDS).items()}
@@ -221,6 +222,14 @@ def test_bounds_equal_those_of_the_papers_loop(share, upper_first, x64):
   for seed in range(4):
     got = call(selections.balanced_bounds, make(seed), share=share, upper_first=upper_first)
     np.testing.assert_allclose(got, balanced_bounds(make(seed), share, upper_first), rtol=1e-12)
+
+
+def test_the_excess_drift_is_a_slope_times_what_the_mean_exceeds(x64):
+  a = make(0)
+  drift = -np.mean(a['log_ratio'][MASK])
+  got = call(selections.excess_drift, a, coefficient=3.0, limit=drift - 0.2)
+  np.testing.assert_allclose(got, 0.6)
+  assert call(selections.excess_drift, a, limit=drift + 0.2) == 0
 
 
 @every

@@ -16,6 +16,7 @@ from polgrad.losses import (
   multipliers,
   ratios,
   reward_maps,
+  row_scores,
 )
 from polgrad.registry import table_of
 from polgrad.types import Batch
@@ -112,18 +113,26 @@ def random_batch(seed: int = 0) -> Batch:
     'valid': np.arange(ROWS) != 2,
     'stream': np.tile([0, 1, 1, 1], 2),
     'uniform': rng.uniform(size=ROWS),
+    **{f'{name}_term': rng.integers(0, 2, ROWS).astype(float) for name in TERMS},
     'wins': rng.uniform(size=(ROWS, GROUP)),
     'baseline_wins': rng.uniform(size=(ROWS, 2)),
   }
   return batch.with_arrays(**{k: jnp.asarray(v) for k, v in x.items()})
 
 
+TERMS = ('answer', 'appeal', 'brevity', 'mode')
 # Estimators that need another part, and settings that the tests below ask for.
 BUILT = {
   'credit.divergence_reward': lambda fn: fn(derivative=f_divergences.reverse_kl),
   'credit.gated': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
   'credit.without_void': lambda fn: fn(credit=credit.reward_to_go()),
   'credit.of_wins': lambda fn: fn(credit=credit.reward_to_go(discount=0.9)),
+  'credit.filtered': lambda fn: fn(
+    credit=credit.outcome(), score=functools.partial(row_scores.brevity), keep=2
+  ),
+  'credit.with_success_rate': lambda fn: fn(credit=credit.outcome(), least=0.5),
+  'credit.appealed': lambda fn: fn(credit=credit.outcome()),
+  'credit.hypervolume_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),
   'credit.shaped': lambda fn: fn(credit=credit.outcome(), reward=reward_maps.bent),
   'credit.scaled': lambda fn: fn(
     credit=credit.outcome(),

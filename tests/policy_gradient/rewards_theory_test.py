@@ -1,0 +1,303 @@
+"""Estimators of methods that differ in rewards: the numbers of papers, and the laws of carried
+states."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import credit
+from polgrad.credit import assign
+from polgrad.losses import advantages, listwise, pareto, penalties, row_scores, strata
+from tests.policy_gradient.harness import scored
+
+normalized = functools.partial(advantages.group_normalized, ddof=0, eps=0.0)
+
+
+def of_rows(estimator, rewards, state=None, **arrays):
+  """The batch that an estimator makes of rows of one token, and its next state."""
+  state = estimator.init() if state is None else state
+  return assign(estimator, scored(rewards=jnp.asarray(rewards, jnp.float32), **arrays), state)
+
+
+# COPO.
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'entropy', 'coefficient', 'steep', 'gentle'),
+  [
+    ([8], 0, 1, 4.54e-5, 0.00669),
+    ([7, 1], 0.54356, 0.84146, 0.70501, 0.09261),
+    ([4, 4], 1, 0.70833, 0.99995, 0.5),
+    ([2, 2, 2, 2], 2, 0.41667, 1, 0.99331),
+    ([1] * 8, 3, 0.125, 1, 0.99995),
+  ],
+)
+def test_the_entropy_of_the_answers_of_a_group_weighs_two_comparisons(
+  sizes, entropy, coefficient, steep, gentle
+):
+  answer = jnp.repeat(jnp.arange(len(sizes)), jnp.array(sizes)).astype(float)
+  got = strata.answer_entropy(answer, jnp.zeros(8, int), jnp.ones(8, bool))
+  np.testing.assert_allclose(got, entropy, atol=1e-5)
+  rewards = np.ones(8)
+  for knobs, expected in ((dict(steepness=20.0, middle=0.5), steep), ({}, gentle)):
+    batch, _ = of_rows(credit.two_level(**knobs), rewards, answer_term=answer)
+    np.testing.assert_allclose(batch['local_weight'], expected, atol=1e-5)
+  # Beside a group without rewards, whose mean is 0: the two normalised means are +-1 / sqrt(2).
+  two = dict(group_ids=jnp.repeat(jnp.arange(2), 8), answer_term=jnp.tile(answer, 2))
+  means = jnp.repeat(jnp.array([coefficient, 0.0]), 8)
+  level = strata.across_prompts(means, two['group_ids'], jnp.ones(16, bool))
+  batch, _ = of_rows(credit.two_level(consistent=True), np.repeat([1.0, 0.0], 8), **two)
+  np.testing.assert_allclose(batch['global_advantages'][:, 0], level, atol=1e-4)
+  np.testing.assert_allclose(level, np.repeat([1, -1], 8) / np.sqrt(2), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('local', 'kept'),
+  [('all', [1] * 6), ('rewarded', [1, 1, 0, 0, 1, 1]), ('informative', [1] * 4 + [0] * 2)],
+)
+def test_rows_that_do_not_compare_with_their_own_group(local, kept):
+  batch, _ = of_rows(
+    credit.two_level(local=local),
+    [1, 1, 0, 0, 1, 1],
+    group_ids=jnp.array([0, 0, 0, 0, 1, 1]),
+    answer_term=jnp.arange(6.0),
+  )
+  np.testing.assert_array_equal(batch['local_weight'] > 0, np.array(kept, bool))
+
+
+# DRPO.
+
+SCORES, RIGHT = np.array([-0.5, -1.0, -0.8, -0.3]), np.array([1.0, 1, 0, 0])
+DRPO = dict(mask=np.arange(8) < np.array([4, 8, 5, 2])[:, None], longest=8)
+
+
+def drpo(score, mask=DRPO['mask'], **knobs):
+  knobs = dict(longest=8) | knobs
+  return jnp.sum(listwise.decoupled(score, RIGHT, mask, jnp.zeros(4, int), **knobs))
+
+
+@pytest.mark.parametrize(
+  ('knobs', 'objective'),
+  [({}, 0.04353), (dict(spread=1e9), -0.20312), (dict(temperature=1e6), 0.04665)],
+)
+def test_decoupled_rewards_have_the_published_objective(knobs, objective, x64):
+  np.testing.assert_allclose(-drpo(SCORES, **knobs), objective, atol=1e-4)
+
+
+def test_decoupled_rewards_have_the_published_weights(x64):
+  weights = -jax.grad(drpo)(jnp.asarray(SCORES))
+  np.testing.assert_allclose(weights, [0.99331, 0.00669, -0.4875, -0.5125], atol=1e-5)
+  hard = -jax.grad(functools.partial(drpo, temperature=0.1))(jnp.asarray(SCORES))
+  np.testing.assert_allclose(hard[2:], [-0.00669, -0.99331], atol=1e-5)
+
+
+def test_a_long_right_answer_is_never_unlearned_as_it_is_by_a_normalised_penalty(x64):
+  """Five right answers, one of which is long, and a wrong one; rewards less a penalty of length."""
+  penalized = np.array([1, 0.3, 0, 0.95, 0.9, 0.95])
+  grpo = advantages.group_normalized(penalized, jnp.zeros(6, int), jnp.ones(6, bool), eps=0.0)
+  np.testing.assert_allclose(grpo[1], -0.98793, atol=1e-4)
+  mask = np.arange(100) < np.array([10, 80, 50, 15, 20, 15])[:, None]
+  right = np.array([1.0, 1, 0, 1, 1, 1])
+  loss = lambda s: jnp.sum(listwise.decoupled(s, right, mask, jnp.zeros(6, int), longest=100))
+  weights = -jax.grad(loss)(jnp.zeros(6))
+  assert np.all(weights[right > 0] > 0) and weights[0] > weights[1]
+
+
+def test_the_weights_of_right_answers_are_those_of_the_best_policy_near_them(x64):
+  """argmax of E[1 - L / C] - spread KL(P || P+), P+ uniform over the right answers."""
+  lengths, spread = np.array([2, 4, 8]), 0.5
+  values = 1 - lengths / 8
+  objective = lambda z: (
+    jax.nn.softmax(z) @ values - spread * jax.nn.softmax(z) @ (jax.nn.log_softmax(z) + np.log(3))
+  )
+  best = jnp.asarray(values / spread)
+  np.testing.assert_allclose(jax.grad(objective)(best), 0, atol=1e-9)
+  mask, rewards = np.arange(8) < np.append(lengths, 5)[:, None], np.array([1.0, 1, 1, 0])
+  loss = lambda s: jnp.sum(
+    listwise.decoupled(s, rewards, mask, jnp.zeros(4, int), longest=8, spread=spread)
+  )
+  np.testing.assert_allclose(-jax.grad(loss)(jnp.zeros(4))[:3], jax.nn.softmax(best), rtol=1e-6)
+
+
+def test_a_group_of_one_kind_has_no_loss_and_no_gradient():
+  loss = lambda s, rewards: jnp.sum(listwise.decoupled(s, rewards, DRPO['mask'], jnp.zeros(4, int)))
+  for rewards in (np.zeros(4), np.ones(4)):
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(SCORES), rewards)
+    assert value == 0 and np.all(gradient == 0)
+
+
+# APO of View-R1.
+
+
+def test_the_kl_spares_good_answers_to_hard_prompts(x64):
+  expected = [1, 0.90731, 0.86980, 0.81712, 0.74312, 0.63917, 0.49317, 0.28808, 1]
+  p = 1 - np.arange(9) / 8
+  args = jnp.full((9, 1), -1.0), jnp.full((9, 1), -1.3)
+  plain = penalties.k3(*args)
+  good = penalties.easy_k3(*args, jnp.ones((9, 1)), p)
+  np.testing.assert_allclose((good / plain)[:, 0], expected, atol=1e-4)
+  np.testing.assert_array_equal(penalties.easy_k3(*args, -jnp.ones((9, 1)), p), plain)
+
+
+def test_the_success_rate_is_of_valid_rows_and_comes_beside_the_advantages():
+  estimator = credit.with_success_rate(credit=credit.outcome(advantage=normalized))
+  valid = jnp.array([True, True, True, False])
+  batch, _ = of_rows(estimator, [1, 1, 0, 1], valid=valid)
+  np.testing.assert_allclose(batch['success_rate'][:3], 2 / 3)
+  plain, _ = of_rows(credit.outcome(advantage=normalized), [1, 1, 0, 1], valid=valid)
+  np.testing.assert_array_equal(batch.advantages, plain.advantages)
+
+
+# HiPO.
+
+
+def test_the_choice_of_a_mode_is_credited_apart_from_the_answer():
+  rewards = np.array([1, 1, 0, 1, 1, 0, 1, 1]) + 0.2
+  mode = jnp.array([1.0] * 4 + [0.0] * 4)
+  batch, _ = of_rows(credit.modes(), rewards, length=3, mode_term=mode)
+  choice = [0.17321, 0.17321, -0.51962, 0.17321, 0.19514, -0.49768, 0.19514, 0.19514]
+  np.testing.assert_allclose(batch.advantages[:, 0], choice, atol=1e-4)
+  answer = np.where(rewards > 1, 0.57735, -1.73205)
+  np.testing.assert_allclose(batch.advantages[:, 1:], np.repeat(answer[:, None], 2, 1), atol=1e-4)
+
+
+def test_with_one_mode_the_answer_has_the_normalised_reward_and_the_choice_a_part_of_it():
+  rewards = [1.0, 0.0, 0.0, 0.5]
+  batch, _ = of_rows(credit.modes(own=0.4), rewards, length=2, mode_term=jnp.ones(4))
+  plain = normalized(jnp.array(rewards), jnp.zeros(4, int), jnp.ones(4, bool))
+  np.testing.assert_allclose(batch.advantages, np.stack([0.4 * plain, plain], 1), rtol=1e-4)
+
+
+# GFPO.
+
+
+def test_only_the_rows_with_the_largest_scores_are_compared_and_learned():
+  mask = np.arange(6) < np.array([2, 5, 1, 3, 6, 4])[:, None]
+  estimator = credit.filtered(
+    credit=credit.outcome(advantage=normalized), score=row_scores.brevity, keep=3
+  )
+  arrays = dict(length=6, mask=jnp.asarray(mask), valid=jnp.array([1, 1, 0, 1, 1, 1], bool))
+  batch, _ = of_rows(estimator, [1, 1, 1, 0, 0, 0], **arrays)
+  kept = np.array([1, 0, 0, 1, 0, 1], bool)  # the shortest valid ones
+  np.testing.assert_array_equal(batch.mask, mask & kept[:, None])
+  among = normalized(jnp.array([1.0, 0, 0]), jnp.zeros(3, int), jnp.ones(3, bool))
+  np.testing.assert_allclose(batch.advantages[kept, 0], among, rtol=1e-6)
+  every = estimator._replace(
+    apply=credit.filtered(
+      credit=credit.outcome(advantage=normalized), score=row_scores.efficiency, keep=6
+    ).apply
+  )
+  whole, _ = of_rows(every, [1, 1, 1, 0, 0, 0], **arrays)
+  plain, _ = of_rows(credit.outcome(advantage=normalized), [1, 1, 1, 0, 0, 0], **arrays)
+  np.testing.assert_array_equal(whole.advantages, plain.advantages)
+
+
+# Estimators that carry a state.
+
+RAW = credit.outcome(advantage=advantages.raw)
+APPEALED = credit.appealed(credit=RAW, false_positive=0.1, decay=0.5)
+GUIDED = credit.hypervolume_guided(credit=RAW, terms={'brevity': 1.0}, capacity=2)
+
+
+def test_appeals_measure_the_rate_of_false_negatives():
+  """Four of ten right answers are rejected, and appealed: 4 / (4 + 6), from the second batch on."""
+  estimator = credit.appealed(credit=RAW, decay=0.9, missed=1e-9, accepted=1e-9)
+  rewards, appeal = [1] * 6 + [0] * 6, jnp.array([0.0] * 6 + [1] * 4 + [0] * 2)
+  first, state = of_rows(estimator, rewards, appeal_term=appeal)
+  np.testing.assert_allclose(
+    first.advantages[0], 1 / (1 - 0.49), rtol=1e-5
+  )  # 1/2 of the prior, cut
+  second, state = of_rows(estimator, rewards, state, appeal_term=appeal)
+  np.testing.assert_allclose(second.advantages[[0, 6], 0], [1 / 0.6, 0], rtol=1e-5)
+  np.testing.assert_allclose(state['counts']['missed'], 4 + 0.9 * 4)
+  half = credit.appealed(credit=RAW, checked=0.5)
+  _, state = of_rows(half, rewards, appeal_term=appeal)
+  assert state['counts']['missed'] == 8
+
+
+def test_false_positives_make_the_measured_rate_of_false_negatives_smaller():
+  """Of 60 right answers 12 are missed; of 40 wrong ones 4 are accepted: 12 / (12 + 48 + 4) = .1875."""
+  estimator = credit.appealed(credit=RAW, missed=1e-9, accepted=1e-9)
+  rewards = [1] * 48 + [0] * 12 + [1] * 4 + [0] * 36
+  appeal = jnp.array([0.0] * 48 + [1.0] * 12 + [0.0] * 40)
+  _, state = of_rows(estimator, rewards, appeal_term=appeal)
+  counts = state['counts']
+  assert counts['missed'] / (counts['missed'] + counts['accepted']) == pytest.approx(0.1875)
+  with pytest.raises(ValueError, match='must be below'):
+    credit.appealed(credit=RAW, false_positive=0.5)
+
+
+def test_a_new_trade_off_makes_the_rewards_of_its_step_larger():
+  """Places (.5, .4), (.4, .6) and (.3, .3): the second adds .08, the third nothing."""
+  factors, state = [], None
+  for rest, brevity in ((0.5, 0.4), (0.4, 0.6), (0.3, 0.3)):
+    rows = dict(brevity_term=jnp.array([brevity] * 2))
+    batch, state = of_rows(GUIDED, [rest + brevity] * 2, state, **rows)
+    factors.append(float(batch.advantages[0, 0]) / (rest + brevity))
+  np.testing.assert_allclose(factors, [1, 0.61974, 0.5], atol=1e-5)
+  assert state['places']['number'] == 2
+  np.testing.assert_allclose(state['places']['points'], [[0.5, 0.4], [0.4, 0.6]], rtol=1e-6)
+  batch, state = of_rows(GUIDED, [20.0] * 2, state, brevity_term=jnp.full(2, 10.0))
+  np.testing.assert_allclose(batch.advantages[0, 0], 40, rtol=1e-4)  # at most twice the reward
+  np.testing.assert_allclose(state['places']['points'][0], [10, 10])  # in place of the oldest
+  with pytest.raises(ValueError, match='needs terms'):
+    credit.hypervolume_guided(credit=RAW)
+
+
+@pytest.mark.parametrize('axes', [1, 2, 3])
+def test_the_hypervolume_is_the_share_of_random_places_that_are_dominated(axes, x64):
+  rng = np.random.default_rng(axes)
+  points, counted = rng.uniform(size=(5, axes)), np.array([1, 1, 0, 1, 1], bool)
+  places = rng.uniform(size=(100_000, axes))
+  dominated = (points[counted][None] >= places[:, None]).all(2).any(1)
+  got = pareto.hypervolume(points, counted, jnp.zeros(axes))
+  assert got == pytest.approx(dominated.mean(), abs=6e-3)
+  assert pareto.hypervolume(points, ~counted & False, jnp.zeros(axes)) == 0
+
+
+def rows_of(seed, rows=6):
+  rng = np.random.default_rng(seed)
+  terms = {name: jnp.asarray(rng.integers(0, 2, rows), jnp.float32) for name in
+           ('appeal_term', 'brevity_term')}  # fmt: skip
+  return scored(rewards=jnp.asarray(rng.integers(0, 2, rows), jnp.float32), **terms)
+
+
+def same(a, b):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+
+@pytest.mark.parametrize('estimator', [APPEALED, GUIDED, credit.moving_baseline()])
+def test_a_carried_state_forgets_nothing_for_an_empty_batch_and_no_order_of_rows(estimator):
+  step = lambda batch, state: assign(estimator, batch, state)[1]
+  state = step(rows_of(0), estimator.init())
+  assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (state, estimator.init()))))
+  batch = rows_of(1)
+  same(step(batch.replace(valid=jnp.zeros(6, bool)), state), state)
+  order = jnp.array([3, 0, 5, 1, 4, 2])
+  same(step(jax.tree.map(lambda x: x[order], batch), state), step(batch, state))
+  # Two steps of one compiled scan are two calls.
+  batches = jax.tree.map(lambda *x: jnp.stack(x), rows_of(2), rows_of(3))
+  scanned, _ = jax.lax.scan(lambda s, b: (step(b, s), None), state, batches)
+  same(scanned, step(rows_of(3), step(rows_of(2), state)))
+  assert jax.tree.structure(scanned) == jax.tree.structure(estimator.init())
+
+
+def test_an_estimator_that_makes_no_advantages_cannot_be_scaled():
+  with pytest.raises(ValueError, match='makes advantages'):
+    credit.scaled(credit=credit.preference(), multiplier=lambda rewards: rewards)
+
+
+# The cliff of the greedy policy under two nearly equal rewards (arXiv:2507.20150).
+
+
+def test_a_soft_policy_moves_as_far_as_its_rewards_and_a_greedy_one_jumps(x64):
+  """TV(pi_r, pi_r') <= max |r - r'| / (2 temperature) for softmax policies; greedy ones move by 1."""
+  distance = lambda p, q: 0.5 * jnp.sum(jnp.abs(p - q))
+  one, other = jnp.array([1, 0.999, 0]), jnp.array([0.999, 1, 0])
+  soft = distance(jax.nn.softmax(one / 0.1), jax.nn.softmax(other / 0.1))
+  assert soft == pytest.approx(0.0049998, abs=1e-6) and soft <= 0.001 / (2 * 0.1)
+  greedy = lambda r: jax.nn.one_hot(jnp.argmax(r), 3)
+  assert distance(greedy(one), greedy(other)) == 1
