@@ -80,6 +80,7 @@ def setting_of(one: Estimate, staleness: int) -> Setting:
     features=features,
     staleness=float(staleness),
     demonstration=world.DEMONSTRATION if collect.get('demonstrations') else -1,
+    arrays=world.terms(collect.get('terms', ())),
   )
 
 

@@ -4,7 +4,7 @@ Everything is a function of logits f64[P, 3] and exact. `behavior` are the logit
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,15 @@ BONUS = 'objective.penalties.entropy.weight'
 STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('rloo', 'demo_regularized', 'reinforce_plus_plus'), (minus_kl, IN_CREDIT)),
   **dict.fromkeys(
-    ('grpo', 'aspo', 'reinforce_plus_plus_baseline', 'deepseek_v32', 'intellect2', 'vineppo'),
+    (
+      'grpo',
+      'aspo',
+      'view_r1',
+      'reinforce_plus_plus_baseline',
+      'deepseek_v32',
+      'intellect2',
+      'vineppo',
+    ),
     (minus_kl, IN_LOSS),
   ),
   **dict.fromkeys(('a_star_po', 'copg', 'dro_v', 'tba', 'tbrm'), (minus_kl, 'objective.beta')),
@@ -181,6 +189,22 @@ def values_of(name: str, phase: dict, behavior) -> np.ndarray:
     scaled = soft if name == 'dro_v' else beta * soft  # DRO-V's head is V / beta
     return np.where(POLICY.mask, scaled, 0.0)
   return np.where(POLICY.mask, _prefix_mean(REWARDS, probabilities(behavior)), 0.0)
+
+
+def terms(names: Sequence[str]) -> dict[str, np.ndarray]:
+  """What noted terms of the reward say of every sequence, and that all of them are finished, [S].
+
+  Sequences of equal length are a stratum, each one is an answer of its own, and those that begin with
+  token 1 are in the mode on. Other terms are 0.
+  """
+  sequences = np.arange(len(POLICY.tokens))
+  known = {
+    'stratum': POLICY.mask.sum(axis=1),
+    'answer': sequences,
+    'mode': POLICY.tokens[:, 0] == 1,
+  }
+  found = {f'{name}_term': np.asarray(known.get(name, 0 * sequences), float) for name in names}
+  return {'finished': np.ones(len(sequences), bool), **found}
 
 
 def _prefix_mean(x: np.ndarray, p: np.ndarray) -> np.ndarray:

@@ -55,6 +55,7 @@ def returns_booleans(fn):
     selections.second_moment_bounds,
     selections.self_normalized,
     selections.per_prompt,
+    selections.excess_drift,
   )
   return fn in selections.TABLE.values() and fn not in numbers
 

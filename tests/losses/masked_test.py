@@ -25,6 +25,8 @@ CONSTANTS = dict(
   mean_entropy=jnp.array(0.7),
   success_rate=jnp.array([0.3, 0.6, 0.5]),
   rewards=jnp.array([1.0, -0.5, 0.2]),
+  local_weight=jnp.array([0.3, 0.9, 0.5]),
+  excess_drift=jnp.array(0.5),
 )
 
 

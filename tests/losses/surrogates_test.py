@@ -48,6 +48,7 @@ BOUNDED = [
   fn
   for fn in surrogates.TABLE.values()
   if {'eps_low', 'eps_high'} <= inspect.signature(fn).parameters.keys()
+  and fn is not surrogates.two_level_clipped  # two times `dual_clipped`
 ]
 
 

@@ -97,7 +97,7 @@ def test_decoupled_rewards_have_the_published_weights(x64):
 def test_a_long_right_answer_is_never_unlearned_as_it_is_by_a_normalised_penalty(x64):
   """Five right answers, one of which is long, and a wrong one; rewards less a penalty of length."""
   penalized = np.array([1, 0.3, 0, 0.95, 0.9, 0.95])
-  grpo = advantages.group_normalized(penalized, jnp.zeros(6, int), jnp.ones(6, bool), eps=0.0)
+  grpo = normalized(penalized, jnp.zeros(6, int), jnp.ones(6, bool))
   np.testing.assert_allclose(grpo[1], -0.98793, atol=1e-4)
   mask = np.arange(100) < np.array([10, 80, 50, 15, 20, 15])[:, None]
   right = np.array([1.0, 1, 0, 1, 1, 1])
