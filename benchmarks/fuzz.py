@@ -706,6 +706,7 @@ ANSWERS = st.one_of(
 )  # fmt: skip
 OWN = {
   'exact_match': {}, 'numeric_answer': {}, 'choice_letter': {}, 'soft_overlong': {},
+  'count_matches': {'pattern': '<search>.*?</search>'},
   'regex_format': {'pattern': r'<think>.*</think>\s*<answer>.*</answer>'},
 }  # fmt: skip
 

@@ -44,6 +44,33 @@ def bent(
   return jnp.where(rewards >= knee, high, low)
 
 
+def mistaken(
+  rewards: Array,
+  uniform: Array,
+  *,
+  false_positive: Fraction = 0.1,
+  false_negative: Fraction = 0.1,
+) -> Array:
+  """What a verifier that makes mistakes says: 0 becomes 1, and 1 becomes 0, with given probabilities
+  (standard).
+
+  For experiments with noise whose rates are known. Metrics still show the rewards without noise.
+
+  Args:
+    rewards: [B]; at least 0.5 is right.
+    uniform: [B], random numbers in [0, 1), which decide the mistakes.
+    false_positive: probability that a wrong row gets 1.
+    false_negative: probability that a right row gets 0.
+
+  Returns:
+    [B], 0 or 1.
+  """
+  chex.assert_rank(rewards, 1)
+  chex.assert_equal_shape([rewards, uniform])
+  said = jnp.where(rewards >= 0.5, uniform >= false_negative, uniform < false_positive)
+  return jnp.where(jnp.isnan(rewards), rewards, said.astype(rewards.dtype))
+
+
 def without_noise(
   rewards: Array, *, false_positive: Fraction = 0.1, false_negative: Fraction = 0.1
 ) -> Array:
@@ -147,5 +174,5 @@ def _information(false_positive: float, false_negative: float) -> float:
   return 1 - false_positive - false_negative
 
 
-TABLE = table('reward_maps', bent, without_noise, without_misses, brief_when_right)
+TABLE = table('reward_maps', bent, mistaken, without_noise, without_misses, brief_when_right)
 Part = Annotated[Callable, TABLE]

@@ -1,6 +1,7 @@
 """Advantages: published numbers, exact zeros, groups as data, least variance."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from polgrad import registry
-from polgrad.losses import advantages, baselines, difficulty, logit_stats
+from polgrad.losses import advantages, baselines, difficulty, logit_stats, strata
 
 R8 = np.array([1.0, 1, 0, 0, 0, 0, 0, 1], np.float32)
 ONE_GROUP = np.zeros(8, np.int32)
@@ -56,6 +57,7 @@ LENGTHS = np.array([2, 5, 1, 4, 3, 5, 2, 4])
 MASK = np.arange(5) < LENGTHS[:, None]
 TOKENS = dict(uniform=RNG.uniform(size=8), mask=MASK, score_norm=RNG.uniform(0, 2, size=(8, 5)))
 TOKENS |= dict(stratum_term=np.array([0.0, 1, 0, 1, 0, 0, 1, 0]))
+TOKENS |= dict(mode_term=np.array([0.0, 1, 0, 1, 0, 1, 1, 0]))
 
 
 def run(fn, rewards, group_ids, valid, rows=slice(8)):
@@ -369,3 +371,88 @@ def test_the_scale_of_a_row_does_not_depend_on_its_own_reward():
   for own in (0.3, 2.0, -7.0):
     got = advantages.leave_one_out_normalized(rewards.at[0].set(own), ids, valid, eps=0.0)
     np.testing.assert_allclose(got[0], (own - others.mean()) / others.std(ddof=1), rtol=1e-5)
+
+
+# What holds for which advantages, of sixteen rows in four groups: a constant added to the rewards of a
+# group changes nothing; neither does a positive factor; the sum over each group is 0.
+SHIFT, SCALE, ZERO = 'shift', 'scale', 'zero'
+HOLDS = {
+  advantages.raw: set(),
+  advantages.group_mean: {SHIFT, ZERO},
+  advantages.group_normalized: {SHIFT, SCALE, ZERO},
+  advantages.batch_scaled: {ZERO},
+  advantages.leave_one_out: {SHIFT, ZERO},
+  advantages.leave_one_out_normalized: {SHIFT, SCALE},
+  advantages.pass_at_k: {ZERO},
+  advantages.batch_mean: set(),
+  advantages.batch_normalized: set(),
+  baselines.sampled_baseline: set(),
+  baselines.length_weighted: {SHIFT},
+  baselines.gradient_weighted: {SHIFT},
+  baselines.informative_mean: {SHIFT, ZERO},
+  baselines.nonzero_mean: {ZERO},
+  baselines.balanced_group_mean: {SHIFT, ZERO},
+  baselines.exponential_group_mean: {SHIFT, ZERO},
+  baselines.exponential_times_advantage: {SHIFT},
+  difficulty.beta_normalized: {ZERO},
+  difficulty.two_sided: {ZERO},
+  difficulty.max_at_k: {SHIFT},
+  difficulty.best_only: {SHIFT},
+  strata.stratified: {SHIFT, SCALE, ZERO},
+  strata.mode_choice: {SCALE},
+}
+
+
+@pytest.mark.parametrize('fn', advantages.TABLE.values(), ids=lambda fn: fn.__name__)
+def test_which_changes_of_rewards_change_which_advantages(fn, x64):
+  rng = np.random.default_rng(1)
+  rewards = rng.choice([0.0, 0.5, 1.0, 2.0], size=16)
+  rewards[:4] = [1.0, 0.9, 0.9, 1.0]  # 'on' is hardly better than 'off'
+  group = np.repeat(np.arange(4), 4)
+  arrays = dict(
+    group_ids=group,
+    valid=np.ones(16, bool),
+    uniform=rng.uniform(size=16),
+    mask=np.arange(5) < rng.integers(1, 6, 16)[:, None],
+    score_norm=rng.uniform(0, 2, size=(16, 5)),
+    stratum_term=np.tile([0.0, 1.0, 1.0, 0.0], 4),
+    mode_term=np.tile([1.0, 0.0, 0.0, 1.0], 4),
+    baseline_rewards=rng.uniform(size=(16, 2)),
+  )
+  exact = {'eps': 0.0} if 'eps' in inspect.signature(fn).parameters else {}
+
+  def of(rewards):
+    return np.asarray(registry.call(functools.partial(fn, **exact), arrays | {'rewards': rewards}))
+
+  a, factor, shift = of(rewards), rng.uniform(0.3, 3, 4)[group], rng.uniform(0.5, 3, 4)[group]
+  close = lambda x, y: np.allclose(x, y, rtol=1e-6, atol=1e-9)
+  found = {
+    SHIFT: close(of(rewards + shift), a),
+    SCALE: close(of(factor * rewards), a),
+    ZERO: close(a.reshape(4, 4).sum(axis=1), 0),
+  }
+  assert {name for name, holds in found.items() if holds} == HOLDS[fn]
+
+
+@pytest.mark.parametrize(
+  ('fn', 'factor'),
+  [
+    (advantages.raw, 1),
+    (advantages.group_mean, 2 / 3),
+    (advantages.leave_one_out, 1),
+    (advantages.batch_mean, 2 / 3),
+    (baselines.sampled_baseline, 1),
+    (functools.partial(difficulty.max_at_k, k=1), 1),
+  ],
+)
+def test_the_expected_gradient_on_a_bandit_is_a_known_part_of_the_true_one(fn, factor, x64):
+  """All groups of three draws of three arms."""
+  rewards, logits = jnp.array([0.1, 0.7, 0.4]), jnp.array([0.2, -0.1, 0.5])
+  pi = jax.nn.softmax(logits)
+  draws = jnp.array(list(itertools.product(range(3), repeat=3)))
+  fixed = dict(group_ids=jnp.zeros(3, int), valid=jnp.ones(3, bool))
+  fixed['baseline_rewards'] = jnp.full((3, 2), 0.3)
+  a = jax.vmap(lambda rows: registry.call(fn, fixed | {'rewards': rewards[rows]}))(draws)
+  scores = jax.nn.one_hot(draws, 3) - pi[None, None]
+  got = jnp.einsum('d,di,dia->a', jnp.prod(pi[draws], axis=1), a / 3, scores)
+  np.testing.assert_allclose(got, factor * pi * (rewards - pi @ rewards), atol=1e-9)

@@ -54,6 +54,7 @@ def test_a_reward_that_is_nan_is_not_an_advantage_of_zero(fn):
     score_norm=jnp.ones((8, 1)),
     mask=jnp.ones((8, 1), bool),
     stratum_term=jnp.tile(jnp.arange(2.0), 4),
+    mode_term=jnp.tile(jnp.arange(2.0), 4),
   )
   got = call(fn, arrays)
   assert np.isnan(np.asarray(got)[:4]).any()

@@ -341,6 +341,7 @@ LIVE = {fn: set() for fn in NOTHING} | {
   surrogates.drift: {'log_ratio'},
   **dict.fromkeys(multipliers.TABLE.values(), frozenset()),
   reward_maps.brief_when_right: set(),
+  reward_maps.mistaken: set(),
   difficulty.two_sided: set(),
   strata.stratified: set(),  # normalised groups of two
 }

@@ -304,6 +304,10 @@ FUNCTIONS = {
       ]
     ),
   ),
+  reward_maps.mistaken: (
+    dict(false_positive=0.6, false_negative=0.3),
+    lambda a: np.where(a.rewards >= 0.5, a.uniform >= 0.3, a.uniform < 0.6) * 1.0,
+  ),
   reward_maps.without_noise: (
     dict(false_positive=0.1, false_negative=0.2),
     lambda a: (a.rewards - 0.1) / 0.7,

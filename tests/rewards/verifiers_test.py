@@ -135,6 +135,21 @@ def test_format_is_of_the_whole_completion():
   assert score(' <think></think>a') == score('<think></think>ab') == 0
 
 
+def test_matches_are_counted_up_to_a_bound():
+  text = '<search>a</search> then <search>\nb</search>'
+  assert verifiers.count_matches(text, pattern='<search>.*?</search>') == 2
+  assert verifiers.count_matches(text, pattern='<search>', most=1) == 1
+  assert verifiers.count_matches('', pattern='<search>') == 0
+
+
+def test_equal_answers_are_of_one_class_and_no_answer_is_of_another():
+  of = lambda text: verifiers.answer_class(text, pattern=r'<a>(.*?)</a>')
+  assert of('so <a>1</a> or <a> 2\n</a>') == of('<a>2</a>') != of('<a>1</a>')
+  assert of('2') == of('<a> </a>') == -1
+  assert 0 <= of('<a>2</a>') < 2**24
+  assert verifiers.answer_class(' 12\n') == verifiers.answer_class('12')
+
+
 @pytest.mark.parametrize(
   ('completion', 'answer', 'score'),
   [
@@ -198,6 +213,7 @@ def test_table_entries_bind_and_score():
   arrays = {'completion': '4', 'record': {'answer': '4', 'entry': entry}, 'length': 1}
   knobs = {
     verifiers.regex_format: {'pattern': '(.*)'},
+    verifiers.count_matches: {'pattern': 'a'},
     verifiers.choice_letter: {'letters': '1234'},
   }
   for fn in verifiers.TABLE.values():
