@@ -171,6 +171,7 @@ def chain() -> Policy:
     value=None,
     init_cache=lambda batch, length: {},
     begin=lambda cache, read, rows: cache,
+    widen=None,
     unstack=lambda params: params,
     decode=lambda params, tokens, positions, valid, cache, index: (seen(tokens), cache),
     axes=None,

@@ -86,8 +86,8 @@ def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) ->
   """The keys and values of the rows that are decoded at a time."""
   devices = sharding.data_parallel_size(mesh)
   rows = -(-rows // devices) * devices
-  cache = jax.eval_shape(lambda: policy.init_cache(rows, length))
-  specs = (caches.KEYS, cache.keys), (caches.VALUES, cache.values)
+  (span,) = jax.eval_shape(lambda: policy.init_cache(rows, length)).spans
+  specs = (caches.KEYS, span.keys), (caches.VALUES, span.values)
   arrays = [(axes, x) for axes, buffers in specs for x in buffers]
   place = lambda axes, x: jax.sharding.NamedSharding(
     mesh, sharding.partition_spec(mesh, axes, x.shape)

@@ -30,15 +30,18 @@ class Policy(NamedTuple):
     init_cache: batch, length -> an empty cache of `length` columns; every leaf has the batch axis first.
     begin: cache, shorter cache with equally many rows, rows bool[B] -> the first cache, in which the
       selected rows are replaced by those of the second cache, in the same columns; their other columns
-      are emptied.
+      are emptied. The second cache has one span, and fits into the first span of the first cache.
+    widen: cache, length -> the cache with a span of `length` more empty columns. Attention reads one
+      span after the other, so up to three spans give the same results bit by bit whether or not the last
+      ones, if they are empty, have been added yet.
     unstack: params -> params in the form that `decode` reads; `unembed` and `value` accept this form
       too. Call it once, outside the decode loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->
       (hidden [B, S, D], cache). Writes the tokens to columns index .. index + S - 1, those that are
-      not valid as empty columns. `index` is one number, or i32[B], a number for each row, and then what
-      lies outside of the cache is dropped. A token sees every token in the cache whose position is at
-      most its own, whatever the order of the columns. Prefill has S = prompt length and index 0; a step
-      of decoding has S = 1.
+      not valid as empty columns. `index` is one number, for a cache of one span; or i32[B], a number for
+      each row, and then what lies outside of the cache is dropped. A token sees every token in the cache
+      whose position is at most its own, whatever the order of the columns. Prefill has S = prompt length
+      and index 0; a step of decoding has S = 1.
     axes: params -> the same tree with a tuple of logical axis names for every array.
     labels: params, or any part of the tree -> the same tree with a label for every array that says what
       an update does to it: 'train', 'frozen' (the base of an adapter) or 'balance' (a router's bias,
@@ -54,6 +57,7 @@ class Policy(NamedTuple):
   value: Callable
   init_cache: Callable
   begin: Callable
+  widen: Callable
   unstack: Callable
   decode: Callable
   axes: Callable

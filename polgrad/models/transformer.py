@@ -8,6 +8,7 @@ parameters."""
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from polgrad.models.attention import (
   segment_positions,
   softcap,
 )
-from polgrad.models.cache import Cache
+from polgrad.models.cache import Cache, Span
 from polgrad.models.config import Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.sharding import constrain
@@ -349,6 +350,7 @@ def from_config(config: Config) -> Policy:
     value=functions.value,
     init_cache=functions.init_cache,
     begin=caches.begin,
+    widen=functions.widen,
     unstack=functions.unstack,
     decode=functions.decode,
     axes=functions.axes,
@@ -409,6 +411,11 @@ class Functions:
     self.check_length(length)
     return caches.empty(self.config, batch, length)
 
+  def widen(self, cache: Cache, length: int) -> Cache:
+    self.check_length(cache.length + length)
+    rows = len(cache.spans[0].positions)
+    return Cache(cache.spans + caches.empty(self.config, rows, length).spans)
+
   def unstack(self, params: Params) -> Params:
     c = self.config
     # Cast once to the dtype of computation: in the decode loop, every step would read the stored weights
@@ -430,21 +437,26 @@ class Functions:
   ) -> tuple[Array, Cache]:
     # The new tokens are in the cache before they attend, so that they see themselves.
     written = jnp.where(valid, positions, -1)
-    held = caches.write(('batch', 'length'), cache.positions, written, index)
-    mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
-    views = self.apply(params, positions, held, mask, method='views')
+    starts = itertools.accumulate((span.length for span in cache.spans[:-1]), initial=0)
+    spans, views = [], []
+    for span, column in zip(cache.spans, [index - start for start in starts]):
+      held = caches.write(('batch', 'length'), span.positions, written, column)
+      mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
+      views.append(self.apply(params, positions, held, mask, method='views'))
+      spans.append((column, [], [], held))
     x = self.apply(params, tokens, method='embed')
-    keys, values = [], []
     # Unrolled: a scan would copy the weights and the cache of every layer at every step.
     for i, weights in enumerate(params['layers']):
       run = functools.partial(self.block.apply, {'params': weights})
-      view = views[0 if i in self.config.local_layers else -1]
-      query, key, value = run(x, view.turns, method='project')
-      keys.append(caches.write(caches.KEYS, cache.keys[i], key, index))
-      values.append(caches.write(caches.VALUES, cache.values[i], value, index))
-      attended = run(query, (keys[i], values[i], view.mask), method='attend')
-      x = run(x, attended, valid, method='finish')
-    return self.apply(params, x, method='normalise'), Cache(tuple(keys), tuple(values), held)
+      seen = [view[0 if i in self.config.local_layers else -1] for view in views]
+      query, key, value = run(x, seen[0].turns, method='project')
+      for old, (column, keys, values, _) in zip(cache.spans, spans):
+        keys.append(caches.write(caches.KEYS, old.keys[i], key, column))
+        values.append(caches.write(caches.VALUES, old.values[i], value, column))
+      sources = [(keys[i], values[i], v.mask) for (_, keys, values, _), v in zip(spans, seen)]
+      x = run(x, run(query, *sources, method='attend'), valid, method='finish')
+    spans = tuple(Span(tuple(keys), tuple(values), held) for _, keys, values, held in spans)
+    return self.apply(params, x, method='normalise'), Cache(spans)
 
   def axes(self, params: Params) -> Params:
     def names(path, _):

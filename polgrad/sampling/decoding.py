@@ -47,7 +47,7 @@ class Decoding(NamedTuple):
   made: Array
   upcoming: Array  # i32[Q], number of the first row that waits in the queue; B / Q if none waits
   length: Array  # i32[Q * S], tokens of the prompt of the slot's row
-  caches: dict[str, Any]  # caches of Tp + max_new_tokens columns by parameter set, Q * S rows first
+  caches: dict[str, Any]  # caches by parameter set, Q * S rows first
   hidden: dict[str, Array]  # [Q * S, D] by parameter set: state from which the next token is drawn
   tokens: Array  # i32[B, max_new_tokens], the completions; pad_id where nothing is drawn
   logp: Array  # f32[B, max_new_tokens], their log-probabilities; 0 where nothing is drawn
@@ -135,7 +135,7 @@ class Sampler:
     state = jax.lax.while_loop(
       rows_left,
       lambda state: jax.lax.while_loop(no_refill_due, draw, self.refill(prompts, state)),
-      self.start(prompts, tokens.shape[1]),
+      self.start(prompts, tokens.shape[1] + self.max_new_tokens),
     )
     return self.finish(state, tokens, mask, prompt_ids, padding)
 
@@ -157,12 +157,15 @@ class Sampler:
       hidden[name] = states[:, -1]
     return Prefilled(caches=caches, hidden=hidden, length=jnp.sum(mask, axis=1))
 
-  def start(self, prompts: Prefilled, prompt_width: int) -> Decoding:
-    """The state before the first refill: all slots are idle, and all rows are in the queues."""
+  def start(self, prompts: Prefilled, columns: int) -> Decoding:
+    """The state before the first refill: all slots are idle, and all rows are in the queues.
+
+    Args:
+      columns: of the caches.
+    """
     rows = len(prompts.length) * self.samples_per_prompt
     slots = min(self.slots or rows, rows)
     each = slots // self.queues
-    columns = prompt_width + self.max_new_tokens
     return Decoding(
       step=jnp.int32(0),
       row=jnp.full((self.queues, each), rows // self.queues, jnp.int32),

@@ -197,7 +197,7 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
   logits = policy.unembed(PARAMS, hidden)
   exact = POLICY.unembed(PARAMS, POLICY.hidden(PARAMS, tokens, jnp.ones_like(tokens)))
   assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-  assert policy.init_cache(1, 3).keys[0].dtype == jnp.bfloat16
+  assert policy.init_cache(1, 3).spans[0].keys[0].dtype == jnp.bfloat16
   np.testing.assert_allclose(logits, exact, atol=0.15 * float(jnp.std(exact)))
   assert float(jnp.max(jnp.abs(logits - logits.astype(jnp.bfloat16)))) > 0  # not rounded
 
