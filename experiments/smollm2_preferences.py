@@ -25,8 +25,8 @@ the same prompts; it is 0.641 before training.
 |---|---|---|---|---|
 | `best_of_n,rows=32` | 16 of 32 | 0.830 | 0.189 (0.019) | 0.61, 0.66 |
 
-Samples at temperature 1 gain less than greedy completions. Words without an e are repeated (`A cat with a
-long, curly tail and a fluffy coat was a cat with`), which gold does not punish.
+Samples at temperature 1 gain less than greedy completions. Words without an e are repeated (`A cat with
+a long, curly tail and a fluffy coat was a cat with`), which gold does not punish.
 """
 
 import dataclasses

@@ -223,6 +223,7 @@ CONFIGURED = {
   'appeal_term': Spec('B', 'term of the reward: 1 for a rejected row whose appeal succeeded'),
   'excess_drift': Spec('', 'selection: coefficient of a penalty on the drift from the old policy'),
   'selected': Spec('B T', 'selection: chosen tokens, bool'),
+  'signed_entropy': Spec('B T', 'selection: how high the entropy is, in [-1, 1], f32'),
   'normalized_weights': Spec('B T', 'selection: importance weights with mean 1, f32'),
   'prompt_weights': Spec('B T', 'selection: weights with which prompts count the same, f32'),
   'bounds': Spec('2', 'selection: least and largest ratio of the trust region'),

@@ -106,6 +106,45 @@ def length_weighted(rewards: Array, mask: Array, group_ids: Array, valid: Array)
   return center(rewards, group, jnp.sum(mask, axis=-1).astype(rewards.dtype))
 
 
+def token_normalized(
+  rewards: Array,
+  mask: Array,
+  group_ids: Array,
+  valid: Array,
+  *,
+  eps: float = 1e-6,
+  limit: float = 5.0,
+) -> Array:
+  """A_i = (R_i - m) / (s + eps), m and s the mean and the deviation of R over the tokens of the group:
+  HAPO (arXiv:2509.16591).
+
+  A row counts as often as it has tokens, so the advantages of a group sum to 0 over its tokens, and with
+  a mean over tokens long rows do not shift it. s divides by the number of tokens. If a row of the group
+  has |A| >= limit, which happens where a short row differs from many tokens, the group gets A with
+  the mean and the unbiased deviation over its rows instead.
+
+  Args:
+    rewards: [B].
+    mask: bool[B, T]; row i has as many tokens as True entries.
+    group_ids: i32[B].
+    valid: bool[B].
+    eps: added to the deviation, in units of the reward.
+    limit: |A| from which on a group is normalised over its rows.
+
+  Returns:
+    [B]; 0 in a group of one.
+  """
+  group = _group(rewards, group_ids, valid)
+  _check_tokens(rewards, mask)
+  lengths = jnp.sum(mask, axis=-1).astype(rewards.dtype)
+  centered = center(rewards, group, lengths)
+  spread = divide(total(lengths * jnp.square(centered), group), total(lengths, group))
+  advantages = centered / (jnp.sqrt(spread) + eps)
+  of_rows = center(rewards, group)
+  of_rows = of_rows / (jnp.sqrt(variance(of_rows, group, 1)) + eps)
+  return jnp.where(maximum(jnp.abs(advantages), group) < limit, advantages, of_rows)
+
+
 def gradient_weighted(
   rewards: Array, score_norm: Array, mask: Array, group_ids: Array, valid: Array
 ) -> Array:
@@ -325,6 +364,7 @@ TABLE = table(
   sampled_baseline,
   tracked_baseline,
   length_weighted,
+  token_normalized,
   gradient_weighted,
   informative_mean,
   nonzero_mean,

@@ -6,8 +6,9 @@ on all tokens together, so a selection is evaluated once per update on the whole
 split into micro-batches. No gradient flows through it.
 
 No token outside the mask is selected. Tokens with equal scores are ranked by row, then by position.
-Four functions return numbers: `balanced_bounds` and `second_moment_bounds` the bounds of a trust region,
-f32[2]; `self_normalized` and `per_prompt` weights of tokens, f32[B, T], which are 0 outside the mask.
+Five functions return numbers: `balanced_bounds` and `second_moment_bounds` the bounds of a trust region,
+f32[2]; `self_normalized` and `per_prompt` weights of tokens and `signed_entropy` another number of each,
+f32[B, T], which are 0 outside the mask.
 
 A selection can be used in two ways. As a weight (`weights.selected`) it multiplies the loss, and a token
 that it drops still counts in the denominator of the mean. As `only` of the objective it also takes the
@@ -231,6 +232,39 @@ def top_entropy(entropy: Array, mask: Array, *, share: float = 0.2) -> Array:
   # Of equal neighbours the difference is exactly 0; there is no other one to subtract from infinity.
   step = jnp.where(above > below, above - below, 0)
   return mask & (entropy >= below + step * (place - jnp.floor(place)))
+
+
+def signed_entropy(
+  entropy: Array, mask: Array, *, share: float = 0.8, released_sign: bool = False
+) -> Array:
+  """How far log H lies above or below its quantile, in [-1, 1]: HAPO (arXiv:2509.16591).
+
+  h = log H - p, with p the quantile of log H over the valid tokens that is the nearest of their values.
+  The result is h / max h where h > 0 and h / |min h| elsewhere: 1 at the highest entropy of the batch,
+  -1 at the lowest, 0 at the quantile.
+
+  Args:
+    entropy: [B, T], H of the next-token distribution, nats; at least 1e-8 is taken.
+    mask: bool[B, T].
+    share: fraction of the tokens below the quantile, in [0, 1].
+    released_sign: tokens below the quantile get |h / min h| in [0, 1], as in the released code, in which
+      the lowest entropies therefore count as high ones.
+
+  Returns:
+    f32[B, T], 0 outside the mask.
+
+  Raises:
+    ValueError: a share outside [0, 1].
+  """
+  chex.assert_equal_shape([entropy, mask])
+  if not 0 <= share <= 1:
+    raise ValueError(f'share must lie in [0, 1], got {share}')
+  level = jnp.where(mask, jnp.log(jnp.maximum(jnp.where(mask, entropy, 1), 1e-8)), jnp.inf)
+  place = jnp.round(share * jnp.maximum(jnp.sum(mask) - 1, 0)).astype(jnp.int32)
+  gap = jnp.where(mask, level - jnp.sort(level, axis=None)[place], 0)
+  above, below = jnp.max(gap), jnp.max(-gap)
+  scaled = jnp.where(gap > 0, divide(gap, above), divide(gap, below))
+  return jnp.abs(scaled) if released_sign else scaled
 
 
 def token_band(
@@ -528,6 +562,7 @@ TABLE = table(
   random_covariance,
   unlikely,
   top_entropy,
+  signed_entropy,
   token_band,
   sequence_band,
   geometric_band,

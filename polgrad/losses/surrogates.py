@@ -293,6 +293,63 @@ def drift(log_ratio: Array, excess_drift: Array) -> Array:
   return -jax.lax.stop_gradient(excess_drift) * log_ratio
 
 
+def entropy_adaptive(
+  log_ratio: Array,
+  advantages: Array,
+  signed_entropy: Array,
+  *,
+  eps: float = 0.2,
+  widening: float = 1.0,
+  emphasis: float = 1.0,
+  cap: float = 10.0,
+) -> Array:
+  """Dual-clip PPO whose bounds and advantages depend on the entropy of the token (HAPO,
+  arXiv:2509.16591).
+
+      low  = 1 - eps (1 - widening h) where h <= 0, else 1 - eps
+      high = 1 + eps (1 + widening h) where h > 0, else 1 + eps
+      A'   = (1 + emphasis h) A for tokens with h > 0 and r outside ((1 + low) / 2, (1 + high) / 2), and
+             for tokens with h <= 0 and r inside; A elsewhere
+
+  h is the signed entropy, r the ratio. The loss is -min(r A', clip(r, low, high) A'), at most -cap A'
+  where A' < 0. Tokens of low entropy may become much less likely and those of high entropy much more
+  likely; tokens of low entropy count less as long as the policy has not moved, and those of high entropy
+  more once it has.
+
+  Args:
+    log_ratio: [..., T], nats.
+    advantages: [..., T].
+    signed_entropy: [..., T], h in [-1, 1], from `selections.signed_entropy`; detached here.
+    eps: distance of the bounds from 1 at h = 0.
+    widening: by which fraction a bound is wider at |h| = 1; alpha in the paper.
+    emphasis: beta in the paper; at most 1, or A' could have another sign than A.
+    cap: the largest ratio itself for A < 0, beyond which the gradient is 0.
+
+  Returns:
+    [..., T].
+
+  Raises:
+    ValueError: cap <= 1, or emphasis outside [0, 1].
+
+  >>> log_ratio, h = jnp.log(jnp.array([0.7, 1.5])), jnp.array([-1.0, 1.0])
+  >>> loss = surrogates.entropy_adaptive(log_ratio, jnp.array([-1.0, 1.0]), h)
+  >>> print(np.asarray(loss).round(2))
+  [ 0.7 -2.8]
+  """
+  h = jax.lax.stop_gradient(signed_entropy)
+  log_ratio, advantages, h = finite_gradient(log_ratio, advantages, h)
+  if not 0 <= emphasis <= 1:
+    raise ValueError(f'emphasis must lie in [0, 1], got {emphasis}')
+  ratio = jnp.exp(bounded(log_ratio))
+  # Distances of the bounds from 1.
+  down = eps * (1 - widening * jnp.minimum(h, 0))
+  up = eps * (1 + widening * jnp.maximum(h, 0))
+  moved = jax.lax.stop_gradient((ratio <= 1 - down / 2) | (ratio >= 1 + up / 2))
+  advantages = jnp.where(moved == (h > 0), (1 + emphasis * h) * advantages, advantages)
+  loss = _pessimistic(ratio, advantages, 1 - down, 1 + up)
+  return _capped(loss, log_ratio, advantages, cap)
+
+
 def flipped(
   log_ratio: Array,
   advantages: Array,
@@ -553,6 +610,7 @@ TABLE = table(
   dual_clipped,
   two_level_clipped,
   drift,
+  entropy_adaptive,
   centered_clip,
   flipped,
   gradient_preserving,

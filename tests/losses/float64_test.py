@@ -56,6 +56,7 @@ def returns_booleans(fn):
     selections.self_normalized,
     selections.per_prompt,
     selections.excess_drift,
+    selections.signed_entropy,
   )
   return fn in selections.TABLE.values() and fn not in numbers
 

@@ -264,6 +264,7 @@ OTHERWISE = {
   surrogates.probability_shaped,
   surrogates.path_consistency,
   surrogates.drift,
+  surrogates.entropy_adaptive,  # tokens of low entropy have less than A
 }
 LIKE_REINFORCE = [f for f in surrogates.TABLE.values() if f not in OTHERWISE]
 OWN_TOKEN = [f for f in ratios.TABLE.values() if f is not ratios.sequence_product]
@@ -306,6 +307,7 @@ NOTHING = [
 ]
 LIVE = {fn: set() for fn in NOTHING} | {
   surrogates.reinforce: {'logp', 'advantages'},
+  surrogates.entropy_adaptive: {'log_ratio', 'advantages'},
   surrogates.truncated: {'logp', 'advantages'},
   penalties.importance_k3: {'log_ratio', 'logp', 'reference_logp'},
   surrogates.centered_clip: {'logp', 'behavior_logp', 'advantages'},
@@ -374,6 +376,7 @@ def test_what_stands_behind_the_mask_reaches_neither_loss_nor_gradient(surrogate
     success_rate=jnp.array([0.3, 0.6]),
     local_weight=jnp.array([0.3, 0.9]),
     excess_drift=jnp.array(0.5),
+    signed_entropy=jnp.where(mask, 0.5, 0.0),
     mask=mask,
   )
 

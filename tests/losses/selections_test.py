@@ -162,13 +162,15 @@ NUMBERS = {
   selections.self_normalized: (dict(cap=1.5, floor=0.5), self_normalized),
   selections.per_prompt: ({}, per_prompt),
 }
+# Functions that return other numbers of tokens.
+LEVELS = {selections.signed_entropy: dict(share=0.7)}
 # Functions that return numbers of the whole batch -> knobs, and the numbers of a batch without tokens.
 BOUNDS = {
   selections.balanced_bounds: (dict(share=0.6), [0.6, 1.2]),
   selections.excess_drift: (dict(coefficient=2.0, limit=-0.5), 1.0),
   selections.second_moment_bounds: (dict(limit=0.2, low=0.9, high=1.1), [0.0, np.exp(20.0)]),
 }
-KNOBS = {fn: knobs for fn, (knobs, _) in (ORACLES | NUMBERS | BOUNDS).items()}
+KNOBS = {fn: knobs for fn, (knobs, _) in (ORACLES | NUMBERS | BOUNDS).items()} | LEVELS
 
 name_of = lambda fn: fn.__name__
 every = pytest.mark.parametrize('fn', selections.TABLE.values(), ids=name_of)
@@ -208,6 +210,21 @@ def test_weights_of_the_batch_equal_the_transcription(fn, x64):
   np.testing.assert_allclose(np.mean(got[MASK]), 1)
 
 
+@pytest.mark.parametrize('share', [0.0, 0.5, 0.8, 1.0])
+def test_the_signed_entropy_is_its_transcription(share, x64):
+  a = make(0)
+  x = np.log([a['entropy'][p] for p in TOKENS])
+  h = x - np.quantile(x, share, method='nearest')
+  scale = lambda y: y / max(h.max(), 1e-300) if y > 0 else y / max(-h.min(), 1e-300)
+  expected = np.zeros((B, T))
+  for p, y in zip(TOKENS, h):
+    expected[p] = scale(y)
+  got = call(selections.signed_entropy, a, share=share)
+  np.testing.assert_allclose(got, expected, rtol=1e-12)
+  released = call(selections.signed_entropy, a, share=share, released_sign=True)
+  np.testing.assert_allclose(released, np.abs(expected), rtol=1e-12)
+
+
 def test_the_entropies_from_zero_to_nine_have_two_in_the_top_fifth():
   entropy = jnp.arange(10.0)[None]
   mask = jnp.ones((1, 10), bool)
@@ -238,7 +255,8 @@ def test_what_stands_behind_the_mask_is_neither_read_nor_selected(fn):
   dirty = {n: np.where(MASK, x, np.nan) if x.dtype == float else x for n, x in a.items()}
   got = call(fn, dirty, **KNOBS[fn])
   np.testing.assert_array_equal(got, call(fn, a, **KNOBS[fn]))
-  assert got.dtype == (jnp.float32 if fn in NUMBERS or fn in BOUNDS else bool)
+  numbers = NUMBERS | BOUNDS | LEVELS
+  assert got.dtype == (jnp.float32 if fn in numbers else bool)
   if got.dtype == bool:
     assert got.shape == MASK.shape and not np.any(got & ~MASK)
 

@@ -10,12 +10,15 @@ import pytest
 
 from polgrad import credit, optim
 from polgrad.losses import (
+  advantages,
+  baselines,
   conflicts,
   down_sampling,
   entropy_shaping,
   process_rewards,
   returns,
   selections,
+  surrogates,
 )
 from tests.policy_gradient.harness import scored
 from tests.runs import Run
@@ -337,9 +340,32 @@ def test_fewer_tokens_of_fewer_rows_are_kept_at_the_beginning():
     credit.down_sampled(credit=inner, rows=(0.0, 1.0))
 
 
-def test_the_tokens_of_highest_entropy_are_the_published_ones():
-  entropy, mask = np.arange(12, dtype=np.float32)[None], np.arange(12)[None] < 10
-  found = selections.top_entropy(entropy, mask, share=0.2)  # the quantile is 7.2
-  np.testing.assert_array_equal(np.flatnonzero(found), [8, 9])
-  assert np.array_equal(selections.top_entropy(entropy, mask, share=1.0), mask)
-  assert np.array_equal(selections.top_entropy(np.ones_like(entropy), mask, share=0.2), mask)
+def test_hapo_gives_the_published_numbers():
+  """Entropies of five tokens, the bounds on both sides, and advantages of four rows."""
+  entropy, mask = jnp.array([[0.05, 0.1, 0.5, 1.0, 2.0]]), np.ones((1, 5), bool)
+  h = selections.signed_entropy(entropy, mask)
+  np.testing.assert_allclose(h, [[-1, -0.76863, -0.23138, 0, 1]], atol=1e-5)
+  # Far below and far above their bounds, tokens have the loss of the bound; A' = A (1 + h) at h > 0.
+  loss = lambda ratio, a: surrogates.entropy_adaptive(
+    jnp.full((1, 5), np.log(ratio)), jnp.full((1, 5), a), h
+  )
+  low = 1 - 0.2 * np.array([2, 1.76863, 1.23138, 1, 1])
+  high = 1 + 0.2 * np.array([1, 1, 1, 1, 2])
+  np.testing.assert_allclose(loss(0.1, -1.0)[0], low * [1, 1, 1, 1, 2], atol=1e-5)
+  np.testing.assert_allclose(loss(3.0, 1.0)[0], -high * [1, 1, 1, 1, 2], atol=1e-5)
+  lengths = np.array([10, 30, 40, 20])
+  tokens, groups, valid = np.arange(40) < lengths[:, None], jnp.zeros(4, int), jnp.ones(4, bool)
+  rewards = jnp.array([1.0, 0, 0, 1])
+  found = baselines.token_normalized(rewards, tokens, groups, valid)
+  np.testing.assert_allclose(found, [1.52752, -0.65465, -0.65465, 1.52752], atol=1e-4)
+  drift = lambda a: float(np.sum(lengths * np.asarray(a)))
+  assert abs(drift(found)) < 1e-4
+  of_rows = advantages.group_normalized(rewards, groups, valid, ddof=0)
+  np.testing.assert_allclose(drift(of_rows), -40, atol=1e-3)
+  equal = baselines.token_normalized(rewards, tokens[:1].repeat(4, axis=0), groups, valid)
+  np.testing.assert_allclose(equal, of_rows, atol=1e-5)
+  # One short row among many tokens of others.
+  far = baselines.token_normalized(
+    rewards[:2], np.arange(40) < np.array([[1], [40]]), groups[:2], valid[:2]
+  )
+  np.testing.assert_allclose(far, [0.70711, -0.70711], atol=1e-4)
