@@ -30,7 +30,8 @@ def after(count, capacity):
 
 def recalled(ring, *, lag=0, share=0.0, seed=0):
   random = np.random.default_rng(seed)
-  return replay.recalled(ring, lag=lag, fraction=share, rows_per_prompt=GROUP, random=random).tokens
+  choice = replay.Choice(share)
+  return replay.recalled(ring, lag=lag, choice=choice, rows_per_prompt=GROUP, random=random).tokens
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 4, 9])
@@ -72,3 +73,67 @@ def test_the_same_random_numbers_take_the_same_rows():
   first, same, other = (recalled(ring, share=0.5, seed=s) for s in (3, 3, 4))
   np.testing.assert_array_equal(first, same)
   assert not np.array_equal(first, other)
+
+
+# Priorities. Group g of batch n has the rewards (0, 2 g + n), except those of group 0, which are equal.
+
+
+def scored(number):
+  rewards = np.zeros((GROUPS, GROUP), np.float32)
+  rewards[1:, 1] = 2.0 * np.arange(1, GROUPS) + number
+  return batch(number).replace(
+    rewards=rewards.reshape(-1), valid=np.ones(ROWS, bool), sampled_at=np.full(ROWS, number)
+  )
+
+
+def ring_of(count):
+  ring = replay.empty(scored(0), capacity=count)
+  for number in range(count):
+    ring = replay.stored(ring, scored(number))
+  return ring
+
+
+def groups_of(tokens):
+  """(batch, group) of every group."""
+  first = tokens.reshape(GROUPS, GROUP)[:, 0]
+  return [(int(x) // 100, int(x) % 100 // GROUP) for x in first]
+
+
+def test_the_score_of_a_group_is_that_of_trl():
+  rewards = np.array([[1.0, 0, 0, 0], [1, 1, 1, 1], [2, 0, 5, 1]])
+  std = rewards.std(axis=1, ddof=1)
+  normalized = (
+    np.abs(rewards - rewards.mean(axis=1, keepdims=True)) / np.maximum(std, 1e-9)[:, None]
+  )
+  got = replay.contrast(rewards, np.ones(rewards.shape, bool))
+  np.testing.assert_allclose(got, normalized.sum(axis=1) * std)
+  assert replay.recency(np.array([1.0, 2, 3])).tolist() == [1, 0.5, 0.25]
+  assert replay.mean_reward(rewards, rewards > 0).tolist() == [1, 1, 8 / 3]
+
+
+@pytest.mark.parametrize(('exponent', 'want'), [(1.0, [0, 2, 4, 6]), (0.0, [0, 4, 4, 4])])
+def test_groups_come_back_as_often_as_their_priorities_say(exponent, want):
+  ring, found = ring_of(2), []
+  choice = replay.Choice(0.25, replay.contrast, exponent)
+  for seed in range(600):
+    random = np.random.default_rng(seed)
+    got = replay.recalled(ring, lag=0, choice=choice, rows_per_prompt=GROUP, random=random)
+    found += [group for number, group in groups_of(got.tokens) if number == 0]
+  np.testing.assert_allclose(np.bincount(found, minlength=4) / 600, np.array(want) / 12, atol=0.06)
+
+
+def test_dull_groups_are_replaced_and_the_best_are_remembered():
+  """The buffer keeps the largest priorities of all batches; each batch has one dull group."""
+  choice = replay.Choice(1.0, replay.contrast, 1.0, 'dull')
+  memory = replay.empty_best(scored(0), batches=1, rows_per_prompt=GROUP)
+  random = np.random.default_rng(0)
+  untouched = replay.recalled_best(memory, scored(0), choice=choice, random=random)
+  np.testing.assert_array_equal(untouched.tokens, scored(0).tokens)  # nothing is remembered yet
+  for number in range(5):
+    memory = replay.stored_best(memory, scored(number), choice)
+  assert memory.priorities.tolist() == [10, 9, 8, 8]  # a contrast is 2 g + n
+  got = groups_of(replay.recalled_best(memory, scored(9), choice=choice, random=random).tokens)
+  assert got[0][0] != 9 and got[1:] == [(9, 1), (9, 2), (9, 3)]
+  one = memory._replace(priorities=np.where(np.arange(4) == 0, 10, 0))
+  got = replay.recalled_best(one, scored(9), choice=choice._replace(into='random'), random=random)
+  assert {*groups_of(got.tokens)} == {(4, 3)}  # with repetition, if there are too few

@@ -1,28 +1,96 @@
 """A memory of sampled batches, which are used later (`lag`) or again (`replay`).
 
-It is a ring of the last batches, arrays of fixed shapes, so it is checkpointed like the rest of the
-state, and a resumed run trains on the same rows.
+It is a ring of the last batches, or a buffer of the best groups: arrays of fixed shapes, so it is
+checkpointed like the rest of the state, and a resumed run trains on the same rows.
+
+Which of the remembered groups are used again is decided by a priority, a function of `TABLE` of n groups
+of `G` rows. Its positional arguments name what it reads: `rewards` f[n, G], `valid` bool[n, G], and
+`ages` f[n], in collected batches. A group of priority 0 is not used again.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from polgrad.registry import Fraction, call, table, unbound
 from polgrad.types import Batch
+
+Array = np.ndarray
+
+
+def uniform(ages: Array) -> Array:
+  """All groups are alike."""
+  return np.ones(len(ages))
+
+
+def recency(ages: Array, *, decay: Fraction = 0.5) -> Array:
+  """decay^(age - 1): groups of the batch before count 1, older ones less."""
+  return decay ** np.maximum(ages - 1, 0)
+
+
+def contrast(rewards: Array, valid: Array) -> Array:
+  """sum_i |R_i - mean|, 0 where all rewards of the group are equal.
+
+  With group-normalised advantages that is sum_i |A_i| times the standard deviation of the group, the
+  score of the replay buffer of TRL.
+  """
+  count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
+  mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
+  return np.where(valid, np.abs(rewards - mean), 0).sum(axis=1)
+
+
+def mean_reward(rewards: Array, valid: Array) -> Array:
+  """The mean reward of the group, at least 0."""
+  mean = np.where(valid, rewards, 0).sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+  return np.maximum(mean, 0)
+
+
+TABLE = table('replay', uniform, recency, contrast, mean_reward)
+Part = Annotated[Callable, TABLE]
 
 
 class Ring(NamedTuple):
   """The last `capacity` batches; batch number n (from 0) is at index n % capacity."""
 
   batches: Batch  # every array has a leading axis: [capacity, B, ...]
-  count: np.ndarray  # i32[], batches stored so far
+  count: Array  # i32[], batches stored so far
+
+
+class Best(NamedTuple):
+  """The groups with the largest priorities so far, largest first."""
+
+  rows: Batch  # every array is [capacity * G, ...]
+  priorities: Array  # f32[capacity]; 0: there is no group yet
+
+
+class Choice(NamedTuple):
+  """Which groups of a batch are replaced, and by which of the remembered ones.
+
+  Attributes:
+    fraction: of the groups, the most that are replaced, 0 to 1.
+    priority: of remembered groups.
+    exponent: they are drawn with probabilities proportional to priority^exponent.
+    into: 'random' replaces random groups, 'dull' those whose rewards are all equal, from the first.
+  """
+
+  fraction: float
+  priority: Callable = uniform
+  exponent: float = 1.0
+  into: Literal['random', 'dull'] = 'random'
 
 
 def empty(like: Batch, *, capacity: int) -> Ring:
   """A ring for `capacity` batches with the arrays, shapes and dtypes of `like`."""
   batches = jax.tree.map(lambda x: np.zeros((capacity, *x.shape), x.dtype), like)
   return Ring(batches, np.zeros((), np.int32))
+
+
+def empty_best(like: Batch, *, batches: int, rows_per_prompt: int) -> Best:
+  """A buffer for as many groups as `batches` batches like this one have."""
+  rows = jax.tree.map(lambda x: np.zeros((batches * len(x), *x.shape[1:]), x.dtype), like)
+  return Best(rows, np.zeros(len(rows.group_ids) // rows_per_prompt, np.float32))
 
 
 def stored(memory: Ring, batch: Batch) -> Ring:
@@ -37,20 +105,39 @@ def stored(memory: Ring, batch: Batch) -> Ring:
   return Ring(jax.tree.map(put, memory.batches, batch), memory.count + np.int32(1))
 
 
+def stored_best(memory: Best, batch: Batch, choice: Choice) -> Best:
+  """The buffer with the groups of a batch that are better than its worst ones.
+
+  A group of priority 0 never enters; of equal groups the older one stays.
+  """
+  size = len(memory.rows.group_ids) // len(memory.priorities)
+  found = _priorities(choice, batch, size, np.zeros(len(batch.group_ids) // size))
+  both = np.concatenate([memory.priorities, found.astype(np.float32)])
+  kept = np.argsort(-both, kind='stable')[: len(memory.priorities)]
+  rows = _rows(kept, size)
+  joined = jax.tree.map(lambda x, y: np.concatenate([x, y])[rows], memory.rows, batch)
+  return Best(joined, both[kept])
+
+
 def recalled(
-  memory: Ring, *, lag: int, fraction: float, rows_per_prompt: int, random: np.random.Generator
+  memory: Ring,
+  *,
+  lag: int,
+  choice: Choice,
+  rows_per_prompt: int,
+  random: np.random.Generator,
 ) -> Batch:
   """The batch to train on: the one stored `lag` batches ago, partly replaced by older groups.
 
-  While no batch is that old, the oldest is taken. Of its groups, round(fraction * groups) are chosen
-  at random and replaced by groups drawn, without repetition, from all older batches; none is replaced
-  while there is no older batch. `group_ids` remain those of the batch that was taken.
+  While no batch is that old, the oldest is taken. Of its groups, round(fraction * groups) are replaced
+  by groups of all older batches, without repetition; none is replaced while there is no older batch.
+  `group_ids` remain those of the batch that was taken.
 
   Args:
     lag: 0 is the batch stored last.
-    fraction: of the groups, 0 to 1.
+    choice: which groups are replaced, and by which.
     rows_per_prompt: consecutive rows of a group.
-    random: decides which groups are replaced, and by which.
+    random: decides where the choice leaves it open.
   """
   # Candidates are the batch of that age and all older ones, newest first.
   filled = min(int(memory.count), _capacity(memory))
@@ -59,14 +146,87 @@ def recalled(
   candidates = jax.tree.map(lambda ring: np.concatenate(ring[indices]), memory.batches)
   # Which of the candidate groups each place gets.
   groups = len(candidates.group_ids) // len(indices) // rows_per_prompt
+  ages = np.repeat(np.arange(len(indices)), groups).astype(float)
+  return _replaced(candidates, groups, ages, choice, rows_per_prompt, random)
+
+
+def recalled_best(
+  memory: Best, batch: Batch, *, choice: Choice, random: np.random.Generator
+) -> Batch:
+  """The batch, of which some groups are replaced by groups of the buffer, see `recalled`."""
+  size = len(memory.rows.group_ids) // len(memory.priorities)
+  there = np.flatnonzero(memory.priorities > 0)
+  rows = _rows(there, size)
+  candidates = jax.tree.map(lambda x, y: np.concatenate([x, y[rows]]), batch, memory.rows)
+  groups = len(batch.group_ids) // size
+  now = batch.sampled_at[0]
+  ages = np.append(np.zeros(groups), (now - memory.rows.sampled_at[rows[::size]]).astype(float))
+  return _replaced(candidates, groups, ages, choice, size, random)
+
+
+def _replaced(
+  candidates: Batch,
+  groups: int,
+  ages: Array,
+  choice: Choice,
+  size: int,
+  random: np.random.Generator,
+) -> Batch:
+  """The first `groups` groups of the candidates, some of them replaced by the others."""
   source = np.arange(groups)
-  if len(indices) > 1:
-    places = random.choice(groups, size=round(fraction * groups), replace=False)
-    older = np.arange(groups, groups * len(indices))
-    source[places] = random.choice(older, size=len(places), replace=False)
-  rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None]).reshape(-1)
-  taken = jax.tree.map(lambda x: x[rows], candidates)
-  return taken.replace(group_ids=candidates.group_ids[: len(rows)])
+  if len(ages) > groups:
+    places = _places(choice, jax.tree.map(lambda x: x[: groups * size], candidates), size, random)
+    older = np.arange(groups, len(ages))
+    if unbound(choice.priority) is uniform:
+      taken = random.choice(older, size=len(places), replace=len(places) > len(older))
+    else:
+      taken = _drawn(choice, candidates, size, ages, older, len(places), random)
+    source[places[: len(taken)]] = taken
+  rows = _rows(source, size)
+  return jax.tree.map(lambda x: x[rows], candidates).replace(
+    group_ids=candidates.group_ids[: len(rows)]
+  )
+
+
+def _places(choice: Choice, batch: Batch, size: int, random: np.random.Generator) -> Array:
+  """The groups of a batch that are replaced."""
+  groups = len(batch.group_ids) // size
+  most = round(choice.fraction * groups)
+  if choice.into == 'random':
+    return random.choice(groups, size=most, replace=False)
+  spread = contrast(batch.rewards.reshape(-1, size), batch.valid.reshape(-1, size))
+  return np.flatnonzero(spread == 0)[:most]
+
+
+def _drawn(
+  choice: Choice,
+  candidates: Batch,
+  size: int,
+  ages: Array,
+  older: Array,
+  count: int,
+  random: np.random.Generator,
+) -> Array:
+  """Older groups by their priorities; none if all priorities are 0."""
+  weights = _priorities(choice, candidates, size, ages)[older]
+  weights = np.where(weights > 0, np.maximum(weights, 1e-30) ** choice.exponent, 0.0)
+  usable = int(np.sum(weights > 0))
+  if not usable or not count:
+    return older[:0]
+  # Only if more are needed than there are, a group comes more than once.
+  return random.choice(older, size=count, replace=count > usable, p=weights / weights.sum())
+
+
+def _priorities(choice: Choice, batch: Batch, size: int, ages: Array) -> Array:
+  """The priority of every group, f[n]."""
+  read = {name: batch[name].reshape(-1, size) for name in ('rewards', 'valid') if name in batch}
+  grouped = {'ages': ages, **read}
+  return np.asarray(call(choice.priority, grouped), float)
+
+
+def _rows(groups: Array, size: int) -> Array:
+  """The rows of groups by their numbers."""
+  return (groups[:, None] * size + np.arange(size)[None]).reshape(-1)
 
 
 def _capacity(memory: Ring) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats
 from polgrad.objectives.base import RESERVED
-from polgrad.registry import Count, Fraction, inputs, unbound
+from polgrad.registry import Count, Fraction, NotNegative, inputs, unbound
 from polgrad.sampling import behavior_policies
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
@@ -71,6 +71,16 @@ class Rollouts(Filtering):
   # Fraction of the groups of a batch that are replaced by groups of the kept ones, drawn anew each
   # step (arXiv:2503.18929, arXiv:2507.06892).
   replay_fraction: Fraction = 0.0
+  # How much a remembered group is worth: groups are drawn with probabilities proportional to
+  # priority^replay_exponent. `contrast` takes those whose rewards differ most.
+  replay_priority: replays.Part = replays.uniform
+  replay_exponent: NotNegative = 1.0
+  # Which groups of a batch are replaced: random ones, or (at most this fraction) the 'dull' ones, whose
+  # rewards are all equal.
+  replay_into: Literal['random', 'dull'] = 'random'
+  # Which groups are remembered: those of the newest batches, or the 'best' ones by their priority, as
+  # many as `replay` batches have.
+  replay_keep: Literal['newest', 'best'] = 'newest'
   # Who samples the baseline: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight times,
   # is A*-PO (arXiv:2505.20686).
   baseline_policy: behavior_policies.Part = behavior_policies.greedy
@@ -172,10 +182,13 @@ class Rollouts(Filtering):
     mixed = unbound(self.behavior_policy) is not behavior_policies.current
     return super().filtered or (mixed and not self.recompute_proximal)
 
-  def init(self) -> replays.Ring | tuple:
+  def init(self) -> replays.Ring | replays.Best | tuple:
     """An empty memory for the batches that `lag` and `replay` need; () without them."""
     if not (self.lag or self.replay):
       return ()
+    if self.replay_keep == 'best':
+      size = dict(batches=self.replay, rows_per_prompt=self.rows_per_prompt)
+      return replays.empty_best(self._blank(), **size)
     return replays.empty(self._blank(), capacity=self.lag + self.replay + 1)
 
   def _blank(self) -> Batch:
@@ -242,6 +255,11 @@ def _check_counts(settings: Rollouts) -> None:
     raise ValueError(
       'Rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; '
       f'got replay={replay}, replay_fraction={fraction}'
+    )
+  if settings.replay_keep == 'best' and (settings.lag or not settings.replay):
+    raise ValueError(
+      'Rollouts: replay_keep=best needs a number of batches in replay, and no lag, got '
+      f'replay={replay}, lag={settings.lag}'
     )
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
@@ -412,18 +430,25 @@ class RolloutSteps(Steps):
     }
     return batch.with_arrays(**found), texts
 
-  def exchange(
-    self, batch: Batch, memory: replays.Ring | tuple, random: np.random.Generator
-  ) -> tuple[Batch, replays.Ring | tuple]:
+  def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     """Stores the batch, and takes out the one to train on, if `lag` or `replay` need a memory."""
     if not memory:
       return batch, memory
-    memory = replays.stored(memory, batch)
     settings = self.settings
+    choice = replays.Choice(
+      settings.replay_fraction,
+      settings.replay_priority,
+      settings.replay_exponent,
+      settings.replay_into,
+    )
+    if isinstance(memory, replays.Best):
+      memory = replays.stored_best(memory, batch, choice)
+      return replays.recalled_best(memory, batch, choice=choice, random=random), memory
+    memory = replays.stored(memory, batch)
     taken = replays.recalled(
       memory,
       lag=settings.lag,
-      fraction=settings.replay_fraction,
+      choice=choice,
       rows_per_prompt=settings.rows_per_prompt,
       random=random,
     )
