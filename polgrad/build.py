@@ -516,7 +516,7 @@ def _check_curriculum(path: str, phase: Phase) -> None:
     raise ValueError(
       f'{path}.curriculum: it learns from advantages, but the credit of this phase makes none'
     )
-  older = [name for name in ('lag', 'replay') if getattr(collector, name, 0)]
+  older = [name for name in ('lag', 'replay', 'old_runs') if getattr(collector, name, 0)]
   if older and reads - {'rewards'}:
     raise ValueError(
       f'{path}.curriculum: it reads what belongs to the rows of its own step, but with '
@@ -658,6 +658,8 @@ def check_data(run: Experiment) -> list[str]:
   told, asked = [], {}
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
+    with _placing(f'config.phases.{name}.collect'):
+      phase.collect.read_files()
     with _placing(f'config.phases.{name}.curriculum'):
       phase.curriculum.init(phase.source)  # refuses records that lack what it reads
   sections = data_sections(run)

@@ -121,7 +121,7 @@ def _paths(values: Mapping) -> Iterator[tuple[pathlib.Path, bool]]:
       continue
     for text in value if isinstance(value, list) else [value]:
       # Only these are made to paths: the URL of a judge, for example, is none.
-      named = name in ('path', 'adapter', 'ensemble')
+      named = name in ('path', 'adapter', 'ensemble', 'old_runs')
       if not isinstance(text, str) or not (named or (data and os.sep in text)):
         continue
       path = paths.path(text)

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from polgrad.collect import replay
+from polgrad import row_files
+from polgrad.collect import old_runs, replay
+from polgrad.data import tokenizers
 from polgrad.types import Batch
 
 GROUPS, GROUP = 4, 2
@@ -137,3 +139,47 @@ def test_dull_groups_are_replaced_and_the_best_are_remembered():
   one = memory._replace(priorities=np.where(np.arange(4) == 0, 10, 0))
   got = replay.recalled_best(one, scored(9), choice=choice._replace(into='random'), random=random)
   assert {*groups_of(got.tokens)} == {(4, 3)}  # with repetition, if there are too few
+
+
+# Rows of earlier runs.
+
+
+def old_batch(rows, first):
+  """Prompts of two tokens in columns 1 and 2, completions of one or two from column 3 on."""
+  seen = np.tile([0, 1, 1, 1, 1], (rows, 1)).astype(np.int32)
+  seen[::2, 4] = 0
+  return Batch(
+    tokens=first + np.arange(5 * rows, dtype=np.int32).reshape(rows, 5) % 90,
+    segment_ids=seen,
+    mask=(seen > 0) & (np.arange(5) >= 3),
+    behavior_logp=-np.ones((rows, 5), np.float32),
+    rewards=np.arange(rows, dtype=np.float32),
+    valid=np.ones(rows, bool),
+    group_ids=np.repeat(np.arange(rows // GROUP), GROUP).astype(np.int32),
+    sampled_at=np.full(rows, 3, np.int32),
+  )
+
+
+def test_rows_of_an_earlier_run_are_mixed_into_a_batch(tmp_path):
+  store = row_files.Store(str(tmp_path), step=0, past=('train',), limit=2**20)
+  tokenizer = tokenizers.characters(alphabet='0123456789')
+  for step in (1, 2):
+    store.write_rows('train', step, old_batch(6, first=step), 6, tokenizer=tokenizer)
+  folder, sizes = str(tmp_path / 'rollouts'), dict(rows_per_prompt=GROUP, prompt_length=3)
+  new = old_batch(ROWS, first=0).replace(sampled_at=np.full(ROWS, 9, np.int32))
+  old = old_runs.load([folder], new, **sizes)
+  assert old.tokens.shape == (12, 5) and old.behavior_logp[old.mask].tolist() == [-1.0] * 18
+  for fraction, count in [(0.0, 0), (0.5, 2), (1.0, 4), (0.6, 2)]:
+    random = np.random.default_rng(0)
+    got = old_runs.mixed(new, old, fraction=fraction, rows_per_prompt=GROUP, random=random)
+    groups = got.sampled_at.reshape(-1, GROUP)
+    assert (groups[:, 0] == groups[:, 1]).all() and np.sum(groups[:, 0] == -1) == count
+    np.testing.assert_array_equal(got.group_ids, new.group_ids)
+  with pytest.raises(ValueError, match='not in whole groups of 4'):
+    old_runs.load([folder], new, rows_per_prompt=4, prompt_length=3)
+  with pytest.raises(ValueError, match=r'completions begin at columns \[3\], not at 2'):
+    old_runs.load([folder], new, rows_per_prompt=GROUP, prompt_length=2)
+  with pytest.raises(ValueError, match=r"its rows have no \['finished'\]"):
+    old_runs.load([folder], new.replace(finished=new.valid), **sizes)
+  with pytest.raises(FileNotFoundError, match='expected the folder WORKDIR/rollouts'):
+    old_runs.load([str(tmp_path / 'none')], new, **sizes)

@@ -188,6 +188,13 @@ class Collector(abc.ABC):
     """
     return False
 
+  def read_files(self) -> None:  # noqa: B027
+    """Reads files that the settings name, so that what is wrong with them is found before a run.
+
+    Raises:
+      ValueError, FileNotFoundError: says what is wrong.
+    """
+
   def init(self) -> Any:
     """The first `TrainState.collect_state`."""
     return ()

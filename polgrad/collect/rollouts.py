@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from polgrad.collect import parts, picks
+from polgrad.collect import old_runs, parts, picks
 from polgrad.collect import replay as replays
 from polgrad.collect.base import (
   COMPARED,
@@ -81,6 +81,12 @@ class Rollouts(Filtering):
   # Which groups are remembered: those of the newest batches, or the 'best' ones by their priority, as
   # many as `replay` batches have.
   replay_keep: Literal['newest', 'best'] = 'newest'
+  # Replay across experiments (arXiv:2311.15951): folders WORKDIR/rollouts of earlier runs with the same
+  # lengths and groups, whose rows are trained on again. Their log-probs are those of the policies that
+  # sampled them.
+  old_runs: tuple = ()
+  # Fraction of the groups of a batch that are replaced by random groups of these runs.
+  old_fraction: Fraction = 0.0
   # Who samples the baseline: greedy, once, is ReMax (arXiv:2310.10505); the reference, eight times,
   # is A*-PO (arXiv:2505.20686).
   baseline_policy: behavior_policies.Part = behavior_policies.greedy
@@ -182,6 +188,15 @@ class Rollouts(Filtering):
     mixed = unbound(self.behavior_policy) is not behavior_policies.current
     return super().filtered or (mixed and not self.recompute_proximal)
 
+  @functools.cached_property
+  def old(self) -> Batch | None:
+    """The rows of earlier runs; None without any."""
+    sizes = dict(rows_per_prompt=self.rows_per_prompt, prompt_length=self.prompt_length)
+    return old_runs.load(self.old_runs, self._blank(), **sizes) if self.old_runs else None
+
+  def read_files(self) -> None:
+    self.old  # noqa: B018
+
   def init(self) -> replays.Ring | replays.Best | tuple:
     """An empty memory for the batches that `lag` and `replay` need; () without them."""
     if not (self.lag or self.replay):
@@ -242,6 +257,7 @@ class Rollouts(Filtering):
       draw_opponents = make_row_sampler(self, other, self.opponents, self.opponent_policy)
     return dict(
       settings=self,
+      old=self.old,
       draw_rows=draw_rows,
       draw_baselines=draw_baselines,
       draw_opponents=draw_opponents,
@@ -255,6 +271,11 @@ def _check_counts(settings: Rollouts) -> None:
     raise ValueError(
       'Rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; '
       f'got replay={replay}, replay_fraction={fraction}'
+    )
+  if bool(settings.old_runs) != bool(settings.old_fraction):
+    raise ValueError(
+      'Rollouts: old_fraction must be 0 without old_runs, and in (0, 1] with them; '
+      f'got old_runs={settings.old_runs}, old_fraction={settings.old_fraction}'
     )
   if settings.replay_keep == 'best' and (settings.lag or not settings.replay):
     raise ValueError(
@@ -373,6 +394,7 @@ class RolloutSteps(Steps):
   draw_rows: RowSampler
   draw_baselines: RowSampler | None  # None: there are no baselines
   draw_opponents: RowSampler | None  # None: there are no opponents
+  old: Batch | None = None  # rows of earlier runs; None: there are none
 
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     records = self._begin(draw(self.settings.prompts), step)
@@ -431,9 +453,24 @@ class RolloutSteps(Steps):
     return batch.with_arrays(**found), texts
 
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
-    """Stores the batch, and takes out the one to train on, if `lag` or `replay` need a memory."""
-    if not memory:
-      return batch, memory
+    """Stores the batch, takes out the one to train on (`lag`, `replay`), and mixes old rows into it."""
+    settings = self.settings
+    if memory:
+      batch, memory = self._remembered(batch, memory, random)
+    if self.old is not None:
+      batch = old_runs.mixed(
+        batch,
+        self.old,
+        fraction=settings.old_fraction,
+        rows_per_prompt=settings.rows_per_prompt,
+        random=random,
+      )
+    return batch, memory
+
+  def _remembered(
+    self, batch: Batch, memory: Any, random: np.random.Generator
+  ) -> tuple[Batch, Any]:
+    """The batch to train on, which older ones may be part of, and the memory with the new one."""
     settings = self.settings
     choice = replays.Choice(
       settings.replay_fraction,
