@@ -29,7 +29,7 @@ from polgrad.losses import latent_preferences
 from polgrad.models import Policy, heads, hf, pretrained
 from polgrad.objectives import heads as objective_heads
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, bind, either, suggest, table
-from polgrad.rewards import comparisons, spans, verifiers
+from polgrad.rewards import comparisons, judge, spans, verifiers
 from polgrad.rewards.scoring import Failure
 from polgrad.types import Array, Params
 
@@ -550,7 +550,7 @@ def _mesh(devices: int, fsdp: int) -> Mesh:
 
 
 REWARDS = either(verifiers.TABLE, table('reward_models', reward_model, user_reward_model))
-SPANS = either(spans.TABLE, table('reward_models', step_model))
+SPANS = either(spans.TABLE | judge.SPANS, table('reward_models', step_model))
 COMPARISONS = either(comparisons.TABLE, table('reward_models', preference_model))
 Part = Annotated[Callable, REWARDS]
 SpansPart = Annotated[Callable, SPANS]

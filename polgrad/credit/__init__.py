@@ -31,7 +31,7 @@ from polgrad.credit.base import (
   with_targets,
 )
 from polgrad.credit.levels import modes, two_level
-from polgrad.credit.tokens import conflict_aware, decoupled, process_min
+from polgrad.credit.tokens import conflict_aware, decoupled, process_min, spans_generalized
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
   bilevel_generalized,
@@ -637,6 +637,7 @@ SIMPLE = table(
   process_min,
   two_level,
   modes,
+  spans_generalized,
   conflict_aware,
   entropy_modulated,
 )

@@ -117,6 +117,54 @@ def process_min(
   return Estimator(apply=apply, requires=requires)
 
 
+def spans_generalized(
+  *,
+  discount: float = 1.0,
+  trace: Fraction = 0.95,
+  kl_coefficient: NotNegative = 0.05,
+  kl_target: Positive = 6.0,
+  horizon: Positive = 10000.0,
+  normalizer: NormalizerPart = whiten,
+) -> Estimator:
+  """GAE whose rewards of tokens are the scores of the parts that they are in (Text2Grad,
+  arXiv:2505.22338).
+
+      r_t = score_t - beta (log pi - log reference)(y_t)
+
+  Tokens in no part have the score 0. beta is adapted after every batch (arXiv:1909.08593): beta <- beta
+  (1 + clip(KL / kl_target - 1, -.2, .2) rows / horizon), where KL is the mean over rows of the summed
+  log-ratios. State: beta.
+
+  Needs a critic, and a collector that scores parts of completions (`spans=True`). The rewards of rows
+  are not read.
+
+  Args:
+    discount: factor of rewards and values that are one token later.
+    trace: lambda.
+    kl_coefficient: beta of the first batch; 0 is no penalty.
+    kl_target: KL of a row that is wanted, nats.
+    horizon: rows after which beta has changed by about its relative error.
+    normalizer: of the advantages.
+  """
+
+  def apply(batch, state):
+    mask, values = batch.mask, batch.old_values
+    rewards = jnp.where(mask & (batch['span_ids'] >= 0), batch['span_scores'], 0)
+    if kl_coefficient:
+      gap = k1(batch)
+      rewards -= state * gap
+      rows = jnp.sum(jnp.any(mask, axis=1))
+      error = jnp.sum(gap) / jnp.maximum(rows, 1) / kl_target - 1
+      state = state * (1 + jnp.clip(error, -0.2, 0.2) * rows / horizon)
+    advantages = returns.gae(rewards, values, mask, discount=discount, trace=trace)
+    return with_targets(batch, advantages, advantages + values, normalizer), state
+
+  requires = kl_requires(kl_coefficient) | {'span_ids', 'span_scores'}
+  return critic(apply, requires)._replace(
+    init=lambda: jnp.asarray(kl_coefficient, jnp.float32), scored=frozenset()
+  )
+
+
 def conflict_aware(
   *,
   advantage: advantage_functions.Part = group_mean,

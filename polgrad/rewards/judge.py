@@ -1,6 +1,7 @@
 """A language model behind an OpenAI-compatible HTTP endpoint that judges completions.
 
-`score` gives each completion a mark, `compare` says which of two completions is better. Both ask
+`score` gives each completion a mark, `compare` says which of two completions is better, and `critique`
+which words of a completion are good or bad. All ask
 `URL/chat/completions`, as vLLM, SGLang, llama.cpp and hosted models serve it, for all rows of a batch at
 once. A request that gets no answer after all retries, or an answer without a verdict, is a `Failure` of
 its row. The row is then invalid, and never gets a reward of 0.
@@ -24,6 +25,7 @@ from concurrent import futures
 from typing import Annotated, Any
 
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, Range, table
+from polgrad.rewards import spans
 from polgrad.rewards.worker import Failure, words
 
 SCORE = """Rate the answer of an assistant.
@@ -51,6 +53,17 @@ COMPARE = """Compare the answers of two assistants.
 [Task]
 Which answer is more correct, helpful and clear? Neither the order of the answers nor their length is a
 reason. Reply with one letter, A or B, and with nothing else."""
+CRITIQUE = """Criticise the answer of an assistant.
+
+[Conversation]
+{prompt}
+
+[Answer]
+{completion}
+
+[Task]
+Quote the parts of the answer that are good, and those that are wrong or bad, word for word and as short
+as possible. Reply with JSON and with nothing else: {{"good": ["..."], "bad": ["..."]}}"""
 # A reply that is a number, or a marked number in a longer reply.
 NUMBER = r'\A[^\w-]*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*\Z|\[\[(-?\d+(?:\.\d+)?)\]\]'
 # A reply that is a letter, or a marked letter in a longer reply.
@@ -199,6 +212,70 @@ def compare(
 
 
 compare.batched = True
+
+
+def critique(
+  completions: Sequence[str],
+  records: Sequence[Mapping],
+  prompt: Sequence[str],
+  *,
+  url: str = 'http://localhost:8000/v1',
+  model: str = '',
+  template: str = CRITIQUE,
+  good: float = 1.0,
+  bad: float = -1.0,
+  key_variable: str = '',
+  temperature: NotNegative = 0.0,
+  max_tokens: AtLeastOne = 512,
+  timeout_s: Positive = 60.0,
+  retries: Count = 4,
+  concurrency: Annotated[int, Range(at_least=1, at_most=256)] = 16,
+  batch_s: Positive = 600.0,
+  options: Mapping = {},
+) -> list[list[tuple[int, int, float]] | Failure]:
+  """Scores of the parts of completions that a judge quotes as good or as bad (Text2Grad,
+  arXiv:2505.22338).
+
+  Every place of a quote in the completion has its score; where quotes overlap, the least one. Quotes
+  that are not in the completion are left out. A reply without a JSON object with `good` and `bad`, lists
+  of texts, is a failure of its row.
+
+  Args:
+    template: the question, with {prompt}, {completion} and fields of the record: {record[answer]}.
+    good: score of what is good.
+    bad: score of what is bad.
+    completions, records, prompt, url, model, key_variable, temperature, max_tokens, timeout_s, retries,
+      concurrency, batch_s, options: as in `score`.
+
+  Returns:
+    For each completion its parts (start, end, score), see `spans`, or a `Failure`.
+
+  Raises:
+    ValueError: the environment variable is not set.
+  """
+  client = _Client(
+    *(url, model, key_variable, temperature, max_tokens),
+    *(timeout_s, retries, concurrency, batch_s, options),
+  )
+  rows = zip(prompt, completions, records, strict=True)
+  asked = [_filled(template, prompt=p, completion=c, record=r) for p, c, r in rows]
+
+  def parts(completion: str, reply: dict) -> list[spans.Span] | Failure:
+    text = _text(reply)
+    try:
+      said = json.loads(text[text.index('{') : text.rindex('}') + 1])
+      quotes = [(str(q), s) for key, s in (('good', good), ('bad', bad)) for q in said[key]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+      return _no_verdict(text)
+    return spans.least([part for quote, s in quotes for part in spans.places(completion, quote, s)])
+
+  return [
+    x if isinstance(x, Failure) else _read(lambda reply, c=c: parts(c, reply), x)
+    for c, x in zip(completions, client.ask(asked), strict=True)
+  ]
+
+
+critique.batched = True
 
 
 def _filled(template: str, **fields: Any) -> str | Failure:
@@ -410,3 +487,4 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 SCORES = table('judge', score)
 COMPARISONS = table('judge', compare)
+SPANS = table('judge', critique)

@@ -76,6 +76,17 @@ def steps(text: str, pattern: str = r'\n\s*') -> list[tuple[int, int]]:
   return list(itertools.pairwise(edges))
 
 
+def places(text: str, quote: str, score: float) -> list[Span]:
+  """Where a quote is in a text; white space around the quote is ignored.
+
+  >>> places('no, no', 'no', -1.0)
+  [(0, 2, -1.0), (4, 6, -1.0)]
+  """
+  quote = quote.strip()
+  found = re.finditer(re.escape(quote), text) if quote else ()
+  return [(*one.span(), score) for one in found]
+
+
 def least(found: Sequence[Span]) -> list[Span]:
   """Parts that may overlap as parts that do not: a character has the least of its scores.
 

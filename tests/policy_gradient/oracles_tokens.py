@@ -4,6 +4,7 @@ import numpy as np
 
 from polgrad.losses import baselines, surrogates
 from tests.policy_gradient.harness import ppo, ratio_of, sequence_mean, token_mean
+from tests.policy_gradient.oracles_standard import clipped_value_error
 
 
 def value_error(x):
@@ -94,7 +95,17 @@ FUNCTIONS = {
   ),
   baselines.token_normalized: (dict(limit=5.0), lambda a: token_normalized(a, 5.0)),
 }
+
+
+def text2grad(x):
+  return {
+    'logp': token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask']),
+    'values': clipped_value_error(x, 0.1),
+  }
+
+
 ORACLES = {
+  'text2grad': text2grad,
   'hapo': hapo,
   'gtpo': gtpo,
   'd3s': d3s,

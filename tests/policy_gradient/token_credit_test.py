@@ -369,3 +369,46 @@ def test_hapo_gives_the_published_numbers():
     rewards[:2], np.arange(40) < np.array([[1], [40]]), groups[:2], valid[:2]
   )
   np.testing.assert_allclose(far, [0.70711, -0.70711], atol=1e-4)
+
+
+def test_scores_of_words_are_rewards_of_their_tokens():
+  """With V = 0 and without a penalty: the sums of the scores from each token on."""
+  scores = np.array([[0.0, 1, 0, -1]])
+  x = dict(
+    rewards=np.zeros(1),
+    mask=np.ones((1, 4), bool),
+    span_ids=np.array([[-1, 0, -1, 1]]),
+    span_scores=scores,
+    old_values=np.zeros((1, 4)),
+  )
+  plain = dict(kl_coefficient=0.0, normalizer=advantages.identity)
+  found = assigned(credit.spans_generalized(trace=1.0, **plain), **x)
+  np.testing.assert_allclose(found.advantages, [[0, 0, -1, -1]])
+  np.testing.assert_array_equal(found.returns, found.advantages)
+
+
+def test_a_part_at_the_end_is_outcome_reward_and_the_coefficient_follows_the_kl(x64):
+  random = np.random.default_rng(0)
+  mask = np.arange(6) < np.array([[6], [4], [5]])
+  last, rewards = np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True), np.array([1.0, 0, 2])
+  last &= mask
+  logps = {
+    n: np.where(mask, random.normal(size=mask.shape), 0)
+    for n in ('proximal_logp', 'reference_logp')
+  }
+  x = dict(
+    rewards=rewards,
+    mask=mask,
+    old_values=np.where(mask, random.normal(size=mask.shape), 0),
+    span_ids=np.where(last, 0, -1),
+    span_scores=np.where(last, rewards[:, None], 0),
+    **logps,
+  )
+  estimator = credit.spans_generalized(kl_coefficient=0.3, kl_target=0.5, horizon=100.0)
+  found, beta = jax.jit(lambda b: credit.assign(estimator, b, estimator.init()))(scored(**x))
+  outcome = assigned(credit.generalized(kl_coefficient=0.3), **x)
+  np.testing.assert_allclose(found.advantages, outcome.advantages, rtol=1e-6)
+  kl = (logps['proximal_logp'] - logps['reference_logp']).sum() / 3
+  np.testing.assert_allclose(
+    beta, 0.3 * (1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * 3 / 100), rtol=1e-6
+  )

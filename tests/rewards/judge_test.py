@@ -83,6 +83,32 @@ def marks(url, completions=('four',), **knobs):
   return judge.score(list(completions), [RECORD] * n, ['2+2='] * n, url=url, model='j', **knobs)
 
 
+def criticised(url, completions, **knobs):
+  n = len(completions)
+  return judge.critique(list(completions), [RECORD] * n, ['2+2='] * n, url=url, model='j', **knobs)
+
+
+def test_quotes_of_a_critique_are_parts_of_the_completion(serve):
+  replies = {
+    'a b a c': said('Here: {"good": ["a", "b a c", "zzz"], "bad": [" c ", ""]}'),
+    'no json': said('all is well'),
+    'no bad': said('{"good": []}'),
+    'text': said('{"good": [], "bad": 3}'),
+  }
+  answer = lambda body, number: next(
+    reply
+    for text, reply in replies.items()
+    if f'[Answer]\n{text}\n' in body['messages'][0]['content']
+  )
+  with serve(answer) as (url, seen):
+    found = criticised(url, replies)
+  assert found[0] == [(0, 1, 1.0), (2, 6, 1.0), (6, 7, -1.0)]
+  assert [x.kind for x in found[1:]] == ['NoVerdict'] * 3
+  assert (
+    len(seen) == 4 and '{"good": ["..."], "bad": ["..."]}' in seen[0][2]['messages'][0]['content']
+  )
+
+
 def wins(url, pairs, **knobs):
   first, second = zip(*pairs)
   n = len(pairs)
