@@ -136,7 +136,8 @@ def mode_choice(
 
   A row with `mode_term` > 0 is in the mode 'on', such as thinking before the answer, and others are in
   the mode 'off'. If 'on' is better than 'off' by at most b = tie * (mean of 'on'), b is added to the
-  mean of 'off': a mode that is hardly worse and cheaper is chosen.
+  mean of 'off': a mode that is hardly worse and cheaper is chosen. A group of equal rewards has advantage
+  0 nevertheless: there is no standard deviation to compare b with.
 
   Args:
     rewards: [B].
@@ -162,7 +163,9 @@ def mode_choice(
   near = (of_on - of_off >= 0) & (of_on - of_off <= bias)
   near &= (_number(on, group) > 0) & (_number(~on, group) > 0)
   mean = jnp.where(on, of_on, of_off + jnp.where(near, bias, 0))
-  return divide(mean + own * centered, jnp.sqrt(variance(centered, group, ddof)) + eps) * valid
+  spread = variance(centered, group, ddof)
+  # Equal rewards: the preference for 'off' would be divided by eps alone.
+  return divide(mean + own * centered, jnp.sqrt(spread) + eps) * (valid & (spread > 0))
 
 
 def _number(kind: Array, groups: Groups) -> Array:

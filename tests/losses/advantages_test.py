@@ -391,6 +391,8 @@ HOLDS = {
   baselines.gradient_weighted: {SHIFT},
   baselines.informative_mean: {SHIFT, ZERO},
   baselines.nonzero_mean: {ZERO},
+  baselines.tracked_baseline: set(),
+  baselines.token_normalized: {SHIFT, SCALE},
   baselines.balanced_group_mean: {SHIFT, ZERO},
   baselines.exponential_group_mean: {SHIFT, ZERO},
   baselines.exponential_times_advantage: {SHIFT},
@@ -418,6 +420,7 @@ def test_which_changes_of_rewards_change_which_advantages(fn, x64):
     stratum_term=np.tile([0.0, 1.0, 1.0, 0.0], 4),
     mode_term=np.tile([1.0, 0.0, 0.0, 1.0], 4),
     baseline_rewards=rng.uniform(size=(16, 2)),
+    tracked_value=rng.uniform(size=16),
   )
   exact = {'eps': 0.0} if 'eps' in inspect.signature(fn).parameters else {}
 

@@ -104,6 +104,7 @@ ARRAYS |= dict(
   mode_term=np.array([1.0, 0, 1, 0, 1, 0]),
   success_rate=np.array([0.25, 0.0, 0.5, 1.0, 0.75, 0.5]),
   finished=np.array([True, True, False, True, False, True]),
+  user_score=np.linspace(-1, 1, B),
 )
 PAIRS = dict(group_ids=np.array([7, 2, 7, 2, 5, 5]))
 

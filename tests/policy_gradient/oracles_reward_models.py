@@ -19,6 +19,7 @@ def focal(a):
 
 FUNCTIONS = {
   implicit_rewards.last_value: ({}, last_value),
+  implicit_rewards.user_score: ({}, lambda a: a.user_score),
   preference_losses.focal: ({}, focal),
   pointwise.squared_error: ({}, lambda a: (a.score - a.target) ** 2 / 2),
 }
