@@ -20,6 +20,7 @@ PAGE, README = ROOT / 'docs' / 'methods.md', ROOT / 'README.md'
 USUAL = {
   **{'ratio': 'token', 'proximal': 'recorded', 'loss': 'nll', 'normalizer': 'identity'},
   'shape': 'identity',
+  'head': 'Scalar',
 }
 TITLES = {
   'policy_gradient': 'Policy gradients',

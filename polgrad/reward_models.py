@@ -454,7 +454,7 @@ def _pairs_of_users(path: str, field: str) -> dict[str, list[dict]]:
   source = sources.jsonl(path=path)
   for row in range(len(source)):
     record = source[row]
-    missing = [name for name in (field, 'chosen', 'rejected') if not record.get(name)]
+    missing = [name for name in (field, 'chosen', 'rejected') if record.get(name) in (None, '')]
     if missing:
       raise ValueError(f'{source.place(row)}: no {missing[0]!r}, only {sorted(record)}')
     found.setdefault(str(record[field]), []).append(record)

@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from polgrad import build, cli, methods, overrides, reward_models
-from polgrad.objectives import RewardModel
+from polgrad.objectives import RewardModel, heads
 from polgrad.options import from_text
-from polgrad.registry import knobs_of
+from polgrad.registry import knobs_of, part
 from tests import hub
 
 PAGE = (pathlib.Path(__file__).parents[1] / 'docs' / 'reward_models.md').read_text()
@@ -27,9 +27,19 @@ def here(tmp_path_factory):
   pair = json.loads(re.search(r'```json\n(.*?)\n```', PAGE)[1])
   (folder / 'pairs.jsonl').write_text((json.dumps(pair) + '\n') * 20)
   (folder / 'problems.jsonl').write_text((json.dumps({'prompt': pair['prompt']}) + '\n') * 20)
+  records = {
+    'user_pairs.jsonl': [pair | {'user': 'Ann'}],
+    'sampled_pairs.jsonl': [pair | {'samples': ['Paris.', 'Rome.']}],
+    'mixed.jsonl': [pair, dict(prompt='?', completions=['a', 'a', 'b'], rewards=[1.0, 0.5, 2.0])],
+  }
+  for name, lines in records.items():
+    (folder / name).write_text(''.join(json.dumps(one) + '\n' for one in lines) * 20)
   for name, seed in (('reward_folder', 0), ('second_folder', 1)):
     pathlib.Path(hub.reward_model(folder, seed)).rename(folder / name)
   shutil.copytree(folder / 'second_folder', folder / 'pairwise_folder')
+  shutil.copytree(folder / 'source0' / 'first', folder / 'user_folder')
+  layers = part(heads.LatentUser).to_dict()
+  (folder / 'user_folder' / 'head.json').write_text(json.dumps(layers))
   return folder
 
 
@@ -47,13 +57,14 @@ def test_commands_are_accepted(command, here, monkeypatch):
   assert given.keys() - {'config'} <= {'workdir', 'out'}
   usual = 'polgrad.train' if 'workdir' in given else 'polgrad.evaluate'
   assert main == ('polgrad.convert' if '--reward_model' in rest else usual)
-  file, text = given['config'].split(':', 1)
+  file, _, text = given['config'].partition(':')
+  if file != 'experiments/run.py':
+    assert (pathlib.Path(__file__).parents[1] / file).exists()
+    return
   phase = built(text, changes, here).phases['train']
-  assert file == 'experiments/run.py'
-  uses = (
-    'reward_model' in phase.reward
-    or getattr(phase.comparison, '__qualname__', '') == 'preference_model'
-  )
+  uses = {'reward_model', 'user_reward_model'} & phase.reward.keys() or getattr(
+    phase.comparison, '__qualname__', ''
+  ) == 'preference_model'
   assert isinstance(phase.objective, RewardModel) or uses
 
 
@@ -62,4 +73,5 @@ def test_the_page_names_every_method_and_knob():
     assert f'| `{name}` |' in PAGE
   said = set(re.findall(r'`(\w+)(?:=[^`]*)?`', PAGE))
   assert knobs_of(reward_models.reward_model).keys() - said == {'path'}
+  assert knobs_of(reward_models.user_reward_model).keys() - said == {'path'}
   assert knobs_of(methods.bradley_terry).keys() <= said

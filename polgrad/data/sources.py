@@ -139,33 +139,37 @@ def _position(piles):
   return {'prompt': ''.join(map(str, piles)), 'piles': list(piles)}
 
 
+WARM, COLD = ('red', 'orange', 'yellow'), ('blue', 'green', 'violet')
+
+
 def tastes(
   *, size: AtLeastOne = 2000, first: Count = 0, users: AtLeastOne = 8, seed: Count = 0
 ) -> Source:
-  """Pairs of numbers, of which half of the users prefer the larger and the others the smaller one.
+  """Pairs of a warm and a cold colour; half of the users prefer warm colours, the others cold ones.
 
-  Question i is a pair of user i modulo `users`, whose name is in `user`; users with an even number like
-  large numbers. `chosen` and `rejected` have one digit and differ, and `samples` are two further
-  numbers. All depend only on the question and `seed`.
+  Each question is a pair of a random user, whose number is in `user`; users with an even number like warm
+  colours. `samples` are two further colours. The prompt is the number of the question. All else depends
+  only on that number and `seed`.
 
   Args:
     size: number of records.
     first: number of the first question.
     users: number of users.
-    seed: seed of the numbers.
+    seed: seed of the users and colours.
   """
 
   def record(row):
     question = first + row
-    user, rng = question % users, np.random.default_rng((seed, question))
-    small, large = sorted(int(x) for x in rng.choice(10, size=2, replace=False))
-    chosen, rejected = (large, small) if user % 2 == 0 else (small, large)
-    samples = [str(int(x)) for x in rng.integers(10, size=2)]
+    rng = np.random.default_rng((seed, question))
+    user = int(rng.integers(users))
+    warm, cold = WARM[rng.integers(3)], COLD[rng.integers(3)]
+    chosen, rejected = (warm, cold) if user % 2 == 0 else (cold, warm)
+    samples = [(WARM + COLD)[i] for i in rng.integers(6, size=2)]
     return {
       'prompt': f'{question}:',
-      'chosen': str(chosen),
-      'rejected': str(rejected),
-      'user': f'user {user}',
+      'chosen': chosen,
+      'rejected': rejected,
+      'user': str(user),
       'samples': samples,
     }
 

@@ -45,10 +45,13 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     entropy_shaping     advantages of turns by the entropy of the policy         none: credit calls it
     down_sampling       rows and tokens that teach most                          none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
-    self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
     denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
+    latent_preferences  reward models with a latent variable for each user       none: heads call it
+    self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
+    self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
     shared_information  the representation loss of RLP                           none: call it yourself
+    shared_information  the representation loss of RLP                           none: heads call it
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
     turns               numbers of turns, and sums over their tokens             none: modules above
