@@ -50,11 +50,14 @@ def manager(
   import orbax.checkpoint as ocp
 
   handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
-  return ocp.CheckpointManager(
+  checkpoints = ocp.CheckpointManager(
     _absolute(folder),
     options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, best), create=True),
     item_handlers=handlers | {'meta': ocp.JsonCheckpointHandler()},
   )
+  # Orbax would ask whether to stop by the number of the checkpoint; `preemption` numbers its own calls.
+  checkpoints.reached_preemption = lambda step: False
+  return checkpoints
 
 
 def _absolute(folder: str) -> epath.Path:

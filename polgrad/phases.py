@@ -391,7 +391,7 @@ def run_phase(
     run.keep_rows(state, collected, step + 1)
 
     # Save where it is due, and before the machine is taken away.
-    stop = preemption.asked(int(state.step))
+    stop = preemption.asked()
     better = run.improved(state, row | found)
     ended = ran_out_of_patience(experiment, progress)
     if stop or better or ended or run.due(experiment.checkpoint_every, step + 1):

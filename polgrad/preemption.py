@@ -6,6 +6,7 @@ one of them was asked.
 """
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 # Exit code of a run that has saved and wants to be started again: EX_TEMPFAIL of sysexits.h.
 CODE = 75
 _asked = threading.Event()
+_calls = itertools.count(1)
 
 
 @contextlib.contextmanager
@@ -46,13 +48,13 @@ def heeded() -> Iterator[None]:
     _asked.clear()  # the request was to this run, not to the next one of the process
 
 
-def asked(step: int) -> bool:
-  """Whether to stop after this step.
+def asked() -> bool:
+  """Whether to stop now. All processes call this after each of their steps.
 
-  Args:
-    step: a number that grows with every call. All processes call this after each step with the same
-      number, and get True at the same number, soon after one of them has received SIGTERM.
+  They get True after the same step, soon after one of them has received SIGTERM: JAX chooses the number
+  of a call that all of them still have before them. So calls are numbered 1, 2, 3, ... from the start of
+  the processes: a number that is left out could be the chosen one.
   """
   if jax.process_count() > 1:
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
   return _asked.is_set()

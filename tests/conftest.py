@@ -73,6 +73,16 @@ def quick_compiler():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
+@pytest.fixture(scope='module')
+def compiled_once():
+  """Runs of the file whose phases have equal settings compile them only once: `runs.share_programs`."""
+  from tests import runs  # imports polgrad, which the files that start no run need not
+
+  with pytest.MonkeyPatch.context() as patch:
+    runs.share_programs(patch.setattr)
+    yield
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
   """Runs of the test do not draw report.png, which takes as long as a step."""

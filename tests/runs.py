@@ -1,10 +1,12 @@
 """Configurations that several tests start from: methods on two-digit addition with the tiny model."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from polgrad import methods, presets, tasks
+from polgrad import methods, phases, presets, tasks, train
 from polgrad.compose import compose
 from polgrad.methods import Method
 from polgrad.options import from_text
@@ -49,3 +51,33 @@ def method_of(name: str) -> Method:
   wanted = function.__kwdefaults__ or {}
   names = {*wanted, *function.__code__.co_varnames[: function.__code__.co_kwonlyargcount]}
   return function(**{k: v for k, v in budgets.items() if k in names})
+
+
+def share_programs(patch: Callable = setattr) -> None:
+  """From now on, runs whose phases have equal settings use the compiled functions of the first of them.
+
+  Args:
+    patch: (module, name, value) -> None, such as `monkeypatch.setattr`.
+  """
+  configs, programs = {}, {}
+  build, start = train.build, phases.start_phase
+
+  def built(config):
+    experiment = build(config)
+    configs[id(experiment)] = experiment, json.loads(ConfigDict(config).to_json_best_effort())
+    return experiment
+
+  def started(experiment, state, logs):
+    if id(experiment) not in configs:
+      return start(experiment, state, logs)
+    config, index = configs[id(experiment)][1], int(state.phase)
+    name = experiment.order[index]
+    read = [config[key] for key in ('model', 'tokenizer', 'mesh', 'seed', 'evaluation')]
+    key = json.dumps([index, {**config['phases'][name], 'steps': 0}, *read], sort_keys=True)
+    if key not in programs:
+      programs[key] = start(experiment, state, logs)
+    own = dict(experiment=experiment, phase=experiment.phases[name], logs=logs)
+    return dataclasses.replace(programs[key], **own)
+
+  patch(train, 'build', built)
+  patch(phases, 'start_phase', started)

@@ -53,7 +53,7 @@ from tests import buckets, examples
 from tests.data import folders
 from tests.runs import addition, dpo
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn')
 
 
 def config():
@@ -162,7 +162,7 @@ def test_the_main_notes_a_request_to_stop_while_it_trains(monkeypatch, tmp_path)
 
   def trains(session):
     signal.raise_signal(signal.SIGTERM)
-    asked.append(preemption.asked(0))
+    asked.append(preemption.asked())
 
   monkeypatch.setattr(cli, 'start', lambda argv: None)
   monkeypatch.setattr(cli, 'config', lambda choices: ConfigDict())
@@ -416,6 +416,17 @@ def test_a_malformed_config_of_a_run_is_refused_by_name(text, tmp_path):
   workdirs.write_config(str(tmp_path), {'seed': 1}, 3)  # a run keeps it, and writes its own
   assert (tmp_path / 'config_until_3.json').read_bytes() == text
   assert verify.read_config(str(tmp_path)).seed == 1
+
+
+def test_a_run_whose_metrics_cannot_be_written_ends_and_says_what_it_has_saved(copied, monkeypatch):
+  def full(*_):
+    raise metrics.NotWrittenError('metrics.jsonl: No space left on device')
+
+  monkeypatch.setattr(train, 'run_phase', full)
+  with pytest.raises(
+    SystemExit, match=r'No space.*: the run ends\. .* resumes from checkpoint 11,'
+  ):
+    train.run(config(), str(copied))
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(copied):
