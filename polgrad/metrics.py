@@ -1,5 +1,6 @@
 """What a run shows: metrics.jsonl and tables of samples."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -11,6 +12,10 @@ from typing import Any
 from absl import logging
 
 from polgrad.whole_files import writing
+
+
+class NotWrittenError(OSError):
+  """A row of metrics could not be written, for example because the disk is full."""
 
 
 class Writer:
@@ -56,14 +61,22 @@ class Writer:
     self._file = open(self.path, 'a', buffering=1)  # noqa: SIM115, closed by `close`
 
   def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-    """Appends one row: the metrics after `step` updates, made in a phase. JSON has null for NaN."""
+    """Appends one row: the metrics after `step` updates, made in a phase. JSON has null for NaN.
+
+    Raises:
+      NotWrittenError: the file cannot be written.
+    """
     row = {k: float(v) for k, v in values.items()}
-    self._file.write(_line({'step': step, 'phase': phase, **row}))
+    try:
+      self._file.write(_line({'step': step, 'phase': phase, **row}))
+    except OSError as error:
+      raise NotWrittenError(f'{self.path}: {error.strerror}') from error
     if self._tracking:
       self._tracking.write(step, phase, row)
 
   def close(self) -> None:
-    self._file.close()
+    with contextlib.suppress(OSError):  # the end of a row that `write` has raised for
+      self._file.close()
     if self._tracking:
       self._tracking.close()
 

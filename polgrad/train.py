@@ -103,7 +103,8 @@ def run(
       checkpoint is of another run, other phases or other arrays, or damaged.
     RuntimeError: another process trains in `workdir`.
     FloatingPointError: `max_skipped` consecutive updates were skipped, or parameters are not finite.
-    SystemExit: with `preemption.CODE`, after the run was asked to stop and has saved.
+    SystemExit: with `preemption.CODE`, after the run was asked to stop and has saved; with a text that
+      says what was saved, if the metrics cannot be written.
   """
   with (
     preemption.heeded(),
@@ -184,11 +185,25 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
     logs = session.logs
     if index < len(experiment.order) - 1:
       logs = dataclasses.replace(logs, profiler=speed.Profiler())
-    state = run_phase(experiment, state, keep, logs)
+    try:
+      state = run_phase(experiment, state, keep, logs)
+    except metrics.NotWrittenError as error:
+      raise SystemExit(f'{error}: the run ends. {saved(session)}') from error
   if session.logs.writer:
     report.draw([session.folder.path])
     print(f'metrics, checkpoints and curves are in {session.folder.name}; see its report.png')
   return state
+
+
+def saved(session: Session) -> str:
+  """Says which checkpoint a run that ends now resumes from."""
+  checkpoints = session.checkpoints
+  with contextlib.suppress(Exception):  # a save that fails too is none of the whole ones
+    checkpoints.wait_until_finished()
+  step = checkpoints.latest_step()
+  if step is None:
+    return f'There is no whole checkpoint in {checkpoints.directory}'
+  return f'The same command resumes from checkpoint {step}, the last in {checkpoints.directory}'
 
 
 def save_all(session: Session, state: TrainState) -> None:

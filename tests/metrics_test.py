@@ -66,6 +66,15 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
   assert row == {'step': 1, 'phase': 'train', 'loss': None, 'kl': None, 'reward': 1.0}
 
 
+def test_a_row_for_which_the_disk_has_no_space_is_an_error_that_names_the_file(tmp_path):
+  writer = metrics.Writer(str(tmp_path), step=0, past=())
+  writer._file.close()
+  writer._file = open('/dev/full', 'a', buffering=1)  # noqa: SIM115
+  with pytest.raises(metrics.NotWrittenError, match=r'metrics\.jsonl: No space left on device'):
+    writer.write(1, 'train', {'loss': 1.0})
+  writer.close()
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path):
   path = tmp_path / 'a'
   with whole_files.writing(str(path)) as file:
