@@ -27,9 +27,9 @@ from etils import epath
 
 from polgrad import checkpoint, cli, metrics, sharding
 from polgrad.build import TABLE, Experiment, Phase, build
-from polgrad.collect import Context, Drawn, Given, also_read, completions, make_draws, question
+from polgrad.collect import Context, Given, also_read, completions, make_draws, question
 from polgrad.collect.base import make_annotator
-from polgrad.collect.drawn import transcript
+from polgrad.collect.drawn import earned, transcript
 from polgrad.compiling import jit
 from polgrad.data import batching, sources
 from polgrad.environments.episodes import Episode
@@ -235,13 +235,6 @@ def sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> 
     behavior_policy=behavior_policy,
     mesh=experiment.mesh,
   )
-
-
-def earned(drawn: Drawn) -> np.ndarray:
-  """The rewards of the environment by row, f[B]: NaN where it failed, 0 without one."""
-  if not drawn.episodes:
-    return np.zeros(len(drawn.batch.tokens))
-  return np.array([sum(e.rewards, 0.0) if e.valid else np.nan for e in drawn.episodes])
 
 
 def answer(text: str, pattern: str) -> str:

@@ -252,6 +252,13 @@ def with_rewards(batch: Batch, rewards: np.ndarray) -> Batch:
   return batch.with_arrays(turn_rewards=by_turn)
 
 
+def earned(rows: Drawn) -> np.ndarray:
+  """The rewards of the environment by row, f64[B]: NaN where it failed, 0 without one."""
+  if not rows.episodes:
+    return np.zeros(len(rows.batch.tokens))
+  return np.array([sum(e.rewards, 0.0) if e.valid else np.nan for e in rows.episodes])
+
+
 def transcript(episode: Episode) -> str:
   """An episode as a text for people."""
   lines = []

@@ -103,12 +103,12 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
   valid, total = scores.valid, scores.total
   if episodes:
     valid = valid & batch.valid
-    earned = np.where(batch.valid, batch['turn_rewards'].sum(axis=1), np.nan)
+    earned = drawn.earned(rows)
     total = total + earned
-    errors, messages = failures(episodes)
+    failed, messages = failures(episodes)
     scores = scores._replace(
       components={'environment': earned, **scores.components},
-      errors=scores.errors | errors,
+      errors=scores.errors | failed,
       messages=messages + scores.messages,
     )
   rewards = np.where(valid, total, 0.0).astype(np.float32)
@@ -431,15 +431,18 @@ def metrics(batch: Batch, scores: Scores, episodes: Sequence[Episode] = ()) -> d
     'reward/same_in_group': float(np.mean(np.array(spread) == 0)) if spread else float('nan'),
     'length': float(batch.mask.sum(axis=1).mean()),
     'truncated': float(1 - batch.finished.mean()),
-    'verifier_errors': float(np.sum(~scores.valid)),
-    **_errors(scores),
+    **errors(scores),
     **(drawn.metrics(batch, episodes) if episodes else {}),
   }
 
 
-def _errors(scores: Scores) -> dict[str, float]:
-  """Failures by kind: `verifier_errors/NAME/KIND`; with an environment, `environment_errors/KIND`."""
+def errors(scores: Scores) -> dict[str, float]:
+  """Rows that failed, `verifier_errors`, and by kind: `verifier_errors/NAME/KIND`.
+
+  With an environment there are `environment_errors` and `environment_errors/KIND` too.
+  """
   found = {f'verifier_errors/{name}': float(n) for name, n in scores.errors.items()}
+  found['verifier_errors'] = float(np.sum(~scores.valid))
   if 'environment' not in scores.components:
     return found
   own = {name: n for name, n in found.items() if name.startswith('verifier_errors/environment/')}

@@ -18,10 +18,9 @@ from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts, RolloutSteps
-from polgrad.collect.scored import distinct, metrics
+from polgrad.collect.scored import distinct, errors
 from polgrad.collect.steps import Report
 from polgrad.registry import AtLeastOne, Count
-from polgrad.rewards.scoring import Scores
 from polgrad.types import Batch, TrainState, turns
 
 
@@ -162,7 +161,7 @@ class VineSteps(RolloutSteps):
   ) -> tuple[Values, Report]:
     """The value of each prefix: all are continued, and what was drawn is scored."""
     size, samples = self.continuer.prefixes, self.settings.value_samples
-    found, valid, tokens, errors, messages = [], [], 0, collections.Counter(), []
+    found, valid, tokens, failed, messages = [], [], 0, collections.Counter(), []
     for start in range(0, len(prefixes.rows), size):
       # One call of the sampler.
       piece = prefixes.taken(slice(start, start + size))
@@ -177,11 +176,11 @@ class VineSteps(RolloutSteps):
       tokens += int((rows.mask & fresh).sum())
       found.append(earned.reshape(-1, samples).astype(float))
       valid.append(rows.valid.reshape(-1, samples))
-      errors.update(failures(rows, texts.scores))
+      failed.update(errors(texts.scores))
       messages += texts.scores.messages
     # [n, samples]; the first piece is empty, for a batch without prefixes.
     found, valid = (np.concatenate([np.zeros((0, samples)), *x]) for x in (found, valid))
-    for name, number in errors.items():
+    for name, number in failed.items():
       report.metrics[name] = report.metrics.get(name, 0.0) + number
     report.metrics['continuations/prefixes'] = float(len(found))
     report.metrics['continuations/tokens'] = float(tokens)
@@ -220,12 +219,6 @@ def distinct_prefixes(
       which[row, step_ids[row] == number] = seen[key]
   rows, columns = np.array(rows, np.int32), np.array(columns, np.int32)
   return Prefixes(rows, columns, distinct(batch.prompt_ids[rows])), which
-
-
-def failures(batch: Batch, scores: Scores) -> dict[str, float]:
-  """The metrics of scored rows that count what has failed."""
-  kinds = ('verifier_errors', 'environment_errors')
-  return {k: n for k, n in metrics(batch, scores).items() if k.partition('/')[0] in kinds}
 
 
 def _mean(x: np.ndarray) -> float:

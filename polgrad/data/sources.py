@@ -147,8 +147,8 @@ def tastes(
 ) -> Source:
   """Pairs of a warm and a cold colour; half of the users prefer warm colours, the others cold ones.
 
-  Each question is a pair of a random user, whose number is in `user`; users with an even number like warm
-  colours. `samples` are two further colours. The prompt is the number of the question. All else depends
+  Each question is a pair of a random user, whose number is in `user`; users with an even number like
+  warm colours. `samples` are two further colours. The prompt is the number of the question. All else depends
   only on that number and `seed`.
 
   Args:

@@ -136,8 +136,8 @@ def mode_choice(
 
   A row with `mode_term` > 0 is in the mode 'on', such as thinking before the answer, and others are in
   the mode 'off'. If 'on' is better than 'off' by at most b = tie * (mean of 'on'), b is added to the
-  mean of 'off': a mode that is hardly worse and cheaper is chosen. A group of equal rewards has advantage
-  0 nevertheless: there is no standard deviation to compare b with.
+  mean of 'off': a mode that is hardly worse and cheaper is chosen. A group of equal rewards has
+  advantage 0 nevertheless: there is no standard deviation to compare b with.
 
   Args:
     rewards: [B].

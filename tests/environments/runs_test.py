@@ -132,6 +132,14 @@ def test_a_batch_has_the_reward_of_each_turn_at_its_last_token(plain):
   np.testing.assert_array_equal(batch.advantages[~batch.mask], 0)
 
 
+def test_the_environment_s_term_is_the_exact_sum_that_the_evaluation_has_too(plain):
+  [batch, *_], episodes = plain[0], plain[0].episodes
+  found = plain[0].terms['environment']
+  assert found.dtype == np.float64
+  np.testing.assert_array_equal(found, [sum(one.rewards) for one in episodes])
+  np.testing.assert_array_equal(found, drawn.earned(drawn.Drawn(batch, episodes)))
+
+
 def test_turns_have_one_number_where_the_policy_has_read_the_same(plain):
   batch, episodes = plain[0].batch, plain[0].episodes
   ids = batch['observation_ids']
