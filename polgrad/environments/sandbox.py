@@ -23,6 +23,7 @@ that is made to get around the hook does so, and files of yours can be read.
 import functools
 import os
 import selectors
+import stat
 import subprocess
 import sys
 import tempfile
@@ -166,7 +167,8 @@ def run(code: str, *, timeout_s: float, memory_gib: float, isolation: str = 'nam
   limits = [str(int(memory_gib * 2**30)), str(int(timeout_s) + 1), str(int(hooked))]
   program = ['-I', '-X', 'utf8', '-c', RUNNER, *limits]
   python, folders = _installation()
-  with tempfile.TemporaryDirectory() as root, tempfile.TemporaryFile() as source:
+  root = empty_folder()
+  with tempfile.TemporaryFile() as source:
     source.write(code.encode('utf-8', 'replace'))
     source.seek(0)
     # Root needs no user namespace, and becomes nobody: for root there is no limit of processes.
@@ -221,6 +223,22 @@ def _ended(process: subprocess.Popen, text: str, timeout_s: float, end: float) -
   if code in (-24, 128 + 24):  # SIGXCPU
     return Ran(text, f'no end within {timeout_s:g} s')
   return Ran(text, '' if code == 0 else 'the program failed')
+
+
+def empty_folder() -> str:
+  """The folder that the file systems of all programs are mounted on; nothing is ever written into it.
+
+  It stays, so that a process which is killed within a call leaves no folder behind.
+
+  Raises:
+    RuntimeError: its place is taken by another user.
+  """
+  folder = os.path.join(tempfile.gettempdir(), f'polgrad-sandbox-{os.geteuid()}')
+  os.makedirs(folder, mode=0o700, exist_ok=True)
+  found = os.lstat(folder)
+  if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    raise RuntimeError(f'{folder} belongs to another user; name another folder with TMPDIR')
+  return folder
 
 
 @functools.cache

@@ -143,6 +143,23 @@ def test_a_program_sees_itself_alone_and_writes_in_memory(tmp_path):
   assert not pathlib.Path('/tmp/polgrad_x').exists()
 
 
+@pytest.mark.parametrize('isolation', BOTH)
+def test_programs_share_one_folder_and_leave_nothing_in_it(isolation, tmp_path, monkeypatch):
+  monkeypatch.setattr(sandbox.tempfile, 'tempdir', str(tmp_path))
+  run('open("here", "w").write("x")', isolation)
+  assert [str(path) for path in tmp_path.rglob('*')] == [sandbox.empty_folder()]
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(sandbox.tempfile, 'tempdir', str(tmp_path))
+  pathlib.Path(sandbox.empty_folder()).rename(tmp_path / 'other')
+  (tmp_path / f'polgrad-sandbox-{os.geteuid()}').symlink_to(tmp_path / 'other')
+  with pytest.raises(
+    RuntimeError, match='belongs to another user; name another folder with TMPDIR'
+  ):
+    sandbox.empty_folder()
+
+
 def test_the_tool_tells_what_went_wrong():
   tool = toolbox.Python(isolation='limits', characters=100)
   assert tool('print(2)') == '2' and tool('x = 1') == 'no output'
