@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import robustness
 from benchmarks.robustness import PLACES
-from polgrad import checkpoint, cli, environments, metrics, optim, preemption, train
+from polgrad import checkpoint, cli, environments, metrics, optim, preemption
 from polgrad.options import from_text
 from polgrad.phases import PhaseRun
 from polgrad.registry import part, weighted
@@ -167,11 +167,15 @@ def child(
     start = jax.distributed.initialize
     jax.distributed.initialize = lambda: start(f'localhost:{port}', 2, rank)
     sys.argv.append('--distributed')
+  from polgrad import train
+
   cli.run(train.main)
 
 
 def report_places(mark: mmap.mmap) -> None:
   """Wraps functions of the trainer, so that `mark[0]` says where the process is (index of `PLACES`)."""
+  from polgrad import train
+
   update, save = PhaseRun.update_all, train.save
 
   def updating(self, state, batch, step):
@@ -475,6 +479,8 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--record', action='store_true', help='keep the results in docs/')
   args = parser.parse_args()
+  from polgrad import train  # noqa: F401, so that the processes that are forked have imported it
+
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   each, found = -(-args.runs // len(args.kinds)), {}
   with tempfile.TemporaryDirectory(prefix='kills') as place:

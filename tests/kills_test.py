@@ -1,5 +1,8 @@
 """The runs of `benchmarks.kills` have what they are named for, and a save is told from a leftover."""
 
+import ast
+import pathlib
+
 import pytest
 
 from benchmarks import kills
@@ -11,6 +14,17 @@ def test_a_run_saves_after_every_step(name):
   run = build(kills.get_config(name))
   assert run.checkpoint_every == 1
   assert sum(phase.steps for phase in run.phases.values()) >= 8
+
+
+def test_a_config_file_imports_no_main_whose_flags_would_be_defined_twice():
+  for file in pathlib.Path(kills.__file__).parents[1].glob('*/*.py'):
+    tree = ast.parse(file.read_text())
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if file.parent.name not in ('benchmarks', 'experiments') or 'get_config' not in functions:
+      continue
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in imports if node.module == 'polgrad' for alias in node.names}
+    assert not names & {'train', 'evaluate', 'sample', 'check', 'verify'}, file
 
 
 def test_each_run_has_what_it_is_named_for():
