@@ -20,6 +20,7 @@ from polgrad import (
   inspect,
   methods,
   objectives,
+  packing,
   phases,
   presets,
   row_files,
@@ -36,7 +37,7 @@ from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.rewards.scoring import Scores
 from polgrad.sampling import behavior_policies
-from polgrad.types import turns
+from polgrad.types import Layout, turns
 from polgrad.view import runs
 from tests.runs import method_of
 
@@ -166,6 +167,34 @@ def test_what_the_policy_drew_is_what_the_environment_was_told(plain):
   # A prefix begins the first turn alone, so no verifier finds it in the last one.
   begun = run.tokenizer.sampling('A:', ())
   assert collect.completions(batch, [{'prompt': ''}] * 4, begun, episodes) == texts
+
+
+def test_packed_rows_and_shared_prompts_leave_loss_and_gradient_of_turns_unchanged(plain):
+  run = build.build(config())
+  phase = run.phases['train']
+  batch = plain[0].batch
+  size = batch.tokens.shape[1]
+  wide = lambda x: np.pad(x, ((0, 0), (0, size))) if x.shape[1:] == (size,) else x
+  batch = jax.tree.map(wide, batch)
+  numbers = np.random.default_rng(0).normal(size=batch.mask.shape).astype(np.float32)
+  batch = batch.replace(advantages=np.where(batch.mask, numbers, np.float32(0)))
+  assert all(len(turns(mask)) == 3 for mask in batch.mask)
+  made = phase.learner(run.policy)
+
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    packed = packing.pack(batch.replace(layout=Layout(pack=4)))
+    gradient = jax.jit(made.gradient)
+    (loss, _), grads = gradient(state, state.params, batch)
+    (loss_packed, _), grads_packed = gradient(state, state.params, packed)
+    shared = Layout(phase.collect.prompt_length, phase.collect.rows_per_prompt)
+    rows = batch.replace(layout=shared)
+    loss_shared, _ = jax.jit(made.loss)(state, state.params, rows, {})
+  assert 0 < packed.layout.rows < len(batch.tokens) and shared.shared > 1
+  assert abs(float(loss)) > 1e-2
+  np.testing.assert_allclose([loss_packed, loss_shared], [loss, loss], rtol=1e-5)
+  same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(same, grads_packed, grads)
 
 
 def test_metrics_are_means_by_turn(plain):
