@@ -73,6 +73,9 @@ FEATURES = {
   'pair_side': Spec(
     'B', '1 for the chosen row of a group, -1 for the rejected one, else 0; from credit'
   ),
+  'given_side': Spec(
+    'B', 'the same of the pair that the record holds, where the group has further rows; from credit'
+  ),
   'similarity': Spec('B', 'cosine between prompt and preferred completion; from the data'),
   'density_ratio': Spec(
     'B', 'p(prompt | good row) / p(prompt | bad row); from the data, `polgrad.prompt_weights`'

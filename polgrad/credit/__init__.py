@@ -30,6 +30,7 @@ from polgrad.credit.base import (
   with_rewards,
   with_targets,
 )
+from polgrad.credit.bootstrap import bootstrapped_pairs
 from polgrad.credit.levels import modes, two_level
 from polgrad.credit.tokens import conflict_aware, decoupled, process_min, spans_generalized
 from polgrad.credit.trees import step_values, tree_values
@@ -623,6 +624,7 @@ SIMPLE = table(
   success_contrast,
   win_rate,
   self_consistency,
+  bootstrapped_pairs,
   divergence_reward,
   turn_returns,
   gigpo,

@@ -10,6 +10,7 @@ template; and any other field that a reward reads.
 import dataclasses
 import functools
 import itertools
+import math
 import operator as operators
 import pathlib
 import re
@@ -148,8 +149,8 @@ def tastes(
   """Pairs of a warm and a cold colour; half of the users prefer warm colours, the others cold ones.
 
   Each question is a pair of a random user, whose number is in `user`; users with an even number like
-  warm colours. `samples` are two further colours. The prompt is the number of the question. All else depends
-  only on that number and `seed`.
+  warm colours. `samples` are two further colours. The prompt is the number of the question. All else
+  depends only on that number and `seed`.
 
   Args:
     size: number of records.
@@ -700,6 +701,38 @@ OF_SOURCE = FRACTION | table(
 )
 
 
+def between(
+  *,
+  source: Annotated[Source, OF_SOURCE],
+  field: str,
+  at_least: float = -math.inf,
+  below: float = math.inf,
+) -> Source:
+  """The records of another source whose number in a field is in [at_least, below).
+
+  With one number as `below` of a part and `at_least` of another, a source is split in two, such as pairs
+  into hard and easy ones by their `margin`. All records are read at once.
+
+  Raises:
+    ValueError: a record has no such number, or none is between the bounds.
+  """
+  rows = []
+  for row in range(len(source)):
+    value = source[row].get(field)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+      raise ValueError(f'{source.place(row)}: {field} must be a number, got {value!r}')
+    if at_least <= value < below:
+      rows.append(row)
+  if not rows:
+    raise ValueError(f'no record of {len(source)} has {field} in [{at_least}, {below})')
+  return dataclasses.replace(
+    source,
+    size=len(rows),
+    record=lambda row: source[rows[row]],
+    place=lambda row: source.place(rows[row]),
+  )
+
+
 def split_pairs(*, source: Annotated[Source, OF_SOURCE]) -> Source:
   """The two completions of every preference pair as separate records, with a `label`.
 
@@ -719,7 +752,7 @@ def split_pairs(*, source: Annotated[Source, OF_SOURCE]) -> Source:
   )
 
 
-PLAIN = OF_SOURCE | table('sources', split_pairs)
+PLAIN = OF_SOURCE | table('sources', between, split_pairs)
 
 
 def as_chat(*, source: Annotated[Source, PLAIN], system: str = '') -> Source:

@@ -198,6 +198,28 @@ def chosen_pair(score: Array, label: Array, pair_side: Array, group_ids: Array) 
   return jnp.where(pair_side > 0, preference_losses.logistic(gap, label), 0)
 
 
+def two_pairs(score: Array, pair_side: Array, given_side: Array, group_ids: Array) -> Array:
+  """softplus(-h) + softplus(-h'), h and h' the differences r_w - r_l of two pairs of rows of the group:
+  SeRA (arXiv:2410.09362).
+
+  Args:
+    score: [B].
+    pair_side: [B], 1 for w of the first pair, -1 for l, and 0 for other rows.
+    given_side: [B], the same of the second pair. A row may be in both; a group may lack either.
+    group_ids: i32[B].
+
+  Returns:
+    [B]; 0 in all rows but the w of either pair.
+  """
+  chex.assert_equal_shape([score, pair_side, given_side, group_ids])
+  group = same(group_ids)
+  each = [
+    jnp.where(side > 0, jax.nn.softplus(-total(side * score, group)), 0)
+    for side in (pair_side, given_side)
+  ]
+  return sum(each)
+
+
 def token_pair(
   logp: Array,
   reference_logp: Array,
@@ -306,6 +328,7 @@ TABLE = table(
   apo_down,
   decoupled,
   chosen_pair,
+  two_pairs,
   token_pair,
   srpo,
 )

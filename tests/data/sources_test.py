@@ -441,3 +441,16 @@ def test_table_entries_bind(tmp_path, sums):
 )
 def test_spaced_rows_are_all_or_few_that_reach_to_the_end(count, most, rows):
   assert sources.spaced(count, most) == rows
+
+
+def test_a_source_is_split_by_a_number():
+  pairs = sources.wrong_digit_pairs(source=sources.arithmetic(digits=1))
+  low, high = (
+    sources.between(source=pairs, field='margin', **b) for b in (dict(below=4), dict(at_least=4))
+  )
+  assert len(low) + len(high) == len(pairs) and len(low) > 0
+  assert max(r['margin'] for r in low) < 4 <= min(r['margin'] for r in high)
+  with pytest.raises(ValueError, match='row 0: marge must be a number, got None'):
+    sources.between(source=pairs, field='marge')
+  with pytest.raises(ValueError, match=r'no record of \d+ has margin in \[1000, inf\)'):
+    sources.between(source=pairs, field='margin', at_least=1000)

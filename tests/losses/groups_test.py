@@ -38,7 +38,7 @@ def rows(count=B, dtype=np.float32):
   x |= {'matched_score': rng.uniform(size=count), 'pair_side': rng.integers(-1, 2, count)}
   x |= {n: rng.uniform(size=(count, T)) for n in ('reference_logp', 'token_weights')}
   x |= {n: rng.uniform(size=count) for n in ('target', 'tracked_value', 'density_ratio')}
-  x |= {'shown_label': rng.integers(-1, 2, count)}
+  x |= {n: rng.integers(-1, 2, count) for n in ('shown_label', 'given_side')}
   x |= {n: rng.integers(0, 2, count) for n in ('stratum_term', 'mode_term')}
   x = {n: a.astype(dtype) for n, a in x.items()}
   return x | dict(

@@ -222,6 +222,24 @@ def cream(x, const):
   return float(np.mean(losses))
 
 
+def bootstrapped(x, const, fraction=0.5, ensemble=0.3):
+  """SeRA with its own pairs: of all groups, the pairs with the largest margins; the loss of a prompt is
+  the sum over its kept pairs."""
+  there, pairs = x['mask'].any(axis=1), []
+  before = total(x['previous_logp'] - x['reference_logp'], x['mask'])
+  now = total(x['proximal_logp'] - x['reference_logp'], x['mask'])
+  for prompt in np.unique(x['group_ids']):
+    rows = np.flatnonzero((x['group_ids'] == prompt) & there)
+    own = [row for row in rows if x['stream'][row] == 0]
+    pairs.append((prompt, rows[np.argmax(before[rows])], rows[np.argmin(before[rows])]))
+    pairs.append((prompt, *sorted(own, key=lambda row: -x['label'][row])))
+  gap = lambda pair, r: r[pair[1]] - r[pair[2]]
+  order = sorted(pairs, key=lambda p: -ensemble * gap(p, now) - (1 - ensemble) * gap(p, before))
+  kept = order[: int(np.ceil(fraction * len(pairs)))]
+  losses = [logistic(0.2 * gap(pair, ratio(x))) for pair in kept]
+  return sum(losses) / len({prompt for prompt, *_ in kept})
+
+
 ORACLES = {
   'aot_paired': aot_paired,
   'aot_unpaired': aot_unpaired,
@@ -238,6 +256,11 @@ ORACLES = {
   'wpo': aligned(collision, 1.0),
 }
 VARIANTS = [
+  (
+    'sera',
+    dict(bootstrap=True, beta=0.2, fraction=0.5, ensemble=0.3, samples_per_prompt=2),
+    bootstrapped,
+  ),
   ('opa_dpo', dict(per_token=True, anchor_coefficient=0.5), opa_per_token),
   ('beta_dpo', dict(dropped=0.5, rate=-0.4, correct_bias=True), adaptive(0.5, -0.4, True)),
   ('humanline_dpo', dict(low=-0.3, high=0.2), humanline(-0.3, 0.2)),

@@ -270,6 +270,31 @@ def test_pairs_with_small_margins_have_the_wrong_labels():
   assert flipped[kept].mean() < 0.05
 
 
+def test_sera_makes_no_pairs_while_the_previous_policy_is_the_reference():
+  """Then all given pairs are trained; later the fraction with the largest margins, of both kinds."""
+  estimator = credit.bootstrapped_pairs(fraction=0.5, ensemble=0.0)
+  rows, mask = 8, jnp.ones((8, 1), bool)
+  batch = Batch(
+    tokens=jnp.zeros((rows, 1), jnp.int32), segment_ids=mask.astype(jnp.int32), mask=mask
+  )
+  batch = batch.with_arrays(
+    valid=jnp.ones(rows, bool).at[6].set(False),  # of the second prompt the chosen row has failed
+    group_ids=jnp.repeat(jnp.arange(2), 4),
+    stream=jnp.tile(jnp.array([1, 1, 0, 0]), 2),
+    label=jnp.tile(jnp.array([0.0, 0, 1, 0]), 2),
+    reference_logp=jnp.zeros((rows, 1)),
+    proximal_logp=jnp.zeros((rows, 1)),
+  )
+  first, _ = estimator.apply(batch.with_arrays(previous_logp=jnp.zeros((rows, 1))), ())
+  assert first['given_side'].tolist() == [0, 0, 1, -1, 0, 0, 0, 0]
+  assert not first['pair_side'].any()
+  assert first.mask[:, 0].tolist() == [False, False, True, True] + [False] * 4
+  before = jnp.array([0.0, -1, 1, 3, -2, 0, 9, 1])[:, None]  # margins 4 and -2; 3
+  later, _ = estimator.apply(batch.with_arrays(previous_logp=before), ())
+  assert later['pair_side'].tolist() == [0, -1, 0, 1, -1, 0, 0, 1]
+  assert not later['given_side'].any()
+
+
 def test_after_the_first_iteration_sera_is_dpo_on_the_kept_pairs(x64):
   """The margins of the present and of the previous policy count one half each."""
   method = methods.sera(steps=9, iterations=3, fraction=0.5, ensemble=0.5)
