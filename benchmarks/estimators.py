@@ -10,7 +10,6 @@ the mean and covariance of the resulting gradient are compared with the gradient
 states that it maximises (`tiny_world.STATED`). docs/estimators.md says how to read the report.
 """
 
-import argparse
 import json
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import estimators_page
+from benchmarks import arguments, estimators_page
 from benchmarks import tiny_world as world
 from polgrad import credit as credits
 from polgrad import methods, objectives
@@ -165,21 +164,9 @@ def all_names() -> list[str]:
 
 
 def main() -> None:
-  names = all_names()
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('methods', nargs='*', help=f'out of {", ".join(names)}; none: all')
-  parser.add_argument('--new', action='store_true', help='those that the report does not have')
-  parser.add_argument('--table', action='store_true', help='only write the page')
-  arguments = parser.parse_args()
-  unknown = sorted(set(arguments.methods) - set(names))
-  if unknown:
-    parser.error(f'unknown {unknown}; valid: {names}')
-
-  # The numbers of methods that are not measured come from the last report.
-  before = stored() if arguments.methods or arguments.new or arguments.table else {}
-  new = [name for name in names if name not in before]
+  before, chosen = arguments.parse(__doc__.splitlines()[0], all_names(), stored)
   with jax.enable_x64(True):
-    found = report([] if arguments.table else arguments.methods or new)
+    found = report(chosen)
   rows = dict(sorted((before | found).items()))
   estimators_page.draw(rows)
   estimators_page.write(rows, group=GROUP, left_out=LEFT_OUT)

@@ -10,7 +10,6 @@ exact expected gradient is followed from the reference to where it vanishes. doc
 to read the report.
 """
 
-import argparse
 import inspect
 import itertools
 import json
@@ -24,8 +23,8 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize_scalar
 
+from benchmarks import arguments, preferences_page
 from benchmarks import preference_world as world
-from benchmarks import preferences_page
 from polgrad import credit as credits
 from polgrad import methods, optim
 from polgrad.collect import picks
@@ -380,21 +379,9 @@ def all_names() -> list[str]:
 
 
 def main() -> None:
-  names = all_names()
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('methods', nargs='*', help=f'out of {", ".join(names)}; none: all')
-  parser.add_argument('--new', action='store_true', help='those that the report does not have')
-  parser.add_argument('--table', action='store_true', help='only write the page')
-  arguments = parser.parse_args()
-  unknown = sorted(set(arguments.methods) - set(names))
-  if unknown:
-    parser.error(f'unknown {unknown}; valid: {names}')
-
-  # The numbers of methods that are not computed come from the last report.
-  before = stored() if arguments.methods or arguments.new or arguments.table else {}
-  new = [name for name in names if name not in before]
+  before, chosen = arguments.parse(__doc__.splitlines()[0], all_names(), stored)
   with jax.enable_x64(True):
-    found = report([] if arguments.table else arguments.methods or new)
+    found = report(chosen)
   rows = dict(sorted((before | found).items()))
   preferences_page.draw(rows)
   preferences_page.write(rows, left_out=reasons())

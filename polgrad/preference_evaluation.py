@@ -105,20 +105,6 @@ def length_controlled(
   return LengthControlled(float(1 / (1 + np.exp(-theta))), float(theta), float(phi))
 
 
-def reward_accuracy(chosen: Array, rejected: Array) -> float:
-  """Fraction of pairs whose chosen completion has the larger implicit reward; ties count one half.
-
-  The implicit reward of a completion is beta log(pi / reference), summed over its tokens, and beta
-  does not matter here (arXiv:2305.18290). It says how well the policy classifies pairs, which is not
-  how good its own completions are (arXiv:2405.08448). NaN is left out.
-
-  Args:
-    chosen, rejected: f[n], log-ratios of the completions of each pair.
-  """
-  gap = (chosen - rejected)[np.isfinite(chosen) & np.isfinite(rejected)]
-  return float(np.mean((gap > 0) + 0.5 * (gap == 0))) if len(gap) else np.nan
-
-
 class Divergence(NamedTuple):
   """Two estimates of KL(pi || reference) of whole completions, nats, with their standard errors."""
 

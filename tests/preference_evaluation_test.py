@@ -60,12 +60,6 @@ def test_a_model_that_wins_only_by_length_loses_its_lead_and_the_fit_stays_finit
   np.testing.assert_allclose(same.win_rate, 2 / 3, rtol=1e-5)  # without differences it is the mean
 
 
-def test_reward_accuracy_counts_ties_as_one_half():
-  chosen, rejected = np.array([1.0, 0.0, 0.0, NAN]), np.array([0.0, 1.0, 0.0, 0.0])
-  assert numbers.reward_accuracy(chosen, rejected) == 0.5
-  assert np.isnan(numbers.reward_accuracy(chosen[3:], rejected[3:]))
-
-
 @pytest.mark.parametrize('name', ['k1', 'k3'])
 def test_both_estimates_of_the_kl_are_unbiased_over_sequences(name):
   """Two tokens, the second after the first: the mean over all sequences is the exact KL."""

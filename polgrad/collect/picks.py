@@ -23,6 +23,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
+from polgrad.credit.base import mean_wins
 from polgrad.registry import AtLeastOne, Fraction, NotNegative, Positive, Range, call, table
 
 Array = np.ndarray
@@ -103,7 +104,7 @@ def best_worst_by_wins(
     second: take the second best in the place of the worst, as the code of COMAL does
       (arXiv:2410.23223).
   """
-  rate = win_rates(wins, valid)
+  rate = mean_wins(wins, valid, xp=np)
   order = _descending(rate, valid)
   other = order[:, 1:2] if second else _last(order, valid)
   return _pairs(order[:, :1], other, valid, rate, min_gap)
@@ -260,14 +261,6 @@ def filter_weights(
   # Where nothing is preferred, all valid rows are alike.
   alike = (largest == smallest) | (found.sum(axis=1, keepdims=True) <= 0)
   return share(np.where(alike, valid, found).astype(float))
-
-
-def win_rates(wins: Array, valid: Array) -> Array:
-  """The mean probability to beat the other valid rows of the group, f[N, G]; 1/2 without others."""
-  others = valid[:, None, :] & ~np.eye(valid.shape[1], dtype=bool)
-  count = others.sum(axis=2)
-  total = np.where(others, wins, 0).sum(axis=2)
-  return np.where(count > 0, total / np.maximum(count, 1), 0.5)
 
 
 def choose(fn: Callable, arrays: dict[str, Array], random: np.random.Generator) -> Chosen:

@@ -23,6 +23,7 @@ from polgrad.credit.base import (
   k1,
   kl_requires,
   log_rho,
+  mean_wins,
   named,
   to_tokens,
   token_rewards,
@@ -422,18 +423,10 @@ def _partners(batch: Batch) -> tuple[Array, Array]:
 
 
 def _mean_wins(batch: Batch, with_itself: bool = False) -> Array:
-  """[B], mean probability to beat the other valid rows of the group; 1/2 where there are none.
-
-  A row beats itself with probability 1/2, which counts if `with_itself`.
-  """
-  wins = batch['wins']
-  size = wins.shape[1]
-  own = jnp.arange(size)[None] == jnp.arange(len(wins))[:, None] % size
-  valid = jnp.repeat(batch.valid.reshape(-1, size), size, axis=0)
-  others = valid if with_itself else valid & ~own
-  count = jnp.sum(others, axis=1)
-  mean = jnp.sum(jnp.where(others, wins, 0.0), axis=1) / jnp.maximum(count, 1)
-  return jnp.where(count > 0, mean, 0.5)
+  """`mean_wins` of the rows of a batch, [B]."""
+  size = batch['wins'].shape[1]
+  wins, valid = batch['wins'].reshape(-1, size, size), batch.valid.reshape(-1, size)
+  return mean_wins(wins, valid, with_itself).reshape(-1)
 
 
 def imitation() -> Estimator:

@@ -1,5 +1,6 @@
 """What an estimator of credit is, and what several of them share."""
 
+import types
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -79,6 +80,25 @@ def token_rewards(batch: Batch, kl_coefficient: float = 0.0) -> Array:
   else:
     rewards = returns.place_last(batch.rewards, batch.mask)
   return rewards - kl_coefficient * k1(batch) if kl_coefficient else rewards
+
+
+def mean_wins(
+  wins: Array, valid: Array, with_itself: bool = False, *, xp: types.ModuleType = jnp
+) -> Array:
+  """The mean probability to beat the other valid rows of the group, [N, G]; 1/2 without others.
+
+  Args:
+    wins: [N, G, G], probability that a row beats another, 1/2 for itself.
+    valid: bool[N, G].
+    with_itself: whether a row's game against itself counts as well, if it is valid.
+    xp: `numpy` on the host, otherwise `jax.numpy`.
+  """
+  others = xp.broadcast_to(valid[:, None, :], wins.shape)
+  if not with_itself:
+    others = others & ~xp.eye(valid.shape[1], dtype=bool)[None]
+  count = others.sum(axis=2)
+  total = xp.where(others, wins, 0).sum(axis=2)
+  return xp.where(count > 0, total / xp.maximum(count, 1), 0.5)
 
 
 def with_rewards(batch: Batch, rewards: Array) -> Batch:
