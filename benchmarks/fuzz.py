@@ -706,7 +706,7 @@ ANSWERS = st.one_of(
 )  # fmt: skip
 OWN = {
   'exact_match': {}, 'numeric_answer': {}, 'choice_letter': {}, 'soft_overlong': {},
-  'count_matches': {'pattern': '<search>.*?</search>'},
+  'count_matches': {'pattern': '<answer>.*?</answer>', 'most': 1},
   'regex_format': {'pattern': r'<think>.*</think>\s*<answer>.*</answer>'},
 }  # fmt: skip
 

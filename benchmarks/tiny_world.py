@@ -131,6 +131,7 @@ STATED: dict[str, tuple[Callable, str]] = {
 # method -> why its regulariser is not part of what it states, which is E[R]
 NOT_STATED = {
   'asymre': 'the likelihood of all samples shifts the baseline',
+  'confucius3': 'the controller begins with the coefficient 0',
   'kl_cov': 'the penalty is a trust region for a few selected tokens',
   'lp_reg': 'the penalty protects a few selected tokens',
 }

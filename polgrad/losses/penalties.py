@@ -169,6 +169,7 @@ def easy_k3(
   chex.assert_equal_shape_prefix([logp, success_rate], 1)
   p = jax.lax.stop_gradient(success_rate)[:, None]
   weight = jnp.where((advantages > 0) & (p > 0) & (p < 1), -jnp.expm1(-rate * p), 1)
+  weight = jnp.where(jnp.isnan(advantages), advantages, weight)
   return weight * k3(logp, reference_logp)
 
 

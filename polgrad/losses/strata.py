@@ -150,7 +150,7 @@ def mode_choice(
     eps: added to the standard deviation, in units of the reward.
 
   Returns:
-    [B], without unit.
+    [B], without unit; 0 in a group of equal rewards.
   """
   chex.assert_rank(rewards, 1)
   chex.assert_equal_shape([rewards, mode_term, group_ids, valid])
@@ -163,9 +163,10 @@ def mode_choice(
   near = (of_on - of_off >= 0) & (of_on - of_off <= bias)
   near &= (_number(on, group) > 0) & (_number(~on, group) > 0)
   mean = jnp.where(on, of_on, of_off + jnp.where(near, bias, 0))
-  spread = variance(centered, group, ddof)
-  # Equal rewards: the preference for 'off' would be divided by eps alone.
-  return divide(mean + own * centered, jnp.sqrt(spread) + eps) * (valid & (spread > 0))
+  std = jnp.sqrt(variance(centered, group, ddof))
+  # Equal rewards teach nothing, though a tie would be broken.
+  found = divide(mean + own * centered, jnp.where(std > 0, std + eps, std))
+  return jnp.where(valid, found, 0)
 
 
 def _number(kind: Array, groups: Groups) -> Array:

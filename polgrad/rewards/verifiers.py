@@ -165,7 +165,7 @@ def answer_class(completion: str, *, pattern: str = '(.*)') -> float:
   """
   found = [text.strip() for text in re.findall(pattern, completion, re.DOTALL)]
   found = [text for text in found if text]
-  return float(zlib.crc32(found[-1].encode()) % 2**24) if found else -1.0
+  return float(zlib.crc32(found[-1].encode(errors='surrogatepass')) % 2**24) if found else -1.0
 
 
 def reasoning_gym_score(completion: str, record: dict, *, pattern: str = ANSWER) -> float:

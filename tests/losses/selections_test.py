@@ -167,7 +167,7 @@ LEVELS = {selections.signed_entropy: dict(share=0.7)}
 # Functions that return numbers of the whole batch -> knobs, and the numbers of a batch without tokens.
 BOUNDS = {
   selections.balanced_bounds: (dict(share=0.6), [0.6, 1.2]),
-  selections.excess_drift: (dict(coefficient=2.0, limit=-0.5), 1.0),
+  selections.excess_drift: (dict(coefficient=2.0, limit=-0.5), 0.0),
   selections.second_moment_bounds: (dict(limit=0.2, low=0.9, high=1.1), [0.0, np.exp(20.0)]),
 }
 KNOBS = {fn: knobs for fn, (knobs, _) in (ORACLES | NUMBERS | BOUNDS).items()} | LEVELS

@@ -79,6 +79,7 @@ ORACLES = {
   'copo': copo,
   'drpo': drpo,
   'view_r1': view_r1,
+  'confucius3': clipped,  # the bonus begins with the coefficient 0
   'hipo': clipped,
   'gfpo': clipped,
   'hypervolume_guided': reinforce,

@@ -147,6 +147,7 @@ def test_equal_answers_are_of_one_class_and_no_answer_is_of_another():
   assert of('so <a>1</a> or <a> 2\n</a>') == of('<a>2</a>') != of('<a>1</a>')
   assert of('2') == of('<a> </a>') == -1
   assert 0 <= of('<a>2</a>') < 2**24
+  assert verifiers.answer_class('\ud800') >= 0
   assert verifiers.answer_class(' 12\n') == verifiers.answer_class('12')
 
 
