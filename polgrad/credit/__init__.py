@@ -49,6 +49,7 @@ from polgrad.credit.wrapped import (
   appealed,
   filtered,
   hypervolume_guided,
+  laddered,
   scaled,
   shaped,
   with_success_rate,
@@ -770,6 +771,7 @@ TABLE |= SIMPLE | table(
   with_success_rate,
   appealed,
   hypervolume_guided,
+  laddered,
 )
 
 

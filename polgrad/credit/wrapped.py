@@ -165,6 +165,40 @@ def appealed(
   )
 
 
+def laddered(*, credit: Part, rungs: tuple, weights: tuple = ()) -> Estimator:
+  """Another estimator, for which a term of the reward counts only as far as the terms before it hold:
+  the hierarchical reward of RL-Struct (arXiv:2512.00319).
+
+      R = w_1 s_1 + w_2 s_1 s_2 + ... + w_n s_1 ... s_n + s_1 ... s_n r
+
+  s are terms that the collector notes (`terms`), in [0, 1], and r is the reward. An answer that has the
+  wrong structure is not rewarded for what it says.
+
+  Args:
+    credit: the estimator that sees these rewards.
+    rungs: names of the terms, the first one first.
+    weights: one for each; () is 1 for all.
+
+  Raises:
+    ValueError: no rungs, or another number of weights.
+  """
+  if not rungs or len(weights) not in (0, len(rungs)):
+    raise ValueError(f'laddered: it needs rungs and one weight for each, got {rungs} and {weights}')
+
+  def apply(batch, state):
+    reached, total_reward = jnp.ones_like(batch.rewards), 0.0
+    for name, weight in zip(rungs, weights or (1.0,) * len(rungs)):
+      reached = reached * batch[f'{name}_term']
+      total_reward += weight * reached
+    return credit.apply(with_rewards(batch, total_reward + reached * batch.rewards), state)
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {f'{name}_term' for name in rungs},
+    scored=credit.scored | {'rewards'},
+  )
+
+
 def hypervolume_guided(
   *,
   credit: Part,

@@ -46,6 +46,8 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     down_sampling       rows and tokens that teach most                          none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
     denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
+    embedding_rewards   rewards of embeddings, as in GRACE                       none: call it yourself
+    self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: heads call it
     self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
@@ -77,6 +79,7 @@ from polgrad.losses import (
   difficulty,
   divergences,
   down_sampling,
+  embedding_rewards,
   entropy_shaping,
   f_divergences,
   groups,
@@ -126,6 +129,7 @@ __all__ = [
   'difficulty',
   'divergences',
   'down_sampling',
+  'embedding_rewards',
   'entropy_shaping',
   'f_divergences',
   'groups',

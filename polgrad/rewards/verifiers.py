@@ -13,6 +13,7 @@ quickly.
 import fractions
 import functools
 import inspect
+import json
 import re
 import zlib
 from collections.abc import Callable
@@ -168,6 +169,22 @@ def answer_class(completion: str, *, pattern: str = '(.*)') -> float:
   return float(zlib.crc32(found[-1].encode(errors='surrogatepass')) % 2**24) if found else -1.0
 
 
+def json_fields(completion: str, *, fields: tuple = ()) -> float:
+  """The share of the fields that the JSON object of a completion has; 0 if it is no JSON object.
+
+  The object is the whole completion, or the last block between ```json and ```. Without `fields` any
+  object gets 1.
+  """
+  found = re.findall(r'```(?:json)?\s*(.*?)```', completion, re.DOTALL)
+  try:
+    value = json.loads(found[-1] if found else completion)
+  except (ValueError, RecursionError):
+    return 0.0
+  if not isinstance(value, dict):
+    return 0.0
+  return sum(name in value for name in fields) / len(fields) if fields else 1.0
+
+
 def reasoning_gym_score(completion: str, record: dict, *, pattern: str = ANSWER) -> float:
   """The score of the package reasoning-gym, in [0, 1] (arXiv:2505.24760).
 
@@ -293,6 +310,7 @@ TABLE = (
     regex_format,
     count_matches,
     answer_class,
+    json_fields,
     reasoning_gym_score,
     soft_overlong,
   )

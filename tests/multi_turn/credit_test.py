@@ -133,6 +133,7 @@ BUILT = {
   'credit.with_success_rate': lambda fn: fn(credit=credit.outcome(), least=0.5),
   'credit.appealed': lambda fn: fn(credit=credit.outcome()),
   'credit.hypervolume_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),
+  'credit.laddered': lambda fn: fn(credit=credit.outcome(), rungs=('mode', 'brevity')),
   'credit.shaped': lambda fn: fn(credit=credit.outcome(), reward=reward_maps.bent),
   'credit.scaled': lambda fn: fn(
     credit=credit.outcome(),

@@ -81,6 +81,7 @@ ORACLES = {
   'view_r1': view_r1,
   'confucius3': clipped,  # the bonus begins with the coefficient 0
   'hipo': clipped,
+  'rl_struct': clipped,
   'gfpo': clipped,
   'hypervolume_guided': reinforce,
   'noisy_appeals': reinforce,

@@ -2,15 +2,26 @@
 states."""
 
 import functools
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import credit
+from polgrad import build, credit
 from polgrad.credit import assign
-from polgrad.losses import advantages, listwise, pareto, penalties, row_scores, strata
+from polgrad.losses import (
+  advantages,
+  embedding_rewards,
+  listwise,
+  pareto,
+  penalties,
+  row_scores,
+  strata,
+)
+from polgrad.registry import bind, part
 from tests.policy_gradient.harness import scored
 
 normalized = functools.partial(advantages.group_normalized, ddof=0, eps=0.0)
@@ -230,6 +241,15 @@ def test_false_positives_make_the_measured_rate_of_false_negatives_smaller():
     credit.appealed(credit=RAW, false_positive=0.5)
 
 
+def test_a_rung_counts_only_if_those_before_it_hold():
+  estimator = credit.laddered(credit=RAW, rungs=('mode', 'brevity'), weights=(1.0, 0.5))
+  terms = dict(mode_term=jnp.array([0.0, 1, 1, 1]), brevity_term=jnp.array([1.0, 0, 0.5, 1]))
+  batch, _ = of_rows(estimator, [1, 1, 1, 1], **terms)
+  np.testing.assert_allclose(batch.advantages[:, 0], [0, 1, 1 + 0.25 + 0.5, 2.5])
+  with pytest.raises(ValueError, match='one weight for each'):
+    credit.laddered(credit=RAW, rungs=('mode',), weights=(1.0, 2.0))
+
+
 def test_a_new_trade_off_makes_the_rewards_of_its_step_larger():
   """Places (.5, .4), (.4, .6) and (.3, .3): the second adds .08, the third nothing."""
   factors, state = [], None
@@ -256,6 +276,52 @@ def test_the_hypervolume_is_the_share_of_random_places_that_are_dominated(axes, 
   got = pareto.hypervolume(points, counted, jnp.zeros(axes))
   assert got == pytest.approx(dominated.mean(), abs=6e-3)
   assert pareto.hypervolume(points, ~counted & False, jnp.zeros(axes)) == 0
+
+
+def test_a_reward_whose_gradient_agrees_with_the_others_gains_weight(x64):
+  gradients = jnp.array([[1, 0], [0.5, 0.5], [-0.2, 1]])
+  equal = jnp.full(3, -jnp.log(3.0))
+  got = pareto.influence_weights(equal, gradients)
+  np.testing.assert_allclose(jnp.exp(got), [0.33288, 0.33623, 0.33089], atol=1e-5)
+  same = pareto.influence_weights(equal, jnp.ones((3, 2)))
+  np.testing.assert_allclose(same, equal)
+
+
+# GRACE.
+
+
+def embeddings(seed=0, rows=6, width=4):
+  rng = np.random.default_rng(seed)
+  unit = lambda *shape: (lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True))(
+    rng.normal(size=(*shape, width))
+  )
+  return unit(rows), unit(rows), unit(rows, 3)
+
+
+@pytest.mark.parametrize('negatives', ['own', 'first'])
+def test_rewards_of_embeddings_equal_a_loop(negatives, x64):
+  q, p, n = embeddings()
+  ids, valid = np.array([0, 0, 1, 1, 1, 2]), np.array([1, 1, 1, 0, 1, 1], bool)
+  got = embedding_rewards.contrastive(q, p, n, ids, valid, negatives=negatives)
+  for i in range(6):
+    group = [j for j in range(6) if valid[j] and ids[j] == ids[i]]
+    others = [[j for j in range(6) if valid[j] and ids[j] == g] for g in {*ids} - {ids[i]}]
+    far = max(n[i] @ q[i]) if negatives == 'own' else n[group[0], 0] @ q[group[0]]
+    inside = [p[i] @ p[j] for j in group if j != i]
+    across = np.mean([max(q[i] @ p[j] for j in rows) for rows in others])
+    expected = q[i] @ p[i] - far + 0.2 * (np.mean(inside) if inside else 0) - 0.2 * across
+    np.testing.assert_allclose(got[i], valid[i] * expected / 0.1, atol=1e-9)
+
+
+def test_a_negative_of_the_first_row_alone_changes_no_advantage(x64):
+  q, p, n = embeddings()
+  ids, valid = np.zeros(6, int), np.ones(6, bool)
+  of = lambda n: advantages.group_mean(
+    embedding_rewards.contrastive(q, p, n, ids, valid, negatives='first'), ids, valid
+  )
+  np.testing.assert_allclose(of(n), of(-n), atol=1e-9)
+  alone = embedding_rewards.contrastive(q, q, 0 * n, ids, valid, cluster=0.0, across=0.0)
+  np.testing.assert_allclose(alone, 10)
 
 
 def rows_of(seed, rows=6):
@@ -301,3 +367,67 @@ def test_a_soft_policy_moves_as_far_as_its_rewards_and_a_greedy_one_jumps(x64):
   assert soft == pytest.approx(0.0049998, abs=1e-6) and soft <= 0.001 / (2 * 0.1)
   greedy = lambda r: jax.nn.one_hot(jnp.argmax(r), 3)
   assert distance(greedy(one), greedy(other)) == 1
+
+
+# The experiment with a verifier that makes mistakes.
+
+NOISY = runpy.run_path(str(pathlib.Path(__file__).parents[2] / 'experiments/noisy_addition.py'))
+GROUPS = 20_000
+
+
+@functools.cache
+def expected_advantages(correction):
+  """The mean over many groups of four answers, the first of which is right, and of the verifier's
+  mistakes."""
+  estimator = bind(NOISY['credited'](correction, 0.1, 0.3), credit.TABLE)
+  arrays = dict(
+    group_ids=jnp.repeat(jnp.arange(GROUPS), 4),
+    uniform=jax.random.uniform(jax.random.key(0), (4 * GROUPS,)),
+    appeal_term=jnp.tile(jnp.array([1.0, 0, 0, 0]), GROUPS),
+  )
+  state = estimator.init()
+  for _ in range(2 if correction == 'appeals' else 1):
+    batch, state = of_rows(estimator, np.tile([1.0, 0, 0, 0], GROUPS), state, **arrays)
+  return np.asarray(batch.advantages.reshape(GROUPS, 4)).mean(axis=0)
+
+
+@pytest.mark.parametrize(
+  ('correction', 'expected'),
+  [
+    ('clean', [1, -1 / 3, -1 / 3, -1 / 3]),
+    ('none', [0.6, -0.2, -0.2, -0.2]),  # smaller by 1 - 0.1 - 0.3
+    ('backward', [1, -1 / 3, -1 / 3, -1 / 3]),
+    ('forward', [0, -0.6, -0.6, -0.6]),
+  ],
+)
+def test_what_a_correction_makes_of_a_verifier_that_makes_mistakes(correction, expected):
+  np.testing.assert_allclose(expected_advantages(correction), expected, atol=0.02)
+
+
+def test_appeals_nearly_find_the_rate_of_false_negatives():
+  """Accepted wrong answers count as right: .3 / (.3 + .7 + 3 * .1) = .23 in the place of .3."""
+  measured = 0.3 / (0.3 + 0.7 + 0.3)
+  factor = 0.6 / (1 - 0.1 - measured)
+  np.testing.assert_allclose(
+    expected_advantages('appeals'), factor * expected_advantages('clean'), atol=0.02
+  )
+
+
+def test_a_deviation_of_the_group_undoes_a_correction():
+  """The same as normalised rewards of the mistaken verifier."""
+  plain = part(credit.outcome, advantage=part(advantages.group_normalized))
+  noise = NOISY['credited']('none', 0.1, 0.3).reward
+  estimator = bind(part(credit.shaped, credit=plain, reward=noise), credit.TABLE)
+  arrays = dict(group_ids=jnp.repeat(jnp.arange(16), 4), uniform=jnp.linspace(0, 0.99, 64))
+  expected, _ = of_rows(estimator, np.tile([1.0, 0, 0, 1], 16), **arrays)
+  corrected = bind(NOISY['credited']('normalized', 0.1, 0.3), credit.TABLE)
+  got, _ = of_rows(corrected, np.tile([1.0, 0, 0, 1], 16), **arrays)
+  np.testing.assert_allclose(got.advantages, expected.advantages, atol=1e-4)
+  assert np.abs(expected.advantages).max() > 0.5
+
+
+def test_the_experiment_refuses_a_correction_that_there_is_not():
+  with pytest.raises(ValueError, match='valid are'):
+    NOISY['get_config']('correction=sideways')
+  assert 'appeals' in NOISY['CORRECTIONS']
+  build.build(NOISY['get_config']('correction=appeals,smoke'))

@@ -142,6 +142,22 @@ def test_matches_are_counted_up_to_a_bound():
   assert verifiers.count_matches('', pattern='<search>') == 0
 
 
+@pytest.mark.parametrize(
+  ('completion', 'score'),
+  [
+    ('{"a": 1, "b": [2]}', 1),
+    ('so:\n```json\n{"a": 1}\n```', 0.5),
+    ('{"a": 1', 0),
+    ('[1, 2]', 0),
+    ('[' * 100_000, 0),
+    ('', 0),
+  ],
+)
+def test_a_json_object_is_judged_by_its_fields(completion, score):
+  assert verifiers.json_fields(completion, fields=('a', 'b')) == score
+  assert verifiers.json_fields(completion) == float(score > 0)
+
+
 def test_equal_answers_are_of_one_class_and_no_answer_is_of_another():
   of = lambda text: verifiers.answer_class(text, pattern=r'<a>(.*?)</a>')
   assert of('so <a>1</a> or <a> 2\n</a>') == of('<a>2</a>') != of('<a>1</a>')
