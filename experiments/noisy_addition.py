@@ -13,6 +13,24 @@ rewards r of the mistaken verifier:
     appeals     backward, with a rate of false negatives that a second, exact verifier measures
 
 The metric `reward` is always that of the exact verifier.
+
+Measured on a CPU with `steps=40`, the rates above and one seed, after the same supervised phase.
+`greedy` is the accuracy on 400 held-out problems (standard error 0.025), `sampled` the mean reward of
+the 20 steps before, 128 rows each (standard error 0.01):
+
+    step                        0     20     40
+    clean, greedy            0.43   0.49   0.44
+    clean, sampled              -   0.32   0.35
+    none, greedy             0.43   0.35   0.33
+    none, sampled               -   0.27   0.28
+    forward, greedy          0.43   0.32   0.37
+    forward, sampled            -   0.28   0.27
+
+The mistakes cost more than is learned in so few steps, and no correction repairs that. `backward` and
+`appeals` sample the same rows as `none` in every step: their gradients are longer by a factor of
+1.67 and of 1.25 to 1.55, which the clipping of the gradient's norm divides out. `normalized` is exactly
+group normalisation without a correction, and `forward` is another baseline. So corrections matter
+beside a KL, or for an optimizer that sees the length of a gradient.
 """
 
 import dataclasses
