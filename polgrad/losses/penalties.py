@@ -167,6 +167,7 @@ def easy_k3(
   chex.assert_rank([logp, success_rate], [2, 1])
   chex.assert_equal_shape([logp, reference_logp, advantages])
   chex.assert_equal_shape_prefix([logp, success_rate], 1)
+  logp, reference_logp, advantages = finite_gradient(logp, reference_logp, advantages)
   p = jax.lax.stop_gradient(success_rate)[:, None]
   weight = jnp.where((advantages > 0) & (p > 0) & (p < 1), -jnp.expm1(-rate * p), 1)
   weight = jnp.where(jnp.isnan(advantages), advantages, weight)
