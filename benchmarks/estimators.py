@@ -34,6 +34,7 @@ LEFT_OUT = {
   'agentic_arpo': 'changes who samples; its estimator is GRPO without a KL',
   **dict.fromkeys(('pure', 'text2grad'), 'reads scores of steps, which no reward determines'),
   'gtpo': 'drops rows with a mean entropy above .7 nats, which all rows of this policy have',
+  'prime': 'its reward model learns during the run',
   'treerl': 'its rows share tokens; [trees.md](trees.md) has the numbers of the paper',
 }
 

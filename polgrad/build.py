@@ -24,7 +24,7 @@ from polgrad import trackers as tracking
 from polgrad.checks import answers, duplicates, tracing
 from polgrad.checks.findings import Finding, reader_field, source_field
 from polgrad.data import batching, chat, sources, tokenizers
-from polgrad.learner import Learner
+from polgrad.learner import AnchorLearner, LearnedPart, Learner
 from polgrad.models import Part as ModelPart
 from polgrad.models.heads import with_head
 from polgrad.models.kernels import ATTENTION, PLATFORMS
@@ -128,6 +128,7 @@ class Phase(Judged):
     micro_batches: pieces that a minibatch is forwarded in; changes memory, not the result.
     anchors: parameter sets by name (reference, teacher, ...) and how they follow the policy. Each starts
       as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
+    learned: anchors, whose rule is `fixed`, that learn by a loss of their own, such as a reward model.
     frozen: other models that some of the anchors are, such as a larger teacher.
     restart: initialise the policy again when the phase starts, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
@@ -154,6 +155,7 @@ class Phase(Judged):
   minibatches: AtLeastOne = 1
   micro_batches: AtLeastOne = 1
   anchors: Mapping[str, optim.AnchorPart] = dataclasses.field(default_factory=dict)
+  learned: Mapping[str, LearnedPart] = dataclasses.field(default_factory=dict)
   frozen: Mapping[str, ModelPart] = dataclasses.field(default_factory=dict)
   restart: bool = False
   share_prompts: bool = False
@@ -185,10 +187,25 @@ class Phase(Judged):
       frozen=self.frozen,
     )
 
+  def anchor_learners(self, policy: Policy) -> dict[str, AnchorLearner]:
+    """The updates of the anchors that learn, by name."""
+    made = {}
+    for name, one in self.learned.items():
+      learner = Learner(
+        policy,
+        one.objective,
+        one.optimizer,
+        temperature=self.collect.temperature,
+        micro_batches=self.micro_batches,
+      )
+      made[name] = AnchorLearner(name, learner)
+    return made
+
   @property
   def rows_per_prompt(self) -> int:
     """Consecutive rows that stay together in every cut of a batch."""
-    return max(self.objective.rows_together, self.layout.shared, 1)
+    compared = [one.objective.rows_together for one in (self, *self.learned.values())]
+    return max(*compared, self.layout.shared, 1)
 
 
 class Evaluation:
@@ -349,7 +366,14 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
   model = run.model
   balanced = functools.partial(optim.balanced, labels=model.labels, rate=model.config.balance_rate)
   phases = {
-    name: dataclasses.replace(phase, optimizer=balanced(phase.optimizer))
+    name: dataclasses.replace(
+      phase,
+      optimizer=balanced(phase.optimizer),
+      learned={
+        k: dataclasses.replace(one, optimizer=balanced(one.optimizer))
+        for k, one in phase.learned.items()
+      },
+    )
     for name, phase in run.phases.items()
   }
   run = dataclasses.replace(run, phases=phases)
@@ -614,12 +638,39 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}: the objective reads {missing}, which neither collect ({sorted(collector.provides)}) '
       f'nor credit ({sorted(phase.credit.provides)}) provides{suggest(missing[0], given)}'
     )
+  _check_learned(path, phase, given)
   if collector.filtered and wanted & {'proximal_logp', 'advantages'}:
     raise ValueError(
       f'{path}.collect: top_k, top_p or another behavior policy than current sample from another '
       'distribution than the policy, so its log-probs are not those of the samples; set '
       "recompute_proximal=True to use the policy's own"
     )
+
+
+def _check_learned(path: str, phase: Phase, given: frozenset[str]) -> None:
+  """Refuses anchors that learn, if they are none, follow the policy too, or read what is not there.
+
+  Args:
+    given: names of the arrays of a batch and of the model's outputs.
+  """
+  for name, one in phase.learned.items():
+    rule = phase.anchors.get(name)
+    if rule is None or unbound(rule) is not optim.fixed or name in phase.frozen:
+      raise ValueError(
+        f'{path}.learned: {name!r} must be an anchor whose rule is optim.fixed, and no frozen model; '
+        f'there are the anchors {sorted(phase.anchors)}'
+      )
+    missing = sorted(one.objective.requires - given)
+    if missing:
+      raise ValueError(
+        f'{path}.learned.{name}: its objective reads {missing}, which is not in the batches of the phase'
+        f'{suggest(missing[0], given)}'
+      )
+    if phase.collect.rows % (one.minibatches * phase.micro_batches * phase.rows_per_prompt):
+      raise ValueError(
+        f'{path}.learned.{name}: {phase.collect.rows} rows do not divide into {one.minibatches} '
+        f'minibatches x {phase.micro_batches} micro_batches x groups of {phase.rows_per_prompt}'
+      )
 
 
 def _check_kernel(path: str, model: Policy, mesh: jax.sharding.Mesh) -> None:

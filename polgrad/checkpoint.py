@@ -83,7 +83,7 @@ def save(
     f'{name}/{path}'
     for name, tree in trees.items()
     for path in not_finite(tree)
-    if name == 'params' or path.startswith(('opt_state', 'anchors'))
+    if name == 'params' or path.startswith(('opt_state', 'anchors', 'learned'))
   ]
   if bad:
     raise FloatingPointError(

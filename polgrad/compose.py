@@ -198,6 +198,7 @@ class _Run:
       reward=scaled | dict(method.rewards) if needs == 'problems' else {},
       optimizer=method.optimizer or part(optim.adamw, learning_rate=self.rate(method)),
       anchors=dict(method.anchors),
+      learned=dict(method.learned),
       frozen=frozen,
       restart=method.restart and not teacher,
       epochs=method.epochs,

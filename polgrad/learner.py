@@ -3,21 +3,23 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from polgrad import optim
 from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
 from polgrad.objectives import Objective
+from polgrad.objectives import Part as ObjectivePart
 from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle, learning_rate
 from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, merged
-from polgrad.registry import call
+from polgrad.registry import AtLeastOne, call, table
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
 
 
@@ -165,6 +167,67 @@ def parameter_sets(state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Pa
   """
   anchors = {n: a if n in frozen else overlay(state.params, a) for n, a in state.anchors.items()}
   return {'policy': state.params, **anchors}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+  """How an anchor learns: by the gradient of an objective, on the batches of the policy.
+
+  Attributes:
+    objective: its loss, in which `logp` is the log-prob under the anchor. It reads what the batch has.
+    optimizer: what makes a step of its gradient.
+    minibatches: updates on a batch, after those of the policy.
+  """
+
+  objective: ObjectivePart
+  optimizer: optim.Part = optim.adamw
+  minibatches: AtLeastOne = 1
+
+
+LearnedPart = Annotated[Learned, table('learner', Learned)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnchorLearner:
+  """One optimizer step of an anchor that learns by a loss of its own; jit `update`.
+
+  Attributes:
+    name: of the anchor.
+    learner: of the anchor's model, with its objective and optimizer. It has no anchors itself.
+  """
+
+  name: str
+  learner: 'Learner'
+
+  def init(self, anchor: Params, init_opt_state: Callable) -> dict[str, Any]:
+    """The entry of the anchor in `TrainState.learned`.
+
+    Args:
+      init_opt_state: (optimizer, params) -> the optimizer's first state.
+    """
+    return {
+      'opt_state': init_opt_state(self.learner.optimizer, anchor),
+      'objective_state': self.learner.objective.init(),
+    }
+
+  def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    """One step of the anchor: (state, batch) -> (state, metrics); nothing else changes.
+
+    The objective finds the log-probs of the anchor in `logp`. The metrics have the anchor's name and a
+    slash as a prefix.
+    """
+    policy, own = self.learner.policy, state.learned[self.name]
+    # The state as if the anchor were the policy; it shares what no update changes.
+    seen = state.replace(
+      params=overlay(state.params, state.anchors[self.name]), anchors={}, learned={}, **own
+    )
+    moved, report = self.learner.update(seen, batch)
+    after = {name: getattr(moved, name) for name in own}
+    state = state.replace(
+      anchors=state.anchors | {self.name: learned(policy, moved.params)},
+      learned=state.learned | {self.name: after},
+    )
+    return state, {f'{self.name}/{k}': x for k, x in report.items() if k != 'skipped'}
 
 
 # Compared by identity, because its mappings have no hash and `jax.jit` hashes a method's object.

@@ -29,7 +29,7 @@ from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.evaluate import context, init_params
-from polgrad.learner import parameter_sets
+from polgrad.learner import AnchorLearner, Learner, parameter_sets
 from polgrad.models.policy import learned
 from polgrad.packing import pack
 from polgrad.progress import Progress
@@ -80,10 +80,13 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
       curriculum_state=phase.curriculum.init(phase.source),
     ),
   )
+  init = lambda optimizer, params: init_opt_state(optimizer, mesh, params)
+  learners = phase.anchor_learners(experiment.policy)
   return TrainState(
     params=params,
-    opt_state=init_opt_state(phase.optimizer, mesh, trainable),
+    opt_state=init(phase.optimizer, trainable),
     anchors=anchors,
+    learned={name: one.init(anchors[name], init) for name, one in learners.items()},
     **small,
   )
 
@@ -138,6 +141,7 @@ class PhaseRun:
   seed: int  # seeds the phase's order of data, its samples and its minibatches
   collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the number of the step
   update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
+  learn: dict[str, Callable]  # the same of the anchors that learn, by name
   # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
   measure: Callable | None
   measure_rows: Callable  # state -> metrics on held-out records of the phase
@@ -201,12 +205,30 @@ class PhaseRun:
   def update_all(
     self, state: TrainState, batch: Batch, step: int
   ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """One update on each minibatch of a collected batch: (new state, metrics of each update)."""
+    """One update on each minibatch of a collected batch: (new state, metrics of each update).
+
+    Anchors that learn make theirs after those of the policy; the means of their metrics are in every
+    report.
+    """
+    phase = self.phase
+    sizes = dict(epochs=phase.epochs, parts=phase.minibatches)
+    state, reports = self._updates(self.update, state, batch, step, **sizes)
+    for name, update in self.learn.items():
+      sizes = dict(epochs=1, parts=phase.learned[name].minibatches)
+      state, own = self._updates(update, state, batch, step, **sizes)
+      means = {k: np.mean([one[k] for one in own]) for k in own[0]}
+      reports = [report | means for report in reports]
+    return state, reports
+
+  def _updates(
+    self, update: Callable, state: TrainState, batch: Batch, step: int, *, epochs: int, parts: int
+  ) -> tuple[TrainState, list[dict[str, Any]]]:
+    """An update on each minibatch, of the policy or of an anchor."""
     phase, mesh = self.phase, self.experiment.mesh
     cuts = minibatches(
       batch,
-      epochs=phase.epochs,
-      parts=phase.minibatches,
+      epochs=epochs,
+      parts=parts,
       rows_per_prompt=phase.rows_per_prompt,
       seed=(self.seed, step),
     )
@@ -218,11 +240,12 @@ class PhaseRun:
         rows_per_prompt=phase.rows_per_prompt,
         data_parallel_size=sharding.data_parallel_size(mesh),
       )
-      state, report = self.update(state, sharding.place_batch(mesh, minibatch))
+      state, report = update(state, sharding.place_batch(mesh, minibatch))
       report = sharding.to_host(report)
       if minibatch.layout.pack:
         report['rows_forwarded'] = forwarded_fraction(minibatch, phase.micro_batches)
-      stop_if_broken(report, self.experiment.max_skipped, self.name, step)
+      if 'skipped' in report:  # not of an anchor
+        stop_if_broken(report, self.experiment.max_skipped, self.name, step)
       reports.append(report)
     return state, reports
 
@@ -332,6 +355,10 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     seed=made.seed,
     collect=phase.collect.make(made),
     update=jit_update(experiment, phase, state),
+    learn={
+      name: jit_learner(one, state)
+      for name, one in phase.anchor_learners(experiment.policy).items()
+    },
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
     observe=jit(phase.curriculum.update),
@@ -480,13 +507,17 @@ class Drawer:
 
 
 def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Callable:
-  """`Learner.update` of the phase, compiled.
+  """`Learner.update` of the phase, compiled, see `jit_learner`."""
+  return jit_learner(phase.learner(experiment.policy), state)
+
+
+def jit_learner(learner: Learner | AnchorLearner, state: TrainState) -> Callable:
+  """`update` of the policy or of an anchor, compiled.
 
   It donates the state that it is given, and shards the new state in the same way.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  update = phase.learner(experiment.policy).update
-  return jit(update, donate_argnums=0, out_shardings=(shardings, None))
+  return jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def advance(

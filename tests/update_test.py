@@ -10,12 +10,12 @@ import pytest
 from flax import traverse_util
 
 from polgrad import build, evaluate, learner, metrics, models, objectives, optim, train
-from polgrad.losses import aggregation
+from polgrad.losses import aggregation, implicit_rewards
 from polgrad.models.policy import labelled
 from polgrad.registry import bind, part
 from polgrad.types import Batch, TrainState
 from tests.models import tiny
-from tests.runs import dpo, sft
+from tests.runs import addition, dpo, method_of, sft
 
 pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
 
@@ -141,6 +141,67 @@ def losses_of(precision: str, *, steps: int = 40, micro_batches: int = 1, **knob
     state, report = update(state, BATCH)
     losses.append(float(report['loss']))
   return np.array(losses), start, state
+
+
+def test_an_anchor_learns_its_own_loss_and_changes_nothing_else():
+  """PRIME's reward model: its step is that of a policy with its parameters, loss and optimizer."""
+  policy, params = tiny.policy(), tiny.params()
+  spec = method_of('prime').learned['reward_model']
+  spec.optimizer.learning_rate = 1e-2
+  own = bind(spec, {'learner.Learned': learner.Learned})
+  one = learner.AnchorLearner('reward_model', learner.Learner(policy, own.objective, own.optimizer))
+  anchor = jax.tree.map(lambda p: 0.9 * p, params)
+  zero = jnp.int32(0)
+  state = TrainState(
+    **dict.fromkeys(('step', 'phase', 'phase_step', 'cursor', 'skipped', 'update'), zero),
+    params=params,
+    opt_state=(),
+    anchors={'reward_model': anchor, 'reference': params},
+    collect_state=(),
+    credit_state=(),
+    objective_state=(),
+    learned={'reward_model': one.init(anchor, lambda optimizer, params: optimizer.init(params))},
+  )
+  batch = BATCH.with_arrays(
+    label=jnp.array([1.0, 0, 1, 0]), reference_logp=jnp.full(TOKENS.shape, -2.0)
+  )
+  moved, report = jax.jit(one.update)(state, batch)
+  alone = state.replace(params=anchor, learned={}, anchors={}, **state.learned['reward_model'])
+  expected, losses = jax.jit(one.learner.update)(alone, batch)
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  same(moved.anchors['reward_model'], expected.params)
+  same(moved.learned['reward_model']['opt_state'], expected.opt_state)
+  same(moved.replace(anchors=state.anchors, learned=state.learned), state)
+  same(moved.anchors['reference'], params)
+  assert report['reward_model/loss'] == losses['loss'] and report['reward_model/grad_norm'] > 0
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda phase: phase.anchors.__delitem__('reward_model'), "an anchor 'reward_model' is needed"),
+    (
+      lambda phase: phase.anchors.update(reward_model=part(optim.ema)),
+      "learned: 'reward_model' must be an anchor whose rule is optim.fixed",
+    ),
+    (
+      lambda phase: phase.learned.reward_model.update(minibatches=5),
+      'learned.reward_model: 16 rows do not divide into 5 minibatches',
+    ),
+    (
+      lambda phase: phase.learned.reward_model.objective.update(
+        score=part(implicit_rewards.bellman_sum)
+      ),
+      r"learned.reward_model: its objective reads \['log_normalizer'\]",
+    ),
+  ],
+)
+def test_an_anchor_that_cannot_learn_is_refused(change, message):
+  config = addition(method_of('prime'))
+  with config.unlocked():
+    change(config.phases.train)
+  with pytest.raises(ValueError, match=message):
+    build.build(config)
 
 
 class TestBfloat16:

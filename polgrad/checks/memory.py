@@ -50,6 +50,10 @@ def of_phase(
   for name in phase.anchors:
     tree = own(phase.frozen[name]) if name in phase.frozen else trainable
     found.append(use(f'anchor {name}', tree, places(tree)))
+  for name, one in phase.learned.items():
+    state = jax.eval_shape(one.optimizer.init, trainable)
+    placed = opt_shardings(one.optimizer, mesh, trainable)
+    found.append(use(f'optimizer of {name}', state, placed))
   # Gradients add up in float32 over micro-batches.
   wide = lambda x: x.update(dtype=jnp.float32) if phase.micro_batches > 1 else x
   grads = jax.tree.map(wide, trainable)

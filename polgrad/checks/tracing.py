@@ -112,11 +112,14 @@ def state_shapes(phase: Any, policy: Policy) -> TrainState:
   trainable = learned(policy, policy.shapes())
   number = jax.ShapeDtypeStruct((), jnp.int32)
   anchors = {n: phase.frozen[n].shapes() if n in phase.frozen else trainable for n in phase.anchors}
+  init = lambda optimizer, params: jax.eval_shape(optimizer.init, params)
+  learners = phase.anchor_learners(policy)
   return TrainState(
     **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), number),
     params=policy.shapes(),
     opt_state=jax.eval_shape(phase.optimizer.init, trainable),
     anchors=anchors,
+    learned={name: one.init(anchors[name], init) for name, one in learners.items()},
     collect_state=phase.collect.init(),
     credit_state=phase.credit.init(),
     objective_state=phase.objective.init(),
@@ -134,6 +137,8 @@ def trace_update(path: str, phase: Any, policy: Policy, mesh: jax.sharding.Mesh)
     batch = batch_shapes(phase, phase.collect.rows // phase.minibatches)
     batch = batch.replace(layout=phase.layout._replace(pack=0))
     jax.eval_shape(phase.learner(policy).update, state_shapes(phase, policy), batch)
+    for one in phase.anchor_learners(policy).values():
+      jax.eval_shape(one.update, state_shapes(phase, policy), batch)
 
 
 class _Naming:

@@ -33,7 +33,13 @@ from polgrad.credit.base import (
 )
 from polgrad.credit.bootstrap import bootstrapped_pairs
 from polgrad.credit.levels import modes, two_level
-from polgrad.credit.tokens import conflict_aware, decoupled, process_min, spans_generalized
+from polgrad.credit.tokens import (
+  conflict_aware,
+  decoupled,
+  implicit_process,
+  process_min,
+  spans_generalized,
+)
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
   bilevel_generalized,
@@ -634,6 +640,7 @@ SIMPLE = table(
   two_level,
   modes,
   spans_generalized,
+  implicit_process,
   conflict_aware,
   entropy_modulated,
 )

@@ -117,6 +117,51 @@ def process_min(
   return Estimator(apply=apply, requires=requires)
 
 
+def implicit_process(
+  *,
+  anchor: str = 'reward_model',
+  process: NotNegative = 1.0,
+  outcome: NotNegative = 1.0,
+  discount: float = 1.0,
+  threshold: float = 0.5,
+  normalizer: NormalizerPart = whiten,
+) -> Estimator:
+  """Advantages from a reward model that is a language model (PRIME, arXiv:2502.01456).
+
+      q_t = log pi_anchor - log reference, divided by the largest |sum of q from a token on| of the batch
+      A_t = process (sum of q~ from t on) + outcome (R - mean of R over the other rows), whitened
+      q~_t = n / (n - 1) q_t - (sum over the n rows of the group of their mean q) / (n - 1)
+
+  If the anchor is trained so that the sum of beta q over a row predicts whether it is right, q_t says
+  how much token t changes that prediction. The `label` of a row, for the loss of the anchor, is whether
+  it is right.
+
+  Args:
+    anchor: name of the anchor that is the reward model.
+    process: weight of the rewards of tokens.
+    outcome: weight of the reward of the row.
+    discount: of the rewards of later tokens.
+    threshold: a row is right if its reward exceeds this.
+    normalizer: of the advantages.
+  """
+
+  def apply(batch, state):
+    mask, valid, groups = batch.mask, batch.valid, batch.group_ids
+    gap = jnp.where(mask, batch[f'{anchor}_logp'] - batch.reference_logp, 0)
+    scores = process_rewards.leave_one_out(process_rewards.bounded(gap, mask), mask, groups, valid)
+    found = process * returns.reward_to_go(scores, mask, discount=discount)
+    centred = returns.place_last(leave_one_out(batch.rewards, groups, valid), mask)
+    found += outcome * returns.reward_to_go(centred, mask, discount=discount)
+    right = (batch.rewards > threshold).astype(jnp.float32)
+    return batch.with_arrays(advantages=normalizer(found, mask), label=right), state
+
+  return Estimator(
+    apply=apply,
+    requires=frozenset({f'{anchor}_logp', 'reference_logp'}),
+    provides=frozenset({'advantages', 'label'}),
+  )
+
+
 def spans_generalized(
   *,
   discount: float = 1.0,

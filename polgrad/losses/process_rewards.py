@@ -1,4 +1,4 @@
-"""Rewards of tokens from scores of the parts of a completion: steps, sentences, words.
+"""Rewards of tokens: from scores of the parts of a completion, or of every token.
 
 `span_ids` i32[B, T] has the number of the part that a token is in, -1 where it is in none, and
 `span_scores` f32[B, T] the score of that part at each of its tokens. Parts are numbered along the row. A
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from polgrad.losses import turns
 from polgrad.losses.groups import divide, members, size, total
+from polgrad.losses.returns import reward_to_go
 from polgrad.types import Array
 
 
@@ -89,6 +90,50 @@ def without_token_baseline(
   tokens = jnp.sum(inside, axis=1, dtype=rewards.dtype)
   per_token = divide(total(earned, groups) - earned, total(tokens, groups) - tokens)
   return jnp.where(ends & valid[:, None], rewards - per_token[:, None] * lengths, 0)
+
+
+def bounded(token_rewards: Array, mask: Array, *, eps: float = 1e-6) -> Array:
+  """Rewards divided by the largest |sum from a token on| of the batch, plus eps: no return of a token
+  exceeds 1 (PRIME, arXiv:2502.01456).
+
+  Args:
+    token_rewards: [B, T].
+    mask: bool[B, T].
+    eps: in units of the rewards.
+
+  Returns:
+    [B, T], 0 outside the mask.
+  """
+  chex.assert_equal_shape([token_rewards, mask])
+  rewards = jnp.where(mask, token_rewards, 0)
+  largest = jnp.max(jnp.abs(reward_to_go(rewards, mask)), initial=0)
+  return rewards / (largest + eps)
+
+
+def leave_one_out(token_rewards: Array, mask: Array, group_ids: Array, valid: Array) -> Array:
+  """n / (n - 1) r_t - (sum over the n rows of the group of their mean r) / (n - 1): PRIME
+  (arXiv:2502.01456).
+
+  For the row itself the mean of this is its mean r less that of the other rows. Rows count the same,
+  however long they are.
+
+  Args:
+    token_rewards: [B, T].
+    mask: bool[B, T].
+    group_ids: i32[B].
+    valid: bool[B].
+
+  Returns:
+    [B, T], 0 outside the mask, in rows that are not valid, and in groups of one.
+  """
+  chex.assert_equal_shape([token_rewards, mask])
+  rewards = jnp.where(mask, token_rewards, 0)
+  means = jnp.sum(rewards, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+  groups = members(group_ids, valid)
+  number = size(groups)
+  others = jnp.maximum(number - 1, 1)
+  centred = (number / others)[:, None] * rewards - (total(means, groups) / others)[:, None]
+  return jnp.where(mask & (valid & (number > 1))[:, None], centred, 0)
 
 
 def _ends(span_ids: Array, mask: Array) -> Array:

@@ -57,6 +57,7 @@ class Method:
       does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.
     anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
+    learned: anchors that learn by a loss of their own, each a part of `learner.Learned`.
     optimizer: a part of `polgrad.optim`; None is AdamW.
     learning_rate: multiplies the learning rate of the model's preset, if `optimizer` is None.
     learns: which learning rate of the preset is meant: 'reinforce', 'preference' or 'imitate'. Empty
@@ -80,6 +81,7 @@ class Method:
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   reward_scale: float = 1.0
   anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
+  learned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   optimizer: ConfigDict | None = None
   learning_rate: float = 1.0
   learns: str = ''

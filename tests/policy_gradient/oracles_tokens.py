@@ -97,6 +97,10 @@ FUNCTIONS = {
 }
 
 
+def prime(x):
+  return token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
+
+
 def text2grad(x):
   return {
     'logp': token_mean(ppo(x, ratio_of(x), 0.8, 1.2), x['mask']),
@@ -106,6 +110,7 @@ def text2grad(x):
 
 ORACLES = {
   'text2grad': text2grad,
+  'prime': prime,
   'hapo': hapo,
   'gtpo': gtpo,
   'd3s': d3s,

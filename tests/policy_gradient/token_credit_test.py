@@ -412,3 +412,53 @@ def test_a_part_at_the_end_is_outcome_reward_and_the_coefficient_follows_the_kl(
   np.testing.assert_allclose(
     beta, 0.3 * (1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * 3 / 100), rtol=1e-6
   )
+
+
+def prime(x, process, outcome):
+  """The advantages of PRIME before they are whitened, row by row."""
+  rows = [b for b in range(len(x['mask'])) if x['valid'][b]]
+  gap = np.where(x['mask'] & x['valid'][:, None], x['reward_model_logp'] - x['reference_logp'], 0)
+  gap = gap / (np.abs(np.cumsum(gap[:, ::-1], axis=1)).max() + 1e-6)
+  out = np.zeros(gap.shape)
+  for b in rows:
+    group = [c for c in rows if x['group_ids'][c] == x['group_ids'][b]]
+    n, at = len(group), np.flatnonzero(x['mask'][b])
+    if n == 1:
+      continue
+    means = sum(gap[c][x['mask'][c]].mean() for c in group)
+    reward = process * (n / (n - 1) * gap[b, at] - means / (n - 1))
+    reward[-1] += outcome * (n * x['rewards'][b] - sum(x['rewards'][c] for c in group)) / (n - 1)
+    out[b, at] = np.cumsum(reward[::-1])[::-1]
+  return out
+
+
+def test_prime_is_its_transcription(x64):
+  x = random_steps()
+  x = {n: x[n] for n in ('mask', 'rewards', 'group_ids', 'valid', 'reference_logp')}
+  x['reward_model_logp'] = np.random.default_rng(5).normal(size=x['mask'].shape)
+  estimator = credit.implicit_process(process=0.7, outcome=1.3, normalizer=advantages.identity)
+  found = assigned(estimator, **x)
+  np.testing.assert_allclose(found.advantages, prime(x, 0.7, 1.3), rtol=1e-6, atol=1e-7)
+  np.testing.assert_array_equal(found.label, x['rewards'] > 0.5)
+  # A reward model that is the reference has nothing to say of tokens: leave-one-out of the outcome.
+  same = assigned(credit.implicit_process(), **x | {'reward_model_logp': x['reference_logp']})
+  outcome = credit.outcome(advantage=advantages.leave_one_out, normalizer=advantages.whiten)
+  np.testing.assert_allclose(
+    same.advantages, assigned(outcome, **x).advantages, rtol=1e-6, atol=1e-12
+  )
+
+
+def test_implicit_rewards_are_consistent_over_prefixes():
+  """If beta log(model / reference) of every sequence is its reward, then of every prefix it is the soft
+  value under the reference: enumerated on two steps of two tokens."""
+  random, beta = np.random.default_rng(0), 0.3
+  first, second = random.dirichlet([1, 1]), random.dirichlet([1, 1], size=2)
+  reference = first[:, None] * second
+  reward = random.normal(size=(2, 2))
+  reward -= beta * np.log(
+    (reference * np.exp(reward / beta)).sum()
+  )  # so that the model is normalised
+  model = reference * np.exp(reward / beta)
+  of_prefix = beta * np.log(model.sum(axis=1) / first)
+  soft = beta * np.log((second * np.exp(reward / beta)).sum(axis=1))
+  np.testing.assert_allclose(of_prefix, soft, rtol=1e-12)
