@@ -18,9 +18,12 @@ from polgrad.objectives import Part as ObjectivePart
 from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle, learning_rate
 from polgrad.packing import join, packed, split
-from polgrad.reductions import Mean, merged
+from polgrad.reductions import Mean, empty, merged
 from polgrad.registry import AtLeastOne, call, table
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
+
+# Prefix of what an update says of a metric: True if it counted nothing, so that its number says nothing.
+EMPTY = 'empty/'
 
 
 def forward(
@@ -299,6 +302,7 @@ class Learner:
     # Metrics of the minibatch, taken at the old parameters.
     report = {f'loss/{k}': v.value() for k, v in terms.items()}
     report |= {k: v.value() for k, v in metrics.items()}
+    report |= {f'{EMPTY}{k}': empty(v) for k, v in metrics.items()}
     report |= self.router_excess(grads, batch) | rate
     return state, {'loss': loss, 'grad_norm': norm, 'skipped': state.skipped, **report}
 

@@ -29,7 +29,7 @@ from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.evaluate import context, init_params
-from polgrad.learner import AnchorLearner, Learner, parameter_sets
+from polgrad.learner import EMPTY, AnchorLearner, Learner, parameter_sets
 from polgrad.models.policy import learned
 from polgrad.packing import pack
 from polgrad.progress import Progress
@@ -574,10 +574,14 @@ def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[s
   """The metrics of one step.
 
   These are the means over its updates (of `LARGEST` the maxima; `skipped` is a number of updates), the
-  metrics of the collected batch, and the speed in tokens of the mask per second.
+  metrics of the collected batch, and the speed in tokens of the mask per second. An update in which a
+  metric counted nothing (`learner.EMPTY`), such as the accuracy of pairs that are all ties, is left out
+  of its mean; a metric that counted nothing in any update is left out.
   """
   join = lambda name: np.max if name in LARGEST else np.mean
-  average = {k: float(join(k)([r[k] for r in reports])) for k in reports[0]}
+  names = [name for name in reports[0] if not name.startswith(EMPTY)]
+  counted = {k: [r[k] for r in reports if not r.get(f'{EMPTY}{k}')] for k in names}
+  average = {k: float(join(k)(values)) for k, values in counted.items() if values}
   average['skipped'] = float(sum(r['skipped'] > 0 for r in reports))
   tokens = float(np.sum(collected.batch.mask))
   silent = float(average['grad_norm'] == 0)

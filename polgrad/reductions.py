@@ -182,6 +182,12 @@ class Quantile:
 Metric = Mean | Max | EffectiveSampleSize | Deviation | CalibrationError | Quantile  # one of these
 
 
+def empty(reduction: Any) -> Array:
+  """bool[]: whether nothing was counted, so that `value()` says nothing; False for a maximum."""
+  counts = getattr(reduction, 'count', getattr(reduction, 'counts', None))
+  return jnp.asarray(False) if counts is None else jnp.sum(counts) == 0
+
+
 def merged(parts: Iterable[Any]) -> Any:
   """Trees of terms and metrics of the whole, from the same trees of its parts."""
   one = lambda x: isinstance(x, Metric)

@@ -258,5 +258,7 @@ def test_trains_two_smoke_steps(name, tmp_path, quick_compiler, undrawn, shared)
   for row in rows:
     assert np.isfinite(row['loss'])
     if 'reward' in row:
-      assert {key.split('/')[-1] for key in row} >= OFF_POLICY
-      assert 0 <= row.get('effective_sample_size', 1) <= 1 + 1e-6  # 0 if all pairs were ties
+      names = {key.split('/')[-1] for key in row}
+      assert names >= (OFF_POLICY if row['tokens_per_second'] else {'staleness', 'sampler_max_gap'})
+      assert 0 <= row.get('effective_sample_size', 1) <= 1 + 1e-6
+      assert row['tokens_per_second'] or 'accuracy' not in row  # all pairs were ties

@@ -871,6 +871,12 @@ def test_metrics_of_a_step_are_means_over_its_updates_and_maxima_of_largest_valu
   got = phases.summary(reports, collected, 2.0)
   assert got['loss'] == 1.5 and got['sampler_max_gap'] == 0.9 and got['skipped'] == 1
   assert got['reward'] == 0.5 and got['tokens_per_second'] == 2.0 and got['silent'] == 0
+  # Where nothing was counted, such as the accuracy of ties, a metric is left out of the mean, or whole.
+  for report, empty in zip(reports, (True, False)):
+    report |= {'accuracy': 0.0 if empty else 0.7, 'empty/accuracy': empty}
+    report |= {'margin': 0.0, 'empty/margin': True}
+  got = phases.summary(reports, collected, 2.0)
+  assert got['accuracy'] == 0.7 and 'margin' not in got and 'empty/accuracy' not in got
 
 
 def test_a_token_that_is_99_nats_off_leaves_the_metrics_finite():
