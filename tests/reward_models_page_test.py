@@ -1,5 +1,6 @@
 """What docs/reward_models.md shows works as written."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -59,13 +60,27 @@ def test_commands_are_accepted(command, here, monkeypatch):
   assert main == ('polgrad.convert' if '--reward_model' in rest else usual)
   file, _, text = given['config'].partition(':')
   if file != 'experiments/run.py':
-    assert (pathlib.Path(__file__).parents[1] / file).exists()
+    assert file == 'experiments/tastes.py'
     return
   phase = built(text, changes, here).phases['train']
   uses = {'reward_model', 'user_reward_model'} & phase.reward.keys() or getattr(
     phase.comparison, '__qualname__', ''
   ) == 'preference_model'
   assert isinstance(phase.objective, RewardModel) or uses
+
+
+@pytest.mark.parametrize('method', ['vpl', 'bradley_terry'])
+def test_the_experiment_of_the_page_builds(method):
+  path = pathlib.Path(__file__).parents[1] / 'experiments' / 'tastes.py'
+  spec = importlib.util.spec_from_file_location('tastes', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(f'method={method}')
+  config.mesh.data = 1
+  phase = build.build(config).phases['train']
+  assert phase.collect.pairs == 32 and list(phase.held_out) == ['pairs']
+  with pytest.raises(ValueError, match='option method'):
+    module.get_config('method=dpo')
 
 
 def test_the_page_names_every_method_and_knob():

@@ -3,8 +3,9 @@
 A record has `prompt` (text) or `messages` (a list of {role, content}); `answer` (text) for rewards and
 supervised training; `chosen` and `rejected` (texts) for preference training, and `margin` (a number) for
 losses that read how much better the first is; `label` beside `answer` for unpaired feedback;
-`completions` (texts) with `rewards` (numbers) for lists; `tools` (a list) beside messages, for the chat
-template; and any other field that a reward reads.
+`completions` (texts) with `rewards` (numbers) for lists; `user` and `samples` (texts) beside a pair for
+some reward models; `tools` (a list) beside messages, for the chat template; and any other field that a
+reward reads.
 """
 
 import dataclasses
@@ -148,7 +149,7 @@ def tastes(
 ) -> Source:
   """Pairs of a warm and a cold colour; half of the users prefer warm colours, the others cold ones.
 
-  Each question is a pair of a random user, whose number is in `user`; users with an even number like
+  Each question is a pair of a random user, whose number is in `user`; those with an even number like
   warm colours. `samples` are two further colours. The prompt is the number of the question. All else
   depends only on that number and `seed`.
 
