@@ -51,7 +51,7 @@ def test_a_real_model_has_as_many_parameters_as_published_and_its_update_traces(
   assert report['loss'].dtype == jnp.float32
 
 
-def run(method, model, tmp_path, *options):
+def run(method, model, tmp_path, *options, **mesh):
   path = hub.small(model, tmp_path)
   names = ['smoke', f'method={method}', 'task=chain_sum', f'model={model}', f'path={path}']
   config = from_text(','.join([*names, *options]))
@@ -62,7 +62,7 @@ def run(method, model, tmp_path, *options):
       {k: v for k, v in dict(length=150, prompt_length=140).items() if k in phase.collect}
     )
   config.checkpoint_every = 2
-  config.mesh.update(fsdp=2, tensor=2)
+  config.mesh.update(mesh)
   work = str(tmp_path / 'run')
   train.run(config, work)
   rows = metrics.read(work + '/metrics.jsonl')
@@ -94,7 +94,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (2, 9))
 
 @pytest.mark.parametrize('model', ['qwen3', 'llama3'])
 def test_training_on_a_mesh_goes_from_a_folder_to_a_folder(model, tmp_path):
-  config, work = run('sft', model, tmp_path)
+  config, work = run('sft', model, tmp_path, fsdp=2, tensor=2)
   out = str(tmp_path / 'out')
   export(config, work, out)
   began = our_logits(config.model.path, TOKENS)

@@ -292,10 +292,8 @@ def test_the_verifier_scores_as_transformers_does_also_where_the_stop_token_was_
 
 
 PROMPTS = (
-  'What is the capital of France?',
   'What is 17 plus 25? Explain step by step.',
   'hello',
-  'Write a polite e-mail that declines an invitation to a dinner on Friday because of a journey.',
   'Which planet is the largest of the solar system, and how many moons does it have?',
 )
 TEXT = (
@@ -305,7 +303,7 @@ TEXT = (
 )
 
 
-def test_smollm2_says_what_it_says_in_transformers(smollm2):
+def test_smollm2_says_what_it_says_in_transformers(smollm2, quick_compiler):
   tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2, padding_side='left')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype='float32').eval()
   policy = hf.pretrained(path=smollm2, max_length=256)
@@ -321,13 +319,13 @@ def test_smollm2_says_what_it_says_in_transformers(smollm2):
     chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors='pt'
   )
   with torch.no_grad():
-    out = theirs.generate(**prompts, do_sample=False, max_new_tokens=16).numpy()
+    out = theirs.generate(**prompts, do_sample=False, max_new_tokens=10).numpy()
   tokens, mask = prompts['input_ids'].numpy(), prompts['attention_mask'].numpy() > 0
   stop = tokenizer.eos_token_id
   sample = make_sampler(
     {'policy': policy},
     behavior_policy=behavior_policies.greedy,
-    max_new_tokens=16,
+    max_new_tokens=10,
     stop_ids=(stop,),
     pad_id=stop,
   )
