@@ -114,6 +114,22 @@ def collected(run, steps=1, first=0):
   return found
 
 
+@pytest.fixture(autouse=True, scope='module')
+def same_samplers():
+  """Runs that differ only in the environment or the rewards share a sampler, which takes seconds."""
+  made, make = {}, drawn.make_turn_sampler
+
+  def once(policies, *, default, **settings):
+    key = default.config, tuple(policies), repr(sorted(settings.items()))
+    if key not in made:
+      made[key] = make(policies, default=default, **settings)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(drawn, 'make_turn_sampler', once)
+    yield
+
+
 @pytest.fixture(scope='module')
 def plain():
   return collected(build.build(config()), steps=2)
