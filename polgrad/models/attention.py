@@ -66,23 +66,54 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
   return sum(w[..., None] * out for w, (out, _) in zip(weights, parts)).astype(query.dtype)
 
 
+def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0) -> Array:
+  """`attend` to sources of B rows each, for decoding.
+
+  A span that is masked as a whole adds zeros, and sums over the keys of the others do not depend on it.
+  So more of such spans behind the others change no bit of the result.
+  """
+  scores = [_scores(query, key, mask, scale, cap) for key, _, mask in spans]
+  top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
+  weights = [jnp.exp(x - top) for x in scores]
+  total = sum(jnp.sum(x, axis=-1) for x in weights)
+  out = sum(_mix(x, value) for x, (_, value, _) in zip(weights, spans))
+  return _like(query, out / total.reshape(*out.shape[:-1], 1)).astype(query.dtype)
+
+
 def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):
   """Attention to one source, f32[B, S, heads, head_dim], and the lse of its scores, f32[B, S, heads]."""
+  scores = _scores(query, key, mask, scale, cap)
+  out = _mix(jax.nn.softmax(scores, axis=-1), value)
+  lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
+  return _like(query, out), lse
+
+
+def _scores(query: Array, key: Array, mask: Array, scale: float, cap: float) -> Array:
+  """Scores of the keys of a source, f32[N, kv_heads, heads / kv_heads, B / N * S, L]."""
   # Merge the positions of all rows that read the same row of keys: [N, rows * S, ...].
   together = lambda x: x.reshape(len(key), -1, *x.shape[2:])
   split = together(query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[3]))
-  # One matrix of queries for each head of keys, so that both products below are plain matrix products.
+  # One matrix of queries for each head of keys, so that this product and that of `_mix` are plain matrix
+  # products.
   heads = jnp.transpose(split, (0, 2, 3, 1, 4))
   matrix = heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
   scores = einsum('bnxk,bnkl->bnxl', matrix, key).reshape(*heads.shape[:4], -1)
   scores = softcap(scores * scale, cap)
   # The smallest finite number, not -inf: a query that sees nothing gets no NaN.
-  scores = jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  # Back to the layout of the queries.
-  lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
-  out = einsum('bnxl,bnlk->bnxk', probs.reshape(*matrix.shape[:3], -1), value)
-  return jnp.transpose(out.reshape(heads.shape), (0, 3, 1, 2, 4)).reshape(query.shape), lse
+  return jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _mix(weights: Array, value: Array) -> Array:
+  """Sums of values, f32[N, kv_heads, heads / kv_heads * B / N * S, head_dim]; weights are laid out like
+  `_scores`."""
+  matrix = weights.astype(value.dtype).reshape(*value.shape[:2], -1, value.shape[2])
+  return einsum('bnxl,bnlk->bnxk', matrix, value)
+
+
+def _like(query: Array, out: Array) -> Array:
+  """A result of `_mix` in the layout of the queries."""
+  out = out.reshape(*out.shape[:2], query.shape[2] // out.shape[1], -1, out.shape[-1])
+  return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape)
 
 
 def segment_positions(segment_ids: Array) -> Array:

@@ -31,9 +31,8 @@ class Policy(NamedTuple):
     begin: cache, shorter cache with equally many rows, rows bool[B] -> the first cache, in which the
       selected rows are replaced by those of the second cache, in the same columns; their other columns
       are emptied. The second cache has one span, and fits into the first span of the first cache.
-    widen: cache, length -> the cache with a span of `length` more empty columns. Attention reads one
-      span after the other, so up to three spans give the same results bit by bit whether or not the last
-      ones, if they are empty, have been added yet.
+    widen: cache, length -> the cache with a span of `length` more empty columns. Attention sums over
+      each span by itself, so an empty span at the end changes no bit of the hidden states.
     unstack: params -> params in the form that `decode` reads; `unembed` and `value` accept this form
       too. Call it once, outside the decode loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->

@@ -21,6 +21,7 @@ from polgrad.models import experts, kernels, rotary
 from polgrad.models.attention import (
   Source,
   attend,
+  attend_to_spans,
   einsum,
   segment_mask,
   segment_positions,
@@ -153,6 +154,9 @@ class Block(_Weights):
 
   def attend(self, query: Array, *sources: Source) -> Array:
     return attend(query, *sources, **self.score_settings())
+
+  def attend_to_spans(self, query: Array, *spans: Source) -> Array:
+    return attend_to_spans(query, *spans, **self.score_settings())
 
   def fused(self, query: Array, key: Array, value: Array, segment_ids: Array, local: Array):
     """Attention within whole rows by the kernel that the configuration names."""
@@ -445,6 +449,7 @@ class Functions:
       views.append(self.apply(params, positions, held, mask, method='views'))
       spans.append((column, [], [], held))
     x = self.apply(params, tokens, method='embed')
+    attend = 'attend_to_spans' if jnp.ndim(index) else 'attend'
     # Unrolled: a scan would copy the weights and the cache of every layer at every step.
     for i, weights in enumerate(params['layers']):
       run = functools.partial(self.block.apply, {'params': weights})
@@ -454,7 +459,7 @@ class Functions:
         keys.append(caches.write(caches.KEYS, old.keys[i], key, column))
         values.append(caches.write(caches.VALUES, old.values[i], value, column))
       sources = [(keys[i], values[i], v.mask) for (_, keys, values, _), v in zip(spans, seen)]
-      x = run(x, run(query, *sources, method='attend'), valid, method='finish')
+      x = run(x, run(query, *sources, method=attend), valid, method='finish')
     spans = tuple(Span(tuple(keys), tuple(values), held) for _, keys, values, held in spans)
     return self.apply(params, x, method='normalise'), Cache(spans)
 
