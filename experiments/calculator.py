@@ -45,8 +45,8 @@ steps up to here, each of 8 samples of 4 problems (standard error about 0.05):
 
 Reinforcement takes 13 wrong answers to right ones and 5 right ones to wrong ones: the gain of 0.16 has a
 standard error of 0.08. Of the 13 problems in which something is lost, 3 were right and all 13 are; of
-the 13 with friends, `34+37*13`, 5 were right and none is: the model now multiplies the first two numbers
-in each problem. The entropy of a token fell from 1.1 to 0.05 nats in these 12 steps. A supervised step
+the 13 with friends, `34+37*13`, 5 were right and none is: in 12 of them the model now multiplies the
+first two numbers. The entropy of a token fell from 1.1 to 0.05 nats in these 12 steps. A supervised step
 took 32 s and a step of samples 100 to 120 s.
 """
 

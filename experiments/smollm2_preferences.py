@@ -25,8 +25,14 @@ the same prompts; it is 0.641 before training.
 |---|---|---|---|---|
 | `best_of_n,rows=32` | 16 of 32 | 0.830 | 0.189 (0.019) | 0.61, 0.66 |
 
-Samples at temperature 1 gain less than greedy completions. Words without an e are repeated (`A cat with
-a long, curly tail and a fluffy coat was a cat with`), which gold does not punish.
+Imitation of the best sample is the clear success. Samples at temperature 1 gain less than greedy
+completions. Words without an e are repeated (`A cat with a long, curly tail and a fluffy coat was a cat
+with`), which gold does not punish.
+
+`bradley_terry` learned nothing visible in 16 steps of 8 pairs: it is right about 0.44 of 48 pairs of
+samples on held-out prompts (standard error 0.07; the Brier score is 0.247, and 0.25 is no knowledge). It
+was right about 0.58 of the last 64 pairs before it trained on them (0.06). So it was not used as a
+reward, and nothing was measured of over-optimisation. docs/reward_models.md shows how to measure it.
 """
 
 import dataclasses
