@@ -1,4 +1,4 @@
-"""Pairs that a policy makes of its own samples and of given completions."""
+"""Pairs that a policy makes from samples and given completions, by its implicit rewards."""
 
 import jax.numpy as jnp
 

@@ -2,7 +2,7 @@
 
 polgrad has no diffusion policy: the errors are those of your own model. The error of a sample is the
 mean squared difference between the noise that was added to it and the noise that the model predicts, at
-a random time. A small error stands for a large likelihood.
+a random time. A small error means a large likelihood.
 """
 
 import chex
