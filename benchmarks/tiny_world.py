@@ -196,13 +196,14 @@ def terms(names: Sequence[str]) -> dict[str, np.ndarray]:
   """What noted terms of the reward say of every sequence, and that all of them are finished, [S].
 
   Sequences of equal length are a stratum, each one is an answer of its own, and those that begin with
-  token 1 are in the mode on. Other terms are 0.
+  token 1 are in the mode on. All have the structure that is wanted. Other terms are 0.
   """
   sequences = np.arange(len(POLICY.tokens))
   known = {
     'stratum': POLICY.mask.sum(axis=1),
     'answer': sequences,
     'mode': POLICY.tokens[:, 0] == 1,
+    **dict.fromkeys(('parsed', 'fields'), np.ones(len(sequences))),
   }
   found = {f'{name}_term': np.asarray(known.get(name, 0 * sequences), float) for name in names}
   return {'finished': np.ones(len(sequences), bool), **found}

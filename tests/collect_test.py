@@ -101,6 +101,16 @@ def test_terms_that_are_read_must_be_of_the_reward():
     build.build(config)
 
 
+def test_noted_terms_are_remembered_beside_the_rewards():
+  settings = collect.Rollouts(terms=('kind',), lag=1)
+  assert 'kind_term' in settings.provides
+  memory = jax.tree_util.tree_leaves_with_path(settings.init())
+  shapes = {jax.tree_util.keystr(path): x.shape for path, x in memory}
+  (kind,) = (x for name, x in shapes.items() if 'kind_term' in name)
+  (rewards,) = (x for name, x in shapes.items() if name.endswith('.rewards'))
+  assert kind == rewards
+
+
 def test_dynamic_sampling_puts_fresh_groups_in_place_of_dull_ones():
   old, new = judged([0, 0, 1, 0, 1, 1]), judged([1, 1, 0, 1, 0, 0], first=10)
   useful = judging.informative(*old, 2)
