@@ -18,8 +18,8 @@ Accuracy on 256 held-out pairs, measured on a CPU in about a minute each:
     bradley_terry               0.50   0.54   0.54   0.52
 
 With the weight 1 the latent is that of the prior, for all users. The model has one layer, and pairs do
-not attend to each other: with three layers, or with attention between pairs, 150 to 400 updates from random
-weights were not enough to leave an accuracy of one half.
+not attend to each other: with three layers, or with attention between pairs, 150 to 400 updates from
+random weights were not enough to leave an accuracy of one half.
 """
 
 import dataclasses

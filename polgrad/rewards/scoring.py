@@ -45,7 +45,7 @@ MESSAGES = 5  # number of failures that are reported in words for each batch
 # Verifiers that run in this process: they are quick, start nothing and evaluate nothing.
 IN_PROCESS = (
   *(ours.exact_match, ours.numeric_answer, ours.boxed_answer),
-  *(ours.choice_letter, ours.soft_overlong),
+  *(ours.choice_letter, ours.soft_overlong, ours.length_gap, ours.length_budget),
   *(comparisons.by_reward, comparisons.larger_reward, comparisons.by_table, comparisons.shorter),
   *(spans.whole, spans.agreeing_characters),
 )

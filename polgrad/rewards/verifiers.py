@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from typing import Annotated
 
-from polgrad.registry import NotNegative, table
+from polgrad.registry import Count, NotNegative, table
 from polgrad.rewards import expressions, judge
 
 # A minus is a sign only if it does not subtract, that is, not after a digit or a closing bracket.
@@ -219,6 +219,31 @@ def soft_overlong(length: int, *, max_length: int = 20480, cache: int = 4096) ->
   return min(0.0, (max_length - cache - length) / cache)
 
 
+def length_gap(length: int, record: dict, *, field: str = '', target: Count = 100) -> float:
+  """-|n - length|, tokens: how far an answer is from its target length n (L1, arXiv:2503.04697).
+
+  n is the number in `record[field]`, or `target` if there is no field.
+  """
+  return -abs(float(record[field] if field else target) - length)
+
+
+def length_budget(
+  length: int,
+  record: dict,
+  *,
+  field: str = '',
+  target: Count = 100,
+  slope: NotNegative = 3e-4,
+) -> float:
+  """slope (n - length) + 1/2, in [0, 1]: how well an answer keeps to at most n tokens (L1,
+  arXiv:2503.04697).
+
+  n is the number in `record[field]`, or `target` if there is no field.
+  """
+  wanted = float(record[field] if field else target)
+  return min(max(slope * (wanted - length) + 0.5, 0.0), 1.0)
+
+
 def _final_number(text: str) -> fractions.Fraction | None:
   """The final number of a text (see `numeric_answer`), or None."""
   text = FRACTION.sub(r'\1/\2', text.replace('\N{MINUS SIGN}', '-').replace('{,}', ','))
@@ -313,6 +338,8 @@ TABLE = (
     json_fields,
     reasoning_gym_score,
     soft_overlong,
+    length_gap,
+    length_budget,
   )
   | judge.SCORES
 )

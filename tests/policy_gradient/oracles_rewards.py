@@ -80,6 +80,8 @@ ORACLES = {
   'drpo': drpo,
   'view_r1': view_r1,
   'confucius3': clipped,  # the bonus begins with the coefficient 0
+  'l1_exact': clipped,
+  'l1_max': clipped,
   'hipo': clipped,
   'rl_struct': clipped,
   'gfpo': clipped,

@@ -158,6 +158,15 @@ def test_a_json_object_is_judged_by_its_fields(completion, score):
   assert verifiers.json_fields(completion) == float(score > 0)
 
 
+def test_lengths_are_compared_with_the_target_of_the_record_or_a_common_one():
+  gap = lambda length: 3e-4 * verifiers.length_gap(length, {'n': 1000}, field='n')
+  assert 1 + gap(3000) == pytest.approx(0.4) and gap(1000) == 0
+  kept = [verifiers.length_budget(length, {}, target=1000) for length in (500, 1000, 2000, 3000)]
+  assert kept == pytest.approx([0.65, 0.5, 0.2, 0])
+  with pytest.raises(KeyError):
+    verifiers.length_budget(5, {}, field='n')
+
+
 def test_equal_answers_are_of_one_class_and_no_answer_is_of_another():
   of = lambda text: verifiers.answer_class(text, pattern=r'<a>(.*?)</a>')
   assert of('so <a>1</a> or <a> 2\n</a>') == of('<a>2</a>') != of('<a>1</a>')
