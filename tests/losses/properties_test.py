@@ -345,7 +345,7 @@ LIVE = {fn: set() for fn in NOTHING} | {
   reward_maps.brief_when_right: set(),
   reward_maps.mistaken: set(),
   difficulty.two_sided: set(),
-  strata.mode_choice: set(),
+  strata.mode_choice: {'rewards'},
   strata.stratified: set(),  # normalised groups of two
 }
 
