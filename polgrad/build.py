@@ -128,7 +128,7 @@ class Phase(Judged):
     micro_batches: pieces that a minibatch is forwarded in; changes memory, not the result.
     anchors: parameter sets by name (reference, teacher, ...) and how they follow the policy. Each starts
       as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
-    learned: anchors, whose rule is `fixed`, that learn by a loss of their own, such as a reward model.
+    learned: anchors, whose rule is `fixed`, that learn by their own loss, such as a reward model.
     frozen: other models that some of the anchors are, such as a larger teacher.
     restart: initialise the policy again when the phase starts, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but

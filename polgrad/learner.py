@@ -192,7 +192,7 @@ LearnedPart = Annotated[Learned, table('learner', Learned)]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnchorLearner:
-  """One optimizer step of an anchor that learns by a loss of its own; jit `update`.
+  """One optimizer step of an anchor that learns by its own loss; jit `update`.
 
   Attributes:
     name: of the anchor.

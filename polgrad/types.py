@@ -186,5 +186,5 @@ class TrainState:
   credit_state: Any
   objective_state: Any
   curriculum_state: Any = ()  # what the curriculum remembers of the rows of the data
-  # Of the anchors that learn by a loss of their own: states of their optimizers and objectives.
+  # Of the anchors that learn by their own loss: states of their optimizers and objectives.
   learned: dict[str, Any] = struct.field(default_factory=dict)

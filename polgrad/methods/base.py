@@ -57,7 +57,7 @@ class Method:
       does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.
     anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
-    learned: anchors that learn by a loss of their own, each a part of `learner.Learned`.
+    learned: anchors that learn by their own loss, each a part of `learner.Learned`.
     optimizer: a part of `polgrad.optim`; None is AdamW.
     learning_rate: multiplies the learning rate of the model's preset, if `optimizer` is None.
     learns: which learning rate of the preset is meant: 'reinforce', 'preference' or 'imitate'. Empty

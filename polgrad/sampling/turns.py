@@ -208,8 +208,8 @@ class TurnSampler(Sampler):
   def sizes(self, width: int) -> list[int]:
     """Numbers of columns that the caches have in turn, with prompts of `width` columns.
 
-    Attention reads all columns, also empty ones. So the caches have half of those behind the prompt until
-    a row needs more.
+    Attention reads all columns, also empty ones. So the caches have half of those behind the prompt
+    until a row needs more.
     """
     parts = (2, 1) if self.max_new_tokens >= SMALL else (1,)
     return [width + -(-self.max_new_tokens // part) for part in parts]
