@@ -718,6 +718,7 @@ def check_data(run: Experiment) -> list[str]:
     if one.judged:
       told += _try_verifiers(f'{one.path}.reward', one.judged, one.source, run.tokenizer)
       _try_judge(one, run.tokenizer)
+      _try_spans(one, run.tokenizer)
     told += [str(x) for x in try_environment(one, run.tokenizer).findings]
     lines, asked[one.path] = _look(one, run.tokenizer)
     told += lines
@@ -823,6 +824,29 @@ def _try_judge(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
     raise ValueError(
       f'{section.path}.comparison: it fails on all of {len(records)} records ({reason})'
     )
+
+
+def _try_spans(section: DataSection, tokenizer: tokenizers.Tokenizer) -> None:
+  """Lets the function that scores parts of completions read the answers of a few records.
+
+  Raises:
+    ValueError: it fails on all of them.
+  """
+  phase, source = section.judged, section.source
+  if section.held_out or 'span_ids' not in section.reader.provides or not len(source):
+    return
+  records = [source[i] for i in sources.spaced(len(source), TRIED)]
+  texts = [str(record.get('answer', '')) for record in records]
+  tokens = [tokenizer.encode(text) for text in texts]
+  others = {
+    'prompt': lambda: [batching.prompt_text(record, tokenizer) for record in records],
+    'tokens': lambda: tokens,
+  }
+  rewards = [0.0] * len(records)
+  found = phase.mark(texts, records, [len(ids) + 1 for ids in tokens], rewards, others)
+  if all(parts is None for parts in found.parts):
+    reason = found.messages[0].partition(': spans: ')[2] if found.messages else ''
+    raise ValueError(f'{section.path}.spans: it fails on all of {len(records)} records ({reason})')
 
 
 class Tried(NamedTuple):

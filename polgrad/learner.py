@@ -230,7 +230,7 @@ class AnchorLearner:
       anchors=state.anchors | {self.name: learned(policy, moved.params)},
       learned=state.learned | {self.name: after},
     )
-    return state, {f'{self.name}/{k}': x for k, x in report.items() if k != 'skipped'}
+    return state, {f'{self.name}/{k}': x for k, x in report.items()}
 
 
 # Compared by identity, because its mappings have no hash and `jax.jit` hashes a method's object.

@@ -174,6 +174,17 @@ def test_spans_without_a_reader_and_with_several_turns_are_refused():
     build.build(config)
 
 
+def test_a_function_that_fails_on_the_answers_in_the_data_is_refused_before_the_run():
+  run = build.build(addition(method_of('pure'), isolate_verifiers=False))
+  [section] = [one for one in build.data_sections(run) if not one.held_out]
+  build._try_spans(section, run.tokenizer)
+  object.__setattr__(section.judged, 'spans', lambda completion: [(0, 1, 1 / 0)])
+  vars(section.judged).pop('mark', None)
+  said = r'train.spans: it fails on all of \d+ records \(ZeroDivisionError: division by zero\)'
+  with pytest.raises(ValueError, match=said):
+    build._try_spans(section, run.tokenizer)
+
+
 PAGE = (pathlib.Path(__file__).parent.parent / 'docs/process_rewards.md').read_text()
 
 
