@@ -540,6 +540,8 @@ def _check_curriculum(path: str, phase: Phase) -> None:
     raise ValueError(
       f'{path}.curriculum: it learns from advantages, but the credit of this phase makes none'
     )
+  if curriculum.pools and not isinstance(collector, collect.Rollouts):
+    raise ValueError(f'{path}.curriculum: only the collector Rollouts pools the groups of a prompt')
   older = [name for name in ('lag', 'replay', 'old_runs') if getattr(collector, name, 0)]
   if older and reads - {'rewards'}:
     raise ValueError(

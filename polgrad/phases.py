@@ -499,6 +499,7 @@ class Drawer:
       seed=self.seed,
       shuffle=self.phase.shuffle,
       taken=tuple(self.taken),
+      samples_per_prompt=getattr(self.phase.collect, 'samples_per_prompt', 1),
     )
     rows = [int(row) for row in self.phase.curriculum.propose(self.curriculum_state, request)]
     self.cursor += count

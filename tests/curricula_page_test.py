@@ -15,12 +15,12 @@ from polgrad.overrides import apply
 from tests.curricula_test import seen
 
 PAGE = (pathlib.Path(__file__).parent.parent / 'docs/curricula.md').read_text()
-COMMANDS = re.findall(r'^python -m polgrad.train (.*)$', PAGE, re.MULTILINE)
+COMMANDS = re.findall(r'^python -m polgrad.train (.*)$', PAGE.replace('\\\n', ''), re.MULTILINE)
 [MINE] = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
 [RECORD] = re.findall(r'```json\n(.*?)\n```', PAGE, re.DOTALL)
 
 
-@pytest.mark.parametrize('command', COMMANDS, ids=lambda x: x.rpartition('/')[2])
+@pytest.mark.parametrize('command', COMMANDS, ids=lambda x: re.search(r'=runs/(\w+)', x)[1])
 def test_the_commands_compose(command, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   records = [json.loads(RECORD) | {'level': i % 3} for i in range(20)]

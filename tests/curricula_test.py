@@ -26,6 +26,7 @@ ALL = {
   'spo_from_rates': curricula.spo(rate_field='rate'),
   'window': curricula.window(),
   'target': curricula.target(),
+  'budget': curricula.budget(),
   'stages': curricula.stages(number=3, steps=2),
   'sec': curricula.sec(),
   'revisit': curricula.revisit(capacity=3),
@@ -116,7 +117,7 @@ def test_rows_are_different_ones_of_the_data_and_depend_on_state_and_cursor_alon
   state = one.update(one.init(RECORDS), STEP)
   rows = one.propose(state, asked())
   assert len(rows) == 4 and set(rows.tolist()) <= set(range(SIZE))
-  if name != 'returns':  # draws with replacement
+  if name not in ('returns', 'budget'):  # these may draw a row several times
     assert len(set(rows.tolist())) == 4
   np.testing.assert_array_equal(one.propose(state, asked()), rows)
   assert any((one.propose(state, asked(cursor=c)) != rows).any() for c in (12, 16, 20))
@@ -406,6 +407,19 @@ def test_a_greedy_budget_may_be_wrong_because_gains_first_rise():
   best = curricula.allocate_budget(gains, 8, low=1)
   worth = lambda n: gains[0, n[0]] + gains[1, n[1]]
   assert worth(best) > worth(greedy)
+
+
+def test_a_budget_gives_groups_to_rows_that_are_sometimes_solved():
+  one = curricula.budget(prompts=0.5, most=4)
+  state = trackers.DiscountedBeta(np.array([0.0, 1, 0.1, 1]), np.array([1.0, 0, 0.9, 0]))
+  rows = one.propose(state, Request(8, 4, 0, 0, samples_per_prompt=4))
+  assert (
+    sorted(np.bincount(rows, minlength=4).tolist()) == [1, 1, 2, 4] and rows.tolist().count(2) == 4
+  )
+  alone = curricula.budget(prompts=1.0, most=4).propose(state, Request(4, 4, 0, 0))
+  assert sorted(alone.tolist()) == [0, 1, 2, 3]
+  with pytest.raises(ValueError, match='must be at least 1'):
+    curricula.budget(prompts=0.2, most=4)
 
 
 def test_tracker_counts_of_rows_without_history_are_half():

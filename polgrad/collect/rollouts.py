@@ -32,6 +32,7 @@ from polgrad.collect.scored import (
   informative,
   joined,
   joined_rows,
+  pooled,
   replace_groups,
   replacements,
   score_rows,
@@ -408,6 +409,8 @@ class RolloutSteps(Steps):
     batch, texts, sampled = self._resample(batch, texts, state, draw, step)
     records = texts.records
     report = Report.of(batch, texts)._replace(sampled=sampled)
+    if self.settings.max_resamples:
+      report.metrics['rollouts'] = float(len(sampled.rows))
     if self.draw_opponents is not None:
       batch, report = self._add_opponents(batch, records, report, state, step)
     for field in ('answer',) * self.settings.demonstrations + PAIR * self.settings.preferences:
@@ -421,7 +424,10 @@ class RolloutSteps(Steps):
       batch, errors, messages = parts.mark_rows(batch, records, self.context)
       report = report.with_errors(errors, messages)
       report.metrics.update(parts.metrics(batch))
-    return self._choose(batch, report, step)
+    batch, report = self._choose(batch, report, step)
+    if self.context.curriculum.pools:
+      batch = batch.replace(group_ids=pooled(batch.prompt_ids))
+    return batch, report
 
   def _begin(self, records: Sequence[dict], step: int) -> Sequence[dict]:
     """The records, some of which begin their completion with that of the data."""

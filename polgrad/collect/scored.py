@@ -273,6 +273,16 @@ def informative(
   return differs
 
 
+def pooled(prompt_ids: np.ndarray) -> np.ndarray:
+  """Numbers of groups i32[B] that are equal for all rows of one prompt, from 0 by first occurrence.
+
+  >>> pooled(np.array([7, 7, 5, 5, 7, 7]))
+  array([0, 0, 1, 1, 0, 0], dtype=int32)
+  """
+  numbers = {}
+  return np.array([numbers.setdefault(i, len(numbers)) for i in prompt_ids.tolist()], np.int32)
+
+
 def replacements(useful: np.ndarray, fresh: np.ndarray) -> np.ndarray:
   """Which of the groups (old, then new) each place gets, i[N].
 

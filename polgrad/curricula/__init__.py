@@ -11,6 +11,7 @@
 | `target` | random rows, more often those whose success rate is near a number |
 | `stages` | random rows of the present stage, from easy to hard ones |
 | `sec` | random rows of categories in which advantages are large |
+| `budget` | random rows, each as often as is best for its success rate |
 | `revisit` | new rows, and rows again whose rewards differed |
 | `returns` | random rows, more often those with a large return; for data with completions |
 
@@ -220,6 +221,51 @@ def _of_rates(weight, decay: float, term: str) -> Curriculum:
     propose=lambda state, request: drawn(weight(trackers.value(state)), request),
     update=_tracked(decay, prior=0.0, term=term),
     terms=frozenset({term} if term else ()),
+  )
+
+
+def budget(
+  *,
+  prompts: Fraction = 0.5,
+  most: AtLeastOne = 4,
+  decay: Fraction = 0.9,
+  term: str = '',
+) -> Curriculum:
+  """Random rows, which get more completions where these are expected to differ (V_0, arXiv:2602.03584).
+
+  A step has room for N groups of G completions. Of round(prompts N) random rows, row i gets n_i groups,
+  which are pooled to one group of n_i G completions. The n_i, between 1 and `most`, have the sum N and
+  maximise the sum of `expected_contrast` exactly, with the estimated success rates of the rows.
+
+  The paper predicts success rates with a model of prompts; here they are estimated from the row's own
+  completions in this run, as in `window`.
+
+  Args:
+    prompts: different rows, as a fraction of the groups of a step; 1 gives one group to each.
+    most: groups of a row.
+    decay: weight of the earlier counts of a row that is tried again.
+    term: as in `vade`.
+
+  Raises:
+    ValueError: `prompts` is 0, or `most` groups of each row are fewer than a step has.
+  """
+  if not prompts * most >= 1:
+    raise ValueError(f'budget: prompts={prompts} times most={most} must be at least 1')
+
+  def propose(state, request):
+    number = min(max(round(prompts * request.count), -(-request.count // most), 1), request.size)
+    high = max(most, -(-request.count // number))
+    rows = drawn(np.ones(request.size), request._replace(count=number))
+    gains = expected_contrast(trackers.value(state)[rows], high * request.samples_per_prompt)
+    groups = gains[:, :: request.samples_per_prompt]  # column b: of b groups
+    return np.repeat(rows, allocate_budget(groups, request.count, low=1, high=high))
+
+  return _tracking(
+    init=lambda records: trackers.begin(len(records), 0.5),
+    propose=propose,
+    update=_tracked(decay, prior=0.0, term=term),
+    terms=frozenset({term} if term else ()),
+    pools=True,
   )
 
 
@@ -455,6 +501,7 @@ TABLE = table(
   spo,
   window,
   target,
+  budget,
   stages,
   sec,
   revisit,

@@ -24,6 +24,7 @@ class Request(NamedTuple):
   seed: int  # of the phase
   shuffle: bool = True  # setting of the phase
   taken: tuple[int, ...] = ()  # rows that this step has drawn already
+  samples_per_prompt: int = 1  # completions of each row that is drawn
 
   @property
   def random(self) -> np.random.Generator:
@@ -82,6 +83,7 @@ class Curriculum(NamedTuple):
     report: state -> metrics by name; an array has a number for each of `names`.
     names: records -> the names of the entries of such arrays.
     terms: names of the terms of the reward that `update` reads.
+    pools: whether a row that a step draws several times makes one large group.
     reads: 'rewards' if `update` reads rewards, 'magnitudes' if it reads advantages.
   """
 
@@ -94,6 +96,7 @@ class Curriculum(NamedTuple):
   names: Callable[[Records], tuple[str, ...]] = lambda records: ()
   terms: frozenset[str] = frozenset()
   reads: frozenset[str] = frozenset()
+  pools: bool = False
 
 
 def observed(batch: Batch, sampled: Sampled | None) -> Observed:

@@ -115,14 +115,14 @@ def assert_scored(out: Batch, policy=POLICY, process=lambda logits: logits):
 def assert_told(out: Batch, script: Script, stops=lambda ids: ids[-1] in STOPS):
   """The rows hold what the policy has said and read, one after the other."""
   assert len(script.asked) == len(out.tokens)
-  for row, said_in in script.asked.items():
+  for row, heard in script.asked.items():
     said, drawn = [], []
-    for number, (ids, ended) in enumerate(said_in, start=1):
+    for number, (ids, ended) in enumerate(heard, start=1):
       said, drawn = said + ids, drawn + [True] * len(ids)
       assert ended == stops(ids) and not any(stops(ids[:n]) for n in range(1, len(ids)))
       reply = script.reply(row, number)
       fits = reply is not None and len(said) + len(reply) < NEW
-      assert fits == (number < len(said_in))
+      assert fits == (number < len(heard))
       if fits:
         said, drawn = said + reply, drawn + [False] * len(reply)
     assert out.finished[row] == (reply is None and ended)
