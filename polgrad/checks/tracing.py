@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad import credit as credits
-from polgrad.arrays import ARRAYS
+from polgrad.arrays import ARRAYS, shape_of
 from polgrad.models.policy import Policy, learned
 from polgrad.registry import call
 from polgrad.types import FIELDS, Batch, Outputs, TrainState
@@ -41,7 +41,8 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
 
   def shape(name):
     kind = jnp.int32 if name in INTEGERS else jnp.bool_ if name in BOOLEANS else jnp.float32
-    spec = ARRAYS[name].shape if name in ARRAYS else 'B T'
+    spec = shape_of(name)
+    spec = 'B T' if spec == '...' and name not in ARRAYS else spec  # a statistic
     return jax.ShapeDtypeStruct(sizes[spec], kind)
 
   arrays = {name: shape(name) for name in names}
