@@ -26,7 +26,7 @@ from polgrad.types import Params
 
 RESULTS = pathlib.Path(__file__).parent.parent / 'docs' / 'curricula.jsonl'
 GOAL = 0.8
-TASK = 'task=mixed_sums,digits=2,problems=1000,model=tiny'
+TASK = 'task=mixed_sums,digits=2,problems=200,model=tiny,kl_coefficient=0,learning_rate=0.0005'
 SETTINGS = {
   'uniform': 'method=grpo,curriculum=uniform',
   'epochs': 'method=grpo',
@@ -41,6 +41,7 @@ def load(name: str, seed: int, steps: int):
   config = from_text(f'{SETTINGS[name]},{TASK},steps={steps},seed={seed},trackers=none')
   config.samples_every = config.checkpoint_every = config.rollouts.every = 0
   config.evaluation.every = 5
+  config.evaluation.source = config.phases.train.source  # accuracy on what is trained on
   config.mesh.data = 1
   if name == 'dynamic_sampling':
     config.phases.train.collect.max_resamples = 2
@@ -99,7 +100,8 @@ def table(results: list[dict]) -> str:
   """One row a curriculum: completions to the goal by seed, their median, and its ratio to `uniform`."""
   by_name = defaultdict(dict)
   for one in results:
-    by_name[one['curriculum']][one['seed']] = one['reached'] or float('inf')
+    reached = one['reached']
+    by_name[one['curriculum']][one['seed']] = float('inf') if reached is None else reached
   medians = {name: statistics.median(seeds.values()) for name, seeds in by_name.items()}
   lines = ['| curriculum | completions by seed | median | ratio to uniform |', '|---|---|---|---|']
   for name in (n for n in SETTINGS if n in by_name):
@@ -107,7 +109,7 @@ def table(results: list[dict]) -> str:
       f'{n:,.0f}' if n < float('inf') else 'never' for _, n in sorted(by_name[name].items())
     )
     base, median = medians.get('uniform', float('inf')), medians[name]
-    ratio = f'{median / base:.2f}' if base < float('inf') and median < float('inf') else ''
+    ratio = f'{median / base:.2f}' if 0 < base < float('inf') and median < float('inf') else ''
     lines.append(f'| `{name}` | {own} | {median:,.0f} | {ratio} |')
   return '\n'.join(lines)
 
@@ -116,8 +118,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('curricula', nargs='*', metavar='CURRICULUM', help=', '.join(SETTINGS))
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=150)
-  parser.add_argument('--warm_start', type=int, default=120)
+  parser.add_argument('--steps', type=int, default=100)
+  parser.add_argument('--warm_start', type=int, default=60)
   parser.add_argument('--table', action='store_true')
   args = parser.parse_args()
   if unknown := {*args.curricula} - SETTINGS.keys():
