@@ -295,37 +295,34 @@ def test_packed_rows_train_as_rows_alone(tmp_path):
 @pytest.fixture(scope='module')
 def collected(finished):
   """A batch that the finished run's policy has drawn, and its phase."""
-  experiment = build.build(config())
-  phase = experiment.phases['train']
-  made = phase.collect.make(phases.context(experiment, phase, 1))
+  experiment = train.build(config())
+  run = phases.start_phase(experiment, finished[1], phases.Logs())
   with jax.set_mesh(experiment.mesh):
     counts = sharding.to_host(finished[1].curriculum_state)
-    return made(finished[1], phases.Drawer(phase, 0, 0, None, counts), 0).batch
+    return run.collect(finished[1], phases.Drawer(run.phase, 0, 0, None, counts), 0).batch
 
 
 class TestBrokenUpdates:
-  def _update(self, experiment, batch):
-    phase = experiment.phases['train']
-    state = phases.begin(experiment, 1, None)
-    update = phases.jit_update(experiment, phase, state)
-    before = jax.tree.map(np.asarray, state)
-    with jax.set_mesh(experiment.mesh):
-      return before, *update(state, batch), update
-
   def test_are_skipped_counted_and_leave_everything_as_it_was(self, collected):
-    experiment = build.build(config())
-    shape = collected.tokens.shape
-    batch = jax.tree.map(jnp.asarray, collected).replace(advantages=jnp.full(shape, jnp.nan))
-    before, after, report, update = self._update(experiment, batch)
+    experiment = train.build(config())
+    state = phases.begin(experiment, 1, None)
+    update = phases.start_phase(experiment, state, phases.Logs()).update
+    before = jax.tree.map(np.asarray, state)
+    placed = lambda batch: sharding.place_batch(experiment.mesh, batch)
+    batch = jax.tree.map(lambda x: x[: len(x) // 2], collected)  # as large as a minibatch
+    shape = batch.tokens.shape
+    batch = batch.replace(advantages=np.full(shape, np.nan, np.float32))
+    with jax.set_mesh(experiment.mesh):
+      after, report = update(state, placed(batch))
     assert report['skipped'] == 1 and not np.isfinite(report['loss'])
     for name in ('params', 'opt_state', 'anchors', 'objective_state', 'credit_state'):
       equal(getattr(before, name), getattr(after, name))
     counters = ('step', 'update', 'skipped')
     equal(after, before.replace(**{name: getattr(before, name) + 1 for name in counters}))
     with jax.set_mesh(experiment.mesh):
-      again, report = update(after, batch)
+      again, report = update(after, placed(batch))
       assert report['skipped'] == 2
-      healed, report = update(again, batch.replace(advantages=jnp.zeros(shape)))
+      healed, report = update(again, placed(batch.replace(advantages=np.zeros(shape, np.float32))))
     assert report['skipped'] == 0 and healed.skipped == 0
 
   def test_end_the_run_after_some_in_a_row_and_keep_the_checkpoint(self, tmp_path, monkeypatch):
@@ -809,7 +806,7 @@ class TestMinibatches:
 
 
 def test_update_does_not_retrace():
-  experiment = build.build(config())
+  experiment = train.build(config())
   phase = experiment.phases['train']
   traced = []
 
@@ -820,7 +817,7 @@ def test_update_does_not_retrace():
   counting = dataclasses.replace(phase, objective=examples.changed(phase.objective, apply=apply))
   state = phases.begin(experiment, 1, None)
   update = phases.jit_update(experiment, counting, state)
-  collecting = phase.collect.make(phases.context(experiment, phase, 1))
+  collecting = phases.start_phase(experiment, state, phases.Logs()).collect
   first = None
   with jax.set_mesh(experiment.mesh):
     for step in range(3):
