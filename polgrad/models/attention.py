@@ -67,17 +67,28 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
 
 
 def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0) -> Array:
-  """`attend` to sources of B rows each, for decoding.
+  """`attend` to sources of B rows each, for decoding; it reads no source that is masked as a whole.
 
-  A span that is masked as a whole adds zeros, and sums over the keys of the others do not depend on it.
-  So more of such spans behind the others change no bit of the result.
+  Reading such a source would add zeros, so whether it is read changes no bit of the result.
   """
-  scores = [_scores(query, key, mask, scale, cap) for key, _, mask in spans]
-  top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
-  weights = [jnp.exp(x - top) for x in scores]
-  total = sum(jnp.sum(x, axis=-1) for x in weights)
-  out = sum(_mix(x, value) for x, (_, value, _) in zip(weights, spans))
-  return _like(query, out / total.reshape(*out.shape[:-1], 1)).astype(query.dtype)
+
+  def read(key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]:
+    scores = _scores(query, key, mask, scale, cap)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    return top, total, _mix(weights, value).reshape(*total.shape, -1)
+
+  def skip(key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]:
+    top, total, out = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, key, value, mask))
+    return jnp.full_like(top, jnp.finfo(jnp.float32).min), total, out
+
+  parts = [jax.lax.cond(jnp.any(span[2]), read, skip, *span) for span in spans]
+  top = functools.reduce(jnp.maximum, [top for top, _, _ in parts])
+  factors = [jnp.exp(own - top) for own, _, _ in parts]
+  total = sum(factor * total for factor, (_, total, _) in zip(factors, parts))
+  out = sum(factor[..., None] * out for factor, (_, _, out) in zip(factors, parts))
+  return _like(query, out / jnp.maximum(total, 1e-30)[..., None]).astype(query.dtype)
 
 
 def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):

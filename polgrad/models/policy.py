@@ -31,8 +31,9 @@ class Policy(NamedTuple):
     begin: cache, shorter cache with equally many rows, rows bool[B] -> the first cache, in which the
       selected rows are replaced by those of the second cache, in the same columns; their other columns
       are emptied. The second cache has one span, and fits into the first span of the first cache.
-    widen: cache, length -> the cache with a span of `length` more empty columns. Attention sums over
-      each span by itself, so an empty span at the end changes no bit of the hidden states.
+    widen: cache, length -> the cache with a span of `length` more empty columns, which is
+      not read by attention as long as all its columns are empty. For caches whose rows have columns of
+      their own.
     unstack: params -> params in the form that `decode` reads; `unembed` and `value` accept this form
       too. Call it once, outside the decode loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->

@@ -47,7 +47,7 @@ class Decoding(NamedTuple):
   made: Array
   upcoming: Array  # i32[Q], number of the first row that waits in the queue; B / Q if none waits
   length: Array  # i32[Q * S], tokens of the prompt of the slot's row
-  caches: dict[str, Any]  # caches by parameter set, Q * S rows first
+  caches: dict[str, Any]  # caches of Tp + max_new_tokens columns by parameter set, Q * S rows first
   hidden: dict[str, Array]  # [Q * S, D] by parameter set: state from which the next token is drawn
   tokens: Array  # i32[B, max_new_tokens], the completions; pad_id where nothing is drawn
   logp: Array  # f32[B, max_new_tokens], their log-probabilities; 0 where nothing is drawn
@@ -135,7 +135,7 @@ class Sampler:
     state = jax.lax.while_loop(
       rows_left,
       lambda state: jax.lax.while_loop(no_refill_due, draw, self.refill(prompts, state)),
-      self.start(prompts, tokens.shape[1] + self.max_new_tokens),
+      self.start(prompts, tokens.shape[1]),
     )
     return self.finish(state, tokens, mask, prompt_ids, padding)
 
@@ -157,12 +157,8 @@ class Sampler:
       hidden[name] = states[:, -1]
     return Prefilled(caches=caches, hidden=hidden, length=jnp.sum(mask, axis=1))
 
-  def start(self, prompts: Prefilled, columns: int) -> Decoding:
-    """The state before the first refill: all slots are idle, and all rows are in the queues.
-
-    Args:
-      columns: of the caches.
-    """
+  def start(self, prompts: Prefilled, prompt_width: int) -> Decoding:
+    """The state before the first refill: all slots are idle, and all rows are in the queues."""
     rows = len(prompts.length) * self.samples_per_prompt
     slots = min(self.slots or rows, rows)
     each = slots // self.queues
@@ -173,13 +169,18 @@ class Sampler:
       upcoming=jnp.zeros(self.queues, jnp.int32),
       length=jnp.zeros(slots, jnp.int32),
       hidden=jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), prompts.hidden),
-      caches={name: policy.init_cache(slots, columns) for name, policy in self.policies.items()},
+      caches=self.caches(slots, prompt_width),
       tokens=jnp.full((rows, self.max_new_tokens), self.pad_id, jnp.int32),
       logp=jnp.zeros((rows, self.max_new_tokens), jnp.float32),
       drawn=jnp.zeros((rows, self.max_new_tokens), bool),
       finished=jnp.zeros((rows, 1), bool),
       seen=jnp.zeros((self.queues, each), jnp.uint8) if self.stop_table else None,
     )
+
+  def caches(self, slots: int, prompt_width: int) -> dict[str, Any]:
+    """Empty caches by parameter set, with the columns of the prompts and those behind them."""
+    columns = prompt_width + self.max_new_tokens
+    return {name: policy.init_cache(slots, columns) for name, policy in self.policies.items()}
 
   def refill(self, prompts: Prefilled, state: Decoding) -> Decoding:
     """Gives idle slots the next rows of their queue, as long as there are any."""

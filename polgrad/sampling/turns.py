@@ -21,7 +21,7 @@ a reply have one fixed width. So the numbers of a row do not depend on when the 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ SHARE = 4
 # Largest number of draws that are made although the host has something to do: a turn has ended, or a
 # reply is due.
 LATEST = 8
-# `max_new_tokens` from which on the caches begin with fewer columns than a row may have.
+# `max_new_tokens` from which on caches have two spans of columns.
 SMALL = 128
 
 
@@ -190,35 +190,22 @@ class TurnSampler(Sampler):
     prompt_ids: Array,
     seed: Array,
     step: Array,
-    *,
-    columns: int,
   ) -> tuple[dict[str, Params], Array, Prefilled, Turns, Told]:
-    """Unstacked parameters, keys of the rows, the prompts, and a state in which all slots are idle.
-
-    Args:
-      columns: of the caches, the first of `sizes`.
-    """
+    """Unstacked parameters, keys of the rows, the prompts, and a state in which all slots are idle."""
     params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
-    state = self.start(prompts, columns)
+    state = self.start(prompts, tokens.shape[1])
     turns = Turns(state, jnp.zeros_like(state.made), jnp.zeros_like(state.drawn))
     return params, keys, prompts, settled(turns), self.tell(turns)
 
-  def sizes(self, width: int) -> list[int]:
-    """Numbers of columns that the caches have in turn, with prompts of `width` columns.
-
-    Attention reads all columns, also empty ones. So the caches have half of those behind the prompt
-    until a row needs more.
-    """
-    parts = (2, 1) if self.max_new_tokens >= SMALL else (1,)
-    return [width + -(-self.max_new_tokens // part) for part in parts]
-
-  def widen(self, turns: Turns, *, by: int) -> Turns:
-    """Adds empty columns to the caches."""
-    caches = turns.decoding.caches
-    caches = {name: model.widen(caches[name], by) for name, model in self.policies.items()}
-    return turns._replace(decoding=turns.decoding._replace(caches=caches))
+  def caches(self, slots: int, prompt_width: int) -> dict[str, Any]:
+    """Empty caches, half of whose columns behind the prompts are read only after a row needs them."""
+    second = self.max_new_tokens // 2 if self.max_new_tokens >= SMALL else 0
+    caches = super().caches(slots, prompt_width - second)
+    if not second:
+      return caches
+    return {name: model.widen(caches[name], second) for name, model in self.policies.items()}
 
   def fill(self, prompts: Prefilled, turns: Turns) -> Turns:
     """Gives idle slots the next rows of their queue."""
@@ -294,13 +281,11 @@ class TurnSampler(Sampler):
     due: Array,
     *,
     width: int,
-    columns: int,
   ) -> tuple[Turns, Told]:
     """Draws until no slot runs or the host is needed.
 
-    The host is needed when a row has filled the `columns` of the caches, when K slots of a queue have
-    ended a turn (see `at_once`), or `LATEST` draws after the first of them did. If replies are `due`,
-    these draws count from the beginning.
+    The host is needed when K slots of a queue have ended a turn (see `at_once`), or `LATEST` draws after
+    the first of them did. If replies are `due`, these draws count from the beginning.
     """
     draw = functools.partial(self.draw, params, keys, following, width)
     before = jnp.sum(turns.decoding.waiting, axis=1)
@@ -311,10 +296,8 @@ class TurnSampler(Sampler):
 
     def draws_on(carry: tuple[Turns, Array]) -> Array:
       turns, late = carry
-      running, made = turns.decoding.running, turns.decoding.made
       served = jnp.all(ended(turns) < patience)
-      room = jnp.all(~running | (made < columns - width))
-      return jnp.any(running) & room & served & (late < LATEST)
+      return jnp.any(turns.decoding.running) & served & (late < LATEST)
 
     def draw_once(carry: tuple[Turns, Array]) -> tuple[Turns, Array]:
       turns, late = carry
@@ -392,21 +375,17 @@ class Rollout:
     self._sampler, self._mesh = sampler, mesh
     table = sampler.stop_table
     self._following = table.following if table else None
-    self._begin = jit(sampler.begin, static_argnames='columns')
-    self._widen = jit(sampler.widen, static_argnames='by', donate_argnums=0)
+    self._begin = jit(sampler.begin)
     self._fill = jit(sampler.fill, donate_argnums=1)
     self._close = jit(sampler.close)
     self._extend = jit(sampler.extend, static_argnames='width', donate_argnums=1)
-    sizes = ('width', 'columns')
-    self._advance = jit(sampler.advance, static_argnames=sizes, donate_argnums=3)
+    self._advance = jit(sampler.advance, static_argnames='width', donate_argnums=3)
     self._end = jit(sampler.end, static_argnames='padding')
 
   def run(self, params, prompts, seed, step, padding: int, replies: Replies | None) -> Batch:
     """The batch for prompts (tokens, mask, ids) that were trimmed by `padding` columns."""
     width = prompts[0].shape[1]
-    columns, *larger = self._sampler.sizes(width)
-    begun = self._begin(params, *prompts, seed, step, columns=columns)
-    params, keys, read, turns, told = begun
+    params, keys, read, turns, told = self._begin(params, *prompts, seed, step)
     told, desk = on_host(told), Desk(self._sampler, replies)
     while not told.idle.all() or told.queued.any():
       plan = shared(desk.plan(told) if jax.process_index() == 0 else None, told)
@@ -414,9 +393,6 @@ class Rollout:
       # Rows that are over leave their slots, and the others read their replies.
       if plan.over.any():
         turns = self._close_rows(turns, plan)
-      while larger and columns < width + reach(told, plan):
-        before, columns = columns, larger.pop(0)
-        turns = self._widen(turns, by=columns - before)
       for chunk in zip(*plan.chunks):
         turns = self._extend(params, turns, Chunk(*self._place(chunk)), width=width)
       # Idle slots get new rows, and slots that run draw until the host is needed again.
@@ -425,12 +401,8 @@ class Rollout:
       if self._refill_due(told, drawing):
         turns, drawing = self._fill(read, turns), True
       if drawing:
-        turns, told = self._advance(
-          params, keys, self._following, turns, plan.due, width=width, columns=columns
-        )
+        turns, told = self._advance(params, keys, self._following, turns, plan.due, width=width)
         told = on_host(told)
-    # Without the caches, this program is the same for all their sizes.
-    turns = turns._replace(decoding=turns.decoding._replace(caches={}))
     return self._end(turns, *prompts, padding=padding)
 
   def _close_rows(self, turns: Turns, plan: Plan) -> Turns:
@@ -527,16 +499,6 @@ def chunks(texts: Mapping[int, Sequence[int]], queues: int, slots: int) -> Chunk
         out.tokens[place][: len(ids)] = ids
         out.count[place], out.last[place] = len(ids), last
   return out
-
-
-def reach(told: Told, plan: Plan) -> int:
-  """Columns behind the prompt that some row needs to read its reply and to draw a token after it."""
-  made, queues = told.made.copy(), len(told.queued)
-  first = np.arange(queues)[:, None] * (len(made) // queues)
-  for slot, count in zip(plan.chunks.slot, plan.chunks.count.reshape(plan.chunks.slot.shape)):
-    there = count > 0
-    made[(first + slot)[there]] += count[there]
-  return int(np.max(made[~told.idle & ~plan.over], initial=0)) + 1
 
 
 def empty_chunks(number: int, queues: int, slots: int) -> Chunk:

@@ -36,7 +36,7 @@ SETTINGS = dict(
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-  """Even these short rows begin in caches of half of their columns."""
+  """The caches of these short rows have two spans, too."""
   monkeypatch.setattr(turns, 'SMALL', 1)
 
 
