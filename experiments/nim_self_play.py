@@ -2,7 +2,8 @@
 
 The policy plays both sides of every game, and a row is one game. A short supervised phase on all legal
 moves, good and bad, teaches the form of a move. Evaluation is greedy, from the 48 positions that can be
-won. Options: credit ('state', 'spiral' or 'row'), opponent, samples (of a prompt), seed, steps, smoke.
+won. Options: credit ('state', 'spiral' or 'row'), opponent, rows (games of a step), samples (of a
+prompt), entropy (coefficient of an entropy bonus), rate (of learning), warm_start, seed, steps, smoke.
 
     python -m polgrad.train --config=experiments/nim_self_play.py --workdir=runs/nim
 
@@ -16,6 +17,9 @@ position won, and `illegal` that of illegal moves, both of the ten steps before:
     state, illegal              -  0.25  0.16  0.12  0.03  0.02  0.01  0.01  0.01  0.01  0.01
     spiral, samples=8, won   0.12  0.21  0.25  0.38  0.35  0.38  0.33  0.35  0.38
     spiral, samples=8, best     -  0.40  0.45  0.51  0.57  0.57  0.56  0.51  0.52
+    bonus, won               0.12  0.23  0.33  0.33  0.40  0.38  0.33
+    bonus, best                 -  0.38  0.51  0.47  0.52  0.64  0.65
+    bonus, illegal              -  0.24  0.15  0.16  0.04  0.02  0.02
 
 A player who makes any legal move with the same probability wins 0.28 of these games against perfect
 play and 0.54 against a random opponent. Against a random opponent the greedy policy wins 0.60 of
@@ -62,5 +66,5 @@ def get_config(text: str = ''):
   config = compose(method, task, model, **run)
   if o.entropy:
     bonus = weighted(o.entropy, part(penalties.negative_entropy))
-    config.phases.train.objective.penalties = {'entropy': bonus}
+    config.phases.train.objective.penalties = {'bonus': bonus}
   return config
