@@ -25,14 +25,17 @@ the same prompts; it is 0.641 before training.
 |---|---|---|---|---|
 | `best_of_n,rows=32` | 16 of 32 | 0.830 | 0.189 (0.019) | 0.61, 0.66 |
 | `online_dpo` | 12 of 64 | 0.812 | 0.171 (0.021) | 0.60, 0.73 |
+| `dpo` | 9 of 64 | 0.750 | 0.109 (0.017) | of the model before training |
 | `online_dpo,rows=16,samples=2` | 12 of 16 | 0.679 | 0.038 (0.021) | 0.58, 0.64 |
 
 In online DPO the best and the worst of 8 samples teach more than two samples do, whose gain is not
 clear; both have 8 pairs a step. Its last four steps are about 12 nats from the reference (mean log-ratio
 of the pairs), with two samples 3.5. Samples of the imitation gain less than its greedy completions. Both
 methods learn sentences that repeat words without an e, which gold does not punish (`A cat with a long,
-curly tail and a fluffy coat was a cat with`, `A lost ship was a ship that was lost to the sea`). A step
-took 20 to 90 s on 2 cores that other work shared.
+curly tail and a fluffy coat was a cat with`, `A lost ship was a ship that was lost to the sea`). In DPO
+both completions of a pair become less likely, the worse one more so. The runs have different numbers of
+steps and one seed, so the table does not rank them. A step took 20 to 90 s on 2 cores that other work
+shared.
 
 `bradley_terry` learned nothing visible in 16 steps of 8 pairs: it is right about 0.44 of 48 pairs of
 samples on held-out prompts (standard error 0.07; the Brier score is 0.247, and 0.25 is no knowledge). It
