@@ -350,6 +350,8 @@ TRACED = (
   'a_star_po',
   'mdpo',
   'grpo',
+  'copo',
+  'l1_max',
 )
 
 
