@@ -83,6 +83,16 @@ def compiled_once():
     yield
 
 
+@pytest.fixture(scope='module')
+def samplers_once():
+  """Collectors of the file that sample alike share their samplers: `runs.share_samplers`."""
+  from tests import runs
+
+  with pytest.MonkeyPatch.context() as patch:
+    runs.share_samplers(patch.setattr)
+    yield
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
   """Runs of the test do not draw report.png, which takes as long as a step."""

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from ml_collections import ConfigDict
 
 from polgrad import methods, phases, presets, tasks, train
+from polgrad.collect import drawn
 from polgrad.compose import compose
 from polgrad.methods import Method
 from polgrad.options import from_text
@@ -81,3 +82,28 @@ def share_programs(patch: Callable = setattr) -> None:
 
   patch(train, 'build', built)
   patch(phases, 'start_phase', started)
+
+
+def share_samplers(patch: Callable = setattr) -> None:
+  """From now on, collectors with the same model and settings of sampling share a compiled sampler.
+
+  What answers, scores and reads the rows is not part of it.
+  """
+
+  def once(make):
+    made = {}
+
+    def sampler(policies, *, default, **settings):
+      # The text of a table of stops leaves out most of it, and a model that a test made up has no key.
+      if settings.get('stop_table') is not None or not isinstance(default.config, Hashable):
+        return make(policies, default=default, **settings)
+      models = {name: policy.config for name, policy in policies.items()}
+      key = default.config, repr(sorted(models.items())), repr(sorted(settings.items()))
+      if key not in made:
+        made[key] = make(policies, default=default, **settings)
+      return made[key]
+
+    return sampler
+
+  for name in ('make_sampler', 'make_turn_sampler'):
+    patch(drawn, name, once(getattr(drawn, name)))

@@ -41,7 +41,7 @@ from polgrad.types import Layout, turns
 from polgrad.view import runs
 from tests.runs import method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once', 'undrawn')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,22 +112,6 @@ def collected(run, steps=1, first=0):
       found.append(got)
       state = phases.advance(run.mesh, state, got, draw.cursor)
   return found
-
-
-@pytest.fixture(autouse=True, scope='module')
-def same_samplers():
-  """Runs that differ only in the environment or the rewards share a sampler, which takes seconds."""
-  made, make = {}, drawn.make_turn_sampler
-
-  def once(policies, *, default, **settings):
-    key = default.config, tuple(policies), repr(sorted(settings.items()))
-    if key not in made:
-      made[key] = make(policies, default=default, **settings)
-    return made[key]
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(drawn, 'make_turn_sampler', once)
-    yield
 
 
 @pytest.fixture(scope='module')
