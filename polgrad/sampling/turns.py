@@ -16,6 +16,7 @@ the host, because replies come from there. It uses these programs, whose state s
 A slot is *idle* (without a row), *running*, or *waiting*: its turn has ended, and no reply has come.
 In the caches, the tokens of a row have the columns that they have in its row of the batch, and chunks of
 a reply have one fixed width. So the numbers of a row do not depend on when the replies of others come.
+The later half of the columns is a second span of the cache; attention skips it while it is empty.
 """
 
 import dataclasses
