@@ -26,6 +26,10 @@ play and 0.54 against a random opponent. Against a random opponent the greedy po
 them after 100 steps with `state`, and 0.69 after 80 with `spiral`. Illegal moves are gone after 50
 steps; the entropy of a token falls from 0.5 to 0.1 nats and learning slows down. The two kinds of
 credit had other numbers of samples of a prompt, so the table does not compare them.
+
+`bonus` is `state` with entropy=0.05 and samples=64: after 60 steps more of the sampled moves are good,
+and no more games are won. With entropy=0.1 and rate=1e-3, 0.31 of the games are won after 70 steps. No
+setting that was tried wins clearly more games than a player of random legal moves.
 """
 
 import dataclasses
