@@ -119,7 +119,7 @@ def main() -> None:
   parser.add_argument('curricula', nargs='*', metavar='CURRICULUM', help=', '.join(SETTINGS))
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--steps', type=int, default=100)
-  parser.add_argument('--warm_start', type=int, default=60)
+  parser.add_argument('--warm_start', type=int, default=25)
   parser.add_argument('--table', action='store_true')
   args = parser.parse_args()
   if unknown := {*args.curricula} - SETTINGS.keys():
