@@ -543,6 +543,11 @@ def _check_curriculum(path: str, phase: Phase) -> None:
   if curriculum.pools and not isinstance(collector, collect.Rollouts):
     raise ValueError(f'{path}.curriculum: only the collector Rollouts pools the groups of a prompt')
   older = [name for name in ('lag', 'replay', 'old_runs') if getattr(collector, name, 0)]
+  if curriculum.pools and {*older} - {'lag'}:
+    raise ValueError(
+      f'{path}.curriculum: it pools the groups of a prompt, but with collect.{older[-1]} a group may '
+      'be replaced by one of another prompt'
+    )
   if older and reads - {'rewards'}:
     raise ValueError(
       f'{path}.curriculum: it reads what belongs to the rows of its own step, but with '

@@ -61,6 +61,7 @@ def test_the_one_of_your_own_draws_what_fails():
     ('method=dpo,task=addition,model=tiny,curriculum=vade', 'this phase samples none'),
     ('method=remix,task=addition,model=tiny,curriculum=sec', 'with collect.replay a step trains'),
     ('method=online_dpo,task=addition,model=tiny,curriculum=sec', 'makes none'),
+    ('method=remix,task=addition,model=tiny,curriculum=budget', 'with collect.replay a group may'),
   ],
 )
 def test_what_cannot_be_learned_from_is_refused(text, said):

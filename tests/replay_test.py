@@ -113,6 +113,14 @@ def test_the_score_of_a_group_is_that_of_trl():
   assert replay.mean_reward(rewards, rewards > 0).tolist() == [1, 1, 8 / 3]
 
 
+def test_equal_rewards_have_no_contrast_whatever_the_rounding():
+  rewards = np.full((2, 5), 0.01, np.float32)
+  rewards[1, 4] = 0.02
+  valid = np.array([[True] * 5, [True] * 4 + [False]])
+  assert replay.contrast(rewards, valid).tolist() == [0, 0]
+  assert replay.contrast(rewards, np.zeros((2, 5), bool)).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(('exponent', 'want'), [(1.0, [0, 2, 4, 6]), (0.0, [0, 4, 4, 4])])
 def test_groups_come_back_as_often_as_their_priorities_say(exponent, want):
   ring, found = ring_of(2), []

@@ -281,6 +281,7 @@ class TestFeatures:
       dict(replay=2, replay_fraction=1.5),
       'replay_fraction: expected a number at least 0 and at most 1',
     ),
+    (dict(replay=2, replay_fraction=0.5, replay_keep='best'), 'a replay_priority that reads'),
     (dict(baseline_samples=-1), 'baseline_samples: expected a number at least 0'),
     (dict(baseline_policy=part(behavior_policies.reference)), 'baseline_samples is 0'),
     (dict(demonstrations=2), 'demonstrations must be 0 or 1'),

@@ -38,7 +38,11 @@ def contrast(rewards: Array, valid: Array) -> Array:
   """
   count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
   mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
-  return np.where(valid, np.abs(rewards - mean), 0).sum(axis=1)
+  found = np.where(valid, np.abs(rewards - mean), 0).sum(axis=1)
+  # The mean of equal numbers may differ from them by rounding.
+  largest = np.where(valid, rewards, -np.inf).max(axis=1)
+  smallest = np.where(valid, rewards, np.inf).min(axis=1)
+  return np.where(largest > smallest, found, 0)
 
 
 def mean_reward(rewards: Array, valid: Array) -> Array:

@@ -283,6 +283,11 @@ def _check_counts(settings: Rollouts) -> None:
       'Rollouts: replay_keep=best needs a number of batches in replay, and no lag, got '
       f'replay={replay}, lag={settings.lag}'
     )
+  if settings.replay_keep == 'best' and 'rewards' not in inputs(settings.replay_priority):
+    raise ValueError(
+      'Rollouts: replay_keep=best needs a replay_priority that reads rewards, such as '
+      'replay.contrast; by others all groups of a new batch are equally good'
+    )
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
     raise ValueError('Rollouts: baseline_policy draws nothing, because baseline_samples is 0')
