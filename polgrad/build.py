@@ -642,8 +642,9 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:
     raise ValueError(
-      f'{path}: the objective reads {missing}, which neither collect ({sorted(collector.provides)}) '
-      f'nor credit ({sorted(phase.credit.provides)}) provides{suggest(missing[0], given)}'
+      f'{path}: objective or credit read {missing}, which neither collect '
+      f'({sorted(collector.provides)}) nor credit ({sorted(phase.credit.provides)}) nor curriculum '
+      f'({sorted(phase.curriculum.provides)}) provides{suggest(missing[0], given)}'
     )
   _check_learned(path, phase, given)
   if collector.filtered and wanted & {'proximal_logp', 'advantages'}:

@@ -501,7 +501,13 @@ class Drawer:
       taken=tuple(self.taken),
       samples_per_prompt=getattr(self.phase.collect, 'samples_per_prompt', 1),
     )
-    rows = [int(row) for row in self.phase.curriculum.propose(self.curriculum_state, request)]
+    rows = np.ravel(self.phase.curriculum.propose(self.curriculum_state, request)).tolist()
+    known = all(isinstance(row, int) and 0 <= row < len(source) for row in rows)
+    if len(rows) != count or not known:
+      raise ValueError(
+        f'the curriculum proposed {len(rows)} rows, beginning with {rows[:4]}; a step asks for '
+        f'{count} row numbers from 0 to {len(source) - 1}'
+      )
     self.cursor += count
     self.taken += rows
     return [{**source[row], 'id': row} for row in rows]

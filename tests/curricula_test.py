@@ -281,6 +281,14 @@ def test_categories_are_drawn_by_their_probabilities_and_rows_of_one_differ():
   assert np.mean(rows < 200) == pytest.approx(0.75, abs=0.1)
   with pytest.raises(ValueError, match=r"the categories are \['a', 'b'\]"):
     curricula.mixed(weights={'c': 1}).init(records)
+  with pytest.raises(ValueError, match='weights must be numbers by category'):
+    curricula.mixed(weights='a')
+
+
+@pytest.mark.parametrize('wrong', [np.nan, -1.0, np.inf])
+def test_weights_of_rows_that_are_no_weights_are_named(wrong):
+  with pytest.raises(ValueError, match=f'row 1 has {wrong}'):
+    curricula.drawn([1.0, wrong, 2.0], Request(2, 3, 0, 0))
 
 
 # Difficulty.

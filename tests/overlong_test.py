@@ -72,6 +72,15 @@ def test_a_curriculum_proposes_other_records_for_those_that_are_dropped(tmp_path
   assert {*draw.taken} - {20} == {*found}
 
 
+@pytest.mark.parametrize('rows', [[0, 1], [0, 1, -1], [0, 1, 21], [0.0, 1.0, 2.0]])
+def test_proposals_that_are_no_rows_of_the_data_are_refused(tmp_path, rows):
+  run = experiment(tmp_path, 'grpo', 'drop')
+  one = curricula.uniform()._replace(propose=lambda state, request: np.array(rows))
+  phase = examples.changed(run.phases['train'], curriculum=one)
+  with pytest.raises(ValueError, match='asks for 3 row numbers from 0 to 20'):
+    phases.Drawer(phase, seed=0, cursor=0, tokenizer=run.tokenizer)(3)
+
+
 @pytest.mark.parametrize('method', FILES)
 def test_cut_records_are_counted_and_drawn(tmp_path, method):
   run = experiment(tmp_path, method, 'truncate')

@@ -344,10 +344,16 @@ def mixed(*, weights: Mapping[str, float], field: str = 'category') -> Curriculu
   Args:
     weights: by category, which need not add up to 1; categories without a weight are not drawn.
     field: of the records, whose values are the categories.
+
+  Raises:
+    ValueError: weights that are not numbers at least 0 by category, or a category that is not there.
   """
+  numbers = [*weights.values()] if hasattr(weights, 'values') else [None]
+  if not all(isinstance(x, int | float) and 0 <= x < float('inf') for x in numbers):
+    raise ValueError(
+      f'mixed: weights must be numbers by category, at least 0 and finite, got {weights!r}'
+    )
   weights = dict(weights)
-  if not all(isinstance(x, int | float) and 0 <= x < float('inf') for x in weights.values()):
-    raise ValueError(f'mixed: weights must be at least 0 and finite, got {weights}')
 
   def init(records):
     names = trackers.category_names(records, field)

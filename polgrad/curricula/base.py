@@ -145,8 +145,16 @@ def drawn(weights: np.ndarray, request: Request, *, repeated: bool = False) -> n
   Args:
     repeated: draw independently, so that a row may come more than once. Otherwise a row comes again,
       and a row of weight 0 comes at all, only if no others are left.
+
+  Raises:
+    ValueError: a weight is negative or not finite.
   """
   weights = np.asarray(weights, np.float64)
+  if not (np.isfinite(weights) & (weights >= 0)).all():
+    row = int(np.argmin(np.isfinite(weights) & (weights >= 0)))
+    raise ValueError(
+      f'weights of rows must be at least 0 and finite, but row {row} has {weights[row]}'
+    )
   total = weights.sum()
   chances = weights / total if total > 0 else np.full(len(weights), 1 / len(weights))
   random = request.random
