@@ -73,24 +73,29 @@ def uniform() -> Curriculum:
   )
 
 
-def _tracking(**functions) -> Curriculum:
-  """A curriculum whose state is `trackers.DiscountedBeta`, with what it reports."""
-  own = dict(
-    init=lambda records: trackers.begin(len(records)),
-    report=lambda state: {'success_rate': float(np.mean(trackers.value(state)))},
-    reads=frozenset({'rewards'}),
-  )
-  return Curriculum(**own | functions)
+def _tracking(
+  *, decay: float, decay_all: float = 1.0, prior: float = 0.0, term: str, **functions
+) -> Curriculum:
+  """A curriculum whose state is `trackers.DiscountedBeta`, of which it reports the mean success rate.
 
-
-def _tracked(decay: float, decay_all: float = 1.0, *, prior: float, term: str):
-  """The update of a state `trackers.DiscountedBeta`."""
+  Args:
+    decay, decay_all, prior: of `trackers.updated`.
+    term: of `counts`.
+    functions: further fields of the curriculum; by default all counts start at 1/2.
+  """
 
   def update(state, found):
     seen = counts(found, len(state.alpha), term)
     return trackers.updated(state, seen, decay=decay, decay_all=decay_all, prior=prior)
 
-  return update
+  own = dict(
+    init=lambda records: trackers.begin(len(records), 0.5),
+    update=update,
+    report=lambda state: {'success_rate': float(np.mean(trackers.value(state)))},
+    terms=frozenset({term} if term else ()),
+    reads=frozenset({'rewards'}),
+  )
+  return Curriculum(**own | functions)
 
 
 def vade(
@@ -119,9 +124,12 @@ def vade(
     return best(theta * (1 - theta) ** power, request)
 
   return _tracking(
+    decay=decay,
+    decay_all=decay_all,
+    prior=1.0,
+    term=term,
+    init=lambda records: trackers.begin(len(records)),
     propose=propose,
-    update=_tracked(decay, decay_all, prior=1.0, term=term),
-    terms=frozenset({term} if term else ()),
   )
 
 
@@ -152,7 +160,7 @@ def spo(
     term: name of the term of the reward that says how right a completion is; '' is the whole reward.
 
   Raises:
-    ValueError: `rate_field` with a decay of 1, with which N has no end.
+    ValueError: `rate_field` with a decay of 1, for which N is infinite.
   """
   if rate_field and decay == 1:
     raise ValueError(
@@ -170,12 +178,12 @@ def spo(
     return drawn(np.sqrt(v * (1 - v)) + floor, request)
 
   return _tracking(
+    decay=decay,
+    term=term,
     init=init,
     propose=propose,
-    update=_tracked(decay, prior=0.0, term=term),
     features=lambda state, rows: {'tracked_value': trackers.value(state)[rows]},
     provides=frozenset({'tracked_value'}),
-    terms=frozenset({term} if term else ()),
   )
 
 
@@ -217,10 +225,9 @@ def target(
 def _of_rates(weight, decay: float, term: str) -> Curriculum:
   """A curriculum that draws rows by a weight of their estimated success rate f[D]."""
   return _tracking(
-    init=lambda records: trackers.begin(len(records), 0.5),
+    decay=decay,
+    term=term,
     propose=lambda state, request: drawn(weight(trackers.value(state)), request),
-    update=_tracked(decay, prior=0.0, term=term),
-    terms=frozenset({term} if term else ()),
   )
 
 
@@ -261,10 +268,9 @@ def budget(
     return np.repeat(rows, allocate_budget(groups, request.count, low=1, high=high))
 
   return _tracking(
-    init=lambda records: trackers.begin(len(records), 0.5),
+    decay=decay,
+    term=term,
     propose=propose,
-    update=_tracked(decay, prior=0.0, term=term),
-    terms=frozenset({term} if term else ()),
     pools=True,
   )
 
@@ -279,7 +285,7 @@ def stages(
   """Random rows of the present stage: the rows are cut into stages by a number in their records.
 
   Stage k of n has the rows between the quantiles k / n and (k + 1) / n of the field, borders included.
-  After the last stage its rows go on being drawn.
+  The last stage lasts until the end of the phase.
 
   Args:
     field: of the records, a number; small ones come first.
@@ -394,8 +400,9 @@ def revisit(
 
   A fraction `new` of the rows of a step are those that were tried least often, at random. The others are
   drawn with probabilities proportional to priority^exponent, without replacement. The priority of a row
-  is p (1 - p), the variance of its rewards, with p the success rate in the last step that had it. Rows
-  of priority 0 are not drawn again in this way; if too few others are there, more new rows are taken.
+  is p (1 - p), with p the success rate in the last step that had it: the variance of rewards that are 0
+  or 1. Rows of priority 0 are not drawn again in this way; if there are too few others, more new rows
+  are taken.
 
   This is the priority buffer of ExIt (arXiv:2509.04575) for prompts alone, without the attempts that
   the paper appends to them; the paper's constants are not known to us.

@@ -43,9 +43,8 @@ class Sampled(NamedTuple):
   rows: np.ndarray  # i32[n], row of the prompt in the data
   rewards: np.ndarray  # f32[n], 0 where not valid
   valid: np.ndarray  # bool[n]
-  terms: Mapping[
-    str, np.ndarray
-  ]  # f32[n] by name, terms of the reward; NaN where a verifier failed
+  # f32[n] by name, terms of the reward; NaN where a verifier failed
+  terms: Mapping[str, np.ndarray]
   replaced: np.ndarray  # bool[n], dynamic sampling took another prompt instead
 
 
