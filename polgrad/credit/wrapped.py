@@ -119,9 +119,9 @@ def appealed(
 
   r is 0 or 1. Of the rows with r = 0 some are appealed: a second, better judge looks at them, and the
   feature `appeal_term` is 1 where it says that the answer is right. m is the decayed number of such
-  rows divided by `checked`, and a that of rows with r = 1; both begin with a prior. q does not depend
-  on the batch that it corrects. False positives are counted as right, so they make q smaller than the
-  true rate.
+  rows divided by `checked`, and a that of rows with r = 1. Each includes a constant prior count,
+  `missed` and `accepted`. q does not depend on the batch that it corrects. False positives are counted
+  as right, so they make q smaller than the true rate.
 
   Args:
     credit: the estimator that sees the corrected rewards. One that divides by the standard deviation of
@@ -214,7 +214,7 @@ def hypervolume_guided(
   The policy's place is a vector of means over the valid rows of the batch: of each of the `terms`,
   behind that of the rest of the reward. V is the volume that this place adds to the volume that earlier
   places dominate, measured from the reference. A place that adds something is kept; if there is no
-  room, it replaces the oldest one. The first batch has the factor 1.
+  room, it replaces the oldest one. The factor is 1 until a first place is kept.
 
   Args:
     credit: the estimator that sees these rewards. One that divides by the standard deviation of a group
@@ -243,7 +243,7 @@ def hypervolume_guided(
     rows = jnp.sum(batch.valid)
     place = jnp.sum(jnp.where(batch.valid[:, None], values, 0), axis=0) / jnp.maximum(rows, 1)
     known = jnp.arange(capacity) < own['number']
-    # The new place is measured beside the known ones, in a row of its own.
+    # The last row holds the new place; the gain is the volume with this row less that without it.
     points = jnp.concatenate([own['points'], place[None]])
     among = lambda new: pareto.hypervolume(
       points, jnp.append(known, new), jnp.asarray(corner, points.dtype)

@@ -42,8 +42,8 @@ def stratified(
   """A = mix A_stratum + (1 - mix) A_group: stratified advantage normalisation (arXiv:2510.06214).
 
   Both parts are (R - mean) / (std + eps), A_stratum with mean and standard deviation of the rows of the
-  stratum, A_group with those of the whole group. Inside a stratum the answers did equally much, such as
-  searching equally often, so a row is not compared with answers that had other means. The second part
+  stratum, A_group with those of the whole group. All answers of a stratum searched equally often, for
+  example, so a row is not compared with answers that used more or fewer searches. The second part
   keeps a signal between strata.
 
   Args:

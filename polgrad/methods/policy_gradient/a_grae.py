@@ -9,8 +9,8 @@ def a_grae(
 ) -> Method:
   """A-GRAE (arXiv:2602.05548): advantages whose symmetry in right and wrong, hard and easy is broken.
 
-      A_i = (w / sqrt(p_g) + (1 - w) / sqrt(1 - p_g)) a_i / 2, times min(1, w / goal) where it is
-      positive loss = -token mean of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+      A_i = (w / sqrt(p_g) + (1 - w) / sqrt(1 - p_g)) a_i / 2, times min(1, w / goal) where positive
+      loss = -token mean of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
 
   a is the group-normalised reward (ddof 0), p_g the share of right answers of the group, and w that of
   the batch. While w is small, easy prompts count more and right answers are learned less than wrong ones

@@ -11,8 +11,9 @@ def adora(*, max_new_tokens: int, otherwise: float = 0.1, least: float = 1.0) ->
       w_g = 1 if the longest right answer is longer than the wrong ones on average, else `otherwise`
       loss = -token mean of min(r A, clip(r, 0.8, 1.2) A)
 
-  Wrong answers that were cut at `max_new_tokens` are not compared. A group without right answers has
-  advantage 0 in any case, and one without a wrong answer to compare has w = 1.
+  Wrong answers that were cut at `max_new_tokens` are not compared. A group without right answers has w =
+  `otherwise`, and one without a wrong answer to compare has w = 1. Both have A = 0 in any case if all
+  their rewards are equal.
 
   Differences: The paper only says that prompts are divided into useful and other ones; the rule is that
   of the authors' release for language models. Their release for images treats empty sets the other

@@ -16,7 +16,7 @@ def gfpo(*, keep: int = 4, eps_low: float = 0.2, eps_high: float = 0.2) -> Metho
   Differences: The paper's choice of `keep` by the difficulty of the prompt is not here.
 
   Args:
-    keep: number of answers that are kept; groups should be larger.
+    keep: number of answers that are kept; groups should be larger. The default is ours.
     eps_low: distance of the lower clipping bound from 1.
     eps_high: distance of the upper clipping bound from 1.
 

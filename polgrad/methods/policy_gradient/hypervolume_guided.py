@@ -15,7 +15,8 @@ def hypervolume_guided(*, max_new_tokens: int, capacity: int = 16) -> Method:
 
   V is the volume that the policy's mean (accuracy, brevity) adds to the volume that its earlier ones
   dominate, measured from (0, -1). The rewards of a step that reaches a new trade-off are up to twice as
-  large, those of other steps half as large. The first step has the factor 1.
+  large, those of other steps half as large. The factor is 1 until a first
+  trade-off is kept.
 
   Differences: The paper measures the policy on held-out problems at times; here the means of the batch
   are taken at every step. Its further variant, weights from the gradients of each reward, is not here.

@@ -7,12 +7,13 @@ from polgrad.registry import part
 def pkpo(*, k: int = 2) -> Method:
   """PKPO (arXiv:2505.15201): unbiased policy gradient of the best of k answers, for any rewards.
 
-      loss = -mean over sequences of A_i log pi(y_i) A_i = n / C(n, k) times the sum over subsets S of k
-      answers with i of (max of S - max of S without i)
+      loss = -mean over sequences of A_i log pi(y_i)
+      A_i = n / C(n, k) sum over S of (max of S - max of S without i)
 
-  n is the number of answers of the group. The expected gradient is that of the mean over prompts of
-  E[max of k rewards], so neither a baseline nor a scale belongs to it. Advantages are never negative: an
-  answer is credited for what the others do not reach.
+  n is the number of answers of the group, and S are all its subsets of k answers that contain answer i.
+  The expected gradient is that of the mean over prompts of E[max of k rewards], so neither a baseline nor
+  a scale belongs to it. Advantages are never negative: an answer is credited for what the others do not
+  reach.
 
   Args:
     k: number of answers of which the best counts, at most as many as a group has; 1 is RLOO. The

@@ -25,10 +25,10 @@ def tempsamp_r1(
   reward is high, so without the bend nearly all sampled answers would have negative advantages. The bend
   compresses high rewards and enlarges differences between low ones.
 
-  Differences: The answer comes beside the samples; the authors replace one of them. The map is applied
-    to the whole reward; in the code it is applied to the overlap alone,
-  and 0.1 for the format is added afterwards. The formula is that of a re-implementation. Two further
-  ways of the paper to use the answer are not here.
+  Differences: The answer of the data is added to the samples; the authors replace one of them. The map
+  is applied to the whole reward; in the code it is applied to the accuracy alone, the overlap of two
+  spans, and 0.1 for the format is added afterwards. The formula is that of a re-implementation. Two
+  further ways of the paper to use the answer are not here.
 
   Args:
     knee: reward at which the map bends.
