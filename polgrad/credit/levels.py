@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from polgrad.credit.base import Estimator, to_tokens
 from polgrad.losses import strata
-from polgrad.losses.groups import divide, joint, members, size, total
+from polgrad.losses.groups import divide, joint, members, normalized, size, total
 from polgrad.registry import AtLeastOne, NotNegative, Range
 
 Ddof = Annotated[int, Range(at_least=0, at_most=1)]
@@ -45,7 +45,7 @@ def two_level(
     rewards, ids, valid = batch.rewards, batch.group_ids, batch.valid
     group = members(ids, valid)
     entropy = strata.answer_entropy(batch['answer_term'], ids, valid)
-    inside = strata.normalized(rewards, group, ddof, eps)
+    inside = normalized(rewards, group, ddof, eps)
     of_groups = divide(total(rewards, group), size(group))
     if consistent:
       rows = jnp.maximum(size(group), 1).astype(rewards.dtype)
@@ -94,7 +94,7 @@ def modes(
       batch.rewards, batch['mode_term'], batch.group_ids, batch.valid, tie=tie, own=own, **knobs
     )
     same = members(joint(batch.group_ids, kind), batch.valid)
-    answer = strata.normalized(batch.rewards, same, ddof, eps)
+    answer = normalized(batch.rewards, same, ddof, eps)
     number = jnp.cumsum(batch.mask, axis=1)  # of a token of the policy in its row, from 1
     per_token = jnp.where(number <= judged, choice[:, None], answer[:, None])
     return batch.with_arrays(advantages=jnp.where(batch.mask, per_token, 0.0)), state

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from polgrad.credit.base import Estimator, Part, named, with_rewards
 from polgrad.losses import multipliers, pareto, reward_maps, row_scores
-from polgrad.losses.groups import divide, members, rank, size, total
+from polgrad.losses.groups import members, rank
 from polgrad.registry import AtLeastOne, Decay, Fraction, Positive, call
 
 
@@ -91,10 +91,9 @@ def with_success_rate(*, credit: Part, least: float = 1.0) -> Estimator:
   """
 
   def apply(batch, state):
-    group = members(batch.group_ids, batch.valid)
-    right = total((batch.rewards >= least).astype(batch.rewards.dtype), group)
+    rate = multipliers.success_rate(batch.rewards, batch.group_ids, batch.valid, least)
     credited, state = credit.apply(batch, state)
-    return credited.with_arrays(success_rate=divide(right, size(group))), state
+    return credited.with_arrays(success_rate=rate), state
 
   return credit._replace(
     apply=apply,
@@ -142,7 +141,7 @@ def appealed(
     counts, inner = state['counts'], state['credit']
     rate = (counts['missed'] + missed) / (counts['missed'] + counts['accepted'] + missed + accepted)
     rate = jnp.minimum(rate, 0.49)
-    corrected = (batch.rewards - false_positive) / (1 - false_positive - rate)
+    corrected = reward_maps.denoised(batch.rewards, false_positive, rate)
     number = lambda rows: jnp.sum(batch.valid & rows)
     seen = {
       'missed': number((batch.rewards < 0.5) & (batch['appeal_term'] > 0)) / checked,

@@ -23,7 +23,16 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses import baselines, difficulty, strata
-from polgrad.losses.groups import center, divide, everyone, members, size, total, variance
+from polgrad.losses.groups import (
+  center,
+  divide,
+  everyone,
+  members,
+  normalized,
+  size,
+  total,
+  variance,
+)
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -94,9 +103,7 @@ def group_normalized(
   [ 1.5 -0.5 -0.5 -0.5]
   """
   _check(rewards, group_ids, valid)
-  group = members(group_ids, valid)
-  centered = center(rewards, group)
-  return divide(centered, jnp.sqrt(variance(centered, group, ddof)) + eps)
+  return normalized(rewards, members(group_ids, valid), ddof, eps)
 
 
 def batch_scaled(

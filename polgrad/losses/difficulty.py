@@ -23,6 +23,7 @@ from polgrad.losses.groups import (
   first_best,
   maximum,
   members,
+  normalized,
   ordered,
   running_total,
   size,
@@ -114,11 +115,10 @@ def two_sided(
   """
   _check(rewards, group_ids, valid)
   right, group = _right(rewards, least), members(group_ids, valid)
-  centered = center(right, group)
   p = divide(total(right, group), size(group))
   proficiency = jnp.sum(jnp.where(valid, right, 0)) / jnp.maximum(jnp.sum(valid), 1)
-  normalized = divide(centered, jnp.sqrt(variance(centered, group, 0)) + eps)
-  hard, easy = divide(normalized, jnp.sqrt(p)), divide(normalized, jnp.sqrt(1 - p))
+  plain = normalized(right, group, 0, eps)
+  hard, easy = divide(plain, jnp.sqrt(p)), divide(plain, jnp.sqrt(1 - p))
   return (proficiency * hard + (1 - proficiency) * easy) / 2
 
 

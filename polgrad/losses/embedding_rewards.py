@@ -8,7 +8,7 @@ from typing import Literal
 import chex
 import jax.numpy as jnp
 
-from polgrad.losses.groups import divide, first_best, maximum, members, size, total
+from polgrad.losses.groups import divide, first, maximum, members, size, total
 from polgrad.types import Array
 
 
@@ -51,20 +51,19 @@ def contrastive(
   chex.assert_equal_shape([query, positive, negative[:, 0]])
   chex.assert_equal_shape_prefix([query, positive, group_ids, valid], 1)
   group = members(group_ids, valid)
+  leading = first(group)
   close = jnp.sum(query * positive, axis=-1)
   against = jnp.einsum('bd,bnd->bn', query, negative)
   if negatives == 'own':
     far = jnp.max(against, axis=-1)
   else:
-    leading = first_best(jnp.zeros_like(close), group)
     far = total(jnp.where(leading, against[:, 0], 0), group)
   alike = jnp.sum(positive * (total(positive, group) - positive), axis=-1)
   inside = divide(alike, (size(group) - 1).astype(alike.dtype))
-  # The largest cosine with each group, at one row of it.
+  # The largest cosine with each group, read at the first row of that group.
   likeness = query @ positive.T
   other = group_ids[:, None] != group_ids[None]
   top = maximum(likeness.T, group).T
-  leading = first_best(jnp.zeros_like(close), group)
   counted = other & leading[None]
   mean = divide(
     jnp.sum(jnp.where(counted, top, 0), axis=1), jnp.sum(counted, axis=1).astype(top.dtype)

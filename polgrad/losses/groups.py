@@ -182,6 +182,15 @@ def variance(centered: Array, groups: Groups, ddof: int) -> Array:
   return total(jnp.square(centered), groups) / jnp.maximum(size(groups) - ddof, 1)
 
 
+def normalized(x: Array, groups: Groups, ddof: int, eps: float) -> Array:
+  """(x - mean) / (std + eps) over the counted rows of the group, [B] -> [B].
+
+  The standard deviation is the root of `variance`. 0 where all counted x of the group are equal.
+  """
+  centered = center(x, groups)
+  return divide(centered, jnp.sqrt(variance(centered, groups, ddof)) + eps)
+
+
 def kendall_tau(a: Array, b: Array, groups: Groups) -> Array:
   """Kendall's tau between two rankings of the counted rows of a group, [B], [B] -> [B].
 

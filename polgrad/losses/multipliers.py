@@ -155,7 +155,7 @@ def hardness(
   Returns:
     [B], the same in all rows of a group.
   """
-  p = _share_right(rewards, group_ids, valid, least)
+  p = success_rate(rewards, group_ids, valid, least)
   return 1 + extra * jnp.maximum(1 - p, 0) ** power
 
 
@@ -193,13 +193,13 @@ def logistic_hardness(
   """
   chex.assert_rank([rewards, advantages], [1, 2])
   chex.assert_equal_shape_prefix([rewards, advantages], 1)
-  p = _share_right(rewards, group_ids, valid, least)
+  p = success_rate(rewards, group_ids, valid, least)
   factor = lambda x: (low + span / (1 + jnp.exp(slope * (x - middle))))[:, None]
   return jnp.where(advantages > 0, factor(p), factor(1 - p))
 
 
-def _share_right(rewards: Array, group_ids: Array, valid: Array, least: float) -> Array:
-  """The share of right rows among the valid ones of the group, [B]."""
+def success_rate(rewards: Array, group_ids: Array, valid: Array, least: float) -> Array:
+  """The share of rows with a reward of at least `least` among the valid ones of the group, [B]."""
   chex.assert_rank(rewards, 1)
   chex.assert_equal_shape([rewards, group_ids, valid])
   group = members(group_ids, valid)

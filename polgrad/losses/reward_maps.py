@@ -14,7 +14,7 @@ from typing import Annotated
 import chex
 import jax.numpy as jnp
 
-from polgrad.losses.groups import divide, members, size, total
+from polgrad.losses.groups import members, normalized
 from polgrad.registry import Fraction, NotNegative, Positive, table
 from polgrad.types import Array
 
@@ -94,7 +94,17 @@ def without_noise(
     ValueError: the rates add up to 1 or more, so the verifier says nothing or the contrary.
   """
   chex.assert_rank(rewards, 1)
-  return (rewards - false_positive) / _information(false_positive, false_negative)
+  if false_positive + false_negative >= 1:
+    raise ValueError(
+      f'false_positive {false_positive} and false_negative {false_negative} add up to 1 or more: such a '
+      'verifier accepts wrong answers at least as often as right ones'
+    )
+  return denoised(rewards, false_positive, false_negative)
+
+
+def denoised(rewards: Array, false_positive: Array | float, false_negative: Array | float) -> Array:
+  """`without_noise` for rates that are known only at run time, and so are not checked: [B] -> [B]."""
+  return (rewards - false_positive) / (1 - false_positive - false_negative)
 
 
 def without_misses(rewards: Array, *, false_negative: Fraction = 0.1) -> Array:
@@ -154,24 +164,11 @@ def brief_when_right(
   lengths = jnp.sum(mask, axis=-1).astype(rewards.dtype)
   right = rewards >= least
   group = members(group_ids, valid & right)
-  rows = size(group)
-  gap = lengths - divide(total(lengths, group), rows)
-  variance = total(jnp.square(gap), group) / jnp.maximum(rows - 1, 1)
-  z = jnp.where(rows > 1, gap / (jnp.sqrt(variance) + 1e-6), 0)
+  z = normalized(lengths, group, 1, 1e-6)
   other = jnp.where(finished, wrong, unfinished).astype(rewards.dtype)
   found = jnp.where(right, jnp.exp(-strength * z), other)
   found = jnp.where(jnp.isnan(rewards), rewards, found)
   return jnp.where(valid, found, 0)
-
-
-def _information(false_positive: float, false_negative: float) -> float:
-  """1 - false_positive - false_negative, what a true reward of 1 adds to the observed mean."""
-  if false_positive + false_negative >= 1:
-    raise ValueError(
-      f'false_positive {false_positive} and false_negative {false_negative} add up to 1 or more: such a '
-      'verifier accepts wrong answers at least as often as right ones'
-    )
-  return 1 - false_positive - false_negative
 
 
 TABLE = table('reward_maps', bent, mistaken, without_noise, without_misses, brief_when_right)

@@ -21,6 +21,7 @@ from polgrad.losses.groups import (
   first,
   joint,
   members,
+  normalized,
   size,
   total,
   variance,
@@ -65,12 +66,6 @@ def stratified(
   inside = normalized(rewards, stratum, ddof, eps)
   across = normalized(rewards, members(group_ids, valid), ddof, eps)
   return mix * inside + (1 - mix) * across
-
-
-def normalized(rewards: Array, groups: Groups, ddof: int, eps: float) -> Array:
-  """(R - mean) / (std + eps) over the counted rows of a group, [B] -> [B]."""
-  centered = center(rewards, groups)
-  return divide(centered, jnp.sqrt(variance(centered, groups, ddof)) + eps)
 
 
 def answer_entropy(answer_term: Array, group_ids: Array, valid: Array) -> Array:
