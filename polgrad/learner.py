@@ -216,13 +216,17 @@ class AnchorLearner:
   def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     """One step of the anchor: (state, batch) -> (state, metrics); nothing else changes.
 
-    The objective finds the log-probs of the anchor in `logp`. The metrics have the anchor's name and a
-    slash as a prefix.
+    The objective finds the log-probs of the anchor in `logp`. The metric `skipped` is 1 if the step was
+    skipped, else 0.
     """
     policy, own = self.learner.policy, state.learned[self.name]
     # The state as if the anchor were the policy; it shares what no update changes.
     seen = state.replace(
-      params=overlay(state.params, state.anchors[self.name]), anchors={}, learned={}, **own
+      params=overlay(state.params, state.anchors[self.name]),
+      anchors={},
+      learned={},
+      skipped=jnp.zeros_like(state.skipped),
+      **own,
     )
     moved, report = self.learner.update(seen, batch)
     after = {name: getattr(moved, name) for name in own}
@@ -230,7 +234,7 @@ class AnchorLearner:
       anchors=state.anchors | {self.name: learned(policy, moved.params)},
       learned=state.learned | {self.name: after},
     )
-    return state, {f'{self.name}/{k}': x for k, x in report.items()}
+    return state, report
 
 
 # Compared by identity, because its mappings have no hash and `jax.jit` hashes a method's object.

@@ -207,8 +207,8 @@ class PhaseRun:
   ) -> tuple[TrainState, list[dict[str, Any]]]:
     """One update on each minibatch of a collected batch: (new state, metrics of each update).
 
-    Anchors that learn make theirs after those of the policy; the means of their metrics are in every
-    report.
+    Anchors that learn make theirs after those of the policy; their metrics of the step, which begin with
+    the anchor's name and a slash, are in every report.
     """
     phase = self.phase
     sizes = dict(epochs=phase.epochs, parts=phase.minibatches)
@@ -216,7 +216,7 @@ class PhaseRun:
     for name, update in self.learn.items():
       sizes = dict(epochs=1, parts=phase.learned[name].minibatches)
       state, own = self._updates(update, state, batch, step, **sizes)
-      means = {k: np.mean([one[k] for one in own]) for k in own[0]}
+      means = {f'{name}/{k}': x for k, x in averages(own).items()}
       reports = [report | means for report in reports]
     return state, reports
 
@@ -244,7 +244,7 @@ class PhaseRun:
       report = sharding.to_host(report)
       if minibatch.layout.pack:
         report['rows_forwarded'] = forwarded_fraction(minibatch, phase.micro_batches)
-      if 'skipped' in report:  # not of an anchor
+      if update is self.update:
         stop_if_broken(report, self.experiment.max_skipped, self.name, step)
       reports.append(report)
     return state, reports
@@ -577,19 +577,26 @@ def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) ->
     )
 
 
-def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[str, float]:
-  """The metrics of one step.
+def averages(reports: list[dict]) -> dict[str, float]:
+  """Means over updates (of `LARGEST` the maxima); `skipped` is the number of updates that were skipped.
 
-  These are the means over its updates (of `LARGEST` the maxima; `skipped` is a number of updates), the
-  metrics of the collected batch, and the speed in tokens of the mask per second. An update in which a
-  metric counted nothing (`learner.EMPTY`), such as the accuracy of pairs that are all ties, is left out
-  of its mean; a metric that counted nothing in any update is left out.
+  An update in which a metric counted nothing (`learner.EMPTY`), such as the accuracy of pairs that are
+  all ties, is left out of its mean; a metric that counted nothing in any update is left out.
   """
   join = lambda name: np.max if name in LARGEST else np.mean
   names = [name for name in reports[0] if not name.startswith(EMPTY)]
   counted = {k: [r[k] for r in reports if not r.get(f'{EMPTY}{k}')] for k in names}
-  average = {k: float(join(k)(values)) for k, values in counted.items() if values}
-  average['skipped'] = float(sum(r['skipped'] > 0 for r in reports))
+  found = {k: float(join(k)(values)) for k, values in counted.items() if values}
+  return found | {'skipped': float(sum(r['skipped'] > 0 for r in reports))}
+
+
+def summary(reports: list[dict], collected: Collected, seconds: float) -> dict[str, float]:
+  """The metrics of one step.
+
+  These are those of its updates (see `averages`), the metrics of the collected batch, and the speed in
+  tokens of the mask per second.
+  """
+  average = averages(reports)
   tokens = float(np.sum(collected.batch.mask))
   silent = float(average['grad_norm'] == 0)
   return (

@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -874,6 +875,25 @@ def test_metrics_of_a_step_are_means_over_its_updates_and_maxima_of_largest_valu
     report |= {'margin': 0.0, 'empty/margin': True}
   got = phases.summary(reports, collected, 2.0)
   assert got['accuracy'] == 0.7 and 'margin' not in got and 'empty/accuracy' not in got
+
+
+def test_metrics_of_an_anchor_are_means_too_and_have_its_name():
+  one = dict(loss=1.0, skipped=0, score=0.5, **{'empty/score': False})
+  made = {
+    'of the policy': [one | dict(rows_forwarded=0.5)] * 2,
+    'of the anchor': [one, one | {'loss': 3.0, 'skipped': 1, 'score': 0.0, 'empty/score': True}],
+  }
+  run = types.SimpleNamespace(
+    phase=types.SimpleNamespace(
+      epochs=1, minibatches=2, learned={'judge': types.SimpleNamespace(minibatches=2)}
+    ),
+    update='of the policy',
+    learn={'judge': 'of the anchor'},
+    _updates=lambda update, state, batch, step, **sizes: (state, made[update]),
+  )
+  _, reports = phases.PhaseRun.update_all(run, None, None, 0)
+  own = {'judge/loss': 2.0, 'judge/skipped': 1.0, 'judge/score': 0.5}
+  assert reports == [one | dict(rows_forwarded=0.5) | own] * 2
 
 
 def test_a_token_that_is_99_nats_off_leaves_the_metrics_finite():
