@@ -57,7 +57,8 @@ def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share
     state = phases.begin(experiment, 1, None)
     if batch is None:
       collect = phase.collect.make(phases.context(experiment, phase, 1))
-      batch = collect(state, phases.Drawer(phase, seed=0, cursor=0), 0).batch
+      counts = to_host(state.curriculum_state)
+      batch = collect(state, phases.Drawer(phase, 0, 0, None, counts), 0).batch
     update = phases.jit_update(experiment, phase, state)
     data_parallel_size = sharding.data_parallel_size(experiment.mesh)
     batch = packing.pack(

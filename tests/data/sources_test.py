@@ -397,7 +397,7 @@ def test_a_missing_file_is_named_at_once(tmp_path, make):
 
 def test_table_entries_bind(tmp_path, sums):
   for name in ('rows', 'rows.jsonl'):
-    (tmp_path / name).write_text('{"prompt": "a"}')
+    (tmp_path / name).write_text('{"prompt": "a", "margin": 1}')
   knobs = {
     'arithmetic': {'digits': 1},
     'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
@@ -409,6 +409,10 @@ def test_table_entries_bind(tmp_path, sums):
     'without': {'source': part(sources.arithmetic, digits=1), 'pattern': 'a'},
     'calls_and_answers': {'source': part(sources.word_problems)},
     'tastes': {},
+    'between': {'source': part(sources.jsonl, path=str(tmp_path / 'rows')), 'field': 'margin'},
+    'mixture': {
+      'sources': {'one': part(sources.tastes), 'two': part(sources.arithmetic, digits=1)}
+    },
     'with_context': {'source': part(sources.tastes, size=20)},
     'confident_pairs': {'source': part(sources.tastes)},
     'hidden_numbers': {},

@@ -112,6 +112,7 @@ def random_batch(seed: int = 0) -> Batch:
     'group_ids': np.arange(ROWS) // GROUP,
     'valid': np.arange(ROWS) != 2,
     'stream': np.tile([0, 1, 1, 1], 2),
+    'label': np.tile([0.0, 1.0, 0.0, 0.0], 2),
     'uniform': rng.uniform(size=ROWS),
     **{f'{name}_term': rng.integers(0, 2, ROWS).astype(float) for name in TERMS},
     'wins': rng.uniform(size=(ROWS, GROUP)),

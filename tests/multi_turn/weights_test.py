@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polgrad import credit, methods
-from polgrad.arrays import OF_TURNS
+from polgrad.arrays import OF_TURNS, shape_of
 from polgrad.registry import bind
 from tests.multi_turn.credit_test import random_batch
 from tests.policy_gradient import harness
@@ -98,8 +98,8 @@ def test_any_method_takes_rows_of_several_turns(name):
   wanted = (method.reads - {'mask'}) - own.keys()
   logits = dict.fromkeys(('logits', 'teacher_logits'), (*shape, 5))
   sizes = {'baseline_rewards': (len(batch.mask), 3), **logits}
-  rows = {'finished', 'staleness', 'label', 'success_rate', 'target'}
-  arrays = {n: jnp.full(sizes.get(n, shape if n not in rows else shape[:1]), 0.5) for n in wanted}
+  row = {n for n in wanted if shape_of(n) == 'B'}
+  arrays = {n: jnp.full(sizes.get(n, shape if n not in row else shape[:1]), 0.5) for n in wanted}
   loss = lambda arrays: method.loss(mask=batch.mask, **arrays)[0]
   assert jax.eval_shape(loss, own | arrays).shape == ()
 

@@ -9,7 +9,7 @@ from polgrad.rewards import verifiers
 
 def copo(
   *,
-  pattern: str = '(.*)',
+  answer_pattern: str = '(.*)',
   steepness: float = 5.0,
   middle: float = 1.0,
   local: str = 'rewarded',
@@ -24,14 +24,14 @@ def copo(
   A is the group-normalised reward, A' the mean reward of the group, normalised over the prompts of the
   batch. A group that is all right or all wrong has A = 0 and still learns from A'. Where the answers of
   a group differ, H is large and the group compares its own rows. The answer is the last match of
-  `pattern`; its class is a term of the reward with weight 0, `answer`.
+  `answer_pattern`; its class is a term of the reward with weight 0, `answer`.
 
   Differences: `local` 'rewarded' sets w = 0 for answers with reward 0, as the authors' main script does;
   'informative' does so where A = 0, and 'all' never. The mean reward of a group is not multiplied by its
   consistency, which is off in that script (`credit.consistent`).
 
   Args:
-    pattern: regular expression whose first group is the answer.
+    answer_pattern: regular expression whose first group is the answer.
     steepness: of w, per bit.
     middle: entropy at which both comparisons count the same, bits.
     local: 'rewarded', 'informative' or 'all', which rows compare with their own group at all.
@@ -47,6 +47,6 @@ def copo(
       surrogate=part(surrogates.two_level_clipped, eps_low=eps, eps_high=eps),
       aggregation=part(aggregation.sequence_mean),
     ),
-    rewards={'answer': weighted(0.0, part(verifiers.answer_class, pattern=pattern))},
+    rewards={'answer': weighted(0.0, part(verifiers.answer_class, pattern=answer_pattern))},
     minibatches=2,
   )

@@ -8,7 +8,7 @@ def drpo(
   *,
   max_new_tokens: int,
   samples_per_prompt: int,
-  temperature: float = 10.0,
+  negative_temperature: float = 10.0,
   spread: float = 0.1,
   least: float = 1.0,
   coefficient: float = 1e3,
@@ -16,7 +16,7 @@ def drpo(
 ) -> Method:
   """DRPO (arXiv:2510.04474): length is rewarded among right answers alone.
 
-      loss = mean over prompts of temperature log mean_j exp(s_j / temperature)
+      loss = mean over prompts of T log mean_j exp(s_j / T)
              - sum_i w_i s_i / sum_i w_i,   plus c KL(pi_old || pi)
       w_i = exp((1 - L_i / max_new_tokens) / spread),   c = max(coefficient (KL - limit), 0)
 
@@ -30,7 +30,7 @@ def drpo(
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
     samples_per_prompt: answers to a prompt, which stay together in minibatches; the run fills it in.
-    temperature: a large one weighs all wrong answers alike.
+    negative_temperature: T, nats; a large one weighs all wrong answers alike.
     spread: a large one weighs all right answers alike.
     least: least reward of a right answer.
     coefficient: slope of the penalty beyond `limit`.
@@ -44,7 +44,7 @@ def drpo(
     loss=part(
       listwise.decoupled,
       least=least,
-      temperature=temperature,
+      temperature=negative_temperature,
       spread=spread,
       longest=max_new_tokens,
     ),

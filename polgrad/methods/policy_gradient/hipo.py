@@ -9,7 +9,7 @@ from polgrad.rewards import verifiers
 
 def hipo(
   *,
-  pattern: str = '<think>',
+  mode_pattern: str = '<think>',
   judged: int = 1,
   tie: float = 0.01,
   own: float = 0.3,
@@ -22,7 +22,7 @@ def hipo(
       A of the answer = (R - mean of its mode) / std of its mode
       loss = -token mean of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
 
-  An answer is in the mode 'on' if it has a match of `pattern`. Its first `judged` tokens choose the
+  An answer is in the mode 'on' if it has a match of `mode_pattern`. Its first `judged` tokens choose the
   mode, the others answer. If 'on' is better than 'off' by at most tie times its mean, this is added to
   the mean of 'off', so the cheap mode wins where thinking hardly helps. With one mode, the choice has
   `own` times the group-normalised reward, and the answer has that reward itself.
@@ -32,7 +32,7 @@ def hipo(
   model must know both modes, for example from supervised data.
 
   Args:
-    pattern: regular expression that an answer in the mode 'on' matches.
+    mode_pattern: regular expression that an answer in the mode 'on' matches.
     judged: number of tokens in which the mode is chosen.
     tie: how much better 'on' must be, in units of its mean reward.
     own: weight of the answer's own reward in the advantage of the choice.
@@ -49,6 +49,6 @@ def hipo(
       surrogate=part(surrogates.clipped, eps_low=eps_low, eps_high=eps_high),
       aggregation=part(aggregation.token_mean),
     ),
-    rewards={'mode': weighted(0.0, part(verifiers.count_matches, pattern=pattern, most=1))},
+    rewards={'mode': weighted(0.0, part(verifiers.count_matches, pattern=mode_pattern, most=1))},
     minibatches=2,
   )

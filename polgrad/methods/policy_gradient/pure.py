@@ -9,7 +9,7 @@ from polgrad.registry import part
 def pure(
   *,
   eps: float = 0.2,
-  temperature: float = 0.1,
+  step_temperature: float = 0.1,
   outcome: float = 1.0,
   drop_ends: bool = True,
   kl_coefficient: float = 0.001,
@@ -17,7 +17,7 @@ def pure(
   """PURE (arXiv:2504.15275): process rewards of which the worst one counts.
 
       loss = -token mean of min(r A, clip(r, 1 - eps, 1 + eps) A)
-      reward of step s = w_s p_s,   w = softmax over the steps of the row of -p / temperature
+      reward of step s = w_s p_s,   w = softmax over the steps of the row of -p / T
 
   r = pi / pi_old. p_s in [-1, 1] is the score of step s, given to its last token less a baseline: the
   reward per token of the other rows of the group times the tokens of the step. The last token of the row
@@ -33,7 +33,7 @@ def pure(
 
   Args:
     eps: distance of the clipping bounds from 1.
-    temperature: of the weights of steps; small ones approach the minimum, large ones the mean.
+    step_temperature: T, of the weights of steps; small ones approach the minimum, large ones the mean.
     outcome: weight of the reward of the row beside the scores of its steps.
     drop_ends: whether the last tokens of steps and rows get no advantage, as in the authors' code.
     kl_coefficient: of the KL to the reference, in the reward of every token.
@@ -44,7 +44,7 @@ def pure(
     collect=partial(collect.Rollouts, spans=True),
     credit=part(
       credit.process_min,
-      temperature=temperature,
+      temperature=step_temperature,
       baseline='token',
       outcome=outcome,
       drop_ends=drop_ends,

@@ -8,7 +8,7 @@ from polgrad.rewards import verifiers
 
 
 def rl_struct(
-  *, fields: tuple = ('answer',), structure: float = 1.0, content: float = 1.0
+  *, json_fields: tuple = ('answer',), structure: float = 1.0, content: float = 1.0
 ) -> Method:
   """RL-Struct (arXiv:2512.00319): answers in JSON, whose content counts once their structure is right.
 
@@ -16,14 +16,14 @@ def rl_struct(
       A_i = (R_i - mean_g) / (std_g + 1e-6)
       loss = -token mean of min(r A, clip(r, 0.8, 1.2) A)
 
-  s_1 is 1 if the answer is a JSON object, s_2 the share of the `fields` that it has, and r the reward of
-  the task. Both are terms of the reward with weight 0, `parsed` and `fields`.
+  s_1 is 1 if the answer is a JSON object, s_2 the share of the `json_fields` that it has, and r the
+  reward of the task. Both are terms of the reward with weight 0, `parsed` and `fields`.
 
   Differences: The paper's weights and penalties are not known to us. Its plain sum of rewards is GRPO
   with several terms of the reward.
 
   Args:
-    fields: names that the object must have.
+    json_fields: names that the object must have.
     structure: weight of being a JSON object.
     content: weight of the fields.
 
@@ -44,7 +44,7 @@ def rl_struct(
     ),
     rewards={
       'parsed': weighted(0.0, part(verifiers.json_fields)),
-      'fields': weighted(0.0, part(verifiers.json_fields, fields=fields)),
+      'fields': weighted(0.0, part(verifiers.json_fields, fields=json_fields)),
     },
     minibatches=2,
   )
