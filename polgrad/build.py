@@ -542,6 +542,12 @@ def _check_curriculum(path: str, phase: Phase) -> None:
     )
   if curriculum.pools and not isinstance(collector, collect.Rollouts):
     raise ValueError(f'{path}.curriculum: only the collector Rollouts pools the groups of a prompt')
+  pieces = phase.minibatches * phase.micro_batches
+  if curriculum.pools and pieces > 1 and 'group_ids' in phase.objective.requires:
+    raise ValueError(
+      f'{path}.curriculum: the objective compares the rows of a group, but pooled groups may be cut; '
+      'take minibatches=1 and micro_batches=1'
+    )
   older = [name for name in ('lag', 'replay', 'old_runs') if getattr(collector, name, 0)]
   if curriculum.pools and {*older} - {'lag'}:
     raise ValueError(

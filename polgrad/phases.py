@@ -476,8 +476,12 @@ class Drawer:
         dropped = 0 if kept else dropped + 1
         if kept:
           records.append(record)
-      if dropped >= 2 * len(self.phase.source):  # any two epochs hold every record
-        raise ValueError('every record of the source is too long or unusable, and dropped')
+      # Any two epochs hold every record; a curriculum may have drawn some of them again and again.
+      if dropped >= 2 * len(self.phase.source):
+        raise ValueError(
+          f'the last {dropped} records that were drawn are too long or unusable, and dropped; the '
+          f'source has {len(self.phase.source)}'
+        )
     return records
 
   def report(self) -> dict[str, float]:

@@ -71,6 +71,16 @@ def test_what_cannot_be_learned_from_is_refused(text, said):
     build.build(config)
 
 
+def test_pooled_groups_that_an_objective_compares_are_in_one_piece():
+  config = from_text('method=nca,sampled,task=addition,model=tiny,curriculum=budget')
+  config.mesh.data = 1
+  config.phases.train.update(minibatches=1, micro_batches=1)
+  build.build(config)
+  config.phases.train.minibatches = 2
+  with pytest.raises(ValueError, match='pooled groups may be cut; take minibatches=1'):
+    build.build(config)
+
+
 def test_records_without_the_field_are_refused_before_the_run():
   config = from_text('method=grpo,task=addition,model=tiny,curriculum=sec')
   config.mesh.data = 1

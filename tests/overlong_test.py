@@ -107,7 +107,7 @@ def test_a_source_of_which_all_is_dropped_is_refused(tmp_path, rows):
   with pytest.raises(ValueError, match=f'each of {rows} records is too long'):
     build.check_data(run)
   draw = phases.Drawer(run.phases['train'], seed=0, cursor=0, tokenizer=run.tokenizer)
-  with pytest.raises(ValueError, match='every record of the source is too long'):
+  with pytest.raises(ValueError, match=f'the last {2 * rows} records that were drawn are too long'):
     draw(1)
 
 
