@@ -22,8 +22,8 @@ def two_level(
   ddof: Ddof = 1,
   eps: float = 1e-6,
 ) -> Estimator:
-  """Advantages inside groups, advantages of groups against each other, and the share of the first: COPO
-  (arXiv:2508.04138).
+  """Advantages of rows inside their group, of groups inside the batch, and how much the former count:
+  COPO (arXiv:2508.04138).
 
   `advantages` is the group-normalised reward. `global_advantages` is the mean reward of the group,
   normalised over the groups of the batch, so groups whose rows are all right or all wrong learn too.

@@ -189,7 +189,7 @@ def best_only(rewards: Array, group_ids: Array, valid: Array) -> Array:
 
 
 def _right(rewards: Array, least: float) -> Array:
-  """1 for a reward of at least `least`, 0 for a smaller one, NaN for one that is none: [B]."""
+  """1 for a reward of at least `least`, 0 for a smaller one, NaN for NaN: [B]."""
   return jnp.where(jnp.isnan(rewards), rewards, (rewards >= least).astype(rewards.dtype))
 
 
