@@ -15,7 +15,6 @@ A completion whose verifier failed is neither right nor wrong. All rates leave i
 import collections
 import json
 import math
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,7 +134,7 @@ def make_evaluator(experiment: Experiment) -> Callable[[Params], tuple[dict, Sam
       marks = mark(many.scores, plan.threshold)
       for k in sorted({1, plan.samples}):
         found[f'evaluation/pass@{k}'] = pass_at_k(marks, k)
-      answers = [[answer(text, plan.answer) for text in row] for row in many.texts]
+      answers = [[sources.last_match(text, plan.answer) for text in row] for row in many.texts]
       found[f'evaluation/maj@{plan.samples}'] = majority_at_k(answers, marks)
 
     found['evaluation/verifier_errors'] = float(errors)
@@ -235,12 +234,6 @@ def sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> 
     behavior_policy=behavior_policy,
     mesh=experiment.mesh,
   )
-
-
-def answer(text: str, pattern: str) -> str:
-  """The first group of the pattern's last match, or the text if there is none; both stripped."""
-  matches = re.findall(pattern, text)
-  return (matches[-1] if matches and matches[-1] else text).strip()
 
 
 def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from polgrad import curricula, environments, methods, presets, tasks
 from polgrad.compose import SMOKE, compose
 from polgrad.methods.base import BUDGETS
-from polgrad.registry import find, part, plain, suggest
+from polgrad.registry import check_ranges, find, part, plain, suggest
 from polgrad.tasks import Task
 
 CHOICES = ('method', 'task', 'model')
@@ -65,7 +65,9 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
     if parameter.default is inspect.Parameter.empty and name not in values['task']:
       raise ValueError(f'task={task_name} needs {name}=...')
 
-  # Call them. A model of characters takes its alphabet from the task.
+  # Call them; tasks and models check their numbers themselves. A model of characters takes its alphabet
+  # from the task.
+  check_ranges(method, values['method'], 'method')
   fields = values.pop('fields')
   made = dataclasses.replace(task(**values['task']), **fields)
   made = _with_environment(made, environment, environment_knobs)

@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -389,6 +390,8 @@ def _make(fn: Callable, knobs: Mapping[str, Any], path: str) -> Any:
   """Calls a factory; an error of its own names the place in the configuration."""
   try:
     return fn(**knobs)
+  except re.error as error:
+    raise ValueError(f'{path}: not a regular expression: {error}') from error
   except (ValueError, TypeError, FileNotFoundError) as error:
     if str(error).startswith('config'):
       raise

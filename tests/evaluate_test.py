@@ -16,7 +16,7 @@ from polgrad.collect import Drawn
 from polgrad.data import sources, tokenizers
 from polgrad.environments import Guess
 from polgrad.environments.episodes import Episode
-from polgrad.evaluate import answer, majority_at_k, make_evaluator, mark, pass_at_k
+from polgrad.evaluate import majority_at_k, make_evaluator, mark, pass_at_k
 from polgrad.learner import forward
 from polgrad.options import from_text
 from polgrad.rewards import verifiers
@@ -101,10 +101,13 @@ def test_majority_at_k_averages_over_problems_that_have_votes():
     ('x=1, x=2', r'x=(\d)', '2'),
     ('no match ', r'x=(\d)', 'no match'),
     ('', '(?s)(.*)', ''),
+    ('x=1, y=2', r'x=(\d)|y=(\d)', 'x=1, y=2'),
+    ('y=2, x=1', r'x=(\d)|y=(\d)', '1'),
+    ('x=1', r'\d', '1'),
   ],
 )
 def test_answer_is_the_last_match_without_space_around_it(text, pattern, expected):
-  assert answer(text, pattern) == expected
+  assert sources.last_match(text, pattern) == expected
 
 
 TOKENIZER = tokenizers.byte()

@@ -192,6 +192,10 @@ def test_other_types_give_the_same_loss():
       'method=dpo,task=countdown,model=tiny',
       ['needs pairs', 'addition, choices, chain_sum, and jsonl'],
     ),
+    (
+      'method=dno,iterations=0,task=addition,model=tiny',
+      ['method.iterations: expected a number at least 1'],
+    ),
     ('method=on_policy_distillation,task=addition,model=tiny,warm_start=0', ['teacher=FOLDER']),
     ('method=sft,task=chain_sum,model=hf', ['model=hf needs path=FOLDER']),
   ],

@@ -849,8 +849,10 @@ def confident_pairs(
     seed: seed of the draw of the other sample.
 
   Raises:
-    ValueError: nothing is left, or lists of different lengths.
+    ValueError: nothing is left, completions that are no texts, rewards that are no finite numbers, or
+      lists of different lengths.
   """
+  re.compile(answer)  # refuses what is no regular expression, whatever the records are
   paired = lambda fields: 'chosen' in fields and 'rejected' in fields
   if not source.irregular and paired(source[0]):
     return source  # all are pairs, where one row tells of the others
@@ -880,18 +882,30 @@ def confident_pairs(
 def _synthetic(fields, place, confidence, answer, seed):
   """`chosen` and `rejected` of a record with completions and rewards; {} if no pair is sure enough."""
   texts, scores = fields['completions'], fields.get('rewards')
-  said = fields.get('clusters') or [_last_match(text, answer) for text in texts]
-  if not isinstance(scores, list) or not len(texts) == len(scores) == len(said):
+  if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    raise ValueError(f'{place}: completions must be a list of texts, got {texts!r:.80}')
+  if not isinstance(scores, list) or not all(map(_finite, scores)):
+    raise ValueError(f'{place}: rewards must be a list of finite numbers, got {scores!r:.80}')
+  said = fields.get('clusters') or [last_match(text, answer) for text in texts]
+  if not isinstance(said, list) or not len(texts) == len(scores) == len(said):
     raise ValueError(f'{place}: completions, rewards and clusters must be lists of one length')
   draw = np.random.default_rng(seed).random()
   pair = synthetic_pairs.confident_pair(said, scores, draw, confidence=confidence)
   return {} if pair is None else {'chosen': texts[pair[0]], 'rejected': texts[pair[1]]}
 
 
-def _last_match(text, pattern):
-  """The first group of the pattern's last match, or the text if there is none; both stripped."""
-  matches = re.findall(pattern, text)
-  return (matches[-1] if matches and matches[-1] else text).strip()
+def _finite(value):
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
+def last_match(text: str, pattern: str) -> str:
+  """The first group of the pattern's last match, or the text if there is none; both stripped.
+
+  A pattern without groups is itself the group.
+  """
+  matches = list(re.finditer(pattern, text))
+  found = matches[-1][min(matches[-1].re.groups, 1)] if matches else ''
+  return (found or text).strip()
 
 
 def _user(record, field):

@@ -246,6 +246,28 @@ def test_lists_of_which_most_say_the_same_become_pairs_beside_the_given_ones():
     of([LISTS[0] | {'rewards': [1.0]}])
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'completions': 'abc'}, "completions must be a list of texts, got 'abc'"),
+    ({'completions': ['a', 'a', 3]}, 'completions must be a list of texts'),
+    ({'rewards': ['1', '2', '3']}, 'rewards must be a list of finite numbers'),
+    ({'rewards': [1.0, float('nan'), 2.0]}, 'rewards must be a list of finite numbers'),
+    ({'clusters': 3}, 'clusters must be lists of one length'),
+  ],
+)
+def test_lists_that_are_no_samples_with_scores_are_refused(changes, message):
+  source = sources.Source(1, [LISTS[0] | changes].__getitem__, irregular=True)
+  with pytest.raises(ValueError, match=f'row 0: .*{message}'):
+    sources.confident_pairs(source=source)
+
+
+def test_a_pattern_of_what_samples_say_must_be_a_regular_expression():
+  spec = part(sources.confident_pairs, source=part(sources.seeds), answer='(is').to_dict()
+  with pytest.raises(ValueError, match='source: not a regular expression: missing'):
+    bind(spec, sources.TABLE, 'source')
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A folder of a model of users with random parameters, its run, and a file of labelled pairs."""

@@ -3,7 +3,7 @@ from functools import partial
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
@@ -13,7 +13,7 @@ def comal(
   eta: float = 2e-3,
   tau: float = 2e-3 / 3,
   second: bool = False,
-  iterations: int = 24,
+  iterations: AtLeastOne = 24,
   reference_iterations: int = 12,
 ) -> Method:
   """COMAL (arXiv:2410.23223): INPO whose reference follows, towards the Nash equilibrium without a KL.

@@ -3,14 +3,14 @@ from functools import partial
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import implicit_rewards, listwise
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 
 
 def cream(
   *,
   beta: float = 0.1,
   average: bool = True,
-  iterations: int = 3,
+  iterations: AtLeastOne = 3,
   samples_per_prompt: int = 5,
   steps: int = 300,
 ) -> Method:

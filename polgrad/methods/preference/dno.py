@@ -3,11 +3,11 @@ from functools import partial
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
-def dno(*, steps: int, eta: float = 0.1, iterations: int = 3) -> Method:
+def dno(*, steps: int, eta: float = 0.1, iterations: AtLeastOne = 3) -> Method:
   """DNO (arXiv:2404.03715): logistic regression of log-ratios on differences of win rates.
 
       loss = mean over pairs of p softplus(-eta h) + (1 - p) softplus(eta h)

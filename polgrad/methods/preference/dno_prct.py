@@ -3,11 +3,13 @@ from functools import partial
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
-def dno_prct(*, steps: int, eta: float = 0.1, min_gap: float = 0.0, iterations: int = 3) -> Method:
+def dno_prct(
+  *, steps: int, eta: float = 0.1, min_gap: float = 0.0, iterations: AtLeastOne = 3
+) -> Method:
   """DNO-Prct (arXiv:2404.03715): DPO on the best and the worst of samples and a given answer.
 
       loss = mean over pairs of softplus(-eta h)

@@ -3,11 +3,13 @@ from functools import partial
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
-def inpo(*, steps: int, eta: float = 7.5e-3, tau: float = 2.5e-3, iterations: int = 3) -> Method:
+def inpo(
+  *, steps: int, eta: float = 7.5e-3, tau: float = 2.5e-3, iterations: AtLeastOne = 3
+) -> Method:
   """INPO (arXiv:2407.00617): mirror descent towards the Nash equilibrium, as a loss on pairs.
 
       loss = mean over pairs of (h - 1 / (2 eta))^2

@@ -4,7 +4,7 @@ from typing import Literal
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import implicit_rewards, preference_losses
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
@@ -14,7 +14,7 @@ def iterative_dpo(
   beta: float = 0.1,
   reference: Literal['fixed', 'current'] = 'fixed',
   length_penalty: float = 0.0,
-  iterations: int = 3,
+  iterations: AtLeastOne = 3,
 ) -> Method:
   """Iterative DPO (arXiv:2405.07863): DPO on the best and the worst of 8 samples, over a few iterations.
 

@@ -3,12 +3,12 @@ from functools import partial
 from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
 def rest_em(
-  *, steps: int, samples: int = 8, keep: int = 4, threshold: float = 1.0, iterations: int = 3
+  *, steps: int, samples: int = 8, keep: int = 4, threshold: float = 1.0, iterations: AtLeastOne = 3
 ) -> Method:
   """ReST-EM (arXiv:2312.06585): supervised learning on the samples that solve their prompt.
 

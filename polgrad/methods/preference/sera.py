@@ -9,7 +9,7 @@ from polgrad.losses import (
   preference_losses,
 )
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
@@ -19,7 +19,7 @@ def sera(
   fraction: float = 0.7,
   ensemble: float = 0.5,
   bootstrap: bool = False,
-  iterations: int = 3,
+  iterations: AtLeastOne = 3,
   samples_per_prompt: int = 4,
   steps: int = 300,
 ) -> Method:

@@ -14,10 +14,10 @@ def rlp_spg(*, confidence: float = 0.5, answer: str = '(?s)(.*)', draw_seed: int
       loss = mean over pairs of softplus(-(s_w - s_l))
 
   A reward model is trained on completions of an old policy, and then judges those of a new one. Records
-  with `chosen` and `rejected` are given pairs. Others have `completions`, samples of the new policy, and
-  their `rewards` by the reward model so far. If at least `confidence` of the samples of a prompt say the
-  same, the one of them with the highest reward is preferred to a random one that says something else;
-  other prompts are left out.
+  with `chosen` and `rejected` are given pairs; a file needs some. Others have `completions`, samples of
+  the new policy, and their `rewards` by the reward model so far. If at least `confidence` of the samples
+  of a prompt say the same, the one of them with the highest reward is preferred to a random one that
+  says something else; other prompts are left out.
 
   Args:
     confidence: gamma, the fraction of the samples that must say the same.
@@ -27,8 +27,8 @@ def rlp_spg(*, confidence: float = 0.5, answer: str = '(?s)(.*)', draw_seed: int
     draw_seed: of the draw of the other sample.
 
   Differences: the paper calls samples the same if each entails the other, as a language model says;
-  `clusters` has room for its answers. The reward model is trained from that of before with the model's
-  path; the policy is then trained again with a run of its own.
+  `clusters` has room for its answers. To refine a reward model, begin with its folder as the model's
+  path. Training the policy again is another run.
 
   Confidence: PAPER.
   """
