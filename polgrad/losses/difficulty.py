@@ -132,8 +132,8 @@ def max_at_k(rewards: Array, group_ids: Array, valid: Array, *, k: AtLeastOne = 
 
   where R_j is the j-th smallest reward. The expected gradient of sum_i (A_i / n) log pi(y_i) is exactly
   that of E[max of k rewards], so its mean over rows needs the factor n. Subtracting the maximum of the
-  other rows makes the variance small. No further baseline and no scale belongs to these advantages, and
-  they are never negative. k = 1 is `advantages.leave_one_out`.
+  other rows makes the variance small. No further baseline and no scale belongs to these advantages. For
+  k > 1 they are never negative; k = 1 is `advantages.leave_one_out`.
 
   Args:
     rewards: [B], any real numbers.

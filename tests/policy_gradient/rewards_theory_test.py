@@ -38,9 +38,20 @@ def of_rows(estimator, rewards, state=None, **arrays):
 
 # COPO.
 
-STEEP = credit.two_level(steepness=20.0, middle=0.5, consistent=True)
-GENTLE = credit.two_level()
-ENTROPY = jax.jit(strata.answer_entropy)
+TWO_LEVEL = {
+  'steep': credit.two_level(steepness=20.0, middle=0.5, consistent=True),
+  'rewarded': credit.two_level(),
+  'informative': credit.two_level(local='informative'),
+  'all': credit.two_level(local='all'),
+}
+
+
+@jax.jit
+def compared(rewards, answers, group_ids):
+  """The entropy of the answers, and the batch of each estimator; one program for all."""
+  batch = scored(rewards=rewards, answer_term=answers, group_ids=group_ids)
+  batches = {name: assign(estimator, batch, ())[0] for name, estimator in TWO_LEVEL.items()}
+  return strata.answer_entropy(answers, group_ids, batch.valid), batches
 
 
 @pytest.mark.parametrize(
@@ -59,30 +70,24 @@ def test_the_entropy_of_the_answers_of_a_group_weighs_two_comparisons(
   """Three groups: the first with these answers, one without rewards, and one that agrees."""
   answer = np.append(np.repeat(np.arange(len(sizes)), sizes), np.zeros(16)).astype(np.float32)
   groups = np.repeat(np.arange(3), 8)
-  got = ENTROPY(answer, groups, np.ones(24, bool))
+  got, batches = compared(np.repeat(np.float32([1, 0, 1]), 8), answer, groups)
   np.testing.assert_allclose(got[:8], entropy, atol=1e-5)
-  arrays = dict(group_ids=jnp.asarray(groups), answer_term=jnp.asarray(answer))
-  rewards = np.repeat([1.0, 0.0, 1.0], 8)
-  for estimator, expected in ((STEEP, steep), (GENTLE, gentle)):
-    batch, _ = of_rows(estimator, rewards, **arrays)
-    np.testing.assert_allclose(batch['local_weight'][:8], expected, atol=1e-5)
-    means = np.array([coefficient if estimator is STEEP else 1, 0, 1])
+  for name, weight, mean in (('steep', steep, coefficient), ('rewarded', gentle, 1)):
+    np.testing.assert_allclose(batches[name]['local_weight'][:8], weight, atol=1e-5)
+    means = np.array([mean, 0, 1])
     across = (means - means.mean()) / means.std(ddof=1)
-    np.testing.assert_allclose(batch['global_advantages'][::8, 0], across, atol=1e-4)
+    np.testing.assert_allclose(batches[name]['global_advantages'][::8, 0], across, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-  ('local', 'kept'),
-  [('all', [1] * 6), ('rewarded', [1, 1, 0, 0, 1, 1]), ('informative', [1] * 4 + [0] * 2)],
+  ('local', 'kept'), [('all', [1, 1, 1]), ('rewarded', [1, 0, 1]), ('informative', [1, 1, 0])]
 )
 def test_rows_that_do_not_compare_with_their_own_group(local, kept):
-  batch, _ = of_rows(
-    credit.two_level(local=local),
-    [1, 1, 0, 0, 1, 1],
-    group_ids=jnp.array([0, 0, 0, 0, 1, 1]),
-    answer_term=jnp.arange(6.0),
-  )
-  np.testing.assert_array_equal(batch['local_weight'] > 0, np.array(kept, bool))
+  """A group of right and wrong rows, and one of right ones."""
+  rewards, groups = np.repeat(np.float32([1, 0, 1]), 8), np.repeat([0, 0, 1], 8)
+  _, batches = compared(rewards, np.arange(24, dtype=np.float32), groups)
+  weight = batches[local]['local_weight']
+  np.testing.assert_array_equal(weight > 0, np.repeat(np.array(kept, bool), 8))
 
 
 # DRPO.
@@ -185,11 +190,13 @@ def test_the_success_rate_is_of_valid_rows_and_comes_beside_the_advantages():
 
 # HiPO.
 
+MODES = credit.modes()
+
 
 def test_the_choice_of_a_mode_is_credited_apart_from_the_answer():
   rewards = np.array([1, 1, 0, 1, 1, 0, 1, 1]) + 0.2
   mode = jnp.array([1.0] * 4 + [0.0] * 4)
-  batch, _ = of_rows(credit.modes(), rewards, length=3, mode_term=mode)
+  batch, _ = of_rows(MODES, rewards, length=3, mode_term=mode)
   choice = [0.17321, 0.17321, -0.51962, 0.17321, 0.19514, -0.49768, 0.19514, 0.19514]
   np.testing.assert_allclose(batch.advantages[:, 0], choice, atol=1e-4)
   answer = np.where(rewards > 1, 0.57735, -1.73205)
@@ -197,10 +204,10 @@ def test_the_choice_of_a_mode_is_credited_apart_from_the_answer():
 
 
 def test_with_one_mode_the_answer_has_the_normalised_reward_and_the_choice_a_part_of_it():
-  rewards = [1.0, 0.0, 0.0, 0.5]
-  batch, _ = of_rows(credit.modes(own=0.4), rewards, length=2, mode_term=jnp.ones(4))
-  plain = normalized(jnp.array(rewards), jnp.zeros(4, int), jnp.ones(4, bool))
-  np.testing.assert_allclose(batch.advantages, np.stack([0.4 * plain, plain], 1), rtol=1e-4)
+  rewards = np.array([1.0, 0.0, 0.0, 0.5, 0.2, 0.9, 0.4, 0.1])
+  batch, _ = of_rows(MODES, rewards, length=3, mode_term=jnp.ones(8))
+  plain = (rewards - rewards.mean()) / rewards.std()
+  np.testing.assert_allclose(batch.advantages, np.stack([0.3 * plain, plain, plain], 1), rtol=1e-4)
 
 
 # GFPO.

@@ -26,7 +26,7 @@ def noisy_appeals(
 
   Args:
     false_positive: share of wrong answers that the verifier accepts; it must be known.
-    checked: share of the rejected rows that are appealed; the others say 0.
+    checked: share of the rejected rows that are appealed; the term of the others is 0.
     decay: of the counts, per batch.
 
   Confidence: PAPER (estimator), DERIVED (counts).

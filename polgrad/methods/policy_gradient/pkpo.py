@@ -12,8 +12,8 @@ def pkpo(*, k: int = 2) -> Method:
 
   n is the number of answers of the group, and S are all its subsets of k answers that contain answer i.
   The expected gradient is that of the mean over prompts of E[max of k rewards], so neither a baseline
-  nor a scale belongs to it. Advantages are never negative: an answer is credited for what the others do
-  not reach.
+  nor a scale belongs to it. For k > 1 advantages are never negative: an answer is credited for what
+  the others do not reach.
 
   Args:
     k: number of answers of which the best counts, at most as many as a group has; 1 is RLOO. The
