@@ -167,9 +167,13 @@ def main(argv: list[str]) -> None:
     prompts, good = [], []
     for row in range(len(source)):
       record = {**source[row], 'id': row}
-      [read] = batching.read(record, experiment.tokenizer, ('completion',))
+      try:
+        [read] = batching.read(record, experiment.tokenizer, ('completion',))
+        good.append(batching.label(record) > 0.5)
+      except ValueError as error:
+        said = str(error).removeprefix(f'record {row}: ')
+        raise ValueError(f'{source.place(row)}: {said}') from error
       prompts.append(read.ids[: read.prompt])
-      good.append(batching.label(record) > 0.5)
     good = np.array(good)
     features = embed(experiment, params, prompts)
     logits = fit(features, good, ridge=_RIDGE.value)(features)

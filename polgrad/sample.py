@@ -69,7 +69,7 @@ _REVISE = flags.DEFINE_integer(
   'revise', 0, 'Ask that number of times for a better answer, as `srpo` trains it.', lower_bound=0
 )
 _REQUEST = flags.DEFINE_string(
-  'request', '', 'What asks for a better answer; default: what `srpo` trains with.'
+  'request', '', 'What asks for a better answer: the `request` of the run of `srpo`, if it had one.'
 )
 _TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 512, 'Maximum length of a completion.', lower_bound=1

@@ -86,6 +86,13 @@ def test_the_file_has_a_ratio_for_each_record_and_bco_reads_it(tmp_path, capsys,
   ratios = np.exp(prompt_weights.fit(features, good)(features))
   np.testing.assert_allclose([r['density_ratio'] for r in found], ratios, rtol=1e-4)
 
+  # A record that cannot be read is named by its line; the file has empty lines between records.
+  bad = write(tmp_path / 'bad.jsonl', [*rows, {'prompt': 'c', 'completion': 'yes'}])
+  flags_of = dict(model=folder, feedback=bad, out=out, compilation_cache='')
+  with flagsaver.flagsaver(**flags_of), pytest.raises(SystemExit):
+    prompt_weights.main(['prompt_weights'])
+  assert "bad.jsonl:11: no 'label'" in capsys.readouterr().err
+
   reader = methods.bco(density_ratio=True).collect(length=64)
   assert isinstance(reader, collect.Feedback)
   batch = reader.lay_out([{**source[0], 'id': 0}], tokenizer=experiment.tokenizer)
