@@ -15,6 +15,8 @@ are the better clock. The target is 1.15.
 * slow replies: random turns whose replies take 0.2 s, many at a time; the ratio is to replies that take
   no time. Seconds beyond 1x are those in which no other row could be decoded; CPU seconds beyond 1x are
   draws in which some rows wait
+* overlap: the same replies, over such that are taken only when all rows wait; below 1x is what is won by
+  decoding some rows while others wait
 """
 
 import argparse
@@ -42,11 +44,16 @@ LONGEST = 440  # columns behind the prompt in rollouts of random turns
 STOP = 1
 
 
-class Instant:
-  """Replies of random tokens to every turn but the last one, after some seconds."""
+class Timed:
+  """Replies of random tokens to every turn but the last one, after some seconds.
 
-  def __init__(self, seconds: float = 0.0):
-    self._seconds, self._turns = seconds, {}
+  Args:
+    seconds: how long each takes.
+    together: give none before all rows wait.
+  """
+
+  def __init__(self, seconds: float = 0.0, together: bool = False):
+    self._seconds, self._together, self._turns = seconds, together, {}
     self._open: list[tuple[float, int]] = []
     self._random = np.random.default_rng(0)
 
@@ -55,8 +62,11 @@ class Instant:
     self._open.append((time.perf_counter() + self._seconds, row))
 
   def take(self, wait: bool) -> list:
+    if self._together and not wait:
+      return []
     if wait:
-      time.sleep(max(0.0, self._open[0][0] - time.perf_counter()))
+      last = -1 if self._together else 0
+      time.sleep(max(0.0, self._open[last][0] - time.perf_counter()))
     now = time.perf_counter()
     there = [row for at, row in self._open if at <= now]
     self._open = [(at, row) for at, row in self._open if at > now]
@@ -90,9 +100,10 @@ def one_turn(**settings) -> Callable[[int], Batch]:
   return lambda step: sample(PARAMS, *prompts(), seed=0, step=step)
 
 
-def four_turns(seconds: float = 0.0, **settings) -> Callable[[int], Batch]:
+def four_turns(seconds: float = 0.0, together: bool = False, **settings) -> Callable[[int], Batch]:
   sample = make_turn_sampler({'policy': POLICY}, samples_per_prompt=GROUP, **settings)
-  return lambda step: sample(PARAMS, *prompts(), seed=0, step=step, replies=Instant(seconds))
+  replies = lambda: Timed(seconds, together)
+  return lambda step: sample(PARAMS, *prompts(), seed=0, step=step, replies=replies())
 
 
 def compared(one: Callable, four: Callable, repeats: int) -> str:
@@ -132,6 +143,7 @@ def main() -> None:
     'random turns': lambda: (single(), random()),
     'slots': lambda: (single(**some), random(**some)),
     'slow replies': lambda: (random(), random(seconds=0.2)),
+    'overlap': lambda: (random(seconds=0.2, together=True), random(seconds=0.2)),
   }
   for name, make in lines.items():
     if name.startswith(options.only):
