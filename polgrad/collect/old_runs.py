@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from polgrad import row_files
+from polgrad.collect import replay
 from polgrad.types import Batch
 
 
@@ -85,12 +86,8 @@ def mixed(
     rows_per_prompt: consecutive rows of a group.
     random: decides which groups are replaced, and by which.
   """
-  groups, there = (len(x.group_ids) // rows_per_prompt for x in (batch, old))
-  places = random.choice(groups, size=round(fraction * groups), replace=False)
-  taken = random.choice(there, size=len(places), replace=len(places) > there)
-  source = np.arange(groups)
-  source[places] = groups + taken
-  rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)).reshape(-1)
   old = old.replace(sampled_at=np.full(len(old.tokens), -1, np.int32))
-  joined = jax.tree.map(lambda x, y: np.concatenate([x, y])[rows], batch, old)
-  return joined.replace(group_ids=batch.group_ids)
+  joined = jax.tree.map(lambda x, y: np.concatenate([x, y]), batch, old)
+  groups, all_groups = (len(x.group_ids) // rows_per_prompt for x in (batch, joined))
+  choice = replay.Choice(fraction)
+  return replay.replaced(joined, groups, np.zeros(all_groups), choice, rows_per_prompt, random)

@@ -151,7 +151,7 @@ def recalled(
   # Which of the candidate groups each place gets.
   groups = len(candidates.group_ids) // len(indices) // rows_per_prompt
   ages = np.repeat(np.arange(len(indices)), groups).astype(float)
-  return _replaced(candidates, groups, ages, choice, rows_per_prompt, random)
+  return replaced(candidates, groups, ages, choice, rows_per_prompt, random)
 
 
 def recalled_best(
@@ -165,10 +165,10 @@ def recalled_best(
   groups = len(batch.group_ids) // size
   now = batch.sampled_at[0]
   ages = np.append(np.zeros(groups), (now - memory.rows.sampled_at[rows[::size]]).astype(float))
-  return _replaced(candidates, groups, ages, choice, size, random)
+  return replaced(candidates, groups, ages, choice, size, random)
 
 
-def _replaced(
+def replaced(
   candidates: Batch,
   groups: int,
   ages: Array,
@@ -176,7 +176,18 @@ def _replaced(
   size: int,
   random: np.random.Generator,
 ) -> Batch:
-  """The first `groups` groups of the candidates, some of them replaced by the others."""
+  """The first `groups` groups of the candidates, some of them replaced by the others.
+
+  `group_ids` remain those of the first groups.
+
+  Args:
+    candidates: NumPy, groups of `size` consecutive rows.
+    groups: number of groups of the result.
+    ages: f[n] of all candidate groups, in collected batches.
+    choice: which groups are replaced, and by which.
+    size: rows of a group.
+    random: decides where the choice leaves it open.
+  """
   source = np.arange(groups)
   if len(ages) > groups:
     places = _places(choice, jax.tree.map(lambda x: x[: groups * size], candidates), size, random)
