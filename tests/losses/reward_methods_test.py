@@ -101,11 +101,12 @@ def test_two_sided_difficulty_at_a_proficiency_of_three_tenths(right, high, damp
   """One group of eight of interest, and others that make 24 of 80 rows right."""
   others = np.concatenate([binary(8)] * 2 + [binary(0)] * 6 + [binary(8 - right)])
   assert len(others) == 72
-  rewards = np.concatenate([binary(right), others])
-  groups, valid = np.repeat(np.arange(10), 8), np.ones(80, bool)
+  # One row more, which is not valid, for the shape of the groups of a bandit below.
+  rewards = np.concatenate([binary(right), others, [1.0]])
+  groups, valid = np.arange(81) // 8, np.arange(81) < 80
   got = difficulty.two_sided(rewards, groups, valid, eps=0.0)[:8]
   np.testing.assert_allclose(np.asarray(got)[[0, 7]], [high, low], atol=1e-5)
-  factor = multipliers.damped_positive(rewards, jnp.repeat(got[:1, None], 80, 0), valid)
+  factor = multipliers.damped_positive(rewards, jnp.repeat(got[:1, None], 81, 0), valid)
   np.testing.assert_allclose(got[0] * factor[0, 0], damped, atol=1e-5)
 
 
