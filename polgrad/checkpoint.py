@@ -135,12 +135,16 @@ def restore(checkpoints: 'ocp.CheckpointManager', step: int, name: str, like: An
   with _named(checkpoints, step, name):
     metadata = checkpoints.item_metadata(step)[name].tree
   _check_fit(checkpoints, step, name, metadata, like)
-  args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+  # The stored tree says where empty nodes are: those of an earlier version may be others.
+  wanted = _by_path(like)
+  shape_of = lambda path, x: ocp.utils.to_shape_dtype_struct(wanted[path_name(path)])
+  args = ocp.args.StandardRestore(jax.tree_util.tree_map_with_path(shape_of, metadata))
   with _named(checkpoints, step, name):
-    tree = checkpoints.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+    found = _by_path(checkpoints.restore(step, args=ocp.args.Composite(**{name: args}))[name])
+  tree = jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in wanted])
   if _same_dtypes(metadata, like):
-    found = digests(tree)
-    changed = [path for path in found if found[path] != stored.get(path)]
+    now = digests(tree)
+    changed = [path for path in now if now[path] != stored.get(path)]
     if changed:
       raise _damaged(checkpoints, step, f'{name}: bits of {changed[:3]} have changed')
   return tree
@@ -243,14 +247,17 @@ def _check_fit(
     raise ValueError(f'{where}: shapes differ: {"; ".join(wrong[:5])}')
 
 
+def _by_path(tree: Any) -> dict[str, Any]:
+  """The leaves by their paths, for example 'layers/gate', in the order of the tree."""
+  return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """The shape of every array by its path, for example 'layers/gate'."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_name(path): tuple(x.shape) for path, x in leaves}
+  """The shape of every array by its path."""
+  return {path: tuple(x.shape) for path, x in _by_path(tree).items()}
 
 
 def _same_dtypes(metadata: Any, like: Any) -> bool:
   """Whether arrays are read in the dtypes in which they were stored, so bits can be compared."""
-  leaves = jax.tree_util.tree_leaves_with_path
-  dtypes = lambda tree: {path_name(path): np.dtype(x.dtype) for path, x in leaves(tree)}
+  dtypes = lambda tree: {path: np.dtype(x.dtype) for path, x in _by_path(tree).items()}
   return dtypes(metadata) == dtypes(like)

@@ -58,3 +58,17 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
   with pytest.raises(FileNotFoundError, match=r'no best checkpoint in here: .*keep_best'):
     checkpoint.numbered(checkpoints, 'here', BEST)
   checkpoints.close()
+
+
+def test_a_checkpoint_of_a_version_whose_state_had_fewer_empty_fields_is_read(tmp_path):
+  checkpoints = checkpoint.manager(str(tmp_path))
+  stored = {'n': jnp.arange(3.0), 'old': (), 'memory': (jnp.ones(1),)}
+  checkpoint.save(checkpoints, 1, {'params': {'w': jnp.ones(2)}, 'rest': stored}, {})
+  checkpoints.wait_until_finished()
+  like = {'n': jnp.zeros(3), 'memory': (jnp.zeros(1),), 'new': {}, 'newer': ()}
+  found = checkpoint.restore(checkpoints, 1, 'rest', like)
+  assert found['n'].tolist() == [0, 1, 2] and found['memory'][0] == 1
+  assert (found['new'], found['newer']) == ({}, ())
+  with pytest.raises(ValueError, match=r"rest of checkpoint 1 .*: it lacks \['new/a'\]"):
+    checkpoint.restore(checkpoints, 1, 'rest', like | {'new': {'a': jnp.zeros(1)}})
+  checkpoints.close()
