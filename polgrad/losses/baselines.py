@@ -25,6 +25,7 @@ from polgrad.losses.groups import (
   maximum,
   members,
   minimum,
+  normalized,
   rank,
   total,
   variance,
@@ -140,8 +141,7 @@ def token_normalized(
   centered = center(rewards, group, lengths)
   spread = divide(total(lengths * jnp.square(centered), group), total(lengths, group))
   advantages = centered / (jnp.sqrt(spread) + eps)
-  of_rows = center(rewards, group)
-  of_rows = of_rows / (jnp.sqrt(variance(of_rows, group, 1)) + eps)
+  of_rows = normalized(rewards, group, 1, eps)
   return jnp.where(maximum(jnp.abs(advantages), group) < limit, advantages, of_rows)
 
 
@@ -242,10 +242,7 @@ def balanced_group_mean(
   kept = valid & (above | (drawn < total(above.astype(jnp.int32), group)))
   # Mean and standard deviation are those of the rows kept.
   group = members(group_ids, kept)
-  centered = center(rewards, group)
-  if not standardized:
-    return centered
-  return divide(centered, jnp.sqrt(variance(centered, group, ddof=0)) + eps)
+  return normalized(rewards, group, 0, eps) if standardized else center(rewards, group)
 
 
 def exponential_group_mean(
