@@ -264,10 +264,13 @@ def critique(
     text = _text(reply)
     try:
       said = json.loads(text[text.index('{') : text.rindex('}') + 1])
-      quotes = [(str(q), s) for key, s in (('good', good), ('bad', bad)) for q in said[key]]
+      lists = (said['good'], good), (said['bad'], bad)
+      if not all(isinstance(quotes, list) for quotes, _ in lists):  # a text would be its letters
+        return _no_verdict(text)
     except (ValueError, KeyError, TypeError, RecursionError):
       return _no_verdict(text)
-    return spans.least([part for quote, s in quotes for part in spans.places(completion, quote, s)])
+    places = lambda quote, score: spans.places(completion, str(quote), score)
+    return spans.least([part for quotes, s in lists for q in quotes for part in places(q, s)])
 
   return [
     x if isinstance(x, Failure) else _read(lambda reply, c=c: parts(c, reply), x)

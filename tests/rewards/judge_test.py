@@ -93,7 +93,8 @@ def test_quotes_of_a_critique_are_parts_of_the_completion(serve):
     'a b a c': said('Here: {"good": ["a", "b a c", "zzz"], "bad": [" c ", ""]}'),
     'no json': said('all is well'),
     'no bad': said('{"good": []}'),
-    'text': said('{"good": [], "bad": 3}'),
+    'number': said('{"good": [], "bad": 3}'),
+    'text': said('{"good": "a text", "bad": []}'),
   }
   answer = lambda body, number: next(
     reply
@@ -103,9 +104,9 @@ def test_quotes_of_a_critique_are_parts_of_the_completion(serve):
   with serve(answer) as (url, seen):
     found = criticised(url, replies)
   assert found[0] == [(0, 1, 1.0), (2, 6, 1.0), (6, 7, -1.0)]
-  assert [x.kind for x in found[1:]] == ['NoVerdict'] * 3
+  assert [x.kind for x in found[1:]] == ['NoVerdict'] * 4
   assert (
-    len(seen) == 4 and '{"good": ["..."], "bad": ["..."]}' in seen[0][2]['messages'][0]['content']
+    len(seen) == 5 and '{"good": ["..."], "bad": ["..."]}' in seen[0][2]['messages'][0]['content']
   )
 
 
