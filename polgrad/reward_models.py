@@ -164,7 +164,7 @@ def user_reward_model(
     users.check(user)
 
   def judge(completions: list[str], records: list[dict]) -> list[float | Failure]:
-    names = [user or str(record.get(field, '')) for record in records]
+    names = [user or sources.user_of(record, field) or '' for record in records]
     found = users.rewards(names, records, completions)
     normalised = [x if isinstance(x, Failure) else (x - mean) / std for x in found]
     if not clip:
@@ -188,9 +188,12 @@ class _Users:
   latents: dict[str, Array] = dataclasses.field(default_factory=dict)
 
   def check(self, user: str) -> None:
-    """Refuses a user without pairs, unless it is one of the prior."""
-    if user not in self.pairs and not self.prior:
-      raise ValueError(f'the user {user!r} has no labelled pair{suggest(user, self.pairs)}')
+    """Refuses a user without pairs, or '' for none, unless it is one of the prior."""
+    if user in self.pairs or self.prior:
+      return
+    if not user:
+      raise ValueError('the record names no user')
+    raise ValueError(f'the user {user!r} has no labelled pair{suggest(user, self.pairs)}')
 
   def rewards(
     self, names: list[str], records: list[dict], completions: list[str]

@@ -812,12 +812,12 @@ def with_context(
     found = {}
     for which, one in enumerate(both):
       for row in range(len(one)):
-        found.setdefault(_user(one[row], field), []).append((which, row))
+        found.setdefault(user_of(one[row], field), []).append((which, row))
     return found
 
   def record(row):
     fields = source[row]
-    user = _user(fields, field)
+    user = user_of(fields, field)
     if user is None:
       return fields
     others = [place for place in places()[user] if place != (0, row)]
@@ -908,7 +908,7 @@ def last_match(text: str, pattern: str) -> str:
   return (found or text).strip()
 
 
-def _user(record, field):
+def user_of(record: Mapping, field: str) -> str | None:
   """The user of a record as text; None if it names none."""
   found = record.get(field)
   return None if found is None or found == '' else str(found)

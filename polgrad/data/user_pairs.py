@@ -6,6 +6,7 @@ import numpy as np
 
 from polgrad.data import batching
 from polgrad.data.batching import Unusable
+from polgrad.data.sources import user_of
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.types import Batch
 
@@ -56,8 +57,8 @@ def with_context(
 
 
 def _context(record: Mapping, user: str) -> list[dict]:
-  name = record.get(user)
-  if name is None or name == '':
+  name = user_of(record, user)
+  if name is None:
     raise Unusable(f'record {record["id"]}: no {user!r}, only {sorted(record)}')
   others = record.get('context')
   if not others:

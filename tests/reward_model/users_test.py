@@ -304,6 +304,8 @@ def test_a_verifier_gives_the_rewards_of_a_user_and_fails_for_an_unknown_one(fol
   a, b, unknown = judge(['good 1'] * 3, asked)
   assert a != b and isinstance(unknown, Failure)
   assert "the user 'c' has no labelled pair" in unknown.reason and "['a', 'b']" in unknown.reason
+  [nobody] = judge(['good 1'], [dict(prompt='How?', user=None)])
+  assert nobody.reason == 'the record names no user'
   [of_b] = verifier(out, pairs=data, user='b', batch=4, mean=b, std=2.0)(['good 1'], asked[:1])
   assert of_b == 0
   [mean] = verifier(out, unknown='prior', batch=4)(['good 1'], asked[2:])
