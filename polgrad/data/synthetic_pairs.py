@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def confident_pair(
-  clusters: Sequence[int], scores: Sequence[float], draw: float, *, confidence: float = 0.5
+  clusters: Sequence[int | str], scores: Sequence[float], draw: float, *, confidence: float = 0.5
 ) -> tuple[int, int] | None:
   """A synthetic preference among the samples of a prompt, or None: RLP-SPG (arXiv:2403.19279).
 
@@ -15,7 +15,7 @@ def confident_pair(
   member with the best score is preferred to a random sample of the other clusters.
 
   Args:
-    clusters: number of the cluster of each sample. Of equally large clusters the first is taken.
+    clusters: number or name of the cluster of each sample. Of equally large clusters the first is taken.
     scores: of the samples, by a reward model.
     draw: uniform random number in [0, 1), which chooses the other sample.
     confidence: gamma in the paper.

@@ -1,6 +1,7 @@
 """Further layers whose parameters are trained, stored and placed with those of a model.
 
-What the layers compute is no business of the model; see `objectives.heads`, which calls these functions.
+This module knows nothing of what the layers compute; `objectives.heads` makes and reads them.
+
 Their parameters are the entry `head` of the tree, a nested dict of arrays `weight` [inputs, outputs] and
 `bias` [outputs]. Beside the weights of a Hugging Face folder they are the files `FILE`, a safetensors
 file whose tensors have names such as `encoder/pair/0/weight`, and `SETTINGS`, which says what they are.

@@ -167,7 +167,7 @@ class SharedViews(Head):
 
 
 def _normal(uniform: Array, size: int) -> Array:
-  """Standard normal numbers [..., size], a function of one random number [...] for each of the vectors.
+  """Standard normal vectors [..., size], each seeded by one uniform number [...] of its row.
 
   So the noise of a row does not depend on how the batch was cut.
   """
