@@ -29,7 +29,8 @@ def odds(error: Array, *, scale: Positive = 0.5) -> Array:
   x = scale * error
   near = jnp.abs(x) < 1e-3  # where exp(x) - 1 has no digits left
   safe = jnp.where(near, 1.0, x)
-  return jnp.where(near, 1 - x / 2 + jnp.square(x) / 12, safe / jnp.expm1(safe))
+  far = -safe * jnp.exp(-safe) / jnp.expm1(-safe)  # exp(x) would overflow, and its gradient be NaN
+  return jnp.where(near, 1 - x / 2 + jnp.square(x) / 12, far)
 
 
 def mapo(

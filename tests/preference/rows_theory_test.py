@@ -207,6 +207,7 @@ def test_mapo_is_the_transcription_and_prefers_small_errors():
   up, down = slopes(jnp.asarray(chosen), jnp.asarray(rejected))
   assert (up >= 1).all() and (down <= 0).all() and np.isfinite(up).all() and np.isfinite(down).all()
   np.testing.assert_allclose(jax.grad(denoising.odds)(0.0), -0.25, rtol=1e-6)
+  assert jax.grad(denoising.odds)(2000.0) == 0  # exp(1000) is no number of 64 bits
   x = jnp.array([9.99e-4, 1.001e-3]) * 2  # both sides of where the series ends
   np.testing.assert_allclose(denoising.odds(x), x / 2 / np.expm1(x / 2), rtol=1e-12)
 
