@@ -95,7 +95,7 @@ def _kl(logits, other):
 
 
 IN_CREDIT, IN_LOSS = 'credit.kl_coefficient', 'objective.penalties.kl.weight'
-BONUS = 'objective.penalties.entropy.weight'
+BONUS = 'objective.penalties.bonus.weight'
 # method -> what it states, and where its phase has the number; E[R] for all others
 STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('rloo', 'demo_regularized', 'reinforce_plus_plus'), (minus_kl, IN_CREDIT)),
@@ -123,7 +123,7 @@ STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('ppo', 'entropy_bonus', 'impala'), (plus_entropy, BONUS)),
   'epo': (plus_entropy, 'objective.penalties.bonus.weight'),
   **dict.fromkeys(
-    ('hpt', 'luffy'), (plus_entropy, 'objective.streams.sampled.penalties.entropy.weight')
+    ('hpt', 'luffy'), (plus_entropy, 'objective.streams.sampled.penalties.bonus.weight')
   ),
   'correlated_proxies': (minus_root_chi_square, 'credit.costs.chi.weight'),
   'f_dpg': (minus_jensen_shannon, 'credit.beta'),

@@ -95,11 +95,11 @@ def test_schedules_and_controllers_are_parts_of_a_configuration():
     aggregation=part(aggregation.token_sum, rows=2),
     penalties={
       'kl': weighted(1.0, part(penalties.k2)),
-      'entropy': weighted(1.0, part(penalties.negative_entropy)),
+      'bonus': weighted(1.0, part(penalties.negative_entropy)),
     },
     schedules={
       'kl': part(metric_history.kl_coefficient),
-      'entropy': part(metric_history.entropy_coefficient),
+      'bonus': part(metric_history.entropy_coefficient),
     },
     history={
       'kl_coefficient': part(metric_history.adaptive_kl, initial=0.5),
@@ -108,7 +108,7 @@ def test_schedules_and_controllers_are_parts_of_a_configuration():
   )
   terms, _ = terms_of(bind(spec, objectives.TABLE))
   np.testing.assert_allclose(terms['kl'].value(), 0.5 * 4 * 0.125)
-  np.testing.assert_allclose(terms['entropy'].value(), -0.1 * 4 * 0.4, rtol=1e-6)
+  np.testing.assert_allclose(terms['bonus'].value(), -0.1 * 4 * 0.4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(('rejected', 'count'), [('weights', 4), ('only', 3)])

@@ -302,13 +302,17 @@ class TestWeightedSum:
     np.testing.assert_allclose(value_and_grad(both, x, batch)[0], wanted, rtol=1e-6)
 
 
-def test_a_penalty_cannot_hide_the_surrogate():
-  with pytest.raises(ValueError, match='policy'):
-    objectives.PolicyGradient(
-      surrogate=surrogates.reinforce,
-      aggregation=aggregation.token_mean,
-      penalties={'policy': Weighted(1.0, penalties.k2)},
-    )
+def test_a_penalty_cannot_hide_the_surrogate_or_a_metric():
+  x, batch = examples.leaves(), examples.batch()
+  _, metrics = OBJECTIVES['reinforce'].apply(examples.outputs(x, {}), batch, (), step=0)
+  assert {'entropy', 'sampler_kl', 'kept_positive'} <= metrics.keys()
+  for name in ('policy', *metrics):
+    with pytest.raises(ValueError, match=f"a penalty cannot be called '{name}'"):
+      objectives.PolicyGradient(
+        surrogate=surrogates.reinforce,
+        aggregation=aggregation.token_mean,
+        penalties={name: Weighted(1.0, penalties.k2)},
+      )
 
 
 def test_sampler_gap_is_reported():

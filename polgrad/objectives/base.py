@@ -278,6 +278,11 @@ def check_distinct(**slots: Iterable[str]) -> None:
       owners[name] = slot
 
 
+# Names of `off_policy_metrics`, which no term of a loss may have.
+OFF_POLICY = ('entropy', 'sampler_kl', 'sampler_max_gap', 'effective_sample_size')
+OFF_POLICY += ('ratio_q01', 'ratio_q50', 'ratio_q99')
+
+
 def off_policy_metrics(x: Mapping[str, Array]) -> Metrics:
   """The distance of the policy from the one that sampled, independent of the loss.
 

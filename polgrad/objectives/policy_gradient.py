@@ -20,6 +20,7 @@ from polgrad.losses import divergences, logit_stats, penalties, ratios, surrogat
 from polgrad.losses import selections as batch_selections
 from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
+  OFF_POLICY,
   WHOLE,
   Comparing,
   Metrics,
@@ -43,6 +44,8 @@ StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
 FactorPart = Annotated[Callable, either(optim.SCHEDULES, metric_history.FACTORS)]
 FROM_RATIO = frozenset({'log_ratio', 'proximal_logp'})  # made by the slots `ratio` and `proximal`
 PROBE = 'probe/'  # prefix of the terms of probes
+# Fractions of tokens with a gradient, by the sign of the advantage.
+KEPT = ('kept_positive', 'kept_negative')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,10 @@ class PolicyGradient(Comparing):
     check_weighted('penalties', self.penalties)
     check_names('schedules', self.schedules, self.penalties)
     check_names('only', {self.only} - {''}, self.selections)
-    if 'policy' in self.penalties:
-      raise ValueError("a penalty cannot be called 'policy': that is the term of the surrogate")
+    for name in ('policy', *KEPT, *OFF_POLICY):
+      if name in self.penalties:
+        what = 'the term of the surrogate' if name == 'policy' else 'a metric of every update'
+        raise ValueError(f'a penalty cannot be called {name!r}: that is {what}; call it otherwise')
     of_vocabulary = self.of_vocabulary
     # `dataclasses.replace` passes statistics and probes to which the lines below were applied before.
     own_stats = {k: f for k, f in self.stats.items() if of_vocabulary.get(k) is not f}
@@ -243,10 +248,8 @@ class PolicyGradient(Comparing):
   def kept_metrics(self, x: Mapping[str, Array], where: Array) -> Metrics:
     """The fraction of tokens whose surrogate has a gradient, by the sign of the advantage."""
     kept = self.kept(x).astype(jnp.float32)
-    return {
-      'kept_positive': token_mean(kept, where & (x['advantages'] > 0)),
-      'kept_negative': token_mean(kept, where & (x['advantages'] < 0)),
-    }
+    signs = (x['advantages'] > 0, x['advantages'] < 0)
+    return {name: token_mean(kept, where & sign) for name, sign in zip(KEPT, signs)}
 
   def kept(self, x: Mapping[str, Array]) -> Array:
     """bool[B, T]: tokens whose surrogate, times all weights, has a gradient; `x` is from `arrays`."""

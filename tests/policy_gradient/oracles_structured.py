@@ -58,7 +58,7 @@ def hpt(x):
   demonstration, sampled = of_stream(x, 0), of_stream(x, 1)
   return {
     'logp': token_mean(1.0, demonstration) + 8 * constant_length(x['advantages'], sampled, 5),
-    'entropy': 8 * constant_length(0.001, sampled, 5),
+    'bonus': 8 * constant_length(0.001, sampled, 5),
   }
 
 

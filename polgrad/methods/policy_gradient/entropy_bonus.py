@@ -25,7 +25,7 @@ def entropy_bonus(*, eps: float = 0.2, entropy_coefficient: float = 0.001) -> Me
       objectives.PolicyGradient,
       surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
       aggregation=part(aggregation.token_mean),
-      penalties={'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy))},
+      penalties={'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy))},
     ),
     minibatches=2,
   )

@@ -49,7 +49,7 @@ def hpt(
     objectives.PolicyGradient,
     surrogate=part(surrogates.reinforce),
     aggregation=part(aggregation.constant_length, length=max_new_tokens),
-    penalties={'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy))},
+    penalties={'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   )
   outcome = part(credit.outcome, advantage=part(advantages.group_mean))
   streams = {'demonstration': weighted(1.0, imitate), 'sampled': weighted(reinforcement, reinforce)}

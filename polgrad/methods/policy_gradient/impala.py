@@ -46,7 +46,7 @@ def impala(
       aggregation=part(aggregation.token_mean),
       penalties={
         'value': weighted(value_coefficient, part(penalties.value_error)),
-        'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy)),
+        'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy)),
       },
     ),
   )

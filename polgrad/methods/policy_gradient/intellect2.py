@@ -41,7 +41,7 @@ def intellect2(
       aggregation=part(aggregation.token_mean),
       penalties={
         'kl': weighted(kl_coefficient, part(penalties.k3)),
-        'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy)),
+        'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy)),
       },
     ),
     anchors={'reference': part(optim.fixed)},

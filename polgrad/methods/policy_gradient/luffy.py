@@ -34,7 +34,7 @@ def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float
   """
   shared = {
     'aggregation': part(aggregation.constant_length, length=max_new_tokens),
-    'penalties': {'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy))},
+    'penalties': {'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   }
   shaped = part(surrogates.probability_shaped, gamma=gamma)
   demonstration = part(objectives.PolicyGradient, surrogate=shaped, **shared)

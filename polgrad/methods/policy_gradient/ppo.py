@@ -40,7 +40,7 @@ def ppo(
       aggregation=part(aggregation.token_mean),
       penalties={
         'value': weighted(value_coefficient, part(penalties.clipped_value_error, eps=eps)),
-        'entropy': weighted(entropy_coefficient, part(penalties.negative_entropy)),
+        'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy)),
       },
     ),
     epochs=2,
