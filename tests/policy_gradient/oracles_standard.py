@@ -78,7 +78,7 @@ def ppo_with_values(x):
   return {
     'logp': token_mean(clipped(x), x['mask']),
     'values': clipped_value_error(x, 0.5),
-    'bonus': entropy(x, 0.001),
+    'entropy': entropy(x, 0.001),
   }
 
 
@@ -188,7 +188,7 @@ def impala(x):
   return {
     'logp': reinforce_of_tokens(x),
     'values': value_error(x, 0.5),
-    'bonus': entropy(x, 0.001),
+    'entropy': entropy(x, 0.001),
   }
 
 
@@ -209,7 +209,7 @@ def intellect2(x):
   weight = np.where(ratio < 4, ppo(x, np.minimum(ratio, 4), 0.8, 1.2), 0)
   return {
     'logp': token_mean(weight + 0.001 * forward_kl(x), x['mask']),
-    'bonus': entropy(x, 0.0001),
+    'entropy': entropy(x, 0.0001),
   }
 
 
@@ -435,7 +435,7 @@ FIX_A = {
       {
         'surrogate': part(surrogates.clipped),
         'penalties__kl__weight': 1.0,
-        'penalties__entropy__weight': 0.0,
+        'penalties__bonus__weight': 0.0,
       },
       *plus(PPO, K3),
     )

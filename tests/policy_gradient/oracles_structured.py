@@ -58,7 +58,7 @@ def hpt(x):
   demonstration, sampled = of_stream(x, 0), of_stream(x, 1)
   return {
     'logp': token_mean(1.0, demonstration) + 8 * constant_length(x['advantages'], sampled, 5),
-    'bonus': 8 * constant_length(0.001, sampled, 5),
+    'entropy': 8 * constant_length(0.001, sampled, 5),
   }
 
 
@@ -217,7 +217,7 @@ FIX_A = {
       {
         'streams__demonstration__weight': 0.0,
         'streams__sampled__aggregation': part(aggregation.token_mean),
-        'streams__sampled__penalties__entropy__weight': 0.0,
+        'streams__sampled__penalties__bonus__weight': 0.0,
       },
       *IMPORTANCE,
     )
@@ -228,7 +228,7 @@ FIX_A = {
         'streams__demonstration__weight': 0.0,
         'streams__sampled__weight': 1.0,
         'streams__sampled__aggregation': CONSTANT,
-        'streams__sampled__penalties__entropy__weight': 0.0,
+        'streams__sampled__penalties__bonus__weight': 0.0,
       },
       0.341667,
       [0.166667] * 3,
