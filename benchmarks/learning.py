@@ -137,14 +137,14 @@ def write_page() -> None:
   seeds = sorted({row['seed'] for row in rows})
   mean = lambda name: np.mean([r['after'] for r in by_method[name].values()])
   lines = [
-    '# Learning: every policy-gradient method on one task',
+    '# Learning: policy-gradient methods on one task',
     '',
     f'`python -m benchmarks.learning`: two-digit addition, {rows[0]["steps"]} collected batches of '
     f'{rows[0]["rows"]} rows from the supervised',
     'checkpoint of each seed, greedy accuracy on 400 held-out problems (standard error at most',
     '0.025). One learning rate for nearly all, none of them tuned: this shows that a method learns and',
     'does not fall apart, not which one is best. A star marks results of a formula or of defaults that',
-    'the method had earlier; they have not been measured again yet.',
+    'the method had earlier. They have not been measured again yet, and methods without a row never.',
     '',
     '| method | ' + ' | '.join(f'seed {s}' for s in seeds) + ' | mean | skipped updates |',
     '|---|' + '---|' * (len(seeds) + 2),
