@@ -45,11 +45,12 @@ steps up to here, each of 8 samples of 4 problems (standard error about 0.05):
     8 steps                       -      0.52                          -      0.52
     12 steps                   0.72      0.60                       0.72      0.60
 
-Here too the two kinds of credit do not differ visibly. With `row`, reinforcement takes 13 wrong answers to right ones and 5 right ones to wrong ones: the gain of 0.16 has a
-standard error of 0.08. Of the 13 problems in which something is lost, 3 were right and all 13 are; of
-the 13 with friends, `34+37*13`, 5 were right and none is: in 12 of them the model now multiplies the
-first two numbers. The entropy of a token fell from 1.1 to 0.05 nats in these 12 steps. A supervised step
-took 7 s and a step of samples 20 to 26 s where little else ran, and four times as long under load.
+Here too the two kinds of credit do not differ visibly. With `row`, reinforcement takes 13 wrong answers
+to right ones and 5 right ones to wrong ones: the gain of 0.16 has a standard error of 0.08. Of the 13
+problems in which something is lost, 3 were right and all 13 are; of the 13 with friends, `34+37*13`, 5
+were right and none is: in 12 of them the model now multiplies the first two numbers. The entropy of a
+token fell from 1.1 to 0.05 nats in these 12 steps. A supervised step took 7 s and a step of samples 20
+to 26 s where little else ran, and four times as long under load.
 """
 
 import dataclasses

@@ -40,10 +40,10 @@ shared.
 `bradley_terry,rows=128,samples=4,steps=30,rate=1e-3` is right about 0.51, 0.60 and 0.625 of the 320 new
 pairs of steps 1 to 10, 11 to 20 and 21 to 30 before it trains on them (standard error 0.027; prompts
 come several times, samples do not), and the Brier score falls from 0.246 to 0.227, where 0.25 is no
-knowledge. In 16 steps of 8 pairs it learned nothing visible. On a file of 91 pairs of held-out prompts it
-is right about 0.56 (0.05): completions of a file end with the token that ends a turn, which nearly all
-samples of 16 tokens lack, so this measures another kind of row. It was not used as a reward, and nothing
-was measured of over-optimisation. docs/reward_models.md shows how to measure it.
+knowledge. In 16 steps of 8 pairs it learned nothing visible. On a file of 91 pairs of held-out prompts
+it is right about 0.56 (0.05): completions of a file end with the token that ends a turn, which nearly
+all samples of 16 tokens lack, so this measures another kind of row. It was not used as a reward, and
+nothing was measured of over-optimisation. docs/reward_models.md shows how to measure it.
 """
 
 import dataclasses
