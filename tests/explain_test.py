@@ -63,7 +63,7 @@ def test_changed_knobs_are_marked_and_a_pattern_selects():
 
 def test_it_says_what_a_loss_is_made_of_and_who_provides_what(config):
   text = '\n'.join(explain.explain(config, build.build(config)))
-  assert 'loss = policy + entropy + value, computed by' in text
+  assert 'loss = policy + bonus + value, computed by' in text
   assert 'penalties.value: 0.5 x penalties.clipped_value_error(values, old_values, returns)' in text
   for array, owner in {'advantages': 'credit', 'proximal_logp': 'collect'}.items():
     assert f'{array} {owner}' in ' '.join(text.split()), array
