@@ -195,8 +195,8 @@ def values_of(name: str, phase: dict, behavior) -> np.ndarray:
 def terms(names: Sequence[str]) -> dict[str, np.ndarray]:
   """What noted terms of the reward say of every sequence, and that all of them are finished, [S].
 
-  Sequences of equal length are a stratum, each one is an answer of its own, and those that begin with
-  token 1 are in the mode on. All have the structure that is wanted. Other terms are 0.
+  Sequences of equal length are a stratum, no two have the same answer, and those that begin with token 1
+  are in the mode on. All have the structure that is wanted. Other terms are 0.
   """
   sequences = np.arange(len(POLICY.tokens))
   known = {

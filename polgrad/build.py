@@ -556,7 +556,7 @@ def _check_curriculum(path: str, phase: Phase) -> None:
     )
   if older and reads - {'rewards'}:
     raise ValueError(
-      f'{path}.curriculum: it reads what belongs to the rows of its own step, but with '
+      f'{path}.curriculum: it reads values of the rows that a step draws, but with '
       f'collect.{older[0]} a step trains on older rows'
     )
 

@@ -88,11 +88,25 @@ class Demonstrations(Given):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preferences(Given):
-  """Prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
+class Pairs(Given):
+  """A collector of records with a `chosen` and a `rejected` completion: the interface of those below."""
 
   # Records of a batch.
   pairs: AtLeastOne = 16
+
+  @property
+  def records(self) -> int:
+    return self.pairs
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ('chosen', 'rejected')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preferences(Pairs):
+  """Prompts with a `chosen` and a `rejected` completion: two rows each, chosen first."""
+
   # 0 pads rows on the right only; otherwise the number of tokens that prompts are left-padded to, so
   # that the phase can share the prompts of its pairs (`share_prompts`); see `overlong`.
   prompt_length: Count = 0
@@ -119,14 +133,6 @@ class Preferences(Given):
     return 2 * length if asked.get('before') else length
 
   @property
-  def records(self) -> int:
-    return self.pairs
-
-  @property
-  def fields(self) -> tuple[str, ...]:
-    return ('chosen', 'rejected')
-
-  @property
   def rows_per_prompt(self) -> int:
     return 2
 
@@ -145,12 +151,10 @@ class Preferences(Given):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Revisions(Given):
+class Revisions(Pairs):
   """Pairs for a policy that improves answers: each completion after the prompt, and after prompts that
   show a completion and ask for a better one. Six rows a record, see `batching.revisions`."""
 
-  # Records of a batch.
-  pairs: AtLeastOne = 16
   # What asks for a better completion: the user's turn, or text behind the completion, in which
   # '{prompt}' is the prompt. '' is the usual one, see `batching.revision`.
   request: str = ''
@@ -159,14 +163,6 @@ class Revisions(Given):
   def longest_row(cls, length: int, asked: Mapping) -> int:
     request = asked.get('request') or batching.REQUEST
     return 2 * length + len(request.encode())
-
-  @property
-  def records(self) -> int:
-    return self.pairs
-
-  @property
-  def fields(self) -> tuple[str, ...]:
-    return ('chosen', 'rejected')
 
   @property
   def rows_per_prompt(self) -> int:
@@ -182,27 +178,17 @@ class Revisions(Given):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UserPreferences(Given):
+class UserPreferences(Pairs):
   """Pairs of a `chosen` and a `rejected` completion, each with other pairs of its user, the `context`.
 
   Records are those of `sources.with_context`. Each has 2 + 2 * `context` rows; the loss looks at the
   first two.
   """
 
-  # Records of a batch.
-  pairs: AtLeastOne = 16
   # Other pairs of a record.
   context: AtLeastOne = 8
   # Field of the records with the user.
   user: str = 'user'
-
-  @property
-  def records(self) -> int:
-    return self.pairs
-
-  @property
-  def fields(self) -> tuple[str, ...]:
-    return ('chosen', 'rejected')
 
   @property
   def rows_per_prompt(self) -> int:
@@ -221,22 +207,11 @@ class UserPreferences(Given):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampledPreferences(Given):
+class SampledPreferences(Pairs):
   """Pairs of a `chosen` and a `rejected` completion, each with two `samples` of a policy: four rows.
 
   The loss of pairs looks at the first two rows.
   """
-
-  # Records of a batch.
-  pairs: AtLeastOne = 16
-
-  @property
-  def records(self) -> int:
-    return self.pairs
-
-  @property
-  def fields(self) -> tuple[str, ...]:
-    return ('chosen', 'rejected')
 
   @property
   def rows_per_prompt(self) -> int:

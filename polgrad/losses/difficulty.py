@@ -160,7 +160,7 @@ def max_at_k(rewards: Array, group_ids: Array, valid: Array, *, k: AtLeastOne = 
   drawn = jnp.arange(k - 2, dtype=rewards.dtype)[None, :]
   left = jnp.maximum(before - drawn, 0) / jnp.maximum(rows[:, None] - 2 - drawn, 1)
   weight = jnp.prod(left, axis=-1)
-  # A row itself adds weight (R_i - R_i) = 0, so that it may be part of its own sum.
+  # The sum of row i may include row i, which adds weight (R_i - R_i) = 0.
   added = x * running_total(weight, ranked) - running_total(weight * x, ranked)
   return jnp.where(rows >= k, k * (k - 1) * added / jnp.maximum(rows - 1, 1), 0)
 

@@ -1,6 +1,8 @@
+import dataclasses
+
 from polgrad.data import sources
-from polgrad.registry import part, weighted
-from polgrad.rewards import verifiers
+from polgrad.registry import part
+from polgrad.tasks.addition import addition
 from polgrad.tasks.base import Task
 
 
@@ -21,20 +23,12 @@ def mixed_sums(*, digits: int = 3, problems: int = 1000) -> Task:
     },
     most=problems,
   )
-  prompt_length = 2 * digits + 2
-  return Task(
+  return dataclasses.replace(
+    addition(digits=digits),
     problems=sums('train'),
     demonstrations=sums('train'),
     held_out=sums('heldout'),
-    rewards={'exact': weighted(1.0, part(verifiers.exact_match))},
-    system='You are a calculator. Reply with the number only.',
-    alphabet='0123456789+=',
-    prompt_length=prompt_length,
-    max_new_tokens=digits + 3,
-    length=prompt_length + digits + 4,
-    rows=256,
-    demonstration_rows=64,
-    steps=150,
-    held_out_problems=400,
-    evaluation_batch=400,
+    pairs=None,
+    feedback=None,
+    lists=None,
   )
