@@ -7,6 +7,8 @@ import contextlib
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -58,7 +60,32 @@ CACHE = flags.DEFINE_string(
   'Folder of compiled programs; "": none are kept.',
 )
 CHANGES: dict[str, str] = {}  # texts of --config.a.b=..., by path from 'config' on
-DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'This process is one of several of a pod.')
+DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'This process is one of several; on a TPU pod and under Slurm or Open MPI they find each other.',
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT at which process 0 waits for the others, where JAX does not find it by itself.',
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Number of processes; goes with --coordinator.', lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Number of this process, from 0; goes with --coordinator.', lower_bound=0
+)
+LOST_AFTER = flags.DEFINE_integer(
+  'lost_after',
+  100,
+  'Seconds without a sign of life after which a process counts as lost, which ends the others.',
+  lower_bound=1,
+)
+
+
+# Errors of a computation that several processes share begin with a status, whatever their type.
+_SHARED = re.compile('(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN):')
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -147,11 +174,68 @@ def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> 
         raise error.__cause__ or error from None
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # otherwise Orbax logs every step of a save
-  if DISTRIBUTED.value:
-    jax.distributed.initialize()
+  join()
   if CACHE.value:
     jax.config.update('jax_compilation_cache_dir', CACHE.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def join() -> None:
+  """Connects this process to the others of the run, if the flags say that there are others.
+
+  Raises:
+    app.UsageError: some of --coordinator, --num_processes and --process_id are missing, or do not fit
+      each other.
+  """
+  by_hand = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+  given = [flag for flag in by_hand if flag.value is not None]
+  if not given and not DISTRIBUTED.value:
+    return
+  if given and len(given) < len(by_hand):
+    missing = [f'--{flag.name}' for flag in by_hand if flag.value is None]
+    raise app.UsageError(f'--{given[0].name} needs {" and ".join(missing)} beside it')
+  if given and PROCESS_ID.value >= NUM_PROCESSES.value:
+    raise app.UsageError(
+      f'--process_id={PROCESS_ID.value}: the {NUM_PROCESSES.value} processes are 0 to '
+      f'{NUM_PROCESSES.value - 1}'
+    )
+  if given and not re.fullmatch(r'.+:\d+', COORDINATOR.value):
+    raise app.UsageError(f'--coordinator={COORDINATOR.value}: expected HOST:PORT')
+  jax.distributed.initialize(
+    COORDINATOR.value,
+    NUM_PROCESSES.value,
+    PROCESS_ID.value,
+    heartbeat_timeout_seconds=LOST_AFTER.value,
+  )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Ends this process of several at an error, without waiting at barriers for processes that are lost.
+
+  The process that has failed shows its error and ends, so the others lose it. Those show the error of
+  the computation that they shared with it, wait until JAX has missed the signs of life of a process,
+  which ends them with its number, and end in any case after `--lost_after` seconds and a few more.
+  """
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    if _SHARED.match(str(error)):
+      print(
+        f'process {jax.process_index()} of {jax.process_count()} ends: it or another one has failed. '
+        f'Within {LOST_AFTER.value} seconds JAX says which one is lost ("tasks are unhealthy"). '
+        'The same commands resume the run from its last whole checkpoint.',
+        file=sys.stderr,
+        flush=True,
+      )
+      time.sleep(
+        LOST_AFTER.value + 5
+      )  # JAX ends the process during this time, with its own message
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
           profile_steps=_PROFILE.value,
         )
       )
-    run_phases(session)
+    with cli.ending_together():
+      run_phases(session)
 
 
 class Session(NamedTuple):

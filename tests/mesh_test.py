@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -150,9 +152,12 @@ def test_state_lies_where_the_rules_say():
 WORKER = """
 import os, signal, sys, time
 import jax
+from absl import flags
+from polgrad import cli, compiling, phases, report, train
 jax.config.update('jax_compilation_cache_dir', sys.argv[5])
-jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
-from polgrad import compiling, phases, report, train
+processes = ['--num_processes=2', '--process_id=' + sys.argv[2], '--lost_after=5']
+flags.FLAGS(['worker', '--coordinator=localhost:' + sys.argv[1], *processes])
+cli.join()
 compiling.options = dict  # as `quick_compiler` does
 jax.config.update('jax_disable_most_optimizations', True)
 report.draw = str
@@ -189,6 +194,18 @@ local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves
 assert not params['layers']['gate'].is_fully_addressable
 for a, b in zip(local(params), local(again)):
   np.testing.assert_array_equal(a, b)
+
+# Process 1 is killed in the second step of a longer run; that ends process 0.
+made.phases.train.steps += 2
+steps = []
+def killed(*args):
+  steps.append(args)
+  if len(steps) == 2 and jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return summary(*args)
+phases.summary = killed
+with cli.ending_together():
+  train.run(made, sys.argv[3], sys.argv[4])
 """
 
 
@@ -208,7 +225,7 @@ def games():
   return made
 
 
-def test_two_processes_train_to_the_same_numbers_and_share_a_folder(tmp_path):
+def test_two_processes_give_the_numbers_of_one_share_a_folder_and_end_together(tmp_path):
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = str(s.getsockname()[1])
@@ -225,13 +242,26 @@ def test_two_processes_train_to_the_same_numbers_and_share_a_folder(tmp_path):
     for i in (0, 1)
   ]
   said = [p.communicate(timeout=500)[0] for p in processes]
-  assert all(p.returncode == 0 for p in processes), said[0][-3000:] + said[1][-3000:]
+  assert processes[1].returncode == -signal.SIGKILL, said[1][-3000:]
+  assert processes[0].returncode not in (0, 75), said[0][-3000:]
+  assert 'process 0 of 2 ends' in said[0], said[0][-3000:]
+  assert re.search('unhealthy.*:\n1\n|[Tt]ask 1 heartbeat timeout', said[0]), said[0][-3000:]
+
+  # One process resumes what the two have left: their last whole checkpoint.
+  longer = games()
+  longer.phases.train.steps += 2
+  resumed = train.run(longer, str(tmp_path / 'resumed'), str(tmp_path / 'c'))
+  rows = metrics.read(str(tmp_path / 'resumed' / 'metrics.jsonl'))
+  assert sum('loss' in row for row in rows) in (1, 2)  # of five steps
 
   state = train.run(games(), str(tmp_path / 'alone'))
+  more = train.run(longer, str(tmp_path / 'alone'))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  jax.tree.map(close, to_host(resumed.params), to_host(more.params))
   ours = metrics.read(str(tmp_path / 'p0' / 'metrics.jsonl'))
   alone = metrics.read(str(tmp_path / 'alone' / 'metrics.jsonl'))
   assert not (tmp_path / 'p1' / 'metrics.jsonl').exists()
-  assert [r['step'] for r in ours] == [r['step'] for r in alone]
+  assert [r['step'] for r in ours] == [r['step'] for r in alone][: len(ours)] and len(ours) > 3
   assert any(r.get('grad_norm', 0) > 0.01 for r in alone)
   assert all(r['turns'] == 3 and r['environment_errors'] == 0 for r in alone if 'loss' in r)
   for a, b in zip(ours, alone):
