@@ -26,7 +26,7 @@ from polgrad.types import Params
 
 RESULTS = pathlib.Path(__file__).parent.parent / 'docs' / 'curricula.jsonl'
 GOAL = 0.8
-TASK = 'task=mixed_sums,digits=2,problems=200,model=tiny,kl_coefficient=0,learning_rate=0.0005'
+TASK = 'task=mixed_sums,digits=2,problems=200,model=tiny,kl_coefficient=0,learning_rate=0.0002'
 SETTINGS = {
   'uniform': 'method=grpo,curriculum=uniform',
   'epochs': 'method=grpo',
@@ -110,7 +110,7 @@ def table(results: list[dict]) -> str:
     )
     base, median = medians.get('uniform', float('inf')), medians[name]
     ratio = f'{median / base:.2f}' if 0 < base < float('inf') and median < float('inf') else ''
-    lines.append(f'| `{name}` | {own} | {median:,.0f} | {ratio} |')
+    lines.append(f'| {name} | {own} | {median:,.0f} | {ratio} |')
   return '\n'.join(lines)
 
 
@@ -118,8 +118,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('curricula', nargs='*', metavar='CURRICULUM', help=', '.join(SETTINGS))
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=100)
-  parser.add_argument('--warm_start', type=int, default=25)
+  parser.add_argument('--steps', type=int, default=160)
+  parser.add_argument('--warm_start', type=int, default=30)
   parser.add_argument('--table', action='store_true')
   args = parser.parse_args()
   if unknown := {*args.curricula} - SETTINGS.keys():
