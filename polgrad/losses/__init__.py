@@ -12,7 +12,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     weights             detached importance weights of tokens                    weights
     trust_region_masks  weights that are 1 in a trust region, else 0             weights
     penalties           KL estimators, entropy bonus, value errors, likelihood   penalties, loss
-    divergences         KL and Jensen-Shannon between teacher and student        divergence, penalties
+    divergences         KLs, Jensen-Shannon, ... between teacher and student     divergence, penalties
     logit_stats         numbers computed from the next-token distribution        stats, loss
     selections          tokens chosen, or weighed, in the whole minibatch        selections
     aggregation         means of token losses over tokens or rows                aggregation

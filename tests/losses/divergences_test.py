@@ -19,6 +19,17 @@ WEIGHTS = {
     dict(teacher_weight=W),
     lambda u: -(1 - W) * np.log(1 - W + W * u),
   ),
+  divergences.skew_forward_kl: (dict(skew=W), lambda u: -(1 - W) * u / (W * u + 1 - W)),
+  divergences.skew_reverse_kl: (
+    dict(skew=W),
+    lambda u: -np.log((1 - W) * u + W) - W / (W + (1 - W) * u),
+  ),
+  divergences.symmetric_kl: (
+    dict(reverse_weight=W),
+    lambda u: -(1 - W) * u - W * np.log(u),
+  ),
+  divergences.alpha_divergence: (dict(alpha=0.7), lambda u: (1 - u**0.7) / 0.7),
+  divergences.total_variation: ({}, lambda u: -0.5 * np.sign(u - 1)),
 }
 
 
@@ -90,3 +101,63 @@ def test_tokens_that_are_ruled_out_give_no_nan():
     value, grad = jax.value_and_grad(lambda x, d=divergence: d(teacher, x))(student)
     np.testing.assert_allclose(value, divergence(teacher[:3], student[:3]), rtol=1e-6)
     assert np.isfinite(grad).all() and grad[3] == 0
+
+
+def value(name, teacher=TEACHER, student=STUDENT, **knobs):
+  return float(divergences.TABLE[f'divergences.{name}'](teacher, student, **knobs))
+
+
+def test_skewed_and_alpha_divergences_contain_the_two_kls(x64):
+  forward, reverse = value('forward_kl'), value('reverse_kl')
+  for name, limit, other in (('forward_kl', forward, 1), ('reverse_kl', reverse, 0)):
+    np.testing.assert_allclose(value(f'skew_{name}', skew=1e-7), limit, rtol=1e-5)
+    np.testing.assert_allclose(value('alpha_divergence', alpha=other + 1e-6), limit, rtol=1e-4)
+    np.testing.assert_allclose(value('symmetric_kl', reverse_weight=1.0 - other), limit)
+  # Chi-square, Hellinger, and Jensen-Shannon as a mean of two skewed ones.
+  t, s = np.asarray(jax.nn.softmax(TEACHER)), np.asarray(jax.nn.softmax(STUDENT))
+  np.testing.assert_allclose(2 * value('alpha_divergence', alpha=2.0), ((t - s) ** 2 / s).sum())
+  hellinger = np.square(np.sqrt(t) - np.sqrt(s)).sum()
+  np.testing.assert_allclose(value('alpha_divergence', alpha=0.5) / 2, hellinger)
+  skewed = value('skew_forward_kl', skew=0.5) + value('skew_reverse_kl', skew=0.5)
+  np.testing.assert_allclose(value('jensen_shannon'), skewed / 2)
+
+
+def test_bounds_of_the_skewed_ones_and_pinsker():
+  far = np.array([50.0, 0, 0, 0, -50]), np.array([-50.0, 0, 0, 0, 50])
+  for name in ('skew_forward_kl', 'skew_reverse_kl'):
+    np.testing.assert_allclose(value(name, *far), -np.log(0.1), rtol=1e-5)
+  assert value('total_variation') <= np.sqrt(min(value('forward_kl'), value('reverse_kl')) / 2)
+  # The weight of a token in the gradient is at most (1 - skew) / skew, so the gradient is at most that.
+  gradient = jax.grad(lambda z: divergences.skew_forward_kl(far[0], z))(jnp.asarray(far[1]))
+  assert np.abs(gradient).sum() <= 2 * 9
+
+
+@pytest.mark.parametrize('inner', divergences.FULL)
+@pytest.mark.parametrize('both', [False, True])
+def test_a_bucket_loses_information_and_all_tokens_lose_none(inner, both, x64):
+  inner = divergences.FULL[inner]
+  full = inner(TEACHER, STUDENT)
+  got = [
+    divergences.top_k(TEACHER, STUDENT, divergence=inner, k=k, of_student=both) for k in range(1, 6)
+  ]
+  assert (np.diff(got) > -1e-7).all()
+  np.testing.assert_allclose(got[-1], full, rtol=1e-4)
+
+
+def test_without_a_bucket_the_rest_is_normalised_again(x64):
+  top = np.argsort(-TEACHER)[:3]
+  got = value('top_k', k=3, bucket=False)
+  np.testing.assert_allclose(got, value('forward_kl', TEACHER[top], STUDENT[top]))
+  top = np.union1d(top, np.argsort(-STUDENT)[:3])
+  got = value('top_k', k=3, bucket=False, of_student=True, divergence=divergences.reverse_kl)
+  np.testing.assert_allclose(got, value('reverse_kl', TEACHER[top], STUDENT[top]))
+
+
+def test_what_cannot_be_computed_is_refused():
+  for name in ('skew_forward_kl', 'skew_reverse_kl'):
+    with pytest.raises(ValueError, match='skew must lie in'):
+      value(name, skew=1.0)
+  with pytest.raises(ValueError, match='use forward_kl'):
+    value('alpha_divergence', alpha=1)
+  with pytest.raises(ValueError, match='no token is compared'):
+    value('top_k', of_teacher=False)

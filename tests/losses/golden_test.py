@@ -264,6 +264,19 @@ def softmax(z):
   return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
 
 
+def skewed(divergence, a):
+  """A divergence of the probabilities of teacher and student."""
+  return divergence(softmax(a['teacher_logits']), softmax(a['logits']))
+
+
+def bucketed(t, s):
+  """Forward KL of the teacher's two most likely tokens and one class of all others."""
+  order = np.argsort(-t, axis=-1)
+  cut = lambda x: np.take_along_axis(x, order, axis=-1)
+  classes = lambda x: np.concatenate([cut(x)[..., :2], cut(x)[..., 2:].sum(-1, keepdims=True)], -1)
+  return kl(classes(t), classes(s))
+
+
 def kl(p, q):
   return (p * np.log(p / q)).sum(-1)
 
@@ -591,6 +604,27 @@ ORACLES = {
     dict(teacher_weight=0.3),
     lambda a: js(softmax(a['teacher_logits']), softmax(a['logits']), 0.3),
   ),
+  divergences.skew_forward_kl: (
+    dict(skew=0.2),
+    lambda a: skewed(lambda t, s: kl(t, 0.2 * t + 0.8 * s), a),
+  ),
+  divergences.skew_reverse_kl: (
+    dict(skew=0.2),
+    lambda a: skewed(lambda t, s: kl(s, 0.8 * t + 0.2 * s), a),
+  ),
+  divergences.symmetric_kl: (
+    dict(reverse_weight=0.9),
+    lambda a: skewed(lambda t, s: 0.1 * kl(t, s) + 0.9 * kl(s, t), a),
+  ),
+  divergences.alpha_divergence: (
+    dict(alpha=1.5),
+    lambda a: skewed(lambda t, s: ((t**1.5 / s**0.5).sum(-1) - 1) / 0.75, a),
+  ),
+  divergences.total_variation: (
+    {},
+    lambda a: skewed(lambda t, s: np.maximum(t - s, 0).sum(-1), a),
+  ),
+  divergences.top_k: (dict(k=2), lambda a: skewed(bucketed, a)),
   aggregation.token_mean: ({}, lambda a: reduced(a['loss'][MASK].sum(), 17)),
   aggregation.sequence_mean: (
     dict(empty_rows=True),
