@@ -6,6 +6,7 @@
 | `Vines` | the same, and estimates the value of the state before each step by further completions |
 | `Trees` | samples completions as trees, whose branches say how good their nodes are |
 | `Branched` | samples episodes, some of which are copies of others up to a reply |
+| `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
@@ -44,6 +45,7 @@ from polgrad.collect.data import (
 )
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
+from polgrad.collect.mixed import Mixed
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
 from polgrad.collect.trees import Trees
@@ -62,6 +64,7 @@ __all__ = [
   'Feedback',
   'Given',
   'Lists',
+  'Mixed',
   'Part',
   'Preferences',
   'Revisions',
@@ -87,6 +90,7 @@ TABLE = table(
   Trees,
   Branched,
   Explored,
+  Mixed,
   Demonstrations,
   Preferences,
   Revisions,

@@ -109,6 +109,15 @@ def stored(memory: Ring, batch: Batch) -> Ring:
   return Ring(jax.tree.map(put, memory.batches, batch), memory.count + np.int32(1))
 
 
+def drawn_rows(memory: Ring, count: int, random: np.random.Generator) -> Batch:
+  """Random rows of all batches of a ring that holds at least one, without repetition where it can be."""
+  filled = min(int(memory.count), _capacity(memory))
+  rows = jax.tree.map(lambda ring: np.concatenate(ring[:filled]), memory.batches)
+  there = len(rows.group_ids)
+  taken = random.choice(there, size=count, replace=count > there)
+  return jax.tree.map(lambda x: x[taken], rows)
+
+
 def stored_best(memory: Best, batch: Batch, choice: Choice) -> Best:
   """The buffer with the groups of a batch that are better than its worst ones.
 

@@ -5,6 +5,7 @@ minibatches are cut, so statistics of groups and of the batch are those of all r
 data: no gradient flows through them. `assign` runs an estimator."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -79,7 +80,15 @@ from polgrad.losses.groups import (
   size,
   total,
 )
-from polgrad.registry import AtLeastOne, NotNegative, call, check_weighted, table
+from polgrad.registry import (
+  AtLeastOne,
+  Fraction,
+  NotNegative,
+  Positive,
+  call,
+  check_weighted,
+  table,
+)
 from polgrad.types import STREAMS, Array, Batch
 
 
@@ -276,13 +285,60 @@ def teacher_log_ratio(*, clip: float = 10.0) -> Estimator:
 
   Its expectation on the student's samples is minus the gradient of the token-level reverse KL
   (arXiv:2306.13649). Rewards are not read.
+
+  Args:
+    clip: largest |A|, nats; infinity is no limit.
   """
 
   def apply(batch, state):
     gap = jnp.where(batch.mask, batch.teacher_logp - batch.proximal_logp, 0.0)
     return batch.with_arrays(advantages=jnp.clip(gap, -clip, clip)), state
 
-  return Estimator(apply=apply, requires=frozenset({'teacher_logp', 'proximal_logp'}))
+  requires = frozenset({'teacher_logp', 'proximal_logp'})
+  return Estimator(apply=apply, requires=requires, scored=frozenset())
+
+
+def teacher_returns(
+  *,
+  own: bool = True,
+  discount: Fraction = 1.0,
+  per_token: bool = False,
+  scale: Positive = 1.0,
+  clip: float = math.inf,
+  normalizer: NormalizerPart = identity,
+) -> Estimator:
+  """A_t = sum_{s >= t} discount^(s - t) r_s: the reverse KL of whole sequences (arXiv:2306.08543).
+
+  r is clip((teacher_logp - proximal_logp) / scale, -clip, clip). With `own` the sum begins with the
+  token's own reward r_t, and the expectation on the student's samples is minus the gradient of
+  KL(student || teacher) of sequences, if nothing is clipped, scaled, discounted or normalised. Without
+  it, it is the part that later tokens add: the rest is the exact KL of the next token, the divergence
+  `reverse_kl`, which has less noise. Rewards of the batch are not read.
+
+  Args:
+    own: whether the token's own reward is part of its return.
+    discount: factor per token.
+    per_token: divide A_t by the sum of discount^(s - t) over the tokens whose rewards it adds.
+    scale: divides the log-ratio.
+    clip: largest |r|; infinity is no limit.
+    normalizer: of the advantages.
+  """
+
+  def apply(batch, state):
+    mask = batch.mask
+    gap = jnp.where(mask, (batch.teacher_logp - batch.proximal_logp) / scale, 0.0)
+    summed = functools.partial(returns.reward_to_go, mask=mask, discount=discount)
+    rewards, ones = jnp.clip(gap, -clip, clip), mask.astype(jnp.float32)
+    total, count = summed(rewards), summed(ones)
+    if not own:
+      total, count = total - rewards, count - ones
+    if per_token:
+      total = total / jnp.maximum(count, 1e-6)
+    advantages = normalizer(jnp.where(mask, total, 0.0), mask)
+    return batch.with_arrays(advantages=advantages), state
+
+  requires = frozenset({'teacher_logp', 'proximal_logp'})
+  return Estimator(apply=apply, requires=requires, scored=frozenset())
 
 
 def preference() -> Estimator:
@@ -616,6 +672,7 @@ SIMPLE = table(
   retrace,
   moving_baseline,
   teacher_log_ratio,
+  teacher_returns,
   preference,
   compared,
   win_rate_gap,

@@ -26,6 +26,8 @@ from polgrad.optim.schedules import (
   cosine,
   inverse_linear,
   linear,
+  progressive,
+  progressive_rest,
   stairs,
   two_phase,
 )
@@ -66,6 +68,8 @@ __all__ = [
   'learning_rate',
   'linear',
   'normalized_igt',
+  'progressive',
+  'progressive_rest',
   'rank_descent',
   'rank_gradient',
   'ranking',

@@ -67,11 +67,33 @@ def two_phase(step: Array, *, steps: int) -> Array:
   return jnp.where(p < 1, 0.8 + 0.2 * jnp.exp(-2 * p), 0.8 * jnp.exp(-3 * (p - 1)))
 
 
+def progressive(step: Array, *, every: int, stages: int, last: float = 0.8) -> Array:
+  """0 in the first stage, then last * k / stages in stage k (from 1): PS-KD (arXiv:2006.12000).
+
+  It is the weight of a model's own earlier predictions in its targets.
+
+  Args:
+    every: updates of a stage.
+    stages: number of stages; the value stays at `last` after them.
+    last: value of the last stage.
+  """
+  stage = jnp.minimum(step // every + 1, stages)
+  return jnp.where(step < every, 0.0, last * stage / stages)
+
+
+def progressive_rest(step: Array, *, every: int, stages: int, last: float = 0.8) -> Array:
+  """1 - `progressive`: the weight of the data beside it."""
+  return 1 - progressive(step, every=every, stages=stages, last=last)
+
+
 def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:
   """From 0 to 1 in `warmup` steps, then `fall` of the steps after these."""
   rise = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
   return optax.join_schedules([rise, fall], [warmup])(step)
 
 
-SCHEDULES = table('optim', constant, linear, cosine, inverse_linear, stairs, two_phase)
+SCHEDULES = table(
+  'optim',
+  *(constant, linear, cosine, inverse_linear, stairs, two_phase, progressive, progressive_rest),
+)
 SchedulePart = Annotated[Callable[[Array], Array], SCHEDULES]

@@ -13,7 +13,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from polgrad.registry import table
+from polgrad.registry import Fraction, table
 
 Array = jax.Array
 
@@ -106,8 +106,27 @@ def geometric_mixture(policy: Array, reference: Array, *, reference_weight: floa
   return jax.nn.log_softmax((1 - w) * log_policy + w * log_reference)
 
 
+def teacher_mixture(policy: Array, teacher: Array, *, teacher_weight: Fraction = 0.2) -> Array:
+  """(1 - w) policy + w teacher, of probabilities, token by token (MiniLLM, arXiv:2306.08543).
+
+  Some tokens come from the teacher, so samples are better than the student's alone, and a student that
+  is rewarded by the teacher's probabilities finds it harder to exploit their errors.
+
+  Args:
+    policy: logits f32[..., V] of the student.
+    teacher: logits f32[..., V] of the teacher.
+    teacher_weight: w in [0, 1]: 0 is the policy, 1 the teacher.
+
+  Returns:
+    log-probabilities f32[..., V].
+  """
+  student, other = jax.nn.log_softmax(policy), jax.nn.log_softmax(teacher)
+  return jnp.logaddexp(student + jnp.log1p(-teacher_weight), other + jnp.log(teacher_weight))
+
+
 TABLE = table(
   'behavior_policies',
-  *(current, greedy, reference, opponent, previous, teacher, controlled, geometric_mixture),
+  *(current, greedy, reference, opponent, previous, teacher, controlled),
+  *(geometric_mixture, teacher_mixture),
 )
 Part = Annotated[Callable, TABLE]
