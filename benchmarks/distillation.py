@@ -1,0 +1,150 @@
+"""What each divergence of distillation converges to, exactly, in a student that is too small.
+
+    python -m benchmarks.distillation     # writes docs/distillation.md and docs/distillation.png
+
+The teacher is a distribution over 41 tokens with two separate modes, at -2 and 2 with standard deviation
+0.5 and masses 0.6 and 0.4; token i is the point x_i between -5 and 5. The student has two parameters:
+it is the discretised normal distribution of mean m and standard deviation s, so it cannot be the
+teacher. Each divergence is minimised over both by BFGS in float64 from 12 starting points, and the best
+is kept. A student with a logit for every token reaches the teacher under all of them.
+"""
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from polgrad.losses import divergences
+
+POINTS = np.linspace(-5, 5, 41)
+MODES = ((-2.0, 0.6), (2.0, 0.4))
+WIDTH = 0.5
+STARTS = [(m, s) for m in (-2.5, 0.1, 2.5) for s in (0.3, 0.7, 1.5, 3.0)]
+PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'distillation.md'
+DIVERGENCES = {
+  '`forward_kl`': divergences.forward_kl,
+  '`skew_forward_kl`, 0.1': divergences.skew_forward_kl,
+  '`jensen_shannon`, w = 0.1': functools.partial(divergences.jensen_shannon, teacher_weight=0.1),
+  '`jensen_shannon`, w = 0.5': divergences.jensen_shannon,
+  '`jensen_shannon`, w = 0.9': functools.partial(divergences.jensen_shannon, teacher_weight=0.9),
+  '`alpha_divergence`, 0.5': divergences.alpha_divergence,
+  '`symmetric_kl`, c = 0.5': divergences.symmetric_kl,
+  '`symmetric_kl`, c = 0.9': functools.partial(divergences.symmetric_kl, reverse_weight=0.9),
+  '`total_variation`': divergences.total_variation,
+  '`skew_reverse_kl`, 0.1': divergences.skew_reverse_kl,
+  '`reverse_kl`': divergences.reverse_kl,
+}
+
+
+class Found(NamedTuple):
+  """The best student of a divergence."""
+
+  mean: float
+  deviation: float
+  value: float  # of the divergence
+  left: float  # probability of the tokens below 0, where the teacher has 0.6
+  between: float  # probability of the tokens within 1 of 0, where the teacher has almost none
+
+
+def teacher() -> np.ndarray:
+  """Logits of the teacher, f64[V]."""
+  parts = [np.log(w) - 0.5 * ((POINTS - m) / WIDTH) ** 2 for m, w in MODES]
+  return np.logaddexp(*parts)
+
+
+def student(parameters: jax.Array) -> jax.Array:
+  """Logits of the student with (mean, log of the standard deviation)."""
+  return -0.5 * jnp.square((POINTS - parameters[0]) * jnp.exp(-parameters[1]))
+
+
+def fixed_point(divergence) -> Found:
+  """The minimum over the student's parameters."""
+  loss = jax.jit(jax.value_and_grad(lambda p: divergence(jnp.asarray(teacher()), student(p))))
+  value = lambda p: tuple(np.asarray(x, float) for x in loss(jnp.asarray(p)))
+  found = [
+    scipy.optimize.minimize(value, (m, np.log(s)), jac=True, method='BFGS') for m, s in STARTS
+  ]
+  best = min((one for one in found if np.isfinite(one.fun)), key=lambda one: one.fun)
+  p = probabilities(best.x)
+  return Found(
+    float(best.x[0]),
+    float(np.exp(best.x[1])),
+    float(best.fun),
+    float(p[POINTS < 0].sum()),
+    float(p[np.abs(POINTS) < 1].sum()),
+  )
+
+
+def probabilities(parameters: np.ndarray) -> np.ndarray:
+  return np.asarray(jax.nn.softmax(student(jnp.asarray(parameters))))
+
+
+def free(divergence, steps: int = 20_000) -> float:
+  """The largest error of a probability of a student with free logits after gradient descent."""
+  target = jnp.asarray(teacher()[::8])  # few tokens, so that descent converges
+  step = jax.grad(lambda z: divergence(target, z))
+  descend = lambda _, z: z - 2.0 * step(z)
+  z = jax.jit(lambda z: jax.lax.fori_loop(0, steps, descend, z))(jnp.zeros(len(target)))
+  return float(jnp.max(jnp.abs(jax.nn.softmax(z) - jax.nn.softmax(target))))
+
+
+def rows() -> dict[str, Found]:
+  """All fixed points, by the label of the divergence."""
+  with jax.enable_x64(True):
+    return {name: fixed_point(divergence) for name, divergence in DIVERGENCES.items()}
+
+
+def page(found: dict[str, Found]) -> str:
+  lines = [
+    '| divergence | mean | deviation | value | mass below 0 | mass within 1 of 0 |',
+    '|---|---|---|---|---|---|',
+  ]
+  lines += [
+    f'| {name} | {x.mean:.3f} | {x.deviation:.3f} | {x.value:.4f} | {x.left:.3f} | {x.between:.3f} |'
+    for name, x in found.items()
+  ]
+  return '\n'.join(lines)
+
+
+BEGIN, END = '<!-- begin of the table -->', '<!-- end of the table -->'
+
+
+def draw(found: dict[str, Found], path: pathlib.Path) -> None:
+  """One panel for each divergence: the teacher's distribution and the student's."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(3, 4, figsize=(11, 6), sharex=True, sharey=True)
+  target = np.asarray(jax.nn.softmax(jnp.asarray(teacher())))
+  for axis, (name, x) in zip(axes.flat, found.items()):
+    axis.fill_between(POINTS, target, color='0.8', label='teacher')
+    p = probabilities(np.array([x.mean, np.log(x.deviation)]))
+    axis.plot(POINTS, p, color='tab:blue', label='student')
+    axis.set_title(name.replace('`', ''), fontsize=9)
+  for axis in axes.flat[len(found) :]:
+    axis.axis('off')
+  axes.flat[0].legend(fontsize=8)
+  figure.supxlabel('token, at its point x')
+  figure.supylabel('probability')
+  figure.tight_layout()
+  figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+  found = rows()
+  text = PAGE.read_text()
+  before, rest = text.split(BEGIN)
+  after = rest.split(END)[1]
+  PAGE.write_text(f'{before}{BEGIN}\n{page(found)}\n{END}{after}')
+  draw(found, PAGE.with_suffix('.png'))
+  print(page(found))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,48 @@
+"""The page on distillation: its table, and published fixed points of a symmetric teacher."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import distillation as page
+from polgrad.losses import divergences
+
+
+def test_the_page_has_the_table_that_its_command_makes():
+  found = page.rows()
+  assert page.page(found) in page.PAGE.read_text()
+  forward, reverse = found['`forward_kl`'], found['`reverse_kl`']
+  # Covering: the student has mean and variance of the teacher. Seeking: it is the larger mode alone.
+  with jax.enable_x64(True):
+    both = np.asarray(jax.nn.softmax(page.teacher()))
+    own = page.probabilities(np.array([forward.mean, np.log(forward.deviation)]))
+  for power in (1, 2):
+    np.testing.assert_allclose(own @ page.POINTS**power, both @ page.POINTS**power, rtol=1e-4)
+  np.testing.assert_allclose(reverse.value, -np.log(0.6), rtol=1e-3)
+  np.testing.assert_allclose([reverse.mean, reverse.deviation], [-2, 0.5], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('name', 'mean', 'deviation'),
+  [
+    ('`forward_kl`', 0, 2.062),
+    ('`skew_forward_kl`, 0.1', 0, 2.054),
+    ('`reverse_kl`', 2, 0.5),
+    ('`skew_reverse_kl`, 0.1', 2, 0.5),
+  ],
+)
+def test_two_equal_modes_on_a_fine_grid(name, mean, deviation, monkeypatch):
+  """A Gaussian fitted to 0.5 N(-2, 0.5) + 0.5 N(2, 0.5): covering has the standard deviation
+  sqrt(4.25) = 2.062, seeking that of one mode."""
+  monkeypatch.setattr(page, 'POINTS', np.linspace(-8, 8, 401))
+  monkeypatch.setattr(page, 'MODES', ((-2.0, 0.5), (2.0, 0.5)))
+  monkeypatch.setattr(page, 'STARTS', [(0.1, 1.5), (1.5, 0.7)])
+  with jax.enable_x64(True):
+    found = page.fixed_point(page.DIVERGENCES[name])
+  np.testing.assert_allclose([abs(found.mean), found.deviation], [mean, deviation], atol=3e-3)
+
+
+def test_a_student_that_can_be_the_teacher_becomes_it():
+  with jax.enable_x64(True):
+    for divergence in (divergences.skew_reverse_kl, divergences.jensen_shannon):
+      assert page.free(divergence) < 1e-4
