@@ -68,6 +68,7 @@ LEVELS = {
   'trackers': 1,
   'speed': 1,
   'progress': 0,
+  'techniques': 1,
   'whole_files': 0,
   'report': 2,
   'reward_models': 3,
