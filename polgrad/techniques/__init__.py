@@ -2,27 +2,33 @@
 
 No configuration selects them. docs/techniques.md has a runnable example of each.
 
-    module            what it computes
-    ----------------  -----------------------------------------------------------------------------
-    decoupled_mixup   a loss of mixed inputs that keeps the classifier decisive
-    monge_gap         how far a map is from moving points at the least cost
-    noise_mask        noise on inputs, whose place is learned by a policy gradient
-    ode_penalties     an ODE solver, and penalties on its error estimates and on stiffness
-    sparse_transport  optimal transport with at most k entries in each column
+    module               what it computes
+    -------------------  ------------------------------------------------------------------------
+    decoupled_mixup      a loss of mixed inputs that keeps the classifier decisive
+    monge_gap            how far a map is from moving points at the least cost
+    network_compression  rewards and credit of smaller networks that a policy proposes
+    noise_mask           noise on inputs, whose place is learned by a policy gradient
+    ode_penalties        an ODE solver, and penalties on its error estimates and on stiffness
+    self_tuning          hyperparameters learned through a model that knows how it responds to them
+    sparse_transport     optimal transport with at most k entries in each column
 """
 
 from polgrad.techniques import (
   decoupled_mixup,
   monge_gap,
+  network_compression,
   noise_mask,
   ode_penalties,
+  self_tuning,
   sparse_transport,
 )
 
 __all__ = [
   'decoupled_mixup',
   'monge_gap',
+  'network_compression',
   'noise_mask',
   'ode_penalties',
+  'self_tuning',
   'sparse_transport',
 ]
