@@ -205,6 +205,21 @@ def test_every_sampled_method_rests_at_the_teacher(x64):
     np.testing.assert_allclose(mean_gradient(method_of(name), at_teacher), 0, atol=1e-12)
 
 
+def test_samples_of_an_earlier_student_teach_the_same_at_both_ends(x64):
+  """Frozen samples rest at the teacher too, and begin with the same gradient."""
+  method = methods.sampled_distillation(clip=np.inf, eps=np.inf)
+  one, student, teacher = setting()
+  frozen = lambda params: one._replace(params=params, anchors=one.anchors | {'proximal': params})
+  fresh = lambda params: one._replace(params=params, behavior=params)
+  np.testing.assert_allclose(mean_gradient(method, frozen(teacher)), 0, atol=1e-12)
+  np.testing.assert_allclose(
+    mean_gradient(method, frozen(student)), mean_gradient(method, fresh(student)), atol=1e-12
+  )
+  between = (student + teacher) / 2
+  a, b = (mean_gradient(method, make(between)) for make in (frozen, fresh))
+  assert np.linalg.norm(a - b) > 1e-3 and a @ b > 0
+
+
 def test_a_mixture_of_policies_is_one_of_probabilities():
   student, teacher = jnp.asarray(RNG.normal(size=(2, 6)))
   mixed = behavior_policies.teacher_mixture(student, teacher, teacher_weight=0.25)
