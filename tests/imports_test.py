@@ -69,6 +69,7 @@ LEVELS = {
   'speed': 1,
   'progress': 0,
   'techniques': 1,
+  'hlo': 0,
   'whole_files': 0,
   'report': 2,
   'reward_models': 3,

@@ -1,0 +1,100 @@
+"""Counts in the text of compiled programs are those of the program that was written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from polgrad import hlo
+
+ASYNC = """HloModule m
+
+%cond (p: (s32[], f32[8,64])) -> pred[] {
+  %p = (s32[], f32[8,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %p = (s32[], f32[8,64]{1,0}) parameter(0)
+  %x = f32[8,64]{1,0} get-tuple-element(%p), index=1
+  %start = (f32[2,64]{1,0}, f32[8,64]{1,0:S(1)}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0)
+  %done = f32[8,64]{1,0} all-gather-done(%start)
+  %move = f32[8,64]{1,0} collective-permute(%done), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %conv = f32[8,16]{1,0} convolution(%done, %w), dim_labels=bf_io->bf
+  %w = f32[64,16]{1,0} constant({...})
+  ROOT %t = (s32[], f32[8,64]{1,0}) tuple(%i, %move)
+}
+
+ENTRY %main (x: f32[8,64]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %t = (s32[], f32[8,64]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], /*index=1*/f32[8,64]{1,0}) while(%t), condition=%cond, body=%body
+  ROOT %y = f32[8,64]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def mesh():
+  return jax.make_mesh(
+    (2, 2, 2),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=jax.devices()[:8],
+  )
+
+
+def layers(x, w):
+  return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
+
+
+def test_products_of_a_scanned_layer_count_once_a_layer():
+  x, w = jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((5, 64, 64), jnp.float32)
+  text = jax.jit(layers).lower(x, w).compile().as_text()
+  assert hlo.product_flops(text) == 5 * 2 * 8 * 64 * 64
+
+
+def test_collectives_have_the_axes_and_bytes_of_what_was_written():
+  def program(x):
+    def body(total, _):
+      found = jax.lax.psum(total, 'tensor')
+      gathered = jax.lax.all_gather(found, 'fsdp', tiled=True)
+      return total + jnp.mean(gathered) + jnp.mean(jax.lax.psum(x, ('data', 'fsdp'))), None
+
+    return jax.lax.scan(body, x, length=3)[0]
+
+  one = mesh()
+  spec = PartitionSpec(('data', 'fsdp', 'tensor'))
+  run = jax.jit(jax.shard_map(program, mesh=one, in_specs=spec, out_specs=spec, check_vma=False))
+  x = jax.ShapeDtypeStruct((8 * 32,), jnp.float32, sharding=NamedSharding(one, spec))
+  found = {
+    (c.kind, c.axes): c for c in hlo.collectives(run.lower(x).compile().as_text(), one.shape)
+  }
+  assert found['all-reduce', 'tensor'].moved == 3 * 2 * 32 * 4 * 1 / 2
+  assert found['all-gather', 'fsdp'].moved == 3 * 64 * 4 * 1 / 2
+  # The compiler may lift the reduction of x, which is the same in every trip, out of the loop.
+  both = found['all-reduce', 'data+fsdp']
+  assert both.moved == both.count * 2 * 32 * 4 * 3 / 4
+
+
+def test_asynchronous_collectives_and_convolutions_of_a_tpu():
+  found = hlo.collectives(ASYNC, {'fsdp': 4, 'tensor': 2})
+  gather, move = found if found[0].kind == 'all-gather' else found[::-1]
+  # The ids of a group are 0, 2, 4, 6: the devices differ in fsdp.
+  assert gather == hlo.Collective('all-gather', 'fsdp', 5, 5 * 8 * 64 * 4 * 3 / 4)
+  assert move == hlo.Collective('collective-permute', 'tensor', 5, 5 * 8 * 64 * 4)
+  assert hlo.product_flops(ASYNC) == 5 * 2 * 8 * 64 * 16
+
+
+def test_text_without_an_entry_is_refused():
+  with pytest.raises(ValueError, match='no ENTRY'):
+    hlo.parse('HloModule m')
+
+
+def test_sizes_of_all_types():
+  kinds = {'pred': 1, 'bf16': 2, 'f32': 4, 's8': 1, 'f8e4m3fn': 1, 'u4': 0.5}
+  np.testing.assert_array_equal(
+    [hlo.size((kind, (2, 3))) for kind in kinds], [6 * n for n in kinds.values()]
+  )
