@@ -2,17 +2,19 @@
 
     python -m benchmarks.curricula                # all curricula, three seeds; resumes where it stopped
     python -m benchmarks.curricula uniform vade   # some of them
-    python -m benchmarks.curricula --table        # prints the table from what there is
+    python -m benchmarks.curricula --table        # only writes the table into docs/curricula.md
 
 All curricula of a seed begin with the same supervised checkpoint and make steps of the same size. A
-completion counts when it is sampled, so those that dynamic sampling replaces count too. The table has
-the median over seeds, and its ratio to `uniform`. Results are appended to docs/curricula.jsonl.
+completion counts when it is sampled, so those that dynamic sampling replaces count too. Accuracy is
+that of greedy answers to the problems that are trained on, every five steps. The ratio to `uniform` is
+taken within a seed. Results are appended to docs/curricula.jsonl, one line a run.
 """
 
 import argparse
 import functools
 import json
 import pathlib
+import re
 import statistics
 from collections import defaultdict
 
@@ -24,8 +26,9 @@ from polgrad import build, phases
 from polgrad.options import from_text
 from polgrad.types import Params
 
-RESULTS = pathlib.Path(__file__).parent.parent / 'docs' / 'curricula.jsonl'
-GOAL = 0.8
+DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+RESULTS, PAGE = DOCS / 'curricula.jsonl', DOCS / 'curricula.md'
+GOAL, NEVER = 0.8, float('inf')
 TASK = 'task=mixed_sums,digits=2,problems=200,model=tiny,kl_coefficient=0,learning_rate=0.0002'
 SETTINGS = {
   'uniform': 'method=grpo,curriculum=uniform',
@@ -97,21 +100,49 @@ def read() -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
-  """One row a curriculum: completions to the goal by seed, their median, and its ratio to `uniform`."""
+  """One row a curriculum: completions to the goal, their ratio to `uniform`, and the last accuracy."""
   by_name = defaultdict(dict)
   for one in results:
-    reached = one['reached']
-    by_name[one['curriculum']][one['seed']] = float('inf') if reached is None else reached
-  medians = {name: statistics.median(seeds.values()) for name, seeds in by_name.items()}
-  lines = ['| curriculum | completions by seed | median | ratio to uniform |', '|---|---|---|---|']
-  for name in (n for n in SETTINGS if n in by_name):
-    own = ', '.join(
-      f'{n:,.0f}' if n < float('inf') else 'never' for _, n in sorted(by_name[name].items())
-    )
-    base, median = medians.get('uniform', float('inf')), medians[name]
-    ratio = f'{median / base:.2f}' if 0 < base < float('inf') and median < float('inf') else ''
-    lines.append(f'| {name} | {own} | {median:,.0f} | {ratio} |')
+    by_name[one['curriculum']][one['seed']] = one
+  reached = lambda one: NEVER if one['reached'] is None else one['reached']
+  base = {seed: reached(one) for seed, one in by_name['uniform'].items()}
+  lines = [
+    '| curriculum | completions to 80%, by seed | median | ratio to `uniform` | accuracy at the end |',
+    '|---|---|---|---|---|',
+  ]
+  for name in (n for n in SETTINGS if by_name[n]):
+    seeds = dict(sorted(by_name[name].items()))
+    counts = [reached(one) for one in seeds.values()]
+    # A seed whose `uniform` never reaches the goal has no ratio.
+    ratios = [reached(one) / base[s] for s, one in seeds.items() if base.get(s, NEVER) < NEVER]
+    ends = [one['curve'][-1][1] for one in seeds.values()]
+    cells = [
+      f'`{name}`',
+      ', '.join(_counted(n, ',.0f') for n in counts),
+      _counted(statistics.median(counts), ',.0f'),
+      _median_and_range(ratios),
+      _median_and_range(ends),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines)
+
+
+def _counted(number: float, style: str) -> str:
+  return 'never' if number == NEVER else f'{number:{style}}'
+
+
+def _median_and_range(numbers: list[float]) -> str:
+  """`1.53 (1.18 to 1.56)`; nothing of no numbers."""
+  if not numbers:
+    return ''
+  middle, low, high = (_counted(f(numbers), '.2f') for f in (statistics.median, min, max))
+  return f'{middle} ({low} to {high})'
+
+
+def with_table(text: str, results: list[dict]) -> str:
+  """The text of the page with the table of these results between its two marks."""
+  block = f'<!-- table -->\n{table(results)}\n<!-- end -->'
+  return re.sub('<!-- table -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -134,6 +165,7 @@ def main() -> None:
           with RESULTS.open('a') as file:
             file.write(json.dumps(found) + '\n')
   print(table(read()))
+  PAGE.write_text(with_table(PAGE.read_text(), read()))
 
 
 if __name__ == '__main__':
