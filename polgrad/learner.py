@@ -211,13 +211,14 @@ class AnchorLearner:
     return {
       'opt_state': init_opt_state(self.learner.optimizer, anchor),
       'objective_state': self.learner.objective.init(),
+      'skipped': jnp.zeros((), jnp.int32),
     }
 
   def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     """One step of the anchor: (state, batch) -> (state, metrics); nothing else changes.
 
-    The objective finds the log-probs of the anchor in `logp`. The metric `skipped` is 1 if the step was
-    skipped, else 0.
+    The objective finds the log-probs of the anchor in `logp`. The metric `skipped` is the number
+    of consecutive steps of the anchor that were skipped.
     """
     policy, own = self.learner.policy, state.learned[self.name]
     # The state as if the anchor were the policy; it shares what no update changes.
@@ -225,7 +226,6 @@ class AnchorLearner:
       params=overlay(state.params, state.anchors[self.name]),
       anchors={},
       learned={},
-      skipped=jnp.zeros_like(state.skipped),
       **own,
     )
     moved, report = self.learner.update(seen, batch)

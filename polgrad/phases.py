@@ -215,15 +215,23 @@ class PhaseRun:
     state, reports = self._updates(self.update, state, batch, step, **sizes)
     for name, update in self.learn.items():
       sizes = dict(epochs=1, parts=phase.learned[name].minibatches)
-      state, own = self._updates(update, state, batch, step, **sizes)
+      state, own = self._updates(update, state, batch, step, **sizes, anchor=name)
       means = {f'{name}/{k}': x for k, x in averages(own).items()}
       reports = [report | means for report in reports]
     return state, reports
 
   def _updates(
-    self, update: Callable, state: TrainState, batch: Batch, step: int, *, epochs: int, parts: int
+    self,
+    update: Callable,
+    state: TrainState,
+    batch: Batch,
+    step: int,
+    *,
+    epochs: int,
+    parts: int,
+    anchor: str = '',
   ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """An update on each minibatch, of the policy or of an anchor."""
+    """An update on each minibatch, of the policy or of the anchor of this name."""
     phase, mesh = self.phase, self.experiment.mesh
     cuts = minibatches(
       batch,
@@ -244,8 +252,8 @@ class PhaseRun:
       report = sharding.to_host(report)
       if minibatch.layout.pack:
         report['rows_forwarded'] = forwarded_fraction(minibatch, phase.micro_batches)
-      if update is self.update:
-        stop_if_broken(report, self.experiment.max_skipped, self.name, step)
+      who = f'{self.name}, anchor {anchor}' if anchor else self.name
+      stop_if_broken(report, self.experiment.max_skipped, who, step)
       reports.append(report)
     return state, reports
 
@@ -563,6 +571,9 @@ def forwarded_fraction(minibatch: Batch, micro_batches: int) -> float:
 
 def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) -> None:
   """Warns if the update was skipped.
+
+  Args:
+    phase: its name, followed by that of the anchor if the update is one of an anchor.
 
   Raises:
     FloatingPointError: it is the `limit`-th of consecutive skipped updates.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from polgrad import build, evaluate, learner, metrics, models, objectives, optim, train
+from polgrad import build, evaluate, learner, metrics, models, objectives, optim, phases, train
 from polgrad.losses import aggregation, implicit_rewards
 from polgrad.models.policy import labelled
 from polgrad.registry import bind, part
@@ -174,6 +174,16 @@ def test_an_anchor_learns_its_own_loss_and_changes_nothing_else():
   same(moved.replace(anchors=state.anchors, learned=state.learned), state)
   same(moved.anchors['reference'], params)
   assert report['loss'] == losses['loss'] and report['grad_norm'] > 0
+  # Steps that are not finite change nothing and are counted, until one is finite.
+  bad = batch.with_arrays(reference_logp=jnp.full(TOKENS.shape, jnp.nan))
+  for number in (1, 2):
+    moved, report = jax.jit(one.update)(moved, bad)
+    assert report['skipped'] == number and moved.skipped == 0
+  same(moved.anchors['reward_model'], expected.params)
+  with pytest.raises(FloatingPointError, match='anchor reward_model, step 3: 2 updates in a row'):
+    phases.stop_if_broken(report, 2, 'train, anchor reward_model', 3)
+  _, report = jax.jit(one.update)(moved, batch)
+  assert report['skipped'] == 0
 
 
 @pytest.mark.parametrize(
