@@ -655,8 +655,9 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   _check_learned(path, phase, given)
   if collector.filtered and wanted & {'proximal_logp', 'advantages'}:
     raise ValueError(
-      f'{path}.collect: top_k, top_p or another behavior policy than current sample from another '
-      'distribution than the policy, so its log-probs are not those of the samples; set '
+      f'{path}.collect: top_k, top_p, token_temperature or another behavior policy than '
+      'current sample from another distribution than the policy, so its log-probs are not those of '
+      'the samples; set '
       "recompute_proximal=True to use the policy's own"
     )
 

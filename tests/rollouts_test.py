@@ -1,15 +1,16 @@
 """What stands in a rollout batch beside fresh samples: the past, baselines, demonstrations, features."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 from polgrad import collect, credit, learner, optim, phases
-from polgrad.losses import logit_stats
+from polgrad.losses import logit_stats, selections
 from polgrad.registry import bind, part
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, processors
 from polgrad.types import Batch
 from tests import examples
 from tests.collect_test import collected, experiment
@@ -314,3 +315,24 @@ def test_a_collector_says_what_it_provides():
   named = {'valid', 'staleness', 'uniform', 'baseline_rewards', 'spread', 'stream'}
   assert named <= got.provides
   assert got.provides - Batch.__dataclass_fields__.keys() == {'uniform', 'spread'}
+
+
+def test_the_sampler_gets_the_entropies_of_the_batch_before():
+  heated = functools.partial(processors.entropy_scaled, strength=0.5)
+  settings = dict(
+    token_temperature=part(processors.entropy_scaled, strength=0.5),
+    stats={'old_entropy': part(logit_stats.entropy)},
+  )
+  _, found = run_steps(2, lag=1, recompute_proximal=True, **settings)
+  (before, first), (after, _) = found
+  assert before.collect_state.entropy_levels.tolist() == [0, 0, 0]
+  want = selections.entropy_levels(first.batch['old_entropy'], first.batch.mask)
+  np.testing.assert_array_equal(after.collect_state.entropy_levels, want)
+  assert want[1] > 0 and int(after.collect_state.memory.count) == 1
+  # In the first step they are zeros, so the rows are those of a single temperature.
+  plain = run_steps(1)[1][0][1].batch
+  np.testing.assert_array_equal(first.batch.tokens, plain.tokens)
+  stats = {'old_entropy': logit_stats.entropy}
+  assert collect.Rollouts(token_temperature=heated, stats=stats).filtered
+  with pytest.raises(ValueError, match='stats must have old_entropy'):
+    collect.Rollouts(token_temperature=heated)

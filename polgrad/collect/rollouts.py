@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -42,13 +42,23 @@ from polgrad.curricula import Sampled
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
-from polgrad.losses import logit_stats
+from polgrad.losses import logit_stats, selections
 from polgrad.objectives.base import RESERVED
 from polgrad.registry import Count, Fraction, NotNegative, inputs, unbound
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, processors
+from polgrad.sharding import to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 PAIR = ('chosen', 'rejected')  # fields of a record with a preference
+
+
+class Measured(NamedTuple):
+  """What a collector remembers whose sampler reads the entropies of the batch before."""
+
+  memory: Any  # of `lag` and `replay`
+  entropy_levels: (
+    np.ndarray
+  )  # f32[3], see `selections.entropy_levels`; zeros before the first batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,12 @@ class Rollouts(Filtering):
 
   # Who samples: the policy itself, greedy, an anchor, or a mixture with one.
   behavior_policy: behavior_policies.Part = behavior_policies.current
+  # Temperature of each token, times `temperature`: `processors.entropy_scaled` samples uncertain tokens
+  # at a higher one. It needs the statistic `old_entropy`, whose levels it gets from the batch before.
+  # `behavior_logp` is under this distribution, the log-probs of the trainer are not.
+  token_temperature: processors.Part = processors.unchanged
+  # Fraction of the tokens of a batch whose entropy counts as low for `token_temperature`.
+  low_entropy: Fraction = 0.8
   # Dynamic sampling (arXiv:2503.14476): how often, at most, further prompts are drawn to replace
   # groups whose rewards are all equal.
   max_resamples: Count = 0
@@ -187,7 +203,13 @@ class Rollouts(Filtering):
   @property
   def filtered(self) -> bool:
     mixed = unbound(self.behavior_policy) is not behavior_policies.current
+    mixed = mixed or unbound(self.token_temperature) is not processors.unchanged
     return super().filtered or (mixed and not self.recompute_proximal)
+
+  @property
+  def measures_entropy(self) -> bool:
+    """Whether the sampler reads the entropies of the batch before."""
+    return 'entropy_levels' in inputs(self.token_temperature)
 
   @functools.cached_property
   def old(self) -> Batch | None:
@@ -198,7 +220,12 @@ class Rollouts(Filtering):
   def read_files(self) -> None:
     self.old  # noqa: B018
 
-  def init(self) -> replays.Ring | replays.Best | tuple:
+  def init(self) -> Measured | replays.Ring | replays.Best | tuple:
+    """An empty memory: of `lag` and `replay`, and of entropies if the sampler reads them."""
+    memory = self._empty()
+    return Measured(memory, np.zeros(3, np.float32)) if self.measures_entropy else memory
+
+  def _empty(self) -> replays.Ring | replays.Best | tuple:
     """An empty memory for the batches that `lag` and `replay` need; () without them."""
     if not (self.lag or self.replay):
       return ()
@@ -248,7 +275,9 @@ class Rollouts(Filtering):
 
   def _parts(self, context: Context) -> dict[str, Any]:
     """The fields of `RolloutSteps`."""
-    draw_rows = make_row_sampler(self, context, self.samples_per_prompt, self.behavior_policy)
+    draw_rows = make_row_sampler(
+      self, context, self.samples_per_prompt, self.behavior_policy, self.token_temperature
+    )
     # A seed that no phase has: others must not draw the noise of what they are compared with.
     other = context._replace(seed=~context.seed)
     draw_baselines = draw_opponents = None
@@ -302,6 +331,11 @@ def _check_counts(settings: Rollouts) -> None:
       f"Rollouts: compare={settings.compare}: valid are 'wins' and, with baseline_samples, "
       "'baseline_wins'"
     )
+  if settings.measures_entropy and 'old_entropy' not in settings.stats:
+    raise ValueError(
+      'Rollouts: token_temperature reads the entropies of the batch before, so stats must have '
+      f'old_entropy (logit_stats.entropy), got {sorted(settings.stats)}'
+    )
   if 'wins' in inputs(settings.choose) and 'wins' not in settings.compare:
     raise ValueError("Rollouts: choose reads wins, so 'wins' must be in compare")
   if settings.spans and (settings.resets or settings.has_environment):
@@ -341,6 +375,7 @@ class RowSampler:
   samples_per_prompt: int
   reads: tuple[str, ...]  # parameter sets of the behavior policy
   draw: Draws
+  measures: bool = False  # whether the sampler reads entropies of the batch before
 
   def __call__(
     self, state: TrainState, records: Sequence[dict], step: int, before: Sequence[int] = ()
@@ -354,7 +389,7 @@ class RowSampler:
     prompts = self.lay_out(records)
     params = parameter_sets(state, context.frozen)
     rows = self.draw(
-      {name: params[name] for name in self.reads},
+      {name: params[name] for name in self.reads} | levels_of(state, self.measures),
       prompts,
       records,
       distinct(prompts.ids, before),
@@ -371,6 +406,7 @@ def make_row_sampler(
   context: Context,
   samples_per_prompt: int,
   behavior_policy: Callable = behavior_policies.current,
+  token_temperature: Callable = processors.unchanged,
 ) -> RowSampler:
   """The `RowSampler` of a collector whose records are prompts.
 
@@ -378,8 +414,10 @@ def make_row_sampler(
     context: of `Sampling.within`.
     samples_per_prompt: rows of each record.
     behavior_policy: who samples.
+    token_temperature: of each token, see `processors.TABLE`.
   """
   tokenizer, cut = context.tokenizer, settings.cut
+  measures = 'entropy_levels' in inputs(token_temperature)
   return RowSampler(
     context=context,
     # Prompts alone: `Rollouts.lay_out` would lay out the demonstrations too.
@@ -387,9 +425,19 @@ def make_row_sampler(
     samples_per_prompt=samples_per_prompt,
     reads=inputs(behavior_policy),
     draw=draws_of(
-      settings, context, samples_per_prompt=samples_per_prompt, behavior_policy=behavior_policy
+      settings,
+      context,
+      samples_per_prompt=samples_per_prompt,
+      behavior_policy=behavior_policy,
+      **({'token_temperature': token_temperature} if measures else {}),
     ),
+    measures=measures,
   )
+
+
+def levels_of(state: TrainState, measures: bool) -> dict[str, np.ndarray]:
+  """What the sampler reads of the batch before, beside its parameter sets."""
+  return {'entropy_levels': to_host(state.collect_state.entropy_levels)} if measures else {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -466,8 +514,11 @@ class RolloutSteps(Steps):
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     """Stores the batch, takes out the one to train on (`lag`, `replay`), and mixes old rows into it."""
     settings = self.settings
-    if memory:
-      batch, memory = self._remembered(batch, memory, random)
+    if isinstance(memory, Measured):
+      batch, own = self._exchanged(batch, memory.memory, random)
+      memory = memory._replace(memory=own)
+    else:
+      batch, memory = self._exchanged(batch, memory, random)
     if self.old is not None:
       batch = old_runs.mixed(
         batch,
@@ -477,6 +528,17 @@ class RolloutSteps(Steps):
         random=random,
       )
     return batch, memory
+
+  def _exchanged(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
+    """`_remembered`, if there is a memory of batches."""
+    return self._remembered(batch, memory, random) if memory else (batch, memory)
+
+  def measured(self, batch: Batch, memory: Any) -> Any:
+    if not isinstance(memory, Measured):
+      return memory
+    share = self.settings.low_entropy
+    levels = selections.entropy_levels(batch['old_entropy'], batch.mask, share=share)
+    return memory._replace(entropy_levels=to_host(levels))
 
   def _remembered(
     self, batch: Batch, memory: Any, random: np.random.Generator

@@ -90,6 +90,7 @@ class Steps(abc.ABC):
       batch = self.tracked(batch, state)
       batch = self.annotate(state, batch)
       meter.add('annotation', self.annotate.flops(batch))
+      memory = self.measured(batch, memory)
       batch, credit_state = self.credit(batch, state)
     report.metrics['staleness'] = float(batch.staleness.mean())
     report.metrics.update(meter.take())
@@ -142,6 +143,11 @@ class Steps(abc.ABC):
     """The batch to train on, and the next memory; without a memory it is the batch itself."""
     del random
     return batch, memory
+
+  def measured(self, batch: Batch, memory: Any) -> Any:
+    """The next memory, with what it keeps of the annotated batch."""
+    del batch
+    return memory
 
   def credit(self, batch: Batch, state: TrainState) -> tuple[Batch, Any]:
     """The batch with advantages, returns or labels, and the next state of the estimator."""

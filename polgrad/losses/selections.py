@@ -259,12 +259,43 @@ def signed_entropy(
   chex.assert_equal_shape([entropy, mask])
   if not 0 <= share <= 1:
     raise ValueError(f'share must lie in [0, 1], got {share}')
+  levels = entropy_levels(entropy, mask, share=share)
+  scaled = jnp.where(mask, scaled_entropy(jnp.where(mask, entropy, 1), levels), 0)
+  return jnp.abs(scaled) if released_sign else scaled
+
+
+def entropy_levels(entropy: Array, mask: Array, *, share: float = 0.8) -> Array:
+  """The three numbers by which `scaled_entropy` measures an entropy: HAPO (arXiv:2509.16591).
+
+  Args:
+    entropy: [B, T], nats; at least 1e-8 is taken.
+    mask: bool[B, T].
+    share: fraction of the tokens below the quantile, in [0, 1].
+
+  Returns:
+    f32[3]: the quantile p of log H over the valid tokens, max(log H - p), and max(p - log H). All are 0
+    without valid tokens.
+  """
   level = jnp.where(mask, jnp.log(jnp.maximum(jnp.where(mask, entropy, 1), 1e-8)), jnp.inf)
   place = jnp.round(share * jnp.maximum(jnp.sum(mask) - 1, 0)).astype(jnp.int32)
-  gap = jnp.where(mask, level - jnp.sort(level, axis=None)[place], 0)
-  above, below = jnp.max(gap), jnp.max(-gap)
-  scaled = jnp.where(gap > 0, divide(gap, above), divide(gap, below))
-  return jnp.abs(scaled) if released_sign else scaled
+  quantile = jnp.where(jnp.any(mask), jnp.sort(level, axis=None)[place], 0)
+  gap = jnp.where(mask, level - quantile, 0)
+  return jnp.stack([quantile, jnp.max(gap), jnp.max(-gap)])
+
+
+def scaled_entropy(entropy: Array, levels: Array) -> Array:
+  """h = log H - p, divided by its largest value where h > 0, and by its largest size elsewhere.
+
+  Args:
+    entropy: [...], nats; at least 1e-8 is taken.
+    levels: f32[3] of `entropy_levels`. Zeros give 0 everywhere.
+
+  Returns:
+    [...], in [-1, 1] for the tokens that the levels were measured on.
+  """
+  quantile, above, below = levels
+  gap = jnp.log(jnp.maximum(entropy, 1e-8)) - quantile
+  return jnp.where(gap > 0, divide(gap, above), divide(gap, below))
 
 
 def token_band(

@@ -101,7 +101,7 @@ class Sampler:
 
   policies: Mapping[str, Policy]  # one model for each name that the behavior policy reads
   behavior_policy: Callable[..., Array]  # logits of the named parameter sets -> logits
-  processors: Sequence[Callable[[Array], Array]]  # applied to its logits, in this order
+  processors: Sequence[Callable[..., Array]]  # applied to its logits, in this order
   max_new_tokens: int  # tokens of the longest completion
   samples_per_prompt: int  # rows of each prompt
   slots: int  # slots over all queues; 0: one for each row
@@ -127,7 +127,7 @@ class Sampler:
     `following` is the array of `stop_table`: as an argument it is no constant of the program.
     """
     # Layers are cut from their stacks here: inside the loop it would happen at every step.
-    params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
+    params = self.unstacked(params)
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
     draw = functools.partial(self.draw, params, keys, following, tokens.shape[1])
@@ -138,6 +138,11 @@ class Sampler:
       self.start(prompts, tokens.shape[1]),
     )
     return self.finish(state, tokens, mask, prompt_ids, padding)
+
+  def unstacked(self, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameter sets that are read, unstacked, and `entropy_levels` if they are there."""
+    read = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
+    return read | {name: params[name] for name in ('entropy_levels',) if name in params}
 
   def row_keys(self, seed: Array, step: Array, prompt_ids: Array) -> Array:
     """Random keys [B], each folded from seed, step, prompt id and sample index."""
@@ -247,7 +252,7 @@ class Sampler:
       {name: policy.unembed(params[name], hidden[name]) for name, policy in self.policies.items()},
     )
     for processor in self.processors:
-      logits = processor(logits)
+      logits = call(processor, {**params, 'logits': logits})
     return jax.nn.log_softmax(logits, axis=-1)
 
   def read(

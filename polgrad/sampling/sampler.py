@@ -34,6 +34,7 @@ def make_sampler(
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  token_temperature: Callable[..., Array] = processors.unchanged,
   mesh: Mesh | None = None,
 ) -> Callable[..., Batch]:
   """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step) -> Batch`.
@@ -46,9 +47,10 @@ def make_sampler(
   A stop token is part of its completion; a row without one (or a stop string) after `max_new_tokens`
   tokens is not `finished`. After the completion a row holds `pad_id`, segment 0 and a False mask.
 
-  Tokens are drawn from softmax(top_p(top_k(behavior_policy(logits) / temperature))), and
-  `behavior_logp` is the log-probability of a token under exactly this distribution. With top_k and
-  top_p off it is what the trainer computes at the same temperature. Each draw has its own random key,
+  Tokens are drawn from softmax(top_p(top_k(token_temperature(behavior_policy(logits) / temperature)))),
+  and `behavior_logp` is the log-probability of a token under exactly this distribution. With top_k,
+  top_p and token_temperature off it is what the trainer computes at the same temperature. Each draw has
+  its own random key,
   folded from (seed, step, prompt id, sample index, position in the completion), so a completion
   depends neither on the rest of the batch nor on its slot.
 
@@ -70,6 +72,8 @@ def make_sampler(
     temperature: divides the logits of the behavior policy.
     top_k: number of most likely tokens that are kept; 0 keeps all.
     top_p: probability of the most likely tokens that are kept; 1 keeps all.
+    token_temperature: logits -> logits, see `processors.TABLE`. If it reads `entropy_levels`, `params`
+      has an entry f32[3] of this name.
     mesh: devices to spread the prompts over; prompts are then arrays on the host.
 
   Raises:
@@ -91,6 +95,7 @@ def make_sampler(
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
+    token_temperature=token_temperature,
   )
   following = stop_table.following if stop_table else None
   run = jit(sampler.run, static_argnames='padding')
@@ -117,6 +122,7 @@ def configure(
   temperature: float,
   top_k: int,
   top_p: float,
+  token_temperature: Callable[..., Array],
   **fields,
 ) -> Sampler:
   """The sampler of these settings, see `make_sampler`.
@@ -133,7 +139,7 @@ def configure(
   sampler = kind(
     policies=policies,
     behavior_policy=behavior_policy,
-    processors=chosen_processors(temperature, top_k, top_p),
+    processors=chosen_processors(temperature, top_k, top_p, token_temperature),
     queues=queues,
     stop_ids=tuple(stop_ids),
     **fields,
@@ -156,10 +162,13 @@ def behavior_at(temperature: float) -> tuple[Callable, float]:
 
 
 def chosen_processors(
-  temperature: float, top_k: int, top_p: float
-) -> list[Callable[[Array], Array]]:
+  temperature: float,
+  top_k: int,
+  top_p: float,
+  token_temperature: Callable[..., Array] = processors.unchanged,
+) -> list[Callable[..., Array]]:
   """The processors that these settings turn on, in the order in which they are applied."""
-  chosen = [functools.partial(processors.temperature, value=temperature)]
+  chosen = [functools.partial(processors.temperature, value=temperature), token_temperature]
   if top_k:
     chosen.append(functools.partial(processors.top_k, k=top_k))
   if top_p < 1:

@@ -33,7 +33,7 @@ from jax.sharding import Mesh, PartitionSpec
 from polgrad.compiling import jit
 from polgrad.environments import Replies
 from polgrad.models.policy import Policy
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Decoding, Prefilled, Sampler, merge, put, take
 from polgrad.sampling.sampler import configure, spare_columns
 from polgrad.sampling.stopping import StopTable
@@ -114,6 +114,7 @@ def make_turn_sampler(
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  token_temperature: Callable[..., Array] = processors.unchanged,
   mesh: Mesh | None = None,
 ) -> Callable[..., Batch]:
   """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step, replies) -> Batch`.
@@ -163,6 +164,7 @@ def make_turn_sampler(
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
+    token_temperature=token_temperature,
   )
   rollout = Rollout(sampler, mesh)
 
@@ -193,7 +195,7 @@ class TurnSampler(Sampler):
     step: Array,
   ) -> tuple[dict[str, Params], Array, Prefilled, Turns, Told]:
     """Unstacked parameters, keys of the rows, the prompts, and a state in which all slots are idle."""
-    params = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
+    params = self.unstacked(params)
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
     state = self.start(prompts, tokens.shape[1])

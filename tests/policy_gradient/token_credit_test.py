@@ -345,6 +345,13 @@ def test_hapo_gives_the_published_numbers():
   entropy, mask = jnp.array([[0.05, 0.1, 0.5, 1.0, 2.0]]), np.ones((1, 5), bool)
   h = selections.signed_entropy(entropy, mask)
   np.testing.assert_allclose(h, [[-1, -0.76863, -0.23138, 0, 1]], atol=1e-5)
+  # Temperatures of the same tokens: distributions with these entropies, of two tokens or of many.
+  levels = selections.entropy_levels(entropy, mask)
+  np.testing.assert_allclose(levels, [0, np.log(2), -np.log(0.05)], atol=1e-6)
+  heat = 1 + 0.05 * selections.scaled_entropy(entropy, levels)
+  np.testing.assert_allclose(heat, [[0.95, 0.96157, 0.98843, 1, 1.05]], atol=1e-5)
+  np.testing.assert_array_equal(selections.scaled_entropy(entropy, jnp.zeros(3)), 0)
+  np.testing.assert_array_equal(selections.entropy_levels(entropy, ~mask), 0)
   # Far below and far above their bounds, tokens have the loss of the bound; A' = A (1 + h) at h > 0.
   loss = lambda ratio, a: surrogates.entropy_adaptive(
     jnp.full((1, 5), np.log(ratio)), jnp.full((1, 5), a), h

@@ -239,3 +239,33 @@ def test_a_reply_that_nobody_waits_for_is_refused():
 def test_a_negative_budget_is_refused():
   with pytest.raises(ValueError, match='turn_tokens must be 0'):
     make_turn_sampler({'policy': POLICY}, turn_tokens=-1, **SETTINGS)
+
+
+def test_hot_tokens_are_drawn_from_the_distribution_that_is_reported():
+  """Uncertain tokens have another temperature, in rows of one turn and of several ones."""
+  heated = functools.partial(processors.entropy_scaled, strength=0.5)
+  levels = np.array([0.5, 0.4, 3.0], np.float32)
+  params = {'policy': PARAMS, 'entropy_levels': levels}
+  sample = make_turn_sampler({'policy': POLICY}, **SETTINGS, token_temperature=heated)
+  out = rollout(Script(2), sample, params)
+  full = POLICY.unembed(PARAMS, POLICY.hidden(PARAMS, out.tokens, out.segment_ids))
+  full = np.pad(np.asarray(full, np.float64)[:, :-1], ((0, 0), (1, 0), (0, 0))) / 0.7
+  logp = lambda x: x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+  entropy = -np.sum(np.exp(logp(full)) * logp(full), axis=-1)
+  gap = np.log(entropy) - 0.5
+  h = np.clip(np.where(gap > 0, gap / 0.4, gap / 3.0), -1, 1)
+  assert h[out.mask].min() < -0.02 and h[out.mask].max() > 0.5
+  of_tokens = lambda x: np.take_along_axis(logp(x), out.tokens[..., None], axis=-1)[..., 0]
+  hot = of_tokens(full / (1 + 0.5 * h)[..., None])
+  np.testing.assert_allclose(out.behavior_logp[out.mask], hot[out.mask], atol=1e-5)
+  assert np.abs(of_tokens(full) - hot)[out.mask].max() > 1e-2
+  # The same row is drawn by the sampler of one turn; with zeros it is that of a single temperature.
+  one = make_sampler({'policy': POLICY}, **SETTINGS, token_temperature=heated)
+  one = functools.partial(one, tokens=TOKENS, mask=MASK, prompt_ids=IDS, seed=0, step=0)
+  single, many = one(params), rollout(Script(1), sample, params)
+  np.testing.assert_array_equal(single.tokens, many.tokens)
+  np.testing.assert_allclose(single.behavior_logp, many.behavior_logp, atol=1e-5)
+  plain = rollout(Script(1))
+  cold = one({'policy': PARAMS, 'entropy_levels': np.zeros(3, np.float32)})
+  np.testing.assert_array_equal(cold.tokens, plain.tokens)
+  np.testing.assert_allclose(cold.behavior_logp, plain.behavior_logp, atol=1e-5)

@@ -1,10 +1,11 @@
 from functools import partial
 
 from polgrad import collect, credit, objectives
-from polgrad.losses import aggregation, baselines, selections, surrogates
+from polgrad.losses import aggregation, baselines, logit_stats, selections, surrogates
 from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
+from polgrad.sampling import processors
 
 
 def hapo(
@@ -15,8 +16,9 @@ def hapo(
   emphasis: float = 1.0,
   share: float = 0.8,
   max_resamples: int = 2,
+  heating: float = 0.05,
 ) -> Method:
-  """HAPO (arXiv:2509.16591): DAPO whose bounds and advantages depend on the entropy of each token.
+  """HAPO (arXiv:2509.16591): DAPO whose temperature, bounds and advantages follow each token's entropy.
 
       loss = -token mean of min(r A', clip(r, low, high) A'), at most -10 A' where A' < 0
       low = 1 - eps (1 - widening min(h, 0)),   high = 1 + eps (1 + widening max(h, 0))
@@ -27,8 +29,10 @@ def hapo(
   reward, normalised by its mean and deviation over the tokens of the prompt's rows. Groups whose answers
   are all equally right are replaced, and long answers are punished, as in DAPO.
 
-  Differences: The temperature of sampling is the same for all tokens; in the paper it is T (1 + 0.05 h),
-  with the scale of h from the step before. h has the sign that the paper intends; in the released code
+  Tokens are drawn at the temperature T (1 + heating h), with the scale of h from the batch before;
+  pi_old is the policy at T. The first batch is drawn at T.
+
+  Differences: h has the sign that the paper intends; in the released code
   tokens of low entropy get |h| (`released_sign` of `selections.signed_entropy`). The statistics of h are
   those of the minibatch, in the code those of a micro-batch.
 
@@ -39,6 +43,7 @@ def hapo(
     emphasis: beta in the paper, at most 1.
     share: fraction of the tokens whose entropy counts as low.
     max_resamples: how many times the equally right groups of a batch are replaced.
+    heating: tau in the paper, the largest relative change of the temperature, below 1.
 
   Confidence: CODE.
   """
@@ -46,7 +51,14 @@ def hapo(
     verifiers.soft_overlong, max_length=max_new_tokens, cache=max(max_new_tokens // 5, 1)
   )
   return Method(
-    collect=partial(collect.Rollouts, max_resamples=max_resamples),
+    collect=partial(
+      collect.Rollouts,
+      max_resamples=max_resamples,
+      token_temperature=part(processors.entropy_scaled, strength=heating),
+      low_entropy=share,
+      recompute_proximal=True,
+      stats={'old_entropy': part(logit_stats.entropy)},
+    ),
     credit=part(credit.outcome, advantage=part(baselines.token_normalized)),
     objective=part(
       objectives.PolicyGradient,
