@@ -295,6 +295,20 @@ def per_prompt(prompt_weights: Array) -> Array:
   return jax.lax.stop_gradient(prompt_weights)
 
 
+def probability(logp: Array) -> Array:
+  """sg(p) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
+
+  With the loss -logp the gradient is that of -p, so learning sharpens towards the most frequent token.
+
+  Args:
+    logp: [..., T], nats; detached here.
+
+  Returns:
+    [..., T], in [0, 1].
+  """
+  return jnp.exp(jax.lax.stop_gradient(logp))
+
+
 TABLE = table(
   'weights',
   truncated_importance,
@@ -307,6 +321,7 @@ TABLE = table(
   soft_gate,
   normalized,
   per_prompt,
+  probability,
 ) | table(
   'trust_region_masks',
   geometric_band,
