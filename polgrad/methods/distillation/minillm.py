@@ -10,7 +10,7 @@ from polgrad.sampling import behavior_policies
 def minillm(
   *, teacher_weight: float = 0.2, eps: float = 0.2, discount: float = 0.95, epochs: int = 4
 ) -> Method:
-  """MiniLLM (arXiv:2306.08543), as released: the reverse KL of sequences by a policy gradient.
+  """MiniLLM as released (arXiv:2306.08543): the reverse KL of sequences by a policy gradient.
 
       loss = token mean of max(-r A, -clip(r, 1 - eps, 1 + eps) A) + KL(S || T)
       A_t = whitened sum_{s >= t} d^(s - t) r_s / sum_{s >= t} d^(s - t),   r_s = 2 (log T - log S)(y_s)

@@ -8,7 +8,7 @@ from polgrad.sampling import behavior_policies
 
 
 def minillm_paper(*, teacher_weight: float = 0.2, per_token: bool = False) -> Method:
-  """MiniLLM (arXiv:2306.08543), as written: the exact gradient of the reverse KL of sequences.
+  """MiniLLM as written (arXiv:2306.08543): the exact gradient of the reverse KL of sequences.
 
       loss = mean over rows of sum_t [KL(S || T)_t - r_t A_t],   A_t = sum_{s > t} (log T - log S)(y_s)
 
