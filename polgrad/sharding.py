@@ -6,8 +6,10 @@ over `data` and `fsdp`. A dimension that its mesh axes do not divide is replicat
 runs on every mesh.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +35,20 @@ RULES = {
 }
 
 
+# Devices that meshes are made of instead of those of JAX, see `compiling_for`.
+_DEVICES = contextvars.ContextVar('devices', default=())
+
+
+@contextlib.contextmanager
+def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+  """Within, `make_mesh` takes these devices, for example those of a topology that is not there."""
+  token = _DEVICES.set(tuple(devices))
+  try:
+    yield
+  finally:
+    _DEVICES.reset(token)
+
+
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   """A mesh of data * fsdp * tensor devices.
 
@@ -45,7 +61,8 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     ValueError: a size is below 1; or the mesh has more devices than there are; or it has fewer, and
       there are several processes, which must use all devices.
   """
-  devices = jax.device_count()
+  there = _DEVICES.get() or jax.devices()
+  devices = len(there)
   if data == -1 and fsdp * tensor > 0 and devices % (fsdp * tensor) == 0:
     data = devices // (fsdp * tensor)
   size = data * fsdp * tensor
@@ -57,7 +74,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     (data, fsdp, tensor),
     ('data', 'fsdp', 'tensor'),
     axis_types=(AxisType.Auto,) * 3,
-    devices=jax.devices()[:size],
+    devices=there[:size],
   )
 
 

@@ -59,6 +59,7 @@ LEVELS = {
   'verify': 9,
   'checks': 4,
   'check': 8,
+  'preflight': 8,
   'explain': 7,
   'workdirs': 2,
   'row_files': 3,
@@ -88,6 +89,7 @@ HOMES = {
     *(
       'metrics',
       'phases',
+      'preflight',
       'prompt_weights',
       'report',
       'row_files',

@@ -1,0 +1,81 @@
+"""The numbers that a preflight reports, without the compiler of TPUs."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from polgrad import hlo, models, preflight, sharding
+
+CHIP = preflight.Chip(memory=100.0, bandwidth=10.0, links=2.0)
+BASE = preflight.Program(
+  'train update', 50.0, 10.0, flops=40.0, compiled_flops=0.0, bytes=10.0, collectives=[],
+  least_moved=0.0, seconds=0.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('change', 'seconds', 'limit', 'says'),
+  [
+    ({}, 2.0, 'products', 'fits'),
+    ({'bytes': 80.0}, 8.0, 'memory', 'more rows a chip'),
+    (
+      {'collectives': [hlo.Collective('all-gather', 'fsdp', 1, 20.0)]},
+      10.0,
+      'links',
+      'mesh.tensor',
+    ),
+    ({'memory': 101.0}, 2.0, 'products', 'raise config.mesh.fsdp'),
+    ({'memory': 101.0, 'temporary': 90.0}, 2.0, 'products', 'more micro_batches'),
+  ],
+)
+def test_the_longest_time_limits_and_the_verdict_names_a_knob(change, seconds, limit, says):
+  program = BASE._replace(**change)
+  found = preflight.bound(program, CHIP, peak=20.0)
+  assert found == (seconds, limit, 40.0 / 20.0 / seconds)
+  assert says in preflight.verdict(program, CHIP, 20.0)
+
+
+def test_the_least_that_moves_is_that_of_each_axis():
+  least = lambda update=True, **mesh: preflight.least_moved(
+    80.0, dict(data=1, fsdp=1, tensor=1) | mesh, activations=10.0, update=update
+  )
+  assert least() == 0
+  # Two gathers and a scatter of 80 bytes, 3/4 of them from other chips; a forward pass has one gather.
+  assert least(fsdp=4) == 3 * 60
+  assert least(fsdp=4, update=False) == 60
+  # Activations are added up in both passes, each a ring of twice half their bytes.
+  assert least(tensor=2) == 2 * 2 * 5
+  assert least(data=2) == 2 * 80 / 2
+
+
+def test_replicated_parameters_are_named():
+  mesh = sharding.make_mesh(fsdp=4, tensor=2)
+  place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+  shape = lambda where: jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=where)
+  tree = {'whole': shape(place()), 'cut': shape(place('fsdp'))}
+  assert preflight.replicated(mesh, tree) == ["['whole']"]
+
+
+@pytest.mark.parametrize(
+  ('name', 'billions'),
+  [('qwen3_0_6b', 0.596), ('llama3_8b', 8.03), ('gemma3_27b', 27.0), ('qwen3_30b_a3b', 30.5)],
+)
+def test_shapes_have_the_published_number_of_parameters(name, billions):
+  shapes = models.decoder(**preflight.SHAPES[name]).shapes()
+  count = sum(x.size for x in jax.tree.leaves(shapes))
+  assert count / 1e9 == pytest.approx(billions, rel=5e-3)
+
+
+def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'libtpu', None)
+  with pytest.raises(ImportError, match='pip install libtpu'):
+    preflight.topology('v5e:4x4')
+
+
+def test_meshes_are_made_of_the_devices_that_are_compiled_for():
+  with sharding.compiling_for(jax.devices()[4:8]):
+    assert list(sharding.make_mesh(data=-1, fsdp=2).devices.flat) == jax.devices()[4:8]
+  assert sharding.make_mesh(data=1).devices.flat[0] == jax.devices()[0]
