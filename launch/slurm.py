@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Submits a polgrad command to Slurm, one process for every GPU, and has it resume when it was stopped.
+
+  launch/slurm.py --name=grpo --nodes=2 --gpus=8 --time=12:00:00 --sweep=config.seed=0,1,2 -- \\
+    --config=experiments/run.py:method=grpo,task=addition,model=tiny
+
+What follows -- goes to `python -m MODULE`; --workdir=RUNS/NAME and --distributed are added (no --workdir
+if there is one). JAX finds the other processes by Slurm's variables. --sweep, which may be repeated,
+submits a job for every combination of values; their names end with the values. Slurm sends SIGTERM
+before the time is over: the run then saves and ends with exit code 75, and the job goes back into the queue.
+
+It needs Python 3.8 or newer and sbatch, on a file system that all nodes share.
+"""
+
+import argparse
+import itertools
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPT = """#!/bin/bash
+cd {root} || exit 1
+srun --kill-on-bad-exit=1 {command}
+code=$?
+# 75: the run was asked to stop, and has saved.
+if [ "$code" = 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def parse(argv):
+  """The options, and what follows --."""
+  own, rest = argv, []
+  if '--' in argv:
+    own, rest = argv[: argv.index('--')], argv[argv.index('--') + 1 :]
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+  parser.add_argument('--name', required=True, help='of the job and of the folder of its run')
+  parser.add_argument('--nodes', type=int, default=1, help='number of nodes')
+  parser.add_argument('--gpus', type=int, default=1, help='GPUs, and processes, of a node')
+  parser.add_argument('--time', default='', help='limit, such as 12:00:00')
+  parser.add_argument('--partition', default='', help="Slurm's partition")
+  parser.add_argument('--account', default='', help='that pays')
+  parser.add_argument('--warn', type=int, default=300, help='seconds from SIGTERM to the limit')
+  parser.add_argument('--runs', default='runs', help='folder of the folders of runs')
+  parser.add_argument('--python', default='.venv/bin/python', help='of the nodes')
+  parser.add_argument('--module', default='polgrad.train', help='what runs')
+  parser.add_argument('--sbatch', action='append', default=[], help='further option of sbatch')
+  parser.add_argument('--sweep', action='append', default=[], help='FLAG=VALUE,VALUE,...')
+  parser.add_argument('--dry_run', action='store_true', help='print, and submit nothing')
+  options = parser.parse_args(own)
+  if not re.fullmatch(r'[\w.-]+', options.name):
+    parser.error(f'--name={options.name}: letters, digits, ".", "_" and "-" only')
+  if min(options.nodes, options.gpus) < 1:
+    parser.error('--nodes and --gpus must be at least 1')
+  for one in options.sweep:
+    if not re.fullmatch(r'[\w.]+=.+', one):
+      parser.error(f'--sweep={one}: write FLAG=VALUE,VALUE,...')
+  return options, rest
+
+
+def points(sweeps):
+  """Flags of every combination of values: [('config.seed', '0'), ...] of each job."""
+  axes = []
+  for one in sweeps:
+    flag, _, values = one.partition('=')
+    axes.append([(flag, value) for value in values.split(',')])
+  return list(itertools.product(*axes))
+
+
+def jobs(options, rest):
+  """(arguments of sbatch, script) of every job."""
+  for point in points(options.sweep):
+    name = '-'.join([options.name, *(re.sub(r'[^\w.]+', '_', value) for _, value in point)])
+    flags = [*rest, *(f'--{flag}={value}' for flag, value in point)]
+    if not any(flag.split('=')[0] in ('--workdir', '--model') for flag in rest):
+      flags.append(f'--workdir={options.runs}/{name}')
+    elif options.sweep:
+      sys.exit('--sweep needs a folder for every run: leave --workdir out, and give --runs')
+    command = shlex.join([options.python, '-m', options.module, *flags, '--distributed'])
+    wanted = [
+      'sbatch',
+      f'--job-name={name}',
+      f'--nodes={options.nodes}',
+      f'--ntasks-per-node={options.gpus}',
+      f'--gpus-per-node={options.gpus}',
+      f'--signal=TERM@{options.warn}',
+      '--requeue',
+      '--open-mode=append',
+      f'--output={options.runs}/{name}.log',
+    ]
+    for key in ('time', 'partition', 'account'):
+      if getattr(options, key):
+        wanted.append(f'--{key}={getattr(options, key)}')
+    yield wanted + options.sbatch, SCRIPT.format(root=shlex.quote(str(ROOT)), command=command)
+
+
+def main():
+  options, rest = parse(sys.argv[1:])
+  for command, script in list(jobs(options, rest)):
+    if options.dry_run:
+      print(f'{shlex.join(command)} <<"END"\n{script}END')
+      continue
+    (ROOT / options.runs).mkdir(parents=True, exist_ok=True)
+    try:
+      done = subprocess.run(command, input=script, text=True, cwd=ROOT)
+    except FileNotFoundError:
+      sys.exit('there is no sbatch here; --dry_run shows what would be submitted')
+    if done.returncode:
+      sys.exit(f'sbatch refused {command[1]}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,143 @@
+"""Launchers of several processes: what they ask of the cluster, and what becomes of a lost process."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MAIN = """
+import os, signal, sys, time
+import jax
+from absl import app
+from polgrad import cli
+
+def main(argv):
+  cli.start(argv, needed=[])
+  print('is', jax.process_index(), 'of', jax.process_count(), flush=True)
+  if os.environ.get('LOST') == str(jax.process_index()):
+    os.kill(os.getpid(), signal.SIGKILL)
+  if 'LOST' in os.environ:
+    time.sleep(60)
+
+app.run(main)
+"""
+# Writes down what it is asked, each argument in a line, and then the script.
+SBATCH = """#!/bin/bash
+number=$(ls "$CALLS" | wc -l)
+printf '%s\\n' "$@" > "$CALLS/$number"
+cat > "$CALLS/../script.$number"
+exit "${REFUSED:-0}"
+"""
+
+
+def launch(kind, folder, *arguments, **variables):
+  environment = {**os.environ, **variables, 'JAX_PLATFORMS': 'cpu'}
+  environment.pop('XLA_FLAGS', None)
+  command = [sys.executable, str(ROOT / 'launch' / f'{kind}.py'), *arguments]
+  return subprocess.run(
+    command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+  )
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+  (tmp_path / 'bin').mkdir()
+  (tmp_path / 'calls').mkdir()
+  (tmp_path / 'bin/sbatch').write_text(SBATCH)
+  (tmp_path / 'bin/sbatch').chmod(0o755)
+  path = f'{tmp_path}/bin:{os.environ["PATH"]}'
+  return lambda *arguments, **variables: launch(
+    'slurm', tmp_path, *arguments, PATH=path, CALLS=str(tmp_path / 'calls'), **variables
+  )
+
+
+def test_processes_of_one_machine_find_each_other(tmp_path):
+  (tmp_path / 'seen.py').write_text(MAIN)
+  done = launch('local', tmp_path, '--processes=2', '--module=seen')
+  assert done.returncode == 0, done.stdout + done.stderr
+  found = {line for line in done.stdout.splitlines() if ' is ' in line}
+  assert found == {'[0] is 0 of 2', '[1] is 1 of 2'}
+
+
+def test_a_killed_process_is_named_and_ends_the_others(tmp_path):
+  (tmp_path / 'seen.py').write_text(MAIN)
+  started = time.monotonic()
+  done = launch('local', tmp_path, '--processes=2', '--module=seen', '--grace=2', LOST='1')
+  assert done.returncode == 128 + 9, done.stdout + done.stderr
+  assert 'process 1 was killed by signal 9; the others are stopped' in done.stderr
+  assert time.monotonic() - started < 50
+
+
+def test_a_dry_run_of_local_processes_shows_their_commands(tmp_path):
+  done = launch('local', tmp_path, '--port=1234', '--dry_run', '--', '--config=a b.py')
+  start = f"{sys.executable} -m polgrad.train '--config=a b.py' --distributed"
+  assert done.stdout.splitlines() == [
+    f'{start} --coordinator=localhost:1234 --num_processes=2 --process_id={i}' for i in range(2)
+  ]
+
+
+def test_every_combination_of_a_sweep_is_submitted(sbatch, tmp_path):
+  done = sbatch(
+    *('--name=grpo', '--nodes=2', '--gpus=8', '--time=1:00:00', '--partition=long'),
+    *('--account=mine', '--sbatch=--exclusive', f'--runs={tmp_path}/runs'),
+    *('--sweep=config.seed=0,1', '--sweep=config.phases.train.optimizer.learning_rate=1e-4,1e-5'),
+    *('--', "--config=it's.py"),
+  )
+  assert done.returncode == 0, done.stderr
+  names = [f'grpo-{seed}-{rate}' for seed in (0, 1) for rate in ('1e_4', '1e_5')]
+  calls = [(tmp_path / f'calls/{i}').read_text().splitlines() for i in range(4)]
+  assert len(list((tmp_path / 'calls').iterdir())) == 4
+  for name, call in zip(names, calls, strict=True):
+    assert call == [
+      *(f'--job-name={name}', '--nodes=2', '--ntasks-per-node=8', '--gpus-per-node=8'),
+      *('--signal=TERM@300', '--requeue', '--open-mode=append'),
+      *(f'--output={tmp_path}/runs/{name}.log', '--time=1:00:00', '--partition=long'),
+      *('--account=mine', '--exclusive'),
+    ]
+  script = (tmp_path / 'script.3').read_text()
+  assert f'--workdir={tmp_path}/runs/grpo-1-1e_5 --distributed' in script
+  assert '--config.seed=1 --config.phases.train.optimizer.learning_rate=1e-5' in script
+
+
+@pytest.mark.parametrize(('code', 'requeued'), [(0, False), (1, False), (75, True)])
+def test_a_job_that_has_saved_goes_back_into_the_queue(sbatch, tmp_path, code, requeued):
+  assert sbatch('--name=x', f'--runs={tmp_path}/runs').returncode == 0
+  for name, text in {
+    'srun': f'printf "%s\\n" "$@" > {tmp_path}/ran; exit {code}',
+    'scontrol': f'echo "$@" > {tmp_path}/asked',
+  }.items():
+    (tmp_path / 'bin' / name).write_text(f'#!/bin/bash\n{text}\n')
+    (tmp_path / 'bin' / name).chmod(0o755)
+  environment = {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7'}
+  done = subprocess.run(['bash', tmp_path / 'script.0'], env=environment)
+  assert done.returncode == code
+  assert (tmp_path / 'asked').exists() == requeued
+  assert not requeued or (tmp_path / 'asked').read_text() == 'requeue 7\n'
+  assert (tmp_path / 'ran').read_text().splitlines() == [
+    *('--kill-on-bad-exit=1', '.venv/bin/python', '-m', 'polgrad.train'),
+    *(f'--workdir={tmp_path}/runs/x', '--distributed'),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'says'),
+  [
+    (['--name=a b'], 'letters'),
+    (['--name=x', '--gpus=0'], 'at least 1'),
+    (['--name=x', '--sweep=seed'], 'FLAG=VALUE'),
+    (['--name=x', '--sweep=config.seed=1,2', '--', '--workdir=y'], 'leave --workdir out'),
+  ],
+)
+def test_what_slurm_cannot_run_is_refused(sbatch, tmp_path, arguments, says):
+  done = sbatch(*arguments)
+  assert done.returncode and says in done.stderr and not list((tmp_path / 'calls').iterdir())
+
+
+def test_a_refusal_of_sbatch_ends_the_sweep(sbatch, tmp_path):
+  done = sbatch('--name=x', f'--runs={tmp_path}/runs', '--sweep=config.seed=1,2', REFUSED='1')
+  assert done.returncode == 1 and 'sbatch refused --job-name=x-1' in done.stderr
+  assert len(list((tmp_path / 'calls').iterdir())) == 1
