@@ -7,7 +7,8 @@
 What follows -- goes to `python -m MODULE`; --workdir=RUNS/NAME and --distributed are added (no --workdir
 if there is one). JAX finds the other processes by Slurm's variables. --sweep, which may be repeated,
 submits a job for every combination of values; their names end with the values. Slurm sends SIGTERM
-before the time is over: the run then saves and ends with exit code 75, and the job goes back into the queue.
+before the time is over: the run then saves and ends with exit code 75, and the job goes back into the
+queue.
 
 It needs Python 3.8 or newer and sbatch, on a file system that all nodes share.
 """

@@ -172,7 +172,35 @@ def _trips(op: Op, computations: dict[str, list[Op]]) -> int:
     for one in ops
     if one.kind == 'constant' and (found := re.match(r'(\d+)\)', one.rest))
   ]
-  return bounds[0] if len(bounds) == 1 else 1
+  return -(-bounds[0] // _step(op, computations)) if len(bounds) == 1 else 1
+
+
+def _step(op: Op, computations: dict[str, list[Op]]) -> int:
+  """What a loop adds to its counter in a trip: 2, for example, where the compiler has unrolled it.
+
+  The counter is the element of the loop's tuple that the condition reads.
+  """
+  name = lambda kind: re.search(rf'{kind}=%?([\w.\-]+)', op.rest)[1]
+  body = {one.name: one for one in computations[name('body')]}
+  read = [one for one in computations[name('condition')] if one.kind == 'get-tuple-element']
+  last = computations[name('body')][-1]
+  if len(read) != 1 or last.kind != 'tuple':
+    return 1
+  index = int(re.search(r'index=(\d+)', read[0].rest)[1])
+  made = body.get(_operands(last)[index])
+  if made is None or made.kind != 'add':
+    return 1
+  steps = [
+    int(found[1])
+    for one in map(body.get, _operands(made))
+    if one is not None and one.kind == 'constant' and (found := re.match(r'(\d+)\)', one.rest))
+  ]
+  return max(steps, default=1) or 1
+
+
+def _operands(op: Op) -> list[str]:
+  """Names of the operands of an instruction."""
+  return re.findall(r'%([\w.\-]+)', op.rest.split(')')[0])
 
 
 def _groups(op: Op, devices: int) -> list[list[int]]:
@@ -214,7 +242,7 @@ def _received(op: Op, kind: str, n: int) -> float:
 def _flops(op: Op, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> float:
   if op.kind not in ('dot', 'convolution') or not op.shapes:
     return 0.0
-  operands = re.findall(r'%([\w.\-]+)', op.rest.split('),')[0])
+  operands = _operands(op)
   made = math.prod(op.shapes[0][1])
   if op.kind == 'dot':
     dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', op.rest)

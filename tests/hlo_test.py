@@ -88,6 +88,18 @@ def test_asynchronous_collectives_and_convolutions_of_a_tpu():
   assert hlo.product_flops(ASYNC) == 5 * 2 * 8 * 64 * 16
 
 
+def test_a_loop_that_the_compiler_unrolled_has_fewer_trips():
+  unrolled = ASYNC.replace(
+    '  ROOT %t = (s32[], f32[8,64]{1,0}) tuple(%i, %move)',
+    """  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[] add(%i, %two), metadata={op_name="x"}
+  ROOT %t = (s32[], f32[8,64]{1,0}) tuple(%next, %move)""",
+  )
+  assert unrolled != ASYNC
+  assert hlo.product_flops(unrolled) == 3 * 2 * 8 * 64 * 16  # counters 0, 2 and 4 are below 5
+
+
 def test_text_without_an_entry_is_refused():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.parse('HloModule m')
