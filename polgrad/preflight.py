@@ -213,15 +213,11 @@ def placed_state(phase: Any, policy: Policy, mesh: Any) -> Any:
 def programs(name: str, phase: Any, run: build.Experiment) -> list[Program]:
   """Compiles the programs of a phase."""
   mesh, policy, config = run.mesh, run.policy, run.policy.config
-  rows = lambda x: _placed(
-    x,
-    sharding.batch_sharding(mesh, x.ndim)
-    if x.ndim and x.shape[0] % sharding.data_parallel_size(mesh) == 0
-    else NamedSharding(mesh, PartitionSpec()),
-  )
   count = phase.collect.rows // phase.minibatches
   layout = phase.layout._replace(pack=0)
-  batch = jax.tree.map(rows, tracing.batch_shapes(phase, count)).replace(layout=layout)
+  batch = jax.tree.map(
+    functools.partial(by_rows, mesh), tracing.batch_shapes(phase, count)
+  ).replace(layout=layout)
   state = placed_state(phase, policy, mesh)
   sizes, chips = dict(mesh.shape), mesh.size
   activation = jnp.dtype(config.dtype).itemsize
@@ -271,22 +267,17 @@ def programs(name: str, phase: Any, run: build.Experiment) -> list[Program]:
   return found
 
 
-def rollouts(
-  name: str, phase: Any, run: build.Experiment, params: Any, make: Any, gathered: float, moved: Any
-) -> list[Program]:
-  """Compiles the prefill of a sampler and one step of its decoding."""
-  mesh, policy, collect = run.mesh, run.policy, phase.collect
-  config, chips = policy.config, mesh.size
-  width, each = collect.length - collect.max_new_tokens, collect.samples_per_prompt
-  count = collect.records
-  one = sampling.configure(
+def make_sampler(phase: Any, policy: Policy, mesh: Any) -> Sampler:
+  """The sampler of a phase, whose methods are the steps of its program."""
+  collect = phase.collect
+  return sampling.configure(
     Sampler,
     {},
     mesh,
     default=policy,
     behavior_policy=sampling.behavior_policies.current,
     max_new_tokens=collect.max_new_tokens,
-    samples_per_prompt=each,
+    samples_per_prompt=collect.samples_per_prompt,
     slots=collect.slots,
     stop_ids=(0,),
     pad_id=0,
@@ -294,64 +285,66 @@ def rollouts(
     top_k=collect.top_k,
     top_p=collect.top_p,
   )
-  row = lambda *shape, dtype: jax.ShapeDtypeStruct(
-    shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape))
-  )
-  tokens, mask = row(count, width, dtype=jnp.int32), row(count, width, dtype=jnp.bool_)
+
+
+def rollouts(
+  name: str, phase: Any, run: build.Experiment, params: Any, make: Any, gathered: float, moved: Any
+) -> list[Program]:
+  """Compiles the prefill of a sampler and one step of its decoding."""
+  mesh, policy, collect = run.mesh, run.policy, phase.collect
+  config, chips = policy.config, mesh.size
+  one = make_sampler(phase, policy, mesh)
+  count, length = collect.records, collect.length
+  width = length - collect.max_new_tokens
+  shape = lambda dtype, *sizes: by_rows(mesh, jax.ShapeDtypeStruct(sizes, dtype))
+  prompts = shape(jnp.int32, count, width), shape(jnp.bool_, count, width)
   [model] = one.policies
   sets = {model: params}
   unstack = lambda sets: {n: policy.unstack(p) for n, p in sets.items()}
-  prefill = jax.jit(lambda sets, tokens, mask: one.prefill(unstack(sets), tokens, mask))
-  full = full_batch(count, width, 0)
-  found = [
-    make(
-      f'{name} prefill',
-      prefill,
-      (sets, tokens, mask),
-      flops=speed.forward_flops(config, full, PLAIN, logits=False) / chips,
-      bytes=gathered,
-      least_moved=moved(count * width, False),
-    )
-  ]
+  read = lambda sets, tokens, mask: one.prefill(unstack(sets), tokens, mask)
+  forward = lambda rows, length, scored: speed.forward_flops(
+    config, full_batch(rows, length, scored), PLAIN, logits=False
+  )
+  prefill = make(
+    f'{name} prefill',
+    jax.jit(read),
+    (sets, *prompts),
+    flops=forward(count, width, 0) / chips,
+    bytes=gathered,
+    least_moved=moved(count * width, False),
+  )
 
   # A step of decoding, as the loop makes it: its state is donated, and layers are cut from their stacks.
   def begin(sets, tokens, mask):
-    return one.refill(
-      prompts := one.prefill(unstack(sets), tokens, mask), one.start(prompts, width)
-    )
+    read_prompts = read(sets, tokens, mask)
+    return one.refill(read_prompts, one.start(read_prompts, width))
 
-  by_row = lambda x: _placed(
-    x,
-    sharding.batch_sharding(mesh, x.ndim)
-    if x.ndim and x.shape[0] % sharding.data_parallel_size(mesh) == 0
-    else NamedSharding(mesh, PartitionSpec()),
-  )
   with jax.set_mesh(mesh):
-    state = jax.tree.map(by_row, jax.eval_shape(begin, sets, tokens, mask))
-    flat = jax.eval_shape(unstack, sets)
-  flat = {model: jax.tree.map(_placed, flat[model], unstacked_shardings(policy, mesh, flat[model]))}
-  prompts = row(count, dtype=jnp.int32)
+    state = jax.tree.map(functools.partial(by_rows, mesh), jax.eval_shape(begin, sets, *prompts))
+    flat = jax.eval_shape(unstack, sets)[model]
+  flat = {model: jax.tree.map(_placed, flat, unstacked_shardings(policy, mesh, flat))}
   keys = lambda ids: one.row_keys(jnp.int32(0), jnp.int32(0), ids)
-  step = jax.jit(
-    lambda sets, ids, state: one.draw(sets, keys(ids), None, width, state), donate_argnums=2
-  )
-  slots = one.slots or count * each
-  length = collect.length
+  draw = lambda sets, ids, state: one.draw(sets, keys(ids), None, width, state)
   # A new token is multiplied with all weights, sees at most `length` tokens and gets logits.
-  tokens_flops = speed.forward_flops(config, full_batch(slots, length, length), PLAIN, logits=False)
-  before = speed.forward_flops(config, full_batch(slots, length - 1, length), PLAIN, logits=False)
-  logits = 2.0 * config.vocab_size * config.width * slots
-  found.append(
-    make(
-      f'{name} decode',
-      step,
-      (flat, prompts, state),
-      flops=(tokens_flops - before + logits) / chips,
-      bytes=gathered + local(state.caches),
-      least_moved=moved(slots, False),
-    )
+  rows = one.slots or count * collect.samples_per_prompt
+  flops = forward(rows, length, length) - forward(rows, length - 1, length - 1)
+  flops += 2.0 * config.vocab_size * config.width * rows
+  decode = make(
+    f'{name} decode',
+    jax.jit(draw, donate_argnums=2),
+    (flat, shape(jnp.int32, count), state),
+    flops=flops / chips,
+    bytes=gathered + local(state.caches),
+    least_moved=moved(rows, False),
   )
-  return found
+  return [prefill, decode]
+
+
+def by_rows(mesh: Any, x: Any) -> jax.ShapeDtypeStruct:
+  """The shape of an array with its rows over data and fsdp, or whole if they do not divide."""
+  rows = x.ndim and x.shape[0] % sharding.data_parallel_size(mesh) == 0
+  whole = NamedSharding(mesh, PartitionSpec())
+  return _placed(x, sharding.batch_sharding(mesh, x.ndim) if rows else whole)
 
 
 def unstacked_shardings(policy: Policy, mesh: Any, flat: Any) -> Any:
@@ -437,6 +430,8 @@ def topology(name: str) -> list[Any]:
     ValueError: there is no such topology.
   """
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  # No chip is taken, so other processes may use libtpu too.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
@@ -446,6 +441,8 @@ def topology(name: str) -> list[Any]:
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
   except Exception as error:  # whatever libtpu raises for a name that it does not know
+    if 'lockfile' in str(error):
+      raise ValueError('another process uses libtpu; try again when it has ended') from error
     known = 'v4:2x2x4, v5e:4x4, v5p:4x4x4 or v6e:16x16'
     raise ValueError(
       f'--topology={name}: libtpu knows no such topology ({str(error).splitlines()[0]}); write '
