@@ -220,13 +220,24 @@ def phase_lines(name: str, spec: Mapping, phase: Phase, run: Experiment) -> list
     lines += tables.wrapped(
       f'{place:{width}}  {weight}{part.name}: {title(part.fn)}', '  ', ' ' * (width + 4)
     )
-  return lines + loss_lines(name, phase, run)
+  lines += loss_lines(name, phase, run)
+  for anchor, one in phase.learned.items():
+    # The anchor in the place of the policy, as it is while it learns; its credit is that of the phase.
+    alone = dataclasses.replace(phase, objective=one.objective, learned={})
+    lines += loss_lines(name, alone, run, anchor)
+  return lines
 
 
-def loss_lines(name: str, phase: Phase, run: Experiment) -> list[str]:
-  """The terms of the loss of a phase, the functions that make them, and the arrays that they read."""
-  traced = tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
-  lines = [f'  loss = {" + ".join(traced.terms)}, computed by']
+def loss_lines(name: str, phase: Phase, run: Experiment, anchor: str = '') -> list[str]:
+  """The terms of a loss of a phase, the functions that make them, and the arrays that they read.
+
+  Args:
+    anchor: name of the anchor that learns by this loss; '' is the policy.
+  """
+  path = f'config.phases.{name}' + (f'.learned.{anchor}' if anchor else '')
+  traced = tracing.trace_objective(path, phase, run.policy)
+  owner = f' of anchor {anchor}' if anchor else ''
+  lines = [f'  loss{owner} = {" + ".join(traced.terms)}, computed by']
   factors = {f'penalties.{k}': p for k, p in getattr(phase.objective, 'penalties', {}).items()}
   for slot, fn in phase.objective.slots.items():
     factor = f'{factors[slot].weight:g} x ' if slot in factors else ''
@@ -235,15 +246,18 @@ def loss_lines(name: str, phase: Phase, run: Experiment) -> list[str]:
     k: f for k, f in phase.objective.stats.items() if f'penalties.{k}' not in phase.objective.slots
   }
   lines += [f'    stats.{k}: {signature(f)}' for k, f in stats.items()]
-  wanted = sorted(phase.objective.requires | phase.credit.requires)
+  wanted = sorted(phase.objective.requires | (frozenset() if anchor else phase.credit.requires))
   rows = []
   for array in wanted:
     doc = ARRAYS[array].doc.partition(';')[0] if array in ARRAYS else ''
     rows.append((array, provider(array, phase), doc))
   if rows:
-    lines += ['  arrays that objective and credit read, beside logp and mask']
+    readers = 'this objective reads' if anchor else 'objective and credit read'
+    lines += [f'  arrays that {readers}, beside logp and mask']
     lines += tables.table(('array', 'from', 'what it is'), rows, indent=4)
-  return lines + tables.wrapped(f'metrics: {", ".join(traced.metrics)}', '  ', '    ')
+  prefix = f'{anchor}/' if anchor else ''
+  metrics = ', '.join(prefix + metric for metric in traced.metrics)
+  return lines + tables.wrapped(f'metrics: {metrics}', '  ', '    ')
 
 
 def run_lines(run: Experiment) -> list[str]:

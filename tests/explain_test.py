@@ -68,3 +68,13 @@ def test_it_says_what_a_loss_is_made_of_and_who_provides_what(config):
   for array, owner in {'advantages': 'credit', 'proximal_logp': 'collect'}.items():
     assert f'{array} {owner}' in ' '.join(text.split()), array
   assert max(map(len, text.splitlines())) <= 130  # flags are not broken
+
+
+def test_the_loss_of_an_anchor_that_learns_is_listed():
+  config = from_text('method=prime,task=addition,model=tiny,smoke')
+  text = '\n'.join(explain.explain(config, build.build(config)))
+  before, found, after = text.partition('loss of anchor reward_model = ')
+  assert found and 'surrogate: surrogates.clipped' in before
+  assert 'pointwise.logistic(' in after and 'implicit_rewards.log_ratio_sum(' in after
+  assert 'reference_logp anchor reference' in ' '.join(after.split())
+  assert 'metrics: reward_model/' in after and 'surrogates.clipped(' not in after
