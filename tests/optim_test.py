@@ -316,10 +316,18 @@ ASKING = {
     optim.bias_scaled, optimizer=part(optim.sgd, learning_rate=0.1, momentum=0.5), max_scale=3.0
   ),
 }
+ELSEWHERE = (
+  'lion',
+  'adafactor',
+  'muon',
+  'sinkgd',
+  'swan',
+  'projected',
+)  # optim_matrix_steps_test.py
 
 
 def test_every_optimizer_of_the_table_is_tested():
-  assert optim.TABLE.keys() == {f'optim.{name}' for name in (*ASKING, 'adamw', 'sgd')}
+  assert optim.TABLE.keys() == {f'optim.{name}' for name in (*ASKING, *ELSEWHERE, 'adamw', 'sgd')}
 
 
 def quartic(params):

@@ -5,7 +5,8 @@ An optimizer is an optax transformation that the learner calls as
 
 | module | what is inside |
 |---|---|
-| `standard` | AdamW and gradient descent |
+| `standard` | AdamW, Lion, Adafactor and gradient descent |
+| `matrix_steps` | Muon, SinkGD and SWAN, which step by whole matrices, and the projection of norms |
 | `variance_reduction` | optimizers for policy gradients, with less variance |
 | `schedules` | multipliers of a learning rate or of a loss weight |
 | `anchors` | rules by which named parameter sets follow the policy |
@@ -18,6 +19,7 @@ from typing import Annotated
 import optax
 
 from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync, sync_before
+from polgrad.optim.matrix_steps import MATRIX, muon, projected, sinkgd, swan
 from polgrad.optim.rank import rank_descent, rank_gradient, ranking
 from polgrad.optim.schedules import (
   SCHEDULES,
@@ -31,7 +33,7 @@ from polgrad.optim.schedules import (
   stairs,
   two_phase,
 )
-from polgrad.optim.standard import STANDARD, adamw, sgd
+from polgrad.optim.standard import STANDARD, adafactor, adamw, lion, sgd
 from polgrad.optim.variance_reduction import (
   bias_scaled,
   harpg,
@@ -42,7 +44,7 @@ from polgrad.optim.variance_reduction import (
 from polgrad.optim.wrappers import Oracle, balanced, in_float32, learning_rate
 from polgrad.registry import table
 
-TABLE = STANDARD | table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled)
+TABLE = STANDARD | MATRIX | table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled)
 Part = Annotated[optax.GradientTransformation, TABLE]
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
   'Oracle',
   'Part',
   'SchedulePart',
+  'adafactor',
   'adamw',
   'balanced',
   'bias_scaled',
@@ -67,15 +70,20 @@ __all__ = [
   'iterate',
   'learning_rate',
   'linear',
+  'lion',
+  'muon',
   'normalized_igt',
   'progressive',
   'progressive_rest',
+  'projected',
   'rank_descent',
   'rank_gradient',
   'ranking',
   'sgd',
   'signal_to_noise',
+  'sinkgd',
   'stairs',
+  'swan',
   'sync',
   'sync_before',
   'two_phase',

@@ -1,4 +1,4 @@
-"""AdamW and gradient descent, composed of optax transformations."""
+"""AdamW, Lion, Adafactor and gradient descent, composed of optax transformations."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.wrappers import in_float32, partial_update, scheduled, skipping
-from polgrad.registry import Decay, NotNegative, Range, table
+from polgrad.registry import AtLeastOne, Decay, NotNegative, Positive, Range, table
 
 
 def adamw(
@@ -92,5 +92,87 @@ def sgd(
   return scheduled(transform, learning_rate, schedule)
 
 
-STANDARD = table('optim', adamw, sgd)
+def lion(
+  *,
+  learning_rate: NotNegative = 1e-7,
+  b1: Decay = 0.9,
+  b2: Decay = 0.99,
+  weight_decay: NotNegative = 0.0,
+  max_grad_norm: Annotated[float, Range(above=0)] = 1.0,
+  schedule: SchedulePart = constant,
+  master_weights: bool = True,
+) -> optax.GradientTransformation:
+  """Lion: the sign of a momentum, which is the only state (arXiv:2302.06675).
+
+      step = -lr (sign(b1 m + (1 - b1) g) + weight_decay W),   m <- b2 m + (1 - b2) g
+
+  Every entry moves by the learning rate, so it should be 3 to 10 times lower than AdamW's, and the
+  weight decay higher by the same factor.
+
+  Args:
+    learning_rate: is multiplied by `schedule(updates)`.
+    b1: weight of the momentum in the step.
+    b2: decay of the momentum.
+    weight_decay: as of `adamw` with decay='matrices'.
+    max_grad_norm: a longer gradient is scaled to this norm.
+    master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
+
+  Confidence: CODE (optax).
+  """
+  transform = optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.scale_by_lion(b1, b2, mu_dtype=jnp.float32),
+    optax.add_decayed_weights(weight_decay, mask=matrices),
+    optax.scale_by_schedule(schedule),
+    optax.scale(-learning_rate),
+  )
+  transform = in_float32(transform) if master_weights else transform
+  return scheduled(transform, learning_rate, schedule)
+
+
+def adafactor(
+  *,
+  learning_rate: NotNegative = 1e-6,
+  decay_exponent: NotNegative = 0.8,
+  clip: Positive = 1.0,
+  least_factored: AtLeastOne = 128,
+  relative: bool = False,
+  weight_decay: NotNegative = 0.0,
+  max_grad_norm: Annotated[float, Range(above=0)] = float('inf'),
+  schedule: SchedulePart = constant,
+  master_weights: bool = True,
+) -> optax.GradientTransformation:
+  """Adafactor without momentum: mean squares of gradients, kept by rows and columns (arXiv:1804.04235).
+
+      u = g / sqrt(v),   step = -lr (u / max(1, rms(u) / clip) + weight_decay W)
+
+  v is the outer product of the row and column means of g^2, over the two longest axes of an array; its
+  decay after t updates is 1 - t^-decay_exponent. All layers of a stack are one array: each
+  has rows and columns by itself, but `clip` and `relative` take one mean over all of them.
+
+  Args:
+    learning_rate: is multiplied by `schedule(updates)`.
+    clip: greatest root mean square of u in one array.
+    least_factored: arrays whose second longest axis is shorter keep v whole.
+    relative: multiply steps by max(rms(W), 0.001), as in the paper, so that a rate is relative.
+    weight_decay: as of `adamw` with decay='matrices'.
+    max_grad_norm: a longer gradient is scaled to this norm; the default does not clip.
+    master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
+
+  Confidence: CODE (optax).
+  """
+  transform = optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.scale_by_factored_rms(decay_rate=decay_exponent, min_dim_size_to_factor=least_factored),
+    optax.clip_by_block_rms(clip),
+    optax.scale_by_param_block_rms() if relative else optax.identity(),
+    optax.add_decayed_weights(weight_decay, mask=matrices),
+    optax.scale_by_schedule(schedule),
+    optax.scale(-learning_rate),
+  )
+  transform = in_float32(transform) if master_weights else transform
+  return scheduled(transform, learning_rate, schedule)
+
+
+STANDARD = table('optim', adamw, sgd, lion, adafactor)
 StandardPart = Annotated[optax.GradientTransformation, STANDARD]
