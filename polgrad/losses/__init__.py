@@ -46,6 +46,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     down_sampling       rows and tokens that teach most                          none: credit calls it
     best_of_n           the distribution of the best of n samples                none: call it yourself
     denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
+    auxiliary_rewards   scores and losses of flows, RDD's predictor and V0       none: call it yourself
     embedding_rewards   rewards of embeddings, as in GRACE                       none: call it yourself
     self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
@@ -72,6 +73,7 @@ tokens that count.
 from polgrad.losses import (
   advantages,
   aggregation,
+  auxiliary_rewards,
   baselines,
   best_of_n,
   conflicts,
@@ -122,6 +124,7 @@ from polgrad.losses import (
 __all__ = [
   'advantages',
   'aggregation',
+  'auxiliary_rewards',
   'baselines',
   'best_of_n',
   'conflicts',
