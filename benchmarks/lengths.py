@@ -7,6 +7,24 @@
 The supervised phase teaches sums whose answers have 0 to 6 dots before them, `12+34=...46`. The dots
 do not help, so a method is free to keep, drop or add them. Every method makes the same number of steps
 of the same size. Results are appended to docs/lengths.jsonl.
+
+Measured on a CPU, 40 steps, three seeds: mean (lowest to highest).
+
+    method     greedy accuracy            mean length of samples
+    before     0.000 (0.000 to 0.000)     6.3 (6.0 to 6.5)
+    grpo       0.910 (0.873 to 0.960)     3.6 (3.5 to 3.6)
+    dr_grpo    0.904 (0.863 to 0.963)     3.6 (3.5 to 3.6)
+    dapo       0.933 (0.900 to 0.985)     3.6 (3.5 to 3.7)
+    grpo_lead  0.897 (0.860 to 0.955)     3.6 (3.5 to 3.6)
+    l1_exact   0.866 (0.785 to 0.930)     3.6 (3.5 to 3.6)
+    l1_max     0.907 (0.885 to 0.948)     3.6 (3.5 to 3.6)
+    gfpo       0.848 (0.792 to 0.917)     3.9 (3.6 to 4.2)
+    opo        0.917 (0.875 to 0.963)     3.6 (3.5 to 3.6)
+
+The greedy answer before training is only dots, because a further dot is nearly always the likeliest
+token. Every method removes the dots, those without a length term too: an answer without them is right
+more often. So this task tells whether a method keeps accuracy while answers become short, and not how
+strong its pressure on length is: `l1_exact` does not keep its target of 5 tokens against that.
 """
 
 import argparse
