@@ -163,6 +163,40 @@ def one_token_rollout(
   return -jnp.sum(sampler * rewards * log_probs, axis=-1)
 
 
+def smoothed_nll(logits: Array, tokens: Array, *, smoothing: float = 0.1) -> Array:
+  """-(1 - e) log pi(token) - e mean_v log pi_v, e = smoothing: label smoothing (arXiv:1512.00567).
+
+  It is the cross-entropy with the target (1 - e) one_hot(token) + e / V, so the gradient by the logits
+  is pi minus that target. An entry whose logit is -inf is no class: it is not counted in V.
+
+  Args:
+    logits: f32[..., V]; carries gradient.
+    tokens: i32[...], the tokens of the data.
+    smoothing: part of the target that is spread over all classes.
+
+  Returns:
+    f32[...], nats.
+
+  Raises:
+    ValueError: smoothing outside [0, 1).
+  """
+  if not 0 <= smoothing < 1:
+    raise ValueError(f'smoothing must be in [0, 1), got {smoothing}')
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  classes = log_probs > -jnp.inf
+  total = jnp.sum(jnp.where(classes, log_probs, 0), axis=-1)
+  return -(1 - smoothing) * logp(logits, tokens) - smoothing * total / jnp.sum(classes, axis=-1)
+
+
+def squared_log_normalizer(logits: Array) -> Array:
+  """logsumexp(logits)^2: the z-loss (arXiv:2204.02311), f32[..., V] -> f32[...]. Carries gradient.
+
+  The cross-entropy is the same for logits that are all shifted by a constant. With this term beside it,
+  for any positive coefficient, the optimum has the same probabilities and a log-normalizer of 0.
+  """
+  return jnp.square(jax.nn.logsumexp(logits, axis=-1))
+
+
 def _probabilities(logits: Array, tokens: Array) -> tuple[Array, Array]:
   """pi f32[..., V] and its value at the token, f32[...]; no gradient flows through them."""
   probs = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1)
@@ -183,5 +217,7 @@ TABLE = table(
   log_collision,
   largest_logp,
   one_token_rollout,
+  smoothed_nll,
+  squared_log_normalizer,
 )
 Part = Annotated[Callable, TABLE]

@@ -309,6 +309,115 @@ def probability(logp: Array) -> Array:
   return jnp.exp(jax.lax.stop_gradient(logp))
 
 
+def undecided(logp: Array) -> Array:
+  """sg(p (1 - p)) with p = exp(logp): the weight phi of CHORD (arXiv:2508.11408).
+
+  It is largest at p = 1/2. Tokens that the policy knows, and tokens that it finds impossible, are not
+  learned.
+
+  Args:
+    logp: [..., T], nats; detached here.
+
+  Returns:
+    [..., T], in [0, 1/4].
+  """
+  p = probability(logp)
+  return p * (1 - p)
+
+
+def suffix_importance(
+  logp: Array,
+  behavior_logp: Array,
+  mask: Array,
+  *,
+  block: int = 1,
+  decay: float = 0.999,
+  shift_low: float = -0.08,
+  shift_high: float = 0.3,
+  low: float = 0.1,
+  high: float = 10.0,
+) -> Array:
+  """sg(clip(decay^(n - e) exp(sum_{j > e} delta_j), low, high)): how likely the policy is to finish the
+  row as the data do, PEAR (arXiv:2602.01058).
+
+  delta = clip(logp - behavior_logp, shift_low, shift_high), n is the number of tokens of the row, and e
+  the last token of the block that the token is in. Blocks are counted over the tokens of the mask, from
+  the first. A block that holds the whole row gives the weight 1. Without bounds and with decay 1, the
+  expected weight after any prefix is 1 on data that were not filtered. On data filtered to successes,
+  it is in proportion to the probability that the policy succeeds from there.
+
+  Args:
+    logp: [..., T], nats; detached here.
+    behavior_logp: [..., T], nats.
+    mask: bool[..., T].
+    block: number of tokens of a block.
+    decay: factor for each token after the block.
+    shift_low: smallest log-ratio of a token, nats.
+    shift_high: largest log-ratio of a token, nats.
+    low: smallest weight.
+    high: largest weight.
+
+  Returns:
+    [..., T], in [low, high]; 1 outside of the mask.
+
+  Raises:
+    ValueError: block < 1, or a low outside [0, high].
+  """
+  if block < 1:
+    raise ValueError(f'block must be at least 1 token, got {block}')
+  delta = _shift(logp, behavior_logp, mask, shift_low, shift_high)
+  index = jnp.cumsum(mask, axis=-1)  # from 1
+  count = index[..., -1:]
+  end = jnp.minimum(-(-index // block) * block, count)
+  later = index[..., None, :] > end[..., :, None]
+  rest = jnp.sum(jnp.where(later, delta[..., None, :], 0), axis=-1)
+  rest = rest + (count - end) * jnp.log(decay)
+  return jnp.where(mask, truncate(jnp.exp(_common.bounded(rest)), low, high), 1)
+
+
+def row_importance(
+  logp: Array,
+  behavior_logp: Array,
+  mask: Array,
+  *,
+  shift_low: float = -0.08,
+  shift_high: float = 0.3,
+  low: float = 0.1,
+  high: float = 10.0,
+) -> Array:
+  """sg(clip(exp(sum_t delta_t), low, high)) at every token: PEAR per sequence (arXiv:2602.01058).
+
+  delta = clip(logp - behavior_logp, shift_low, shift_high). Without bounds it is the importance weight
+  of the row against the policy that wrote the data.
+
+  Args:
+    logp: [..., T], nats; detached here.
+    behavior_logp: [..., T], nats.
+    mask: bool[..., T].
+    shift_low: smallest log-ratio of a token, nats.
+    shift_high: largest log-ratio of a token, nats.
+    low: smallest weight.
+    high: largest weight.
+
+  Returns:
+    [..., T], the same in all tokens of a row.
+
+  Raises:
+    ValueError: a low outside [0, high].
+  """
+  delta = _shift(logp, behavior_logp, mask, shift_low, shift_high)
+  total = _common.bounded(jnp.sum(delta, axis=-1, keepdims=True))
+  return jnp.broadcast_to(truncate(jnp.exp(total), low, high), mask.shape)
+
+
+def _shift(logp: Array, other: Array, mask: Array, low: float, high: float) -> Array:
+  """Log-ratios to the policy that wrote the data, clipped, 0 outside of the mask; detached."""
+  chex.assert_equal_shape([logp, other, mask])
+  return jnp.where(
+    mask, jnp.clip(jax.lax.stop_gradient(_common.single(logp - other)), low, high), 0
+  )
+
+
 TABLE = table(
   'weights',
   truncated_importance,
@@ -322,6 +431,9 @@ TABLE = table(
   normalized,
   per_prompt,
   probability,
+  undecided,
+  suffix_importance,
+  row_importance,
 ) | table(
   'trust_region_masks',
   geometric_band,

@@ -30,6 +30,8 @@ from polgrad.optim.schedules import (
   linear,
   progressive,
   progressive_rest,
+  rise_and_fall,
+  rise_and_fall_rest,
   stairs,
   two_phase,
 )
@@ -79,6 +81,8 @@ __all__ = [
   'rank_descent',
   'rank_gradient',
   'ranking',
+  'rise_and_fall',
+  'rise_and_fall_rest',
   'sgd',
   'signal_to_noise',
   'sinkgd',

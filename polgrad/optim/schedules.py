@@ -86,6 +86,31 @@ def progressive_rest(step: Array, *, every: int, stages: int, last: float = 0.8)
   return 1 - progressive(step, every=every, stages=stages, last=last)
 
 
+def rise_and_fall(
+  step: Array, *, warmup: int = 0, decay: int, peak: float = 0.9, valley: float = 0.05
+) -> Array:
+  """From 0 to `peak` in `warmup` steps, then by a half cosine to `valley` in `decay` steps.
+
+  It is the weight mu of the demonstrations in CHORD (arXiv:2508.11408).
+
+  Args:
+    warmup: updates of the rise.
+    decay: updates of the fall.
+    peak: largest value.
+    valley: value after the fall.
+  """
+  fall = optax.cosine_decay_schedule(1.0, max(decay, 1))
+  after = valley + (peak - valley) * fall(step - warmup)
+  return jnp.where(step < warmup, peak * step / max(warmup, 1), after)
+
+
+def rise_and_fall_rest(
+  step: Array, *, warmup: int = 0, decay: int, peak: float = 0.9, valley: float = 0.05
+) -> Array:
+  """1 - `rise_and_fall`: the weight of the samples beside it."""
+  return 1 - rise_and_fall(step, warmup=warmup, decay=decay, peak=peak, valley=valley)
+
+
 def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:
   """From 0 to 1 in `warmup` steps, then `fall` of the steps after these."""
   rise = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
@@ -95,5 +120,6 @@ def _warmed_up(step: Array, warmup: int, fall: optax.Schedule) -> Array:
 SCHEDULES = table(
   'optim',
   *(constant, linear, cosine, inverse_linear, stairs, two_phase, progressive, progressive_rest),
+  *(rise_and_fall, rise_and_fall_rest),
 )
 SchedulePart = Annotated[Callable[[Array], Array], SCHEDULES]

@@ -4,4 +4,30 @@ import numpy as np
 
 from polgrad.losses import weights
 
-FUNCTIONS = {weights.probability: ({}, lambda a: np.exp(a.logp))}
+
+def delta(a):
+  return np.where(a.mask, np.clip(a.logp - a.behavior_logp, -0.08, 0.3), 0.0)
+
+
+def suffix_importance(a, block):
+  """The tokens of each row's mask by number, block by block."""
+  found = np.ones(a.mask.shape)
+  for b, row in enumerate(a.mask):
+    places = np.flatnonzero(row)
+    for k in range(0, len(places), block):
+      later = places[k + block :]
+      found[b, places[k : k + block]] = 0.999 ** len(later) * np.exp(delta(a)[b, later].sum())
+  return np.clip(found, 0.1, 10)
+
+
+def row_importance(a):
+  total = np.exp(delta(a).sum(axis=1, keepdims=True))
+  return np.broadcast_to(np.clip(total, 0.1, 10), a.mask.shape)
+
+
+FUNCTIONS = {
+  weights.probability: ({}, lambda a: np.exp(a.logp)),
+  weights.undecided: ({}, lambda a: np.exp(a.logp) * (1 - np.exp(a.logp))),
+  weights.suffix_importance: ({'block': 2}, lambda a: suffix_importance(a, 2)),
+  weights.row_importance: ({}, row_importance),
+}

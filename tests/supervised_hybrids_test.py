@@ -1,0 +1,149 @@
+"""Supervised losses and their hybrids: against NumPy in float64, and numbers of their papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad import optim
+from polgrad.losses import logit_stats, weights
+from tests.runs import method_of
+
+
+@pytest.fixture
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+RNG = np.random.default_rng(5)
+B, T, V = 3, 7, 4
+MASK = np.arange(T) < np.array([[7], [4], [1]])
+LOGITS = RNG.normal(size=(B, T, V)) + 0.7
+TOKENS = RNG.integers(V, size=(B, T))
+LOG_PROBS = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
+LOGP = np.take_along_axis(LOG_PROBS, TOKENS[..., None], -1)[..., 0]
+TEACHER = LOGP + RNG.uniform(-0.4, 0.4, size=LOGP.shape)
+
+
+def label_smoothing():
+  target = 0.9 * np.eye(V)[TOKENS] + 0.1 / V
+  normalizer = np.log(np.exp(LOGITS).sum(-1))
+  return (-(target * LOG_PROBS).sum(-1) + 1e-4 * normalizer**2)[MASK].mean()
+
+
+def dft():
+  return (-np.exp(LOGP) * LOGP)[MASK].mean()
+
+
+def pear_weights(block):
+  """For each token the product over the tokens after its block, with explicit loops."""
+  found = np.ones((B, T))
+  for b in range(B):
+    n = MASK[b].sum()
+    delta = np.clip(LOGP[b] - TEACHER[b], -0.08, 0.3)
+    for t in range(1, n + 1):
+      end = next(e for e in range(t, n + 1) if e % block == 0 or e == n)
+      found[b, t - 1] = 0.999 ** (n - end) * np.exp(delta[end:n].sum())
+  return np.clip(found, 0.1, 10)
+
+
+def pear():
+  return (-pear_weights(1) * LOGP)[MASK].mean()
+
+
+def pear_sequence():
+  delta = np.where(MASK, np.clip(LOGP - TEACHER, -0.08, 0.3), 0).sum(1, keepdims=True)
+  return (-np.clip(np.exp(delta), 0.1, 10) * LOGP)[MASK].mean()
+
+
+ORACLES = {f.__name__: f for f in (label_smoothing, dft, pear, pear_sequence)}
+
+
+@pytest.mark.parametrize('name', ORACLES)
+def test_the_loss_is_that_of_its_paper(name, x64):
+  known = dict(tokens=TOKENS, logits=LOGITS, logp=LOGP, behavior_logp=TEACHER, rewards=np.ones(B))
+  method = method_of(name)
+  loss, _ = method.loss(
+    mask=MASK, step=0, **{k: x for k, x in known.items() if k in method.reads | {'tokens'}}
+  )
+  np.testing.assert_allclose(loss, ORACLES[name](), rtol=1e-6)
+
+
+def test_smoothing_moves_the_gradient_to_the_mixed_target_and_the_normalizer_to_zero(x64):
+  z, token = jnp.array([0.3, -1.0, 0.8]), jnp.array(1)
+  found = jax.grad(lambda z: logit_stats.smoothed_nll(z, token, smoothing=0.3))(z)
+  p = np.exp(z) / np.exp(z).sum()
+  np.testing.assert_allclose(found, p - [0.1, 0.8, 0.1], atol=1e-15)
+  without = logit_stats.smoothed_nll(z, token, smoothing=0.0)
+  np.testing.assert_allclose(without, -np.log(p[1]), atol=1e-15)
+  padded = jnp.append(z, -jnp.inf)  # a class that does not exist
+  same = logit_stats.smoothed_nll(z, token), logit_stats.smoothed_nll(padded, token)
+  np.testing.assert_allclose(*same, atol=1e-15)
+  found = jax.grad(logit_stats.squared_log_normalizer)(z)
+  np.testing.assert_allclose(found, 2 * np.log(np.exp(z).sum()) * p, atol=1e-15)
+  with pytest.raises(ValueError, match='smoothing must be in'):
+    logit_stats.smoothed_nll(z, token, smoothing=1.0)
+
+
+@pytest.mark.parametrize('block', [1, 2, 3, 9])
+def test_suffix_weights_are_products_over_the_tokens_after_the_block(block, x64):
+  found = weights.suffix_importance(LOGP, TEACHER, MASK, block=block)
+  np.testing.assert_allclose(found[MASK], pear_weights(block)[MASK], rtol=1e-12)
+  if block > T:
+    np.testing.assert_array_equal(found[MASK], 1)
+
+
+def test_suffix_weights_of_successes_are_the_chance_to_succeed_from_there(x64):
+  """Two tokens of three; the data are a policy's successes, the weights those of another policy."""
+  first, second = (jax.nn.log_softmax(RNG.normal(size=s)) for s in ((2, 3), (2, 3, 3)))
+  success = RNG.integers(0, 2, size=(3, 3))
+  pairs = np.argwhere(np.ones((3, 3)))
+  logp, other = (
+    np.stack([first[k][pairs[:, 0]], second[k][pairs[:, 0], pairs[:, 1]]], 1) for k in (0, 1)
+  )
+  free = dict(decay=1.0, shift_low=-99, shift_high=99, low=0.0, high=np.inf)
+  found = weights.suffix_importance(logp, other, np.ones((9, 2), bool), **free)[:, 0]
+  chance = np.exp(other[:, 1]).reshape(3, 3)
+  mean = (chance * success * np.reshape(found, (3, 3))).sum(1)
+  expected = (np.exp(logp[:, 1]).reshape(3, 3) * success).sum(1)
+  np.testing.assert_allclose(mean, expected, atol=1e-15)
+  rows = weights.row_importance(
+    logp, other, np.ones((9, 2), bool), **{k: v for k, v in free.items() if k != 'decay'}
+  )
+  np.testing.assert_allclose(rows[:, 0], np.exp((logp - other).sum(1)), rtol=1e-12)
+  with pytest.raises(ValueError, match='block must be at least 1'):
+    weights.suffix_importance(logp, other, np.ones((9, 2), bool), block=0)
+
+
+@pytest.mark.parametrize(
+  ('knobs', 'expected'),
+  [
+    (
+      dict(warmup=200, decay=400, peak=0.5, valley=0.02),
+      {0: 0, 100: 0.25, 200: 0.5, 400: 0.26, 600: 0.02, 900: 0.02},
+    ),
+    (dict(decay=200), {0: 0.9, 100: 0.475, 200: 0.05}),
+  ],
+)
+def test_the_weight_of_demonstrations_rises_and_falls(knobs, expected):
+  for step, value in expected.items():
+    np.testing.assert_allclose(optim.rise_and_fall(jnp.asarray(step), **knobs), value, atol=1e-6)
+    rest = optim.rise_and_fall_rest(jnp.asarray(step), **knobs)
+    np.testing.assert_allclose(rest, 1 - value, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('weight', 'fixed_point'),
+  [(weights.probability, [1, 0, 0]), (weights.undecided, [2 / 3, 1 / 3, 0])],
+)
+def test_weighted_likelihoods_rest_where_the_theory_says(weight, fixed_point, x64):
+  """Of data with frequencies 0.6, 0.3 and 0.1."""
+  q = jnp.array([0.6, 0.3, 0.1])
+
+  def step(z, _):
+    gradient = weight(jax.nn.log_softmax(z)) * q
+    return z + 0.5 * (gradient - jnp.sum(gradient) * jax.nn.softmax(z)), None
+
+  z, _ = jax.lax.scan(step, jnp.zeros(3), length=20000)
+  np.testing.assert_allclose(jax.nn.softmax(z), fixed_point, atol=0.002)
