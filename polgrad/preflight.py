@@ -96,6 +96,9 @@ class Program(NamedTuple):
 
   @property
   def moved(self) -> float:
+    """Bytes received from other chips; the least where the compiled program could not be read."""
+    if math.isnan(self.compiled_flops):
+      return self.least_moved
     return sum(one.moved for one in self.collectives)
 
 
@@ -409,14 +412,18 @@ def compile_program(
       **counted,
     )
   seconds = time.perf_counter() - started
-  text, memory = compiled.as_text(), compiled.memory_analysis()
+  memory = compiled.memory_analysis()
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:  # jaxlib cannot read the instructions of a newer libtpu
+    text = ''
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   return Program(
     name,
     held - memory.alias_size_in_bytes,
     memory.temp_size_in_bytes,
-    compiled_flops=hlo.product_flops(text),
-    collectives=hlo.collectives(text, dict(mesh.shape)),
+    compiled_flops=hlo.product_flops(text) if text else math.nan,
+    collectives=hlo.collectives(text, dict(mesh.shape)) if text else [],
     seconds=seconds,
     **counted,
   )

@@ -79,3 +79,8 @@ def test_meshes_are_made_of_the_devices_that_are_compiled_for():
   with sharding.compiling_for(jax.devices()[4:8]):
     assert list(sharding.make_mesh(data=-1, fsdp=2).devices.flat) == jax.devices()[4:8]
   assert sharding.make_mesh(data=1).devices.flat[0] == jax.devices()[0]
+
+
+def test_a_program_that_could_not_be_read_moves_at_least_the_least():
+  unread = BASE._replace(compiled_flops=float('nan'), least_moved=20.0)
+  assert preflight.bound(unread, CHIP, peak=20.0).limit == 'links'
