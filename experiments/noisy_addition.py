@@ -29,13 +29,13 @@ defaults, and seeds 0, 1 and 2, each after its own supervised phase: mean over s
     normalized, greedy                    0.18 (0.10 to 0.27) 0.25 (0.14 to 0.36)
     normalized, sampled                   0.20 (0.12 to 0.26) 0.19 (0.13 to 0.26)
 
-The seeds differ mostly by where the supervised phase ends. Within each seed the last 20 steps of `clean`
-have rewards 0.04 to 0.07 above those of `none`, so the mistakes cost what 40 steps teach, and no
-correction repairs that. `backward` and `appeals` have the same rewards as `none` in every step of every
-seed: their gradients are longer by factors of 1.67 and 1.4 to 1.5 (medians), and gradients are clipped to
-the norm 1. So these two matter beside a KL, or where gradients are not clipped. `normalized` is exactly
-group normalisation without a correction. `forward`, whose baseline is a constant, is below `none` in
-the last 20 steps of every seed.
+The seeds differ mostly by where the supervised phase ends. Within each seed the last 20 steps of
+`clean` have rewards 0.04 to 0.07 above those of `none`, so the mistakes cost what 40 steps teach, and
+no correction repairs that. `backward` and `appeals` have the same rewards as `none` in every step of
+every seed: their gradients are longer by factors of 1.67 and 1.4 to 1.5 (medians), and gradients are
+clipped to the norm 1. So these two matter beside a KL, or where gradients are not clipped. `normalized`
+is exactly group normalisation without a correction. `forward`, whose baseline is a constant, is below
+`none` in the last 20 steps of every seed.
 """
 
 import dataclasses
