@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import optim
+from polgrad import credit, optim
 from polgrad.losses import logit_stats, weights
+from polgrad.registry import bind
+from tests.policy_gradient import harness
 from tests.runs import method_of
 
 
@@ -147,3 +149,21 @@ def test_weighted_likelihoods_rest_where_the_theory_says(weight, fixed_point, x6
 
   z, _ = jax.lax.scan(step, jnp.zeros(3), length=20000)
   np.testing.assert_allclose(jax.nn.softmax(z), fixed_point, atol=0.002)
+
+
+def test_the_demonstration_of_chord_changes_no_advantage_and_stays_in_the_mask():
+  rewards = np.array([[0, 1, 0, 1, 1.0], [0, 0, 0, 1, 1]])
+  batch = harness.scored(
+    length=2,
+    rewards=jnp.asarray(rewards.ravel()),
+    group_ids=jnp.repeat(jnp.arange(2), 5),
+    stream=jnp.tile(jnp.array([1, 1, 1, 1, 0]), 2),
+  )
+  estimator = bind(method_of('chord').credit, credit.TABLE)
+  credited, _ = credit.assign(estimator, batch, estimator.init())
+  samples = rewards[:, :4]
+  centered = samples - samples.mean(1, keepdims=True)
+  expected = centered / (samples.std(1, ddof=1, keepdims=True) + 1e-6)
+  found = np.asarray(credited.advantages)[:, 0].reshape(2, 5)[:, :4]
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  assert np.asarray(credited.mask).all()

@@ -727,6 +727,24 @@ def gated(*, credit: Part, limit: int = 0, threshold: float = 1.0) -> Estimator:
   )
 
 
+def of_samples(*, credit: Part) -> Estimator:
+  """`credit` of the samples alone: demonstrations are in no statistic of their group, but in the mask.
+
+  CHORD (arXiv:2508.11408) imitates demonstrations beside samples whose advantages do not depend on them.
+  """
+
+  def apply(batch, state):
+    sampled = batch.stream == STREAMS.index('sampled')
+    return credit.apply(batch.with_arrays(valid=batch.valid & sampled), state)
+
+  return Estimator(
+    apply=apply,
+    requires=credit.requires | {'stream'},
+    provides=credit.provides,
+    init=credit.init,
+  )
+
+
 def without_void(*, credit: Part) -> Estimator:
   """Rows with a void turn leave the loss and stay in the statistics (SimpleTIR, arXiv:2509.02479).
 
@@ -826,6 +844,7 @@ def of_wins(
 TABLE |= SIMPLE | table(
   'credit',
   gated,
+  of_samples,
   without_void,
   of_wins,
   down_sampled,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from polgrad.losses import weights
+from tests.policy_gradient.harness import ppo, ratio_of, token_mean
 
 
 def delta(a):
@@ -31,3 +32,14 @@ FUNCTIONS = {
   weights.suffix_importance: ({'block': 2}, lambda a: suffix_importance(a, 2)),
   weights.row_importance: ({}, row_importance),
 }
+
+
+def chord(x):
+  """At update 3 of a rise over 200 updates to 0.5."""
+  mu, p = 0.5 * 3 / 200, np.exp(x['logp'])
+  demonstration, sampled = (x['mask'] & (x['stream'] == k)[:, None] for k in (0, 1))
+  reinforced = token_mean(ppo(x, ratio_of(x), 0.8, 1.2), sampled)
+  return mu * token_mean(p * (1 - p), demonstration) + (1 - mu) * reinforced
+
+
+ORACLES = {'chord': chord}

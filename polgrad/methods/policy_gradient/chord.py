@@ -1,0 +1,63 @@
+from functools import partial
+
+from polgrad import collect, credit, objectives, optim
+from polgrad.losses import advantages, aggregation, surrogates, weights
+from polgrad.methods.base import Method
+from polgrad.registry import part, weighted
+
+
+def chord(
+  *,
+  warmup: int = 200,
+  decay: int = 400,
+  peak: float = 0.5,
+  valley: float = 0.02,
+  eps: float = 0.2,
+) -> Method:
+  """CHORD (arXiv:2508.11408): GRPO beside demonstrations that matter less as the run proceeds.
+
+      loss = (1 - mu) token mean over the samples of -min(r A, clip(r, 1 - eps, 1 + eps) A)
+             + mu token mean over the demonstrations of -sg(p (1 - p)) log pi
+      A_i = (R_i - mean_g) / (std_g + 1e-6)
+
+  r = pi / pi_old and p = pi(token). Mean and std are those of the samples, without the demonstration.
+  mu rises from 0 to `peak` in `warmup` updates and falls by a half cosine to `valley` in `decay`
+  updates. The weight p (1 - p) leaves out tokens that the policy knows or finds impossible. The
+  authors' runs with another schedule: warmup 0, decay 200, peak 0.9, valley 0.05 without the weight
+  (CHORD-mu), and mu = 0.1 throughout (peak = valley = 0.1, warmup 0) with it (CHORD-phi).
+
+  Differences: Every prompt has one demonstration beside its samples. The authors draw 64
+  demonstrations for 256 samples from other data.
+
+  Args:
+    warmup: updates in which mu rises.
+    decay: updates in which mu falls.
+    peak: largest mu.
+    valley: mu at the end.
+    eps: distance of the clipping bounds from 1.
+
+  Confidence: CODE.
+  """
+  mu = dict(warmup=warmup, decay=decay, peak=peak, valley=valley)
+  mean = part(aggregation.token_mean)
+  imitate = part(
+    objectives.Supervised, aggregation=mean, weights={'undecided': part(weights.undecided)}
+  )
+  reinforce = part(
+    objectives.PolicyGradient,
+    surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
+    aggregation=mean,
+  )
+  advantage = part(advantages.group_normalized, ddof=1, eps=1e-6)
+  return Method(
+    collect=partial(collect.Rollouts, demonstrations=1),
+    credit=part(credit.of_samples, credit=part(credit.outcome, advantage=advantage)),
+    objective=part(
+      objectives.WeightedSum,
+      streams={'demonstration': weighted(1.0, imitate), 'sampled': weighted(1.0, reinforce)},
+      schedules={
+        'demonstration': part(optim.rise_and_fall, **mu),
+        'sampled': part(optim.rise_and_fall_rest, **mu),
+      },
+    ),
+  )
