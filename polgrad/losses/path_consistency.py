@@ -47,7 +47,7 @@ def path_consistency(
   chex.assert_shape(rewards, mask.shape[:1])
   if window < 1:
     raise ValueError(f'window must be at least 1, got {window}')
-  end = _after(mask, window)  # where the sub-path of each token ends
+  end = following_token(mask, window)  # where the sub-path of each token ends
   at = lambda x: jnp.take_along_axis(x, end, axis=1)
   values = jnp.pad(jnp.where(mask, values, 0), ((0, 0), (0, 1)))
   # The cost of a sub-path is a difference of two cumulative sums.
@@ -58,7 +58,7 @@ def path_consistency(
   return jnp.where(mask, gap**2 / 2, 0)
 
 
-def _after(mask: Array, steps: int) -> Array:
+def following_token(mask: Array, steps: int) -> Array:
   """Column of the valid token `steps` valid tokens after each token; T if there is none: i32[B, T]."""
   length = mask.shape[1]
   place = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)

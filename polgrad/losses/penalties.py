@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses._common import bounded, finite_gradient
+from polgrad.losses.path_consistency import following_token
 from polgrad.registry import NotNegative, table
 from polgrad.types import Array
 
@@ -260,6 +261,37 @@ def nll(logp: Array) -> Array:
   return -logp
 
 
+def inverse_soft_q(
+  logp: Array, log_normalizer: Array, mask: Array, *, discount: float = 1.0
+) -> Array:
+  """delta_t^2 of the reward delta that the logits imply as Q values: IQ-Learn (arXiv:2409.01369).
+
+      delta_t = v_t + log pi_t - discount v_{t+1},   v = logsumexp(logits)
+
+  v_t + log pi_t is the logit of the token, and v is 0 after the last one. Added to the likelihood of
+  demonstrations with a coefficient, it makes the logits consistent values; 0 is supervised learning.
+  Without discount the deltas of a row add up to v_1 + log pi of the row, and with discount 0 the
+  penalty is the squared logit of the token.
+
+  Args:
+    logp: [B, T], nats.
+    log_normalizer: [B, T], nats, logsumexp of the logits that score each token; carries gradient.
+    mask: bool[B, T]; masked tokens between valid ones are skipped.
+    discount: of the next value.
+
+  Returns:
+    [B, T], >= 0; 0 where `mask` is False.
+
+  Confidence: PAPER.
+  """
+  chex.assert_equal_shape([logp, log_normalizer, mask])
+  logp, values = finite_gradient(logp, log_normalizer)
+  logp, values = jnp.where(mask, logp, 0), jnp.where(mask, values, 0)
+  following = jnp.pad(values, ((0, 0), (0, 1)))
+  following = jnp.take_along_axis(following, following_token(mask, 1), axis=1)
+  return jnp.where(mask, (values + logp - discount * following) ** 2, 0)
+
+
 def selected_absolute(log_ratio: Array, selected: Array) -> Array:
   """|log_ratio| of the selected tokens, 0 elsewhere: KL-Cov (arXiv:2505.22617).
 
@@ -374,6 +406,7 @@ TABLE = table(
   huber_value_error,
   clipped_value_error,
   nll,
+  inverse_soft_q,
   selected_absolute,
   selected_k3,
   turn_k2,

@@ -317,6 +317,18 @@ def js(t, s, w):
 
 
 # fn -> (knobs, transcription); a is a namespace of the arrays above.
+def inverse_soft_q(a):
+  """The squared implied reward, from the last token of each row to the first."""
+  found = np.zeros(a['logp'].shape)
+  for b, live in enumerate(np.asarray(a['mask'])):
+    after = 0.0
+    for t in np.flatnonzero(live)[::-1]:
+      value = a['log_normalizer'][b, t]
+      found[b, t] = (value + a['logp'][b, t] - 0.9 * after) ** 2
+      after = value
+  return found
+
+
 ORACLES = {
   returns.reward_to_go: (
     dict(discount=0.9),
@@ -425,6 +437,7 @@ ORACLES = {
       * np.minimum(np.exp(a['proxy_logp'] - a['logp']) - 1 + a['logp'] - a['proxy_logp'], 10)
     ),
   ),
+  penalties.inverse_soft_q: (dict(discount=0.9), inverse_soft_q),
   penalties.entropy_band: (
     dict(low=0.5, high=1.5),
     lambda a: np.abs(a['entropy'] - np.clip(a['entropy'], 0.55, 1.65)),
