@@ -11,6 +11,7 @@ An optimizer is an optax transformation that the learner calls as
 | `schedules` | multipliers of a learning rate or of a loss weight |
 | `anchors` | rules by which named parameter sets follow the policy |
 | `rank` | descent by rankings of candidates, and the loop that runs it |
+| `smoothness` | second-order descent for small problems, damped by the norm of the gradient |
 | `wrappers` | float32 master copies, balance steps of routers, and the oracle |
 """
 
