@@ -40,7 +40,7 @@ _SHAPE = flags.DEFINE_string(
   'shape', '', 'Sizes of a published model that take the place of config.model, see SHAPES.'
 )
 
-_PHASE = flags.DEFINE_string('phase', '', 'The only phase to compile; "": all phases.')
+_PHASE = flags.DEFINE_string('only_phase', '', 'The only phase to compile; "": all phases.')
 
 
 class Chip(NamedTuple):
@@ -539,7 +539,7 @@ def main(argv: list[str]) -> None:
       run = build.build(config)
     print(f'{_TOPOLOGY.value}: {len(devices)} x {kind}, mesh {dict(run.mesh.shape)}')
     if _PHASE.value and _PHASE.value not in run.order:
-      raise ValueError(f'--phase={_PHASE.value}: the run has {", ".join(run.order)}')
+      raise ValueError(f'--only_phase={_PHASE.value}: the run has {", ".join(run.order)}')
     names = [_PHASE.value] if _PHASE.value else run.order
     found = [p for name in names for p in programs(name, run.phases[name], run)]
   said = report(run, found, kind)

@@ -8,6 +8,7 @@ No configuration selects them. docs/techniques.md has a runnable example of each
     monge_gap            how far a map is from moving points at the least cost
     network_compression  rewards and credit of smaller networks that a policy proposes
     noise_mask           noise on inputs, whose place is learned by a policy gradient
+    noisy_labels         early-learning regularisation, and losses of bags whose mean label is known
     ode_penalties        an ODE solver, and penalties on its error estimates and on stiffness
     self_tuning          hyperparameters learned through a model that knows how it responds to them
     sparse_transport     optimal transport with at most k entries in each column
@@ -18,6 +19,7 @@ from polgrad.techniques import (
   monge_gap,
   network_compression,
   noise_mask,
+  noisy_labels,
   ode_penalties,
   self_tuning,
   sparse_transport,
@@ -28,6 +30,7 @@ __all__ = [
   'monge_gap',
   'network_compression',
   'noise_mask',
+  'noisy_labels',
   'ode_penalties',
   'self_tuning',
   'sparse_transport',

@@ -1,0 +1,86 @@
+"""Early-learning regularisation and bag losses: against NumPy, their gradients and identities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polgrad.techniques.noisy_labels import bag_loss, early_learning_penalty, follow
+
+RNG = np.random.default_rng(0)
+
+
+def softmax(z):
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def test_targets_follow_and_the_gradient_of_the_penalty_is_known():
+  with jax.enable_x64(True):
+    targets, ids = np.zeros((5, 4)), np.array([3, 0, 4])
+    for _ in range(3):
+      z = 3 * RNG.normal(size=(3, 4))
+      p = np.clip(softmax(z), 1e-4, 1 - 1e-4)
+      moved = follow(jnp.asarray(targets), jnp.asarray(z), jnp.asarray(ids))
+      targets[ids] = 0.7 * targets[ids] + 0.3 * p / p.sum(1, keepdims=True)
+      np.testing.assert_allclose(moved, targets, rtol=1e-7)
+    t, z = targets[ids], RNG.normal(size=(3, 4))
+    p = softmax(z)
+    value, found = jax.value_and_grad(early_learning_penalty)(jnp.asarray(z), jnp.asarray(t))
+    inner = (t * p).sum(1, keepdims=True)
+    np.testing.assert_allclose(value, np.log(1 - inner).mean(), rtol=1e-7)
+    np.testing.assert_allclose(found, -p * (t - inner) / (1 - inner) / 3, rtol=1e-6)
+    assert early_learning_penalty(jnp.asarray(z), jnp.zeros((3, 4))) == 0
+    sure = early_learning_penalty(jnp.array([[99.0, 0.0]]), jnp.array([[1.0, 0.0]]))
+    np.testing.assert_allclose(sure, np.log(1e-4), rtol=1e-6)
+
+
+def test_the_penalty_keeps_a_linear_model_from_memorising_flipped_labels():
+  """200 points in 200 dimensions, two Gaussians at +-v, 40% of the labels flipped."""
+  n = 200
+  v = np.eye(n)[0]
+  truth = RNG.integers(0, 2, n)
+  points = lambda y: jnp.asarray((2 * y - 1)[:, None] * v + 0.2 * RNG.normal(size=(n, n)), 'f4')
+  x, fresh = points(truth), points(truth)
+  flipped = RNG.random(n) < 0.4
+  given = jnp.asarray(np.where(flipped, 1 - truth, truth))
+  ids = jnp.arange(n)
+
+  def run(lam):
+    def loss(w, targets):
+      logp = jax.nn.log_softmax(x @ w)
+      return -jnp.mean(logp[ids, given]) + lam * early_learning_penalty(x @ w, targets)
+
+    def step(carry, _):
+      w, targets = carry
+      targets = follow(targets, x @ w, ids)
+      return (w - 0.05 * jax.grad(loss)(w, targets), targets), None
+
+    begin = jnp.zeros((n, 2)), jnp.zeros((n, 2))
+    w = jax.jit(lambda begin: jax.lax.scan(step, begin, length=3000)[0][0])(begin)
+    right = lambda points: np.asarray(jnp.argmax(points @ w, -1)) == truth
+    return 1 - right(x)[flipped].mean(), right(fresh).mean()
+
+  memorised, accuracy = run(0.0)
+  assert memorised > 0.8 and accuracy < 0.8
+  memorised, accuracy = run(3.0)
+  assert memorised == 0 and accuracy == 1
+
+
+def test_bag_losses_differ_by_the_variance_within_bags():
+  f, y = RNG.normal(size=(6, 4)), RNG.normal(size=6)
+  with jax.enable_x64(True):
+    whole, each, half = (
+      float(bag_loss(jnp.asarray(f), jnp.asarray(y), instance=r)) for r in (0.0, 1.0, 0.5)
+    )
+    np.testing.assert_allclose(whole, ((y - f.mean(1)) ** 2).mean(), rtol=1e-12)
+    np.testing.assert_allclose(each, whole + f.var(1).mean(), rtol=1e-12)
+    np.testing.assert_allclose(half, (whole + each) / 2, rtol=1e-12)
+    alone = jnp.asarray(f[:, :1])
+    assert bag_loss(alone, jnp.asarray(y)) == bag_loss(alone, jnp.asarray(y), instance=1.0)
+  for args, instance, words in (
+    ((jnp.zeros((2, 3)), jnp.zeros(3)), 0.0, 'means'),
+    ((jnp.zeros((2, 3)), jnp.zeros(2)), 1.5, 'instance is 1.5'),
+  ):
+    with pytest.raises(ValueError, match=words):
+      bag_loss(*args, instance=instance)
