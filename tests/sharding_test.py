@@ -36,7 +36,7 @@ def host_params():
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(policy, params, tokens, segment_ids):
-  """Statistics, and the gradient of a sum over all of them."""
+  """Statistics, and the gradient of a sum over all of them, in which large ones have smaller weights."""
 
   def loss(params):
     hidden = policy.hidden(params, tokens, segment_ids)
@@ -44,7 +44,8 @@ def evaluate(policy, params, tokens, segment_ids):
       hidden, tokens, functools.partial(policy.unembed, params), stats=STATS, chunk=2
     )
     out['value'] = policy.value(params, hidden)
-    return sum(jnp.sum(jnp.sin(x)) for x in out.values()), out
+    size = lambda x: 1 + jnp.abs(jax.lax.stop_gradient(x))
+    return sum(jnp.sum(jnp.sin(x) / size(x)) for x in out.values()), out
 
   return jax.grad(loss, has_aux=True)(params)
 
