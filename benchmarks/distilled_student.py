@@ -30,6 +30,7 @@ The order is that of the theory: forward KL covers (more entropy, lower student 
 text, reverse KL the opposite. All are far from the teacher: 240 samples do not train a language model.
 """
 
+import argparse
 import json
 import pathlib
 import shutil
@@ -38,7 +39,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 
 from polgrad import collect, convert, objectives, optim, presets, train
 from polgrad.build import build
@@ -54,11 +54,6 @@ from polgrad.sampling import behavior_policies
 from polgrad.sampling.sampler import make_sampler
 from polgrad.tasks import Task
 from polgrad.types import Batch, Params
-
-_TEACHER = flags.DEFINE_string('teacher', None, 'Folder of SmolLM2-135M-Instruct.', required=True)
-_FOLDER = flags.DEFINE_string('folder', None, 'Folder of the runs and of the table.', required=True)
-_WARM = flags.DEFINE_integer('warm', 60, 'Steps on samples of the teacher.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 40, 'Steps on samples of the student.', lower_bound=1)
 
 SYSTEM = 'Answer in one short sentence.'
 LAYERS = (0, 10, 20, 29)
@@ -205,9 +200,14 @@ def measured(experiment: Any, params: Params, teacher: tuple[Policy, Params]) ->
   }
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  teacher, out = _TEACHER.value, pathlib.Path(_FOLDER.value)
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--teacher', required=True, help='folder of SmolLM2-135M-Instruct')
+  parser.add_argument('--folder', required=True, help='folder of the runs and of the table')
+  parser.add_argument('--warm', type=int, default=60, help='steps on samples of the teacher')
+  parser.add_argument('--steps', type=int, default=40, help='steps on samples of the student')
+  args = parser.parse_args()
+  teacher, out = args.teacher, pathlib.Path(args.folder)
   out.mkdir(parents=True, exist_ok=True)
   numbers = out / 'table.json'
   found = json.loads(numbers.read_text()) if numbers.exists() else {}
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
   warm = out / 'warm_student'
   if not warm.exists():
     one = method(part(divergences.forward_kl), of_teacher=True)
-    config = configured(str(out / 'layers'), teacher, one, _WARM.value, RATES['warm'])
+    config = configured(str(out / 'layers'), teacher, one, args.warm, RATES['warm'])
     made = trained(config, str(out / 'warm'))
     convert.export(*made, str(warm), source=str(out / 'layers'))
   other = None
@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
     if name in found:
       continue
     one = method(divergence or part(divergences.forward_kl), of_teacher=False)
-    config = configured(str(warm), teacher, one, _STEPS.value, RATES['train'])
+    config = configured(str(warm), teacher, one, args.steps, RATES['train'])
     if divergence is None:
       experiment = build(config)
       params = init_params(experiment.policy, experiment.mesh, 0)
@@ -245,4 +245,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
