@@ -9,7 +9,7 @@ topic; the measured topics are others than the trained ones. What is measured, a
 
 * teacher NLL: -log teacher of the student's samples, nats a token: how good they are;
 * student NLL: -log student of the teacher's samples, nats a token: how much of the teacher is covered;
-* entropy: -log student of its own samples, nats a token, an estimate of its entropy rate;
+* entropy: negative log-likelihood that the student gives to its samples, in nats a token;
 * distinct: the fraction of different pairs of consecutive tokens among all those of the samples.
 
 Everything that is done already in --folder is not done again.

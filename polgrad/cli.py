@@ -215,7 +215,8 @@ def ending_together() -> Iterator[None]:
 
   The process that has failed shows its error and ends, so the others lose it. Those show the error of
   the computation that they shared with it, wait until JAX has missed the signs of life of a process,
-  which ends them with its number, and end in any case after `--lost_after` seconds and a few more.
+  which ends them with its number, and end in any case after `--lost_after` seconds and a few more. A
+  checkpoint that was still being written is then absent.
   """
   try:
     yield
@@ -231,9 +232,8 @@ def ending_together() -> Iterator[None]:
         file=sys.stderr,
         flush=True,
       )
-      time.sleep(
-        LOST_AFTER.value + 5
-      )  # JAX ends the process during this time, with its own message
+      # During this time JAX ends the process, with a message that has the number of the lost one.
+      time.sleep(LOST_AFTER.value + 5)
     sys.stderr.flush()
     os._exit(1)
 

@@ -166,7 +166,7 @@ def least_moved(params: float, mesh: dict[str, int], *, activations: float, upda
 
 
 def replicated(mesh: Any, shapes: Any, least: int = 2**20) -> list[str]:
-  """Parameters of at least so many bytes that every device of fsdp and tensor holds whole."""
+  """Parameters of at least `least` bytes that no mesh axis cuts, so every device holds them whole."""
   if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
     return []
   return [

@@ -25,7 +25,7 @@ def main(argv):
 
 app.run(main)
 """
-# Writes down what it is asked, each argument in a line, and then the script.
+# Records its arguments, one on each line, and then the script.
 SBATCH = """#!/bin/bash
 number=$(ls "$CALLS" | wc -l)
 printf '%s\\n' "$@" > "$CALLS/$number"

@@ -260,13 +260,11 @@ class ProjectedState(NamedTuple):
   """State of `projected`."""
 
   inner: Any  # state of the optimizer
-  norms: (
-    Params  # Frobenius norm of each matrix at the start, f32[n]; MaskedNode for other parameters
-  )
+  norms: Params  # Frobenius norms of matrices at the start, f32[n]; MaskedNode for other parameters
 
 
-MATRIX = table('optim', muon, sinkgd, swan)
-SteppedPart = Annotated[optax.GradientTransformation, STANDARD | MATRIX]
+STEPS = table('optim', muon, sinkgd, swan)
+SteppedPart = Annotated[optax.GradientTransformation, STANDARD | STEPS]
 
 
 def projected(*, optimizer: SteppedPart) -> optax.GradientTransformation:
@@ -322,7 +320,7 @@ def projected(*, optimizer: SteppedPart) -> optax.GradientTransformation:
   return rated_like(in_float32(optax.GradientTransformationExtraArgs(init, update)), optimizer)
 
 
-MATRIX = MATRIX | table('optim', projected)
+MATRIX = STEPS | table('optim', projected)
 
 
 def _name(path: tuple) -> str:

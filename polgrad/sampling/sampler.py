@@ -50,9 +50,8 @@ def make_sampler(
   Tokens are drawn from softmax(top_p(top_k(token_temperature(behavior_policy(logits) / temperature)))),
   and `behavior_logp` is the log-probability of a token under exactly this distribution. With top_k,
   top_p and token_temperature off it is what the trainer computes at the same temperature. Each draw has
-  its own random key,
-  folded from (seed, step, prompt id, sample index, position in the completion), so a completion
-  depends neither on the rest of the batch nor on its slot.
+  its own random key, folded from (seed, step, prompt id, sample index, position in the completion), so
+  a completion depends neither on the rest of the batch nor on its slot.
 
   New values of `seed` and `step` do not recompile. Prompts are trimmed to the longest of
   the call, rounded up to Tp / 4, Tp / 2 or Tp, so at most three programs compile for one N and Tp.
