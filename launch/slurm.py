@@ -13,15 +13,12 @@ queue.
 It needs Python 3.8 or newer and sbatch, on a file system that all nodes share.
 """
 
-import argparse
-import itertools
-import pathlib
 import re
 import shlex
-import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+import sweeps
+
 SCRIPT = """#!/bin/bash
 cd {root} || exit 1
 srun --kill-on-bad-exit=1 {command}
@@ -36,11 +33,7 @@ exit "$code"
 
 def parse(argv):
   """The options, and what follows --."""
-  own, rest = argv, []
-  if '--' in argv:
-    own, rest = argv[: argv.index('--')], argv[argv.index('--') + 1 :]
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-  parser.add_argument('--name', required=True, help='of the job and of the folder of its run')
+  parser = sweeps.parser(__doc__)
   parser.add_argument('--nodes', type=int, default=1, help='number of nodes')
   parser.add_argument('--gpus', type=int, default=1, help='GPUs, and processes, of a node')
   parser.add_argument('--time', default='', help='limit, such as 12:00:00')
@@ -49,39 +42,18 @@ def parse(argv):
   parser.add_argument('--warn', type=int, default=300, help='seconds from SIGTERM to the limit')
   parser.add_argument('--runs', default='runs', help='folder of the folders of runs')
   parser.add_argument('--python', default='.venv/bin/python', help='of the nodes')
-  parser.add_argument('--module', default='polgrad.train', help='what runs')
   parser.add_argument('--sbatch', action='append', default=[], help='further option of sbatch')
-  parser.add_argument('--sweep', action='append', default=[], help='FLAG=VALUE,VALUE,...')
-  parser.add_argument('--dry_run', action='store_true', help='print, and submit nothing')
-  options = parser.parse_args(own)
+  options, rest = sweeps.parse(parser, argv)
   if not re.fullmatch(r'[\w.-]+', options.name):
     parser.error(f'--name={options.name}: letters, digits, ".", "_" and "-" only')
   if min(options.nodes, options.gpus) < 1:
     parser.error('--nodes and --gpus must be at least 1')
-  for one in options.sweep:
-    if not re.fullmatch(r'[\w.]+=.+', one):
-      parser.error(f'--sweep={one}: write FLAG=VALUE,VALUE,...')
   return options, rest
 
 
-def points(sweeps):
-  """Flags of every combination of values: [('config.seed', '0'), ...] of each job."""
-  axes = []
-  for one in sweeps:
-    flag, _, values = one.partition('=')
-    axes.append([(flag, value) for value in values.split(',')])
-  return list(itertools.product(*axes))
-
-
 def jobs(options, rest):
-  """(arguments of sbatch, script) of every job."""
-  for point in points(options.sweep):
-    name = '-'.join([options.name, *(re.sub(r'[^\w.]+', '_', value) for _, value in point)])
-    flags = [*rest, *(f'--{flag}={value}' for flag, value in point)]
-    if not any(flag.split('=')[0] in ('--workdir', '--model') for flag in rest):
-      flags.append(f'--workdir={options.runs}/{name}')
-    elif options.sweep:
-      sys.exit('--sweep needs a folder for every run: leave --workdir out, and give --runs')
+  """(name, arguments of sbatch, script) of every job."""
+  for name, flags in sweeps.runs(options, rest, options.runs):
     command = shlex.join([options.python, '-m', options.module, *flags, '--distributed'])
     wanted = [
       'sbatch',
@@ -97,22 +69,18 @@ def jobs(options, rest):
     for key in ('time', 'partition', 'account'):
       if getattr(options, key):
         wanted.append(f'--{key}={getattr(options, key)}')
-    yield wanted + options.sbatch, SCRIPT.format(root=shlex.quote(str(ROOT)), command=command)
+    script = SCRIPT.format(root=shlex.quote(str(sweeps.ROOT)), command=command)
+    yield name, wanted + options.sbatch, script
 
 
 def main():
   options, rest = parse(sys.argv[1:])
-  for command, script in list(jobs(options, rest)):
+  for name, command, script in list(jobs(options, rest)):
     if options.dry_run:
       print(f'{shlex.join(command)} <<"END"\n{script}END')
       continue
-    (ROOT / options.runs).mkdir(parents=True, exist_ok=True)
-    try:
-      done = subprocess.run(command, input=script, text=True, cwd=ROOT)
-    except FileNotFoundError:
-      sys.exit('there is no sbatch here; --dry_run shows what would be submitted')
-    if done.returncode:
-      sys.exit(f'sbatch refused {command[1]}')
+    (sweeps.ROOT / options.runs).mkdir(parents=True, exist_ok=True)
+    sweeps.submit(command, script, name)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Launchers of several processes: what they ask of the cluster, and what becomes of a lost process."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -25,8 +26,8 @@ def main(argv):
 
 app.run(main)
 """
-# Records its arguments, one on each line, and then the script.
-SBATCH = """#!/bin/bash
+# Records its arguments, one on each line, and then what it reads.
+RECORDER = """#!/bin/bash
 number=$(ls "$CALLS" | wc -l)
 printf '%s\\n' "$@" > "$CALLS/$number"
 cat > "$CALLS/../script.$number"
@@ -43,16 +44,26 @@ def launch(kind, folder, *arguments, **variables):
   )
 
 
-@pytest.fixture
-def sbatch(tmp_path):
+def recorded(tmp_path, kind, command):
+  """The launcher of a cluster whose command only records what it is asked."""
   (tmp_path / 'bin').mkdir()
   (tmp_path / 'calls').mkdir()
-  (tmp_path / 'bin/sbatch').write_text(SBATCH)
-  (tmp_path / 'bin/sbatch').chmod(0o755)
+  (tmp_path / 'bin' / command).write_text(RECORDER)
+  (tmp_path / 'bin' / command).chmod(0o755)
   path = f'{tmp_path}/bin:{os.environ["PATH"]}'
   return lambda *arguments, **variables: launch(
-    'slurm', tmp_path, *arguments, PATH=path, CALLS=str(tmp_path / 'calls'), **variables
+    kind, tmp_path, *arguments, PATH=path, CALLS=str(tmp_path / 'calls'), **variables
   )
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+  return recorded(tmp_path, 'slurm', 'sbatch')
+
+
+@pytest.fixture
+def kubectl(tmp_path):
+  return recorded(tmp_path, 'gke', 'kubectl')
 
 
 def test_processes_of_one_machine_find_each_other(tmp_path):
@@ -139,5 +150,90 @@ def test_what_slurm_cannot_run_is_refused(sbatch, tmp_path, arguments, says):
 
 def test_a_refusal_of_sbatch_ends_the_sweep(sbatch, tmp_path):
   done = sbatch('--name=x', f'--runs={tmp_path}/runs', '--sweep=config.seed=1,2', REFUSED='1')
-  assert done.returncode == 1 and 'sbatch refused --job-name=x-1' in done.stderr
+  assert done.returncode == 1 and 'sbatch refused x-1' in done.stderr
   assert len(list((tmp_path / 'calls').iterdir())) == 1
+
+
+GKE = (
+  '--name=Gspo_run',
+  '--topology=v5p:2x2x4',
+  '--image=mine/polgrad:1',
+  '--bucket=gs://mine/runs/',
+)
+
+
+def test_a_job_set_has_a_pod_for_every_host_of_every_slice(kubectl, tmp_path):
+  done = kubectl(
+    *(*GKE, '--slices=2', '--spot', '--queue=team', '--service_account=writer', '--restarts=3'),
+    *('--env=A=b=c', '--sweep=config.seed=0,1', '--', '--config=a b.py'),
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'kubectl logs --namespace=default --follow job/gspo-run-1-slice-0' in done.stdout
+  assert sorted(path.name for path in (tmp_path / 'calls').iterdir()) == ['0', '1']
+  assert (tmp_path / 'calls/1').read_text().splitlines() == ['create', '-f', '-']
+  made = json.loads((tmp_path / 'script.1').read_text())
+  assert (made['apiVersion'], made['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+  assert made['metadata']['name'] == 'gspo-run-1'
+  assert made['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'team'}
+  (slices,) = made['spec']['replicatedJobs']
+  job = slices['template']['spec']
+  assert (slices['replicas'], job['completions'], job['parallelism']) == (2, 4, 4)
+  pod = job['template']['spec']
+  assert pod['serviceAccountName'] == 'writer'
+  assert pod['nodeSelector'] == {
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v5p-slice',
+    'cloud.google.com/gke-tpu-topology': '2x2x4',
+    'cloud.google.com/gke-spot': 'true',
+  }
+  (container,) = pod['containers']
+  assert container['resources']['limits'] == {'google.com/tpu': 4}
+  assert container['env'] == [{'name': 'A', 'value': 'b=c'}]
+  assert container['command'] == [
+    *('python', '-m', 'polgrad.train', '--config=a b.py', '--config.seed=1'),
+    *('--workdir=gs://mine/runs/Gspo_run-1', '--distributed'),
+  ]
+
+
+def test_a_job_set_restarts_after_a_save_or_a_lost_host_and_fails_after_an_error(kubectl, tmp_path):
+  assert kubectl(*GKE, '--restarts=3').returncode == 0
+  spec = json.loads((tmp_path / 'script.0').read_text())['spec']
+  job = spec['replicatedJobs'][0]['template']['spec']
+  # The first rule that fits decides: a pod's failure becomes the reason of the job's failure.
+  lost, codes = job['podFailurePolicy']['rules']
+  assert lost['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
+  assert set(codes['onExitCodes']['values']) == {75, 128 + 6, 128 + 9, 128 + 15}
+  assert codes['onExitCodes']['operator'] == 'In' and job['backoffLimit'] == 0
+  assert spec['failurePolicy'] == {
+    'maxRestarts': 3,
+    'rules': [
+      {'action': 'RestartJobSet', 'onJobFailureReasons': ['PodFailurePolicy']},
+      {'action': 'FailJobSet'},
+    ],
+  }
+
+
+def test_a_dry_run_of_gke_prints_what_it_would_create(kubectl, tmp_path):
+  done = kubectl(*GKE, '--dry_run')
+  first, *lines, last = done.stdout.splitlines()
+  assert first == "kubectl create -f - <<'END'" and last == 'END'
+  assert json.loads('\n'.join(lines))['kind'] == 'JobSet' and not list(
+    (tmp_path / 'calls').iterdir()
+  )
+
+
+@pytest.mark.parametrize(
+  ('changed', 'says'),
+  [
+    ('--topology=v9:4x4', 'kinds: v4, v5e, v5p, v6e'),
+    ('--topology=v5e', 'KIND:SHAPE'),
+    ('--chips=3', 'does not divide the 16 chips'),
+    ('--slices=0', '--slices must be at least 1'),
+    ('--bucket=/tmp/x', 'must be gs://'),
+    ('--env=A', 'NAME=VALUE'),
+    ('--name=8b', 'begins with a letter'),
+    (f'--name={"a" * 41}', 'at most 40'),
+  ],
+)
+def test_what_gke_cannot_run_is_refused(kubectl, tmp_path, changed, says):
+  done = kubectl(*GKE, changed)
+  assert done.returncode and says in done.stderr and not list((tmp_path / 'calls').iterdir())
