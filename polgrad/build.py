@@ -292,6 +292,7 @@ PhasePart = Annotated[Phase, table('build', Phase)]
 EvaluationPart = Annotated[Evaluation, table('build', Never, HeldOut)]
 KeepPart = Annotated[Keep, table('build', Keep)]
 MeshPart = Annotated[jax.sharding.Mesh, table('sharding', sharding.make_mesh)]
+SamplerMeshPart = Annotated[Callable, table('sharding', sharding.shared, sharding.beside)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,7 +303,8 @@ class Experiment:
     seed: of parameters, data order and sampling.
     tokenizer: between texts and token ids.
     model: the policy.
-    mesh: the devices.
+    mesh: the devices that train.
+    sampler_mesh: the devices on which rollouts are sampled: the same ones, or others beside them.
     phases: stages by name.
     order: the names of `phases`, in the order in which they run.
     evaluation: what is measured on held-out problems.
@@ -328,6 +330,7 @@ class Experiment:
   tokenizer: tokenizers.Part
   model: ModelPart
   mesh: MeshPart = sharding.make_mesh
+  sampler_mesh: SamplerMeshPart = sharding.shared
   phases: Mapping[str, PhasePart]
   order: tuple
   evaluation: EvaluationPart = Never
@@ -349,6 +352,11 @@ class Experiment:
   @property
   def policy(self) -> Policy:
     return self.model
+
+  @functools.cached_property
+  def sampled_on(self) -> jax.sharding.Mesh:
+    """The mesh of `sampler_mesh`."""
+    return self.sampler_mesh(self.mesh)
 
 
 TABLE = table('build', Experiment)
@@ -484,6 +492,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   _check_length(f'{path}.collect', collector.length, run.policy)
   _check_unread(path, phase)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
+  _check_sampler_mesh(path, collector, run)
   if phase.layout.shared > 1 and not phase.layout.prompt_length:
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
@@ -521,6 +530,25 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   _check_curriculum(path, phase)
   _check_reads(path, phase, run)
+
+
+def _check_sampler_mesh(path: str, collector: collect.Collector, run: Experiment) -> None:
+  """Refuses devices for sampling that the rollouts do not fit, or that nothing uses."""
+  if collector.overlaps and jax.process_count() > 1:
+    raise ValueError(f'{path}.collect.overlap: sampling beside training needs one process')
+  if run.sampled_on is run.mesh:
+    return
+  if isinstance(collector, collect.Sampling) and not collector.samples_apart:
+    raise ValueError(
+      f'config.sampler_mesh: {path}.collect is {type(collector).__name__}, which samples on the devices '
+      'that train; Rollouts can sample on others'
+    )
+  size = sharding.data_parallel_size(run.sampled_on)
+  if isinstance(collector, collect.Sampling) and collector.records % size:
+    raise ValueError(
+      f'config.sampler_mesh: {path}.collect has {collector.records} records, which do not divide by its '
+      f'{size} devices'
+    )
 
 
 def _check_curriculum(path: str, phase: Phase) -> None:

@@ -224,7 +224,13 @@ def check_memory(run: Experiment, workdir: str) -> Section:
   limit = limit or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   for name in run.order:
     phase = run.phases[name]
-    uses = memory.of_phase(phase, run.policy, run.mesh, phases.opt_shardings)
+    uses = memory.of_phase(
+      phase,
+      run.policy,
+      run.mesh,
+      phases.opt_shardings,
+      None if run.sampled_on is run.mesh else run.sampled_on,
+    )
     rows = [(u.name, tables.size(u.total), tables.size(u.device), u.when) for u in uses]
     lines += tables.table((f'phase {name}', 'in all', 'a device', 'when'), rows)
     most = memory.peak(uses)
@@ -267,6 +273,7 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
         collected = doing.collect(state, draw, step)
         middle = time.perf_counter()
         state, reports = doing.update_all(state, collected.batch, step)
+        collected = doing.finished(collected, step)
       except Exception as error:  # whatever stops a step is what is asked for here
         text = f'step {step} fails: {type(error).__name__}: {str(error)[:300]}'
         wrong.append(Finding(path, text, fails=True))

@@ -299,6 +299,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     compare=phase.compare,
     curriculum=phase.curriculum,
     mark=phase.mark,
+    sampler_mesh=None if experiment.sampled_on is experiment.mesh else experiment.sampled_on,
   )
 
 

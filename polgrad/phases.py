@@ -184,13 +184,27 @@ class PhaseRun:
     return found
 
   def next_batch(self, state: TrainState, draw: 'Drawer', step: int) -> Collected:
-    """The batch of a step; messages of its verifiers are logged.
+    """The batch of a step, of which `finished` gives the rest.
 
     Raises:
       ValueError: a record is too long or unusable. Of a large source `check_data` has read only some.
     """
+    return self._collected(lambda: self.collect(state, draw, step), step)
+
+  def finished(self, collected: Collected, step: int) -> Collected:
+    """All of what the step collects; messages of its verifiers are logged.
+
+    Raises:
+      ValueError: as `next_batch`, of rows that were sampled beside the updates.
+    """
+    collected = self._collected(collected.finished, step)
+    for message in collected.messages:
+      logging.warning('failed: %s', message)
+    return collected
+
+  def _collected(self, collect: Callable[[], Collected], step: int) -> Collected:
     try:
-      collected = self.collect(state, draw, step)
+      return collect()
     except (batching.TooLong, batching.Unusable) as error:
       long = isinstance(error, batching.TooLong)
       mend = 'overlong=drop (or truncate)' if long else 'unusable=drop'
@@ -198,9 +212,6 @@ class PhaseRun:
         f'config.phases.{self.name}.source, step {step}: {error}; resume with --on_mismatch=continue '
         f'and --config.phases.{self.name}.collect.{mend}'
       ) from error
-    for message in collected.messages:
-      logging.warning('failed: %s', message)
-    return collected
 
   def update_all(
     self, state: TrainState, batch: Batch, step: int
@@ -406,13 +417,15 @@ def run_phase(
     # Update on each minibatch, then count the batch as used.
     updating = time.perf_counter()
     state, reports = run.update_all(state, collected.batch, step)
+    updated = time.perf_counter()
+    collected = run.finished(collected, step)
     state = run.advance(state, collected, draw)
 
     # Evaluate and report. The time of a step is without its evaluation.
     logs.profiler.end(step)
     now = time.perf_counter()
     row = summary(reports, collected, now - started) | draw.report() | run.curriculum(state)
-    row |= run.speed(collected, now - updating, now - started)
+    row |= run.speed(collected, updated - updating, now - started)
     progress.tokens += int(np.sum(collected.batch.segment_ids > 0))
     row['tokens_seen'] = progress.tokens
     silent = silent + 1 if row['silent'] else 0

@@ -62,6 +62,28 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       there are several processes, which must use all devices.
   """
   there = _DEVICES.get() or jax.devices()
+  return _mesh_of(there, data=data, fsdp=fsdp, tensor=tensor)
+
+
+def shared(mesh: Mesh) -> Mesh:
+  """Samples on the devices that train."""
+  return mesh
+
+
+def beside(mesh: Mesh, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh of the devices behind those of `mesh`, which do not train, see `make_mesh`.
+
+  Raises:
+    ValueError: they do not fit, or there are several processes.
+  """
+  there = _DEVICES.get() or jax.devices()
+  if jax.process_count() > 1:
+    raise ValueError('devices beside those that train are those of one process')
+  return _mesh_of(there[mesh.size :], data=data, fsdp=fsdp, tensor=tensor)
+
+
+def _mesh_of(there: Sequence[jax.Device], *, data: int, fsdp: int, tensor: int) -> Mesh:
+  """A mesh of the first of these devices."""
   devices = len(there)
   if data == -1 and fsdp * tensor > 0 and devices % (fsdp * tensor) == 0:
     data = devices // (fsdp * tensor)
@@ -158,6 +180,24 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
     return batch_sharding(mesh, x.ndim)
 
   return place(tree, jax.tree.map(sharding, tree))
+
+
+def copied(mesh: Mesh, tree: Any) -> Any:
+  """Copies of arrays on the devices of another mesh, or of their own, sharded by the same axes.
+
+  A dimension that the axes do not divide there is replicated.
+  """
+
+  def copy(x):
+    cut = lambda size, names: size % math.prod(mesh.shape[n] for n in names) == 0
+    spec = [
+      names if names and cut(size, names if isinstance(names, tuple) else (names,)) else None
+      for size, names in zip(x.shape, x.sharding.spec)
+    ]
+    place = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.device_put(x, place, may_alias=False)
+
+  return jax.tree.map(copy, tree)
 
 
 def to_host(tree: Any) -> Any:

@@ -73,7 +73,9 @@ def share_programs(patch: Callable = setattr) -> None:
       return start(experiment, state, logs)
     config, index = configs[id(experiment)][1], int(state.phase)
     name = experiment.order[index]
-    read = [config[key] for key in ('model', 'tokenizer', 'mesh', 'seed', 'evaluation')]
+    read = [
+      config[key] for key in ('model', 'tokenizer', 'mesh', 'sampler_mesh', 'seed', 'evaluation')
+    ]
     key = json.dumps([index, {**config['phases'][name], 'steps': 0}, *read], sort_keys=True)
     if key not in programs:
       programs[key] = start(experiment, state, logs)

@@ -19,7 +19,7 @@ class Use(NamedTuple):
   name: str
   total: int  # bytes, over all devices, of one copy
   device: int  # bytes on the device that has most of them
-  when: str  # 'always', 'update' or 'rollout'
+  when: str  # 'always', 'update', 'rollout' or, on devices that do not train, 'beside'
 
 
 def use(name: str, shapes: Any, shardings: Any, when: str = 'always') -> Use:
@@ -32,12 +32,17 @@ def use(name: str, shapes: Any, shardings: Any, when: str = 'always') -> Use:
 
 
 def of_phase(
-  phase: Any, policy: Policy, mesh: jax.sharding.Mesh, opt_shardings: Callable[..., Any]
+  phase: Any,
+  policy: Policy,
+  mesh: jax.sharding.Mesh,
+  opt_shardings: Callable[..., Any],
+  sampler_mesh: jax.sharding.Mesh | None = None,
 ) -> list[Use]:
   """The arrays that a phase holds, apart from the activations between its layers.
 
   Args:
     opt_shardings: (optimizer, mesh, parameters) -> the shardings of the optimizer's state.
+    sampler_mesh: the devices that sample, if they do not train.
   """
   own = lambda policy: _placed(policy, mesh)
   params, trainable = own(policy), learned(policy, own(policy))
@@ -62,7 +67,13 @@ def of_phase(
   if hasattr(phase.collect, 'max_new_tokens'):
     collect = phase.collect
     rows = getattr(collect, 'slots', 0) or collect.records * collect.samples_per_prompt
-    found.append(kv_cache(policy, mesh, rows, collect.length))
+    sampled_on = sampler_mesh or mesh
+    cache = kv_cache(policy, sampled_on, rows, collect.length)
+    when = 'beside' if sampler_mesh else 'always' if collect.overlaps else 'rollout'
+    found.append(cache._replace(when=when))
+    if sampler_mesh or collect.overlaps:
+      copy = _placed(policy, sampled_on)
+      found.append(use('parameters of the sampler', copy, places(copy), when))
   return found
 
 
@@ -100,6 +111,6 @@ def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) ->
 
 
 def peak(uses: list[Use]) -> int:
-  """The most bytes that a device holds of these arrays at a time."""
+  """The most bytes that a device that trains holds of these arrays at a time."""
   held = lambda when: sum(one.device for one in uses if one.when == when)
   return held('always') + max(held('update'), held('rollout'))

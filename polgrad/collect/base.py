@@ -48,6 +48,7 @@ class Context(NamedTuple):
   opened: Callable[[Sequence[dict]], list[dict]] = list  # records -> those of the prompts
   curriculum: curricula.Curriculum = curricula.epochs()
   mark: Mark | None = None  # None: parts of completions are not scored
+  sampler_mesh: jax.sharding.Mesh | None = None  # None: rows are sampled on `mesh`
 
 
 class Collected(NamedTuple):
@@ -64,6 +65,12 @@ class Collected(NamedTuple):
   sampled: curricula.Sampled | None = (
     None  # every row that was scored; None: the data have them all
   )
+  # Waits for rows that are still being sampled, and gives what is above but for the batch.
+  pending: Callable[['Collected'], 'Collected'] | None = None
+
+  def finished(self) -> 'Collected':
+    """All of it, after the updates on the batch: waits for the rows that are sampled beside them."""
+    return self if self.pending is None else self.pending(self)
 
 
 Collect = Callable[[TrainState, Draw, int], Collected]
@@ -186,6 +193,16 @@ class Collector(abc.ABC):
 
     The log-probs of the sampler are then not those of the policy.
     """
+    return False
+
+  @property
+  def overlaps(self) -> bool:
+    """Whether rows are sampled while the policy is updated."""
+    return False
+
+  @property
+  def samples_apart(self) -> bool:
+    """Whether rows can be sampled on devices that do not train."""
     return False
 
   def read_files(self) -> None:  # noqa: B027
@@ -379,7 +396,7 @@ def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:
     context.frozen,
     tokenizer=context.tokenizer,
     policy=context.policy,
-    mesh=context.mesh,
+    mesh=context.sampler_mesh or context.mesh,
     **{name: getattr(settings, name) for name in HANDED_ON if name in own},
     **sampler,
   )

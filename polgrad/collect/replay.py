@@ -139,6 +139,7 @@ def recalled(
   choice: Choice,
   rows_per_prompt: int,
   random: np.random.Generator,
+  coming: int = 0,
 ) -> Batch:
   """The batch to train on: the one stored `lag` batches ago, partly replaced by older groups.
 
@@ -151,11 +152,14 @@ def recalled(
     choice: which groups are replaced, and by which.
     rows_per_prompt: consecutive rows of a group.
     random: decides where the choice leaves it open.
+    coming: 1 counts a batch that is not stored yet as the newest; then `lag` is at least 1, and there is
+      a stored one.
   """
   # Candidates are the batch of that age and all older ones, newest first.
-  filled = min(int(memory.count), _capacity(memory))
+  count = int(memory.count) + coming
+  filled = min(count, _capacity(memory))
   age = min(lag, filled - 1)
-  indices = (int(memory.count) - 1 - np.arange(age, filled)) % _capacity(memory)
+  indices = (count - 1 - np.arange(age, filled)) % _capacity(memory)
   candidates = jax.tree.map(lambda ring: np.concatenate(ring[indices]), memory.batches)
   # Which of the candidate groups each place gets.
   groups = len(candidates.group_ids) // len(indices) // rows_per_prompt

@@ -22,6 +22,7 @@ from polgrad.collect.base import (
   reads_teacher,
 )
 from polgrad.collect.drawn import Drawn, Draws, with_rewards
+from polgrad.collect.overlapped import Overlapped
 from polgrad.collect.scored import (
   Texts,
   begun,
@@ -46,7 +47,7 @@ from polgrad.losses import logit_stats, selections
 from polgrad.objectives.base import RESERVED
 from polgrad.registry import Count, Fraction, NotNegative, inputs, unbound
 from polgrad.sampling import behavior_policies, processors
-from polgrad.sharding import to_host
+from polgrad.sharding import copied, to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 PAIR = ('chosen', 'rejected')  # fields of a record with a preference
@@ -83,6 +84,9 @@ class Rollouts(Filtering):
   # on it. The first `lag` steps of a phase reuse its first batch. What depends on the live policy
   # (values, credit, ...) is computed when a batch is used.
   lag: Count = 0
+  # Sample a batch while the policy is updated on the one of `lag` steps before. All numbers are those of
+  # the same lag without it; what it costs is a copy of the parameters that the sampler reads.
+  overlap: bool = False
   # Number of batches, older than that one, that are kept for replay; 0 replays nothing.
   replay: Count = 0
   # Fraction of the groups of a batch that are replaced by groups of the kept ones, drawn anew each
@@ -193,6 +197,14 @@ class Rollouts(Filtering):
     return frozenset(read - {'policy'})
 
   @property
+  def overlaps(self) -> bool:
+    return self.overlap
+
+  @property
+  def samples_apart(self) -> bool:
+    return type(self) is Rollouts
+
+  @property
   def terms_ignored(self) -> frozenset[str]:
     return frozenset(self.resample_ignores if self.max_resamples else ())
 
@@ -271,7 +283,8 @@ class Rollouts(Filtering):
     return demonstrated(records, tokenizer, **sizes, cut=cut, field=field)
 
   def make(self, context: Context) -> Collect:
-    return RolloutSteps(**self._parts(self.within(context))).collect
+    made = RolloutSteps(**self._parts(self.within(context)))
+    return Overlapped(made).collect if self.overlap else made.collect
 
   def _parts(self, context: Context) -> dict[str, Any]:
     """The fields of `RolloutSteps`."""
@@ -316,6 +329,16 @@ def _check_counts(settings: Rollouts) -> None:
     raise ValueError(
       'Rollouts: replay_keep=best needs a replay_priority that reads rewards, such as '
       'replay.contrast; by others all groups of a new batch are equally good'
+    )
+  if settings.overlap and not (settings.lag and settings.samples_apart):
+    raise ValueError(
+      f'{type(settings).__name__}: overlap samples beside an update on an earlier batch, so it needs '
+      f'lag of at least 1, and Rollouts; got lag={settings.lag}'
+    )
+  if settings.overlap and settings.measures_entropy:
+    raise ValueError(
+      'Rollouts: token_temperature reads the entropies of the batch before, which overlap trains on '
+      'at the same time; leave out one of them'
     )
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
@@ -511,23 +534,49 @@ class RolloutSteps(Steps):
     }
     return batch.with_arrays(**found), texts
 
+  @property
+  def choice(self) -> replays.Choice:
+    """Which groups of a batch are replaced by remembered ones."""
+    settings = self.settings
+    return replays.Choice(
+      settings.replay_fraction,
+      settings.replay_priority,
+      settings.replay_exponent,
+      settings.replay_into,
+    )
+
+  def lent(self, state: TrainState) -> TrainState:
+    """The state with copies of the parameters that the sampler reads, where it needs its own."""
+    settings, mesh = self.settings, self.context.sampler_mesh
+    if mesh is None and not settings.overlap:
+      return state
+    read = {name: state.anchors[name] for name in settings.anchors_read}
+    with self.meter.timing('transfer'):
+      params, anchors = copied(mesh or self.context.mesh, (state.params, read))
+      jax.block_until_ready((params, anchors))
+    return state.replace(params=params, anchors=anchors, opt_state=(), learned={})
+
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     """Stores the batch, takes out the one to train on (`lag`, `replay`), and mixes old rows into it."""
-    settings = self.settings
     if isinstance(memory, Measured):
       batch, own = self._exchanged(batch, memory.memory, random)
       memory = memory._replace(memory=own)
     else:
       batch, memory = self._exchanged(batch, memory, random)
-    if self.old is not None:
-      batch = old_runs.mixed(
-        batch,
-        self.old,
-        fraction=settings.old_fraction,
-        rows_per_prompt=settings.rows_per_prompt,
-        random=random,
-      )
-    return batch, memory
+    return self.mixed(batch, random), memory
+
+  def mixed(self, batch: Batch, random: np.random.Generator) -> Batch:
+    """The batch with the rows of earlier runs that belong into it."""
+    settings = self.settings
+    if self.old is None:
+      return batch
+    return old_runs.mixed(
+      batch,
+      self.old,
+      fraction=settings.old_fraction,
+      rows_per_prompt=settings.rows_per_prompt,
+      random=random,
+    )
 
   def _exchanged(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     """`_remembered`, if there is a memory of batches."""
@@ -544,25 +593,27 @@ class RolloutSteps(Steps):
     self, batch: Batch, memory: Any, random: np.random.Generator
   ) -> tuple[Batch, Any]:
     """The batch to train on, which older ones may be part of, and the memory with the new one."""
-    settings = self.settings
-    choice = replays.Choice(
-      settings.replay_fraction,
-      settings.replay_priority,
-      settings.replay_exponent,
-      settings.replay_into,
-    )
     if isinstance(memory, replays.Best):
-      memory = replays.stored_best(memory, batch, choice)
-      return replays.recalled_best(memory, batch, choice=choice, random=random), memory
-    memory = replays.stored(memory, batch)
-    taken = replays.recalled(
+      memory = replays.stored_best(memory, batch, self.choice)
+      return replays.recalled_best(memory, batch, choice=self.choice, random=random), memory
+    memory = self.stored(batch, memory)
+    return self.recalled(memory, random), memory
+
+  def stored(self, batch: Batch, memory: replays.Ring) -> replays.Ring:
+    """The ring with one more batch."""
+    return replays.stored(memory, batch)
+
+  def recalled(self, memory: replays.Ring, random: np.random.Generator, coming: int = 0) -> Batch:
+    """The batch of a ring to train on, see `replay.recalled`."""
+    settings = self.settings
+    return replays.recalled(
       memory,
       lag=settings.lag,
-      choice=choice,
+      choice=self.choice,
       rows_per_prompt=settings.rows_per_prompt,
       random=random,
+      coming=coming,
     )
-    return taken, memory
 
   def _draw(self, sampler: RowSampler, *arguments: Any) -> Drawn:
     """Rows of a sampler, on the clock of the rollout."""

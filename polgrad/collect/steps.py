@@ -80,21 +80,33 @@ class Steps(abc.ABC):
 
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
     """The batch of a step; `step` is the number of batches collected in the phase before it."""
-    meter = self.meter
-    with meter.timing('rollout'):
-      rows, records = self.sample(state, draw, step)
-    with meter.timing('scoring'):
-      batch, report = self.score(rows, records, state, draw, step)
-    with meter.timing('annotation'):
-      batch, memory = self.remember(batch, state, step)
-      batch = self.tracked(batch, state)
-      batch = self.annotate(state, batch)
-      meter.add('annotation', self.annotate.flops(batch))
+    batch, report = self.fresh(self.lent(state), draw, step)
+    with self.meter.timing('annotation'):
+      random = self.random(step)
+      batch, memory = self.exchange(batch, to_host(state.collect_state), random)
+      batch = self.annotated(batch, state, step, random)
+      self.meter.add('annotation', self.annotate.flops(batch))
       memory = self.measured(batch, memory)
       batch, credit_state = self.credit(batch, state)
     report.metrics['staleness'] = float(batch.staleness.mean())
-    report.metrics.update(meter.take())
+    report.metrics.update(self.meter.take())
     return Collected(batch, credit_state, memory, *report)
+
+  def fresh(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Report]:
+    """Rows that are sampled and scored, and what to report of them."""
+    with self.meter.timing('rollout'):
+      rows, records = self.sample(state, draw, step)
+    with self.meter.timing('scoring'):
+      batch, report = self.score(rows, records, state, draw, step)
+    return batch.replace(sampled_at=np.full(len(batch.tokens), step, np.int32)), report
+
+  def lent(self, state: TrainState) -> TrainState:
+    """The state that the sampler reads: that of training, unless it samples on other devices."""
+    return state
+
+  def random(self, step: int) -> np.random.Generator:
+    """What decides at random which remembered rows are used; minibatches take (seed, step)."""
+    return np.random.default_rng((self.context.seed, step, 1))
 
   def count(self, rows: Drawn, samples_per_prompt: int) -> Drawn:
     """Counts the operations of the sampler, which prefills a prompt once; returns the rows."""
@@ -114,22 +126,17 @@ class Steps(abc.ABC):
     batch, texts = score_rows(rows, records, self.context)
     return batch, Report.of(batch, texts)
 
-  def remember(self, batch: Batch, state: TrainState, step: int) -> tuple[Batch, Any]:
-    """Stores the batch, where there is a memory, and takes out the one to train on.
-
-    Returns:
-      The batch with the age of its rows (`sampled_at`, `staleness`), a random number a row and the
-      sampler's log-probs as proximal ones; the next memory.
-    """
-    random = np.random.default_rng((self.context.seed, step, 1))  # minibatches take (seed, step)
-    batch = batch.replace(sampled_at=np.full(len(batch.tokens), step, np.int32))
-    batch, memory = self.exchange(batch, to_host(state.collect_state), random)
+  def annotated(
+    self, batch: Batch, state: TrainState, step: int, random: np.random.Generator
+  ) -> Batch:
+    """The batch with all that is read of its rows: their age (`staleness`), a random number of each, the
+    sampler's log-probs as proximal ones, what the curriculum knows, and what models compute."""
     batch = batch.with_arrays(
       staleness=(step - batch.sampled_at).astype(np.float32),
       uniform=random.random(len(batch.tokens), np.float32),
       proximal_logp=batch.behavior_logp,
     )
-    return batch, memory
+    return self.annotate(state, self.tracked(batch, state))
 
   def tracked(self, batch: Batch, state: TrainState) -> Batch:
     """The batch with what the curriculum knows of the prompts of its rows."""

@@ -1,0 +1,109 @@
+"""Sampling beside training gives the numbers of the same lag without it, also on other devices."""
+
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import build, phases, sharding, train
+from polgrad.collect import Rollouts, replay, rollouts
+from polgrad.registry import part
+from polgrad.types import Batch
+from tests.train_test import config, equal, rows
+
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn')
+
+
+def lagging(overlap: bool = True, **changes):
+  made = config()
+  made.phases.train.collect.update(lag=1, replay=1, replay_fraction=0.5, overlap=overlap, **changes)
+  return made
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """(folder, state) of a run with this lag that samples and trains in turns."""
+  folder = str(tmp_path_factory.mktemp('alone'))
+  return folder, train.run(lagging(overlap=False), folder)
+
+
+def test_an_overlapped_run_is_the_run_with_this_lag_bit_for_bit_and_resumes(alone, tmp_path):
+  expected, state = alone
+  whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
+  equal(train.run(lagging(), whole), state)
+  assert rows(whole) == rows(expected)
+  assert [row['staleness'] for row in rows(whole) if 'staleness' in row] == [0, 1, 1.5, 1.5]
+  shutil.copytree(whole, broken)
+  shutil.rmtree(tmp_path / 'broken/checkpoints/19')  # the one before is in mid-phase
+  equal(train.run(lagging(), broken), state)
+  assert rows(broken) == rows(expected)
+
+
+def test_other_devices_sample_the_same_rows(alone, tmp_path):
+  made = lagging()
+  made.sampler_mesh = part(sharding.beside, data=2)
+  assert list(build.build(made).sampled_on.devices.flat) == jax.devices()[1:3]
+  run = train.run(made, str(tmp_path))
+  for name in ('reward', 'length', 'loss', 'grad_norm'):
+    got, expected = ([row[name] for row in rows(x) if name in row] for x in (tmp_path, alone[0]))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+  assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(run.params))
+
+
+def test_rows_are_judged_during_the_update_of_their_step(monkeypatch, tmp_path):
+  """In turns, rows that wait for the update of their step would wait in vain."""
+  updating, arrived = threading.Semaphore(0), []
+  score, update = rollouts.RolloutSteps.score, phases.PhaseRun.update_all
+
+  def scored(self, rows, records, state, draw, step):
+    if step:
+      arrived.append(updating.acquire(timeout=60))
+    return score(self, rows, records, state, draw, step)
+
+  def updated(self, state, batch, step):
+    if self.name == 'train' and step:
+      updating.release()
+    return update(self, state, batch, step)
+
+  monkeypatch.setattr(rollouts.RolloutSteps, 'score', scored)
+  monkeypatch.setattr(phases.PhaseRun, 'update_all', updated)
+  made = lagging()
+  made.phases.train.steps = 3
+  train.run(made, str(tmp_path))
+  assert arrived == [True] * 2
+
+
+def test_what_is_recalled_does_not_depend_on_whether_the_newest_batch_is_stored():
+  """For rings that are not full, just full, and overwritten."""
+  batch = lambda n: Batch(
+    tokens=np.full((4, 2), n),
+    segment_ids=np.ones((4, 2), np.int32),
+    mask=np.ones((4, 2), bool),
+    rewards=np.arange(4.0) + n,
+    group_ids=np.arange(4) // 2,
+  )
+  for lag, replayed in [(1, 0), (1, 2), (3, 1)]:
+    ring = replay.empty(batch(0), capacity=lag + replayed + 1)
+    settings = dict(lag=lag, choice=replay.Choice(0.5 if replayed else 0), rows_per_prompt=2)
+    for n in range(9):
+      seeded = [np.random.default_rng(n) for _ in range(2)]
+      early = replay.recalled(ring, **settings, random=seeded[0], coming=1) if n else None
+      ring = replay.stored(ring, batch(n))
+      late = replay.recalled(ring, **settings, random=seeded[1])
+      if n:
+        jax.tree.map(np.testing.assert_array_equal, early, late)
+        assert replayed or early.tokens.max() == max(n - lag, 0)
+
+
+def test_what_cannot_overlap_is_refused():
+  with pytest.raises(ValueError, match='lag of at least 1'):
+    Rollouts(overlap=True)
+  made = lagging()
+  made.sampler_mesh = part(sharding.beside, data=9)
+  with pytest.raises(ValueError, match='data=9 x fsdp=1 x tensor=1 does not fit 7 devices'):
+    build.build(made)
+  made.sampler_mesh = part(sharding.beside, data=7)
+  with pytest.raises(ValueError, match='records, which do not divide by its 7 devices'):
+    build.build(made)
