@@ -167,6 +167,7 @@ def chain() -> Policy:
     init=None,
     hidden=lambda params, tokens, segment_ids: seen(tokens),
     completions=None,
+    states=None,
     unembed=lambda params, hidden: wide(hidden @ params['table']),
     value=None,
     init_cache=lambda batch, length: {},

@@ -48,6 +48,7 @@ def bandits() -> Policy:
     init=None,
     hidden=lambda params, tokens, segment_ids: seen(tokens),
     completions=None,
+    states=None,
     unembed=unembed,
     value=None,
     init_cache=lambda batch, length: {},

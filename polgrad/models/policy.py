@@ -25,6 +25,9 @@ class Policy(NamedTuple):
       `hidden` from prompt_length - 1 on, [B, T - prompt_length + 1, D]. Requires that each row has one
       segment, and that `rows_per_prompt` consecutive rows have the same first `prompt_length` columns,
       which are then forwarded once for all these rows.
+    states: params, tokens, segment_ids, *, layers -> [n, B, T, D], the residual stream behind the n
+      layers whose numbers, ascending and counted from 1, are in the tuple `layers`. That of the last
+      layer is `hidden`, which is normalised; the others are not. Layers behind these are not computed.
     unembed: params, hidden [..., D] -> logits f32[..., V].
     value: params, hidden [..., D] -> f32[...]; ValueError if the config has no value head.
     init_cache: batch, length -> an empty cache of `length` columns; every leaf has the batch axis first.
@@ -53,6 +56,7 @@ class Policy(NamedTuple):
   init: Callable
   hidden: Callable
   completions: Callable
+  states: Callable
   unembed: Callable
   value: Callable
   init_cache: Callable

@@ -350,6 +350,7 @@ def from_config(config: Config) -> Policy:
     init=functions.init,
     hidden=functions.hidden,
     completions=functions.completions,
+    states=functions.states,
     unembed=functions.unembed,
     value=functions.value,
     init_cache=functions.init_cache,
@@ -402,6 +403,39 @@ class Functions:
     self.check_length(tokens.shape[1])
     sizes = (prompt_length, rows_per_prompt)
     return self.apply(params, tokens, segment_ids, *sizes, method='completions')
+
+  def states(
+    self, params: Params, tokens: Array, segment_ids: Array, *, layers: tuple[int, ...]
+  ) -> Array:
+    self.check_length(tokens.shape[1])
+    last = self.config.num_layers
+    if not layers or list(layers) != sorted({*layers}) or not 1 <= layers[0] <= layers[-1] <= last:
+      raise ValueError(
+        f'layers {layers}: expected numbers from 1 to {last}, in ascending order and each once'
+      )
+    positions = segment_positions(segment_ids)
+    views = self.apply(params, positions, positions, segment_mask(segment_ids), method='views')
+    x = self.apply(params, tokens, method='embed')
+    # One compiled layer, as in `Decoder`. It writes its output to its place among those that are kept;
+    # a layer that is not asked for writes to a place that is dropped.
+    places = jnp.array(
+      [layers.index(i + 1) if i + 1 in layers else len(layers) for i in range(last)]
+    )
+    local = jnp.array([i in self.config.local_layers for i in range(last)])
+    kept = jnp.zeros((len(layers) + 1, *x.shape), x.dtype)
+
+    def layer(carry, own):
+      (x, kept), (weights, local, place) = carry, own
+      x, _ = self.block.apply({'params': weights}, x, local, views, segment_ids)
+      return (x, kept.at[place].set(x)), ()
+
+    computed = jax.tree.map(lambda p: p[: layers[-1]], (params['layers'], local, places))
+    (_, kept), _ = jax.lax.scan(layer, (x, constrain(kept, ('layers', *HIDDEN))), computed)
+    if layers[-1] == last:
+      kept = kept.at[len(layers) - 1].set(
+        self.apply(params, kept[len(layers) - 1], method='normalise')
+      )
+    return kept[: len(layers)]
 
   def unembed(self, params: Params, hidden: Array) -> Array:
     return self.apply(params, hidden, method='unembed')

@@ -73,6 +73,21 @@ def test_forward_is_the_equations(overrides):
     np.testing.assert_allclose(policy.value(params, hidden)[0], value, atol=2e-5)
 
 
+def test_states_of_layers_are_those_of_a_model_that_ends_there():
+  """The equations of a model that has only the first layer normalise what it leaves."""
+  kinds = dict(num_layers=3, window=3, local_layers=(2,))
+  policy, params = tiny.policy(**kinds), tiny.params(**kinds)
+  rows = tiny.rows(4, 2, 7), jnp.array([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 0]])
+  first, last = policy.states(params, *rows, layers=(1, 3))
+  np.testing.assert_allclose(last, policy.hidden(params, *rows), atol=1e-5)
+  normalised = transformer.rms_norm(first, params['final_norm'], eps=policy.config.norm_eps)
+  expected = numpy_hidden(params, tiny.policy(num_layers=1).config, rows[0][0])
+  np.testing.assert_allclose(normalised[0], expected, atol=2e-5)
+  for wrong in ((), (0,), (4,), (2, 1), (1, 1)):
+    with pytest.raises(ValueError, match='expected numbers from 1 to 3'):
+      policy.states(params, *rows, layers=wrong)
+
+
 def test_rotary_scores_depend_on_the_distance_alone():
   random = np.random.default_rng(0)
   query, key = (jnp.asarray(random.normal(size=(1, 1, 1, 6)), jnp.float32) for _ in range(2))
