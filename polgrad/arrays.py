@@ -5,11 +5,12 @@ is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` wid
 rows of a group, `n` further completions of a prompt. The entry of a per-token array `x[b, t]` belongs
 to `tokens[b, t]`. Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
 
-Three further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
-under that anchor, [B, T]. `<term>_term`, for any term of the phase's reward that the collector's
-`terms` name, is what the verifier said of the row, [B], before it is weighed. A configuration may also
-choose names: those of its `stats` (of the collector or of the objective), `selections` and `history`.
-The names in `CONFIGURED` are of this kind; they are listed because functions in `losses` read them.
+Four further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
+under that anchor, [B, T]. `<network>_scores`, for any network of the phase, is its score of each token,
+[B, T]. `<term>_term`, for any term of the phase's reward that the collector's `terms` name, is what the
+verifier said of the row, [B], before it is weighed. A configuration may also choose names: those of its
+`stats` (of the collector or of the objective), `selections` and `history`. The names in `CONFIGURED` are
+of these kinds; they are listed because functions in `losses` read them.
 """
 
 from typing import NamedTuple
@@ -207,6 +208,8 @@ VOCABULARY = {
 
 # Statistics, selections and histories, under the names that functions of `losses` expect.
 CONFIGURED = {
+  'flow_scores': Spec('B T', 'network: how far a hidden state is from those of right answers'),
+  'bonus_scores': Spec('B T', 'network: exploration bonus of the state after the token'),
   'score_norm': Spec('B T', 'statistic: squared norm of the gradient of logp by the logits'),
   'score_fisher': Spec('B T', 'statistic: that gradient in the Fisher metric of the logits'),
   'hidden_norm': Spec('B T', 'statistic: squared norm of the hidden state'),
@@ -252,7 +255,7 @@ def shape_of(name: str) -> str:
   """The shape of an array by its name, as in `Spec`: '...' where any shape is possible."""
   if name in ARRAYS:
     return ARRAYS[name].shape
-  return 'B T' if name.endswith('_logp') else 'B' if name.endswith('_term') else '...'
+  return 'B T' if name.endswith(('_logp', '_scores')) else 'B' if name.endswith('_term') else '...'
 
 
 def per_token(name: str, x: jax.Array, mask: jax.Array) -> bool:

@@ -21,10 +21,11 @@ import numpy as np
 from polgrad import collect, curricula, objectives, optim, reward_models, sharding
 from polgrad import credit as credits
 from polgrad import trackers as tracking
+from polgrad.arrays import OWNED
 from polgrad.checks import answers, duplicates, tracing
 from polgrad.checks.findings import Finding, reader_field, source_field
 from polgrad.data import batching, chat, sources, tokenizers
-from polgrad.learner import AnchorLearner, LearnedPart, Learner
+from polgrad.learner import AnchorLearner, LearnedPart, Learner, NetworkLearner, NetworkPart
 from polgrad.models import Part as ModelPart
 from polgrad.models.heads import with_head
 from polgrad.models.kernels import ATTENTION, PLATFORMS
@@ -129,6 +130,7 @@ class Phase(Judged):
     anchors: parameter sets by name (reference, teacher, ...) and how they follow the policy. Each starts
       as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
     learned: anchors, whose rule is `fixed`, that learn by their own loss, such as a reward model.
+    networks: networks that score hidden states and learn by their own loss; the array `NAME_scores`.
     frozen: other models that some of the anchors are, such as a larger teacher.
     restart: initialise the policy again when the phase starts, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
@@ -156,6 +158,7 @@ class Phase(Judged):
   micro_batches: AtLeastOne = 1
   anchors: Mapping[str, optim.AnchorPart] = dataclasses.field(default_factory=dict)
   learned: Mapping[str, LearnedPart] = dataclasses.field(default_factory=dict)
+  networks: Mapping[str, NetworkPart] = dataclasses.field(default_factory=dict)
   frozen: Mapping[str, ModelPart] = dataclasses.field(default_factory=dict)
   restart: bool = False
   share_prompts: bool = False
@@ -200,6 +203,21 @@ class Phase(Judged):
       )
       made[name] = AnchorLearner(name, learner)
     return made
+
+  def network_learners(self, policy: Policy) -> dict[str, NetworkLearner]:
+    """The networks that score hidden states, by name."""
+    return {
+      name: NetworkLearner(
+        name=name,
+        policy=self.frozen.get(one.states_of, policy),
+        states_of=one.states_of,
+        network=one.network,
+        optimizer=one.optimizer,
+        frozen=self.frozen,
+        micro_batches=self.micro_batches,
+      )
+      for name, one in self.networks.items()
+    }
 
   @property
   def rows_per_prompt(self) -> int:
@@ -648,6 +666,8 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
   provided = collector.provides | phase.credit.provides | phase.curriculum.provides
+  _check_networks(path, phase, wanted, provided)
+  provided |= {f'{name}_scores' for name in phase.networks}
   anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
   for field, anchor in sorted(anchors.items()):
@@ -688,6 +708,47 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       'the samples; set '
       "recompute_proximal=True to use the policy's own"
     )
+
+
+def _check_networks(
+  path: str, phase: Phase, wanted: frozenset[str], provided: frozenset[str]
+) -> None:
+  """Refuses networks that nobody reads, that cannot learn, or that are not there.
+
+  Args:
+    wanted: arrays that objective and credit read.
+    provided: arrays that the parts of the phase provide, apart from networks.
+  """
+  made = {f'{name}_scores' for name in phase.networks}
+  scores = {x for x in wanted - provided if x.endswith('_scores') and x not in OWNED}
+  for array in sorted(scores - made):
+    raise ValueError(
+      f'{path}.networks: {array} is read, so a network {array.removesuffix("_scores")!r} is needed; '
+      f'there are {sorted(phase.networks)}'
+    )
+  if phase.networks and isinstance(phase.collect, collect.Given):
+    raise ValueError(
+      f'{path}.networks: they score completions that the phase samples, but it reads those of the data'
+    )
+  for name, one in phase.networks.items():
+    place, array = f'{path}.networks.{name}', f'{name}_scores'
+    if name in phase.anchors or array in OWNED | dict.fromkeys(provided):
+      raise ValueError(f'{place}: the name, or the array {array}, is taken')
+    if array not in wanted:
+      raise ValueError(f'{place}: neither objective nor credit reads {array}')
+    models = {'policy', *phase.anchors}
+    if one.states_of not in models:
+      raise ValueError(
+        f'{place}.states_of: unknown {one.states_of!r}{suggest(one.states_of, models)}'
+      )
+    missing = sorted(one.network.requires - provided)
+    if missing:
+      raise ValueError(f'{place}: it reads {missing}, which is not in the batches of the phase')
+    if phase.collect.rows % (one.minibatches * phase.micro_batches * phase.rows_per_prompt):
+      raise ValueError(
+        f'{place}: {phase.collect.rows} rows do not divide into {one.minibatches} minibatches x '
+        f'{phase.micro_batches} micro_batches x groups of {phase.rows_per_prompt}'
+      )
 
 
 def _check_learned(path: str, phase: Phase, given: frozenset[str]) -> None:
@@ -752,6 +813,7 @@ def check_data(run: Experiment) -> list[str]:
   told, asked = [], {}
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
+    tracing.trace_networks(f'config.phases.{name}', phase, run.policy)
     with _placing(f'config.phases.{name}.collect'):
       phase.collect.read_files()
     with _placing(f'config.phases.{name}.curriculum'):

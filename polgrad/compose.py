@@ -199,6 +199,7 @@ class _Run:
       optimizer=method.optimizer or part(optim.adamw, learning_rate=self.rate(method)),
       anchors=dict(method.anchors),
       learned=dict(method.learned),
+      networks=dict(method.networks),
       frozen=frozen,
       restart=method.restart and not teacher,
       epochs=method.epochs,

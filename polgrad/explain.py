@@ -30,6 +30,7 @@ from polgrad.build import TABLE, Experiment, Phase, build
 from polgrad.checks import tables, tracing
 from polgrad.models.config import Config
 from polgrad.models.policy import learned
+from polgrad.objectives import networks
 from polgrad.registry import (
   Weighted,
   find,
@@ -199,6 +200,8 @@ def provider(name: str, phase: Phase) -> str:
     return f'collect.stats.{name}'
   if anchor in phase.anchors:
     return f'anchor {anchor}'
+  if name.removesuffix('_scores') in phase.networks:
+    return f'network {name.removesuffix("_scores")}'
   if name in MODEL:
     return 'the model'
   return 'the model, before the update' if name == 'old_values' else 'collect'
@@ -225,7 +228,25 @@ def phase_lines(name: str, spec: Mapping, phase: Phase, run: Experiment) -> list
     # The anchor in the place of the policy, as it is while it learns; its credit is that of the phase.
     alone = dataclasses.replace(phase, objective=one.objective, learned={})
     lines += loss_lines(name, alone, run, anchor)
+  for network in phase.networks:
+    lines += network_lines(network, phase, run)
   return lines
+
+
+def network_lines(name: str, phase: Phase, run: Experiment) -> list[str]:
+  """The loss of a network of a phase, what it reads, and its metrics."""
+  one = phase.network_learners(run.policy)[name]
+  network, count = one.network, one.policy.config.num_layers
+  numbers = ', '.join(map(str, networks.numbers_of_layers(network.layers, count)))
+  arrays = ', '.join(sorted(network.requires))
+  kind = name_of(type(network))
+  lines = [
+    f'loss of network {name} = the mean error of {kind} over the tokens that it learns',
+    f'it reads states of {one.states_of} behind layers {numbers} of {count}, and {arrays}; it gives '
+    f'{name}_scores; no gradient of it reaches a model',
+    f'metrics: {name}/loss, {name}/grad_norm, {name}/tokens',
+  ]
+  return [wrapped for line in lines for wrapped in tables.wrapped(line, '  ', '    ')]
 
 
 def loss_lines(name: str, phase: Phase, run: Experiment, anchor: str = '') -> list[str]:

@@ -13,10 +13,11 @@ from polgrad import optim
 from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import token_stats
-from polgrad.objectives import Objective
+from polgrad.objectives import Objective, networks
 from polgrad.objectives import Part as ObjectivePart
 from polgrad.objectives.base import Metrics, Terms
 from polgrad.optim import Oracle, learning_rate
+from polgrad.optim.standard import STANDARD
 from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, empty, merged
 from polgrad.registry import AtLeastOne, call, table
@@ -140,12 +141,13 @@ def previous(x: Array) -> Array:
 
 
 def in_pieces(
-  function: Callable[[Batch], Outputs], batch: Batch, pieces: int, rows_per_prompt: int
-) -> Outputs:
+  function: Callable[[Batch], Any], batch: Batch, pieces: int, rows_per_prompt: int
+) -> Any:
   """`function(batch)`, on one piece of the batch after another, so that only one is in memory.
 
   Args:
-    function: Batch [B / pieces, ...] -> Outputs; each row depends on its own row of the batch only.
+    function: Batch [B / pieces, ...] -> arrays [B / pieces, ...]; each row depends on its own row of the
+      batch only.
     rows_per_prompt: number of consecutive rows that stay in one piece.
   """
   if pieces == 1:
@@ -235,6 +237,126 @@ class AnchorLearner:
       learned=state.learned | {self.name: after},
     )
     return state, report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineNetwork:
+  """A network that scores hidden states, and how it learns: on the batches of the policy.
+
+  Attributes:
+    network: what it is, and its loss.
+    optimizer: what makes a step of its gradient.
+    states_of: whose states it reads: 'policy', or the name of an anchor.
+    minibatches: updates on a batch, before those of the policy.
+  """
+
+  network: networks.Part
+  optimizer: Annotated[optax.GradientTransformation, STANDARD] = optim.adamw
+  states_of: str = 'policy'
+  minibatches: AtLeastOne = 1
+
+
+NetworkPart = Annotated[OnlineNetwork, table('learner', OnlineNetwork)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class NetworkLearner:
+  """Scores of a network, and one optimizer step of it; jit both.
+
+  Parameters and optimizer state of a network are on every device, and rows are sharded.
+  """
+
+  name: str
+  policy: Policy  # the model whose states it reads
+  states_of: str  # 'policy', or the name of the anchor that has its parameters
+  network: networks.Network
+  optimizer: optax.GradientTransformation
+  frozen: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
+  micro_batches: int = 1  # must divide the rows of the minibatch; changes memory and speed only
+
+  def init(self, params: Params, init_opt_state: Callable) -> dict[str, Any]:
+    """The entry of the network in `TrainState.networks`.
+
+    Args:
+      params: of `network.init`.
+      init_opt_state: (optimizer, params) -> the optimizer's first state.
+    """
+    return {
+      'params': params,
+      'opt_state': init_opt_state(self.optimizer, self.trained(params)),
+      'skipped': jnp.zeros((), jnp.int32),
+    }
+
+  def shapes(self) -> Params:
+    """The parameters of the network, as shapes."""
+    width = self.policy.config.width
+    return jax.eval_shape(lambda: self.network.init(jax.random.key(0), width))
+
+  def trained(self, params: Params) -> Params:
+    """The entries of the parameters that updates change."""
+    return {name: x for name, x in params.items() if name not in self.network.fixed}
+
+  def states(self, params: Params, batch: Batch) -> Array:
+    """The states [n, B, T, D] that the network reads; the layout of the batch makes no difference.
+
+    Args:
+      params: of the model.
+    """
+    config = self.policy.config
+    numbers = networks.numbers_of_layers(self.network.layers, config.num_layers)
+    layers = sorted({*numbers})
+    found = self.policy.states(params, batch.tokens, batch.segment_ids, layers=tuple(layers))
+    return jax.lax.stop_gradient(found)[jnp.array([layers.index(n) for n in numbers])]
+
+  def scores(self, params: Params, own: Params, batch: Batch) -> Array:
+    """The score of each token, f32[B, T].
+
+    Args:
+      params: of the model.
+      own: of the network.
+      batch: with what the network reads.
+    """
+    score = lambda rows: self.network.scores(own, self.states(params, rows), rows)
+    return in_pieces(score, batch, self.micro_batches, 1)
+
+  def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    """One step of the network: (state, batch) -> (state, metrics); nothing else changes.
+
+    A batch without tokens to learn from changes nothing. A step is skipped if loss or gradient is not
+    finite; the metric `skipped` is the number of consecutive steps that were skipped.
+    """
+    own, network = state.networks[self.name], self.network
+    params = parameter_sets(state, self.frozen)[self.states_of]
+    trained = self.trained(own['params'])
+    count = jnp.sum(network.learns(batch), dtype=jnp.float32)
+
+    def loss(trained: Params, rows: Batch) -> Array:
+      errors = network.errors(own['params'] | trained, self.states(params, rows), rows)
+      return Mean(total=jnp.sum(jnp.where(network.learns(rows), errors, 0)), count=count).value()
+
+    # Losses and gradients of the pieces add up, because each is divided by the count of the whole.
+    def accumulate(sums, rows):
+      return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(trained, rows)), ()
+
+    pieces = split(batch, self.micro_batches, 1)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+    (value, grads), _ = jax.lax.scan(accumulate, zero, pieces)
+    norm = optax.tree.norm(grads)
+    optimizer = optax.with_extra_args_support(self.optimizer)
+    rate = learning_rate(optimizer, own['opt_state'])
+    steps, opt_state = optimizer.update(grads, own['opt_state'], trained)
+
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    moved = {'params': own['params'] | optax.apply_updates(trained, steps), 'opt_state': opt_state}
+    moved = {k: _where(finite & (count > 0), moved[k], own[k]) for k in moved}
+    moved['skipped'] = jnp.where(finite, 0, own['skipped'] + 1)
+    report = {'loss': value, 'grad_norm': norm, 'skipped': moved['skipped'], 'tokens': count}
+    report |= rate | {f'{EMPTY}{name}': count == 0 for name in ('loss', 'grad_norm')}
+    return state.replace(networks=state.networks | {self.name: moved}), report
+
+
+def _where(condition: Array, first: Any, second: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
 
 # Compared by identity, because its mappings have no hash and `jax.jit` hashes a method's object.

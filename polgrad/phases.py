@@ -29,12 +29,12 @@ from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.evaluate import context, init_params
-from polgrad.learner import EMPTY, AnchorLearner, Learner, parameter_sets
+from polgrad.learner import EMPTY, AnchorLearner, Learner, NetworkLearner, parameter_sets
 from polgrad.models.policy import learned
 from polgrad.packing import pack
 from polgrad.progress import Progress
 from polgrad.registry import suggest
-from polgrad.types import Batch, Params, TrainState
+from polgrad.types import PLAIN, Batch, Params, TrainState
 
 
 def begin(experiment: Experiment, index: int, before: TrainState | None) -> TrainState:
@@ -82,11 +82,18 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
   )
   init = lambda optimizer, params: init_opt_state(optimizer, mesh, params)
   learners = phase.anchor_learners(experiment.policy)
+  key = jax.random.fold_in(jax.random.key(experiment.seed), index)
+  networks = {}
+  for i, (name, one) in enumerate(sorted(phase.network_learners(experiment.policy).items())):
+    random = one.network.init(jax.random.fold_in(key, i), one.policy.config.width)
+    networks[name] = one.init(sharding.replicate(mesh, sharding.to_host(random)), init)
+    networks[name]['skipped'] = sharding.replicate(mesh, zero)
   return TrainState(
     params=params,
     opt_state=init(phase.optimizer, trainable),
     anchors=anchors,
     learned={name: one.init(anchors[name], init) for name, one in learners.items()},
+    networks=networks,
     **small,
   )
 
@@ -142,6 +149,7 @@ class PhaseRun:
   collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the number of the step
   update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
   learn: dict[str, Callable]  # the same of the anchors that learn, by name
+  networks: dict[str, Callable]  # the same of the networks that score hidden states, by name
   # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
   measure: Callable | None
   measure_rows: Callable  # state -> metrics on held-out records of the phase
@@ -218,18 +226,22 @@ class PhaseRun:
   ) -> tuple[TrainState, list[dict[str, Any]]]:
     """One update on each minibatch of a collected batch: (new state, metrics of each update).
 
-    Anchors that learn make theirs after those of the policy; their metrics of the step, which begin with
-    the anchor's name and a slash, are in every report.
+    Networks make theirs before those of the policy, on the states that they have scored. Anchors that
+    learn make theirs after those of the policy. The metrics of both, which begin with the name and a
+    slash, are in every report.
     """
-    phase = self.phase
+    phase, found = self.phase, {}
+    for name, update in self.networks.items():
+      sizes = dict(epochs=1, parts=phase.networks[name].minibatches, other=f'network {name}')
+      state, own = self._updates(update, state, batch.replace(layout=PLAIN), step, **sizes)
+      found |= {f'{name}/{k}': x for k, x in averages(own).items()}
     sizes = dict(epochs=phase.epochs, parts=phase.minibatches)
     state, reports = self._updates(self.update, state, batch, step, **sizes)
     for name, update in self.learn.items():
-      sizes = dict(epochs=1, parts=phase.learned[name].minibatches)
-      state, own = self._updates(update, state, batch, step, **sizes, anchor=name)
-      means = {f'{name}/{k}': x for k, x in averages(own).items()}
-      reports = [report | means for report in reports]
-    return state, reports
+      sizes = dict(epochs=1, parts=phase.learned[name].minibatches, other=f'anchor {name}')
+      state, own = self._updates(update, state, batch, step, **sizes)
+      found |= {f'{name}/{k}': x for k, x in averages(own).items()}
+    return state, [report | found for report in reports]
 
   def _updates(
     self,
@@ -240,9 +252,9 @@ class PhaseRun:
     *,
     epochs: int,
     parts: int,
-    anchor: str = '',
+    other: str = '',
   ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """An update on each minibatch, of the policy or of the anchor of this name."""
+    """An update on each minibatch, of the policy or of `other`, an anchor or a network."""
     phase, mesh = self.phase, self.experiment.mesh
     cuts = minibatches(
       batch,
@@ -263,7 +275,7 @@ class PhaseRun:
       report = sharding.to_host(report)
       if minibatch.layout.pack:
         report['rows_forwarded'] = forwarded_fraction(minibatch, phase.micro_batches)
-      who = f'{self.name}, anchor {anchor}' if anchor else self.name
+      who = f'{self.name}, {other}' if other else self.name
       stop_if_broken(report, self.experiment.max_skipped, who, step)
       reports.append(report)
     return state, reports
@@ -377,6 +389,10 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     learn={
       name: jit_learner(one, state)
       for name, one in phase.anchor_learners(experiment.policy).items()
+    },
+    networks={
+      name: jit_learner(one, state)
+      for name, one in phase.network_learners(experiment.policy).items()
     },
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
@@ -543,8 +559,8 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
   return jit_learner(phase.learner(experiment.policy), state)
 
 
-def jit_learner(learner: Learner | AnchorLearner, state: TrainState) -> Callable:
-  """`update` of the policy or of an anchor, compiled.
+def jit_learner(learner: Learner | AnchorLearner | NetworkLearner, state: TrainState) -> Callable:
+  """`update` of the policy, of an anchor or of a network, compiled.
 
   It donates the state that it is given, and shards the new state in the same way.
   """
@@ -586,7 +602,7 @@ def stop_if_broken(report: dict[str, Any], limit: int, phase: str, step: int) ->
   """Warns if the update was skipped.
 
   Args:
-    phase: its name, followed by that of the anchor if the update is one of an anchor.
+    phase: its name, followed by that of the anchor or network if the update is one of these.
 
   Raises:
     FloatingPointError: it is the `limit`-th of consecutive skipped updates.

@@ -188,3 +188,5 @@ class TrainState:
   curriculum_state: Any = ()  # what the curriculum remembers of the rows of the data
   # Of the anchors that learn by their own loss: states of their optimizers and objectives.
   learned: dict[str, Any] = struct.field(default_factory=dict)
+  # Of the networks that score hidden states: parameters and states of their optimizers.
+  networks: dict[str, Any] = struct.field(default_factory=dict)

@@ -59,6 +59,12 @@ def of_phase(
     state = jax.eval_shape(one.optimizer.init, trainable)
     placed = opt_shardings(one.optimizer, mesh, trainable)
     found.append(use(f'optimizer of {name}', state, placed))
+  for name, one in phase.network_learners(policy).items():
+    shapes = one.shapes()
+    state = jax.eval_shape(one.optimizer.init, one.trained(shapes))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    everywhere = jax.tree.map(lambda x, whole=whole: whole, (shapes, state))
+    found.append(use(f'network {name}', (shapes, state), everywhere))
   # Gradients add up in float32 over micro-batches.
   wide = lambda x: x.update(dtype=jnp.float32) if phase.micro_batches > 1 else x
   grads = jax.tree.map(wide, trainable)

@@ -32,6 +32,7 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     *phase.curriculum.provides,
     *anchors,
     *({'old_values'} & wanted),
+    *(f'{name}_scores' for name in phase.networks),
   }
   if 'rewards' in names or 'label' in names:
     names.add('group_ids')
@@ -54,6 +55,23 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     return batch
   assign = lambda batch, state: credits.assign(phase.credit, batch, state)[0]
   return jax.eval_shape(assign, batch, phase.credit.init())
+
+
+def trace_networks(path: str, phase: Any, policy: Policy) -> None:
+  """Traces the scores and losses of the networks of a phase, without the model.
+
+  Raises:
+    ValueError: names the network and what is wrong.
+  """
+  for name, one in phase.network_learners(policy).items():
+    with _Naming(f'{path}.networks.{name}'):
+      batch, config = batch_shapes(phase, phase.collect.rows), one.policy.config
+      count = len(one.network.layers)
+      states = jax.ShapeDtypeStruct((count, *batch.tokens.shape, config.width), jnp.float32)
+      for function in (one.network.errors, one.network.scores):
+        found = jax.eval_shape(function, one.shapes(), states, batch)
+        if found.shape != batch.tokens.shape:
+          raise ValueError(f'it gives {found.shape} numbers for tokens {batch.tokens.shape}')
 
 
 class Traced(NamedTuple):
@@ -115,12 +133,14 @@ def state_shapes(phase: Any, policy: Policy) -> TrainState:
   anchors = {n: phase.frozen[n].shapes() if n in phase.frozen else trainable for n in phase.anchors}
   init = lambda optimizer, params: jax.eval_shape(optimizer.init, params)
   learners = phase.anchor_learners(policy)
+  networks = phase.network_learners(policy)
   return TrainState(
     **dict.fromkeys(('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped'), number),
     params=policy.shapes(),
     opt_state=jax.eval_shape(phase.optimizer.init, trainable),
     anchors=anchors,
     learned={name: one.init(anchors[name], init) for name, one in learners.items()},
+    networks={name: one.init(one.shapes(), init) for name, one in networks.items()},
     collect_state=phase.collect.init(),
     credit_state=phase.credit.init(),
     objective_state=phase.objective.init(),
@@ -138,7 +158,7 @@ def trace_update(path: str, phase: Any, policy: Policy, mesh: jax.sharding.Mesh)
     batch = batch_shapes(phase, phase.collect.rows // phase.minibatches)
     batch = batch.replace(layout=phase.layout._replace(pack=0))
     jax.eval_shape(phase.learner(policy).update, state_shapes(phase, policy), batch)
-    for one in phase.anchor_learners(policy).values():
+    for one in (*phase.anchor_learners(policy).values(), *phase.network_learners(policy).values()):
       jax.eval_shape(one.update, state_shapes(phase, policy), batch)
 
 

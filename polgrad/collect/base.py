@@ -15,13 +15,13 @@ from polgrad.collect.drawn import Draws, Episode, Turns, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.learner import forward_in_pieces, parameter_sets
+from polgrad.learner import NetworkLearner, forward_in_pieces, parameter_sets
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
 from polgrad.registry import AtLeastOne, Count, Positive, Range, inputs
 from polgrad.rewards.scoring import Compared, Marked, Scores
-from polgrad.types import PLAIN, Batch, Layout, Outputs, Params, Prompts, TrainState
+from polgrad.types import PLAIN, Array, Batch, Layout, Outputs, Params, Prompts, TrainState
 
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
 Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # texts, records, lengths
@@ -49,6 +49,7 @@ class Context(NamedTuple):
   curriculum: curricula.Curriculum = curricula.epochs()
   mark: Mark | None = None  # None: parts of completions are not scored
   sampler_mesh: jax.sharding.Mesh | None = None  # None: rows are sampled on `mesh`
+  networks: Mapping[str, NetworkLearner] = {}  # that score hidden states, by name
 
 
 class Collected(NamedTuple):
@@ -230,6 +231,10 @@ class Annotator:
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
   mismatched: bool = False  # whether `mismatched_log_ratio` is read
   random: bool = False  # whether `uniform` is read
+  # By name of the network: (parameters of the model, of the network, batch) -> scores [B, T]
+  of_network: Mapping[str, Callable[[Params, Params, Batch], Array]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __call__(self, state: TrainState, batch: Batch) -> Batch:
     """The batch (NumPy) with the fields and features that are read."""
@@ -249,6 +254,10 @@ class Annotator:
       found |= {name: named[name] for name in self.own} | outputs.stats
     for name, function in self.of_anchor.items():
       found[f'{name}_logp'] = function(params[name], rows).logp
+    for name, function in self.of_network.items():
+      one = self.context.networks[name]
+      own = state.networks[name]['params']
+      found[f'{name}_scores'] = function(params[one.states_of], own, self._read(one, batch))
     return batch.with_arrays(**sharding.to_host(found))
 
   def _scored_mismatches(self, state: TrainState, batch: Batch) -> Batch:
@@ -280,8 +289,15 @@ class Annotator:
     if self.mismatched:
       models += [policy, frozen.get('reference', policy)]
     models += [frozen.get('teacher', policy)] if self.reads_teacher else []
+    models += [one.policy for one in self.context.networks.values()]
     layout = self.context.layout
     return sum(speed.forward_flops(model.config, batch, layout) for model in models)
+
+  def _read(self, one: NetworkLearner, batch: Batch) -> Batch:
+    """What a network reads of the batch, on the devices."""
+    named = {name: batch[name] for name in one.network.requires}
+    rows = Batch(tokens=batch.tokens, segment_ids=batch.segment_ids, mask=batch.mask)
+    return sharding.place_batch(self.context.mesh, rows.with_arrays(**named))
 
   def _placed(self, batch: Batch) -> Batch:
     """What the forward pass reads of the batch, on the devices."""
@@ -419,9 +435,10 @@ def make_annotator(
 
   Returns:
     (state, batch) -> batch with the `stats`, `old_values`, `proximal_logp` and `<anchor>_logp` of any
-    anchor, `mismatched_log_ratio` and `uniform`.
+    anchor, `mismatched_log_ratio`, `uniform` and the `<network>_scores` of any network.
   """
   wanted = context.objective.requires | context.credit.requires
+  wanted = wanted.union(*(one.network.requires for one in context.networks.values()))
   mismatched = 'mismatched_log_ratio' in wanted
   wanted |= {'reference_logp'} if mismatched else set()
   common = dict(temperature=temperature, micro_batches=context.micro_batches)
@@ -450,6 +467,7 @@ def make_annotator(
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
     mismatched=mismatched,
     random='uniform' in wanted,
+    of_network={name: jit(one.scores) for name, one in context.networks.items()},
   )
 
 

@@ -59,6 +59,7 @@ from polgrad.credit.wrapped import (
   laddered,
   scaled,
   shaped,
+  token_rewarded,
   with_success_rate,
 )
 from polgrad.losses import advantages as advantage_functions
@@ -852,6 +853,7 @@ TABLE |= SIMPLE | table(
   scaled,
   filtered,
   with_success_rate,
+  token_rewarded,
   appealed,
   hypervolume_guided,
   laddered,

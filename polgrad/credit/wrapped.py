@@ -5,7 +5,14 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from polgrad.credit.base import Estimator, Part, named, with_rewards
-from polgrad.losses import multipliers, pareto, reward_maps, row_scores
+from polgrad.losses import (
+  auxiliary_rewards,
+  multipliers,
+  pareto,
+  returns,
+  reward_maps,
+  row_scores,
+)
 from polgrad.losses.groups import members, rank
 from polgrad.registry import AtLeastOne, Decay, Fraction, Positive, call
 
@@ -54,6 +61,35 @@ def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
     requires=credit.requires | (named(multiplier) - {'advantages'}),
     scored=frozenset({'rewards', 'group_ids'}),
   )
+
+
+def token_rewarded(*, credit: Part, rewards: auxiliary_rewards.Part) -> Estimator:
+  """Another estimator, to whose advantages the rewards of tokens are added, without a baseline:
+
+      A_t + sum over s >= t of rewards_s
+
+  If the advantages of a row are equal, as those of `outcome`, this is the sum from t on of token rewards
+  to whose last one the advantage was added.
+
+  Args:
+    credit: the estimator that makes the advantages A.
+    rewards: arrays by name -> [B, T], 0 outside the mask.
+
+  Raises:
+    ValueError: the other estimator makes no advantages.
+  """
+  if 'advantages' not in credit.provides:
+    raise ValueError(
+      f'token_rewarded: its credit makes {sorted(credit.provides)}, but it needs one that makes '
+      'advantages'
+    )
+
+  def apply(batch, state):
+    credited, state = credit.apply(batch, state)
+    future = returns.reward_to_go(call(rewards, batch), batch.mask)
+    return credited.with_arrays(advantages=credited.advantages + future), state
+
+  return credit._replace(apply=apply, requires=credit.requires | named(rewards))
 
 
 def filtered(*, credit: Part, score: row_scores.Part, keep: AtLeastOne) -> Estimator:

@@ -2,10 +2,12 @@
 
 Three networks: a flow that models hidden states of right answers (RLFR), a predictor of random targets
 whose error is an exploration bonus (RDD), and a model that predicts the success of prompts from results
-of other prompts (V0). The functions take what the networks give. No collector makes these arrays, except
-where a statistic of your own does; call the functions with the outputs of your own network.
+of other prompts (V0). The functions take what the networks give. `objectives.networks` has the first two
+networks; for the third, call the function with the outputs of your own network. A function of `TABLE`
+makes rewards of tokens, for the slot `rewards` of `credit.token_rewarded`.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import chex
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses.groups import divide
-from polgrad.registry import AtLeastOne, Fraction, Range
+from polgrad.registry import AtLeastOne, Fraction, Range, table
 from polgrad.types import Array
 
 Inside = Annotated[float, Range(above=0, below=1)]
@@ -82,7 +84,7 @@ def flow_score(velocity: Array, target: Array, noise: Array, *, s: Inside = 0.8)
 
 
 def flow_rewards(
-  scores: Array,
+  flow_scores: Array,
   mask: Array,
   *,
   threshold: Fraction = 0.6,
@@ -99,7 +101,7 @@ def flow_rewards(
   the outcome, after that was normalised.
 
   Args:
-    scores: [B, T], not negative.
+    flow_scores: [B, T], not negative.
     mask: bool[B, T].
     threshold: least normalised score; at 1 all rewards are 0.
     keep: tokens of a row that are rewarded, at most.
@@ -119,9 +121,9 @@ def flow_rewards(
   minimum. With padding that is the smallest score; without padding it is another one, which is not
   copied here.
   """
-  chex.assert_rank([scores, mask], 2)
-  chex.assert_equal_shape([scores, mask])
-  scores = jax.lax.stop_gradient(scores)
+  chex.assert_rank([flow_scores, mask], 2)
+  chex.assert_equal_shape([flow_scores, mask])
+  scores = jax.lax.stop_gradient(flow_scores)
   given = mask.astype(bool) & (scores != 0)
   least = jnp.min(jnp.where(given, scores, jnp.inf), axis=1, keepdims=True)
   most = jnp.max(jnp.where(given, scores, -jnp.inf), axis=1, keepdims=True)
@@ -205,3 +207,7 @@ def _both(hidden: Array, mask: Array) -> tuple:
 
 def _mean(x: Array, where: Array) -> Array:
   return divide(jnp.sum(jnp.where(where, x, 0)), jnp.sum(where).astype(x.dtype))
+
+
+TABLE = table('auxiliary_rewards', flow_rewards)
+Part = Annotated[Callable, TABLE]

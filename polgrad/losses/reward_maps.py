@@ -171,5 +171,25 @@ def brief_when_right(
   return jnp.where(valid, found, 0)
 
 
-TABLE = table('reward_maps', bent, mistaken, without_noise, without_misses, brief_when_right)
+def with_bonus(rewards: Array, bonus_scores: Array, *, coefficient: float = 1.0) -> Array:
+  """r + coefficient sum_t b_t: the reward of a row and a bonus for the states that it visits, as in RDD
+  (arXiv:2505.11044).
+
+  Args:
+    rewards: [B].
+    bonus_scores: [B, T], bonus of the state after each token, 0 where no state counts as visited; from a
+      network called `bonus`, such as `networks.RandomTargets`.
+    coefficient: unit of the reward per unit of the bonus; at 0 the rewards are unchanged.
+
+  Returns:
+    [B].
+  """
+  chex.assert_rank([rewards, bonus_scores], [1, 2])
+  chex.assert_equal_shape_prefix([rewards, bonus_scores], 1)
+  return rewards + coefficient * jnp.sum(bonus_scores, axis=1)
+
+
+TABLE = table(
+  'reward_maps', bent, mistaken, without_noise, without_misses, brief_when_right, with_bonus
+)
 Part = Annotated[Callable, TABLE]

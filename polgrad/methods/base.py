@@ -58,6 +58,8 @@ class Method:
     reward_scale: multiplies the weights of the task's verifiers.
     anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
     learned: anchors that learn by their own loss, each a part of `learner.Learned`.
+    networks: networks that score hidden states and learn by their own loss, each a part of
+      `learner.OnlineNetwork`.
     optimizer: a part of `polgrad.optim`; None is AdamW.
     learning_rate: multiplies the learning rate of the model's preset, if `optimizer` is None.
     learns: which learning rate of the preset is meant: 'reinforce', 'preference' or 'imitate'. Empty
@@ -82,6 +84,7 @@ class Method:
   reward_scale: float = 1.0
   anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   learned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   optimizer: ConfigDict | None = None
   learning_rate: float = 1.0
   learns: str = ''

@@ -17,7 +17,8 @@ class Policy(NamedTuple):
   meaningless.
 
   Attributes:
-    config: frozen dataclass; has at least `vocab_size`, `width`, `dtype`, `max_length` and `value_head`.
+    config: frozen dataclass; has at least `vocab_size`, `num_layers`, `width`, `dtype`, `max_length` and
+      `value_head`.
     shapes: () -> shapes and dtypes of the parameters; reads no file.
     init: key, shardings=None -> params, a nested dict of arrays, each placed by its sharding.
     hidden: params, tokens i32[B, T], segment_ids i32[B, T] -> final hidden states [B, T, D].

@@ -9,6 +9,7 @@ those of the pairs of one user, and its results are fields of `types.Outputs`.
 
 import abc
 import dataclasses
+import functools
 from typing import Annotated
 
 import jax
@@ -166,14 +167,19 @@ class SharedViews(Head):
     return {'view_loss': jnp.repeat(loss.reshape(-1), 4)}
 
 
-def _normal(uniform: Array, size: int) -> Array:
-  """Standard normal vectors [..., size], each seeded by one uniform number [...] of its row.
+def row_keys(uniform: Array) -> Array:
+  """Random keys [B], each made of the uniform number [B] of its row.
 
   So the noise of a row does not depend on how the batch was cut.
   """
   bits = jax.lax.bitcast_convert_type(uniform.astype(jnp.float32), jnp.uint32)
-  draw = lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(0), seed), (size,))
-  return jax.vmap(draw)(bits.reshape(-1)).reshape(*uniform.shape, size)
+  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(bits)
+
+
+def _normal(uniform: Array, size: int) -> Array:
+  """Standard normal vectors [..., size], each seeded by one uniform number [...], see `row_keys`."""
+  draw = lambda key: jax.random.normal(key, (size,))
+  return jax.vmap(draw)(row_keys(uniform.reshape(-1))).reshape(*uniform.shape, size)
 
 
 TABLE = table('heads', Scalar, LatentUser, SharedViews)
