@@ -81,6 +81,7 @@ ARRAYS |= dict(
   uniform=RNG.uniform(size=B),
   tracked_value=np.random.default_rng(3).uniform(size=B),
   baseline_rewards=RNG.normal(size=(B, 3)),
+  bonus_scores=np.random.default_rng(4).uniform(size=(B, T)),
   scaled_rewards=RNG.normal(size=B),
   beta=np.array(0.3),
   first_value=RNG.normal(size=B),

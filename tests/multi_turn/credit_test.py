@@ -12,6 +12,7 @@ from polgrad import credit
 from polgrad.losses import (
   advantages,
   aggregation,
+  auxiliary_rewards,
   f_divergences,
   multipliers,
   ratios,
@@ -97,7 +98,7 @@ def random_batch(seed: int = 0) -> Batch:
   seen[:, 0] = 1 + np.arange(ROWS) // GROUP  # the prompt
   tokens = ('old_values', 'score_norm', 'behavior_logp', 'proximal_logp', 'reference_logp')
   tokens += ('teacher_logp', 'previous_logp', 'node_values', 'parent_values')
-  tokens += ('node_leaves', 'parent_leaves', 'old_entropy', 'reward_model_logp')
+  tokens += ('node_leaves', 'parent_leaves', 'old_entropy', 'reward_model_logp', 'flow_scores')
   x = {name: np.where(mask, rng.uniform(0.1, 1, shape), 0) for name in tokens}
   x |= {
     'turn_ids': ids,
@@ -140,6 +141,9 @@ BUILT = {
   'credit.scaled': lambda fn: fn(
     credit=credit.outcome(),
     multiplier=functools.partial(multipliers.logistic_hardness, least=0.5),
+  ),
+  'credit.token_rewarded': lambda fn: fn(
+    credit=credit.outcome(), rewards=functools.partial(auxiliary_rewards.flow_rewards, keep=2)
   ),
   'credit.down_sampled': lambda fn: fn(credit=credit.outcome()),
   'credit.generalized': lambda fn: fn(kl_coefficient=0.1),
