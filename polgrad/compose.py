@@ -162,6 +162,12 @@ class _Run:
     """Tokens of a row of given completions; some collectors put another one before it."""
     return method.collect.func.longest_row(self.length, method.collect.keywords)
 
+  def longest_prompt(self, method: Method) -> int:
+    """Tokens of a prompt to sample from; some collectors put more behind that of the record."""
+    collector = method.collect
+    sizes = self.prompt_length, self.task.max_new_tokens, self.preset.chat
+    return collector.func.longest_prompt(*sizes, collector.keywords)
+
   def source(self, source: ConfigDict) -> ConfigDict:
     """The source as the model reads it: in a chat template or not."""
     if not self.preset.chat:
@@ -244,7 +250,7 @@ class _Run:
     budgets = {
       'prompts': prompts,
       'samples_per_prompt': samples,
-      'prompt_length': self.prompt_length,
+      'prompt_length': self.longest_prompt(method),
       'max_new_tokens': task.max_new_tokens,
       'temperature': task.temperature,
       'resample_ignores': tuple(method.rewards),
@@ -261,8 +267,6 @@ class _Run:
     }
     if issubclass(kind, collect.Given):
       budgets.pop('prompt_length')
-    if asked.get('resets'):  # prompts may be followed by the beginning of an answer
-      budgets['prompt_length'] += task.max_new_tokens
     knobs = part(kind).keys()
     return part(kind, **{k: v for k, v in (budgets | asked).items() if k in knobs})
 
@@ -270,8 +274,7 @@ class _Run:
     """The preset's model, long enough for the rows, with a value head if the method reads values."""
     model = ConfigDict(self.preset.model)
     base = model.base if 'base' in model else model
-    resets = bool(method.collect.keywords.get('resets'))
-    sampled = self.prompt_length + (1 + resets) * self.task.max_new_tokens
+    sampled = self.longest_prompt(method) + self.task.max_new_tokens
     base.max_length = max(base.max_length, self.row_length(method), sampled)
     credited, objective = method.bound()
     if (objective.requires | credited.requires) & build.VALUES:

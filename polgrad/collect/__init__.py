@@ -6,6 +6,7 @@
 | `Vines` | the same, and estimates the value of the state before each step by further completions |
 | `Trees` | samples completions as trees, whose branches say how good their nodes are |
 | `Branched` | samples episodes, some of which are copies of others up to a reply |
+| `Iterated` | rollouts, some of which improve an attempt of an earlier step |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
@@ -45,6 +46,7 @@ from polgrad.collect.data import (
 )
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
+from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
@@ -63,6 +65,7 @@ __all__ = [
   'Explored',
   'Feedback',
   'Given',
+  'Iterated',
   'Lists',
   'Mixed',
   'Part',
@@ -90,6 +93,7 @@ TABLE = table(
   Trees,
   Branched,
   Explored,
+  Iterated,
   Mixed,
   Demonstrations,
   Preferences,

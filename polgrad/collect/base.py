@@ -50,6 +50,7 @@ class Context(NamedTuple):
   mark: Mark | None = None  # None: parts of completions are not scored
   sampler_mesh: jax.sharding.Mesh | None = None  # None: rows are sampled on `mesh`
   networks: Mapping[str, NetworkLearner] = {}  # that score hidden states, by name
+  source: Sequence[dict] = ()  # records by row, for collectors that return to a row later
 
 
 class Collected(NamedTuple):
@@ -116,6 +117,19 @@ class Collector(abc.ABC):
       asked: settings of the collector, those that are not the default ones.
     """
     del asked
+    return length
+
+  @classmethod
+  def longest_prompt(cls, length: int, new: int, chat: bool, asked: Mapping[str, Any]) -> int:
+    """Tokens of a prompt with what the collector puts behind it, where that of a record has `length`.
+
+    Args:
+      length: in tokens.
+      new: largest number of tokens of a completion.
+      chat: whether prompts are conversations.
+      asked: settings of the collector, those that are not the default ones.
+    """
+    del new, chat, asked
     return length
 
   @property

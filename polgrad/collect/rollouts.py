@@ -153,6 +153,11 @@ class Rollouts(Filtering):
     _check_counts(self)
     _check_stats(self.stats)
 
+  @classmethod
+  def longest_prompt(cls, length: int, new: int, chat: bool, asked: Mapping[str, Any]) -> int:
+    del chat
+    return length + new if asked.get('resets') else length
+
   @property
   def fields(self) -> tuple[str, ...]:
     answers = ('answer',) if self.demonstrations or self.resets else ()

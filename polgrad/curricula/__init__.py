@@ -404,8 +404,8 @@ def revisit(
   or 1. Rows of priority 0 are not drawn again in this way; if there are too few others, more new rows
   are taken.
 
-  This is the priority buffer of ExIt (arXiv:2509.04575) for prompts alone, without the attempts that
-  the paper appends to them; the paper's constants are not known to us.
+  This is the priority buffer of ExIt (arXiv:2509.04575) for prompts alone; `collect.Iterated` has the
+  attempts that the paper appends to them. The paper's constants are not known to us.
 
   Args:
     new: 1 draws only new rows, as in random epochs.

@@ -16,7 +16,7 @@ import chex
 import jax.numpy as jnp
 
 from polgrad.losses.groups import divide, maximum, members, size, total
-from polgrad.registry import AtLeastOne, NotNegative, Range, table
+from polgrad.registry import AtLeastOne, Fraction, NotNegative, Range, table
 from polgrad.types import Array
 
 
@@ -198,6 +198,50 @@ def logistic_hardness(
   return jnp.where(advantages > 0, factor(p), factor(1 - p))
 
 
+def different(
+  tokens: Array,
+  mask: Array,
+  group_ids: Array,
+  valid: Array,
+  *,
+  strength: Fraction = 1.0,
+  buckets: AtLeastOne = 4096,
+) -> Array:
+  """1 + strength (d / mean_g d - 1): rows that differ from the others of their group count more.
+
+  d = |e - mean_g e| is the distance of a row from the centroid of its group, of the unit vectors e of
+  the counts of its tokens, by their ids modulo `buckets`. The mean of the factors of a group is 1. A row
+  without tokens has e = 0. ExIt (arXiv:2509.04575) embeds the text by a model; counts of tokens and the
+  form of the factor are ours.
+
+  Args:
+    tokens: i32[B, T].
+    mask: bool[B, T].
+    group_ids: i32[B].
+    valid: bool[B].
+    strength: 0 gives the factor 1.
+    buckets: entries of a vector.
+
+  Returns:
+    [B], at least 1 - strength; 1 for a group of equal rows.
+  """
+  chex.assert_rank([tokens, group_ids], [2, 1])
+  chex.assert_equal_shape([tokens, mask])
+  chex.assert_equal_shape([group_ids, valid])
+  rows = jnp.arange(len(tokens))[:, None]
+  counts = jnp.zeros((len(tokens), buckets)).at[rows, tokens % buckets].add(mask.astype(float))
+  norm = jnp.linalg.norm(counts, axis=1)
+  vectors = divide(counts, norm[:, None])
+  group = members(group_ids, valid)
+  number = size(group)
+  centre = divide(total(vectors, group), number[:, None])
+  apart = jnp.linalg.norm(vectors - centre, axis=1)
+  apart = jnp.where(valid & (apart > 1e-6), apart, 0)
+  mean = divide(total(apart, group), number)
+  relative = jnp.where(mean > 0, divide(apart, mean), 1)
+  return jnp.where(valid, 1 + strength * (relative - 1), 1)
+
+
 def success_rate(rewards: Array, group_ids: Array, valid: Array, least: float) -> Array:
   """The share of rows with a reward of at least `least` among the valid ones of the group, [B]."""
   chex.assert_rank(rewards, 1)
@@ -224,5 +268,6 @@ TABLE = table(
   damped_positive,
   hardness,
   logistic_hardness,
+  different,
 )
 Part = Annotated[Callable, TABLE]

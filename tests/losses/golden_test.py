@@ -78,6 +78,7 @@ ARRAYS = dict(
   teacher_logits=RNG.normal(size=(B, T, V)),
 )
 ARRAYS |= dict(
+  tokens=np.random.default_rng(4).integers(9, size=(B, T)),
   uniform=RNG.uniform(size=B),
   tracked_value=np.random.default_rng(3).uniform(size=B),
   baseline_rewards=RNG.normal(size=(B, 3)),

@@ -123,6 +123,8 @@ def make(fn, seed=0, rows=B):
     elif name == 'group_ids':
       groups = [3, 1, 3, 1] if fn.__name__.startswith('paired') else [3, 1, 3, 3]
       arrays[name] = np.array(groups, np.int32)[:rows]
+    elif name == 'tokens':
+      arrays[name] = rng.integers(50, size=(rows, T)).astype(np.int32)
     elif name == 'turn_ids':
       arrays[name] = np.where(mask, np.arange(T) // 2, -1).astype(np.int32)
     elif name == 'score':  # log-odds have a gradient below 0 only

@@ -80,6 +80,7 @@ ORACLES = {
   'drpo': drpo,
   'view_r1': view_r1,
   'confucius3': clipped,  # the bonus begins with the coefficient 0
+  'exit_iteration': clipped,
   'l1_exact': clipped,
   'l1_max': clipped,
   'hipo': clipped,
@@ -262,6 +263,25 @@ def mode_choice(a):
   return per_row(a, of)
 
 
+def different(a, strength, buckets):
+  counts = np.array(
+    [
+      np.bincount(tokens[mask] % buckets, minlength=buckets) / max(mask.sum(), 1e-300)
+      for tokens, mask in zip(a.tokens, a.mask)
+    ]
+  )
+  lengths = np.sqrt((counts**2).sum(axis=1, keepdims=True))
+  e = counts / np.where(lengths > 0, lengths, 1)
+
+  def of(rows):
+    d = np.sqrt(((e[rows] - e[rows].mean(axis=0)) ** 2).sum(axis=1))
+    mean = d.mean()
+    return {i: 1 + strength * (x / mean - 1) if mean > 1e-6 else 1.0 for i, x in zip(rows, d)}
+
+  found = per_row(a, of)
+  return np.where(a.valid, found, 1.0)
+
+
 FUNCTIONS = {
   strata.mode_choice: (dict(tie=0.9, own=0.4), mode_choice),
   surrogates.two_level_clipped: (dict(eps_low=0.2, eps_high=0.3, cap=1.5), two_level),
@@ -296,6 +316,10 @@ FUNCTIONS = {
     lambda a: np.where(
       a.advantages > 0, logistic(share(a, 0.1))[:, None], logistic(1 - share(a, 0.1))[:, None]
     ),
+  ),
+  multipliers.different: (
+    dict(strength=0.7, buckets=3),
+    lambda a: different(a, 0.7, 3),
   ),
   reward_maps.bent: (
     dict(knee=0.2, above=0.5, below=2.0),
