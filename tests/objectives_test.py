@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 OBJECTIVES = {
   'sft': method_of('sft').bound()[1],
+  'iq_learn': method_of('iq_learn').bound()[1],
   'reinforce': method_of('reinforce').bound()[1],
   'ppo': method_of('ppo').bound()[1],
   'grpo': method_of('grpo').bound()[1],

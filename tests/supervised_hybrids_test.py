@@ -1,13 +1,16 @@
 """Supervised losses and their hybrids: against NumPy in float64, and numbers of their papers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import credit, optim
-from polgrad.losses import logit_stats, weights
+from polgrad import credit, objectives, optim, registry
+from polgrad.losses import aggregation, logit_stats, penalties, weights
 from polgrad.registry import bind
+from polgrad.types import Batch, Outputs
 from tests.policy_gradient import harness
 from tests.runs import method_of
 
@@ -38,6 +41,18 @@ def dft():
   return (-np.exp(LOGP) * LOGP)[MASK].mean()
 
 
+def iq_learn():
+  """Also through explicit rewards: the logit of the token less the next value."""
+  value = np.log(np.exp(LOGITS).sum(-1))
+  total = 0.0
+  for b in range(B):
+    n = MASK[b].sum()
+    for t in range(n):
+      following = value[b, t + 1] if t + 1 < n else 0.0
+      total += 0.1 * (LOGITS[b, t, TOKENS[b, t]] - following) ** 2 - LOGP[b, t]
+  return total / MASK.sum()
+
+
 def pear_weights(block):
   """For each token the product over the tokens after its block, with explicit loops."""
   found = np.ones((B, T))
@@ -59,7 +74,7 @@ def pear_sequence():
   return (-np.clip(np.exp(delta), 0.1, 10) * LOGP)[MASK].mean()
 
 
-ORACLES = {f.__name__: f for f in (label_smoothing, dft, pear, pear_sequence)}
+ORACLES = {f.__name__: f for f in (label_smoothing, dft, iq_learn, pear, pear_sequence)}
 
 
 @pytest.mark.parametrize('name', ORACLES)
@@ -86,6 +101,59 @@ def test_smoothing_moves_the_gradient_to_the_mixed_target_and_the_normalizer_to_
   np.testing.assert_allclose(found, 2 * np.log(np.exp(z).sum()) * p, atol=1e-15)
   with pytest.raises(ValueError, match='smoothing must be in'):
     logit_stats.smoothed_nll(z, token, smoothing=1.0)
+
+
+def test_the_implied_rewards_of_an_answer_add_up_and_their_gradient_is_that_of_the_logits(x64):
+  """The gradient is taken by the logits, through both the likelihood and the values."""
+  method = method_of('iq_learn')
+
+  def loss(z):
+    logp = jnp.take_along_axis(jax.nn.log_softmax(z), jnp.asarray(TOKENS)[..., None], -1)[..., 0]
+    return method.loss(mask=MASK, logits=z, logp=logp, tokens=TOKENS)[0]
+
+  found = np.asarray(jax.grad(loss)(jnp.asarray(LOGITS)))
+  probs, value = np.exp(LOG_PROBS), np.log(np.exp(LOGITS).sum(-1))
+  expected = np.zeros_like(LOGITS)
+  for b in range(B):
+    n, deltas = MASK[b].sum(), []
+    for t in range(n):
+      deltas.append(LOGITS[b, t, TOKENS[b, t]] - (value[b, t + 1] if t + 1 < n else 0.0))
+      expected[b, t] += probs[b, t] - np.eye(V)[TOKENS[b, t]] * (1 - 0.2 * deltas[t])
+      if t + 1 < n:
+        expected[b, t + 1] -= 0.2 * deltas[t] * probs[b, t + 1]
+    np.testing.assert_allclose(sum(deltas), value[b, 0] + LOGP[b, :n].sum(), atol=1e-13)
+  np.testing.assert_allclose(found, expected / MASK.sum(), atol=1e-12)
+
+
+def test_supervised_losses_have_the_slots_of_policy_gradients(x64):
+  """An entropy bonus with a schedule, over the tokens that a selection keeps."""
+  entropy = -(np.exp(LOG_PROBS) * LOG_PROBS).sum(-1)
+  weighted = registry.Weighted
+  objective = objectives.Supervised(
+    aggregation=aggregation.token_mean,
+    penalties={
+      'bonus': weighted(0.5, penalties.negative_entropy),
+      'z': weighted(0.1, logit_stats.squared_log_normalizer),
+    },
+    schedules={'bonus': lambda step: 2.0 ** -jnp.asarray(step)},
+    selections={'first': lambda mask: mask & (jnp.cumsum(mask, axis=1) <= 2)},
+    only='first',
+  )
+  assert objective.requires == {'entropy'}
+  normalizer = np.log(np.exp(LOGITS).sum(-1))
+  out = Outputs(logp=LOGP, entropy=entropy, stats={'z': normalizer**2})
+  batch = Batch(tokens=TOKENS, segment_ids=MASK.astype('i4'), mask=MASK)
+  terms, metrics = objective.apply(out, batch, objective.init(), step=2)
+  first = MASK & (np.arange(T) < 2)
+  expected = {'nll': -LOGP, 'bonus': -0.125 * entropy, 'z': 0.1 * normalizer**2}
+  for name, x in expected.items():
+    np.testing.assert_allclose(terms[name].value(), x[first].mean(), rtol=1e-12)
+  np.testing.assert_allclose(metrics['bonus'].value(), -entropy[first].mean(), rtol=1e-12)
+  assert dataclasses.replace(objective, only='').stats == objective.stats
+  with pytest.raises(ValueError, match='that is the term of the loss'):
+    dataclasses.replace(objective, penalties={'nll': weighted(1.0, penalties.k1)}, schedules={})
+  with pytest.raises(ValueError, match='schedules names'):
+    dataclasses.replace(objective, penalties={})
 
 
 @pytest.mark.parametrize('block', [1, 2, 3, 9])

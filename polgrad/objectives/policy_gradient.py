@@ -9,39 +9,30 @@ where K is a keep-mask, I an importance weight, psi a gate, A an advantage and k
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from polgrad import metric_history, optim
+from polgrad import metric_history
 from polgrad.losses import aggregation as aggregations
-from polgrad.losses import divergences, logit_stats, penalties, ratios, surrogates
+from polgrad.losses import ratios, surrogates
 from polgrad.losses import selections as batch_selections
 from polgrad.losses import weights as token_weights
 from polgrad.objectives.base import (
   OFF_POLICY,
-  WHOLE,
-  Comparing,
   Metrics,
   State,
   Terms,
   call_slot,
-  check_distinct,
   check_names,
-  check_vocabulary,
-  of_logits,
   off_policy_metrics,
   token_mean,
-  view,
   weigh,
 )
-from polgrad.registry import check_weighted, either, inputs
+from polgrad.objectives.penalized import FactorPart, Penalized, PenaltyPart, StatPart
+from polgrad.registry import inputs
 from polgrad.types import Array, Batch, Outputs
 
-PenaltyPart = Annotated[Callable, either(penalties.TABLE, divergences.TABLE)]
-StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
-FactorPart = Annotated[Callable, either(optim.SCHEDULES, metric_history.FACTORS)]
 FROM_RATIO = frozenset({'log_ratio', 'proximal_logp'})  # made by the slots `ratio` and `proximal`
 PROBE = 'probe/'  # prefix of the terms of probes
 # Fractions of tokens with a gradient, by the sign of the advantage.
@@ -49,7 +40,7 @@ KEPT = ('kept_positive', 'kept_negative')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradient(Comparing):
+class PolicyGradient(Penalized):
   """AGG(prod_k w_k * surrogate) + sum_k coefficient_k * schedule_k(step) * AGG(penalty_k).
 
   Attributes:
@@ -94,28 +85,12 @@ class PolicyGradient(Comparing):
   probes: Mapping[str, surrogates.Part] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    check_weighted('penalties', self.penalties)
-    check_names('schedules', self.schedules, self.penalties)
+    taken = {'policy': 'the term of the surrogate'}
+    taken |= dict.fromkeys((*KEPT, *OFF_POLICY), 'a metric of every update')
     check_names('only', {self.only} - {''}, self.selections)
-    for name in ('policy', *KEPT, *OFF_POLICY):
-      if name in self.penalties:
-        what = 'the term of the surrogate' if name == 'policy' else 'a metric of every update'
-        raise ValueError(f'a penalty cannot be called {name!r}: that is {what}; call it otherwise')
-    of_vocabulary = self.of_vocabulary
-    # `dataclasses.replace` passes statistics and probes to which the lines below were applied before.
-    own_stats = {k: f for k, f in self.stats.items() if of_vocabulary.get(k) is not f}
-    check_distinct(
-      stats=own_stats,
-      selections=self.selections,
-      history=self.history,
-      penalties=of_vocabulary,
-    )
-    for name, stat in own_stats.items():
-      check_vocabulary(f'stats.{name}', stat)
-    for name, penalty in of_vocabulary.items():
-      check_vocabulary(f'penalties.{name}', penalty)
+    self.prepare(taken)
+    # `dataclasses.replace` passes probes that have the prefix.
     probes = {PROBE + k.removeprefix(PROBE): f for k, f in self.probes.items()}
-    object.__setattr__(self, 'stats', {**own_stats, **of_vocabulary})
     object.__setattr__(self, 'probes', probes)
 
   @functools.cached_property
@@ -132,26 +107,13 @@ class PolicyGradient(Comparing):
     return any(FROM_RATIO & set(inputs(fn)) for fn in readers)
 
   @functools.cached_property
-  def of_vocabulary(self) -> dict[str, Callable]:
-    """The penalties that need the logits, so they run in the pass over the vocabulary."""
-    return {k: p.fn for k, p in self.penalties.items() if of_logits(p.fn)}
-
-  @functools.cached_property
   def _readers(self) -> dict[str, Callable]:
-    """The functions of the slots that hold several, by `slot.name`."""
-    groups = {
-      'weights': self.weights,
-      'probes': {k.removeprefix(PROBE): f for k, f in self.probes.items()},
-      'selections': self.selections,
-      'penalties': {k: p.fn for k, p in self.penalties.items()},
-      'stats': {k: f for k, f in self.stats.items() if k not in self.of_vocabulary},
-      'schedules': self.schedules,
-    }
-    return {f'{slot}.{k}': f for slot, group in groups.items() for k, f in group.items()}
+    probes = {k.removeprefix(PROBE): f for k, f in self.probes.items()}
+    return self.readers(weights=self.weights, probes=probes)
 
   @functools.cached_property
   def makes(self) -> frozenset[str]:
-    made = {'log_ratio', *self.stats, *self.selections, *self.history}
+    made = {'log_ratio', *self.made}
     return frozenset(made if 'proximal_logp' in inputs(self.proximal) else made | FROM_RATIO)
 
   def apply(
@@ -164,35 +126,16 @@ class PolicyGradient(Comparing):
     metrics = self.policy_metrics(x, batch, where)
     terms = {'policy': self.aggregation(self.token_loss(x, x['logp']), where)}
 
-    # Each penalty is also a metric, without its coefficient.
-    x_with_ratio = self.with_ratio(x, x['logp'])
-    for name, (coefficient, penalty) in self.penalties.items():
-      if name in self.of_vocabulary:
-        value = x[name]
-      else:
-        value = call_slot(f'penalties.{name}', penalty, x_with_ratio)
-      metrics[name] = self.aggregation(value, where)
-      factor = self.factor(name, x | {'step': step})
-      terms[name] = metrics[name].scale(coefficient * factor)
+    added, measured = self.penalty_terms(x, where, step)
+    terms, metrics = terms | added, metrics | measured
 
     for name, probe in self.probes.items():
       slot = f'probes.{name.removeprefix(PROBE)}'
       terms[name] = self.aggregation(self.token_loss(x, x['logp'], slot, probe), where)
     return terms, metrics
 
-  def factor(self, name: str, x: Mapping[str, Array]) -> Array | float:
-    """The factor of a penalty's coefficient: of its schedule, or 1."""
-    if name not in self.schedules:
-      return 1.0
-    return call_slot(f'schedules.{name}', self.schedules[name], x)
-
-  def arrays(
-    self, outputs: Outputs, batch: Batch, state: State, step: Array | int
-  ) -> dict[str, Array]:
-    """Every array that a slot may name, except those that depend on the log-ratio."""
-    x = view(outputs, batch)
-    x['step'] = jnp.asarray(step, jnp.float32)
-    return x | self.remembered(state)
+  def completed(self, x: Mapping[str, Array]) -> dict[str, Array]:
+    return self.with_ratio(x, x['logp'])
 
   def with_ratio(self, x: Mapping[str, Array], logp: Array) -> dict[str, Array]:
     """The arrays with `logp` replaced, and with the log-ratio where a slot reads it."""
@@ -214,35 +157,12 @@ class PolicyGradient(Comparing):
     x = self.with_ratio(x, logp)
     return weigh(call_slot(slot, loss or self.surrogate, x), self.weights, x)
 
-  def compare(
-    self, outputs: Outputs, batch: Batch, state: State, *, step: Array | int
-  ) -> dict[str, Array]:
-    """The results of all selections as features [B, ...], without gradient; see `select`."""
-    outputs = jax.lax.stop_gradient(outputs)
-    x = self.arrays(outputs, batch, state, step)
-    # The noise depends on the update alone, so a repeated update selects the same tokens.
-    x['noise'] = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step), batch.mask.shape)
-    x = self.with_ratio(x, x['logp'])
-    found = {}
-    for name, selection in self.selections.items():
-      value = jax.lax.stop_gradient(call_slot(f'selections.{name}', selection, x))
-      # One value of the whole batch is repeated for every row, so that it survives a split.
-      if value.shape != batch.mask.shape:
-        name, value = WHOLE + name, jnp.broadcast_to(value, (len(batch.mask), *value.shape))
-      found[name] = value
-    return found
-
   def policy_metrics(self, x: Mapping[str, Array], batch: Batch, where: Array) -> Metrics:
     """Distance to the sampler, fraction of tokens with a gradient, and results of selections."""
     metrics = off_policy_metrics(x)
     if 'advantages' in x:
       metrics |= self.kept_metrics(x, where)
-    # Of the selections, only values of the whole batch are reported, such as bounds.
-    for name in self.selections:
-      if name not in batch.features:
-        for i, value in enumerate(jnp.ravel(x[name])):
-          value = jnp.broadcast_to(value, batch.mask.shape)
-          metrics[f'{name}/{i}'] = token_mean(value, batch.mask)
+    metrics |= self.selection_metrics(x, batch)
     return metrics
 
   def kept_metrics(self, x: Mapping[str, Array], where: Array) -> Metrics:

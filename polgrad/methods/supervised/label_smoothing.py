@@ -22,22 +22,14 @@ def label_smoothing(*, smoothing: float = 0.1, normalizer_coefficient: float = 1
 
   Confidence: CODE (formulas), MEMORY (constants).
   """
-  mean = part(aggregation.token_mean)
-  answers = part(
-    objectives.Supervised,
-    loss=part(logit_stats.smoothed_nll, smoothing=smoothing),
-    aggregation=mean,
-  )
-  normalizer = part(
-    objectives.Supervised, loss=part(logit_stats.squared_log_normalizer), aggregation=mean
-  )
   return Method(
     collect=partial(collect.Demonstrations),
     objective=part(
-      objectives.WeightedSum,
-      streams={
-        'answers': weighted(1.0, answers),
-        'normalizer': weighted(normalizer_coefficient, normalizer),
+      objectives.Supervised,
+      loss=part(logit_stats.smoothed_nll, smoothing=smoothing),
+      aggregation=part(aggregation.token_mean),
+      penalties={
+        'normalizer': weighted(normalizer_coefficient, part(logit_stats.squared_log_normalizer))
       },
     ),
     warm_start=False,
