@@ -204,6 +204,10 @@ VOCABULARY = {
   'logits': Spec('... V', 'of the policy, divided by the temperature; from the model'),
   'teacher_logits': Spec('... V', 'of the anchor `teacher`; from the model'),
   'hidden': Spec('... D', 'state that the logits are computed from; from the model'),
+  'context': Spec(
+    '... T', 'tokens of the document before the token, i32, -1 in other columns; from the model'
+  ),
+  'context_mask': Spec('... T', 'which of these are in the mask, bool; from the model'),
 }
 
 # Statistics, selections and histories, under the names that functions of `losses` expect.

@@ -12,7 +12,7 @@ import optax
 from polgrad import optim
 from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
-from polgrad.models.token_stats import token_stats
+from polgrad.models.token_stats import Rows, token_stats
 from polgrad.objectives import Objective, networks
 from polgrad.objectives import Part as ObjectivePart
 from polgrad.objectives.base import Metrics, Terms
@@ -82,6 +82,7 @@ def forward(
     most=layout.scored,
     teacher_hidden=teacher_hidden,
     teacher_unembed=teacher_unembed,
+    whole=Rows(batch.tokens, batch.segment_ids, batch.mask),
   )
   if fields & {'values', 'values_after'}:
     out['values_after'] = policy.value(params, hidden)

@@ -1,14 +1,16 @@
 """Supervised losses and their hybrids: against NumPy in float64, and numbers of their papers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import credit, objectives, optim, registry
+from polgrad import credit, methods, objectives, optim, registry
 from polgrad.losses import aggregation, logit_stats, penalties, weights
+from polgrad.models.token_stats import Rows, token_stats
 from polgrad.registry import bind
 from polgrad.types import Batch, Outputs
 from tests.policy_gradient import harness
@@ -53,6 +55,25 @@ def iq_learn():
   return total / MASK.sum()
 
 
+def unlikelihood():
+  total = 0.0
+  for b in range(B):
+    for t in range(MASK[b].sum()):
+      earlier = {int(token) for token in TOKENS[b, :t]} - {int(TOKENS[b, t])}
+      total -= LOGP[b, t] + sum(np.log(1 - np.exp(LOG_PROBS[b, t, c])) for c in earlier)
+  return total / MASK.sum()
+
+
+def repeats(row, n):
+  """Which tokens of a row lie inside an n-gram that occurred before."""
+  found, seen = np.zeros(len(row), bool), set()
+  for j in range(len(row) - n + 1):
+    gram = tuple(row[j : j + n])
+    found[j : j + n] |= gram in seen
+    seen.add(gram)
+  return found
+
+
 def pear_weights(block):
   """For each token the product over the tokens after its block, with explicit loops."""
   found = np.ones((B, T))
@@ -74,7 +95,9 @@ def pear_sequence():
   return (-np.clip(np.exp(delta), 0.1, 10) * LOGP)[MASK].mean()
 
 
-ORACLES = {f.__name__: f for f in (label_smoothing, dft, iq_learn, pear, pear_sequence)}
+ORACLES = {
+  f.__name__: f for f in (label_smoothing, dft, iq_learn, unlikelihood, pear, pear_sequence)
+}
 
 
 @pytest.mark.parametrize('name', ORACLES)
@@ -154,6 +177,89 @@ def test_supervised_losses_have_the_slots_of_policy_gradients(x64):
     dataclasses.replace(objective, penalties={'nll': weighted(1.0, penalties.k1)}, schedules={})
   with pytest.raises(ValueError, match='schedules names'):
     dataclasses.replace(objective, penalties={})
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_tokens_repeat_inside_ngrams_that_occurred_before(n, x64):
+  rng = np.random.default_rng(n)
+  tokens, mask = rng.integers(2, size=(4, 12)), np.zeros((4, 12), bool)
+  mask[:, 2:11] = True  # a prompt, and padding
+  expected = np.zeros((4, 12))
+  for b in range(4):
+    expected[b, 2:11] = repeats(tokens[b, 2:11], n)
+  np.testing.assert_array_equal(weights.repeated_ngram(tokens, mask, n=n), expected)
+  assert 0 < expected.sum() < mask.sum()
+  # The loss of samples has all of their tokens in the mean, that of answers all of theirs.
+  logp = np.log(rng.uniform(0.1, 0.9, size=mask.shape))
+  method = methods.unlikelihood_sequence(n=n)
+  stream = np.array([0, 1, 0, 1])
+  loss, _ = method.loss(mask=mask, tokens=tokens, logp=logp, stream=stream)
+  own, given = mask & (stream == 1)[:, None], mask & (stream == 0)[:, None]
+  wanted = (-np.log(1 - np.exp(logp)) * expected)[own].mean() - logp[given].mean()
+  np.testing.assert_allclose(loss, wanted / 2, rtol=1e-6)
+
+
+def test_the_gradient_of_unlikelihood_is_known_and_the_prompt_counts_if_asked(x64):
+  z = jnp.asarray(RNG.normal(size=5))
+  p, token = np.exp(z) / np.exp(z).sum(), jnp.array(1)
+  context, inside = jnp.array([3, 1, 3, 0, -1]), jnp.array([False, True, False, True, False])
+  for prompt, earlier in ((False, [0]), (True, [0, 3])):
+    fn = functools.partial(logit_stats.unlikelihood, prompt=prompt)
+    value, found = jax.value_and_grad(fn)(z, token, context, inside)
+    np.testing.assert_allclose(value, -np.log(1 - p[earlier]).sum(), rtol=1e-12)
+    expected = sum(p[c] / (1 - p[c]) * (np.eye(5)[c] - p) for c in earlier)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+  # Of two classes it is the cross-entropy of "not c"; a class that is certain meets the floor.
+  pair = jnp.array([0.3, -0.4])
+  found = logit_stats.unlikelihood(pair, jnp.array(0), jnp.array([1]), jnp.array([True]))
+  np.testing.assert_allclose(found, -jax.nn.log_softmax(pair)[0], rtol=1e-12)
+  sure = lambda z: logit_stats.unlikelihood(z, token, jnp.array([0]), jnp.array([True]))
+  value, found = jax.value_and_grad(sure)(jnp.array([50.0, 0.0]))
+  np.testing.assert_allclose(value, -np.log(1e-5), rtol=1e-12)
+  np.testing.assert_array_equal(found, 0)
+  value, found = jax.value_and_grad(penalties.unlikelihood)(jnp.log(0.8))
+  np.testing.assert_allclose([value, found], [-np.log(0.2), 4.0], rtol=1e-12)
+
+
+def test_the_context_is_the_same_in_chunks_in_packed_rows_and_behind_the_prompt():
+  """Statistics of a table of logits by the token before; the second row has two documents."""
+  table = jnp.asarray(RNG.normal(size=(V, V)), jnp.float32)
+  tokens = jnp.asarray(RNG.integers(V, size=(2, 8)))
+  segments = jnp.array([[0, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 2, 2, 2, 2, 2]])
+  mask = (segments > 0) & (jnp.arange(8)[None] > 2)
+  settings = dict(
+    unembed=lambda h: h,
+    stats={'u': functools.partial(logit_stats.unlikelihood, prompt=True)},
+    whole=Rows(tokens, segments, mask),
+  )
+  found = token_stats(table[tokens], tokens, **settings)['u']
+  for b, t in np.argwhere(np.asarray(mask)):
+    same = np.asarray(segments[b, :t] == segments[b, t])
+    earlier = {int(x) for x in tokens[b, :t][same]} - {int(tokens[b, t])}
+    log_probs = jax.nn.log_softmax(table[tokens[b, t - 1]])
+    expected = -sum(np.log(1 - np.exp(log_probs[c])) for c in earlier)
+    np.testing.assert_allclose(found[b, t], expected, rtol=2e-5, atol=1e-6)
+  in_chunks = token_stats(table[tokens], tokens, chunk=4, **settings)['u']
+  np.testing.assert_allclose(in_chunks, found, rtol=1e-6)
+  behind = token_stats(table[tokens][:, 2:], tokens[:, 2:], **settings)['u']
+  np.testing.assert_allclose(behind[:, 1:], found[:, 3:], rtol=1e-6)
+  gathered = token_stats(table[tokens], tokens, where=mask, most=5, **settings)['u']
+  np.testing.assert_allclose(gathered, jnp.where(mask, found, 0), rtol=1e-6)
+
+
+def test_bag_losses_are_those_of_the_bags_and_of_their_instances(x64):
+  scores, rewards = RNG.normal(size=(3, 4)), RNG.normal(size=(3, 4))
+  mean = rewards.mean(1, keepdims=True)
+  whole = ((mean[:, 0] - scores.mean(1)) ** 2).mean()
+  each = ((mean - scores) ** 2).mean()
+  np.testing.assert_allclose(each, whole + scores.var(1).mean(), rtol=1e-12)
+  x = dict(mask=np.ones((12, 1), bool), logp=np.zeros((12, 1)), group_ids=np.arange(12) // 4)
+  x |= dict(values_after=scores.reshape(12, 1), rewards=rewards.ravel())
+  for r in (0.0, 0.3, 1.0):
+    method = methods.bag_loss(candidates=4, instance=r)
+    known = {k: v for k, v in x.items() if k in method.reads | {'mask'}}
+    expected = (1 - r) * whole + r * each
+    np.testing.assert_allclose(method.loss(**known)[0], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('block', [1, 2, 3, 9])

@@ -119,6 +119,8 @@ def _statistic(fn: Any, policy: Policy, numbers: jax.ShapeDtypeStruct) -> jax.Sh
     'teacher_logits': logits,
     'tokens': jax.ShapeDtypeStruct((3,), jnp.int32),
     'hidden': jax.ShapeDtypeStruct((3, 8), jnp.float32),
+    'context': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.int32),
+    'context_mask': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.bool_),
   }
   found = jax.eval_shape(lambda arrays: call(fn, arrays), arrays)
   if found.shape != (3,):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from polgrad.losses import preference_losses, self_improvement
 from polgrad.losses._common import gumbel
 from polgrad.losses.groups import Groups, maximum, partner, rank, same, size, total
-from polgrad.registry import AtLeastOne, NotNegative, Positive, Range, table
+from polgrad.registry import AtLeastOne, Fraction, NotNegative, Positive, Range, table
 from polgrad.types import Array
 
 
@@ -40,6 +40,29 @@ def infonca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegativ
   """
   group = _same(score, rewards, group_ids)
   return -_target(rewards, group, alpha) * _log_softmax(score, group)
+
+
+def bag(score: Array, rewards: Array, group_ids: Array, *, instance: Fraction = 0.5) -> Array:
+  """(1 - r) (y - mean_k s_k)^2 + r mean_k (y - s_k)^2, y = mean_k R_k: labels that are known only as the
+  mean of a bag, the group (arXiv:2401.11081).
+
+  The second part is the first plus the variance of the scores within the group, so with r > 0 scores of
+  a group are drawn together. r = 0 leaves them free: unbiased, and noisy for large groups.
+
+  Args:
+    score: [B].
+    rewards: [B], of which only the mean of each group is used.
+    group_ids: i32[B].
+    instance: r in [0, 1], the weight of the loss of single instances.
+
+  Returns:
+    [B], each row's part.
+  """
+  group = _same(score, rewards, group_ids)
+  count = size(group)
+  label = total(rewards, group) / count
+  whole = jnp.square(label - total(score, group) / count)
+  return ((1 - instance) * whole + instance * jnp.square(label - score)) / count
 
 
 def nca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegative = 0.0) -> Array:
@@ -322,6 +345,7 @@ def _log_softmax(x: Array, group: Groups, kept: Array | bool = True) -> Array:
 TABLE = table(
   'listwise',
   infonca,
+  bag,
   nca,
   exo,
   hard_negatives,

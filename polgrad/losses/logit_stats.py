@@ -3,8 +3,9 @@
 A function of `TABLE` fills a slot of `stats`, for example that of `objectives.PolicyGradient`; losses
 then read the result by the name of the slot. Statistics are evaluated in chunks of tokens
 (`models/token_stats.py`), so logits [B, T, V] are not held in memory at once. A function reads what it
-names: `logits` f32[..., V], `tokens` i32[...], the last hidden state `hidden` f32[..., D] and, with a
-teacher, `teacher_logits` f32[..., V].
+names: `logits` f32[..., V], `tokens` i32[...], the last hidden state `hidden` f32[..., D], the tokens
+before, `context` i32[..., T] and `context_mask` bool[..., T], and with a teacher `teacher_logits`
+f32[..., V].
 
 In formulas, pi is softmax(logits) and v = e_token - pi is the score: the gradient of log pi(token)
 with respect to the logits.
@@ -16,7 +17,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from polgrad.registry import table
+from polgrad.registry import Positive, table
 from polgrad.types import Array
 
 
@@ -197,6 +198,41 @@ def squared_log_normalizer(logits: Array) -> Array:
   return jnp.square(jax.nn.logsumexp(logits, axis=-1))
 
 
+def unlikelihood(
+  logits: Array,
+  tokens: Array,
+  context: Array,
+  context_mask: Array,
+  *,
+  prompt: bool = False,
+  floor: Positive = 1e-5,
+) -> Array:
+  """-sum_{c in C} log max(1 - pi_c, floor): unlikelihood of repeated tokens (arXiv:1908.04319).
+
+  C is the set of earlier tokens without the token itself; a token that occurred twice is in it once. The
+  gradient by the logits is sum_{c in C} pi_c / (1 - pi_c) (e_c - pi), without those c whose 1 - pi_c is
+  below the floor.
+
+  Args:
+    logits: f32[..., V]; carries gradient.
+    tokens: i32[...], the tokens of the data.
+    context: i32[..., T], the tokens before, -1 where there is none.
+    context_mask: bool[..., T], which of them the loss looks at.
+    prompt: whether earlier tokens outside the mask, such as those of the prompt, are in C.
+    floor: least value of 1 - pi_c.
+
+  Returns:
+    f32[...], nats, >= 0.
+  """
+  vocabulary = logits.shape[-1]
+  ids = context if prompt else jnp.where(context_mask, context, -1)
+  ids = jnp.where((ids < 0) | (ids == tokens[..., None]), vocabulary, ids)
+  mark = lambda row: jnp.zeros(vocabulary, bool).at[row].set(True, mode='drop')
+  repeated = jax.vmap(mark)(ids.reshape(-1, ids.shape[-1])).reshape(logits.shape)
+  rest = jnp.maximum(-jnp.expm1(jax.nn.log_softmax(logits, axis=-1)), floor)
+  return -jnp.sum(jnp.where(repeated, jnp.log(rest), 0), axis=-1)
+
+
 def _probabilities(logits: Array, tokens: Array) -> tuple[Array, Array]:
   """pi f32[..., V] and its value at the token, f32[...]; no gradient flows through them."""
   probs = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1)
@@ -219,5 +255,6 @@ TABLE = table(
   one_token_rollout,
   smoothed_nll,
   squared_log_normalizer,
+  unlikelihood,
 )
 Part = Annotated[Callable, TABLE]

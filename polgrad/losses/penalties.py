@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from polgrad.losses._common import bounded, finite_gradient
 from polgrad.losses.path_consistency import following_token
-from polgrad.registry import NotNegative, table
+from polgrad.registry import NotNegative, Positive, table
 from polgrad.types import Array
 
 
@@ -261,6 +261,22 @@ def nll(logp: Array) -> Array:
   return -logp
 
 
+def unlikelihood(logp: Array, *, floor: Positive = 1e-5) -> Array:
+  """-log max(1 - pi, floor) of the token itself: its unlikelihood (arXiv:1908.04319).
+
+  Its derivative by log pi is pi / (1 - pi), or 0 where 1 - pi is below the floor.
+
+  Args:
+    logp: [..., T], log pi, nats.
+    floor: least value of 1 - pi.
+
+  Returns:
+    [..., T], nats, >= 0.
+  """
+  (logp,) = finite_gradient(logp)
+  return -jnp.log(jnp.maximum(-jnp.expm1(logp), floor))
+
+
 def inverse_soft_q(
   logp: Array, log_normalizer: Array, mask: Array, *, discount: float = 1.0
 ) -> Array:
@@ -406,6 +422,7 @@ TABLE = table(
   huber_value_error,
   clipped_value_error,
   nll,
+  unlikelihood,
   inverse_soft_q,
   selected_absolute,
   selected_k3,

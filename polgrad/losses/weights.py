@@ -11,6 +11,7 @@ A token of weight 0 still counts in the denominator of the aggregation. Weights 
 the reward, because normalising the advantages would undo a factor of the reward.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -31,7 +32,7 @@ from polgrad.losses.trust_region_masks import (
   two_sided,
   unselected,
 )
-from polgrad.registry import table
+from polgrad.registry import AtLeastOne, table
 from polgrad.types import Array
 
 
@@ -325,6 +326,34 @@ def undecided(logp: Array) -> Array:
   return p * (1 - p)
 
 
+def repeated_ngram(tokens: Array, mask: Array, *, n: AtLeastOne = 4) -> Array:
+  """1 for tokens inside an n-gram that the completion has had before, else 0 (arXiv:1908.04319).
+
+  n-grams are of consecutive tokens of the mask. The first occurrence is free; occurrences may overlap.
+
+  Args:
+    tokens: i32[B, T].
+    mask: bool[B, T].
+    n: tokens of an n-gram.
+
+  Returns:
+    [B, T].
+  """
+  chex.assert_rank([tokens, mask], 2)
+  chex.assert_equal_shape([tokens, mask])
+  length = tokens.shape[1]
+  shifted = lambda x, i: jnp.pad(x[:, i:], ((0, 0), (0, i)))
+  # same[b, j, k]: the n-grams that begin at j and at k are equal, and all of their tokens in the mask.
+  same = jnp.ones((*tokens.shape, length), bool)
+  for i in range(n):
+    own, inside = shifted(tokens, i), shifted(mask, i)
+    same &= (own[:, :, None] == own[:, None]) & inside[:, :, None] & inside[:, None]
+  repeats = jnp.any(same & jnp.tri(length, k=-1, dtype=bool)[None], axis=2)
+  # An n-gram that is repeated at j covers j, ..., j + n - 1.
+  covered = [jnp.pad(repeats, ((0, 0), (i, 0)))[:, :length] for i in range(n)]
+  return jnp.where(functools.reduce(jnp.logical_or, covered), 1.0, 0.0)
+
+
 def suffix_importance(
   logp: Array,
   behavior_logp: Array,
@@ -432,6 +461,7 @@ TABLE = table(
   per_prompt,
   probability,
   undecided,
+  repeated_ngram,
   suffix_importance,
   row_importance,
 ) | table(

@@ -12,6 +12,7 @@ from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
 from polgrad.arrays import ARRAYS, MODEL, OF_TURNS, VOCABULARY, shape_of
+from polgrad.models.token_stats import CONTEXT, reads_context, whole_context
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
 
@@ -136,9 +137,10 @@ class Method:
     arrays = _checked(credit, objective, _shaped(arrays, mask.shape))
     tokens = arrays.get('tokens', jnp.zeros(mask.shape, jnp.int32))
     live = {name: arrays.pop(name, None) for name in LIVE}
-    stats = {
-      name: call(stat, {'tokens': tokens, **arrays}) for name, stat in objective.stats.items()
-    }
+    known = {'tokens': tokens, **arrays}
+    if reads_context(objective.stats):
+      known |= whole_context(tokens, mask.astype(jnp.int32), mask)
+    stats = {name: call(stat, known) for name, stat in objective.stats.items()}
     # Credit comes first. What it makes is data, so no gradient flows through it.
     batch = Batch(tokens=tokens, segment_ids=mask.astype(jnp.int32), mask=mask).with_arrays(
       **{name: x for name, x in arrays.items() if name not in VOCABULARY}
@@ -161,6 +163,7 @@ def _reads(credit: credits.Estimator, objective: objectives.Objective) -> frozen
   of_credit = credit.requires | (credit.scored if _made(credit) else set())
   of_groups = {n for f in objective.slots.values() for n in inputs(f)} & {'group_ids'}
   of_vocabulary = {n for f in objective.stats.values() for n in inputs(f)} & VOCABULARY.keys()
+  of_vocabulary = {'tokens' if n in CONTEXT else n for n in of_vocabulary}
   in_slots = {n for f in objective.slots.values() for n in inputs(f)}
   of_head = objective.head.requires - in_slots  # `loss` gets what the head gives, not what it reads
   fields = objective.requires - {'teacher_logits'} - objective.stats.keys() - of_head

@@ -6,16 +6,54 @@ t. The only other shift in polgrad is that of values, in `learner.py`.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from polgrad import sharding
-from polgrad.registry import call
+from polgrad.registry import call, inputs
 
 Array = jax.Array
 
+CONTEXT = frozenset({'context', 'context_mask'})  # what `earlier` makes, if a statistic reads it
 LOGITS = 2**26  # logits that a device stores at a time by default: 256 MiB in float32
+
+
+def reads_context(stats: Mapping[str, Callable]) -> bool:
+  """Whether a statistic reads the tokens before its own."""
+  return any(CONTEXT & set(inputs(stat)) for stat in stats.values())
+
+
+class Rows(NamedTuple):
+  """Whole rows, of which statistics read the tokens before their own."""
+
+  tokens: Array  # i32[B, T]
+  segment_ids: Array  # i32[B, T], 0 is padding
+  mask: Array  # bool[B, T]
+
+
+def earlier(rows: Rows, columns: Array) -> dict[str, Array]:
+  """The tokens before some tokens, in the documents of these.
+
+  Args:
+    columns: i32[B, S], places of the tokens in the rows.
+
+  Returns:
+    `context` i32[B, S, T]: every token of the same document in an earlier column, in its own column,
+    and -1 in all others. `context_mask` bool[B, S, T]: which of them are in the mask.
+  """
+  take = lambda x: jnp.take_along_axis(x, columns, axis=1)[:, :, None]
+  before = jnp.arange(rows.tokens.shape[1])[None, None] < columns[:, :, None]
+  before &= (rows.segment_ids[:, None] == take(rows.segment_ids)) & (take(rows.segment_ids) > 0)
+  context = jnp.where(before, rows.tokens[:, None], -1)
+  return {'context': context, 'context_mask': before & rows.mask[:, None]}
+
+
+def whole_context(tokens: Array, segment_ids: Array, mask: Array) -> dict[str, Array]:
+  """`earlier` of all tokens: `context` i32[B, T, T] and `context_mask` bool[B, T, T]."""
+  columns = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  return earlier(Rows(jnp.asarray(tokens), jnp.asarray(segment_ids), jnp.asarray(mask)), columns)
 
 
 def token_stats(
@@ -28,14 +66,16 @@ def token_stats(
   chunk: int | None = None,
   teacher_hidden: Array | None = None,
   teacher_unembed: Callable[[Array], Array] | None = None,
+  whole: Rows | None = None,
   where: Array | None = None,
   most: int = 0,
 ) -> dict[str, Array]:
   """Evaluates statistics of the next-token distribution in one pass over chunks of tokens.
 
   A statistic is a function that returns f32[n] for n tokens. The names of its arguments say which arrays
-  it reads: `logits` f32[n, V], `tokens` i32[n], `hidden` f32[n, D] (without gradient) and, with a
-  teacher, `teacher_logits` f32[n, V]. The logits of a chunk are computed once for all statistics. The
+  it reads: `logits` f32[n, V], `tokens` i32[n], `hidden` f32[n, D] (without gradient), with a teacher
+  `teacher_logits` f32[n, V], and with whole rows `context` i32[n, T] and `context_mask` bool[n, T], see
+  `earlier`. The logits of a chunk are computed once for all statistics. The
   backward pass computes them again instead of keeping them.
 
   Args:
@@ -50,6 +90,7 @@ def token_stats(
       row.
     teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
     teacher_unembed: hidden [..., D'] -> f32[..., V]. No gradient reaches the teacher.
+    whole: the rows that `tokens` are the last columns of; None: no statistic reads earlier tokens.
     where: bool[B, T], tokens to evaluate; None: all. Column 0 has no past and is never evaluated.
     most: with `where`, an upper bound of the number of evaluated tokens in a row.
 
@@ -62,56 +103,67 @@ def token_stats(
     teacher_unembed=teacher_unembed,
     stats=stats,
     temperature=temperature,
+    whole=whole,
   )
   # The shift: the hidden state of a column predicts the token of the next column.
-  inputs = [tokens[:, 1:], hidden[:, :-1]]
+  of_tokens = {'tokens': tokens[:, 1:], 'hidden': hidden[:, :-1]}
   if teacher_hidden is not None:
-    inputs.append(teacher_hidden[:, :-1])
+    of_tokens['teacher_hidden'] = teacher_hidden[:, :-1]
+  if reads_context(stats):
+    start = whole.tokens.shape[1] - tokens.shape[1]
+    columns = jnp.arange(start, whole.tokens.shape[1], dtype=jnp.int32)
+    of_tokens['columns'] = jnp.broadcast_to(columns[None], tokens.shape)[:, 1:]
   if where is not None:
     # Gather the evaluated tokens of each row to its left, so that only `most` columns are computed.
-    columns = jnp.argsort(~where[:, 1:], axis=1, stable=True)[:, :most]
-    inputs = [_take(x, columns) for x in inputs]
-  rows, length = inputs[0].shape
+    chosen = jnp.argsort(~where[:, 1:], axis=1, stable=True)[:, :most]
+    of_tokens = {name: _take(x, chosen) for name, x in of_tokens.items()}
+  rows, length = of_tokens['tokens'].shape
   if chunk is None:
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
   # Number of columns in a chunk: every device holds its part of the rows.
   at_once = max(1, chunk * sharding.ambient_data_parallel_size() // rows)
   if length <= at_once:
-    out = evaluate(*inputs)
+    out = evaluate(of_tokens)
   else:
     # Checkpointed: the backward pass computes the logits of one chunk at a time again.
-    pieces = [_split(x, at_once) for x in inputs]
+    pieces = {name: _split(x, at_once) for name, x in of_tokens.items()}
     step = jax.checkpoint(evaluate, prevent_cse=False)
-    _, out = jax.lax.scan(lambda carry, piece: (carry, step(*piece)), (), pieces)
+    _, out = jax.lax.scan(lambda carry, piece: (carry, step(piece)), (), pieces)
     out = {name: _join(x)[:, :length] for name, x in out.items()}
   # Back to columns of `tokens`: undo the gathering and the shift.
   if where is not None:
-    out = {name: _put(x, columns, where[:, 1:]) for name, x in out.items()}
+    out = {name: _put(x, chosen, where[:, 1:]) for name, x in out.items()}
   return {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in out.items()}
 
 
 def _evaluate(
-  tokens: Array,
-  hidden: Array,
-  *teacher: Array,
+  of_tokens: Mapping[str, Array],
+  *,
   unembed: Callable[[Array], Array],
   teacher_unembed: Callable[[Array], Array] | None,
   stats: Mapping[str, Callable],
   temperature: float | Array,
+  whole: Rows | None,
 ) -> dict[str, Array]:
-  """All statistics of one chunk: i32[B, S], hidden states [B, S, D] -> f32[B, S] by name."""
+  """All statistics of one chunk: arrays [B, S, ...] of its tokens -> f32[B, S] by name."""
+  flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in of_tokens.items()}
 
   def logits(unembed, x):
-    return unembed(x.reshape(-1, x.shape[-1])).astype(jnp.float32) / temperature
+    return unembed(x).astype(jnp.float32) / temperature
 
   arrays = {
-    'logits': logits(unembed, hidden),
-    'tokens': tokens.reshape(-1),
-    'hidden': jax.lax.stop_gradient(hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)),
+    'logits': logits(unembed, flat['hidden']),
+    'tokens': flat['tokens'],
+    'hidden': jax.lax.stop_gradient(flat['hidden'].astype(jnp.float32)),
   }
-  if teacher:
-    arrays['teacher_logits'] = jax.lax.stop_gradient(logits(teacher_unembed, *teacher))
-  return {name: call(stat, arrays).reshape(tokens.shape) for name, stat in stats.items()}
+  if 'teacher_hidden' in flat:
+    teacher = logits(teacher_unembed, flat['teacher_hidden'])
+    arrays['teacher_logits'] = jax.lax.stop_gradient(teacher)
+  if 'columns' in flat:
+    found = earlier(whole, of_tokens['columns'])
+    arrays |= {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
+  shape = of_tokens['tokens'].shape
+  return {name: call(stat, arrays).reshape(shape) for name, stat in stats.items()}
 
 
 def _take(x: Array, columns: Array) -> Array:

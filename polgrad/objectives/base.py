@@ -22,7 +22,7 @@ from polgrad.types import Array, Batch, Outputs
 Terms = dict[str, Mean]
 Metrics = dict[str, Metric]
 State = Any  # a pytree of arrays
-StatFunction = Callable[..., Array]  # (logits, tokens, hidden, teacher_logits), some of them -> [n]
+StatFunction = Callable[..., Array]  # `tokens` and arrays of VOCABULARY, some of them -> [n]
 Select = Callable[..., dict[str, Array]]  # (outputs, batch, state, *, step) -> features [B, ...]
 EMPTY = types.MappingProxyType({})
 
@@ -36,8 +36,8 @@ class Objective(abc.ABC):
     makes: names of arrays that the objective computes for these functions itself.
     requires: optional fields of `Batch` and `Outputs`, and features, that the objective reads; no
       other optional field is computed.
-    stats: functions of (logits, tokens, hidden, teacher_logits) by name. They are evaluated for every
-      token in the pass over the vocabulary and arrive as `outputs.stats`.
+    stats: functions of logits, tokens and the other arrays of `arrays.VOCABULARY`, by name. They are
+      evaluated for every token in the pass over the vocabulary and arrive as `outputs.stats`.
     rows_per_prompt: number of consecutive rows of a record that it compares (1: none).
     rows_together: number of consecutive rows that stay together, in this order, when a batch is split;
       a multiple of `rows_per_prompt`.
@@ -185,12 +185,12 @@ def reads(functions: Iterable[Callable], *, made: Iterable[str] = ()) -> frozens
     made: names of arrays that the objective computes itself.
 
   Returns:
-    Names of optional fields of `Batch` and `Outputs` and of features. `logits` and `hidden` are not
-    among them, because the pass over the vocabulary always has them; `teacher_logits` is.
+    Names of optional fields of `Batch` and `Outputs` and of features. Of the arrays of the pass over the
+    vocabulary only `teacher_logits` is among them, because the pass always has the others.
   """
   named = {name for f in functions for name in inputs(f)} - set(made)
   named = {MADE_OF.get(name, name) for name in named}
-  return frozenset(named - ALWAYS - {'logits', 'hidden'})
+  return frozenset(named - ALWAYS - (VOCABULARY.keys() - {'teacher_logits'}))
 
 
 def of_logits(fn: Callable) -> bool:

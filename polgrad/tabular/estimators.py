@@ -15,6 +15,7 @@ import numpy as np
 
 from polgrad import credit as credits
 from polgrad.credit import Estimator
+from polgrad.models.token_stats import whole_context
 from polgrad.objectives import Objective
 from polgrad.registry import call
 from polgrad.tabular import enumerable
@@ -218,6 +219,7 @@ def _statistics(
     'logits': policy.logits(params)[policy.prefixes],
     'tokens': jnp.asarray(policy.tokens),
     'hidden': jnp.ones((*policy.tokens.shape, 1)),
+    **whole_context(policy.tokens, np.asarray(policy.mask, np.int32), policy.mask),
   }
   if 'teacher' in setting.anchors:
     teacher = policy.logits(jnp.asarray(setting.anchors['teacher']))

@@ -431,6 +431,10 @@ ORACLES = {
     ),
   ),
   penalties.nll: ({}, lambda a: -a['logp']),
+  penalties.unlikelihood: (
+    dict(floor=0.3),
+    lambda a: -np.log(np.maximum(1 - np.exp(a['logp']), 0.3)),
+  ),
   penalties.selected_absolute: ({}, lambda a: a['selected'] * np.abs(a['log_ratio'])),
   penalties.selected_k3: (
     {},

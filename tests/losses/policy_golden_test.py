@@ -27,6 +27,7 @@ def numbers():
 
 ARRAYS = dict(
   mask=MASK,
+  tokens=np.array([[3, 3, 3, 3, 1, 3], [1] * 6, [1, 2, 1, 2, 1, 1], [5] * 6]),
   turn_ids=np.where(MASK, [0, 0, 1, 1, 1, 4], -1),
   logp=logps(),
   reference_logp=logps(),

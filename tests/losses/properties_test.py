@@ -143,6 +143,10 @@ def make(fn, seed=0, rows=B):
       name in ARRAYS and ARRAYS[name].shape == 'B'
     ):  # log-probs of further anchors are not listed
       arrays[name] = rng.uniform(size=rows).astype(np.float32)
+    elif name == 'context':
+      arrays[name] = rng.integers(V, size=(rows, T, T)).astype(np.int32)
+    elif name == 'context_mask':
+      arrays[name] = np.ones((rows, T, T), bool)
     elif name in ('logits', 'teacher_logits'):
       arrays[name] = rng.normal(size=(rows, T, V)).astype(np.float32)
     else:

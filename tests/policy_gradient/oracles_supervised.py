@@ -26,11 +26,25 @@ def row_importance(a):
   return np.broadcast_to(np.clip(total, 0.1, 10), a.mask.shape)
 
 
+def repeated_pairs(a):
+  """Which tokens lie inside two neighbours of the mask that the row had before, by sets of pairs."""
+  found = np.zeros(a.mask.shape)
+  for b, (tokens, row) in enumerate(zip(a.tokens, a.mask)):
+    seen = set()
+    for t in range(1, len(tokens)):
+      if row[t - 1] and row[t]:
+        pair = tokens[t - 1], tokens[t]
+        found[b, t - 1 : t + 1] = np.maximum(found[b, t - 1 : t + 1], pair in seen)
+        seen.add(pair)
+  return found
+
+
 FUNCTIONS = {
   weights.probability: ({}, lambda a: np.exp(a.logp)),
   weights.undecided: ({}, lambda a: np.exp(a.logp) * (1 - np.exp(a.logp))),
   weights.suffix_importance: ({'block': 2}, lambda a: suffix_importance(a, 2)),
   weights.row_importance: ({}, row_importance),
+  weights.repeated_ngram: ({'n': 2}, repeated_pairs),
 }
 
 
