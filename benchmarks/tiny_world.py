@@ -123,7 +123,7 @@ STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('ppo', 'entropy_bonus', 'impala'), (plus_entropy, BONUS)),
   'epo': (plus_entropy, 'objective.penalties.bonus.weight'),
   **dict.fromkeys(
-    ('hpt', 'luffy'), (plus_entropy, 'objective.streams.sampled.penalties.bonus.weight')
+    ('hpt', 'luffy', 'srft'), (plus_entropy, 'objective.streams.sampled.penalties.bonus.weight')
   ),
   'correlated_proxies': (minus_root_chi_square, 'credit.costs.chi.weight'),
   'f_dpg': (minus_jensen_shannon, 'credit.beta'),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import methods, objectives, optim, packing
+from polgrad import methods, objectives, optim, packing, registry
 from polgrad.losses import (
   aggregation,
   divergences,
@@ -17,11 +17,12 @@ from polgrad.losses import (
   penalties,
   pointwise,
   preference_losses,
+  row_choices,
   surrogates,
   weights,
 )
 from polgrad.reductions import Max, Mean
-from polgrad.registry import UnknownArray, Weighted
+from polgrad.registry import UnknownArray, Weighted, part
 from tests import examples
 from tests.runs import method_of
 
@@ -281,6 +282,42 @@ class TestWeightedSum:
     mixed = batch.replace(stream=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32))
     with pytest.raises(ValueError, match=r"\['rl', 'sft'\].*valid: \['demonstration', 'sampled'\]"):
       loss_of(both, x, mixed)
+
+  def test_several_losses_may_share_rows_each_with_its_own_denominator(self):
+    x, batch = examples.leaves(), examples.batch()
+    mixed = batch.replace(stream=np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int32))
+    given = functools.partial(row_choices.of_stream, kind='demonstration')
+    constant = dataclasses.replace(
+      OBJECTIVES['sft'], aggregation=functools.partial(aggregation.constant_length, length=3)
+    )
+    parts = {'mean': OBJECTIVES['sft'], 'demonstration': constant, 'all': OBJECTIVES['grpo']}
+    both = objectives.WeightedSum(
+      streams={name: Weighted(1.0, one) for name, one in parts.items()},
+      rows={'mean': given, 'all': row_choices.all_rows},
+    )
+    value, grads, (terms, _) = value_and_grad(both, x, mixed)
+    nll = -np.where(batch.mask, x['logp'], 0)[[0, 1, 4, 5]].sum()
+    own = value_and_grad(OBJECTIVES['grpo'], x, batch)
+    wanted = nll / batch.mask[[0, 1, 4, 5]].sum() + nll / (8 * 3) + own[0]
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    shared = 1 / batch.mask[[0, 1, 4, 5]].sum() + 1 / 24
+    expected = own[1]['logp'] - np.where(batch.mask & (mixed.stream == 0)[:, None], shared, 0)
+    np.testing.assert_allclose(grads['logp'], expected, rtol=1e-5, atol=1e-7)
+    assert terms['mean/nll'].count == batch.mask[[0, 1, 4, 5]].sum()
+    assert terms['demonstration/nll'].count == 24
+
+  def test_a_choice_of_rows_is_refused_early_if_nothing_fits_it(self):
+    sft = Weighted(1.0, OBJECTIVES['sft'])
+    given = functools.partial(row_choices.of_stream, kind='sampled')
+    with pytest.raises(ValueError, match=r"rows names \['x'\].*valid: \['sft'\]"):
+      objectives.WeightedSum(streams={'sft': sft}, rows={'x': given})
+    one = objectives.WeightedSum(streams={'sft': sft}, rows={'sft': given})
+    assert one.requires == OBJECTIVES['sft'].requires | {'stream'}
+    with pytest.raises(KeyError, match=r"rows\.sft: of_stream reads 'stream'"):
+      loss_of(one, examples.leaves(), examples.batch())
+    with pytest.raises(ValueError, match='unknown'):
+      spec = part(row_choices.of_stream, kind='samples')
+      registry.bind(spec, row_choices.TABLE)
 
   def test_schedules_multiply_weights(self):
     x, batch = examples.leaves(), examples.batch()

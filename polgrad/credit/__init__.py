@@ -746,6 +746,41 @@ def of_samples(*, credit: Part) -> Estimator:
   )
 
 
+def by_stream(*, demonstration: Part, sampled: Part) -> Estimator:
+  """Demonstrations and samples have their advantages from different estimators.
+
+  Both see all rows, so demonstrations may count in the statistics of samples, and samples in those of
+  demonstrations: SRFT (arXiv:2506.19767).
+
+  Args:
+    demonstration: makes the advantages of demonstrations.
+    sampled: makes those of samples.
+
+  Raises:
+    ValueError: one of them makes something else than advantages.
+  """
+  both = dict(zip(STREAMS, (demonstration, sampled)))
+  for name, one in both.items():
+    if one.provides != {'advantages'}:
+      raise ValueError(
+        f'by_stream: {name} makes {sorted(one.provides)}, but advantages are wanted here'
+      )
+
+  def apply(batch, state):
+    found = {name: one.apply(batch, state[name]) for name, one in both.items()}
+    given = batch.stream == STREAMS.index('demonstration')
+    made = {name: credited.advantages for name, (credited, _) in found.items()}
+    advantages = jnp.where(given[:, None], made['demonstration'], made['sampled'])
+    return batch.with_arrays(advantages=advantages), {k: own for k, (_, own) in found.items()}
+
+  return Estimator(
+    apply=apply,
+    requires=demonstration.requires | sampled.requires | {'stream'},
+    init=lambda: {name: one.init() for name, one in both.items()},
+    scored=demonstration.scored | sampled.scored,
+  )
+
+
 def without_void(*, credit: Part) -> Estimator:
   """Rows with a void turn leave the loss and stay in the statistics (SimpleTIR, arXiv:2509.02479).
 
@@ -846,6 +881,7 @@ TABLE |= SIMPLE | table(
   'credit',
   gated,
   of_samples,
+  by_stream,
   without_void,
   of_wins,
   down_sampled,

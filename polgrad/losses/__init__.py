@@ -35,6 +35,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     multipliers         factors of advantages                                    multiplier
     reward_maps         rewards made of rewards                                  reward
     row_scores          numbers by which rows of a group are kept                score
+    row_choices         which rows of a batch an objective sees                  rows
     pareto              volumes that points dominate                             none: credit calls it
     reward_penalties    costs that are subtracted from rewards                   costs
     f_divergences       derivatives of the generators of f-divergences           derivative
@@ -107,6 +108,7 @@ from polgrad.losses import (
   returns,
   reward_maps,
   reward_penalties,
+  row_choices,
   row_scores,
   score_penalties,
   score_shapes,
@@ -158,6 +160,7 @@ __all__ = [
   'returns',
   'reward_maps',
   'reward_penalties',
+  'row_choices',
   'row_scores',
   'score_penalties',
   'score_shapes',

@@ -44,6 +44,22 @@ def bent(
   return jnp.where(rewards >= knee, high, low)
 
 
+def signed(rewards: Array, *, threshold: float = 1.0) -> Array:
+  """1 where r >= threshold, else -1 (standard).
+
+  Args:
+    rewards: [B].
+    threshold: smallest reward of a right row.
+
+  Returns:
+    [B].
+
+  >>> print(reward_maps.signed(jnp.array([1.0, 0.5, 0.0])))
+  [ 1. -1. -1.]
+  """
+  return jnp.where(rewards >= threshold, 1.0, -1.0).astype(rewards.dtype)
+
+
 def mistaken(
   rewards: Array,
   uniform: Array,
@@ -190,6 +206,6 @@ def with_bonus(rewards: Array, bonus_scores: Array, *, coefficient: float = 1.0)
 
 
 TABLE = table(
-  'reward_maps', bent, mistaken, without_noise, without_misses, brief_when_right, with_bonus
+  'reward_maps', bent, signed, mistaken, without_noise, without_misses, brief_when_right, with_bonus
 )
 Part = Annotated[Callable, TABLE]

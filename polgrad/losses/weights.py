@@ -354,6 +354,49 @@ def repeated_ngram(tokens: Array, mask: Array, *, n: AtLeastOne = 4) -> Array:
   return jnp.where(functools.reduce(jnp.logical_or, covered), 1.0, 0.0)
 
 
+def row_entropy(
+  entropy: Array, mask: Array, *, scale: float = 0.5, exponent: float = -1.0
+) -> Array:
+  """sg(scale exp(exponent H)), H the mean entropy of the row's tokens: SRFT (arXiv:2506.19767).
+
+  With a negative exponent, demonstrations of which the policy is unsure weigh less.
+
+  Args:
+    entropy: [..., T], nats.
+    mask: bool[..., T].
+    scale: weight of a row without entropy.
+    exponent: of a nat.
+
+  Returns:
+    [..., T], the same in all tokens of a row.
+  """
+  chex.assert_equal_shape([entropy, mask])
+  mean = _common.row_mean(jax.lax.stop_gradient(entropy), mask)
+  return jnp.broadcast_to(scale * jnp.exp(_common.bounded(exponent * mean)), mask.shape)
+
+
+def positive_row_entropy(
+  entropy: Array, advantages: Array, mask: Array, *, scale: float = 0.1, exponent: float = 1.0
+) -> Array:
+  """`row_entropy` where A > 0, and 1 elsewhere: SRFT (arXiv:2506.19767).
+
+  With a positive exponent, right samples of which the policy is unsure weigh more.
+
+  Args:
+    entropy: [..., T], nats.
+    advantages: [..., T].
+    mask: bool[..., T].
+    scale: weight of a row without entropy.
+    exponent: of a nat.
+
+  Returns:
+    [..., T].
+  """
+  chex.assert_equal_shape([entropy, advantages, mask])
+  weight = row_entropy(entropy, mask, scale=scale, exponent=exponent)
+  return jnp.where(advantages > 0, weight, jnp.ones_like(weight))
+
+
 def suffix_importance(
   logp: Array,
   behavior_logp: Array,
@@ -462,6 +505,8 @@ TABLE = table(
   probability,
   undecided,
   repeated_ngram,
+  row_entropy,
+  positive_row_entropy,
   suffix_importance,
   row_importance,
 ) | table(

@@ -1,4 +1,4 @@
-"""A weighted sum of objectives, for one batch or for streams of rows of different kinds."""
+"""A weighted sum of objectives over one batch, each with its own reduction and choice of rows."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated
 
 from polgrad import optim
+from polgrad.losses import row_choices
 from polgrad.objectives.base import (
   Metrics,
   Objective,
@@ -13,7 +14,9 @@ from polgrad.objectives.base import (
   State,
   StatFunction,
   Terms,
+  call_slot,
   check_names,
+  reads,
 )
 from polgrad.objectives.likelihood import Distillation, Supervised
 from polgrad.objectives.policy_gradient import PolicyGradient
@@ -42,26 +45,31 @@ FAMILIES = table(
 class WeightedSum(Objective):
   """sum_k weight_k * schedule_k(step) * objective_k.
 
-  Terms, metrics and features of an objective get its name and a slash as a prefix.
+  The model reads the batch once, whatever the number of objectives. Several of them may see the same
+  rows, and each divides by its own counts. Terms, metrics and features of an objective get its name
+  and a slash as a prefix.
 
   Attributes:
-    streams: objectives by name, each `weighted(w, part(...))`. Where `Batch.stream` is given, the
-      names must be from `types.STREAMS`, and each objective sees only the rows of the stream that has
-      its name. Objectives that all have such names read `stream`. Otherwise any names are valid, and all
-      objectives see all rows.
-    schedules: factors of a stream's weight by update, for some of the streams.
+    streams: objectives by name, each `weighted(w, part(...))`.
+    schedules: factors of an objective's weight by update, for some of the objectives.
+    rows: which rows an objective sees, for some of the objectives. Without a choice, an objective
+      that is called like one of `types.STREAMS` sees the rows of that stream, if the batch has streams.
+      In such a batch every objective needs one of the two. In other batches an objective without a
+      choice sees all rows, under any name. Rows that credit has masked are seen by none.
 
   Raises:
-    TypeError: a stream without a weight.
-    ValueError: a schedule without its stream.
+    TypeError: an objective without a weight.
+    ValueError: a schedule or a choice of rows without its objective.
   """
 
   streams: Mapping[str, Annotated[Objective, FAMILIES]]
   schedules: Mapping[str, optim.SchedulePart] = dataclasses.field(default_factory=dict)
+  rows: Mapping[str, row_choices.Part] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     check_weighted('streams', self.streams)
     check_names('schedules', self.schedules, self.streams)
+    check_names('rows', self.rows, self.streams)
 
   @functools.cached_property
   def parts(self) -> dict[str, Objective]:
@@ -70,7 +78,8 @@ class WeightedSum(Objective):
 
   @functools.cached_property
   def slots(self) -> Mapping[str, Callable]:
-    return {f'streams.{k}.{s}': f for k, p in self.parts.items() for s, f in p.slots.items()}
+    of_parts = {f'streams.{k}.{s}': f for k, p in self.parts.items() for s, f in p.slots.items()}
+    return of_parts | {f'rows.{k}': f for k, f in self.rows.items()}
 
   @functools.cached_property
   def makes(self) -> frozenset[str]:
@@ -78,8 +87,10 @@ class WeightedSum(Objective):
 
   @functools.cached_property
   def requires(self) -> frozenset[str]:
-    of_streams = {'stream'} if self.parts.keys() <= {*STREAMS} else set()
-    return frozenset(of_streams).union(*(part.requires for part in self.parts.values()))
+    by_name = self.parts.keys() - self.rows.keys()
+    of_rows = reads(self.rows.values())
+    of_rows |= {'stream'} if by_name and by_name <= {*STREAMS} else set()
+    return of_rows.union(*(part.requires for part in self.parts.values()))
 
   @functools.cached_property
   def stats(self) -> Mapping[str, StatFunction]:
@@ -133,24 +144,30 @@ class WeightedSum(Objective):
     return found
 
   def seen_by(self, name: str, outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
-    """What the objective of a stream sees.
+    """What one of the objectives sees.
 
-    These are the stream's own rows, its own statistics and features, and the features that belong to
-    no stream.
+    These are the rows that are chosen for it, its own statistics and features, and the features that
+    belong to no objective.
 
     Raises:
-      ValueError: the batch has streams, and one of the objectives is called like none of them.
+      ValueError: the batch has streams, and an objective has neither the name of one nor a choice of
+        rows.
+      UnknownArray: a choice reads an array that the batch does not have.
     """
     if batch.stream is not None:
       self.check_streams()
-      own_rows = batch.stream == STREAMS.index(name)
-      batch = batch.replace(mask=batch.mask & own_rows[:, None])
+    choose = self.rows.get(name)
+    if choose is None and batch.stream is not None:
+      choose = functools.partial(row_choices.of_stream, kind=name)
+    if choose is not None:
+      kept = call_slot(f'rows.{name}', choose, batch)
+      batch = batch.replace(mask=batch.mask & kept[:, None])
     shared = {k: v for k, v in batch.features.items() if '/' not in k}
     features = shared | _remove(name, batch.features)
     return outputs.replace(stats=_remove(name, outputs.stats)), batch.replace(features=features)
 
   def check_streams(self, path: str = 'streams') -> None:
-    """Refuses names that no stream of a mixed batch has.
+    """Refuses objectives without rows in a mixed batch: without a choice, and called like no stream.
 
     Args:
       path: place of `streams` in the configuration, for the error.
@@ -158,7 +175,7 @@ class WeightedSum(Objective):
     Raises:
       ValueError: lists the streams, and suggests one.
     """
-    check_names(path, self.streams, STREAMS)
+    check_names(path, self.streams.keys() - self.rows.keys(), STREAMS)
 
 
 def _add(name: str, items: Mapping) -> dict:

@@ -348,6 +348,7 @@ LIVE = {fn: set() for fn in NOTHING} | {
   **dict.fromkeys(multipliers.TABLE.values(), frozenset()),
   reward_maps.brief_when_right: set(),
   reward_maps.mistaken: set(),
+  reward_maps.signed: set(),
   difficulty.two_sided: set(),
   strata.mode_choice: {'rewards'},
   strata.stratified: set(),  # normalised groups of two

@@ -127,6 +127,9 @@ TERMS = ('answer', 'appeal', 'brevity', 'mode')
 BUILT = {
   'credit.divergence_reward': lambda fn: fn(derivative=f_divergences.reverse_kl),
   'credit.of_samples': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
+  'credit.by_stream': lambda fn: fn(
+    demonstration=credit.outcome(), sampled=credit.reward_to_go(normalizer=advantages.identity)
+  ),
   'credit.gated': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
   'credit.without_void': lambda fn: fn(credit=credit.reward_to_go()),
   'credit.of_wins': lambda fn: fn(credit=credit.reward_to_go(discount=0.9)),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from polgrad.losses import weights
-from tests.policy_gradient.harness import ppo, ratio_of, token_mean
+from tests.policy_gradient.harness import constant_length, ppo, ratio_of, row_mean, token_mean
 
 
 def delta(a):
@@ -40,6 +40,11 @@ def repeated_pairs(a):
 
 
 FUNCTIONS = {
+  weights.row_entropy: ({}, lambda a: 0.5 / np.exp(row_mean(a.entropy, a.mask))),
+  weights.positive_row_entropy: (
+    {},
+    lambda a: np.where(a.advantages > 0, 0.1 * np.exp(row_mean(a.entropy, a.mask)), 1.0),
+  ),
   weights.probability: ({}, lambda a: np.exp(a.logp)),
   weights.undecided: ({}, lambda a: np.exp(a.logp) * (1 - np.exp(a.logp))),
   weights.suffix_importance: ({'block': 2}, lambda a: suffix_importance(a, 2)),
@@ -56,4 +61,15 @@ def chord(x):
   return mu * token_mean(p * (1 - p), demonstration) + (1 - mu) * reinforced
 
 
-ORACLES = {'chord': chord}
+def srft(x):
+  """The demonstrations are in two sums with different divisors."""
+  demonstration, sampled = (x['mask'] & (x['stream'] == k)[:, None] for k in (0, 1))
+  p, h, a = np.exp(x['logp']), row_mean(x['entropy'], x['mask']), x['advantages']
+  imitated = token_mean(0.5 * np.exp(-h), demonstration)
+  shaped = constant_length(a * 0.1 * p / (p + 0.1) ** 2, demonstration, 5)
+  signed = constant_length(np.where(a > 0, 0.1 * np.exp(h) * a, a), sampled, 5)
+  entropy = constant_length(np.full(a.shape, 0.001), x['mask'], 5)
+  return {'logp': imitated + 8 * (shaped + signed), 'entropy': 8 * entropy}
+
+
+ORACLES = {'chord': chord, 'srft': srft}
