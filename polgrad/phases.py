@@ -24,7 +24,7 @@ from polgrad import (
   speed,
 )
 from polgrad.build import Experiment, Phase
-from polgrad.collect import Collected, minibatches
+from polgrad.collect import Collected, minibatches, responses
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
@@ -94,8 +94,16 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
     anchors=anchors,
     learned={name: one.init(anchors[name], init) for name, one in learners.items()},
     networks=networks,
+    responses=begin_responses(phase),
     **small,
   )
+
+
+def begin_responses(phase: Phase) -> responses.Responses | tuple:
+  """An empty store of responses, if the curriculum of the phase reads `drift`; else ()."""
+  if 'drift' not in phase.curriculum.reads:
+    return ()
+  return responses.empty(len(phase.source), phase.collect.length)
 
 
 def init_opt_state(
@@ -157,6 +165,7 @@ class PhaseRun:
   # (state of the curriculum, what it observes) -> its next state
   observe: Callable = lambda state, found: state
   categories: tuple[str, ...] = ()  # names of what the curriculum reports
+  recall: responses.Recall | None = None  # measures `drift`; None: the curriculum does not read it
 
   def due(self, every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
@@ -173,10 +182,18 @@ class PhaseRun:
     )
 
   def advance(self, state: TrainState, collected: Collected, draw: 'Drawer') -> TrainState:
-    """The state after a collected batch was used; the curriculum observes what became of its rows."""
+    """The state after a collected batch was used; the curriculum observes what became of its rows.
+
+    If it reads `drift`, that is measured under the policy after the updates, and is a metric.
+    """
+    drift = None
+    if self.recall is not None:
+      drift, kept = self.recall(state, collected.batch)
+      state = state.replace(responses=kept)
+      collected.metrics['drift'] = float(np.mean(drift))
     curriculum_state = draw.curriculum_state
     if jax.tree.leaves(curriculum_state):
-      found = curricula.observed(collected.batch, collected.sampled)
+      found = curricula.observed(collected.batch, collected.sampled, drift)
       curriculum_state = sharding.to_host(self.observe(curriculum_state, found))
     return advance(self.experiment.mesh, state, collected, draw.cursor, curriculum_state)
 
@@ -398,6 +415,9 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     measure_rows=evaluate.make_row_evaluator(phase, made),
     observe=jit(phase.curriculum.update),
     categories=phase.curriculum.names(phase.source),
+    recall=responses.make_recall(made, phase.collect.temperature)
+    if 'drift' in phase.curriculum.reads
+    else None,
     logs=logs,
   )
 
@@ -562,10 +582,17 @@ def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Calla
 def jit_learner(learner: Learner | AnchorLearner | NetworkLearner, state: TrainState) -> Callable:
   """`update` of the policy, of an anchor or of a network, compiled.
 
-  It donates the state that it is given, and shards the new state in the same way.
+  It donates the state that it is given, and shards the new state in the same way. What is on the host
+  alone (`TrainState.responses`) is not part of the program.
   """
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))
+  shardings = jax.tree.map(lambda x: x.sharding, state.replace(responses=()))
+  update = jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))
+
+  def step(state, batch):
+    after, report = update(state.replace(responses=()), batch)
+    return after.replace(responses=state.responses), report
+
+  return step
 
 
 def advance(

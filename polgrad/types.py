@@ -186,6 +186,9 @@ class TrainState:
   credit_state: Any
   objective_state: Any
   curriculum_state: Any = ()  # what the curriculum remembers of the rows of the data
+  # The last response to every data row, if the curriculum reads `drift` (`collect.responses`): NumPy
+  # arrays, which are on the host alone and never go through an update.
+  responses: Any = ()
   # Of the anchors that learn by their own loss: states of their optimizers and objectives.
   learned: dict[str, Any] = struct.field(default_factory=dict)
   # Of the networks that score hidden states: parameters and states of their optimizers.

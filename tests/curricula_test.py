@@ -24,6 +24,7 @@ ALL = {
   'vade': curricula.vade(decay_all=1.0),
   'spo': curricula.spo(),
   'spo_from_rates': curricula.spo(rate_field='rate'),
+  'spo_of_drift': curricula.spo(slow_decay=0.96),
   'window': curricula.window(),
   'target': curricula.target(),
   'budget': curricula.budget(),
@@ -46,7 +47,8 @@ def seen(rows, rewards, valid=None, magnitudes=None):
   valid = np.ones(len(rows), bool) if valid is None else np.asarray(valid)
   rewards = np.asarray(rewards, np.float32)
   magnitudes = rewards if magnitudes is None else np.asarray(magnitudes, np.float32)
-  return Observed(rows, rewards, valid, {'exact': rewards}, rows, magnitudes, valid)
+  drift = (0.002 * (rows % 7)).astype(np.float32)
+  return Observed(rows, rewards, valid, {'exact': rewards}, rows, magnitudes, valid, drift)
 
 
 STEP = seen([3, 3, 5, 5, 0, 0], [1, 0, 1, 1, 0, 0])

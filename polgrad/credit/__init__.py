@@ -57,6 +57,7 @@ from polgrad.credit.wrapped import (
   filtered,
   hypervolume_guided,
   laddered,
+  of_term,
   scaled,
   shaped,
   token_rewarded,
@@ -893,6 +894,7 @@ TABLE |= SIMPLE | table(
   appealed,
   hypervolume_guided,
   laddered,
+  of_term,
 )
 
 

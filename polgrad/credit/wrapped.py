@@ -35,6 +35,35 @@ def shaped(*, credit: Part, reward: reward_maps.Part) -> Estimator:
   )
 
 
+def of_term(*, credit: Part, term: str = '', low: float = 0.0, high: float = 1.0) -> Estimator:
+  """Another estimator, for which the reward is clip(x, low, high), with x one term of the reward.
+
+  The success rates of a curriculum are means of the same number if its `term` is the same one and the
+  bounds are 0 and 1.
+
+  Args:
+    credit: the estimator that sees these rewards.
+    term: name of a term that the collector notes (`terms`), before it is weighed; '' is the reward.
+    low: least reward.
+    high: largest reward.
+
+  Raises:
+    ValueError: `low` is not below `high`.
+  """
+  if not low < high:
+    raise ValueError(f'of_term: low must be below high, got {low} and {high}')
+
+  def apply(batch, state):
+    x = batch[f'{term}_term'] if term else batch.rewards
+    return credit.apply(with_rewards(batch, jnp.clip(x, low, high)), state)
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | ({f'{term}_term'} if term else set()),
+    scored=credit.scored | {'rewards'},
+  )
+
+
 def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
   """Another estimator, whose advantages are multiplied by a factor for each row or token.
 

@@ -136,6 +136,8 @@ def vade(
 def spo(
   *,
   decay: Fraction = 0.875,
+  slow_decay: Fraction = 0.0,
+  half_drift: Positive = 0.06,
   floor: NotNegative = 0.05,
   rate_field: str = '',
   rollouts: Count = 8,
@@ -148,11 +150,15 @@ def spo(
   of G completions. v from before the step is the feature `tracked_value`, a baseline that the row's own
   reward is not part of (`baselines.tracked_baseline`).
 
-  The paper lowers `decay` where the policy has moved far on the stored response of a prompt, between
-  0.96 and 0.875; here it is fixed, and responses are not stored.
+  With a `slow_decay` of 0.96, as in the paper, the weight of earlier counts of a prompt is not fixed but
+  clip(2^(-D / half_drift), decay, slow_decay). D is the mean |log pi now - log pi then| over the tokens
+  of the last response to the prompt, both after the updates of their step. This costs two forward passes
+  a step, and host memory for a response to every data row (`TrainState.responses`).
 
   Args:
-    decay: weight of earlier counts; N = 1 / (1 - decay) completions count.
+    decay: weight of earlier counts, the least one if it varies; N = 1 / (1 - decay) completions count.
+    slow_decay: the largest weight of earlier counts; 0: all have the weight `decay`.
+    half_drift: D at which the weight would be 1/2 without bounds, nats.
     floor: weight of a row that is always or never solved.
     rate_field: field of the records with a success rate that was measured before; '' starts all rows
       with alpha = beta = 1/2.
@@ -160,8 +166,13 @@ def spo(
     term: name of the term of the reward that says how right a completion is; '' is the whole reward.
 
   Raises:
-    ValueError: `rate_field` with a decay of 1, for which N is infinite.
+    ValueError: `rate_field` with a decay of 1, for which N is infinite; or a `slow_decay` below `decay`.
   """
+  if slow_decay and slow_decay < decay:
+    raise ValueError(
+      f'spo: slow_decay={slow_decay} is below decay={decay}; it must be 0 for a fixed decay, or the '
+      'larger one of the two'
+    )
   if rate_field and decay == 1:
     raise ValueError(
       'spo: with decay=1 nothing is forgotten, so rate_field has no weight to begin with'
@@ -177,7 +188,7 @@ def spo(
     v = trackers.value(state)
     return drawn(np.sqrt(v * (1 - v)) + floor, request)
 
-  return _tracking(
+  one = _tracking(
     decay=decay,
     term=term,
     init=init,
@@ -185,6 +196,15 @@ def spo(
     features=lambda state, rows: {'tracked_value': trackers.value(state)[rows]},
     provides=frozenset({'tracked_value'}),
   )
+
+  def update(state, found):
+    size = len(state.alpha)
+    weight = trackers.forgetting(
+      trackers.drift_of_rows(found, size), half=half_drift, low=decay, high=slow_decay
+    )
+    return trackers.updated(state, counts(found, size, term), decay=weight)
+
+  return one._replace(update=update, reads=one.reads | {'drift'}) if slow_decay else one
 
 
 def window(

@@ -62,6 +62,9 @@ class Observed(NamedTuple):
   trained_rows: Array  # i32[m], row of the prompt of each row that was trained on or replaced
   magnitudes: Array  # f32[m], mean |advantage| of its tokens; 0 if it was replaced
   trained_valid: Array  # bool[m]
+  # f32[m], mean |log pi now - log pi then| of the last response to the prompt before this one, nats; 0
+  # at the first. None: not measured, because the curriculum does not read it (`collect.responses`).
+  drift: Array | None = None
 
 
 class Curriculum(NamedTuple):
@@ -83,7 +86,8 @@ class Curriculum(NamedTuple):
     names: records -> the names of the entries of such arrays.
     terms: names of the terms of the reward that `update` reads.
     pools: whether a row that a step draws several times makes one large group.
-    reads: 'rewards' if `update` reads rewards, 'magnitudes' if it reads advantages.
+    reads: 'rewards' if `update` reads rewards, 'magnitudes' if it reads advantages, 'drift' if it reads
+      how far the policy has moved on the last response to a prompt.
   """
 
   init: Callable[[Records], State]
@@ -98,11 +102,12 @@ class Curriculum(NamedTuple):
   pools: bool = False
 
 
-def observed(batch: Batch, sampled: Sampled | None) -> Observed:
+def observed(batch: Batch, sampled: Sampled | None, drift: np.ndarray | None = None) -> Observed:
   """What a curriculum learns of a collected batch (NumPy).
 
   Args:
     sampled: of the step; None if nothing was sampled.
+    drift: f32[B] of the rows of the batch, if it was measured.
   """
   if sampled is None:
     none = np.zeros(0, np.float32)
@@ -123,6 +128,7 @@ def observed(batch: Batch, sampled: Sampled | None) -> Observed:
     trained_rows=np.concatenate([trained, away]).astype(np.int32),
     magnitudes=np.concatenate([magnitudes, np.zeros(len(away), np.float32)]),
     trained_valid=np.concatenate([valid, sampled.valid[sampled.replaced]]),
+    drift=None if drift is None else np.concatenate([drift, np.zeros(len(away), np.float32)]),
   )
 
 

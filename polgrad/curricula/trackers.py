@@ -43,7 +43,7 @@ def updated(
   state: DiscountedBeta,
   seen: Counts,
   *,
-  decay: float = 1.0,
+  decay: float | Array = 1.0,
   decay_all: float = 1.0,
   prior: float = 0.0,
 ) -> DiscountedBeta:
@@ -51,7 +51,8 @@ def updated(
 
       alpha <- prior + d (alpha - prior) + hits,    beta <- prior + d (beta - prior) + misses
 
-  d is `decay_all` for rows without completions in the step, and `decay_all * decay` for the others.
+  d is `decay_all` for rows without completions in the step, and `decay_all * decay` for the others; a
+  `decay` may be one number or f[D].
 
   >>> step = Counts(np.array([1.0]), np.array([1.0]))
   >>> after = updated(DiscountedBeta(np.array([4.0]), np.array([4.0])), step, decay=0.875)
@@ -61,6 +62,32 @@ def updated(
   kept = jnp.where(seen.total > 0, decay_all * decay, decay_all)
   fall = lambda x, new: prior + kept * (x - prior) + new
   return DiscountedBeta(fall(state.alpha, seen.hits), fall(state.beta, seen.total - seen.hits))
+
+
+def forgetting(
+  drift: Array, *, half: float = 0.06, low: float = 0.875, high: float = 0.96
+) -> Array:
+  """clip(2^(-drift / half), low, high): the weight of earlier counts of a prompt, which is smaller if
+  the policy has moved far on its last response (SPO, arXiv:2509.13232).
+
+  Args:
+    drift: mean |log pi now - log pi then|, nats.
+    half: drift at which the weight would be 1/2 without bounds, nats.
+    low: the smallest weight, of a drift of half log2(1 / low) or more: 0.0116.
+    high: the largest weight, of a drift of half log2(1 / high) or less: 0.0035.
+
+  >>> print(forgetting(jnp.array([0.0, 0.0035, 0.0058, 0.0116, 0.03])).round(4))
+  [0.96   0.96   0.9352 0.875  0.875 ]
+  """
+  return jnp.clip(jnp.exp2(-jnp.asarray(drift) / half), low, high)
+
+
+def drift_of_rows(found: Observed, size: int) -> Array:
+  """The drift of each row of the data, f32[D]: the mean over its rows in the step, 0 without any."""
+  rows = jnp.asarray(found.trained_rows)
+  spread = lambda x: jax.ops.segment_sum(x, rows, num_segments=size)
+  drift = jnp.asarray(found.drift, jnp.float32)
+  return spread(drift) / jnp.maximum(spread(jnp.ones_like(drift)), 1)
 
 
 def value(state: DiscountedBeta) -> np.ndarray:
