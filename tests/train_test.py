@@ -79,7 +79,7 @@ def config():
   made = addition(method, rewards=rewards, warm_start=180)
   made.phases.warm_start.steps = 3
   made.phases.train.steps = 4
-  made.phases.train.curriculum = part(curricula.vade, term='short')
+  made.phases.train.curriculum = part(curricula.spo, term='short', slow_decay=0.96)
   made.checkpoint_every = 2
   made.keep_checkpoints = 10
   return made
@@ -124,8 +124,9 @@ def test_resumed_run_equals_one_that_went_on(finished, tmp_path):
 def test_a_curriculum_is_part_of_the_run_and_of_its_checkpoints(finished, tmp_path):
   workdir, state = finished
   counts = jax.device_get(state.curriculum_state)
-  tried = counts.alpha + counts.beta > 2.001
+  tried = counts.alpha + counts.beta > 1.001
   assert 8 <= tried.sum() <= 16 and len(tried) == 7290  # four prompts in each of four steps
+  np.testing.assert_array_equal(state.responses.mask.any(axis=1), tried)  # each has its response
   assert rows(workdir)[-1]['curriculum/success_rate'] == pytest.approx(
     float(np.mean(curricula.trackers.value(counts)))
   )
