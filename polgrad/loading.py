@@ -89,12 +89,14 @@ def load(config: ConfigDict) -> tuple[Experiment, Params]:
   return experiment, chosen_params(experiment)
 
 
-def beside(name: str, experiment: Experiment) -> tuple[Policy, Params]:
+def beside(name: str, experiment: Experiment, *, same: bool = True) -> tuple[Policy, Params]:
   """A second model on the devices of an experiment: a folder, or other parameters of the run.
 
   Args:
     name: a Hugging Face folder; with --workdir or --checkpoints also 'policy' or the name of an anchor.
     experiment: of the first model.
+    same: whether the two vocabularies must have one size. Only logits need that: files of one tokenizer
+      may have more rows of padding than others.
 
   Raises:
     FileNotFoundError: there is no such folder.
@@ -108,7 +110,7 @@ def beside(name: str, experiment: Experiment) -> tuple[Policy, Params]:
     raise FileNotFoundError(f'there is no folder {folder}')
   policy = models.pretrained(path=str(folder))
   sizes = policy.config.vocab_size, experiment.policy.config.vocab_size
-  if sizes[0] != sizes[1]:
+  if (sizes[0] != sizes[1]) if same else sizes[0] < experiment.tokenizer.vocab_size:
     raise ValueError(
       f'the vocabulary of {folder} has {sizes[0]} tokens, that of the model {sizes[1]}; both must be '
       'of one tokenizer'

@@ -15,11 +15,20 @@ def writing(path: str, mode: str = 'w', **settings: Any) -> Iterator[IO]:
   Args:
     mode, settings: as those of `open`.
   """
+  with naming(path) as temporary, open(temporary, mode, **settings) as file:
+    yield file
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[str]:
+  """The same for a library that opens its file by itself: gives the name that it writes to.
+
+  The file must be closed, and then is on the disk, before it appears at `path`.
+  """
   temporary = f'{path}.tmp'
   try:
-    with open(temporary, mode, **settings) as file:
-      yield file
-      file.flush()
+    yield temporary
+    with open(temporary, 'rb') as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except BaseException:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import distillation as page
+from benchmarks import teacher_consistency
 from polgrad.losses import divergences
 
 
@@ -46,3 +47,13 @@ def test_a_student_that_can_be_the_teacher_becomes_it():
   with jax.enable_x64(True):
     for divergence in (divergences.skew_reverse_kl, divergences.jensen_shannon):
       assert page.free(divergence) < 1e-4
+
+
+def test_stored_completions_lead_to_the_teacher_whose_text_the_student_was_tuned_on():
+  found = teacher_consistency.rows()
+  assert teacher_consistency.page(found) in page.PAGE.read_text()
+  last = {key: values[-1] for key, values in found.items()}
+  for kind in teacher_consistency.WEIGHTS:
+    assert last['A', kind] < 2e-3
+  assert last['B', 'fresh'] < 1e-3 < last['B', 'frozen, all']
+  assert last['B', 'frozen, 64'] > 100 * last['A', 'frozen, 64']

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import teacher_consistency
 from polgrad import collect, methods, optim
 from polgrad.arrays import shape_of
 from polgrad.collect import replay
@@ -68,6 +69,10 @@ def sampled_distillation(s, t, logp):
   return np.mean([row[m].mean() for row, m in zip(loss, MASK)])
 
 
+def lightning_opd(s, t, logp):
+  return sampled_distillation(s, t, logp)  # what differs is who drew the tokens, and when
+
+
 def returns(reward, discount, own, divided):
   found = np.zeros((B, T))
   for b, t in zip(*np.nonzero(MASK)):
@@ -121,7 +126,7 @@ ORACLES = {
   f.__name__: f
   for f in (
     *(gkd, distillm, sampled_distillation, minillm, minillm_paper, seq_kd, top_k_distillation),
-    *(mean_teacher, random_teacher, ps_kd),
+    *(mean_teacher, random_teacher, ps_kd, lightning_opd),
   )
 }
 
@@ -218,6 +223,55 @@ def test_samples_of_an_earlier_student_teach_the_same_at_both_ends(x64):
   between = (student + teacher) / 2
   a, b = (mean_gradient(method, make(between)) for make in (frozen, fresh))
   assert np.linalg.norm(a - b) > 1e-3 and a @ b > 0
+
+
+def scores_of(params):
+  """The gradient of every token's log-prob, [S, H, P * V]."""
+  found = jax.jacobian(lambda x: enumerable.logp(POLICY, x))(params)
+  return np.asarray(found).reshape(27, 3, -1)
+
+
+def test_the_gradient_of_stored_completions_differs_by_a_covariance(x64):
+  """The theorems of Lightning OPD, by enumeration; G is the largest norm of a token's score."""
+  one, reference, teacher = setting(1)
+  method = methods.lightning_opd(clip=np.inf, eps=np.inf)
+  for mixed in (0.1, 0.3, 1.0):
+    params = reference + mixed * 0.5 * (teacher - reference)
+    scores = scores_of(params)
+    logp, of_reference, of_teacher = (
+      np.asarray(enumerable.logp(POLICY, x)) for x in (params, reference, teacher)
+    )
+    ratio = np.exp((logp - of_reference).sum(1))
+    own, drawn = np.exp(logp.sum(1)), np.exp(of_reference.sum(1))
+    advantages = of_teacher - logp
+    f = (advantages[:, :, None] * scores).sum(1)
+    on, off = own @ f, drawn @ f
+    covariance = (drawn * ratio) @ f - (drawn @ ratio) * (drawn @ f)
+    np.testing.assert_allclose(off, on - covariance, atol=1e-13)
+    bound = np.linalg.norm(scores, axis=-1).max() * np.sqrt(
+      (drawn @ np.abs(advantages).sum(1) ** 2) * (drawn @ (ratio - 1) ** 2)
+    )
+    assert 0 < np.linalg.norm(on - off) <= bound
+    # The method has this gradient: rows have three tokens, and it takes the mean over them.
+    frozen = one._replace(params=params, anchors=one.anchors | {'proximal': params})
+    np.testing.assert_allclose(3 * -mean_gradient(method, frozen), off, atol=1e-12)
+
+
+def test_another_teacher_than_that_of_the_tuning_has_a_bias_at_the_first_step(x64):
+  _, reference, teacher = setting(1)
+  _, _, other = setting(2)
+  logp, of_teacher, of_other = (
+    np.asarray(enumerable.logp(POLICY, x)) for x in (reference, teacher, other)
+  )
+  drawn, scores = np.exp(logp.sum(1)), scores_of(reference)
+  gap = of_teacher - of_other
+  bias = drawn @ (gap[:, :, None] * scores).sum(1)
+  bound = np.linalg.norm(scores, axis=-1).max() * np.sqrt(drawn @ np.abs(gap).sum(1) ** 2)
+  step = lambda towards: np.asarray(
+    teacher_consistency.direction(reference, towards, jnp.asarray(drawn))
+  ).ravel()
+  np.testing.assert_allclose(step(teacher) - step(other), bias, atol=1e-13)
+  assert 0.05 < np.linalg.norm(bias) <= bound
 
 
 def test_a_mixture_of_policies_is_one_of_probabilities():

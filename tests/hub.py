@@ -56,12 +56,17 @@ def published(name: str, folder: pathlib.Path) -> str:
   return str(folder)
 
 
-def small(name: str, folder: pathlib.Path) -> str:
-  """A folder with small random weights and a config.json like the real model's."""
+def small(name: str, folder: pathlib.Path, *, tokenizer: str = '', **sizes: int) -> str:
+  """A folder with small random weights and a config.json like the real model's.
+
+  Args:
+    tokenizer: family whose tokenizer it has; '' is its own.
+    sizes: other settings of config.json than `SMALL`.
+  """
   source = folder / 'source'
-  source.mkdir()
-  TOKENIZER[name](source)
-  settings = {**PUBLISHED[name], **SMALL}
+  source.mkdir(parents=True)
+  TOKENIZER[tokenizer or name](source)
+  settings = {**PUBLISHED[name], **SMALL, **sizes}
   if name == 'gemma3':
     settings.update(num_hidden_layers=3, sliding_window_pattern=3, sliding_window=16)
   (source / 'config.json').write_text(json.dumps(settings))

@@ -8,6 +8,7 @@
 | `Branched` | samples episodes, some of which are copies of others up to a reply |
 | `Iterated` | rollouts, some of which improve an attempt of an earlier step |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
+| `Stored` | reads completions of prompts, and the teacher's log-probs of them, from files |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `Preferences` | reads pairs of completions off the data |
@@ -50,6 +51,7 @@ from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
+from polgrad.collect.stored import Stored
 from polgrad.collect.trees import Trees
 from polgrad.collect.vines import Vines
 from polgrad.registry import table
@@ -74,6 +76,7 @@ __all__ = [
   'Rollouts',
   'SampledPreferences',
   'Sampling',
+  'Stored',
   'Trees',
   'Turns',
   'UserPreferences',
@@ -95,6 +98,7 @@ TABLE = table(
   Explored,
   Iterated,
   Mixed,
+  Stored,
   Demonstrations,
   Preferences,
   Revisions,

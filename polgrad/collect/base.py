@@ -438,6 +438,7 @@ def make_annotator(
   *,
   recompute_proximal: bool = False,
   stats: Mapping[str, Callable] = {},
+  provided: frozenset[str] = frozenset(),
 ) -> Annotator:
   """Finds out what objective and credit read, and compiles the forward passes that compute it.
 
@@ -446,6 +447,7 @@ def make_annotator(
     recompute_proximal: compute `proximal_logp` with the live policy, if it is read.
     stats: statistics of the live policy's next-token distribution; features under these names. They
       may compare it with that of the anchor `teacher`.
+    provided: log-probs of anchors that the collector has from elsewhere.
 
   Returns:
     (state, batch) -> batch with the `stats`, `old_values`, `proximal_logp` and `<anchor>_logp` of any
@@ -470,7 +472,7 @@ def make_annotator(
     return forward_in_pieces(context.policy, params, batch, **common, **settings)
 
   # Of anchors: all log-probs that come neither from the policy nor from a statistic.
-  given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats}
+  given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats, *provided}
   anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
   return Annotator(
     context=context,

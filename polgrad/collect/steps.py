@@ -180,13 +180,17 @@ def common(
   context: Context,
   *,
   recompute_proximal: bool,
-  stats: Mapping[str, Callable] = {},
+  **annotator: Any,
 ) -> dict[str, Any]:
-  """The fields of `Steps`, from the settings of a collector."""
+  """The fields of `Steps`, from the settings of a collector.
+
+  Args:
+    annotator: further arguments of `make_annotator`.
+  """
   return dict(
     context=context,
     annotate=make_annotator(
-      context, settings.temperature, recompute_proximal=recompute_proximal, stats=stats
+      context, settings.temperature, recompute_proximal=recompute_proximal, **annotator
     ),
     assign=jit(functools.partial(credits.assign, context.credit)),
     mask_truncated=settings.mask_truncated,

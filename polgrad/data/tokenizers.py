@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -48,6 +49,16 @@ class Tokenizer(NamedTuple):
   def sampling(self, prefix: str, stop_strings: Sequence[str]) -> 'Tokenizer':
     """The tokenizer of a collector or an evaluation with this prefix and these stop strings."""
     return self._replace(prefix=prefix, stop_strings=tuple(stop_strings))
+
+
+def digest(tokenizer: Tokenizer) -> str:
+  """A digest of what each id means: equal for two tokenizers whose ids can be exchanged."""
+  pieces = tokenizer.pieces(False) if tokenizer.pieces else []
+  texts = pieces or [tokenizer.decode([i]).encode() for i in range(tokenizer.vocab_size)]
+  found = hashlib.sha256(repr((tokenizer.vocab_size, sorted(tokenizer.stop_ids))).encode())
+  for text in texts:
+    found.update(len(text).to_bytes(4, 'little') + text)
+  return found.hexdigest()[:16]
 
 
 def byte() -> Tokenizer:

@@ -1,0 +1,148 @@
+"""Completions that were drawn before the run, with the log-probs of a teacher that is not there."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from polgrad import paths, stored_rows
+from polgrad.collect.base import Collect, Context, Draw, Filtering
+from polgrad.collect.drawn import Drawn
+from polgrad.collect.rollouts import Rollouts
+from polgrad.collect.steps import PROVIDED, Steps, common
+from polgrad.data import tokenizers
+from polgrad.data.tokenizers import Tokenizer
+from polgrad.types import Batch, Prompts, TrainState
+
+# Settings that decide what the files hold; the tokenizer is compared as well.
+COMPARED = ('samples_per_prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'prefix')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored(Filtering):
+  """Reads the completions of a record, and the teacher's log-probs, from files of `teacher_logp`.
+
+  Its settings are those of the sampler that drew them. A record has the same completions in every
+  epoch. `staleness` counts batches since the first one of the phase.
+  """
+
+  # Folder of the files.
+  path: str = ''
+  # The sampler's log-probs are those of an old policy; `proximal_logp` is that of the live one.
+  recompute_proximal: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.has_environment:
+      raise ValueError('Stored: completions that were drawn before have no environment')
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return PROVIDED | {'teacher_logp'}
+
+  @property
+  def folder(self) -> str:
+    return str(paths.path(self.path)) if self.path else ''
+
+  @property
+  def sampler(self) -> Rollouts:
+    """The collector that draws what the files hold."""
+    names = [field.name for field in dataclasses.fields(Filtering)]
+    return Rollouts(**{name: getattr(self, name) for name in names})
+
+  def settings(self, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the files must have been made with, see `stored_rows.SETTINGS`."""
+    own = {name: getattr(self, name) for name in COMPARED}
+    return own | {'tokenizer': _digest(tokenizer), 'stop_strings': list(self.stop_strings)}
+
+  @functools.cached_property
+  def rows_of_files(self) -> stored_rows.Rows:
+    return stored_rows.Rows(self.folder)
+
+  def read_files(self) -> None:
+    self.rows_of_files  # noqa: B018
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
+    prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
+    self.found(prompts, tokenizer)  # refuses a record without completions
+    return prompts
+
+  def found(self, prompts: Prompts, tokenizer: Tokenizer) -> list[stored_rows.Entry]:
+    """The completions of each prompt.
+
+    Raises:
+      ValueError, FileNotFoundError: the files are damaged, were made with other settings, or lack one of
+        the records; names the file.
+    """
+    self.rows_of_files.check(self.settings(tokenizer))
+    rows = zip(prompts.ids, prompts.tokens, prompts.mask, strict=True)
+    return [
+      self.rows_of_files.read(int(i), stored_rows.digest(tokens[mask])) for i, tokens, mask in rows
+    ]
+
+  def make(self, context: Context) -> Collect:
+    context = self.within(context)
+    given = dict(recompute_proximal=self.recompute_proximal, provided=frozenset({'teacher_logp'}))
+    return StoredSteps(settings=self, **common(self, context, **given)).collect
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(tokenizer: Tokenizer) -> str:
+  return tokenizers.digest(tokenizer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredSteps(Steps):
+  """The steps of `Stored`."""
+
+  settings: Stored
+
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
+    del state, step
+    records, tokenizer = draw(self.settings.prompts), self.context.tokenizer
+    prompts = Filtering.lay_out(self.settings, records, tokenizer=tokenizer, cut=self.settings.cut)
+    entries = self.settings.found(prompts, tokenizer)
+    return Drawn(batch_of(prompts, entries, self.settings.max_new_tokens, tokenizer)), records
+
+  def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
+    del random
+    return batch.replace(sampled_at=np.zeros_like(batch.sampled_at)), memory
+
+
+def batch_of(
+  prompts: Prompts, entries: Sequence[stored_rows.Entry], width: int, tokenizer: Tokenizer
+) -> Batch:
+  """The rows of these prompts as the sampler gives them, with `teacher_logp`.
+
+  Args:
+    prompts: N of them.
+    entries: of each prompt, with G samples each.
+    width: columns of a completion.
+  """
+  samples = [(i, sample) for i, one in enumerate(entries) for sample in range(len(one.tokens))]
+  begin = prompts.tokens.shape[1]
+  shape = (len(samples), begin + width)
+  tokens = np.full(shape, tokenizer.pad_id, np.int32)
+  mask = np.zeros(shape, bool)
+  logp = {name: np.zeros(shape, np.float32) for name in ('behavior_logp', 'teacher_logp')}
+  for row, (i, sample) in enumerate(samples):
+    columns = slice(begin, begin + len(entries[i].tokens[sample]))
+    tokens[row, :begin] = prompts.tokens[i]
+    tokens[row, columns] = entries[i].tokens[sample]
+    mask[row, columns] = True
+    for name, x in logp.items():
+      x[row, columns] = getattr(entries[i], name)[sample]
+  owners = np.array([i for i, _ in samples])
+  seen = mask.copy()
+  seen[:, :begin] = prompts.mask[owners]
+  return Batch(
+    tokens=tokens,
+    segment_ids=seen.astype(np.int32),
+    mask=mask,
+    finished=np.array([entries[i].finished[sample] for i, sample in samples], bool),
+    prompt_ids=prompts.ids[owners],
+    group_ids=owners.astype(np.int32),
+    **logp,
+  )

@@ -1,0 +1,222 @@
+"""Draws completions once and stores the teacher's log-probs of their tokens, for `lightning_opd`.
+
+    python -m polgrad.teacher_logp --teacher=TEACHER \\
+      --config=experiments/run.py:method=lightning_opd,task=...,model=hf,path=STUDENT,completions=FOLDER
+    python -m polgrad.train --workdir=RUN \\
+      --config=experiments/run.py:method=lightning_opd,task=...,model=hf,path=STUDENT,completions=FOLDER
+
+The configuration is that of the run: its last phase says what is drawn for which records, and where the
+files go. The student is the model of the configuration before training or a checkpoint, as
+`polgrad.loading` says, and the teacher is a Hugging Face folder with the same tokenizer, of any family
+and size. Every file is whole or absent, so the command can be stopped and started again: it makes the
+files that are not there.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from polgrad import cli, evaluate, loading, paths, sharding, stored_rows
+from polgrad.build import Experiment, Phase
+from polgrad.collect import Stored
+from polgrad.collect.base import draws_of
+from polgrad.compiling import jit
+from polgrad.data import batching, tokenizers
+from polgrad.learner import forward_in_pieces
+from polgrad.models.policy import Policy
+from polgrad.types import Batch, Layout, Params
+
+_TEACHER = flags.DEFINE_string(
+  'teacher', '', 'Folder of the teacher; with --workdir also the name of an anchor of that run.'
+)
+_ROWS = flags.DEFINE_integer('file_rows', 1024, 'Data records of a file.', lower_bound=1)
+
+
+def phase_of(experiment: Experiment) -> Phase:
+  """The phase that reads the files.
+
+  Raises:
+    ValueError: the last phase reads none, or names no folder.
+  """
+  phase = experiment.phases[experiment.order[-1]] if experiment.order else None
+  if phase is None or not isinstance(phase.collect, Stored):
+    raise ValueError(
+      'the last phase of the configuration reads no stored completions; take method=lightning_opd, or '
+      'the collector collect.Stored'
+    )
+  if not phase.collect.path:
+    raise ValueError('name the folder of the files: completions=FOLDER')
+  return phase
+
+
+def check_tokenizers(own: tokenizers.Tokenizer, folder: str) -> None:
+  """Refuses a teacher whose files have another tokenizer.
+
+  Raises:
+    ValueError: ids mean other texts.
+  """
+  place = paths.path(folder)
+  if not any((place / name).is_file() for name in ('tokenizer.json', 'tokenizer.model')):
+    return  # an anchor of the run, or weights alone
+  other = tokenizers.huggingface(path=str(place))
+  size = min(own.vocab_size, other.vocab_size)
+  texts = [[one.decode([i]) for i in range(size)] for one in (own, other)]
+  different = [i for i in range(size) if texts[0][i] != texts[1][i]]
+  # A stop token of one may be a special token without a role in the other.
+  special = {*own.stop_ids, *other.stop_ids, own.pad_id, other.pad_id, own.bos_id, other.bos_id}
+  different = [i for i in different if i not in special]
+  if different:
+    i = different[0]
+    raise ValueError(
+      f'--teacher={folder}: its tokenizer is another one: id {i} is {texts[1][i]!r}, but '
+      f'{texts[0][i]!r} for the student. Log-probs of tokens do '
+      "not carry over; distil the teacher's text with sft"
+    )
+
+
+def make_entries(
+  experiment: Experiment, phase: Phase, params: Params, score: Callable[[Batch], Any]
+) -> Callable[[Sequence[dict]], list[stored_rows.Entry]]:
+  """Makes the function from records to their completions with log-probs.
+
+  Args:
+    params: of the student.
+    score: rows -> the teacher's log-probs f32[B, T].
+  """
+  settings, index = phase.collect, len(experiment.order) - 1
+  context = settings.within(evaluate.context(experiment, phase, index))
+  sampler, tokenizer = settings.sampler, context.tokenizer
+  size = dict(samples_per_prompt=settings.samples_per_prompt)
+  draw = draws_of(sampler, context, **size)
+
+  def entries(records: Sequence[dict]) -> list[stored_rows.Entry]:
+    # The last batch is filled up with copies of its last record, so that one shape compiles.
+    padded = [*records, *[records[-1]] * (settings.prompts - len(records))]
+    prompts = sampler.lay_out(padded, tokenizer=tokenizer, cut=settings.cut)
+    drawn = draw({'policy': params}, prompts, padded, prompts.ids, seed=context.seed, step=0).batch
+    found = drawn.with_arrays(teacher_logp=sharding.to_host(score(drawn)))
+    return [entry(found, prompts, n, settings.samples_per_prompt) for n in range(len(records))]
+
+  return entries
+
+
+def entry(batch: Batch, prompts: Any, number: int, samples: int) -> stored_rows.Entry:
+  """The completions of prompt `number` in sampled rows (NumPy)."""
+  rows = range(number * samples, (number + 1) * samples)
+  of = lambda x: [x[row][batch.mask[row]] for row in rows]
+  return stored_rows.Entry(
+    id=int(prompts.ids[number]),
+    prompt=stored_rows.digest(prompts.tokens[number][prompts.mask[number]]),
+    finished=[bool(batch.finished[row]) for row in rows],
+    tokens=of(batch.tokens),
+    behavior_logp=of(batch.behavior_logp),
+    teacher_logp=of(batch.teacher_logp),
+  )
+
+
+def make_score(
+  experiment: Experiment, phase: Phase, teacher: Policy, params: Params
+) -> Callable[[Batch], Any]:
+  """Makes the function from sampled rows to the teacher's log-probs f32[B, T]."""
+  settings = dict(fields=frozenset(), temperature=phase.collect.temperature)
+  layout = Layout(phase.collect.prompt_length)
+  look = jit(lambda params, rows: forward_in_pieces(teacher, params, rows, **settings).logp)
+
+  def score(batch: Batch) -> Any:
+    rows = Batch(tokens=batch.tokens, segment_ids=batch.segment_ids, mask=batch.mask, layout=layout)
+    return look(params, sharding.place_batch(experiment.mesh, rows))
+
+  return score
+
+
+def store(
+  phase: Phase,
+  tokenizer: tokenizers.Tokenizer,
+  entries: Callable[[Sequence[dict]], list[stored_rows.Entry]],
+  *,
+  vocab_size: int,
+  file_rows: int = 1024,
+  made_by: dict[str, str],
+) -> int:
+  """Writes the files that are not there yet; returns how many records they hold.
+
+  Args:
+    tokenizer: of the run.
+    entries: of `make_entries`.
+    vocab_size: of the student's model.
+    file_rows: data records of a file.
+    made_by: what else the files say of themselves.
+
+  Raises:
+    ValueError: the folder has files of other settings, or a record does not fit the run.
+  """
+  settings, source = phase.collect, phase.source
+  folder = str(paths.local(settings.folder))
+  own = settings.own(tokenizer)
+  head = settings.settings(own) | {'vocab_size': vocab_size} | made_by
+  first = jax.process_index() == 0
+  if first:
+    os.makedirs(folder, exist_ok=True)
+  count = 0
+  for begin in tqdm(range(0, len(source), file_rows), unit='file', disable=not first):
+    path = stored_rows.file_name(folder, begin)
+    if os.path.exists(path):
+      check_file(path, head)
+      continue
+    rows = range(begin, min(begin + file_rows, len(source)))
+    records = [{**source[row], 'id': row} for row in rows]
+    fates = [batching.fate(settings.sampler, record, own) for record in records]
+    kept = [record for record, fate in zip(records, fates) if fate in ('kept', 'cut')]
+    made = []
+    for at in range(0, len(kept), settings.prompts):
+      made += entries(kept[at : at + settings.prompts])
+    count += len(made)
+    if first:
+      stored_rows.write(path, head, made)
+  return count
+
+
+def check_file(path: str, head: dict[str, Any]) -> None:
+  """Refuses a file that is there already, but was made otherwise.
+
+  Raises:
+    ValueError: names the file and what differs.
+  """
+  found = stored_rows.head(path)
+  for name, value in head.items():
+    if found.get(name) != value:
+      raise ValueError(
+        f'{path}: it is there already, with {name} {found.get(name)!r}, now {value!r}; take another '
+        'folder, or delete its files'
+      )
+
+
+def main(argv: list[str]) -> None:
+  loading.start(argv)
+  with cli.refusals():
+    if not _TEACHER.value:
+      raise ValueError('name the teacher: --teacher=FOLDER')
+    experiment, params = loading.load(loading.config())
+    phase = phase_of(experiment)
+    check_tokenizers(experiment.tokenizer, _TEACHER.value)
+    student = cli.WORKDIR.value or str(cli.CONFIG.value and cli.CONFIG.value.model.get('path', ''))
+    with jax.set_mesh(experiment.mesh):
+      teacher = loading.beside(_TEACHER.value, experiment, same=False)
+      score = make_score(experiment, phase, *teacher)
+      count = store(
+        phase,
+        experiment.tokenizer,
+        make_entries(experiment, phase, params, score),
+        vocab_size=experiment.policy.config.vocab_size,
+        file_rows=_ROWS.value,
+        made_by={'teacher': _TEACHER.value, 'student': student},
+      )
+  print(f'wrote {count} records to {phase.collect.path}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,262 @@
+"""Completions that were drawn once, with a teacher's log-probs: files, their faults, who makes them."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from polgrad import build, evaluate, loading, phases, stored_rows, teacher_logp
+from polgrad.data import tokenizers
+from polgrad.options import from_text
+from tests import hub
+from tests.data import folders
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+SETTINGS = dict(
+  tokenizer='abc', samples_per_prompt=2, max_new_tokens=4, temperature=0.8, top_k=0, top_p=1.0,
+  prefix='', stop_strings=[], vocab_size=9,
+)  # fmt: skip
+
+
+def entry(row, seed=0):
+  random = np.random.default_rng((row, seed))
+  sizes = (3, 1)
+  logp = lambda: [-random.random(n).astype(np.float32) for n in sizes]
+  return stored_rows.Entry(
+    id=row,
+    prompt=stored_rows.digest([row, 5]),
+    finished=[True, False],
+    tokens=[random.integers(9, size=n).astype(np.int32) for n in sizes],
+    behavior_logp=logp(),
+    teacher_logp=logp(),
+  )
+
+
+def folder(tmp_path, **settings):
+  for first in (0, 3):
+    path = stored_rows.file_name(str(tmp_path), first)
+    stored_rows.write(path, SETTINGS | settings, [entry(row) for row in range(first, first + 3)])
+  return str(tmp_path)
+
+
+def test_what_was_written_is_read_bit_by_bit_in_any_order(tmp_path):
+  rows = stored_rows.Rows(folder(tmp_path))
+  assert len(rows) == 6
+  for row in (5, 0, 3):
+    found, want = rows.read(row, stored_rows.digest([row, 5])), entry(row)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+  assert [x.name for x in sorted(tmp_path.iterdir())] == [
+    '00000000.array_record',
+    '00000003.array_record',
+  ]
+
+
+def rewritten(path, change):
+  """The file with another JSON in the entry of its second record."""
+  reader = array_record_module.ArrayRecordReader(str(path))
+  values = [json.loads(x) for x in reader.read([*range(reader.num_records())])]
+  values[2] = change(values[2])
+  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+  for value in values:
+    writer.write(json.dumps(value).encode())
+  writer.close()
+
+
+FAULTS = {
+  'another record': (lambda x: x | {'id': 8}, 'one of record 8'),
+  'a sample is missing': (lambda x: x | {'tokens': x['tokens'][:1]}, '1 samples in tokens'),
+  'fewer numbers than tokens': (
+    lambda x: x | {'teacher_logp': [[-1.0], [-1.0]]},
+    r"sample 0 .* different lengths: {'tokens': 3, 'behavior_logp': 3, 'teacher_logp': 1}",
+  ),
+  'an id that is none': (lambda x: x | {'tokens': [[1, 2, 9], [1]]}, 'ids from 1 to 9.*9 tokens'),
+  'not a number': (
+    lambda x: x | {'teacher_logp': [[-1, -1, np.nan], [-1]]},
+    'teacher_logp must be',
+  ),
+  'texts': (lambda x: x | {'behavior_logp': [['a'] * 3, [-1]]}, 'behavior_logp must be lists'),
+  'too long': (
+    lambda x: x | {name: [[0] * 5, [0]] for name in stored_rows.OF_TOKENS},
+    'has 5 tokens, but must have 1 to 4',
+  ),
+  'a field is missing': (lambda x: {'id': x['id']}, 'expected an object with'),
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_damaged_entry_names_file_and_record(fault, tmp_path):
+  change, message = FAULTS[fault]
+  rows = folder(tmp_path)
+  rewritten(tmp_path / '00000003.array_record', change)
+  rows = stored_rows.Rows(rows)
+  rows.read(3, entry(3).prompt)
+  with pytest.raises(ValueError, match=rf'00000003.array_record, record 4: .*{message}'):
+    rows.read(4, entry(4).prompt)
+
+
+def test_a_record_that_is_not_there_or_had_another_prompt(tmp_path):
+  rows = stored_rows.Rows(folder(tmp_path))
+  with pytest.raises(ValueError, match=r'no completion of record 6; it holds 6 records.*\[5\]'):
+    rows.read(6, '')
+  with pytest.raises(ValueError, match='record 2: it was drawn for another prompt'):
+    rows.read(2, entry(3).prompt)
+  with pytest.raises(ValueError, match=r'drawn with temperature 0\.8, this run has 1\.0'):
+    rows.check({'temperature': 1.0})
+  with pytest.raises(FileNotFoundError, match=r'none.*expected the files'):
+    stored_rows.Rows(str(tmp_path / 'none'))
+
+
+@pytest.mark.parametrize('kept', [0, 1000, 65536, 131071])
+def test_a_file_that_is_cut_off_is_named(kept, tmp_path):
+  rows = folder(tmp_path)
+  path = tmp_path / '00000003.array_record'
+  path.write_bytes(path.read_bytes()[:kept])
+  with pytest.raises(ValueError, match=r'00000003.array_record: no file of completions'):
+    stored_rows.Rows(rows)
+
+
+def test_no_flipped_bit_passes_for_data(tmp_path):
+  rows = folder(tmp_path)
+  path = tmp_path / '00000003.array_record'
+  whole = path.read_bytes()
+  used = [i for i, byte in enumerate(whole) if byte]
+  refused = 0
+  for place in used[:: len(used) // 16]:
+    changed = bytearray(whole)
+    changed[place] ^= 1
+    path.write_bytes(changed)
+    try:
+      found = stored_rows.Rows(rows)
+      for row in (3, 4, 5):
+        jax.tree.map(np.testing.assert_array_equal, found.read(row, entry(row).prompt), entry(row))
+    except ValueError as error:
+      assert '00000003.array_record' in str(error)
+      refused += 1
+  assert refused > 8
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+  path = str(tmp_path / 'x.array_record')
+  bad = entry(0)._replace(teacher_logp=[np.full(3, np.nan, np.float32), np.zeros(1, np.float32)])
+  with pytest.raises(ValueError, match='record 0: sample 0: teacher_logp must be finite'):
+    stored_rows.write(path, SETTINGS, [bad])
+  assert not list(tmp_path.iterdir())
+
+
+def test_files_of_one_folder_agree(tmp_path):
+  rows = folder(tmp_path)
+  other = stored_rows.file_name(rows, 6)
+  stored_rows.write(other, SETTINGS | {'temperature': 1.0}, [entry(6)])
+  with pytest.raises(ValueError, match=r'00000006.*temperature is 1\.0, but 0\.8 in .*00000000'):
+    stored_rows.Rows(rows)
+  stored_rows.write(other, SETTINGS, [entry(5)])
+  with pytest.raises(ValueError, match=r'00000006.*record 5 is in .*00000003.array_record too'):
+    stored_rows.Rows(rows)
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  """Folders of a student and of a teacher of another family and size, with one tokenizer."""
+  base = tmp_path_factory.mktemp('models')
+  student = hub.small('qwen3', base / 'student')
+  # As real families have it, the teacher's embedding has further rows that no token uses.
+  teacher = hub.small('gemma3', base / 'teacher', tokenizer='qwen3', hidden_size=48, vocab_size=704)
+  return student, teacher
+
+
+def config_of(student, rows, **options):
+  text = ''.join(f',{name}={value}' for name, value in options.items())
+  return from_text(
+    f'method=lightning_opd,task=addition,digits=1,model=hf,path={student},smoke,'
+    f'completions={rows}{text}'
+  )
+
+
+def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_path):
+  student, teacher = models
+  run = build.build(config_of(student, tmp_path / 'rows'))
+  phase = teacher_logp.phase_of(run)
+  phase = dataclasses.replace(
+    phase, source=dataclasses.replace(phase.source, size=6), collect=phase.collect
+  )
+  params = evaluate.init_params(run.policy, run.mesh, 0)
+  policy, weights = loading.beside(teacher, run, same=False)
+  calls = []
+
+  def store(**settings):
+    def entries(records):
+      calls.append([record['id'] for record in records])
+      return make(records)
+
+    teacher_logp.check_tokenizers(run.tokenizer, teacher)
+    score = teacher_logp.make_score(run, phase, policy, weights)
+    make = teacher_logp.make_entries(run, phase, params, score)
+    size = dict(vocab_size=run.policy.config.vocab_size, file_rows=3)
+    made_by = {'teacher': teacher, 'student': student}
+    return teacher_logp.store(phase, run.tokenizer, entries, **size, made_by=made_by | settings)
+
+  with jax.set_mesh(run.mesh):
+    assert store() == 6 and calls == [[0, 1, 2], [3, 4, 5]]
+    # Again: nothing is made anew but what is missing, and that is the same.
+    path = pathlib.Path(stored_rows.file_name(str(tmp_path / 'rows'), 3))
+    before = path.read_bytes()
+    path.unlink()
+    assert store() == 3 and calls[2:] == [[3, 4, 5]]
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"00000000.*with teacher .*, now 'other'"):
+      store(teacher='other')
+
+    # The teacher's log-probs of the tokens, from its logits, in float64.
+    records = [{**phase.source[row], 'id': row} for row in (4, 1, 2, 3)]
+    prompts = phase.collect.lay_out(records, tokenizer=run.tokenizer)
+    found = phase.collect.found(prompts, run.tokenizer)
+    collect = phase.collect.make(evaluate.context(run, phase, 0))
+    state = phases.begin(run, 0, None)
+    batch = collect(state, lambda count: records[:count], 0).batch
+  assert batch.staleness.max() == 0 and batch.sampled_at.max() == 0
+  for name, model, own in (
+    ('teacher_logp', policy, weights),
+    ('proximal_logp', run.policy, state.params),
+  ):
+    hidden = model.hidden(own, batch.tokens, batch.segment_ids)
+    logits = np.asarray(model.unembed(own, hidden), np.float64)[:, :-1]
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = np.take_along_axis(logp, batch.tokens[:, 1:, None], 2)[..., 0]
+    where = batch.mask[:, 1:]
+    np.testing.assert_allclose(batch[name][:, 1:][where], want[where], atol=2e-5)
+  # The student has not moved yet: what drew the tokens is what is trained.
+  np.testing.assert_allclose(batch.proximal_logp, batch.behavior_logp, atol=1e-5)
+  for row, one in enumerate(found):
+    np.testing.assert_array_equal(batch.tokens[row][batch.mask[row]], one.tokens[0])
+  want = np.where(batch.mask, batch.teacher_logp - batch.proximal_logp, 0)
+  np.testing.assert_allclose(batch.advantages, want, atol=1e-6)
+
+
+def test_runs_that_do_not_fit_the_files_are_refused(models, tmp_path):
+  student, _ = models
+  with pytest.raises(ValueError, match=r'the last phase .* reads no stored completions'):
+    teacher_logp.phase_of(
+      build.build(from_text('method=grpo,task=addition,model=tiny,smoke,warm_start=0'))
+    )
+  with pytest.raises(ValueError, match='completions=FOLDER'):
+    teacher_logp.phase_of(build.build(config_of(student, '')))
+  folders.llama3(tmp_path)
+  own = tokenizers.huggingface(path=student)
+  with pytest.raises(ValueError, match=r'tokenizer is another one: id \d+ is .*text with sft'):
+    teacher_logp.check_tokenizers(own, str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=r'config.phases.train.collect: .*teacher_logp'):
+    build.check_data(build.build(config_of(student, tmp_path / 'none')))
+
+
+def test_the_digest_of_a_tokenizer_is_that_of_its_ids(models):
+  student, teacher = models
+  one, other = (tokenizers.huggingface(path=path) for path in (student, teacher))
+  assert tokenizers.digest(one) == tokenizers.digest(other)
+  found = {
+    tokenizers.digest(x) for x in (one, tokenizers.byte(), tokenizers.characters(alphabet='ab'))
+  }
+  assert len(found | {tokenizers.digest(tokenizers.characters(alphabet='ba'))}) == 4
