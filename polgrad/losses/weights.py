@@ -11,7 +11,6 @@ A token of weight 0 still counts in the denominator of the aggregation. Weights 
 the reward, because normalising the advantages would undo a factor of the reward.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -351,7 +350,7 @@ def repeated_ngram(tokens: Array, mask: Array, *, n: AtLeastOne = 4) -> Array:
   repeats = jnp.any(same & jnp.tri(length, k=-1, dtype=bool)[None], axis=2)
   # An n-gram that is repeated at j covers j, ..., j + n - 1.
   covered = [jnp.pad(repeats, ((0, 0), (i, 0)))[:, :length] for i in range(n)]
-  return jnp.where(functools.reduce(jnp.logical_or, covered), 1.0, 0.0)
+  return jnp.where(jnp.any(jnp.stack(covered), axis=0), 1.0, 0.0)
 
 
 def row_entropy(
