@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, phases, sharding, train
+from polgrad import build, curricula, phases, sharding, train
 from polgrad.collect import Rollouts, replay, rollouts
 from polgrad.registry import part
 from polgrad.types import Batch
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn
 
 def lagging(overlap: bool = True, **changes):
   made = config()
+  made.phases.train.curriculum = part(curricula.vade, term='short')
   made.phases.train.collect.update(lag=1, replay=1, replay_fraction=0.5, overlap=overlap, **changes)
   return made
 
@@ -35,6 +36,7 @@ def test_an_overlapped_run_is_the_run_with_this_lag_bit_for_bit_and_resumes(alon
   equal(train.run(lagging(), whole), state)
   assert rows(whole) == rows(expected)
   assert [row['staleness'] for row in rows(whole) if 'staleness' in row] == [0, 1, 1.5, 1.5]
+  assert int(state.collect_state.count) == 4
   shutil.copytree(whole, broken)
   shutil.rmtree(tmp_path / 'broken/checkpoints/19')  # the one before is in mid-phase
   equal(train.run(lagging(), broken), state)

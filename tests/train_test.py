@@ -180,19 +180,6 @@ def test_the_main_notes_a_request_to_stop_while_it_trains(monkeypatch, tmp_path)
   assert asked == [True]
 
 
-def test_resumed_run_uses_the_rollouts_that_it_remembered(tmp_path):
-  made = config()
-  made.phases.train.collect.update(lag=1, replay=1, replay_fraction=0.5)
-  whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
-  state = train.run(made, whole)
-  assert [r['staleness'] for r in rows(whole) if 'staleness' in r] == [0, 1, 1.5, 1.5]
-  shutil.copytree(whole, broken)
-  shutil.rmtree(tmp_path / 'broken' / 'checkpoints' / '19')  # the one before is in mid-phase
-  assert int(state.collect_state.count) == 4
-  equal(train.run(made, broken), state)
-  assert rows(broken) == rows(whole)
-
-
 def test_a_run_leaves_metrics_checkpoints_config_and_a_report(finished):
   workdir, _ = finished
   names = set(os.listdir(workdir))
