@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, curricula, phases, sharding, train
+from polgrad import build, credit, curricula, phases, sharding, train
 from polgrad.collect import Rollouts, replay, rollouts
 from polgrad.registry import part
 from polgrad.types import Batch
+from tests.runs import method_of
 from tests.train_test import config, equal, rows
 
 pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn')
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn
 def lagging(overlap: bool = True, **changes):
   made = config()
   made.phases.train.curriculum = part(curricula.vade, term='short')
+  rdd = method_of('rdd')  # a network remembers too
+  with made.unlocked():
+    made.phases.train.networks = dict(rdd.networks)
+    made.phases.train.credit = part(
+      credit.shaped, credit=made.phases.train.credit, reward=rdd.credit.reward
+    )
   made.phases.train.collect.update(lag=1, replay=1, replay_fraction=0.5, overlap=overlap, **changes)
   return made
 
@@ -41,6 +48,8 @@ def test_an_overlapped_run_is_the_run_with_this_lag_bit_for_bit_and_resumes(alon
   shutil.rmtree(tmp_path / 'broken/checkpoints/19')  # the one before is in mid-phase
   equal(train.run(lagging(), broken), state)
   assert rows(broken) == rows(expected)
+  learned = [row['bonus/loss'] for row in rows(whole) if 'bonus/loss' in row]
+  assert len(learned) == 4 and int(state.networks['bonus']['skipped']) == 0
 
 
 def test_other_devices_sample_the_same_rows(alone, tmp_path):

@@ -873,9 +873,10 @@ def test_metrics_of_an_anchor_are_means_too_and_have_its_name():
   }
   run = types.SimpleNamespace(
     phase=types.SimpleNamespace(
-      epochs=1, minibatches=2, learned={'judge': types.SimpleNamespace(minibatches=2)}
+      epochs=1, minibatches=2, learned={'judge': types.SimpleNamespace(minibatches=2)}, networks={}
     ),
     update='of the policy',
+    networks={},
     learn={'judge': 'of the anchor'},
     _updates=lambda update, state, batch, step, **sizes: (state, made[update]),
   )

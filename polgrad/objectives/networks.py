@@ -201,7 +201,7 @@ WAVES = 8  # frequencies by which a number in [0, 1] is shown to a network
 
 def waves(x: Array) -> Array:
   """cos and sin of pi k x, k = 1 ... WAVES: [...] -> [..., 2 WAVES]."""
-  turns = jnp.pi * x[..., None] * jnp.arange(1, WAVES + 1)
+  turns = jnp.multiply.outer(x, jnp.pi * jnp.arange(1, WAVES + 1))
   return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
 
 
