@@ -114,6 +114,10 @@ FEATURES = {
   'parent_values': Spec('B T', 'value of the node before it, 0 for the root; from `collect.Trees`'),
   'node_leaves': Spec('B T', 'trained leaves below the node of the token; from `collect.Trees`'),
   'parent_leaves': Spec('B T', 'trained leaves below the node before; from `collect.Trees`'),
+  'injected': Spec(
+    'B T',
+    '1 for tokens that were given and not sampled, 0 for others; from `collect.Inpainted`',
+  ),
   'opponent': Spec(
     'B', '1 for a row that another policy sampled, 0 for others; from the collector'
   ),

@@ -7,6 +7,7 @@
 | `Trees` | samples completions as trees, whose branches say how good their nodes are |
 | `Branched` | samples episodes, some of which are copies of others up to a reply |
 | `Iterated` | rollouts, some of which improve an attempt of an earlier step |
+| `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Stored` | reads completions of prompts, and the teacher's log-probs of them, from files |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
@@ -47,6 +48,7 @@ from polgrad.collect.data import (
 )
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.exploration import Explored
+from polgrad.collect.inpainted import Inpainted
 from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
 from polgrad.collect.rollouts import Rollouts
@@ -67,6 +69,7 @@ __all__ = [
   'Explored',
   'Feedback',
   'Given',
+  'Inpainted',
   'Iterated',
   'Lists',
   'Mixed',
@@ -97,6 +100,7 @@ TABLE = table(
   Branched,
   Explored,
   Iterated,
+  Inpainted,
   Mixed,
   Stored,
   Demonstrations,

@@ -33,7 +33,7 @@ from polgrad.losses._common import (
   within,
 )
 from polgrad.losses.groups import divide, same, size, total
-from polgrad.registry import NotNegative, Range, table
+from polgrad.registry import Fraction, NotNegative, Range, table
 from polgrad.types import Array
 
 
@@ -232,6 +232,28 @@ def top_entropy(entropy: Array, mask: Array, *, share: float = 0.2) -> Array:
   # Of equal neighbours the difference is exactly 0; there is no other one to subtract from infinity.
   step = jnp.where(above > below, above - below, 0)
   return mask & (entropy >= below + step * (place - jnp.floor(place)))
+
+
+def uncertain_hints(
+  entropy: Array, injected: Array, mask: Array, *, share: Fraction = 0.2
+) -> Array:
+  """All tokens that the policy drew, and the given ones of highest entropy: IGPO (arXiv:2509.10396).
+
+  Of the n given tokens of the batch, int(share n) are selected. So a hint is imitated where the policy
+  was unsure, and not where it would have written the same. A share of 0 imitates nothing, and 1 all.
+
+  Args:
+    entropy: [B, T], of the next-token distribution, nats.
+    injected: [B, T], 1 for given tokens, 0 for others.
+    mask: bool[B, T].
+    share: fraction of the given tokens to select.
+
+  Returns:
+    bool[B, T], True where a token is selected.
+  """
+  chex.assert_equal_shape([entropy, injected, mask])
+  given = mask & (injected > 0)
+  return mask & (~given | (_rank(-entropy, given) < _part(share, given)))
 
 
 def signed_entropy(
@@ -593,6 +615,7 @@ TABLE = table(
   random_covariance,
   unlikely,
   top_entropy,
+  uncertain_hints,
   signed_entropy,
   token_band,
   sequence_band,

@@ -21,6 +21,7 @@ def make(seed):
   uniform = ('noise', 'score_norm', 'score_fisher', 'hidden_norm', 'entropy')
   arrays = {name: rng.normal(size=(B, T)) for name in normal}
   arrays |= {name: rng.uniform(size=(B, T)) for name in uniform}
+  arrays['injected'] = rng.uniform(size=(B, T)) < 0.5
   arrays = {name: np.where(MASK, x, 0) for name, x in arrays.items()}
   return arrays | {'mask': MASK, 'group_ids': np.array([5, 2, 5, 5])}
 
@@ -37,6 +38,11 @@ def covariance(a):
 def top_entropy(a, share):
   threshold = np.quantile([a['entropy'][p] for p in TOKENS], 1 - share)
   return [p for p in TOKENS if a['entropy'][p] >= threshold]
+
+
+def uncertain_hints(a, share):
+  given = sorted((p for p in TOKENS if a['injected'][p]), key=lambda p: -a['entropy'][p])
+  return [p for p in TOKENS if not a['injected'][p]] + given[: int(share * len(given))]
 
 
 def gap(a, p):
@@ -150,6 +156,7 @@ ORACLES = {
   ),
   selections.unlikely: (dict(share=0.6), unlikely),
   selections.top_entropy: (dict(share=0.3), top_entropy),
+  selections.uncertain_hints: (dict(share=0.3), uncertain_hints),
   selections.token_band: (dict(low=0.5, high=2.0), token_band),
   selections.sequence_band: (dict(low=0.2, high=8.0), sequence_band),
   selections.geometric_band: (dict(low=0.8, high=1.2), geometric_band),

@@ -71,6 +71,7 @@ def random_arrays(objective: Objective, *, group: int = 4, seed: int = 0) -> dic
     'hidden_norm': rng.uniform(0, 2000, size=shape),
   }
   x |= {name: rng.uniform(0.1, 1.0, size=shape) for name in objective.stats}
+  x['injected'] = np.random.default_rng(seed).uniform(size=shape) < 0.5
   if isinstance(objective, objectives.WeightedSum) and 'stream' not in objective.requires:
     del x['stream']  # all of its objectives see all rows
   return {
@@ -98,6 +99,7 @@ def fix_a(objective: Objective) -> dict[str, np.ndarray]:
     'staleness': np.full(2, 2.0),
     'entropy': np.ones((2, 3)),
     'values': np.zeros((2, 3)),
+    'injected': np.zeros((2, 3)),
   }
   x |= {name: np.zeros((2, 3)) for name in objective.stats}
   return {

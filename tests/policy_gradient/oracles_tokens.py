@@ -41,6 +41,15 @@ def forking_tokens(x):
   return token_mean(np.where(x['entropy'] >= tau, weight, 0), x['mask'])
 
 
+def igpo(x):
+  """Of the given tokens a fifth is learned from, those of the highest entropy."""
+  given = sorted(zip(*np.nonzero(x['mask'] & (x['injected'] > 0))), key=lambda p: -x['entropy'][p])
+  weight = ppo(x, ratio_of(x), 0.8, 1.2)
+  for p in given[int(0.2 * len(given)) :]:
+    weight[p] = 0
+  return token_mean(weight, x['mask'])
+
+
 def adaptive(ratio, advantages, h, eps, widening, emphasis):
   """The bounds and the advantage of every token, by cases."""
   low = np.where(h <= 0, 1 - eps * (1 - widening * h), 1 - eps)
@@ -115,6 +124,7 @@ ORACLES = {
   'gtpo': gtpo,
   'd3s': d3s,
   'forking_tokens': forking_tokens,
+  'igpo': igpo,
   'pure': pure,
   'vc_ppo': vc_ppo,
   'vapo': vapo,
