@@ -400,7 +400,7 @@ class Learner:
     norm = self.gradient_norm(grads)
 
     # The optimizer's step.
-    oracle, asked = self.oracle(state, trainable, batch)
+    oracle, asked = self.oracle(state, trainable, batch, loss)
     optimizer = optax.with_extra_args_support(self.optimizer)
     rate = learning_rate(optimizer, state.opt_state)
     steps, opt_state = optimizer.update(grads, state.opt_state, trainable, oracle=oracle)
@@ -571,8 +571,12 @@ class Learner:
     """Number of consecutive rows that stay together when a batch is cut into micro-batches."""
     return max(self.objective.rows_together, batch.layout.shared)
 
-  def oracle(self, state: TrainState, trainable: Params, batch: Batch) -> tuple[Oracle, list[str]]:
+  def oracle(
+    self, state: TrainState, trainable: Params, batch: Batch, loss: Array
+  ) -> tuple[Oracle, list[str]]:
     """What the optimizer may ask about the loss of this minibatch, and the questions it has asked.
+
+    `loss` is its value at `trainable`.
 
     The list is empty until the optimizer's update is traced, and then holds the name of each question.
     """
@@ -592,7 +596,13 @@ class Learner:
     def product(vector: Params) -> Params:
       return jax.jvp(at, (trainable,), (vector,))[1]
 
-    return Oracle(gradient=at, halves=halves, product=product), asked
+    def both(params: Params) -> tuple[Array, Params]:
+      asked.append('value_and_gradient')
+      (value, _), gradient = self.gradient(state, params, batch)
+      return value, gradient
+
+    answers = dict(gradient=at, halves=halves, product=product, value_and_gradient=both)
+    return Oracle(value=lambda: loss, **answers), asked
 
   def gradient_norm(self, grads: Params) -> Array:
     """The norm f32[] of the gradient, without the balance of routers."""

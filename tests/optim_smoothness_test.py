@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from polgrad.optim.smoothness import Descent, smooth_step, start
+from polgrad.optim import Oracle
+from polgrad.optim.smoothness import Descent, smooth_descent, smooth_step, start
 
 
 def test_a_trial_is_the_equation_and_gamma_follows_the_test():
@@ -63,3 +65,52 @@ def test_the_exact_hessian_solves_logistic_regression_in_a_few_trials():
         state = step(state)
       lengths[name] = float(jnp.linalg.norm(jax.grad(loss)(state.x)))
     assert lengths['exact'] < 1e-10 and lengths['none'] > 1e-4
+
+
+def asking(loss, params):
+  grad = jax.grad(loss)
+  return Oracle(
+    gradient=None,
+    halves=None,
+    product=lambda vector: jax.jvp(grad, (params,), (vector,))[1],
+    value=lambda: loss(params),
+    value_and_gradient=jax.value_and_grad(loss),
+  )
+
+
+def test_the_optimizer_makes_the_same_trials_with_and_without_the_hessian():
+  """On the parts of a tree, in five iterations for five unknowns; some trials fail."""
+  a, b = np.diag([4.0, 0.5, 1.0, 2.0, 7.0]), np.array([1.0, -2.0, 0.3, 0.0, 1.0])
+  loss = lambda x: x @ a @ x / 2 - b @ x + (x**4).sum()
+  with jax.enable_x64(True):
+    for products, hessian in ((0, lambda x: jnp.zeros((5, 5))), (5, jax.hessian(loss))):
+      made, state = (
+        smooth_descent(radius=3.0, products=products),
+        start(jnp.full(5, 2.0), gamma=3.0),
+      )
+      params = {'x': jnp.full(2, 2.0), 'y': jnp.full(3, 2.0)}
+      whole = lambda p: loss(jnp.concatenate([p['x'], p['y']]))
+      memory, taken = made.init(params), set()
+      for _ in range(8):
+        oracle = asking(whole, params)
+        steps, memory = made.update(jax.grad(whole)(params), memory, params, oracle=oracle)
+        params = optax.apply_updates(params, steps)
+        state = smooth_step(state, loss, hessian)
+        np.testing.assert_allclose([*params['x'], *params['y']], state.x, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(made.rate(memory), state.gamma, rtol=1e-6)
+        taken.add(bool(state.accepted))
+      assert taken == {True, False}
+
+
+def test_negative_curvature_gives_the_step_along_the_gradient_and_no_gradient_gives_none():
+  made = smooth_descent(radius=0.5, products=3)
+  saddle = lambda p: jnp.sum(-(p**2)) + jnp.sum(p**4)
+  params = jnp.array([0.1, 0.2])
+  grads = jax.grad(saddle)(params)
+  steps, state = made.update(grads, made.init(params), params, oracle=asking(saddle, params))
+  np.testing.assert_allclose(steps, -0.5 * grads / jnp.linalg.norm(grads), rtol=1e-5)
+  assert state.inner.accepted
+  still = jnp.zeros(2)
+  steps, state = made.update(still, made.init(still), still, oracle=asking(saddle, still))
+  np.testing.assert_array_equal(steps, 0)
+  assert state.inner.gamma == 0.5 and not state.inner.accepted

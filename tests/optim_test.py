@@ -99,6 +99,8 @@ def oracle_of(loss, params, bias=None):
     gradient=lambda at, probe='': {'': grad(at), 'probe/clipping_bias': bias}[probe],
     halves=lambda: (grad(params), grad(params)),
     product=lambda vector: jax.jvp(grad, (params,), (vector,))[1],
+    value=lambda: loss(params),
+    value_and_gradient=jax.value_and_grad(loss),
   )
 
 
@@ -315,6 +317,7 @@ ASKING = {
   'bias_scaled': part(
     optim.bias_scaled, optimizer=part(optim.sgd, learning_rate=0.1, momentum=0.5), max_scale=3.0
   ),
+  'smooth_descent': part(optim.smooth_descent, radius=0.1, products=2),
 }
 ELSEWHERE = (
   'lion',
@@ -402,11 +405,15 @@ def test_wrapped_optimizers_ask_in_their_own_precision_and_of_their_own_paramete
     gradient=lambda at, probe='': record(f'gradient {probe}', at),
     halves=lambda: (params, params),
     product=lambda vector: record('product', vector),
+    value=lambda: 3.0,
+    value_and_gradient=lambda at: (2.0, record('value', at)),
   )
 
   def update(grads, state, params, oracle):
     first, second = oracle.halves()
-    answers = (oracle.gradient(params, 'p'), oracle.product(grads), first, second)
+    value, slope = oracle.value_and_gradient(params)
+    assert (oracle.value(), value) == (3.0, 2.0)
+    answers = (oracle.gradient(params, 'p'), oracle.product(grads), first, second, slope)
     for answer in answers:
       assert jax.tree.structure(answer) == jax.tree.structure(grads)
       assert answer['w'].dtype == jnp.float32
@@ -419,7 +426,8 @@ def test_wrapped_optimizers_ask_in_their_own_precision_and_of_their_own_paramete
   steps, _ = made.update(grads, made.init(params), params, oracle=oracle)
   np.testing.assert_array_equal(steps['w'], [4.0, 5.0])
   np.testing.assert_array_equal(steps['bias'], [-0.125, 0.125])
-  jax.tree.map(np.testing.assert_array_equal, seen['gradient p'], params)
+  for kind in ('gradient p', 'value'):
+    jax.tree.map(np.testing.assert_array_equal, seen[kind], params)
   jax.tree.map(
     np.testing.assert_array_equal, seen['product'], grads | {'bias': np.zeros(2, np.float32)}
   )
@@ -438,7 +446,7 @@ def test_the_iterate_is_found_behind_all_wrappers(name):
 def test_unusable_settings_are_refused():
   with pytest.raises(ValueError, match='its iterate'):
     optim.iterate(optim.adamw().init(start()))
-  for name in ('harpg', 'signal_to_noise', 'bias_scaled'):
+  for name in ('harpg', 'signal_to_noise', 'bias_scaled', 'smooth_descent'):
     made = bind(ASKING[name], optim.TABLE)
     with pytest.raises(ValueError, match=f'{name} asks for more than a gradient'):
       made.update(start(), made.init(start()), start())

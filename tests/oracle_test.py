@@ -91,8 +91,16 @@ def test_a_selection_is_taken_before_the_batch_is_cut_and_only_then():
 
 @pytest.mark.parametrize('micro_batches', [1, 2])
 def test_the_gradient_here_is_that_of_the_update(micro_batches):
-  grads, again = asked(lambda oracle, params: oracle.gradient(params), micro_batches=micro_batches)
+  question = lambda oracle, params: (
+    oracle.gradient(params),
+    oracle.value(),
+    oracle.value_and_gradient(params),
+  )
+  grads, (again, here, (value, same)) = asked(question, micro_batches=micro_batches)
   close(again, grads, rtol=1e-5, atol=1e-7)
+  close(same, grads, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(value, here, rtol=1e-6)
+  assert abs(here) > 0.01
 
 
 def test_micro_batches_select_by_the_whole_batch():

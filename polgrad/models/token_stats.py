@@ -75,8 +75,8 @@ def token_stats(
   A statistic is a function that returns f32[n] for n tokens. The names of its arguments say which arrays
   it reads: `logits` f32[n, V], `tokens` i32[n], `hidden` f32[n, D] (without gradient), with a teacher
   `teacher_logits` f32[n, V], and with whole rows `context` i32[n, T] and `context_mask` bool[n, T], see
-  `earlier`. The logits of a chunk are computed once for all statistics. The
-  backward pass computes them again instead of keeping them.
+  `earlier`. The logits of a chunk are computed once for all statistics. The backward pass computes them
+  again instead of keeping them.
 
   Args:
     hidden: [B, T, D], final hidden states.

@@ -11,7 +11,7 @@ An optimizer is an optax transformation that the learner calls as
 | `schedules` | multipliers of a learning rate or of a loss weight |
 | `anchors` | rules by which named parameter sets follow the policy |
 | `rank` | descent by rankings of candidates, and the loop that runs it |
-| `smoothness` | second-order descent for small problems, damped by the norm of the gradient |
+| `smoothness` | second-order descent, damped by the norm of the gradient |
 | `wrappers` | float32 master copies, balance steps of routers, and the oracle |
 """
 
@@ -36,6 +36,7 @@ from polgrad.optim.schedules import (
   stairs,
   two_phase,
 )
+from polgrad.optim.smoothness import smooth_descent
 from polgrad.optim.standard import STANDARD, adafactor, adamw, lion, sgd
 from polgrad.optim.variance_reduction import (
   bias_scaled,
@@ -47,7 +48,8 @@ from polgrad.optim.variance_reduction import (
 from polgrad.optim.wrappers import Oracle, balanced, in_float32, learning_rate
 from polgrad.registry import table
 
-TABLE = STANDARD | MATRIX | table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled)
+TABLE = STANDARD | MATRIX
+TABLE |= table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled, smooth_descent)
 Part = Annotated[optax.GradientTransformation, TABLE]
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
   'sgd',
   'signal_to_noise',
   'sinkgd',
+  'smooth_descent',
   'stairs',
   'swan',
   'sync',

@@ -28,6 +28,10 @@ class Oracle(NamedTuple):
   halves: Callable
   # (vector) -> the Hessian of the loss at the current parameters, times the vector.
   product: Callable
+  # () -> the loss at the current parameters, f32[], which the update has already.
+  value: Callable | None = None
+  # (params) -> (loss f32[], gradient) at `params`, in one pass.
+  value_and_gradient: Callable | None = None
 
 
 class Rated(optax.GradientTransformationExtraArgs):
@@ -213,9 +217,16 @@ def _seen_through(
   Args:
     point: maps parameters in a question to those of the outer oracle.
     direction: maps a vector in a question likewise.
-    answer: maps each answer of the outer oracle back.
+    answer: maps each gradient or product of the outer oracle back.
   """
+
+  def both(params):
+    value, gradient = oracle.value_and_gradient(point(params))
+    return value, answer(gradient)
+
   return Oracle(
+    value=oracle.value,
+    value_and_gradient=both,
     gradient=lambda params, probe='': answer(oracle.gradient(point(params), probe)),
     halves=lambda: tuple(answer(g) for g in oracle.halves()),
     product=lambda vector: answer(oracle.product(direction(vector))),

@@ -10,7 +10,9 @@ from polgrad.losses.logit_stats import hidden_norm, logp
 from polgrad.models import token_stats
 from polgrad.registry import inputs
 
-STATS = {fn.__name__: fn for fn in logit_stats.TABLE.values() if 'teacher_logits' not in inputs(fn)}
+# Without those of a teacher, and those that read earlier tokens (supervised_hybrids_test.py).
+OTHERS = {'teacher_logits', 'context'}
+STATS = {fn.__name__: fn for fn in logit_stats.TABLE.values() if not OTHERS & set(inputs(fn))}
 ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7
 RANDOM = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
