@@ -74,6 +74,13 @@ def repeats(row, n):
   return found
 
 
+def bfs_prover():
+  """Of three right rows the one with the middle likelihood is kept."""
+  surprise = [-LOGP[b, : MASK[b].sum()].mean() for b in range(B)]
+  row = np.argsort(surprise)[1]
+  return surprise[row]
+
+
 def pear_weights(block):
   """For each token the product over the tokens after its block, with explicit loops."""
   found = np.ones((B, T))

@@ -22,6 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import turns
 from polgrad.losses._common import (
   LIMIT,
   bounded,
@@ -386,6 +387,48 @@ def geometric_band(
   return mask & within(geometric_ratio(proximal_logp, behavior_logp, mask), low, high)
 
 
+def central_turns(
+  logp: Array,
+  rewards: Array,
+  turn_ids: Array,
+  mask: Array,
+  *,
+  low: Fraction = 0.1,
+  high: Fraction = 0.9,
+) -> Array:
+  """Turns of right rows that are neither mastered nor noise: adaptive filtering of BFS-Prover-V2
+  (arXiv:2509.06493).
+
+  Of the turns of rows with a reward above 1/2, those are kept whose negative log-likelihood per token
+  lies between the quantiles `low` and `high` of all these turns, bounds included. low = 0 and high = 1
+  keep all, and so do equal likelihoods. A row without replies is one turn.
+
+  Args:
+    logp: [B, T], nats.
+    rewards: [B].
+    turn_ids: i32[B, T], number of the turn of each token, from 0.
+    mask: bool[B, T].
+    low: the quantile below which turns are known already.
+    high: the quantile above which turns are noise.
+
+  Returns:
+    bool[B, T], True at the tokens of the turns that are kept.
+
+  Raises:
+    ValueError: low > high.
+  """
+  if low > high:
+    raise ValueError(f'low must be at most high, got {low} and {high}')
+  chex.assert_rank([logp, rewards], [2, 1])
+  chex.assert_equal_shape([logp, turn_ids, mask])
+  chex.assert_equal_shape_prefix([logp, rewards], 1)
+  right = turns.present(turn_ids, mask) & (rewards > 0.5)[:, None]
+  surprise = -turns.means(jnp.where(mask, logp, 0), turn_ids, mask)
+  least, most = (_quantile(surprise, right, share) for share in (low, high))
+  kept = right & (surprise >= least) & (surprise <= most)
+  return turns.at_tokens(kept, turn_ids, mask) > 0
+
+
 def self_normalized(
   proximal_logp: Array, behavior_logp: Array, mask: Array, *, cap: float = 2.0, floor: float = 0.0
 ) -> Array:
@@ -587,6 +630,16 @@ def _rank(score: Array, among: Array) -> Array:
   return rank.reshape(among.shape)
 
 
+def _quantile(x: Array, among: Array, share: float) -> Array:
+  """The quantile of the entries in `among`, linear between two of them; 0 of none."""
+  ordered = jnp.sort(jnp.where(among, x, jnp.inf), axis=None)
+  place = share * jnp.maximum(jnp.sum(among) - 1, 0)
+  below = ordered[jnp.floor(place).astype(jnp.int32)]
+  above = ordered[jnp.ceil(place).astype(jnp.int32)]
+  between = jnp.where(above > below, (place - jnp.floor(place)) * (above - below), 0)
+  return jnp.where(jnp.any(among), below + between, 0)
+
+
 def _part(share: float, where: Array) -> Array:
   """int(share n), with n the number of True entries.
 
@@ -620,6 +673,7 @@ TABLE = table(
   token_band,
   sequence_band,
   geometric_band,
+  central_turns,
   self_normalized,
   excess_drift,
   per_prompt,

@@ -23,7 +23,9 @@ def make(seed):
   arrays |= {name: rng.uniform(size=(B, T)) for name in uniform}
   arrays['injected'] = rng.uniform(size=(B, T)) < 0.5
   arrays = {name: np.where(MASK, x, 0) for name, x in arrays.items()}
-  return arrays | {'mask': MASK, 'group_ids': np.array([5, 2, 5, 5])}
+  turn_ids = np.where(MASK, np.arange(T)[None] // 3, -1)
+  own = {'rewards': np.array([1, 0, 1, 1]), 'turn_ids': turn_ids}
+  return arrays | own | {'mask': MASK, 'group_ids': np.array([5, 2, 5, 5])}
 
 
 def call(fn, arrays, **knobs):
@@ -47,6 +49,16 @@ def uncertain_hints(a, share):
 
 def gap(a, p):
   return a['proximal_logp'][p] - a['behavior_logp'][p]
+
+
+def central_turns(a, low, high):
+  turns = {}
+  for b, t in TOKENS:
+    if a['rewards'][b] == 1:
+      turns.setdefault((b, t // 3), []).append((b, t))
+  surprise = {k: -np.mean([a['logp'][p] for p in at]) for k, at in turns.items()}
+  least, most = np.quantile(list(surprise.values()), [low, high])
+  return [p for k, at in turns.items() if least <= surprise[k] <= most for p in at]
 
 
 def token_band(a, low, high):
@@ -157,6 +169,7 @@ ORACLES = {
   selections.unlikely: (dict(share=0.6), unlikely),
   selections.top_entropy: (dict(share=0.3), top_entropy),
   selections.uncertain_hints: (dict(share=0.3), uncertain_hints),
+  selections.central_turns: (dict(low=0.15, high=0.8), central_turns),
   selections.token_band: (dict(low=0.5, high=2.0), token_band),
   selections.sequence_band: (dict(low=0.2, high=8.0), sequence_band),
   selections.geometric_band: (dict(low=0.8, high=1.2), geometric_band),
@@ -472,3 +485,47 @@ def test_capo_measures_the_second_order_change_of_the_tokens_own_step(scale, x64
   assert keep(size * (1 + 1e-9), divergence * (1 + 1e-9))
   assert not keep(size * (1 - 1e-9), np.inf)
   assert not keep(np.inf, divergence * (1 - 1e-9))
+
+
+def test_central_turns_are_the_middle_of_the_likelihoods_whatever_their_level(x64):
+  rng = np.random.default_rng(0)
+  logp = -(2 + rng.normal(size=(2000, 1)))
+  ones, ids, mask = np.ones(2000), np.zeros((2000, 1), int), np.ones((2000, 1), bool)
+  keep = selections.central_turns(logp, ones, ids, mask)
+  assert abs(np.mean(keep) - 0.8) < 0.001
+  np.testing.assert_array_equal(selections.central_turns(logp + 7, ones, ids, mask), keep)
+  assert np.all(selections.central_turns(logp, ones, ids, mask, low=0.0, high=1.0))
+  assert np.all(selections.central_turns(0 * logp - 0.3, ones, ids, mask))
+  with pytest.raises(ValueError, match='low must be at most high'):
+    selections.central_turns(logp, ones, ids, mask, low=0.6, high=0.5)
+
+
+@pytest.mark.parametrize(('high', 'bounds'), [(1.0, (5.8, 6.5)), (0.9, (5.0, 5.05))])
+def test_expert_iteration_without_the_least_likely_steps_finds_the_shortest_way(high, bounds):
+  """Five states; action 0 advances, 1 stays, 2 and 3 fail; at most ten steps an episode.
+
+  A policy by counts of the kept steps of successes, as in the method, learns to succeed either way.
+  Without the filter it also keeps the steps that lead nowhere.
+  """
+  rng = np.random.default_rng(0)
+  filtered = jax.jit(lambda *a: selections.central_turns(*a, low=0.0, high=high))
+  policy = np.full((5, 4), 0.25)
+  for _ in range(6):
+    at, live = np.zeros(3000, int), np.ones(3000, bool)
+    states, actions = np.zeros((2, 3000, 10), int)
+    mask = np.zeros((3000, 10), bool)
+    for t in range(10):
+      cumulative = policy[np.minimum(at, 4)].cumsum(1)
+      action = np.minimum((rng.random((3000, 1)) > cumulative).sum(1), 3)
+      states[:, t], actions[:, t], mask[:, t] = np.minimum(at, 4), action, live
+      at = at + (live & (action == 0))
+      live &= (action < 2) & (at < 5)
+    success = at == 5
+    logp = np.log(policy[states, actions])
+    turn_ids = np.broadcast_to(np.arange(10), mask.shape)
+    keep = np.asarray(filtered(logp, success.astype(float), turn_ids, mask))
+    counts = np.full((5, 4), 0.5)
+    np.add.at(counts, (states[keep], actions[keep]), 1)
+    policy = counts / counts.sum(1, keepdims=True)
+  assert success.mean() > 0.98
+  assert bounds[0] <= mask[success].sum(1).mean() <= bounds[1]
