@@ -30,6 +30,8 @@ LOGITS = RNG.normal(size=(B, T, V)) + 0.7
 TOKENS = RNG.integers(V, size=(B, T))
 LOG_PROBS = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
 LOGP = np.take_along_axis(LOG_PROBS, TOKENS[..., None], -1)[..., 0]
+TEACHER_LOGITS = 2 * RNG.normal(size=(B, T, V))
+TARGETS = np.exp(TEACHER_LOGITS) / np.exp(TEACHER_LOGITS).sum(-1, keepdims=True)
 TEACHER = LOGP + RNG.uniform(-0.4, 0.4, size=LOGP.shape)
 
 
@@ -62,6 +64,11 @@ def unlikelihood():
       earlier = {int(token) for token in TOKENS[b, :t]} - {int(TOKENS[b, t])}
       total -= LOGP[b, t] + sum(np.log(1 - np.exp(LOG_PROBS[b, t, c])) for c in earlier)
   return total / MASK.sum()
+
+
+def elr():
+  inner = (np.exp(LOG_PROBS) * TARGETS).sum(-1)
+  return (-LOGP + 3 * np.log(1 - inner))[MASK].mean()
 
 
 def repeats(row, n):
@@ -103,13 +110,15 @@ def pear_sequence():
 
 
 ORACLES = {
-  f.__name__: f for f in (label_smoothing, dft, iq_learn, unlikelihood, pear, pear_sequence)
+  f.__name__: f
+  for f in (label_smoothing, dft, iq_learn, elr, unlikelihood, bfs_prover, pear, pear_sequence)
 }
 
 
 @pytest.mark.parametrize('name', ORACLES)
 def test_the_loss_is_that_of_its_paper(name, x64):
   known = dict(tokens=TOKENS, logits=LOGITS, logp=LOGP, behavior_logp=TEACHER, rewards=np.ones(B))
+  known['teacher_logits'] = TEACHER_LOGITS
   method = method_of(name)
   loss, _ = method.loss(
     mask=MASK, step=0, **{k: x for k, x in known.items() if k in method.reads | {'tokens'}}
@@ -184,6 +193,18 @@ def test_supervised_losses_have_the_slots_of_policy_gradients(x64):
     dataclasses.replace(objective, penalties={'nll': weighted(1.0, penalties.k1)}, schedules={})
   with pytest.raises(ValueError, match='schedules names'):
     dataclasses.replace(objective, penalties={})
+
+
+def test_early_learning_pulls_the_logits_to_the_targets_until_the_floor(x64):
+  z, t = jnp.asarray(LOGITS[0, 0]), TARGETS[0, 0]
+  fn = lambda z: logit_stats.early_learning(z, jnp.asarray(TEACHER_LOGITS[0, 0]))
+  p = np.exp(LOG_PROBS[0, 0])
+  expected = -p * (t - t @ p) / (1 - t @ p)
+  np.testing.assert_allclose(jax.grad(fn)(z), expected, rtol=1e-10)
+  sure = jnp.array([99.0, 0.0, 0.0, 0.0])
+  value, found = jax.value_and_grad(lambda z: logit_stats.early_learning(z, sure))(sure)
+  np.testing.assert_allclose(value, np.log(1e-4), rtol=1e-12)
+  np.testing.assert_array_equal(found, 0)
 
 
 @pytest.mark.parametrize('n', [1, 2, 4])

@@ -198,6 +198,27 @@ def squared_log_normalizer(logits: Array) -> Array:
   return jnp.square(jax.nn.logsumexp(logits, axis=-1))
 
 
+def early_learning(logits: Array, teacher_logits: Array, *, floor: Positive = 1e-4) -> Array:
+  """log max(1 - <t, pi>, floor) with targets t = softmax(teacher_logits): early-learning regularisation
+  (arXiv:2007.00151).
+
+  Its gradient by logit k is -pi_k (t_k - <t, pi>) / (1 - <t, pi>), or 0 below the floor: the logits of
+  what the teacher believes rise, the more, the surer both are. So a label that contradicts what was
+  learned early, when most labels were still unknown, is not memorised.
+
+  Args:
+    logits: f32[..., V]; carries gradient.
+    teacher_logits: f32[..., V], of the running mean that gives the targets.
+    floor: least value of 1 - <t, pi>; without it the penalty has no lower bound.
+
+  Returns:
+    f32[...], in [log floor, 0].
+  """
+  targets = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits), axis=-1)
+  inner = jnp.sum(jnp.exp(targets + jax.nn.log_softmax(logits, axis=-1)), axis=-1)
+  return jnp.log(jnp.maximum(1 - inner, floor))
+
+
 def unlikelihood(
   logits: Array,
   tokens: Array,
@@ -255,6 +276,7 @@ TABLE = table(
   one_token_rollout,
   smoothed_nll,
   squared_log_normalizer,
+  early_learning,
   unlikelihood,
 )
 Part = Annotated[Callable, TABLE]
