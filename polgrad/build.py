@@ -511,7 +511,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   _check_unread(path, phase)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   _check_sampler_mesh(path, collector, run)
-  if phase.layout.shared > 1 and not phase.layout.prompt_length:
+  if phase.layout.shared > 1 and not (phase.layout.prompt_length and collector.one_prompt):
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
       'and preferences with a prompt_length'

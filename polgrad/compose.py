@@ -329,13 +329,13 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
       f'reward=..., valid: {sorted(k.partition(".")[2] for k in REWARDS)}'
     )
   asked = method.collect.keywords
-  for name in ('demonstrations', 'resets', 'preferences'):
+  for name in ('demonstrations', 'beginning', 'preferences'):
     if asked.get(name) and task.environment is not None:
       raise ValueError(
         f'the method adds completions of the data to its groups ({name}), which have no turns of the '
         "task's environment; take a method that samples alone"
       )
-  answers = asked.get('demonstrations') or asked.get('resets')
+  answers = asked.get('demonstrations') or asked.get('beginning')
   if answers and 'demonstrations' not in task.has:
     raise ValueError('the method learns from the answers in the data, but the records have none')
   if warm_start and 'demonstrations' not in task.has:

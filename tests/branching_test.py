@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, collect, credit, learner, phases
-from polgrad.collect import branched, splits
+from polgrad.collect import beginnings, branched, splits
 from polgrad.collect import trees as growing
 from polgrad.collect import vines as vines_module
 from polgrad.environments.episodes import Within
@@ -148,8 +148,8 @@ def test_examples_of_steps_print_what_they_say():
 
 
 def test_vines_with_beginnings_that_are_given_are_refused():
-  with pytest.raises(ValueError, match='resets'):
-    bind(part(collect.Vines, resets=0.5), collect.TABLE)
+  with pytest.raises(ValueError, match='beginning'):
+    bind(part(collect.Vines, beginning=part(beginnings.uniform)), collect.TABLE)
 
 
 TABLE = np.random.default_rng(0).normal(size=(4, 3))  # log-odds of a token after another one

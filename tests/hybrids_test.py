@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import credit, objectives
+from polgrad import build, credit, objectives
+from polgrad.collect import beginnings
+from polgrad.data import batching
 from polgrad.losses import surrogates, weights
-from polgrad.registry import bind
+from polgrad.registry import bind, part
+from tests.collect_test import collected, experiment
 from tests.policy_gradient import harness
-from tests.runs import method_of
+from tests.runs import addition, method_of
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def x64():
     yield
 
 
-def credited(name, rewards, samples):
+def credited_by(name, rewards, samples):
   """The credit of a method on groups of samples and a demonstration, [groups, samples + 1]."""
   rewards = np.asarray(rewards, float)
   batch = harness.scored(
@@ -35,7 +38,7 @@ def credited(name, rewards, samples):
 
 def test_srft_centres_demonstrations_in_the_whole_group_and_signs_samples():
   rewards = np.array([[0, 1, 0, 1, 1.0], [0, 0, 0, 0, 1]])
-  found, mask = credited('srft', rewards, 4)
+  found, mask = credited_by('srft', rewards, 4)
   np.testing.assert_allclose(found[:, 4], (1 - rewards.mean(1)))
   np.testing.assert_array_equal(found[:, :4], np.where(rewards[:, :4] == 1, 1, -1))
   assert mask.all()
@@ -96,3 +99,72 @@ def test_the_gradient_weight_of_luffy_at_its_published_places(x64):
   loss = lambda logp: jnp.sum(surrogates.probability_shaped(logp, jnp.ones(5)))
   found = -jax.grad(loss)(jnp.log(p))
   np.testing.assert_allclose(found, [0.0098, 0.0826, 0.25, 0.1389, 0.0826], atol=5e-5)
+
+
+@pytest.mark.parametrize(
+  ('number', 'p'),
+  [(0, 0.95), (75, 0.818), (150, 0.5), (225, 0.182), (299, 0.05), (300, 0.05), (301, 0), (500, 0)],
+)
+def test_the_chance_of_a_hint_falls_as_in_uft(number, p):
+  found = beginnings.chance(number, low=0.05, high=0.95, steps=300)
+  np.testing.assert_allclose(found, p, atol=5e-4)
+
+
+def test_the_number_of_given_chunks_is_binomial():
+  random = np.random.default_rng(0)
+  draw = lambda step: [beginnings.annealed_chunks(10, random, step) for _ in range(4000)]
+  found = np.bincount(draw(149), minlength=11) / 4000  # the 150th batch, p = 1/2
+  np.testing.assert_allclose(found[::2], np.array([1, 5, 10, 10, 5, 1]) / 32, atol=0.03)
+  assert not found[1::2].any()  # chunks of two tokens
+  assert not any(draw(300))
+  whole = [beginnings.annealed_chunks(3, random, 0, low=1.0, high=1.0) for _ in range(9)]
+  assert whole == [3] * 9  # all of a short answer, but for its stop token
+  assert beginnings.annealed_chunks(0, random, 0) == 0
+
+
+def test_samples_begin_with_a_hint_that_a_row_of_their_group_imitates():
+  given = part(beginnings.annealed_chunks, low=0.5, high=0.5, chunks_at_most=3)
+  run = experiment(beginning=given, hints=1, prompt_length=11, samples_per_prompt=2)
+  seen = []
+  real = run.phases['train'].score
+
+  def score(texts, records, lengths, others):
+    seen.append(records)
+    return real(texts, records, lengths, others)
+
+  got, _ = collected(run, score=score)
+  batch, records, tokenizer = got.batch, seen[0][::2], run.tokenizer
+  np.testing.assert_array_equal(batch.stream.reshape(-1, 3), [[1, 1, 0]] * len(records))
+  numbers = []
+  for group, record in enumerate(records):
+    begun = list(record.get('begun', ()))
+    row, other = batch.tokens[3 * group + 2], batch.tokens[3 * group]
+    mask = batch.mask[3 * group + 2]
+    assert row[mask].tolist() == begun and mask[11 : 11 + len(begun)].all()
+    assert other[11 - len(begun) : 11].tolist() == begun
+    plain = {k: x for k, x in record.items() if k != 'begun'}
+    answer = batching.completion(plain, tokenizer)
+    assert row[11 : 11 + len(answer)].tolist() == answer  # it is read whole, and trained in part
+    numbers.append(len(begun))
+  assert len(set(numbers)) > 1
+
+
+def test_the_prompt_of_a_group_with_hints_is_not_shared():
+  config = addition(method_of('uft'))
+  config.phases.train.share_prompts = True
+  with pytest.raises(ValueError, match='share_prompts: this collect has no rows with one prompt'):
+    build.build(config)
+
+
+def test_without_hints_uft_is_reinforcement(x64):
+  """The hints of a late batch have no tokens, so their loss is 0 and has no gradient."""
+  objective = bind(method_of('uft').objective, objectives.TABLE)
+  x = harness.random_arrays(objective)
+  x['mask'] = x['mask'] & (x['stream'] == 1)[:, None]
+  x = {k: np.where(x['mask'], v, 0) if np.shape(v) == x['mask'].shape else v for k, v in x.items()}
+  x['mask'] = x['mask'].astype(bool)
+  value, weight = harness.loss_and_weight(objective, x)
+  alone = objective.streams['sampled'].fn
+  own, expected = harness.loss_and_weight(alone, {k: v for k, v in x.items() if k != 'stream'})
+  np.testing.assert_allclose(value, own)
+  np.testing.assert_allclose(weight['logp'], expected['logp'])

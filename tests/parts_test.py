@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, cli, reward_models
-from polgrad.collect import parts
+from polgrad.collect import beginnings, parts
 from polgrad.data import tokenizers
 from polgrad.options import from_text
 from polgrad.overrides import apply
@@ -169,8 +169,10 @@ def test_spans_without_a_reader_and_with_several_turns_are_refused():
   with pytest.raises(ValueError, match=r'train.spans: nothing reads it; .*collect.spans=True'):
     build.build(config)
   config = addition(method_of('pure'))
-  config.phases.train.collect.resets = 0.5
-  with pytest.raises(ValueError, match=r'spans are parts of a completion .* leave out resets'):
+  config.phases.train.collect.beginning = part(beginnings.uniform)
+  with pytest.raises(
+    ValueError, match=r'spans are parts of a completion .* leave out the beginning'
+  ):
     build.build(config)
 
 

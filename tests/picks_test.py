@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polgrad import collect, optim, phases
-from polgrad.collect import picks
+from polgrad.collect import beginnings, picks
 from polgrad.data import batching
 from polgrad.registry import bind, part
 from polgrad.rewards import comparisons
@@ -152,8 +152,9 @@ def test_a_batch_has_the_chosen_rows_of_every_group_and_masks_those_that_are_not
   assert set(report.terms) == {'short'} and len(report.terms['short']) == 8
 
 
-def test_resets_begin_with_the_answer_which_verifiers_see_and_no_loss_does():
-  run = experiment(resets=1.0, prompt_length=11, samples_per_prompt=2, unfinished_reward=-3.0)
+def test_beginnings_are_of_the_answer_which_verifiers_see_and_no_loss_does():
+  given = part(beginnings.uniform)
+  run = experiment(beginning=given, prompt_length=11, samples_per_prompt=2, unfinished_reward=-3.0)
   seen = []
   real = run.phases['train'].score
 
@@ -182,7 +183,8 @@ def test_resets_begin_with_the_answer_which_verifiers_see_and_no_loss_does():
   ('wrong', 'words'),
   [
     (dict(preferences=2), 'preferences, got 2'),
-    (dict(resets=0.5, demonstrations=1), 'with resets'),
+    (dict(beginning=part(beginnings.uniform), demonstrations=1), 'with a beginning'),
+    (dict(hints=1), r"hints=1; beginnings are .*'beginnings.annealed_chunks'"),
     (dict(samples_per_prompt=1, choose=part(picks.best_worst)), 'at least 2 rows'),
     (dict(choose=part(picks.rejection, rows=9)), '9 rows, but a group has 8'),
   ],

@@ -153,6 +153,11 @@ class Collector(abc.ABC):
     """Consecutive rows of the batch that belong to one record."""
 
   @property
+  def one_prompt(self) -> bool:
+    """Whether the rows of a record have the same prompt, so that it may be forwarded once."""
+    return True
+
+  @property
   def rows(self) -> int:
     """Rows of the batch."""
     return self.records * self.rows_per_prompt

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from polgrad.collect import old_runs, parts, picks
+from polgrad.collect import beginnings, old_runs, parts, picks
 from polgrad.collect import replay as replays
 from polgrad.collect.base import (
   COMPARED,
@@ -132,10 +132,13 @@ class Rollouts(Filtering):
   terms: tuple = ()
   # The reward of a sampled row without a stop token; inf leaves what the verifiers say.
   unfinished_reward: float = math.inf
-  # Probability that a completion begins with the first tokens of the record's `answer`, a uniformly
-  # drawn number of them (arXiv:2404.08495). They are given and not trained, and verifiers see them.
+  # How many tokens of the record's `answer` each completion begins with, such as a random number
+  # (arXiv:2404.08495). They are given, verifiers see them, and the completion is not trained on them.
   # `prompt_length` must have room for them.
-  resets: Fraction = 0.0
+  beginning: beginnings.Part = beginnings.nothing
+  # 1 adds a row to each group whose mask has the tokens that its completions begin with, to imitate
+  # them (arXiv:2505.16984). It is a demonstration in `Batch.stream` with the reward of the whole answer.
+  hints: int = 0
   # 1 adds rows with the record's `chosen` and `rejected` to each group, the last two rows, with their
   # `label`; they are demonstrations in `Batch.stream`.
   preferences: int = 0
@@ -156,18 +159,28 @@ class Rollouts(Filtering):
   @classmethod
   def longest_prompt(cls, length: int, new: int, chat: bool, asked: Mapping[str, Any]) -> int:
     del chat
-    return length + new if asked.get('resets') else length
+    return length + new if asked.get('beginning') else length
 
   @property
   def fields(self) -> tuple[str, ...]:
-    answers = ('answer',) if self.demonstrations or self.resets else ()
+    answers = ('answer',) if self.demonstrations or self.begins else ()
     return (*answers, *PAIR) if self.preferences else answers
 
   @property
   def group(self) -> tuple[str, ...]:
     """What each row of a group is, before some of them are chosen."""
     sampled = ('sampled',) * self.samples_per_prompt + ('opponent',) * self.opponents
-    return sampled + ('answer',) * self.demonstrations + PAIR * self.preferences
+    given = ('answer',) * self.demonstrations + ('hint',) * self.hints
+    return sampled + given + PAIR * self.preferences
+
+  @property
+  def begins(self) -> bool:
+    """Whether completions may begin with tokens of the record's answer."""
+    return unbound(self.beginning) is not beginnings.nothing
+
+  @property
+  def one_prompt(self) -> bool:
+    return not self.hints  # the row of a hint has none of it in its prompt
 
   @functools.cached_property
   def rows_per_prompt(self) -> int:
@@ -182,7 +195,7 @@ class Rollouts(Filtering):
     # By name: whether the array is there, its dtype, and the axes of a row.
     some = {
       'baseline_rewards': (self.baseline_samples, np.float32, self.baseline_samples),
-      'stream': (self.demonstrations or self.preferences, np.int32),
+      'stream': (self.demonstrations or self.hints or self.preferences, np.int32),
       'label': (self.preferences, np.float32),
       'opponent': (self.opponents, np.float32),
       'wins': ('wins' in self.compare, np.float32, self.rows_per_prompt),
@@ -271,7 +284,7 @@ class Rollouts(Filtering):
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
     own = self.own(tokenizer)
-    if self.resets:
+    if self.begins:
       for record in records:
         batching.completion(record, own)  # refuses a record without an answer
       return prompts
@@ -366,13 +379,18 @@ def _check_counts(settings: Rollouts) -> None:
     )
   if 'wins' in inputs(settings.choose) and 'wins' not in settings.compare:
     raise ValueError("Rollouts: choose reads wins, so 'wins' must be in compare")
-  if settings.spans and (settings.resets or settings.has_environment):
+  if settings.spans and (settings.begins or settings.has_environment):
     raise ValueError(
       'Rollouts: spans are parts of a completion that the policy wrote whole, in one turn; leave out '
-      f'{"resets" if settings.resets else "the environment"}'
+      f'{"the beginning" if settings.begins else "the environment"}'
     )
-  if settings.resets and (settings.demonstrations or settings.preferences):
-    raise ValueError('Rollouts: with resets, groups have no demonstrations and no preferences')
+  if settings.begins and (settings.demonstrations or settings.preferences):
+    raise ValueError('Rollouts: with a beginning, groups have no demonstrations and no preferences')
+  if settings.hints not in (0, 1) or (settings.hints and not settings.begins):
+    raise ValueError(
+      f'Rollouts: hints must be 0, or 1 with a beginning, got hints={settings.hints}; beginnings are '
+      f'{sorted(beginnings.TABLE)}'
+    )
   settings.rows_per_prompt  # refuses a choice of more rows than there are  # noqa: B018
 
 
@@ -380,10 +398,15 @@ def _check_environment(settings: Rollouts) -> None:
   """Refuses groups of episodes with rows that nothing answers."""
   if not settings.has_environment:
     return
-  for knob in ('demonstrations', 'preferences', 'resets'):
-    if getattr(settings, knob):
+  asked = {
+    'demonstrations': settings.demonstrations,
+    'preferences': settings.preferences,
+    'beginning': settings.begins,
+  }
+  for knob, value in asked.items():
+    if value:
       raise ValueError(
-        f'Rollouts: {knob}={getattr(settings, knob)} adds completions of the data to groups, which '
+        f'Rollouts: {knob}={value} adds completions of the data to groups, which '
         'have no turns of an environment; leave it out, or the environment'
       )
 
@@ -494,8 +517,9 @@ class RolloutSteps(Steps):
       report.metrics['rollouts'] = float(len(sampled.rows))
     if self.draw_opponents is not None:
       batch, report = self._add_opponents(batch, records, report, state, step)
-    for field in ('answer',) * self.settings.demonstrations + PAIR * self.settings.preferences:
-      batch, report = self._add_given(field, batch, records, report)
+    for kind in self.settings.group:
+      if kind not in ('sampled', 'opponent'):
+        batch, report = self._add_given(kind, batch, records, report)
     batch = self._with_kinds(batch)
     others = None
     if self.draw_baselines is not None:
@@ -513,12 +537,12 @@ class RolloutSteps(Steps):
   def _begin(self, records: Sequence[dict], step: int) -> Sequence[dict]:
     """The records, some of which begin their completion with that of the data."""
     settings = self.settings
-    if not settings.resets:
+    if not settings.begins:
       return records
     random = np.random.default_rng((self.context.seed, step, 3, records[0]['id']))
+    given = lambda length: settings.beginning(length, random, step)
     return [
-      begun(record, self.context.tokenizer, random, settings.resets, settings.max_new_tokens)
-      for record in records
+      begun(record, self.context.tokenizer, given, settings.max_new_tokens) for record in records
     ]
 
   def _judge(self, rows: Drawn, records: Sequence[dict]) -> tuple[Batch, Texts]:
@@ -669,15 +693,24 @@ class RolloutSteps(Steps):
     return joined(batch, rows, len(records)), report.beside('opponent', rows, texts.scores)
 
   def _add_given(
-    self, field: str, batch: Batch, records: Sequence[dict], report: Report
+    self, kind: str, batch: Batch, records: Sequence[dict], report: Report
   ) -> tuple[Batch, Report]:
-    """Adds a completion of the record to each group, behind the rows that are there."""
-    settings = self.settings
-    rows = settings.demonstrated(records, self.context.tokenizer, field, cut=settings.cut)
-    rows, texts = self._scored(Drawn(rows), records)
+    """Adds a completion of the record to each group, behind the rows that are there.
+
+    Args:
+      kind: 'answer', 'hint' or a field of `PAIR`.
+    """
+    settings, field = self.settings, 'answer' if kind == 'hint' else kind
+    whole = [{k: x for k, x in record.items() if k != 'begun'} for record in records]
+    rows = settings.demonstrated(whole, self.context.tokenizer, field, cut=settings.cut)
+    rows, texts = self._scored(Drawn(rows), whole)
+    if kind == 'hint':
+      given = np.array([len(record.get('begun', ())) for record in records])
+      place = np.arange(rows.mask.shape[1]) - settings.prompt_length
+      rows = rows.replace(mask=rows.mask & (place < given[:, None]))
     terms = joined(report.terms, texts.scores.components, len(records))
     report = report._replace(terms=terms)
-    name = 'demonstration' if field == 'answer' else field
+    name = 'demonstration' if kind == 'answer' else kind
     return joined(batch, rows, len(records)), report.beside(name, rows, texts.scores)
 
   def _with_kinds(self, batch: Batch) -> Batch:

@@ -387,23 +387,16 @@ def _left_aligned(
   return tokens, np.arange(width)[None] < lengths[:, None]
 
 
-def begun(
-  record: Mapping,
-  tokenizer: Tokenizer,
-  random: np.random.Generator,
-  probability: float,
-  most: int,
-) -> dict:
-  """The record; with some probability, with the first tokens of its answer as `begun`.
+def begun(record: Mapping, tokenizer: Tokenizer, given: Callable[[int], int], most: int) -> dict:
+  """The record, with the first tokens of its answer as `begun` if some are given.
 
-  Their number is uniform in 1..n - 1 and at most `most`, with n the tokens of the answer, stop token
-  included. An answer of a single token gives nothing.
+  Args:
+    given: tokens of the answer without its stop token, at most `most` -> how many are given.
+    most: largest number that there is room for.
   """
   ids = batching.completion(record, tokenizer)
-  begins, number = random.random() < probability, random.random()
-  if not begins or len(ids) < 2:
-    return dict(record)
-  return {**record, 'begun': ids[: 1 + int(number * min(len(ids) - 1, most))]}
+  number = given(min(len(ids) - 1, most))
+  return {**record, 'begun': ids[:number]} if number else dict(record)
 
 
 def joined(groups: Any, rows: Any, prompts: int) -> Any:

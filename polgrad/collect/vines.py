@@ -46,9 +46,9 @@ class Vines(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.resets:
+    if self.begins:
       raise ValueError(
-        'Vines: with resets a completion is partly given, so its steps have no values'
+        'Vines: with a beginning a completion is partly given, so its steps have no values'
       )
 
   @property

@@ -72,4 +72,15 @@ def srft(x):
   return {'logp': imitated + 8 * (shaped + signed), 'entropy': 8 * entropy}
 
 
-ORACLES = {'chord': chord, 'srft': srft}
+def uft(x):
+  """Given tokens are a thousandth of the loss of samples, which has a KL and an entropy bonus."""
+  given, sampled = (x['mask'] & (x['stream'] == k)[:, None] for k in (0, 1))
+  k3 = np.exp(x['reference_logp'] - x['logp']) - 1
+  reinforced = token_mean(ppo(x, ratio_of(x), 0.8, 1.2) + 0.001 * k3, sampled)
+  return {
+    'logp': 0.001 * token_mean(1.0, given) + reinforced,
+    'entropy': 0.001 * token_mean(1.0, sampled),
+  }
+
+
+ORACLES = {'chord': chord, 'srft': srft, 'uft': uft}

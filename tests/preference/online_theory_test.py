@@ -8,7 +8,7 @@ import numpy as np
 
 from polgrad import credit as credits
 from polgrad import methods
-from polgrad.collect import picks, scored
+from polgrad.collect import beginnings, picks, scored
 from polgrad.data import tokenizers
 from polgrad.losses import advantages, penalties
 from polgrad.registry import part, weighted
@@ -247,9 +247,8 @@ def test_resets_solve_a_lock_in_polynomially_many_updates():
   tokenizer = tokenizers.characters(alphabet='01')
   random = np.random.default_rng(0)
   record = {'id': 0, 'prompt': '0', 'answer': '111'}
-  lengths = [
-    len(scored.begun(record, tokenizer, random, 0.75, 99).get('begun', ())) for _ in range(4000)
-  ]
+  given = lambda length: beginnings.uniform(length, random, 0, probability=0.75)
+  lengths = [len(scored.begun(record, tokenizer, given, 99).get('begun', ())) for _ in range(4000)]
   # With the stop token an answer of H tokens: with probability (H - 1) / H one of the prefixes 1..H - 1.
   np.testing.assert_allclose(np.bincount(lengths) / 4000, 0.25, atol=0.03)
 

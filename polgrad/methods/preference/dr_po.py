@@ -1,6 +1,7 @@
 from functools import partial
 
 from polgrad import collect, credit, objectives, optim
+from polgrad.collect import beginnings
 from polgrad.losses import advantages, aggregation, penalties, surrogates
 from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
@@ -39,7 +40,11 @@ def dr_po(
   Confidence: CODE.
   """
   return Method(
-    collect=partial(collect.Rollouts, resets=resets, unfinished_reward=unfinished),
+    collect=partial(
+      collect.Rollouts,
+      beginning=part(beginnings.uniform, probability=resets),
+      unfinished_reward=unfinished,
+    ),
     credit=part(
       credit.generalized,
       trace=trace,
