@@ -59,6 +59,9 @@ BATCH = {
 FEATURES = {
   'target': Spec('B', 'the number that the score of the row should be; from the data'),
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
+  'replay_weight': Spec(
+    'B', 'importance weight of a group that is used again, else 1; from `replay_correction`'
+  ),
   'tracked_value': Spec(
     'B', 'success rate of the prompt in earlier steps, in [0, 1]; from the curriculum `spo`'
   ),

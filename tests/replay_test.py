@@ -149,6 +149,79 @@ def test_dull_groups_are_replaced_and_the_best_are_remembered():
   assert {*groups_of(got.tokens)} == {(4, 3)}  # with repetition, if there are too few
 
 
+# Importance weights of what is drawn by priority.
+
+
+def weights_by_hand(p, b, scaled):
+  """(N P(i))^-b, divided by the largest, one group after the other."""
+  chances = [x / sum(p) for x in p]
+  count = sum(x > 0 for x in p)
+  found = [(count * x) ** -b if x > 0 else 0.0 for x in chances]
+  return np.array([x / max(found) if scaled else x for x in found]), np.array(chances)
+
+
+def test_weights_make_up_for_priorities_exactly():
+  """E[w f] over the draws is the mean of f if b = 1, and with the largest weight 1 a multiple of it."""
+  rng = np.random.default_rng(0)
+  for size in (2, 5, 9):
+    p, f = rng.uniform(0.01, 3, size) ** 0.6, rng.normal(size=size)
+    for b, scaled in ((1.0, False), (1.0, True), (0.4, False), (0.4, True), (0.0, True)):
+      want, chances = weights_by_hand(p, b, scaled)
+      got = replay.importance_weights(chances, b, scaled=scaled)
+      np.testing.assert_allclose(got, want, rtol=1e-12)
+      assert not scaled or got.max() == 1
+      factor = size * chances.min() if scaled else 1.0
+      gap = np.sum(chances * got * f) - factor * f.mean()
+      assert abs(gap) < 1e-12 if b == 1 else abs(gap) > 1e-3
+  np.testing.assert_array_equal(replay.importance_weights(np.full(4, 0.25), 0.4), np.ones(4))
+  assert replay.importance_weights(np.zeros(2), 1.0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize('exponent', [0.6, 0.0])
+def test_rows_that_come_again_have_their_weights_and_others_one(exponent):
+  """Over many draws the weighted mean of a group's number is that over all older groups."""
+  ring = ring_of(2)
+  choice = replay.Choice(0.5, replay.deviation, exponent, 'random', 1.0, scaled=False)
+  spread = np.arange(GROUPS) * 1.0  # std of (0, 2 g) is g
+  want, chances = weights_by_hand((spread + 1e-3) ** exponent, 1.0, scaled=False)
+  total = np.zeros(4)
+  for seed in range(1500):
+    random = np.random.default_rng(seed)
+    got = replay.recalled(ring, lag=0, choice=choice, rows_per_prompt=GROUP, random=random)
+    weights = got.features['replay_weight'].reshape(GROUPS, GROUP)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    for (number, group), weight in zip(groups_of(got.tokens), weights[:, 0].tolist()):
+      assert weight == pytest.approx(1.0 if number else want[group], rel=1e-5)
+      total[group] += 0 if number else weight
+  if exponent == 0:
+    np.testing.assert_allclose(want, 1)  # uniform with weight 1
+  # Two of four groups are drawn 1500 times: every group has the expected weight 1 in a draw of N.
+  deviation = np.sqrt(3000 * (want * want * chances - 1 / 16))
+  np.testing.assert_array_less(np.abs(total - 3000 / 4), 4 * deviation + 1e-6)
+
+
+def test_an_infinite_exponent_takes_the_newest_groups_with_signal_first():
+  """Batches 0, 1, 2; group 0 of each is dull. Its place gets group 1 of the batch before."""
+  ring = ring_of(3)
+  choice = replay.Choice(1.0, replay.recovery, float('inf'), 'dull')
+  take = lambda **more: groups_of(
+    replay.recalled(
+      ring,
+      lag=0,
+      choice=choice._replace(**more),
+      rows_per_prompt=GROUP,
+      random=np.random.default_rng(0),
+    ).tokens
+  )
+  assert take() == [(1, 1), (2, 1), (2, 2), (2, 3)]
+  # Four places, of which six groups are worth it: those of batch 1 come before those of batch 0.
+  assert sorted(take(into='random')) == [(0, 1), (1, 1), (1, 2), (1, 3)]
+  full = scored(2)
+  full.rewards[1] = 1.0  # nothing is missing: nothing is replaced
+  ring = replay.stored(ring, full)
+  assert take() == [(2, g) for g in range(GROUPS)]
+
+
 # Rows of earlier runs.
 
 

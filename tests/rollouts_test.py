@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
 import pytest
 
 from polgrad import collect, credit, learner, optim, phases
+from polgrad.collect import replay
 from polgrad.losses import logit_stats, selections
 from polgrad.registry import bind, part
 from polgrad.sampling import behavior_policies, processors
@@ -98,6 +100,25 @@ class TestReplay:
     rewards = batch.rewards.reshape(4, 4)
     want = np.repeat((rewards - rewards.mean(axis=1, keepdims=True)).reshape(-1, 1), 11, axis=1)
     np.testing.assert_allclose(batch.advantages, np.where(batch.mask, want, 0), atol=1e-6)
+
+  def test_groups_drawn_by_priority_have_weights_whose_exponent_rises(self):
+    """b = 0.4, 0.7, 1: (n P)^-b over the largest one, of all remembered groups."""
+    settings = dict(replay=2, replay_fraction=0.5, replay_priority=part(replay.deviation))
+    settings |= dict(replay_exponent=0.6, replay_correction=0.4, replay_correction_steps=2)
+    _, found = run_steps(4, **settings)
+    for step, (state, got) in enumerate(found):
+      batch, old = got.batch, state.collect_state.batches
+      weights, age = (batch[name].reshape(4, 4) for name in ('replay_weight', 'staleness'))
+      assert (weights[age == 0] == 1).all() and (weights == weights[:, :1]).all()
+      if not step:
+        continue
+      stored = [(step - n, old.rewards[n % 4]) for n in range(max(step - 3, 0), step)][-2 - 1 :]
+      p = {(n, g): np.std(r.reshape(-1, 4)[g]) + 1e-3 for n, r in stored for g in range(4)}
+      chances = {key: x**0.6 / sum(y**0.6 for y in p.values()) for key, x in p.items()}
+      raw = {key: (len(p) * x) ** -min(0.4 + 0.3 * step, 1.0) for key, x in chances.items()}
+      allowed = [x / max(raw.values()) for x in raw.values()]
+      for weight in weights[age > 0]:
+        assert min(abs(weight - x) for x in allowed) < 1e-5
 
 
 def test_memory_has_the_shapes_of_what_is_put_into_it():
@@ -283,6 +304,11 @@ class TestFeatures:
       'replay_fraction: expected a number at least 0 and at most 1',
     ),
     (dict(replay=2, replay_fraction=0.5, replay_keep='best'), 'a replay_priority that reads'),
+    (dict(replay_correction=0.4), 'so it needs replay'),
+    (
+      dict(replay=2, replay_fraction=0.5, replay_correction=0.4, replay_exponent=math.inf),
+      'nothing is drawn',
+    ),
     (dict(baseline_samples=-1), 'baseline_samples: expected a number at least 0'),
     (dict(baseline_policy=part(behavior_policies.reference)), 'baseline_samples is 0'),
     (dict(demonstrations=2), 'demonstrations must be 0 or 1'),

@@ -36,7 +36,7 @@ class Overlapped:
     own = speed.Meter()  # that of `steps` is used by the thread
     with own.timing('annotation'):
       random = self.steps.random(step)
-      batch = self.steps.mixed(self.steps.recalled(memory, random, coming=1), random)
+      batch = self.steps.mixed(self.steps.recalled(memory, random, step, coming=1), random)
       batch = self.steps.annotated(batch, state, step, random)
       own.add('annotation', self.steps.annotate.flops(batch))
       batch, credit_state = self.steps.credit(batch, state)

@@ -8,13 +8,14 @@ of `G` rows. Its positional arguments name what it reads: `rewards` f[n, G], `va
 `ages` f[n], in collected batches. A group of priority 0 is not used again.
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from polgrad.registry import Fraction, call, table, unbound
+from polgrad.registry import Fraction, NotNegative, call, table, unbound
 from polgrad.types import Batch
 
 Array = np.ndarray
@@ -45,13 +46,34 @@ def contrast(rewards: Array, valid: Array) -> Array:
   return np.where(largest > smallest, found, 0)
 
 
+def deviation(rewards: Array, valid: Array, *, eps: NotNegative = 1e-3) -> Array:
+  """The standard deviation of the rewards of the group (ddof 0), plus eps.
+
+  With eps > 0 groups of equal rewards are used again too, so that importance weights can make up for
+  the priorities exactly (arXiv:1511.05952).
+  """
+  count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
+  mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
+  squares = np.where(valid, np.square(rewards - mean), 0).sum(axis=1)
+  return np.sqrt(squares / count[:, 0]) + eps
+
+
+def recovery(rewards: Array, valid: Array, ages: Array, *, decay: Fraction = 0.5) -> Array:
+  """decay^(age - 1) for groups whose rewards differ, 0 for others.
+
+  With replay_exponent=inf and replay_into='dull', places of groups without signal get the newest groups
+  with one.
+  """
+  return np.where(contrast(rewards, valid) > 0, recency(ages, decay=decay), 0)
+
+
 def mean_reward(rewards: Array, valid: Array) -> Array:
   """The mean reward of the group, at least 0."""
   mean = np.where(valid, rewards, 0).sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
   return np.maximum(mean, 0)
 
 
-TABLE = table('replay', uniform, recency, contrast, mean_reward)
+TABLE = table('replay', uniform, recency, contrast, deviation, recovery, mean_reward)
 Part = Annotated[Callable, TABLE]
 
 
@@ -75,14 +97,41 @@ class Choice(NamedTuple):
   Attributes:
     fraction: of the groups, the most that are replaced, 0 to 1.
     priority: of remembered groups.
-    exponent: they are drawn with probabilities proportional to priority^exponent.
+    exponent: they are drawn with probabilities proportional to priority^exponent; infinity takes those
+      with the largest priorities, the first ones of equal ones.
     into: 'random' replaces random groups, 'dull' those whose rewards are all equal, from the first.
+    correction: exponent of the importance weights of groups that are used again (`importance_weights`),
+      which are then drawn independently; None: the rows have no weights.
+    scaled: whether these weights are divided by the largest one.
   """
 
   fraction: float
   priority: Callable = uniform
   exponent: float = 1.0
   into: Literal['random', 'dull'] = 'random'
+  correction: float | None = None
+  scaled: bool = True
+
+
+def importance_weights(chances: Array, exponent: float, *, scaled: bool = True) -> Array:
+  """w_i = (n P_i)^-b of the n groups that may be drawn, divided by the largest w_i if `scaled`, f[N]
+  (prioritised replay, arXiv:1511.05952).
+
+  With b = 1 and without scaling E[w f] is the mean of f over these groups, for any f; scaled it is that
+  mean times the smallest n P_i, which is the same for all f.
+
+  Args:
+    chances: f[N], P, which add up to 1; a group of 0 is never drawn and gets the weight 0.
+    exponent: b.
+    scaled: whether the largest weight is 1.
+
+  >>> print(importance_weights(np.array([0.5, 0.25, 0.25, 0.0]), 1.0).round(3))
+  [0.5 1.  1.  0. ]
+  """
+  usable = chances > 0
+  expected = np.where(usable, chances * usable.sum(), 1.0)
+  weights = np.where(usable, expected**-exponent, 0.0)
+  return weights / weights.max() if scaled and usable.any() else weights
 
 
 def empty(like: Batch, *, capacity: int) -> Ring:
@@ -200,20 +249,27 @@ def replaced(
     choice: which groups are replaced, and by which.
     size: rows of a group.
     random: decides where the choice leaves it open.
+
+  Returns:
+    The batch; with a `correction` it has the feature `replay_weight`, 1 for groups that are not older.
   """
-  source = np.arange(groups)
+  source, weights = np.arange(groups), np.ones(groups, np.float32)
   if len(ages) > groups:
     places = _places(choice, jax.tree.map(lambda x: x[: groups * size], candidates), size, random)
-    older = np.arange(groups, len(ages))
-    if unbound(choice.priority) is uniform:
-      taken = random.choice(older, size=len(places), replace=len(places) > len(older))
-    else:
-      taken = _drawn(choice, candidates, size, ages, older, len(places), random)
+    weighed = _weighed(choice, candidates, size, ages)[groups:]
+    taken = groups + _drawn(choice, weighed, len(places), random)
     source[places[: len(taken)]] = taken
+    if choice.correction is not None:
+      chances = weighed / max(weighed.sum(), 1e-300)
+      corrected = importance_weights(chances, choice.correction, scaled=choice.scaled)
+      weights[places[: len(taken)]] = corrected[taken - groups]
   rows = _rows(source, size)
-  return jax.tree.map(lambda x: x[rows], candidates).replace(
+  batch = jax.tree.map(lambda x: x[rows], candidates).replace(
     group_ids=candidates.group_ids[: len(rows)]
   )
+  if choice.correction is None:
+    return batch
+  return batch.with_arrays(replay_weight=np.repeat(weights, size))
 
 
 def _places(choice: Choice, batch: Batch, size: int, random: np.random.Generator) -> Array:
@@ -226,23 +282,26 @@ def _places(choice: Choice, batch: Batch, size: int, random: np.random.Generator
   return np.flatnonzero(spread == 0)[:most]
 
 
-def _drawn(
-  choice: Choice,
-  candidates: Batch,
-  size: int,
-  ages: Array,
-  older: Array,
-  count: int,
-  random: np.random.Generator,
-) -> Array:
-  """Older groups by their priorities; none if all priorities are 0."""
-  weights = _priorities(choice, candidates, size, ages)[older]
-  weights = np.where(weights > 0, np.maximum(weights, 1e-30) ** choice.exponent, 0.0)
+def _weighed(choice: Choice, candidates: Batch, size: int, ages: Array) -> Array:
+  """priority^exponent of every group, f[n]; of older groups alone they count."""
+  weights = _priorities(choice, candidates, size, ages)
+  if math.isinf(choice.exponent):
+    return weights
+  return np.where(weights > 0, np.maximum(weights, 1e-30) ** choice.exponent, 0.0)
+
+
+def _drawn(choice: Choice, weights: Array, count: int, random: np.random.Generator) -> Array:
+  """Numbers of groups by their weights f[n]; none if all weights are 0."""
   usable = int(np.sum(weights > 0))
   if not usable or not count:
-    return older[:0]
-  # Only if more are needed than there are, a group comes more than once.
-  return random.choice(older, size=count, replace=count > usable, p=weights / weights.sum())
+    return np.zeros(0, np.int64)
+  if math.isinf(choice.exponent):
+    return np.argsort(-weights, kind='stable')[: min(count, usable)]
+  if choice.correction is None and unbound(choice.priority) is uniform:
+    return random.choice(len(weights), size=count, replace=count > usable)
+  # Only if more are needed than there are, or draws are corrected, a group comes more than once.
+  repeated = count > usable or choice.correction is not None
+  return random.choice(len(weights), size=count, replace=repeated, p=weights / weights.sum())
 
 
 def _priorities(choice: Choice, batch: Batch, size: int, ages: Array) -> Array:

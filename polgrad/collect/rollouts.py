@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import parameter_sets
 from polgrad.losses import logit_stats, selections
 from polgrad.objectives.base import RESERVED
-from polgrad.registry import Count, Fraction, NotNegative, inputs, unbound
+from polgrad.registry import Count, Fraction, Range, inputs, unbound
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sharding import copied, to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
@@ -93,9 +93,18 @@ class Rollouts(Filtering):
   # step (arXiv:2503.18929, arXiv:2507.06892).
   replay_fraction: Fraction = 0.0
   # How much a remembered group is worth: groups are drawn with probabilities proportional to
-  # priority^replay_exponent. `contrast` takes those whose rewards differ most.
+  # priority^replay_exponent. `contrast` takes those whose rewards differ most. An infinite exponent
+  # takes those with the largest priorities, newest first.
   replay_priority: replays.Part = replays.uniform
-  replay_exponent: NotNegative = 1.0
+  replay_exponent: Annotated[float, Range(at_least=0)] = 1.0
+  # Importance weights of groups that are used again, (n P)^-b (arXiv:1511.05952): b in the first step,
+  # and the steps in which it rises linearly to 1 (0: it does not rise). If either is not 0, every row
+  # has the feature `replay_weight`, which `weights.replayed` multiplies its loss with, and groups are
+  # drawn independently, so that one may come twice.
+  replay_correction: Fraction = 0.0
+  replay_correction_steps: Count = 0
+  # Whether these weights are divided by the largest one, of the groups that may be drawn.
+  replay_correction_scaled: bool = True
   # Which groups of a batch are replaced: random ones, or (at most this fraction) the 'dull' ones, whose
   # rewards are all equal.
   replay_into: Literal['random', 'dull'] = 'random'
@@ -188,7 +197,13 @@ class Rollouts(Filtering):
 
   @property
   def provides(self) -> frozenset[str]:
-    return PROVIDED | self.stats.keys() | self._shapes().keys()
+    made = {'replay_weight'} if self.corrects_replay else set()
+    return PROVIDED | self.stats.keys() | self._shapes().keys() | made
+
+  @property
+  def corrects_replay(self) -> bool:
+    """Whether rows have the feature `replay_weight`."""
+    return bool(self.replay_correction or self.replay_correction_steps)
 
   def _shapes(self) -> dict[str, tuple]:
     """Arrays that some settings add: dtype and shape of a row."""
@@ -357,6 +372,15 @@ def _check_counts(settings: Rollouts) -> None:
     raise ValueError(
       'Rollouts: token_temperature reads the entropies of the batch before, which overlap trains on '
       'at the same time; leave out one of them'
+    )
+  if settings.corrects_replay and (not settings.replay or settings.old_runs):
+    raise ValueError(
+      'Rollouts: replay_correction weighs what is drawn from replay, so it needs replay, and no '
+      f'old_runs; got replay={replay}, old_runs={settings.old_runs}'
+    )
+  if settings.corrects_replay and math.isinf(settings.replay_exponent):
+    raise ValueError(
+      'Rollouts: with replay_exponent=inf nothing is drawn, so there is no replay_correction'
     )
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
@@ -563,15 +587,18 @@ class RolloutSteps(Steps):
     }
     return batch.with_arrays(**found), texts
 
-  @property
-  def choice(self) -> replays.Choice:
-    """Which groups of a batch are replaced by remembered ones."""
+  def choice(self, step: int) -> replays.Choice:
+    """Which groups of the batch of a step are replaced by remembered ones."""
     settings = self.settings
+    start, steps = settings.replay_correction, settings.replay_correction_steps
+    done = min(step / steps, 1.0) if steps else 0.0
     return replays.Choice(
       settings.replay_fraction,
       settings.replay_priority,
       settings.replay_exponent,
       settings.replay_into,
+      start + (1 - start) * done if settings.corrects_replay else None,
+      settings.replay_correction_scaled,
     )
 
   def lent(self, state: TrainState) -> TrainState:
@@ -622,23 +649,27 @@ class RolloutSteps(Steps):
     self, batch: Batch, memory: Any, random: np.random.Generator
   ) -> tuple[Batch, Any]:
     """The batch to train on, which older ones may be part of, and the memory with the new one."""
+    step = int(batch.sampled_at[0])
     if isinstance(memory, replays.Best):
-      memory = replays.stored_best(memory, batch, self.choice)
-      return replays.recalled_best(memory, batch, choice=self.choice, random=random), memory
+      choice = self.choice(step)
+      memory = replays.stored_best(memory, batch, choice)
+      return replays.recalled_best(memory, batch, choice=choice, random=random), memory
     memory = self.stored(batch, memory)
-    return self.recalled(memory, random), memory
+    return self.recalled(memory, random, step), memory
 
   def stored(self, batch: Batch, memory: replays.Ring) -> replays.Ring:
     """The ring with one more batch."""
     return replays.stored(memory, batch)
 
-  def recalled(self, memory: replays.Ring, random: np.random.Generator, coming: int = 0) -> Batch:
-    """The batch of a ring to train on, see `replay.recalled`."""
+  def recalled(
+    self, memory: replays.Ring, random: np.random.Generator, step: int, coming: int = 0
+  ) -> Batch:
+    """The batch of a ring to train on in a step, see `replay.recalled`."""
     settings = self.settings
     return replays.recalled(
       memory,
       lag=settings.lag,
-      choice=self.choice,
+      choice=self.choice(step),
       rows_per_prompt=settings.rows_per_prompt,
       random=random,
       coming=coming,

@@ -295,6 +295,22 @@ def per_prompt(prompt_weights: Array) -> Array:
   return jax.lax.stop_gradient(prompt_weights)
 
 
+def replayed(replay_weight: Array, mask: Array) -> Array:
+  """The importance weight of a row that was drawn again by its priority, 1 for other rows: prioritised
+  replay (arXiv:1511.05952), see `collect.Rollouts.replay_correction`.
+
+  Args:
+    replay_weight: [B].
+    mask: bool[B, T].
+
+  Returns:
+    [B, T], the same in all tokens of a row.
+  """
+  chex.assert_rank([replay_weight, mask], [1, 2])
+  chex.assert_equal_shape_prefix([replay_weight, mask], 1)
+  return jax.lax.stop_gradient(jnp.broadcast_to(replay_weight[:, None], mask.shape))
+
+
 def probability(logp: Array) -> Array:
   """sg(p) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
 
@@ -501,6 +517,7 @@ TABLE = table(
   soft_gate,
   normalized,
   per_prompt,
+  replayed,
   probability,
   undecided,
   repeated_ngram,

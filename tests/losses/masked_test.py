@@ -26,6 +26,7 @@ CONSTANTS = dict(
   success_rate=jnp.array([0.3, 0.6, 0.5]),
   rewards=jnp.array([1.0, -0.5, 0.2]),
   local_weight=jnp.array([0.3, 0.9, 0.5]),
+  replay_weight=jnp.array([0.4, 1.0, 0.7]),
   excess_drift=jnp.array(0.5),
 )
 

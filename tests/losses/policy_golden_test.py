@@ -45,6 +45,7 @@ ARRAYS = dict(
   prompt_weights=np.exp(numbers()),
   global_advantages=-numbers()[::-1],
   local_weight=np.array([0.2, 0.5, 0.9, 0.0]),
+  replay_weight=np.array([0.2, 1.0, 0.7, 0.0]),
   excess_drift=np.array(0.7),
   entropy=np.where(MASK, np.random.default_rng(2).uniform(0.1, 2, (B, T)), 0),
   signed_entropy=np.where(MASK, np.random.default_rng(1).uniform(-1, 1, (B, T)), 0),

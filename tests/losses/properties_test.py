@@ -290,6 +290,7 @@ def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(surrogate, leve
     turn_ids=jnp.array([[0, 0, -1], [0, 1, 1]]),
     bounds=jnp.array([0.8, 1.2]),
     local_weight=jnp.array([0.3, 0.9]),
+    replay_weight=jnp.array([0.4, 1.0]),
     mask=mask,
   )
   arrays['global_advantages'] = arrays['advantages']
@@ -381,6 +382,7 @@ def test_what_stands_behind_the_mask_reaches_neither_loss_nor_gradient(surrogate
     bounds=jnp.array([0.8, 1.2]),
     success_rate=jnp.array([0.3, 0.6]),
     local_weight=jnp.array([0.3, 0.9]),
+    replay_weight=jnp.array([0.4, 1.0]),
     excess_drift=jnp.array(0.5),
     signed_entropy=jnp.where(mask, 0.5, 0.0),
     mask=mask,

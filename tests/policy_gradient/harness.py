@@ -67,6 +67,7 @@ def random_arrays(objective: Objective, *, group: int = 4, seed: int = 0) -> dic
     'score_norm': rng.uniform(0, 2, size=shape),
     'global_advantages': np.repeat(rng.normal(size=(rows, 1)), length, axis=1),
     'local_weight': rng.uniform(size=rows),
+    'replay_weight': rng.uniform(0.2, 1.0, rows),
     'score_fisher': rng.uniform(0, 0.5, size=shape),
     'hidden_norm': rng.uniform(0, 2000, size=shape),
   }
@@ -96,6 +97,7 @@ def fix_a(objective: Objective) -> dict[str, np.ndarray]:
     'success_rate': np.full(2, 0.5),
     'global_advantages': np.repeat(rewards[:, None], 3, axis=1),
     'local_weight': np.full(2, 0.5),
+    'replay_weight': np.array([1.0, 0.4]),
     'staleness': np.full(2, 2.0),
     'entropy': np.ones((2, 3)),
     'values': np.zeros((2, 3)),

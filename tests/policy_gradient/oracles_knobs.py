@@ -82,4 +82,5 @@ FUNCTIONS = {
   weights.near_behavior_or_positive: (dict(limit=0.1), near_behavior),
   weights.normalized: ({}, lambda a: a.normalized_weights),
   weights.per_prompt: ({}, lambda a: a.prompt_weights),
+  weights.replayed: ({}, lambda a: np.repeat(a.replay_weight[:, None], a.mask.shape[1], axis=1)),
 }

@@ -26,6 +26,10 @@ def clipped(x, low=0.8, high=1.2):
   return token_mean(ppo(x, ratio_of(x), low, high), x['mask'])
 
 
+def prioritized_replay(x):
+  return token_mean(x['replay_weight'][:, None] * ppo(x, ratio_of(x), 0.8, 1.2), x['mask'])
+
+
 def bnpo(x):
   ratio = ratio_of(x)
   keep = (x['advantages'] >= 0) | (ratio <= 10)
@@ -87,6 +91,7 @@ ORACLES = {
   'rl_struct': clipped,
   'gfpo': clipped,
   'hypervolume_guided': reinforce,
+  'prioritized_replay': prioritized_replay,
   'noisy_appeals': reinforce,
   'adora': clipped,
   'bnpo': bnpo,
