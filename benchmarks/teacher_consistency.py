@@ -5,7 +5,7 @@
 Sequences have three tokens out of three, and policies a logit for every token after every prefix, so all
 expectations are finite sums, in float64. Teacher A begins almost always with token 0, teacher B with
 token 2; what follows is random and differs. The student was tuned on A's text: its logits are those of A
-with noise of standard deviation 0.3. It then descends towards A or B with step size 1, along the exact
+with noise of standard deviation 0.3. It then descends towards A or B with step size 1, along the
 gradient of `lightning_opd` (frozen completions, of the student before the first step: all sequences with
 their probabilities, or a sample of 64) or of `sampled_distillation` (fresh completions).
 """

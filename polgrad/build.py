@@ -404,6 +404,11 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
   }
   run = dataclasses.replace(run, phases=phases)
   check(run)
+  for name, phase in config['phases'].items():
+    for anchor, model in (phase.get('frozen') or {}).items():
+      if folder := origin(model):
+        where = f'config.phases.{name}.frozen.{anchor}'
+        tokenizers.check_same(run.tokenizer, folder, where)
   return run
 
 
@@ -683,10 +688,12 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   for name, model in sorted(phase.frozen.items()):
     _check_kernel(f'{path}.frozen.{name}', model, run.mesh)
     sizes = model.config.vocab_size, run.policy.config.vocab_size
-    if (sizes[0] != sizes[1] and f'{name}_logits' in wanted) or sizes[0] < run.tokenizer.vocab_size:
+    # Embeddings of one tokenizer may have different rows of padding, which no sampler may mix.
+    sampled = name in collector.anchors_read
+    if (sizes[0] != sizes[1] and sampled) or sizes[0] < run.tokenizer.vocab_size:
       raise ValueError(
         f'{path}.frozen.{name}: its vocabulary has {sizes[0]} tokens, that of config.model {sizes[1]}; '
-        'both must be of one tokenizer'
+        'both must be of one tokenizer, and what samples from both needs one size'
       )
   if wanted & VALUES and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')

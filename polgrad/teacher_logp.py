@@ -53,31 +53,6 @@ def phase_of(experiment: Experiment) -> Phase:
   return phase
 
 
-def check_tokenizers(own: tokenizers.Tokenizer, folder: str) -> None:
-  """Refuses a teacher whose files have another tokenizer.
-
-  Raises:
-    ValueError: ids mean other texts.
-  """
-  place = paths.path(folder)
-  if not any((place / name).is_file() for name in ('tokenizer.json', 'tokenizer.model')):
-    return  # an anchor of the run, or weights alone
-  other = tokenizers.huggingface(path=str(place))
-  size = min(own.vocab_size, other.vocab_size)
-  texts = [[one.decode([i]) for i in range(size)] for one in (own, other)]
-  different = [i for i in range(size) if texts[0][i] != texts[1][i]]
-  # A stop token of one may be a special token without a role in the other.
-  special = {*own.stop_ids, *other.stop_ids, own.pad_id, other.pad_id, own.bos_id, other.bos_id}
-  different = [i for i in different if i not in special]
-  if different:
-    i = different[0]
-    raise ValueError(
-      f'--teacher={folder}: its tokenizer is another one: id {i} is {texts[1][i]!r}, but '
-      f'{texts[0][i]!r} for the student. Log-probs of tokens do '
-      "not carry over; distil the teacher's text with sft"
-    )
-
-
 def make_entries(
   experiment: Experiment, phase: Phase, params: Params, score: Callable[[Batch], Any]
 ) -> Callable[[Sequence[dict]], list[stored_rows.Entry]]:
@@ -202,7 +177,7 @@ def main(argv: list[str]) -> None:
       raise ValueError('name the teacher: --teacher=FOLDER')
     experiment, params = loading.load(loading.config())
     phase = phase_of(experiment)
-    check_tokenizers(experiment.tokenizer, _TEACHER.value)
+    tokenizers.check_same(experiment.tokenizer, _TEACHER.value, '--teacher')
     student = cli.WORKDIR.value or str(cli.CONFIG.value and cli.CONFIG.value.model.get('path', ''))
     with jax.set_mesh(experiment.mesh):
       teacher = loading.beside(_TEACHER.value, experiment, same=False)

@@ -12,7 +12,8 @@ from benchmarks import teacher_consistency
 from polgrad import collect, methods, optim
 from polgrad.arrays import shape_of
 from polgrad.collect import replay
-from polgrad.losses import divergences
+from polgrad.losses import divergences, logit_stats
+from polgrad.models.token_stats import token_stats
 from polgrad.sampling import behavior_policies
 from polgrad.tabular import enumerable, estimators
 from polgrad.types import Batch
@@ -153,6 +154,25 @@ def test_the_loss_is_that_of_its_paper(name, x64):
   tolerance = 1e-5 if name == 'top_k_distillation' else 1e-6
   np.testing.assert_allclose(loss, ORACLES[name](s, t, logp), rtol=tolerance)
   assert all(shape_of(k) for k in method.reads)
+
+
+def test_a_teacher_with_more_rows_of_padding_is_compared_over_the_ids_of_both(x64):
+  random = np.random.default_rng(8)
+  hidden, other = random.normal(size=(B, T, 3)), random.normal(size=(B, T, 2))
+  own, teacher = random.normal(size=(3, 5)), random.normal(size=(2, 7))
+  tokens = random.integers(5, size=(B, T))
+  found = token_stats(
+    jnp.asarray(hidden),
+    jnp.asarray(tokens),
+    lambda x: x @ own,
+    stats={'kl': divergences.reverse_kl, 'logp': logit_stats.logp},
+    teacher_hidden=jnp.asarray(other),
+    teacher_unembed=lambda x: x @ teacher,
+  )
+  s, t = log_softmax(hidden @ own), log_softmax((other @ teacher)[..., :5])
+  np.testing.assert_allclose(found['kl'][:, 1:], kl(s, t)[:, :-1], rtol=1e-5)
+  logp = np.take_along_axis(s[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+  np.testing.assert_allclose(found['logp'][:, 1:], logp, rtol=1e-5)
 
 
 POLICY = enumerable.table(3, 3)

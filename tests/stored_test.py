@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from array_record.python import array_record_module
 
 from polgrad import build, evaluate, loading, phases, stored_rows, teacher_logp
+from polgrad import learner as learner_module
 from polgrad.data import tokenizers
 from polgrad.options import from_text
+from polgrad.types import Batch
 from tests import hub
 from tests.data import folders
 
@@ -192,7 +195,7 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
       calls.append([record['id'] for record in records])
       return make(records)
 
-    teacher_logp.check_tokenizers(run.tokenizer, teacher)
+    tokenizers.check_same(run.tokenizer, teacher, '')
     score = teacher_logp.make_score(run, phase, policy, weights)
     make = teacher_logp.make_entries(run, phase, params, score)
     size = dict(vocab_size=run.policy.config.vocab_size, file_rows=3)
@@ -246,10 +249,36 @@ def test_runs_that_do_not_fit_the_files_are_refused(models, tmp_path):
     teacher_logp.phase_of(build.build(config_of(student, '')))
   folders.llama3(tmp_path)
   own = tokenizers.huggingface(path=student)
-  with pytest.raises(ValueError, match=r'tokenizer is another one: id \d+ is .*text with sft'):
-    teacher_logp.check_tokenizers(own, str(tmp_path))
+  with pytest.raises(ValueError, match=r'--teacher: .* has another tokenizer: its id \d+ .*sft'):
+    tokenizers.check_same(own, str(tmp_path), '--teacher')
   with pytest.raises(FileNotFoundError, match=r'config.phases.train.collect: .*teacher_logp'):
     build.check_data(build.build(config_of(student, tmp_path / 'none')))
+
+
+def test_a_teacher_of_another_family_fits_and_one_of_another_tokenizer_does_not(models, tmp_path):
+  student, teacher = models
+  text = 'method={},task=addition,model=hf,path={},smoke,teacher={}'
+  run = build.build(from_text(text.format('on_policy_distillation', student, teacher)))
+  phase = run.phases['train']
+  sizes = [model.config.vocab_size for model in (run.policy, phase.frozen['teacher'])]
+  assert sizes == [640, 704]
+  learner = phase.learner(run.policy)
+  rows = np.zeros((2, phase.collect.length), np.int32)
+  batch = Batch(tokens=rows, segment_ids=rows, mask=rows > 0)
+  given = {'logits': run.policy, 'teacher': phase.frozen['teacher']}
+  shapes = [model.shapes() for model in given.values()]
+  look = lambda own, other: learner_module.forward(
+    run.policy, own, batch, stats=learner.objective.stats, teacher=(given['teacher'], other)
+  )
+  assert jax.eval_shape(look, *shapes).stats
+  # What samples from both models needs one size.
+  with pytest.raises(ValueError, match=r'frozen.teacher: its vocabulary has 704.* needs one size'):
+    build.build(from_text(text.format('minillm', student, teacher)))
+  folders.llama3(tmp_path)
+  for name in ('config.json', 'model.safetensors'):
+    shutil.copy(pathlib.Path(teacher) / name, tmp_path)
+  with pytest.raises(ValueError, match=r'train.frozen.teacher: .* has another tokenizer: its id'):
+    build.build(from_text(text.format('sampled_distillation', student, tmp_path)))
 
 
 def test_the_digest_of_a_tokenizer_is_that_of_its_ids(models):

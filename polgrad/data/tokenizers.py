@@ -61,6 +61,34 @@ def digest(tokenizer: Tokenizer) -> str:
   return found.hexdigest()[:16]
 
 
+def check_same(own: Tokenizer, folder: str, where: str) -> None:
+  """Refuses a second model whose files have another tokenizer; a folder without one is not checked.
+
+  Special tokens may differ: a stop token of one model may have no role in the other.
+
+  Args:
+    own: of the run.
+    folder: of the model.
+    where: what names the folder, for the error.
+
+  Raises:
+    ValueError: an id means another text.
+  """
+  place = paths.path(folder)
+  if not any((place / name).is_file() for name in ('tokenizer.json', 'tokenizer.model')):
+    return
+  other = huggingface(path=str(place))
+  of = lambda x: {*x.stop_ids, x.pad_id, x.bos_id}
+  for i in sorted({*range(min(own.vocab_size, other.vocab_size))} - of(own) - of(other)):
+    texts = [one.decode([i]) for one in (own, other)]
+    if texts[0] != texts[1]:
+      raise ValueError(
+        f'{where}: {folder} has another tokenizer: its id {i} is {texts[1]!r}, here it is '
+        f"{texts[0]!r}. Distributions over tokens cannot be compared; the model's text can: make it the "
+        'data of method=sft'
+      )
+
+
 def byte() -> Tokenizer:
   """UTF-8 bytes as ids 0 to 255, then pad 256, bos 257 and eos 258; needs no file.
 

@@ -76,7 +76,8 @@ def token_stats(
   it reads: `logits` f32[n, V], `tokens` i32[n], `hidden` f32[n, D] (without gradient), with a teacher
   `teacher_logits` f32[n, V], and with whole rows `context` i32[n, T] and `context_mask` bool[n, T], see
   `earlier`. The logits of a chunk are computed once for all statistics. The backward pass computes them
-  again instead of keeping them.
+  again instead of keeping them. Where the two models have embeddings of different sizes, because one has
+  more rows of padding, a statistic that reads `teacher_logits` gets the logits of the ids that both have.
 
   Args:
     hidden: [B, T, D], final hidden states.
@@ -162,8 +163,14 @@ def _evaluate(
   if 'columns' in flat:
     found = earlier(whole, of_tokens['columns'])
     arrays |= {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
+  both = arrays
+  if 'teacher_logits' in arrays:
+    names = ('logits', 'teacher_logits')
+    size = min(arrays[name].shape[-1] for name in names)
+    both = arrays | {name: arrays[name][:, :size] for name in names}
+  of = lambda stat: both if 'teacher_logits' in inputs(stat) else arrays
   shape = of_tokens['tokens'].shape
-  return {name: call(stat, arrays).reshape(shape) for name, stat in stats.items()}
+  return {name: call(stat, of(stat)).reshape(shape) for name, stat in stats.items()}
 
 
 def _take(x: Array, columns: Array) -> Array:
