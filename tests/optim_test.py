@@ -326,7 +326,8 @@ ELSEWHERE = (
   'sinkgd',
   'swan',
   'projected',
-)  # optim_matrix_steps_test.py
+  'masked',
+)  # optim_matrix_steps_test.py, update_sparsity_test.py
 
 
 def test_every_optimizer_of_the_table_is_tested():

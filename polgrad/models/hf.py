@@ -270,19 +270,8 @@ def save(
       'to other experts'
     )
   settings = _settings(config, source, reward_model)
-  # Find the tensors of each parameter; nothing is fetched yet.
-  stored = slots(config, settings['model_type'])
-  if stored.keys() != flat.keys():
-    raise ValueError(
-      f'params have {sorted(flat.keys() - stored.keys())} too many and lack '
-      f'{sorted(stored.keys() - flat.keys())}'
-    )
-  stored.pop(('unembedding' if reward_model else 'value_head',), None)
-  tensors = {
-    slot.name(place): _tensor(slot, flat[path], place)
-    for path, slot in stored.items()
-    for place in np.ndindex(slot.lead)
-  }
+  left_out = 'unembedding' if reward_model else 'value_head'
+  tensors = named(config, flat, settings['model_type'], left_out=(left_out,))
   together(
     'checked'
   )  # barrier: all processes have checked the folder before the first one makes it
@@ -292,6 +281,47 @@ def save(
   else:
     _write(folder, tensors, settings, source, max_shard_bytes, layers)
   together('written')  # barrier: from here on every process finds the folder
+
+
+def as_tensors(config: Config, params: Params) -> dict[str, Tensor]:
+  """The tensors that a folder of a language model with these parameters would have, by their names.
+
+  Args:
+    config: of the policy, without an adapter.
+    params: its parameters; those that no family has a place for are left out.
+  """
+  flat = traverse_util.flatten_dict(params)
+  flat.pop(('layers', 'router_bias'), None)
+  kind = families.write_settings(config, False)['model_type']
+  return named(config, flat, kind, left_out=('value_head',))
+
+
+def named(
+  config: Config, flat: Mapping[Path, jax.Array], kind: str, *, left_out: Path = ()
+) -> dict[str, Tensor]:
+  """The parameters as the tensors of a folder, by their stored names; they are fetched when read.
+
+  Args:
+    config: of the policy, without an adapter.
+    flat: its parameters by their paths.
+    kind: `model_type` of the family, see `families.write_settings`.
+    left_out: path of a parameter that the folder does not hold.
+
+  Raises:
+    ValueError: the parameters are not those of the model.
+  """
+  stored = slots(config, kind)
+  if stored.keys() != flat.keys():
+    raise ValueError(
+      f'params have {sorted(flat.keys() - stored.keys())} too many and lack '
+      f'{sorted(stored.keys() - flat.keys())}'
+    )
+  stored.pop(left_out, None)
+  return {
+    slot.name(place): _tensor(slot, flat[path], place)
+    for path, slot in stored.items()
+    for place in np.ndindex(slot.lead)
+  }
 
 
 def _settings(config: Config, source: pathlib.Path | None, reward_model: bool) -> dict:

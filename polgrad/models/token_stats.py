@@ -77,7 +77,7 @@ def token_stats(
   `teacher_logits` f32[n, V], and with whole rows `context` i32[n, T] and `context_mask` bool[n, T], see
   `earlier`. The logits of a chunk are computed once for all statistics. The backward pass computes them
   again instead of keeping them. Where the two models have embeddings of different sizes, because one has
-  more rows of padding, a statistic that reads `teacher_logits` gets the logits of the ids that both have.
+  more rows of padding, a statistic that reads `teacher_logits` gets logits of the ids that both have.
 
   Args:
     hidden: [B, T, D], final hidden states.

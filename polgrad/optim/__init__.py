@@ -12,7 +12,7 @@ An optimizer is an optax transformation that the learner calls as
 | `anchors` | rules by which named parameter sets follow the policy |
 | `rank` | descent by rankings of candidates, and the loop that runs it |
 | `smoothness` | second-order descent, damped by the norm of the gradient |
-| `wrappers` | float32 master copies, balance steps of routers, and the oracle |
+| `wrappers` | float32 master copies, masked entries, balance steps of routers, and the oracle |
 """
 
 from typing import Annotated
@@ -37,7 +37,7 @@ from polgrad.optim.schedules import (
   two_phase,
 )
 from polgrad.optim.smoothness import smooth_descent
-from polgrad.optim.standard import STANDARD, adafactor, adamw, lion, sgd
+from polgrad.optim.standard import STANDARD, adafactor, adamw, lion, masked, sgd
 from polgrad.optim.variance_reduction import (
   bias_scaled,
   harpg,
@@ -49,7 +49,7 @@ from polgrad.optim.wrappers import Oracle, balanced, in_float32, learning_rate
 from polgrad.registry import table
 
 TABLE = STANDARD | MATRIX
-TABLE |= table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled, smooth_descent)
+TABLE |= table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled, smooth_descent, masked)
 Part = Annotated[optax.GradientTransformation, TABLE]
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
   'learning_rate',
   'linear',
   'lion',
+  'masked',
   'muon',
   'normalized_igt',
   'progressive',

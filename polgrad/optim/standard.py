@@ -1,14 +1,23 @@
 """AdamW, Lion, Adafactor and gradient descent, composed of optax transformations."""
 
+import pathlib
 import re
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
-from polgrad.optim.wrappers import in_float32, partial_update, scheduled, skipping
+from polgrad.optim.wrappers import (
+  in_float32,
+  partial_update,
+  rated_like,
+  scheduled,
+  skipping,
+  subnetwork,
+)
 from polgrad.registry import AtLeastOne, Decay, NotNegative, Positive, Range, table
 
 
@@ -176,3 +185,29 @@ def adafactor(
 
 STANDARD = table('optim', adamw, sgd, lion, adafactor)
 StandardPart = Annotated[optax.GradientTransformation, STANDARD]
+
+
+def masked(*, optimizer: StandardPart, mask: str) -> optax.GradientTransformation:
+  """Subnetwork training: only entries that another run has changed are trained (arXiv:2505.11711).
+
+  Args:
+    optimizer: makes the steps; it sees a gradient of 0 elsewhere.
+    mask: file of `polgrad.update_sparsity --mask`, which says what that run has changed.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: from `init`, the file lacks a parameter, or has another shape of it.
+  """
+  if not pathlib.Path(mask).is_file():
+    raise FileNotFoundError(f'masked: there is no file {mask!r}')
+
+  def find(name, shape):
+    with np.load(mask) as stored:
+      if name not in stored:
+        raise ValueError(f'{mask}: no mask of {name}, only {sorted(stored)[:8]}')
+      found = stored[name]
+    if found.shape != shape or found.dtype != bool:
+      raise ValueError(f'{mask}: {name} is {found.dtype}{found.shape}, expected bool{shape}')
+    return found
+
+  return rated_like(subnetwork(optimizer, find), optimizer)

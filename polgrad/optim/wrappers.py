@@ -174,6 +174,45 @@ def partial_update(
   return optax.GradientTransformationExtraArgs(init, parts.update)
 
 
+def path_name(path: tuple) -> str:
+  """The keys of a parameter's path with `/` between them."""
+  return '/'.join(str(getattr(key, 'key', key)) for key in path)
+
+
+class SubnetworkState(NamedTuple):
+  """State of `subnetwork`."""
+
+  mask: Params  # bool, like the parameters
+  inner: Any  # state of the optimizer
+
+
+def subnetwork(
+  optimizer: optax.GradientTransformation, masks: Callable[[str, tuple[int, ...]], Any]
+) -> optax.GradientTransformation:
+  """Trains only some entries of each parameter: gradients and steps of the others are 0.
+
+  So weight decay and momentum leave them alone too. A mask of ones alone changes nothing.
+
+  Args:
+    masks: (name of a parameter with `/` between its keys, shape) -> bool array of this shape, True for
+      entries that are trained. It is called in `init`, and the masks are part of the state.
+  """
+  optimizer = optax.with_extra_args_support(optimizer)
+  only = lambda mask, tree: jax.tree.map(
+    lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), mask, tree
+  )
+
+  def init(params):
+    find = lambda path, x: jnp.asarray(masks(path_name(path), x.shape), bool)
+    return SubnetworkState(jax.tree_util.tree_map_with_path(find, params), optimizer.init(params))
+
+  def update(grads, state, params=None, **more):
+    steps, inner = optimizer.update(only(state.mask, grads), state.inner, params, **more)
+    return only(state.mask, steps), state._replace(inner=inner)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def balanced(
   optimizer: optax.GradientTransformation, labels: Callable[[Params], Params], *, rate: float
 ) -> optax.GradientTransformation:
