@@ -320,6 +320,7 @@ ASKING = {
   'smooth_descent': part(optim.smooth_descent, radius=0.1, products=2),
 }
 ELSEWHERE = (
+  'companded',
   'lion',
   'adafactor',
   'muon',
@@ -327,7 +328,7 @@ ELSEWHERE = (
   'swan',
   'projected',
   'masked',
-)  # optim_matrix_steps_test.py, update_sparsity_test.py
+)  # optim_matrix_steps_test.py, update_sparsity_test.py, optim_companded_test.py
 
 
 def test_every_optimizer_of_the_table_is_tested():

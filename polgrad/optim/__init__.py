@@ -11,6 +11,7 @@ An optimizer is an optax transformation that the learner calls as
 | `schedules` | multipliers of a learning rate or of a loss weight |
 | `anchors` | rules by which named parameter sets follow the policy |
 | `rank` | descent by rankings of candidates, and the loop that runs it |
+| `companded` | weights that are a bounded function of what is trained |
 | `smoothness` | second-order descent, damped by the norm of the gradient |
 | `wrappers` | float32 master copies, masked entries, balance steps of routers, and the oracle |
 """
@@ -20,6 +21,7 @@ from typing import Annotated
 import optax
 
 from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync, sync_before
+from polgrad.optim.companded import companded
 from polgrad.optim.matrix_steps import MATRIX, muon, projected, sinkgd, swan
 from polgrad.optim.rank import rank_descent, rank_gradient, ranking
 from polgrad.optim.schedules import (
@@ -50,6 +52,7 @@ from polgrad.registry import table
 
 TABLE = STANDARD | MATRIX
 TABLE |= table('optim', normalized_igt, harpg, signal_to_noise, bias_scaled, smooth_descent, masked)
+TABLE |= table('optim', companded)
 Part = Annotated[optax.GradientTransformation, TABLE]
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
   'balanced',
   'bias_scaled',
   'blend',
+  'companded',
   'constant',
   'cosine',
   'ema',

@@ -13,7 +13,8 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from polgrad.registry import Fraction, table
+from polgrad.registry import Fraction, Range, table
+from polgrad.sampling import processors
 
 Array = jax.Array
 
@@ -124,9 +125,38 @@ def teacher_mixture(policy: Array, teacher: Array, *, teacher_weight: Fraction =
   return jnp.logaddexp(student + jnp.log1p(-teacher_weight), other + jnp.log(teacher_weight))
 
 
+def expert_contrast(
+  reference: Array,
+  expert: Array,
+  antiexpert: Array,
+  *,
+  strength: float = 0.4,
+  top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0,
+) -> Array:
+  """reference (expert / antiexpert)^strength, normalised, token by token: DExperts (arXiv:2105.03023).
+
+  STEER (arXiv:2311.07167) samples its data like this, from models of the style that is wanted and of the
+  one that is not. Strength 0 is the reference, and with the reference as antiexpert this is
+  reference^(1 - strength) expert^strength.
+
+  Args:
+    reference: logits f32[..., V] of the base model.
+    expert: logits f32[..., V].
+    antiexpert: logits f32[..., V].
+    strength: alpha of the paper.
+    top_p: probability of the most likely tokens of the reference; the others are never drawn.
+
+  Returns:
+    log-probabilities f32[..., V].
+  """
+  kept = processors.top_p(reference, p=top_p) if top_p < 1 else reference
+  difference = jax.nn.log_softmax(expert) - jax.nn.log_softmax(antiexpert)
+  return jax.nn.log_softmax(jnp.where(kept > -jnp.inf, kept + strength * difference, -jnp.inf))
+
+
 TABLE = table(
   'behavior_policies',
   *(current, greedy, reference, opponent, previous, teacher, controlled),
-  *(geometric_mixture, teacher_mixture),
+  *(geometric_mixture, teacher_mixture, expert_contrast),
 )
 Part = Annotated[Callable, TABLE]

@@ -5,6 +5,7 @@ No configuration selects them. docs/techniques.md has a runnable example of each
     module               what it computes
     -------------------  ------------------------------------------------------------------------
     decoupled_mixup      a loss of mixed inputs that keeps the classifier decisive
+    dirichlet_policy     actions that are distributions, with exploration and entropy
     monge_gap            how far a map is from moving points at the least cost
     network_compression  rewards and credit of smaller networks that a policy proposes
     noise_mask           noise on inputs, whose place is learned by a policy gradient
@@ -16,6 +17,7 @@ No configuration selects them. docs/techniques.md has a runnable example of each
 
 from polgrad.techniques import (
   decoupled_mixup,
+  dirichlet_policy,
   monge_gap,
   network_compression,
   noise_mask,
@@ -27,6 +29,7 @@ from polgrad.techniques import (
 
 __all__ = [
   'decoupled_mixup',
+  'dirichlet_policy',
   'monge_gap',
   'network_compression',
   'noise_mask',

@@ -75,3 +75,22 @@ def test_roles_are_parts_that_name_their_parameter_sets():
   assert inputs(role) == ('policy', 'reference')
   assert isinstance(role, functools.partial) and role.keywords == {'reference_weight': 0.25}
   assert inputs(behavior_policies.current) == inputs(behavior_policies.greedy) == ('policy',)
+
+
+def test_the_contrast_of_experts_is_a_product_of_powers_over_what_the_reference_keeps():
+  base, expert, anti = np.random.default_rng(0).normal(size=(3, 5, 9))
+  probs = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+  with jax.enable_x64(True):
+    fn = lambda *z, **knobs: np.exp(
+      behavior_policies.expert_contrast(*map(jnp.asarray, z), **knobs)
+    )
+    expected = probs(base) * (probs(expert) / probs(anti)) ** 0.7
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(fn(base, expert, anti, strength=0.7), expected, rtol=1e-12)
+    np.testing.assert_allclose(fn(base, expert, anti, strength=0.0), probs(base), rtol=1e-12)
+    mixed = probs(0.3 * base + 0.7 * expert)
+    np.testing.assert_allclose(fn(base, expert, base, strength=0.7), mixed, rtol=1e-12)
+    found = fn(base, expert, anti, strength=0.7, top_p=0.6)
+    inside = np.isfinite(np.asarray(processors.top_p(jnp.asarray(base), p=0.6)))
+    kept = np.where(inside, expected, 0)
+    np.testing.assert_allclose(found, kept / kept.sum(-1, keepdims=True), rtol=1e-12)

@@ -1,0 +1,43 @@
+from functools import partial
+
+from polgrad import collect, objectives, optim
+from polgrad.losses import aggregation
+from polgrad.methods.base import Method
+from polgrad.registry import part
+from polgrad.sampling import behavior_policies
+
+
+def steer(*, samples: int = 8, strength: float = 0.4, top_p: float = 0.9) -> Method:
+  """STEER (arXiv:2311.07167): supervised learning on the best samples of a product of experts.
+
+      loss = -token mean of log pi,   y the sample of a prompt with the highest reward
+      y ~ reference (expert / antiexpert)^strength, over the `top_p` most likely tokens of the reference
+
+  The anchors `expert` and `antiexpert` are models of the style that is wanted and of the one that is
+  not: name their folders in `frozen` of the phase. Without folders all three are the policy at the
+  start, and this is supervised learning on the best of its own samples. The reward is that of the task;
+  the paper's is the product of three scores in [0, 1]: style, similarity of meaning, and fluency.
+
+  Differences: This is the first stage, which makes data and the initial policy. The second is Quark with
+  a quantile token for each of the three scores, of which it needs several in a prompt. Samples are
+  learned in the step that draws them, while the paper collects all before it trains.
+
+  Args:
+    samples: samples of a prompt, of which the best is learned.
+    strength: alpha, of the experts; it varies in the paper's generation of data.
+    top_p: probability of the tokens that the reference allows.
+
+  Confidence: CODE (decoding, strength), PAPER (choice of the best).
+  """
+  contrast = part(behavior_policies.expert_contrast, strength=strength, top_p=top_p)
+  return Method(
+    collect=partial(
+      collect.Rollouts,
+      samples_per_prompt=samples,
+      choose=part(collect.picks.best),
+      behavior_policy=contrast,
+    ),
+    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
+    anchors={name: part(optim.fixed) for name in ('reference', 'expert', 'antiexpert')},
+    learns='imitate',
+  )
