@@ -38,6 +38,7 @@ LEFT_OUT = {
   **dict.fromkeys(('rlfr', 'rdd'), 'its rewards come from a network that learns during the run'),
   **dict.fromkeys(('l1_exact', 'l1_max'), 'changes the reward; its estimator is GRPO without a KL'),
   'pf_ppo': 'chooses rows by their rewards; its estimator is that of PPO on them',
+  'gradient_guided': 'the weights of its rewards follow from gradients of the run',
   'prioritized_replay': 'weighs groups that come again; without them it is GRPO without a KL',
   'spo_single_stream': 'its baseline is the success rate in earlier steps, and it has no groups',
   'uft': 'its rows begin with tokens that are given; its estimator is that of GRPO after them',

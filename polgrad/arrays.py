@@ -2,8 +2,9 @@
 
 The names of a function's positional arguments say which arrays it reads (`registry.inputs`). `ARRAYS`
 is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` width of the model, `G`
-rows of a group, `n` further completions of a prompt. The entry of a per-token array `x[b, t]` belongs
-to `tokens[b, t]`. Log-probabilities (`logp`) are in nats, rewards and values in the unit of the reward.
+rows of a group, `n` further completions of a prompt, `K` rewards. The entry of a per-token array
+`x[b, t]` belongs to `tokens[b, t]`. Log-probabilities (`logp`) are in nats, rewards and values in the
+unit of the reward.
 
 Four further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
 under that anchor, [B, T]. `<network>_scores`, for any network of the phase, is its score of each token,
@@ -59,6 +60,11 @@ BATCH = {
 FEATURES = {
   'target': Spec('B', 'the number that the score of the row should be; from the data'),
   'uniform': Spec('B', 'one uniform random number in [0, 1) a row; from the collector'),
+  'influences': Spec(
+    'B K',
+    'products of the gradient of each of K rewards with those of all, the same in all rows; from '
+    '`collect.influences`',
+  ),
   'replay_weight': Spec(
     'B', 'importance weight of a group that is used again, else 1; from `replay_correction`'
   ),

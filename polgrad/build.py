@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from polgrad import trackers as tracking
 from polgrad.arrays import OWNED
 from polgrad.checks import answers, duplicates, tracing
 from polgrad.checks.findings import Finding, reader_field, source_field
+from polgrad.collect import influences
 from polgrad.data import batching, chat, sources, tokenizers
 from polgrad.learner import AnchorLearner, LearnedPart, Learner, NetworkLearner, NetworkPart
 from polgrad.models import Part as ModelPart
@@ -698,6 +700,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   if wanted & VALUES and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
   given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids', 'tokens'}
+  given |= _check_contrasts(path, phase, run)
   given |= phase.objective.head.makes
   missing = sorted(wanted - given)
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
@@ -756,6 +759,40 @@ def _check_networks(
         f'{place}: {phase.collect.rows} rows do not divide into {one.minibatches} minibatches x '
         f'{phase.micro_batches} micro_batches x groups of {phase.rows_per_prompt}'
       )
+
+
+def _check_contrasts(path: str, phase: Phase, run: Experiment) -> set[str]:
+  """Refuses credit that compares gradients which cannot be taken before it is assigned.
+
+  Returns:
+    The names of the arrays that this comparison makes.
+  """
+  contrasts = phase.credit.contrasts
+  if contrasts is None:
+    return set()
+  if not isinstance(phase.objective, objectives.PolicyGradient):
+    raise ValueError(
+      f'{path}.credit: it compares gradients of rewards, so the objective must be '
+      f'objectives.PolicyGradient, not {type(phase.objective).__name__}'
+    )
+  if not isinstance(phase.collect, collect.Sampling):
+    raise ValueError(f'{path}.credit: it compares gradients of rewards, but nothing is sampled')
+  also = sorted((phase.credit.provides - {'advantages', 'mask'}) & phase.objective.requires)
+  if also:
+    raise ValueError(
+      f'{path}.objective: it reads {also} of credit, but gradients of rewards are compared before '
+      'credit is assigned, with their advantages alone'
+    )
+  try:
+    found = influences.chosen(run.policy, contrasts.parameters)
+  except re.error as error:
+    raise ValueError(f'{path}.credit.parameters: no regular expression: {error}') from error
+  if not found:
+    known = influences.chosen(run.policy, '')
+    raise ValueError(
+      f'{path}.credit.parameters: {contrasts.parameters!r} finds no parameter; there are {known}'
+    )
+  return {'influences'}
 
 
 def _check_learned(path: str, phase: Phase, given: frozenset[str]) -> None:

@@ -302,6 +302,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     sampler_mesh=None if experiment.sampled_on is experiment.mesh else experiment.sampled_on,
     networks=phase.network_learners(experiment.policy),
     source=phase.source,
+    minibatches=phase.minibatches,
   )
 
 

@@ -65,6 +65,7 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     'B': (8,),
     'B n': (8, 3),
     'B G': (8, group),
+    'B K': (8, 2),
     '... V': (8, 5, 7),
     '... D': (8, 5, 4),
     '2': (2,),

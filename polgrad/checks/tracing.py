@@ -53,6 +53,10 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
   )
   if 'rewards' not in names:  # of the data; nothing is credited
     return batch
+  contrasts = phase.credit.contrasts
+  if contrasts is not None:
+    number = len(jax.eval_shape(contrasts.make, batch))
+    batch = batch.with_arrays(influences=jax.ShapeDtypeStruct((rows, number), jnp.float32))
   assign = lambda batch, state: credits.assign(phase.credit, batch, state)[0]
   return jax.eval_shape(assign, batch, phase.credit.init())
 

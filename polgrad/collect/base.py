@@ -51,6 +51,7 @@ class Context(NamedTuple):
   sampler_mesh: jax.sharding.Mesh | None = None  # None: rows are sampled on `mesh`
   networks: Mapping[str, NetworkLearner] = {}  # that score hidden states, by name
   source: Sequence[dict] = ()  # records by row, for collectors that return to a row later
+  minibatches: int = 1  # updates in a pass over the batch of a step
 
 
 class Collected(NamedTuple):

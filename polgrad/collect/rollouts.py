@@ -163,6 +163,7 @@ class Rollouts(Filtering):
     super().__post_init__()
     _check_environment(self)
     _check_counts(self)
+    _check_memory(self)
     _check_stats(self.stats)
 
   @classmethod
@@ -342,46 +343,6 @@ class Rollouts(Filtering):
 
 
 def _check_counts(settings: Rollouts) -> None:
-  fraction, replay = settings.replay_fraction, settings.replay
-  if not 0 <= fraction <= 1 or bool(fraction) != bool(replay):
-    raise ValueError(
-      'Rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; '
-      f'got replay={replay}, replay_fraction={fraction}'
-    )
-  if bool(settings.old_runs) != bool(settings.old_fraction):
-    raise ValueError(
-      'Rollouts: old_fraction must be 0 without old_runs, and in (0, 1] with them; '
-      f'got old_runs={settings.old_runs}, old_fraction={settings.old_fraction}'
-    )
-  if settings.replay_keep == 'best' and (settings.lag or not settings.replay):
-    raise ValueError(
-      'Rollouts: replay_keep=best needs a number of batches in replay, and no lag, got '
-      f'replay={replay}, lag={settings.lag}'
-    )
-  if settings.replay_keep == 'best' and 'rewards' not in inputs(settings.replay_priority):
-    raise ValueError(
-      'Rollouts: replay_keep=best needs a replay_priority that reads rewards, such as '
-      'replay.contrast; by others all groups of a new batch are equally good'
-    )
-  if settings.overlap and not (settings.lag and settings.samples_apart):
-    raise ValueError(
-      f'{type(settings).__name__}: overlap samples beside an update on an earlier batch, so it needs '
-      f'lag of at least 1, and Rollouts; got lag={settings.lag}'
-    )
-  if settings.overlap and settings.measures_entropy:
-    raise ValueError(
-      'Rollouts: token_temperature reads the entropies of the batch before, which overlap trains on '
-      'at the same time; leave out one of them'
-    )
-  if settings.corrects_replay and (not settings.replay or settings.old_runs):
-    raise ValueError(
-      'Rollouts: replay_correction weighs what is drawn from replay, so it needs replay, and no '
-      f'old_runs; got replay={replay}, old_runs={settings.old_runs}'
-    )
-  if settings.corrects_replay and math.isinf(settings.replay_exponent):
-    raise ValueError(
-      'Rollouts: with replay_exponent=inf nothing is drawn, so there is no replay_correction'
-    )
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
     raise ValueError('Rollouts: baseline_policy draws nothing, because baseline_samples is 0')
@@ -433,6 +394,50 @@ def _check_environment(settings: Rollouts) -> None:
         f'Rollouts: {knob}={value} adds completions of the data to groups, which '
         'have no turns of an environment; leave it out, or the environment'
       )
+
+
+def _check_memory(settings: Rollouts) -> None:
+  """Refuses settings of `replay`, old runs and `overlap` that contradict each other."""
+  fraction, replay = settings.replay_fraction, settings.replay
+  if not 0 <= fraction <= 1 or bool(fraction) != bool(replay):
+    raise ValueError(
+      'Rollouts: replay_fraction must be 0 without replay, and in (0, 1] with it; '
+      f'got replay={replay}, replay_fraction={fraction}'
+    )
+  if bool(settings.old_runs) != bool(settings.old_fraction):
+    raise ValueError(
+      'Rollouts: old_fraction must be 0 without old_runs, and in (0, 1] with them; '
+      f'got old_runs={settings.old_runs}, old_fraction={settings.old_fraction}'
+    )
+  if settings.replay_keep == 'best' and (settings.lag or not settings.replay):
+    raise ValueError(
+      'Rollouts: replay_keep=best needs a number of batches in replay, and no lag, got '
+      f'replay={replay}, lag={settings.lag}'
+    )
+  if settings.replay_keep == 'best' and 'rewards' not in inputs(settings.replay_priority):
+    raise ValueError(
+      'Rollouts: replay_keep=best needs a replay_priority that reads rewards, such as '
+      'replay.contrast; by others all groups of a new batch are equally good'
+    )
+  if settings.corrects_replay and (not settings.replay or settings.old_runs):
+    raise ValueError(
+      'Rollouts: replay_correction weighs what is drawn from replay, so it needs replay, and no '
+      f'old_runs; got replay={replay}, old_runs={settings.old_runs}'
+    )
+  if settings.corrects_replay and math.isinf(settings.replay_exponent):
+    raise ValueError(
+      'Rollouts: with replay_exponent=inf nothing is drawn, so there is no replay_correction'
+    )
+  if settings.overlap and not (settings.lag and settings.samples_apart):
+    raise ValueError(
+      f'{type(settings).__name__}: overlap samples beside an update on an earlier batch, so it needs '
+      f'lag of at least 1, and Rollouts; got lag={settings.lag}'
+    )
+  if settings.overlap and settings.measures_entropy:
+    raise ValueError(
+      'Rollouts: token_temperature reads the entropies of the batch before, which overlap trains on '
+      'at the same time; leave out one of them'
+    )
 
 
 def _check_stats(stats: Mapping[str, Callable]) -> None:

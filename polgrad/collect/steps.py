@@ -12,6 +12,7 @@ from polgrad import credit as credits
 from polgrad import curricula, speed
 from polgrad.collect.base import Annotator, Collected, Context, Draw, Sampling, make_annotator
 from polgrad.collect.drawn import Drawn, Episode
+from polgrad.collect.influences import Measure, make_influences
 from polgrad.collect.scored import Texts, metrics, score_rows, shown
 from polgrad.compiling import jit
 from polgrad.rewards.scoring import Scores
@@ -76,6 +77,9 @@ class Steps(abc.ABC):
   annotate: Annotator  # (state, batch) -> batch with log-probs, values and statistics
   assign: Callable[[Batch, Any], tuple[Batch, Any]]  # compiled: (batch, state) -> credited, state
   mask_truncated: bool  # whether rows that met no stop token leave the loss
+  influences: Measure | None = (
+    None  # what credit reads of gradients; None: it reads nothing of them
+  )
   meter: speed.Meter = dataclasses.field(default_factory=speed.Meter)
 
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
@@ -158,6 +162,8 @@ class Steps(abc.ABC):
 
   def credit(self, batch: Batch, state: TrainState) -> tuple[Batch, Any]:
     """The batch with advantages, returns or labels, and the next state of the estimator."""
+    if self.influences is not None:
+      batch = self.influences(state, batch)
     batch, credit_state = to_host(self.assign(batch, to_host(state.credit_state)))
     if self.mask_truncated:  # after credit: these rows count in the statistics of their group
       batch = batch.replace(mask=batch.mask & batch.finished[:, None])
@@ -193,5 +199,6 @@ def common(
       context, settings.temperature, recompute_proximal=recompute_proximal, **annotator
     ),
     assign=jit(functools.partial(credits.assign, context.credit)),
+    influences=make_influences(context, settings.temperature),
     mask_truncated=settings.mask_truncated,
   )

@@ -55,6 +55,7 @@ from polgrad.credit.turns import (
 from polgrad.credit.wrapped import (
   appealed,
   filtered,
+  gradient_guided,
   hypervolume_guided,
   laddered,
   of_term,
@@ -893,6 +894,7 @@ TABLE |= SIMPLE | table(
   token_rewarded,
   appealed,
   hypervolume_guided,
+  gradient_guided,
   laddered,
   of_term,
 )

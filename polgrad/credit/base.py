@@ -1,7 +1,7 @@
 """What an estimator of credit is, and what several of them share."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +12,13 @@ from polgrad.types import Array, Batch
 
 Apply = Callable[[Batch, Any], tuple[Batch, Any]]
 State = dict[str, Array]
+
+
+class Contrasts(NamedTuple):
+  """K different advantages of a batch, and of which parameters their gradients are compared."""
+
+  make: Callable[[Batch], Array]  # batch without credit -> f[K, B, T]
+  parameters: str = ''  # regular expression that finds the names of the parameters; '' finds all
 
 
 class Estimator(NamedTuple):
@@ -25,6 +32,8 @@ class Estimator(NamedTuple):
     provides: the fields or features of the batch that it fills in. Changes to others are dropped.
     init: () -> the first state. The state is part of `TrainState` and its checkpoints.
     scored: those of `rewards` and `group_ids` that it reads; every scored batch has both.
+    contrasts: advantages whose gradients it compares: it then reads `influences`, which the collector
+      measures before it assigns credit (`collect.influences`). None: it compares none.
   """
 
   apply: Apply
@@ -32,6 +41,7 @@ class Estimator(NamedTuple):
   provides: frozenset[str] = frozenset({'advantages'})
   init: Callable[[], Any] = lambda: ()
   scored: frozenset[str] = frozenset({'rewards', 'group_ids'})
+  contrasts: Contrasts | None = None
 
 
 # Every estimator, filled in by the package: one that takes another one may take any.
@@ -105,6 +115,31 @@ def with_rewards(batch: Batch, rewards: Array) -> Batch:
   """The batch with other rewards of rows. Those of turns are left out: they add up to the old ones."""
   features = {name: x for name, x in batch.features.items() if name != 'turn_rewards'}
   return batch.replace(rewards=rewards, features=features)
+
+
+def check_terms(name: str, terms: Mapping[str, float]) -> list[str]:
+  """The names of the terms, sorted.
+
+  Raises:
+    ValueError: there is none; `name` is that of the estimator.
+  """
+  if not terms:
+    raise ValueError(
+      f'{name}: it needs the weights of terms of the reward, by their names; got {dict(terms)}'
+    )
+  return sorted(terms)
+
+
+def components(batch: Batch, terms: Mapping[str, float]) -> Array:
+  """The rest of the reward, and behind it the terms in alphabetical order, not weighed: f[K, B].
+
+  Args:
+    terms: weights in the reward of terms that the collector notes, by their names.
+  """
+  names = sorted(terms)
+  found = [batch[f'{name}_term'] for name in names]
+  rest = batch.rewards - sum(terms[name] * x for name, x in zip(names, found))
+  return jnp.stack([rest, *found])
 
 
 def averages(shape: tuple[int, ...] = ()) -> State:

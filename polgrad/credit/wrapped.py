@@ -4,7 +4,16 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from polgrad.credit.base import Estimator, Part, named, with_rewards
+from polgrad.credit.base import (
+  Contrasts,
+  Estimator,
+  Part,
+  check_terms,
+  components,
+  named,
+  to_tokens,
+  with_rewards,
+)
 from polgrad.losses import (
   auxiliary_rewards,
   multipliers,
@@ -13,7 +22,7 @@ from polgrad.losses import (
   reward_maps,
   row_scores,
 )
-from polgrad.losses.groups import members, rank
+from polgrad.losses.groups import members, normalized, rank
 from polgrad.registry import AtLeastOne, Decay, Fraction, Positive, call
 
 
@@ -301,9 +310,7 @@ def hypervolume_guided(
 
   def apply(batch, state):
     own, inner = state['places'], state['credit']
-    found = [batch[f'{name}_term'] for name in names]
-    rest = batch.rewards - sum(terms[name] * x for name, x in zip(names, found))
-    values = jnp.stack([rest, *found], axis=1)
+    values = components(batch, terms).T
     rows = jnp.sum(batch.valid)
     place = jnp.sum(jnp.where(batch.valid[:, None], values, 0), axis=0) / jnp.maximum(rows, 1)
     known = jnp.arange(capacity) < own['number']
@@ -334,4 +341,59 @@ def hypervolume_guided(
       },
       'credit': credit.init(),
     },
+  )
+
+
+def gradient_guided(
+  *,
+  credit: Part,
+  terms: Mapping[str, float] = {},
+  rate: Positive = 0.1,
+  parameters: str = '',
+  eps: float = 1e-6,
+) -> Estimator:
+  """Another estimator, whose reward is a weighted sum of several ones, of which those count more whose
+  gradients agree with the others: gradient-based weights (arXiv:2509.11452).
+
+      R_i = sum_k w_k x_ik,   log w_k <- log w_k + rate I_k, and then sum_k w_k = 1
+
+  The x_k are the `terms` of the reward, behind the rest of the reward, each before it is weighed. I_k =
+  sum_j g_k . g_j (the feature `influences`), with g_k the gradient of the policy's loss if x_k were the
+  only reward, normalised within its group (ddof 1). The batch is credited with the weights that its own
+  gradients have changed. At first all weights are equal.
+
+  Args:
+    credit: the estimator that sees these rewards.
+    terms: weights in the reward of terms that the collector notes (`terms`), by their names.
+    rate: change of log w per unit of I; the authors divide the learning rate, 1e-6, by 1e-5.
+    parameters: regular expression that finds the names of the parameters whose gradients are compared,
+      such as 'unembed'; '' compares all, which holds a gradient for each reward in memory.
+    eps: added to the standard deviations, in units of each reward.
+
+  Raises:
+    ValueError: no terms.
+  """
+  names = check_terms('gradient_guided', terms)
+  count = 1 + len(names)
+
+  def contrasts(batch):
+    group = members(batch.group_ids, batch.valid)
+    return jnp.stack(
+      [to_tokens(normalized(x, group, 1, eps), batch.mask) for x in components(batch, terms)]
+    )
+
+  def apply(batch, state):
+    # Every row repeats the numbers of the batch; a batch without valid rows has no gradients.
+    influence = jnp.where(jnp.any(batch.valid), batch['influences'][0], 0.0)
+    log_weights = pareto.influence_weights(state['log_weights'], influence, rate=rate)
+    mixed = jnp.exp(log_weights) @ components(batch, terms)
+    credited, inner = credit.apply(with_rewards(batch, mixed), state['credit'])
+    return credited, {'log_weights': log_weights, 'credit': inner}
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {'influences', *(f'{name}_term' for name in names)},
+    scored=frozenset({'rewards', 'group_ids'}),
+    init=lambda: {'log_weights': jnp.full(count, -jnp.log(count)), 'credit': credit.init()},
+    contrasts=Contrasts(contrasts, parameters),
   )

@@ -39,23 +39,22 @@ def hypervolume(points: Array, counted: Array, reference: Array) -> Array:
   return jnp.sum(jnp.where(jnp.any(dominated, axis=0), volume, 0))
 
 
-def influence_weights(log_weights: Array, gradients: Array, *, rate: float = 0.1) -> Array:
-  """log w_k + rate sum_j g_k . g_j, normalised: weights of rewards by the influence of each gradient on
-  all of them (arXiv:2509.11452).
+def influence_weights(log_weights: Array, influences: Array, *, rate: float = 0.1) -> Array:
+  """log w_k + rate I_k, normalised, with I_k = sum_j g_k . g_j: weights of rewards by the influence of
+  the gradient of each on all of them (arXiv:2509.11452).
 
   A reward whose gradient agrees with the others gains weight. Equal gradients leave the weights
-  unchanged. No method here uses it, because it needs the gradient of each reward.
+  unchanged.
 
   Args:
     log_weights: [K], logarithms of weights that add up to 1.
-    gradients: [K, P], one of each reward.
+    influences: [K], of K rewards.
     rate: of the change; the authors divide the learning rate, 1e-6, by 1e-5.
 
   Returns:
     [K], logarithms of weights that add up to 1.
   """
-  chex.assert_rank([log_weights, gradients], [1, 2])
-  chex.assert_equal_shape_prefix([log_weights, gradients], 1)
-  influence = gradients @ jnp.sum(gradients, axis=0)
-  moved = log_weights + rate * influence
+  chex.assert_rank([log_weights, influences], 1)
+  chex.assert_equal_shape([log_weights, influences])
+  moved = log_weights + rate * influences
   return moved - jax.nn.logsumexp(moved)

@@ -189,7 +189,7 @@ def _shaped(arrays: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Arra
   """
   rows, _ = shape
   sizes = {'B T': shape, 'B': (rows,), '': (), 'B n': (rows, None), 'B G': (rows, None), '2': (2,)}
-  sizes |= {'... V': (*shape, None), '... D': (*shape, None)}  # None: any size
+  sizes |= {'... V': (*shape, None), '... D': (*shape, None), 'B K': (rows, None)}  # None: any size
   arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
   for name, x in arrays.items():
     if name in ('advantages', 'returns') and x.shape == (rows,):

@@ -117,6 +117,7 @@ def random_batch(seed: int = 0) -> Batch:
     'uniform': rng.uniform(size=ROWS),
     **{f'{name}_term': rng.integers(0, 2, ROWS).astype(float) for name in TERMS},
     'wins': rng.uniform(size=(ROWS, GROUP)),
+    'influences': np.tile([0.5, -0.2], (ROWS, 1)),
     'baseline_wins': rng.uniform(size=(ROWS, 2)),
   }
   return batch.with_arrays(**{k: jnp.asarray(v) for k, v in x.items()})
@@ -139,6 +140,7 @@ BUILT = {
   'credit.with_success_rate': lambda fn: fn(credit=credit.outcome(), least=0.5),
   'credit.appealed': lambda fn: fn(credit=credit.outcome()),
   'credit.hypervolume_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),
+  'credit.gradient_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),
   'credit.laddered': lambda fn: fn(credit=credit.outcome(), rungs=('mode', 'brevity')),
   'credit.of_term': lambda fn: fn(credit=credit.outcome(), term='brevity', high=0.5),
   'credit.shaped': lambda fn: fn(credit=credit.outcome(), reward=reward_maps.bent),

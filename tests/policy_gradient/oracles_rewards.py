@@ -91,6 +91,7 @@ ORACLES = {
   'rl_struct': clipped,
   'gfpo': clipped,
   'hypervolume_guided': reinforce,
+  'gradient_guided': lambda x: sequence_sum(ratio_of(x) * x['advantages'], x['mask']),
   'prioritized_replay': prioritized_replay,
   'noisy_appeals': reinforce,
   'adora': clipped,

@@ -308,10 +308,57 @@ def test_a_reward_whose_gradient_agrees_with_the_others_gains_weight(x64):
   gradients = jnp.array([[1, 0], [0.5, 0.5], [-0.2, 1]])
   equal = jnp.full(3, -jnp.log(3.0))
   move = jax.jit(pareto.influence_weights)
-  got = move(equal, gradients)
+  influences = gradients @ gradients.sum(axis=0)
+  np.testing.assert_allclose(influences, [1.3, 1.4, 1.24])
+  got = move(equal, influences)
   np.testing.assert_allclose(jnp.exp(got), [0.33288, 0.33623, 0.33089], atol=1e-5)
-  same = move(equal, jnp.ones((3, 2)))
-  np.testing.assert_allclose(same, equal)
+  np.testing.assert_allclose(move(equal, jnp.full(3, 6.0)), equal)  # equal gradients
+  np.testing.assert_allclose(move(got, influences, rate=0.0), got)
+
+
+def test_gradient_guided_credit_is_that_of_the_weights_after_its_own_gradients(x64):
+  """Two batches in a row against a transcription: terms alphabetically behind the rest of the reward."""
+  rng = np.random.default_rng(0)
+  terms = {'mode': 0.5, 'brevity': 2.0}
+  estimator = credit.gradient_guided(
+    credit=credit.outcome(advantage=advantages.group_normalized), terms=terms
+  )
+  weights, state = np.full(3, 1 / 3), None
+  for _ in range(2):
+    accuracy, brevity, mode = rng.normal(size=(3, 8))
+    influences, ids = rng.normal(size=3), np.arange(8) // 4
+    arrays = dict(brevity_term=jnp.asarray(brevity), mode_term=jnp.asarray(mode))
+    arrays['influences'] = jnp.tile(influences, (8, 1))
+    batch = scored(
+      rewards=jnp.asarray(accuracy + 2 * brevity + 0.5 * mode),
+      group_ids=jnp.asarray(ids),
+      **arrays,
+    )
+    np.testing.assert_allclose(
+      estimator.contrasts.make(batch)[..., 0],
+      [standardized(x, ids) for x in (accuracy, brevity, mode)],
+      rtol=1e-6,
+    )
+    got, state = credit.assign(estimator, batch, estimator.init() if state is None else state)
+    weights = weights * np.exp(0.1 * influences)
+    weights /= weights.sum()
+    mixed = weights @ np.stack([accuracy, brevity, mode])
+    np.testing.assert_allclose(got.advantages[:, 0], standardized(mixed, ids), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(state['log_weights']), weights, rtol=1e-6)
+  # A batch of failures has no gradients, whatever the numbers are.
+  _, after = credit.assign(estimator, batch.replace(valid=jnp.zeros(8, bool)), state)
+  np.testing.assert_allclose(after['log_weights'], state['log_weights'], rtol=1e-12)
+  with pytest.raises(ValueError, match='gradient_guided: it needs the weights of terms'):
+    credit.gradient_guided(credit=RAW)
+
+
+def standardized(x, ids):
+  """(x - mean) / (std + 1e-6) in each group, with the unbiased deviation."""
+  out = np.zeros(len(x))
+  for g in set(ids.tolist()):
+    own = x[ids == g]
+    out[ids == g] = (own - own.mean()) / (own.std(ddof=1) + 1e-6)
+  return out
 
 
 # GRACE.

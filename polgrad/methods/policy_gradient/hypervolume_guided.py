@@ -19,10 +19,10 @@ def hypervolume_guided(*, max_new_tokens: int, capacity: int = 16) -> Method:
   trade-off is kept.
 
   Differences: The paper measures the policy on held-out problems at times; here the means of the batch
-  are taken at every step. Its further variant, weights from the gradients of each reward, is not here.
-  Brevity is the soft overlong punishment of DAPO over the whole length, in the place of the paper's
-  conciseness, and the format reward is left to the task. A deviation of the group would divide the
-  factor out, and Adam sees it only as changes between steps.
+  are taken at every step. Its further variant is the method `gradient_guided`. Brevity is the soft
+  overlong punishment of DAPO over the whole length, in the place of the paper's conciseness, and the
+  format reward is left to the task. A deviation of the group would divide the factor out, and Adam sees
+  it only as changes between steps.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
