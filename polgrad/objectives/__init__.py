@@ -13,7 +13,8 @@
 | `Supervised` | the negative log-likelihood of given completions |
 | `WeightedSum` | a weighted sum of these |
 
-`Objective` is their base class, and `Head` that of further layers of a reward model. An objective never
+`Objective` is their base class, `Head` that of further layers of a reward model, and `networks.Network`
+that of small networks that learn beside the model, by another loss. An objective never
 sees the model: it declares what it reads (`requires`, `stats`, `head`), gets the model's outputs, and
 returns named terms as undivided means. Totals and counts add up, so any split of a batch into
 micro-batches or over devices gives the same value and gradient once totals are divided by the counts of
