@@ -2,9 +2,9 @@
 
 The names of a function's positional arguments say which arrays it reads (`registry.inputs`). `ARRAYS`
 is the one list of these names. `B` rows, `T` positions, `V` vocabulary, `D` width of the model, `G`
-rows of a group, `n` further completions of a prompt, `K` rewards. The entry of a per-token array
-`x[b, t]` belongs to `tokens[b, t]`. Log-probabilities (`logp`) are in nats, rewards and values in the
-unit of the reward.
+rows of a group, `n` further completions of a prompt, `K` rewards, `Tk` k entries for each of `T` tokens.
+The entry of a per-token array `x[b, t]` belongs to `tokens[b, t]`. Log-probabilities (`logp`) are in
+nats, rewards and values in the unit of the reward.
 
 Four further kinds of names exist. `<anchor>_logp`, for any anchor of the phase, is the log-probability
 under that anchor, [B, T]. `<network>_scores`, for any network of the phase, is its score of each token,
@@ -140,6 +140,13 @@ FEATURES = {
     'number of what was read right before the turn, i32, positive and equal for equal tokens, 0 outside '
     'of turns; from the environment',
   ),
+  'early_tokens': Spec(
+    'B Tk', 'k tokens at each position, those of `early_targets`, i32; from `collect.EarlyTargets`'
+  ),
+  'early_targets': Spec(
+    'B Tk',
+    'running mean of the probabilities of these tokens, over the epochs of the row; from the same',
+  ),
   'void_turns': Spec(
     'B T',
     '1 in the tokens of a turn in which the policy neither acted nor answered, 0 elsewhere; the metric '
@@ -266,6 +273,10 @@ CONFIGURED = {
 # Names with one meaning everywhere, which a configuration therefore cannot give to another array.
 OWNED = BATCH | FEATURES | MODEL | OBJECTIVE | LOCAL | VOCABULARY
 ARRAYS = OWNED | CONFIGURED
+
+
+# Arrays with several entries for each token; a statistic of the logits gets those of its token.
+WIDE = frozenset(name for name, array in ARRAYS.items() if array.shape == 'B Tk')
 
 
 def shape_of(name: str) -> str:

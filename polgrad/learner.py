@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from polgrad import optim
+from polgrad.arrays import WIDE
 from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.models.token_stats import Rows, token_stats
@@ -20,7 +21,7 @@ from polgrad.optim import Oracle, learning_rate
 from polgrad.optim.standard import STANDARD
 from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, empty, merged
-from polgrad.registry import AtLeastOne, call, table
+from polgrad.registry import AtLeastOne, call, inputs, table
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
 
 # Prefix of what an update says of a metric: True if it counted nothing, so that its number says nothing.
@@ -72,6 +73,8 @@ def forward(
   wanted = {'logp': logp, **stats}
   if 'entropy' in fields:
     wanted['entropy'] = entropy
+  read_wide = WIDE & {name for stat in stats.values() for name in inputs(stat)}
+  wide = {name: batch.features[name].reshape(*batch.tokens.shape, -1) for name in read_wide}
   out = token_stats(
     hidden,
     batch.tokens[:, start:],
@@ -83,6 +86,7 @@ def forward(
     teacher_hidden=teacher_hidden,
     teacher_unembed=teacher_unembed,
     whole=Rows(batch.tokens, batch.segment_ids, batch.mask),
+    wide={name: x[:, start:] for name, x in wide.items()},
   )
   if fields & {'values', 'values_after'}:
     out['values_after'] = policy.value(params, hidden)
@@ -92,7 +96,8 @@ def forward(
   )
 
   # Back to [B, T]: the prompt columns return as zeros, and packed rows to their own places.
-  out = {name: unpack(jnp.pad(x, ((0, 0), (start, 0)))) for name, x in out.items()}
+  before = lambda x: jnp.pad(x, ((0, 0), (start, 0), *[(0, 0)] * (x.ndim - 2)))
+  out = {name: unpack(before(x)) for name, x in out.items()}
   return Outputs(
     logp=out['logp'],
     entropy=out.get('entropy'),

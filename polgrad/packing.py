@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polgrad.arrays import WIDE
 from polgrad.sharding import constrain
 from polgrad.types import Array, Batch
 
@@ -116,8 +117,9 @@ def packed(batch: Batch) -> tuple[Batch, Callable[[Array], Array]]:
   """The packed rows of a batch that went through `pack`, on devices.
 
   Returns:
-    A batch of `layout.rows` rows with tokens, segment_ids and mask; and a function [rows, T] -> [B, T]
-    that returns a number of every token to the token's place in the original batch, 0 on padding.
+    A batch of `layout.rows` rows with tokens, segment_ids, mask and the features that are `arrays.WIDE`;
+    and a function [rows, T, ...] -> [B, T, ...] that returns the numbers of every token to the token's
+    place in the original batch, 0 on padding.
   """
   # The place of each token in the concatenated packed rows; padding gets one beyond the end.
   rows, (count, length) = batch.layout.rows, batch.tokens.shape
@@ -125,16 +127,25 @@ def packed(batch: Batch) -> tuple[Batch, Callable[[Array], Array]]:
   column = jnp.arange(length)[None] - jnp.argmax(seen, axis=1)[:, None]
   place = jnp.where(seen, batch.offset[:, None] + column, rows * length)
 
+  axes = lambda x: ROWS + (None,) * (x.ndim - 2)
+
   def there(x: Array) -> Array:
-    flat = jnp.zeros(rows * length, x.dtype).at[place].set(x, mode='drop')
-    return constrain(flat.reshape(rows, length), ROWS)
+    flat = jnp.zeros((rows * length, *x.shape[2:]), x.dtype).at[place].set(x, mode='drop')
+    return constrain(flat.reshape(rows, length, *x.shape[2:]), axes(x))
 
   def back(x: Array) -> Array:
-    return constrain(x.reshape(-1).at[place].get(mode='fill', fill_value=0), ROWS)
+    flat = x.reshape(-1, *x.shape[2:])
+    return constrain(flat.at[place].get(mode='fill', fill_value=0), axes(x))
+
+  def wide(x: Array) -> Array:
+    return there(x.reshape(count, length, -1)).reshape(rows, -1)
 
   # Segment numbers of different rows are made different, so that no row sees another one.
   apart = jnp.arange(count)[:, None] * length
   laid = Batch(
-    tokens=there(batch.tokens), segment_ids=there(apart + batch.segment_ids), mask=there(batch.mask)
+    tokens=there(batch.tokens),
+    segment_ids=there(apart + batch.segment_ids),
+    mask=there(batch.mask),
+    features={name: wide(batch.features[name]) for name in WIDE & batch.features.keys()},
   )
   return laid, back

@@ -66,6 +66,7 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     'B n': (8, 3),
     'B G': (8, group),
     'B K': (8, 2),
+    'B Tk': (8, 10),
     '... V': (8, 5, 7),
     '... D': (8, 5, 4),
     '2': (2,),
@@ -89,6 +90,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     found[name] = np.tile([0, 0, 1, 1, 2], (8, 1))
   if 'tokens' in found:
     found['tokens'] = np.arange(40).reshape(8, 5) % 3
+  if 'early_tokens' in found:
+    found['early_tokens'] = np.arange(80).reshape(8, 10) % 3
   if 'opponent' in found:
     found['opponent'] = np.tile([0.0, 0.0, 0.0, 1.0], 2)
   return found

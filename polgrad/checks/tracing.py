@@ -16,7 +16,7 @@ from polgrad.registry import call
 from polgrad.types import FIELDS, Batch, Outputs, TrainState
 
 INTEGERS = ('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at')
-INTEGERS += ('observation_ids', 'turn_players', 'turn_ids', 'step_ids', 'span_ids')
+INTEGERS += ('observation_ids', 'turn_players', 'turn_ids', 'step_ids', 'span_ids', 'early_tokens')
 BOOLEANS = ('mask', 'finished', 'valid')
 ALL = ('tokens', 'segment_ids', 'mask')  # of every batch
 
@@ -39,6 +39,7 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
   sizes = {'B T': (rows, collector.length), 'B': (rows,), '': (), '2': (2,)}
   sizes['B n'] = (rows, getattr(collector, 'baseline_samples', 0))
   sizes['B G'] = (rows, collector.rows_per_prompt)
+  sizes['B Tk'] = (rows, collector.length * getattr(collector, 'top', 1))
 
   def shape(name):
     kind = jnp.int32 if name in INTEGERS else jnp.bool_ if name in BOOLEANS else jnp.float32
@@ -125,6 +126,8 @@ def _statistic(fn: Any, policy: Policy, numbers: jax.ShapeDtypeStruct) -> jax.Sh
     'hidden': jax.ShapeDtypeStruct((3, 8), jnp.float32),
     'context': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.int32),
     'context_mask': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.bool_),
+    'early_tokens': jax.ShapeDtypeStruct((3, 2), jnp.int32),
+    'early_targets': jax.ShapeDtypeStruct((3, 2), jnp.float32),
   }
   found = jax.eval_shape(lambda arrays: call(fn, arrays), arrays)
   if found.shape != (3,):

@@ -12,6 +12,7 @@
 | `Stored` | reads completions of prompts, and the teacher's log-probs of them, from files |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
+| `EarlyTargets` | the same, with running means of what the policy predicted for their tokens |
 | `Preferences` | reads pairs of completions off the data |
 | `UserPreferences` | reads pairs off the data, each beside other pairs of the same user |
 | `SampledPreferences` | reads pairs off the data, each beside two samples of a policy |
@@ -47,6 +48,7 @@ from polgrad.collect.data import (
   UserPreferences,
 )
 from polgrad.collect.drawn import Drawn, Turns, make_draws
+from polgrad.collect.early import EarlyTargets
 from polgrad.collect.exploration import Explored
 from polgrad.collect.inpainted import Inpainted
 from polgrad.collect.iterated import Iterated
@@ -66,6 +68,7 @@ __all__ = [
   'Context',
   'Demonstrations',
   'Drawn',
+  'EarlyTargets',
   'Explored',
   'Feedback',
   'Given',
@@ -104,6 +107,7 @@ TABLE = table(
   Mixed,
   Stored,
   Demonstrations,
+  EarlyTargets,
   Preferences,
   Revisions,
   UserPreferences,

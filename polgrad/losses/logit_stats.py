@@ -219,6 +219,32 @@ def early_learning(logits: Array, teacher_logits: Array, *, floor: Positive = 1e
   return jnp.log(jnp.maximum(1 - inner, floor))
 
 
+def early_learning_of_rows(
+  logits: Array, early_tokens: Array, early_targets: Array, *, floor: Positive = 1e-4
+) -> Array:
+  """`early_learning` with the running means of earlier predictions of the same row (arXiv:2007.00151).
+
+  Args:
+    logits: f32[..., V]; carries gradient.
+    early_tokens: i32[..., k], the tokens that have a target.
+    early_targets: f32[..., k], t of these tokens; t of all others is 0.
+    floor: least value of 1 - <t, pi>; without it the penalty has no lower bound.
+
+  Returns:
+    f32[...], in [log floor, 0]; 0 where the targets are.
+  """
+  log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), early_tokens, axis=-1)
+  inner = jnp.sum(jax.lax.stop_gradient(early_targets) * jnp.exp(log_probs), axis=-1)
+  return jnp.log(jnp.maximum(1 - inner, floor))
+
+
+def most_likely(logits: Array, *, k: int) -> Array:
+  """The k most likely tokens, as numbers, and their probabilities; f32[..., V] -> f32[..., 2 k]."""
+  probs, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), min(k, logits.shape[-1]))
+  found = [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])]) for x in (ids, probs)]
+  return jnp.concatenate([x.astype(logits.dtype) for x in found], axis=-1)
+
+
 def unlikelihood(
   logits: Array,
   tokens: Array,
@@ -277,6 +303,7 @@ TABLE = table(
   smoothed_nll,
   squared_log_normalizer,
   early_learning,
+  early_learning_of_rows,
   unlikelihood,
 )
 Part = Annotated[Callable, TABLE]

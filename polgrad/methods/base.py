@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from polgrad import collect as collectors
 from polgrad import credit as credits
 from polgrad import objectives
-from polgrad.arrays import ARRAYS, MODEL, OF_TURNS, VOCABULARY, shape_of
+from polgrad.arrays import ARRAYS, MODEL, OF_TURNS, VOCABULARY, WIDE, shape_of
 from polgrad.models.token_stats import CONTEXT, reads_context, whole_context
 from polgrad.registry import UnknownArray, bind, call, inputs, part, suggest
 from polgrad.types import Array, Batch, Outputs
@@ -21,6 +21,7 @@ BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'candidates', 'steps', 'learn
 # What the records must have, by collector.
 NEEDS = {
   collectors.Demonstrations: 'demonstrations',
+  collectors.EarlyTargets: 'demonstrations',
   collectors.Preferences: 'pairs',
   collectors.Revisions: 'pairs',
   collectors.UserPreferences: 'pairs',
@@ -33,7 +34,7 @@ LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 DISCRETE = frozenset({
   *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids', 'step_ids'),
   *('mask', 'where', 'valid', 'finished', 'selected', 'preferred'),
-  *('observation_ids', 'turn_players', 'span_ids'),
+  *('observation_ids', 'turn_players', 'span_ids', 'early_tokens'),
 })  # fmt: skip
 
 
@@ -138,6 +139,7 @@ class Method:
     tokens = arrays.get('tokens', jnp.zeros(mask.shape, jnp.int32))
     live = {name: arrays.pop(name, None) for name in LIVE}
     known = {'tokens': tokens, **arrays}
+    known |= {name: arrays[name].reshape(*mask.shape, -1) for name in WIDE & arrays.keys()}
     if reads_context(objective.stats):
       known |= whole_context(tokens, mask.astype(jnp.int32), mask)
     stats = {name: call(stat, known) for name, stat in objective.stats.items()}
@@ -189,7 +191,8 @@ def _shaped(arrays: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Arra
   """
   rows, _ = shape
   sizes = {'B T': shape, 'B': (rows,), '': (), 'B n': (rows, None), 'B G': (rows, None), '2': (2,)}
-  sizes |= {'... V': (*shape, None), '... D': (*shape, None), 'B K': (rows, None)}  # None: any size
+  sizes |= {'B Tk': (rows, None), 'B K': (rows, None)}  # None: any size
+  sizes |= {'... V': (*shape, None), '... D': (*shape, None)}
   arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
   for name, x in arrays.items():
     if name in ('advantages', 'returns') and x.shape == (rows,):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad import sharding
+from polgrad.arrays import WIDE
 from polgrad.registry import call, inputs
 
 Array = jax.Array
@@ -67,17 +68,19 @@ def token_stats(
   teacher_hidden: Array | None = None,
   teacher_unembed: Callable[[Array], Array] | None = None,
   whole: Rows | None = None,
+  wide: Mapping[str, Array] = {},
   where: Array | None = None,
   most: int = 0,
 ) -> dict[str, Array]:
   """Evaluates statistics of the next-token distribution in one pass over chunks of tokens.
 
-  A statistic is a function that returns f32[n] for n tokens. The names of its arguments say which arrays
-  it reads: `logits` f32[n, V], `tokens` i32[n], `hidden` f32[n, D] (without gradient), with a teacher
-  `teacher_logits` f32[n, V], and with whole rows `context` i32[n, T] and `context_mask` bool[n, T], see
-  `earlier`. The logits of a chunk are computed once for all statistics. The backward pass computes them
-  again instead of keeping them. Where the two models have embeddings of different sizes, because one has
-  more rows of padding, a statistic that reads `teacher_logits` gets logits of the ids that both have.
+  A statistic is a function that returns f32[n] or f32[n, m] for n tokens. The names of its arguments say
+  which arrays it reads: `logits` f32[n, V], `tokens` i32[n], `hidden` f32[n, D] (without gradient), with
+  a teacher `teacher_logits` f32[n, V], with whole rows `context` i32[n, T] and `context_mask`
+  bool[n, T], see `earlier`, and those of `wide`. The logits of a chunk are computed once for all
+  statistics. The backward pass computes them again instead of keeping them. Where the two models have
+  embeddings of different sizes, because one has more rows of padding, a statistic that reads
+  `teacher_logits` gets logits of the ids that both have.
 
   Args:
     hidden: [B, T, D], final hidden states.
@@ -92,11 +95,13 @@ def token_stats(
     teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
     teacher_unembed: hidden [..., D'] -> f32[..., V]. No gradient reaches the teacher.
     whole: the rows that `tokens` are the last columns of; None: no statistic reads earlier tokens.
+    wide: further arrays [B, T, k] of the tokens, by name, of which statistics read [n, k].
     where: bool[B, T], tokens to evaluate; None: all. Column 0 has no past and is never evaluated.
     most: with `where`, an upper bound of the number of evaluated tokens in a row.
 
   Returns:
-    f32[B, T] by name. Entry [b, t] is the statistic of `tokens[b, t]`, 0 where nothing is evaluated.
+    f32[B, T] or f32[B, T, m] by name. Entry [b, t] is the statistic of `tokens[b, t]`, 0 where nothing
+    is evaluated.
   """
   evaluate = functools.partial(
     _evaluate,
@@ -108,6 +113,7 @@ def token_stats(
   )
   # The shift: the hidden state of a column predicts the token of the next column.
   of_tokens = {'tokens': tokens[:, 1:], 'hidden': hidden[:, :-1]}
+  of_tokens |= {name: x[:, 1:] for name, x in wide.items()}
   if teacher_hidden is not None:
     of_tokens['teacher_hidden'] = teacher_hidden[:, :-1]
   if reads_context(stats):
@@ -134,7 +140,8 @@ def token_stats(
   # Back to columns of `tokens`: undo the gathering and the shift.
   if where is not None:
     out = {name: _put(x, chosen, where[:, 1:]) for name, x in out.items()}
-  return {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in out.items()}
+  first = lambda x: jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
+  return {name: first(x) for name, x in out.items()}
 
 
 def _evaluate(
@@ -146,7 +153,7 @@ def _evaluate(
   temperature: float | Array,
   whole: Rows | None,
 ) -> dict[str, Array]:
-  """All statistics of one chunk: arrays [B, S, ...] of its tokens -> f32[B, S] by name."""
+  """All statistics of one chunk: arrays [B, S, ...] of its tokens -> f32[B, S, ...] by name."""
   flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in of_tokens.items()}
 
   def logits(unembed, x):
@@ -157,6 +164,7 @@ def _evaluate(
     'tokens': flat['tokens'],
     'hidden': jax.lax.stop_gradient(flat['hidden'].astype(jnp.float32)),
   }
+  arrays = {**{name: flat[name] for name in WIDE & flat.keys()}, **arrays}
   if 'teacher_hidden' in flat:
     teacher = logits(teacher_unembed, flat['teacher_hidden'])
     arrays['teacher_logits'] = jax.lax.stop_gradient(teacher)
@@ -170,7 +178,8 @@ def _evaluate(
     both = arrays | {name: arrays[name][:, :size] for name in names}
   of = lambda stat: both if 'teacher_logits' in inputs(stat) else arrays
   shape = of_tokens['tokens'].shape
-  return {name: call(stat, of(stat)).reshape(shape) for name, stat in stats.items()}
+  found = {name: call(stat, of(stat)) for name, stat in stats.items()}
+  return {name: x.reshape(*shape, *x.shape[1:]) for name, x in found.items()}
 
 
 def _take(x: Array, columns: Array) -> Array:
@@ -179,9 +188,10 @@ def _take(x: Array, columns: Array) -> Array:
 
 
 def _put(x: Array, columns: Array, where: Array) -> Array:
-  """Puts what `_take` selected back into its columns: [B, S] -> [B, T], 0 where `where` is False."""
+  """Puts what `_take` selected back into its columns: [B, S, ...] -> [B, T, ...], 0 outside `where`."""
   put = jax.vmap(lambda row, at, empty: empty.at[at].set(row))
-  return jnp.where(where, put(x, columns, jnp.zeros(where.shape, x.dtype)), 0)
+  empty = jnp.zeros((*where.shape, *x.shape[2:]), x.dtype)
+  return jnp.where(jnp.expand_dims(where, range(2, x.ndim)), put(x, columns, empty), 0)
 
 
 def _split(x: Array, columns: int) -> Array:
@@ -191,5 +201,6 @@ def _split(x: Array, columns: int) -> Array:
 
 
 def _join(x: Array) -> Array:
-  """[pieces, B, columns] -> [B, pieces * columns]."""
-  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+  """[pieces, B, columns, ...] -> [B, pieces * columns, ...]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from polgrad.arrays import ARRAYS, MODEL, OBJECTIVE, OWNED, VOCABULARY, per_token
+from polgrad.arrays import ARRAYS, MODEL, OBJECTIVE, OWNED, VOCABULARY, WIDE, per_token
 from polgrad.losses import aggregation, turns
 from polgrad.losses._common import single
 from polgrad.metric_history import History
@@ -174,7 +174,7 @@ ALWAYS = {
   *(name for name, array in OBJECTIVE.items() if not array.made_of),
 }
 MADE_OF = {name: array.made_of for name, array in ARRAYS.items() if array.made_of}
-VOCABULARY_ARRAYS = {*VOCABULARY, 'tokens'}
+VOCABULARY_ARRAYS = {*VOCABULARY, *WIDE, 'tokens'}
 
 
 def reads(functions: Iterable[Callable], *, made: Iterable[str] = ()) -> frozenset[str]:

@@ -143,6 +143,10 @@ def make(fn, seed=0, rows=B):
       name in ARRAYS and ARRAYS[name].shape == 'B'
     ):  # log-probs of further anchors are not listed
       arrays[name] = rng.uniform(size=rows).astype(np.float32)
+    elif name in ('early_tokens', 'early_targets'):
+      ids = name == 'early_tokens'
+      shape = rows, T, 2
+      arrays[name] = rng.integers(V, size=shape).astype(np.int32) if ids else rng.random(shape) / 2
     elif name == 'context':
       arrays[name] = rng.integers(V, size=(rows, T, T)).astype(np.int32)
     elif name == 'context_mask':

@@ -11,7 +11,7 @@ from polgrad.models import token_stats
 from polgrad.registry import inputs
 
 # Without those of a teacher, and those that read earlier tokens (supervised_hybrids_test.py).
-OTHERS = {'teacher_logits', 'context'}
+OTHERS = {'teacher_logits', 'context', 'early_targets'}
 STATS = {fn.__name__: fn for fn in logit_stats.TABLE.values() if not OTHERS & set(inputs(fn))}
 ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7
 RANDOM = np.random.default_rng(0)
