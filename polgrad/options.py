@@ -30,7 +30,8 @@ def from_text(text: str, **defaults: str) -> ConfigDict:
   """The configuration of a run.
 
   Args:
-    text: `name=value` pairs with commas between them; a name alone means true.
+    text: `name=value` pairs with commas between them; a name alone means true. Several texts of one
+      option have + between them.
     defaults: further pairs, for names that the text does not give.
 
   Raises:
@@ -122,8 +123,8 @@ def convert(name: str, text: str, kind: type) -> Any:
     if text.lower() not in ('true', 'false', '1', '0'):
       raise ValueError(f'option {name}: expected true or false, got {text!r}')
     return text.lower() in ('true', '1')
-  if kind is tuple:  # an option is one of the texts
-    return (text,) if text else ()
+  if kind is tuple:  # texts with + between them
+    return tuple(one for one in text.split('+') if one)
   try:
     return kind(text)
   except ValueError as error:

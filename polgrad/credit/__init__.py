@@ -54,6 +54,7 @@ from polgrad.credit.turns import (
 )
 from polgrad.credit.wrapped import (
   appealed,
+  decomposed,
   filtered,
   gradient_guided,
   hypervolume_guided,
@@ -895,6 +896,7 @@ TABLE |= SIMPLE | table(
   appealed,
   hypervolume_guided,
   gradient_guided,
+  decomposed,
   laddered,
   of_term,
 )

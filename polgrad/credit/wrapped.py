@@ -397,3 +397,52 @@ def gradient_guided(
     init=lambda: {'log_weights': jnp.full(count, -jnp.log(count)), 'credit': credit.init()},
     contrasts=Contrasts(contrasts, parameters),
   )
+
+
+def decomposed(*, credit: Part, terms: tuple, lows: tuple = (), highs: tuple = ()) -> Estimator:
+  """Another estimator, applied to each term of the reward by itself: the advantages are averaged
+  (advantage decomposition, BNPO, arXiv:2506.02864).
+
+      A = 1/K sum_k A(x_k),   x_k = (term_k - low_k) / (high_k - low_k)
+
+  So what the other estimator fits to the batch, such as a deviation or a density, is of each term, and
+  the weights of the terms in the reward do not matter.
+
+  Args:
+    credit: the estimator that sees one term at a time as the reward; it makes advantages alone.
+    terms: names of K terms that the collector notes (`terms`), before they are weighed.
+    lows: K least values, which become 0; () leaves the terms unchanged.
+    highs: K largest values, which become 1; () leaves the terms unchanged.
+
+  Raises:
+    ValueError: no terms, other numbers of bounds, a low that is not below its high, or an estimator that
+      makes something else.
+  """
+  if not terms or len(lows) not in (0, len(terms)) or len(highs) != len(lows):
+    raise ValueError(
+      f'decomposed: it needs terms, and one low and one high for each or none; got {terms}, lows={lows} '
+      f'and highs={highs}'
+    )
+  if not all(low < high for low, high in zip(lows, highs)):
+    raise ValueError(f'decomposed: each low must be below its high, got lows={lows}, highs={highs}')
+  if credit.provides != {'advantages'}:
+    raise ValueError(
+      f'decomposed: its credit makes {sorted(credit.provides)}, but it needs one that makes advantages '
+      'alone'
+    )
+  bounds = [*zip(lows, highs)] or [(0.0, 1.0)] * len(terms)
+
+  def apply(batch, states):
+    total, after = 0.0, []
+    for name, (low, high), state in zip(terms, bounds, states):
+      x = jnp.where(batch.valid, (batch[f'{name}_term'] - low) / (high - low), 0)
+      credited, state = credit.apply(with_rewards(batch, x), state)
+      total += credited.advantages
+      after.append(state)
+    return batch.with_arrays(advantages=total / len(terms)), tuple(after)
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | {f'{name}_term' for name in terms},
+    init=lambda: tuple(credit.init() for _ in terms),
+  )

@@ -141,6 +141,7 @@ BUILT = {
   'credit.appealed': lambda fn: fn(credit=credit.outcome()),
   'credit.hypervolume_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),
   'credit.gradient_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),
+  'credit.decomposed': lambda fn: fn(credit=credit.outcome(), terms=('brevity', 'mode')),
   'credit.laddered': lambda fn: fn(credit=credit.outcome(), rungs=('mode', 'brevity')),
   'credit.of_term': lambda fn: fn(credit=credit.outcome(), term='brevity', high=0.5),
   'credit.shaped': lambda fn: fn(credit=credit.outcome(), reward=reward_maps.bent),

@@ -2,6 +2,7 @@
 states."""
 
 import functools
+import math
 import pathlib
 import runpy
 
@@ -14,6 +15,7 @@ from polgrad import build, credit
 from polgrad.credit import assign
 from polgrad.losses import (
   advantages,
+  difficulty,
   embedding_rewards,
   listwise,
   pareto,
@@ -350,6 +352,53 @@ def test_gradient_guided_credit_is_that_of_the_weights_after_its_own_gradients(x
   np.testing.assert_allclose(after['log_weights'], state['log_weights'], rtol=1e-12)
   with pytest.raises(ValueError, match='gradient_guided: it needs the weights of terms'):
     credit.gradient_guided(credit=RAW)
+
+
+def test_decomposed_advantages_are_means_over_the_terms_each_with_its_own_density(x64):
+  """BNPO of two terms, one in [-1, 0], against a transcription; densities of their own group means."""
+  rng = np.random.default_rng(3)
+  ids = np.arange(12) // 4
+  format_, exact = rng.uniform(size=12), rng.integers(0, 2, 12) - 1.0
+  estimator = credit.decomposed(
+    credit=credit.outcome(advantage=difficulty.beta_normalized),
+    terms=('format', 'exact'),
+    lows=(0.0, -1.0),
+    highs=(1.0, 0.0),
+  )
+  batch = scored(
+    rewards=jnp.full(12, jnp.nan),  # not read
+    group_ids=jnp.asarray(ids),
+    format_term=jnp.asarray(format_),
+    exact_term=jnp.asarray(exact),
+  )
+  got, _ = credit.assign(estimator, batch, estimator.init())
+  want = 0.0
+  for x in (format_, exact + 1):
+    p = np.array([x[ids == g].mean() for g in range(3)])
+    m, v = p.mean(), p.var(ddof=1)
+    a, b = (max(1.0, 1 + (m * (1 - m) / v - 1) * q / 3) for q in (m, 1 - m))
+    beta = math.gamma(a) * math.gamma(b) / math.gamma(a + b)
+    inside = (p > 0) & (p < 1)
+    density = np.where(inside, p ** (a - 1) * (1 - p) ** (b - 1) / beta, 1.0)
+    want = want + (x - p[ids]) / density[ids] / 2
+  np.testing.assert_allclose(got.advantages[:, 0], want, rtol=1e-6)
+  one = credit.decomposed(credit=estimator_of_bnpo(), terms=('exact',), lows=(-1.0,), highs=(0.0,))
+  alone, _ = credit.assign(one, batch, one.init())
+  plain, _ = credit.assign(estimator_of_bnpo(), batch.replace(rewards=jnp.asarray(exact + 1)), ())
+  np.testing.assert_allclose(alone.advantages, plain.advantages)  # one term is the method itself
+  for wrong, said in (
+    (dict(terms=()), 'it needs terms'),
+    (dict(terms=('a',), lows=(0.0,)), 'one low and one high for each'),
+    (dict(terms=('a',), lows=(1.0,), highs=(0.0,)), 'each low must be below its high'),
+  ):
+    with pytest.raises(ValueError, match=said):
+      credit.decomposed(credit=RAW, **wrong)
+  with pytest.raises(ValueError, match='it needs one that makes advantages'):
+    credit.decomposed(credit=credit.generalized(), terms=('a',))
+
+
+def estimator_of_bnpo():
+  return credit.outcome(advantage=difficulty.beta_normalized)
 
 
 def standardized(x, ids):
