@@ -22,8 +22,9 @@ from polgrad.losses import (
   reward_maps,
   row_scores,
 )
-from polgrad.losses.groups import members, normalized, rank
-from polgrad.registry import AtLeastOne, Decay, Fraction, Positive, call
+from polgrad.losses.groups import divide, first, members, normalized, rank, size, total
+from polgrad.registry import AtLeastOne, Count, Decay, Fraction, Positive, call
+from polgrad.types import Array, Batch
 
 
 def shaped(*, credit: Part, reward: reward_maps.Part) -> Estimator:
@@ -130,6 +131,12 @@ def token_rewarded(*, credit: Part, rewards: auxiliary_rewards.Part) -> Estimato
   return credit._replace(apply=apply, requires=credit.requires | named(rewards))
 
 
+def _kept(batch: Batch, score: row_scores.Part, keep: Array | int) -> Array:
+  """bool[B]: the `keep` valid rows of each group with the largest scores; `keep` may differ by row."""
+  place = rank(-call(score, batch), members(batch.group_ids, batch.valid))
+  return batch.valid & (place < keep)
+
+
 def filtered(*, credit: Part, score: row_scores.Part, keep: AtLeastOne) -> Estimator:
   """Another estimator, which sees of each group only the rows with the largest scores: GFPO
   (arXiv:2508.09726).
@@ -143,8 +150,7 @@ def filtered(*, credit: Part, score: row_scores.Part, keep: AtLeastOne) -> Estim
   """
 
   def apply(batch, state):
-    place = rank(-call(score, batch), members(batch.group_ids, batch.valid))
-    kept = batch.valid & (place < keep)
+    kept = _kept(batch, score, keep)
     credited, state = credit.apply(batch.with_arrays(valid=kept), state)
     return credited.with_arrays(mask=credited.mask & kept[:, None]), state
 
@@ -154,6 +160,78 @@ def filtered(*, credit: Part, score: row_scores.Part, keep: AtLeastOne) -> Estim
     provides=credit.provides | {'mask'},
     scored=credit.scored | {'rewards', 'group_ids'},
   )
+
+
+def filtered_by_difficulty(
+  *,
+  credit: Part,
+  score: row_scores.Part,
+  keeps: tuple = (4, 6, 8, 8),
+  capacity: AtLeastOne = 512,
+  warmup: Count = 64,
+) -> Estimator:
+  """`filtered`, with more rows of hard prompts: the adaptive form of GFPO (arXiv:2508.09726).
+
+  The mean rewards of the groups of this and of earlier batches, the last `capacity` of them, are cut at
+  their quantiles into as many parts as there are `keeps`. A group keeps the number of its part. A mean
+  that equals a quantile is in the harder part.
+
+  Args:
+    credit: the estimator that credits the rows that are kept.
+    score: arrays by name -> [B], such as the negative length.
+    keeps: number of rows that a group keeps, from the easiest part (the largest mean rewards) to the
+      hardest. The default ones are those of quartiles.
+    capacity: number of groups whose mean rewards are kept.
+    warmup: number of groups that must have been seen, those of the batch included; before that all
+      groups keep the number of the hardest part.
+
+  Raises:
+    ValueError: `keeps` are no whole numbers of at least 1.
+  """
+  if not keeps or not all(isinstance(k, int) and k >= 1 for k in keeps):
+    raise ValueError(
+      f'filtered_by_difficulty: keeps must be whole numbers of at least 1, got {keeps}'
+    )
+  cuts = jnp.arange(1, len(keeps)) / len(keeps)
+
+  def apply(batch, state):
+    recent, inner = state['recent'], state['credit']
+    group = members(batch.group_ids, batch.valid)
+    mean = divide(total(batch.rewards, group), size(group))
+    recent = pushed(recent, mean, first(group))
+    known = jnp.arange(capacity) < recent['number']
+    bounds = jnp.nanquantile(jnp.where(known, recent['means'], jnp.nan), cuts)
+    part_of = jnp.sum(mean[:, None] > bounds[None], axis=1)  # 0 is the hardest
+    part_of = jnp.where(recent['number'] < max(warmup, 1), 0, part_of)
+    kept = _kept(batch, score, jnp.asarray(keeps[::-1])[part_of])
+    credited, inner = credit.apply(batch.with_arrays(valid=kept), inner)
+    after = {'recent': recent, 'credit': inner}
+    return credited.with_arrays(mask=credited.mask & kept[:, None]), after
+
+  return credit._replace(
+    apply=apply,
+    requires=credit.requires | named(score),
+    provides=credit.provides | {'mask'},
+    scored=credit.scored | {'rewards', 'group_ids'},
+    init=lambda: {
+      'recent': {'means': jnp.zeros(capacity), 'number': jnp.zeros((), jnp.int32)},
+      'credit': credit.init(),
+    },
+  )
+
+
+def pushed(recent: Mapping[str, Array], x: Array, new: Array) -> dict[str, Array]:
+  """A window of the last numbers, `means` f[C] of `number` so far, with those of x [B] where `new`.
+
+  They are pushed in their order. Of more than C new ones the last C are kept.
+  """
+  capacity = len(recent['means'])
+  order = jnp.cumsum(new) - 1
+  count = jnp.sum(new, dtype=jnp.int32)
+  taken = new & (order >= count - capacity)
+  place = jnp.where(taken, (recent['number'] + order) % capacity, capacity)
+  means = recent['means'].at[place].set(x.astype(recent['means'].dtype), mode='drop')
+  return {'means': means, 'number': recent['number'] + count}
 
 
 def with_success_rate(*, credit: Part, least: float = 1.0) -> Estimator:

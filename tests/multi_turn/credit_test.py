@@ -137,6 +137,9 @@ BUILT = {
   'credit.filtered': lambda fn: fn(
     credit=credit.outcome(), score=functools.partial(row_scores.brevity), keep=2
   ),
+  'credit.filtered_by_difficulty': lambda fn: fn(
+    credit=credit.outcome(), score=functools.partial(row_scores.brevity), keeps=(1, 2), warmup=0
+  ),
   'credit.with_success_rate': lambda fn: fn(credit=credit.outcome(), least=0.5),
   'credit.appealed': lambda fn: fn(credit=credit.outcome()),
   'credit.hypervolume_guided': lambda fn: fn(credit=credit.outcome(), terms={'brevity': 0.5}),

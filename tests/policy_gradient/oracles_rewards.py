@@ -90,6 +90,7 @@ ORACLES = {
   'hipo': clipped,
   'rl_struct': clipped,
   'gfpo': clipped,
+  'gfpo_adaptive': clipped,
   'hypervolume_guided': reinforce,
   'gradient_guided': lambda x: sequence_sum(ratio_of(x) * x['advantages'], x['mask']),
   'prioritized_replay': prioritized_replay,

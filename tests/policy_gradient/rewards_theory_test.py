@@ -236,6 +236,60 @@ def test_only_the_rows_with_the_largest_scores_are_compared_and_learned():
 
 # Estimators that carry a state.
 
+
+def test_hard_prompts_keep_more_answers_by_the_quantiles_of_recent_ones(x64):
+  """Random batches against a list of all means so far; quantiles of the last ten of them."""
+  keeps, capacity, rng = (1, 2, 3, 4), 10, np.random.default_rng(5)
+  estimator = credit.filtered_by_difficulty(
+    credit=credit.outcome(advantage=advantages.group_normalized),
+    score=row_scores.efficiency,
+    keeps=keeps,
+    capacity=capacity,
+    warmup=9,
+  )
+  seen, state = [], estimator.init()
+  for number in range(6):
+    rewards, ids = rng.integers(0, 5, 24) / 4, np.arange(24) // 4
+    valid = rng.uniform(size=24) < 0.9
+    valid[:4] = number != 3  # a group without valid rows is not seen
+    batch = scored(
+      rewards=jnp.asarray(np.where(valid, rewards, 0)),
+      group_ids=jnp.asarray(ids),
+      valid=jnp.asarray(valid),
+    )
+    got, state = step(estimator, batch, state)
+    means = {g: rewards[(ids == g) & valid].mean() for g in range(6) if valid[ids == g].any()}
+    seen += [*means.values()]
+    cuts = np.quantile(seen[-capacity:], [0.25, 0.5, 0.75])
+    for g, mean in means.items():
+      harder = 3 if len(seen) < 9 else 3 - sum(mean > c for c in cuts)
+      rows = np.flatnonzero((ids == g) & valid)
+      kept = sorted(rows, key=lambda i: -rewards[i])[: keeps[harder]]
+      np.testing.assert_array_equal(rows[np.asarray(got.mask[rows, 0])], sorted(kept))
+      own = rewards[kept] - rewards[kept].mean()
+      own = own / (rewards[kept].std(ddof=1) + 1e-6) if len(kept) > 1 else 0 * own
+      np.testing.assert_allclose(got.advantages[np.array(kept), 0], own, atol=1e-6)
+  assert int(state['recent']['number']) == len(seen) == 35
+  # State laws: no valid rows change nothing, and a scan is two calls.
+  none = batch.replace(valid=jnp.zeros(24, bool))
+  jax.tree.map(np.testing.assert_array_equal, step(estimator, none, state)[1], state)
+  pair = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch)
+  scanned, _ = jax.lax.scan(lambda s, b: (assign(estimator, b, s)[1], 0), state, pair)
+  twice = state
+  for i in range(2):
+    twice = step(estimator, jax.tree.map(lambda x, i=i: x[i], pair), twice)[1]
+  jax.tree.map(np.testing.assert_array_equal, scanned, twice)
+  # More groups than there is room for: the last ones. One number for all parts is `filtered`.
+  one = dict(credit=RAW, score=row_scores.efficiency)
+  small = credit.filtered_by_difficulty(keeps=(2, 2), capacity=4, warmup=0, **one)
+  got, state = step(small, batch, small.init())
+  np.testing.assert_allclose(np.sort(state['recent']['means']), np.sort([*means.values()][-4:]))
+  fixed = credit.filtered(keep=2, **one)
+  np.testing.assert_array_equal(got.mask, step(fixed, batch, ())[0].mask)
+  with pytest.raises(ValueError, match='whole numbers of at least 1'):
+    credit.filtered_by_difficulty(keeps=(0, 1), **one)
+
+
 RAW = credit.outcome(advantage=advantages.raw)
 APPEALED = credit.appealed(credit=RAW, false_positive=0.1, decay=0.5)
 GUIDED = credit.hypervolume_guided(credit=RAW, terms={'brevity': 1.0}, capacity=2)

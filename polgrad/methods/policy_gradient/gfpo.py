@@ -13,7 +13,7 @@ def gfpo(*, keep: int = 4, eps_low: float = 0.2, eps_high: float = 0.2) -> Metho
   The other answers are in no statistic, and leave the loss and its denominator. `credit.score` may be
   `row_scores.efficiency` instead, the reward of a token. If all answers are kept this is GRPO.
 
-  Differences: The paper's choice of `keep` by the difficulty of the prompt is not here.
+  Differences: `keep` is the same for all prompts; it follows their difficulty in `gfpo_adaptive`.
 
   Args:
     keep: number of answers that are kept; groups should be larger. The default is ours.
