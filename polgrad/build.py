@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from polgrad import collect, curricula, objectives, optim, reward_models, sharding
+from polgrad import collect, curricula, objectives, optim, reward_models, sharding, teachers
 from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.arrays import OWNED
@@ -134,6 +134,8 @@ class Phase(Judged):
     learned: anchors, whose rule is `fixed`, that learn by their own loss, such as a reward model.
     networks: networks that score hidden states and learn by their own loss; the array `NAME_scores`.
     frozen: other models that some of the anchors are, such as a larger teacher.
+    elsewhere: models by name that give log-probs and are not on the devices of the run: on others of the
+      process, or behind a service. They take the place of anchors whose logits nothing reads.
     restart: initialise the policy again when the phase starts, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
       groups then stay whole in minibatches, which must divide accordingly.
@@ -162,6 +164,7 @@ class Phase(Judged):
   learned: Mapping[str, LearnedPart] = dataclasses.field(default_factory=dict)
   networks: Mapping[str, NetworkPart] = dataclasses.field(default_factory=dict)
   frozen: Mapping[str, ModelPart] = dataclasses.field(default_factory=dict)
+  elsewhere: Mapping[str, teachers.Part] = dataclasses.field(default_factory=dict)
   restart: bool = False
   share_prompts: bool = False
   pack: Count = 0
@@ -677,6 +680,21 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   provided |= {f'{name}_scores' for name in phase.networks}
   anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
+  whole = {a for f, a in anchors.items() if f.endswith('_logits')} | collector.anchors_read
+  for name in phase.elsewhere:
+    if name in phase.anchors:
+      raise ValueError(f'{path}.elsewhere: {name!r} is an anchor too; leave one of them out')
+    if name in whole:
+      raise ValueError(
+        f'{path}.elsewhere: the whole distribution of {name!r} is read, but a model elsewhere gives '
+        'log-probs of tokens alone; make it an anchor, or take a method that reads log-probs, such as '
+        'sampled_distillation'
+      )
+    if f'{name}_logp' not in wanted:
+      raise ValueError(f'{path}.elsewhere: nothing reads {name}_logp; there are {sorted(wanted)}')
+    teachers.check(phase.elsewhere[name], run.tokenizer, f'{path}.elsewhere.{name}')
+  anchors = {f: a for f, a in anchors.items() if a not in phase.elsewhere}
+  given_elsewhere = {f'{name}_logp' for name in phase.elsewhere}
   for field, anchor in sorted(anchors.items()):
     if anchor not in phase.anchors:
       raise ValueError(
@@ -699,7 +717,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       )
   if wanted & VALUES and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
-  given = provided | anchors.keys() | VALUES | {'entropy', 'group_ids', 'tokens'}
+  given = provided | given_elsewhere | anchors.keys() | VALUES | {'entropy', 'group_ids', 'tokens'}
   given |= _check_contrasts(path, phase, run)
   given |= phase.objective.head.makes
   missing = sorted(wanted - given)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 
-from polgrad import build, collect, curricula, methods, models, optim, tasks
+from polgrad import build, collect, curricula, methods, models, optim, tasks, teachers
 from polgrad import trackers as tracking
 from polgrad.data import sources
 from polgrad.methods import Method
@@ -50,6 +50,8 @@ def compose(
   learning_rate: NotNegative = 0.0,
   prompts: Count = 0,
   teacher: str = '',
+  teacher_devices: Count = 0,
+  teacher_url: str = '',
   seed: Count = 0,
   smoke: bool = False,
   trackers: str = '',
@@ -66,6 +68,9 @@ def compose(
     learning_rate: of AdamW; 0 is that of the preset for what the method learns.
     prompts: prompts of a batch of rollouts; 0 is the task's rows / samples per prompt.
     teacher: Hugging Face folder of the anchor `teacher`, for distillation from another model.
+    teacher_devices: how many of the last devices, outside of the run's mesh, hold the teacher; 0: it is
+      on the devices of the run.
+    teacher_url: of a service that gives the log-probs of the model `teacher`, up to `/v1`.
     seed: of parameters, data order and sampling.
     smoke: two steps of small batches on one device (with a smaller model, if it is `tiny`).
     trackers: where metrics go besides metrics.jsonl, with + between several: `wandb+tensorboard`; 'none'
@@ -95,6 +100,8 @@ def compose(
     )
   earlier = {name: run.phase(one) for name, one in method.before.items()}
   phases = {**earlier, 'train': run.phase(method, teacher=teacher)}
+  if teacher_devices or teacher_url:
+    _move_teacher(phases['train'], teacher, teacher_devices, teacher_url)
   evaluation = run.evaluation()
   if average:
     phases['train'].anchors.average = part(optim.ema, decay=average)
@@ -302,6 +309,28 @@ class _Run:
       stop_strings=task.stop_strings,
       **task.turns | task.held_out_turns,
     )
+
+
+def _move_teacher(phase: ConfigDict, teacher: str, devices: int, url: str) -> None:
+  """Takes the teacher off the devices of the run, in place.
+
+  Raises:
+    ValueError: both places are named, or no teacher, or the method has none.
+  """
+  if devices and url:
+    raise ValueError('teacher_devices and teacher_url: the teacher is at one of the two')
+  if not teacher or 'teacher' not in phase.anchors:
+    raise ValueError(
+      'teacher_devices or teacher_url: name the model with teacher=..., for a method with a teacher'
+    )
+  place = (
+    part(teachers.service, model=teacher, url=url)
+    if url
+    else part(teachers.on_devices, path=teacher, devices=devices)
+  )
+  del phase.anchors['teacher']
+  phase.frozen = {}
+  phase.elsewhere = {'teacher': place}
 
 
 def _trackers(names: str) -> dict[str, ConfigDict]:

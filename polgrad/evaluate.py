@@ -303,6 +303,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     networks=phase.network_learners(experiment.policy),
     source=phase.source,
     minibatches=phase.minibatches,
+    elsewhere=phase.elsewhere,
   )
 
 

@@ -202,6 +202,8 @@ def provider(name: str, phase: Phase) -> str:
     return f'anchor {anchor}'
   if name.removesuffix('_scores') in phase.networks:
     return f'network {name.removesuffix("_scores")}'
+  if anchor in phase.elsewhere:
+    return f'elsewhere.{anchor}'
   if name in MODEL:
     return 'the model'
   return 'the model, before the update' if name == 'old_values' else 'collect'

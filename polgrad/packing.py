@@ -5,7 +5,7 @@ several short sequences are forwarded in one row, and the model's outputs return
 the batch. `pack` chooses the places on the host, `packed` moves arrays there and back on devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 from polgrad.arrays import WIDE
 from polgrad.sharding import constrain
 from polgrad.types import Array, Batch
+
+SHORTEST = 32  # columns of the shortest rows of `padded`
 
 ROWS = ('batch', 'length')
 
@@ -149,3 +151,23 @@ def packed(batch: Batch) -> tuple[Batch, Callable[[Array], Array]]:
     features={name: wide(batch.features[name]) for name in WIDE & batch.features.keys()},
   )
   return laid, back
+
+
+def padded(
+  rows: Sequence[list[int]], count: int, pad_id: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and segment ids i32[count, T] of rows that begin at column 0; the last row is repeated.
+
+  T is `SHORTEST` times a power of two, but at most `most`, so that few shapes compile.
+  """
+  rows = [*rows, *[rows[-1]] * (count - len(rows))]
+  longest, length = max(map(len, rows)), SHORTEST
+  while length < longest:
+    length *= 2
+  length = min(length, most)
+  tokens = np.full((count, length), pad_id, np.int32)
+  segment_ids = np.zeros((count, length), np.int32)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+    segment_ids[i, : len(row)] = 1
+  return tokens, segment_ids

@@ -25,7 +25,7 @@ from polgrad.build import Experiment
 from polgrad.compiling import jit
 from polgrad.data import batching, sources, tables
 from polgrad.models import Policy
-from polgrad.reward_models import padded
+from polgrad.packing import padded
 from polgrad.types import Array, Params
 from polgrad.whole_files import writing
 
@@ -116,7 +116,7 @@ def embed(experiment: Experiment, params: Params, prompts: Sequence[Sequence[int
   with jax.set_mesh(mesh):
     for start in range(0, len(rows), at_once):
       piece = [rows[i] for i in order[start : start + at_once]]
-      arrays = padded(piece, at_once, experiment.tokenizer.pad_id, policy)
+      arrays = padded(piece, at_once, experiment.tokenizer.pad_id, policy.config.max_length)
       means = look(params, *(sharding.place_batch(mesh, x) for x in arrays))
       found.append(np.asarray(sharding.to_host(means), float)[: len(piece)])
   return np.concatenate(found)[np.argsort(order)]

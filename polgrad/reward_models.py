@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from polgrad import sharding
 from polgrad.compiling import jit
@@ -28,12 +27,11 @@ from polgrad.data.tokenizers import Tokenizer
 from polgrad.losses import latent_preferences
 from polgrad.models import Policy, heads, hf, pretrained
 from polgrad.objectives import heads as objective_heads
+from polgrad.packing import padded
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, bind, either, suggest, table
 from polgrad.rewards import comparisons, judge, spans, verifiers
 from polgrad.rewards.scoring import Failure
 from polgrad.types import Array, Params
-
-SHORTEST = 32  # columns of the shortest rows; other lengths are these times a power of two
 
 
 class Scorer(NamedTuple):
@@ -99,7 +97,7 @@ def reward_model(
   """
   settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
   folders = tuple(_checked(folder) for folder in (path, *ensemble))
-  _mesh(devices, fsdp)  # refuses what does not fit
+  sharding.last_devices(devices, fsdp)  # refuses what does not fit
 
   def judge(completions: list[str], records: list[dict]) -> list[float | Failure]:
     firsts = [record.get(before) for record in records] if before else None
@@ -158,7 +156,7 @@ def user_reward_model(
   """
   settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
   folder, head = _with_user(path)
-  _mesh(devices, fsdp)
+  sharding.last_devices(devices, fsdp)
   users = _Users(folder, head, _pairs_of_users(pairs, field), settings, unknown == 'prior')
   if user:
     users.check(user)
@@ -265,7 +263,7 @@ def preference_model(
   """
   settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
   folder = _checked(path)
-  _mesh(devices, fsdp)
+  sharding.last_devices(devices, fsdp)
 
   def compare(first: list[str], second: list[str], record: list[dict]) -> list[float | Failure]:
     rows = scores(load(folder, **settings), record * 2, first + second, second + first)
@@ -313,7 +311,7 @@ def step_model(
   """
   settings = dict(batch=batch, max_length=max_length, dtype=dtype, devices=devices, fsdp=fsdp)
   folder = _checked(path)
-  _mesh(devices, fsdp)
+  sharding.last_devices(devices, fsdp)
 
   def judge(completions: list[str], records: list[dict]) -> list[list[spans.Span] | Failure]:
     steps = [spans.steps(text, pattern) for text in completions]
@@ -380,7 +378,7 @@ def load(
 
   Args: see `reward_model`.
   """
-  mesh = _mesh(devices, fsdp)
+  mesh = sharding.last_devices(devices, fsdp)
   scalar = hf.is_reward_model(folder)
   policy = pretrained(path=folder, max_length=max_length, dtype=dtype, value_head=scalar)
   tokenizer = tokenizers.huggingface(path=folder)
@@ -403,7 +401,9 @@ def load(
     with jax.set_mesh(mesh):
       for start in range(0, len(rows), at_once):
         piece = order[start : start + at_once]
-        arrays = padded([rows[i] for i in piece], at_once, tokenizer.pad_id, policy)
+        arrays = padded(
+          [rows[i] for i in piece], at_once, tokenizer.pad_id, policy.config.max_length
+        )
         scores = look(params, *(sharding.place_batch(mesh, x) for x in arrays))
         found[piece] = np.asarray(scores, np.float64)[: len(piece)]
     return found
@@ -464,23 +464,6 @@ def _pairs_of_users(path: str, field: str) -> dict[str, list[dict]]:
   return found
 
 
-def padded(
-  rows: Sequence[list[int]], count: int, pad_id: int, policy: Policy
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and segment ids i32[count, T] of rows that begin at column 0; the last row is repeated."""
-  rows = [*rows, *[rows[-1]] * (count - len(rows))]
-  longest, length = max(map(len, rows)), SHORTEST
-  while length < longest:
-    length *= 2
-  length = min(length, policy.config.max_length)
-  tokens = np.full((count, length), pad_id, np.int32)
-  segment_ids = np.zeros((count, length), np.int32)
-  for i, row in enumerate(rows):
-    tokens[i, : len(row)] = row
-    segment_ids[i, : len(row)] = 1
-  return tokens, segment_ids
-
-
 def _row(scorer: Scorer, record: Mapping, text: str, *first: str | None) -> list[int] | Failure:
   """The ids that the model reads of a completion, or why there are none."""
   if first == (None,):
@@ -530,26 +513,6 @@ def _checked(path: str) -> str:
       'and write it with polgrad.convert --reward_model'
     )
   return str(folder)
-
-
-def _mesh(devices: int, fsdp: int) -> Mesh:
-  """A mesh of the last devices of this process.
-
-  Raises:
-    ValueError: more devices than there are, or a number that `fsdp` does not divide.
-  """
-  own = jax.local_devices()
-  count = devices or len(own) // fsdp * fsdp
-  if not 0 < count <= len(own) or count % fsdp:
-    raise ValueError(
-      f'devices={devices} and fsdp={fsdp} do not fit the {len(own)} devices of a process'
-    )
-  return jax.make_mesh(
-    (count // fsdp, fsdp, 1),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=own[-count:],
-  )
 
 
 REWARDS = either(verifiers.TABLE, table('reward_models', reward_model, user_reward_model))

@@ -215,3 +215,23 @@ def together(what: str) -> None:
   """Barrier across processes; `what` names it and must be the same in all of them."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def last_devices(devices: int, fsdp: int) -> Mesh:
+  """A mesh of the last devices of this process.
+
+  Raises:
+    ValueError: more devices than there are, or a number that `fsdp` does not divide.
+  """
+  own = jax.local_devices()
+  count = devices or len(own) // fsdp * fsdp
+  if not 0 < count <= len(own) or count % fsdp:
+    raise ValueError(
+      f'devices={devices} and fsdp={fsdp} do not fit the {len(own)} devices of a process'
+    )
+  return jax.make_mesh(
+    (count // fsdp, fsdp, 1),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=own[-count:],
+  )

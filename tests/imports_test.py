@@ -78,6 +78,7 @@ LEVELS = {
   'whole_files': 0,
   'report': 2,
   'reward_models': 3,
+  'teachers': 3,
 }
 FILES = sorted(p for p in ROOT.rglob('*.py') if p.parent != ROOT or p.stem != '__init__')
 # library -> the units of polgrad that may import it

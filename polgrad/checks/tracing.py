@@ -25,7 +25,7 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
   """The arrays of a batch of a phase with `rows` rows, as shapes, after credit was given."""
   collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
-  anchors = {f'{name}_logp' for name in phase.anchors} & wanted
+  anchors = {f'{name}_logp' for name in (*phase.anchors, *phase.elsewhere)} & wanted
   names = {
     *ALL,
     *collector.provides,

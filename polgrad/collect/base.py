@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import curricula, sharding, speed
-from polgrad.collect.drawn import Draws, Episode, Turns, make_draws
+from polgrad import curricula, sharding, speed, teachers
+from polgrad.collect.drawn import Draws, Episode, Turns, from_first, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
@@ -52,6 +52,8 @@ class Context(NamedTuple):
   networks: Mapping[str, NetworkLearner] = {}  # that score hidden states, by name
   source: Sequence[dict] = ()  # records by row, for collectors that return to a row later
   minibatches: int = 1  # updates in a pass over the batch of a step
+  # Functions that give the log-probs of an anchor's name, see `teachers`.
+  elsewhere: Mapping[str, teachers.Score] = {}
 
 
 class Collected(NamedTuple):
@@ -249,6 +251,10 @@ class Annotator:
   of_policy: Callable[[Params, Batch, Params | None], Outputs] | None
   reads_teacher: bool  # whether a statistic of the policy reads the teacher's logits
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
+  # batch (NumPy) -> log-probs f32[B, T], of models that are not on the devices of the run, by name
+  of_elsewhere: Mapping[str, Callable[[Batch], np.ndarray]] = dataclasses.field(
+    default_factory=dict
+  )
   mismatched: bool = False  # whether `mismatched_log_ratio` is read
   random: bool = False  # whether `uniform` is read
   # By name of the network: (parameters of the model, of the network, batch) -> scores [B, T]
@@ -278,6 +284,9 @@ class Annotator:
       one = self.context.networks[name]
       own = state.networks[name]['params']
       found[f'{name}_scores'] = function(params[one.states_of], own, self._read(one, batch))
+    # The devices are at work meanwhile; the first process alone asks, and tells the others.
+    for name, function in self.of_elsewhere.items():
+      found[f'{name}_logp'] = from_first(function(batch) if jax.process_index() == 0 else None)
     return batch.with_arrays(**sharding.to_host(found))
 
   def _scored_mismatches(self, state: TrainState, batch: Batch) -> Batch:
@@ -479,13 +488,22 @@ def make_annotator(
 
   # Of anchors: all log-probs that come neither from the policy nor from a statistic.
   given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats, *provided}
-  anchors = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
+  names = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
+  anchors = [name for name in names if name not in context.elsewhere]
+  elsewhere = {
+    name: functools.partial(
+      teachers.batch_logp, context.elsewhere[name], name, temperature=temperature
+    )
+    for name in names
+    if name in context.elsewhere
+  }
   return Annotator(
     context=context,
     own=own,
     stats=frozenset(stats),
     of_policy=jit(of_policy) if own or stats or mismatched else None,
     reads_teacher=reads_teacher(stats),
+    of_elsewhere=elsewhere,
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
     mismatched=mismatched,
     random='uniform' in wanted,

@@ -122,7 +122,7 @@ def score(
   """
   if not low < high:
     raise ValueError(f'judge.score: low={low} must be below high={high}')
-  client = _Client(
+  client = Client(
     *(url, model, key_variable, temperature, max_tokens),
     *(timeout_s, retries, concurrency, batch_s, options),
   )
@@ -189,7 +189,7 @@ def compare(
   Raises:
     ValueError: the environment variable is not set.
   """
-  client = _Client(
+  client = Client(
     *(url, model, key_variable, temperature, max_tokens),
     *(timeout_s, retries, concurrency, batch_s, options),
   )
@@ -253,7 +253,7 @@ def critique(
   Raises:
     ValueError: the environment variable is not set.
   """
-  client = _Client(
+  client = Client(
     *(url, model, key_variable, temperature, max_tokens),
     *(timeout_s, retries, concurrency, batch_s, options),
   )
@@ -335,8 +335,8 @@ def _read(what: Callable[[dict], float | Failure], reply: dict) -> float | Failu
 
 
 @dataclasses.dataclass(frozen=True)
-class _Client:
-  """Requests to one endpoint; the fields are the arguments of `score`."""
+class Client:
+  """Requests to one endpoint; all but the last two fields are the arguments of `score`."""
 
   url: str
   model: str
@@ -348,28 +348,35 @@ class _Client:
   concurrency: int
   batch_s: float
   options: Mapping
+  path: str = '/chat/completions'  # behind the URL
+  name: str = 'judge'  # what errors call it
 
   def ask(
     self, questions: Sequence[str | Failure], *, logprobs: bool = False
   ) -> list[dict | Failure]:
-    """The reply to each question, or why there is none; what is a failure already stays one.
+    """The reply to each question, or why there is none; what is a failure already stays one."""
+    bodies = [q if isinstance(q, Failure) else self._body(q, logprobs) for q in questions]
+    return self.send(bodies)
+
+  def send(self, bodies: Sequence[Mapping | Failure]) -> list[dict | Failure]:
+    """The reply to each request, or why there is none; what is a failure already stays one.
 
     Raises:
       ValueError: the environment variable of the key is not set, or the URL is none of HTTP.
     """
     if not re.match(r'https?://[^/\s]', self.url):
-      raise ValueError(f'judge: url={self.url!r} must begin with http:// or https://')
+      raise ValueError(f'{self.name}: url={self.url!r} must begin with http:// or https://')
     key = os.environ.get(self.key_variable, '') if self.key_variable else ''
     if self.key_variable and not key:
-      raise ValueError(f'judge: the environment variable {self.key_variable} is not set')
-    if not questions:
+      raise ValueError(f'{self.name}: the environment variable {self.key_variable} is not set')
+    if not bodies:
       return []
     ended = threading.Event()
     deadline = time.monotonic() + self.batch_s
-    threads = futures.ThreadPoolExecutor(min(self.concurrency, len(questions)))
+    threads = futures.ThreadPoolExecutor(min(self.concurrency, len(bodies)))
     try:
-      one = lambda question: self._persist(self._body(question, logprobs), key, deadline, ended)
-      running = [q if isinstance(q, Failure) else threads.submit(one, q) for q in questions]
+      one = lambda body: self._persist(json.dumps(dict(body)).encode(), key, deadline, ended)
+      running = [x if isinstance(x, Failure) else threads.submit(one, x) for x in bodies]
       return [x if isinstance(x, Failure) else self._result(x, deadline) for x in running]
     finally:  # after an interruption, no thread waits for its next try
       ended.set()
@@ -381,7 +388,7 @@ class _Client:
     except TimeoutError:
       return Failure('Timeout', f'the batch was not judged in {self.batch_s} s')
 
-  def _body(self, question: str, logprobs: bool) -> bytes:
+  def _body(self, question: str, logprobs: bool) -> dict:
     content = {
       'model': self.model,
       'messages': [{'role': 'user', 'content': question}],
@@ -391,7 +398,7 @@ class _Client:
     if logprobs:
       content |= {'logprobs': True, 'top_logprobs': 10}
     content |= self.options
-    return json.dumps({k: v for k, v in content.items() if v is not None}).encode()
+    return {k: v for k, v in content.items() if v is not None}
 
   def _persist(
     self, body: bytes, key: str, deadline: float, ended: threading.Event
@@ -425,7 +432,7 @@ class _Client:
     if key:
       headers['Authorization'] = f'Bearer {key}'
     request = urllib.request.Request(
-      self.url.rstrip('/') + '/chat/completions', data=body, headers=headers, method='POST'
+      self.url.rstrip('/') + self.path, data=body, headers=headers, method='POST'
     )
     late = time.monotonic() + seconds
     try:

@@ -1,0 +1,196 @@
+"""Teachers that are not on the devices of the run: on others, and behind a service."""
+
+import contextlib
+import http.server
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import build, evaluate, loading, phases, teachers
+from polgrad.collect.base import make_annotator
+from polgrad.options import from_text
+from polgrad.rewards import judge
+from polgrad.rewards.worker import Failure
+from polgrad.types import Batch
+from tests import hub
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+ROWS = [[5, 6, 7, 300], [9], [8, 8], [*range(40, 75)]]
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  base = tmp_path_factory.mktemp('models')
+  student = hub.small('qwen3', base / 'student')
+  return student, hub.small('gemma3', base / 'teacher', tokenizer='qwen3', hidden_size=48)
+
+
+def config(models, method='sampled_distillation', **options):
+  student, teacher = models
+  text = ''.join(f',{name}={value}' for name, value in options.items())
+  return from_text(
+    f'method={method},task=addition,model=hf,path={student},smoke,teacher={teacher}{text}'
+  )
+
+
+def batch(prompt=9, length=20):
+  """Rows with padding on both sides, of which the mask has the tokens behind the prompts."""
+  random = np.random.default_rng(0)
+  column = np.arange(length)
+  begin = np.array([prompt - 6, prompt - 9, prompt - 2, prompt - 4])
+  end = np.array([length, prompt + 3, prompt + 4, prompt - 3])
+  seen = (column >= begin[:, None]) & (column < end[:, None])
+  tokens = random.integers(640, size=seen.shape).astype(np.int32)
+  return Batch(
+    tokens=np.where(seen, tokens, 0),
+    segment_ids=seen.astype(np.int32),
+    mask=seen & (column >= prompt),
+    proximal_logp=np.zeros(seen.shape, np.float32),
+  )
+
+
+def test_other_devices_give_the_log_probs_of_the_run_s_own(models):
+  """The annotator of a run on four devices: with the teacher among them, and on the last two."""
+  found = {}
+  for devices in (0, 2):
+    settings = config(models, teacher_devices=devices)
+    settings.mesh.data = 4
+    run = build.build(settings)
+    phase = run.phases['train']
+    assert ('teacher' in phase.anchors) == (devices == 0)
+    if devices:
+      place = settings.phases.train.elsewhere.teacher
+      assert place.name == 'teachers.on_devices' and place.devices == 2
+    with jax.set_mesh(run.mesh):
+      annotate = make_annotator(evaluate.context(run, phase, 0), 0.7)
+      assert set(annotate.of_anchor) == ({'teacher'} if devices == 0 else set())
+      state = phases.begin(run, 0, None)
+      rows = batch(phase.collect.prompt_length, phase.collect.length)
+      found[devices] = annotate(state, rows).teacher_logp
+  mask = rows.mask
+  np.testing.assert_allclose(found[2][mask], found[0][mask], atol=1e-5)
+  assert np.ptp(found[2][mask]) > 0.1
+
+
+def test_rows_of_all_lengths_on_devices_that_share_the_parameters(models):
+  score = teachers.on_devices(path=models[1], devices=4, fsdp=2, batch=2, max_length=32)
+  found = score(ROWS, 1.0)
+  assert isinstance(found[3], Failure) and found[3].kind == 'TooLong'
+  assert [len(x) for x in found[:3]] == [3, 0, 1]
+  # One row alone, on one device, from its logits.
+  policy, params = loading.beside(models[1], build.build(loading.bare(models[0])))
+  tokens = np.array([ROWS[0]])
+  logits = np.asarray(policy.unembed(params, policy.hidden(params, tokens, tokens * 0 + 1)), float)
+  logp = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[0]
+  np.testing.assert_allclose(found[0], [logp[t, ROWS[0][t + 1]] for t in range(3)], atol=1e-5)
+
+
+@contextlib.contextmanager
+def serving(answer):
+  """An endpoint that answers by (request, number) -> (status, reply)."""
+  seen = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      seen.append((self.path, json.loads(self.rfile.read(int(self.headers['Content-Length'])))))
+      status, reply = answer(seen[-1][1], len(seen))
+      self.send_response(status)
+      self.end_headers()
+      self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *arguments):
+      pass
+
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+  try:
+    yield f'http://127.0.0.1:{server.server_address[1]}/v1', seen
+  finally:
+    server.shutdown()
+    server.server_close()
+
+
+def said(request, number=1):
+  """The log-prob of id i at place t is -(i + t / 10); another id is listed beside it."""
+  entries = [None] + [
+    {str(i): {'logprob': -(i + t / 10), 'rank': 3}, '640': {'logprob': -0.1, 'rank': 1}}
+    for t, i in enumerate(request['prompt'][1:], start=1)
+  ]
+  return 200, {'choices': [{'text': 'x', 'prompt_logprobs': entries}]}
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+  monkeypatch.setattr(judge, '_waits', lambda retries: iter([0.0] * (retries + 1)))
+
+
+def test_a_service_gives_the_log_probs_of_every_token(monkeypatch):
+  with serving(lambda body, n: (503, {}) if n == 1 else said(body)) as (url, seen):
+    score = teachers.service(model='big', url=url, concurrency=1)
+    found = teachers.batch_logp(score, 'teacher', batch(), 1.0)
+  path, request = seen[-1]
+  assert path == '/v1/completions'
+  assert {k: v for k, v in request.items() if k != 'prompt'} == dict(
+    model='big', max_tokens=1, temperature=1.0, prompt_logprobs=0
+  )
+  rows = batch()
+  for row, tokens in enumerate(rows.tokens):
+    columns = np.flatnonzero(rows.segment_ids[row])
+    want = np.zeros(20)
+    want[columns[1:]] = [-(tokens[c] + t / 10) for t, c in enumerate(columns[1:], start=1)]
+    np.testing.assert_allclose(found[row], want, rtol=1e-6)
+  assert len(seen) == 4  # one try again; a row of one token is not asked for
+
+
+BAD = {
+  'fewer tokens': ([None, {'6': {'logprob': -1.0}}], '2 prompt_logprobs of 4 tokens'),
+  'another id': ([None, *[{'1': {'logprob': -1.0}}] * 3], 'no log-prob of each id'),
+  'nothing': (None, 'no log-prob of each id'),
+  'a probability': ([None, *[{str(i): {'logprob': 0.5} for i in ROWS[0]}] * 3], 'at most 0'),
+  'not a number': ([None, *[{str(i): {'logprob': 'x'} for i in ROWS[0]}] * 3], 'no log-prob'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_a_reply_without_log_probs_stops_the_run_and_says_why(name):
+  entries, message = BAD[name]
+  rows = Batch(
+    tokens=np.array(ROWS[:1]), segment_ids=np.ones((1, 4), int), mask=np.ones((1, 4), bool)
+  )
+  with serving(lambda body, n: (200, {'choices': [{'prompt_logprobs': entries}]})) as (url, _):
+    score = teachers.service(model='big', url=url)
+    with pytest.raises(RuntimeError, match=rf"'teacher' gave no .* 1 of 1 rows.*{message}"):
+      teachers.batch_logp(score, 'teacher', rows, 1.0)
+    with pytest.raises(ValueError, match=r'temperature 1, but the run samples at 0\.7'):
+      teachers.batch_logp(score, 'teacher', rows, 0.7)
+
+
+REFUSED = {
+  'logits are read': (
+    dict(method='on_policy_distillation', teacher_devices=1),
+    r"elsewhere: the whole distribution of 'teacher'.*sampled_distillation",
+  ),
+  'two places': (dict(teacher_devices=1, teacher_url='http://x'), 'teacher is at one of the two'),
+  'no teacher': (dict(method='grpo', teacher_devices=1), 'for a method with a teacher'),
+  'too many devices': (dict(teacher_devices=9), 'devices=9 and fsdp=1 do not fit the 8 devices'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_elsewhere_is_refused(name, models):
+  options, message = REFUSED[name]
+  with pytest.raises(ValueError, match=message):
+    build.build(config(models, **options))
+
+
+def test_an_anchor_that_is_elsewhere_too_is_refused(models):
+  settings = config(models, teacher_url='http://localhost:1/v1')
+  assert settings.phases.train.elsewhere.teacher.url == 'http://localhost:1/v1'
+  settings.phases.train.anchors = from_text(
+    'method=sampled_distillation,task=addition,model=tiny'
+  ).phases.train.anchors
+  with pytest.raises(ValueError, match=r"elsewhere: 'teacher' is an anchor too"):
+    build.build(settings)
