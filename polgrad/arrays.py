@@ -130,6 +130,9 @@ FEATURES = {
   'opponent': Spec(
     'B', '1 for a row that another policy sampled, 0 for others; from the collector'
   ),
+  'hinted': Spec(
+    'B', '1 for a row that was drawn with a hint, 0 for others; from `collect.Hinted`'
+  ),
   'turn_rewards': Spec(
     'B T',
     'reward of a turn at its last token in the mask, 0 elsewhere; sums to `rewards`; from the '

@@ -93,7 +93,8 @@ def compose(
   if not method.warm_start:
     warm_start = 0
   _check_fit(method, task, warm_start)
-  if method.restart and method.warm_start and not (warm_start or teacher or method.before):
+  distils = method.restart and method.warm_start and 'teacher' in method.anchors
+  if distils and not (warm_start or teacher or method.before):
     raise ValueError(
       'the method distils a teacher: name its folder with teacher=FOLDER, or use warm_start=STEPS to '
       'train one first'

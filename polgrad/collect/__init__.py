@@ -9,6 +9,7 @@
 | `Iterated` | rollouts, some of which improve an attempt of an earlier step |
 | `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
+| `Hinted` | rollouts; a prompt without a right sample is asked again with its answer |
 | `Stored` | reads completions of prompts, and the teacher's log-probs of them, from files |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
@@ -50,6 +51,7 @@ from polgrad.collect.data import (
 from polgrad.collect.drawn import Drawn, Turns, make_draws
 from polgrad.collect.early import EarlyTargets
 from polgrad.collect.exploration import Explored
+from polgrad.collect.hinted import Hinted
 from polgrad.collect.inpainted import Inpainted
 from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
@@ -72,6 +74,7 @@ __all__ = [
   'Explored',
   'Feedback',
   'Given',
+  'Hinted',
   'Inpainted',
   'Iterated',
   'Lists',
@@ -105,6 +108,7 @@ TABLE = table(
   Iterated,
   Inpainted,
   Mixed,
+  Hinted,
   Stored,
   Demonstrations,
   EarlyTargets,

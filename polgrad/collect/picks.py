@@ -11,6 +11,7 @@ scored:
 | `valid` | bool[N, G] |
 | `wins` | f[N, G, G], probability that a row beats another, if the collector compares |
 | `lengths` | i[N, G], tokens of the completion |
+| `texts` | object[N, G], the completion as verifiers see it |
 | `random` | `numpy.random.Generator` of the step |
 
 It returns `Chosen`: the same number of rows for every group, so shapes do not depend on the data. A row
@@ -18,13 +19,14 @@ may be in it more than once. A pair is two consecutive rows. Credit says which o
 how surely (`credit.preference`, `credit.compared`); otherwise the order of the rows does.
 """
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
 from polgrad.credit.base import mean_wins
-from polgrad.registry import AtLeastOne, Fraction, NotNegative, Positive, Range, call, table
+from polgrad.registry import AtLeastOne, Count, Fraction, NotNegative, Positive, Range, call, table
 
 Array = np.ndarray
 Gap = Annotated[float, Range(at_least=0)]  # may be infinite
@@ -188,6 +190,49 @@ def above(
   return Chosen(order, np.take_along_axis(good, order, axis=1))
 
 
+def distinct(
+  rewards: Array,
+  valid: Array,
+  texts: Array,
+  *,
+  threshold: float = 1.0,
+  rows: Count = 0,
+  pattern: str = '',
+) -> Chosen:
+  """The rows of a group with reward >= `threshold` that say different things (RFT, arXiv:2308.01825).
+
+  Of rows that say the same the first one stays.
+
+  Args:
+    rewards, valid, texts: see above.
+    threshold: least reward of a row that stays.
+    rows: at most that many rows of a group; 0 is all of them.
+    pattern: regular expression; rows say the same if all its matches are equal, such as the equations of
+      a solution. Without a pattern, or where it matches nothing, if the texts are equal but for white
+      space.
+  """
+  _check_rows(rows, valid)
+  good = valid & (rewards >= threshold)
+  for group in range(len(valid)):
+    seen = set()
+    for row in np.flatnonzero(good[group]):
+      key = said(texts[group, row], pattern)
+      good[group, row] = key not in seen
+      seen.add(key)
+  order = np.argsort(~good, axis=1, kind='stable')[:, : rows or None]
+  return Chosen(order, np.take_along_axis(good, order, axis=1))
+
+
+def said(text: str, pattern: str) -> tuple[str, ...]:
+  """What a text says: the matches of a pattern without white space, or its words.
+
+  >>> said('First 3 * 4 = 12, then 12+1=13.', r'[\\d+* ]+= *\\d+')
+  ('3*4=12', '12+1=13')
+  """
+  found = [''.join(m.group().split()) for m in re.finditer(pattern, text)] if pattern else []
+  return tuple(filter(None, found)) or tuple(text.split())
+
+
 def top_of_batch(rewards: Array, valid: Array, *, fraction: Fraction = 0.2) -> Chosen:
   """The best rows of the whole batch, round(fraction * rows) of them: RAFT's `top` (arXiv:2304.06767).
 
@@ -282,7 +327,7 @@ def rows_of(fn: Callable, size: int) -> int:
   """
   numbers = np.zeros((1, size))
   blank = {'rewards': numbers, 'lengths': numbers, 'valid': numbers == 0}
-  blank['wins'] = np.zeros((1, size, size))
+  blank |= {'wins': np.zeros((1, size, size)), 'texts': np.full((1, size), '', object)}
   return choose(fn, blank, np.random.default_rng(0)).rows.shape[1]
 
 
@@ -351,6 +396,7 @@ TABLE = table(
   rejection,
   best,
   above,
+  distinct,
   top_of_batch,
   filtered,
 )

@@ -28,6 +28,7 @@ from polgrad.collect.scored import (
   begun,
   compare_groups,
   compare_with,
+  completions,
   demonstrated,
   distinct,
   informative,
@@ -558,7 +559,7 @@ class RolloutSteps(Steps):
       batch, errors, messages = parts.mark_rows(batch, records, self.context)
       report = report.with_errors(errors, messages)
       report.metrics.update(parts.metrics(batch))
-    batch, report = self._choose(batch, report, step)
+    batch, report = self._choose(batch, report, step, records)
     if self.context.curriculum.pools:
       batch = batch.replace(group_ids=pooled(batch.prompt_ids))
     return batch, report
@@ -787,12 +788,17 @@ class RolloutSteps(Steps):
       report = report.with_errors(errors, messages)
     return batch, report
 
-  def _choose(self, batch: Batch, report: Report, step: int) -> tuple[Batch, Report]:
+  def _choose(
+    self, batch: Batch, report: Report, step: int, records: Sequence[dict] = ()
+  ) -> tuple[Batch, Report]:
     """The rows of each group that are trained on; those that are not usable are not `valid`."""
     size = len(self.settings.group)
     groups = lambda x: x.reshape(-1, size, *x.shape[1:])
     arrays = {name: groups(batch[name]) for name in ('rewards', 'valid', 'wins') if name in batch}
     arrays['lengths'] = groups(batch.mask.sum(axis=1))
+    if 'texts' in inputs(self.settings.choose):
+      said = completions(batch, records, self.context.tokenizer, report.episodes)
+      arrays['texts'] = groups(np.array(said, object))
     random = np.random.default_rng((self.context.seed, step, 4))
     chosen = picks.choose(self.settings.choose, arrays, random)
     rows = (chosen.rows + size * np.arange(len(chosen.rows))[:, None]).reshape(-1)

@@ -305,10 +305,17 @@ def replace_groups(
 ) -> tuple[Batch, Texts]:
   """Replaces groups of `old` that are not useful, bool[N], by groups of `new` that are `informative`."""
   source = replacements(useful, informative(*new, rows_per_prompt, ignored))
+  return with_groups(old, new, source, rows_per_prompt)
+
+
+def with_groups(
+  old: tuple[Batch, Texts], new: tuple[Batch, Texts], source: np.ndarray, rows_per_prompt: int
+) -> tuple[Batch, Texts]:
+  """The groups at the places `source`, i[N], of the old ones and, behind them, the new ones."""
   rows = (source[:, None] * rows_per_prompt + np.arange(rows_per_prompt)[None, :]).reshape(-1)
   pick = lambda a, b: np.concatenate([a, b])[rows]
   # Groups are numbered by their places, because a new group may have the number of an old one.
-  groups = np.repeat(np.arange(len(useful), dtype=np.int32), rows_per_prompt)
+  groups = np.repeat(np.arange(len(source), dtype=np.int32), rows_per_prompt)
   batch = jax.tree.map(pick, old[0], new[0]).replace(group_ids=groups)
   # Errors and messages of rows that were replaced are reported too.
   before, after = old[1].scores, new[1].scores

@@ -1,0 +1,42 @@
+from functools import partial
+
+from polgrad import collect, objectives, optim
+from polgrad.losses import aggregation
+from polgrad.methods.base import Method
+from polgrad.registry import part
+from polgrad.sampling import behavior_policies
+
+
+def rft(*, samples: int = 8, threshold: float = 1.0, pattern: str = '') -> Method:
+  """RFT (arXiv:2308.01825): the base model learns the answers and a tuned model's right samples.
+
+      loss = -token mean of log pi over the record's answer and all distinct samples with R >= threshold
+
+  The samples are of the anchor `reference`, the policy after the phase before (supervised learning on
+  the answers); the policy itself begins again with the base model. Samples that say the same count once:
+  those whose matches of `pattern`, such as equations, are the same ones in the same order. The expected
+  gradient before they are counted once is that of the probability of a right sample, divided by it.
+
+  Differences: The paper draws 100 samples of each prompt once. Here a prompt gets `samples` new ones
+  whenever it is drawn, and duplicates are those of one draw.
+
+  Args:
+    samples: drawn for a prompt.
+    threshold: least reward of a sample that is learned.
+    pattern: regular expression of what makes two samples equal; '' is all words.
+
+  Confidence: MEMORY (the formula is certain).
+  """
+  return Method(
+    collect=partial(
+      collect.Rollouts,
+      samples_per_prompt=samples,
+      demonstrations=1,
+      behavior_policy=part(behavior_policies.reference),
+      choose=part(collect.picks.distinct, threshold=threshold, pattern=pattern),
+    ),
+    objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
+    anchors={'reference': part(optim.fixed)},
+    restart=True,
+    learns='imitate',
+  )
