@@ -681,18 +681,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
   whole = {a for f, a in anchors.items() if f.endswith('_logits')} | collector.anchors_read
-  for name in phase.elsewhere:
-    if name in phase.anchors:
-      raise ValueError(f'{path}.elsewhere: {name!r} is an anchor too; leave one of them out')
-    if name in whole:
-      raise ValueError(
-        f'{path}.elsewhere: the whole distribution of {name!r} is read, but a model elsewhere gives '
-        'log-probs of tokens alone; make it an anchor, or take a method that reads log-probs, such as '
-        'sampled_distillation'
-      )
-    if f'{name}_logp' not in wanted:
-      raise ValueError(f'{path}.elsewhere: nothing reads {name}_logp; there are {sorted(wanted)}')
-    teachers.check(phase.elsewhere[name], run.tokenizer, f'{path}.elsewhere.{name}')
+  _check_elsewhere(path, phase, run, wanted, whole)
   anchors = {f: a for f, a in anchors.items() if a not in phase.elsewhere}
   given_elsewhere = {f'{name}_logp' for name in phase.elsewhere}
   for field, anchor in sorted(anchors.items()):
@@ -736,6 +725,29 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       'the samples; set '
       "recompute_proximal=True to use the policy's own"
     )
+
+
+def _check_elsewhere(
+  path: str, phase: Phase, run: Experiment, wanted: frozenset[str], whole: set[str]
+) -> None:
+  """Refuses models elsewhere that nobody reads, or of which more is read than log-probs.
+
+  Args:
+    wanted: arrays that objective and credit read.
+    whole: models whose whole distribution is read.
+  """
+  for name in phase.elsewhere:
+    if name in phase.anchors:
+      raise ValueError(f'{path}.elsewhere: {name!r} is an anchor too; leave one of them out')
+    if name in whole:
+      raise ValueError(
+        f'{path}.elsewhere: the whole distribution of {name!r} is read, but a model elsewhere gives '
+        'log-probs of tokens alone; make it an anchor, or take a method that reads log-probs, such as '
+        'sampled_distillation'
+      )
+    if f'{name}_logp' not in wanted:
+      raise ValueError(f'{path}.elsewhere: nothing reads {name}_logp; there are {sorted(wanted)}')
+    teachers.check(phase.elsewhere[name], run.tokenizer, f'{path}.elsewhere.{name}')
 
 
 def _check_networks(

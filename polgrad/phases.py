@@ -193,7 +193,8 @@ class PhaseRun:
       collected.metrics['drift'] = float(np.mean(drift))
     curriculum_state = draw.curriculum_state
     if jax.tree.leaves(curriculum_state):
-      found = curricula.observed(collected.batch, collected.sampled, drift)
+      seen = self.phase.source, self.phase.curriculum.embed
+      found = curricula.observed(collected.batch, collected.sampled, drift, *seen)
       curriculum_state = sharding.to_host(self.observe(curriculum_state, found))
     return advance(self.experiment.mesh, state, collected, draw.cursor, curriculum_state)
 
@@ -561,6 +562,7 @@ class Drawer:
       shuffle=self.phase.shuffle,
       taken=tuple(self.taken),
       samples_per_prompt=getattr(self.phase.collect, 'samples_per_prompt', 1),
+      records=source,
     )
     rows = np.ravel(self.phase.curriculum.propose(self.curriculum_state, request)).tolist()
     known = all(isinstance(row, int) and 0 <= row < len(source) for row in rows)

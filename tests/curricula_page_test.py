@@ -30,7 +30,8 @@ def test_the_commands_compose(command, tmp_path, monkeypatch):
   made = apply(from_text(config.partition('run.py:')[2]), changes, build.TABLE)
   made.mesh.data = 1
   phase = build.build(made).phases['train']
-  asked = Request(count=4, size=len(phase.source), cursor=0, seed=0)
+  source = phase.source
+  asked = Request(count=4, size=len(source), cursor=0, seed=0, records=source)
   assert len(phase.curriculum.propose(phase.curriculum.init(phase.source), asked)) == 4
 
 

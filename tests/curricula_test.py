@@ -17,6 +17,13 @@ RECORDS = [
   {'category': 'abc'[i % 3], 'difficulty': float(i), 'return': i / 11, 'rate': i / 11}
   for i in range(SIZE)
 ]
+
+
+def embed(records):
+  """Three numbers of a record."""
+  return np.array([[1.0, r['difficulty'] % 2, r['return']] for r in records], np.float32)
+
+
 ALL = {
   'epochs': curricula.epochs(),
   'uniform': curricula.uniform(),
@@ -28,6 +35,7 @@ ALL = {
   'window': curricula.window(),
   'target': curricula.target(),
   'budget': curricula.budget(),
+  'v0': curricula.v0(embed=embed, context=4, memory=8, features=2, updates=1),
   'stages': curricula.stages(number=3, steps=2),
   'sec': curricula.sec(),
   'revisit': curricula.revisit(capacity=3),
@@ -38,7 +46,9 @@ learning = pytest.mark.parametrize('name', [n for n, one in ALL.items() if one.r
 
 
 def asked(count=4, **changes):
-  return Request(**{'count': count, 'size': SIZE, 'cursor': 8, 'seed': 0} | changes)
+  return Request(
+    **{'count': count, 'size': SIZE, 'cursor': 8, 'seed': 0, 'records': RECORDS} | changes
+  )
 
 
 def seen(rows, rewards, valid=None, magnitudes=None):
@@ -48,7 +58,8 @@ def seen(rows, rewards, valid=None, magnitudes=None):
   rewards = np.asarray(rewards, np.float32)
   magnitudes = rewards if magnitudes is None else np.asarray(magnitudes, np.float32)
   drift = (0.002 * (rows % 7)).astype(np.float32)
-  return Observed(rows, rewards, valid, {'exact': rewards}, rows, magnitudes, valid, drift)
+  found = embed([RECORDS[row % SIZE] for row in rows]).reshape(-1, 3)
+  return Observed(rows, rewards, valid, {'exact': rewards}, rows, magnitudes, valid, drift, found)
 
 
 STEP = seen([3, 3, 5, 5, 0, 0], [1, 0, 1, 1, 0, 0])
@@ -119,7 +130,7 @@ def test_rows_are_different_ones_of_the_data_and_depend_on_state_and_cursor_alon
   state = one.update(one.init(RECORDS), STEP)
   rows = one.propose(state, asked())
   assert len(rows) == 4 and set(rows.tolist()) <= set(range(SIZE))
-  if name not in ('returns', 'budget'):  # these may draw a row several times
+  if name not in ('returns', 'budget', 'v0'):  # these may draw a row several times
     assert len(set(rows.tolist())) == 4
   np.testing.assert_array_equal(one.propose(state, asked()), rows)
   assert any((one.propose(state, asked(cursor=c)) != rows).any() for c in (12, 16, 20))

@@ -25,7 +25,7 @@ LEVELS = {
   'metrics': 1,
   'metric_history': 1,
   'credit': 2,
-  'curricula': 2,
+  'curricula': 3,
   'objectives': 2,
   'tabular': 3,
   'sampling': 3,

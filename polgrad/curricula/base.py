@@ -25,6 +25,7 @@ class Request(NamedTuple):
   shuffle: bool = True  # setting of the phase
   taken: tuple[int, ...] = ()  # rows that this step has drawn already
   samples_per_prompt: int = 1  # completions of each row that is drawn
+  records: Records = ()  # of the data
 
   @property
   def random(self) -> np.random.Generator:
@@ -65,6 +66,8 @@ class Observed(NamedTuple):
   # f32[m], mean |log pi now - log pi then| of the last response to the prompt before this one, nats; 0
   # at the first. None: not measured, because the curriculum does not read it (`collect.responses`).
   drift: Array | None = None
+  # f32[n, E], of the prompts of `rows`, if the curriculum embeds prompts
+  embeddings: Array = np.zeros((0, 0), np.float32)
 
 
 class Curriculum(NamedTuple):
@@ -85,6 +88,8 @@ class Curriculum(NamedTuple):
     report: state -> metrics by name; an array has a number for each of `names`.
     names: records -> the names of the entries of such arrays.
     terms: names of the terms of the reward that `update` reads.
+    embed: records -> f32[n, E], what `update` learns of prompts as `Observed.embeddings`; NumPy, on the
+      host. None: nothing.
     pools: whether a row that a step draws several times makes one large group.
     reads: 'rewards' if `update` reads rewards, 'magnitudes' if it reads advantages, 'drift' if it reads
       how far the policy has moved on the last response to a prompt.
@@ -100,14 +105,23 @@ class Curriculum(NamedTuple):
   terms: frozenset[str] = frozenset()
   reads: frozenset[str] = frozenset()
   pools: bool = False
+  embed: Callable[[Records], np.ndarray] | None = None
 
 
-def observed(batch: Batch, sampled: Sampled | None, drift: np.ndarray | None = None) -> Observed:
+def observed(
+  batch: Batch,
+  sampled: Sampled | None,
+  drift: np.ndarray | None = None,
+  records: Records = (),
+  embed: Callable[[Records], np.ndarray] | None = None,
+) -> Observed:
   """What a curriculum learns of a collected batch (NumPy).
 
   Args:
     sampled: of the step; None if nothing was sampled.
     drift: f32[B] of the rows of the batch, if it was measured.
+    records: of the data.
+    embed: of the curriculum.
   """
   if sampled is None:
     none = np.zeros(0, np.float32)
@@ -129,7 +143,14 @@ def observed(batch: Batch, sampled: Sampled | None, drift: np.ndarray | None = N
     magnitudes=np.concatenate([magnitudes, np.zeros(len(away), np.float32)]),
     trained_valid=np.concatenate([valid, sampled.valid[sampled.replaced]]),
     drift=None if drift is None else np.concatenate([drift, np.zeros(len(away), np.float32)]),
+    **({} if embed is None else {'embeddings': _embedded(embed, records, sampled.rows)}),
   )
+
+
+def _embedded(embed: Callable, records: Records, rows: np.ndarray) -> np.ndarray:
+  """The embeddings of rows [n, E], each of which is computed once."""
+  some, where = np.unique(rows, return_inverse=True)
+  return embed([records[int(row)] for row in some])[where]
 
 
 def best(keys: np.ndarray, request: Request) -> np.ndarray:

@@ -72,3 +72,35 @@ def allocate_budget(gains: Array, total: int, *, low: int = 0, high: int | None 
     found[i] = low + choices[i, left]
     left += choices[i, left]
   return found
+
+
+def routing_label(rewards: Array, costs: Array, *, beta: float) -> Array:
+  """beta R + (1 - beta) (1 - c): what a value predicts that chooses among policies of different cost.
+
+  c is the cost over the largest one, so the cheapest policy need not be free (V_0, arXiv:2602.03584; how
+  costs are normalised is our choice).
+
+  Args:
+    rewards: f[...], in [0, 1].
+    costs: f[...], at least 0, such as tokens or prices.
+    beta: weight of the reward, in [0, 1].
+
+  Raises:
+    ValueError: a negative cost, or `beta` outside [0, 1].
+
+  >>> print(routing_label(np.array([1.0, 0.0]), np.array([4.0, 1.0]), beta=0.5))
+  [0.5   0.375]
+  """
+  rewards, costs = np.asarray(rewards, np.float64), np.asarray(costs, np.float64)
+  if not 0 <= beta <= 1 or (costs < 0).any():
+    raise ValueError(f'beta={beta} must be in [0, 1], and costs at least 0, got {costs}')
+  return beta * rewards + (1 - beta) * (1 - costs / max(costs.max(initial=0.0), 1e-30))
+
+
+def routed(values: Array) -> Array:
+  """The policy of each prompt, i[P]: the one with the largest predicted value; of equals the first.
+
+  Args:
+    values: f[M, P], predictions of `routing_label` for M policies.
+  """
+  return np.argmax(np.asarray(values), axis=0)

@@ -1,7 +1,4 @@
-"""Rewards of embeddings: a policy that writes a rationale is rewarded by what the text embeds to.
-
-No collector makes these embeddings; call the function with those of your own encoder.
-"""
+"""Rewards of embeddings: a policy that writes a rationale is rewarded by what the text embeds to."""
 
 from typing import Literal
 
@@ -10,6 +7,24 @@ import jax.numpy as jnp
 
 from polgrad.losses.groups import divide, first, maximum, members, size, total
 from polgrad.types import Array
+
+
+def mean_pooled(hidden: Array, mask: Array) -> Array:
+  """The mean state of each row, scaled to length 1: [B, T, D], mask bool[B, T] -> f32[B, D].
+
+  A row without any token, or whose mean is 0, gives 0. States outside the mask may be anything.
+
+  >>> print(mean_pooled(jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]]), jnp.array([[1, 1, 0]])))
+  [[0.6 0.8]]
+  """
+  chex.assert_rank([hidden, mask], [3, 2])
+  chex.assert_equal_shape_prefix([hidden, mask], 2)
+  mask = mask.astype(bool)
+  states = jnp.where(mask[..., None], hidden, 0).astype(
+    jnp.promote_types(hidden.dtype, jnp.float32)
+  )
+  mean = divide(jnp.sum(states, axis=1), jnp.sum(mask, axis=1).astype(states.dtype)[:, None])
+  return divide(mean, jnp.sqrt(jnp.sum(jnp.square(mean), axis=-1, keepdims=True)))
 
 
 def contrastive(
