@@ -249,6 +249,16 @@ def test_the_state_decides_what_a_resumed_run_draws():
   jax.tree.map(np.testing.assert_array_equal, got.collect_state, whole[2][0].collect_state)
 
 
+def test_a_buffer_of_other_data_is_refused():
+  run = run_of()
+  memory = filled(one(8_000_000, 0.2), capacity=256, shown=1)
+  with jax.set_mesh(run.mesh):
+    context = phases.context(run, run.phases['train'], 0)
+    state = phases.begin(run, 0, None).replace(collect_state=memory)
+    with pytest.raises(ValueError, match='row 8000000 of the data, but the source has'):
+      run.phases['train'].collect.make(context)(state, lambda n: [], 0)
+
+
 def test_a_conversation_shows_the_attempt_as_a_turn():
   settings = bind(part(collect.Iterated, request='Again.', diverge='Differently.'), collect.TABLE)
   run = experiment()

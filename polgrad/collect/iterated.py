@@ -121,7 +121,7 @@ class IteratedSteps(Steps):
   draw_rows: RowSampler
 
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
-    settings, memory = self.settings, to_host(state.collect_state)
+    settings, memory = self.settings, self._known(to_host(state.collect_state))
     random = np.random.default_rng((self.context.seed, step, 7))
     how = dict(new=settings.new, by=settings.by, exponent=settings.exponent)
     places = starts.chosen(memory, settings.prompts, random, **how)
@@ -182,6 +182,16 @@ class IteratedSteps(Steps):
     fitting = [one for one in further if self._fits(one)]
     memory = starts.pushed(starts.measured(memory, places, found), fitting)
     return batch, memory._replace(too_long=memory.too_long + np.int32(len(further) - len(fitting)))
+
+  def _known(self, memory: starts.Starts) -> starts.Starts:
+    """The buffer, if its rows are rows of the data."""
+    rows, size = memory.rows[memory.priorities > 0], len(self.context.source)
+    if len(rows) and rows.max() >= size:
+      raise ValueError(
+        f'the buffer of starts has row {rows.max()} of the data, but the source has {size} records: '
+        'resume with the data that the run began with'
+      )
+    return memory
 
   def _extended(
     self, batch: Batch, memory: starts.Starts, row: int, place: int, variance: float
