@@ -3,7 +3,7 @@
     python -m polgrad.update_sparsity --config=... --workdir=RUN --before=start
     python -m polgrad.update_sparsity --config=... --workdir=RUN --step=200 --before=100
     python -m polgrad.update_sparsity --model=AFTER --before=FOLDER            # Hugging Face folders
-    python -m polgrad.update_sparsity ... --against=OTHER                      # overlap with another run
+    python -m polgrad.update_sparsity ... --other=OTHER                      # overlap with another run
     python -m polgrad.update_sparsity ... --mask=changed.npz                   # for optim.masked
 
 The model after training is chosen as `polgrad.loading` says. The one before, and that of another run
@@ -38,9 +38,7 @@ from polgrad.whole_files import writing
 _BEFORE = flags.DEFINE_string(
   'before', '', '`start`, the number of a checkpoint, or a folder: the model before.'
 )
-_AGAINST = flags.DEFINE_string(
-  'against', '', 'The same of another run, to compare what both changed.'
-)
+_OTHER = flags.DEFINE_string('other', '', 'The same of another run, to compare what both changed.')
 _ATOL = flags.DEFINE_float(
   'atol',
   weight_changes.ATOL,
@@ -79,7 +77,7 @@ def of_params(experiment: Experiment, params: Params) -> dict[str, tensors.Tenso
 
 
 def params_of(experiment: Experiment, name: str) -> Params:
-  """The parameters that --before or --against name, in a run."""
+  """The parameters that --before or --other name, in a run."""
   if name == START:
     return init_params(experiment.policy, experiment.mesh, experiment.seed)
   if name.isdecimal():
@@ -144,14 +142,14 @@ def main(argv: list[str]) -> None:
       if _MASK.value:
         raise ValueError('--mask has the parameters of a run: name it by --config and --workdir')
       before, after = folder(_BEFORE.value), folder(loading.MODEL.value)
-      against = folder(_AGAINST.value) if _AGAINST.value else None
+      against = folder(_OTHER.value) if _OTHER.value else None
     else:
       experiment, params = loading.load(loading.config())
       first = params_of(experiment, _BEFORE.value)
       if _MASK.value:
         write_mask(_MASK.value, first, params, **how)
       before, after = of_params(experiment, first), of_params(experiment, params)
-      against = _AGAINST.value or None
+      against = _OTHER.value or None
       against = against and of_params(experiment, params_of(experiment, against))
     changes, overlaps, dtypes = {}, [], set()
     title = ('tensor', 'entries', 'unchanged', 'rank', 'stored as')
