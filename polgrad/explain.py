@@ -265,9 +265,8 @@ def loss_lines(name: str, phase: Phase, run: Experiment, anchor: str = '') -> li
   for slot, fn in phase.objective.slots.items():
     factor = f'{factors[slot].weight:g} x ' if slot in factors else ''
     lines.append(f'    {slot}: {factor}{signature(fn)}')
-  stats = {
-    k: f for k, f in phase.objective.stats.items() if f'penalties.{k}' not in phase.objective.slots
-  }
+  named = {id(fn) for fn in phase.objective.slots.values()}
+  stats = {k: f for k, f in phase.objective.stats.items() if id(f) not in named}
   lines += [f'    stats.{k}: {signature(f)}' for k, f in stats.items()]
   wanted = sorted(phase.objective.requires | (frozenset() if anchor else phase.credit.requires))
   rows = []

@@ -32,6 +32,7 @@ LOG_PROBS = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
 LOGP = np.take_along_axis(LOG_PROBS, TOKENS[..., None], -1)[..., 0]
 TEACHER_LOGITS = 2 * RNG.normal(size=(B, T, V))
 TARGETS = np.exp(TEACHER_LOGITS) / np.exp(TEACHER_LOGITS).sum(-1, keepdims=True)
+STREAM = np.array([0, 1, 0])
 TEACHER = LOGP + RNG.uniform(-0.4, 0.4, size=LOGP.shape)
 
 
@@ -57,6 +58,23 @@ def iq_learn():
   return total / MASK.sum()
 
 
+def implied_rewards(rows):
+  """The mean of delta^2 over the tokens of these rows."""
+  value, found = np.log(np.exp(LOGITS).sum(-1)), []
+  for b in rows:
+    after = 0.0
+    for t in reversed(range(MASK[b].sum())):
+      found.append((LOGITS[b, t, TOKENS[b, t]] - after) ** 2)
+      after = value[b, t]
+  return np.mean(found)
+
+
+def iq_learn_online():
+  """Row 1 was sampled, the others are answers."""
+  answers = MASK & (STREAM == 0)[:, None]
+  return -LOGP[answers].mean() + 0.1 * (0.9 * implied_rewards([0, 2]) + 0.1 * implied_rewards([1]))
+
+
 def unlikelihood():
   total = 0.0
   for b in range(B):
@@ -66,7 +84,7 @@ def unlikelihood():
   return total / MASK.sum()
 
 
-def elr():
+def elr_averaged():
   inner = (np.exp(LOG_PROBS) * TARGETS).sum(-1)
   return (-LOGP + 3 * np.log(1 - inner))[MASK].mean()
 
@@ -111,14 +129,24 @@ def pear_sequence():
 
 ORACLES = {
   f.__name__: f
-  for f in (label_smoothing, dft, iq_learn, elr, unlikelihood, bfs_prover, pear, pear_sequence)
+  for f in (
+    label_smoothing,
+    dft,
+    iq_learn,
+    iq_learn_online,
+    elr_averaged,
+    unlikelihood,
+    bfs_prover,
+    pear,
+    pear_sequence,
+  )
 }
 
 
 @pytest.mark.parametrize('name', ORACLES)
 def test_the_loss_is_that_of_its_paper(name, x64):
   known = dict(tokens=TOKENS, logits=LOGITS, logp=LOGP, behavior_logp=TEACHER, rewards=np.ones(B))
-  known['teacher_logits'] = TEACHER_LOGITS
+  known |= dict(teacher_logits=TEACHER_LOGITS, stream=STREAM)
   method = method_of(name)
   loss, _ = method.loss(
     mask=MASK, step=0, **{k: x for k, x in known.items() if k in method.reads | {'tokens'}}

@@ -126,7 +126,7 @@ class Supervised(Penalized):
 
   @functools.cached_property
   def slots(self) -> Mapping[str, Callable]:
-    return {'loss': self.loss, **self.readers(weights=self.weights)}
+    return {'loss': self.loss, **self.readers(listed=['loss'], weights=self.weights)}
 
   @functools.cached_property
   def makes(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """What losses of tokens share: penalties with coefficients, statistics, selections and histories."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated
 
 import jax
@@ -96,16 +96,20 @@ class Penalized(Comparing):
     """The penalties that need the logits, so they run in the pass over the vocabulary."""
     return {k: p.fn for k, p in self.penalties.items() if of_logits(p.fn)}
 
-  def readers(self, **groups: Mapping[str, Callable]) -> dict[str, Callable]:
+  def readers(
+    self, *, listed: Collection[str] = (), **groups: Mapping[str, Callable]
+  ) -> dict[str, Callable]:
     """The functions of the slots that hold several, by `slot.name`.
 
     Args:
+      listed: names of statistics that another slot lists, besides those of penalties.
       groups: further slots, in front of those of this class.
     """
+    taken = {*self.of_vocabulary, *listed}
     groups |= {
       'selections': self.selections,
       'penalties': {k: p.fn for k, p in self.penalties.items()},
-      'stats': {k: f for k, f in self.stats.items() if k not in self.of_vocabulary},
+      'stats': {k: f for k, f in self.stats.items() if k not in taken},
       'schedules': self.schedules,
     }
     return {f'{slot}.{k}': f for slot, group in groups.items() for k, f in group.items()}

@@ -17,8 +17,8 @@ def iq_learn(*, coefficient: float = 0.1, discount: float = 1.0) -> Method:
   Coefficient 0 is `sft`. With discount 0 the second part is the squared logit of the token. The
   likelihood does not change if all logits of a token are shifted by a constant, and delta does.
 
-  Differences: This is the form of the paper that learns from demonstrations alone. The one that adds
-  own samples to the second part is not built.
+  This is the form of the paper that learns from demonstrations alone; `iq_learn_online` adds own samples
+  to the second part.
 
   Args:
     coefficient: of the squared implied reward, 0.1 in third-party code; the paper tunes it.
