@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import learner
-from polgrad.losses import divergences
+from polgrad.losses import divergences, logit_stats
 from polgrad.packing import join, pack, split
 from polgrad.types import Batch, Layout
 from tests.models import tiny
@@ -31,10 +31,20 @@ def batch(sizes, *, prompt: int = 1, length: int = LENGTH, before: int = 0, pack
     segment_ids=seen.astype(np.int32),
     mask=seen & (column >= prompt),
     group_ids=np.arange(len(sizes), dtype=np.int32) // 2,
+    features={
+      'early_tokens': np.asarray(tiny.rows(4, len(sizes), 2 * length)),
+      'early_targets': np.random.default_rng(4).random((len(sizes), 2 * length), np.float32) / 2,
+    },
     layout=Layout(pack=pack),
   )
 
 
+# Of the logits alone, of the tokens before, and of several numbers of a token.
+STATS = {
+  'kl': divergences.reverse_kl,
+  'repeats': functools.partial(logit_stats.unlikelihood, prompt=True),
+  'early': logit_stats.early_learning_of_rows,
+}
 RAGGED = batch([3, 8, 5, 2, 9, 4], before=2)
 
 
@@ -48,7 +58,7 @@ def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compi
   values = {'values', 'values_after'} if policy.config.value_head else set()
   fields = frozenset({'entropy'} | values)
   teacher = tiny.policy(), tiny.params(seed=1)
-  weights = np.random.default_rng(0).normal(size=(5, ROWS, LENGTH))
+  weights = np.random.default_rng(0).normal(size=(7, ROWS, LENGTH))
 
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -58,11 +68,11 @@ def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compi
       params,
       batch,
       fields=fields,
-      stats={'kl': divergences.reverse_kl},
+      stats=STATS,
       temperature=0.7,
       teacher=teacher,
     )
-    found = [out.logp, out.entropy, out.stats['kl'], out.values, out.values_after]
+    found = [out.logp, out.entropy, *out.stats.values(), out.values, out.values_after]
     found = [jnp.where(batch.mask, x, 0) for x in found if x is not None]
     return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
 
