@@ -132,6 +132,7 @@ STATED: dict[str, tuple[Callable, str]] = {
 NOT_STATED = {
   'asymre': 'the likelihood of all samples shifts the baseline',
   'confucius3': 'the controller begins with the coefficient 0',
+  'dypo': 'half of its loss separates pairs, which no reward less a penalty is behind',
   'kl_cov': 'the penalty is a trust region for a few selected tokens',
   'lp_reg': 'the penalty protects a few selected tokens',
 }

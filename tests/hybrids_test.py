@@ -1,18 +1,22 @@
 """Methods that imitate and reinforce: numbers of their papers, fixed points, and cold starts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import build, credit, objectives
+from polgrad import build, collect, credit, objectives
 from polgrad.collect import beginnings
 from polgrad.data import batching
-from polgrad.losses import surrogates, weights
+from polgrad.losses import advantages, listwise, surrogates, weights
 from polgrad.registry import bind, part
 from tests.collect_test import collected, experiment
 from tests.policy_gradient import harness
 from tests.runs import addition, method_of
+
+pytestmark = pytest.mark.usefixtures('samplers_once')
 
 
 @pytest.fixture
@@ -168,3 +172,68 @@ def test_without_hints_uft_is_reinforcement(x64):
   own, expected = harness.loss_and_weight(alone, {k: v for k, v in x.items() if k != 'stream'})
   np.testing.assert_allclose(value, own)
   np.testing.assert_allclose(weight['logp'], expected['logp'])
+
+
+def test_dypo_drops_imitates_or_reinforces_a_prompt():
+  rewards = np.array([[1, 1, 1, 1, 1.0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0]])
+  found, mask = credited_by('dypo', rewards, 4)
+  expected = [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]]
+  np.testing.assert_array_equal(mask, expected)
+  samples = rewards[2, :4]  # the demonstration is in no statistic
+  normalized = (samples - samples.mean()) / (samples.std(ddof=1) + 1e-6)
+  np.testing.assert_allclose(found[2, :4], normalized, rtol=1e-5)
+
+
+@pytest.mark.parametrize('right', [1, 2, 5])
+@pytest.mark.parametrize('beta', [1.0, 0.3])
+def test_at_the_reference_the_pairs_of_dypo_are_reinforce(right, beta, x64):
+  """The gradient is (beta / 2) / (P (1 - P)) times that with the group mean as baseline."""
+  rewards = jnp.array([1.0] * right + [0.0] * (8 - right))
+  group = jnp.zeros(8, jnp.int32)
+  pairs = lambda d: jnp.sum(listwise.right_and_wrong(beta * d, rewards, group))
+  a = advantages.group_mean(rewards, group, jnp.ones(8, bool))
+  reinforce = lambda logp: jnp.mean(surrogates.reinforce(logp, a))
+  p = right / 8
+  expected = 0.5 * beta / (p * (1 - p)) * jax.grad(reinforce)(jnp.zeros(8))
+  np.testing.assert_allclose(jax.grad(pairs)(jnp.zeros(8)), expected, atol=1e-16)
+
+
+def test_one_pair_is_dpo_and_a_group_without_a_pair_is_silent(x64):
+  d = jnp.array([0.7, -0.2, 3.0, 4.0])
+  found = listwise.right_and_wrong(d, jnp.array([0.0, 1.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1]))
+  np.testing.assert_allclose(found, [0, np.log1p(np.exp(0.9)), 0, 0])
+  gradient = jax.grad(lambda d: listwise.right_and_wrong(d, jnp.ones(4), jnp.zeros(4)).sum())(d)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_pairs_lower_no_variance_at_the_reference():
+  """A bandit of 20 arms, half of them right, in groups of 8: total variance / squared mean norm."""
+  random = np.random.default_rng(0)
+  arms = random.integers(20, size=(20000, 8))
+  rewards = jnp.asarray(arms < 10, jnp.float32)
+  one = jnp.zeros(8, jnp.int32)
+  a = jax.vmap(lambda r: advantages.group_normalized(r, one, jnp.ones(8, bool)))(rewards)
+  gal = jax.vmap(jax.grad(lambda d, r: -jnp.sum(listwise.right_and_wrong(d, r, one))), (None, 0))
+
+  def relative(weights):
+    each = np.einsum('nk,nkv->nv', np.asarray(weights), (np.eye(20) - 1 / 20)[arms])
+    return each.var(0).sum() / np.square(each.mean(0)).sum()
+
+  np.testing.assert_allclose(relative(a), 2.58, rtol=0.03)
+  np.testing.assert_allclose(relative(gal(jnp.zeros(8), rewards)), 2.66, rtol=0.03)
+
+
+def test_one_of_several_traces_is_the_demonstration():
+  run = experiment(demonstrations=1, samples_per_prompt=2, traces='traces')
+  source = run.phases['train'].source
+  tried = lambda row: {**source[row], 'traces': ['1', '22', '333']}
+  several = dataclasses.replace(source, record=tried)
+  got, _ = collected(run, source=several)
+  tokenizer, batch = run.tokenizer, got.batch
+  given = batch.tokens[2::3], batch.mask[2::3]
+  texts = [tokenizer.decode(row[mask].tolist()) for row, mask in zip(*given)]
+  assert {*texts} <= {'1', '22', '333'} and len({*texts}) > 1
+  with pytest.raises(ValueError, match=r"record 0: traces='traces' must be a list of completions"):
+    run.phases['train'].collect.lay_out([{**source[0], 'id': 0}], tokenizer=tokenizer)
+  with pytest.raises(ValueError, match='not read without demonstrations'):
+    bind(part(collect.Rollouts, traces='traces'), collect.TABLE)

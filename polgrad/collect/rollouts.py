@@ -52,6 +52,7 @@ from polgrad.sharding import copied, to_host
 from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 PAIR = ('chosen', 'rejected')  # fields of a record with a preference
+TRACE = 'trace'  # field of the completion that was drawn of several
 
 
 class Measured(NamedTuple):
@@ -156,6 +157,9 @@ class Rollouts(Filtering):
   # verifiers. Its `behavior_logp` is 0, and so is its `proximal_logp` unless that is recomputed.
   # `Batch.stream` tells these rows from the sampled ones.
   demonstrations: int = 0
+  # Name of a field of the records with several completions, such as those of different teachers: the
+  # demonstration of a step is one of them, drawn uniformly. '' takes `answer`, which verifiers read.
+  traces: str = ''
   # Statistics of the policy's next-token distribution when the batch is used: features under their
   # names, for credit and objective. One that reads `teacher_logits` needs an anchor `teacher`.
   stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
@@ -174,7 +178,7 @@ class Rollouts(Filtering):
 
   @property
   def fields(self) -> tuple[str, ...]:
-    answers = ('answer',) if self.demonstrations or self.begins else ()
+    answers = ('answer',) if self.begins or (self.demonstrations and not self.traces) else ()
     return (*answers, *PAIR) if self.preferences else answers
 
   @property
@@ -308,6 +312,10 @@ class Rollouts(Filtering):
     # Completions of the data are added after sampling; here one that does not fit is refused.
     for field in self.fields:
       self.demonstrated(records, own, field, cut=cut)
+    if self.traces:
+      for record in records:
+        for trace in _traces(record, self.traces):
+          self.demonstrated([{**record, TRACE: trace}], own, TRACE, cut=cut)
     return prompts
 
   def demonstrated(
@@ -343,6 +351,21 @@ class Rollouts(Filtering):
     )
 
 
+def _traces(record: Mapping[str, Any], field: str) -> Sequence[Any]:
+  """The completions in a field of a record.
+
+  Raises:
+    ValueError: there are none; the message names the record and the field.
+  """
+  found = record.get(field)
+  if isinstance(found, str) or not isinstance(found, Sequence) or not found:
+    raise ValueError(
+      f'record {record["id"]}: traces={field!r} must be a list of completions, got {found!r}; there is '
+      f'{sorted(record)}'
+    )
+  return found
+
+
 def _check_counts(settings: Rollouts) -> None:
   greedy = unbound(settings.baseline_policy) is behavior_policies.greedy
   if not greedy and not settings.baseline_samples:
@@ -372,6 +395,8 @@ def _check_counts(settings: Rollouts) -> None:
     )
   if settings.begins and (settings.demonstrations or settings.preferences):
     raise ValueError('Rollouts: with a beginning, groups have no demonstrations and no preferences')
+  if settings.traces and not settings.demonstrations:
+    raise ValueError(f'Rollouts: traces={settings.traces!r} is not read without demonstrations=1')
   if settings.hints not in (0, 1) or (settings.hints and not settings.begins):
     raise ValueError(
       f'Rollouts: hints must be 0, or 1 with a beginning, got hints={settings.hints}; beginnings are '
@@ -549,7 +574,7 @@ class RolloutSteps(Steps):
       batch, report = self._add_opponents(batch, records, report, state, step)
     for kind in self.settings.group:
       if kind not in ('sampled', 'opponent'):
-        batch, report = self._add_given(kind, batch, records, report)
+        batch, report = self._add_given(kind, batch, records, report, step)
     batch = self._with_kinds(batch)
     others = None
     if self.draw_baselines is not None:
@@ -730,7 +755,7 @@ class RolloutSteps(Steps):
     return joined(batch, rows, len(records)), report.beside('opponent', rows, texts.scores)
 
   def _add_given(
-    self, kind: str, batch: Batch, records: Sequence[dict], report: Report
+    self, kind: str, batch: Batch, records: Sequence[dict], report: Report, step: int
   ) -> tuple[Batch, Report]:
     """Adds a completion of the record to each group, behind the rows that are there.
 
@@ -739,6 +764,10 @@ class RolloutSteps(Steps):
     """
     settings, field = self.settings, 'answer' if kind == 'hint' else kind
     whole = [{k: x for k, x in record.items() if k != 'begun'} for record in records]
+    if kind == 'answer' and settings.traces:
+      field, random = TRACE, np.random.default_rng((self.context.seed, step, 6))
+      traces = [_traces(record, settings.traces) for record in whole]
+      whole = [{**r, TRACE: t[random.integers(len(t))]} for r, t in zip(whole, traces)]
     rows = settings.demonstrated(whole, self.context.tokenizer, field, cut=settings.cut)
     rows, texts = self._scored(Drawn(rows), whole)
     if kind == 'hint':

@@ -708,12 +708,15 @@ SIMPLE = table(
 )
 
 
-def gated(*, credit: Part, limit: int = 0, threshold: float = 1.0) -> Estimator:
+def gated(
+  *, credit: Part, limit: int = 0, threshold: float = 1.0, drop_solved: bool = False
+) -> Estimator:
   """Prompts that the policy cannot solve learn from their demonstration, the others from samples.
 
   A group with at most `limit` samples of reward >= `threshold` keeps only its demonstration in the
   mask, any other only its samples: HPT (arXiv:2509.04419). `credit` sees only samples as valid rows.
-  limit = -1 is pure reinforcement, limit = number of samples pure imitation.
+  limit = -1 is pure reinforcement, limit = number of samples pure imitation. With `drop_solved`, a
+  group whose samples all have such a reward keeps no row: DYPO (arXiv:2604.08926).
   """
 
   def apply(batch, state):
@@ -721,8 +724,11 @@ def gated(*, credit: Part, limit: int = 0, threshold: float = 1.0) -> Estimator:
     solved = sampled & batch.valid & (batch.rewards >= threshold)
     imitate = total(solved.astype(jnp.int32), same(batch.group_ids)) <= limit
     credited, state = credit.apply(batch.with_arrays(valid=batch.valid & sampled), state)
-    mask = credited.mask & (sampled != imitate)[:, None]
-    return credited.with_arrays(mask=mask), state
+    kept = sampled != imitate
+    if drop_solved:
+      wrong = sampled & batch.valid & ~solved
+      kept &= imitate | (total(wrong.astype(jnp.int32), same(batch.group_ids)) > 0)
+    return credited.with_arrays(mask=credited.mask & kept[:, None]), state
 
   return Estimator(
     apply=apply,

@@ -316,6 +316,40 @@ def srpo(
   return jnp.where(size(group) == 6, loss / 6, 0)
 
 
+def right_and_wrong(
+  score: Array, rewards: Array, group_ids: Array, *, threshold: float = 1.0
+) -> Array:
+  """Mean over all pairs of a right row s and a wrong row f of softplus(-(r_s - r_f)): DYPO
+  (arXiv:2604.08926).
+
+  A group whose rows are all right or all wrong has no pair, and loss 0. Where all scores of a group
+  are equal, the gradient is -1/2 (mean of right scores' gradients - mean of wrong ones'). That is
+  1 / (2 P (1 - P)) times the one of REINFORCE with the group mean as baseline, P being the fraction of
+  right rows. A group of two is logistic DPO.
+
+  Args:
+    score: [B].
+    rewards: [B].
+    group_ids: i32[B].
+    threshold: smallest reward of a right row.
+
+  Returns:
+    [B], the part of a pair is that of its right row.
+  """
+  group = _same(score, rewards, group_ids)
+  right = rewards >= threshold
+  number = total(right.astype(score.dtype), group)
+  pairs = number * (size(group) - number)
+
+  def beaten(row):
+    wrong = (group_ids == group_ids[row]) & ~right
+    return jnp.sum(jnp.where(wrong, jax.nn.softplus(score - score[row]), 0))
+
+  # A few rows at a time: an array of all pairs would have B^2 entries.
+  losses = jax.lax.map(beaten, jnp.arange(len(score)), batch_size=8)
+  return jnp.where(right & (pairs > 0), losses / jnp.maximum(pairs, 1), 0)
+
+
 def _same(score: Array, rewards: Array, group_ids: Array) -> Groups:
   """The groups of equal ids; refuses arrays that are not all [B]."""
   chex.assert_rank(score, 1)
@@ -354,6 +388,7 @@ TABLE = table(
   chosen_pair,
   two_pairs,
   token_pair,
+  right_and_wrong,
   srpo,
 )
 Part = Annotated[Callable, TABLE]

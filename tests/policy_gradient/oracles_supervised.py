@@ -3,7 +3,14 @@
 import numpy as np
 
 from polgrad.losses import weights
-from tests.policy_gradient.harness import constant_length, ppo, ratio_of, row_mean, token_mean
+from tests.policy_gradient.harness import (
+  constant_length,
+  ppo,
+  ratio_of,
+  row_mean,
+  sequence_mean,
+  token_mean,
+)
 
 
 def delta(a):
@@ -83,4 +90,22 @@ def uft(x):
   }
 
 
-ORACLES = {'chord': chord, 'srft': srft, 'uft': uft}
+def dypo(x):
+  """Half GRPO with a KL, half logistic pairs of right and wrong samples, beside imitation."""
+  given, sampled = (x['mask'] & (x['stream'] == k)[:, None] for k in (0, 1))
+  k3 = np.exp(x['reference_logp'] - x['logp']) - 1
+  grpo = sequence_mean(ppo(x, ratio_of(x), 0.8, 1.2) + 0.001 * k3, sampled)
+  d = np.where(sampled, x['logp'] - x['reference_logp'], 0).sum(axis=1)
+  pairs, prompts = np.zeros(len(d)), np.unique(x['group_ids'])
+  for g in prompts:
+    rows = np.flatnonzero((x['group_ids'] == g) & sampled.any(axis=1))
+    right, wrong = (rows[(x['rewards'][rows] >= 1) == one] for one in (True, False))
+    for s in right:
+      for f in wrong:
+        push = 1 / (1 + np.exp(d[s] - d[f])) / (len(right) * len(wrong)) / len(prompts)
+        pairs[s] += push
+        pairs[f] -= push
+  return token_mean(1.0, given) + 0.5 * grpo + 0.5 * np.where(sampled, pairs[:, None], 0)
+
+
+ORACLES = {'chord': chord, 'srft': srft, 'uft': uft, 'dypo': dypo}
