@@ -130,6 +130,9 @@ FEATURES = {
   'opponent': Spec(
     'B', '1 for a row that another policy sampled, 0 for others; from the collector'
   ),
+  'policy_only': Spec(
+    'B T', '1 for tokens that anchors do not read, such as labels; from `collect.Quantiles`'
+  ),
   'hinted': Spec(
     'B', '1 for a row that was drawn with a hint, 0 for others; from `collect.Hinted`'
   ),

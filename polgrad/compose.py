@@ -170,11 +170,11 @@ class _Run:
     """Tokens of a row of given completions; some collectors put another one before it."""
     return method.collect.func.longest_row(self.length, method.collect.keywords)
 
-  def longest_prompt(self, method: Method) -> int:
-    """Tokens of a prompt to sample from; some collectors put more behind that of the record."""
+  def longest_prompt(self, method: Method, *, sampled: bool = False) -> int:
+    """Tokens of a prompt, see `Collector.longest_prompt`."""
     collector = method.collect
     sizes = self.prompt_length, self.task.max_new_tokens, self.preset.chat
-    return collector.func.longest_prompt(*sizes, collector.keywords)
+    return collector.func.longest_prompt(*sizes, collector.keywords, sampled=sampled)
 
   def source(self, source: ConfigDict) -> ConfigDict:
     """The source as the model reads it: in a chat template or not."""
@@ -282,7 +282,7 @@ class _Run:
     """The preset's model, long enough for the rows, with a value head if the method reads values."""
     model = ConfigDict(self.preset.model)
     base = model.base if 'base' in model else model
-    sampled = self.longest_prompt(method) + self.task.max_new_tokens
+    sampled = self.longest_prompt(method, sampled=True) + self.task.max_new_tokens
     base.max_length = max(base.max_length, self.row_length(method), sampled)
     credited, objective = method.bound()
     if (objective.requires | credited.requires) & build.VALUES:

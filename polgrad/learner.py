@@ -66,7 +66,7 @@ def forward(
   teacher_hidden = teacher_unembed = None
   if teacher is not None:
     teacher_policy, teacher_params = teacher[0], jax.lax.stop_gradient(teacher[1])
-    teacher_hidden = _hidden(teacher_policy, teacher_params, batch, layout)
+    teacher_hidden = _hidden(teacher_policy, teacher_params, read_by_anchors(batch), layout)
     teacher_unembed = functools.partial(teacher_policy.unembed, teacher_params)
 
   # All that needs logits over the vocabulary, in one pass. Packed rows evaluate only the mask.
@@ -106,6 +106,14 @@ def forward(
     stats={name: out[name] for name in stats},
     **read,
   )
+
+
+def read_by_anchors(batch: Batch) -> Batch:
+  """The batch without the tokens that only the policy reads, such as labels: they are padding."""
+  if 'policy_only' not in batch:
+    return batch
+  hidden = batch['policy_only'] > 0
+  return batch.replace(segment_ids=jnp.where(hidden, 0, batch.segment_ids))
 
 
 def _last_states(hidden: Array, batch: Batch, start: int) -> Array:

@@ -10,6 +10,7 @@
 | `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Hinted` | rollouts; a prompt without a right sample is asked again with its answer |
+| `Quantiles` | rows of a pool of rollouts, each behind a label of its quantile of the reward |
 | `Stored` | reads completions of prompts, and the teacher's log-probs of them, from files |
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
@@ -55,6 +56,7 @@ from polgrad.collect.hinted import Hinted
 from polgrad.collect.inpainted import Inpainted
 from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
+from polgrad.collect.quantiles import Quantiles
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
 from polgrad.collect.stored import Stored
@@ -81,6 +83,7 @@ __all__ = [
   'Mixed',
   'Part',
   'Preferences',
+  'Quantiles',
   'Revisions',
   'Rollouts',
   'SampledPreferences',
@@ -109,6 +112,7 @@ TABLE = table(
   Inpainted,
   Mixed,
   Hinted,
+  Quantiles,
   Stored,
   Demonstrations,
   EarlyTargets,

@@ -15,7 +15,7 @@ from polgrad.collect.drawn import Draws, Episode, Turns, from_first, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.learner import NetworkLearner, forward_in_pieces, parameter_sets
+from polgrad.learner import NetworkLearner, forward_in_pieces, parameter_sets, read_by_anchors
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
@@ -123,16 +123,19 @@ class Collector(abc.ABC):
     return length
 
   @classmethod
-  def longest_prompt(cls, length: int, new: int, chat: bool, asked: Mapping[str, Any]) -> int:
-    """Tokens of a prompt with what the collector puts behind it, where that of a record has `length`.
+  def longest_prompt(
+    cls, length: int, new: int, chat: bool, asked: Mapping[str, Any], *, sampled: bool = False
+  ) -> int:
+    """Tokens of a prompt with what the collector puts beside it, where that of a record has `length`.
 
     Args:
       length: in tokens.
       new: largest number of tokens of a completion.
       chat: whether prompts are conversations.
       asked: settings of the collector, those that are not the default ones.
+      sampled: count what is only sampled and not trained too.
     """
-    del new, chat, asked
+    del new, chat, asked, sampled
     return length
 
   @property
@@ -278,8 +281,9 @@ class Annotator:
       )
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in self.own} | outputs.stats
+    plain = rows if 'policy_only' not in batch else self._placed(read_by_anchors(batch))
     for name, function in self.of_anchor.items():
-      found[f'{name}_logp'] = function(params[name], rows).logp
+      found[f'{name}_logp'] = function(params[name], plain).logp
     for name, function in self.of_network.items():
       one = self.context.networks[name]
       own = state.networks[name]['params']

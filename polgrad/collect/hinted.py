@@ -42,12 +42,19 @@ class Hinted(Rollouts):
     super().__post_init__()
     if PROMPT not in self.hint or ANSWER not in self.hint:
       raise ValueError(f'Hinted: hint={self.hint!r} must have {PROMPT} and {ANSWER}')
-    others = ('max_resamples', 'resets', 'lag', 'replay')
+    others = ('max_resamples', 'begins', 'lag', 'replay')
     asked = [name for name in others if getattr(self, name)]
     if asked or self.has_environment:
       raise ValueError(
         f'Hinted: {asked or "an environment"} and hints do not go together: a prompt is asked twice'
       )
+
+  @classmethod
+  def longest_prompt(
+    cls, length: int, new: int, chat: bool, asked: Mapping[str, Any], *, sampled: bool = False
+  ) -> int:
+    before = super().longest_prompt(length, new, chat, asked, sampled=sampled)
+    return before + (asked.get('hint_length', cls.hint_length) if sampled else 0)
 
   def _shapes(self) -> dict[str, tuple]:
     return super()._shapes() | {'hinted': (np.float32,)}

@@ -66,7 +66,10 @@ class Iterated(Filtering):
       )
 
   @classmethod
-  def longest_prompt(cls, length: int, new: int, chat: bool, asked: Mapping[str, Any]) -> int:
+  def longest_prompt(
+    cls, length: int, new: int, chat: bool, asked: Mapping[str, Any], *, sampled: bool = False
+  ) -> int:
+    del sampled
     words = [asked.get('request', ''), asked.get('diverge', ''), DIVERGE if chat else '']
     again = max(len(text.encode()) for text in words)
     again = again + TURNS if chat else max(again, length * (2 if asked.get('divergence') else 1))

@@ -160,11 +160,20 @@ def stored(memory: Ring, batch: Batch) -> Ring:
 
 def drawn_rows(memory: Ring, count: int, random: np.random.Generator) -> Batch:
   """Random rows of all batches of a ring that holds at least one, without repetition where it can be."""
-  filled = min(int(memory.count), _capacity(memory))
-  rows = jax.tree.map(lambda ring: np.concatenate(ring[:filled]), memory.batches)
+  rows = all_rows(memory)
   there = len(rows.group_ids)
-  taken = random.choice(there, size=count, replace=count > there)
-  return jax.tree.map(lambda x: x[taken], rows)
+  return rows_at(rows, random.choice(there, size=count, replace=count > there))
+
+
+def all_rows(memory: Ring) -> Batch:
+  """The rows of all batches of a ring that holds at least one."""
+  filled = min(int(memory.count), _capacity(memory))
+  return jax.tree.map(lambda ring: np.concatenate(ring[:filled]), memory.batches)
+
+
+def rows_at(rows: Batch, places: np.ndarray) -> Batch:
+  """Some rows of a batch (NumPy), in this order."""
+  return jax.tree.map(lambda x: x[places], rows)
 
 
 def stored_best(memory: Best, batch: Batch, choice: Choice) -> Best:

@@ -172,8 +172,10 @@ class Rollouts(Filtering):
     _check_stats(self.stats)
 
   @classmethod
-  def longest_prompt(cls, length: int, new: int, chat: bool, asked: Mapping[str, Any]) -> int:
-    del chat
+  def longest_prompt(
+    cls, length: int, new: int, chat: bool, asked: Mapping[str, Any], *, sampled: bool = False
+  ) -> int:
+    del chat, sampled
     return length + new if asked.get('beginning') else length
 
   @property

@@ -1,0 +1,206 @@
+"""Rollouts that the policy is told the quality of: a pool of rows, cut into quantiles of the reward."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+
+from polgrad.collect import replay as replays
+from polgrad.collect.base import Collect, Context, Draw
+from polgrad.collect.drawn import Drawn
+from polgrad.collect.rollouts import Rollouts, RolloutSteps, RowSampler
+from polgrad.collect.steps import Report
+from polgrad.data import batching
+from polgrad.data.tokenizers import Tokenizer
+from polgrad.registry import AtLeastOne, Range
+from polgrad.sharding import to_host
+from polgrad.types import Batch, Prompts, TrainState
+
+NUMBER = '{k}'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantiles(Rollouts):
+  """Random rows of a pool of rollouts, each behind a label of its quantile (Quark, arXiv:2205.13636).
+
+  Every `interval` batches the policy is sampled, behind the label of the best quantile, and the rows
+  join the pool; the first ones are drawn without a label. Then the whole pool is sorted by reward and
+  cut into equal parts. The feature `policy_only` marks the tokens of the label, which anchors do not
+  read. Verifiers, and evaluations, do not see it either.
+  """
+
+  # Number of parts, K; part 0 has the largest rewards.
+  quantiles: Annotated[int, Range(at_least=1, at_most=100)] = 5
+  # Text of a label, which comes before all other tokens.
+  label: str = '[quality {k}]\n'
+  # Tokens of a label, at most: columns of `prompt_length` that a prompt leaves free.
+  label_length: AtLeastOne = 8
+  # Batches from one sampling to the next.
+  interval: AtLeastOne = 1
+  # Sampled batches of the pool; beyond it the oldest are forgotten.
+  pool: AtLeastOne = 64
+
+  def __post_init__(self):
+    super().__post_init__()
+    names = ('lag', 'replay', 'old_runs', 'begins', 'demonstrations', 'preferences', 'opponents')
+    asked = sorted(name for name in (*names, 'max_resamples') if getattr(self, name))
+    if asked or self.has_environment or self.samples_per_prompt != 1:
+      raise ValueError(
+        'Quantiles: a batch has single rows of a pool, got samples_per_prompt='
+        f'{self.samples_per_prompt} and {asked or "an environment"}; Rollouts has these settings'
+      )
+    if NUMBER not in self.label:
+      raise ValueError(f'Quantiles: label={self.label!r} must have {NUMBER}')
+    if self.label_length >= self.prompt_length:
+      raise ValueError(
+        f'Quantiles: label_length={self.label_length} leaves no room for prompts in the '
+        f'prompt_length={self.prompt_length}'
+      )
+
+  @classmethod
+  def longest_prompt(
+    cls, length: int, new: int, chat: bool, asked: Mapping[str, Any], *, sampled: bool = False
+  ) -> int:
+    before = super().longest_prompt(length, new, chat, asked, sampled=sampled)
+    return before + asked.get('label_length', cls.label_length)
+
+  @property
+  def provides(self) -> frozenset[str]:
+    return super().provides | {'policy_only'}
+
+  def init(self) -> replays.Ring:
+    return replays.empty(self._blank(), capacity=self.pool)
+
+  def labels(self, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of all labels, the best first.
+
+    Raises:
+      ValueError: one has too many tokens, or two have the same.
+    """
+    found = [tokenizer.encode(self.label.replace(NUMBER, str(k))) for k in range(self.quantiles)]
+    longest = max(map(len, found))
+    if longest > self.label_length:
+      raise ValueError(
+        f'Quantiles: a label has {longest} tokens, but label_length is {self.label_length}'
+      )
+    if len({*map(tuple, found)}) < len(found):
+      raise ValueError(f'Quantiles: two labels of {self.label!r} have the same tokens')
+    return found
+
+  def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
+    own, room = self.own(tokenizer), self.prompt_length - self.label_length
+    self.labels(own)  # refuses labels that do not fit
+    plain = batching.prompts(self.opened(records), own, length=room, cut=cut)
+    widen = lambda x, fill: np.pad(x, ((0, 0), (self.label_length, 0)), constant_values=fill)
+    return plain.replace(tokens=widen(plain.tokens, own.pad_id), mask=widen(plain.mask, False))
+
+  def make(self, context: Context) -> Collect:
+    if context.layout.pack or context.layout.shared > 1:
+      raise ValueError(
+        'Quantiles: labels of rows differ, so it needs pack=0 and share_prompts=False'
+      )
+    context = self.within(context)
+    found = self._parts(context)
+    ids = self.labels(context.tokenizer)
+    plain = functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut)
+    rows = found['draw_rows']
+    found['draw_rows'] = dataclasses.replace(rows, lay_out=plain)
+    best = dataclasses.replace(rows, lay_out=lambda records: explored(plain(records), ids[0]))
+    return QuantileSteps(**found, draw_best=best, ids=ids).collect
+
+
+def quantile_labels(rewards: np.ndarray, quantiles: int) -> np.ndarray:
+  """The part of each row, i[n]: 0 for the largest rewards; of equal rewards the first row is the better.
+
+  Parts have equal sizes, up to one row.
+
+  >>> quantile_labels(np.array([0.1, 0.9, 0.5, 0.9]), 2)
+  array([1, 0, 1, 0])
+  """
+  order = np.argsort(-np.asarray(rewards), kind='stable')
+  found = np.empty(len(order), int)
+  found[order] = np.arange(len(order)) * quantiles // len(order)
+  return found
+
+
+def places(seen: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+  """The columns bool[B, T] before the first one that is seen in each row: `sizes` of them."""
+  first = np.argmax(seen, axis=1)[:, None]
+  column = np.arange(seen.shape[1])[None, :]
+  return (column >= first - np.asarray(sizes)[:, None]) & (column < first)
+
+
+def explored(prompts: Prompts, label: list[int]) -> Prompts:
+  """The prompts behind one label."""
+  where = places(prompts.mask, [len(label)] * len(prompts.mask))
+  tokens = prompts.tokens.copy()
+  tokens[where] = np.tile(label, len(tokens))
+  return prompts.replace(tokens=tokens, mask=prompts.mask | where)
+
+
+def labelled(batch: Batch, labels: Sequence[list[int]]) -> Batch:
+  """The rows (NumPy) behind their labels, with the feature `policy_only`."""
+  where = places(batch.segment_ids > 0, [len(label) for label in labels])
+  tokens = batch.tokens.copy()
+  tokens[where] = np.concatenate(labels)
+  return batch.replace(
+    tokens=tokens, segment_ids=np.where(where, np.int32(1), batch.segment_ids)
+  ).with_arrays(policy_only=where.astype(np.float32))
+
+
+def unlabelled(batch: Batch, size: int, pad_id: int) -> Batch:
+  """The rows without the `size` first ids of each."""
+  first = np.argmax(batch.segment_ids > 0, axis=1)[:, None]
+  column = np.arange(batch.tokens.shape[1])[None, :]
+  where = (column >= first) & (column < first + size)
+  return batch.replace(
+    tokens=np.where(where, np.int32(pad_id), batch.tokens),
+    segment_ids=np.where(where, np.int32(0), batch.segment_ids),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantileSteps(RolloutSteps):
+  """The steps of `Quantiles`."""
+
+  settings: Quantiles
+  draw_best: RowSampler
+  ids: list[list[int]]  # of the labels, the best first
+
+  def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
+    if step % self.settings.interval:
+      memory = to_host(state.collect_state)
+      newest = (int(memory.count) - 1) % self.settings.pool
+      batches = memory.batches
+      return Drawn(batches.replace(**{n: batches[n][newest] for n in batches.names()})), ()
+    records = draw(self.settings.prompts)
+    if step == 0:
+      return self._draw(self.draw_rows, state, records, step), records
+    rows = self._draw(self.draw_best, state, records, step)
+    pad = self.context.tokenizer.pad_id
+    return rows._replace(batch=unlabelled(rows.batch, len(self.ids[0]), pad)), records
+
+  def score(
+    self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int
+  ) -> tuple[Batch, Report]:
+    if records:
+      return super().score(rows, records, state, draw, step)
+    return rows.batch, Report({}, [], [], {})  # the newest rows, which were judged before
+
+  def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
+    """Puts fresh rows into the pool, and takes random ones of it, behind their labels."""
+    step = int(batch.sampled_at[0])
+    if step % self.settings.interval == 0:
+      memory = replays.stored(memory, batch)
+    pool = replays.all_rows(memory)
+    usable = np.flatnonzero(pool.valid)
+    labels = np.zeros(len(pool.valid), int)
+    if len(usable):
+      labels[usable] = quantile_labels(pool.rewards[usable], self.settings.quantiles)
+    choice = usable if len(usable) else np.arange(len(labels))
+    count = len(batch.tokens)
+    taken = random.choice(choice, size=count, replace=count > len(choice))
+    rows = replays.rows_at(pool, taken).replace(group_ids=batch.group_ids)
+    return labelled(rows, [self.ids[k] for k in labels[taken]]), memory
