@@ -35,6 +35,7 @@ LEFT_OUT = {
   **dict.fromkeys(('pure', 'text2grad'), 'reads scores of steps, which no reward determines'),
   'exit_iteration': 'changes where rows start; its estimator is GRPO without a KL',
   'igpo': 'replaces rows of groups without a right one; in other groups it is a PPO with r - mean',
+  'hnpg': 'half of its rows start from states of the data; its estimator is that of a PPO',
   'gtpo': 'drops rows with a mean entropy above .7 nats, which all rows of this policy have',
   'prime': 'its reward model learns during the run',
   **dict.fromkeys(('rlfr', 'rdd'), 'its rewards come from a network that learns during the run'),

@@ -8,6 +8,7 @@
 | `Branched` | samples episodes, some of which are copies of others up to a reply |
 | `Iterated` | rollouts, some of which improve an attempt of an earlier step |
 | `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
+| `Restarts` | rollouts, some of which start from states of given answers |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Hinted` | rollouts; a prompt without a right sample is asked again with its answer |
 | `Quantiles` | rows of a pool of rollouts, each behind a label of its quantile of the reward |
@@ -57,6 +58,7 @@ from polgrad.collect.inpainted import Inpainted
 from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
 from polgrad.collect.quantiles import Quantiles
+from polgrad.collect.restarts import Restarts
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
 from polgrad.collect.stored import Stored
@@ -84,6 +86,7 @@ __all__ = [
   'Part',
   'Preferences',
   'Quantiles',
+  'Restarts',
   'Revisions',
   'Rollouts',
   'SampledPreferences',
@@ -110,6 +113,7 @@ TABLE = table(
   Explored,
   Iterated,
   Inpainted,
+  Restarts,
   Mixed,
   Hinted,
   Quantiles,

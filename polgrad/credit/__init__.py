@@ -37,6 +37,7 @@ from polgrad.credit.levels import modes, two_level
 from polgrad.credit.tokens import (
   conflict_aware,
   decoupled,
+  hybrid,
   implicit_process,
   process_min,
   spans_generalized,
@@ -698,6 +699,7 @@ SIMPLE = table(
   step_values,
   tree_values,
   decoupled,
+  hybrid,
   process_min,
   two_level,
   modes,

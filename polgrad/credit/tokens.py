@@ -23,6 +23,7 @@ from polgrad.losses.advantages import (
   whiten,
 )
 from polgrad.registry import Fraction, NotNegative, Positive, call
+from polgrad.types import STREAMS
 
 
 def decoupled(
@@ -62,6 +63,42 @@ def decoupled(
     return with_targets(batch, advantages, errors + values, normalizer), state
 
   return critic(apply, kl_requires(kl_coefficient))
+
+
+def hybrid(
+  *,
+  discount: float = 1.0,
+  trace: Fraction = 0.97,
+  value_trace: Fraction = 1.0,
+  offline_trace: Fraction = 0.0,
+  normalizer: NormalizerPart = whiten,
+  kl_coefficient: float = 0.0,
+) -> Estimator:
+  """GAE whose critic has other targets in states of the data: HNPG (arXiv:2311.08384).
+
+  Rows in the stream of demonstrations begin in a state of the data (`collect.Restarts`). The target of
+  the critic there has the lambda `offline_trace`; with 0 it is r_t + discount V_{t+1}, one step of the
+  Bellman equation. In other rows it has `value_trace`; with 1 it is the sum of the rewards.
+
+  Args:
+    discount: factor of rewards and values that are one token later.
+    trace: lambda of the advantages, in all rows.
+    value_trace: lambda of the targets in rows from the prompt.
+    offline_trace: lambda of the targets in rows from states of the data.
+    normalizer: of the advantages.
+    kl_coefficient: of a penalty in the reward of every token, log pi - log reference in nats.
+  """
+
+  def apply(batch, state):
+    rewards, values = token_rewards(batch, kl_coefficient), batch.old_values
+    given = batch.stream == STREAMS.index('demonstration')
+    targets = jnp.where(given, offline_trace, value_trace).astype(values.dtype)
+    advantages, errors = (
+      returns.gae(rewards, values, batch.mask, discount=discount, trace=x) for x in (trace, targets)
+    )
+    return with_targets(batch, advantages, errors + values, normalizer), state
+
+  return critic(apply, kl_requires(kl_coefficient) | {'stream'})
 
 
 BASELINES = {

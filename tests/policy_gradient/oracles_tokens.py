@@ -41,6 +41,16 @@ def forking_tokens(x):
   return token_mean(np.where(x['entropy'] >= tau, weight, 0), x['mask'])
 
 
+def hnpg(x):
+  """Each stream has its own mean; stream 0 begins in states of the data."""
+  found = {'logp': 0.0, 'values': 0.0}
+  for stream in (0, 1):
+    rows = x['mask'] & (x['stream'] == stream)[:, None]
+    found['logp'] += token_mean(ppo(x, ratio_of(x), 0.8, 1.2), rows)
+    found['values'] += token_mean(-0.5 * (x['values'] - x['returns']), rows)
+  return found
+
+
 def igpo(x):
   """Of the given tokens a fifth is learned from, those of the highest entropy."""
   given = sorted(zip(*np.nonzero(x['mask'] & (x['injected'] > 0))), key=lambda p: -x['entropy'][p])
@@ -124,6 +134,7 @@ ORACLES = {
   'gtpo': gtpo,
   'd3s': d3s,
   'forking_tokens': forking_tokens,
+  'hnpg': hnpg,
   'igpo': igpo,
   'pure': pure,
   'vc_ppo': vc_ppo,

@@ -469,3 +469,28 @@ def test_implicit_rewards_are_consistent_over_prefixes():
   of_prefix = beta * np.log(model.sum(axis=1) / first)
   soft = beta * np.log((second * np.exp(reward / beta)).sum(axis=1))
   np.testing.assert_allclose(of_prefix, soft, rtol=1e-12)
+
+
+def test_a_critic_has_one_step_targets_in_states_of_the_data(x64):
+  random = np.random.default_rng(3)
+  mask = np.arange(6) < np.array([[6], [3], [5], [2]])
+  arrays = dict(
+    rewards=random.normal(size=4),
+    mask=mask,
+    old_values=np.where(mask, random.normal(size=(4, 6)), 0),
+  )
+  stream = np.array([0, 1, 0, 1])
+  estimator = credit.hybrid(trace=0.9, normalizer=lambda a, mask: a)
+  got = assigned(estimator, **arrays, stream=stream)
+  for row, length in enumerate(mask.sum(axis=1)):
+    values, reward = arrays['old_values'][row, :length], np.zeros(length)
+    reward[-1] = arrays['rewards'][row]
+    one_step = reward + np.append(values[1:], 0)
+    wanted = one_step if stream[row] == 0 else np.full(length, arrays['rewards'][row])
+    np.testing.assert_allclose(got.returns[row, :length], wanted, atol=1e-12)
+    expected = gae(reward, values, 0.9)
+    np.testing.assert_allclose(got.advantages[row, :length], expected, atol=1e-12)
+  # Without rows of the data the targets are those of two lambdas.
+  alone = assigned(estimator, **arrays, stream=np.ones(4, int))
+  other = assigned(credit.decoupled(trace=0.9, normalizer=lambda a, mask: a), **arrays)
+  np.testing.assert_allclose(alone.returns, other.returns, atol=1e-12)

@@ -1,0 +1,61 @@
+from functools import partial
+
+from polgrad import collect, credit, objectives
+from polgrad.losses import advantages, aggregation, penalties, surrogates
+from polgrad.methods.base import Method
+from polgrad.registry import part, weighted
+
+
+def hnpg(
+  *,
+  resets: float = 0.5,
+  eps: float = 0.2,
+  trace: float = 0.97,
+  value_coefficient: float = 0.5,
+  offline_weight: float = 1.0,
+) -> Method:
+  """HNPG (arXiv:2311.08384): policy gradient on its own states and on those of given answers.
+
+      loss = mean over both kinds of -min(r A, clip(r, 1 - eps, 1 + eps) A)
+             + value_coefficient [mean of (V - G)^2 / 2  +  offline_weight mean of (V - r - V')^2 / 2]
+
+  The first mean of errors is over answers from the prompt, with G the sum of rewards from the token on.
+  The second is over what the policy does in states of the data: a uniformly drawn beginning of the
+  record's answer, given with probability `resets`. There the target is one step of the Bellman equation
+  of the present policy, the reward plus the value V' of the next state. A is GAE with lambda = `trace`
+  for both kinds, whitened over the batch.
+
+  Differences: The authors' critic is of states and actions; in text the next state is the prefix with
+  the token, so its value is that of a state. Their policy step is that of TRPO, with a KL of at most
+  0.01; here the ratio is clipped. The exact update of a table is `polgrad.tabular.hybrid`.
+
+  Args:
+    resets: probability to begin with a part of the given answer, between 0 and 1.
+    eps: distance of the clipping bounds from 1.
+    trace: lambda of the advantages.
+    value_coefficient: of the errors of the critic.
+    offline_weight: weight of the errors in states of the data, lambda in the paper.
+
+  Confidence: CODE (losses), and ours where it says so under Differences.
+  """
+
+  def one(coefficient: float):
+    return part(
+      objectives.PolicyGradient,
+      surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
+      aggregation=part(aggregation.token_mean),
+      penalties={'value': weighted(coefficient, part(penalties.value_error))},
+    )
+
+  return Method(
+    collect=partial(collect.Restarts, resets=resets),
+    credit=part(credit.hybrid, trace=trace, normalizer=part(advantages.whiten)),
+    objective=part(
+      objectives.WeightedSum,
+      streams={
+        'demonstration': weighted(1.0, one(value_coefficient * offline_weight)),
+        'sampled': weighted(1.0, one(value_coefficient)),
+      },
+    ),
+    minibatches=2,
+  )

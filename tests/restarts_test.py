@@ -1,0 +1,45 @@
+"""Rollouts from the prompt and from states of given answers, with targets of their own."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import collect, phases
+from polgrad.registry import bind, part
+from polgrad.types import STREAMS
+from tests import examples
+from tests.collect_test import experiment
+
+pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once')
+
+
+def test_rows_say_whether_they_began_in_a_state_of_the_data():
+  run = experiment()
+  sizes = dict(prompts=8, samples_per_prompt=2, prompt_length=11, max_new_tokens=5, lag=1)
+  collector = bind(part(collect.Restarts, resets=0.5, **sizes), collect.TABLE)
+  seen, real = [], run.phases['train'].score
+
+  def noted(texts, records, lengths, others):
+    seen.extend('begun' in record for record in records)
+    return real(texts, records, lengths, others)
+
+  phase = examples.changed(run.phases['train'], collect=collector, score=noted)
+  run = dataclasses.replace(run, phases={'train': phase})
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    make = collector.make(phases.context(run, phase, 0))
+    batch = make(state, phases.Drawer(phase, seed=0, cursor=0), 0).batch
+  wanted = [STREAMS.index('demonstration' if begun else 'sampled') for begun in seen]
+  assert len(seen) == 16 and 0 < sum(seen) < 16
+  np.testing.assert_array_equal(batch.stream, wanted)
+  # A row from the prompt alone shows at most its six tokens there.
+  given = (batch.segment_ids[:, :11] > 0).sum(axis=1)
+  assert (given[~np.array(seen)] == 6).all() and (given[np.array(seen)] > 6).all()
+
+
+@pytest.mark.parametrize('resets', [0.0, 1.0])
+def test_both_kinds_of_rows_are_needed(resets):
+  with pytest.raises(ValueError, match='resets must be between 0 and 1'):
+    bind(part(collect.Restarts, resets=resets), collect.TABLE)
