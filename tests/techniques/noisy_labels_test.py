@@ -84,3 +84,35 @@ def test_bag_losses_differ_by_the_variance_within_bags():
   ):
     with pytest.raises(ValueError, match=words):
       bag_loss(*args, instance=instance)
+
+
+@pytest.mark.parametrize(
+  ('size', 'of_bags', 'of_instances'),
+  [
+    (1, (0, 0.0347), (0, 0.0347)),
+    (4, (0, 0.155), (0.561, 0.016)),
+    (12, (0, 0.717), (0.839, 0.006)),
+  ],
+)
+def test_bags_are_unbiased_and_noisy_and_instances_biased_and_sure(size, of_bags, of_instances):
+  """Squared bias and variance of least squares: y = theta x + noise, 8 dimensions, 240 inputs."""
+  trials, bags = 400, 240 // size
+  rng = np.random.default_rng(size)
+  truth = rng.normal(size=(trials, 8, 1))
+  truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+  x = rng.normal(size=(trials, bags, size, 8))
+  y = (x.reshape(trials, -1, 8) @ truth).reshape(trials, bags, size)
+  means = (y + rng.normal(size=y.shape)).mean(2)
+  flat, each = x.reshape(trials, -1, 8), np.repeat(means, size, axis=1)
+  solve = lambda a, b: np.linalg.solve(a.mT @ a, a.mT @ b[..., None])
+  # The minimisers, which are those of the losses here.
+  found = {0.0: solve(x.mean(2), means), 1.0: solve(flat, each)}
+  loss = lambda w, r: bag_loss(jnp.asarray(x[0]) @ w, jnp.asarray(means[0]), instance=r)
+  for r, (bias, variance) in {0.0: of_bags, 1.0: of_instances}.items():
+    with jax.enable_x64(True):
+      np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(found[r][0, :, 0]), r), 0, atol=1e-10)
+    along = (found[r] * truth).sum((1, 2))  # of a vector of length 1
+    shrunk = along.mean()
+    risk = ((found[r] - truth) ** 2).sum((1, 2)).mean()
+    np.testing.assert_allclose((1 - shrunk) ** 2, bias, atol=0.02)
+    np.testing.assert_allclose(risk - (1 - shrunk) ** 2, variance, rtol=0.1, atol=0.003)
