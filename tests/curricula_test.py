@@ -211,6 +211,11 @@ def test_the_tracked_rate_of_a_policy_at_rest_has_the_error_of_the_theory():
     after = one.update(state, seen(rows, hits))  # once with the function itself
     np.testing.assert_allclose(after.alpha, decay * state.alpha + hits, rtol=1e-5)
     assert np.sqrt(np.mean((trackers.value(state) - 0.5) ** 2)) == pytest.approx(error, rel=0.05)
+    # The variance of R - v: less than that of a leave-one-out baseline of 8 rows with decay 0.875.
+    fresh = (random.random(2000) < 0.5) - trackers.value(state)
+    want = 0.25 * (1 + (1 - decay) / (1 + decay))
+    assert np.mean(fresh**2) == pytest.approx(want, rel=0.05)
+    assert decay > 0.9 or (want == pytest.approx(0.26667, abs=1e-5) and want < 0.25 * 8 / 7)
 
 
 # VADE.

@@ -11,7 +11,7 @@ from polgrad.registry import part, weighted
 def confucius3(
   *, extra: float = 1.0, target: float = 0.3, eps: float = 0.2, recent: int = 4
 ) -> Method:
-  """Confucius3-Math (arXiv:2506.18330): a target for the entropy, recent groups, hard prompts.
+  """Confucius3-Math (arXiv:2506.18330): an entropy target, recent groups, weights by hardness.
 
       A_i = (1 + extra (1 - p_g)) (R_i - mean_g) / (std_g + 1e-6)
       loss = token mean of -min(r A, clip(r, 1 - eps, 1 + eps) A) - c H
