@@ -283,13 +283,15 @@ ARRAYS = OWNED | CONFIGURED
 
 # Arrays with several entries for each token; a statistic of the logits gets those of its token.
 WIDE = frozenset(name for name, array in ARRAYS.items() if array.shape == 'B Tk')
+# Endings of arrays [B]: a term of the reward, and the score of an anchor's scalar head.
+OF_ROWS = ('_term', '_head_score')
 
 
 def shape_of(name: str) -> str:
   """The shape of an array by its name, as in `Spec`: '...' where any shape is possible."""
   if name in ARRAYS:
     return ARRAYS[name].shape
-  return 'B T' if name.endswith(('_logp', '_scores')) else 'B' if name.endswith('_term') else '...'
+  return 'B T' if name.endswith(('_logp', '_scores')) else 'B' if name.endswith(OF_ROWS) else '...'
 
 
 def per_token(name: str, x: jax.Array, mask: jax.Array) -> bool:

@@ -678,7 +678,8 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   provided = collector.provides | phase.credit.provides | phase.curriculum.provides
   _check_networks(path, phase, wanted, provided)
   provided |= {f'{name}_scores' for name in phase.networks}
-  anchors = {f: f.rsplit('_', 1)[0] for f in wanted - provided if f.endswith(('_logp', '_logits'))}
+  read, endings = wanted - provided, ('_logp', '_logits', '_head_score')
+  anchors = {f: f.removesuffix(end) for f in read for end in endings if f.endswith(end)}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
   whole = {a for f, a in anchors.items() if f.endswith('_logits')} | collector.anchors_read
   _check_elsewhere(path, phase, run, wanted, whole)
@@ -704,7 +705,13 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
         f'{path}.frozen.{name}: its vocabulary has {sizes[0]} tokens, that of config.model {sizes[1]}; '
         'both must be of one tokenizer, and what samples from both needs one size'
       )
-  if wanted & VALUES and not run.policy.config.value_head:
+  scored = {f for f in anchors if f.endswith('_head_score')}
+  learned = frozenset().union(*(one.objective.requires for one in phase.learned.values()))
+  for name in sorted({anchors[f] for f in scored} & phase.frozen.keys()):
+    raise ValueError(
+      f'{path}.frozen: the scalar head of {name!r} is read, so it must be a copy of the policy'
+    )
+  if (scored or (wanted | learned) & VALUES) and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
   given = provided | given_elsewhere | anchors.keys() | VALUES | {'entropy', 'group_ids', 'tokens'}
   given |= _check_contrasts(path, phase, run)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict
 
-from polgrad import build, collect, curricula, methods, models, optim, tasks, teachers
+from polgrad import build, collect, curricula, learner, methods, models, optim, tasks, teachers
 from polgrad import trackers as tracking
 from polgrad.data import sources
 from polgrad.methods import Method
@@ -26,10 +26,12 @@ from polgrad.registry import (
   Decay,
   NotNegative,
   Range,
+  bind,
   check_ranges,
   find,
   knobs_of,
   part,
+  table,
   weighted,
 )
 from polgrad.reward_models import REWARDS
@@ -285,7 +287,12 @@ class _Run:
     sampled = self.longest_prompt(method, sampled=True) + self.task.max_new_tokens
     base.max_length = max(base.max_length, self.row_length(method), sampled)
     credited, objective = method.bound()
-    if (objective.requires | credited.requires) & build.VALUES:
+    of_anchors = [
+      bind(one, table('learner', learner.Learned), 'method.learned').objective.requires
+      for one in method.learned.values()
+    ]
+    read = objective.requires.union(credited.requires, *of_anchors)
+    if read & build.VALUES or any(name.endswith('_head_score') for name in read):
       base.value_head = True
     if self.smoke and 'num_layers' in base:
       base.update(num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64)

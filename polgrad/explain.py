@@ -193,7 +193,7 @@ def signature(fn: Callable) -> str:
 
 def provider(name: str, phase: Phase) -> str:
   """Who provides an array that the objective or credit reads."""
-  anchor = name.removesuffix('_logp').removesuffix('_logits')
+  anchor = name.removesuffix('_logp').removesuffix('_logits').removesuffix('_head_score')
   if name in phase.credit.provides:
     return 'credit'
   if name in getattr(phase.collect, 'stats', {}):

@@ -33,6 +33,7 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     *anchors,
     *({'old_values'} & wanted),
     *(f'{name}_scores' for name in phase.networks),
+    *(f'{name}_head_score' for name in phase.anchors if f'{name}_head_score' in wanted),
   }
   if 'rewards' in names or 'label' in names:
     names.add('group_ids')

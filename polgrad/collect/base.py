@@ -16,6 +16,7 @@ from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import NetworkLearner, forward_in_pieces, parameter_sets, read_by_anchors
+from polgrad.losses.implicit_rewards import last_value
 from polgrad.models.policy import Policy
 from polgrad.objectives import Objective
 from polgrad.packing import pack
@@ -28,6 +29,7 @@ Score = Callable[[Sequence[str], Sequence[dict], Sequence[int]], Scores]  # text
 Compare = Callable[..., Compared]  # pairs of completions -> probabilities, see `make_comparer`
 # Texts, records, lengths, rewards -> scores of parts of the texts, see `make_marker`.
 Mark = Callable[..., Marked]
+HEAD_SCORE = '_head_score'  # ending of the score of an anchor's scalar head
 COMPARED = frozenset({'wins', 'baseline_wins'})  # features that comparisons of completions fill in
 
 
@@ -254,6 +256,8 @@ class Annotator:
   of_policy: Callable[[Params, Batch, Params | None], Outputs] | None
   reads_teacher: bool  # whether a statistic of the policy reads the teacher's logits
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
+  # By name of the anchor, the score f32[B] of its scalar head after the last token of each row.
+  of_head: Mapping[str, Callable[[Params, Batch], Array]] = dataclasses.field(default_factory=dict)
   # batch (NumPy) -> log-probs f32[B, T], of models that are not on the devices of the run, by name
   of_elsewhere: Mapping[str, Callable[[Batch], np.ndarray]] = dataclasses.field(
     default_factory=dict
@@ -288,6 +292,8 @@ class Annotator:
       one = self.context.networks[name]
       own = state.networks[name]['params']
       found[f'{name}_scores'] = function(params[one.states_of], own, self._read(one, batch))
+    for name, function in self.of_head.items():
+      found[f'{name}{HEAD_SCORE}'] = function(params[name], plain)
     # The devices are at work meanwhile; the first process alone asks, and tells the others.
     for name, function in self.of_elsewhere.items():
       found[f'{name}_logp'] = from_first(function(batch) if jax.process_index() == 0 else None)
@@ -319,6 +325,7 @@ class Annotator:
     policy, frozen = self.context.policy, self.context.frozen
     models = [policy] if self.own or self.stats else []
     models += [frozen.get(name, policy) for name in self.of_anchor]
+    models += [policy] * len(self.of_head)
     if self.mismatched:
       models += [policy, frozen.get('reference', policy)]
     models += [frozen.get('teacher', policy)] if self.reads_teacher else []
@@ -494,6 +501,13 @@ def make_annotator(
   given = {'behavior_logp', 'proximal_logp', *stats, *context.objective.stats, *provided}
   names = [n.removesuffix('_logp') for n in sorted(wanted - given) if n.endswith('_logp')]
   anchors = [name for name in names if name not in context.elsewhere]
+  scored = [n.removesuffix(HEAD_SCORE) for n in sorted(wanted) if n.endswith(HEAD_SCORE)]
+
+  def last_score(params: Params, batch: Batch) -> Array:
+    fields = frozenset({'values_after'})
+    outputs = forward_in_pieces(context.policy, params, batch, **common, fields=fields)
+    return last_value(outputs.values_after, batch.mask)
+
   elsewhere = {
     name: functools.partial(
       teachers.batch_logp, context.elsewhere[name], name, temperature=temperature
@@ -508,6 +522,7 @@ def make_annotator(
     of_policy=jit(of_policy) if own or stats or mismatched else None,
     reads_teacher=reads_teacher(stats),
     of_elsewhere=elsewhere,
+    of_head={name: jit(last_score) for name in scored},
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
     mismatched=mismatched,
     random='uniform' in wanted,

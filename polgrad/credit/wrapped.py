@@ -74,6 +74,26 @@ def of_term(*, credit: Part, term: str = '', low: float = 0.0, high: float = 1.0
   )
 
 
+def scored_by(*, credit: Part, anchor: str = 'discriminator') -> Estimator:
+  """Another estimator, for which the reward of a row is the score of an anchor's scalar head.
+
+  It is read after the last token of the row, before the anchor learns from the batch. Verifiers are not
+  read.
+
+  Args:
+    credit: the estimator that makes advantages of these rewards.
+    anchor: name of the anchor.
+  """
+  name = f'{anchor}_head_score'
+
+  def apply(batch, state):
+    return credit.apply(with_rewards(batch, jnp.where(batch.valid, batch[name], 0)), state)
+
+  return credit._replace(
+    apply=apply, requires=credit.requires | {name}, scored=credit.scored - {'rewards'}
+  )
+
+
 def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
   """Another estimator, whose advantages are multiplied by a factor for each row or token.
 

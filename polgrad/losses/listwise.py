@@ -20,7 +20,7 @@ from polgrad.losses import preference_losses, self_improvement
 from polgrad.losses._common import gumbel
 from polgrad.losses.groups import Groups, maximum, partner, rank, same, size, total
 from polgrad.registry import AtLeastOne, Fraction, NotNegative, Positive, Range, table
-from polgrad.types import Array
+from polgrad.types import STREAMS, Array
 
 
 def infonca(score: Array, rewards: Array, group_ids: Array, *, alpha: NotNegative = 0.0) -> Array:
@@ -221,6 +221,34 @@ def chosen_pair(score: Array, label: Array, pair_side: Array, group_ids: Array) 
   return jnp.where(pair_side > 0, preference_losses.logistic(gap, label), 0)
 
 
+def given_above(score: Array, stream: Array, group_ids: Array) -> Array:
+  """softplus(r_i - r_g) / n for each of the n samples of a group, g its given completion: the loss of a
+  discriminator (GAD, arXiv:2511.10643).
+
+  Its minimum over all scores, for independent samples of two distributions T (given) and S, is at
+  r = log T / S + c.
+
+  Args:
+    score: [B].
+    stream: i32[B], which rows are sampled and which are given, see `types.STREAMS`.
+    group_ids: i32[B].
+
+  Returns:
+    [B]; 0 in given rows, and in groups without one.
+
+  >>> score, stream, groups = jnp.array([1.0, 0.0, 2.0]), jnp.array([0, 0, 1]), jnp.zeros(3, int)
+  >>> print(given_above(score, stream, groups).round(4))
+  [0.1566 0.0635 0.    ]
+  """
+  chex.assert_equal_shape([score, stream, group_ids])
+  group = same(group_ids)
+  given = stream == STREAMS.index('demonstration')
+  samples = total((~given).astype(score.dtype), group)
+  gap = score - total(jnp.where(given, score, 0), group)
+  there = ~given & (total(given.astype(score.dtype), group) > 0)
+  return jnp.where(there, jax.nn.softplus(gap) / jnp.maximum(samples, 1), 0)
+
+
 def two_pairs(score: Array, pair_side: Array, given_side: Array, group_ids: Array) -> Array:
   """softplus(-h) + softplus(-h'), h and h' the differences r_w - r_l of two pairs of rows of the group:
   SeRA (arXiv:2410.09362).
@@ -390,5 +418,6 @@ TABLE = table(
   token_pair,
   right_and_wrong,
   srpo,
+  given_above,
 )
 Part = Annotated[Callable, TABLE]
