@@ -39,7 +39,7 @@ def rows(count=B, dtype=np.float32):
   x |= {n: rng.uniform(size=(count, T)) for n in ('reference_logp', 'token_weights')}
   x |= {n: rng.uniform(size=count) for n in ('target', 'tracked_value', 'density_ratio')}
   x |= {n: rng.integers(-1, 2, count) for n in ('shown_label', 'given_side')}
-  x |= {n: rng.integers(0, 2, count) for n in ('stratum_term', 'mode_term')}
+  x |= {n: rng.integers(0, 2, count) for n in ('stratum_term', 'mode_term', 'stream')}
   x = {n: a.astype(dtype) for n, a in x.items()}
   return x | dict(
     group_ids=ids, valid=rng.uniform(size=count) < 0.8, mask=rng.uniform(size=(count, T)) < 0.7

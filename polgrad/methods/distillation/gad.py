@@ -1,5 +1,7 @@
 from functools import partial
 
+from ml_collections import ConfigDict
+
 from polgrad import collect, credit, learner, objectives, optim
 from polgrad.losses import (
   advantages,
@@ -46,6 +48,7 @@ def gad(
 
   Confidence: PAPER (formula), CODE (constants).
   """
+  rate = float(f'{discriminator_rate * learning_rate:.6g}')
   turn = dict(every=warm_up, stages=1, last=1.0)
   mean = part(aggregation.sequence_mean)
   policy = part(
@@ -53,20 +56,6 @@ def gad(
     surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),
     aggregation=mean,
     penalties={'kl': weighted(kl_coefficient, part(penalties.k3))},
-  )
-  discriminator = part(
-    learner.Learned,
-    objective=part(
-      objectives.Listwise,
-      score=part(implicit_rewards.last_value),
-      loss=part(listwise.given_above),
-      rows_per_prompt=samples_per_prompt + 1,
-    ),
-    optimizer=part(
-      optim.adamw,
-      learning_rate=float(f'{discriminator_rate * learning_rate:.6g}'),
-      max_grad_norm=0.2,
-    ),
   )
   group = part(credit.outcome, advantage=part(advantages.group_normalized, ddof=1, eps=1e-6))
   return Method(
@@ -86,5 +75,19 @@ def gad(
       },
     ),
     anchors={'reference': part(optim.fixed), 'discriminator': part(optim.fixed)},
-    learned={'discriminator': discriminator},
+    learned={'discriminator': discriminator(rate, samples_per_prompt + 1)},
+  )
+
+
+def discriminator(rate: float, rows: int) -> ConfigDict:
+  """How the discriminator learns, with this learning rate, from groups of so many rows."""
+  return part(
+    learner.Learned,
+    objective=part(
+      objectives.Listwise,
+      score=part(implicit_rewards.last_value),
+      loss=part(listwise.given_above),
+      rows_per_prompt=rows,
+    ),
+    optimizer=part(optim.adamw, learning_rate=rate, max_grad_norm=0.2),
   )
