@@ -43,6 +43,7 @@ LEFT_OUT = {
   'pf_ppo': 'chooses rows by their rewards; its estimator is that of PPO on them',
   'gradient_guided': 'the weights of its rewards follow from gradients of the run',
   'prioritized_replay': 'weighs groups that come again; without them it is GRPO without a KL',
+  'grace': 'its reward is that of embeddings; its estimator is `dr_grpo` with a mean over tokens',
   'v0': 'changes how many completions a prompt gets; its estimator is that of a plain GRPO',
   'spo_single_stream': 'its baseline is the success rate in earlier steps, and it has no groups',
   'uft': 'its rows begin with tokens that are given; its estimator is that of GRPO after them',

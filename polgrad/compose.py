@@ -359,7 +359,7 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
       f'the method needs {method.needs}, but the task has {list(task.has)}; '
       f'tasks with {method.needs}: {_examples(method.needs)}'
     )
-  rewarded = task.judged or bool(method.rewards)
+  rewarded = task.judged or bool(method.rewards) or method.collect.func.judges
   if method.needs == 'problems' and 'rewards' in method.reads and not rewarded:
     raise ValueError(
       'the method learns from rewards, but the task has no verifier; name one with '

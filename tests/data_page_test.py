@@ -45,6 +45,8 @@ def folder(tmp_path, monkeypatch):
   write(tmp_path / 'similar.jsonl', [pair] * 80)
   weighted = {'prompt': '2+2?', **label, 'density_ratio': 0.7}
   write(tmp_path / 'weighted.jsonl', [weighted] * 80)
+  related = {'prompt': 'a cat', 'query': 'an animal', 'negatives': ['a car']}
+  write(tmp_path / 'texts.jsonl', [related] * 80)
   write(tmp_path / 'sheet.csv', [{'problem': '2+2?', 'result': 4}] * 80)
   (tmp_path / 'short.py').write_text(VERIFIER)
   path = hub.published('qwen3', tmp_path)
@@ -56,7 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_commands_compose_and_read_their_data(folder):
-  assert len(COMMANDS) == 20
+  assert len(COMMANDS) == 22
   for command in COMMANDS:
     [config, *_], changes = cli.split_changes(shlex.split(command))
     made = from_text(config.partition('run.py:')[2] + ',smoke')

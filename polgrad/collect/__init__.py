@@ -9,6 +9,7 @@
 | `Iterated` | rollouts, some of which improve an attempt of an earlier step |
 | `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
 | `Restarts` | rollouts, some of which start from states of given answers |
+| `Contrasted` | rollouts that are rewarded by the policy's own embeddings of related texts |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Hinted` | rollouts; a prompt without a right sample is asked again with its answer |
 | `Quantiles` | rows of a pool of rollouts, each behind a label of its quantile of the reward |
@@ -40,6 +41,7 @@ from typing import Annotated
 from polgrad.collect import picks
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
 from polgrad.collect.branched import Branched
+from polgrad.collect.contrasted import Contrasted
 from polgrad.collect.data import (
   Demonstrations,
   Feedback,
@@ -72,6 +74,7 @@ __all__ = [
   'Collected',
   'Collector',
   'Context',
+  'Contrasted',
   'Demonstrations',
   'Drawn',
   'EarlyTargets',
@@ -110,6 +113,7 @@ TABLE = table(
   Vines,
   Trees,
   Branched,
+  Contrasted,
   Explored,
   Iterated,
   Inpainted,

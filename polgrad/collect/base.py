@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -94,6 +94,8 @@ class Collector(abc.ABC):
   # Of records with more tokens than fit: 'error' refuses them, 'drop' takes the next one instead, and
   # 'truncate' cuts prompts at their beginning and rows with completions at their end.
   overlong: batching.Overlong = 'error'
+  # Whether the collector rewards rows itself, so that no verifier is needed.
+  judges: ClassVar[bool] = False
 
   @abc.abstractmethod
   def make(self, context: Context) -> Collect:

@@ -443,6 +443,22 @@ def prompt_text(record: Mapping, tokenizer: Tokenizer) -> str:
   return record['prompt'] + tokenizer.prefix
 
 
+def asking(record: Mapping, text: str) -> dict:
+  """The record with another text in the place of its prompt, or of its last turn."""
+  if 'messages' not in record:
+    return {**record, 'prompt': text}
+  *before, last = record['messages']
+  return {**record, 'messages': [*before, {**last, 'content': text}]}
+
+
+def header(record: Mapping, tokenizer: Tokenizer) -> int:
+  """Tokens of a prompt before its text: bos, and what a chat template writes before the last turn."""
+  if 'messages' not in record:
+    return len(_bos(record, tokenizer, []))
+  one, other = (_prompt(asking(record, text), tokenizer) for text in '01')
+  return next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)
+
+
 def opening(record: Mapping, tokenizer: Tokenizer) -> str:
   """What the prompt of a record has written of the completion already."""
   return (tokenizer.opening if 'messages' in record else '') + tokenizer.prefix

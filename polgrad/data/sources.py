@@ -572,6 +572,64 @@ def calls_and_answers(*, source: Annotated[Source, FRACTION]) -> Source:
   return dataclasses.replace(source, size=2 * len(source), record=record)
 
 
+def worked_sums(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
+  """Sums of two numbers with answers of three lengths: the sum, its columns before it, or all work.
+
+  For `16+91=` the answer is `107`, `:07 10 107` (the sum of every column with the carry, units first)
+  or `:6+1+0=07:1+9+0=10 107`. Which one depends only on the row and `seed`.
+
+  Args:
+    source: problems of `arithmetic` with numbers of equal length.
+    seed: seed of the draw.
+  """
+
+  def record(row):
+    fields = source[row]
+    kind = np.random.default_rng((seed, row)).integers(3)
+    if kind == 0:
+      return fields
+    first, second = fields['prompt'].rstrip('=').split('+')
+    carry, columns = 0, []
+    for a, b in zip(reversed(first), reversed(second), strict=True):
+      total = int(a) + int(b) + carry
+      columns.append(f'{total:02d}' if kind == 1 else f'{a}+{b}+{carry}={total:02d}')
+      carry = total // 10
+    between = ' ' if kind == 1 else ':'
+    return fields | {'answer': f':{between.join(columns)} {fields["answer"]}'}
+
+  return dataclasses.replace(source, record=record)
+
+
+def same_sums(
+  *, source: Annotated[Source, FRACTION], negatives: AtLeastOne = 4, seed: int = 0
+) -> Source:
+  """Adds a `query` with the same result and `negatives` with other results to sums of two numbers.
+
+  Their numbers are drawn at random, with at most as many digits as those of the record. They depend only
+  on the row and `seed`.
+
+  Args:
+    source: problems of `arithmetic`.
+    negatives: other sums of a record.
+    seed: seed of the numbers.
+  """
+
+  def record(row):
+    fields = source[row]
+    rng = np.random.default_rng((seed, row))
+    first, second = map(int, fields['prompt'].rstrip('=').split('+'))
+    total, most = first + second, 10 ** len(str(max(first, second))) - 1
+    sum_of = lambda a, b: f'{a}+{b}='
+    same = int(rng.integers(max(total - most, 0), min(total, most) + 1))
+    others = []
+    while len(others) < negatives:
+      a, b = rng.integers(0, most + 1, size=2).tolist()
+      others += [sum_of(a, b)] if a + b != total else []
+    return fields | {'query': sum_of(same, total - same), 'negatives': others}
+
+  return dataclasses.replace(source, record=record)
+
+
 def wrong_digit_pairs(*, source: Annotated[Source, FRACTION], seed: int = 0) -> Source:
   """Adds a preference pair to the records of another source whose answers are whole numbers.
 
@@ -698,7 +756,15 @@ def _change_digit(number, rng):
 
 
 OF_SOURCE = FRACTION | table(
-  'sources', without, mixture, calls_and_answers, wrong_digit_pairs, wrong_digit_lists, with_choices
+  'sources',
+  without,
+  mixture,
+  calls_and_answers,
+  same_sums,
+  worked_sums,
+  wrong_digit_pairs,
+  wrong_digit_lists,
+  with_choices,
 )
 
 

@@ -48,7 +48,7 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     best_of_n           the distribution of the best of n samples                none: call it yourself
     denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
     auxiliary_rewards   scores and losses of flows, RDD's predictor and V0       rewards
-    embedding_rewards   rewards of embeddings, as in GRACE                       none: call it yourself
+    embedding_rewards   rewards of embeddings, as in GRACE                       none: collectors call it
     self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: heads call it

@@ -4,6 +4,8 @@
 |---|---|
 | `addition` | sums of two numbers, for small models that are trained from scratch |
 | `mixed_sums` | sums of numbers of different lengths, which are their categories |
+| `worked_sums` | sums with or without the work before them: accuracy against length |
+| `same_sums` | sums with others of the same and of another result, for embeddings |
 | `choices` | sums with four choices, answered by a letter |
 | `tastes` | preference pairs of users with opposite tastes, for reward models |
 | `calculator` | word problems with large numbers, and a calculator to call |
@@ -32,11 +34,15 @@ from polgrad.tasks.guess import guess
 from polgrad.tasks.mixed_sums import mixed_sums
 from polgrad.tasks.nim import nim
 from polgrad.tasks.reasoning_gym import chain_sum, gym_names, gym_settings, reasoning_gym
+from polgrad.tasks.same_sums import same_sums
 from polgrad.tasks.tastes import tastes
+from polgrad.tasks.worked_sums import worked_sums
 
 FUNCTIONS = (
   addition,
   mixed_sums,
+  worked_sums,
+  same_sums,
   choices,
   tastes,
   calculator,
@@ -71,8 +77,10 @@ __all__ = [
   'mixed_sums',
   'nim',
   'reasoning_gym',
+  'same_sums',
   'tastes',
   'textarena',
   'tfds',
   'verifiers',
+  'worked_sums',
 ]

@@ -403,6 +403,8 @@ def test_table_entries_bind(tmp_path, sums):
     'wrong_digit_pairs': {'source': part(sources.arithmetic, digits=1)},
     'wrong_digit_lists': {'source': part(sources.arithmetic, digits=1)},
     'split_pairs': {'source': part(sources.arithmetic, digits=1)},
+    'same_sums': {'source': part(sources.arithmetic, digits=1)},
+    'worked_sums': {'source': part(sources.arithmetic, digits=1)},
     'with_choices': {'source': part(sources.arithmetic, digits=1)},
     'as_chat': {'source': part(sources.arithmetic, digits=1)},
     'fraction': {'source': part(sources.arithmetic, digits=1)},
@@ -445,6 +447,23 @@ def test_table_entries_bind(tmp_path, sums):
 )
 def test_spaced_rows_are_all_or_few_that_reach_to_the_end(count, most, rows):
   assert sources.spaced(count, most) == rows
+
+
+def test_the_work_of_worked_sums_is_right_and_ends_with_the_sum():
+  source = sources.worked_sums(source=sources.arithmetic(digits=2))
+  kinds = {'none': 0, 'some': 0, 'all': 0}
+  for record in (source[i] for i in range(300)):
+    first, second = map(int, record['prompt'].rstrip('=').split('+'))
+    work, _, answer = record['answer'].rpartition(' ')
+    assert int(answer) == first + second
+    units = first % 10 + second % 10
+    tens = first // 10 + second // 10 + units // 10
+    said = [int(column[-2:]) for column in re.findall(r'[^: ]+', work)]
+    assert said == ([] if not work else [units, tens])
+    for a, b, carry, column in re.findall(r'(\d)\+(\d)\+(\d)=(\d\d)', work):
+      assert int(a) + int(b) + int(carry) == int(column)
+    kinds['all' if '+' in work else 'some' if work else 'none'] += 1
+  assert all(70 < number < 130 for number in kinds.values())
 
 
 def test_a_source_is_split_by_a_number():

@@ -88,6 +88,7 @@ ORACLES = {
   'l1_exact': clipped,
   'l1_max': clipped,
   'hipo': clipped,
+  'grace': clipped,
   'v0': clipped,
   'rl_struct': clipped,
   'gfpo': clipped,
