@@ -120,7 +120,7 @@ STATED: dict[str, tuple[Callable, str]] = {
   **dict.fromkeys(('mdpo', 'humanline'), (minus_kl_to_sampler, IN_LOSS)),
   **dict.fromkeys(('opmd_kimi', 'dro'), (minus_kl_to_sampler, 'objective.penalties.mirror.weight')),
   'sppo': (win_rate, 'objective.loss.target'),
-  **dict.fromkeys(('ppo', 'entropy_bonus', 'impala'), (plus_entropy, BONUS)),
+  **dict.fromkeys(('ppo', 'entropy_bonus', 'impala', 'relift'), (plus_entropy, BONUS)),
   'epo': (plus_entropy, 'objective.penalties.bonus.weight'),
   **dict.fromkeys(
     ('hpt', 'luffy', 'srft'), (plus_entropy, 'objective.streams.sampled.penalties.bonus.weight')

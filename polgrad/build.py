@@ -27,7 +27,15 @@ from polgrad.checks import answers, duplicates, tracing
 from polgrad.checks.findings import Finding, reader_field, source_field
 from polgrad.collect import influences
 from polgrad.data import batching, chat, sources, tokenizers
-from polgrad.learner import AnchorLearner, LearnedPart, Learner, NetworkLearner, NetworkPart
+from polgrad.learner import (
+  AnchorLearner,
+  FurtherLearner,
+  Learned,
+  LearnedPart,
+  Learner,
+  NetworkLearner,
+  NetworkPart,
+)
 from polgrad.models import Part as ModelPart
 from polgrad.models.heads import with_head
 from polgrad.models.kernels import ATTENTION, PLATFORMS
@@ -133,6 +141,8 @@ class Phase(Judged):
       as a copy of the policy at the start of the phase, or as the `frozen` model of its name.
     learned: anchors, whose rule is `fixed`, that learn by their own loss, such as a reward model.
     networks: networks that score hidden states and learn by their own loss; the array `NAME_scores`.
+    further: further updates of the policy after those of a step, by the name of the batch that the
+      collector makes for them, each with its objective and optimizer, whose states are kept.
     frozen: other models that some of the anchors are, such as a larger teacher.
     elsewhere: models by name that give log-probs and are not on the devices of the run: on others of the
       process, or behind a service. They take the place of anchors whose logits nothing reads.
@@ -163,6 +173,7 @@ class Phase(Judged):
   anchors: Mapping[str, optim.AnchorPart] = dataclasses.field(default_factory=dict)
   learned: Mapping[str, LearnedPart] = dataclasses.field(default_factory=dict)
   networks: Mapping[str, NetworkPart] = dataclasses.field(default_factory=dict)
+  further: Mapping[str, LearnedPart] = dataclasses.field(default_factory=dict)
   frozen: Mapping[str, ModelPart] = dataclasses.field(default_factory=dict)
   elsewhere: Mapping[str, teachers.Part] = dataclasses.field(default_factory=dict)
   restart: bool = False
@@ -197,17 +208,25 @@ class Phase(Judged):
 
   def anchor_learners(self, policy: Policy) -> dict[str, AnchorLearner]:
     """The updates of the anchors that learn, by name."""
-    made = {}
-    for name, one in self.learned.items():
-      learner = Learner(
-        policy,
-        one.objective,
-        one.optimizer,
-        temperature=self.collect.temperature,
-        micro_batches=self.micro_batches,
-      )
-      made[name] = AnchorLearner(name, learner)
-    return made
+    return {
+      name: AnchorLearner(name, self._other(policy, one)) for name, one in self.learned.items()
+    }
+
+  def further_learners(self, policy: Policy) -> dict[str, FurtherLearner]:
+    """The further updates of the policy, by name."""
+    return {
+      name: FurtherLearner(name, self._other(policy, one)) for name, one in self.further.items()
+    }
+
+  def _other(self, policy: Policy, one: Learned) -> Learner:
+    """A learner with another objective and optimizer."""
+    return Learner(
+      policy,
+      one.objective,
+      one.optimizer,
+      temperature=self.collect.temperature,
+      micro_batches=self.micro_batches,
+    )
 
   def network_learners(self, policy: Policy) -> dict[str, NetworkLearner]:
     """The networks that score hidden states, by name."""
@@ -396,14 +415,15 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
   run = dataclasses.replace(run, model=_with_head(run, origin(config['model'])))
   model = run.model
   balanced = functools.partial(optim.balanced, labels=model.labels, rate=model.config.balance_rate)
+  others = lambda several: {
+    k: dataclasses.replace(one, optimizer=balanced(one.optimizer)) for k, one in several.items()
+  }
   phases = {
     name: dataclasses.replace(
       phase,
       optimizer=balanced(phase.optimizer),
-      learned={
-        k: dataclasses.replace(one, optimizer=balanced(one.optimizer))
-        for k, one in phase.learned.items()
-      },
+      learned=others(phase.learned),
+      further=others(phase.further),
     )
     for name, phase in run.phases.items()
   }
@@ -725,6 +745,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       f'({sorted(phase.curriculum.provides)}) provides{suggest(missing[0], given)}'
     )
   _check_learned(path, phase, given)
+  _check_further(path, phase, run)
   if collector.filtered and wanted & {'proximal_logp', 'advantages'}:
     raise ValueError(
       f'{path}.collect: top_k, top_p, token_temperature or another behavior policy than '
@@ -855,6 +876,34 @@ def _check_learned(path: str, phase: Phase, given: frozenset[str]) -> None:
       raise ValueError(
         f'{path}.learned.{name}: {phase.collect.rows} rows do not divide into {one.minibatches} '
         f'minibatches x {phase.micro_batches} micro_batches x groups of {phase.rows_per_prompt}'
+      )
+
+
+# What batches of given completions have without an anchor.
+OF_COMPLETIONS = frozenset({'entropy', 'tokens'})
+
+
+def _check_further(path: str, phase: Phase, run: Experiment) -> None:
+  """Refuses further updates without a batch, batches without an update, and sizes that do not divide."""
+  made = phase.collect.further_rows
+  if phase.further.keys() != made.keys():
+    raise ValueError(
+      f'{path}.further: the collector makes batches for further updates called {sorted(made)}, but the '
+      f'updates are called {sorted(phase.further)}'
+    )
+  for name, one in phase.further.items():
+    if name in phase.learned:
+      raise ValueError(f'{path}.further.{name}: an anchor that learns has this name')
+    if missing := sorted(one.objective.requires - OF_COMPLETIONS):
+      raise ValueError(
+        f'{path}.further.{name}: its objective reads {missing}, but a batch of given completions has '
+        f'{sorted(OF_COMPLETIONS)}'
+      )
+    pieces = one.minibatches * phase.micro_batches * sharding.data_parallel_size(run.mesh)
+    if made[name] % pieces:
+      raise ValueError(
+        f'{path}.further.{name}: {made[name]} rows do not divide into {one.minibatches} minibatches x '
+        f'{phase.micro_batches} micro_batches x {sharding.data_parallel_size(run.mesh)} devices'
       )
 
 

@@ -272,7 +272,7 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
       try:
         collected = doing.collect(state, draw, step)
         middle = time.perf_counter()
-        state, reports = doing.update_all(state, collected.batch, step)
+        state, reports = doing.update_all(state, collected.batch, step, collected.further)
         collected = doing.finished(collected, step)
       except Exception as error:  # whatever stops a step is what is asked for here
         text = f'step {step} fails: {type(error).__name__}: {str(error)[:300]}'

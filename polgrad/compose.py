@@ -216,6 +216,7 @@ class _Run:
       anchors=dict(method.anchors),
       learned=dict(method.learned),
       networks=dict(method.networks),
+      further=dict(method.further),
       frozen=frozen,
       restart=method.restart and not teacher,
       epochs=method.epochs,

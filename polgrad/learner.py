@@ -373,6 +373,39 @@ def _where(condition: Array, first: Any, second: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FurtherLearner:
+  """One more optimizer step of the policy, by another objective and optimizer; jit `update`.
+
+  Attributes:
+    name: of the batches that it learns from, `Collected.further`.
+    learner: of the policy, with this objective and optimizer. It has no anchors.
+  """
+
+  name: str
+  learner: 'Learner'
+
+  def init(self, params: Params, init_opt_state: Callable) -> dict[str, Any]:
+    """The entry in `TrainState.learned`: the state of the other optimizer and objective.
+
+    Args:
+      params: the part of the policy's parameters that updates change.
+      init_opt_state: (optimizer, params) -> the optimizer's first state.
+    """
+    return AnchorLearner(self.name, self.learner).init(params, init_opt_state)
+
+  def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    """One step: (state, batch) -> (state, metrics).
+
+    Only the policy and the entry of this learner change: counters, anchors and the state of the other
+    optimizer do not. Schedules of the objective count the updates of the phase.
+    """
+    seen = state.replace(anchors={}, learned={}, **state.learned[self.name])
+    moved, report = self.learner.update(seen, batch)
+    after = {name: getattr(moved, name) for name in state.learned[self.name]}
+    return state.replace(params=moved.params, learned=state.learned | {self.name: after}), report
+
+
 # Compared by identity, because its mappings have no hash and `jax.jit` hashes a method's object.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Learner:

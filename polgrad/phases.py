@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,11 +88,13 @@ def begin(experiment: Experiment, index: int, before: TrainState | None) -> Trai
     random = one.network.init(jax.random.fold_in(key, i), one.policy.config.width)
     networks[name] = one.init(sharding.replicate(mesh, sharding.to_host(random)), init)
     networks[name]['skipped'] = sharding.replicate(mesh, zero)
+  further = phase.further_learners(experiment.policy)
   return TrainState(
     params=params,
     opt_state=init(phase.optimizer, trainable),
     anchors=anchors,
-    learned={name: one.init(anchors[name], init) for name, one in learners.items()},
+    learned={name: one.init(anchors[name], init) for name, one in learners.items()}
+    | {name: one.init(trainable, init) for name, one in further.items()},
     networks=networks,
     responses=begin_responses(phase),
     **small,
@@ -158,6 +160,7 @@ class PhaseRun:
   update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
   learn: dict[str, Callable]  # the same of the anchors that learn, by name
   networks: dict[str, Callable]  # the same of the networks that score hidden states, by name
+  more: dict[str, Callable]  # the same of further updates of the policy, by name
   # params -> (metrics, samples) on held-out problems; None: the experiment has no evaluation.
   measure: Callable | None
   measure_rows: Callable  # state -> metrics on held-out records of the phase
@@ -240,13 +243,16 @@ class PhaseRun:
       ) from error
 
   def update_all(
-    self, state: TrainState, batch: Batch, step: int
+    self, state: TrainState, batch: Batch, step: int, further: Mapping[str, Batch] = {}
   ) -> tuple[TrainState, list[dict[str, Any]]]:
     """One update on each minibatch of a collected batch: (new state, metrics of each update).
 
     Networks make theirs before those of the policy, on the states that they have scored. Anchors that
-    learn make theirs after those of the policy. The metrics of both, which begin with the name and a
-    slash, are in every report.
+    learn make theirs after those of the policy, and then come the further updates of the policy that are
+    due. The metrics of all of these, which begin with the name and a slash, are in every report.
+
+    Args:
+      further: batches of further updates, by name.
     """
     phase, found = self.phase, {}
     for name, update in self.networks.items():
@@ -258,6 +264,10 @@ class PhaseRun:
     for name, update in self.learn.items():
       sizes = dict(epochs=1, parts=phase.learned[name].minibatches, other=f'anchor {name}')
       state, own = self._updates(update, state, batch, step, **sizes)
+      found |= {f'{name}/{k}': x for k, x in averages(own).items()}
+    for name, rows in further.items():
+      sizes = dict(epochs=1, parts=phase.further[name].minibatches, other=name, together=1)
+      state, own = self._updates(self.more[name], state, rows, step, **sizes)
       found |= {f'{name}/{k}': x for k, x in averages(own).items()}
     return state, [report | found for report in reports]
 
@@ -271,14 +281,20 @@ class PhaseRun:
     epochs: int,
     parts: int,
     other: str = '',
+    together: int = 0,
   ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """An update on each minibatch, of the policy or of `other`, an anchor or a network."""
+    """An update on each minibatch: of the policy, or of an anchor, a network or a further one, `other`.
+
+    Args:
+      together: rows that no cut separates; 0 is those of a prompt.
+    """
     phase, mesh = self.phase, self.experiment.mesh
+    together = together or phase.rows_per_prompt
     cuts = minibatches(
       batch,
       epochs=epochs,
       parts=parts,
-      rows_per_prompt=phase.rows_per_prompt,
+      rows_per_prompt=together,
       seed=(self.seed, step),
     )
     reports = []
@@ -286,7 +302,7 @@ class PhaseRun:
       minibatch = pack(
         minibatch,
         parts=phase.micro_batches,
-        rows_per_prompt=phase.rows_per_prompt,
+        rows_per_prompt=together,
         data_parallel_size=sharding.data_parallel_size(mesh),
       )
       state, report = update(state, sharding.place_batch(mesh, minibatch))
@@ -412,6 +428,10 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
       name: jit_learner(one, state)
       for name, one in phase.network_learners(experiment.policy).items()
     },
+    more={
+      name: jit_learner(one, state)
+      for name, one in phase.further_learners(experiment.policy).items()
+    },
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
     observe=jit(phase.curriculum.update),
@@ -453,7 +473,7 @@ def run_phase(
 
     # Update on each minibatch, then count the batch as used.
     updating = time.perf_counter()
-    state, reports = run.update_all(state, collected.batch, step)
+    state, reports = run.update_all(state, collected.batch, step, collected.further)
     updated = time.perf_counter()
     collected = run.finished(collected, step)
     state = run.advance(state, collected, draw)

@@ -209,6 +209,13 @@ def placed_state(phase: Any, policy: Policy, mesh: Any) -> Any:
         'objective_state': jax.tree.map(small, state[1].learned[n]['objective_state']),
       }
       for n, one in phase.anchor_learners(policy).items()
+    }
+    | {
+      n: {
+        'opt_state': opt(one.learner.optimizer, trainable, state[1].learned[n]['opt_state']),
+        'objective_state': jax.tree.map(small, state[1].learned[n]['objective_state']),
+      }
+      for n, one in phase.further_learners(policy).items()
     },
   )
 

@@ -1,17 +1,21 @@
 """Methods that imitate and reinforce: numbers of their papers, fixed points, and cold starts."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from polgrad import build, collect, credit, objectives
-from polgrad.collect import beginnings
+from polgrad import build, collect, credit, learner, methods, objectives
+from polgrad.collect import beginnings, unsolved
 from polgrad.data import batching
-from polgrad.losses import advantages, listwise, surrogates, weights
+from polgrad.losses import advantages, listwise, penalties, surrogates, weights
 from polgrad.registry import bind, part
+from polgrad.rewards.scoring import Scores
+from polgrad.types import Batch, TrainState
 from tests.collect_test import collected, experiment
 from tests.policy_gradient import harness
 from tests.runs import addition, method_of
@@ -237,3 +241,108 @@ def test_one_of_several_traces_is_the_demonstration():
     run.phases['train'].collect.lay_out([{**source[0], 'id': 0}], tokenizer=tokenizer)
   with pytest.raises(ValueError, match='not read without demonstrations'):
     bind(part(collect.Rollouts, traces='traces'), collect.TABLE)
+
+
+def rows_of(*numbers):
+  """Rows of one token, which is the number of the row."""
+  tokens = np.array(numbers, np.int32)[:, None]
+  return Batch(tokens=tokens, segment_ids=tokens + 1, mask=tokens >= 0)
+
+
+def test_answers_wait_newest_first_and_the_oldest_are_dropped():
+  waiting = unsolved.empty(5, 1)
+  for numbers in ((1, 2), (3,), (4, 5, 6)):
+    waiting = unsolved.pushed(waiting, rows_of(*numbers))
+  assert waiting.tokens.ravel().tolist() == [4, 5, 6, 3, 1] and waiting.count == 5
+  taken, left = unsolved.popped(waiting, 3)
+  assert taken.tokens.ravel().tolist() == [4, 5, 6]
+  assert left.count == 2 and left.tokens[:2].ravel().tolist() == [3, 1] and not left.mask[2:].any()
+
+
+def test_a_prompt_is_unsolved_if_all_samples_have_the_failing_reward():
+  batch = harness.scored(
+    rewards=np.array([0, 0, 1, 0, 0, -1, 0, 0.0]),
+    prompt_ids=np.array([7, 7, 8, 8, 9, 9, 6, 6]),
+    valid=np.array([True] * 7 + [False]),
+  )
+  assert unsolved.unsolved_prompts(batch, 0.0) == [7]
+
+
+def test_enough_waiting_answers_are_the_batch_of_a_further_update():
+  """Rewards of 9 are never given, so `failed` is the reward that all samples have, or none has."""
+  given = dict(samples_per_prompt=2, prompts=4)
+  settings = collect.Unsolved(**given, imitated=3, prompt_length=6, max_new_tokens=5)
+
+  def score(texts, *others):
+    lost = np.full(len(texts), -1.0)
+    return Scores(lost, {'exact': lost}, np.ones(len(texts), bool), {}, [])
+
+  found = {}
+  for failed in (-1.0, 9.0):
+    run = experiment(samples_per_prompt=2)
+    fits = dataclasses.replace(
+      run.phases['train'], collect=dataclasses.replace(settings, failed=failed)
+    )
+    found[failed], _ = collected(dataclasses.replace(run, phases={'train': fits}), score=score)
+  due, none = found[-1.0], found[9.0]
+  assert due.metrics['unsolved'] == 4 and due.metrics['waiting'] == 1
+  assert none.metrics['unsolved'] == none.metrics['waiting'] == 0 and not none.further
+  rows, waiting = due.further['imitation'], due.collect_state[1]
+  assert rows.mask.shape == (3, 11) and rows.mask.any(axis=1).all() and not rows.mask[:, :6].any()
+  assert rows.layout.shared == 1 and waiting.tokens.shape == (4 + 3 - 1, 11)
+  # The answers are those of the first prompts of the step, with their prompts.
+  np.testing.assert_array_equal(rows.tokens[:, :6], due.batch.tokens[:6:2, :6])
+
+
+def test_a_further_update_changes_the_policy_and_its_own_state_alone():
+  @dataclasses.dataclass(frozen=True)
+  class Adds:
+    """A learner whose step adds the batch to the parameters, and 1 to each of its states."""
+
+    optimizer = optax.sgd(0.1)
+    objective = types.SimpleNamespace(init=lambda: 0)
+
+    def update(self, state, batch):
+      assert not state.anchors and not state.learned
+      more = {k: getattr(state, k) + 1 for k in ('opt_state', 'objective_state', 'skipped', 'step')}
+      return state.replace(params=state.params + batch, update=state.update + 1, **more), {
+        'loss': 1
+      }
+
+  names = ('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped', 'collect_state')
+  state = TrainState(
+    **dict.fromkeys((*names, 'credit_state', 'objective_state', 'opt_state'), 7),
+    params=1.0,
+    anchors={'reference': 5.0},
+    learned={'imitation': {'opt_state': 2, 'objective_state': 3, 'skipped': 0}, 'other': 4},
+  )
+  moved, report = learner.FurtherLearner('imitation', Adds()).update(state, 10.0)
+  after = {'opt_state': 3, 'objective_state': 4, 'skipped': 1}
+  assert moved == state.replace(params=11.0, learned={'imitation': after, 'other': 4})
+  assert report == {'loss': 1}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'further': {}}, r"batches for further updates called \['imitation'\]"),
+    ({'collect.imitated': 5, 'micro_batches': 2}, '5 rows do not divide into 1 minibatches x 2'),
+    ({'further.imitation.objective.streams.bonus.loss': part(penalties.k3)}, 'reference_logp'),
+  ],
+)
+def test_further_updates_that_cannot_be_are_refused(changes, words):
+  config = addition(methods.relift(max_new_tokens=5, learning_rate=1e-3, imitated=6))
+  for path, value in changes.items():
+    *parents, last = path.split('.')
+    node = config.phases.train
+    for name in parents:
+      node = node[name]
+    with node.unlocked():
+      node[last] = value
+  with pytest.raises(ValueError, match=words):
+    build.build(config)
+
+
+def test_groups_of_unsolved_prompts_are_fresh_samples_alone():
+  with pytest.raises(ValueError, match=r"Unsolved: .* without \['demonstrations', 'lag'\]"):
+    bind(part(collect.Unsolved, demonstrations=1, lag=1), collect.TABLE)

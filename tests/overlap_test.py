@@ -73,10 +73,10 @@ def test_rows_are_judged_during_the_update_of_their_step(monkeypatch, tmp_path):
       arrived.append(updating.acquire(timeout=60))
     return score(self, rows, records, state, draw, step)
 
-  def updated(self, state, batch, step):
+  def updated(self, state, batch, step, further):
     if self.name == 'train' and step:
       updating.release()
-    return update(self, state, batch, step)
+    return update(self, state, batch, step, further)
 
   monkeypatch.setattr(rollouts.RolloutSteps, 'score', scored)
   monkeypatch.setattr(phases.PhaseRun, 'update_all', updated)

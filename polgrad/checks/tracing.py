@@ -149,7 +149,8 @@ def state_shapes(phase: Any, policy: Policy) -> TrainState:
     params=policy.shapes(),
     opt_state=jax.eval_shape(phase.optimizer.init, trainable),
     anchors=anchors,
-    learned={name: one.init(anchors[name], init) for name, one in learners.items()},
+    learned={name: one.init(anchors[name], init) for name, one in learners.items()}
+    | {name: one.init(trainable, init) for name, one in phase.further_learners(policy).items()},
     networks={name: one.init(one.shapes(), init) for name, one in networks.items()},
     collect_state=phase.collect.init(),
     credit_state=phase.credit.init(),

@@ -10,6 +10,7 @@
 | `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
 | `Restarts` | rollouts, some of which start from states of given answers |
 | `Contrasted` | rollouts that are rewarded by the policy's own embeddings of related texts |
+| `Unsolved` | rollouts, and the answers of prompts that none of them solved, for further updates |
 | `Mixed` | rollouts, remembered rollouts or answers of the data, one kind a batch |
 | `Hinted` | rollouts; a prompt without a right sample is asked again with its answer |
 | `Quantiles` | rows of a pool of rollouts, each behind a label of its quantile of the reward |
@@ -65,6 +66,7 @@ from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import also_read, completions, question
 from polgrad.collect.stored import Stored
 from polgrad.collect.trees import Trees
+from polgrad.collect.unsolved import Unsolved
 from polgrad.collect.vines import Vines
 from polgrad.registry import table
 
@@ -97,6 +99,7 @@ __all__ = [
   'Stored',
   'Trees',
   'Turns',
+  'Unsolved',
   'UserPreferences',
   'Vines',
   'also_read',
@@ -122,6 +125,7 @@ TABLE = table(
   Hinted,
   Quantiles,
   Stored,
+  Unsolved,
   Demonstrations,
   EarlyTargets,
   Preferences,

@@ -72,6 +72,7 @@ class Collected(NamedTuple):
   sampled: curricula.Sampled | None = (
     None  # every row that was scored; None: the data have them all
   )
+  further: Mapping[str, Batch] = {}  # NumPy, of further updates that are due, see `Phase.further`
   # Waits for rows that are still being sampled, and gives what is above but for the batch.
   pending: Callable[['Collected'], 'Collected'] | None = None
 
@@ -196,6 +197,11 @@ class Collector(abc.ABC):
   def compares(self) -> bool:
     """Whether completions of a prompt are compared, by the phase's `comparison`."""
     return bool(COMPARED & self.provides)
+
+  @property
+  def further_rows(self) -> Mapping[str, int]:
+    """Rows of the batches for further updates that some steps have, by name, see `Phase.further`."""
+    return {}
 
   @property
   def anchors_read(self) -> frozenset[str]:

@@ -62,6 +62,8 @@ class Method:
     learned: anchors that learn by their own loss, each a part of `learner.Learned`.
     networks: networks that score hidden states and learn by their own loss, each a part of
       `learner.OnlineNetwork`.
+    further: further updates of the policy, by the name of the batch that the collector makes for them,
+      each a part of `learner.Learned`.
     optimizer: a part of `polgrad.optim`; None is AdamW.
     learning_rate: multiplies the learning rate of the model's preset, if `optimizer` is None.
     learns: which learning rate of the preset is meant: 'reinforce', 'preference' or 'imitate'. Empty
@@ -87,6 +89,7 @@ class Method:
   anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   learned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  further: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   optimizer: ConfigDict | None = None
   learning_rate: float = 1.0
   learns: str = ''

@@ -108,4 +108,12 @@ def dypo(x):
   return token_mean(1.0, given) + 0.5 * grpo + 0.5 * np.where(sampled, pairs[:, None], 0)
 
 
-ORACLES = {'chord': chord, 'srft': srft, 'uft': uft, 'dypo': dypo}
+def relift(x):
+  """The update of a step; that of answers which wait is another one."""
+  return {
+    'logp': constant_length(ratio_of(x) * x['advantages'], x['mask'], 5),
+    'entropy': constant_length(np.full(x['mask'].shape, 0.001), x['mask'], 5),
+  }
+
+
+ORACLES = {'chord': chord, 'srft': srft, 'uft': uft, 'dypo': dypo, 'relift': relift}
