@@ -226,10 +226,11 @@ def phase_lines(name: str, spec: Mapping, phase: Phase, run: Experiment) -> list
       f'{place:{width}}  {weight}{part.name}: {title(part.fn)}', '  ', ' ' * (width + 4)
     )
   lines += loss_lines(name, phase, run)
-  for anchor, one in phase.learned.items():
-    # The anchor in the place of the policy, as it is while it learns; its credit is that of the phase.
-    alone = dataclasses.replace(phase, objective=one.objective, learned={})
-    lines += loss_lines(name, alone, run, anchor)
+  for slot, several in (('learned', phase.learned), ('further', phase.further)):
+    for other, one in several.items():
+      # An anchor in the place of the policy, as it is while it learns; its credit is that of the phase.
+      alone = dataclasses.replace(phase, objective=one.objective, learned={}, further={})
+      lines += loss_lines(name, alone, run, f'{slot}.{other}')
   for network in phase.networks:
     lines += network_lines(network, phase, run)
   return lines
@@ -251,15 +252,18 @@ def network_lines(name: str, phase: Phase, run: Experiment) -> list[str]:
   return [wrapped for line in lines for wrapped in tables.wrapped(line, '  ', '    ')]
 
 
-def loss_lines(name: str, phase: Phase, run: Experiment, anchor: str = '') -> list[str]:
+def loss_lines(name: str, phase: Phase, run: Experiment, place: str = '') -> list[str]:
   """The terms of a loss of a phase, the functions that make them, and the arrays that they read.
 
   Args:
-    anchor: name of the anchor that learns by this loss; '' is the policy.
+    place: of the loss in the phase, `learned.ANCHOR` or `further.NAME`; '' is that of the policy.
   """
-  path = f'config.phases.{name}' + (f'.learned.{anchor}' if anchor else '')
+  path = f'config.phases.{name}' + (f'.{place}' if place else '')
   traced = tracing.trace_objective(path, phase, run.policy)
-  owner = f' of anchor {anchor}' if anchor else ''
+  slot, _, other = place.partition('.')
+  owner = {'learned': f' of anchor {other}', 'further': f' of further updates {other}'}.get(
+    slot, ''
+  )
   lines = [f'  loss{owner} = {" + ".join(traced.terms)}, computed by']
   factors = {f'penalties.{k}': p for k, p in getattr(phase.objective, 'penalties', {}).items()}
   for slot, fn in phase.objective.slots.items():
@@ -268,16 +272,16 @@ def loss_lines(name: str, phase: Phase, run: Experiment, anchor: str = '') -> li
   named = {id(fn) for fn in phase.objective.slots.values()}
   stats = {k: f for k, f in phase.objective.stats.items() if id(f) not in named}
   lines += [f'    stats.{k}: {signature(f)}' for k, f in stats.items()]
-  wanted = sorted(phase.objective.requires | (frozenset() if anchor else phase.credit.requires))
+  wanted = sorted(phase.objective.requires | (frozenset() if other else phase.credit.requires))
   rows = []
   for array in wanted:
     doc = ARRAYS[array].doc.partition(';')[0] if array in ARRAYS else ''
     rows.append((array, provider(array, phase), doc))
   if rows:
-    readers = 'this objective reads' if anchor else 'objective and credit read'
+    readers = 'this objective reads' if other else 'objective and credit read'
     lines += [f'  arrays that {readers}, beside logp and mask']
     lines += tables.table(('array', 'from', 'what it is'), rows, indent=4)
-  prefix = f'{anchor}/' if anchor else ''
+  prefix = f'{other}/' if other else ''
   metrics = ', '.join(prefix + metric for metric in traced.metrics)
   return lines + tables.wrapped(f'metrics: {metrics}', '  ', '    ')
 

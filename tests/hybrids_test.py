@@ -15,7 +15,7 @@ from polgrad.data import batching
 from polgrad.losses import advantages, listwise, penalties, surrogates, weights
 from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
-from polgrad.types import Batch, TrainState
+from polgrad.types import Batch, Outputs, TrainState
 from tests.collect_test import collected, experiment
 from tests.policy_gradient import harness
 from tests.runs import addition, method_of
@@ -346,3 +346,44 @@ def test_further_updates_that_cannot_be_are_refused(changes, words):
 def test_groups_of_unsolved_prompts_are_fresh_samples_alone():
   with pytest.raises(ValueError, match=r"Unsolved: .* without \['demonstrations', 'lag'\]"):
     bind(part(collect.Unsolved, demonstrations=1, lag=1), collect.TABLE)
+
+
+def cold(name, seeds=2, steps=120):
+  """Probability of the ten right arms of 2000, of which one is shown, after some steps of 8 samples."""
+  objective = bind(method_of(name).objective, objectives.TABLE)
+  estimator = bind(method_of(name).credit, credit.TABLE)
+  ones, stream = jnp.ones((9, 1), bool), jnp.array([1] * 8 + [0])
+
+  def step(z, key):
+    arms = jnp.append(jax.random.categorical(key, z, shape=(8,)), 0)
+    logp = lambda z: jax.nn.log_softmax(z)[arms][:, None]
+    old = jax.lax.stop_gradient(logp(z))
+    batch = Batch(tokens=arms[:, None], segment_ids=ones.astype(int), mask=ones).with_arrays(
+      rewards=(arms < 10).astype(z.dtype),
+      valid=ones[:, 0],
+      stream=stream,
+      group_ids=jnp.zeros(9, int),
+      behavior_logp=old,
+      proximal_logp=old,
+    )
+    batch, _ = credit.assign(estimator, batch, estimator.init())
+
+    def loss(z):
+      entropy = jnp.zeros((9, 1))
+      terms, _ = objective.apply(
+        Outputs(logp=logp(z), entropy=entropy), batch, objective.init(), step=0
+      )
+      return sum(term.value() for term in terms.values())
+
+    return z - 2 * jax.grad(loss)(z), None
+
+  run = lambda key: jax.lax.scan(step, jnp.zeros(2000), jax.random.split(key, steps))[0]
+  found = jax.vmap(run)(jax.random.split(jax.random.key(0), seeds))
+  return float(jnp.mean(jnp.sum(jax.nn.softmax(found)[:, :10], axis=1)))
+
+
+@pytest.mark.parametrize(('name', 'escapes'), [('hpt', True), ('luffy', False), ('chord', False)])
+def test_only_a_likelihood_teaches_what_the_policy_finds_impossible(name, escapes):
+  """2000 equally likely arms of which ten are right: weights that vanish with p stay near 0.005."""
+  found = cold(name)
+  assert found > 0.9 if escapes else found < 0.05

@@ -55,7 +55,7 @@ def of_phase(
   for name in phase.anchors:
     tree = own(phase.frozen[name]) if name in phase.frozen else trainable
     found.append(use(f'anchor {name}', tree, places(tree)))
-  for name, one in phase.learned.items():
+  for name, one in {**phase.learned, **phase.further}.items():
     state = jax.eval_shape(one.optimizer.init, trainable)
     placed = opt_shardings(one.optimizer, mesh, trainable)
     found.append(use(f'optimizer of {name}', state, placed))
