@@ -213,3 +213,12 @@ def test_an_average_of_the_policy_is_an_anchor_that_is_measured():
   assert 'average' not in experiment.phases['warm_start'].anchors
   with pytest.raises(ValueError, match='average: expected a number at least 0 and below 1'):
     from_text('method=dpo,task=addition,model=tiny,average=1')
+
+
+def test_several_texts_of_one_option_have_plus_signs_between_them():
+  config = from_text('method=bnpo,terms=exact+brevity,task=addition,model=tiny')
+  assert config.phases.train.collect.terms == ('exact', 'brevity')
+  assert config.phases.train.credit.terms == ('exact', 'brevity')
+  config.mesh.data = 1
+  with pytest.raises(ValueError, match=r"collect\.terms: 'brevity' is no term"):
+    build.build(config)
