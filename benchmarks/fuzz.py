@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,11 +36,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from absl import logging
+from array_record.python import array_record_module
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks import robustness
-from polgrad import checkpoint, cli, methods, metrics, report, tasks, verify
+from polgrad import checkpoint, cli, methods, metrics, report, stored_rows, tasks, verify
 from polgrad.build import TABLE, build, check_data
 from polgrad.data import batching, sources, tokenizers
 from polgrad.data import chat as chats
@@ -653,6 +654,47 @@ def read_metrics(data: bytes, folder: pathlib.Path) -> None:
     report.draw([str(folder)])
 
 
+HEAD_OF_ROWS = {
+  **{'format': stored_rows.FORMAT, 'tokenizer': 'abc', 'samples_per_prompt': 2, 'prefix': ''},
+  **{'max_new_tokens': 4, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'stop_strings': []},
+  **{'vocab_size': 9, 'rows': [5]},
+}
+ROW_OF_ROWS = {
+  **{'id': 5, 'prompt': 'abc', 'finished': [True, False], 'tokens': [[1, 8, 2], [3]]},
+  **{'behavior_logp': [[-1.0, -0.5, -2.0], [-3.0]], 'teacher_logp': [[-1.5, 0.0, -2.0], [-1.0]]},
+}
+
+
+def file_of_rows(texts: Sequence[str]) -> bytes:
+  def make(folder):
+    writer = array_record_module.ArrayRecordWriter(str(folder / 'x'), 'group_size:1')
+    for text in texts:
+      writer.write(utf8(text))
+    writer.close()
+
+  return made(make)['x']
+
+
+def stored_inputs() -> st.SearchStrategy:
+  both = [json.dumps(HEAD_OF_ROWS), json.dumps(ROW_OF_ROWS)]
+  return st.one_of(
+    as_text(HEAD_OF_ROWS).map(lambda text: file_of_rows([text, both[1]])),
+    as_text(ROW_OF_ROWS).map(lambda text: file_of_rows([both[0], text])),
+    st.builds(lambda: file_of_rows(both)).flatmap(damaged),
+    st.binary(max_size=40),
+  )
+
+
+def read_stored(data: bytes, folder: pathlib.Path) -> None:
+  (folder / f'00000000{stored_rows.ENDING}').write_bytes(data)
+  rows = stored_rows.Rows(str(folder))
+  rows.check({'temperature': 1.0})
+  found = rows.read(5, 'abc')
+  for name in stored_rows.OF_TOKENS:
+    if [len(x) for x in getattr(found, name)] != [len(x) for x in found.tokens]:
+      raise AssertionError(f'{name} has other lengths than tokens')
+
+
 def trees() -> dict[str, Any]:
   params = {'layers': {'gate': jnp.arange(12.0).reshape(3, 4)}, 'norm': jnp.ones(5)}
   return {'params': params, 'rest': {'step': jnp.int32(2), 'opt_state': jnp.arange(7.0)}}
@@ -807,6 +849,7 @@ KINDS = {
   'safetensors': Kind(safetensors_inputs, read_safetensors, path_of),
   'GGUF': Kind(gguf_inputs, read_gguf, path_of),
   'metrics': Kind(metric_files, read_metrics, path_of, 10.0),
+  'stored completions': Kind(stored_inputs, read_stored, path_of),
   'checkpoints': Kind(checkpoint_inputs, read_checkpoint, path_of, 20.0),
   'verifiers': Kind(own_inputs, judge_own, path_of),
   'reasoning-gym scorers': Kind(gym_inputs, judge_gym, path_of, 15.0),
