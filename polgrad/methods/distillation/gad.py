@@ -80,7 +80,7 @@ def gad(
 
 
 def discriminator(rate: float, rows: int) -> ConfigDict:
-  """How the discriminator learns, with this learning rate, from groups of so many rows."""
+  """How the discriminator learns: its learning rate, and the rows of a group."""
   return part(
     learner.Learned,
     objective=part(
