@@ -58,7 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_commands_compose_and_read_their_data(folder):
-  assert len(COMMANDS) == 22
+  assert len(COMMANDS) == 21
   for command in COMMANDS:
     [config, *_], changes = cli.split_changes(shlex.split(command))
     made = from_text(config.partition('run.py:')[2] + ',smoke')
