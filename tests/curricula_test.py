@@ -41,6 +41,7 @@ ALL = {
   'revisit': curricula.revisit(capacity=3),
   'returns': curricula.returns(),
 }
+ALL['v0'] = ALL['v0']._replace(update=jax.jit(ALL['v0'].update))  # one compilation for all tests
 every = pytest.mark.parametrize('name', ALL)
 learning = pytest.mark.parametrize('name', [n for n, one in ALL.items() if one.reads])
 

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import curricula
+from polgrad import curricula, models
 from polgrad.curricula import embeddings, in_context
 from polgrad.curricula.base import Request
+from polgrad.data import batching, tokenizers
+from tests import hub
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 RNG = np.random.default_rng(0)
 WIDTH = 6
@@ -114,6 +118,9 @@ def test_budgets_have_the_sum_and_the_bounds_and_prefer_contrast():
   solved = np.arange(40) % 2 == 0
   one = curricula.v0(
     embed=lambda records: np.eye(2, dtype=np.float32)[[int(solved[r['id']]) for r in records]],
+    context=80,
+    memory=80,
+    updates=1,
     prompts=0.25,
     least=2,
     most=8,
@@ -125,7 +132,7 @@ def test_budgets_have_the_sum_and_the_bounds_and_prefer_contrast():
   found = curricula.Observed(
     rows, rewards, every, {}, rows, rewards, every, one.embed([records[i] for i in rows])
   )
-  state = one.update(one.init(records), found)
+  state = jax.jit(one.update)(one.init(records), found)
   ask = Request(count=32, size=40, cursor=0, seed=0, records=records)
   drawn, times = np.unique(one.propose(state, ask), return_counts=True)
   assert len(drawn) == 8 and times.sum() == 32 and times.min() >= 2 and times.max() <= 8
@@ -145,6 +152,23 @@ def test_character_ngrams_tell_prompts_apart():
   assert alike[0, 2] > alike[0, 1] and alike[0, 2] < 0.999
   chat = [{'role': 'user', 'content': '12+'}, {'role': 'user', 'content': '34='}]
   assert embed([{'messages': chat}]).shape == (1, 64)
+
+
+def test_states_of_a_folder_are_pooled_over_the_tokens_of_each_prompt(tmp_path):
+  folder = hub.small('qwen3', tmp_path)
+  policy, tokenizer = models.pretrained(path=folder), tokenizers.huggingface(path=folder)
+  params, look = policy.init(jax.random.key(0)), jax.jit(policy.hidden)
+  records = [{'prompt': text} for text in ('a longer prompt', 'b', 'c ' * 20)]
+  for pooling in ('mean', 'last'):
+    found = embeddings.states(path=folder, pooling=pooling, batch=4)(records)
+    for row, record in zip(found, records):
+      laid = batching.prompts([record | {'id': 0}], tokenizer, length=64)
+      [hidden] = np.asarray(look(params, laid.tokens, laid.mask.astype(np.int32)), np.float64)
+      hidden = hidden[laid.mask[0]]
+      want = hidden.mean(axis=0) if pooling == 'mean' else hidden[-1]
+      np.testing.assert_allclose(row, want / np.linalg.norm(want), atol=1e-5)
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    embeddings.states(path=str(tmp_path / 'nowhere'))
 
 
 def test_routing_prefers_what_is_right_and_cheap():

@@ -121,7 +121,8 @@ def _embedder(path: str, *, pooling: str, batch: int, max_length: int, dtype: st
 def _pooled(policy: Policy, params: Params, tokens: Array, mask: Array, *, pooling: str) -> Array:
   hidden = policy.hidden(params, tokens, mask.astype(np.int32))
   # Prompts are left-padded, so their last token is in the last column.
-  where = mask if pooling == 'mean' else mask & (np.arange(mask.shape[1]) == mask.shape[1] - 1)
+  last = (np.arange(mask.shape[1]) == mask.shape[1] - 1)[None]
+  where = mask if pooling == 'mean' else mask & last
   return mean_pooled(hidden, where)
 
 
