@@ -2,29 +2,12 @@
 
     python -m benchmarks.lengths               # all methods, three seeds; resumes where it stopped
     python -m benchmarks.lengths grpo l1_max   # some of them
-    python -m benchmarks.lengths --table       # prints the table from what there is
+    python -m benchmarks.lengths --table       # only writes the table into docs/curricula.md
 
-The supervised phase teaches sums whose answers have 0 to 6 dots before them, `12+34=...46`. The dots
-do not help, so a method is free to keep, drop or add them. Every method makes the same number of steps
-of the same size. Results are appended to docs/lengths.jsonl.
-
-Measured on a CPU, 40 steps, three seeds: mean (lowest to highest).
-
-    method     greedy accuracy            mean length of samples
-    before     0.000 (0.000 to 0.000)     6.3 (6.0 to 6.5)
-    grpo       0.910 (0.873 to 0.960)     3.6 (3.5 to 3.6)
-    dr_grpo    0.904 (0.863 to 0.963)     3.6 (3.5 to 3.6)
-    dapo       0.933 (0.900 to 0.985)     3.6 (3.5 to 3.7)
-    grpo_lead  0.897 (0.860 to 0.955)     3.6 (3.5 to 3.6)
-    l1_exact   0.866 (0.785 to 0.930)     3.6 (3.5 to 3.6)
-    l1_max     0.907 (0.885 to 0.948)     3.6 (3.5 to 3.6)
-    gfpo       0.848 (0.792 to 0.917)     3.9 (3.6 to 4.2)
-    opo        0.917 (0.875 to 0.963)     3.6 (3.5 to 3.6)
-
-The greedy answer before training is only dots, because a further dot is nearly always the likeliest
-token. Every method removes the dots, those without a length term too: an answer without them is right
-more often. So this task tells whether a method keeps accuracy while answers become short, and not how
-strong its pressure on length is: `l1_exact` does not keep its target of 5 tokens against that.
+The supervised phase teaches the task `worked_sums`: answers with all of the work, with some, or with
+none. More work makes an answer longer and more often right, so a method must choose. Every method makes
+the same number of steps of the same size. Accuracy and length are those of the same answers: two samples
+of each of 200 held-out problems, before and after. Results are appended to docs/lengths.jsonl.
 """
 
 import argparse
@@ -32,63 +15,47 @@ import dataclasses
 import functools
 import json
 import pathlib
-import random
+import re
 import statistics
 from collections import defaultdict
-from typing import Annotated
+
+import jax
+import numpy as np
 
 from benchmarks.curricula import run
-from polgrad import methods, presets, tasks
+from polgrad import build, evaluate, methods, presets, tasks
 from polgrad.compose import compose
-from polgrad.data.sources import FRACTION, Source
-from polgrad.registry import part, weighted
-from polgrad.rewards import verifiers
+from polgrad.sampling import behavior_policies
 from polgrad.types import Params
 
-RESULTS = pathlib.Path(__file__).parent.parent / 'docs' / 'lengths.jsonl'
-LONGEST = 12  # tokens of a completion, the stop token included
+DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+RESULTS, PAGE = DOCS / 'lengths.jsonl', DOCS / 'curricula.md'
+TARGET, PRICE = 10, 0.05  # tokens that L1 asks for, and the reward that each other one costs
 METHODS = {
-  'grpo': methods.grpo,
+  'grpo': functools.partial(methods.grpo, kl_coefficient=0.0),
   'dr_grpo': methods.dr_grpo,
-  'dapo': methods.dapo,
-  'grpo_lead': methods.grpo_lead,
-  'l1_exact': functools.partial(methods.l1_exact, alpha=0.05, target=5),
-  'l1_max': functools.partial(methods.l1_max, alpha=0.05, target=5),
-  'gfpo': functools.partial(methods.gfpo, keep=4),
+  'dapo': functools.partial(methods.dapo, max_resamples=0),
   'opo': methods.opo,
+  'adora': methods.adora,
+  'grpo_lead': methods.grpo_lead,
+  'gfpo': functools.partial(methods.gfpo, keep=4),
+  'drpo': methods.drpo,
+  'hipo': functools.partial(methods.hipo, mode_pattern='^:'),
+  'l1_exact': functools.partial(methods.l1_exact, alpha=PRICE, target=TARGET),
+  'l1_max': functools.partial(methods.l1_max, alpha=PRICE, target=TARGET),
 }
-
-
-def dotted(*, source: Annotated[Source, FRACTION], most: int) -> Source:
-  """Sums whose answers have a random number of dots before them, at most `most`."""
-
-  def record(row):
-    found = source[row]
-    return found | {'answer': '.' * random.Random(row).randint(0, most) + found['answer']}
-
-  return Source(len(source), record)
+KINDS = ('none', 'some', 'all')  # of the work
 
 
 def load(name: str, seed: int, steps: int, warm_start: int):
-  """The run of a method on sums of two digits, behind a supervised phase on answers with dots."""
-  task = tasks.addition()
+  """The run of a method on sums of two digits, behind a supervised phase on answers of three lengths."""
   task = dataclasses.replace(
-    task,
-    demonstrations=part(dotted, source=task.problems, most=LONGEST - 6),
-    rewards={'exact': weighted(1.0, part(verifiers.numeric_answer))},
-    alphabet=task.alphabet + '.',
-    max_new_tokens=LONGEST,
-    length=task.prompt_length + LONGEST,
-    rows=128,
-    pairs=None,
-    feedback=None,
-    lists=None,
+    tasks.worked_sums(), rows=128, held_out_problems=200, evaluation_batch=200
   )
-  model = presets.tiny(alphabet=task.alphabet)
   config = compose(
     METHODS[name],
     task,
-    model,
+    presets.tiny(alphabet=task.alphabet),
     steps=steps,
     seed=seed,
     warm_start=warm_start,
@@ -96,8 +63,7 @@ def load(name: str, seed: int, steps: int, warm_start: int):
     trackers='none',
   )
   config.samples_every = config.checkpoint_every = config.rollouts.every = 0
-  config.show_samples = 0
-  config.evaluation.every = steps
+  config.show_samples = config.evaluation.every = 0
   config.mesh.data = 1
   return config
 
@@ -105,26 +71,50 @@ def load(name: str, seed: int, steps: int, warm_start: int):
 @functools.cache
 def warm(seed: int, warm_start: int) -> Params:
   """The parameters after the supervised phase that all methods of a seed share."""
-  config = load('grpo', seed, 1, warm_start)
-  config.evaluation.every = 0
-  return run(config, 'warm_start', None)[0]
+  return run(load('grpo', seed, 1, warm_start), 'warm_start', None)[0]
+
+
+def kind(text: str) -> str:
+  """How much work an answer has.
+
+  >>> [kind(text) for text in ('107', ':07 10 107', ':6+1+0=07:1+9+0=10 107')]
+  ['none', 'some', 'all']
+  """
+  return 'all' if '+' in text else 'some' if ':' in text else 'none'
+
+
+def answers(config, params: Params) -> dict:
+  """Accuracy and mean length of samples, and for each kind of answer its share and its accuracy."""
+  experiment, lengths = build.build(config), []
+  look = lambda rollout, rows, others: lengths.extend(rollout.mask.sum(axis=1)[:rows].tolist())
+  with jax.set_mesh(experiment.mesh):
+    sample = evaluate.sampler(experiment, 2, behavior_policies.current)
+    found = evaluate.attempt(experiment, sample, params, 2, look)
+  right, kinds = found.scores.ravel(), np.array([kind(t) for row in found.texts for t in row])
+  each = {k: right[kinds == k] for k in KINDS}
+  return {
+    'accuracy': round(float(right.mean()), 4),
+    'length': round(statistics.mean(lengths), 2),
+    'kinds': {k: [len(x), round(float(x.mean()), 3) if len(x) else None] for k, x in each.items()},
+  }
+
+
+@functools.cache
+def before(seed: int, warm_start: int) -> dict:
+  return answers(load('grpo', seed, 1, warm_start), warm(seed, warm_start))
 
 
 def measure(name: str, seed: int, steps: int, warm_start: int) -> dict:
-  """Trains with one method: accuracy (greedy) and mean length (of the samples) before and after."""
-  _, rows = run(load(name, seed, steps, warm_start), 'train', warm(seed, warm_start))
-  greedy = [row['evaluation/greedy'] for row in rows if 'evaluation/greedy' in row]
-  lengths = [row['length'] for row in rows if 'length' in row]
+  """Trains with one method; what its answers are before and after."""
+  config = load(name, seed, steps, warm_start)
+  params, _ = run(config, 'train', warm(seed, warm_start))
   return {
     'method': name,
     'seed': seed,
     'steps': steps,
     'warm_start': warm_start,
-    'greedy': [round(greedy[0], 4), round(greedy[-1], 4)],
-    'length': [
-      round(statistics.mean(lengths[:3]), 2),
-      round(statistics.mean(lengths[-3:]), 2),
-    ],
+    'before': before(seed, warm_start),
+    'after': answers(load('grpo', seed, 1, warm_start), params),
   }
 
 
@@ -134,49 +124,61 @@ def read() -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
-  """One row a method: mean and range over seeds of accuracy and length after training."""
+  """One row a method: accuracy and length after training, mean and range if there are several seeds."""
   by_name = defaultdict(list)
   for one in results:
-    by_name[one['method']].append(one)
-  whole = lambda found, style: (
-    f'{statistics.mean(found):{style}} ({min(found):{style}} to {max(found):{style}})'
-  )
-  first = list({one['seed']: one for one in results}.values())
+    by_name[one['method']].append(one['after'])
+  first = [one['before'] for one in {one['seed']: one for one in results}.values()]
   lines = [
-    '| method | greedy accuracy | mean length of samples |',
-    '|---|---|---|',
-    f'| before | {whole([one["greedy"][0] for one in first], ".3f")} '
-    f'| {whole([one["length"][0] for one in first], ".1f")} |',
+    '| method | accuracy of samples | their mean length | answers with all, some, no work |',
+    '|---|---|---|---|',
+    _line('before', first),
+    *(_line(f'`{name}`', by_name[name]) for name in METHODS if name in by_name),
   ]
-  for name in (n for n in METHODS if n in by_name):
-    greedy, length = (
-      whole([one[key][1] for one in by_name[name]], style)
-      for key, style in (('greedy', '.3f'), ('length', '.1f'))
-    )
-    lines.append(f'| `{name}` | {greedy} | {length} |')
   return '\n'.join(lines)
+
+
+def _line(name: str, found: list[dict]) -> str:
+  def whole(key, style):
+    numbers = [one[key] for one in found]
+    span = f' ({min(numbers):{style}} to {max(numbers):{style}})' if len(numbers) > 1 else ''
+    return f'{statistics.mean(numbers):{style}}{span}'
+
+  share = lambda k: statistics.mean(
+    one['kinds'][k][0] / sum(number for number, _ in one['kinds'].values()) for one in found
+  )
+  shares = ', '.join(f'{share(k):.0%}' for k in reversed(KINDS))
+  return f'| {name} | {whole("accuracy", ".2f")} | {whole("length", ".1f")} | {shares} |'
+
+
+def with_table(text: str, results: list[dict]) -> str:
+  """The text of the page with the table of these results between its two marks."""
+  block = f'<!-- lengths -->\n{table(results)}\n<!-- end of lengths -->'
+  pattern = '<!-- lengths -->.*?<!-- end of lengths -->'
+  return re.sub(pattern, lambda _: block, text, flags=re.DOTALL)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('methods', nargs='*', metavar='METHOD', help=', '.join(METHODS))
-  parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=40)
-  parser.add_argument('--warm_start', type=int, default=600)
+  parser.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2])
+  parser.add_argument('--steps', type=int, default=20)
+  parser.add_argument('--warm_start', type=int, default=350)
   parser.add_argument('--table', action='store_true')
   args = parser.parse_args()
   if unknown := {*args.methods} - METHODS.keys():
     parser.error(f'unknown {sorted(unknown)}; valid: {list(METHODS)}')
   if not args.table:
     done = {(one['method'], one['seed']) for one in read()}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
       for name in args.methods or METHODS:
         if (name, seed) not in done:
           found = measure(name, seed, args.steps, args.warm_start)
-          print(name, seed, found['greedy'], found['length'], flush=True)
+          print(name, seed, found['before'], found['after'], flush=True)
           with RESULTS.open('a') as file:
             file.write(json.dumps(found) + '\n')
   print(table(read()))
+  PAGE.write_text(with_table(PAGE.read_text(), read()))
 
 
 if __name__ == '__main__':
