@@ -7,6 +7,8 @@ SEED ?= 0
 export JAX_PLATFORMS ?= cpu
 # Large pages: every step of XLA's CPU backend allocates its buffers anew.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# pip compiles no module, so each is compiled where it is first imported, and kept: many tests start Python.
+export PYTHONDONTWRITEBYTECODE :=
 # A real model for the tests, made from a PyPI wheel.
 export POLGRAD_SMOLLM2 ?= $(CURDIR)/.cache/smollm2
 
