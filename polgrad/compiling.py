@@ -17,8 +17,12 @@ def jit(function: Callable, **settings: Any) -> Callable:
 
 
 def options() -> dict[str, Any]:
-  """Compiler settings by name for the default platform; {} on all platforms but CPU."""
-  return _known() if jax.default_backend() == 'cpu' else {}
+  """Compiler settings by name for the default platform.
+
+  {} on all platforms but CPU, and where JAX_DISABLE_MOST_OPTIMIZATIONS asks for less than they would.
+  """
+  less = jax.config.values['jax_disable_most_optimizations']
+  return _known() if jax.default_backend() == 'cpu' and not less else {}
 
 
 @functools.cache

@@ -9,28 +9,39 @@ import os
 import pathlib
 import subprocess
 import sys
+import zlib
 
+# Most programs of the tests run once, so most time is compiling: they compile quickly and run slowly,
+# also in the processes that tests start, except where `fast_programs` is asked for.
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 
 import jax
 import jaxlib
 import pytest
 
-from polgrad import compiling, report
+from polgrad import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = pathlib.Path(os.environ.get('POLGRAD_TEST_CACHE', '~/.cache/polgrad/tests')).expanduser()
-ASK = 'import json; from polgrad import compiling; print(json.dumps(compiling.options()))'
+# The settings of `compiling`, and one thread for each program: two workers share two cores.
+ASK = """
+import json
+from polgrad import compiling
+compiling.CPU['xla_cpu_parallel_codegen_split_count'] = 1
+print(json.dumps(compiling.options()))
+"""
 
 
 def quick() -> dict:
-  """The settings of `compiling` that this version of XLA knows. An unknown flag would end the process.
+  """The settings of `ASK` that this version of XLA knows. An unknown flag would end the process.
 
   Another process finds out, because XLA reads its flags only once; the answer is kept for this jaxlib.
   """
-  path = CACHE / f'options_{jaxlib.__version__}.json'
+  path = CACHE / f'options_{jaxlib.__version__}_{zlib.crc32(ASK.encode())}.json'
   if not path.exists():
-    env = {**os.environ, 'XLA_FLAGS': ''}
+    env = {**os.environ, 'XLA_FLAGS': '', 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'false'}
     command = [sys.executable, '-c', ASK]
     asked = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,12 +49,11 @@ def quick() -> dict:
   return json.loads(path.read_text())
 
 
-# Most programs of the tests run once, so most time is compiling. These flags hold for every `jax.jit`.
 flags = [f'--{name}={str(value).lower()}' for name, value in quick().items()]
 os.environ['XLA_FLAGS'] = ' '.join(['--xla_force_host_platform_device_count=8', *flags])
-jax.config.update('jax_numpy_rank_promotion', 'raise')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
 jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The folder of SmolLM2, which `make test` makes. Experiments on real models read the variable too.
 os.environ.setdefault('POLGRAD_SMOLLM2', str(ROOT / '.cache/smollm2'))
 
@@ -60,17 +70,16 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope='module')
-def quick_compiler():
-  """Programs compile quickly and run slowly: for files of tests that compile much and compute little.
-
-  It holds until the end of the file, so that all runs of the file are compiled alike and can be
-  compared bit by bit.
-  """
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compiling, 'options', lambda: {})  # they would override the setting below
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
+def fast_programs():
+  """Programs are optimized until the end of the file, for files that compile little and compute much."""
   jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture(scope='module')
+def quick_compiler():
+  """What all tests have; see `fast_programs`."""
 
 
 @pytest.fixture(scope='module')

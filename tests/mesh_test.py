@@ -37,7 +37,7 @@ from tests.environments.runs_test import Echo
 from tests.runs import dpo, on_policy_distillation
 from tests.train_test import config
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+pytestmark = pytest.mark.usefixtures('undrawn')
 ROOT = pathlib.Path(__file__).parent.parent
 MESHES = [(8, 1, 1), (2, 2, 2)]  # slots and packed rows are on a third one
 
@@ -153,13 +153,10 @@ WORKER = """
 import os, signal, sys, time
 import jax
 from absl import flags
-from polgrad import cli, compiling, phases, report, train
-jax.config.update('jax_compilation_cache_dir', sys.argv[5])
+from polgrad import cli, phases, report, train
 processes = ['--num_processes=2', '--process_id=' + sys.argv[2], '--lost_after=5']
 flags.FLAGS(['worker', '--coordinator=localhost:' + sys.argv[1], *processes])
 cli.join()
-compiling.options = dict  # as `quick_compiler` does
-jax.config.update('jax_disable_most_optimizations', True)
 report.draw = str
 from tests import mesh_test, runs
 runs.share_programs()
@@ -188,8 +185,8 @@ from polgrad import evaluate, models, sharding
 from polgrad.models import hf
 from polgrad.registry import bind
 policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
-hf.save(sys.argv[6], policy.config, params)
-again = evaluate.init_params(models.pretrained(path=sys.argv[6]), mesh, 0)
+hf.save(sys.argv[5], policy.config, params)
+again = evaluate.init_params(models.pretrained(path=sys.argv[5]), mesh, 0)
 local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
 assert not params['layers']['gate'].is_fully_addressable
 for a, b in zip(local(params), local(again)):
@@ -225,14 +222,16 @@ def games():
   return made
 
 
-def test_two_processes_give_the_numbers_of_one_share_a_folder_and_end_together(tmp_path):
+def test_two_processes_give_the_numbers_of_one_share_a_folder_and_end_together(
+  tmp_path, compiled_once
+):
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = str(s.getsockname()[1])
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
-  cache = str(jax.config.jax_compilation_cache_dir)
+  flags = [x for x in os.environ['XLA_FLAGS'].split() if 'device_count' not in x]
+  env = os.environ | {'XLA_FLAGS': ' '.join(flags), 'PYTHONPATH': str(ROOT)}
   command = lambda i: [
-    sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'), cache,
+    sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'),
     str(tmp_path / 'folder'),
   ]  # fmt: skip
   processes = [

@@ -83,7 +83,7 @@ def test_tokens_get_k_experts_with_equal_loads():
   rows, columns = np.full(4, 1 / 4), np.full(12, 1 / 12)
   made = sparse_transport.solve(-scores, rows, columns, k=2, gamma=5.0, max_steps=200)
   assert np.all(np.count_nonzero(np.asarray(made.plan) > 0, axis=0) <= 2)
-  assert made.error < 0.02  # of 0.25; the k largest choices of a token without it differ by more
+  assert made.error < 0.03  # of 0.25; the k largest choices of a token without it differ by more
   greedy = np.bincount(np.argsort(-scores, axis=0)[:2].ravel(), minlength=4) / 24
   assert np.max(np.abs(greedy - 0.25)) > 0.05
 
