@@ -17,7 +17,7 @@ from polgrad.types import Batch
 from tests import examples
 from tests.collect_test import collected, experiment
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+pytestmark = pytest.mark.usefixtures('samplers_once')
 
 
 def run_steps(steps, *, change=lambda state: state, seed=0, requires=(), **settings):
