@@ -20,6 +20,8 @@ from polgrad.types import Batch, Outputs
 from tests import examples
 from tests.runs import addition, method_of
 
+pytestmark = pytest.mark.usefixtures('samplers_once')
+
 
 def judged(rewards, *, first=0, valid=None):
   """Groups of two rows with these rewards; row i is made of token first + i."""

@@ -15,7 +15,7 @@ from polgrad.types import STREAMS
 from tests import examples
 from tests.collect_test import collected, experiment
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+pytestmark = pytest.mark.usefixtures('samplers_once')
 REWARDS = np.array([[0.2, 0.9, 0.5, 0.1], [1.0, 1.0, 1.0, 1.0], [0.3, 0.1, 0.7, 0.5]])
 VALID = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)
 
