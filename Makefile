@@ -19,7 +19,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m polgrad.evaluate --config=experiments/quickstart.py:seed=$(SEED) --workdir=$(RUN)
 
 test: lint smollm2
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 smollm2: $(VENV)/.test
 	$(BIN)/python launch/fetch_smollm2.py "$(POLGRAD_SMOLLM2)"
