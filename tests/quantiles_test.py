@@ -89,8 +89,24 @@ def test_labels_stand_before_the_prompt_and_can_be_taken_away():
   np.testing.assert_array_equal(again.segment_ids, seen)
 
 
+def test_each_term_has_its_own_quantile_and_the_best_label_has_all_zeros():
+  random = np.random.default_rng(2)
+  first, second = random.random((2, 24))
+  found = quantiles.combined_labels([first, second], 3)
+  expected = [3 * (np.sum(first > a) // 8) + np.sum(second > b) // 8 for a, b in zip(first, second)]
+  np.testing.assert_array_equal(found, expected)
+  settings = collect.Quantiles(
+    samples_per_prompt=1, terms=('exact', 'short'), label='{exact}+{short}=', quantiles=2
+  )
+  assert settings.labels(TOKENIZER) == [
+    TOKENIZER.encode(text) for text in ('0+0=', '0+1=', '1+0=', '1+1=')
+  ]
+  with pytest.raises(ValueError, match='must have .short.'):
+    collect.Quantiles(samples_per_prompt=1, terms=('exact', 'short'), label='{exact}=')
+
+
 BAD = {
-  'no number': (dict(label='x'), 'label=.x. must have'),
+  'no number': (dict(label='x'), 'label=.x. must have {k}'),
   'several samples': (dict(samples_per_prompt=2), 'samples_per_prompt=2'),
   'no room': (dict(prompt_length=8), 'leaves no room'),
   'memory': (dict(lag=1), r"\['lag'\]"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -27,13 +28,15 @@ class Quantiles(Rollouts):
 
   Every `interval` batches the policy is sampled, behind the label of the best quantile, and the rows
   join the pool; the first ones are drawn without a label. Then the whole pool is sorted by reward and
-  cut into equal parts. The feature `policy_only` marks the tokens of the label, which anchors do not
-  read. Verifiers, and evaluations, do not see it either.
+  cut into equal parts. With `terms`, each of these terms of the reward has its own number in the label,
+  by its own order of the pool, as the attributes of STEER (arXiv:2311.07167). The feature `policy_only`
+  marks the tokens of the label, which anchors do not read. Verifiers, and evaluations, do not see it
+  either.
   """
 
   # Number of parts, K; part 0 has the largest rewards.
   quantiles: Annotated[int, Range(at_least=1, at_most=100)] = 5
-  # Text of a label, which comes before all other tokens.
+  # Text of a label, which comes before all other tokens. It has {k}, or {NAME} of each name in `terms`.
   label: str = '[quality {k}]\n'
   # Tokens of a label, at most: columns of `prompt_length` that a prompt leaves free.
   label_length: AtLeastOne = 8
@@ -51,8 +54,9 @@ class Quantiles(Rollouts):
         'Quantiles: a batch has single rows of a pool, got samples_per_prompt='
         f'{self.samples_per_prompt} and {asked or "an environment"}; Rollouts has these settings'
       )
-    if NUMBER not in self.label:
-      raise ValueError(f'Quantiles: label={self.label!r} must have {NUMBER}')
+    for mark in self.marks:
+      if mark not in self.label:
+        raise ValueError(f'Quantiles: label={self.label!r} must have {mark}')
     if self.label_length >= self.prompt_length:
       raise ValueError(
         f'Quantiles: label_length={self.label_length} leaves no room for prompts in the '
@@ -67,6 +71,11 @@ class Quantiles(Rollouts):
     return before + asked.get('label_length', cls.label_length)
 
   @property
+  def marks(self) -> tuple[str, ...]:
+    """What stands for a number in the text of a label: of each term, or of the reward."""
+    return tuple(f'{{{name}}}' for name in self.terms) or (NUMBER,)
+
+  @property
   def provides(self) -> frozenset[str]:
     return super().provides | {'policy_only'}
 
@@ -74,12 +83,17 @@ class Quantiles(Rollouts):
     return replays.empty(self._blank(), capacity=self.pool)
 
   def labels(self, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of all labels, the best first.
+    """The ids of all labels, the best first: one for each combination of the numbers of its marks.
 
     Raises:
       ValueError: one has too many tokens, or two have the same.
     """
-    found = [tokenizer.encode(self.label.replace(NUMBER, str(k))) for k in range(self.quantiles)]
+    found = []
+    for numbers in itertools.product(range(self.quantiles), repeat=len(self.marks)):
+      text = self.label
+      for mark, k in zip(self.marks, numbers):
+        text = text.replace(mark, str(k))
+      found.append(tokenizer.encode(text))
     longest = max(map(len, found))
     if longest > self.label_length:
       raise ValueError(
@@ -122,6 +136,18 @@ def quantile_labels(rewards: np.ndarray, quantiles: int) -> np.ndarray:
   order = np.argsort(-np.asarray(rewards), kind='stable')
   found = np.empty(len(order), int)
   found[order] = np.arange(len(order)) * quantiles // len(order)
+  return found
+
+
+def combined_labels(scores: Sequence[np.ndarray], quantiles: int) -> np.ndarray:
+  """The number of each row's label among all combinations of parts, i[n]: 0 is the best of all scores.
+
+  >>> combined_labels([np.array([0.9, 0.1]), np.array([0.2, 0.3])], 2)
+  array([1, 2])
+  """
+  found = np.zeros(len(scores[0]), int)
+  for one in scores:
+    found = found * quantiles + quantile_labels(one, quantiles)
   return found
 
 
@@ -198,7 +224,9 @@ class QuantileSteps(RolloutSteps):
     usable = np.flatnonzero(pool.valid)
     labels = np.zeros(len(pool.valid), int)
     if len(usable):
-      labels[usable] = quantile_labels(pool.rewards[usable], self.settings.quantiles)
+      scores = [pool[f'{name}_term'] for name in self.settings.terms] or [pool.rewards]
+      parts = self.settings.quantiles
+      labels[usable] = combined_labels([x[usable] for x in scores], parts)
     choice = usable if len(usable) else np.arange(len(labels))
     count = len(batch.tokens)
     taken = random.choice(choice, size=count, replace=count > len(choice))
