@@ -101,7 +101,7 @@ def test_each_term_has_its_own_quantile_and_the_best_label_has_all_zeros():
   assert settings.labels(TOKENIZER) == [
     TOKENIZER.encode(text) for text in ('0+0=', '0+1=', '1+0=', '1+1=')
   ]
-  with pytest.raises(ValueError, match='must have .short.'):
+  with pytest.raises(ValueError, match='must have'):
     collect.Quantiles(samples_per_prompt=1, terms=('exact', 'short'), label='{exact}=')
 
 

@@ -18,9 +18,10 @@ def steer(*, samples: int = 8, strength: float = 0.4, top_p: float = 0.9) -> Met
   start, and this is supervised learning on the best of its own samples. The reward is that of the task;
   the paper's is the product of three scores in [0, 1]: style, similarity of meaning, and fluency.
 
-  Differences: This is the first stage, which makes data and the initial policy. The second is Quark with
-  a quantile token for each of the three scores, of which it needs several in a prompt. Samples are
-  learned in the step that draws them, while the paper collects all before it trains.
+  This is the first stage, which makes data and the initial policy; `steer_quark` has both.
+
+  Differences: Samples are learned in the step that draws them, while the paper collects all before it
+  trains.
 
   Args:
     samples: samples of a prompt, of which the best is learned.
