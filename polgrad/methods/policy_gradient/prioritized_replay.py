@@ -16,7 +16,7 @@ def prioritized_replay(
   correction: float = 0.4,
   eps: float = 0.2,
 ) -> Method:
-  """Prioritised replay (arXiv:1511.05952) of groups, for GRPO: those whose rewards differ come again.
+  """Prioritised replay of groups (arXiv:1511.05952): for GRPO, those whose rewards differ come again.
 
       P_i = p_i^exponent / sum_j p_j^exponent,   p_i = std of the rewards of group i + 0.001
       w_i = (n P_i)^-b / max_j w_j over the n groups that are remembered

@@ -18,7 +18,7 @@ def steer_quark(
   label: str = '',
   label_length: AtLeastOne = 32,
 ) -> Method:
-  """STEER (arXiv:2311.07167), both stages: after `steer`, Quark with a label for each score.
+  """STEER, both stages (arXiv:2311.07167): after `steer`, Quark with a label for each score.
 
       loss = token mean of -log pi(y | labels, x)
 
