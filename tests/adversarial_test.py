@@ -12,7 +12,6 @@ from polgrad.options import from_text
 from polgrad.reward_models import last_score
 from polgrad.types import STREAMS, Batch
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 SAMPLED, GIVEN = STREAMS.index('sampled'), STREAMS.index('demonstration')
 
 

@@ -25,7 +25,7 @@ from tests.collect_test import collected, experiment
 from tests.environments import runs_test
 from tests.exploration_test import context_of, state_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once')
+pytestmark = pytest.mark.usefixtures('samplers_once')
 
 SIZES = dict(prompts=4, prompt_length=6, max_new_tokens=5)
 SAMPLES = 3  # completions of each prefix

@@ -386,7 +386,7 @@ def test_what_only_the_first_trace_showed_is_refused_before_the_run(text, histor
     build.check_data(build.build(config))
 
 
-def test_two_steps_are_timed(quick_compiler):
+def test_two_steps_are_timed():
   run = build.build(runs.sft.get_config('smoke'))
   with jax.set_mesh(run.mesh):
     section = check.check_steps(run, 2, phases.begin(run, 0, None))

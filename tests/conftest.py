@@ -82,11 +82,6 @@ def fast_programs():
 
 
 @pytest.fixture(scope='module')
-def quick_compiler():
-  """What all tests have; see `fast_programs`."""
-
-
-@pytest.fixture(scope='module')
 def compiled_once():
   """Runs of the file whose phases have equal settings compile them only once: `runs.share_programs`."""
   from tests import runs  # imports polgrad, which the files that start no run need not

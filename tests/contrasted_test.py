@@ -13,8 +13,6 @@ from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
 from tests.exploration_test import ARMS, BANDITS, VOCABULARY, bandits, context_of, state_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 SIZES = dict(prompts=3, samples_per_prompt=4, prompt_length=1, max_new_tokens=3)
 RECORDS = [
   {'id': i, 'prompt': str(i), 'query': str(i + 10), 'negatives': [str(i + 20), str(i + 30)]}

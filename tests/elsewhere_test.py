@@ -17,7 +17,6 @@ from polgrad.rewards.worker import Failure
 from polgrad.types import Batch
 from tests import hub
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 ROWS = [[5, 6, 7, 300], [9], [8, 8], [*range(40, 75)]]
 
 

@@ -208,7 +208,7 @@ def test_when_every_verifier_fails_nothing_is_claimed(measure):
   assert found['evaluation/verifier_errors'] == 3
 
 
-def test_held_out_pairs_are_measured_by_the_objective_in_batches_that_do_not_divide(quick_compiler):
+def test_held_out_pairs_are_measured_by_the_objective_in_batches_that_do_not_divide():
   """Against a transcription of DPO (arXiv:2305.18290) in float64."""
   config = dpo.get_config('smoke,warm_start=0')
   config.model.num_layers = 1

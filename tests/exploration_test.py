@@ -18,8 +18,6 @@ from polgrad.types import Batch, TrainState
 from tests import examples
 from tests.collect_test import collected, experiment
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 ARMS = np.array([0.5, 0.0, -0.5, -1.0], np.float32)
 BANDITS = 100
 VOCABULARY = len(ARMS) + BANDITS

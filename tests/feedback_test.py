@@ -10,7 +10,7 @@ from polgrad.types import Batch
 from tests.runs import Run
 
 
-def test_mismatched_rows_are_scored_as_rows_of_their_own(quick_compiler):
+def test_mismatched_rows_are_scored_as_rows_of_their_own():
   run = build.build(Run('kto').get_config('smoke,warm_start=0'))
   phase = run.phases['train']
   state = phases.begin(run, 0, None)

@@ -16,7 +16,7 @@ from polgrad.registry import part
 from polgrad.types import Batch, TrainState
 from tests import hub
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+pytestmark = pytest.mark.usefixtures('undrawn')
 
 MODELS = pytest.mark.parametrize('model', hub.PUBLISHED)
 

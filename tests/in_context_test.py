@@ -11,8 +11,6 @@ from polgrad.curricula.base import Request
 from polgrad.data import batching, tokenizers
 from tests import hub
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 RNG = np.random.default_rng(0)
 WIDTH = 6
 

@@ -17,8 +17,6 @@ from polgrad.models.policy import learned, overlay
 from polgrad.types import Batch
 from tests.runs import addition, method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 
 def scored_rows(run, rng):
   """Rows of random tokens behind the prompt, with two rewards; one row failed."""

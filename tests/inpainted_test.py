@@ -19,7 +19,7 @@ from tests import examples
 from tests.collect_test import experiment
 from tests.runs import method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once')
+pytestmark = pytest.mark.usefixtures('samplers_once')
 SIZES = dict(prompts=4, samples_per_prompt=4, prompt_length=6, max_new_tokens=5)
 
 

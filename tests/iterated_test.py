@@ -17,7 +17,7 @@ from polgrad.rewards.scoring import Scores
 from tests import examples
 from tests.collect_test import experiment
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once')
+pytestmark = pytest.mark.usefixtures('samplers_once')
 NUMBERS = np.random.default_rng(0)
 
 

@@ -17,7 +17,6 @@ from polgrad import build, evaluate, lm_eval, loading
 from tests import hub
 
 flags.FLAGS.mark_as_parsed()
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 QUESTIONS = [
   {'question': 'The capital of France is', 'choices': ['Paris', 'Rome', 'a cat'], 'answer': 0},

@@ -16,7 +16,6 @@ from tests import buckets, hub
 from tests.runs import grpo
 
 flags.FLAGS.mark_as_parsed()
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 @pytest.fixture(scope='module')

@@ -27,7 +27,7 @@ from tests import examples
 from tests.runs import addition, dpo, sft
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs/looking_inside.md'
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+pytestmark = pytest.mark.usefixtures('undrawn')
 
 
 def config(warm_start=0, **rollouts):

@@ -255,7 +255,7 @@ def shared(made, monkeypatch):
 
 
 @pytest.mark.parametrize('name', TRAINED)
-def test_trains_two_smoke_steps(name, tmp_path, quick_compiler, undrawn, shared):
+def test_trains_two_smoke_steps(name, tmp_path, undrawn, shared):
   config = Run(name).get_config('smoke')
   with config.unlocked():
     config.evaluation = part(build.Never)

@@ -18,8 +18,6 @@ from polgrad.types import Batch, TrainState
 from tests.models import tiny
 from tests.runs import addition, method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 SEGMENTS = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 MASK = np.array([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 1]], bool)
 

@@ -26,8 +26,6 @@ from polgrad.registry import UnknownArray, Weighted, part
 from tests import examples
 from tests.runs import method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 OBJECTIVES = {
   'sft': method_of('sft').bound()[1],
   'iq_learn': method_of('iq_learn').bound()[1],

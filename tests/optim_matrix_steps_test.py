@@ -14,7 +14,6 @@ from polgrad.models import config as models
 from polgrad.optim import matrix_steps
 from polgrad.registry import bind, part
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 NAMES = {
   'lion': part(optim.lion, learning_rate=0.1),
   'adafactor': part(optim.adafactor, learning_rate=0.1, least_factored=3),

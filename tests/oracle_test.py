@@ -14,8 +14,6 @@ from polgrad.losses import aggregation, selections, surrogates, weights
 from polgrad.types import Batch, TrainState
 from tests.models import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 ROWS = 4
 TOKENS = tiny.rows(0, ROWS, 12)
 MASK = np.arange(12)[None] > np.zeros((ROWS, 1), int)

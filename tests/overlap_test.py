@@ -14,7 +14,7 @@ from polgrad.types import Batch
 from tests.runs import method_of
 from tests.train_test import config, equal, rows
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn')
+pytestmark = pytest.mark.usefixtures('compiled_once', 'undrawn')
 
 
 def lagging(overlap: bool = True, **changes):

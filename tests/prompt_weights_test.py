@@ -17,7 +17,6 @@ from tests import hub
 from tests.data.tables_test import write
 
 flags.FLAGS.mark_as_parsed()
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 def test_the_classifier_minimises_its_objective():

@@ -14,8 +14,6 @@ from polgrad.options import from_text
 from polgrad.rewards import scoring
 from polgrad.types import Batch, Prompts
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 
 def log_softmax(x):
   return x - np.log(np.exp(x).sum(-1, keepdims=True))

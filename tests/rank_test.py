@@ -9,8 +9,6 @@ import pytest
 
 from polgrad.optim import rank_descent, rank_gradient, ranking
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 
 def by_edges(noise: np.ndarray, order: list[int]) -> np.ndarray:
   """The definition: a mean over all pairs of which the better one is known."""

@@ -69,7 +69,7 @@ def test_the_config_file_has_its_own_data_reward_system_prompt_and_schedule(mine
   np.testing.assert_allclose(scores.total, [1.0, 0.8, 0.0], atol=1e-6)
 
 
-def test_the_config_file_trains(mine, tmp_path, quick_compiler, undrawn):
+def test_the_config_file_trains(mine, tmp_path, undrawn):
   module, options = mine
   config = module.get_config(f'{options},smoke')
   config.phases.train.collect.prompt_length = 150  # the test's small vocabulary makes long prompts

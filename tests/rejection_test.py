@@ -15,7 +15,6 @@ from polgrad.rewards import scoring
 from polgrad.tabular import enumerable
 from tests.runs import method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 POLICY = enumerable.table(3, 3)
 
 

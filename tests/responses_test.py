@@ -14,8 +14,6 @@ from polgrad.losses import baselines
 from polgrad.types import Batch
 from tests.runs import addition, method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 
 def random_batch(rng, rows, length, prompts, vocabulary, start=2):
   """Rows of random tokens: `start` of the prompt, then a response of random length."""

@@ -12,7 +12,7 @@ from polgrad.types import STREAMS
 from tests import examples
 from tests.collect_test import experiment
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once')
+pytestmark = pytest.mark.usefixtures('samplers_once')
 
 
 def test_rows_say_whether_they_began_in_a_state_of_the_data():

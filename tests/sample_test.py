@@ -16,7 +16,6 @@ from tests import hub
 from tests.data import folders
 
 flags.FLAGS.mark_as_parsed()
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 class Parrot:

@@ -15,8 +15,6 @@ from polgrad.registry import inputs
 from polgrad.sampling import make_sampler
 from tests.models import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
-
 STATS = {n: f for n, f in logit_stats.TABLE.items() if 'teacher_logits' not in inputs(f)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
 OVERRIDES = dict(vocab_size=24, qk_norm='head', tie_embeddings=False, value_head=True)

@@ -151,7 +151,7 @@ def test_steps_to_trace_that_the_run_does_not_make_are_refused(text):
   assert [*speed.parse_steps('1:10', 1, 10)] == [*range(1, 10)] and not speed.parse_steps('', 1, 10)
 
 
-def test_a_reward_model_computes_no_logits(quick_compiler):
+def test_a_reward_model_computes_no_logits():
   policy = tiny.policy(num_layers=1, vocab_size=20_000, value_head=True)
   rows = batch(prompt=0, completion=8)
   look = lambda params: (

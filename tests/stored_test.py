@@ -18,7 +18,6 @@ from polgrad.types import Batch
 from tests import hub
 from tests.data import folders
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 SETTINGS = dict(
   tokenizer='abc', samples_per_prompt=2, max_new_tokens=4, temperature=0.8, top_k=0, top_p=1.0,
   prefix='', stop_strings=[], vocab_size=9,

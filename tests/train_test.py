@@ -54,7 +54,7 @@ from tests import buckets, examples
 from tests.data import folders
 from tests.runs import addition, dpo
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'compiled_once', 'undrawn')
+pytestmark = pytest.mark.usefixtures('compiled_once', 'undrawn')
 
 
 def config():

@@ -17,7 +17,7 @@ from polgrad.types import Batch, TrainState
 from tests.models import tiny
 from tests.runs import addition, dpo, method_of, sft
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'undrawn')
+pytestmark = pytest.mark.usefixtures('undrawn')
 
 MOE = dict(num_experts=4, experts_per_token=2, balance_rate=0.01)
 

@@ -41,7 +41,7 @@ from polgrad.types import Layout, turns
 from polgrad.view import runs
 from tests.runs import method_of
 
-pytestmark = pytest.mark.usefixtures('quick_compiler', 'samplers_once', 'undrawn')
+pytestmark = pytest.mark.usefixtures('samplers_once', 'undrawn')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from polgrad.losses import advantages, trees
 # The prompt has two nodes a and b of one token each, and each of these two leaves of one token.
 DRAWN_BY = np.array([[0, 0], [0, 1], [2, 2], [2, 3]])
 LENGTH = 7
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 step_advantages = jax.jit(trees.step_advantages)
 tree_values = jax.jit(trees.tree_values)
 

@@ -53,7 +53,7 @@ def close(got, want, **tolerance):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name, quick_compiler):
+def test_all_outputs_and_gradients_are_those_of_the_rows_alone(name):
   policy, params = tiny.policy(**MODELS[name]), tiny.params(**MODELS[name])
   values = {'values', 'values_after'} if policy.config.value_head else set()
   fields = frozenset({'entropy'} | values)

@@ -303,7 +303,7 @@ TEXT = (
 )
 
 
-def test_smollm2_says_what_it_says_in_transformers(smollm2, quick_compiler):
+def test_smollm2_says_what_it_says_in_transformers(smollm2):
   tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2, padding_side='left')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype='float32').eval()
   policy = hf.pretrained(path=smollm2, max_length=256)

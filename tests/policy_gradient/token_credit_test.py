@@ -23,7 +23,6 @@ from polgrad.losses import (
 from tests.policy_gradient.harness import scored
 from tests.runs import Run
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 min_form = jax.jit(process_rewards.min_form, static_argnames='temperature')
 
 

@@ -11,7 +11,6 @@ from polgrad.sampling import make_block_sampler, make_sampler, prefix_value
 from polgrad.sampling.blockwise import block_streamer
 from tests.models import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 POLICY, PARAMS = tiny.policy(num_layers=1), tiny.params(num_layers=1)
 STOPS = (3, 5, 8)
 WIDTH, NEW, CANDIDATES = 6, 6, 4

@@ -147,9 +147,7 @@ def test_a_tokenizer_whose_tokens_are_no_bytes_is_refused(tmp_path):
 ALPHABET = ''.join(chr(97 + i) for i in range(tiny.VOCAB - 2))
 
 
-def test_a_row_ends_at_the_token_that_completes_a_stop_string_and_is_otherwise_the_same(
-  quick_compiler,
-):
+def test_a_row_ends_at_the_token_that_completes_a_stop_string_and_is_otherwise_the_same():
   policy, params = tiny.policy(num_layers=1), tiny.params(num_layers=1)
   tokenizer = tokenizers.characters(alphabet=ALPHABET).sampling('', ('ab', 'c', 'dd', 'ef'))
   table = stop_table(tokenizer, tiny.VOCAB)
@@ -190,7 +188,7 @@ def reads_all(completion, record, length, prompt, tokens):
   return float('=' not in completion[:-1])
 
 
-def test_an_evaluation_samples_after_the_prefix_and_verifiers_see_it(quick_compiler):
+def test_an_evaluation_samples_after_the_prefix_and_verifiers_see_it():
   config = from_text(
     'method=grpo,task=addition,model=tiny,smoke,warm_start=0,prefix=1+,stop_strings=='
   )

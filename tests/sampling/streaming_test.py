@@ -13,7 +13,6 @@ from polgrad.sampling.streaming import Streamer, Text
 from tests.data import folders
 from tests.models import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 POLICY, PARAMS = tiny.policy(), tiny.params()
 STOPS = (3,)
 # Each prompt begins with what was read before, in part or whole; the last one is shorter.

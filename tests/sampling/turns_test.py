@@ -21,7 +21,6 @@ from polgrad.sampling.stopping import StopTable
 from polgrad.types import Batch
 from tests.models import tiny
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 POLICY, PARAMS = tiny.policy(), tiny.params()
 STOPS = (3, 5, 8)
 WIDTH, NEW, GROUP = 6, 44, 3

@@ -5,7 +5,6 @@ import pytest
 from benchmarks import on_policy
 from benchmarks.on_policy import REWARDS, best_of_n, ipo, measure
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 FAR, NEAR = REWARDS.values()
 
 
