@@ -115,6 +115,7 @@ def random_batch(seed: int = 0) -> Batch:
     'stream': np.tile([0, 1, 1, 1], 2),
     'label': np.tile([0.0, 1.0, 0.0, 0.0], 2),
     'uniform': rng.uniform(size=ROWS),
+    'discriminator_head_score': rng.normal(size=ROWS),
     **{f'{name}_term': rng.integers(0, 2, ROWS).astype(float) for name in TERMS},
     'wins': rng.uniform(size=(ROWS, GROUP)),
     'influences': np.tile([0.5, -0.2], (ROWS, 1)),
@@ -147,6 +148,7 @@ BUILT = {
   'credit.decomposed': lambda fn: fn(credit=credit.outcome(), terms=('brevity', 'mode')),
   'credit.laddered': lambda fn: fn(credit=credit.outcome(), rungs=('mode', 'brevity')),
   'credit.of_term': lambda fn: fn(credit=credit.outcome(), term='brevity', high=0.5),
+  'credit.scored_by': lambda fn: fn(credit=credit.outcome()),
   'credit.shaped': lambda fn: fn(credit=credit.outcome(), reward=reward_maps.bent),
   'credit.scaled': lambda fn: fn(
     credit=credit.outcome(),
