@@ -57,7 +57,7 @@ PAIRED = [
 SHAPES = [f for f in score_shapes.TABLE.values() if f not in PAIRED]
 SCORES = list(implicit_rewards.TABLE.values())
 REDUCTIONS = list(aggregation.TABLE.values())
-OF_TOKENS = {f for f in multipliers.TABLE.values() if 'advantages' in registry.inputs(f)}
+OF_TOKENS = [f for f in multipliers.TABLE.values() if 'advantages' in registry.inputs(f)]
 TO_ROWS = [
   *advantages.TABLE.values(),
   *SHAPES,
