@@ -194,7 +194,10 @@ class _Run:
     beside = (
       {} if more is None or 'more' not in knobs_of(wrap.func) else {'more': self.source(more)}
     )
-    return part(wrap.func, source=self.source(source), **beside, **wrap.keywords)
+    given = {
+      k: self.source(x) if isinstance(x, ConfigDict) else x for k, x in wrap.keywords.items()
+    }
+    return part(wrap.func, source=self.source(source), **beside, **given)
 
   def phase(self, method: Method, *, teacher: str = '') -> ConfigDict:
     """The phase of a method."""
@@ -367,7 +370,7 @@ def _check_fit(method: Method, task: Task, warm_start: int) -> None:
       f'reward=..., valid: {sorted(k.partition(".")[2] for k in REWARDS)}'
     )
   asked = method.collect.keywords
-  for name in ('demonstrations', 'beginning', 'preferences'):
+  for name in ('demonstrations', 'others', 'beginning', 'preferences'):
     if asked.get(name) and task.environment is not None:
       raise ValueError(
         f'the method adds completions of the data to its groups ({name}), which have no turns of the '

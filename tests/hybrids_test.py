@@ -1,6 +1,7 @@
 """Methods that imitate and reinforce: numbers of their papers, fixed points, and cold starts."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from polgrad import build, collect, credit, learner, methods, objectives
 from polgrad.collect import beginnings, unsolved
-from polgrad.data import batching
+from polgrad.data import batching, sources
 from polgrad.losses import advantages, listwise, penalties, surrogates, weights
 from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
@@ -241,6 +242,40 @@ def test_one_of_several_traces_is_the_demonstration():
     run.phases['train'].collect.lay_out([{**source[0], 'id': 0}], tokenizer=tokenizer)
   with pytest.raises(ValueError, match='not read without demonstrations'):
     bind(part(collect.Rollouts, traces='traces'), collect.TABLE)
+
+
+def test_answers_of_other_prompts_stand_beside_the_samples():
+  run = experiment(others=2, samples_per_prompt=2, terms=('short',))
+  plain = run.phases['train'].source
+  beside = sources.with_demonstrations(source=plain, demonstrations=sources.nothing(), count=2)
+  got, _ = collected(run, source=beside)
+  batch, tokenizer = got.batch, run.tokenizer
+  np.testing.assert_array_equal(batch.stream.reshape(-1, 4), [[1, 1, 0, 0]] * 4)
+  np.testing.assert_array_equal(batch.group_ids, np.repeat(np.arange(4), 4))
+  np.testing.assert_array_equal(batch.rewards.reshape(-1, 4)[:, 2:], 0)
+  assert batch.valid.all() and not np.isnan(batch['short_term']).any()
+  says = lambda row, of: tokenizer.decode(row[of].tolist())
+  for group, ids in enumerate(batch.prompt_ids[::4]):
+    record = beside[int(ids)]
+    for row, other in zip((4 * group + 2, 4 * group + 3), record['demonstrations']):
+      seen = (batch.segment_ids[row] > 0) & ~batch.mask[row]
+      assert says(batch.tokens[row], seen) == other['prompt'] != record['prompt']
+      assert says(batch.tokens[row], batch.mask[row]) == other['answer']
+  with pytest.raises(ValueError, match=r'record 0: others=2 needs as many records .* got 0'):
+    run.phases['train'].collect.lay_out([{**plain[0], 'id': 0}], tokenizer=run.tokenizer)
+
+
+def test_chord_has_a_fifth_of_demonstrations_of_other_prompts(tmp_path):
+  (tmp_path / 'rows.jsonl').write_text(json.dumps({'prompt': '11+11=', 'answer': '22'}) + '\n')
+  method = methods.chord(others=2, demonstrations=str(tmp_path / 'rows.jsonl'))
+  run = build.build(addition(method))
+  phase = run.phases['train']
+  samples = phase.collect.samples_per_prompt
+  assert phase.collect.group == ('sampled',) * samples + ('other', 'other')
+  assert phase.source[3]['demonstrations'] == [{'prompt': '11+11=', 'answer': '22'}] * 2
+  assert not phase.collect.one_prompt
+  with pytest.raises(ValueError, match='not read with others=0'):
+    methods.chord(demonstrations='rows.jsonl')
 
 
 def rows_of(*numbers):

@@ -57,7 +57,7 @@ class Contrasted(Rollouts):
       'demonstrations',
       'preferences',
       'opponents',
-      'resets',
+      'others',
       'baseline_samples',
     )
     asked = [name for name in others if getattr(self, name)]

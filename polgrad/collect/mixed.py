@@ -45,7 +45,9 @@ class Mixed(Rollouts):
   def __post_init__(self):
     super().__post_init__()
     others = {name: getattr(self, name) for name in ('lag', 'replay', 'old_runs', 'begins')}
-    others |= {name: getattr(self, name) for name in ('demonstrations', 'preferences', 'opponents')}
+    others |= {
+      name: getattr(self, name) for name in ('demonstrations', 'preferences', 'opponents', 'others')
+    }
     asked = sorted(name for name, value in others.items() if value)
     if asked or self.has_environment or self.samples_per_prompt != 1:
       raise ValueError(

@@ -47,7 +47,16 @@ class Quantiles(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    names = ('lag', 'replay', 'old_runs', 'begins', 'demonstrations', 'preferences', 'opponents')
+    names = (
+      'lag',
+      'replay',
+      'old_runs',
+      'begins',
+      'demonstrations',
+      'preferences',
+      'opponents',
+      'others',
+    )
     asked = sorted(name for name in (*names, 'max_resamples') if getattr(self, name))
     if asked or self.has_environment or self.samples_per_prompt != 1:
       raise ValueError(

@@ -157,6 +157,10 @@ class Rollouts(Filtering):
   # verifiers. Its `behavior_logp` is 0, and so is its `proximal_logp` unless that is recomputed.
   # `Batch.stream` tells these rows from the sampled ones.
   demonstrations: int = 0
+  # Rows of each group with the answers of other prompts, behind the samples: the first ones of the
+  # record's `demonstrations`, see `sources.with_demonstrations`. They are demonstrations in
+  # `Batch.stream`. No verifier reads them, so their reward is 0.
+  others: Count = 0
   # Name of a field of the records with several completions, such as those of different teachers: the
   # demonstration of a step is one of them, drawn uniformly. '' takes `answer`, which verifiers read.
   traces: str = ''
@@ -187,6 +191,7 @@ class Rollouts(Filtering):
   def group(self) -> tuple[str, ...]:
     """What each row of a group is, before some of them are chosen."""
     sampled = ('sampled',) * self.samples_per_prompt + ('opponent',) * self.opponents
+    sampled += ('other',) * self.others
     given = ('answer',) * self.demonstrations + ('hint',) * self.hints
     return sampled + given + PAIR * self.preferences
 
@@ -197,7 +202,8 @@ class Rollouts(Filtering):
 
   @property
   def one_prompt(self) -> bool:
-    return not self.hints  # the row of a hint has none of it in its prompt
+    # The row of a hint has none of it in its prompt.
+    return not (self.hints or self.others)
 
   @functools.cached_property
   def rows_per_prompt(self) -> int:
@@ -218,7 +224,10 @@ class Rollouts(Filtering):
     # By name: whether the array is there, its dtype, and the axes of a row.
     some = {
       'baseline_rewards': (self.baseline_samples, np.float32, self.baseline_samples),
-      'stream': (self.demonstrations or self.hints or self.preferences, np.int32),
+      'stream': (
+        self.demonstrations or self.hints or self.preferences or self.others,
+        np.int32,
+      ),
       'label': (self.preferences, np.float32),
       'opponent': (self.opponents, np.float32),
       'wins': ('wins' in self.compare, np.float32, self.rows_per_prompt),
@@ -314,6 +323,7 @@ class Rollouts(Filtering):
     # Completions of the data are added after sampling; here one that does not fit is refused.
     for field in self.fields:
       self.demonstrated(records, own, field, cut=cut)
+    self.others_of(records, own, cut=cut)
     if self.traces:
       for record in records:
         for trace in _traces(record, self.traces):
@@ -326,6 +336,26 @@ class Rollouts(Filtering):
     """The records' completions in a field as if they had been sampled, see `scored.demonstrated`."""
     sizes = dict(prompt_length=self.prompt_length, max_new_tokens=self.max_new_tokens)
     return demonstrated(records, tokenizer, **sizes, cut=cut, field=field)
+
+  def others_of(self, records: Sequence[dict], tokenizer: Tokenizer, *, cut: bool) -> Batch | None:
+    """The rows of other prompts beside these records, `others` of each; None without them.
+
+    Raises:
+      ValueError: a record with fewer of them; the message names it.
+    """
+    if not self.others:
+      return None
+    for record in records:
+      found = record.get('demonstrations', ())
+      if len(found) < self.others:
+        raise ValueError(
+          f'record {record["id"]}: others={self.others} needs as many records in `demonstrations`, got '
+          f'{len(found)}; the source with_demonstrations adds them, with count={self.others}'
+        )
+    # The ids are those of the prompts that they are beside: their own may be of another source.
+    flat = [{**x, 'id': r['id']} for r in records for x in r['demonstrations'][: self.others]]
+    rows = self.demonstrated(flat, tokenizer, 'answer', cut=cut)
+    return rows.replace(group_ids=rows.group_ids // self.others)
 
   def make(self, context: Context) -> Collect:
     made = RolloutSteps(**self._parts(self.within(context)))
@@ -395,7 +425,7 @@ def _check_counts(settings: Rollouts) -> None:
       'Rollouts: spans are parts of a completion that the policy wrote whole, in one turn; leave out '
       f'{"the beginning" if settings.begins else "the environment"}'
     )
-  if settings.begins and (settings.demonstrations or settings.preferences):
+  if settings.begins and (settings.demonstrations or settings.preferences or settings.others):
     raise ValueError('Rollouts: with a beginning, groups have no demonstrations and no preferences')
   if settings.traces and not settings.demonstrations:
     raise ValueError(f'Rollouts: traces={settings.traces!r} is not read without demonstrations=1')
@@ -414,6 +444,7 @@ def _check_environment(settings: Rollouts) -> None:
   asked = {
     'demonstrations': settings.demonstrations,
     'preferences': settings.preferences,
+    'others': settings.others,
     'beginning': settings.begins,
   }
   for knob, value in asked.items():
@@ -574,8 +605,10 @@ class RolloutSteps(Steps):
       report.metrics['rollouts'] = float(len(sampled.rows))
     if self.draw_opponents is not None:
       batch, report = self._add_opponents(batch, records, report, state, step)
+    if self.settings.others:
+      batch, report = self._add_others(batch, records, report)
     for kind in self.settings.group:
-      if kind not in ('sampled', 'opponent'):
+      if kind not in ('sampled', 'opponent', 'other'):
         batch, report = self._add_given(kind, batch, records, report, step)
     batch = self._with_kinds(batch)
     others = None
@@ -755,6 +788,18 @@ class RolloutSteps(Steps):
     episodes = joined_rows(report.episodes, texts.episodes, len(records))
     report = report._replace(terms=terms, episodes=episodes)
     return joined(batch, rows, len(records)), report.beside('opponent', rows, texts.scores)
+
+  def _add_others(
+    self, batch: Batch, records: Sequence[dict], report: Report
+  ) -> tuple[Batch, Report]:
+    """Adds the answers of other prompts to each group, behind the rows that are there."""
+    rows = self.settings.others_of(records, self.context.tokenizer, cut=self.settings.cut)
+    nothing = np.zeros(len(rows.tokens), np.float32)
+    noted = {f'{name}_term': nothing for name in self.settings.terms}
+    rows = rows.replace(rewards=nothing, valid=np.ones(len(nothing), bool)).with_arrays(**noted)
+    unknown = {name: np.full_like(nothing, np.nan) for name in report.terms}
+    report = report._replace(terms=joined(report.terms, unknown, len(records)))
+    return joined(batch, rows, len(records)), report
 
   def _add_given(
     self, kind: str, batch: Batch, records: Sequence[dict], report: Report, step: int

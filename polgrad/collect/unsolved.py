@@ -70,7 +70,9 @@ class Unsolved(Rollouts):
   def __post_init__(self):
     super().__post_init__()
     asked = {name: getattr(self, name) for name in ('lag', 'replay', 'old_runs', 'begins', 'hints')}
-    asked |= {name: getattr(self, name) for name in ('demonstrations', 'preferences', 'opponents')}
+    asked |= {
+      name: getattr(self, name) for name in ('demonstrations', 'preferences', 'opponents', 'others')
+    }
     asked = sorted(name for name, value in asked.items() if value)
     if asked or self.has_environment:
       raise ValueError(

@@ -893,6 +893,43 @@ def with_context(
   return dataclasses.replace(source, record=record)
 
 
+def with_demonstrations(
+  *,
+  source: Annotated[Source, CHAT],
+  demonstrations: Annotated[Source, CHAT | table('sources', nothing)] = nothing,
+  count: AtLeastOne = 2,
+  seed: int = 0,
+) -> Source:
+  """Another source's records, each beside `count` records of other prompts, its `demonstrations`.
+
+  Which ones depends only on the row and `seed`. They differ from each other where there are enough.
+
+  Args:
+    source: records of the prompts.
+    demonstrations: records with an `answer`; `nothing` draws them of `source`, never the record itself.
+    count: records beside each.
+    seed: seed of the draws.
+
+  Raises:
+    ValueError: `source` has a single record, and there are no demonstrations.
+  """
+  own = not len(demonstrations)
+  most = len(source) - 1 if own else len(demonstrations)
+  if most < 1:
+    raise ValueError(
+      'with_demonstrations: the only record of the source has no other ones beside it'
+    )
+
+  def record(row):
+    drawn = np.random.default_rng((seed, row)).choice(most, size=count, replace=count > most)
+    if own:  # the rows without this one
+      return {**source[row], 'demonstrations': [source[int(i + (i >= row))] for i in drawn]}
+    return {**source[row], 'demonstrations': [demonstrations[int(i)] for i in drawn]}
+
+  fingerprint = source.fingerprint + demonstrations.fingerprint
+  return dataclasses.replace(source, record=record, fingerprint=fingerprint)
+
+
 def confident_pairs(
   *,
   source: Annotated[Source, CHAT],
@@ -980,5 +1017,5 @@ def user_of(record: Mapping, field: str) -> str | None:
   return None if found is None or found == '' else str(found)
 
 
-TABLE = CHAT | table('sources', with_context, confident_pairs)
+TABLE = CHAT | table('sources', with_context, with_demonstrations, confident_pairs)
 Part = Annotated[Source, TABLE]

@@ -54,7 +54,8 @@ class Method:
     curriculum: which records a step draws, a part of `polgrad.curricula`; None draws shuffled epochs.
     source: what the source of the task's records is wrapped in, a function of `data.sources` with an
       argument `source`. If it has an argument `more`, it gets the records that are trained on beside
-      held-out ones. None: nothing.
+      held-out ones. Its arguments that are parts are sources too, and become chats like the task's
+      records. None: nothing.
     rewards: verifiers that the method adds to those of the task, each with its weight. Dynamic sampling
       does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.

@@ -1,6 +1,7 @@
 """Sources: every problem once, every malformed row named."""
 
 import builtins
+import dataclasses
 import gzip
 import json
 import re
@@ -416,6 +417,7 @@ def test_table_entries_bind(tmp_path, sums):
       'sources': {'one': part(sources.tastes), 'two': part(sources.arithmetic, digits=1)}
     },
     'with_context': {'source': part(sources.tastes, size=20)},
+    'with_demonstrations': {'source': part(sources.tastes, size=20)},
     'confident_pairs': {'source': part(sources.tastes)},
     'hidden_numbers': {},
     'nim_moves': {},
@@ -477,3 +479,24 @@ def test_a_source_is_split_by_a_number():
     sources.between(source=pairs, field='marge')
   with pytest.raises(ValueError, match=r'no record of \d+ has margin in \[1000, inf\)'):
     sources.between(source=pairs, field='margin', at_least=1000)
+
+
+def test_demonstrations_beside_a_record_are_of_other_rows_or_of_another_source():
+  plain, other = sources.arithmetic(digits=1), sources.arithmetic(digits=2)
+  none = sources.nothing()
+  beside = sources.with_demonstrations(source=plain, demonstrations=none, count=4)
+  for row in (0, 7, len(plain) - 1):
+    found = beside[row]
+    others = [one['prompt'] for one in found.pop('demonstrations')]
+    assert found == plain[row] and len({*others, found['prompt']}) == 5
+    assert beside[row] == beside[row]
+  three = dataclasses.replace(other, size=3)
+  given = sources.with_demonstrations(source=plain, demonstrations=three, count=3)
+  prompts = lambda row: [one['prompt'] for one in given[row]['demonstrations']]
+  assert {*prompts(0)} == {other[i]['prompt'] for i in range(3)}
+  assert len({tuple(prompts(row)) for row in range(20)}) > 1
+  again = sources.with_demonstrations(source=plain, demonstrations=three, count=5)
+  assert len(again[0]['demonstrations']) == 5
+  with pytest.raises(ValueError, match='the only record of the source'):
+    one = dataclasses.replace(plain, size=1)
+    sources.with_demonstrations(source=one, demonstrations=none)

@@ -1,9 +1,10 @@
 from functools import partial
 
 from polgrad import collect, credit, objectives, optim
+from polgrad.data import sources
 from polgrad.losses import advantages, aggregation, surrogates, weights
 from polgrad.methods.base import Method
-from polgrad.registry import part, weighted
+from polgrad.registry import Count, part, weighted
 
 
 def chord(
@@ -13,6 +14,8 @@ def chord(
   peak: float = 0.5,
   valley: float = 0.02,
   eps: float = 0.2,
+  others: Count = 0,
+  demonstrations: str = '',
 ) -> Method:
   """CHORD (arXiv:2508.11408): GRPO beside demonstrations that matter less as the run proceeds.
 
@@ -26,8 +29,10 @@ def chord(
   authors' runs with another schedule: warmup 0, decay 200, peak 0.9, valley 0.05 without the weight
   (CHORD-mu), and mu = 0.1 throughout (peak = valley = 0.1, warmup 0) with it (CHORD-phi).
 
-  Differences: Every prompt has one demonstration beside its samples. The authors draw 64
-  demonstrations for 256 samples from other data.
+  The authors draw demonstrations from other data than prompts: 64 for 256 samples, 8 of a prompt, which
+  is `others=2` with a file of `demonstrations`.
+
+  Differences: By default every prompt has its own answer as the demonstration beside its samples.
 
   Args:
     warmup: updates in which mu rises.
@@ -35,9 +40,16 @@ def chord(
     peak: largest mu.
     valley: mu at the end.
     eps: distance of the clipping bounds from 1.
+    others: demonstrations of other prompts beside the samples of each prompt; 0 takes its own answer.
+    demonstrations: a file of JSON lines that they are of; '' takes other records of the task.
+
+  Raises:
+    ValueError: `demonstrations` without `others`.
 
   Confidence: CODE.
   """
+  if demonstrations and not others:
+    raise ValueError(f'chord: demonstrations={demonstrations!r} is not read with others=0')
   mu = dict(warmup=warmup, decay=decay, peak=peak, valley=valley)
   mean = part(aggregation.token_mean)
   imitate = part(
@@ -49,8 +61,10 @@ def chord(
     aggregation=mean,
   )
   advantage = part(advantages.group_normalized, ddof=1, eps=1e-6)
+  file = {'demonstrations': part(sources.jsonl, path=demonstrations)} if demonstrations else {}
   return Method(
-    collect=partial(collect.Rollouts, demonstrations=1),
+    collect=partial(collect.Rollouts, **({'others': others} if others else {'demonstrations': 1})),
+    source=partial(sources.with_demonstrations, count=others, **file) if others else None,
     credit=part(credit.of_samples, credit=part(credit.outcome, advantage=advantage)),
     objective=part(
       objectives.WeightedSum,
