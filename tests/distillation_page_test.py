@@ -28,6 +28,9 @@ def test_the_page_has_the_table_that_its_command_makes():
   [
     ('`forward_kl`', 0, 2.062),
     ('`skew_forward_kl`, 0.1', 0, 2.054),
+    ('`jensen_shannon`, w = 0.5', 0, 2.044),
+    ('`jensen_shannon`, w = 0.1', 0, 2.060),
+    ('`total_variation`', 1.758, 0.962),
     ('`reverse_kl`', 2, 0.5),
     ('`skew_reverse_kl`, 0.1', 2, 0.5),
   ],

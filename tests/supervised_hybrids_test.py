@@ -367,7 +367,12 @@ def test_the_weight_of_demonstrations_rises_and_falls(knobs, expected):
 
 @pytest.mark.parametrize(
   ('weight', 'fixed_point'),
-  [(weights.probability, [1, 0, 0]), (weights.undecided, [2 / 3, 1 / 3, 0])],
+  [
+    (weights.probability, [1, 0, 0]),
+    (functools.partial(weights.probability, exponent=0.0), [0.6, 0.3, 0.1]),
+    (functools.partial(weights.probability, exponent=0.5), [0.78261, 0.19565, 0.02174]),
+    (weights.undecided, [2 / 3, 1 / 3, 0]),
+  ],
 )
 def test_weighted_likelihoods_rest_where_the_theory_says(weight, fixed_point, x64):
   """Of data with frequencies 0.6, 0.3 and 0.1."""

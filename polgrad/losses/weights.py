@@ -31,7 +31,7 @@ from polgrad.losses.trust_region_masks import (
   two_sided,
   unselected,
 )
-from polgrad.registry import AtLeastOne, table
+from polgrad.registry import AtLeastOne, NotNegative, table
 from polgrad.types import Array
 
 
@@ -311,18 +311,21 @@ def replayed(replay_weight: Array, mask: Array) -> Array:
   return jax.lax.stop_gradient(jnp.broadcast_to(replay_weight[:, None], mask.shape))
 
 
-def probability(logp: Array) -> Array:
-  """sg(p) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
+def probability(logp: Array, *, exponent: NotNegative = 1.0) -> Array:
+  """sg(p^exponent) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
 
-  With the loss -logp the gradient is that of -p, so learning sharpens towards the most frequent token.
+  With the loss -logp the gradient is that of -p^exponent / exponent. Below 1, tokens with frequencies q
+  are learned with probabilities proportional to q^(1 / (1 - exponent)): 0 is the likelihood, and more
+  sharpens. At 1, which is DFT, only the most frequent token is left.
 
   Args:
     logp: [..., T], nats; detached here.
+    exponent: of the probability.
 
   Returns:
     [..., T], in [0, 1].
   """
-  return jnp.exp(jax.lax.stop_gradient(logp))
+  return jnp.exp(exponent * jax.lax.stop_gradient(logp))
 
 
 def undecided(logp: Array) -> Array:

@@ -20,7 +20,16 @@ from typing import Annotated
 
 import optax
 
-from polgrad.optim.anchors import ANCHORS, AnchorPart, blend, ema, fixed, sync, sync_before
+from polgrad.optim.anchors import (
+  ANCHORS,
+  AnchorPart,
+  blend,
+  ema,
+  fixed,
+  rising_ema,
+  sync,
+  sync_before,
+)
 from polgrad.optim.companded import companded
 from polgrad.optim.matrix_steps import MATRIX, muon, projected, sinkgd, swan
 from polgrad.optim.rank import rank_descent, rank_gradient, ranking
@@ -91,6 +100,7 @@ __all__ = [
   'ranking',
   'rise_and_fall',
   'rise_and_fall_rest',
+  'rising_ema',
   'sgd',
   'signal_to_noise',
   'sinkgd',

@@ -27,6 +27,25 @@ def ema(anchor: Params, params: Params, step: Array, *, decay: Fraction = 0.99) 
   return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), anchor, params)
 
 
+def rising_ema(
+  anchor: Params, params: Params, step: Array, *, start: Fraction = 0.996, steps: AtLeastOne = 1000
+) -> Params:
+  """`ema` whose decay rises by half a cosine from `start` to 1, a fixed anchor (arXiv:2006.07733).
+
+      decay = 1 - (1 - start) (1 + cos(pi min(step / steps, 1))) / 2
+
+  Args:
+    anchor: moves.
+    params: the policy after the update.
+    step: updates so far, from 1.
+    start: decay of update 0.
+    steps: updates until the decay is 1.
+  """
+  done = jnp.minimum(step / steps, 1.0)
+  rest = (1 - start) * (1 + jnp.cos(jnp.pi * done)) / 2
+  return jax.tree.map(lambda a, p: (a + rest * (p - a)).astype(a.dtype), anchor, params)
+
+
 def sync(anchor: Params, params: Params, step: Array, *, every: AtLeastOne = 100) -> Params:
   """A copy of the policy, taken again after every `every` updates (arXiv:2404.09656)."""
   due = step % every == 0
@@ -55,5 +74,5 @@ def sync_before(anchor: Params, previous: Params, step: Array, *, every: AtLeast
   return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, previous)
 
 
-ANCHORS = table('optim', fixed, ema, sync, sync_before, blend)
+ANCHORS = table('optim', fixed, ema, rising_ema, sync, sync_before, blend)
 AnchorPart = Annotated[Callable, ANCHORS]

@@ -45,6 +45,20 @@ def test_gradient_is_the_expected_weighted_score(fn, x64):
   np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+  ('alpha', 'factor', 'weight'),
+  [(2.0, 2.0, lambda u: 1 - u**2), (0.5, 0.5, lambda u: 1 - np.sqrt(u))],
+  ids=['chi-square', 'hellinger'],
+)
+def test_chi_square_and_hellinger_are_alpha_divergences(alpha, factor, weight, x64):
+  s, t = (np.asarray(jax.nn.softmax(jnp.asarray(x))) for x in (STUDENT, TEACHER))
+  fn = lambda z: factor * divergences.alpha_divergence(jnp.asarray(TEACHER), z, alpha=alpha)
+  expected = (s * weight(t / s)) @ (np.eye(5) - s)
+  np.testing.assert_allclose(jax.grad(fn)(jnp.asarray(STUDENT)), expected, rtol=1e-10)
+  squared = (t / s - 1) ** 2 if alpha == 2 else (np.sqrt(t / s) - 1) ** 2
+  np.testing.assert_allclose(fn(jnp.asarray(STUDENT)), s @ squared, rtol=1e-10)
+
+
 def test_closed_forms_of_the_kl_gradients(x64):
   t, s = np.asarray(jax.nn.softmax(TEACHER)), np.asarray(jax.nn.softmax(STUDENT))
   student = jnp.asarray(STUDENT)
