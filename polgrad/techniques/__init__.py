@@ -6,6 +6,7 @@ No configuration selects them. docs/techniques.md has a runnable example of each
     -------------------  ------------------------------------------------------------------------
     decoupled_mixup      a loss of mixed inputs that keeps the classifier decisive
     dirichlet_policy     actions that are distributions, with exploration and entropy
+    inexact_bilevel      hyperparameters by bilevel descent that is only as accurate as it has to be
     monge_gap            how far a map is from moving points at the least cost
     network_compression  rewards and credit of smaller networks that a policy proposes
     noise_mask           noise on inputs, whose place is learned by a policy gradient
@@ -18,6 +19,7 @@ No configuration selects them. docs/techniques.md has a runnable example of each
 from polgrad.techniques import (
   decoupled_mixup,
   dirichlet_policy,
+  inexact_bilevel,
   monge_gap,
   network_compression,
   noise_mask,
@@ -30,6 +32,7 @@ from polgrad.techniques import (
 __all__ = [
   'decoupled_mixup',
   'dirichlet_policy',
+  'inexact_bilevel',
   'monge_gap',
   'network_compression',
   'noise_mask',
