@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from polgrad import collect, methods, presets, tasks
+from polgrad.collect import beginnings
 from polgrad.collect.contrasted import ContrastedSteps
 from polgrad.compose import compose
 from polgrad.data import batching, sources, tokenizers
@@ -102,7 +103,12 @@ def test_records_without_related_texts_and_settings_that_do_not_fit_are_refused(
   ):
     with pytest.raises(ValueError, match=said):
       lay_out(whole | change)
-  for wrong in ({'max_resamples': 1}, {'baseline_samples': 2}, {'partner_samples': 3}):
+  for wrong in (
+    {'max_resamples': 1},
+    {'baseline_samples': 2},
+    {'partner_samples': 3},
+    {'beginning': beginnings.uniform},
+  ):
     with pytest.raises(ValueError, match=next(iter(wrong))):
       collect.Contrasted(**SIZES | wrong)
 

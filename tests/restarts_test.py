@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import collect, phases
+from polgrad import collect, methods, phases
+from polgrad.collect import beginnings
 from polgrad.registry import bind, part
 from polgrad.types import STREAMS
 from tests import examples
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.usefixtures('samplers_once')
 def test_rows_say_whether_they_began_in_a_state_of_the_data():
   run = experiment()
   sizes = dict(prompts=8, samples_per_prompt=2, prompt_length=11, max_new_tokens=5, lag=1)
-  collector = bind(part(collect.Restarts, resets=0.5, **sizes), collect.TABLE)
+  half = part(beginnings.uniform, probability=0.5)
+  collector = bind(part(collect.Restarts, beginning=half, **sizes), collect.TABLE)
   seen, real = [], run.phases['train'].score
 
   def noted(texts, records, lengths, others):
@@ -39,7 +41,10 @@ def test_rows_say_whether_they_began_in_a_state_of_the_data():
   assert (given[~np.array(seen)] == 6).all() and (given[np.array(seen)] > 6).all()
 
 
-@pytest.mark.parametrize('resets', [0.0, 1.0])
-def test_both_kinds_of_rows_are_needed(resets):
-  with pytest.raises(ValueError, match='resets must be between 0 and 1'):
-    bind(part(collect.Restarts, resets=resets), collect.TABLE)
+def test_both_kinds_of_rows_are_needed():
+  for resets in (0.0, 1.0):
+    with pytest.raises(ValueError, match='resets must be above 0 and below 1'):
+      methods.hnpg(resets=resets)
+  for settings in ({}, dict(beginning=part(beginnings.uniform), hints=1)):
+    with pytest.raises(ValueError, match=r'needs a beginning, .* and no hints'):
+      bind(part(collect.Restarts, **settings), collect.TABLE)

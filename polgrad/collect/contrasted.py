@@ -62,6 +62,7 @@ class Contrasted(Rollouts):
     )
     asked = [name for name in others if getattr(self, name)]
     asked += ['choose'] if unbound(self.choose) is not picks.everything else []
+    asked += ['beginning'] if self.begins else []
     if asked or self.has_environment:
       raise ValueError(
         f'Contrasted: the reward compares the samples of a whole batch, so {asked or "environment"} '

@@ -9,28 +9,24 @@ from polgrad.collect.base import Collect, Context
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts, RolloutSteps
 from polgrad.collect.scored import Texts
-from polgrad.registry import Fraction
 from polgrad.types import STREAMS, Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restarts(Rollouts):
-  """Rollouts with `resets`, whose `Batch.stream` tells the two kinds of rows from each other.
+  """Rollouts with a `beginning`, whose `Batch.stream` tells the two kinds of rows from each other.
 
   A row that begins with a part of the record's answer is in the stream of demonstrations: it is what the
   policy does in a state of the data. Other rows are in that of samples. So an objective can give both
   kinds their own mean, and credit their own targets.
   """
 
-  # As in `Rollouts`, but neither 0 nor 1.
-  resets: Fraction = 0.5
-
   def __post_init__(self):
     super().__post_init__()
-    if not 0 < self.resets < 1:
+    if not self.begins or self.hints:
       raise ValueError(
-        f'Restarts: resets must be between 0 and 1, so that there are rows of both kinds, got '
-        f'{self.resets}; Rollouts has the others'
+        'Restarts: some rows begin in a state of the data, so it needs a beginning, such as '
+        'beginnings.uniform with a probability below 1, and no hints; Rollouts has the others'
       )
 
   def _shapes(self) -> dict[str, tuple]:

@@ -26,7 +26,7 @@ from polgrad import (
   row_files,
   tasks,
 )
-from polgrad.collect import drawn, scored
+from polgrad.collect import beginnings, drawn, scored
 from polgrad.compose import compose
 from polgrad.data import sources
 from polgrad.environments import Environment, Step, toolbox
@@ -291,7 +291,7 @@ def test_replaced_groups_bring_their_episodes(plain):
   ('settings', 'told'),
   [
     (dict(demonstrations=1), 'demonstrations=1 adds completions of the data.*no turns'),
-    (dict(resets=0.5), 'resets=0.5'),
+    (dict(beginning=beginnings.uniform), 'beginning=True'),
     (dict(preferences=1), 'preferences=1'),
     (dict(environment=environments.OneTurn()), 'turn_tokens is a budget of turns.*no environment'),
   ],

@@ -1,6 +1,7 @@
 from functools import partial
 
 from polgrad import collect, credit, objectives
+from polgrad.collect import beginnings
 from polgrad.losses import advantages, aggregation, penalties, surrogates
 from polgrad.methods.base import Method
 from polgrad.registry import part, weighted
@@ -30,14 +31,22 @@ def hnpg(
   0.01; here the ratio is clipped. The exact update of a table is `polgrad.tabular.hybrid`.
 
   Args:
-    resets: probability to begin with a part of the given answer, between 0 and 1.
+    resets: probability to begin with a part of the given answer; above 0 and below 1, so that there are
+      rows of both kinds.
     eps: distance of the clipping bounds from 1.
     trace: lambda of the advantages.
     value_coefficient: of the errors of the critic.
     offline_weight: weight of the errors in states of the data, lambda in the paper.
 
+  Raises:
+    ValueError: `resets` is not above 0 and below 1.
+
   Confidence: CODE (losses), and ours where it says so under Differences.
   """
+  if not 0 < resets < 1:
+    raise ValueError(
+      f'hnpg: resets must be above 0 and below 1, so that there are rows of both kinds, got {resets}'
+    )
 
   def one(coefficient: float):
     return part(
@@ -48,7 +57,7 @@ def hnpg(
     )
 
   return Method(
-    collect=partial(collect.Restarts, resets=resets),
+    collect=partial(collect.Restarts, beginning=part(beginnings.uniform, probability=resets)),
     credit=part(credit.hybrid, trace=trace, normalizer=part(advantages.whiten)),
     objective=part(
       objectives.WeightedSum,
