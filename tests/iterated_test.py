@@ -228,6 +228,19 @@ def test_groups_whose_rewards_are_equal_leave_nothing_behind():
   )
 
 
+def test_a_start_whose_verifiers_failed_keeps_its_priority():
+  calls = []
+
+  def failing(texts, *_):
+    calls.append(len(texts))
+    found = alternating(texts)
+    return found if len(calls) == 1 else found._replace(valid=np.arange(len(texts)) % 4 == 0)
+
+  (first, _, _), (second, _, _) = steps_of(run_of(new=0.0), 2, failing)
+  assert second.metrics['starts/new'] == 0 and len(entries(first.collect_state)) == 4
+  jax.tree.map(np.testing.assert_array_equal, second.collect_state, first.collect_state)
+
+
 def test_starts_without_room_are_counted():
   (first, _, _), (second, _, _) = steps_of(run_of(prompt_length=8, new=0.0), 2, alternating)
   assert not entries(first.collect_state) and first.metrics['starts/too_long'] == 0

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures('samplers_once')
 def test_rows_say_whether_they_began_in_a_state_of_the_data():
   run = experiment()
   sizes = dict(prompts=8, samples_per_prompt=2, prompt_length=11, max_new_tokens=5, lag=1)
-  half = part(beginnings.uniform, probability=0.5)
-  collector = bind(part(collect.Restarts, beginning=half, **sizes), collect.TABLE)
+  method = methods.hnpg(resets=0.5)
+  collector = bind(part(collect.Restarts, **method.collect.keywords, **sizes), collect.TABLE)
   seen, real = [], run.phases['train'].score
 
   def noted(texts, records, lengths, others):

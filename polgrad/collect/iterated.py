@@ -30,8 +30,8 @@ class Iterated(Filtering):
   which its prompt shows before it asks for a better one. Both are scored by the same verifiers. After a
   group one of its completions is appended to the attempts, and the result enters the buffer as a
   further start. Its priority is the variance of the rewards of the group; when the start is used, the
-  variance of its own group takes the place of that. Starts of variance 0 leave the buffer, and if it is
-  full, those of the lowest variance do.
+  variance of its own group takes the place of that, unless its verifiers failed. Starts of variance 0
+  leave the buffer, and if it is full, those of the lowest variance do.
 
   A prompt and its attempts must fit into `prompt_length`; a start that does not is left out and counted
   (`starts/too_long`).
@@ -183,7 +183,9 @@ class IteratedSteps(Steps):
       if found[group] > 0
     ]
     fitting = [one for one in further if self._fits(one)]
-    memory = starts.pushed(starts.measured(memory, places, found), fitting)
+    # A group whose verifiers failed says nothing of its start, which keeps its priority.
+    known = np.where(valid.sum(axis=1) > 1, places, -1)
+    memory = starts.pushed(starts.measured(memory, known, found), fitting)
     return batch, memory._replace(too_long=memory.too_long + np.int32(len(further) - len(fitting)))
 
   def _known(self, memory: starts.Starts) -> starts.Starts:

@@ -17,14 +17,15 @@ def hnpg(
 ) -> Method:
   """HNPG (arXiv:2311.08384): policy gradient on its own states and on those of given answers.
 
-      loss = mean over both kinds of -min(r A, clip(r, 1 - eps, 1 + eps) A)
-             + value_coefficient [mean of (V - G)^2 / 2  +  offline_weight mean of (V - r - V')^2 / 2]
+      loss = L_own + L_data
+      L = token mean of -min(r A, clip(r, 1 - eps, 1 + eps) A) + coefficient token mean of (V - G)^2 / 2
 
-  The first mean of errors is over answers from the prompt, with G the sum of rewards from the token on.
-  The second is over what the policy does in states of the data: a uniformly drawn beginning of the
-  record's answer, given with probability `resets`. There the target is one step of the Bellman equation
-  of the present policy, the reward plus the value V' of the next state. A is GAE with lambda = `trace`
-  for both kinds, whitened over the batch.
+  L_own is that of answers from the prompt, with G the sum of rewards from the token on. L_data is that
+  of what the policy does in states of the data: a uniformly drawn beginning of the record's answer,
+  given with probability `resets`. There G is one step of the Bellman equation of the present policy: the
+  reward plus the value of the next state. The coefficient is `value_coefficient`, and in L_data it is
+  multiplied by `offline_weight`. A is GAE with lambda = `trace` for both kinds, whitened over the batch,
+  and r = pi / pi_old.
 
   Differences: The authors' critic is of states and actions; in text the next state is the prefix with
   the token, so its value is that of a state. Their policy step is that of TRPO, with a KL of at most
