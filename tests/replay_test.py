@@ -119,6 +119,8 @@ def test_equal_rewards_have_no_contrast_whatever_the_rounding():
   valid = np.array([[True] * 5, [True] * 4 + [False]])
   assert replay.contrast(rewards, valid).tolist() == [0, 0]
   assert replay.contrast(rewards, np.zeros((2, 5), bool)).tolist() == [0, 0]
+  none = replay.deviation(np.array([[0.0, 2], [5, 7]]), np.array([[True, True], [False, False]]))
+  np.testing.assert_allclose(none, [1.001, 0])  # a group of failures does not come again
 
 
 @pytest.mark.parametrize(('exponent', 'want'), [(1.0, [0, 2, 4, 6]), (0.0, [0, 4, 4, 4])])

@@ -69,9 +69,7 @@ class Collected(NamedTuple):
   messages: list[str]  # of verifiers and environments that failed
   terms: Mapping[str, np.ndarray] = {}  # f[B], terms of the rewards of the rows that were sampled
   episodes: Sequence[Episode] = ()  # [B], of the rows that were sampled; () without an environment
-  sampled: curricula.Sampled | None = (
-    None  # every row that was scored; None: the data have them all
-  )
+  sampled: curricula.Sampled | None = None  # every row that was scored; None: the data have them
   further: Mapping[str, Batch] = {}  # NumPy, of further updates that are due, see `Phase.further`
   # Waits for rows that are still being sampled, and gives what is above but for the batch.
   pending: Callable[['Collected'], 'Collected'] | None = None

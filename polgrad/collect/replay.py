@@ -50,12 +50,12 @@ def deviation(rewards: Array, valid: Array, *, eps: NotNegative = 1e-3) -> Array
   """The standard deviation of the rewards of the group (ddof 0), plus eps.
 
   With eps > 0 groups of equal rewards are used again too, so that importance weights can make up for
-  the priorities exactly (arXiv:1511.05952).
+  the priorities exactly (arXiv:1511.05952). A group without a valid row has the priority 0.
   """
   count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
   mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
   squares = np.where(valid, np.square(rewards - mean), 0).sum(axis=1)
-  return np.sqrt(squares / count[:, 0]) + eps
+  return np.where(valid.any(axis=1), np.sqrt(squares / count[:, 0]) + eps, 0)
 
 
 def recovery(rewards: Array, valid: Array, ages: Array, *, decay: Fraction = 0.5) -> Array:

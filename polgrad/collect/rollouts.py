@@ -59,9 +59,7 @@ class Measured(NamedTuple):
   """What a collector remembers whose sampler reads the entropies of the batch before."""
 
   memory: Any  # of `lag` and `replay`
-  entropy_levels: (
-    np.ndarray
-  )  # f32[3], see `selections.entropy_levels`; zeros before the first batch
+  entropy_levels: np.ndarray  # f32[3], see `selections.entropy_levels`; 0 before the first batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

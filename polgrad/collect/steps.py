@@ -77,9 +77,7 @@ class Steps(abc.ABC):
   annotate: Annotator  # (state, batch) -> batch with log-probs, values and statistics
   assign: Callable[[Batch, Any], tuple[Batch, Any]]  # compiled: (batch, state) -> credited, state
   mask_truncated: bool  # whether rows that met no stop token leave the loss
-  influences: Measure | None = (
-    None  # what credit reads of gradients; None: it reads nothing of them
-  )
+  influences: Measure | None = None  # what credit reads of gradients; None: it reads none
   meter: speed.Meter = dataclasses.field(default_factory=speed.Meter)
 
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:

@@ -104,10 +104,7 @@ def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
   Raises:
     ValueError: the other estimator makes no advantages.
   """
-  if 'advantages' not in credit.provides:
-    raise ValueError(
-      f'scaled: its credit makes {sorted(credit.provides)}, but it needs one that makes advantages'
-    )
+  _check_makes_advantages('scaled', credit)
 
   def apply(batch, state):
     credited, state = credit.apply(batch, state)
@@ -137,11 +134,7 @@ def token_rewarded(*, credit: Part, rewards: auxiliary_rewards.Part) -> Estimato
   Raises:
     ValueError: the other estimator makes no advantages.
   """
-  if 'advantages' not in credit.provides:
-    raise ValueError(
-      f'token_rewarded: its credit makes {sorted(credit.provides)}, but it needs one that makes '
-      'advantages'
-    )
+  _check_makes_advantages('token_rewarded', credit)
 
   def apply(batch, state):
     credited, state = credit.apply(batch, state)
@@ -149,6 +142,13 @@ def token_rewarded(*, credit: Part, rewards: auxiliary_rewards.Part) -> Estimato
     return credited.with_arrays(advantages=credited.advantages + future), state
 
   return credit._replace(apply=apply, requires=credit.requires | named(rewards))
+
+
+def _check_makes_advantages(name: str, credit: Estimator) -> None:
+  if 'advantages' not in credit.provides:
+    raise ValueError(
+      f'{name}: its credit makes {sorted(credit.provides)}, but it needs one that makes advantages'
+    )
 
 
 def _kept(batch: Batch, score: row_scores.Part, keep: Array | int) -> Array:

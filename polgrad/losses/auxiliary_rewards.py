@@ -3,8 +3,8 @@
 Three networks: a flow that models hidden states of right answers (RLFR), a predictor of random targets
 whose error is an exploration bonus (RDD), and a model that predicts the success of prompts from results
 of other prompts (V0). The functions take what the networks give. `objectives.networks` has the first two
-networks; for the third, call the function with the outputs of your own network. A function of `TABLE`
-makes rewards of tokens, for the slot `rewards` of `credit.token_rewarded`.
+networks, and `curricula.in_context` the third. A function of `TABLE` makes rewards of tokens, for the
+slot `rewards` of `credit.token_rewarded`.
 """
 
 from collections.abc import Callable
