@@ -49,12 +49,15 @@ def embedding(tokens, segment_ids):
 
 
 @pytest.mark.parametrize('partner_samples', [1, 0])
-def test_the_reward_is_that_of_the_embeddings_of_four_rollouts(partner_samples):
+def test_the_reward_is_that_of_the_embeddings_of_four_rollouts(partner_samples, monkeypatch):
   context, steps = made(partner_samples)
   state = state_of({'table': np.tile(ARMS[None], (BANDITS, 1))})
   with jax.set_mesh(context.mesh):
     got = steps.collect(state, lambda count: RECORDS[:count], 5)
-    beside = steps.draw_others(state, steps.settings.others(RECORDS), 5).batch
+    others = steps.settings.others(RECORDS)
+    beside = steps.draw_others(state, others, 5).batch
+    monkeypatch.setattr(batching, 'header', lambda record, tokenizer: 1)
+    headless = steps._embeddings(state, beside, others)
   batch, each = got.batch, partner_samples or SIZES['samples_per_prompt']
   own = [embedding(*row) for row in zip(batch.tokens, batch.segment_ids)]
   rows = [embedding(*row) for row in zip(beside.tokens, beside.segment_ids)]
@@ -78,6 +81,9 @@ def test_the_reward_is_that_of_the_embeddings_of_four_rollouts(partner_samples):
   assert seen == {True, False}  # both kinds of rows are there
   np.testing.assert_allclose(got.sampled.rewards, batch.rewards)
   assert 'contrast' in got.terms and 'contrast' not in batch
+  # What a template writes before a text is left out.
+  want = [embedding(*row) for row in zip(beside.tokens[:, 1:], beside.segment_ids[:, 1:])]
+  np.testing.assert_allclose(headless, want, rtol=1e-5)
 
 
 def test_what_comes_before_the_text_is_in_no_embedding():

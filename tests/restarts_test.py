@@ -41,6 +41,12 @@ def test_rows_say_whether_they_began_in_a_state_of_the_data():
   assert (given[~np.array(seen)] == 6).all() and (given[np.array(seen)] > 6).all()
 
 
+def test_the_weight_of_the_critic_in_states_of_the_data_is_its_own():
+  streams = methods.hnpg(value_coefficient=0.5, offline_weight=3.0).objective.streams
+  weights = {name: one.penalties.value.weight for name, one in streams.items()}
+  assert weights == {'demonstration': 1.5, 'sampled': 0.5}
+
+
 def test_both_kinds_of_rows_are_needed():
   for resets in (0.0, 1.0):
     with pytest.raises(ValueError, match='resets must be above 0 and below 1'):
