@@ -892,8 +892,8 @@ def _check_further(path: str, phase: Phase, run: Experiment) -> None:
       f'updates are called {sorted(phase.further)}'
     )
   for name, one in phase.further.items():
-    if name in phase.learned:
-      raise ValueError(f'{path}.further.{name}: an anchor that learns has this name')
+    if name in {*phase.learned, *phase.networks}:
+      raise ValueError(f'{path}.further.{name}: an anchor that learns or a network has this name')
     if missing := sorted(one.objective.requires - OF_COMPLETIONS):
       raise ValueError(
         f'{path}.further.{name}: its objective reads {missing}, but a batch of given completions has '

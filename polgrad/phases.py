@@ -254,21 +254,26 @@ class PhaseRun:
     Args:
       further: batches of further updates, by name.
     """
-    phase, found = self.phase, {}
+    phase, others = self.phase, {}
+
+    # Networks, on the states that they have scored.
     for name, update in self.networks.items():
       sizes = dict(epochs=1, parts=phase.networks[name].minibatches, other=f'network {name}')
-      state, own = self._updates(update, state, batch.replace(layout=PLAIN), step, **sizes)
-      found |= {f'{name}/{k}': x for k, x in averages(own).items()}
+      state, others[name] = self._updates(update, state, batch.replace(layout=PLAIN), step, **sizes)
+
+    # The policy.
     sizes = dict(epochs=phase.epochs, parts=phase.minibatches)
     state, reports = self._updates(self.update, state, batch, step, **sizes)
+
+    # Anchors that learn, and then the policy again, on other batches.
     for name, update in self.learn.items():
       sizes = dict(epochs=1, parts=phase.learned[name].minibatches, other=f'anchor {name}')
-      state, own = self._updates(update, state, batch, step, **sizes)
-      found |= {f'{name}/{k}': x for k, x in averages(own).items()}
+      state, others[name] = self._updates(update, state, batch, step, **sizes)
     for name, rows in further.items():
       sizes = dict(epochs=1, parts=phase.further[name].minibatches, other=name, together=1)
-      state, own = self._updates(self.more[name], state, rows, step, **sizes)
-      found |= {f'{name}/{k}': x for k, x in averages(own).items()}
+      state, others[name] = self._updates(self.more[name], state, rows, step, **sizes)
+
+    found = {f'{name}/{k}': x for name, own in others.items() for k, x in averages(own).items()}
     return state, [report | found for report in reports]
 
   def _updates(
@@ -413,6 +418,7 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
   name = experiment.order[int(state.phase)]
   phase = experiment.phases[name]
   made = context(experiment, phase, int(state.phase))
+  jitted = lambda learners: {name: jit_learner(one, state) for name, one in learners.items()}
   return PhaseRun(
     experiment=experiment,
     name=name,
@@ -420,18 +426,9 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     seed=made.seed,
     collect=phase.collect.make(made),
     update=jit_update(experiment, phase, state),
-    learn={
-      name: jit_learner(one, state)
-      for name, one in phase.anchor_learners(experiment.policy).items()
-    },
-    networks={
-      name: jit_learner(one, state)
-      for name, one in phase.network_learners(experiment.policy).items()
-    },
-    more={
-      name: jit_learner(one, state)
-      for name, one in phase.further_learners(experiment.policy).items()
-    },
+    learn=jitted(phase.anchor_learners(experiment.policy)),
+    networks=jitted(phase.network_learners(experiment.policy)),
+    more=jitted(phase.further_learners(experiment.policy)),
     measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
     observe=jit(phase.curriculum.update),

@@ -1,4 +1,4 @@
-"""Rollouts from the prompt and from states of given answers, with targets of their own."""
+"""Rollouts from the prompt and from states of given answers, each with its targets."""
 
 import dataclasses
 

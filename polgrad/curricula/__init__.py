@@ -313,7 +313,7 @@ def _budgeted(
   Args:
     rates: rows i[P] -> their success rates f[P].
     prompts: different rows, as a fraction of the groups that are asked for.
-    low, high: groups of a row; where so many or so few do not fit, the bound gives way.
+    low, high: least and largest number of groups of a row; a bound that the sum cannot keep is relaxed.
   """
   most = max(min(request.count // low, request.size), 1)
   number = min(max(round(prompts * request.count), -(-request.count // high), 1), most)
