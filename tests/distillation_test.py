@@ -80,7 +80,7 @@ def returns(reward, discount, own, divided):
     later = [s for s in range(t + (not own), T) if MASK[b, s]]
     powers = [discount ** (s - t) for s in later]
     total = sum(d * reward[b, s] for d, s in zip(powers, later))
-    found[b, t] = total / sum(powers) if divided and later else total
+    found[b, t] = total / len(later) if divided and later else total
   return found
 
 

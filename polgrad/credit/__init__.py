@@ -325,7 +325,7 @@ def teacher_returns(
   Args:
     own: whether the token's own reward is part of its return.
     discount: factor per token.
-    per_token: divide A_t by the sum of discount^(s - t) over the tokens whose rewards it adds.
+    per_token: divide A_t by the number of tokens whose rewards it adds, without discount.
     scale: divides the log-ratio.
     clip: largest |r|; infinity is no limit.
     normalizer: of the advantages.
@@ -334,13 +334,13 @@ def teacher_returns(
   def apply(batch, state):
     mask = batch.mask
     gap = jnp.where(mask, (batch.teacher_logp - batch.proximal_logp) / scale, 0.0)
-    summed = functools.partial(returns.reward_to_go, mask=mask, discount=discount)
     rewards, ones = jnp.clip(gap, -clip, clip), mask.astype(jnp.float32)
-    total, count = summed(rewards), summed(ones)
+    total = returns.reward_to_go(rewards, mask, discount=discount)
+    count = returns.reward_to_go(ones, mask)
     if not own:
       total, count = total - rewards, count - ones
     if per_token:
-      total = total / jnp.maximum(count, 1e-6)
+      total = total / jnp.maximum(count, 1)
     advantages = normalizer(jnp.where(mask, total, 0.0), mask)
     return batch.with_arrays(advantages=advantages), state
 

@@ -13,16 +13,17 @@ def minillm(
   """MiniLLM as released (arXiv:2306.08543): the reverse KL of sequences by a policy gradient.
 
       loss = token mean of max(-r A, -clip(r, 1 - eps, 1 + eps) A) + KL(S || T)
-      A_t = whitened sum_{s >= t} d^(s - t) r_s / sum_{s >= t} d^(s - t),   r_s = 2 (log T - log S)(y_s)
+      A_t = whitened sum_{s >= t} d^(s - t) r_s / n_t,   r_s = 2 (log T - log S)(y_s)
       r = S / ((1 - w) S_old + w T)   at the sampled token
 
-  Samples are drawn token by token from the mixture (1 - w) S + w T, so r is both the ratio to the old
-  student and the importance weight of the mixture. KL(S || T) is that of the next token, over the whole
-  vocabulary. r_s is clipped to +-100, and the student in it is the one of the update phase's start.
+  n_t is the number of tokens from t on. Samples are drawn token by token from the mixture
+  (1 - w) S + w T, so r is both the ratio to the old student and the importance weight of the mixture.
+  KL(S || T) is that of the next token, over the whole vocabulary. r_s is clipped to +-100, and the
+  student in it is the one before the updates on the batch.
 
-  Differences: The paper's gradient is `minillm_paper`. The release divides every return by the number of
-  remaining tokens and discounts by 0.95; it counts the reward of a token itself twice, here and in the
-  exact KL; it whitens over padding too; and it adds the likelihood of a plain-text corpus.
+  Differences: The paper's gradient is `minillm_paper`; here returns are discounted and divided by n_t,
+  and the reward of a token itself counts twice, in A and in the exact KL. The release also whitens over
+  padding, and adds the likelihood of a plain-text corpus.
 
   Args:
     teacher_weight: w, in [0, 1).
