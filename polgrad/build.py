@@ -775,7 +775,8 @@ def _check_elsewhere(
       )
     if f'{name}_logp' not in wanted:
       raise ValueError(f'{path}.elsewhere: nothing reads {name}_logp; there are {sorted(wanted)}')
-    teachers.check(phase.elsewhere[name], run.tokenizer, f'{path}.elsewhere.{name}')
+    where = f'{path}.elsewhere.{name}'
+    teachers.check(phase.elsewhere[name], run.tokenizer, phase.collect.temperature, where)
 
 
 def _check_networks(

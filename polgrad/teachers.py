@@ -125,7 +125,7 @@ def service(
   """A model behind `URL/completions` with `prompt_logprobs`, as vLLM serves it.
 
   A row is one request: its ids are the prompt, and the reply has the log-prob of each of them. Such
-  log-probs are those at temperature 1, so another temperature of the run is refused.
+  log-probs are those at temperature 1, so a run that samples at another one is refused.
 
   Args:
     model: the name under which the endpoint serves it.
@@ -144,11 +144,7 @@ def service(
   )  # fmt: skip
 
   def score(rows: Sequence[list[int]], temperature: float) -> list[np.ndarray | Failure]:
-    if temperature != 1:
-      raise ValueError(
-        f'teachers.service: log-probs of a prompt are those at temperature 1, but the run samples at '
-        f'{temperature}; set config.phases.train.collect.temperature=1'
-      )
+    del temperature  # `check` has refused all but 1
     asked = dict(model=model, max_tokens=1, temperature=1.0, prompt_logprobs=0)
     replies = client.send([asked | {'prompt': [int(i) for i in row]} for row in rows])
     return [
@@ -156,7 +152,7 @@ def service(
       for row, x in zip(rows, replies, strict=True)
     ]
 
-  score.folder = ''
+  score.temperature = 1.0
   score.__qualname__ = 'service'
   return score
 
@@ -203,10 +199,24 @@ def batch_logp(score: Score, name: str, batch: Batch, temperature: float) -> np.
   return found
 
 
-def check(score: Score, own: tokenizers.Tokenizer, where: str) -> None:
-  """Refuses a model with another tokenizer than that of the run, if its folder is known."""
-  if score.folder:
-    tokenizers.check_same(own, score.folder, where)
+def check(score: Score, own: tokenizers.Tokenizer, temperature: float, where: str) -> None:
+  """Refuses a model with another tokenizer than that of the run, or with another temperature.
+
+  Args:
+    score: of `TABLE`. The tokenizer is compared if it has the attribute `folder`, and the temperature
+      if it has `temperature`.
+    own: tokenizer of the run.
+    temperature: at which the run samples.
+    where: place of the model in the configuration, for the error.
+  """
+  if folder := getattr(score, 'folder', ''):
+    tokenizers.check_same(own, folder, where)
+  only = getattr(score, 'temperature', None)
+  if only not in (None, temperature):
+    raise ValueError(
+      f'{where}: it gives log-probs at temperature {only:g}, but the run samples at {temperature:g}; '
+      f'set collect.temperature={only:g} in the phase'
+    )
 
 
 TABLE = table('teachers', on_devices, service)

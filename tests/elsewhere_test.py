@@ -163,8 +163,6 @@ def test_a_reply_without_log_probs_stops_the_run_and_says_why(name):
     score = teachers.service(model='big', url=url)
     with pytest.raises(RuntimeError, match=rf"'teacher' gave no .* 1 of 1 rows.*{message}"):
       teachers.batch_logp(score, 'teacher', rows, 1.0)
-    with pytest.raises(ValueError, match=r'temperature 1, but the run samples at 0\.7'):
-      teachers.batch_logp(score, 'teacher', rows, 0.7)
 
 
 REFUSED = {
@@ -183,6 +181,15 @@ def test_what_cannot_be_elsewhere_is_refused(name, models):
   options, message = REFUSED[name]
   with pytest.raises(ValueError, match=message):
     build.build(config(models, **options))
+
+
+def test_a_service_is_refused_before_a_run_that_samples_at_another_temperature(models):
+  settings = config(models, teacher_url='http://localhost:1/v1')
+  settings.phases.train.collect.temperature = 0.7
+  with pytest.raises(
+    ValueError, match=r'elsewhere\.teacher: .* temperature 1, but .* at 0\.7; set'
+  ):
+    build.build(settings)
 
 
 def test_an_anchor_that_is_elsewhere_too_is_refused(models):

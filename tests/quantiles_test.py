@@ -107,6 +107,10 @@ BAD = {
   'no number': (dict(label='x'), 'label=.x. must have {k}'),
   'several samples': (dict(samples_per_prompt=2), 'samples_per_prompt=2'),
   'no room': (dict(prompt_length=8), 'leaves no room'),
+  'too many labels': (
+    dict(quantiles=30, terms=('a', 'b', 'c'), label='{a}{b}{c}'),
+    r"quantiles=30 for each of \['a', 'b', 'c'\] make 27000 labels, more than 10000",
+  ),
   'memory': (dict(lag=1), r"\['lag'\]"),
 }
 

@@ -1,6 +1,7 @@
 """Rollouts of prompts that are asked again with the answer where no sample was right."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,9 @@ def hinted(record: Mapping, hint: str, field: str) -> dict:
     raise ValueError(
       f'record {record["id"]}: no text {field!r} for the hint, only {sorted(record)}'
     )
-  fill = lambda text: hint.replace(ANSWER, answer).replace(PROMPT, text)
+  # In one pass, so that marks within the prompt or the answer are left alone.
+  marks = re.compile('|'.join(map(re.escape, (PROMPT, ANSWER))))
+  fill = lambda text: marks.sub(lambda found: text if found[0] == PROMPT else answer, hint)
   if 'messages' not in record:
     return {**record, 'prompt': fill(record['prompt'])}
   *before, last = record['messages']

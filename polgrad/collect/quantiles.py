@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from polgrad.sharding import to_host
 from polgrad.types import Batch, Prompts, TrainState
 
 NUMBER = '{k}'
+MOST_LABELS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ class Quantiles(Rollouts):
     for mark in self.marks:
       if mark not in self.label:
         raise ValueError(f'Quantiles: label={self.label!r} must have {mark}')
+    if (count := self.quantiles ** len(self.marks)) > MOST_LABELS:
+      raise ValueError(
+        f'Quantiles: quantiles={self.quantiles} for each of {[*self.terms]} make {count} labels, more '
+        f'than {MOST_LABELS}; take fewer of either'
+      )
     if self.label_length >= self.prompt_length:
       raise ValueError(
         f'Quantiles: label_length={self.label_length} leaves no room for prompts in the '
@@ -97,12 +103,13 @@ class Quantiles(Rollouts):
     Raises:
       ValueError: one has too many tokens, or two have the same.
     """
-    found = []
+    texts = []
     for numbers in itertools.product(range(self.quantiles), repeat=len(self.marks)):
       text = self.label
       for mark, k in zip(self.marks, numbers):
         text = text.replace(mark, str(k))
-      found.append(tokenizer.encode(text))
+      texts.append(text)
+    found = _encoded(tokenizer.encode, tuple(texts))
     longest = max(map(len, found))
     if longest > self.label_length:
       raise ValueError(
@@ -132,6 +139,12 @@ class Quantiles(Rollouts):
     found['draw_rows'] = dataclasses.replace(rows, lay_out=plain)
     best = dataclasses.replace(rows, lay_out=lambda records: explored(plain(records), ids[0]))
     return QuantileSteps(**found, draw_best=best, ids=ids).collect
+
+
+@functools.lru_cache(maxsize=4)
+def _encoded(encode: Callable[[str], list[int]], texts: tuple[str, ...]) -> list[list[int]]:
+  """The ids of each text; labels are asked for with every record."""
+  return [encode(text) for text in texts]
 
 
 def quantile_labels(rewards: np.ndarray, quantiles: int) -> np.ndarray:

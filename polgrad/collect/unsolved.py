@@ -142,6 +142,6 @@ class UnsolvedSteps(RolloutSteps):
 
 def unsolved_prompts(batch: Batch, failed: float) -> list[int]:
   """The ids of prompts whose rows are all valid and have the reward `failed`, in the order of rows."""
-  ids = np.asarray(batch.prompt_ids)
-  solved = ids[~(np.asarray(batch.valid) & (np.asarray(batch.rewards) == failed))]
-  return [int(i) for i in dict.fromkeys(ids.tolist()) if i not in set(solved.tolist())]
+  ids, wrong = np.asarray(batch.prompt_ids), np.asarray(batch.valid & (batch.rewards == failed))
+  others = {*ids[~wrong].tolist()}
+  return [i for i in dict.fromkeys(ids.tolist()) if i not in others]

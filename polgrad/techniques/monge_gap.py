@@ -105,10 +105,10 @@ def gap(
 def sinkhorn_divergence(
   x: Array, y: Array, *, epsilon: float | Array, cost: Cost = squared_distance, **settings
 ) -> Array:
-  """W(x, y) - (W(x, x) + W(y, y)) / 2, with <C, P> + epsilon KL(P | ab) as W: -> [].
+  """W(x, y) - (W(x, x) + W(y, y)) / 2, W as in `sinkhorn`: -> [].
 
-  A distance of two sets of points, 0 for equal sets: the usual fit beside the Monge gap. With the
-  entropy in place of the KL divergence it would differ for sets of different sizes only.
+  A distance of two sets of points, 0 for equal sets: the usual fit beside the Monge gap. With
+  KL(P | ab) in place of the entropy it is the same number, because the constants cancel.
 
   Args:
     x: [n, D].
@@ -119,7 +119,6 @@ def sinkhorn_divergence(
   """
 
   def value(a: Array, b: Array) -> Array:
-    sizes = jnp.log(jnp.asarray(a.shape[0] * b.shape[0], a.dtype))
-    return sinkhorn(cost_matrix(a, b, cost), epsilon=epsilon, **settings).value + epsilon * sizes
+    return sinkhorn(cost_matrix(a, b, cost), epsilon=epsilon, **settings).value
 
   return value(x, y) - (value(x, x) + value(y, y)) / 2

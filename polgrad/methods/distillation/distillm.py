@@ -3,11 +3,11 @@ from functools import partial
 from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation, divergences
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import Count, part
 
 
 def distillm(
-  *, steps: int, skew: float = 0.1, rise: float = 0.1, rises: int = 10, memory: int = 16
+  *, steps: int, skew: float = 0.1, rise: float = 0.1, rises: Count = 10, memory: int = 16
 ) -> Method:
   """DistiLLM (arXiv:2402.03898): a skewed KL, on more and more of the student's text, mostly replayed.
 

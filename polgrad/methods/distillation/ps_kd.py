@@ -3,10 +3,10 @@ from functools import partial
 from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation, divergences
 from polgrad.methods.base import Method
-from polgrad.registry import part, weighted
+from polgrad.registry import AtLeastOne, Fraction, part, weighted
 
 
-def ps_kd(*, steps: int, stages: int = 4, last: float = 0.8) -> Method:
+def ps_kd(*, steps: int, stages: AtLeastOne = 4, last: Fraction = 0.8) -> Method:
   """PS-KD (arXiv:2006.12000): answers softened by what the model itself predicted a stage ago.
 
       loss = token mean of -(1 - a) log pi(y) + a KL(P || pi),   a = last * e / stages in stage e

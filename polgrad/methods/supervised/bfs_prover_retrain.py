@@ -1,14 +1,17 @@
 import dataclasses
 from functools import partial
+from typing import Annotated
 
 from polgrad import collect, optim
 from polgrad.methods.base import Method
 from polgrad.methods.supervised.bfs_prover import bfs_prover
-from polgrad.registry import part
+from polgrad.registry import Range, part
 from polgrad.sampling import behavior_policies
 
 
-def bfs_prover_retrain(*, steps: int, strict: float = 0.2) -> Method:
+def bfs_prover_retrain(
+  *, steps: int, strict: Annotated[float, Range(at_least=0, below=0.5)] = 0.2
+) -> Method:
   """BFS-Prover-V2 with a retraining (arXiv:2509.06493): the best expert's answers teach a new policy.
 
   In the first half of the steps, the phase `expert`, `bfs_prover` improves the policy. Then the policy

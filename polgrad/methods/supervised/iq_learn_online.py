@@ -3,11 +3,11 @@ from functools import partial
 from polgrad import collect, objectives
 from polgrad.losses import aggregation, logit_stats, penalties
 from polgrad.methods.base import Method
-from polgrad.registry import part, weighted
+from polgrad.registry import Fraction, part, weighted
 
 
 def iq_learn_online(
-  *, coefficient: float = 0.1, discount: float = 1.0, sampled_weight: float = 0.1
+  *, coefficient: float = 0.1, discount: float = 1.0, sampled_weight: Fraction = 0.1
 ) -> Method:
   """IQ-Learn with own samples (arXiv:2409.01369): `iq_learn`, whose Q values also fit what it samples.
 
@@ -29,10 +29,8 @@ def iq_learn_online(
 
   Confidence: PAPER.
   """
-  mean, normalizer = (
-    part(aggregation.token_mean),
-    {'log_normalizer': part(logit_stats.log_normalizer)},
-  )
+  mean = part(aggregation.token_mean)
+  normalizer = {'log_normalizer': part(logit_stats.log_normalizer)}
   implied = part(penalties.inverse_soft_q, discount=discount)
   answers = part(
     objectives.Supervised,

@@ -3,11 +3,11 @@ from functools import partial
 from polgrad import collect, objectives
 from polgrad.losses import aggregation, penalties, weights
 from polgrad.methods.base import Method
-from polgrad.registry import part, weighted
+from polgrad.registry import AtLeastOne, Fraction, part, weighted
 from polgrad.sampling import behavior_policies
 
 
-def unlikelihood_sequence(*, n: int = 4, sampled_weight: float = 0.5) -> Method:
+def unlikelihood_sequence(*, n: AtLeastOne = 4, sampled_weight: Fraction = 0.5) -> Method:
   """Unlikelihood of sequences (arXiv:1908.04319): repeated n-grams of own completions, pushed down.
 
       loss = sampled_weight token mean over greedy completions of -1[t repeats] log(1 - pi(y_t))
