@@ -54,7 +54,7 @@ def test_the_reward_is_that_of_the_embeddings_of_four_rollouts(partner_samples, 
   state = state_of({'table': np.tile(ARMS[None], (BANDITS, 1))})
   with jax.set_mesh(context.mesh):
     got = steps.collect(state, lambda count: RECORDS[:count], 5)
-    others = steps.settings.others(RECORDS)
+    others = steps.settings.related(RECORDS)
     beside = steps.draw_others(state, others, 5).batch
     monkeypatch.setattr(batching, 'header', lambda record, tokenizer: 1)
     headless = steps._embeddings(state, beside, others)

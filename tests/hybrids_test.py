@@ -379,7 +379,7 @@ def test_further_updates_that_cannot_be_are_refused(changes, words):
 
 
 def test_groups_of_unsolved_prompts_are_fresh_samples_alone():
-  with pytest.raises(ValueError, match=r"Unsolved: .* without \['demonstrations', 'lag'\]"):
+  with pytest.raises(ValueError, match=r"Unsolved: .* so \['demonstrations', 'lag'\]"):
     bind(part(collect.Unsolved, demonstrations=1, lag=1), collect.TABLE)
 
 

@@ -87,7 +87,7 @@ def test_a_hint_is_in_the_prompt_or_the_last_turn():
     hinted.hinted(record, hint, 'gold')
   for knobs, message in (
     (dict(hint='x'), r'must have \{prompt\} and \{answer\}'),
-    (dict(max_resamples=1), 'do not go together'),
+    (dict(max_resamples=1), r"so \['max_resamples'\] cannot be set"),
   ):
     with pytest.raises(ValueError, match=message):
       collect.Hinted(**knobs)

@@ -15,7 +15,6 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from polgrad import sharding
-from polgrad.collect import picks
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts, RolloutSteps, RowSampler, make_row_sampler
@@ -24,7 +23,7 @@ from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.losses import embedding_rewards
 from polgrad.models.policy import Policy
-from polgrad.registry import AtLeastOne, Count, table, unbound
+from polgrad.registry import AtLeastOne, Count, table
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Params, Prompts, TrainState
 
@@ -52,22 +51,9 @@ class Contrasted(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    others = (
-      'max_resamples',
-      'demonstrations',
-      'preferences',
-      'opponents',
-      'others',
-      'baseline_samples',
-    )
-    asked = [name for name in others if getattr(self, name)]
-    asked += ['choose'] if unbound(self.choose) is not picks.everything else []
-    asked += ['beginning'] if self.begins else []
-    if asked or self.has_environment:
-      raise ValueError(
-        f'Contrasted: the reward compares the samples of a whole batch, so {asked or "environment"} '
-        'cannot be set; Rollouts has these settings'
-      )
+    others = ('max_resamples', 'demonstrations', 'preferences', 'opponents', 'others', 'beginning')
+    others += ('baseline_samples', 'choose', 'environment')
+    self.refuse('the reward compares the samples of a whole batch', *others)
     if self.samples_per_prompt % max(self.partner_samples, 1):
       raise ValueError(
         f'Contrasted: samples_per_prompt={self.samples_per_prompt} is no multiple of '
@@ -83,7 +69,7 @@ class Contrasted(Rollouts):
     """Answers to a text that is not trained on."""
     return self.partner_samples or self.samples_per_prompt
 
-  def others(self, records: Sequence[Mapping]) -> list[dict]:
+  def related(self, records: Sequence[Mapping]) -> list[dict]:
     """The queries of the records, then their first negatives, then their second ones, ...
 
     Raises:
@@ -97,7 +83,7 @@ class Contrasted(Rollouts):
     ]
 
   def lay_out(self, records: Sequence[dict], *, tokenizer, cut: bool = False) -> Prompts:
-    super().lay_out(self.others(records), tokenizer=tokenizer, cut=cut)  # refuses what does not fit
+    super().lay_out(self.related(records), tokenizer=tokenizer, cut=cut)  # refuses what does not fit
     return super().lay_out(records, tokenizer=tokenizer, cut=cut)
 
   def make(self, context: Context) -> Collect:
@@ -145,7 +131,7 @@ class ContrastedSteps(RolloutSteps):
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     settings = self.settings
     rows, records = super().sample(state, draw, step)
-    others = settings.others(records)
+    others = settings.related(records)
     beside = self._draw(self.draw_others, state, others, step)
     # [texts, prompts, samples, D]
     found = self._embeddings(state, beside.batch, others).reshape(

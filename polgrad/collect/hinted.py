@@ -43,12 +43,8 @@ class Hinted(Rollouts):
     super().__post_init__()
     if PROMPT not in self.hint or ANSWER not in self.hint:
       raise ValueError(f'Hinted: hint={self.hint!r} must have {PROMPT} and {ANSWER}')
-    others = ('max_resamples', 'begins', 'lag', 'replay')
-    asked = [name for name in others if getattr(self, name)]
-    if asked or self.has_environment:
-      raise ValueError(
-        f'Hinted: {asked or "an environment"} and hints do not go together: a prompt is asked twice'
-      )
+    others = ('max_resamples', 'beginning', 'lag', 'replay', 'environment')
+    self.refuse('a prompt is asked a second time, with a hint', *others)
 
   @classmethod
   def longest_prompt(

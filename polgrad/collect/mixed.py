@@ -9,7 +9,7 @@ import numpy as np
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import Rollouts, RolloutSteps
+from polgrad.collect.rollouts import OTHER_ROWS, Rollouts, RolloutSteps
 from polgrad.registry import Count, Fraction
 from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState
@@ -44,16 +44,8 @@ class Mixed(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    others = {name: getattr(self, name) for name in ('lag', 'replay', 'old_runs', 'begins')}
-    others |= {
-      name: getattr(self, name) for name in ('demonstrations', 'preferences', 'opponents', 'others')
-    }
-    asked = sorted(name for name, value in others.items() if value)
-    if asked or self.has_environment or self.samples_per_prompt != 1:
-      raise ValueError(
-        f'Mixed: a batch has one row a prompt and one kind of rows, got samples_per_prompt='
-        f'{self.samples_per_prompt} and {asked or "an environment"}; Rollouts has these settings'
-      )
+    names = (*OTHER_ROWS, 'max_resamples', 'samples_per_prompt')
+    self.refuse('a batch has one row a prompt and one kind of rows', *names)
     if self.fade and not self.memory:
       raise ValueError(f'Mixed: fade={self.fade} needs a memory, from which later batches come')
 

@@ -11,7 +11,7 @@ import numpy as np
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import Rollouts, RolloutSteps, RowSampler
+from polgrad.collect.rollouts import OTHER_ROWS, Rollouts, RolloutSteps, RowSampler
 from polgrad.collect.steps import Report
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
@@ -48,22 +48,8 @@ class Quantiles(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    names = (
-      'lag',
-      'replay',
-      'old_runs',
-      'begins',
-      'demonstrations',
-      'preferences',
-      'opponents',
-      'others',
-    )
-    asked = sorted(name for name in (*names, 'max_resamples') if getattr(self, name))
-    if asked or self.has_environment or self.samples_per_prompt != 1:
-      raise ValueError(
-        'Quantiles: a batch has single rows of a pool, got samples_per_prompt='
-        f'{self.samples_per_prompt} and {asked or "an environment"}; Rollouts has these settings'
-      )
+    names = (*OTHER_ROWS, 'max_resamples', 'samples_per_prompt')
+    self.refuse('a batch has single rows of a pool', *names)
     for mark in self.marks:
       if mark not in self.label:
         raise ValueError(f'Quantiles: label={self.label!r} must have {mark}')

@@ -53,6 +53,9 @@ from polgrad.types import STREAMS, Batch, Prompts, TrainState
 
 PAIR = ('chosen', 'rejected')  # fields of a record with a preference
 TRACE = 'trace'  # field of the completion that was drawn of several
+# Settings that bring rows into a batch besides fresh completions of its prompts.
+OTHER_ROWS = ('lag', 'replay', 'old_runs', 'beginning', 'hints', 'demonstrations', 'preferences')
+OTHER_ROWS += ('opponents', 'others', 'environment')
 
 
 class Measured(NamedTuple):
@@ -202,6 +205,30 @@ class Rollouts(Filtering):
   def one_prompt(self) -> bool:
     # The row of a hint has none of it in its prompt.
     return not (self.hints or self.others)
+
+  def refuse(self, why: str, *names: str) -> None:
+    """Refuses settings that this collector cannot have.
+
+    Args:
+      why: what they contradict.
+      names: of the settings.
+
+    Raises:
+      ValueError: some of them are set; names these.
+    """
+    samples = self.samples_per_prompt
+    given = {
+      'beginning': self.begins,
+      'choose': unbound(self.choose) is not picks.everything,
+      'environment': self.has_environment,
+      'samples_per_prompt': samples != 1,
+    }
+    found = sorted(name for name in names if given.get(name, getattr(self, name)))
+    if found:
+      shown = [f'{name}={samples}' if name == 'samples_per_prompt' else name for name in found]
+      raise ValueError(
+        f'{type(self).__name__}: {why}, so {shown} cannot be set; Rollouts has these settings'
+      )
 
   @functools.cached_property
   def rows_per_prompt(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad.collect.base import Collect, Collected, Context, Draw
-from polgrad.collect.rollouts import Rollouts, RolloutSteps
+from polgrad.collect.rollouts import OTHER_ROWS, Rollouts, RolloutSteps
 from polgrad.registry import AtLeastOne
 from polgrad.sharding import to_host
 from polgrad.types import Batch, Layout, TrainState
@@ -69,16 +69,7 @@ class Unsolved(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    asked = {name: getattr(self, name) for name in ('lag', 'replay', 'old_runs', 'begins', 'hints')}
-    asked |= {
-      name: getattr(self, name) for name in ('demonstrations', 'preferences', 'opponents', 'others')
-    }
-    asked = sorted(name for name, value in asked.items() if value)
-    if asked or self.has_environment:
-      raise ValueError(
-        'Unsolved: the groups of a step are fresh samples of its prompts alone, without '
-        f'{asked or "an environment"}; Rollouts has these settings'
-      )
+    self.refuse('the groups of a step are fresh samples of its prompts alone', *OTHER_ROWS)
 
   @property
   def fields(self) -> tuple[str, ...]:
