@@ -38,6 +38,7 @@ pages: $(VENV)/.test
 	$(BIN)/python launch/method_table.py
 	$(BIN)/python -m benchmarks.estimators --new
 	$(BIN)/python -m benchmarks.turn_estimators --new
+	$(BIN)/python -m benchmarks.sampling_estimators --new
 	$(BIN)/python -m benchmarks.preferences --new
 
 $(BIN)/python:

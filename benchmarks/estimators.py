@@ -27,26 +27,33 @@ from polgrad.registry import bind
 from polgrad.tabular.estimators import Distribution, Setting, gradient_distributions
 
 GROUP = 4
+# Measured over several prompts by benchmarks/sampling_estimators.py.
+CHANGE_SAMPLES = (
+  'exit_iteration',
+  'hnpg',
+  'igpo',
+  'pf_ppo',
+  'prioritized_replay',
+  'spo_single_stream',
+  'uft',
+  'v0',
+)
 # Not estimators from rollouts of one policy, or the same as another.
 LEFT_OUT = {
+  **dict.fromkeys(
+    CHANGE_SAMPLES,
+    'changes what is sampled; measured [below](#where-a-method-changes-what-is-sampled)',
+  ),
   'otr': 'learns from demonstrations',
   'props': 'changes who samples; its estimator is that of a plain PPO',
   'agentic_arpo': 'changes who samples; its estimator is GRPO without a KL',
   **dict.fromkeys(('pure', 'text2grad'), 'reads scores of steps, which no reward determines'),
-  'exit_iteration': 'changes where rows start; its estimator is GRPO without a KL',
-  'igpo': 'replaces rows of groups without a right one; in other groups it is a PPO with r - mean',
-  'hnpg': 'half of its rows start from states of the data; its estimator is that of a PPO',
   'gtpo': 'drops rows with a mean entropy above .7 nats, which all rows of this policy have',
   'prime': 'its reward model learns during the run',
   **dict.fromkeys(('rlfr', 'rdd'), 'its rewards come from a network that learns during the run'),
   **dict.fromkeys(('l1_exact', 'l1_max'), 'changes the reward; its estimator is GRPO without a KL'),
-  'pf_ppo': 'chooses rows by their rewards; its estimator is that of PPO on them',
   'gradient_guided': 'the weights of its rewards follow from gradients of the run',
-  'prioritized_replay': 'weighs groups that come again; without them it is GRPO without a KL',
   'grace': 'its reward is that of embeddings; its estimator is `dr_grpo` with a mean over tokens',
-  'v0': 'changes how many completions a prompt gets; its estimator is that of a plain GRPO',
-  'spo_single_stream': 'its baseline is the success rate in earlier steps, and it has no groups',
-  'uft': 'its rows begin with tokens that are given; its estimator is that of GRPO after them',
   'treerl': 'its rows share tokens; [trees.md](trees.md) has the numbers of the paper',
 }
 

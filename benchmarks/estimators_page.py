@@ -20,6 +20,7 @@ from benchmarks.tiny_world import STALENESS
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 NUMBERS = DOCS / 'estimators.json'
 TURNS = DOCS / 'turn_estimators.json'  # of benchmarks/turn_estimators.py
+SAMPLING = DOCS / 'sampling_estimators.json'  # of benchmarks/sampling_estimators.py
 Rows = dict[str, dict[str, tuple]]
 
 
@@ -93,6 +94,61 @@ gradient that this optimizer gets. Left out: {left_out}.
 
 {tables}
 
+## Where a method changes what is sampled
+
+Made by `python -m benchmarks.sampling_estimators`. Four prompts, with success rates of about .05,
+.3, .6 and .95 and separate logits, are answered by two tokens, of which one pair is right;
+there is no stop token, so no length adds a bias, and groups are four rows unless the row says
+otherwise. Functions of the repository choose prompts, groups and rows, and are called for every
+result of their random numbers. The policy is at rest: older groups are as the present policy draws
+them, and what curricula track is exact.
+
+* **angle, strength, noise** compare with the gradient of E[R] over uniform prompts. Strength is the
+  length of the expected gradient over that of the true one. The variance of the gradient is
+  (strength times noise)^2, in units of the squared true gradient. A mean over tokens halves the
+  strength here.
+* **stated** is angle and strength for what the row climbs by its own account, where that is another
+  objective: E[R] over the prompts or the beginnings that are drawn; for group-normalised rewards
+  the mean of F(p), with F' = sqrt((G - 1) / G) sum_k C(G, k) p^k (1 - p)^(G - k) sqrt(k (G - k)) /
+  (G p (1 - p)).
+* **prompts**: the factor of the gradient of each prompt's success rate, divided by the mean factor.
+  E[R] has 1, 1, 1, 1.
+
+### What is sampled, with an unbiased loss
+
+The loss is REINFORCE with a leave-one-out baseline, summed over tokens (without a baseline where
+rows are chosen by their rewards).
+
+{sampling_laws}
+
+### Sampling of whole methods
+
+Without their entropy, KL and imitation terms. A step has one prompt where nothing else is said.
+
+{sampling_methods}
+
+### What follows
+
+* **Dynamic sampling has no bias beyond that of its credit.** A group with equal rewards has no
+  gradient, so replacing it multiplies the mean by 1 + q + ... + q^n, with q the probability of such
+  a group and n the attempts. It buys signal a group at the cost of more samples. The same holds
+  where remembered groups take the places of dull ones.
+* **Replay by priority is unbiased with b = 1 and weights that are not scaled.** Scaled by the
+  largest weight of what is remembered, the factor depends on what is remembered, and the direction
+  is off by hundredths of a degree. With a smaller b the biases of these priorities are small too,
+  because they differ mostly between groups with and without a gradient.
+* **Prompts that are drawn more often count more**: a curriculum climbs E[R] over its own
+  distribution of prompts, exactly, and is off for uniform ones. Weights 1 / (n q) undo it. Budgets
+  are the same, since a mean over rows or tokens counts a prompt by its completions.
+* **Beginnings of the answer move weight to hard prompts.** The loss then climbs the success rate
+  behind the beginning, and given tokens have no gradient. In `igpo` only groups without a right row
+  change.
+* **Rows that are drawn again by their rewards are no samples of the policy.** Without a correction
+  they favour hard prompts. With rewards 0 and 1, `best_half` is `best_worst`, and `power` is
+  `best`.
+* **Dividing by the deviation of four rewards hardly changes the weights of prompts** (1.02 to .97);
+  in large groups it would be 1 / sqrt(p (1 - p)).
+
 ## Over several turns
 
 Made by `python -m benchmarks.turn_estimators`, in the same way, for the credit that
@@ -139,6 +195,24 @@ def turn_tables() -> dict[str, str]:
   return {key: '\n'.join(lines) for key, lines in tables.items()}
 
 
+def sampling_tables() -> dict[str, str]:
+  """The tables of what is sampled: of laws, then of methods, whose names begin with theirs."""
+  rows = json.loads(SAMPLING.read_text())
+  head = ['| | angle, strength, noise | stated: angle, strength | prompts |', '|---' * 4 + '|']
+  tables = {'sampling_laws': [*head], 'sampling_methods': [*head]}
+  for name, p in rows.items():
+    key = 'sampling_methods' if name.startswith('`') else 'sampling_laws'
+    stated = p['stated_angle'], p['stated_strength']
+    other = not np.allclose(stated, (p['angle'], p['strength']))
+    cells = [
+      f'{_degrees(p["angle"])}, {p["strength"]:.2f}, {p["noise"]:.2f}',
+      f'{_degrees(stated[0])}, {stated[1]:.2f}' if other else 'E[R]',
+      ', '.join(f'{x:.2f}' for x in p['prompts']),
+    ]
+    tables[key].append(f'| {name} | {" | ".join(cells)} |')
+  return {key: '\n'.join(lines) for key, lines in tables.items()}
+
+
 def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
   groups = grouped(rows)
   header = '| method | ' + ' | '.join(f'angle, noise, progress at {s}' for s in STALENESS) + ' |'
@@ -169,6 +243,7 @@ def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
     tables='\n'.join(tables).rstrip(),
     turn_group=group,
     **turn_tables(),
+    **sampling_tables(),
   )
   (DOCS / 'estimators.md').write_text(text)
   numbers = {n: {s: p._asdict() for s, p in own.items()} for n, own in rows.items()}

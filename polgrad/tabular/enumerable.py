@@ -54,10 +54,20 @@ def sequences(
   return np.maximum(tokens, 0), mask[first]
 
 
-def table(vocabulary: int, horizon: int, *, stop: int = NO_STOP) -> Policy:
-  """A policy with a free logit for every token after every prefix: params is f32[P, V]."""
+def table(vocabulary: int, horizon: int, *, stop: int = NO_STOP, prompts: int = 1) -> Policy:
+  """A policy with a free logit for every token after every prefix: params is f32[P, V].
+
+  With several `prompts` each has its own logits, params is f32[prompts * P, V], and a sequence is a
+  prompt with a completion: completion s of prompt x is sequence x * S + s, and the probabilities of the
+  sequences of each prompt add up to 1.
+  """
   tokens, mask, prefixes, contexts = _enumerate(vocabulary, horizon, stop)
-  init = lambda key: jax.random.normal(key, (len(contexts), vocabulary))
+  rows = prompts * len(contexts)
+  prefixes = np.concatenate(
+    [np.where(mask, prefixes + x * len(contexts), prefixes) for x in range(prompts)]
+  )
+  tokens, mask = np.tile(tokens, (prompts, 1)), np.tile(mask, (prompts, 1))
+  init = lambda key: jax.random.normal(key, (rows, vocabulary))
   return Policy(tokens, mask, prefixes, init, logits=lambda params: params)
 
 

@@ -127,6 +127,45 @@ def gradient_distributions(
   return [distribution(setting) for setting in settings]
 
 
+def gradients(
+  setting: Setting,
+  credit: Estimator,
+  objective: Objective,
+  rows: np.ndarray,
+  features: Mapping[str, np.ndarray] = {},
+  *,
+  stats: Mapping[str, Any] = {},
+  chunk: int = 4096,
+) -> np.ndarray:
+  """The ascent direction -grad loss of each of `n` batches, f64[n, P * V].
+
+  Args:
+    setting: prompts and policies; several prompts are those of `enumerable.table(..., prompts=)`.
+    credit: estimator of advantages, returns or labels.
+    objective: the loss.
+    rows: i[n, B], sequences of each batch.
+    features: by name [n, B, ...], further arrays of the rows, or other values of those that a batch has
+      (`mask`, `group_ids`, `stream`).
+    stats: as in `gradient_distributions`.
+    chunk: number of batches that are computed at once.
+  """
+
+  @jax.jit
+  def some(rows, features):
+    def one(row, own):
+      setting_ = setting._replace(features={**setting.features, **own})
+      loss = lambda params: rollout_loss(
+        setting_, credit, objective, params, row, stats, credit.init(), jax.random.key(0)
+      )
+      return -jax.grad(loss)(setting.params).ravel()
+
+    return jax.vmap(one)(rows, features)
+
+  pieces = [slice(i, i + chunk) for i in range(0, len(rows), chunk)]
+  part = lambda piece: some(rows[piece], {k: np.asarray(x)[piece] for k, x in features.items()})
+  return np.concatenate([np.asarray(part(piece)) for piece in pieces])
+
+
 ARRAYS = ('rewards', 'params', 'behavior', 'anchors', 'values', 'features', 'staleness')
 
 

@@ -1,0 +1,724 @@
+"""Where a method changes what is sampled: exact bias and noise of its gradient, over several prompts.
+
+python -m benchmarks.sampling_estimators   # all rows; --new: those that the report does not have
+
+Writes docs/sampling_estimators.json and its part of docs/estimators.md, which says how to read it.
+The functions of the repository that choose prompts, groups and rows (`collect.replay.replaced`,
+`curricula`, `collect.picks`, `collect.beginnings`, ...) are called for every result of their random
+numbers (`polgrad.tabular.outcomes`), so what is measured is the code.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import estimators, estimators_page
+from polgrad import credit as credits
+from polgrad import curricula, methods, objectives
+from polgrad.collect import beginnings, inpainted, picks, replay, starts
+from polgrad.collect.scored import Texts, informative, replacements
+from polgrad.curricula import Curriculum, Request, trackers
+from polgrad.data import chunks
+from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.registry import bind
+from polgrad.rewards.scoring import Scores
+from polgrad.tabular import enumerable
+from polgrad.tabular.estimators import Setting, gradients
+from polgrad.tabular.outcomes import Choices, first_chances, outcomes
+from polgrad.types import STREAMS, Batch
+
+GROUP = 4
+# Of each prompt: the probability of the first right token, and of the second one behind it.
+TOKENS = ((0.2, 0.25), (0.6, 0.5), (0.75, 0.8), (0.98, 0.97))
+RATES = np.array([a * b for a, b in TOKENS])  # success rates p
+PROMPTS, SEQUENCES, LENGTH = len(TOKENS), 4, 2
+POLICY = enumerable.table(
+  2, LENGTH, prompts=PROMPTS
+)  # no stop token: all completions have two tokens
+RIGHT = 3  # the right completion of each prompt, tokens 1 1
+REWARDS = np.tile(np.arange(SEQUENCES) == RIGHT, PROMPTS).astype(float)
+UNIFORM = np.full(PROMPTS, 1 / PROMPTS)
+
+
+class Moments(NamedTuple):
+  """Mean and variance (trace of the covariance) of the gradient of a step."""
+
+  mean: np.ndarray
+  variance: float
+
+
+class Law(NamedTuple):
+  """What a step may hold.
+
+  `scale` and `square` are the means of w and of w^2 of a factor w of the gradient, given the batch.
+  """
+
+  chance: np.ndarray  # f[n]
+  rows: np.ndarray  # i[n, B]
+  features: Mapping[str, np.ndarray] = types.MappingProxyType({})
+  scale: np.ndarray | float = 1.0
+  square: np.ndarray | float = 1.0
+
+
+class Parts(NamedTuple):
+  """Credit and objective. Two are equal if their names are."""
+
+  name: str
+  credit: credits.Estimator
+  objective: objectives.Objective
+
+  def __hash__(self):
+    return hash(self.name)
+
+  def __eq__(self, other):
+    return self.name == other.name
+
+
+class Row(NamedTuple):
+  """A row of the report."""
+
+  parts: Callable[[], Parts]
+  moments: Callable[[Parts], Moments]
+  stated: Callable[[], np.ndarray] | None = None  # the gradient of what is stated; None: of E[R]
+
+
+# The policy, and what it climbs.
+
+
+def logits() -> np.ndarray:
+  """f64[PROMPTS * 3, 2]: of the empty prefix, of 0 and of 1."""
+  log_odds = lambda p: [0.0, np.log(p / (1 - p))]
+  return np.array([log_odds(p) for a, b in TOKENS for p in (a, 0.4, b)])
+
+
+@functools.cache
+def setting() -> Setting:
+  params = jnp.asarray(logits())
+  return Setting(
+    policy=POLICY,
+    rewards=REWARDS,
+    params=params,
+    behavior=params,
+    anchors={'reference': params},
+    values=values(),
+    arrays={'finished': np.ones(len(REWARDS), bool)},
+  )
+
+
+def values() -> np.ndarray:
+  """A critic at rest: the exact value before every token, f64[S, 2]."""
+  found = np.zeros(POLICY.tokens.shape)
+  for row, tokens in enumerate(POLICY.tokens):
+    a, b = TOKENS[row // SEQUENCES]
+    found[row] = a * b, b if tokens[0] == 1 else 0.0
+  return found
+
+
+def probabilities() -> np.ndarray:
+  """f64[PROMPTS, SEQUENCES]."""
+  log_p = np.asarray(enumerable.logp(POLICY, setting().params)).sum(axis=1)
+  return np.exp(log_p).reshape(PROMPTS, SEQUENCES)
+
+
+@functools.cache
+def _slopes() -> np.ndarray:
+  """The gradients of P(the rest is right | x, h right tokens are given), [PROMPTS, 2, P * V]."""
+
+  def rest(params):
+    log_p = enumerable.logp(POLICY, params).reshape(PROMPTS, SEQUENCES, LENGTH)[:, RIGHT]
+    return jnp.exp(jnp.stack([log_p.sum(axis=1), log_p[:, 1]], axis=1))
+
+  return np.asarray(jax.jit(jax.jacrev(rest))(setting().params)).reshape(PROMPTS, LENGTH, -1)
+
+
+def climbed(share: np.ndarray, hints: Sequence[float] = (1.0,)) -> np.ndarray:
+  """The gradient of sum_x share_x sum_h hints_h E[R | x, the first h right tokens are given]."""
+  return np.einsum('x,h,xhp->p', share, hints, _slopes()[:, : len(hints)])
+
+
+def normalized_slope(rates: np.ndarray, size: int) -> np.ndarray:
+  """F'(p) of the objective mean_x F(p_x) that rewards divided by the deviation of their group climb.
+
+      F'(p) = sqrt((G - 1) / G) sum_k C(G, k) p^k (1 - p)^(G - k) sqrt(k (G - k)) / (G p (1 - p))
+
+  The deviation is the unbiased one. For large G it is 1 / sqrt(p (1 - p)), and F(p) = 2 arcsin sqrt(p).
+  """
+  spread = sum(c * np.sqrt(k * (size - k)) for k, c in enumerate(binomial(rates, size))) / size
+  return np.sqrt((size - 1) / size) * spread / (rates * (1 - rates))
+
+
+def binomial(rates: np.ndarray, size: int) -> np.ndarray:
+  """P(k of `size` are right), f64[size + 1, ...]."""
+  found = [np.ones_like(rates)]
+  for _ in range(size):
+    up, stay = [0 * rates, *(x * rates for x in found)], [*(x * (1 - rates) for x in found), 0]
+    found = [a + b for a, b in zip(up, stay)]
+  return np.stack(found)
+
+
+# Groups, and the moments of laws.
+
+
+@functools.cache
+def groups(size: int = GROUP) -> Law:
+  """Every group of every prompt, prompts uniformly drawn."""
+  return continued(0, size)
+
+
+def continued(given: int, size: int = GROUP) -> Law:
+  """Every group of every prompt whose rows begin with the first right tokens, outside the mask."""
+  begins = (POLICY.tokens[:SEQUENCES, :given] == 1).all(axis=1)
+  some = np.flatnonzero(begins)
+  local = np.array(list(itertools.product(some, repeat=size)))
+  rows = np.concatenate([local + x * SEQUENCES for x in range(PROMPTS)])
+  p = probabilities() * begins
+  p = p / p.sum(axis=1, keepdims=True)
+  mask = np.broadcast_to(np.arange(LENGTH) >= given, (*rows.shape, LENGTH))
+  return Law(p.ravel()[rows].prod(axis=1) / PROMPTS, rows, {'mask': mask})
+
+
+def right(law: Law) -> np.ndarray:
+  """The number of right rows of each group, i[n]."""
+  return REWARDS[law.rows].sum(axis=1).astype(int)
+
+
+def prompt(law: Law) -> np.ndarray:
+  return law.rows[:, 0] // SEQUENCES
+
+
+@functools.cache
+def _of_groups(parts: Parts, size: int) -> np.ndarray:
+  return _gradients(groups(size).rows, {}, parts)
+
+
+def _gradients(rows: np.ndarray, features: dict, parts: Parts) -> np.ndarray:
+  features = {'replay_weight': np.ones(rows.shape)} | features
+  return gradients(setting(), parts.credit, parts.objective, rows, features)
+
+
+def found(law: Law, parts: Parts) -> np.ndarray:
+  """The gradient of each batch of the law."""
+  size = law.rows.shape[1]
+  if law.rows is groups(size).rows:
+    return _of_groups(parts, size)
+  return _gradients(law.rows, law.features, parts)
+
+
+def moments(law: Law, parts: Parts) -> Moments:
+  each = found(law, parts)
+  mean = (law.chance * law.scale) @ each
+  square = (law.chance * law.square) @ np.square(each).sum(axis=1)
+  return Moments(mean, float(square - mean @ mean))
+
+
+def mixed(share: float, one: Moments, other: Moments) -> Moments:
+  """Of a step whose groups are independent, `share` of them of the one kind: one group of each kind."""
+  mean = share * one.mean + (1 - share) * other.mean
+  return Moments(mean, share**2 * one.variance + (1 - share) ** 2 * other.variance)
+
+
+def by_prompt(share: np.ndarray, weight: np.ndarray | float = 1.0) -> Callable[[Parts], Moments]:
+  """A group of a prompt drawn with other probabilities; `weight` f[PROMPTS] multiplies its loss."""
+  law = groups()
+  weight = np.broadcast_to(weight, PROMPTS)[prompt(law)]
+  chance = law.chance * share[prompt(law)] * PROMPTS
+  return functools.partial(moments, law._replace(chance=chance, scale=weight, square=weight**2))
+
+
+# Laws.
+
+
+def scored(counts: list[int]) -> Batch:
+  """Groups with these numbers of right rows, as a collector holds them."""
+  rewards = np.concatenate([np.arange(GROUP) < k for k in counts]).astype(np.float32)
+  numbers = np.repeat(np.arange(len(counts), dtype=np.int32), GROUP)
+  blank = np.zeros((len(rewards), 1), np.int32)
+  return Batch(
+    tokens=blank,
+    segment_ids=blank,
+    mask=blank > 0,
+    group_ids=numbers,
+    prompt_ids=numbers,  # here the number of the group among the candidates
+    rewards=rewards,
+    valid=np.ones(len(rewards), bool),
+  )
+
+
+def useful(count: int) -> bool:
+  """Whether dynamic sampling keeps a group."""
+  batch = scored([count])
+  texts = Texts([], [], Scores(batch.rewards, {}, batch.valid, {}, []))
+  return bool(informative(batch, texts, GROUP)[0])
+
+
+def filtered(parts: Parts, *, attempts: int) -> Moments:
+  """Dynamic sampling: the group of a step is replaced at most `attempts` times while it is dull."""
+  law = groups()
+  kept = np.array([useful(k) for k in range(GROUP + 1)])[right(law)]
+  dull = law.chance[~kept].sum()
+  factors = {True: 0.0, False: 0.0}  # of the probability of a group, by whether it is useful
+  for draws in itertools.product((True, False), repeat=attempts + 1):
+    last = 0
+    for number in range(1, attempts + 1):
+      if replacements(np.array([draws[last]]), np.array([draws[number]]))[0]:
+        last = number
+    others = [1 - dull if one else dull for i, one in enumerate(draws) if i != last]
+    factors[draws[last]] += float(np.prod(others))
+  return moments(
+    law._replace(chance=law.chance * np.where(kept, factors[True], factors[False])), parts
+  )
+
+
+@functools.cache
+def replayed(older: int = 3, **choice) -> Law:
+  """The group that takes a place, by `replay.replaced`: the new one, or one of `older` remembered ones.
+
+  What is chosen depends on rewards alone, so only numbers of right rows are enumerated.
+  """
+  law = groups()
+  chances = np.bincount(right(law), weights=law.chance, minlength=GROUP + 1)
+  choice = replay.Choice(fraction=1.0, **choice)
+  scale, square = np.zeros(GROUP + 1), np.zeros(GROUP + 1)
+  ages = np.arange(older + 1.0)
+  for counts in itertools.product(range(GROUP + 1), repeat=older + 1):
+    chance = chances[list(counts)].prod()
+    run = functools.partial(replay.replaced, scored(list(counts)), 1, ages, choice, GROUP)
+    for part_, batch in outcomes(run):
+      weight = batch['replay_weight'][0] if 'replay_weight' in batch else 1.0
+      count = counts[batch.prompt_ids[0]]
+      scale[count] += chance * part_ * weight
+      square[count] += chance * part_ * weight**2
+  own = lambda x: (x / chances)[right(law)]
+  return law._replace(scale=own(scale), square=own(square))
+
+
+def recalled(parts: Parts, **choice) -> Moments:
+  """Half of the groups of a step are new, half are replaced."""
+  return mixed(0.5, moments(groups(), parts), moments(replayed(**choice), parts))
+
+
+def picked(parts: Parts, **settings) -> Moments:
+  """Rows of the group drawn again, with the probabilities of `picks.filter_weights`."""
+  law = groups()
+  rewards = REWARDS[law.rows]
+  share = picks.filter_weights(rewards, np.ones(rewards.shape, bool), **settings)
+  drawn = np.zeros((len(law.rows), SEQUENCES))  # probability of each completion in a place
+  np.add.at(drawn, (np.arange(len(law.rows))[:, None], law.rows % SEQUENCES), share)
+  local = np.array(list(itertools.product(range(SEQUENCES), repeat=GROUP)))
+  chance = np.zeros((PROMPTS, len(local)))
+  for x in range(PROMPTS):
+    own = prompt(law) == x
+    chance[x] = law.chance[own] @ drawn[own][:, local].prod(axis=2)
+  assert (groups().rows.reshape(PROMPTS, -1, GROUP)[0] == local).all()
+  return moments(law._replace(chance=chance.ravel()), parts)
+
+
+@functools.cache
+def hint_chances(begin: Callable[..., int], step: int = 0) -> np.ndarray:
+  """P(0 or 1 of the answer's tokens is given), f64[2]; the last token is never given."""
+  share = np.zeros(LENGTH)
+  for chance, number in outcomes(lambda random: begin(LENGTH - 1, random, step)):
+    share[number] += chance
+  return share
+
+
+def hinted(parts: Parts, share: np.ndarray, features: Callable[[Law, int], Law]) -> Moments:
+  """Groups that begin with a part of the answer, with these probabilities."""
+  each = [moments(features(continued(h), h), parts) for h in range(LENGTH)]
+  mean = sum(p * one.mean for p, one in zip(share, each))
+  square = sum(p * (one.variance + one.mean @ one.mean) for p, one in zip(share, each))
+  return Moments(mean, float(square - mean @ mean))
+
+
+def masked(law: Law, given: int) -> Law:
+  """Given tokens are no part of the loss."""
+  del given
+  return law
+
+
+def restarted(law: Law, given: int) -> Law:
+  """As `collect.Restarts`: rows that begin with given tokens are in the stream of demonstrations."""
+  kind = STREAMS.index('demonstration' if given else 'sampled')
+  stream = np.full(law.rows.shape, kind, np.int32)
+  return law._replace(features=law.features | {'stream': stream})
+
+
+def with_hint(law: Law, given: int) -> Law:
+  """As `collect.Rollouts(hints=1)`: the mask of a further row of each group has the given tokens."""
+  row = (prompt(law) * SEQUENCES + RIGHT)[:, None]
+  mask = np.broadcast_to(np.arange(LENGTH) < given, (len(row), 1, LENGTH))
+  kinds = [STREAMS.index('sampled')] * GROUP + [STREAMS.index('demonstration')]
+  return law._replace(
+    rows=np.concatenate([law.rows, row], axis=1),
+    features={
+      'mask': np.concatenate([law.features['mask'], mask], axis=1),
+      'stream': np.tile(np.array(kinds, np.int32), (len(row), 1)),
+    },
+  )
+
+
+@functools.cache
+def inpainted_law(least: float = 0.2, most: float = 0.6, replaced: float = 0.5) -> Law:
+  """IGPO: of groups without a right row some rows become right attempts that began with a hint."""
+  law = groups()
+  n = len(law.rows)
+  right_rows = REWARDS[law.rows]
+  lost = inpainted.hopeless(right_rows, np.ones(right_rows.shape, bool), 1.0)
+  cut = lambda random: chunks.random(LENGTH, random, shortest=1, longest=1)
+  hint = np.zeros(LENGTH)
+  for chance, given in outcomes(
+    lambda random: inpainted.hint_length(cut(random), random.uniform(least, most))
+  ):
+    hint[given] += chance
+  # Probability that an attempt of each prompt is right and was given h tokens, f64[PROMPTS, 2].
+  rest = np.array([[a * b, b] for a, b in TOKENS])
+  attempt = hint * rest
+  chance, rows, injected = [law.chance[~lost]], [law.rows[~lost]], []
+  injected.append(np.zeros((n - lost.sum(), GROUP, LENGTH)))
+  limit = int(np.rint(replaced * GROUP))
+  for kinds in itertools.product((-1, *range(LENGTH)), repeat=GROUP):  # of attempts; -1 is wrong
+    kinds = np.array(kinds)
+    taken = inpainted.replacements(np.array([0]), kinds[None] >= 0, GROUP, limit, Choices([]))
+    own, new = law.rows[lost].copy(), np.zeros((lost.sum(), GROUP, LENGTH))
+    own[:, taken.rows] = (prompt(law)[lost] * SEQUENCES + RIGHT)[:, None]
+    new[:, taken.rows] = np.arange(LENGTH) < kinds[taken.attempts][:, None]
+    x = prompt(law)[lost]
+    each = [attempt[x, k] if k >= 0 else 1 - attempt[x].sum(axis=1) for k in kinds]
+    chance.append(law.chance[lost] * np.prod(each, axis=0))
+    rows.append(own)
+    injected.append(new)
+  return _merged(np.concatenate(chance), np.concatenate(rows), np.concatenate(injected))
+
+
+def _merged(chance: np.ndarray, rows: np.ndarray, injected: np.ndarray) -> Law:
+  """Equal batches as one."""
+  keys = np.concatenate([rows, injected.reshape(len(rows), -1).astype(int)], axis=1)
+  keys, where = np.unique(keys, axis=0, return_inverse=True)
+  size = rows.shape[1]
+  return Law(
+    np.bincount(where.ravel(), weights=chance),
+    keys[:, :size],
+    {'injected': keys[:, size:].reshape(-1, size, LENGTH).astype(float)},
+  )
+
+
+# Curricula, whose counts are at rest: estimated success rates are exact.
+
+
+def asked(random: object, count: int, samples: int = GROUP) -> Request:
+  """A request that takes its random numbers from this object."""
+  return type('Asked', (Request,), {'random': random})(
+    count=count, size=PROMPTS, cursor=0, seed=0, samples_per_prompt=samples
+  )
+
+
+def at_rest() -> trackers.DiscountedBeta:
+  return trackers.DiscountedBeta(1e3 * RATES, 1e3 * (1 - RATES))
+
+
+def drawn_by(curriculum: Curriculum, state: object) -> np.ndarray:
+  """The probabilities of the prompts of a step with one group."""
+  random = lambda noise: types.SimpleNamespace(gumbel=lambda size: noise)
+  return first_chances(lambda noise: curriculum.propose(state, asked(random(noise), 1))[0], PROMPTS)
+
+
+def of_categories() -> np.ndarray:
+  """The probabilities of `curricula.sec` at rest, if each prompt is a category."""
+  curriculum = curricula.sec()
+  right_rows = np.arange(GROUP + 1)
+  magnitude = 2 * np.sqrt(right_rows * (GROUP - right_rows)) / GROUP  # mean |A| of a group
+  value = magnitude @ binomial(RATES, GROUP)
+  state = trackers.Bandit(value, np.arange(PROMPTS, dtype=np.int32))
+
+  def run(random):
+    # Which row of a category comes does not matter: there is one.
+    own = types.SimpleNamespace(choice=random.choice, random=np.zeros)
+    return int(curriculum.propose(state, asked(own, 1))[0])
+
+  share = np.zeros(PROMPTS)
+  for chance, row in outcomes(run):
+    share[row] += chance
+  return share
+
+
+def started_by_variance(new: float = 0.5) -> np.ndarray:
+  """As ExIt starts groups: from a new row, or from one of a buffer by the variance of its rewards."""
+  memory = starts.empty(PROMPTS, 1, 1)._replace(
+    rows=np.arange(PROMPTS, dtype=np.int32), priorities=RATES * (1 - RATES)
+  )
+  share = np.zeros(PROMPTS)
+  for chance, places in outcomes(lambda random: starts.chosen(memory, 1, random, new=new)):
+    share += chance * (UNIFORM if places[0] < 0 else np.eye(PROMPTS)[memory.rows[places[0]]])
+  return share
+
+
+def pooled(parts: Parts, allocations: list[tuple[float, dict[int, int]]]) -> Moments:
+  """A step whose prompts have different numbers of completions, each pooled to one group.
+
+  Args:
+    allocations: (probability, {prompt: completions}); all have the same sum.
+  """
+  mean, square = 0.0, 0.0
+  for chance, sizes in allocations:
+    total = sum(sizes.values())
+    each = [(n / total, moments(_alone(x, n), parts)) for x, n in sizes.items()]
+    own = sum(share * one.mean for share, one in each)
+    mean = mean + chance * own
+    square += chance * (own @ own + sum(share**2 * one.variance for share, one in each))
+  return Moments(mean, float(square - mean @ mean))
+
+
+@functools.cache
+def _alone(x: int, size: int) -> Law:
+  law = groups(size)
+  return law._replace(chance=np.where(prompt(law) == x, law.chance * PROMPTS, 0.0))
+
+
+def budgeted() -> list[tuple[float, dict[int, int]]]:
+  """`curricula.budget`: eight completions for two random prompts, in groups of two."""
+  curriculum, found = curricula.budget(prompts=0.5, most=3), []
+  orders = list(itertools.permutations(range(PROMPTS)))
+  for order in orders:
+    random = types.SimpleNamespace(gumbel=lambda size, order=order: np.array(order, float))
+    rows = curriculum.propose(at_rest(), asked(random, 4, 2)).tolist()
+    found.append((1 / len(orders), {x: 2 * rows.count(x) for x in sorted({*rows})}))
+  return found
+
+
+def allocated(total: int = 8, least: int = 2, most: int = 6) -> list[tuple[float, dict[int, int]]]:
+  """The budget of V_0 for two random prompts whose success rates are predicted exactly."""
+  pairs = list(itertools.combinations(range(PROMPTS), 2))
+  gains = curricula.expected_contrast(RATES, most)
+  sizes = lambda pair: curricula.allocate_budget(gains[[*pair]], total, low=least, high=most)
+  return [(1 / len(pairs), dict(zip(pair, map(int, sizes(pair))))) for pair in pairs]
+
+
+def without_replacement(share: np.ndarray, count: int) -> list[tuple[float, tuple[int, ...]]]:
+  """(probability, prompts) of `count` different prompts, in the order of the draws."""
+  found = []
+  for order in itertools.permutations(range(PROMPTS), count):
+    left = 1 - np.concatenate([[0.0], np.cumsum(share[[*order]])[:-1]])
+    found.append((float(np.prod(share[[*order]] / left)), order))
+  return found
+
+
+def single_stream(parts: Parts, count: int = 3) -> Moments:
+  """SPO: one completion of each of three prompts, which are drawn without replacement."""
+  chance, rows = [], []
+  for own, order in without_replacement(drawn_by(curricula.spo(), at_rest()), count):
+    for picked_ in itertools.product(range(SEQUENCES), repeat=count):
+      chance.append(own * np.prod(probabilities()[[*order], [*picked_]]))
+      rows.append(np.array(order) * SEQUENCES + picked_)
+  rows = np.array(rows)
+  features = {
+    'tracked_value': RATES[rows // SEQUENCES],
+    'group_ids': np.broadcast_to(np.arange(count, dtype=np.int32), rows.shape),
+  }
+  return moments(Law(np.array(chance), rows, features), parts)
+
+
+def included(count: int = 3) -> np.ndarray:
+  """The share of each prompt among those of a step of `single_stream`."""
+  share = np.zeros(PROMPTS)
+  for chance, order in without_replacement(drawn_by(curricula.spo(), at_rest()), count):
+    share[[*order]] += chance / count
+  return share
+
+
+# Rows of the report.
+
+
+def base() -> Parts:
+  """REINFORCE with a leave-one-out baseline, which is unbiased where prompts and rows are."""
+  objective = objectives.PolicyGradient(
+    surrogate=surrogates.reinforce, aggregation=aggregation.sequence_sum
+  )
+  return Parts('base', credits.outcome(advantage=advantages.leave_one_out), objective)
+
+
+def raw() -> Parts:
+  """REINFORCE without a baseline, for rows whose rewards are not independent."""
+  return Parts('raw', credits.outcome(advantage=advantages.raw), base().objective)
+
+
+def method(name: str, **settings) -> Callable[[], Parts]:
+  """Credit and objective of a method."""
+
+  def parts():
+    one = methods.TABLE[name](**settings)
+    credit = bind(one.credit, credits.TABLE)
+    return Parts(f'{name} {settings}', credit, bind(one.objective, objectives.TABLE))
+
+  return parts
+
+
+def plain(parts: Parts) -> Moments:
+  return moments(groups(), parts)
+
+
+def normalized() -> np.ndarray:
+  return climbed(UNIFORM * normalized_slope(RATES, GROUP))
+
+
+PER = dict(priority=replay.deviation, exponent=0.6)
+RESETS = functools.partial(beginnings.uniform, probability=0.5)
+ALWAYS = functools.partial(beginnings.uniform, probability=1.0)
+ANNEALED = functools.partial(beginnings.annealed_chunks, steps=100)
+HALFWAY = 49  # batches before, of 100
+UFT = method('uft', steps=100, imitation=0.0, entropy_coefficient=0.0)
+DAPO = method('dapo', max_new_tokens=10)
+
+
+def from_hints(begin: Callable[..., int], step: int = 0) -> Callable[[], np.ndarray]:
+  return lambda: climbed(UNIFORM, hint_chances(begin, step))
+
+
+def by_curriculum(curriculum: Callable[[], Curriculum]) -> dict:
+  return by_share(lambda: drawn_by(curriculum(), at_rest()))
+
+
+def by_share(share: Callable[[], np.ndarray]) -> dict:
+  """The moments of prompts with these probabilities, and the objective with them."""
+  return {
+    'moments': lambda parts: by_prompt(share())(parts),
+    'stated': lambda: climbed(share()),
+  }
+
+
+def corrected(parts: Parts) -> Moments:
+  """SPO's prompts, each with the weight 1 / (n q)."""
+  share = drawn_by(curricula.spo(), at_rest())
+  return by_prompt(share, replay.importance_weights(share, 1.0, scaled=False))(parts)
+
+
+def with_settings(function: Callable, **settings) -> Callable[[Parts], Moments]:
+  return lambda parts: function(parts, **settings)
+
+
+def starting(begin, features, step: int = 0) -> Callable[[Parts], Moments]:
+  return lambda parts: hinted(parts, hint_chances(begin, step), features)
+
+
+LAWS: dict[str, Row] = {
+  'uniform prompts, independent rows': Row(base, plain),
+  'dynamic sampling, at most twice': Row(base, with_settings(filtered, attempts=2)),
+  'replay, all groups alike': Row(base, with_settings(recalled)),
+  'replay by deviation^.6': Row(base, with_settings(recalled, **PER)),
+  'the same, weights with b = .4': Row(base, with_settings(recalled, **PER, correction=0.4)),
+  'the same, b = 1': Row(base, with_settings(recalled, **PER, correction=1.0)),
+  'the same, b = 1, not scaled': Row(
+    base, with_settings(recalled, **PER, correction=1.0, scaled=False)
+  ),
+  'dull groups become the newest useful ones': Row(
+    base,
+    lambda parts: moments(
+      replayed(priority=replay.recovery, exponent=float('inf'), into='dull'), parts
+    ),
+  ),
+  'rows by `best_worst`': Row(raw, with_settings(picked, strategy='best_worst')),
+  'rows by `best`': Row(raw, with_settings(picked, strategy='best')),
+  'half of the groups start in the answer': Row(base, starting(RESETS, masked), from_hints(RESETS)),
+  'all groups start in the answer': Row(base, starting(ALWAYS, masked), from_hints(ALWAYS)),
+  'prompts by `spo`': Row(base, **by_curriculum(curricula.spo)),
+  'prompts by `spo`, weighted by 1 / (n q)': Row(base, corrected),
+  'prompts by `target`': Row(base, **by_curriculum(curricula.target)),
+  'prompts by `window`': Row(base, **by_curriculum(curricula.window)),
+  'prompts by `sec`': Row(base, **by_share(of_categories)),
+  'completions by `budget`': Row(base, lambda parts: pooled(parts, budgeted())),
+}
+METHODS: dict[str, Row] = {
+  '`dapo` without its filter': Row(DAPO, plain, normalized),
+  '`dapo`': Row(DAPO, with_settings(filtered, attempts=2), normalized),
+  '`prioritized_replay`': Row(
+    method('prioritized_replay', steps=1),
+    with_settings(recalled, **PER, correction=0.4),
+    normalized,
+  ),
+  '`exit_iteration`': Row(
+    method('exit_iteration'),
+    lambda parts: by_prompt(started_by_variance())(parts),
+    lambda: climbed(started_by_variance() * normalized_slope(RATES, GROUP)),
+  ),
+  '`v0`, exact predictions': Row(method('v0'), lambda parts: pooled(parts, allocated())),
+  '`spo_single_stream`, three prompts': Row(
+    method('spo_single_stream'), single_stream, lambda: climbed(included())
+  ),
+  '`igpo`': Row(method('igpo'), lambda parts: moments(inpainted_law(), parts)),
+  '`uft`, halfway': Row(UFT, starting(ANNEALED, with_hint, HALFWAY), from_hints(ANNEALED, HALFWAY)),
+  '`hnpg`': Row(method('hnpg'), starting(RESETS, restarted), from_hints(RESETS)),
+  '`pf_ppo`, all rows once': Row(method('pf_ppo', entropy_coefficient=0.0), plain),
+  '`pf_ppo`': Row(
+    method('pf_ppo', entropy_coefficient=0.0), with_settings(picked, strategy='best_worst')
+  ),
+}
+ROWS = LAWS | METHODS
+
+
+class Point(NamedTuple):
+  """A row of the report."""
+
+  angle: float  # degrees between the expected gradient and that of E[R]
+  strength: float  # length of the expected gradient over that of E[R]
+  noise: float  # standard deviation over the length of the expected gradient
+  variance: float  # trace of the covariance, over the squared length of the gradient of E[R]
+  stated_angle: float  # degrees to the gradient of the stated objective
+  stated_strength: float
+  prompts: list[float]  # factor of the gradient of each prompt's success rate; their mean is 1
+
+
+def measure(name: str) -> Point:
+  row = ROWS[name]
+  parts = row.parts()
+  return compared(row.moments(parts), row.stated() if row.stated else climbed(UNIFORM))
+
+
+def compared(found_: Moments, stated: np.ndarray) -> Point:
+  """The point of moments, with the gradient of the objective that is stated."""
+  reward = climbed(UNIFORM)
+  plain_, own = (
+    estimators.compare(estimators.Distribution(found_.mean, max(found_.variance, 0.0)), true)
+    for true in (reward, stated)
+  )
+  blocks = found_.mean.reshape(PROMPTS, -1), reward.reshape(PROMPTS, -1)
+  factors = (blocks[0] * blocks[1]).sum(axis=1) / np.square(blocks[1]).sum(axis=1)
+  return Point(
+    angle=plain_.angle,
+    strength=plain_.strength,
+    noise=plain_.noise,
+    variance=found_.variance / float(reward @ reward),
+    stated_angle=own.angle,
+    stated_strength=own.strength,
+    prompts=(factors / factors.mean()).tolist(),
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--new', action='store_true', help='those that the report does not have')
+  path = estimators_page.SAMPLING
+  before = json.loads(path.read_text()) if parser.parse_args().new and path.exists() else {}
+  rows = {}
+  with jax.enable_x64(True):
+    for name in ROWS:
+      rows[name] = before.get(name) or measure(name)._asdict()
+      shown = {k: v for k, v in rows[name].items() if k != 'prompts'}
+      print(
+        f'{name:45s}',
+        *(f'{x:7.3f}' for x in shown.values()),
+        np.round(rows[name]['prompts'], 2),
+        flush=True,
+      )
+  path.write_text(json.dumps(rows, indent=1) + '\n')
+  estimators_page.write(estimators.stored(), group=estimators.GROUP, left_out=estimators.LEFT_OUT)
+
+
+if __name__ == '__main__':
+  main()
