@@ -61,7 +61,7 @@ def get_config(name: str) -> ConfigDict:
     model = config.model.base if name == 'lora' else config.model
     model.num_layers = 1
     config.evaluation.every = 3 if name == 'phases' else 0
-    for phase in config.phases.values() if name != 'episodes' else ():
+    for phase in config.phases.values() if name not in ('episodes', 'waiting') else ():
       # Random weights seldom add correctly; a reward of short answers gives them something to learn.
       phase.reward.short = weighted(1.0, part(verifiers.soft_overlong, max_length=5, cache=4))
   return config
@@ -139,7 +139,15 @@ def distributed() -> ConfigDict:
   return config
 
 
-RUNS = {f.__name__: f for f in (phases, replay, adaptive, lora, experts, episodes, distributed)}
+def waiting() -> ConfigDict:
+  """Answers of unsolved prompts that wait for further updates, which have their own moments."""
+  config = from_text(f'method=relift,imitated=6,{TEXT}')
+  config.phases.train.steps = 8
+  return config
+
+
+ONE_PROCESS = (phases, replay, adaptive, lora, experts, episodes, waiting)
+RUNS = {f.__name__: f for f in (*ONE_PROCESS, distributed)}
 
 
 # ---- In the processes that train ----

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from polgrad import build, collect, credit, learner, methods, objectives
+from polgrad import build, collect, credit, learner, methods, metrics, objectives, train
 from polgrad.collect import beginnings, unsolved
 from polgrad.data import batching, sources
 from polgrad.losses import advantages, listwise, penalties, surrogates, weights
@@ -19,7 +20,7 @@ from polgrad.rewards.scoring import Scores
 from polgrad.types import Batch, Outputs, TrainState
 from tests.collect_test import collected, experiment
 from tests.policy_gradient import harness
-from tests.runs import addition, method_of
+from tests.runs import addition, method_of, share_programs
 
 pytestmark = pytest.mark.usefixtures('samplers_once')
 
@@ -327,6 +328,26 @@ def test_enough_waiting_answers_are_the_batch_of_a_further_update():
   assert rows.layout.shared == 1 and waiting.tokens.shape == (4 + 3 - 1, 11)
   # The answers are those of the first prompts of the step, with their prompts.
   np.testing.assert_array_equal(rows.tokens[:, :6], due.batch.tokens[:6:2, :6])
+
+
+@pytest.mark.usefixtures('undrawn')
+def test_answers_that_wait_and_the_moments_of_their_updates_outlive_a_kill(tmp_path, monkeypatch):
+  """Four answers a step, six in an update: two wait when the run ends after its second step."""
+  share_programs(monkeypatch.setattr)
+  config = addition(methods.relift(max_new_tokens=5, learning_rate=1e-3, imitated=6))
+  config.phases.train.steps, config.checkpoint_every = 3, 1
+  config.keep_checkpoints, config.evaluation.every = 9, 0
+  folders = tmp_path / 'whole', tmp_path / 'killed'
+  whole = train.run(config, str(folders[0]))
+  shutil.copytree(*folders)
+  kept = sorted(int(f.name) for f in (folders[1] / 'checkpoints').iterdir() if f.name.isdigit())
+  shutil.rmtree(folders[1] / 'checkpoints' / str(kept[-1]))
+  again = train.run(config, str(folders[1]))
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((again, whole)))
+  rows = metrics.read(str(folders[1] / 'metrics.jsonl'))
+  steps = [row for row in rows if 'unsolved' in row]
+  seen = [(row['unsolved'], row['waiting'], 'imitation/loss' in row) for row in steps]
+  assert seen == [(4, 4, False), (4, 2, True), (4, 0, True)]
 
 
 def test_a_further_update_changes_the_policy_and_its_own_state_alone():

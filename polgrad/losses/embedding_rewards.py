@@ -14,7 +14,8 @@ def mean_pooled(hidden: Array, mask: Array) -> Array:
 
   A row without any token, or whose mean is 0, gives 0. States outside the mask may be anything.
 
-  >>> print(mean_pooled(jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]]), jnp.array([[1, 1, 0]])))
+  >>> states = jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
+  >>> print(embedding_rewards.mean_pooled(states, jnp.array([[1, 1, 0]])))
   [[0.6 0.8]]
   """
   chex.assert_rank([hidden, mask], [3, 2])

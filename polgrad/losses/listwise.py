@@ -236,8 +236,8 @@ def given_above(score: Array, stream: Array, group_ids: Array) -> Array:
   Returns:
     [B]; 0 in given rows, and in groups without one.
 
-  >>> score, stream, groups = jnp.array([1.0, 0.0, 2.0]), jnp.array([0, 0, 1]), jnp.zeros(3, int)
-  >>> print(given_above(score, stream, groups).round(4))
+  >>> score, stream, groups = jnp.array([1.0, 0.0, 2.0]), jnp.array([1, 1, 0]), jnp.zeros(3, int)
+  >>> print(listwise.given_above(score, stream, groups).round(4))
   [0.1566 0.0635 0.    ]
   """
   chex.assert_equal_shape([score, stream, group_ids])
