@@ -27,9 +27,10 @@ def hnpg(
   multiplied by `offline_weight`. A is GAE with lambda = `trace` for both kinds, whitened over the batch,
   and r = pi / pi_old.
 
-  Differences: The authors' critic is of states and actions; in text the next state is the prefix with
-  the token, so its value is that of a state. Their policy step is that of TRPO, with a KL of at most
-  0.01; here the ratio is clipped. The exact update of a table is `polgrad.tabular.hybrid`.
+  Differences: The authors' critic is of states and actions, and its offline errors are those of the
+  actions in the data. Here it is of states, so the offline errors are those of what the policy itself
+  does behind a beginning of the answer. Their policy step is that of TRPO, with a KL of at most 0.01;
+  here the ratio is clipped. The exact update of a table is `polgrad.tabular.hybrid`.
 
   Args:
     resets: probability to begin with a part of the given answer; above 0 and below 1, so that there are
