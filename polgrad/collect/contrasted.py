@@ -51,9 +51,9 @@ class Contrasted(Rollouts):
 
   def __post_init__(self):
     super().__post_init__()
-    others = ('max_resamples', 'demonstrations', 'preferences', 'opponents', 'others', 'beginning')
-    others += ('baseline_samples', 'choose', 'environment')
-    self.refuse('the reward compares the samples of a whole batch', *others)
+    names = ('max_resamples', 'demonstrations', 'preferences', 'opponents', 'others', 'beginning')
+    names += ('baseline_samples', 'choose', 'environment')
+    self.refuse('the reward compares the samples of a whole batch', *names)
     if self.samples_per_prompt % max(self.partner_samples, 1):
       raise ValueError(
         f'Contrasted: samples_per_prompt={self.samples_per_prompt} is no multiple of '
