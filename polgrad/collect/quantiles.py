@@ -73,7 +73,7 @@ class Quantiles(Rollouts):
 
   @property
   def marks(self) -> tuple[str, ...]:
-    """What stands for a number in the text of a label: of each term, or of the reward."""
+    """What the text of a label has in the place of a number: of each term, or of the reward."""
     return tuple(f'{{{name}}}' for name in self.terms) or (NUMBER,)
 
   @property

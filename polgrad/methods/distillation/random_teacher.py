@@ -11,9 +11,9 @@ def random_teacher() -> Method:
 
       loss = token mean of KL(T || S)
 
-  T is the model as it was initialised, and never changes; S is initialised again and learns to
-  imitate it on given text, without looking at the tokens. It is a probe: what S learns
-  comes from learning alone, since T knows nothing. A student that begins at T has loss and gradient 0.
+  T is the model as it was initialised, and never changes. S is initialised again and learns to imitate
+  it on given text, whose tokens are inputs but never targets. It is a probe: T knows nothing, so what S
+  learns comes from the training itself. A student that begins at T has loss and gradient 0.
 
   Differences: The paper trains images without labels and finds better features than the teacher's by a
   linear probe; here a token's prefix is the input. The model must not be pretrained.

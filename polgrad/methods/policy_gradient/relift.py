@@ -26,9 +26,9 @@ def relift(
   update of a step, at most one a step. It has an optimizer whose moments are kept apart.
 
   Differences: As in `luffy`, the constants of the first loss are those of a mean over rows and tokens.
-  The authors average the second loss over micro-batches of 2 to 4 rows. At most one batch of answers
-  less one, and those of the prompts of a step, can wait; older ones are dropped. All records need an
-  answer.
+  The authors average the second loss over micro-batches of 2 to 4 rows. Here there is room for
+  `imitated` - 1 answers and those of the prompts of one step; if more wait, the oldest are dropped. All
+  records need an answer.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.

@@ -14,9 +14,10 @@ def pear(*, block: int = 1, decay: float = 0.999) -> Method:
 
   rho = pi / teacher of a token, its logarithm clipped to [-0.08, 0.3], n is the number of tokens of the
   answer, and e the last token of the block of `block` tokens that the token is in. Only answers of
-  reward above 1/2 are used. There, without bounds and decay, the expected weight is the probability
-  that the policy itself succeeds from that token on: tokens that prepare it for reinforcement. Blocks
-  as long as the answers give plain supervised learning. `pear_sequence` weighs whole answers.
+  reward above 1/2 are used. On these, without bounds and decay, the expected weight of a token is in
+  proportion to the probability that the policy itself succeeds after it. So tokens weigh most from which
+  the policy can finish, which prepares it for reinforcement. Blocks as long as the answers give plain
+  supervised learning. `pear_sequence` weighs whole answers.
 
   Differences: The answers are sampled from the teacher in the run, while the paper has a data set and
   the stored log-probs of the policy that wrote it.

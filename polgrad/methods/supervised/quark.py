@@ -25,8 +25,8 @@ def quark(
   whole vocabulary; the reference, the anchor `teacher`, does not read the label.
 
   Differences: Labels are texts, which the run's tokenizer writes, not K new tokens, so no logits are
-  left out of the KL. The pool forgets its oldest batches. Both coefficients are constants. An evaluation
-  asks without a label; the reward of the run is that behind the best one.
+  left out of the KL. The pool forgets its oldest batches. Both coefficients are constants. Evaluations
+  ask without a label, while the metric `reward` is that of samples behind the best label.
 
   Args:
     quantiles: number of labels; with 1 this is supervised learning on own samples.

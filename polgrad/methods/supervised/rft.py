@@ -10,20 +10,20 @@ from polgrad.sampling import behavior_policies
 def rft(*, samples: int = 8, threshold: float = 1.0, pattern: str = '') -> Method:
   """RFT (arXiv:2308.01825): the base model learns the answers and a tuned model's right samples.
 
-      loss = -token mean of log pi over the record's answer and all distinct samples with R >= threshold
+      loss = -token mean of log pi over the answer and samples with R >= threshold, each text once
 
   The samples are of the anchor `reference`, the policy after the phase before (supervised learning on
-  the answers); the policy itself begins again with the base model. Samples that say the same count once:
-  those whose matches of `pattern`, such as equations, are the same ones in the same order. The expected
-  gradient before they are counted once is that of the probability of a right sample, divided by it.
+  the answers); the policy itself begins again with the base model. Of completions with the same matches
+  of `pattern`, such as the same equations in the same order, one is kept. If all were kept, the expected
+  gradient of the samples' part would be that of log P(right sample).
 
   Differences: The paper draws 100 samples of each prompt once. Here a prompt gets `samples` new ones
-  whenever it is drawn, and duplicates are those of one draw.
+  whenever it is drawn, and duplicates are those of one draw. Verifiers judge the record's answer too.
 
   Args:
     samples: drawn for a prompt.
-    threshold: least reward of a sample that is learned.
-    pattern: regular expression of what makes two samples equal; '' is all words.
+    threshold: least reward of a completion that is learned.
+    pattern: regular expression of what makes two completions equal; '' is all words.
 
   Confidence: MEMORY (the formula is certain).
   """
