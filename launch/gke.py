@@ -32,6 +32,8 @@ ACCELERATORS = {
   'v5p': 'tpu-v5p-slice',
   'v6e': 'tpu-v6e-slice',
 }
+# Numbers that a shape of each generation has.
+AXES = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 # Exit codes after which a run resumes: it has saved (75), or it or another process was killed
 # (134: JAX aborts the others; 137: SIGKILL, as when memory is exhausted; 143: SIGTERM at the start).
 RESUMED = [75, 134, 137, 143]
@@ -54,13 +56,14 @@ def parse(argv):
   )
   parser.add_argument('--namespace', default='default', help='of Kubernetes')
   parser.add_argument('--restarts', type=int, default=100, help='how often all hosts begin again')
-  parser.add_argument('--warn', type=int, default=300, help='seconds from SIGTERM to SIGKILL')
   parser.add_argument('--env', action='append', default=[], help='NAME=VALUE of the run')
   options, rest = sweeps.parse(parser, argv)
   kind, _, shape = options.topology.partition(':')
   if kind not in ACCELERATORS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
     kinds = ', '.join(ACCELERATORS)
     parser.error(f'--topology={options.topology}: write KIND:SHAPE, as v5e:4x4; kinds: {kinds}')
+  if len(shape.split('x')) != AXES[kind]:
+    parser.error(f'--topology={options.topology}: a shape of {kind} has {AXES[kind]} numbers')
   options.kind, options.shape = kind, shape
   total = math.prod(map(int, shape.split('x')))
   options.chips = options.chips or min(total, 4)
@@ -69,8 +72,16 @@ def parse(argv):
   options.hosts = total // options.chips
   if options.slices < 1 or options.restarts < 0:
     parser.error('--slices must be at least 1, and --restarts at least 0')
-  if not options.bucket.startswith('gs://'):
+  if not re.match('gs://[^/]', options.bucket):
     parser.error(f'--bucket={options.bucket}: hosts share no disk, so it must be gs://...')
+  for flag in ('namespace', 'queue', 'service_account'):
+    given = getattr(options, flag)
+    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', given) and (
+      given or flag == 'namespace'
+    ):
+      parser.error(f'--{flag}={given}: lower case, digits, "." and "-" only')
+  if not options.image:
+    parser.error('--image must name an image')
   for one in options.env:
     if not re.fullmatch(r'[A-Za-z_]\w*=.*', one, re.DOTALL):
       parser.error(f'--env={one}: write NAME=VALUE')
@@ -159,7 +170,7 @@ def main():
   options, rest = parse(sys.argv[1:])
   made = [
     (name, manifest(options, name, flags))
-    for name, flags in sweeps.runs(options, rest, options.bucket.rstrip('/'))
+    for name, flags in sweeps.runs(options, rest, options.bucket.rstrip('/'), kubernetes_name)
   ]
   command = ['kubectl', 'create', '-f', '-']
   for name, one in made:

@@ -13,7 +13,6 @@ queue.
 It needs Python 3.8 or newer and sbatch, on a file system that all nodes share.
 """
 
-import re
 import shlex
 import sys
 
@@ -39,13 +38,10 @@ def parse(argv):
   parser.add_argument('--time', default='', help='limit, such as 12:00:00')
   parser.add_argument('--partition', default='', help="Slurm's partition")
   parser.add_argument('--account', default='', help='that pays')
-  parser.add_argument('--warn', type=int, default=300, help='seconds from SIGTERM to the limit')
   parser.add_argument('--runs', default='runs', help='folder of the folders of runs')
   parser.add_argument('--python', default='.venv/bin/python', help='of the nodes')
   parser.add_argument('--sbatch', action='append', default=[], help='further option of sbatch')
   options, rest = sweeps.parse(parser, argv)
-  if not re.fullmatch(r'[\w.-]+', options.name):
-    parser.error(f'--name={options.name}: letters, digits, ".", "_" and "-" only')
   if min(options.nodes, options.gpus) < 1:
     parser.error('--nodes and --gpus must be at least 1')
   return options, rest
@@ -75,7 +71,7 @@ def jobs(options, rest):
 
 def main():
   options, rest = parse(sys.argv[1:])
-  for name, command, script in list(jobs(options, rest)):
+  for name, command, script in jobs(options, rest):
     if options.dry_run:
       print(f'{shlex.join(command)} <<"END"\n{script}END')
       continue

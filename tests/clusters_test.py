@@ -35,6 +35,10 @@ exit "${REFUSED:-0}"
 """
 
 
+# What follows the options of a launcher.
+RUN = ('--', '--config=x')
+
+
 def launch(kind, folder, *arguments, **variables):
   environment = {**os.environ, **variables, 'JAX_PLATFORMS': 'cpu'}
   environment.pop('XLA_FLAGS', None)
@@ -116,7 +120,7 @@ def test_every_combination_of_a_sweep_is_submitted(sbatch, tmp_path):
 
 @pytest.mark.parametrize(('code', 'requeued'), [(0, False), (1, False), (75, True)])
 def test_a_job_that_has_saved_goes_back_into_the_queue(sbatch, tmp_path, code, requeued):
-  assert sbatch('--name=x', f'--runs={tmp_path}/runs').returncode == 0
+  assert sbatch('--name=x', f'--runs={tmp_path}/runs', *RUN).returncode == 0
   for name, text in {
     'srun': f'printf "%s\\n" "$@" > {tmp_path}/ran; exit {code}',
     'scontrol': f'echo "$@" > {tmp_path}/asked',
@@ -129,7 +133,7 @@ def test_a_job_that_has_saved_goes_back_into_the_queue(sbatch, tmp_path, code, r
   assert (tmp_path / 'asked').exists() == requeued
   assert not requeued or (tmp_path / 'asked').read_text() == 'requeue 7\n'
   assert (tmp_path / 'ran').read_text().splitlines() == [
-    *('--kill-on-bad-exit=1', '.venv/bin/python', '-m', 'polgrad.train'),
+    *('--kill-on-bad-exit=1', '.venv/bin/python', '-m', 'polgrad.train', '--config=x'),
     *(f'--workdir={tmp_path}/runs/x', '--distributed'),
   ]
 
@@ -138,18 +142,27 @@ def test_a_job_that_has_saved_goes_back_into_the_queue(sbatch, tmp_path, code, r
   ('arguments', 'says'),
   [
     (['--name=a b'], 'letters'),
-    (['--name=x', '--gpus=0'], 'at least 1'),
-    (['--name=x', '--sweep=seed'], 'FLAG=VALUE'),
-    (['--name=x', '--sweep=config.seed=1,2', '--', '--workdir=y'], 'leave --workdir out'),
+    (['--name=..'], 'letters'),
+    (['--gpus=0'], 'at least 1'),
+    (['--warn=-1'], '--warn must be at least 0'),
+    (['--sweep=seed'], 'FLAG=VALUE'),
+    (['--sweep=config.seed=0,,1'], 'FLAG=VALUE'),
+    (['--sweep=config=a.py:method=grpo,task=addition'], 'one job for every --config'),
+    (['--sweep=config.seed=1,2', '--', '--config=x', '--workdir=y'], 'leave --workdir and'),
+    (
+      ['--sweep=config.x=a/b,a_b'],
+      "--config.x=a/b and --config.x=a_b would both be called 'x-a_b'",
+    ),
+    (['--', '--workdir=y'], 'need --config'),
   ],
 )
 def test_what_slurm_cannot_run_is_refused(sbatch, tmp_path, arguments, says):
-  done = sbatch(*arguments)
+  done = sbatch('--name=x', *arguments, *(() if '--' in arguments else RUN))
   assert done.returncode and says in done.stderr and not list((tmp_path / 'calls').iterdir())
 
 
 def test_a_refusal_of_sbatch_ends_the_sweep(sbatch, tmp_path):
-  done = sbatch('--name=x', f'--runs={tmp_path}/runs', '--sweep=config.seed=1,2', REFUSED='1')
+  done = sbatch('--name=x', f'--runs={tmp_path}/runs', '--sweep=config.seed=1,2', *RUN, REFUSED='1')
   assert done.returncode == 1 and 'sbatch refused x-1' in done.stderr
   assert len(list((tmp_path / 'calls').iterdir())) == 1
 
@@ -195,7 +208,7 @@ def test_a_job_set_has_a_pod_for_every_host_of_every_slice(kubectl, tmp_path):
 
 
 def test_a_job_set_restarts_after_a_save_or_a_lost_host_and_fails_after_an_error(kubectl, tmp_path):
-  assert kubectl(*GKE, '--restarts=3').returncode == 0
+  assert kubectl(*GKE, '--restarts=3', *RUN).returncode == 0
   spec = json.loads((tmp_path / 'script.0').read_text())['spec']
   job = spec['replicatedJobs'][0]['template']['spec']
   # The first rule that fits decides: a pod's failure becomes the reason of the job's failure.
@@ -213,7 +226,7 @@ def test_a_job_set_restarts_after_a_save_or_a_lost_host_and_fails_after_an_error
 
 
 def test_a_dry_run_of_gke_prints_what_it_would_create(kubectl, tmp_path):
-  done = kubectl(*GKE, '--dry_run')
+  done = kubectl(*GKE, '--dry_run', *RUN)
   first, *lines, last = done.stdout.splitlines()
   assert first == "kubectl create -f - <<'END'" and last == 'END'
   assert json.loads('\n'.join(lines))['kind'] == 'JobSet' and not list(
@@ -226,6 +239,11 @@ def test_a_dry_run_of_gke_prints_what_it_would_create(kubectl, tmp_path):
   [
     ('--topology=v9:4x4', 'kinds: v4, v5e, v5p, v6e'),
     ('--topology=v5e', 'KIND:SHAPE'),
+    ('--topology=v5e:2x2x2', 'a shape of v5e has 2 numbers'),
+    ('--namespace=A', '--namespace=A: lower case'),
+    ('--bucket=gs://', 'must be gs://'),
+    ('--sweep=config.rate=1e-4,1e_4', "both be called 'gspo-run-1e-4'"),
+    ('--name=a/../b', 'letters'),
     ('--chips=3', 'does not divide the 16 chips'),
     ('--slices=0', '--slices must be at least 1'),
     ('--bucket=/tmp/x', 'must be gs://'),
@@ -235,5 +253,5 @@ def test_a_dry_run_of_gke_prints_what_it_would_create(kubectl, tmp_path):
   ],
 )
 def test_what_gke_cannot_run_is_refused(kubectl, tmp_path, changed, says):
-  done = kubectl(*GKE, changed)
+  done = kubectl(*GKE, changed, *RUN)
   assert done.returncode and says in done.stderr and not list((tmp_path / 'calls').iterdir())
