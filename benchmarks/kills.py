@@ -186,9 +186,9 @@ def report_places(mark: mmap.mmap) -> None:
 
   update, save = PhaseRun.update_all, train.save
 
-  def updating(self, state, batch, step):
+  def updating(self, state, batch, step, *further):
     mark[0] = STEP
-    return update(self, state, batch, step)
+    return update(self, state, batch, step, *further)
 
   def saving(experiment, checkpoints, identity, state, **more):
     mark[0] = SAVE

@@ -443,3 +443,62 @@ def test_only_a_likelihood_teaches_what_the_policy_finds_impossible(name, escape
   """2000 equally likely arms of which ten are right: weights that vanish with p stay near 0.005."""
   found = cold(name)
   assert found > 0.9 if escapes else found < 0.05
+
+
+def waiting(seeds=3, steps=400):
+  """The same for ReLIFT: probability, and updates by the loss of answers, f[2] each.
+
+  A step has one prompt. First, eight failed ones make such an update; second, none is made.
+  """
+  method = methods.relift(max_new_tokens=1, learning_rate=1.0, imitated=8)
+  objective = bind(method.objective, objectives.TABLE)
+  imitation = bind(method.further['imitation'].objective, objectives.TABLE)
+  estimator = bind(method.credit, credit.TABLE)
+
+  def batch_of(arms):
+    ones = jnp.ones((len(arms), 1), bool)
+    return Batch(tokens=arms[:, None], segment_ids=ones.astype(int), mask=ones)
+
+  def moved(z, objective, batch):
+    def loss(z):
+      logp = jax.nn.log_softmax(z)
+      out = Outputs(
+        logp=logp[batch.tokens], entropy=jnp.full(batch.mask.shape, -jnp.sum(jnp.exp(logp) * logp))
+      )
+      terms, _ = objective.apply(out, batch, objective.init(), step=0)
+      return sum(term.value() for term in terms.values())
+
+    return z - 2 * jax.grad(loss)(z)
+
+  def step(carry, key):
+    z, count, updates, imitates = carry
+    arms = jax.random.categorical(key, z, shape=(8,))
+    old = jax.nn.log_softmax(z)[arms][:, None]
+    batch = batch_of(arms).with_arrays(
+      rewards=(arms < 10).astype(z.dtype),
+      valid=jnp.ones(8, bool),
+      group_ids=jnp.zeros(8, int),
+      behavior_logp=old,
+      proximal_logp=old,
+    )
+    batch, _ = credit.assign(estimator, batch, estimator.init())
+    z, count = moved(z, objective, batch), count + jnp.all(arms >= 10)
+    due = imitates & (count == 8)
+    z = jnp.where(due, moved(z, imitation, batch_of(jnp.zeros(8, int))), z)
+    return (z, jnp.where(due, 0, count), updates + due, imitates), None
+
+  def run(key, imitates):
+    start = jnp.zeros(2000), 0, 0, imitates
+    return jax.lax.scan(step, start, jax.random.split(key, steps))[0]
+
+  keys, both = jax.random.split(jax.random.key(0), 2 * seeds), jnp.arange(2 * seeds) < seeds
+  z, _, updates, _ = jax.jit(jax.vmap(run))(keys, both)
+  right = jnp.sum(jax.nn.softmax(z)[:, :10], axis=1)
+  return right.reshape(2, seeds).mean(1), updates.reshape(2, seeds).mean(1)
+
+
+def test_answers_of_unsolved_prompts_teach_in_a_few_updates_what_samples_never_do():
+  """The published numbers are 0.998 after 2.8 updates, and 0.009 without them."""
+  found, updates = waiting()
+  assert found[0] > 0.99 and 2 <= updates[0] <= 5
+  assert found[1] < 0.05 and updates[1] == 0
