@@ -1,9 +1,10 @@
 """Training techniques from outside reinforcement learning: small pure functions that any loop may call.
 
-No configuration selects them. docs/techniques.md has a runnable example of each.
+No configuration selects them. docs/techniques.md has runnable examples.
 
     module               what it computes
     -------------------  ------------------------------------------------------------------------
+    compression_policies policies that propose smaller networks: which layers stay, and their sizes
     decoupled_mixup      a loss of mixed inputs that keeps the classifier decisive
     dirichlet_policy     actions that are distributions, with exploration and entropy
     inexact_bilevel      hyperparameters by bilevel descent that is only as accurate as it has to be
@@ -17,6 +18,7 @@ No configuration selects them. docs/techniques.md has a runnable example of each
 """
 
 from polgrad.techniques import (
+  compression_policies,
   decoupled_mixup,
   dirichlet_policy,
   inexact_bilevel,
@@ -30,6 +32,7 @@ from polgrad.techniques import (
 )
 
 __all__ = [
+  'compression_policies',
   'decoupled_mixup',
   'dirichlet_policy',
   'inexact_bilevel',

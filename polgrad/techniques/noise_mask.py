@@ -1,6 +1,6 @@
 """Masks that a policy network draws over inputs, trained by REINFORCE.
 
-The technique is called policy gradient-driven noise mask."""
+The technique is called policy gradient-driven noise mask (arXiv:2406.14568)."""
 
 from typing import NamedTuple
 
