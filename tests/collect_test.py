@@ -52,6 +52,10 @@ def test_a_setting_is_declared_again_only_to_change_its_default(one):
     inherited = {field.name: field.default for field in dataclasses.fields(base)}
     repeated = set(one.__annotations__) & inherited.keys()
     assert not {name for name in repeated if inherited[name] == fields[name]}
+  # A setting hides a method of its name, because it is an attribute of the object.
+  assert not {
+    name for name in fields if callable(vars(one).get(name)) and name not in one.__annotations__
+  }
 
 
 def test_informative_groups_are_those_whose_valid_rewards_differ():
