@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,45 @@ def test_the_loss_is_that_of_its_paper(name, x64):
     mask=MASK, step=0, **{k: x for k, x in known.items() if k in method.reads | {'tokens'}}
   )
   np.testing.assert_allclose(loss, ORACLES[name](), rtol=1e-6)
+
+
+# Published constants, as defaults of arguments.
+CONSTANTS = {
+  'chord': dict(warmup=200, decay=400, peak=0.5, valley=0.02, eps=0.2),
+  'distillm': dict(skew=0.1, rise=0.1),
+  'dypo': dict(alpha=0.5, beta=1.0, imitation=1.0, limit=0),
+  'elr': dict(coefficient=3.0, decay=0.7),
+  'gad': dict(kl_coefficient=0.001, discriminator_rate=1.0),
+  'gkd': dict(student_fraction=0.5, teacher_weight=0.5),
+  'iq_learn': dict(coefficient=0.1, discount=1.0),
+  'label_smoothing': dict(smoothing=0.1, normalizer_coefficient=1e-4),
+  'lightning_opd': dict(clip=10.0, eps=0.2),
+  'minillm': dict(teacher_weight=0.2, eps=0.2, discount=0.95, epochs=4),
+  'pear': dict(block=1, decay=0.999),
+  'ps_kd': dict(last=0.8),
+  'quark': dict(quantiles=5, kl=0.05, entropy=0.06),
+  'relift': dict(imitated=128, failed=0.0, imitation_rate=1.0, entropy_coefficient=0.001),
+  'srft': dict(gamma=0.1, imitation=0.5, exploration=0.1, entropy_coefficient=0.001),
+  'star': dict(growth=1.2),
+  'steer': dict(strength=0.4, top_p=0.9),
+  'steer_quark': dict(quantiles=5),
+  'uft': dict(hinted=300 / 500, chunks=5, low=0.05, high=0.95, imitation=0.001, eps=0.2),
+  'unlikelihood': dict(coefficient=1.0),
+  'unlikelihood_sequence': dict(n=4, sampled_weight=0.5),
+}
+
+
+@pytest.mark.parametrize('name', CONSTANTS)
+def test_defaults_are_the_published_constants(name):
+  found = inspect.signature(methods.TABLE[name]).parameters
+  assert {k: found[k].default for k in CONSTANTS[name]} == CONSTANTS[name]
+
+
+def test_published_constants_that_are_no_arguments():
+  assert method_of('gad').collect.keywords['temperature'] == 0.8
+  assert method_of('gad').learned['discriminator'].optimizer.max_grad_norm == 0.2
+  assert method_of('relift').optimizer.max_grad_norm == 0.7
+  assert method_of('relift').further['imitation'].optimizer.max_grad_norm == 1.0
 
 
 def test_smoothing_moves_the_gradient_to_the_mixed_target_and_the_normalizer_to_zero(x64):

@@ -83,7 +83,9 @@ class Contrasted(Rollouts):
     ]
 
   def lay_out(self, records: Sequence[dict], *, tokenizer, cut: bool = False) -> Prompts:
-    super().lay_out(self.related(records), tokenizer=tokenizer, cut=cut)  # refuses what does not fit
+    super().lay_out(
+      self.related(records), tokenizer=tokenizer, cut=cut
+    )  # refuses what does not fit
     return super().lay_out(records, tokenizer=tokenizer, cut=cut)
 
   def make(self, context: Context) -> Collect:

@@ -286,7 +286,7 @@ def inverse_soft_q(
 
   v_t + log pi_t is the logit of the token, and v is 0 after the last one. Added to the likelihood of
   demonstrations with a coefficient, it makes the logits consistent values; 0 is supervised learning.
-  Without discount the deltas of a row add up to v_1 + log pi of the row, and with discount 0 the
+  With discount 1 the deltas of a row add up to v_1 + log pi of the row, and with discount 0 the
   penalty is the squared logit of the token.
 
   Args:

@@ -21,7 +21,8 @@ def lightning_opd(*, completions: str = '', clip: float = 10.0, eps: float = 0.2
   T must be the model whose text S_0 was tuned on. What another teacher says after words that S_0 hardly
   says is not in the files (docs/distillation.md).
 
-  Differences: The release does not clip A. Both log-probs are at the temperature of the sampler.
+  Differences: The release does not clip A, and samples at temperature 0.8. Here the temperature is that
+  of the collector, 1 by default; both log-probs are at it.
 
   Args:
     completions: folder of the files.

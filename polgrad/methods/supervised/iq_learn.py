@@ -12,10 +12,11 @@ def iq_learn(*, coefficient: float = 0.1, discount: float = 1.0) -> Method:
       loss = token mean of -log pi + coefficient delta^2
       delta_t = v_t + log pi_t - discount v_{t+1},   v = logsumexp(logits)
 
-  v_t + log pi_t is the logit of the token, and v is 0 behind the last token. delta is the reward of the
-  token that the logits imply; without discount the deltas of an answer add up to v_1 + log pi(answer).
-  Coefficient 0 is `sft`. With discount 0 the second part is the squared logit of the token. The
-  likelihood does not change if all logits of a token are shifted by a constant, and delta does.
+  v_t + log pi_t is the logit of the token, and v is 0 behind the last token, also of an answer that was
+  cut. delta is the reward of the token that the logits imply; with discount 1 the deltas of an answer
+  add up to v_1 + log pi(answer). Coefficient 0 is `sft`. With discount 0 the second part is the squared
+  logit of the token. The likelihood does not change if all logits of a token are shifted by a constant,
+  and delta does.
 
   This is the form of the paper that learns from demonstrations alone; `iq_learn_online` adds own samples
   to the second part.
