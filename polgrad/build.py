@@ -534,6 +534,10 @@ def _check_unread(path: str, phase: Phase) -> None:
 
 def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
+  for kind in ('anchors', 'elsewhere', 'networks'):
+    for name in getattr(phase, kind):
+      if not name.isidentifier():
+        raise ValueError(f'{path}.{kind}: {name!r} must be a name of letters, digits and _')
   if isinstance(collector, collect.Sampling):
     _check_stops(f'{path}.collect', collector, run)
     _check_environment(f'{path}.collect', collector, phase.reward, run)

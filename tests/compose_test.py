@@ -222,3 +222,19 @@ def test_several_texts_of_one_option_have_plus_signs_between_them():
   config.mesh.data = 1
   with pytest.raises(ValueError, match=r"collect\.terms: 'brevity' is no term"):
     build.build(config)
+
+
+@pytest.mark.parametrize(
+  ('options', 'says'),
+  [
+    ('rft,samples=0', 'samples: expected a number at least 1'),
+    ('star,iterations=1000', 'iterations: expected a number at least 1 and at most 100'),
+    ('unlikelihood_sequence,sampled_weight=2', 'sampled_weight: .* at most 1, got 2'),
+    ('iq_learn,discount=-1', 'discount: expected a number at least 0'),
+    ('lightning_opd,clip=-1', 'clip: expected a number above 0'),
+    ('rlfr,states_of=', "anchors: '' must be a name"),
+  ],
+)
+def test_options_of_methods_that_mean_nothing_are_refused(options, says):
+  with pytest.raises(ValueError, match=says):
+    build.build(from_text(f'task=addition,model=tiny,smoke,method={options}'))

@@ -187,6 +187,7 @@ def test_beginnings_are_of_the_answer_which_verifiers_see_and_no_loss_does():
     (dict(hints=1), r"hints=1; beginnings are .*'beginnings.annealed_chunks'"),
     (dict(samples_per_prompt=1, choose=part(picks.best_worst)), 'at least 2 rows'),
     (dict(choose=part(picks.rejection, rows=9)), '9 rows, but a group has 8'),
+    (dict(choose=part(picks.distinct, pattern='[')), r"'\[' is no regular expression"),
   ],
 )
 def test_choices_that_cannot_be_are_refused(wrong, words):

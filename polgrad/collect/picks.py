@@ -210,8 +210,15 @@ def distinct(
     pattern: regular expression; rows say the same if all its matches are equal, such as the equations of
       a solution. Without a pattern, or where it matches nothing, if the texts are equal but for white
       space.
+
+  Raises:
+    ValueError: the pattern is no regular expression.
   """
   _check_rows(rows, valid)
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ValueError(f'pattern={pattern!r} is no regular expression: {error}') from error
   good = valid & (rewards >= threshold)
   for group in range(len(valid)):
     seen = set()

@@ -7,7 +7,7 @@ data: no gradient flows through them. `assign` runs an estimator."""
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +89,11 @@ from polgrad.losses.groups import (
 )
 from polgrad.registry import (
   AtLeastOne,
+  Count,
   Fraction,
   NotNegative,
   Positive,
+  Range,
   call,
   check_weighted,
   table,
@@ -287,7 +289,7 @@ def moving_baseline(*, decay: float = 0.9) -> Estimator:
   return Estimator(apply=apply, init=averages)
 
 
-def teacher_log_ratio(*, clip: float = 10.0) -> Estimator:
+def teacher_log_ratio(*, clip: Annotated[float, Range(above=0)] = 10.0) -> Estimator:
   """A_t = clip(teacher_logp - proximal_logp, -clip, clip): sampled reverse-KL distillation.
 
   Its expectation on the student's samples is minus the gradient of the token-level reverse KL
@@ -712,7 +714,7 @@ SIMPLE = table(
 
 
 def gated(
-  *, credit: Part, limit: int = 0, threshold: float = 1.0, drop_solved: bool = False
+  *, credit: Part, limit: Count = 0, threshold: float = 1.0, drop_solved: bool = False
 ) -> Estimator:
   """Prompts that the policy cannot solve learn from their demonstration, the others from samples.
 

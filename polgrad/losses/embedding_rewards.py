@@ -6,6 +6,7 @@ import chex
 import jax.numpy as jnp
 
 from polgrad.losses.groups import divide, first, maximum, members, size, total
+from polgrad.registry import Positive
 from polgrad.types import Array
 
 
@@ -38,7 +39,7 @@ def contrastive(
   negatives: Literal['first', 'own'] = 'own',
   cluster: float = 0.2,
   across: float = 0.2,
-  temperature: float = 0.1,
+  temperature: Positive = 0.1,
 ) -> Array:
   """(s+ - s- + cluster c - across a) / temperature: the reward of GRACE (arXiv:2510.04506).
 

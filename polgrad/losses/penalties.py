@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from polgrad.losses._common import bounded, finite_gradient
 from polgrad.losses.path_consistency import following_token
-from polgrad.registry import NotNegative, Positive, table
+from polgrad.registry import Fraction, NotNegative, Positive, table
 from polgrad.types import Array
 
 
@@ -278,7 +278,7 @@ def unlikelihood(logp: Array, *, floor: Positive = 1e-5) -> Array:
 
 
 def inverse_soft_q(
-  logp: Array, log_normalizer: Array, mask: Array, *, discount: float = 1.0
+  logp: Array, log_normalizer: Array, mask: Array, *, discount: Fraction = 1.0
 ) -> Array:
   """delta_t^2 of the reward delta that the logits imply as Q values: IQ-Learn (arXiv:2409.01369).
 

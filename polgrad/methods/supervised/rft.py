@@ -3,11 +3,11 @@ from functools import partial
 from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
-def rft(*, samples: int = 8, threshold: float = 1.0, pattern: str = '') -> Method:
+def rft(*, samples: AtLeastOne = 8, threshold: float = 1.0, pattern: str = '') -> Method:
   """RFT (arXiv:2308.01825): the base model learns the answers and a tuned model's right samples.
 
       loss = -token mean of log pi over the answer and samples with R >= threshold, each text once

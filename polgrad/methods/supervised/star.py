@@ -1,18 +1,19 @@
 import dataclasses
 from functools import partial
+from typing import Annotated
 
 from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation
 from polgrad.methods.base import Method
-from polgrad.registry import AtLeastOne, Positive, part
+from polgrad.registry import Range, part
 from polgrad.sampling import behavior_policies
 
 
 def star(
   *,
   steps: int,
-  iterations: AtLeastOne = 3,
-  growth: Positive = 1.2,
+  iterations: Annotated[int, Range(at_least=1, at_most=100)] = 3,
+  growth: Annotated[float, Range(above=0, at_most=10)] = 1.2,
   threshold: float = 1.0,
   hint: str = '{prompt}\n(The answer is {answer}.)\n',
 ) -> Method:

@@ -3,11 +3,11 @@ from functools import partial
 from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 from polgrad.sampling import behavior_policies
 
 
-def steer(*, samples: int = 8, strength: float = 0.4, top_p: float = 0.9) -> Method:
+def steer(*, samples: AtLeastOne = 8, strength: float = 0.4, top_p: float = 0.9) -> Method:
   """STEER (arXiv:2311.07167): supervised learning on the best samples of a product of experts.
 
       loss = -token mean of log pi,   y the sample of a prompt with the highest reward
