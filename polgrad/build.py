@@ -943,7 +943,8 @@ def check_data(run: Experiment) -> list[str]:
   Raises:
     ValueError: a record that does not fit: too long, no answer, characters without a token, ...; the
       message names the section of the configuration and the record. Or all of them are dropped, or
-      verifiers fail on all. Or knobs of credit or objective contradict each other.
+      verifiers fail on all, or a service gives no log-probs. Or knobs of credit or objective contradict
+      each other.
   """
   told, asked = [], {}
   for name, phase in run.phases.items():
@@ -951,6 +952,9 @@ def check_data(run: Experiment) -> list[str]:
     tracing.trace_networks(f'config.phases.{name}', phase, run.policy)
     with _placing(f'config.phases.{name}.collect'):
       phase.collect.read_files()
+    for model, score in phase.elsewhere.items():
+      place = f'config.phases.{name}.elsewhere.{model}'
+      teachers.ask_first(score, getattr(phase.collect, 'temperature', 1.0), place)
     with _placing(f'config.phases.{name}.curriculum'):
       phase.curriculum.init(phase.source)  # refuses records that lack what it reads
   sections = data_sections(run)

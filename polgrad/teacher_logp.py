@@ -139,10 +139,11 @@ def store(
   count = 0
   for begin in tqdm(range(0, len(source), file_rows), unit='file', disable=not first):
     path = stored_rows.file_name(folder, begin)
+    rows = range(begin, min(begin + file_rows, len(source)))
+    head['until'] = rows.stop  # other --file_rows, or more data, would leave records without a file
     if os.path.exists(path):
       check_file(path, head)
       continue
-    rows = range(begin, min(begin + file_rows, len(source)))
     records = [{**source[row], 'id': row} for row in rows]
     fates = [batching.fate(settings.sampler, record, own) for record in records]
     kept = [record for record, fate in zip(records, fates) if fate in ('kept', 'cut')]

@@ -219,5 +219,25 @@ def check(score: Score, own: tokenizers.Tokenizer, temperature: float, where: st
     )
 
 
+def ask_first(score: Score, temperature: float, where: str) -> None:
+  """Asks a service about a short row, so that a run does not begin without it.
+
+  Args:
+    temperature: at which the run samples.
+    where: section of the configuration, for errors.
+
+  Raises:
+    ValueError: there is no service, it does not answer, or it gives no log-probs of a prompt.
+  """
+  if score.folder:
+    return
+  try:
+    (answer,) = score([[0, 1]], temperature)
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from error
+  if isinstance(answer, Failure):
+    raise ValueError(f'{where}: it gives no log-probs ({answer.kind}: {answer.reason})')
+
+
 TABLE = table('teachers', on_devices, service)
 Part = Annotated[Callable, TABLE]

@@ -200,3 +200,13 @@ def test_an_anchor_that_is_elsewhere_too_is_refused(models):
   ).phases.train.anchors
   with pytest.raises(ValueError, match=r"elsewhere: 'teacher' is an anchor too"):
     build.build(settings)
+
+
+def test_a_service_is_asked_before_the_first_step(models):
+  with serving(said) as (url, seen):
+    build.check_data(build.build(config(models, teacher_url=url)))
+    assert len(seen) == 1
+  for other, message in [(url, 'no log-probs .*refused'), ('x:1/v1', 'must begin with http')]:
+    run = build.build(config(models, teacher_url=other))
+    with pytest.raises(ValueError, match=rf'train\.elsewhere\.teacher: .*{message}'):
+      build.check_data(run)

@@ -189,7 +189,7 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
   policy, weights = loading.beside(teacher, run, same=False)
   calls = []
 
-  def store(**settings):
+  def store(file_rows=3, **settings):
     def entries(records):
       calls.append([record['id'] for record in records])
       return make(records)
@@ -197,7 +197,7 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
     tokenizers.check_same(run.tokenizer, teacher, '')
     score = teacher_logp.make_score(run, phase, policy, weights)
     make = teacher_logp.make_entries(run, phase, params, score)
-    size = dict(vocab_size=run.policy.config.vocab_size, file_rows=3)
+    size = dict(vocab_size=run.policy.config.vocab_size, file_rows=file_rows)
     made_by = {'teacher': teacher, 'student': student}
     return teacher_logp.store(phase, run.tokenizer, entries, **size, made_by=made_by | settings)
 
@@ -211,6 +211,9 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"00000000.*with teacher .*, now 'other'"):
       store(teacher='other')
+    # A larger file would need the records of two.
+    with pytest.raises(ValueError, match=r'00000000.*with until 3, now 4'):
+      store(file_rows=4)
 
     # The teacher's log-probs of the tokens, from its logits, in float64.
     records = [{**phase.source[row], 'id': row} for row in (4, 1, 2, 3)]
