@@ -100,8 +100,10 @@ Made by `python -m benchmarks.sampling_estimators`. Four prompts, with success r
 .3, .6 and .95 and separate logits, are answered by two tokens, of which one pair is right;
 there is no stop token, so no length adds a bias, and groups are four rows unless the row says
 otherwise. Functions of the repository choose prompts, groups and rows, and are called for every
-result of their random numbers. The policy is at rest: older groups are as the present policy draws
-them, and what curricula track is exact.
+result of their random numbers; `vade`, whose numbers are continuous, 20000 times. The policy is at
+rest: older groups are as the present policy draws them, and what curricula track is exact. Where
+groups are replayed, half of those of a step are new and the others come from three older ones, but
+dull ones are replaced wherever they are.
 
 * **angle, strength, noise** compare with the gradient of E[R] over uniform prompts. Strength is the
   length of the expected gradient over that of the true one. The variance of the gradient is
@@ -137,8 +139,8 @@ Without their entropy, KL and imitation terms. A step has one prompt where nothi
   largest weight of what is remembered, the factor depends on what is remembered, and the direction
   is off by hundredths of a degree. With a smaller b the biases of these priorities are small too,
   because they differ mostly between groups with and without a gradient.
-* **Prompts that are drawn more often count more**: a curriculum climbs E[R] over its own
-  distribution of prompts, exactly, and is off for uniform ones. Weights 1 / (n q) undo it. Budgets
+* **Prompts that are drawn more often count more**: a curriculum climbs E[R] over the distribution
+  of prompts that it draws, exactly, and is off for uniform ones. Weights 1 / (n q) undo it. Budgets
   are the same, since a mean over rows or tokens counts a prompt by its completions.
 * **Beginnings of the answer move weight to hard prompts.** The loss then climbs the success rate
   behind the beginning, and given tokens have no gradient. In `igpo` only groups without a right row
@@ -205,8 +207,8 @@ def sampling_tables() -> dict[str, str]:
     stated = p['stated_angle'], p['stated_strength']
     other = not np.allclose(stated, (p['angle'], p['strength']))
     cells = [
-      f'{_degrees(p["angle"])}, {p["strength"]:.2f}, {p["noise"]:.2f}',
-      f'{_degrees(stated[0])}, {stated[1]:.2f}' if other else 'E[R]',
+      f'{_small(p["angle"])}, {p["strength"]:.2f}, {p["noise"]:.2f}',
+      f'{_small(stated[0])}, {stated[1]:.2f}' if other else 'E[R]',
       ', '.join(f'{x:.2f}' for x in p['prompts']),
     ]
     tables[key].append(f'| {name} | {" | ".join(cells)} |')
@@ -252,6 +254,11 @@ def write(rows: Rows, *, group: int, left_out: dict[str, str]) -> None:
 
 def _degrees(angle: float) -> str:
   return '0' if angle < 1e-4 else f'{angle:.1f}'
+
+
+def _small(angle: float) -> str:
+  """With three decimals where one would say 0."""
+  return f'{angle:.3f}' if 1e-4 <= angle < 0.1 else _degrees(angle)
 
 
 def reading(rows: Rows, groups: dict[str, list[str]]) -> str:
