@@ -250,7 +250,7 @@ def read_states(path: pathlib.Path, records: Sequence[Mapping]) -> tasks.Task:
     alphabet=ALPHABET,
     prompt_length=LONGEST,
     max_new_tokens=2,
-    demonstration_rows=256,
+    demonstration_rows=128,
   )
 
 
@@ -319,12 +319,12 @@ def scorer(model: Model) -> Predict:
 class Sizes(NamedTuple):
   """Episodes, and batches of each training."""
 
-  episodes: int = 8000  # with random requests
-  held_out: int = 4000  # with each way to decide
+  episodes: int = 4000  # with random requests
+  held_out: int = 2000  # with each way to decide
   policy: int = 250  # batches of 64 sums
   helper: int = 500  # further batches
-  success: int = 300  # batches of 256 states
-  decision: int = 200  # batches of 256 states
+  success: int = 150  # batches of 128 states
+  decision: int = 80  # batches of 128 states
 
 
 SMOKE = Sizes(64, 64, 2, 2, 2, 2)
@@ -360,7 +360,8 @@ class Study(NamedTuple):
 def configuration(task: tasks.Task, method: methods.Method, steps: int, seed: int):
   """A training of the tiny model, which begins at random parameters."""
   model = presets.tiny(alphabet=ALPHABET)
-  return compose(method, task, model, steps=steps, seed=seed, warm_start=0, trackers='none')
+  run = dict(steps=steps, seed=seed, learning_rate=1e-3, warm_start=0, trackers='none')
+  return compose(method, task, model, **run)
 
 
 def begun(folder: pathlib.Path, seed: int, sizes: Sizes) -> Study:
@@ -509,6 +510,8 @@ def main() -> None:
   parser.add_argument('--table', action='store_true', help=f'print the table of {RESULTS.name}')
   given = parser.parse_args()
   if given.table:
+    if not read():
+      parser.error(f'{RESULTS} has no results yet: run with --workdir first')
     print(table(read()))
     return
   if not given.workdir:

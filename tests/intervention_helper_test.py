@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -134,6 +135,38 @@ def test_the_plan_solves_more_than_a_coin_with_as_many_requests(seen):
   coin = helper.coin(0.45, 3)
   other = helper.measured(helper.play(sheets(), coin, acting(2)))
   assert other['requests'] > played['requests'] and other['solved'] < played['solved'] - 0.05
+
+
+def test_a_decision_model_learns_the_plan_and_is_compared_with_the_others(tmp_path, monkeypatch):
+  """Models are replaced by functions: the policy knows sums of one digit, the helper all."""
+
+  def write(params, texts, noise):
+    del noise
+    known = [params == 'helper' or digits(text)[0] == 1 for text in texts]
+    return [str(sum(map(int, t[:-1].split('+')))) if ok else '' for t, ok in zip(texts, known)]
+
+  def choose(params, texts, noise):
+    assert params == 'decision' and noise == (0, 0)
+    return ['?' if digits(text)[0] == 2 else '-' for text in texts]
+
+  models = [helper.Model(None, name) for name in ('policy', 'helper', 'decision')]
+  monkeypatch.setattr(helper, 'trained', lambda config, folder, begin: models[2])
+  study = helper.Study(tmp_path, 0, *models[:2], write, choose)
+  teacher = lambda texts: np.array([digits(text)[0] == 2 for text in texts])
+  seen = helper.play(study.records(0, 50), teacher, study.act(0))
+  decide = helper.imitated(study, seen, teacher, tmp_path / 'budget', helper.SMOKE)
+  lines = (tmp_path / 'budget/labels.jsonl').read_text().splitlines()
+  assert len(lines) == 50 * helper.TURNS
+  for line in map(json.loads, lines):
+    assert line['answer'] == ('?' if digits(line['prompt'])[0] == 2 else '-')
+
+  plan = helper.Planned(0.1, 2.0, 1.0, teacher)
+  found = helper.compared(study, plan, decide, helper.SMOKE)
+  assert found['expected'] == {'price': 0.1, 'requests': 2.0, 'solved': 1.0}
+  assert found['model'] == found['plan'] and found['model']['solved'] == 1
+  assert found['nobody asks']['requests'] == 0 and found['nobody asks']['solved'] < 0.3
+  assert found['all ask'] == {'requests': 4.0, 'solved': 1.0}
+  assert found['coin']['solved'] < 0.95 and found['coin']['requests'] > 1
 
 
 def test_what_the_models_read_fits_them(tmp_path):
