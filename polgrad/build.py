@@ -278,6 +278,9 @@ class HeldOut(Judged, collect.Turns, Evaluation):
     answer: regular expression; maj@k compares the first group of its last match.
     overlong: of problems whose prompt is longer: 'error', 'drop' or 'truncate', see `collect.Collector`.
     prefix, stop_strings: what completions begin and end with, see `collect.Sampling`.
+    label: text before all other tokens of every prompt, such as that of the best quantile (Quark); ''
+      is none. Verifiers do not see it.
+    label_length: tokens of the label, at most; `prompt_length` has room for them.
     environment: what answers the turns of the policy, with its budgets and limits; the one of training
       may be another.
     anchors: anchors that are measured as well, in phases that have them, such as an average of the
@@ -299,6 +302,8 @@ class HeldOut(Judged, collect.Turns, Evaluation):
   overlong: batching.Overlong = 'error'
   prefix: str = ''
   stop_strings: tuple = ()
+  label: str = ''
+  label_length: Count = 0
   anchors: tuple = ()
   comparison: reward_models.ComparisonPart = comparisons.larger_reward
 
@@ -311,7 +316,13 @@ class HeldOut(Judged, collect.Turns, Evaluation):
   ) -> Prompts:
     """The prompts of these problems, each of which has an `id`."""
     records, tokenizer = self.opened(records), self.own(tokenizer)
-    return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
+    length = self.prompt_length - self.label_length
+    found = batching.prompts(records, tokenizer, length=length, cut=cut)
+    if not self.label:
+      return batching.widened(found, self.label_length, tokenizer.pad_id)
+    ids = tokenizer.encode(self.label)
+    batching.check_label(ids, self.label_length, 'config.evaluation.label')
+    return batching.behind(batching.widened(found, self.label_length, tokenizer.pad_id), ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

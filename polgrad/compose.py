@@ -105,7 +105,7 @@ def compose(
   phases = {**earlier, 'train': run.phase(method, teacher=teacher)}
   if teacher_devices or teacher_url:
     _move_teacher(phases['train'], teacher, teacher_devices, teacher_url)
-  evaluation = run.evaluation()
+  evaluation = run.evaluation(method)
   if average:
     phases['train'].anchors.average = part(optim.ema, decay=average)
     if 'anchors' in evaluation:
@@ -302,8 +302,9 @@ class _Run:
       base.update(num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64)
     return model
 
-  def evaluation(self) -> ConfigDict:
+  def evaluation(self, method: Method) -> ConfigDict:
     task = self.task
+    behind = method.collect.func.asks_behind(method.collect.keywords)
     if task.held_out is None or not task.judged:
       return part(build.Never)
     limit = SMOKE['held_out'] if self.smoke else task.held_out_problems
@@ -314,11 +315,12 @@ class _Run:
       reward=dict(task.rewards),
       problems=limit,
       batch=min(limit, task.evaluation_batch),
-      prompt_length=self.prompt_length,
+      prompt_length=self.prompt_length + behind.get('label_length', 0),
       max_new_tokens=task.max_new_tokens,
       overlong=task.overlong,
       prefix=task.prefix,
       stop_strings=task.stop_strings,
+      **behind,
       **task.turns | task.held_out_turns,
     )
 

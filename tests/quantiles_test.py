@@ -7,7 +7,7 @@ import pytest
 
 from polgrad import build, collect, learner, phases
 from polgrad.collect import quantiles
-from polgrad.data import tokenizers
+from polgrad.data import batching, tokenizers
 from polgrad.losses import divergences
 from polgrad.methods.supervised.quark import quark
 from polgrad.options import from_text
@@ -79,7 +79,7 @@ def test_labels_stand_before_the_prompt_and_can_be_taken_away():
   np.testing.assert_array_equal(found.segment_ids, found.tokens > 0)
   plain = learner.read_by_anchors(found)
   np.testing.assert_array_equal(plain.segment_ids, seen)
-  best = quantiles.explored(Prompts(tokens=tokens, mask=seen > 0, ids=np.arange(2)), [3, 4])
+  best = batching.behind(Prompts(tokens=tokens, mask=seen > 0, ids=np.arange(2)), [3, 4])
   again = quantiles.unlabelled(
     Batch(tokens=best.tokens, segment_ids=best.mask * 1, mask=seen > 9), 2, 0
   )
@@ -197,3 +197,24 @@ def test_a_pool_of_own_samples_behind_their_labels():
       np.where(batch.mask, again, 0), np.where(batch.mask, reference, 0), atol=1e-5
     )
     assert np.abs(np.where(batch.mask, own - reference, 0)).max() > 1e-4
+
+
+def test_evaluations_ask_behind_the_best_label():
+  options = 'label={k}=,label_length=2,interval=2,pool=3'
+  config = from_text(f'method=quark,task=addition,model=tiny,smoke,warm_start=0,{options}')
+  run = build.build(config)
+  plan, bare = run.evaluation, run.tokenizer
+  records = [{**plan.source[i], 'id': i} for i in range(3)]
+  found = plan.lay_out(records, tokenizer=bare)
+  label = bare.encode('0=')
+  assert found.tokens.shape == (3, plan.prompt_length)
+  for row, seen, record in zip(found.tokens, found.mask, records):
+    assert row[seen].tolist() == label + bare.encode(record['prompt'])
+  plain = from_text('method=grpo,task=addition,model=tiny,smoke,warm_start=0').evaluation
+  assert (plain.label, plain.label_length) == ('', 0)
+  assert plan.prompt_length == plain.prompt_length + 2
+  settings = dict(terms=('exact', 'short'), label='{exact}+{short}=')
+  assert collect.Quantiles.asks_behind(settings) == {'label': '0+0=', 'label_length': 8}
+  config.evaluation.label = '0=0='
+  with pytest.raises(ValueError, match=r'config.evaluation.label: a label has 4 tokens'):
+    build.build(config).evaluation.lay_out(records, tokenizer=bare)

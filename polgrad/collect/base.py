@@ -141,6 +141,16 @@ class Collector(abc.ABC):
     del new, chat, asked, sampled
     return length
 
+  @classmethod
+  def asks_behind(cls, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of evaluations: the `label` that prompts are behind, and its `label_length`; {}: none.
+
+    Args:
+      asked: settings of the collector, those that are not the default ones.
+    """
+    del asked
+    return {}
+
   @property
   def fields(self) -> tuple[str, ...]:
     """Fields of the records that hold completions to train on; () if all are sampled."""

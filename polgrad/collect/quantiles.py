@@ -31,8 +31,8 @@ class Quantiles(Rollouts):
   join the pool; the first ones are drawn without a label. Then the whole pool is sorted by reward and
   cut into equal parts. With `terms`, each of these terms of the reward has its own number in the label,
   by its own order of the pool, as the attributes of STEER (arXiv:2311.07167). The feature `policy_only`
-  marks the tokens of the label, which anchors do not read. Verifiers, and evaluations, do not see it
-  either.
+  marks the tokens of the label, which anchors and verifiers do not read. Evaluations ask behind the
+  label of the best quantile.
   """
 
   # Number of parts, K; part 0 has the largest rewards.
@@ -71,10 +71,17 @@ class Quantiles(Rollouts):
     before = super().longest_prompt(length, new, chat, asked, sampled=sampled)
     return before + asked.get('label_length', cls.label_length)
 
+  @classmethod
+  def asks_behind(cls, asked: Mapping[str, Any]) -> dict[str, Any]:
+    label = asked.get('label', cls.label)
+    for mark in marks_of(asked.get('terms', ())):
+      label = label.replace(mark, '0')
+    return {'label': label, 'label_length': asked.get('label_length', cls.label_length)}
+
   @property
   def marks(self) -> tuple[str, ...]:
     """What the text of a label has in the place of a number: of each term, or of the reward."""
-    return tuple(f'{{{name}}}' for name in self.terms) or (NUMBER,)
+    return marks_of(self.terms)
 
   @property
   def provides(self) -> frozenset[str]:
@@ -96,11 +103,8 @@ class Quantiles(Rollouts):
         text = text.replace(mark, str(k))
       texts.append(text)
     found = _encoded(tokenizer.encode, tuple(texts))
-    longest = max(map(len, found))
-    if longest > self.label_length:
-      raise ValueError(
-        f'Quantiles: a label has {longest} tokens, but label_length is {self.label_length}'
-      )
+    for ids in found:
+      batching.check_label(ids, self.label_length, 'Quantiles')
     if len({*map(tuple, found)}) < len(found):
       raise ValueError(f'Quantiles: two labels of {self.label!r} have the same tokens')
     return found
@@ -109,8 +113,7 @@ class Quantiles(Rollouts):
     own, room = self.own(tokenizer), self.prompt_length - self.label_length
     self.labels(own)  # refuses labels that do not fit
     plain = batching.prompts(self.opened(records), own, length=room, cut=cut)
-    widen = lambda x, fill: np.pad(x, ((0, 0), (self.label_length, 0)), constant_values=fill)
-    return plain.replace(tokens=widen(plain.tokens, own.pad_id), mask=widen(plain.mask, False))
+    return batching.widened(plain, self.label_length, own.pad_id)
 
   def make(self, context: Context) -> Collect:
     if context.layout.pack or context.layout.shared > 1:
@@ -123,7 +126,9 @@ class Quantiles(Rollouts):
     plain = functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut)
     rows = found['draw_rows']
     found['draw_rows'] = dataclasses.replace(rows, lay_out=plain)
-    best = dataclasses.replace(rows, lay_out=lambda records: explored(plain(records), ids[0]))
+    best = dataclasses.replace(
+      rows, lay_out=lambda records: batching.behind(plain(records), ids[0])
+    )
     return QuantileSteps(**found, draw_best=best, ids=ids).collect
 
 
@@ -159,24 +164,14 @@ def combined_labels(scores: Sequence[np.ndarray], quantiles: int) -> np.ndarray:
   return found
 
 
-def places(seen: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-  """The columns bool[B, T] before the first one that is seen in each row: `sizes` of them."""
-  first = np.argmax(seen, axis=1)[:, None]
-  column = np.arange(seen.shape[1])[None, :]
-  return (column >= first - np.asarray(sizes)[:, None]) & (column < first)
-
-
-def explored(prompts: Prompts, label: list[int]) -> Prompts:
-  """The prompts behind one label."""
-  where = places(prompts.mask, [len(label)] * len(prompts.mask))
-  tokens = prompts.tokens.copy()
-  tokens[where] = np.tile(label, len(tokens))
-  return prompts.replace(tokens=tokens, mask=prompts.mask | where)
+def marks_of(terms: Sequence[str]) -> tuple[str, ...]:
+  """What the text of a label has in the place of a number: of each term, or of the reward."""
+  return tuple(f'{{{name}}}' for name in terms) or (NUMBER,)
 
 
 def labelled(batch: Batch, labels: Sequence[list[int]]) -> Batch:
   """The rows (NumPy) behind their labels, with the feature `policy_only`."""
-  where = places(batch.segment_ids > 0, [len(label) for label in labels])
+  where = batching.places(batch.segment_ids > 0, [len(label) for label in labels])
   tokens = batch.tokens.copy()
   tokens[where] = np.concatenate(labels)
   return batch.replace(

@@ -702,3 +702,34 @@ def _begin(record, ids, mask, length, cut, start=0):
 def _check_length(record, size, length):
   if size > length:
     raise TooLong(f'record {record["id"]}: {size} tokens, longer than the limit of {length}')
+
+
+def widened(prompts: Prompts, columns: int, pad_id: int) -> Prompts:
+  """The prompts (NumPy) with that many further columns of padding in front."""
+  widen = lambda x, fill: np.pad(x, ((0, 0), (columns, 0)), constant_values=fill)
+  return prompts.replace(tokens=widen(prompts.tokens, pad_id), mask=widen(prompts.mask, False))
+
+
+def check_label(ids: Sequence[int], most: int, name: str) -> None:
+  """Refuses a label of more than `most` tokens.
+
+  Raises:
+    ValueError: the message begins with `name`.
+  """
+  if len(ids) > most:
+    raise ValueError(f'{name}: a label has {len(ids)} tokens, but label_length is {most}')
+
+
+def places(seen: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+  """The columns bool[B, T] before the first one that is seen in each row: `sizes` of them."""
+  first = np.argmax(seen, axis=1)[:, None]
+  column = np.arange(seen.shape[1])[None, :]
+  return (column >= first - np.asarray(sizes)[:, None]) & (column < first)
+
+
+def behind(prompts: Prompts, label: Sequence[int]) -> Prompts:
+  """The prompts behind one label."""
+  where = places(prompts.mask, [len(label)] * len(prompts.mask))
+  tokens = prompts.tokens.copy()
+  tokens[where] = np.tile(label, len(tokens))
+  return prompts.replace(tokens=tokens, mask=prompts.mask | where)

@@ -26,7 +26,7 @@ def quark(
 
   Differences: Labels are texts, which the run's tokenizer writes, not K new tokens, so no logits are
   left out of the KL. The pool forgets its oldest batches. Both coefficients are constants. Evaluations
-  ask without a label, while the metric `reward` is that of samples behind the best label.
+  ask behind the best label too, also those of a warm start, which knows no labels.
 
   Args:
     quantiles: number of labels; with 1 this is supervised learning on own samples.
