@@ -62,10 +62,77 @@ class Tuned(NamedTuple):
   hyper_optimizer: Any
 
 
-def sample(key: Array, hyper: Hyper, batch: int) -> Array:
-  """mean + softplus(spread) xi, xi ~ N(0, 1), for each example: -> [batch, H]."""
+def sample(key: Array, hyper: Hyper, batch: int, shared: Array | bool = False) -> Array:
+  """mean + softplus(spread) xi, xi ~ N(0, 1), for each example: -> [batch, H].
+
+  Args:
+    key: a key of jax.random.
+    hyper: the distribution.
+    batch: number of examples.
+    shared: bool[] or bool[H], hyperparameters of which a batch has one value: all examples get the same
+      draw.
+  """
   noise = jax.random.normal(key, (batch, *hyper.mean.shape), hyper.mean.dtype)
+  shared = jnp.broadcast_to(shared, hyper.mean.shape)
+  noise = jnp.where(shared[None], noise[:1], noise)
   return hyper.mean[None] + jax.nn.softplus(hyper.spread)[None] * noise
+
+
+class Range(NamedTuple):
+  """The values that hyperparameters may have, [H] each."""
+
+  low: Array  # -inf: no lower bound
+  high: Array  # inf: no upper bound
+  discrete: Array  # bool: whole numbers, from low to the last one below high
+
+
+def values(hyper: Array, allowed: Range) -> Array:
+  """Hyperparameters as a training loss uses them: [B, H] -> [B, H].
+
+      low + (high - low) sigmoid(h)    with two bounds
+      low + softplus(h)                with a lower bound, high - softplus(h) with an upper one
+      h                                without bounds
+      floor of that                    where `discrete`
+
+  The layers of the model get h, and only the loss gets these values. A floor has no gradient: discrete
+  hyperparameters are learned through the layers alone, which respond to the mean over the perturbations
+  of `sample`. So their spread should reach the next whole number.
+
+  Confidence: CODE.
+
+  Args:
+    hyper: [B, H], unconstrained, from `sample`.
+    allowed: their ranges.
+
+  >>> number = Range(jnp.zeros(1), jnp.full(1, 4.0), jnp.ones(1, bool))
+  >>> print(values(jnp.array([[-1.0], [0.1]]), number)[:, 0])
+  [1. 2.]
+  """
+  low, high, discrete = (jnp.asarray(x)[None] for x in allowed)
+  below, above = jnp.isfinite(low), jnp.isfinite(high)
+  # A bound that is not finite would make the gradients of unused cases not finite.
+  start, end = jnp.where(below, low, 0), jnp.where(above, high, 0)
+  between = start + (end - start) * jax.nn.sigmoid(hyper)
+  soft = jax.nn.softplus(hyper)
+  one = jnp.where(below, start + soft, jnp.where(above, end - soft, hyper))
+  found = jnp.where(below & above, between, one)
+  return jnp.where(discrete, jnp.floor(found), found)
+
+
+def unconstrained(value: Array, allowed: Range) -> Array:
+  """The h for which `values` before the floor is `value`: [H] -> [H]; a mean to begin with.
+
+  >>> rate = Range(jnp.zeros(1), jnp.ones(1), jnp.zeros(1, bool))
+  >>> print(unconstrained(jnp.full(1, 0.5), rate) + 0.0)
+  [0.]
+  """
+  low, high, _ = allowed
+  below, above = jnp.isfinite(low), jnp.isfinite(high)
+  start, end = jnp.where(below, low, 0), jnp.where(above, high, 1)
+  inverse = lambda x: jnp.log(jnp.expm1(x))
+  one = jnp.where(below, inverse(value - start), jnp.where(above, inverse(end - value), value))
+  inside = (value - start) / (end - start)
+  return jnp.where(below & above, jnp.log(inside) - jnp.log1p(-inside), one)
 
 
 def entropy(hyper: Hyper) -> Array:
@@ -89,7 +156,13 @@ def init(
 
 
 def train_step(
-  key: Array, state: Tuned, loss: Loss, optimizer: optax.GradientTransformation, *, batch: int
+  key: Array,
+  state: Tuned,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  *,
+  batch: int,
+  shared: Array | bool = False,
 ) -> tuple[Tuned, Array]:
   """Steps the parameters on the training loss, under hyperparameters drawn for each example.
 
@@ -98,11 +171,12 @@ def train_step(
   Args:
     key: a key of jax.random.
     state: from `init`.
-    loss: (params, hyper [batch, H]) -> [], regularised as the hyperparameters say.
+    loss: (params, hyper [batch, H]) -> [], regularised as `values` of the hyperparameters say.
     optimizer: of the parameters.
     batch: number of examples.
+    shared: as in `sample`.
   """
-  drawn = sample(key, state.hyper, batch)
+  drawn = sample(key, state.hyper, batch, shared)
   value, slope = jax.value_and_grad(loss)(state.params, drawn)
   steps, inner = optimizer.update(slope, state.optimizer, state.params)
   return state._replace(params=optax.apply_updates(state.params, steps), optimizer=inner), value
@@ -117,6 +191,7 @@ def valid_step(
   batch: int,
   tau: float = 1e-5,
   tune_spread: bool = False,
+  shared: Array | bool = False,
 ) -> tuple[Tuned, Array]:
   """Steps the hyperparameters on L_valid - tau H, H the entropy of their distribution.
 
@@ -130,13 +205,16 @@ def valid_step(
     optimizer: of the hyperparameters; Adam with 3e-3 is usual.
     batch: number of examples.
     tau: weight of the entropy; the authors' runs that tune the spread have 1e-3.
-    tune_spread: otherwise the spread is constant.
+    tune_spread: otherwise the spread is constant, and all examples get the mean.
+    shared: as in `sample`.
 
   Confidence: CODE.
   """
 
   def goal(hyper):
-    return loss(state.params, sample(key, hyper, batch)) - tau * entropy(hyper)
+    means = jnp.broadcast_to(hyper.mean[None], (batch, *hyper.mean.shape))
+    drawn = sample(key, hyper, batch, shared) if tune_spread else means
+    return loss(state.params, drawn) - tau * entropy(hyper)
 
   value, slope = jax.value_and_grad(goal)(state.hyper)
   if not tune_spread:

@@ -51,15 +51,46 @@ def test_the_best_response_is_that_of_the_quadratic_toy(scale, w0, w1):
   np.testing.assert_allclose([slope['weights'][0, 0], slope['response'][1, 0, 0]], 0, atol=3e-6)
 
 
-def test_hyperparameters_are_learned_through_the_response():
-  """From 0 towards log(7 / 3), where the best response is 0.3, up to the bias of the spread."""
+def discrete_optimum(scale):
+  """Where the best affine response to k = floor(4 sigmoid(h)) is 0.3, with penalty k w^2 / 2."""
+  xi = np.linspace(-6, 6, 4001)
+  chance = np.exp(-(xi**2) / 2) / np.exp(-(xi**2) / 2).sum()
+
+  def response(mean):
+    weight = chance * (1 + np.floor(4 / (1 + np.exp(-mean - scale * xi))))
+    matrix = [[weight.sum(), weight @ xi], [weight @ xi, weight @ xi**2]]
+    return np.linalg.solve(matrix, [1, 0])[0]
+
+  low, high = -5.0, 5.0
+  for _ in range(40):
+    middle = (low + high) / 2
+    low, high = (middle, high) if response(middle) > 0.3 else (low, middle)
+  return middle
+
+
+COUNT = self_tuning.Range(np.zeros(1), np.full(1, 4.0), np.array([True]))
+EXPONENT = self_tuning.Range(np.full(1, -np.inf), np.full(1, np.inf), np.array([False]))
+
+
+@pytest.mark.parametrize(
+  'allowed, penalty, scale, expected',
+  [(EXPONENT, jnp.exp, 0.25, 0.859408), (COUNT, lambda k: k, 1.0, discrete_optimum(1.0))],
+  ids=['continuous', 'discrete'],
+)
+def test_hyperparameters_are_learned_through_the_response(allowed, penalty, scale, expected):
+  """From 0 to where the best response is 0.3, up to the bias of the spread.
+
+  Without it this is log(7 / 3), and between the penalties 2 and 3 of the discrete one.
+  """
   respond = lambda params, hyper: params[0] + params[1] * (hyper[:, 0] - params[2])
-  train = lambda params, hyper: jnp.mean(
-    (respond(params, hyper) - 1) ** 2 / 2 + jnp.exp(hyper[:, 0]) * respond(params, hyper) ** 2 / 2
-  )
   valid = lambda params, hyper: jnp.mean((respond(params, hyper) - 0.3) ** 2 / 2)
-  optimizer, outer = optax.sgd(0.2), optax.adam(0.02)
-  hyper = self_tuning.Hyper(jnp.zeros(1), spread(0.25))
+
+  def train(params, hyper):
+    w, value = respond(params, hyper), self_tuning.values(hyper, allowed)[:, 0]
+    return jnp.mean((w - 1) ** 2 / 2 + penalty(value) * w**2 / 2)
+
+  optimizer, outer = optax.sgd(0.1), optax.adam(0.02)
+  hyper = self_tuning.Hyper(jnp.zeros(1), spread(scale))
   state = self_tuning.init(jnp.array([0.5, 0.0, 0.0]), hyper, optimizer, outer)
 
   def step(state, key):
@@ -69,9 +100,53 @@ def test_hyperparameters_are_learned_through_the_response():
     state, _ = self_tuning.valid_step(keys[2], state, valid, outer, batch=64)
     return state, state.hyper.mean[0]
 
-  state, means = jax.lax.scan(step, state, jax.random.split(jax.random.key(0), 1500))
-  assert abs(np.mean(means[-500:]) - 0.859408) < 0.05
+  state, means = jax.jit(
+    lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 1500))
+  )(state)
+  assert abs(np.mean(means[-500:]) - expected) < 0.05
   np.testing.assert_array_equal(state.hyper.spread, hyper.spread)
+
+
+def test_values_are_in_their_ranges():
+  inf = np.inf
+  allowed = self_tuning.Range(
+    np.array([0, 1, -inf, -inf, 0]), np.array([0.9, inf, 2, inf, 24]), np.arange(5) == 4
+  )
+  h = np.array([[-1.0, 0.5, 2.0, -3.0, 0.3], [9, 9, 9, 9, 9], [-9, -9, -9, -9, -9]])
+  sigmoid, softplus = lambda x: 1 / (1 + np.exp(-x)), lambda x: np.log1p(np.exp(x))
+  expected = [0.9 * sigmoid(h[:, 0]), 1 + softplus(h[:, 1]), 2 - softplus(h[:, 2]), h[:, 3]]
+  expected = np.stack([*expected, np.floor(24 * sigmoid(h[:, 4]))], axis=1)
+  np.testing.assert_allclose(self_tuning.values(h, allowed), expected, rtol=1e-12)
+  assert sorted(expected[:, 4]) == [0, 13, 23]
+  # Only the floor has no gradient, and no unused case makes one infinite.
+  slopes = jax.grad(lambda h: self_tuning.values(h, allowed).sum())(h)
+  assert np.all(np.isfinite(slopes))
+  assert np.all(slopes[:, :4] != 0) and np.all(slopes[:, 4] == 0)
+  smooth = allowed._replace(discrete=np.zeros(5, bool))
+  found = self_tuning.unconstrained(self_tuning.values(h, smooth)[0], smooth)
+  np.testing.assert_allclose(found, h[0], rtol=1e-9)
+
+
+def test_shared_hyperparameters_have_one_draw():
+  hyper = self_tuning.Hyper(jnp.array([1.0, 2.0]), jnp.repeat(spread(0.5), 2))
+  drawn = self_tuning.sample(jax.random.key(0), hyper, 6, np.array([True, False]))
+  assert len(set(np.array(drawn[:, 0]))) == 1 and len(set(np.array(drawn[:, 1]))) == 6
+
+
+def test_the_entropy_keeps_perturbations_as_wide_as_the_response_allows():
+  """A fixed response 0.3 + h / 2 costs s^2 / 8, the entropy is worth tau log s: s = 2 sqrt(tau)."""
+  valid = lambda slope, hyper: jnp.mean((slope * hyper[:, 0]) ** 2 / 2)
+  optimizer, tau = optax.adam(0.02), 0.01
+  hyper = self_tuning.Hyper(jnp.zeros(1), spread(0.5))
+  state = self_tuning.init(jnp.array(0.5), hyper, optax.sgd(0.1), optimizer)
+
+  def step(state, key):
+    options = dict(batch=256, tau=tau, tune_spread=True)
+    state, _ = self_tuning.valid_step(key, state, valid, optimizer, **options)
+    return state, jax.nn.softplus(state.hyper.spread[0])
+
+  _, scales = jax.lax.scan(step, state, jax.random.split(jax.random.key(0), 600))
+  assert abs(np.mean(scales[-200:]) - 2 * tau**0.5) < 0.01
 
 
 def test_the_entropy_is_that_of_a_normal_distribution():
