@@ -301,7 +301,8 @@ class Annotator:
       )
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in self.own} | outputs.stats
-    plain = rows if 'policy_only' not in batch else self._placed(read_by_anchors(batch))
+    bare = read_by_anchors(batch)
+    plain = rows if bare is batch else self._placed(bare)
     for name, function in self.of_anchor.items():
       found[f'{name}_logp'] = function(params[name], plain).logp
     for name, function in self.of_network.items():
@@ -312,7 +313,7 @@ class Annotator:
       found[f'{name}{HEAD_SCORE}'] = function(params[name], plain)
     # The devices are at work meanwhile; the first process alone asks, and tells the others.
     for name, function in self.of_elsewhere.items():
-      found[f'{name}_logp'] = from_first(function(batch) if jax.process_index() == 0 else None)
+      found[f'{name}_logp'] = from_first(function(bare) if jax.process_index() == 0 else None)
     return batch.with_arrays(**sharding.to_host(found))
 
   def _scored_mismatches(self, state: TrainState, batch: Batch) -> Batch:
@@ -364,6 +365,8 @@ class Annotator:
       mask=batch.mask,
       layout=context.layout,
     )
+    if 'policy_only' in batch:  # a teacher whose logits a statistic reads does not see these tokens
+      rows = rows.with_arrays(policy_only=batch['policy_only'])
     devices = sharding.data_parallel_size(context.mesh)
     rows = pack(rows, parts=context.micro_batches, data_parallel_size=devices)
     return sharding.place_batch(context.mesh, rows)
