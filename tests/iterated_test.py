@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, collect, phases
-from polgrad.collect import starts
+from polgrad.collect import replay, starts
 from polgrad.data import batching
 from polgrad.losses import multipliers
 from polgrad.options import from_text
@@ -34,15 +34,15 @@ def filled(*found, capacity=4, shown=2):
 
 
 def test_doctests():
-  assert not doctest.testmod(starts).failed
+  assert not doctest.testmod(starts).failed and not doctest.testmod(replay).failed
 
 
 def test_priorities_are_variances_of_groups():
   rewards = np.array([[1, 1, 0, 0, 1, 0, 0, 0], [0.1] * 8, [1, 0, 1, 1, 1, 1, 1, 1]])
   valid = np.ones((3, 8), bool)
   valid[2, 1] = False  # the one that differed
-  np.testing.assert_allclose(starts.variances(rewards, valid), [0.23438, 0, 0], atol=5e-6)
-  assert not starts.variances(rewards, valid & False).any()
+  np.testing.assert_allclose(replay.variances(rewards, valid), [0.23438, 0, 0], atol=5e-6)
+  assert not replay.variances(rewards, valid & False).any()
 
 
 def test_the_lowest_priority_leaves_a_full_buffer():

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from polgrad.collect import starts
+from polgrad.collect import replay, starts
 from polgrad.collect.base import Collect, Context, Draw, Filtering
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import RowSampler, make_row_sampler
@@ -173,7 +173,7 @@ class IteratedSteps(Steps):
     places = features.pop('started')[::size]
     batch = batch.replace(features=features)
     rewards, valid = batch.rewards.reshape(-1, size), batch.valid.reshape(-1, size)
-    found = starts.variances(rewards, valid)
+    found = replay.variances(rewards, valid)
     # A generator beside that of the step, whose other numbers are those of plain rollouts.
     (own,) = random.spawn(1)
     taken = starts.picked(rewards, valid, own, extend=self.settings.extend)

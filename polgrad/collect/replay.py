@@ -21,6 +21,35 @@ from polgrad.types import Batch
 Array = np.ndarray
 
 
+def centred(rewards: Array, valid: Array) -> Array:
+  """The valid rewards less the mean of those of their group, and 0 for others, f64[N, G].
+
+  In a group whose rewards are all equal it is exactly 0; their mean may differ from them by rounding.
+  """
+  rewards, valid = np.asarray(rewards, np.float64), np.asarray(valid, bool)
+  count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
+  mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
+  largest = np.where(valid, rewards, -np.inf).max(axis=1, keepdims=True)
+  smallest = np.where(valid, rewards, np.inf).min(axis=1, keepdims=True)
+  return np.where(valid & (largest > smallest), rewards - mean, 0.0)
+
+
+def variances(rewards: Array, valid: Array) -> Array:
+  """The variance (divisor n) of the valid rewards of each group, f64[N]; 0 for fewer than 2.
+
+  With rewards 0 and 1 it is p (1 - p).
+
+  Args:
+    rewards: f[N, G].
+    valid: bool[N, G].
+
+  >>> print(variances(np.array([[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8]), np.ones((2, 8), bool)))
+  [0.234375 0.      ]
+  """
+  count = np.maximum(np.sum(valid, axis=1), 1)
+  return np.square(centred(rewards, valid)).sum(axis=1) / count
+
+
 def uniform(ages: Array) -> Array:
   """All groups are alike."""
   return np.ones(len(ages))
@@ -37,13 +66,7 @@ def contrast(rewards: Array, valid: Array) -> Array:
   With group-normalised advantages that is sum_i |A_i| times the standard deviation of the group, the
   score of the replay buffer of TRL.
   """
-  count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
-  mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
-  found = np.where(valid, np.abs(rewards - mean), 0).sum(axis=1)
-  # The mean of equal numbers may differ from them by rounding.
-  largest = np.where(valid, rewards, -np.inf).max(axis=1)
-  smallest = np.where(valid, rewards, np.inf).min(axis=1)
-  return np.where(largest > smallest, found, 0)
+  return np.abs(centred(rewards, valid)).sum(axis=1)
 
 
 def deviation(rewards: Array, valid: Array, *, eps: NotNegative = 1e-3) -> Array:
@@ -52,10 +75,7 @@ def deviation(rewards: Array, valid: Array, *, eps: NotNegative = 1e-3) -> Array
   With eps > 0 groups of equal rewards are used again too, so that importance weights can make up for
   the priorities exactly (arXiv:1511.05952). A group without a valid row has the priority 0.
   """
-  count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
-  mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
-  squares = np.where(valid, np.square(rewards - mean), 0).sum(axis=1)
-  return np.where(valid.any(axis=1), np.sqrt(squares / count[:, 0]) + eps, 0)
+  return np.where(valid.any(axis=1), np.sqrt(variances(rewards, valid)) + eps, 0)
 
 
 def recovery(rewards: Array, valid: Array, ages: Array, *, decay: Fraction = 0.5) -> Array:

@@ -143,28 +143,6 @@ def _shortened(one: Start, shown: int) -> Start:
   return one._replace(attempts=one.attempts[-shown:], priority=float(np.float32(one.priority)))
 
 
-def variances(rewards: Array, valid: Array) -> Array:
-  """The variance (divisor n) of the valid rewards of each group, f64[N]; 0 for fewer than 2.
-
-  With rewards 0 and 1 it is p (1 - p).
-
-  Args:
-    rewards: f[N, G].
-    valid: bool[N, G].
-
-  >>> print(variances(np.array([[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8]), np.ones((2, 8), bool)))
-  [0.234375 0.      ]
-  """
-  rewards, valid = np.asarray(rewards, np.float64), np.asarray(valid, bool)
-  count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
-  mean = np.where(valid, rewards, 0).sum(axis=1, keepdims=True) / count
-  found = np.where(valid, (rewards - mean) ** 2, 0).sum(axis=1) / count[:, 0]
-  # The mean of equal numbers may differ from them by rounding.
-  largest = np.where(valid, rewards, -np.inf).max(axis=1)
-  smallest = np.where(valid, rewards, np.inf).min(axis=1)
-  return np.where(largest > smallest, found, 0.0)
-
-
 def picked(rewards: Array, valid: Array, random: np.random.Generator, *, extend: Extend) -> Array:
   """The row of each group that extends the history, i[N]: a valid one, where there is one.
 
