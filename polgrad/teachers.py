@@ -229,7 +229,7 @@ def ask_first(score: Score, temperature: float, where: str) -> None:
   Raises:
     ValueError: there is no service, it does not answer, or it gives no log-probs of a prompt.
   """
-  if score.folder:
+  if getattr(score, 'folder', ''):
     return
   try:
     (answer,) = score([[0, 1]], temperature)
