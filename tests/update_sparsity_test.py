@@ -174,3 +174,10 @@ def test_the_mask_of_a_run_trains_what_it_changed(tmp_path):
     optim.masked(optimizer=optim.sgd(), mask=out).init({'other': jnp.ones(2)})
   with pytest.raises(ValueError, match=r'expected bool\(2, 2\)'):
     optim.masked(optimizer=optim.sgd(), mask=out).init({'embedding': jnp.ones((2, 2))})
+
+
+@pytest.mark.parametrize('text', [b'', b'hello', b'PK\x03\x04 cut off'])
+def test_a_file_that_holds_no_masks_is_refused_before_training(text, tmp_path):
+  (tmp_path / 'x.npz').write_bytes(text)
+  with pytest.raises(ValueError, match=r'x\.npz.* is damaged, or no file of'):
+    optim.masked(optimizer=optim.adamw(learning_rate=1e-3), mask=str(tmp_path / 'x.npz'))

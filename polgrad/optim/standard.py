@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import zipfile
 from typing import Annotated, Any, Literal
 
 import jax
@@ -196,10 +197,12 @@ def masked(*, optimizer: StandardPart, mask: str) -> optax.GradientTransformatio
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: from `init`, the file lacks a parameter, or has another shape of it.
+    ValueError: it is no file of masks; from `init`, it lacks a parameter, or has another shape of it.
   """
   if not pathlib.Path(mask).is_file():
     raise FileNotFoundError(f'masked: there is no file {mask!r}')
+  if not zipfile.is_zipfile(mask):
+    raise ValueError(f'masked: {mask!r} is damaged, or no file of polgrad.update_sparsity --mask')
 
   def find(name, shape):
     with np.load(mask) as stored:
