@@ -268,7 +268,7 @@ def test_answers_of_other_prompts_stand_beside_the_samples():
 
 def test_chord_has_a_fifth_of_demonstrations_of_other_prompts(tmp_path):
   (tmp_path / 'rows.jsonl').write_text(json.dumps({'prompt': '11+11=', 'answer': '22'}) + '\n')
-  method = methods.chord(others=2, demonstrations=str(tmp_path / 'rows.jsonl'))
+  method = methods.chord(others=2, answers=str(tmp_path / 'rows.jsonl'))
   run = build.build(addition(method))
   phase = run.phases['train']
   samples = phase.collect.samples_per_prompt
@@ -276,7 +276,7 @@ def test_chord_has_a_fifth_of_demonstrations_of_other_prompts(tmp_path):
   assert phase.source[3]['demonstrations'] == [{'prompt': '11+11=', 'answer': '22'}] * 2
   assert not phase.collect.one_prompt
   with pytest.raises(ValueError, match='not read with others=0'):
-    methods.chord(demonstrations='rows.jsonl')
+    methods.chord(answers='rows.jsonl')
 
 
 def rows_of(*numbers):

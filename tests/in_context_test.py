@@ -94,7 +94,9 @@ def test_it_learns_which_prompts_are_solved_and_follows_a_policy_that_changes():
     rows = np.repeat(RNG.choice(80, 16, replace=False), 4).astype(np.int32)
     rewards = solved[rows].astype(np.float32)
     every = np.ones(len(rows), bool)
-    found = curricula.Observed(rows, rewards, every, {}, rows, rewards, every, prompts[rows])
+    found = curricula.Observed(
+      rows, rewards, every, {}, rows, rewards, every, embeddings=prompts[rows]
+    )
     return update(state, found)
 
   def told(state, solved):
@@ -128,7 +130,14 @@ def test_budgets_have_the_sum_and_the_bounds_and_prefer_contrast():
   rewards = np.where(solved[rows], 1.0, np.arange(80) % 4 == 2).astype(np.float32)
   every = np.ones(80, bool)
   found = curricula.Observed(
-    rows, rewards, every, {}, rows, rewards, every, one.embed([records[i] for i in rows])
+    rows,
+    rewards,
+    every,
+    {},
+    rows,
+    rewards,
+    every,
+    embeddings=one.embed([records[i] for i in rows]),
   )
   state = jax.jit(one.update)(one.init(records), found)
   ask = Request(count=32, size=40, cursor=0, seed=0, records=records)

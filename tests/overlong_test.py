@@ -194,7 +194,7 @@ def test_one_that_is_found_only_when_it_is_drawn_is_named_with_the_option(tmp_pa
   run = experiment(tmp_path, 'grpo')
   refuse = lambda *_: batching.prompts([{'prompt': '1' * LONG, 'id': 7}], BYTE, length=8)
   started = phases.PhaseRun(
-    run, 'train', run.phases['train'], 0, refuse, None, {}, None, None, phases.Logs()
+    run, 'train', run.phases['train'], 0, refuse, None, {}, {}, {}, None, None, phases.Logs()
   )
   monkeypatch.setattr(phases, 'start_phase', lambda *_: started)
   state = argparse.Namespace(phase_step=1, cursor=0, curriculum_state=())

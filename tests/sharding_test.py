@@ -11,11 +11,13 @@ from jax.sharding import PartitionSpec as P
 from polgrad import sharding
 from polgrad.losses import logit_stats
 from polgrad.models import token_stats
+from polgrad.models.token_stats import Rows
 from polgrad.registry import inputs
 from polgrad.sampling import make_sampler
 from tests.models import tiny
 
-STATS = {n: f for n, f in logit_stats.TABLE.items() if 'teacher_logits' not in inputs(f)}
+OTHERS = {'teacher_logits', 'early_targets'}
+STATS = {n: f for n, f in logit_stats.TABLE.items() if not OTHERS & {*inputs(f)}}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
 OVERRIDES = dict(vocab_size=24, qk_norm='head', tie_embeddings=False, value_head=True)
 POLICY = tiny.policy(**OVERRIDES)
@@ -38,9 +40,9 @@ def evaluate(policy, params, tokens, segment_ids):
 
   def loss(params):
     hidden = policy.hidden(params, tokens, segment_ids)
-    out = token_stats(
-      hidden, tokens, functools.partial(policy.unembed, params), stats=STATS, chunk=2
-    )
+    whole = Rows(tokens, segment_ids, segment_ids > 0)
+    unembed = functools.partial(policy.unembed, params)
+    out = token_stats(hidden, tokens, unembed, stats=STATS, chunk=2, whole=whole)
     out['value'] = policy.value(params, hidden)
     size = lambda x: 1 + jnp.abs(jax.lax.stop_gradient(x))
     return sum(jnp.sum(jnp.sin(x) / size(x)) for x in out.values()), out

@@ -365,6 +365,7 @@ def right_and_wrong(
     [B], the part of a pair is that of its right row.
   """
   group = _same(score, rewards, group_ids)
+  score, group_ids = jnp.asarray(score), jnp.asarray(group_ids)
   right = rewards >= threshold
   number = total(right.astype(score.dtype), group)
   pairs = number * (size(group) - number)

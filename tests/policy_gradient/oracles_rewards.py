@@ -341,6 +341,10 @@ FUNCTIONS = {
       ]
     ),
   ),
+  reward_maps.signed: (
+    dict(threshold=0.3),
+    lambda a: np.array([1.0 if r >= 0.3 else -1.0 for r in a.rewards]),
+  ),
   reward_maps.mistaken: (
     dict(false_positive=0.6, false_negative=0.3),
     lambda a: np.where(a.rewards >= 0.5, a.uniform >= 0.3, a.uniform < 0.6) * 1.0,

@@ -15,7 +15,7 @@ def chord(
   valley: float = 0.02,
   eps: float = 0.2,
   others: Count = 0,
-  demonstrations: str = '',
+  answers: str = '',
 ) -> Method:
   """CHORD (arXiv:2508.11408): GRPO beside demonstrations that matter less as the run proceeds.
 
@@ -30,7 +30,7 @@ def chord(
   (CHORD-mu), and mu = 0.1 throughout (peak = valley = 0.1, warmup 0) with it (CHORD-phi).
 
   The authors draw demonstrations from other data than prompts: 64 for 256 samples, 8 of a prompt, which
-  is `others=2` with a file of `demonstrations`.
+  is `others=2` with a file of `answers`.
 
   Differences: By default every prompt has its own answer as the demonstration beside its samples.
 
@@ -41,15 +41,15 @@ def chord(
     valley: mu at the end.
     eps: distance of the clipping bounds from 1.
     others: demonstrations of other prompts beside the samples of each prompt; 0 takes its own answer.
-    demonstrations: a file of JSON lines that they are of; '' takes other records of the task.
+    answers: a file of JSON lines that they are of; '' takes other records of the task.
 
   Raises:
-    ValueError: `demonstrations` without `others`.
+    ValueError: `answers` without `others`.
 
   Confidence: CODE.
   """
-  if demonstrations and not others:
-    raise ValueError(f'chord: demonstrations={demonstrations!r} is not read with others=0')
+  if answers and not others:
+    raise ValueError(f'chord: answers={answers!r} is not read with others=0')
   mu = dict(warmup=warmup, decay=decay, peak=peak, valley=valley)
   mean = part(aggregation.token_mean)
   imitate = part(
@@ -61,7 +61,7 @@ def chord(
     aggregation=mean,
   )
   advantage = part(advantages.group_normalized, ddof=1, eps=1e-6)
-  file = {'demonstrations': part(sources.jsonl, path=demonstrations)} if demonstrations else {}
+  file = {'demonstrations': part(sources.jsonl, path=answers)} if answers else {}
   return Method(
     collect=partial(collect.Rollouts, **({'others': others} if others else {'demonstrations': 1})),
     source=partial(sources.with_demonstrations, count=others, **file) if others else None,

@@ -14,13 +14,13 @@ def grace(
   negatives: str = 'own',
   cluster: float = 0.2,
   across: float = 0.2,
-  temperature: float = 0.1,
+  scale: float = 0.1,
   truncated: float = -1.0,
   eps: float = 0.2,
 ) -> Method:
   """GRACE (arXiv:2510.04506): rationales are rewarded by the embeddings that they give to texts.
 
-      R_i = (cos(q_i, p_i) - s_i + cluster c_i - across a_i) / temperature
+      R_i = (cos(q_i, p_i) - s_i + cluster c_i - across a_i) / scale
       A_i = R_i - mean_g
       loss = -token mean of min(r A, clip(r, 1 - eps, 1 + eps) A)
 
@@ -43,7 +43,7 @@ def grace(
     negatives: 'own' or 'first'.
     cluster: weight of the agreement inside the group.
     across: weight of the likeness to other groups.
-    temperature: divides the sum.
+    scale: divides the sum.
     truncated: reward of an answer without a stop token.
     eps: distance of the clipping bounds from 1.
 
@@ -61,7 +61,7 @@ def grace(
         negatives=negatives,
         cluster=cluster,
         across=across,
-        temperature=temperature,
+        temperature=scale,
       ),
     ),
     credit=part(credit.outcome, advantage=part(advantages.group_mean)),

@@ -10,7 +10,7 @@ def igpo(
   *,
   share: float = 0.2,
   least: float = 0.2,
-  most: float = 0.6,
+  largest: float = 0.6,
   shortest: int = 5,
   longest: int = 10,
   replaced: float = 0.5,
@@ -21,7 +21,8 @@ def igpo(
       loss = -token mean of w min(r A, clip(r, 1 - eps, 1 + eps) A),   A = R - mean_g
 
   For a prompt whose answers are all wrong further ones are drawn, which begin with the first fraction
-  eta of the chunks of the given answer, eta ~ U[least, most]. Right ones take the places of wrong ones.
+  eta of the chunks of the given answer, eta ~ U[least, largest]. Right ones take the places of wrong
+  ones.
   w is 1 for tokens that the policy drew, and for the given tokens of highest entropy, a fraction `share`
   of them; other given tokens have w = 0. r = pi / pi_old, for given tokens too. With a fraction rho of
   right answers the expected update of a group is rho (1 - rho) (g_right - g_wrong): nothing without a
@@ -35,7 +36,7 @@ def igpo(
   Args:
     share: fraction of the given tokens that are learned from; 0 imitates no hint, 1 all of it.
     least: least fraction of the chunks that is given.
-    most: largest fraction.
+    largest: largest fraction.
     shortest: tokens of the shortest chunks.
     longest: tokens of the longest chunks.
     replaced: largest fraction of the rows of a group that are replaced.
@@ -47,7 +48,7 @@ def igpo(
     collect=partial(
       collect.Inpainted,
       least=least,
-      most=most,
+      most=largest,
       shortest=shortest,
       longest=longest,
       replaced=replaced,

@@ -11,7 +11,7 @@ def v0(
   context: int = 256,
   prompts: float = 0.125,
   least: int = 2,
-  most: int = 32,
+  largest: int = 32,
   rank: float = 0.25,
   eps_low: float = 0.2,
   eps_high: float = 0.2,
@@ -20,7 +20,8 @@ def v0(
 
       loss = -token mean of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
       A_i = (R_i - mean_g) / (std_g + 1e-6)
-      B_x maximise sum_x B_x (1 - p_x) (1 - (1 - p_x)^(B_x - 1)),   least <= B_x <= most,   sum B_x fixed
+      B_x maximise sum_x B_x (1 - p_x) (1 - (1 - p_x)^(B_x - 1)),
+          least <= B_x <= largest,   sum B_x fixed
 
   r = pi / pi_old. A prompt x gets B_x completions, which are one group. p_x is what a model predicts
   from the embedding of x and the newest results of the run on other prompts; the curriculum
@@ -31,7 +32,7 @@ def v0(
     context: newest completions that a prediction looks at.
     prompts: different prompts of a step, as a fraction of its completions.
     least: completions of a prompt.
-    most: completions of a prompt.
+    largest: number of completions of a prompt.
     rank: weight of the ranking in the loss of the model.
     eps_low: distance of the lower clipping bound from 1.
     eps_high: distance of the upper clipping bound from 1.
@@ -48,7 +49,7 @@ def v0(
       aggregation=part(aggregation.token_mean),
     ),
     curriculum=part(
-      curricula.v0, context=context, prompts=prompts, least=least, most=most, rank=rank
+      curricula.v0, context=context, prompts=prompts, least=least, most=largest, rank=rank
     ),
     minibatches=2,
   )
