@@ -714,7 +714,11 @@ SIMPLE = table(
 
 
 def gated(
-  *, credit: Part, limit: Count = 0, threshold: float = 1.0, drop_solved: bool = False
+  *,
+  credit: Part,
+  limit: Annotated[int, Range(at_least=-1)] = 0,
+  threshold: float = 1.0,
+  drop_solved: bool = False,
 ) -> Estimator:
   """Prompts that the policy cannot solve learn from their demonstration, the others from samples.
 
