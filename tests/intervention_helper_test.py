@@ -188,3 +188,8 @@ def test_the_table_has_the_mean_and_the_range_of_the_seeds():
   rows = helper.table(lines).splitlines()[2:]
   assert len(rows) == len(helper.ROWS)
   assert rows[2] == '| 1 | decision model | 1.00 (1.00 to 1.00) | 0.38 (0.25 to 0.50) |'
+
+
+def test_the_page_has_the_table_of_the_recorded_results():
+  page = (helper.RESULTS.parent / 'games.md').read_text()
+  assert helper.table(helper.read()) in page
