@@ -89,7 +89,6 @@ from polgrad.losses.groups import (
 )
 from polgrad.registry import (
   AtLeastOne,
-  Count,
   Fraction,
   NotNegative,
   Positive,
