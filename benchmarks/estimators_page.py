@@ -139,6 +139,8 @@ Without their entropy, KL and imitation terms. A step has one prompt where nothi
   largest weight of what is remembered, the factor depends on what is remembered, and the direction
   is off by hundredths of a degree. With a smaller b the biases of these priorities are small too,
   because they differ mostly between groups with and without a gradient.
+* **Rows of an old run carry its probabilities.** Here its logits were half as large. Ratios of tokens
+  take most of the bias away; what is left is that of the prefix, whose ratio they do not have.
 * **Prompts that are drawn more often count more**: a curriculum climbs E[R] over the distribution
   of prompts that it draws, exactly, and is off for uniform ones. Weights 1 / (n q) undo it. Budgets
   are the same, since a mean over rows or tokens counts a prompt by its completions.

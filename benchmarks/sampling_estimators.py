@@ -305,6 +305,18 @@ def recalled(parts: Parts, **choice) -> Moments:
   return mixed(0.5, moments(groups(), parts), moments(replayed(**choice), parts))
 
 
+def with_old_runs(parts: Parts) -> Moments:
+  """Half of the groups of a step are new, half of an old run, whose logits were half as large."""
+  law, before = groups(), setting()._replace(behavior=setting().params / 2)
+  log_p = np.asarray(enumerable.logp(POLICY, before.behavior)).sum(axis=1)
+  chance = np.exp(log_p)[law.rows].prod(axis=1) / PROMPTS
+  features = {'replay_weight': np.ones(law.rows.shape)}
+  each = gradients(before, parts.credit, parts.objective, law.rows, features)
+  mean = chance @ each
+  old = Moments(mean, float(chance @ np.square(each).sum(axis=1) - mean @ mean))
+  return mixed(0.5, moments(law, parts), old)
+
+
 def picked(parts: Parts, **settings) -> Moments:
   """Rows of the group drawn again, with the probabilities of `picks.filter_weights`."""
   law = groups()
@@ -428,6 +440,11 @@ def drawn_by(curriculum: Curriculum, state: object) -> np.ndarray:
   """The probabilities of the prompts of a step with one group."""
   random = lambda noise: types.SimpleNamespace(gumbel=lambda size: noise)
   return first_chances(lambda noise: curriculum.propose(state, asked(random(noise), 1))[0], PROMPTS)
+
+
+def by_returns() -> np.ndarray:
+  """The probabilities of `curricula.returns`, where the return of a prompt is its success rate."""
+  return np.asarray(curricula.returns().init([{'return': float(p)} for p in RATES]), float)
 
 
 def by_thompson(draws: int = 20000) -> np.ndarray:
@@ -558,6 +575,14 @@ def base() -> Parts:
   return Parts('base', credits.outcome(advantage=advantages.leave_one_out), objective)
 
 
+def corrected_rows() -> Parts:
+  """The same, with the ratio of the policy to the one that sampled as the factor of each token."""
+  objective = objectives.PolicyGradient(
+    surrogate=surrogates.importance_weighted, aggregation=aggregation.sequence_sum
+  )
+  return base()._replace(name='corrected', objective=objective)
+
+
 def raw() -> Parts:
   """REINFORCE without a baseline, for rows whose rewards are not independent."""
   return Parts('raw', credits.outcome(advantage=advantages.raw), base().objective)
@@ -637,6 +662,8 @@ LAWS: dict[str, Row] = {
       replayed(priority=replay.recovery, exponent=float('inf'), into='dull'), parts
     ),
   ),
+  'half of the groups of an old run': Row(base, with_old_runs),
+  'the same, ratios of tokens': Row(corrected_rows, with_old_runs),
   'rows by `best_worst`': Row(raw, with_settings(picked, strategy='best_worst')),
   'rows by `best`': Row(raw, with_settings(picked, strategy='best')),
   'half of the groups start in the answer': Row(base, starting(RESETS, masked), from_hints(RESETS)),
@@ -646,6 +673,7 @@ LAWS: dict[str, Row] = {
   'prompts by `target`': Row(base, **by_curriculum(curricula.target)),
   'prompts by `window`': Row(base, **by_curriculum(curricula.window)),
   'prompts by `sec`': Row(base, **by_share(of_categories)),
+  'prompts by `returns`': Row(base, **by_share(by_returns)),
   'prompts by `vade`, 20000 draws': Row(base, **by_share(functools.cache(by_thompson))),
   'completions by `budget`': Row(base, lambda parts: pooled(parts, budgeted())),
 }

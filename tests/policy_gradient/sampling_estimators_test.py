@@ -3,12 +3,14 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import estimators, estimators_page
 from benchmarks import sampling_estimators as sampling
 from polgrad.collect import picks, replay, starts
+from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import gradients
 from polgrad.tabular.outcomes import first_chances, outcomes
 
@@ -222,3 +224,21 @@ def test_rows_without_weight_are_first_with_probability_zero():
   logs = np.log([0.5, 1e-60, 1.5])
   chances = first_chances(lambda noise: np.argmax(logs + noise), 3)
   np.testing.assert_allclose(chances, [0.25, 0, 0.75], atol=1e-9)
+
+
+def test_groups_of_an_old_run_give_its_own_expectation_of_the_present_gradient():
+  params = sampling.setting().params
+  log_p = lambda p: enumerable.logp(sampling.POLICY, p).sum(axis=1)
+  old, right = np.exp(log_p(params / 2)).reshape(sampling.PROMPTS, -1), sampling.REWARDS
+  gap = right.reshape(old.shape) - (old * right.reshape(old.shape)).sum(axis=1, keepdims=True)
+  each = np.asarray(jax.jacrev(log_p)(params)).reshape(*old.shape, -1)
+  expected = np.einsum('xs,xs,xsk->k', old, gap, each) / sampling.PROMPTS
+  found = sampling.with_old_runs(sampling.base()).mean
+  plain = sampling.plain(sampling.base()).mean
+  np.testing.assert_allclose(found, (plain + expected) / 2, atol=1e-9)
+
+
+def test_weights_by_returns_are_exponential():
+  p = sampling.RATES
+  weights = np.exp((p - p.min()) / np.ptp(p) / 0.1)
+  np.testing.assert_allclose(sampling.by_returns(), weights / weights.sum(), rtol=1e-6)
