@@ -24,34 +24,22 @@ import statistics
 import time
 from collections import defaultdict
 
+from benchmarks import hybrids
 from benchmarks.curricula import run
-from polgrad import methods, presets, tasks
-from polgrad.compose import compose
+from polgrad import methods
 from polgrad.registry import part, weighted
 from polgrad.types import Params
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 RESULTS, PAGE = DOCS / 'staleness.jsonl', DOCS / 'pods.md'
 METHODS, LAGS = ('grpo', 'online_dpo', 'tba', 'm2po', 'topr'), (0, 1, 4, 8)
-RATE, PROMPTS, WAITS = 2e-4, 16, (0.0, 0.5, 1.0, 2.0)
+WAITS = (0.0, 0.5, 1.0, 2.0)  # of verifiers, in steps without any
 
 
 def load(name: str, seed: int, steps: int, lag: int = 0, warm_start: int = 1):
   """The run of a method whose rows are `lag` steps old."""
-  config = compose(
-    methods.TABLE[name],
-    tasks.addition(),
-    presets.tiny(alphabet=tasks.addition().alphabet),
-    steps=steps,
-    seed=seed,
-    prompts=PROMPTS,
-    warm_start=warm_start,
-    learning_rate=RATE,
-    trackers='none',
-  )
-  config.samples_every = config.checkpoint_every = config.rollouts.every = config.show_samples = 0
+  config = hybrids.load(methods.TABLE[name], seed, steps, warm_start)
   config.evaluation.every = steps
-  config.mesh.data = 1
   config.phases.train.collect.lag = lag
   return config
 

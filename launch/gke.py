@@ -97,9 +97,8 @@ def kubernetes_name(name):
   return made
 
 
-def manifest(options, name, flags):
-  """The JobSet of one run."""
-  labels = {'kueue.x-k8s.io/queue-name': options.queue} if options.queue else {}
+def pod_of(options, flags):
+  """What one host runs, and the nodes that it may run on."""
   node = {
     'cloud.google.com/gke-tpu-accelerator': ACCELERATORS[options.kind],
     'cloud.google.com/gke-tpu-topology': options.shape,
@@ -127,6 +126,12 @@ def manifest(options, name, flags):
     pod['serviceAccountName'] = options.service_account
   if options.spot:
     pod['tolerations'] = [{'key': 'cloud.google.com/gke-spot', 'operator': 'Exists'}]
+  return pod
+
+
+def manifest(options, name, flags):
+  """The JobSet of one run."""
+  labels = {'kueue.x-k8s.io/queue-name': options.queue} if options.queue else {}
   # A job fails with its first pod: for a reason that the JobSet restarts for, or for another.
   resumed = {'containerName': 'polgrad', 'operator': 'In', 'values': RESUMED}
   job = {
@@ -139,7 +144,7 @@ def manifest(options, name, flags):
         {'action': 'FailJob', 'onExitCodes': resumed},
       ]
     },
-    'template': {'spec': pod},
+    'template': {'spec': pod_of(options, flags)},
   }
   return {
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',

@@ -596,7 +596,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
 
 
 def _check_sampler_mesh(path: str, collector: collect.Collector, run: Experiment) -> None:
-  """Refuses devices for sampling that the rollouts do not fit, or that nothing uses."""
+  """Refuses devices for sampling that the rollouts do not fit, and overlap in several processes."""
   if collector.overlaps and jax.process_count() > 1:
     raise ValueError(f'{path}.collect.overlap: sampling beside training needs one process')
   if run.sampled_on is run.mesh:

@@ -22,7 +22,7 @@ from polgrad.collect.base import (
   reads_teacher,
 )
 from polgrad.collect.drawn import Drawn, Draws, with_rewards
-from polgrad.collect.overlapped import Overlapped
+from polgrad.collect.overlapped import overlapped
 from polgrad.collect.scored import (
   Texts,
   begun,
@@ -384,7 +384,7 @@ class Rollouts(Filtering):
 
   def make(self, context: Context) -> Collect:
     made = RolloutSteps(**self._parts(self.within(context)))
-    return Overlapped(made).collect if self.overlap else made.collect
+    return overlapped(made) if self.overlap else made.collect
 
   def _parts(self, context: Context) -> dict[str, Any]:
     """The fields of `RolloutSteps`."""
