@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import build, credit, curricula, phases, sharding, train
-from polgrad.collect import Rollouts, replay, rollouts
+from polgrad.collect import Rollouts, replay, rollout_steps
 from polgrad.registry import part
 from polgrad.types import Batch
 from tests.runs import method_of
@@ -66,7 +66,7 @@ def test_other_devices_sample_the_same_rows(alone, tmp_path):
 def test_rows_are_judged_during_the_update_of_their_step(monkeypatch, tmp_path):
   """In turns, rows that wait for the update of their step would wait in vain."""
   updating, arrived = threading.Semaphore(0), []
-  score, update = rollouts.RolloutSteps.score, phases.PhaseRun.update_all
+  score, update = rollout_steps.RolloutSteps.score, phases.PhaseRun.update_all
 
   def scored(self, rows, records, state, draw, step):
     if step:
@@ -78,7 +78,7 @@ def test_rows_are_judged_during_the_update_of_their_step(monkeypatch, tmp_path):
       updating.release()
     return update(self, state, batch, step, further)
 
-  monkeypatch.setattr(rollouts.RolloutSteps, 'score', scored)
+  monkeypatch.setattr(rollout_steps.RolloutSteps, 'score', scored)
   monkeypatch.setattr(phases.PhaseRun, 'update_all', updated)
   made = lagging()
   made.phases.train.steps = 3

@@ -15,7 +15,7 @@ import numpy as np
 from polgrad.collect.base import Collect, Context, Draw, Filtering
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import RowSampler, make_row_sampler
+from polgrad.collect.row_sampler import RowSampler, make_row_sampler
 from polgrad.collect.scored import distinct
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.environments.episodes import Episode

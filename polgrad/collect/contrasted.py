@@ -17,7 +17,9 @@ import numpy as np
 from polgrad import sharding
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import Rollouts, RolloutSteps, RowSampler, make_row_sampler
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import Rollouts
+from polgrad.collect.row_sampler import RowSampler, make_row_sampler
 from polgrad.collect.scored import Texts
 from polgrad.compiling import jit
 from polgrad.data import batching

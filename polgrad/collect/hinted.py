@@ -9,7 +9,9 @@ import numpy as np
 
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import Rollouts, RolloutSteps, RowSampler, make_row_sampler
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import Rollouts
+from polgrad.collect.row_sampler import RowSampler, make_row_sampler
 from polgrad.collect.scored import Texts, with_groups
 from polgrad.collect.steps import Report
 from polgrad.curricula import Sampled

@@ -9,7 +9,8 @@ import numpy as np
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import OTHER_ROWS, Rollouts, RolloutSteps
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import OTHER_ROWS, Rollouts
 from polgrad.registry import Count, Fraction
 from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState

@@ -11,7 +11,9 @@ import numpy as np
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import OTHER_ROWS, Rollouts, RolloutSteps, RowSampler
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import OTHER_ROWS, Rollouts
+from polgrad.collect.row_sampler import RowSampler
 from polgrad.collect.steps import Report
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer

@@ -7,7 +7,8 @@ import numpy as np
 
 from polgrad.collect.base import Collect, Context
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import Rollouts, RolloutSteps
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import Texts
 from polgrad.types import STREAMS, Batch
 

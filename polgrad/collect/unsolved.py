@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad.collect.base import Collect, Collected, Context, Draw
-from polgrad.collect.rollouts import OTHER_ROWS, Rollouts, RolloutSteps
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import OTHER_ROWS, Rollouts
 from polgrad.registry import AtLeastOne
 from polgrad.sharding import to_host
 from polgrad.types import Batch, Layout, TrainState

@@ -17,7 +17,8 @@ from polgrad.collect import splits
 from polgrad.collect.base import Collect, Context, Draw
 from polgrad.collect.continuations import Continuer, Prefixes, make_continuer
 from polgrad.collect.drawn import Drawn
-from polgrad.collect.rollouts import Rollouts, RolloutSteps
+from polgrad.collect.rollout_steps import RolloutSteps
+from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.scored import distinct, errors
 from polgrad.collect.steps import Report
 from polgrad.registry import AtLeastOne, Count
