@@ -100,10 +100,11 @@ Made by `python -m benchmarks.sampling_estimators`. Four prompts, with success r
 .3, .6 and .95 and separate logits, are answered by two tokens, of which one pair is right;
 there is no stop token, so no length adds a bias, and groups are four rows unless the row says
 otherwise. Functions of the repository choose prompts, groups and rows, and are called for every
-result of their random numbers; `vade`, whose numbers are continuous, 20000 times. The policy is at
-rest: older groups are as the present policy draws them, and what curricula track is exact. Where
-groups are replayed, half of those of a step are new and the others come from three older ones, but
-dull ones are replaced wherever they are.
+result of their random numbers; those of `vade` are continuous, so its probabilities are integrals,
+by quadrature. The policy is at rest: older groups are as the present policy draws them, and what
+curricula track is exact. Where groups are replayed, half of those of a step are new and the others
+come from three older ones, but dull ones are replaced wherever they are. `revisit` draws two groups,
+one again and one new, after each prompt was tried once.
 
 * **angle, strength, noise** compare with the gradient of E[R] over uniform prompts. Strength is the
   length of the expected gradient over that of the true one. The variance of the gradient is

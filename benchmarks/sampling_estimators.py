@@ -19,11 +19,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from benchmarks import estimators, estimators_page
 from polgrad import credit as credits
 from polgrad import curricula, methods, objectives
-from polgrad.collect import beginnings, inpainted, picks, replay, starts
+from polgrad.collect import beginnings, inpainted, old_runs, picks, replay, starts
 from polgrad.collect.scored import Texts, informative, replacements
 from polgrad.curricula import Curriculum, Request, trackers
 from polgrad.data import chunks
@@ -32,7 +33,7 @@ from polgrad.registry import bind
 from polgrad.rewards.scoring import Scores
 from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import Setting, gradients
-from polgrad.tabular.outcomes import Choices, first_chances, outcomes
+from polgrad.tabular.outcomes import Choices, best_chances, first_chances, outcomes
 from polgrad.types import STREAMS, Batch
 
 GROUP = 4
@@ -314,7 +315,16 @@ def with_old_runs(parts: Parts) -> Moments:
   each = gradients(before, parts.credit, parts.objective, law.rows, features)
   mean = chance @ each
   old = Moments(mean, float(chance @ np.square(each).sum(axis=1) - mean @ mean))
-  return mixed(0.5, moments(law, parts), old)
+  return mixed(1 - old_share(), moments(law, parts), old)
+
+
+def old_share() -> float:
+  """The share of groups of an old run in a batch of two, by `old_runs.mixed`."""
+  new, old = (scored([0] * n) for n in (2, 3))
+  new, old = (x.replace(sampled_at=np.zeros(len(x.rewards), np.int32)) for x in (new, old))
+  run = functools.partial(old_runs.mixed, new, old, fraction=0.5, rows_per_prompt=GROUP)
+  shares = outcomes(lambda random: float((run(random=random).sampled_at < 0).mean()))
+  return sum(chance * share for chance, share in shares)
 
 
 def picked(parts: Parts, **settings) -> Moments:
@@ -447,36 +457,112 @@ def by_returns() -> np.ndarray:
   return np.asarray(curricula.returns().init([{'return': float(p)} for p in RATES]), float)
 
 
-def by_thompson(draws: int = 20000) -> np.ndarray:
+def by_thompson() -> np.ndarray:
   """The share of each prompt in draws of `curricula.vade`, whose counts are at rest.
 
-  Each count decays by .9 * .99 a step, and a step adds a group of the prompt. The numbers of Thompson
-  sampling are continuous, so these are frequencies; their standard error is below .0036.
+  Each count decays by .9 * .99 a step, and a step adds a group of the prompt. Of the scores only their
+  order matters, and they rise and then fall, so `best_chances` has the probabilities.
   """
   strength = GROUP / (1 - 0.9 * 0.99)
   state = trackers.DiscountedBeta(1 + strength * RATES, 1 + strength * (1 - RATES))
   curriculum = curricula.vade(decay=0.9, decay_all=0.99)
-  requests = (Request(count=1, size=PROMPTS, cursor=i, seed=0) for i in range(draws))
-  rows = [int(curriculum.propose(state, one)[0]) for one in requests]
-  return np.bincount(rows, minlength=PROMPTS) / draws
+
+  def beats(one: float, other: float) -> bool:
+    drawn = types.SimpleNamespace(beta=lambda alpha, beta: np.array([other, one, 0.0, 0.0]))
+    return int(curriculum.propose(state, asked(drawn, 1))[0]) == 1
+
+  return best_chances(beats, [scipy.stats.beta(*counts) for counts in zip(*state)])
 
 
-def of_categories() -> np.ndarray:
+def of_categories(curriculum: Curriculum, state: trackers.Bandit) -> np.ndarray:
+  """The probabilities of the prompts in a curriculum that draws categories of them."""
+  orders = list(itertools.permutations(range(PROMPTS)))  # in which rows of a category come
+  share = np.zeros(PROMPTS)
+  for order in orders:
+
+    def run(random, order=order):
+      own = types.SimpleNamespace(choice=random.choice, random=lambda size: np.array(order, float))
+      return int(curriculum.propose(state, asked(own, 1))[0])
+
+    for chance, row in outcomes(run):
+      share[row] += chance / len(orders)
+  return share
+
+
+def by_bandit() -> np.ndarray:
   """The probabilities of `curricula.sec` at rest, if each prompt is a category."""
-  curriculum = curricula.sec()
   right_rows = np.arange(GROUP + 1)
   magnitude = 2 * np.sqrt(right_rows * (GROUP - right_rows)) / GROUP  # mean |A| of a group
   value = magnitude @ binomial(RATES, GROUP)
   state = trackers.Bandit(value, np.arange(PROMPTS, dtype=np.int32))
+  return of_categories(curricula.sec(), state)
 
-  def run(random):
-    # Which row of a category comes does not matter: there is one.
-    own = types.SimpleNamespace(choice=random.choice, random=np.zeros)
-    return int(curriculum.propose(state, asked(own, 1))[0])
 
+def by_weights(categories: str, **weights: float) -> np.ndarray:
+  """The probabilities of `curricula.mixed`; `categories` has a letter for each prompt."""
+  curriculum = curricula.mixed(weights=weights)
+  return of_categories(curriculum, curriculum.init([{'category': letter} for letter in categories]))
+
+
+def in_stages(*stages: int) -> np.ndarray:
+  """The probabilities of `curricula.stages`, as the mean of some of two stages of one step each."""
+  curriculum = curricula.stages(number=2, steps=1)
+  state = curriculum.init([{'difficulty': float(1 - p)} for p in RATES])
+  return np.mean([drawn_by(curriculum, state | {'step': step}) for step in stages], axis=0)
+
+
+def once_more(curriculum: Curriculum, state: object) -> dict[tuple[int, int], float]:
+  """P(prompts of a step with two groups) of `curricula.revisit`, whose noise orders new prompts."""
+  orders = list(itertools.permutations(range(PROMPTS)))
+  rows = lambda noise, order: curriculum.propose(
+    state,
+    asked(types.SimpleNamespace(gumbel=lambda size: noise, random=lambda size: order), 2),
+  )
+  again = np.zeros(PROMPTS)
+  if np.any(state['priority'] > 0):
+    again = first_chances(lambda noise: rows(noise, np.zeros(PROMPTS))[0], PROMPTS)
+  else:
+    again[0] = 1.0  # the noise is not read
+  found: dict[tuple[int, int], float] = {}
+  for row, order in itertools.product(np.flatnonzero(again > 1e-12), orders):
+    noise = np.where(np.arange(PROMPTS) == row, 0.0, -np.inf)
+    pair = tuple(sorted(map(int, rows(noise, np.array(order) / PROMPTS))))
+    found[pair] = found.get(pair, 0.0) + again[row] / len(orders)
+  return found
+
+
+@functools.cache
+def revisited() -> list[tuple[float, dict[int, int]]]:
+  """Two groups of `curricula.revisit`, after one group of each prompt: one again, one new."""
+  curriculum = curricula.revisit()
+  begun = curriculum.init([{}] * PROMPTS)
+  update = jax.jit(curriculum.update)
+  chances = binomial(RATES, GROUP)
+  states: dict[tuple, float] = {}
+  for counts in itertools.product(range(GROUP + 1), repeat=PROMPTS):
+    batch = scored(list(counts))
+    sampled = curricula.Sampled(
+      batch.prompt_ids, batch.rewards, batch.valid, {}, np.zeros(len(batch.valid), bool)
+    )
+    state = update(begun, curricula.observed(batch, sampled))
+    assert (np.asarray(state['visits']) == 1).all()
+    key = tuple(np.asarray(state['priority']).tolist())
+    chance = chances[list(counts), range(PROMPTS)].prod()
+    states[key] = states.get(key, 0.0) + float(chance)
+  pairs: dict[tuple[int, int], float] = {}
+  for priority, chance in states.items():
+    state = {'priority': np.array(priority), 'visits': np.ones(PROMPTS, np.int32)}
+    for pair, own in once_more(curriculum, state).items():
+      pairs[pair] = pairs.get(pair, 0.0) + chance * own
+  return [(chance, dict.fromkeys(pair, GROUP)) for pair, chance in pairs.items()]
+
+
+def share_of(allocations: list[tuple[float, dict[int, int]]]) -> np.ndarray:
+  """The share of each prompt in the completions of steps."""
   share = np.zeros(PROMPTS)
-  for chance, row in outcomes(run):
-    share[row] += chance
+  for chance, sizes in allocations:
+    for x, n in sizes.items():
+      share[x] += chance * n / sum(sizes.values())
   return share
 
 
@@ -672,9 +758,20 @@ LAWS: dict[str, Row] = {
   'prompts by `spo`, weighted by 1 / (n q)': Row(base, corrected),
   'prompts by `target`': Row(base, **by_curriculum(curricula.target)),
   'prompts by `window`': Row(base, **by_curriculum(curricula.window)),
-  'prompts by `sec`': Row(base, **by_share(of_categories)),
+  'prompts by `sec`': Row(base, **by_share(by_bandit)),
   'prompts by `returns`': Row(base, **by_share(by_returns)),
-  'prompts by `vade`, 20000 draws': Row(base, **by_share(functools.cache(by_thompson))),
+  'prompts by `vade`': Row(base, **by_share(functools.cache(by_thompson))),
+  'prompts by `mixed`, weights 4 : 3 : 2 : 1': Row(
+    base, **by_share(lambda: by_weights('abcd', a=4, b=3, c=2, d=1))
+  ),
+  'prompts by `mixed`, half of each of two sources': Row(
+    base, **by_share(lambda: by_weights('abbb', a=1, b=1))
+  ),
+  'prompts by `stages`, the first of two': Row(base, **by_share(lambda: in_stages(0))),
+  'the same, both stages': Row(base, **by_share(lambda: in_stages(0, 1))),
+  'prompts by `revisit`': Row(
+    base, lambda parts: pooled(parts, revisited()), lambda: climbed(share_of(revisited()))
+  ),
   'completions by `budget`': Row(base, lambda parts: pooled(parts, budgeted())),
 }
 METHODS: dict[str, Row] = {

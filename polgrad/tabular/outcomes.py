@@ -6,7 +6,7 @@ its draws. Where a function adds Gumbel noise to logarithms of weights it does n
 finds the weights from what it chooses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -119,3 +119,46 @@ def first_chances(first: Callable[[Array], int], size: int) -> Array:
     logs[row] = -(low + high) / 2
   weights = np.exp(logs - logs.max())
   return weights / weights.sum()
+
+
+def best_chances(beats: Callable[[float, float], bool], laws: Sequence, points: int = 200) -> Array:
+  """The probabilities f64[size] of each row to have the best of the numbers that rows draw.
+
+  There is one best number in (0, 1), and those on either side are worse the further away they are. So
+  the numbers that beat x lie between x and another one, which bisection finds. Then P(i) is the mean of
+  prod_(j != i) P(x_j does not beat x_i) over x_i, by Gauss-Legendre quadrature on both sides.
+
+  Args:
+    beats: (x, y) -> whether x is taken before y, both in (0, 1).
+    laws: of the number of each row, with `pdf` and `cdf`, as those of scipy.stats.
+    points: of the quadrature, on each side.
+
+  >>> import scipy.stats
+  >>> laws = [scipy.stats.beta(1, 1), scipy.stats.beta(1, 2)]
+  >>> print(best_chances(lambda x, y: x * (1 - x) > y * (1 - y), laws).round(6))
+  [0.5 0.5]
+  """
+  low, high = 0.0, 1.0
+  while high - low > 1e-9:
+    one, two = low + (high - low) / 3, high - (high - low) / 3
+    low, high = (one, high) if beats(two, one) else (low, two)
+  peak = (low + high) / 2
+
+  def partner(x: float) -> float:
+    """The number on the other side that is as good as x; the end of that side if all are better."""
+    near, far = peak, float(x < peak)
+    for _ in range(50):
+      middle = (near + far) / 2
+      near, far = (middle, far) if beats(middle, x) else (near, middle)
+    return (near + far) / 2
+
+  nodes, weights = np.polynomial.legendre.leggauss(points)
+  chances = np.zeros(len(laws))
+  for begin, end in ((0.0, peak), (peak, 1.0)):
+    x = (begin + end) / 2 + (end - begin) / 2 * nodes
+    y = np.array([partner(one) for one in x])
+    worse = np.stack([1 - np.abs(law.cdf(x) - law.cdf(y)) for law in laws])
+    for i, law in enumerate(laws):
+      others = np.delete(worse, i, axis=0).prod(axis=0)
+      chances[i] += (end - begin) / 2 * weights @ (law.pdf(x) * others)
+  return chances

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from benchmarks import sampling_estimators as sampling
 from polgrad.collect import picks, replay, starts
 from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import gradients
-from polgrad.tabular.outcomes import first_chances, outcomes
+from polgrad.tabular.outcomes import best_chances, first_chances, outcomes
 
 NUMBERS = json.loads(estimators_page.SAMPLING.read_text())
 
@@ -118,7 +119,7 @@ def test_a_curriculum_is_asked_with_what_its_documentation_says():
     c * 2 * np.sqrt(k / 4 * (1 - k / 4)) for k, c in enumerate(sampling.binomial(p, 4))
   )
   by_values = np.exp(magnitude) / np.exp(magnitude).sum()
-  np.testing.assert_allclose(sampling.of_categories(), by_values, rtol=1e-6)
+  np.testing.assert_allclose(sampling.by_bandit(), by_values, rtol=1e-6)
   pairs = sampling.budgeted()
   assert all(sum(sizes.values()) == 8 and len(sizes) == 2 for _, sizes in pairs)
   np.testing.assert_allclose(sum(chance for chance, _ in pairs), 1)
@@ -193,6 +194,7 @@ def test_what_has_no_bias():
     'the same, b = 1, not scaled',
     'dull groups become the newest useful ones',
     'prompts by `spo`, weighted by 1 / (n q)',
+    'the same, both stages',
   }
 
 
@@ -242,3 +244,35 @@ def test_weights_by_returns_are_exponential():
   p = sampling.RATES
   weights = np.exp((p - p.min()) / np.ptp(p) / 0.1)
   np.testing.assert_allclose(sampling.by_returns(), weights / weights.sum(), rtol=1e-6)
+
+
+def test_thompson_sampling_by_quadrature_is_what_draws_show():
+  laws = [sampling.scipy.stats.beta(*x) for x in ((3, 5), (2, 2), (9, 4))]
+  score = lambda x: x * (1 - x) ** 2
+  found = best_chances(lambda x, y: score(x) > score(y), laws)
+  np.testing.assert_allclose(found.sum(), 1, atol=1e-9)
+  random = np.random.default_rng(0)
+  drawn = score(np.stack([law.rvs(100_000, random_state=random) for law in laws]))
+  seen = np.bincount(drawn.argmax(axis=0), minlength=3) / 100_000
+  np.testing.assert_allclose(found, seen, atol=4 * np.sqrt(0.25 / 100_000))
+
+
+def test_weights_of_categories_and_stages_are_those_of_their_prompts():
+  np.testing.assert_allclose(sampling.by_weights('abcd', a=4, b=3, c=2, d=1), [0.4, 0.3, 0.2, 0.1])
+  halves = sampling.by_weights('abbb', a=1, b=1)
+  np.testing.assert_allclose(halves, [1 / 2, 1 / 6, 1 / 6, 1 / 6])
+  np.testing.assert_allclose(sampling.in_stages(0), [0, 0, 0.5, 0.5], atol=1e-9)
+  np.testing.assert_allclose(sampling.in_stages(0, 1), 1 / 4)
+
+
+def test_prompts_are_revisited_by_the_variance_of_their_last_group():
+  """P(again) is proportional to k (4 - k) of the last group; the new one is any of the other three."""
+  p = sampling.RATES
+  expected = np.zeros(4)
+  for k in itertools.product(range(5), repeat=4):
+    k = np.array(k)
+    chance = np.prod([math.comb(4, n) * x**n * (1 - x) ** (4 - n) for n, x in zip(k, p)])
+    variance = k * (4 - k)
+    again = variance / variance.sum() if variance.any() else np.full(4, 1 / 4)
+    expected += chance * (again + (1 - again) / 3) / 2
+  np.testing.assert_allclose(sampling.share_of(sampling.revisited()), expected, rtol=1e-6)
