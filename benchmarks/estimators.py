@@ -29,6 +29,7 @@ from polgrad.tabular.estimators import Distribution, Setting, gradient_distribut
 GROUP = 4
 # Measured over several prompts by benchmarks/sampling_estimators.py.
 CHANGE_SAMPLES = (
+  'agentic_arpo',
   'exit_iteration',
   'hnpg',
   'igpo',
@@ -46,7 +47,6 @@ LEFT_OUT = {
   ),
   'otr': 'learns from demonstrations',
   'props': 'changes who samples; its estimator is that of a plain PPO',
-  'agentic_arpo': 'changes who samples; its estimator is GRPO without a KL',
   **dict.fromkeys(('pure', 'text2grad'), 'reads scores of steps, which no reward determines'),
   'gtpo': 'drops rows with a mean entropy above .7 nats, which all rows of this policy have',
   'prime': 'its reward model learns during the run',

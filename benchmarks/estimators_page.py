@@ -148,6 +148,9 @@ Without their entropy, KL and imitation terms. A step has one prompt where nothi
 * **Beginnings of the answer move weight to hard prompts.** The loss then climbs the success rate
   behind the beginning, and given tokens have no gradient. In `igpo` only groups without a right row
   change.
+* **Copies share the beginning of their row**, so the mean of a group holds a part of what the shared
+  token earns, and takes it away. Where two of four rows may be copied behind a reply (`agentic_arpo`;
+  here the reply is between the two tokens), that is some 7 degrees.
 * **Rows that are drawn again by their rewards are no samples of the policy.** Without a correction
   they favour hard prompts. With rewards 0 and 1, `best_half` is `best_worst`, and `power` is
   `best`.

@@ -24,7 +24,8 @@ import scipy.stats
 from benchmarks import estimators, estimators_page
 from polgrad import credit as credits
 from polgrad import curricula, methods, objectives
-from polgrad.collect import beginnings, inpainted, old_runs, picks, replay, starts
+from polgrad.collect import beginnings, branched, inpainted, old_runs, picks, replay, starts
+from polgrad.collect.drawn import Drawn
 from polgrad.collect.scored import Texts, informative, replacements
 from polgrad.curricula import Curriculum, Request, trackers
 from polgrad.data import chunks
@@ -432,6 +433,70 @@ def _merged(chance: np.ndarray, rows: np.ndarray, injected: np.ndarray) -> Law:
   )
 
 
+@functools.cache
+def branched_law() -> Law:
+  """Agentic ARPO: a reply between the two tokens, behind which rows are copied; copies share the first.
+
+  A reply is a column outside of the mask, so an answer is two turns of one token.
+  """
+  settings = methods.TABLE['agentic_arpo']().collect(
+    prompts=1, samples_per_prompt=GROUP, prompt_length=1, max_new_tokens=LENGTH + 1
+  )
+  context = types.SimpleNamespace(
+    policy=types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=2)), seed=0
+  )
+  tokens = POLICY.tokens[:SEQUENCES]
+  found: dict[tuple[int, ...], float] = {}
+  for x in range(PROMPTS):
+    own = slice(x * SEQUENCES, (x + 1) * SEQUENCES)
+    log_p = np.asarray(enumerable.logp(POLICY, setting().params))[own]
+
+    def drawn(numbers, log_p=log_p) -> Drawn:
+      spread = lambda pair: np.insert(pair[list(numbers)], 1, 0, axis=1)
+      shape = len(numbers), LENGTH + 1
+      batch = Batch(
+        tokens=spread(tokens),
+        segment_ids=np.ones(shape, np.int32),
+        mask=np.tile([True, False, True], (len(numbers), 1)),
+        behavior_logp=spread(log_p),
+        prompt_ids=np.zeros(len(numbers), np.int32),
+      )
+      return Drawn(batch, [])
+
+    def run(random, drawn=drawn, p=probabilities()[x]):
+      def continuer(state, batch, prefixes, *_, anew):
+        """The rest of each row, from a column on."""
+        chosen = []
+        for row, column in zip(prefixes.rows, prefixes.columns):
+          same = anew | (tokens[:, 0] == batch.tokens[row, 0])
+          assert column == (0 if anew else 2)
+          chosen.append(int(random.choice(SEQUENCES, p=p * same / (p * same).sum())))
+        return drawn(chosen)
+
+      steps = branched.BranchedSteps(
+        **dict.fromkeys(('draw_rows', 'annotate', 'assign')),
+        settings=settings,
+        context=context,
+        continuer=continuer,
+        mask_truncated=False,
+      )
+      begun = [int(random.choice(SEQUENCES, p=p)) for _ in range(settings.first)]
+      rows = branched.Growing(
+        batch=drawn(begun).batch,
+        episodes=[],
+        prompt=np.zeros(settings.first, int),
+        anew=np.zeros(settings.first, int),
+        ids=[],
+      )
+      steps.complete(rows, random, None, [{}], 0)
+      return tuple((rows.batch.tokens[:, 0] * 2 + rows.batch.tokens[:, 2]).tolist())
+
+    for chance, numbers in outcomes(run):
+      key = tuple(x * SEQUENCES + number for number in numbers)
+      found[key] = found.get(key, 0.0) + chance / PROMPTS
+  return Law(np.array([*found.values()]), np.array([*found]))
+
+
 # Curricula, whose counts are at rest: estimated success rates are exact.
 
 
@@ -748,6 +813,7 @@ LAWS: dict[str, Row] = {
       replayed(priority=replay.recovery, exponent=float('inf'), into='dull'), parts
     ),
   ),
+  'rows are copied behind a reply': Row(base, lambda parts: moments(branched_law(), parts)),
   'half of the groups of an old run': Row(base, with_old_runs),
   'the same, ratios of tokens': Row(corrected_rows, with_old_runs),
   'rows by `best_worst`': Row(raw, with_settings(picked, strategy='best_worst')),
@@ -792,6 +858,9 @@ METHODS: dict[str, Row] = {
     method('spo_single_stream'), single_stream, lambda: climbed(included())
   ),
   '`igpo`': Row(method('igpo'), lambda parts: moments(inpainted_law(), parts)),
+  '`agentic_arpo`': Row(
+    method('agentic_arpo'), lambda parts: moments(branched_law(), parts), normalized
+  ),
   '`uft`, halfway': Row(UFT, starting(ANNEALED, with_hint, HALFWAY), from_hints(ANNEALED, HALFWAY)),
   '`hnpg`': Row(method('hnpg'), starting(RESETS, restarted), from_hints(RESETS)),
   '`pf_ppo`, all rows once': Row(method('pf_ppo', entropy_coefficient=0.0), plain),

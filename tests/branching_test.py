@@ -423,12 +423,14 @@ def test_rows_with_less_room_end_like_rows_whose_columns_are_used_up():
 
 
 def test_a_row_is_copied_more_often_where_the_entropy_rises():
-  u = np.random.default_rng(0).random(4000)
-  rate = lambda rise, weight: np.mean([branched.spawns(x, rise, weight, 0.5) for x in u])
-  assert rate(3.0, 0.0) == pytest.approx(0.5, abs=0.03)
-  assert rate(1.0, 0.2) == pytest.approx(0.7, abs=0.03)
-  assert rate(-1.0, 0.2) == pytest.approx(0.3, abs=0.03)
-  assert rate(9.0, 0.2) == 1.0 and not doctest.testmod(branched).failed
+  """The rule: a row is copied if clip(u - weight rise, 0, 1) <= threshold, u uniform."""
+  u = (np.arange(1000) + 0.5) / 1000
+  for rise, weight, threshold in itertools.product(
+    (-9, -1, 0, 1, 3, 9), (-0.2, 0, 0.2), (0, 0.5, 1)
+  ):
+    rate = np.mean(np.clip(u - weight * rise, 0, 1) <= threshold)
+    assert branched.copy_chance(rise, weight, threshold) == pytest.approx(rate, abs=1e-9)
+  assert not doctest.testmod(branched).failed
 
 
 @pytest.fixture(scope='module')

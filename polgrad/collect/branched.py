@@ -102,19 +102,29 @@ class BranchedSteps(Steps):
       ids=[],
     )
     random = np.random.default_rng((self.context.seed, step, 5))
-    # Turn by turn: a copy may be copied again at a later turn.
-    turn = 1
-    while turn < max(len(turns(mask)) for mask in rows.batch.mask):
-      self._grow(rows, self._copied(rows, turn, random), turn, state, records, step)
-      turn += 1
-    left = self._left(rows)
-    starts = np.repeat(settings.first * np.arange(settings.prompts), left)
-    self._grow(rows, starts, 0, state, records, step)
+    self.complete(rows, random, state, records, step)
     order = np.argsort(rows.prompt, kind='stable')
     batch = jax.tree.map(lambda x: x[order], rows.batch.with_arrays(anew=rows.anew))
     # All copies are drawn, so the states of episodes are not needed any more.
     episodes = [rows.episodes[i].without_states() for i in order if rows.episodes]
     return Drawn(batch, episodes), records
+
+  def complete(
+    self,
+    rows: Growing,
+    random: np.random.Generator,
+    state: TrainState,
+    records: Sequence[dict],
+    step: int,
+  ) -> None:
+    """Adds copies and further rows, until each prompt has all of its rows."""
+    # Turn by turn: a copy may be copied again at a later turn.
+    turn = 1
+    while turn < max(len(turns(mask)) for mask in rows.batch.mask):
+      self._grow(rows, self._copied(rows, turn, random), turn, state, records, step)
+      turn += 1
+    starts = np.repeat(self.settings.first * np.arange(self.settings.prompts), self._left(rows))
+    self._grow(rows, starts, 0, state, records, step)
 
   def score(
     self, rows: Drawn, records: Sequence[dict], state: TrainState, draw: Draw, step: int
@@ -146,8 +156,8 @@ class BranchedSteps(Steps):
         -rows.batch.behavior_logp[row, span][: settings.window].mean() / scale
         for span in (spans[0], spans[turn])
       )
-      u = random.random()
-      if spawns(u, now - begin, settings.entropy_weight, settings.threshold):
+      chance = copy_chance(now - begin, settings.entropy_weight, settings.threshold)
+      if random.binomial(1, chance):
         found.append(row)
         left[prompt] -= 1
     return np.array(found, int)
@@ -180,10 +190,10 @@ class BranchedSteps(Steps):
     rows.ids += ids.tolist()
 
 
-def spawns(u: float, rise: float, weight: float, threshold: float) -> bool:
-  """Whether a row is copied: clip(u - weight * rise, 0, 1) <= threshold.
+def copy_chance(rise: float, weight: float, threshold: float) -> float:
+  """P(clip(u - weight * rise, 0, 1) <= threshold), u uniform in [0, 1): that a row is copied.
 
-  >>> spawns(0.6, 0.0, 0.2, 0.5), spawns(0.6, 1.0, 0.2, 0.5)
-  (False, True)
+  >>> copy_chance(0.0, 0.2, 0.5), copy_chance(1.0, 0.2, 0.5), copy_chance(-9.0, 0.2, 0.5)
+  (0.5, 0.7, 0.0)
   """
-  return bool(np.clip(u - weight * rise, 0, 1) <= threshold)
+  return 1.0 if threshold >= 1 else float(np.clip(threshold + weight * rise, 0, 1))

@@ -276,3 +276,20 @@ def test_prompts_are_revisited_by_the_variance_of_their_last_group():
     again = variance / variance.sum() if variance.any() else np.full(4, 1 / 4)
     expected += chance * (again + (1 - again) / 3) / 2
   np.testing.assert_allclose(sampling.share_of(sampling.revisited()), expected, rtol=1e-6)
+
+
+def test_rows_are_copied_behind_a_reply_by_the_rise_of_their_entropy():
+  """The chance of each group of the third prompt, written out: two rows start, each may be copied."""
+  law, (a, b) = sampling.branched_law(), sampling.TOKENS[2]
+  np.testing.assert_allclose(law.chance.sum(), 1, rtol=1e-9)
+  first = np.array([1 - a, 1 - a, a, a])
+  second = np.array([0.6, 0.4, 1 - b, b])  # sequences 00, 01, 10, 11
+  p = first * second
+  rest = second * np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
+  copied = np.clip(0.5 + 0.2 * (np.log(first) - np.log(second)) / np.log(2), 0, 1)
+  own = {tuple(rows - 8): x for rows, x in zip(law.rows, law.chance) if 8 <= rows[0] < 12}
+  for i, j, k, m in itertools.product(range(4), repeat=4):
+    c, d = copied[i], copied[j]
+    further = c * d * rest[i, k] * rest[j, m] + c * (1 - d) * rest[i, k] * p[m]
+    further += (1 - c) * d * rest[j, k] * p[m] + (1 - c) * (1 - d) * p[k] * p[m]
+    np.testing.assert_allclose(own.get((i, j, k, m), 0.0), p[i] * p[j] * further / 4, rtol=1e-6)
