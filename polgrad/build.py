@@ -255,6 +255,11 @@ class Evaluation:
 
   every: int = 0
 
+  def in_phase(self, name: str) -> 'Evaluation':
+    """What is measured in the phase of this name."""
+    del name
+    return self
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Never(Evaluation):
@@ -281,6 +286,8 @@ class HeldOut(Judged, collect.Turns, Evaluation):
     label: text before all other tokens of every prompt, such as that of the best quantile (Quark); ''
       is none. Verifiers do not see it.
     label_length: tokens of the label, at most; `prompt_length` has room for them.
+    label_phases: names of the phases whose policy is asked behind the label; () is all. Others, such as
+      a warm start, have not learned labels.
     environment: what answers the turns of the policy, with its budgets and limits; the one of training
       may be another.
     anchors: anchors that are measured as well, in phases that have them, such as an average of the
@@ -304,12 +311,23 @@ class HeldOut(Judged, collect.Turns, Evaluation):
   stop_strings: tuple = ()
   label: str = ''
   label_length: Count = 0
+  label_phases: tuple = ()
   anchors: tuple = ()
   comparison: reward_models.ComparisonPart = comparisons.larger_reward
 
   def own(self, tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer with this prefix and these stop strings."""
     return tokenizer.sampling(self.prefix, self.stop_strings)
+
+  def check_texts(self, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses a label that the tokenizer cannot write, or that has too many tokens."""
+    batching.check_text('label', self.label, tokenizer)
+    batching.check_label(tokenizer.encode(self.label), self.label_length)
+
+  def in_phase(self, name: str) -> 'HeldOut':
+    """What is measured in the phase of this name."""
+    asks_behind = not self.label_phases or name in self.label_phases
+    return self if asks_behind else dataclasses.replace(self, label='')
 
   def lay_out(
     self, records: Sequence[dict], *, tokenizer: tokenizers.Tokenizer, cut: bool = False
@@ -321,7 +339,6 @@ class HeldOut(Judged, collect.Turns, Evaluation):
     if not self.label:
       return batching.widened(found, self.label_length, tokenizer.pad_id)
     ids = tokenizer.encode(self.label)
-    batching.check_label(ids, self.label_length, 'config.evaluation.label')
     return batching.behind(batching.widened(found, self.label_length, tokenizer.pad_id), ids)
 
 
@@ -499,6 +516,10 @@ def check(run: Experiment) -> None:
     _check_phase(f'config.phases.{name}', one, run)
   evaluation = run.evaluation
   if evaluation.every:
+    for name in evaluation.label_phases:
+      if name not in run.phases:
+        known = suggest(str(name), run.phases)
+        raise ValueError(f'config.evaluation.label_phases: unknown {name!r}{known}')
     _check_stops('config.evaluation', evaluation, run)
     _check_environment('config.evaluation', evaluation, evaluation.reward, run)
     length = evaluation.prompt_length + evaluation.max_new_tokens
@@ -941,6 +962,22 @@ def _check_length(path: str, length: int, policy: Policy) -> None:
     )
 
 
+def check_texts(run: Experiment) -> None:
+  """Refuses settings with texts that the tokenizer cannot write, such as a label or a hint.
+
+  Raises:
+    ValueError: names the setting.
+  """
+  readers = {f'config.phases.{name}.collect': one.collect for name, one in run.phases.items()}
+  if run.evaluation.every:
+    readers['config.evaluation'] = run.evaluation
+  for path, reader in readers.items():
+    try:
+      reader.check_texts(run.tokenizer)
+    except ValueError as error:
+      raise ValueError(f'{path}.{error}') from error
+
+
 def check_data(run: Experiment) -> list[str]:
   """Lays out records of every source as the run will: of files all, of generators some, evenly spaced.
 
@@ -957,6 +994,7 @@ def check_data(run: Experiment) -> list[str]:
       verifiers fail on all, or a service gives no log-probs. Or knobs of credit or objective contradict
       each other.
   """
+  check_texts(run)
   told, asked = [], {}
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)

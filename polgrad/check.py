@@ -34,6 +34,7 @@ from polgrad.build import (
   HeldOut,
   Tried,
   build,
+  check_texts,
   data_sections,
   leaks,
   try_environment,
@@ -377,6 +378,7 @@ def main(argv: list[str]) -> None:
   with cli.refusals():
     config = cli.config(TABLE)
     run = build(config)
+    check_texts(run)
   wrong = []
   with cli.refusals():  # weights that cannot be read, for example
     for section in itertools.chain(

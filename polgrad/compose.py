@@ -305,6 +305,8 @@ class _Run:
   def evaluation(self, method: Method) -> ConfigDict:
     task = self.task
     behind = method.collect.func.asks_behind(method.collect.keywords)
+    phases = {**method.before, 'train': method}
+    labelled = [k for k, m in phases.items() if m.collect.func.asks_behind(m.collect.keywords)]
     if task.held_out is None or not task.judged:
       return part(build.Never)
     limit = SMOKE['held_out'] if self.smoke else task.held_out_problems
@@ -321,6 +323,7 @@ class _Run:
       prefix=task.prefix,
       stop_strings=task.stop_strings,
       **behind,
+      label_phases=tuple(labelled),
       **task.turns | task.held_out_turns,
     )
 

@@ -418,6 +418,7 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
   name = experiment.order[int(state.phase)]
   phase = experiment.phases[name]
   made = context(experiment, phase, int(state.phase))
+  measured = experiment.evaluation.in_phase(name)
   jitted = lambda learners: {name: jit_learner(one, state) for name, one in learners.items()}
   return PhaseRun(
     experiment=experiment,
@@ -429,7 +430,9 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     learn=jitted(phase.anchor_learners(experiment.policy)),
     networks=jitted(phase.network_learners(experiment.policy)),
     more=jitted(phase.further_learners(experiment.policy)),
-    measure=evaluate.make_evaluator(experiment) if experiment.evaluation.every else None,
+    measure=evaluate.make_evaluator(dataclasses.replace(experiment, evaluation=measured))
+    if measured.every
+    else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
     observe=jit(phase.curriculum.update),
     categories=phase.curriculum.names(phase.source),

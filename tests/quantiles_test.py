@@ -11,8 +11,9 @@ from polgrad.data import batching, tokenizers
 from polgrad.losses import divergences
 from polgrad.methods.supervised.quark import quark
 from polgrad.options import from_text
+from polgrad.reductions import Mean
 from polgrad.rewards import scoring
-from polgrad.types import Batch, Prompts
+from polgrad.types import Batch, Outputs, Prompts
 
 
 def log_softmax(x):
@@ -30,14 +31,32 @@ def test_the_loss_is_that_of_the_paper():
   entropy = -(np.exp(own) * own).sum(-1)
   want = (-logp + 0.05 * kl - 0.06 * entropy)[mask].mean()
   with jax.enable_x64(True):
-    found, _ = quark().loss(
-      mask=mask, tokens=tokens, logp=logp, logits=logits, teacher_logits=reference
-    )
+    arrays = dict(mask=mask, tokens=tokens, logp=logp, entropy=entropy, logits=logits)
+    arrays |= dict(teacher_logits=reference)
+    found, _ = quark(max_new_tokens=5).loss(**arrays)
     np.testing.assert_allclose(found, want, rtol=1e-6)
-    plain, _ = quark(quantiles=1, kl=0.0, entropy=0.0).loss(
-      mask=mask, tokens=tokens, logp=logp, logits=logits, teacher_logits=reference
-    )
+    plain, _ = quark(max_new_tokens=5, quantiles=1, kl=0.0, entropy=0.0).loss(**arrays)
   np.testing.assert_allclose(plain, -logp[mask].mean(), rtol=1e-6)
+
+
+def test_coefficients_adapt_to_their_targets():
+  """c <- c (1 + clip(x / target - 1, -.2, .2) n / 2500), x of a completion of five tokens."""
+  rates = dict(kl_rate=128 / 2500, kl_target=3.0, entropy_rate=128 / 2500, entropy_target=4.0)
+  _, objective = quark(max_new_tokens=5, **rates).bound()
+  mean = lambda x: Mean(total=jnp.asarray(x), count=jnp.asarray(1.0))
+  state, kl, entropy = objective.init(), 1.0, 1.0
+  for found, h in ((0.9, 0.88), (0.1, 0.5), (0.63, 2.0)):  # nats a token
+    state = objective.advance(state, {'kl': mean(found), 'entropy': mean(h)})
+    kl *= 1 + np.clip((5 * found - 3) / 3, -0.2, 0.2) * 128 / 2500
+    entropy *= 1 - np.clip((5 * h - 4) / 4, -0.2, 0.2) * 128 / 2500
+    np.testing.assert_allclose(state['kl_coefficient'], kl, rtol=1e-6)
+    np.testing.assert_allclose(state['entropy_coefficient'], entropy, rtol=1e-6)
+  ones = np.ones((1, 2), int)
+  outputs = Outputs(logp=0.0 * ones, entropy=0.7 * ones, stats={'kl': 0.3 * ones})
+  rows = Batch(tokens=ones, segment_ids=ones, mask=ones > 0)
+  terms, _ = objective.apply(outputs, rows, state, step=3)
+  np.testing.assert_allclose(terms['kl'].value(), 0.05 * kl * 0.3, rtol=1e-6)
+  np.testing.assert_allclose(terms['bonus'].value(), -0.06 * entropy * 0.7, rtol=1e-6)
 
 
 def test_parts_have_equal_sizes_and_the_best_comes_first():
@@ -215,6 +234,33 @@ def test_evaluations_ask_behind_the_best_label():
   assert plan.prompt_length == plain.prompt_length + 2
   settings = dict(terms=('exact', 'short'), label='{exact}+{short}=')
   assert collect.Quantiles.asks_behind(settings) == {'label': '0+0=', 'label_length': 8}
-  config.evaluation.label = '0=0='
-  with pytest.raises(ValueError, match=r'config.evaluation.label: a label has 4 tokens'):
-    build.build(config).evaluation.lay_out(records, tokenizer=bare)
+  # A phase that learns no labels, such as a warm start, is asked without one, in the same columns.
+  assert plan.label_phases == ('train',) and plan.in_phase('train') is plan
+  without = plan.in_phase('warm_start').lay_out(records, tokenizer=bare)
+  assert without.tokens.shape == found.tokens.shape
+  for row, seen, record in zip(without.tokens, without.mask, records):
+    assert row[seen].tolist() == bare.encode(record['prompt'])
+
+
+TEXTS = {
+  'config.evaluation.label: a label has 4 tokens': ('evaluation', 'label', '0=0='),
+  'config.evaluation.label: .* not in the alphabet': ('evaluation', 'label', 'a'),
+  'config.evaluation.label_phases: .* did you mean .train': (
+    'evaluation',
+    'label_phases',
+    ('trian',),
+  ),
+  'config.phases.train.collect.label: .* not in the alphabet': ('train', 'label', '{k}a'),
+  'config.phases.train.collect.label: a label has 3': ('train', 'label', '{k}=='),
+}
+
+
+@pytest.mark.parametrize('message', TEXTS)
+def test_texts_that_cannot_be_written_are_refused_by_their_field(message):
+  options = 'label={k}=,label_length=2'
+  config = from_text(f'method=quark,task=addition,model=tiny,smoke,warm_start=0,{options}')
+  section, field, value = TEXTS[message]
+  place = config.phases.train.collect if section == 'train' else config.evaluation
+  place[field] = value
+  with pytest.raises(ValueError, match=message):
+    build.check_texts(build.build(config))

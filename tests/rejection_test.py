@@ -93,6 +93,12 @@ def test_a_hint_is_in_the_prompt_or_the_last_turn():
       collect.Hinted(**knobs)
 
 
+def test_a_hint_that_cannot_be_written_is_refused_by_its_field():
+  run = build.build(from_text('method=star,task=addition,model=tiny,smoke,warm_start=0'))
+  with pytest.raises(ValueError, match=r'iteration_1.collect.hint: \[.* is not in the alphabet'):
+    build.check_texts(run)
+
+
 def test_wrong_prompts_are_asked_again_and_the_hint_is_removed():
   """Every second prompt is right at once; of the others, what was drawn with the hint is right."""
   config = from_text(

@@ -114,6 +114,14 @@ class Collector(abc.ABC):
     """
     return batching.prompts(records, tokenizer, length=self.prompt_length, cut=cut)
 
+  def check_texts(self, tokenizer: Tokenizer) -> None:
+    """Refuses settings with texts that the tokenizer cannot write, or that have too many tokens.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    del tokenizer
+
   @classmethod
   def longest_row(cls, length: int, asked: Mapping[str, Any]) -> int:
     """Tokens of a row, where a prompt with its completion has at most `length`.

@@ -48,6 +48,11 @@ class Hinted(Rollouts):
     others = ('max_resamples', 'beginning', 'lag', 'replay', 'environment')
     self.refuse('a prompt is asked a second time, with a hint', *others)
 
+  def check_texts(self, tokenizer: Tokenizer) -> None:
+    super().check_texts(tokenizer)
+    words = self.hint.replace(PROMPT, '').replace(ANSWER, '')
+    batching.check_text('hint', words, tokenizer)
+
   @classmethod
   def longest_prompt(
     cls, length: int, new: int, chat: bool, asked: Mapping[str, Any], *, sampled: bool = False

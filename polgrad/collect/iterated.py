@@ -12,6 +12,7 @@ from polgrad.collect.drawn import Drawn
 from polgrad.collect.row_sampler import RowSampler, make_row_sampler
 from polgrad.collect.steps import PROVIDED, Report, Steps, common
 from polgrad.data import batching
+from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments import conversation
 from polgrad.registry import AtLeastOne, Fraction, NotNegative
 from polgrad.sharding import to_host
@@ -64,6 +65,11 @@ class Iterated(Filtering):
         'Iterated: an attempt is a completion of one turn; leave out the environment, or take a method '
         'without starts. environments.Attempts asks for several answers within an episode'
       )
+
+  def check_texts(self, tokenizer: Tokenizer) -> None:
+    super().check_texts(tokenizer)
+    for field in ('request', 'diverge'):
+      batching.check_text(field, getattr(self, field).replace('{prompt}', ''), tokenizer)
 
   @classmethod
   def longest_prompt(

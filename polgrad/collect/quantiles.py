@@ -92,11 +92,15 @@ class Quantiles(Rollouts):
   def init(self) -> replays.Ring:
     return replays.empty(self._blank(), capacity=self.pool)
 
+  def check_texts(self, tokenizer: Tokenizer) -> None:
+    super().check_texts(tokenizer)
+    self.labels(tokenizer)
+
   def labels(self, tokenizer: Tokenizer) -> list[list[int]]:
     """The ids of all labels, the best first: one for each combination of the numbers of its marks.
 
     Raises:
-      ValueError: one has too many tokens, or two have the same.
+      ValueError: one has characters without a token, or too many tokens, or two have the same tokens.
     """
     texts = []
     for numbers in itertools.product(range(self.quantiles), repeat=len(self.marks)):
@@ -104,16 +108,16 @@ class Quantiles(Rollouts):
       for mark, k in zip(self.marks, numbers):
         text = text.replace(mark, str(k))
       texts.append(text)
+    batching.check_text('label', ''.join(texts), tokenizer)
     found = _encoded(tokenizer.encode, tuple(texts))
     for ids in found:
-      batching.check_label(ids, self.label_length, 'Quantiles')
+      batching.check_label(ids, self.label_length)
     if len({*map(tuple, found)}) < len(found):
-      raise ValueError(f'Quantiles: two labels of {self.label!r} have the same tokens')
+      raise ValueError(f'label: two labels of {self.label!r} have the same tokens')
     return found
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     own, room = self.own(tokenizer), self.prompt_length - self.label_length
-    self.labels(own)  # refuses labels that do not fit
     plain = batching.prompts(self.opened(records), own, length=room, cut=cut)
     return batching.widened(plain, self.label_length, own.pad_id)
 

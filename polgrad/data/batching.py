@@ -710,14 +710,26 @@ def widened(prompts: Prompts, columns: int, pad_id: int) -> Prompts:
   return prompts.replace(tokens=widen(prompts.tokens, pad_id), mask=widen(prompts.mask, False))
 
 
-def check_label(ids: Sequence[int], most: int, name: str) -> None:
+def check_text(field: str, text: str, tokenizer: Tokenizer) -> None:
+  """Refuses the text of a setting that has characters without a token.
+
+  Raises:
+    ValueError: the message begins with `field`.
+  """
+  try:
+    tokenizer.encode(text)
+  except ValueError as error:
+    raise ValueError(f'{field}: {error}') from error
+
+
+def check_label(ids: Sequence[int], most: int) -> None:
   """Refuses a label of more than `most` tokens.
 
   Raises:
-    ValueError: the message begins with `name`.
+    ValueError: the message begins with `label`.
   """
   if len(ids) > most:
-    raise ValueError(f'{name}: a label has {len(ids)} tokens, but label_length is {most}')
+    raise ValueError(f'label: a label has {len(ids)} tokens, but label_length is {most}')
 
 
 def places(seen: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
