@@ -94,7 +94,8 @@ def token_stats(
       row.
     teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
     teacher_unembed: hidden [..., D'] -> f32[..., V]. No gradient reaches the teacher.
-    whole: the rows that `tokens` are the last columns of; None: no statistic reads earlier tokens.
+    whole: the rows that `tokens` are the last columns of; NaN outside their mask reaches no gradient.
+      None: all tokens are in the mask, and no statistic reads earlier ones.
     wide: further arrays [B, T, k] of the tokens, by name, of which statistics read [n, k].
     where: bool[B, T], tokens to evaluate; None: all. Column 0 has no past and is never evaluated.
     most: with `where`, an upper bound of the number of evaluated tokens in a row.
@@ -116,6 +117,9 @@ def token_stats(
   of_tokens |= {name: x[:, 1:] for name, x in wide.items()}
   if teacher_hidden is not None:
     of_tokens['teacher_hidden'] = teacher_hidden[:, :-1]
+  if whole is not None:
+    seen = whole.mask[:, whole.mask.shape[1] - tokens.shape[1] :][:, 1:]
+    of_tokens = {name: _inside(x, seen) for name, x in of_tokens.items()}
   if reads_context(stats):
     start = whole.tokens.shape[1] - tokens.shape[1]
     columns = jnp.arange(start, whole.tokens.shape[1], dtype=jnp.int32)
@@ -180,6 +184,17 @@ def _evaluate(
   shape = of_tokens['tokens'].shape
   found = {name: call(stat, of(stat)) for name, stat in stats.items()}
   return {name: x.reshape(*shape, *x.shape[1:]) for name, x in found.items()}
+
+
+def _inside(x: Array, seen: Array) -> Array:
+  """x [B, S, ...] with 0 where `seen` bool[B, S] is False, if it holds real numbers.
+
+  The gradient of a token outside the mask is 0 times a derivative, which is NaN where the derivative is.
+  Therefore NaN and infinity are replaced before logits are computed of them, not in the result.
+  """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return x
+  return jnp.where(jnp.expand_dims(seen, range(2, x.ndim)), x, 0)
 
 
 def _take(x: Array, columns: Array) -> Array:

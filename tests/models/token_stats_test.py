@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.losses import logit_stats
+from polgrad.losses import divergences, logit_stats
 from polgrad.losses.logit_stats import hidden_norm, logp
 from polgrad.models import token_stats
+from polgrad.models.token_stats import Rows
 from polgrad.registry import inputs
 
 # Without those of a teacher, and those that read earlier tokens (supervised_hybrids_test.py).
@@ -175,3 +176,40 @@ def test_the_hidden_state_of_a_statistic_is_data():
   np.testing.assert_array_equal(
     jax.grad(lambda h: jnp.sum(norms(h)))(HIDDEN), np.zeros(HIDDEN.shape)
   )
+
+
+def test_nan_outside_the_mask_reaches_no_gradient_of_any_statistic():
+  """States of padding may be NaN; 0 times the derivative of a statistic there would be NaN."""
+  every = {fn.__name__: fn for fn in logit_stats.TABLE.values()}
+  every |= {'kl': divergences.reverse_kl}
+  mask = jnp.zeros(TOKENS.shape, bool).at[0, 3:7].set(True).at[2, 5].set(True)
+  ones = jnp.ones(TOKENS.shape, jnp.int32)
+  # The state of a column predicts the token of the next one.
+  read = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))[:, :, None]
+
+  def loss(hidden, table, junk):
+    spoilt = lambda x, where: jnp.where(where, x, junk)
+    wide = {
+      'early_tokens': jnp.tile(jnp.arange(2), (ROWS, LENGTH, 1)),
+      'early_targets': spoilt(0.3 * jnp.ones((ROWS, LENGTH, 2)), mask[:, :, None]),
+    }
+    found = token_stats(
+      spoilt(hidden, read),
+      TOKENS,
+      unembed(table),
+      stats=every,
+      teacher_hidden=spoilt(TEACHER_HIDDEN, read),
+      teacher_unembed=unembed(TEACHER_TABLE),
+      whole=Rows(TOKENS, ones, mask),
+      wide=wide,
+    )
+    return sum(jnp.sum(jnp.where(mask, SHARED * x, 0)) for x in found.values())
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  clean = run(HIDDEN, TABLE, 0.0)
+  assert all(np.abs(x).max() > 1e-3 for x in clean)
+  for junk in (np.nan, np.inf):
+    for found, expected in zip(run(HIDDEN, TABLE, junk), clean):
+      np.testing.assert_allclose(found, expected, atol=1e-6)
+  whole = jax.grad(loss, argnums=1)(HIDDEN.at[0, 2].set(np.nan), TABLE, 0.0)
+  assert np.isnan(whole).any()  # a token that counts is not hidden
