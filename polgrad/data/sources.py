@@ -24,7 +24,7 @@ import numpy as np
 from polgrad import paths
 from polgrad.data import synthetic_pairs, tables, verifiers_package
 from polgrad.data.records import normalized
-from polgrad.registry import AtLeastOne, Count, Fraction, Range, table
+from polgrad.registry import AtLeastOne, Count, Fraction, Positive, Range, table
 
 OPERATORS = {'+': operators.add, '-': operators.sub, '*': operators.mul}
 
@@ -997,6 +997,48 @@ def _synthetic(fields, place, confidence, answer, seed):
   return {} if pair is None else {'chosen': texts[pair[0]], 'rejected': texts[pair[1]]}
 
 
+def private_bags(
+  *,
+  source: Annotated[Source, CHAT],
+  epsilon: Positive = 1.0,
+  low: float = 0.0,
+  high: float = 1.0,
+  seed: int = 0,
+) -> Source:
+  """Another source's lists, of which only a noisy mean reward is left (arXiv:2401.11081).
+
+  Rewards of a record are truncated to [low, high], and each is replaced by their mean plus a draw from
+  Laplace(0, (high - low) / (m epsilon)) for m completions. A change of one reward moves the mean by at
+  most (high - low) / m, so the label of the bag is epsilon-differentially private. The draw depends on
+  the row and `seed` alone: reading a row again tells nothing more. Whoever knows the seed can undo the
+  noise, so choose one that is secret.
+
+  Args:
+    source: records with `rewards`, lists of numbers.
+    epsilon: privacy budget of a record; smaller is more private and noisier.
+    low, high: bounds of a reward.
+    seed: seed of the draws.
+
+  Raises:
+    ValueError: `low` is not below `high`; from a record, rewards that are no finite numbers.
+  """
+  if not low < high:
+    raise ValueError(f'private_bags: low={low:g} must be below high={high:g}')
+
+  def record(row):
+    fields = source[row]
+    rewards = fields.get('rewards')
+    if not isinstance(rewards, list) or not rewards or not all(map(_finite, rewards)):
+      raise ValueError(
+        f'{source.place(row)}: rewards must be a list of finite numbers, got {rewards!r:.80}'
+      )
+    noise = np.random.default_rng((seed, row)).laplace(0, (high - low) / (len(rewards) * epsilon))
+    mean = float(np.mean(np.clip(rewards, low, high)) + noise)
+    return {**fields, 'rewards': [mean] * len(rewards)}
+
+  return dataclasses.replace(source, record=record)
+
+
 def _finite(value):
   return isinstance(value, int | float) and math.isfinite(value)
 
@@ -1017,5 +1059,5 @@ def user_of(record: Mapping, field: str) -> str | None:
   return None if found is None or found == '' else str(found)
 
 
-TABLE = CHAT | table('sources', with_context, with_demonstrations, confident_pairs)
+TABLE = CHAT | table('sources', with_context, with_demonstrations, confident_pairs, private_bags)
 Part = Annotated[Source, TABLE]

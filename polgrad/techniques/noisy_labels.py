@@ -73,7 +73,7 @@ def bag_loss(predictions: Array, means: Array, *, instance: float = 0.0) -> Arra
   Args:
     predictions: [bags, m], f.
     means: [bags], the mean label of each bag.
-    instance: r in [0, 1], to be chosen on held-out bags.
+    instance: r in [0, 1], to be chosen on held-out bags; `best_instance` is a beginning.
 
   Raises:
     ValueError: `instance` is out of range, or the shapes do not fit.
@@ -87,6 +87,43 @@ def bag_loss(predictions: Array, means: Array, *, instance: float = 0.0) -> Arra
   whole = jnp.mean((means - jnp.mean(predictions, 1)) ** 2)
   each = jnp.mean((means[:, None] - predictions) ** 2)
   return (1 - instance) * whole + instance * each
+
+
+def best_instance(
+  *, inputs: int, size: int, parameters: int, noise: float, signal: float = 1.0
+) -> float:
+  """The r of `bag_loss` with the least expected error of a linear model, within [0, 1].
+
+      r = d sigma^2 / (n |theta|^2 (1 - 1/m))
+
+  The minimiser is (S + r W)^-1 S theta plus noise, with the second moments S of bag means and W within
+  bags. If W = (1 - 1/m) I, as for independent inputs of unit variance, and theta has a random direction,
+  an eigenvalue b of S has the risk (c^2 |theta|^2 / d + b sigma^2 / n) / (b + c)^2, c = r (1 - 1/m). It
+  is least at c = d sigma^2 / (n |theta|^2) for every b, as in ridge regression. So r falls with more
+  data, and hardly depends on the size of bags.
+
+  Confidence: DERIVED; the formula of arXiv:2401.11081 could not be read.
+
+  >>> round(best_instance(inputs=240, size=4, parameters=8, noise=1.0), 4)
+  0.0444
+
+  Args:
+    inputs: n, inputs in all bags together.
+    size: m, inputs of a bag, at least 2: with one input all r are the same.
+    parameters: d.
+    noise: sigma, standard deviation of a single label around its mean.
+    signal: |theta|, length of the parameters, for inputs of unit variance.
+
+  Raises:
+    ValueError: a size below 2, or another number that is not positive.
+  """
+  if size < 2:
+    raise ValueError(f'size is {size}, and must be at least 2: in bags of one input r is arbitrary')
+  numbers = dict(inputs=inputs, parameters=parameters, noise=noise, signal=signal)
+  for name, x in numbers.items():
+    if not x > 0:
+      raise ValueError(f'{name} is {x}, and must be positive')
+  return min(parameters * noise**2 / (inputs * signal**2 * (1 - 1 / size)), 1.0)
 
 
 def _clipped(logits: Array) -> Array:

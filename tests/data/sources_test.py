@@ -419,6 +419,9 @@ def test_table_entries_bind(tmp_path, sums):
     'with_context': {'source': part(sources.tastes, size=20)},
     'with_demonstrations': {'source': part(sources.tastes, size=20)},
     'confident_pairs': {'source': part(sources.tastes)},
+    'private_bags': {
+      'source': part(sources.wrong_digit_lists, source=part(sources.arithmetic, digits=1))
+    },
     'hidden_numbers': {},
     'nim_moves': {},
     'nim_positions': {},
@@ -479,6 +482,26 @@ def test_a_source_is_split_by_a_number():
     sources.between(source=pairs, field='marge')
   with pytest.raises(ValueError, match=r'no record of \d+ has margin in \[1000, inf\)'):
     sources.between(source=pairs, field='margin', at_least=1000)
+
+
+def test_private_bags_have_the_truncated_mean_with_laplace_noise_that_is_drawn_once():
+  lists = sources.Source(4000, lambda row: {'rewards': [-5.0, 0.25, 0.5, 9.0], 'prompt': str(row)})
+  found = sources.private_bags(source=lists, epsilon=0.5, low=0.0, high=1.0, seed=3)
+  assert found[7] == found[7] and found[7]['prompt'] == '7'
+  rewards = np.array([found[row]['rewards'] for row in range(len(lists))])
+  assert np.all(rewards == rewards[:, :1])
+  noise = rewards[:, 0] - (0 + 0.25 + 0.5 + 1) / 4
+  scale = 1 / (
+    4 * 0.5
+  )  # of the Laplace distribution: the mean of |x|, and its median is log 2 of it
+  np.testing.assert_allclose(np.abs(noise).mean(), scale, rtol=0.05)
+  np.testing.assert_allclose(np.median(np.abs(noise)), np.log(2) * scale, rtol=0.06)
+  assert abs(noise.mean()) < 0.05
+  with pytest.raises(ValueError, match='low=1 must be below high=0'):
+    sources.private_bags(source=lists, low=1.0, high=0.0)
+  pairs = sources.Source(1, lambda row: {'rewards': 'none'})
+  with pytest.raises(ValueError, match=r"row 0: rewards must be a list .* got 'none'"):
+    sources.private_bags(source=pairs)[0]
 
 
 def test_demonstrations_beside_a_record_are_of_other_rows_or_of_another_source():

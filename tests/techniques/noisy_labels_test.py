@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.techniques.noisy_labels import bag_loss, early_learning_penalty, follow
+from polgrad.techniques.noisy_labels import bag_loss, best_instance, early_learning_penalty, follow
 
 RNG = np.random.default_rng(0)
 
@@ -116,3 +116,29 @@ def test_bags_are_unbiased_and_noisy_and_instances_biased_and_sure(size, of_bags
     risk = ((found[r] - truth) ** 2).sum((1, 2)).mean()
     np.testing.assert_allclose((1 - shrunk) ** 2, bias, atol=0.02)
     np.testing.assert_allclose(risk - (1 - shrunk) ** 2, variance, rtol=0.1, atol=0.003)
+
+
+@pytest.mark.parametrize('size', [4, 12])
+def test_the_best_weight_of_instances_has_less_risk_than_its_neighbours(size):
+  """The bed of the test above; the minimiser is (S + r W)^-1 S theta and noise."""
+  trials, bags = 400, 240 // size
+  rng = np.random.default_rng(size)
+  truth = rng.normal(size=(trials, 8, 1))
+  truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+  x = rng.normal(size=(trials, bags, size, 8))
+  y = (x.reshape(trials, -1, 8) @ truth).reshape(trials, bags, size)
+  labels = (y + rng.normal(size=y.shape)).mean(2)
+  mean = x.mean(2)
+  between, within = (
+    z.mT @ z / z.shape[1] for z in (mean, (x - mean[:, :, None]).reshape(trials, -1, 8))
+  )
+  solve = lambda r: np.linalg.solve(between + r * within, mean.mT @ labels[..., None] / bags)
+  best = best_instance(inputs=240, size=size, parameters=8, noise=1.0)
+  with jax.enable_x64(True):  # it is the minimiser of the loss
+    loss = lambda w: bag_loss(jnp.asarray(x[0]) @ w, jnp.asarray(labels[0]), instance=best)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(solve(best)[0, :, 0])), 0, atol=1e-10)
+  risk = {k: ((solve(k * best) - truth) ** 2).sum((1, 2)).mean() for k in (0, 0.5, 1, 2, 1 / best)}
+  assert all(risk[1] < risk[k] for k in risk if k != 1), risk
+  for wrong, words in (({'size': 1}, 'size is 1'), ({'noise': 0.0}, 'noise is 0.0')):
+    with pytest.raises(ValueError, match=words):
+      best_instance(**{**dict(inputs=9, size=size, parameters=8, noise=1.0), **wrong})
