@@ -55,6 +55,8 @@ from polgrad.sampling.sampler import make_sampler
 from polgrad.tasks import Task
 from polgrad.types import Batch, Params
 
+Table = dict[str, dict[str, float]]  # student -> number -> value
+
 SYSTEM = 'Answer in one short sentence.'
 LAYERS = (0, 10, 20, 29)
 ROWS, TOKENS = 8, 24  # rows of a batch, and new tokens of a row
@@ -122,7 +124,7 @@ def shallow(teacher: str, out: pathlib.Path) -> None:
   (out / 'config.json').write_text(json.dumps(settings))
 
 
-def method(divergence: Any, *, of_teacher: bool) -> Method:
+def distillation(divergence: Any, *, of_teacher: bool) -> Method:
   """Distillation on samples of the student, or of the teacher."""
   asked = {'behavior_policy': part(behavior_policies.teacher)} if of_teacher else {}
   return Method(
@@ -134,7 +136,9 @@ def method(divergence: Any, *, of_teacher: bool) -> Method:
   )
 
 
-def configured(student: str, teacher: str, one: Method, steps: int, rate: float) -> Any:
+def configured(
+  student: str, *, teacher: str, method: Method, steps: int, rate: float, seed: int
+) -> Any:
   """The configuration of a run from a student's folder."""
   task = Task(
     problems=part(topics, split='train'),
@@ -145,9 +149,8 @@ def configured(student: str, teacher: str, one: Method, steps: int, rate: float)
     system=SYSTEM,
   )
   model = presets.hf(path=student)
-  config = compose(
-    one, task, model, steps=steps, learning_rate=rate, teacher=teacher, trackers='none'
-  )
+  given = dict(steps=steps, learning_rate=rate, teacher=teacher, trackers='none', seed=seed)
+  config = compose(method, task, model, **given)
   config.checkpoint_every = 0
   return config
 
@@ -188,10 +191,12 @@ def distinct(batch: Batch) -> float:
   return len(set(pairs)) / len(pairs)
 
 
-def measured(experiment: Any, params: Params, teacher: tuple[Policy, Params]) -> dict[str, float]:
+def measured(
+  experiment: Any, params: Params, teacher: tuple[Policy, Params], seed: int
+) -> dict[str, float]:
   """The numbers of the table, for one student."""
-  own = sampled(experiment.policy, params, experiment, seed=1)
-  others = sampled(*teacher, experiment, seed=2)
+  own = sampled(experiment.policy, params, experiment, seed=10 * seed + 1)
+  others = sampled(*teacher, experiment, seed=10 * seed + 2)
   return {
     'teacher NLL': nll(*teacher, own),
     'student NLL': nll(experiment.policy, params, others),
@@ -200,48 +205,73 @@ def measured(experiment: Any, params: Params, teacher: tuple[Policy, Params]) ->
   }
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--teacher', required=True, help='folder of SmolLM2-135M-Instruct')
-  parser.add_argument('--folder', required=True, help='folder of the runs and of the table')
-  parser.add_argument('--warm', type=int, default=60, help='steps on samples of the teacher')
-  parser.add_argument('--steps', type=int, default=40, help='steps on samples of the student')
-  args = parser.parse_args()
-  teacher, out = args.teacher, pathlib.Path(args.folder)
-  out.mkdir(parents=True, exist_ok=True)
-  numbers = out / 'table.json'
+def one_seed(teacher: str, folder: pathlib.Path, seed: int, warm_steps: int, steps: int) -> Table:
+  """Trains and measures all students of a seed; what is in the folder already is not done again."""
+  folder.mkdir(parents=True, exist_ok=True)
+  numbers = folder / 'table.json'
   found = json.loads(numbers.read_text()) if numbers.exists() else {}
 
   def keep(name: str, row: dict[str, float]) -> None:
     found[name] = row
     numbers.write_text(json.dumps(found, indent=1))
-    print(name, row, flush=True)
+    print(f'seed {seed}', name, row, flush=True)
 
-  if not (out / 'layers').exists():
-    shallow(teacher, out / 'layers')
-  warm = out / 'warm_student'
+  if not (folder / 'layers').exists():
+    shallow(teacher, folder / 'layers')
+  warm = folder / 'warm_student'
+  run = partial(configured, teacher=teacher, seed=seed)
   if not warm.exists():
-    one = method(part(divergences.forward_kl), of_teacher=True)
-    config = configured(str(out / 'layers'), teacher, one, args.warm, RATES['warm'])
-    made = trained(config, str(out / 'warm'))
-    convert.export(*made, str(warm), source=str(out / 'layers'))
+    method = distillation(part(divergences.forward_kl), of_teacher=True)
+    config = run(str(folder / 'layers'), method=method, steps=warm_steps, rate=RATES['warm'])
+    made = trained(config, str(folder / 'warm'))
+    convert.export(*made, str(warm), source=str(folder / 'layers'))
   other = None
   for name, divergence in {'after the warm start': None, **TRAINED}.items():
     if name in found:
       continue
-    one = method(divergence or part(divergences.forward_kl), of_teacher=False)
-    config = configured(str(warm), teacher, one, args.steps, RATES['train'])
+    method = distillation(divergence or part(divergences.forward_kl), of_teacher=False)
+    config = run(str(warm), method=method, steps=steps, rate=RATES['train'])
     if divergence is None:
       experiment = build(config)
-      params = init_params(experiment.policy, experiment.mesh, 0)
+      params = init_params(experiment.policy, experiment.mesh, seed)
     else:
-      experiment, params = trained(config, str(out / name.replace(' ', '_').lower()))
+      experiment, params = trained(config, str(folder / name.replace(' ', '_').lower()))
     if other is None:
       policy = experiment.phases['train'].frozen['teacher']
       other = policy, init_params(policy, experiment.mesh, 0)
-      own = sampled(*other, experiment, seed=2)
+      own = sampled(*other, experiment, seed=10 * seed + 2)
       keep('the teacher itself', {'teacher NLL': nll(*other, own), 'distinct': distinct(own)})
-    keep(name, measured(experiment, params, other))
+    keep(name, measured(experiment, params, other, seed))
+  return found
+
+
+def summary(tables: list[Table]) -> str:
+  """The table in Markdown: the mean of the seeds, and in brackets the least and the largest value."""
+  columns = ('teacher NLL', 'student NLL', 'entropy', 'distinct')
+  lines = ['| student | ' + ' | '.join(columns) + ' |', '|---' * 5 + '|']
+  for name in tables[0]:
+    cells = []
+    for column in columns:
+      values = [table[name][column] for table in tables if column in table[name]]
+      spread = f'{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})' if values else ''
+      cells.append(spread)
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--teacher', required=True, help='folder of SmolLM2-135M-Instruct')
+  parser.add_argument('--folder', required=True, help='folder of the runs and of the tables')
+  parser.add_argument('--warm', type=int, default=60, help='steps on samples of the teacher')
+  parser.add_argument('--steps', type=int, default=40, help='steps on samples of the student')
+  parser.add_argument('--seeds', default='0,1,2', help='seeds, with commas between them')
+  args = parser.parse_args()
+  out = pathlib.Path(args.folder)
+  seeds = [int(seed) for seed in args.seeds.split(',')]
+  print(
+    summary([one_seed(args.teacher, out / f'seed{n}', n, args.warm, args.steps) for n in seeds])
+  )
 
 
 if __name__ == '__main__':
