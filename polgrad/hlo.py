@@ -242,21 +242,67 @@ def _received(op: Op, kind: str, n: int) -> float:
 def _flops(op: Op, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> float:
   if op.kind not in ('dot', 'convolution') or not op.shapes:
     return 0.0
-  operands = _operands(op)
-  made = math.prod(op.shapes[0][1])
-  if op.kind == 'dot':
-    dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', op.rest)
-    sizes = shapes[operands[0]][1]
-    summed = [sizes[int(i)] for i in dims[1].split(',') if i] if dims else []
-    return 2.0 * made * math.prod(summed)
-  # A TPU writes products as convolutions. A spatial dimension whose input is dilated to reach one
-  # window for each output is a batch dimension of the product, and is not summed over.
-  labels = re.search(r'dim_labels=\w+?_(\w+?)->', op.rest)[1]
-  kernel = shapes[operands[1]][1]
-  dilated = re.search(r'lhs_dilate=([\dx]+)', op.rest)
-  dilation = [int(n) for n in dilated[1].split('x')] if dilated else []
-  summed = 1
-  for label, extent in zip(labels, kernel, strict=True):
-    batch = label.isdigit() and int(label) < len(dilation) and dilation[int(label)] > 1
-    summed *= 1 if label == 'o' or batch else extent
-  return 2.0 * made * summed
+  lhs, rhs = (shapes[name][1] for name in _operands(op)[:2])
+  if op.kind == 'convolution':
+    return _convolution_flops(op, lhs, rhs)
+  dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', op.rest)
+  summed = [lhs[int(i)] for i in dims[1].split(',') if i] if dims else []
+  return 2.0 * math.prod(op.shapes[0][1]) * math.prod(summed)
+
+
+def _convolution_flops(op: Op, lhs: Sequence[int], rhs: Sequence[int]) -> float:
+  """Operations of a convolution, as which a TPU writes products.
+
+  Windows that reach into padding, or into holes of a dilated input, are not counted there: in this way
+  a dimension of the window is a batch dimension of the product, or one of its results.
+  """
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', op.rest)
+  of = lambda label, which, sizes: sizes[labels[which].index(label)]
+  groups = re.search(r'batch_group_count=(\d+)', op.rest)
+  total = 2.0 * of('b', 1, lhs) * of('i', 2, rhs) * of('o', 2, rhs)
+  total /= int(groups[1]) if groups else 1
+  window = re.search(r'window=\{([^}]*)\}', op.rest)
+  fields = dict(one.split('=') for one in window[1].split()) if window else {}
+  for i, size in enumerate(fields['size'].split('x') if window else ()):
+    field = lambda name, default, i=i: fields[name].split('x')[i] if name in fields else default
+    total *= _pairs(
+      int(size),
+      of(str(i), 1, lhs),
+      of(str(i), 3, op.shapes[0][1]),
+      stride=int(field('stride', '1')),
+      before=int(field('pad', '0_0').split('_')[0]),
+      input_dilation=int(field('lhs_dilate', '1')),
+      window_dilation=int(field('rhs_dilate', '1')),
+    )
+  return total
+
+
+def _pairs(
+  window: int,
+  inputs: int,
+  outputs: int,
+  *,
+  stride: int,
+  before: int,
+  input_dilation: int,
+  window_dilation: int,
+) -> int:
+  """Pairs of a result and a place of its window, along one dimension, that read an input.
+
+  >>> _pairs(2, 4, 3, stride=1, before=0, input_dilation=1, window_dilation=1)
+  6
+  >>> _pairs(16, 1, 16, stride=1, before=15, input_dilation=1, window_dilation=1)
+  16
+
+  Args:
+    before: entries of padding in front of the inputs.
+    input_dilation: distance of two inputs, between which are zeros.
+    window_dilation: distance of two places of the window.
+  """
+  starts = np.arange(outputs) * stride - before
+  found = 0
+  for place in range(window):
+    read = starts + place * window_dilation
+    inside = (read >= 0) & (read <= (inputs - 1) * input_dilation)
+    found += int(np.sum(inside & (read % input_dilation == 0)))
+  return found

@@ -294,6 +294,7 @@ def make_sampler(phase: Any, policy: Policy, mesh: Any) -> Sampler:
     temperature=collect.temperature,
     top_k=collect.top_k,
     top_p=collect.top_p,
+    token_temperature=sampling.processors.unchanged,
   )
 
 

@@ -88,6 +88,31 @@ def test_asynchronous_collectives_and_convolutions_of_a_tpu():
   assert hlo.product_flops(ASYNC) == 5 * 2 * 8 * 64 * 16
 
 
+def test_windows_that_reach_into_padding_are_no_operations():
+  """Products as a TPU writes them, where a dimension of a result is one of the window."""
+  text = """HloModule m
+
+ENTRY %main (p: bf16[16384,2,64], q: bf16[16,128,16384]) -> f32[2,64,16,128] {{
+  %p = bf16[{lhs}]{{2,1,0}} parameter(0)
+  %q = bf16[{rhs}]{{2,1,0}} parameter(1)
+  ROOT %conv = f32[{out}]{{3,2,1,0}} convolution(%p, %q), window={{{window}}}, dim_labels={labels}
+}}
+"""
+  flops = lambda **fields: hlo.product_flops(text.format(**fields))
+  assert flops(
+    lhs='16384,2,64,1', rhs='16,128,16384,1', out='2,64,16,128',
+    window='size=1x16 pad=0_0x15_15 rhs_reversal=0x1', labels='f0b1_1oi0->0b1f',
+  ) == 2 * (2 * 64) * (16 * 128) * 16384  # fmt: skip
+  # A dimension that is summed over, and a batch dimension by a dilated input.
+  assert flops(
+    lhs='8,2,64', rhs='2,64,32', out='8,32,1', window='size=2', labels='b0f_0io->bf0'
+  ) == 2 * 8 * 32 * 128  # fmt: skip
+  assert flops(
+    lhs='8,4,64', rhs='4,64,32', out='8,4,32',
+    window='size=4 stride=3 pad=0_0 lhs_dilate=4', labels='b0f_0io->b0f',
+  ) == 2 * 8 * 4 * 64 * 32  # fmt: skip
+
+
 def test_a_loop_that_the_compiler_unrolled_has_fewer_trips():
   unrolled = ASYNC.replace(
     '  ROOT %t = (s32[], f32[8,64]{1,0}) tuple(%i, %move)',
