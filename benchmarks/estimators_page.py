@@ -151,6 +151,10 @@ Without their entropy, KL and imitation terms. A step has one prompt where nothi
 * **Copies share the beginning of their row**, so the mean of a group holds a part of what the shared
   token earns, and takes it away. Where two of four rows may be copied behind a reply (`agentic_arpo`;
   here the reply is between the two tokens), that is some 7 degrees.
+* **Rows that avoid others make up for them, and overdo it.** A policy that has learned to avoid two
+  rows (`props`) draws what is missing with a probability that is not its own. The noise falls, but
+  the bias grows with the steps that it makes: .8 degrees at a learning rate of .01, 14 at .1, where
+  a prompt that is nearly always answered right counts twice.
 * **Rows that are drawn again by their rewards are no samples of the policy.** Without a correction
   they favour hard prompts. With rewards 0 and 1, `best_half` is `best_worst`, and `power` is
   `best`.

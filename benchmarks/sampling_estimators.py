@@ -23,19 +23,29 @@ import scipy.stats
 
 from benchmarks import estimators, estimators_page
 from polgrad import credit as credits
-from polgrad import curricula, methods, objectives
-from polgrad.collect import beginnings, branched, inpainted, old_runs, picks, replay, starts
+from polgrad import curricula, methods, objectives, optim, sharding
+from polgrad.collect import (
+  beginnings,
+  branched,
+  exploration,
+  inpainted,
+  old_runs,
+  picks,
+  replay,
+  starts,
+)
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.scored import Texts, informative, replacements
 from polgrad.curricula import Curriculum, Request, trackers
 from polgrad.data import chunks
 from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.models.policy import Policy
 from polgrad.registry import bind
 from polgrad.rewards.scoring import Scores
 from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import Setting, gradients
 from polgrad.tabular.outcomes import Choices, best_chances, first_chances, outcomes
-from polgrad.types import STREAMS, Batch
+from polgrad.types import STREAMS, Batch, TrainState
 
 GROUP = 4
 # Of each prompt: the probability of the first right token, and of the second one behind it.
@@ -447,9 +457,8 @@ def branched_law() -> Law:
   )
   tokens = POLICY.tokens[:SEQUENCES]
   found: dict[tuple[int, ...], float] = {}
-  for x in range(PROMPTS):
-    own = slice(x * SEQUENCES, (x + 1) * SEQUENCES)
-    log_p = np.asarray(enumerable.logp(POLICY, setting().params))[own]
+  for x, p in enumerate(probabilities()):
+    log_p = np.asarray(enumerable.logp(POLICY, setting().params))[x * SEQUENCES :]
 
     def drawn(numbers, log_p=log_p) -> Drawn:
       spread = lambda pair: np.insert(pair[list(numbers)], 1, 0, axis=1)
@@ -463,7 +472,7 @@ def branched_law() -> Law:
       )
       return Drawn(batch, [])
 
-    def run(random, drawn=drawn, p=probabilities()[x]):
+    def run(random, drawn=drawn, p=p):
       def continuer(state, batch, prefixes, *_, anew):
         """The rest of each row, from a column on."""
         chosen = []
@@ -495,6 +504,79 @@ def branched_law() -> Law:
       key = tuple(x * SEQUENCES + number for number in numbers)
       found[key] = found.get(key, 0.0) + chance / PROMPTS
   return Law(np.array([*found.values()]), np.array([*found]))
+
+
+def as_model() -> Policy:
+  """The table as a model whose rows are a prompt, by its number, and two tokens."""
+
+  def hidden(params, tokens, segment_ids):
+    first = jnp.where(jnp.arange(tokens.shape[1]) == 1, 1 + tokens[:, 1:2], 0)
+    return jax.nn.one_hot(tokens[:, :1] * 3 + first, len(params['table']))
+
+  return Policy(
+    **dict.fromkeys(Policy._fields)
+    | dict(
+      config=types.SimpleNamespace(vocab_size=2, balance_rate=0.0),
+      hidden=hidden,
+      unembed=lambda params, hidden: hidden @ params['table'],
+      labels=lambda tree: jax.tree.map(lambda _: 'train', tree),
+    )
+  )
+
+
+def avoiding(learning_rate: float) -> Callable[[int, Sequence[int]], np.ndarray]:
+  """(prompt, two completions) -> the probabilities of the completions that PROPS draws next.
+
+  The collector is that of the method, with one prompt and 16 updates.
+  """
+  explored = methods.TABLE['props'](behavior_learning_rate=learning_rate).collect
+  settings = explored(
+    prompts=1,
+    samples_per_prompt=GROUP,
+    prompt_length=1,
+    max_new_tokens=LENGTH,
+    epochs=16,
+    minibatches=1,
+    optimizer=bind(explored.keywords['optimizer'], optim.TABLE),
+  )
+  mesh = sharding.make_mesh()
+  context = types.SimpleNamespace(policy=as_model(), mesh=mesh, micro_batches=1)
+  counters = ('step', 'phase', 'phase_step', 'update', 'cursor', 'skipped')
+  state = TrainState(
+    **dict.fromkeys(counters, jnp.int32(0)),
+    **dict.fromkeys(('opt_state', 'collect_state', 'credit_state', 'objective_state'), ()),
+    params={'table': setting().params},
+    anchors={},
+  )
+  behavior = exploration.make_behavior(settings, context)
+
+  def chances(x: int, own: Sequence[int]) -> np.ndarray:
+    seen = np.column_stack([np.full(len(own), x), POLICY.tokens[[*own]]]).astype(np.int32)
+    batch = Batch(
+      tokens=seen,
+      segment_ids=np.ones_like(seen),
+      mask=np.broadcast_to(np.arange(LENGTH + 1) > 0, seen.shape),
+    )
+    with jax.set_mesh(mesh):
+      batch = exploration.joined([batch], settings.rounds, 1)
+      moved = behavior.avoiding(state, batch, seed=(0,)).params['table']
+    log_p = np.asarray(enumerable.logp(POLICY, moved)).sum(axis=1)
+    return np.exp(log_p).reshape(PROMPTS, SEQUENCES)[x]
+
+  return chances
+
+
+@functools.cache
+def avoiding_law(learning_rate: float) -> Law:
+  """PROPS: half of a group is drawn by a policy that was trained to avoid the other half."""
+  later = functools.cache(avoiding(learning_rate))
+  pairs = np.array(list(itertools.product(range(SEQUENCES), repeat=GROUP // 2)))
+  chance, rows = [], []
+  for x, p in enumerate(probabilities()):
+    for own in pairs:  # their order makes no difference to what avoids them
+      chance.append(p[own].prod() * later(x, tuple(sorted(own)))[pairs].prod(axis=1) / PROMPTS)
+      rows.append(x * SEQUENCES + np.column_stack([np.tile(own, (len(pairs), 1)), pairs]))
+  return Law(np.concatenate(chance), np.concatenate(rows))
 
 
 # Curricula, whose counts are at rest: estimated success rates are exact.
@@ -814,6 +896,10 @@ LAWS: dict[str, Row] = {
     ),
   ),
   'rows are copied behind a reply': Row(base, lambda parts: moments(branched_law(), parts)),
+  'half of the rows avoid the others, rate .01': Row(
+    base, lambda parts: moments(avoiding_law(0.01), parts)
+  ),
+  'the same, rate .1': Row(base, lambda parts: moments(avoiding_law(0.1), parts)),
   'half of the groups of an old run': Row(base, with_old_runs),
   'the same, ratios of tokens': Row(corrected_rows, with_old_runs),
   'rows by `best_worst`': Row(raw, with_settings(picked, strategy='best_worst')),
@@ -860,6 +946,9 @@ METHODS: dict[str, Row] = {
   '`igpo`': Row(method('igpo'), lambda parts: moments(inpainted_law(), parts)),
   '`agentic_arpo`': Row(
     method('agentic_arpo'), lambda parts: moments(branched_law(), parts), normalized
+  ),
+  '`props`, rate .1': Row(
+    method('props'), lambda parts: moments(avoiding_law(0.1), parts), normalized
   ),
   '`uft`, halfway': Row(UFT, starting(ANNEALED, with_hint, HALFWAY), from_hints(ANNEALED, HALFWAY)),
   '`hnpg`': Row(method('hnpg'), starting(RESETS, restarted), from_hints(RESETS)),

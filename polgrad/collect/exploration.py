@@ -76,7 +76,7 @@ class Explored(Sampling):
     return ExploredSteps(
       settings=self,
       draw=draws_of(self, context, samples_per_prompt=self.samples_per_prompt // self.rounds),
-      behavior=_make_behavior(self, context),
+      behavior=make_behavior(self, context),
       **common(self, context, recompute_proximal=True),
     ).collect
 
@@ -154,7 +154,7 @@ class Behavior:
     return avoid(self.update, begun, map(place, cuts), kl_limit=settings.kl_limit)
 
 
-def _make_behavior(settings: Explored, context: Context) -> Behavior:
+def make_behavior(settings: Explored, context: Context) -> Behavior:
   """Compiles what trains the behavior policy.
 
   Raises:
