@@ -31,6 +31,7 @@ GROUP = 4
 CHANGE_SAMPLES = (
   'agentic_arpo',
   'exit_iteration',
+  'grace',
   'hnpg',
   'igpo',
   'pf_ppo',
@@ -53,7 +54,6 @@ LEFT_OUT = {
   **dict.fromkeys(('rlfr', 'rdd'), 'its rewards come from a network that learns during the run'),
   **dict.fromkeys(('l1_exact', 'l1_max'), 'changes the reward; its estimator is GRPO without a KL'),
   'gradient_guided': 'the weights of its rewards follow from gradients of the run',
-  'grace': 'its reward is that of embeddings; its estimator is `dr_grpo` with a mean over tokens',
   'treerl': 'its rows share tokens; [trees.md](trees.md) has the numbers of the paper',
 }
 

@@ -127,6 +127,9 @@ rows are chosen by their rewards).
 ### Sampling of whole methods
 
 Without their entropy, KL and imitation terms. A step has one prompt where nothing else is said.
+`grace` has two texts, with one answer to each query and negative, and fixed random states; its
+reward is that of embeddings, so E[R] is the mean reward, whose gradient is taken by all answers, and
+what it states is that of each row by its own answer alone.
 
 {sampling_methods}
 
@@ -155,6 +158,11 @@ Without their entropy, KL and imitation terms. A step has one prompt where nothi
   rows (`props`) draws what is missing with a probability that is not its own. The noise falls, but
   the bias grows with the steps that it makes: .8 degrees at a learning rate of .01, 14 at .1, where
   a prompt that is nearly always answered right counts twice.
+* **A reward that compares the rows of a group loses a part to the mean of the group.** In `grace` the
+  agreement inside a group is a reward of all of its rows. What remains of its weight is the fraction
+  (G - 2) / (G - 1): one half in groups of three, 6/7 in groups of eight. Without this term the
+  gradient of a row by its own answer is exact. Most of the gradient of the mean reward belongs to
+  answers that are not trained on, to queries and negatives, hence the angle of 74 degrees.
 * **Rows that are drawn again by their rewards are no samples of the policy.** Without a correction
   they favour hard prompts. With rewards 0 and 1, `best_half` is `best_worst`, and `power` is
   `best`.

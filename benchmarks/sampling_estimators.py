@@ -38,7 +38,7 @@ from polgrad.collect.drawn import Drawn
 from polgrad.collect.scored import Texts, informative, replacements
 from polgrad.curricula import Curriculum, Request, trackers
 from polgrad.data import chunks
-from polgrad.losses import advantages, aggregation, surrogates
+from polgrad.losses import advantages, aggregation, embedding_rewards, surrogates
 from polgrad.models.policy import Policy
 from polgrad.registry import bind
 from polgrad.rewards.scoring import Scores
@@ -100,6 +100,9 @@ class Row(NamedTuple):
   parts: Callable[[], Parts]
   moments: Callable[[Parts], Moments]
   stated: Callable[[], np.ndarray] | None = None  # the gradient of what is stated; None: of E[R]
+  reward: Callable[[], np.ndarray] | None = (
+    None  # the gradient of E[R], if another R; None: climbed
+  )
 
 
 # The policy, and what it climbs.
@@ -579,6 +582,70 @@ def avoiding_law(learning_rate: float) -> Law:
   return Law(np.concatenate(chance), np.concatenate(rows))
 
 
+class Contrast(NamedTuple):
+  """Every batch of GRACE: answers to the texts, queries and negatives of two records."""
+
+  law: Law  # the trained rows, three of each record, with their rewards
+  partners: np.ndarray  # i[n, 4], the other answers
+
+
+RECORDS = ((0, 1, 2), (3, 2, 1))  # text, query and negative of each record: prompts of the table
+
+
+def embeddings() -> np.ndarray:
+  """f64[S, 3], of a prompt and its completion, by states of tokens that are fixed random numbers."""
+  states = np.random.default_rng(0).normal(size=(PROMPTS, 1 + 2 + SEQUENCES, 3))
+  x, local = np.divmod(np.arange(PROMPTS * SEQUENCES), SEQUENCES)
+  rows = np.stack([states[x, 0], states[x, 1 + local // 2], states[x, 3 + local]], axis=1)
+  return np.asarray(embedding_rewards.mean_pooled(jnp.asarray(rows), jnp.ones(rows.shape[:2])))
+
+
+@functools.cache
+def contrasted(size: int = 3, records: tuple = RECORDS, **weights: float) -> Contrast:
+  """The law of `grace` with one answer to each query and negative.
+
+  Args:
+    size: rows of a group.
+    records: of a step.
+    weights: changes of the settings of its reward.
+  """
+  texts, others = np.repeat([x for x, _, _ in records], size), [x for _, *y in records for x in y]
+  columns = len(texts) + len(others)
+  every = np.indices((SEQUENCES,) * columns).reshape(columns, -1).T
+  every = every + SEQUENCES * np.array([*texts, *others])
+  rows, partners = every[:, : len(texts)], every[:, len(texts) :]
+  table = {'embedding_rewards.contrastive': embedding_rewards.contrastive}
+  settings = bind(methods.TABLE['grace']().collect.keywords['contrast'], table)
+  ids, found = np.repeat(np.arange(len(records)), size), jnp.asarray(embeddings())
+
+  def reward(rows, partners):
+    query, negative = (jnp.repeat(found[partners[i::2]], size, axis=0) for i in (0, 1))
+    valid = jnp.ones(len(ids), bool)
+    return settings(query, found[rows], negative[:, None], jnp.asarray(ids), valid, **weights)
+
+  some = jax.jit(jax.vmap(reward))
+  cuts = np.array_split(np.arange(len(rows)), max(len(rows) // 2**16, 1))
+  features = {
+    'rewards': np.concatenate([np.asarray(some(rows[own], partners[own])) for own in cuts]),
+    'group_ids': np.broadcast_to(ids, rows.shape),
+  }
+  return Contrast(Law(probabilities().ravel()[every].prod(axis=1), rows, features), partners)
+
+
+def of_contrast(contrast: Contrast, *, own: bool) -> np.ndarray:
+  """The gradient of the mean reward: by a row alone that has the reward, or by all answers."""
+  law, rewards = contrast.law, contrast.law.features['rewards']
+  log_p = lambda params: enumerable.logp(POLICY, params).sum(axis=1)
+  each = np.asarray(jax.jacrev(log_p)(setting().params)).reshape(len(REWARDS), -1)
+  weight = np.zeros(len(REWARDS))  # E[sum of rewards behind each answer]
+  if own:
+    np.add.at(weight, law.rows, law.chance[:, None] * rewards)
+  else:
+    every = np.concatenate([law.rows, contrast.partners], axis=1)
+    np.add.at(weight, every, (law.chance * rewards.sum(axis=1))[:, None])
+  return weight @ each / rewards.shape[1]
+
+
 # Curricula, whose counts are at rest: estimated success rates are exact.
 
 
@@ -950,6 +1017,12 @@ METHODS: dict[str, Row] = {
   '`props`, rate .1': Row(
     method('props'), lambda parts: moments(avoiding_law(0.1), parts), normalized
   ),
+  '`grace`, groups of three': Row(
+    method('grace'),
+    lambda parts: moments(contrasted().law, parts),
+    lambda: of_contrast(contrasted(), own=True),
+    lambda: of_contrast(contrasted(), own=False),
+  ),
   '`uft`, halfway': Row(UFT, starting(ANNEALED, with_hint, HALFWAY), from_hints(ANNEALED, HALFWAY)),
   '`hnpg`': Row(method('hnpg'), starting(RESETS, restarted), from_hints(RESETS)),
   '`pf_ppo`, all rows once': Row(method('pf_ppo', entropy_coefficient=0.0), plain),
@@ -969,18 +1042,23 @@ class Point(NamedTuple):
   variance: float  # trace of the covariance, over the squared length of the gradient of E[R]
   stated_angle: float  # degrees to the gradient of the stated objective
   stated_strength: float
-  prompts: list[float]  # factor of the gradient of each prompt's success rate; their mean is 1
+  # Factor of the gradient of each prompt's success rate; their mean is 1. []: R is no success.
+  prompts: list[float]
 
 
 def measure(name: str) -> Point:
   row = ROWS[name]
   parts = row.parts()
-  return compared(row.moments(parts), row.stated() if row.stated else climbed(UNIFORM))
+  point = compared(
+    row.moments(parts),
+    row.stated() if row.stated else climbed(UNIFORM),
+    row.reward() if row.reward else climbed(UNIFORM),
+  )
+  return point._replace(prompts=[]) if row.reward else point
 
 
-def compared(found_: Moments, stated: np.ndarray) -> Point:
-  """The point of moments, with the gradient of the objective that is stated."""
-  reward = climbed(UNIFORM)
+def compared(found_: Moments, stated: np.ndarray, reward: np.ndarray) -> Point:
+  """The point of moments, with the gradients of the stated objective and of E[R]."""
   plain_, own = (
     estimators.compare(estimators.Distribution(found_.mean, max(found_.variance, 0.0)), true)
     for true in (reward, stated)

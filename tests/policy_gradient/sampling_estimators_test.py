@@ -1,5 +1,6 @@
 """What changes of the sampling do to a gradient, exactly: identities, and rows of the report again."""
 
+import functools
 import itertools
 import json
 import math
@@ -318,3 +319,34 @@ def test_rows_are_avoided_by_adam_on_the_clipped_ratio_until_the_kl_is_reached()
   assert 2 < updates < 16 and a < before[0] - 0.01
   found = sampling.avoiding(0.1)(3, (3, 3))
   np.testing.assert_allclose(found[2:], [a * (1 - b), a * b], rtol=1e-4)
+
+
+def test_the_mean_of_the_group_takes_a_part_of_the_reward_for_agreement():
+  """With a leave-one-out baseline the weight of agreement is (G - 2) / (G - 1) of what is stated."""
+  law = functools.partial(sampling.contrasted, 3, ((0, 1, 2),))
+  found = sampling.moments(law(cluster=0.8).law, sampling.base()).mean
+  stated = functools.partial(sampling.of_contrast, own=True)
+  np.testing.assert_allclose(found, stated(law(cluster=0.4)), atol=1e-9)
+  assert np.abs(found - stated(law(cluster=0.8))).max() > 1e-2
+
+
+def test_the_reward_of_embeddings_is_climbed_by_every_answer():
+  """Finite differences of the mean reward of one record with two rows, written out."""
+  contrast = sampling.contrasted(2, ((0, 1, 2),))
+  found = sampling.of_contrast(contrast, own=False)
+  every = np.concatenate([contrast.law.rows, contrast.partners], axis=1)
+  cos = lambda i, j: (unit[every[:, i]] * unit[every[:, j]]).sum(axis=1)
+  unit = sampling.embeddings()
+  reward = 10 * ((cos(0, 2) + cos(1, 2)) / 2 - cos(2, 3) + 0.2 * cos(0, 1))
+
+  def mean(params):
+    log_p = np.asarray(enumerable.logp(sampling.POLICY, params)).sum(axis=1)
+    return np.exp(log_p)[every].prod(axis=1) @ reward
+
+  params = np.asarray(sampling.setting().params)
+  for place in (0, 5, 8, 12, 16):
+    step = np.zeros(params.size)
+    step[place] = 1e-5
+    step = step.reshape(params.shape)
+    slope = (mean(params + step) - mean(params - step)) / 2e-5
+    np.testing.assert_allclose(found[place], slope, atol=1e-6)
