@@ -66,8 +66,30 @@ def test_an_empty_step_changes_nothing_and_the_order_of_prompts_does_not_matter(
     responses.empty(7, 6), jax.tree.map(lambda x: x[order], batch), logp[order]
   )
   none = jax.tree.map(lambda x: x[:0], batch)
-  for one in (turned, responses.stored(store, none, logp[:0])):
+  empty_step = responses.stored(jax.tree.map(np.copy, store), none, logp[:0])
+  for one in (turned, empty_step):
     jax.tree.map(np.testing.assert_array_equal, one, store)
+
+
+def test_answers_of_the_data_are_no_responses():
+  """Groups of two samples, and an answer that may be that of another prompt; written in place."""
+  rng = np.random.default_rng(4)
+  batch = random_batch(rng, 6, 6, [3, 3, 3, 1, 1, 1], 50).replace(
+    stream=np.array([1, 1, 0, 1, 1, 0], np.int32), advantages=np.ones((6, 6), np.float32)
+  )
+  store, logp = responses.empty(5, 6), rng.normal(size=(6, 6)).astype(np.float32)
+  assert responses.stored(store, batch, logp).tokens is store.tokens
+  np.testing.assert_array_equal(store.tokens[[3, 1]], batch.tokens[[1, 4]])
+  assert not store.mask[[0, 2, 4]].any()
+  found = curricula.observed(batch, None)
+  np.testing.assert_array_equal(found.trained_valid, [True, True, False] * 2)
+  away = batch.replace(stream=None).with_arrays(opponent=np.array([0, 0, 1, 0, 0, 1], np.float32))
+  np.testing.assert_array_equal(curricula.observed(away, None).trained_valid, found.trained_valid)
+  # What cannot be written to, such as an array that a device gave, is copied.
+  for x in store:
+    x.flags.writeable = False
+  again = responses.stored(store, batch, logp + 1)
+  assert again.logp is not store.logp and again.logp[3].sum() > store.logp[3].sum()
 
 
 def test_a_step_compares_the_policies_after_the_updates_of_the_two_visits():

@@ -11,6 +11,7 @@ import numpy as np
 
 from polgrad.collect.base import Annotator, Context
 from polgrad.compiling import jit
+from polgrad.curricula.base import of_policy
 from polgrad.learner import forward_in_pieces
 from polgrad.types import Array, Batch, Outputs, Params, TrainState
 
@@ -57,17 +58,20 @@ def drift(store: Responses, rows: np.ndarray, logp: np.ndarray) -> np.ndarray:
 def stored(store: Responses, batch: Batch, logp: np.ndarray) -> Responses:
   """The store with the rows of a batch (NumPy) in the place of earlier responses to their data rows.
 
-  Of several rows of one prompt the last one is kept; a row without tokens in its mask is not stored.
+  Of several rows of one prompt the last one that the policy sampled is kept. Answers of the data, which
+  may be those of other prompts, and rows without tokens in their mask are not stored. The arrays are
+  changed in place, since copying the responses to all data rows would cost more than the rest; a
+  checkpoint that is being written has its own copy.
 
   Args:
     logp: f32[B, T], of the rows after the updates on them.
   """
-  usable = np.flatnonzero(batch.mask.any(axis=1))[::-1]
+  usable = np.flatnonzero(batch.mask.any(axis=1) & of_policy(batch))[::-1]
   rows, first = np.unique(batch.prompt_ids[usable], return_index=True)
   own = usable[first]
 
   def put(kept, x):
-    kept = kept.copy()
+    kept = kept if kept.flags.writeable else kept.copy()
     kept[rows] = x[own]
     return kept
 

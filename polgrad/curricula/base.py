@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polgrad.data import stream
-from polgrad.types import Array, Batch
+from polgrad.types import STREAMS, Array, Batch
 
 Records = Sequence[Mapping]
 State = Any  # pytree of arrays
@@ -62,7 +62,7 @@ class Observed(NamedTuple):
   terms: Mapping[str, Array]  # f32[n]
   trained_rows: Array  # i32[m], row of the prompt of each row that was trained on or replaced
   magnitudes: Array  # f32[m], mean |advantage| of its tokens; 0 if it was replaced
-  trained_valid: Array  # bool[m]
+  trained_valid: Array  # bool[m], the policy sampled it, and something of it is trained on
   # f32[m], mean |log pi now - log pi then| of the last response to the prompt before this one, nats; 0
   # at the first. None: not measured, because the curriculum does not read it (`collect.responses`).
   drift: Array | None = None
@@ -133,7 +133,7 @@ def observed(
     tokens = batch.mask.sum(axis=1)
     total = np.where(batch.mask, np.abs(batch.advantages), 0.0).sum(axis=1)
     magnitudes = (total / np.maximum(tokens, 1)).astype(np.float32)
-    valid = tokens > 0
+    valid = (tokens > 0) & of_policy(batch)
   return Observed(
     rows=sampled.rows,
     rewards=sampled.rewards,
@@ -145,6 +145,14 @@ def observed(
     drift=None if drift is None else np.concatenate([drift, np.zeros(len(away), np.float32)]),
     **({} if embed is None else {'embeddings': _embedded(embed, records, sampled.rows)}),
   )
+
+
+def of_policy(batch: Batch) -> np.ndarray:
+  """bool[B]: the rows (NumPy) that the policy sampled: neither demonstrations nor opponents."""
+  rows = np.ones(len(batch.mask), bool)
+  if batch.stream is not None:
+    rows &= batch.stream == STREAMS.index('sampled')
+  return rows & (batch['opponent'] == 0) if 'opponent' in batch else rows
 
 
 def _embedded(embed: Callable, records: Records, rows: np.ndarray) -> np.ndarray:
