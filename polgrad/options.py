@@ -123,6 +123,10 @@ def convert(name: str, text: str, kind: type) -> Any:
     if text.lower() not in ('true', 'false', '1', '0'):
       raise ValueError(f'option {name}: expected true or false, got {text!r}')
     return text.lower() in ('true', '1')
+  if _choices(kind):
+    if text not in _choices(kind):
+      raise ValueError(f'option {name}: unknown {text!r}{suggest(text, _choices(kind))}')
+    return text
   if kind is tuple:  # texts with + between them
     return tuple(one for one in text.split('+') if one)
   try:
@@ -245,13 +249,19 @@ def _number(text: str) -> int | float | str:
   return {'true': True, 'false': False}.get(text.lower(), text)
 
 
+def _choices(kind: Any) -> tuple[str, ...]:
+  """The texts of a `Literal`; () of any other type."""
+  return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
 def _knobs(function: Callable) -> dict[str, type]:
   """Arguments by keyword that a text can give, with their types."""
   parameters = inspect.signature(function).parameters.values()
   return {
     p.name: plain(p.annotation)
     for p in parameters
-    if p.kind is inspect.Parameter.KEYWORD_ONLY and plain(p.annotation) in SIMPLE
+    if p.kind is inspect.Parameter.KEYWORD_ONLY
+    and (plain(p.annotation) in SIMPLE or _choices(p.annotation))
   }
 
 

@@ -15,6 +15,7 @@ from polgrad import build, collect, credit, learner, methods, metrics, objective
 from polgrad.collect import beginnings, unsolved
 from polgrad.data import batching, sources
 from polgrad.losses import advantages, listwise, penalties, surrogates, weights
+from polgrad.options import from_text
 from polgrad.registry import bind, part
 from polgrad.rewards.scoring import Scores
 from polgrad.types import Batch, Outputs, TrainState
@@ -130,6 +131,25 @@ def test_the_number_of_given_chunks_is_binomial():
   whole = [beginnings.annealed_chunks(3, random, 0, low=1.0, high=1.0) for _ in range(9)]
   assert whole == [3] * 9  # all of a short answer, but for its stop token
   assert beginnings.annealed_chunks(0, random, 0) == 0
+
+
+def test_the_other_numbers_of_chunks_of_uft():
+  """`stage` against the authors' n - s // (S // (n + 1)); `uniform` has all numbers alike."""
+  random = np.random.default_rng(1)
+  found = [beginnings.staged_chunks(10, random, s - 1, steps=60) for s in range(1, 80)]
+  assert found == [2 * max(5 - s // 10, 0) if s <= 60 else 0 for s in range(1, 80)]
+  assert beginnings.staged_chunks(3, random, 0, steps=2) == 2  # fewer batches than stages
+  assert beginnings.staged_chunks(0, random, 0) == beginnings.uniform_chunks(0, random, 0) == 0
+  counts = np.bincount(
+    [beginnings.uniform_chunks(10, random, 9) for _ in range(6000)], minlength=11
+  )
+  np.testing.assert_allclose(counts / 6000, np.tile([1 / 6, 0], 6)[:11], atol=0.02)
+  for reveal in ('stage', 'uniform'):
+    config = from_text(f'method=uft,task=addition,model=tiny,smoke,reveal={reveal}')
+    build.build(config)
+    assert config.phases.train.collect.beginning.name.startswith(f'beginnings.{reveal}')
+  with pytest.raises(ValueError, match="option reveal: unknown 'stages'; did you mean 'stage'"):
+    from_text('method=uft,task=addition,model=tiny,reveal=stages')
 
 
 def test_samples_begin_with_a_hint_that_a_row_of_their_group_imitates():

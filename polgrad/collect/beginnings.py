@@ -70,6 +70,53 @@ def annealed_chunks(
   return pieces[given - 1].stop if given else 0
 
 
+def staged_chunks(
+  length: int,
+  random: np.random.Generator,
+  step: int,
+  *,
+  steps: AtLeastOne = 300,
+  chunks_at_most: AtLeastOne = 5,
+) -> int:
+  """One chunk of the answer less after each of n + 1 equal stages: `stage` of UFT (arXiv:2505.16984).
+
+  The answer is cut into n <= `chunks_at_most` chunks of nearly equal length. Batch s, from 1, gives the
+  first n - s // max(steps // (n + 1), 1) of them, at least 0, and none after batch `steps`.
+
+  Args:
+    length: tokens of the answer without its stop token.
+    random: of the step; it is not read.
+    step: batches that the phase collected before.
+    steps: batches after which nothing is given any more.
+    chunks_at_most: n, unless the answer has fewer tokens.
+  """
+  del random
+  pieces, number = chunks.equal(length, most=chunks_at_most), step + 1
+  stage = number // max(steps // (len(pieces) + 1), 1)
+  given = 0 if number > steps else max(len(pieces) - stage, 0)
+  return pieces[given - 1].stop if given else 0
+
+
+def uniform_chunks(
+  length: int, random: np.random.Generator, step: int, *, chunks_at_most: AtLeastOne = 5
+) -> int:
+  """A uniform number of chunks of the answer, in every batch: R3 (arXiv:2402.05808) as in UFT's code.
+
+  The answer is cut into n <= `chunks_at_most` chunks of nearly equal length, and the first k of them are
+  given, with k uniform in 0..n.
+
+  Args:
+    length: tokens of the answer without its stop token.
+    random: of the step; one number is drawn of it.
+    step: batches that the phase collected before; it is not read.
+    chunks_at_most: n, unless the answer has fewer tokens.
+  """
+  del step
+  pieces = chunks.equal(length, most=chunks_at_most)
+  given = int(random.integers(len(pieces) + 1))
+  return pieces[given - 1].stop if given else 0
+
+
 def chance(number: int, *, low: float, high: float, steps: int) -> float:
   """low + (high - low) (1 + cos(pi number / steps)) / 2 up to batch `steps`, and 0 after it.
 
@@ -81,5 +128,5 @@ def chance(number: int, *, low: float, high: float, steps: int) -> float:
   return low + 0.5 * (high - low) * (1 + np.cos(np.pi * number / steps))
 
 
-TABLE = table('beginnings', nothing, uniform, annealed_chunks)
+TABLE = table('beginnings', nothing, uniform, annealed_chunks, staged_chunks, uniform_chunks)
 Part = Annotated[Callable, TABLE]

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Literal
 
 from polgrad import collect, credit, objectives, optim
 from polgrad.collect import beginnings
@@ -10,6 +11,7 @@ from polgrad.registry import Fraction, part, weighted
 def uft(
   *,
   steps: int,
+  reveal: Literal['cosine', 'stage', 'uniform'] = 'cosine',
   hinted: Fraction = 0.6,
   chunks: int = 5,
   low: float = 0.05,
@@ -32,13 +34,17 @@ def uft(
   next token in nats, k3 estimates the KL to the first policy, and A is the reward minus the group mean,
   divided by the standard deviation of the group.
 
+  Two variants of the authors give other numbers of chunks. `reveal='stage'` begins with whole answers
+  and gives one chunk less after each of n + 1 equal stages of the S batches. `reveal='uniform'` draws
+  the number uniformly from 0 to n in all batches; with imitation=0 this is their R3.
+
   Differences: The tokens that are given are imitated once for each prompt, by a further row of its
   group; the authors have them in every row of the group, so their token mean is the same. They clamp
-  logits to +-100 in that loss. Chunks have equal numbers of tokens. Two variants of the code, with a
-  linear and with a uniform number of chunks, are not here.
+  logits to +-100 in that loss. Chunks have equal numbers of tokens; theirs are steps of the solution.
 
   Args:
     steps: batches of the run; the run fills it in.
+    reveal: how many chunks are given.
     hinted: fraction of them in which a part of the answer may be given.
     chunks: largest number of chunks.
     low: p at the end of the schedule.
@@ -62,15 +68,14 @@ def uft(
   )
   imitate = part(objectives.Supervised, aggregation=mean)
   advantage = part(advantages.group_normalized, ddof=1, eps=1e-6)
-  reveal = part(
-    beginnings.annealed_chunks,
-    low=low,
-    high=high,
-    steps=max(round(hinted * steps), 1),
-    chunks_at_most=chunks,
-  )
+  sizes = dict(steps=max(round(hinted * steps), 1), chunks_at_most=chunks)
+  reveals = {
+    'cosine': part(beginnings.annealed_chunks, low=low, high=high, **sizes),
+    'stage': part(beginnings.staged_chunks, **sizes),
+    'uniform': part(beginnings.uniform_chunks, chunks_at_most=chunks),
+  }
   return Method(
-    collect=partial(collect.Rollouts, beginning=reveal, hints=1),
+    collect=partial(collect.Rollouts, beginning=reveals[reveal], hints=1),
     credit=part(credit.of_samples, credit=part(credit.outcome, advantage=advantage)),
     objective=part(
       objectives.WeightedSum,

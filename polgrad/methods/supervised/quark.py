@@ -35,10 +35,11 @@ def quark(
   -0.2, 0.2), so it rises where the entropy is too small.
 
   Differences: Labels are texts, which the run's tokenizer writes, not K new tokens, so no logits are
-  left out of the KL. The pool forgets its oldest batches. Where coefficients adapt, KL and H of a
-  completion are `max_new_tokens` times the token means, while the authors sum over the tokens of each
-  completion; the direction of the entropy's coefficient is our reading. Evaluations ask behind the best
-  label too, apart from those of a warm start.
+  left out of the KL. The pool forgets its oldest batches. The authors sample all prompts every 500
+  steps, and go through the pool in shuffled epochs. Where coefficients adapt, KL and H of a completion
+  are `max_new_tokens` times the token means; the authors sum over the tokens of each completion, with
+  -log pi of its tokens in the place of H. Evaluations ask behind the best label too, apart from those of
+  a warm start.
 
   Args:
     max_new_tokens: largest number of tokens of a completion; the run fills it in.
