@@ -53,7 +53,7 @@ from polgrad.registry import (
   table,
   unbound,
 )
-from polgrad.rewards import comparisons, scoring, spans
+from polgrad.rewards import combinations, comparisons, scoring, spans
 from polgrad.sampling import stopping
 from polgrad.types import Layout, Prompts
 
@@ -69,7 +69,9 @@ class Judged:
   """Verifiers and the limits that they run under; `rewards/worker.py` says what these keep out.
 
   Attributes:
-    reward: verifiers with their weights; their weighted sum is the reward.
+    reward: verifiers with their weights.
+    combine: how their numbers become the reward; by default it is their weighted sum. The
+      reward of an environment is added to the result.
     comparison: which of two completions is better, for a collector that compares. By default it is the
       one with the larger reward, with the probability of Bradley and Terry.
     isolate_verifiers: run verifiers in processes that are killed when they hang, except those of
@@ -80,6 +82,7 @@ class Judged:
   """
 
   reward: Mapping[str, reward_models.Part] = dataclasses.field(default_factory=dict)
+  combine: combinations.Part = combinations.weighted_sum
   comparison: reward_models.ComparisonPart = comparisons.by_reward
   isolate_verifiers: bool = True
   verifier_timeout: Positive = 5.0
@@ -89,7 +92,7 @@ class Judged:
   @functools.cached_property
   def score(self) -> Callable:
     """(completions, records, lengths, others) -> `Scores`, see `scoring.make_scorer`."""
-    return scoring.make_scorer(self.reward, **self.limits)
+    return scoring.make_scorer(self.reward, combine=self.combine, **self.limits)
 
   @functools.cached_property
   def compare(self) -> Callable:

@@ -215,6 +215,7 @@ class _Run:
       credit=method.credit,
       objective=method.objective,
       reward=scaled | dict(method.rewards) if needs == 'problems' else {},
+      **({} if method.combine is None else {'combine': method.combine}),
       optimizer=method.optimizer or part(optim.adamw, learning_rate=self.rate(method)),
       anchors=dict(method.anchors),
       learned=dict(method.learned),

@@ -174,7 +174,7 @@ CONSTANTS = {
   'srft': dict(gamma=0.1, imitation=0.5, exploration=0.1, entropy_coefficient=0.001),
   'star': dict(growth=1.2),
   'steer': dict(strength=0.4, top_p=0.9),
-  'steer_quark': dict(quantiles=5),
+  'steer_quark': dict(quantiles=5, strength=0.4, top_p=0.9, weaker_every=2000),
   'uft': dict(hinted=300 / 500, chunks=5, low=0.05, high=0.95, imitation=0.001, eps=0.2),
   'unlikelihood': dict(coefficient=1.0),
   'unlikelihood_sequence': dict(n=4, sampled_weight=0.5),

@@ -17,7 +17,6 @@ from polgrad.collect.base import Context, Sampling, draws_of
 from polgrad.collect.drawn import Begun, Drawn, Draws, with_turns
 from polgrad.environments.episodes import Episode
 from polgrad.learner import parameter_sets
-from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies
 from polgrad.types import Batch, Layout, Prompts, TrainState, turns
 
@@ -102,7 +101,7 @@ def make_continuer(
   return Continuer(
     context=context,
     draw=draws_of(settings, context, samples_per_prompt=samples, behavior_policy=behavior_policy),
-    reads=inputs(behavior_policy),
+    reads=behavior_policies.models_read(behavior_policy),
     samples=samples,
     prefixes=prefixes,
   )

@@ -225,10 +225,11 @@ class Rollouts(Filtering):
 
   @property
   def anchors_read(self) -> frozenset[str]:
-    baseline = inputs(self.baseline_policy) if self.baseline_samples else ()
-    opponent = inputs(self.opponent_policy) if self.opponents else ()
+    models = behavior_policies.models_read
+    baseline = models(self.baseline_policy) if self.baseline_samples else ()
+    opponent = models(self.opponent_policy) if self.opponents else ()
     measured = ('teacher',) if reads_teacher(self.stats) else ()
-    read = {*inputs(self.behavior_policy), *baseline, *opponent, *measured}
+    read = {*models(self.behavior_policy), *baseline, *opponent, *measured}
     return frozenset(read - {'policy'})
 
   @property

@@ -59,6 +59,7 @@ class Method:
     rewards: verifiers that the method adds to those of the task, each with its weight. Dynamic sampling
       does not compare them: it compares groups by the task's verifiers alone.
     reward_scale: multiplies the weights of the task's verifiers.
+    combine: how terms of the reward become one number; None is their weighted sum.
     anchors: parameter sets beside the policy (reference, teacher, ...) and their refresh rules.
     learned: anchors that learn by their own loss, each a part of `learner.Learned`.
     networks: networks that score hidden states and learn by their own loss, each a part of
@@ -87,6 +88,7 @@ class Method:
   source: functools.partial | None = None
   rewards: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   reward_scale: float = 1.0
+  combine: ConfigDict | None = None
   anchors: Mapping[str, ConfigDict] = dataclasses.field(default_factory=dict)
   learned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)

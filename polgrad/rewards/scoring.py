@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad import registry
-from polgrad.rewards import comparisons, spans, worker
+from polgrad.rewards import combinations, comparisons, spans, worker
 from polgrad.rewards import verifiers as ours
 from polgrad.rewards.worker import (
   Failure,
@@ -54,9 +54,14 @@ IN_PROCESS = (
 class Scores(NamedTuple):
   """Rewards of a batch, and the failures of its verifiers."""
 
-  total: np.ndarray  # f64[B], sum of weight * component; NaN where not valid
+  total: (
+    np.ndarray
+  )  # f64[B], the components combined, by default sum of weight * component; NaN where
+  # not valid
   components: dict[str, np.ndarray]  # f64[B] each, before weighting; NaN where a verifier failed
-  valid: np.ndarray  # bool[B], whether all verifiers of the row returned a number
+  valid: (
+    np.ndarray
+  )  # bool[B], whether all verifiers of the row returned numbers that can be combined
   errors: dict[str, int]  # number of failures by 'term/kind'
   messages: list[str]  # row and reason of the first few failures
 
@@ -64,6 +69,7 @@ class Scores(NamedTuple):
 def make_scorer(
   terms: Mapping[str, registry.Weighted | Callable],
   *,
+  combine: Callable[..., np.ndarray] = combinations.weighted_sum,
   timeout_s: float = 5.0,
   workers: int = 2,
   memory_gib: float = 4.0,
@@ -78,6 +84,7 @@ def make_scorer(
     terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
       completion, record, length, prompt and tokens, or of `OF_BATCHES` if it judges whole batches.
       `registry.Weighted` gives it a coefficient; otherwise that is 1.
+    combine: (components f64[n, B], weights f64[n]) -> total f64[B], see `combinations`.
     timeout_s: seconds that one isolated verifier may take on one row.
     workers: processes of isolated verifiers. They start with the first call and live as long as
       `score`.
@@ -97,6 +104,7 @@ def make_scorer(
     for name, term in terms.items()
   }
   verifiers = {name: term.fn for name, term in terms.items()}
+  weights = np.array([term.weight for term in terms.values()], np.float64)
   for name, fn in verifiers.items():
     _check(name, fn)
   plural = dict(zip(OF_BATCHES, (*READS, *ALSO)))
@@ -106,8 +114,16 @@ def make_scorer(
     rows = [dict(zip(READS, row)) for row in zip(completions, records, lengths, strict=True)]
     answers, errors, messages = judge(_with_others(rows, others, verifiers))
     components = {name: _numbers(found) for name, found in answers.items()}
-    # A component is NaN unless its verifier returned a number, and NaN in a sum makes the total NaN.
-    total = sum((terms[n].weight * c for n, c in components.items()), np.zeros(len(rows)))
+    # A component is NaN unless its verifier returned a number, and then the total is NaN too.
+    found = np.array([*components.values()], np.float64).reshape(len(terms), len(rows))
+    total = combine(found, weights) if terms else np.zeros(len(rows))
+    alone = ~np.isfinite(total) & np.isfinite(found).all(axis=0)
+    if alone.any():
+      row = int(np.argmax(alone))
+      name = registry.unbound(combine).__name__
+      errors['combine/NoNumber'] = int(alone.sum())
+      said = {n: round(float(x[row]), 4) for n, x in components.items()}
+      messages = [*messages, f'row {row}: combine: {name} of {said} is no number'][:MESSAGES]
     return Scores(total, components, np.isfinite(total), errors, messages)
 
   return score

@@ -3,7 +3,8 @@
 Each positional argument holds the logits f32[..., V] of one parameter set, and the argument's name
 says which one: `policy` is the model in training, any other name is an anchor, such as `reference`.
 The sampler keeps one key-value cache for each parameter set. The result is f32[..., V]; a token with
-logit -inf is never drawn.
+logit -inf is never drawn. `batches` f32[] is no parameter set but the number of batches that the phase
+has collected before, so that a behavior policy may change over a run.
 """
 
 import inspect
@@ -13,10 +14,16 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from polgrad.registry import Fraction, Range, table
+from polgrad.registry import AtLeastOne, Fraction, NotNegative, Range, inputs, table
 from polgrad.sampling import processors
 
 Array = jax.Array
+NUMBERS = frozenset({'batches'})  # what behavior policies may read besides logits
+
+
+def models_read(behavior_policy: Callable[..., Array]) -> tuple[str, ...]:
+  """The names of the parameter sets that a behavior policy reads."""
+  return tuple(name for name in inputs(behavior_policy) if name not in NUMBERS)
 
 
 def current(policy: Array) -> Array:
@@ -154,9 +161,42 @@ def expert_contrast(
   return jax.nn.log_softmax(jnp.where(kept > -jnp.inf, kept + strength * difference, -jnp.inf))
 
 
+def fading_contrast(
+  policy: Array,
+  expert: Array,
+  antiexpert: Array,
+  batches: Array,
+  *,
+  strength: float = 0.4,
+  top_p: Annotated[float, Range(above=0, at_most=1)] = 0.9,
+  every: AtLeastOne = 2000,
+  power: NotNegative = 0.25,
+) -> Array:
+  """`expert_contrast` around the policy, whose strength falls: the second stage of STEER
+  (arXiv:2311.07167).
+
+      policy (expert / antiexpert)^alpha,   alpha = strength (1 + floor(batches / every))^-power
+
+  Args:
+    policy: logits f32[..., V] of the policy.
+    expert: logits f32[..., V].
+    antiexpert: logits f32[..., V].
+    batches: f32[], batches collected before.
+    strength: alpha of the first batches.
+    top_p: probability of the most likely tokens of the policy; the others are never drawn.
+    every: batches of equal strength.
+    power: 0 keeps the strength.
+
+  Returns:
+    log-probabilities f32[..., V].
+  """
+  alpha = strength * (1 + batches // every) ** -power
+  return expert_contrast(policy, expert, antiexpert, strength=alpha, top_p=top_p)
+
+
 TABLE = table(
   'behavior_policies',
   *(current, greedy, reference, opponent, previous, teacher, controlled),
-  *(geometric_mixture, teacher_mixture, expert_contrast),
+  *(geometric_mixture, teacher_mixture, expert_contrast, fading_contrast),
 )
 Part = Annotated[Callable, TABLE]

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.models.policy import Policy
-from polgrad.registry import call
+from polgrad.registry import call, inputs
 from polgrad.sampling.stopping import StopTable
 from polgrad.types import Array, Batch, Params
 
@@ -127,7 +127,7 @@ class Sampler:
     `following` is the array of `stop_table`: as an argument it is no constant of the program.
     """
     # Layers are cut from their stacks here: inside the loop it would happen at every step.
-    params = self.unstacked(params)
+    params = self.unstacked(params, step)
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
     draw = functools.partial(self.draw, params, keys, following, tokens.shape[1])
@@ -139,9 +139,11 @@ class Sampler:
     )
     return self.finish(state, tokens, mask, prompt_ids, padding)
 
-  def unstacked(self, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameter sets that are read, unstacked, and `entropy_levels` if they are there."""
+  def unstacked(self, params: dict[str, Any], step: Array) -> dict[str, Any]:
+    """The parameter sets that are read, unstacked, and the numbers that are read beside them."""
     read = {name: policy.unstack(params[name]) for name, policy in self.policies.items()}
+    if 'batches' in inputs(self.behavior_policy):
+      read['batches'] = jnp.asarray(step, jnp.float32)
     return read | {name: params[name] for name in ('entropy_levels',) if name in params}
 
   def row_keys(self, seed: Array, step: Array, prompt_ids: Array) -> Array:
@@ -247,10 +249,10 @@ class Sampler:
 
   def distribution(self, params: dict[str, Params], hidden: dict[str, Array]) -> Array:
     """Log-probabilities f32[..., V] that tokens are drawn from, for hidden states [..., D]."""
-    logits = call(
-      self.behavior_policy,
-      {name: policy.unembed(params[name], hidden[name]) for name, policy in self.policies.items()},
-    )
+    of_models = {
+      name: policy.unembed(params[name], hidden[name]) for name, policy in self.policies.items()
+    }
+    logits = call(self.behavior_policy, {**params, **of_models})
     for processor in self.processors:
       logits = call(processor, {**params, 'logits': logits})
     return jax.nn.log_softmax(logits, axis=-1)

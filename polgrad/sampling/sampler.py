@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from polgrad.compiling import jit
 from polgrad.models.policy import Policy
-from polgrad.registry import inputs
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Sampler
 from polgrad.sampling.stopping import StopTable
@@ -134,7 +133,8 @@ def configure(
     ValueError: a setting that `make_sampler` refuses.
   """
   queues = 1 if mesh is None else data_parallel_size(mesh)
-  policies = {name: policies.get(name, default) for name in inputs(behavior_policy)}
+  names = behavior_policies.models_read(behavior_policy)
+  policies = {name: policies.get(name, default) for name in names}
   sampler = kind(
     policies=policies,
     behavior_policy=behavior_policy,

@@ -195,7 +195,7 @@ class TurnSampler(Sampler):
     step: Array,
   ) -> tuple[dict[str, Params], Array, Prefilled, Turns, Told]:
     """Unstacked parameters, keys of the rows, the prompts, and a state in which all slots are idle."""
-    params = self.unstacked(params)
+    params = self.unstacked(params, step)
     keys = self.row_keys(seed, step, prompt_ids)
     prompts = self.prefill(params, tokens, mask)
     state = self.start(prompts, tokens.shape[1])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from polgrad.registry import Weighted, bind, find, part, weighted
-from polgrad.rewards import scoring, verifiers, worker
+from polgrad.rewards import combinations, scoring, verifiers, worker
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -423,3 +423,26 @@ def alive(pid):
     return pathlib.Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'
   except FileNotFoundError:
     return False
+
+
+def test_the_product_of_scores_is_low_where_one_is_and_none_where_one_is_negative():
+  score = lambda combine: scoring.make_scorer(
+    {
+      'style': Weighted(1.0, lambda completion, record: record['style']),
+      'fluency': Weighted(2.0, lambda completion, record: record['fluency']),
+    },
+    combine=combine,
+    isolate=False,
+  )(
+    ['a', 'b', 'c'],
+    [dict(style=x, fluency=y) for x, y in ((0.5, 0.8), (0.9, 0.0), (-1.0, 0.5))],
+    [1] * 3,
+  )
+  found = score(combinations.product)
+  np.testing.assert_allclose(found.total, [0.5 * 0.64, 0.0, np.nan])
+  assert found.valid.tolist() == [True, True, False]
+  assert found.errors == {'combine/NoNumber': 1}
+  assert found.messages == [
+    "row 2: combine: product of {'style': -1.0, 'fluency': 0.5} is no number"
+  ]
+  np.testing.assert_allclose(score(combinations.weighted_sum).total, [2.1, 0.9, 0.0])

@@ -74,6 +74,9 @@ def test_roles_are_parts_that_name_their_parameter_sets():
   )
   assert inputs(role) == ('policy', 'reference')
   assert isinstance(role, functools.partial) and role.keywords == {'reference_weight': 0.25}
+  assert behavior_policies.models_read(behavior_policies.fading_contrast) == (
+    *('policy', 'expert', 'antiexpert'),
+  )
   assert inputs(behavior_policies.current) == inputs(behavior_policies.greedy) == ('policy',)
 
 
@@ -90,6 +93,13 @@ def test_the_contrast_of_experts_is_a_product_of_powers_over_what_the_reference_
     np.testing.assert_allclose(fn(base, expert, anti, strength=0.0), probs(base), rtol=1e-12)
     mixed = probs(0.3 * base + 0.7 * expert)
     np.testing.assert_allclose(fn(base, expert, base, strength=0.7), mixed, rtol=1e-12)
+    for batches, alpha in ((0, 0.7), (1999, 0.7), (2000, 0.7 * 2**-0.25), (31999, 0.35)):
+      faded = behavior_policies.fading_contrast(
+        *map(jnp.asarray, (base, expert, anti, float(batches))), strength=0.7, top_p=1.0
+      )
+      expected_now = probs(base) * (probs(expert) / probs(anti)) ** alpha
+      expected_now /= expected_now.sum(-1, keepdims=True)
+      np.testing.assert_allclose(np.exp(faded), expected_now, rtol=1e-12)
     found = fn(base, expert, anti, strength=0.7, top_p=0.6)
     inside = np.isfinite(np.asarray(processors.top_p(jnp.asarray(base), p=0.6)))
     kept = np.where(inside, expected, 0)

@@ -1,11 +1,13 @@
 import dataclasses
 from functools import partial
 
-from polgrad import collect, objectives
+from polgrad import collect, objectives, optim
 from polgrad.losses import aggregation
 from polgrad.methods.base import Method
 from polgrad.methods.supervised.steer import steer
 from polgrad.registry import AtLeastOne, part
+from polgrad.rewards import combinations
+from polgrad.sampling import behavior_policies
 
 
 def steer_quark(
@@ -17,21 +19,25 @@ def steer_quark(
   pool: AtLeastOne = 64,
   label: str = '',
   label_length: AtLeastOne = 32,
+  strength: float = 0.4,
+  top_p: float = 0.9,
+  weaker_every: AtLeastOne = 2000,
 ) -> Method:
   """STEER, both stages (arXiv:2311.07167): after `steer`, Quark with a label for each score.
 
       loss = token mean of -log pi(y | labels, x)
+      y ~ policy (expert / antiexpert)^alpha,   alpha = strength (1 + floor(step / weaker_every))^(-1/4)
 
   In the first half of the steps, the phase `imitate`, `steer` makes the initial policy. Then samples
   join a pool. Each of the named terms of the reward, which are style, similarity and fluency in the
   paper, cuts the pool into quantiles, and a row is learned behind the numbers of its quantiles. The
   policy is sampled behind the best label of all terms. Without names there is one label, that of the
-  reward.
+  reward, the product of all terms. The experts still help, less and less; name their folders in
+  `frozen` of both phases. Without folders they are equal, and change nothing.
 
-  Differences: Labels are texts, which the run's tokenizer writes, not new tokens. The pool forgets its
-  oldest batches. Quantiles are of the whole pool, not of each style. The authors add the experts to the
-  sampling of this stage too, with alpha (1 + step // 2000)^(-1/4). KL and entropy have the
-  coefficient 0, as there.
+  Differences: Labels are texts, which the run's tokenizer writes, not new tokens; the experts read them
+  too. The pool forgets its oldest batches. Quantiles are of the whole pool, not of each style. The code
+  samples every 2500 steps. KL and entropy have the coefficient 0, as there.
 
   Args:
     steps: batches of the run; the run fills it in.
@@ -42,19 +48,33 @@ def steer_quark(
     label: text of a label, with {NAME} of every term, or {k} without terms; '' is '[NAME {NAME}]' of
       each.
     label_length: tokens of a label, at most; prompts get as many more columns.
+    strength: alpha of both stages, at the start of the second; 0 there samples the policy alone.
+    top_p: probability of the tokens that the reference, and later the policy, allows.
+    weaker_every: batches after which alpha falls.
 
-  Confidence: CODE (quantiles, coefficients), PAPER (stages).
+  Confidence: CODE (quantiles, coefficients, strength), PAPER (stages).
   """
   half = max(steps // 2, 1)
   names = terms or ('quality',)
   written = ''.join(f'[{name} {{{name if terms else "k"}}}]' for name in names) + '\n'
   sizes = dict(quantiles=quantiles, interval=interval, pool=pool, label_length=label_length)
+  contrast = part(
+    behavior_policies.fading_contrast, strength=strength, top_p=top_p, every=weaker_every
+  )
+  helped = {'behavior_policy': contrast} if strength else {}
   return Method(
     collect=partial(
-      collect.Quantiles, samples_per_prompt=1, terms=tuple(terms), label=label or written, **sizes
+      collect.Quantiles,
+      samples_per_prompt=1,
+      terms=tuple(terms),
+      label=label or written,
+      **sizes,
+      **helped,
     ),
     objective=part(objectives.Supervised, aggregation=part(aggregation.token_mean)),
+    combine=part(combinations.product),
+    anchors={name: part(optim.fixed) for name in ('expert', 'antiexpert')} if strength else {},
     learns='imitate',
-    before={'imitate': dataclasses.replace(steer(), steps=half)},
+    before={'imitate': dataclasses.replace(steer(strength=strength, top_p=top_p), steps=half)},
     steps=steps - half,
   )
