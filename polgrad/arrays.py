@@ -153,6 +153,14 @@ FEATURES = {
     'B Tk',
     'running mean of the probabilities of these tokens, over the epochs of the row; from the same',
   ),
+  'teacher_states': Spec(
+    'B Tk', 'hidden state of a teacher on other devices that predicts the token; from the collector'
+  ),
+  'teacher_top_ids': Spec(
+    'B Tk',
+    'k likeliest tokens of a teacher elsewhere, i32, -1 where there are fewer; from the collector',
+  ),
+  'teacher_top_log_probs': Spec('B Tk', 'their log-probs under the teacher; from the same'),
   'void_turns': Spec(
     'B T',
     '1 in the tokens of a turn in which the policy neither acted nor answered, 0 elsewhere; the metric '

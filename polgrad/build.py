@@ -147,8 +147,8 @@ class Phase(Judged):
     further: further updates of the policy after those of a step, by the name of the batch that the
       collector makes for them, each with its objective and optimizer, whose states are kept.
     frozen: other models that some of the anchors are, such as a larger teacher.
-    elsewhere: models by name that give log-probs and are not on the devices of the run: on others of the
-      process, or behind a service. They take the place of anchors whose logits nothing reads.
+    elsewhere: models by name that are not on the devices of the run: on others of the process, or behind
+      a service. They take the place of frozen anchors that nothing is sampled from, see `teachers`.
     restart: initialise the policy again when the phase starts, after its anchors were copied.
     share_prompts: forward the prompt of a group once. Changes speed and memory, not the result, but
       groups then stay whole in minibatches, which must divide accordingly.
@@ -451,7 +451,7 @@ def build(config: ml_collections.ConfigDict | Mapping) -> Experiment:
   }
   phases = {
     name: dataclasses.replace(
-      phase,
+      _with_unembeddings(f'config.phases.{name}', phase),
       optimizer=balanced(phase.optimizer),
       learned=others(phase.learned),
       further=others(phase.further),
@@ -742,8 +742,8 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
   whole = {a for f, a in anchors.items() if f.endswith('_logits')} | collector.anchors_read
   _check_elsewhere(path, phase, run, wanted, whole)
-  anchors = {f: a for f, a in anchors.items() if a not in phase.elsewhere}
-  given_elsewhere = {f'{name}_logp' for name in phase.elsewhere}
+  given_elsewhere = {f'{n}_{x}' for n, model in phase.elsewhere.items() for x in model.entries}
+  anchors = {f: a for f, a in anchors.items() if f not in given_elsewhere}
   for field, anchor in sorted(anchors.items()):
     if anchor not in phase.anchors:
       raise ValueError(
@@ -794,28 +794,56 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
     )
 
 
+def _with_unembeddings(path: str, phase: Phase) -> Phase:
+  """The phase, with the unembedding of a model elsewhere as an anchor where its logits are read.
+
+  Raises:
+    ValueError: a model elsewhere that is an anchor too.
+  """
+  for name, model in phase.elsewhere.items():
+    if name in phase.anchors:
+      raise ValueError(f'{path}.elsewhere: {name!r} is an anchor too; leave one of them out')
+    if 'states' in teachers.entries_asked(name, model, _read_of_models(phase)):
+      phase = dataclasses.replace(
+        phase,
+        anchors={**phase.anchors, name: optim.fixed},
+        frozen={**phase.frozen, name: model.unembedding},
+      )
+  return phase
+
+
+def _read_of_models(phase: Phase) -> frozenset[str]:
+  """Names of the arrays that the losses of a phase read, its statistics included."""
+  stats = getattr(phase.collect, 'stats', {}).values()
+  return (phase.objective.requires | phase.credit.requires).union(*map(inputs, stats))
+
+
 def _check_elsewhere(
   path: str, phase: Phase, run: Experiment, wanted: frozenset[str], whole: set[str]
 ) -> None:
-  """Refuses models elsewhere that nobody reads, or of which more is read than log-probs.
+  """Refuses models elsewhere that nobody reads, or that do not give what is read.
 
   Args:
     wanted: arrays that objective and credit read.
     whole: models whose whole distribution is read.
   """
-  for name in phase.elsewhere:
-    if name in phase.anchors:
-      raise ValueError(f'{path}.elsewhere: {name!r} is an anchor too; leave one of them out')
-    if name in whole:
+  for name, model in phase.elsewhere.items():
+    if name in phase.collect.anchors_read:
       raise ValueError(
-        f'{path}.elsewhere: the whole distribution of {name!r} is read, but a model elsewhere gives '
-        'log-probs of tokens alone; make it an anchor, or take a method that reads log-probs, such as '
-        'sampled_distillation'
+        f'{path}.elsewhere: rows are sampled with {name!r}, so it must be an anchor, on the devices of '
+        'the run'
       )
-    if f'{name}_logp' not in wanted:
-      raise ValueError(f'{path}.elsewhere: nothing reads {name}_logp; there are {sorted(wanted)}')
+    if name in whole and 'states' not in model.entries:
+      raise ValueError(
+        f'{path}.elsewhere: the whole distribution of {name!r} is read, but a service lists some tokens '
+        f'of it; take the divergence divergences.listed, put {name!r} on other devices with '
+        'teachers.on_devices, or take a method that reads log-probs, such as sampled_distillation'
+      )
+    if not teachers.entries_asked(name, model, _read_of_models(phase)):
+      read = sorted(f'{name}_{array}' for array in teachers.GIVEN)
+      raise ValueError(f'{path}.elsewhere: nothing reads any of {read}; there are {sorted(wanted)}')
     where = f'{path}.elsewhere.{name}'
-    teachers.check(phase.elsewhere[name], run.tokenizer, phase.collect.temperature, where)
+    teachers.check(model, run.tokenizer, phase.collect.temperature, where)
 
 
 def _check_networks(
@@ -1006,7 +1034,8 @@ def check_data(run: Experiment) -> list[str]:
       phase.collect.read_files()
     for model, score in phase.elsewhere.items():
       place = f'config.phases.{name}.elsewhere.{model}'
-      teachers.ask_first(score, getattr(phase.collect, 'temperature', 1.0), place)
+      asked = teachers.entries_asked(model, score, _read_of_models(phase))
+      teachers.ask_first(score, asked, getattr(phase.collect, 'temperature', 1.0), place)
     with _placing(f'config.phases.{name}.curriculum'):
       phase.curriculum.init(phase.source)  # refuses records that lack what it reads
   sections = data_sections(run)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from polgrad import build, collect, curricula, learner, methods, models, optim, tasks, teachers
 from polgrad import trackers as tracking
 from polgrad.data import sources
+from polgrad.losses import divergences
 from polgrad.methods import Method
 from polgrad.presets import Preset
 from polgrad.registry import (
@@ -72,7 +73,8 @@ def compose(
     teacher: Hugging Face folder of the anchor `teacher`, for distillation from another model.
     teacher_devices: how many of the last devices, outside of the run's mesh, hold the teacher; 0: it is
       on the devices of the run.
-    teacher_url: of a service that gives the log-probs of the model `teacher`, up to `/v1`.
+    teacher_url: of a service that gives the log-probs of the model `teacher`, up to `/v1`. Divergences
+      from the teacher are then those of the tokens that the service lists, see `divergences.listed`.
     seed: of parameters, data order and sampling.
     smoke: two steps of small batches on one device (with a smaller model, if it is `tiny`).
     trackers: where metrics go besides metrics.jsonl, with + between several: `wandb+tensorboard`; 'none'
@@ -341,14 +343,34 @@ def _move_teacher(phase: ConfigDict, teacher: str, devices: int, url: str) -> No
     raise ValueError(
       'teacher_devices or teacher_url: name the model with teacher=..., for a method with a teacher'
     )
-  place = (
-    part(teachers.service, model=teacher, url=url)
-    if url
-    else part(teachers.on_devices, path=teacher, devices=devices)
-  )
+  if url:
+    _list_divergences(phase.objective)
+    place = part(teachers.service, model=teacher, url=url)
+  else:
+    place = part(teachers.on_devices, path=teacher, devices=devices)
   del phase.anchors['teacher']
   phase.frozen = {}
   phase.elsewhere = {'teacher': place}
+
+
+def _list_divergences(spec: ConfigDict) -> None:
+  """Makes divergences of whole distributions those of the tokens that a service lists, in place.
+
+  The tokens of a `top_k` are then always the teacher's.
+  """
+  for name, value in spec.items():
+    if not isinstance(value, ConfigDict):
+      continue
+    kind = value.get('name')
+    if kind == 'divergences.top_k':
+      given = dict(divergence=value.divergence, bucket=value.bucket)
+    elif kind in divergences.FULL:
+      given = dict(divergence=ConfigDict(_without_weight(value)))
+    else:
+      _list_divergences(value)
+      continue
+    made = part(divergences.listed, **given)
+    spec[name] = weighted(value.weight, made) if 'weight' in value else made
 
 
 def _trackers(names: str) -> dict[str, ConfigDict]:

@@ -198,12 +198,13 @@ def provider(name: str, phase: Phase) -> str:
     return 'credit'
   if name in getattr(phase.collect, 'stats', {}):
     return f'collect.stats.{name}'
+  for model in phase.elsewhere:
+    if anchor == model or name.startswith(f'{model}_top_'):
+      return f'elsewhere.{model}'
   if anchor in phase.anchors:
     return f'anchor {anchor}'
   if name.removesuffix('_scores') in phase.networks:
     return f'network {name.removesuffix("_scores")}'
-  if anchor in phase.elsewhere:
-    return f'elsewhere.{anchor}'
   if name in MODEL:
     return 'the model'
   return 'the model, before the update' if name == 'old_values' else 'collect'

@@ -45,7 +45,8 @@ def forward(
   0 in prompt columns, and in packed rows all but values are 0 outside the mask.
 
   Args:
-    batch: only its tokens, segment_ids, mask, layout and offset are read, and what `head` reads.
+    batch: only its tokens, segment_ids, mask, layout and offset are read, what `head` and `stats` read,
+      and `teacher_states` where the teacher is an unembedding alone.
     fields: further outputs, out of {'entropy', 'values', 'values_after'}.
     stats: further functions of the next-token distribution by name, see `token_stats`.
     temperature: divides all logits, as it did when the tokens were sampled.
@@ -66,7 +67,7 @@ def forward(
   teacher_hidden = teacher_unembed = None
   if teacher is not None:
     teacher_policy, teacher_params = teacher[0], jax.lax.stop_gradient(teacher[1])
-    teacher_hidden = _hidden(teacher_policy, teacher_params, read_by_anchors(batch), layout)
+    teacher_hidden = _teacher_hidden(teacher_policy, teacher_params, batch, layout)
     teacher_unembed = functools.partial(teacher_policy.unembed, teacher_params)
 
   # All that needs logits over the vocabulary, in one pass. Packed rows evaluate only the mask.
@@ -142,6 +143,18 @@ def _hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Arr
     prompt_length=layout.prompt_length,
     rows_per_prompt=layout.shared,
   )
+
+
+def _teacher_hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Array:
+  """Final hidden states of the teacher from `_first_column` on.
+
+  A teacher on other devices has computed them: `teacher_states` has the state that predicts a token at
+  the place of that token, one column behind the token that it was computed at.
+  """
+  if policy.hidden is not None:
+    return _hidden(policy, params, read_by_anchors(batch), layout)
+  states = batch['teacher_states'].reshape(*batch.tokens.shape, -1)
+  return jnp.roll(states, -1, axis=1)[:, _first_column(layout) :]
 
 
 def _first_column(layout: Layout) -> int:

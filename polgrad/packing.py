@@ -129,7 +129,7 @@ def packed(batch: Batch) -> tuple[Batch, Callable[[Array], Array]]:
   column = jnp.arange(length)[None] - jnp.argmax(seen, axis=1)[:, None]
   place = jnp.where(seen, batch.offset[:, None] + column, rows * length)
 
-  axes = lambda x: ROWS + (None,) * (x.ndim - 2)
+  axes = lambda x: ROWS + ('hidden',) * (x.ndim - 2)
 
   def there(x: Array) -> Array:
     flat = jnp.zeros((rows * length, *x.shape[2:]), x.dtype).at[place].set(x, mode='drop')

@@ -330,8 +330,9 @@ class PhaseRun:
     logits = 'values_after' not in phase.objective.requires  # a reward model has none
     flops = speed.update_flops(model, collected.batch, phase.layout, logits=logits)
     if 'teacher_logits' in phase.objective.requires:
-      teacher = phase.frozen.get('teacher', self.experiment.model).config
-      flops += speed.forward_flops(teacher, collected.batch, phase.layout)
+      teacher = phase.frozen.get('teacher', self.experiment.model)
+      there = dict(layers=teacher.hidden is not None)
+      flops += speed.forward_flops(teacher.config, collected.batch, phase.layout, **there)
     meter = speed.Meter()
     meter.add('update', phase.epochs * flops)
     found = {'seconds/update': updating, **meter.take()}

@@ -167,7 +167,7 @@ def parse_steps(text: str, first: int, last: int) -> range:
 
 
 def forward_flops(
-  config: Any, batch: Batch, layout: Layout = PLAIN, *, logits: bool = True
+  config: Any, batch: Batch, layout: Layout = PLAIN, *, logits: bool = True, layers: bool = True
 ) -> float:
   """Operations of one forward pass over the rows of a batch (NumPy), each of one sequence.
 
@@ -177,6 +177,7 @@ def forward_flops(
     config: of the model, a `models.config.Config`.
     layout: says which rows share a prompt.
     logits: whether there are logits; a reward model has none.
+    layers: whether there are layers; of a teacher on other devices there is the unembedding alone.
   """
   if not hasattr(config, 'layer'):
     return math.nan
@@ -184,7 +185,8 @@ def forward_flops(
   scored = float(np.sum(batch.mask))
   weights = sum(_used(config, name) for name in config.layer) * config.num_layers
   unembedding = 2.0 * config.vocab_size * config.width * scored if logits else 0.0
-  return 2.0 * weights * tokens + unembedding + _attention(config, pairs)
+  of_layers = 2.0 * weights * tokens + _attention(config, pairs) if layers else 0.0
+  return of_layers + unembedding
 
 
 def update_flops(

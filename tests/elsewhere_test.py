@@ -1,6 +1,7 @@
 """Teachers that are not on the devices of the run: on others, and behind a service."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import threading
@@ -9,9 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, evaluate, loading, phases, teachers
+from polgrad import build, evaluate, loading, phases, sharding, teachers
 from polgrad.collect.base import make_annotator
+from polgrad.compiling import jit
+from polgrad.losses import divergences
 from polgrad.options import from_text
+from polgrad.packing import pack
+from polgrad.registry import part, weighted
 from polgrad.rewards import judge
 from polgrad.rewards.worker import Failure
 from polgrad.types import Batch
@@ -51,21 +56,23 @@ def batch(prompt=9, length=20):
   )
 
 
-def test_other_devices_give_the_log_probs_of_the_run_s_own(models):
-  """The annotator of a run on four devices: with the teacher among them, and on the last two.
+def test_other_devices_give_the_log_probs_and_the_divergence_of_the_run_s_own(models):
+  """A run on four devices, with the teacher of another family among them, and on the last two.
 
-  In both places the teacher does not read the first token of a row, which is for the policy alone.
+  The loss reads the teacher's log-probs of the tokens and the whole distribution. In both places the
+  teacher does not read the first token of a row, which is for the policy alone.
   """
   found = {}
   for devices in (0, 2):
     settings = config(models, teacher_devices=devices)
     settings.mesh.data = 4
+    distance = part(divergences.jensen_shannon, teacher_weight=0.3)
+    settings.phases.train.objective.penalties = {'distance': weighted(2.0, distance)}
+    settings.phases.train.pack = devices  # packed rows keep the states at their tokens
     run = build.build(settings)
     phase = run.phases['train']
-    assert ('teacher' in phase.anchors) == (devices == 0)
-    if devices:
-      place = settings.phases.train.elsewhere.teacher
-      assert place.name == 'teachers.on_devices' and place.devices == 2
+    assert ('teacher' in phase.elsewhere) == (devices > 0)
+    assert (phase.frozen['teacher'].hidden is None) == (devices > 0)
     with jax.set_mesh(run.mesh):
       annotate = make_annotator(evaluate.context(run, phase, 0), 0.7)
       assert set(annotate.of_anchor) == ({'teacher'} if devices == 0 else set())
@@ -73,23 +80,38 @@ def test_other_devices_give_the_log_probs_of_the_run_s_own(models):
       rows = batch(phase.collect.prompt_length, phase.collect.length)
       first = np.cumsum(rows.segment_ids, axis=1) * rows.segment_ids == 1
       labelled = rows.with_arrays(policy_only=first.astype(np.float32))
-      found[devices] = annotate(state, labelled).teacher_logp
+      read = annotate(state, labelled)
+      read = read.with_arrays(advantages=read.teacher_logp)
+      packed = pack(read.replace(layout=phase.layout), parts=1, data_parallel_size=1)
+      assert (packed.layout.rows > 0) == (devices > 0)
+      learner = dataclasses.replace(phase.learner(run.policy), temperature=0.7)
+      (loss, (terms, _)), grads = jit(learner.gradient)(
+        state, state.params, sharding.place_batch(run.mesh, packed)
+      )
+    found[devices] = read.teacher_logp, loss, terms['distance'].value(), jax.device_get(grads)
   mask = rows.mask
-  np.testing.assert_allclose(found[2][mask], found[0][mask], atol=1e-5)
-  assert np.ptp(found[2][mask]) > 0.1
+  np.testing.assert_allclose(found[2][0][mask], found[0][0][mask], atol=1e-5)
+  assert np.ptp(found[2][0][mask]) > 0.1
+  np.testing.assert_allclose(found[2][1:3], found[0][1:3], rtol=1e-5)
+  assert found[0][2] > 0.01
+  close = lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5)
+  jax.tree.map(close, found[2][3], found[0][3])
 
 
 def test_rows_of_all_lengths_on_devices_that_share_the_parameters(models):
-  score = teachers.on_devices(path=models[1], devices=4, fsdp=2, batch=2, max_length=32)
-  found = score(ROWS, 1.0)
+  score = teachers.on_devices(path=models[1], devices=4, fsdp=2, batch=2, max_length=32, top=5)
+  found = score.ask(ROWS, frozenset({'logp', 'top_ids', 'top_log_probs'}), 1.0)
   assert isinstance(found[3], Failure) and found[3].kind == 'TooLong'
-  assert [len(x) for x in found[:3]] == [3, 0, 1]
+  assert [len(x['logp']) for x in found[:3]] == [3, 0, 1]
   # One row alone, on one device, from its logits.
   policy, params = loading.beside(models[1], build.build(loading.bare(models[0])))
   tokens = np.array([ROWS[0]])
   logits = np.asarray(policy.unembed(params, policy.hidden(params, tokens, tokens * 0 + 1)), float)
   logp = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[0]
-  np.testing.assert_allclose(found[0], [logp[t, ROWS[0][t + 1]] for t in range(3)], atol=1e-5)
+  want = [logp[t, ROWS[0][t + 1]] for t in range(3)]
+  np.testing.assert_allclose(found[0]['logp'], want, atol=1e-5)
+  np.testing.assert_array_equal(found[0]['top_ids'], np.argsort(-logp[:3])[:, :5])
+  np.testing.assert_allclose(found[0]['top_log_probs'], -np.sort(-logp[:3])[:, :5], atol=1e-5)
 
 
 @contextlib.contextmanager
@@ -134,7 +156,7 @@ def quickly(monkeypatch):
 def test_a_service_gives_the_log_probs_of_every_token(monkeypatch):
   with serving(lambda body, n: (503, {}) if n == 1 else said(body)) as (url, seen):
     score = teachers.service(model='big', url=url, concurrency=1)
-    found = teachers.batch_logp(score, 'teacher', batch(), 1.0)
+    found = teachers.arrays_of(score, 'teacher', batch(), {'logp': 1}, 1.0)['teacher_logp']
   path, request = seen[-1]
   assert path == '/v1/completions'
   assert {k: v for k, v in request.items() if k != 'prompt'} == dict(
@@ -167,13 +189,13 @@ def test_a_reply_without_log_probs_stops_the_run_and_says_why(name):
   with serving(lambda body, n: (200, {'choices': [{'prompt_logprobs': entries}]})) as (url, _):
     score = teachers.service(model='big', url=url)
     with pytest.raises(RuntimeError, match=rf"'teacher' gave no .* 1 of 1 rows.*{message}"):
-      teachers.batch_logp(score, 'teacher', rows, 1.0)
+      teachers.arrays_of(score, 'teacher', rows, {'logp': 1}, 1.0)
 
 
 REFUSED = {
-  'logits are read': (
-    dict(method='on_policy_distillation', teacher_devices=1),
-    r"elsewhere: the whole distribution of 'teacher'.*sampled_distillation",
+  'rows are drawn from it': (
+    dict(method='minillm', teacher_devices=1),
+    r"elsewhere: rows are sampled with 'teacher', so it must be an anchor",
   ),
   'two places': (dict(teacher_devices=1, teacher_url='http://x'), 'teacher is at one of the two'),
   'no teacher': (dict(method='grpo', teacher_devices=1), 'for a method with a teacher'),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad import credit as credits
+from polgrad import teachers
 from polgrad.arrays import ARRAYS, shape_of
 from polgrad.models.policy import Policy, learned
 from polgrad.registry import call
@@ -17,6 +18,7 @@ from polgrad.types import FIELDS, Batch, Outputs, TrainState
 
 INTEGERS = ('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at')
 INTEGERS += ('observation_ids', 'turn_players', 'turn_ids', 'step_ids', 'span_ids', 'early_tokens')
+INTEGERS += ('teacher_top_ids',)
 BOOLEANS = ('mask', 'finished', 'valid')
 ALL = ('tokens', 'segment_ids', 'mask')  # of every batch
 
@@ -25,12 +27,18 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
   """The arrays of a batch of a phase with `rows` rows, as shapes, after credit was given."""
   collector = phase.collect
   wanted = phase.objective.requires | phase.credit.requires
-  anchors = {f'{name}_logp' for name in (*phase.anchors, *phase.elsewhere)} & wanted
+  anchors = {f'{name}_logp' for name in phase.anchors} & wanted
+  outside = {
+    f'{name}_{array}': entries
+    for name, model in phase.elsewhere.items()
+    for array, entries in teachers.entries_asked(name, model, wanted).items()
+  }
   names = {
     *ALL,
     *collector.provides,
     *phase.curriculum.provides,
     *anchors,
+    *outside,
     *({'old_values'} & wanted),
     *(f'{name}_scores' for name in phase.networks),
     *(f'{name}_head_score' for name in phase.anchors if f'{name}_head_score' in wanted),
@@ -46,6 +54,8 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     kind = jnp.int32 if name in INTEGERS else jnp.bool_ if name in BOOLEANS else jnp.float32
     spec = shape_of(name)
     spec = 'B T' if spec == '...' and name not in ARRAYS else spec  # a statistic
+    if spec == 'B Tk' and name in outside:
+      return jax.ShapeDtypeStruct((rows, collector.length * outside[name]), kind)
     return jax.ShapeDtypeStruct(sizes[spec], kind)
 
   arrays = {name: shape(name) for name in names}
@@ -129,6 +139,8 @@ def _statistic(fn: Any, policy: Policy, numbers: jax.ShapeDtypeStruct) -> jax.Sh
     'context_mask': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.bool_),
     'early_tokens': jax.ShapeDtypeStruct((3, 2), jnp.int32),
     'early_targets': jax.ShapeDtypeStruct((3, 2), jnp.float32),
+    'teacher_top_ids': jax.ShapeDtypeStruct((3, 2), jnp.int32),
+    'teacher_top_log_probs': jax.ShapeDtypeStruct((3, 2), jnp.float32),
   }
   found = jax.eval_shape(lambda arrays: call(fn, arrays), arrays)
   if found.shape != (3,):

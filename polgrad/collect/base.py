@@ -54,8 +54,8 @@ class Context(NamedTuple):
   networks: Mapping[str, NetworkLearner] = {}  # that score hidden states, by name
   source: Sequence[dict] = ()  # records by row, for collectors that return to a row later
   minibatches: int = 1  # updates in a pass over the batch of a step
-  # Functions that give the log-probs of an anchor's name, see `teachers`.
-  elsewhere: Mapping[str, teachers.Score] = {}
+  # Models that are not on the devices of the run, by name.
+  elsewhere: Mapping[str, teachers.Elsewhere] = {}
 
 
 class Collected(NamedTuple):
@@ -282,8 +282,8 @@ class Annotator:
   of_anchor: Mapping[str, Callable[[Params, Batch], Outputs]]  # by name of the anchor
   # By name of the anchor, the score f32[B] of its scalar head after the last token of each row.
   of_head: Mapping[str, Callable[[Params, Batch], Array]] = dataclasses.field(default_factory=dict)
-  # batch (NumPy) -> log-probs f32[B, T], of models that are not on the devices of the run, by name
-  of_elsewhere: Mapping[str, Callable[[Batch], np.ndarray]] = dataclasses.field(
+  # By name of a model that is not on the devices of the run: batch (NumPy) -> arrays of it
+  of_elsewhere: Mapping[str, Callable[[Batch], dict[str, np.ndarray]]] = dataclasses.field(
     default_factory=dict
   )
   mismatched: bool = False  # whether `mismatched_log_ratio` is read
@@ -300,6 +300,8 @@ class Annotator:
       step = int(sharding.to_host(state.phase_step))
       numbers = np.random.default_rng((self.context.seed, step, 1))
       batch = batch.with_arrays(uniform=numbers.random(len(batch.tokens), np.float32))
+    if self.reads_teacher and 'teacher' in self.of_elsewhere:  # the policy is compared with it
+      batch = batch.with_arrays(**self._asked('teacher', batch))
     rows = self._placed(batch)
     found = {}
     params = parameter_sets(state, self.context.frozen)
@@ -319,10 +321,16 @@ class Annotator:
       found[f'{name}_scores'] = function(params[one.states_of], own, self._read(one, batch))
     for name, function in self.of_head.items():
       found[f'{name}{HEAD_SCORE}'] = function(params[name], plain)
-    # The devices are at work meanwhile; the first process alone asks, and tells the others.
-    for name, function in self.of_elsewhere.items():
-      found[f'{name}_logp'] = from_first(function(bare) if jax.process_index() == 0 else None)
+    # The devices are at work meanwhile.
+    for name in self.of_elsewhere:
+      if not (self.reads_teacher and name == 'teacher'):
+        found |= self._asked(name, batch)
     return batch.with_arrays(**sharding.to_host(found))
+
+  def _asked(self, name: str, batch: Batch) -> dict[str, np.ndarray]:
+    """What a model elsewhere says of a batch; the first process alone asks, and tells the others."""
+    first = jax.process_index() == 0
+    return from_first(self.of_elsewhere[name](read_by_anchors(batch)) if first else None)
 
   def _scored_mismatches(self, state: TrainState, batch: Batch) -> Batch:
     """The batch with `mismatched_log_ratio` in the place of the rows that it is computed of."""
@@ -356,7 +364,10 @@ class Annotator:
     models += [frozen.get('teacher', policy)] if self.reads_teacher else []
     models += [one.policy for one in self.context.networks.values()]
     layout = self.context.layout
-    return sum(speed.forward_flops(model.config, batch, layout) for model in models)
+    flops = lambda model: speed.forward_flops(
+      model.config, batch, layout, layers=model.hidden is not None
+    )
+    return sum(map(flops, models))
 
   def _read(self, one: NetworkLearner, batch: Batch) -> Batch:
     """What a network reads of the batch, on the devices."""
@@ -373,8 +384,9 @@ class Annotator:
       mask=batch.mask,
       layout=context.layout,
     )
-    if 'policy_only' in batch:  # a teacher whose logits a statistic reads does not see these tokens
-      rows = rows.with_arrays(policy_only=batch['policy_only'])
+    # A teacher whose logits a statistic reads does not see the tokens of `policy_only`.
+    read = [name for name in ('policy_only', 'teacher_states') if name in batch]
+    rows = rows.with_arrays(**{name: batch[name] for name in read})
     devices = sharding.data_parallel_size(context.mesh)
     rows = pack(rows, parts=context.micro_batches, data_parallel_size=devices)
     return sharding.place_batch(context.mesh, rows)
@@ -535,12 +547,16 @@ def make_annotator(
     outputs = forward_in_pieces(context.policy, params, batch, **common, fields=fields)
     return last_value(outputs.values_after, batch.mask)
 
+  asked = {
+    name: teachers.entries_asked(name, model, wanted.union(*map(inputs, stats.values())))
+    for name, model in context.elsewhere.items()
+  }
   elsewhere = {
     name: functools.partial(
-      teachers.batch_logp, context.elsewhere[name], name, temperature=temperature
+      teachers.arrays_of, context.elsewhere[name], name, asked=one, temperature=temperature
     )
-    for name in names
-    if name in context.elsewhere
+    for name, one in asked.items()
+    if one
   }
   return Annotator(
     context=context,

@@ -235,7 +235,45 @@ def top_k(
   ids = [jax.lax.top_k(jax.lax.stop_gradient(x), k)[1] for x in chosen]
   ids, repeated = _joined(ids)
   take = lambda x: jnp.where(repeated, -jnp.inf, jnp.take_along_axis(x, ids, axis=-1))
-  pair = [take(teacher), take(student)]
+  return _restricted(divergence, take(teacher), take(student), bucket)
+
+
+def listed(
+  teacher_top_ids: Array,
+  teacher_top_log_probs: Array,
+  logits: Array,
+  *,
+  divergence: Annotated[Callable, FULL] = forward_kl,
+  bucket: bool = True,
+) -> Array:
+  """A divergence on the tokens that a teacher lists, which is all that a service gives (standard).
+
+  This is `top_k` of the teacher's tokens where the rest of its distribution is not known. With `bucket`
+  the probability that the list leaves is that of one further class, and the result is at most the
+  divergence over the whole vocabulary.
+
+  Args:
+    teacher_top_ids: i32[..., k], different tokens. An id below 0, or one that the student's model does
+      not have, is no token, and its probability is part of the rest.
+    teacher_top_log_probs: f32[..., k], their log-probabilities under the teacher, nats.
+    logits: [..., V], of the student.
+    divergence: of the restricted distributions; any other one of this module.
+    bucket: whether the other tokens are one class; False drops them, and normalises the rest again.
+
+  Returns:
+    [...], in the unit of the divergence.
+  """
+  known = (teacher_top_ids >= 0) & (teacher_top_ids < logits.shape[-1])
+  ids = jnp.where(known, teacher_top_ids, 0)
+  student = jnp.take_along_axis(jax.nn.log_softmax(single(logits)), ids, axis=-1)
+  teacher = jax.lax.stop_gradient(single(teacher_top_log_probs))
+  pair = [jnp.where(known, x, -jnp.inf) for x in (teacher, student)]
+  return _restricted(divergence, *pair, bucket)
+
+
+def _restricted(divergence: Callable, teacher: Array, student: Array, bucket: bool) -> Array:
+  """A divergence of log-probs [..., k] of some tokens, and with `bucket` of the class of all others."""
+  pair = [teacher, student]
   if bucket:
     pair = [jnp.concatenate([x, _rest(x)], axis=-1) for x in pair]
   return divergence(*pair)
@@ -295,4 +333,5 @@ def _kl(p: Array, q: Array) -> Array:
 
 
 TABLE = FULL | table('divergences', top_k)
-Part = Annotated[Callable, TABLE]
+LISTED = table('divergences', listed)  # where the teacher's logits are not known
+Part = Annotated[Callable, TABLE | LISTED]

@@ -34,7 +34,7 @@ LIVE = tuple(MODEL)  # what the model says; only these carry a gradient
 DISCRETE = frozenset({
   *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids', 'step_ids'),
   *('mask', 'where', 'valid', 'finished', 'selected', 'preferred'),
-  *('observation_ids', 'turn_players', 'span_ids', 'early_tokens'),
+  *('observation_ids', 'turn_players', 'span_ids', 'early_tokens', 'teacher_top_ids'),
 })  # fmt: skip
 
 

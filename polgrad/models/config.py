@@ -162,6 +162,11 @@ class Config:
       raise ValueError(f'rotary positions need an even head_dim, got {self.head_dim}')
 
   @property
+  def unembedding(self) -> str:
+    """Name of the parameter [V, D] that makes logits of hidden states."""
+    return 'embedding' if self.tie_embeddings else 'unembedding'
+
+  @property
   def top(self) -> tuple[str, ...]:
     """Names of the parameters outside the layers."""
     optional = {'unembedding': not self.tie_embeddings, 'value_head': self.value_head}

@@ -28,7 +28,7 @@ from polgrad.models.tensors import (
   open_folder,
   write_folder,
 )
-from polgrad.models.transformer import from_config
+from polgrad.models.transformer import from_config, logits
 from polgrad.sharding import to_host, together
 from polgrad.types import Params
 
@@ -123,6 +123,31 @@ def pretrained(
     return _read_params(folder, stored, policy.shapes(), shardings)
 
   return policy._replace(init=init)
+
+
+def unembedding(*, path: str, dtype: str = 'float32') -> Policy:
+  """The last matrix of a model in a Hugging Face folder, which makes logits of hidden states.
+
+  Of its functions only `shapes`, `init`, `unembed`, `axes` and `labels` work; `hidden` is None.
+
+  Args:
+    path: as in `pretrained`, whose errors it raises.
+    dtype: of the computation, 'float32' or 'bfloat16'.
+  """
+  whole = pretrained(path=path, dtype=dtype)
+  name = whole.config.unembedding
+  shapes = lambda: {name: whole.shapes()[name]}
+
+  def init(key, shardings=None):
+    del key  # nothing is random
+    folder = paths.path(path)
+    kind = jsons.read_object(folder / 'config.json')['model_type']
+    slot = slots(whole.config, kind)[name,]
+    sharding = None if shardings is None else shardings[name]
+    return {name: _place(shapes()[name], sharding, open_folder(folder), slot)}
+
+  unembed = lambda params, hidden: logits(whole.config, params[name], hidden)
+  return whole._replace(shapes=shapes, init=init, hidden=None, unembed=unembed)
 
 
 def is_reward_model(path: str) -> bool:

@@ -307,12 +307,16 @@ class Decoder(_Weights):
     return self.norm(x, self.weights['final_norm'])
 
   def unembed(self, hidden: Array) -> Array:
-    c = self.config
-    weight = self.weights['embedding' if c.tie_embeddings else 'unembedding']
-    return softcap(einsum('...d,vd->...v', hidden, weight.astype(hidden.dtype)), c.logit_softcap)
+    return logits(self.config, self.weights[self.config.unembedding], hidden)
 
   def value(self, hidden: Array) -> Array:
     return einsum('...d,d->...', hidden, self.weights['value_head'].astype(hidden.dtype))
+
+
+def logits(config: Config, weight: Array, hidden: Array) -> Array:
+  """The logits [..., V] of hidden states [..., D]; `weight` [V, D] is the parameter `unembedding`."""
+  product = einsum('...d,vd->...v', hidden, weight.astype(hidden.dtype))
+  return softcap(product, config.logit_softcap)
 
 
 def decoder(**fields: Any) -> Policy:

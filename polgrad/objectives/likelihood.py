@@ -22,6 +22,7 @@ from polgrad.objectives.base import (
   function_name,
   of_logits,
   off_policy_metrics,
+  reads,
   view,
   weigh,
 )
@@ -33,7 +34,7 @@ LossPart = Annotated[Callable, penalties.TABLE | logit_stats.TABLE]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Objective):
-  """AGG over tokens of D(teacher || student) over the whole vocabulary (arXiv:2306.13649).
+  """AGG over tokens of D(teacher || student) over the vocabulary (arXiv:2306.13649).
 
   The sequences may come from the student, the teacher or a data set; their distribution carries no
   gradient. The [B, T, V] logits are never held in memory: the divergence is evaluated in chunks.
@@ -58,7 +59,7 @@ class Distillation(Objective):
 
   @functools.cached_property
   def requires(self) -> frozenset[str]:
-    return frozenset({'teacher_logits'})
+    return reads([self.divergence])
 
   @functools.cached_property
   def stats(self) -> Mapping[str, StatFunction]:

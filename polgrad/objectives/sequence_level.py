@@ -42,7 +42,7 @@ from polgrad.reductions import Deviation
 from polgrad.registry import Positive, check_weighted, either, inputs
 from polgrad.types import Array, Batch, Outputs
 
-StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
+StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE | divergences.LISTED)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

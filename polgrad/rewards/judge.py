@@ -68,7 +68,7 @@ as possible. Reply with JSON and with nothing else: {{"good": ["..."], "bad": ["
 NUMBER = r'\A[^\w-]*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*\Z|\[\[(-?\d+(?:\.\d+)?)\]\]'
 # A reply that is a letter, or a marked letter in a longer reply.
 LETTER = r'\A\W*([AB])\W*\Z|\[\[([AB])\]\]'
-LARGEST = 2**22  # bytes of a reply that are read
+LARGEST = 2**22  # bytes of a reply that are read by default
 LONGEST_WAIT_S = 60.0  # between two tries, also if the server asks for more
 # Answers of a server that may be another one when it is asked again.
 TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -336,7 +336,7 @@ def _read(what: Callable[[dict], float | Failure], reply: dict) -> float | Failu
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-  """Requests to one endpoint; all but the last two fields are the arguments of `score`."""
+  """Requests to one endpoint; all but the last three fields are the arguments of `score`."""
 
   url: str
   model: str
@@ -350,6 +350,7 @@ class Client:
   options: Mapping
   path: str = '/chat/completions'  # behind the URL
   name: str = 'judge'  # what errors call it
+  largest: int = LARGEST  # bytes of a reply that are read
 
   def ask(
     self, questions: Sequence[str | Failure], *, logprobs: bool = False
@@ -437,7 +438,7 @@ class Client:
     late = time.monotonic() + seconds
     try:
       with urllib.request.build_opener(Refuse).open(request, timeout=seconds) as response:
-        text = b''.join(_pieces(response, late))
+        text = b''.join(_pieces(response, late, self.largest))
       reply = json.loads(text)
       if isinstance(reply, dict):
         return reply, 0.0
@@ -458,8 +459,8 @@ class Client:
       return Failure('BadReply', f'it is no JSON: {words(error)}'), 0.0
 
 
-def _pieces(response: Any, late: float) -> Iterator[bytes]:
-  """What the server sends, up to `LARGEST` bytes and a time, however slowly it sends.
+def _pieces(response: Any, late: float, largest: int) -> Iterator[bytes]:
+  """What the server sends, up to a number of bytes and a time, however slowly it sends.
 
   Raises:
     TimeoutError: the time has passed.
@@ -468,8 +469,8 @@ def _pieces(response: Any, late: float) -> Iterator[bytes]:
   size = 0
   while piece := response.read1(65536):
     size += len(piece)
-    if size > LARGEST:
-      raise ValueError(f'more than {LARGEST} bytes')
+    if size > largest:
+      raise ValueError(f'more than {largest} bytes')
     if time.monotonic() > late:
       raise TimeoutError
     yield piece

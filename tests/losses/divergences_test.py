@@ -167,6 +167,38 @@ def test_without_a_bucket_the_rest_is_normalised_again(x64):
   np.testing.assert_allclose(got, value('reverse_kl', TEACHER[top], STUDENT[top]))
 
 
+@pytest.mark.parametrize('inner', divergences.FULL)
+@pytest.mark.parametrize('bucket', [False, True])
+def test_what_a_teacher_lists_is_its_top_k(inner, bucket, x64):
+  """A place that is no token, and a token that the student does not have, belong to the others."""
+  teacher = np.append(TEACHER, 1.0)  # a row of padding that only the teacher's embedding has
+  log_probs = np.asarray(jax.nn.log_softmax(teacher))
+  ids = np.array([*np.argsort(-TEACHER)[:3], 5, -1])
+  given = jnp.asarray(ids), jnp.asarray(np.append(log_probs[ids[:4]], 0.0))
+  inner = divergences.FULL[inner]
+  one = lambda z: divergences.listed(*given, z, divergence=inner, bucket=bucket)
+  value, gradient = jax.value_and_grad(one)(jnp.asarray(STUDENT))
+  s = np.asarray(jax.nn.log_softmax(STUDENT))
+  pair = [log_probs[ids[:3]], s[ids[:3]]]
+  if bucket:
+    pair = [np.append(x, np.log1p(-np.exp(x).sum())) for x in pair]
+    whole = jnp.asarray(np.append(STUDENT, -30.0))
+    assert value <= inner(jnp.asarray(teacher), whole)  # it is a coarser view of both
+  np.testing.assert_allclose(value, inner(*map(jnp.asarray, pair)), rtol=1e-6)
+  assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-3
+  same = divergences.listed(
+    jnp.asarray(ids[:3]), s[ids[:3]], jnp.asarray(STUDENT), divergence=inner
+  )
+  np.testing.assert_allclose(same, 0, atol=1e-12)
+  if bucket:
+    top = divergences.top_k(jnp.asarray(TEACHER), jnp.asarray(STUDENT), divergence=inner, k=3)
+    own = np.asarray(jax.nn.log_softmax(TEACHER))[ids[:3]]
+    found = divergences.listed(
+      jnp.asarray(ids[:3]), jnp.asarray(own), jnp.asarray(STUDENT), divergence=inner
+    )
+    np.testing.assert_allclose(found, top, rtol=1e-12)
+
+
 def test_what_cannot_be_computed_is_refused():
   for name in ('skew_forward_kl', 'skew_reverse_kl'):
     with pytest.raises(ValueError, match='skew must lie in'):
