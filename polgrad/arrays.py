@@ -68,6 +68,16 @@ FEATURES = {
   'replay_weight': Spec(
     'B', 'importance weight of a group that is used again, else 1; from `replay_correction`'
   ),
+  'versions': Spec(
+    'B T',
+    'number of the weights that drew the token, i32: the batches used for training before them; from '
+    '`collect.Rollouts.in_flight`',
+  ),
+  'token_staleness': Spec(
+    'B T',
+    'batches used for training since the weights that drew the token, f32; 0 outside the mask; from the '
+    'same',
+  ),
   'tracked_value': Spec(
     'B', 'success rate of the prompt in earlier steps, in [0, 1]; from the curriculum `spo`'
   ),

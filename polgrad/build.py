@@ -651,6 +651,11 @@ def _check_curriculum(path: str, phase: Phase) -> None:
     raise ValueError(
       f'{path}.curriculum.term: {unknown[0]!r} is no term of the reward{suggest(unknown[0], terms)}'
     )
+  if reads and getattr(collector, 'chunk', 0):
+    raise ValueError(
+      f'{path}.curriculum: with collect.chunk a step may sample no batch or several, in an order that '
+      'depends on speed, so it can learn from none; take chunk=0, or curricula.epochs'
+    )
   if 'magnitudes' in reads and 'advantages' not in phase.credit.provides:
     raise ValueError(
       f'{path}.curriculum: it learns from advantages, but the credit of this phase makes none'

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from polgrad.collect import beginnings
+from polgrad.collect import beginnings, partial
 from polgrad.collect.base import COMPARED
 from polgrad.objectives.base import RESERVED
 from polgrad.registry import inputs, unbound
@@ -23,6 +23,7 @@ def check(settings: 'Rollouts') -> None:
   _check_environment(settings)
   _check_counts(settings)
   _check_memory(settings)
+  _check_in_flight(settings)
   _check_stats(settings.stats)
 
 
@@ -124,6 +125,41 @@ def _check_memory(settings: 'Rollouts') -> None:
     raise ValueError(
       'Rollouts: token_temperature reads the entropies of the batch before, which overlap trains on '
       'at the same time; leave out one of them'
+    )
+
+
+def _check_in_flight(settings: 'Rollouts') -> None:
+  """Refuses rows in flight beside what gives rows without versions, and chunks of others."""
+  flying, name = settings.in_flight, type(settings).__name__
+  if settings.chunk and not (flying and settings.overlap):
+    raise ValueError(
+      f'{name}: chunk={settings.chunk} interrupts sampling beside updates, so it needs overlap and '
+      f'in_flight; got overlap={settings.overlap}, in_flight={flying}'
+    )
+  if settings.weights_every > 1 and not settings.chunk:
+    raise ValueError(
+      f'{name}: weights_every={settings.weights_every} needs a chunk: without one all numbers are '
+      'determined by the configuration, also after a run has resumed'
+    )
+  if not flying:
+    return
+  if not settings.samples_apart:
+    raise ValueError(f'{name}: in_flight={flying}: only Rollouts has rows in flight')
+  if found := settings.asked(*partial.REFUSED):
+    raise ValueError(
+      f'{name}: in_flight={flying}: rows in flight are completions of one turn that the policy has '
+      f'begun, so {found} cannot be set beside it'
+    )
+  if settings.lag and not settings.overlap:
+    raise ValueError(
+      f'{name}: in_flight={flying} with lag={settings.lag} needs overlap: the lag is then the number of '
+      'batches that may wait to be used'
+    )
+  most = settings.prompts * (settings.batches_in_flight + 1)
+  if not settings.prompts <= flying <= most:
+    raise ValueError(
+      f'{name}: in_flight={flying} must be at least prompts={settings.prompts}, and at most {most}: '
+      f'prompts x (batches_in_flight={settings.batches_in_flight} + 1)'
     )
 
 

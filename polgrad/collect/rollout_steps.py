@@ -212,13 +212,18 @@ class RolloutSteps(Steps):
     return replays.stored(memory, batch)
 
   def recalled(
-    self, memory: replays.Ring, random: np.random.Generator, step: int, coming: int = 0
+    self,
+    memory: replays.Ring,
+    random: np.random.Generator,
+    step: int,
+    coming: int = 0,
+    lag: int | None = None,
   ) -> Batch:
-    """The batch of a ring to train on in a step, see `replay.recalled`."""
+    """The batch of a ring to train on in a step, see `replay.recalled`; `lag` None is the setting."""
     settings = self.settings
     return replays.recalled(
       memory,
-      lag=settings.lag,
+      lag=settings.lag if lag is None else lag,
       choice=self.choice(step),
       rows_per_prompt=settings.rows_per_prompt,
       random=random,

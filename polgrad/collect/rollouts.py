@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from polgrad.collect import beginnings, old_runs, parts, picks, rollout_checks
+from polgrad.collect import beginnings, old_runs, partial, parts, picks, rollout_checks
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Filtering, reads_teacher
 from polgrad.collect.overlapped import overlapped
@@ -19,13 +19,13 @@ from polgrad.collect.steps import PROVIDED, common
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.losses import logit_stats
-from polgrad.registry import Count, Fraction, Range, inputs, unbound
-from polgrad.sampling import behavior_policies, processors
+from polgrad.registry import AtLeastOne, Count, Fraction, Range, inputs, unbound
+from polgrad.sampling import behavior_policies, processors, resumable
 from polgrad.types import Batch, Prompts
 
 # Settings that bring rows into a batch besides fresh completions of its prompts.
 OTHER_ROWS = ('lag', 'replay', 'old_runs', 'beginning', 'hints', 'demonstrations', 'preferences')
-OTHER_ROWS += ('opponents', 'others', 'environment')
+OTHER_ROWS += ('opponents', 'others', 'environment', 'in_flight')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,21 @@ class Rollouts(Filtering):
   # Sample a batch while the policy is updated on the one of `lag` steps before. All numbers are those of
   # the same lag without it; what it costs is a copy of the parameters that the sampler reads.
   overlap: bool = False
+  # Partial rollouts (arXiv:2501.12599, arXiv:2505.24298): prompts that are sampled at a time, more than
+  # a batch has. A batch is made as soon as all rows of `prompts` of them are over; the other rows
+  # continue later, with the newest weights. The arrays `versions` and `token_staleness` say which
+  # weights drew a token. 0 turns it off: all rows of a batch are sampled by the same weights. With
+  # `overlap`, `lag` is then the number of batches that may wait to be used.
+  in_flight: Count = 0
+  # Batches that a prompt in flight may be left out of; the one after them contains it, however long its
+  # rows are.
+  batches_in_flight: Count = 1
+  # Tokens of a row after which sampling can be interrupted; only with `overlap` and `in_flight`. The
+  # sampler then does not finish a batch before the next update begins. 0: it does, and all numbers are
+  # determined by the configuration.
+  chunk: Count = 0
+  # Steps between two copies of the weights to the sampler; more than 1 only with a `chunk`.
+  weights_every: AtLeastOne = 1
   # Number of batches, older than that one, that are kept for replay; 0 replays nothing.
   replay: Count = 0
   # Fraction of the groups of a batch that are replaced by groups of the kept ones, drawn anew each
@@ -176,19 +191,23 @@ class Rollouts(Filtering):
     Raises:
       ValueError: some of them are set; names these.
     """
-    samples = self.samples_per_prompt
-    given = {
-      'beginning': self.begins,
-      'choose': unbound(self.choose) is not picks.everything,
-      'environment': self.has_environment,
-      'samples_per_prompt': samples != 1,
-    }
-    found = sorted(name for name in names if given.get(name, getattr(self, name)))
+    samples, found = self.samples_per_prompt, self.asked(*names)
     if found:
       shown = [f'{name}={samples}' if name == 'samples_per_prompt' else name for name in found]
       raise ValueError(
         f'{type(self).__name__}: {why}, so {shown} cannot be set; Rollouts has these settings'
       )
+
+  def asked(self, *names: str) -> list[str]:
+    """Those of these settings that are set, sorted."""
+    given = {
+      'beginning': self.begins,
+      'choose': unbound(self.choose) is not picks.everything,
+      'environment': self.has_environment,
+      'samples_per_prompt': self.samples_per_prompt != 1,
+      'token_temperature': unbound(self.token_temperature) is not processors.unchanged,
+    }
+    return sorted(name for name in names if given.get(name, getattr(self, name)))
 
   @functools.cached_property
   def rows_per_prompt(self) -> int:
@@ -197,6 +216,7 @@ class Rollouts(Filtering):
   @property
   def provides(self) -> frozenset[str]:
     made = {'replay_weight'} if self.corrects_replay else set()
+    made |= {'token_staleness'} if self.in_flight else set()
     return PROVIDED | self.stats.keys() | self._shapes().keys() | made
 
   @property
@@ -221,6 +241,7 @@ class Rollouts(Filtering):
     shapes = {name: shape for name, (there, *shape) in some.items() if there}
     shapes |= {f'{name}_term': [np.float32] for name in self.terms}
     of_tokens = self.turn_arrays | (parts.ARRAYS if self.spans else {})
+    of_tokens |= {'versions': np.int32} if self.in_flight else {}
     return shapes | {name: [dtype, self.length] for name, dtype in of_tokens.items()}
 
   @property
@@ -268,9 +289,12 @@ class Rollouts(Filtering):
   def read_files(self) -> None:
     self.old  # noqa: B018
 
-  def init(self) -> Measured | replays.Ring | replays.Best | tuple:
-    """An empty memory: of `lag` and `replay`, and of entropies if the sampler reads them."""
+  def init(self) -> Measured | partial.InFlight | replays.Ring | replays.Best | tuple:
+    """An empty memory: of batches, of rows in flight, and of entropies if the sampler reads them."""
     memory = self._empty()
+    if self.in_flight:
+      sizes = self.in_flight, self.samples_per_prompt, self.prompt_length, self.max_new_tokens
+      return partial.InFlight(resumable.empty(*sizes), memory)
     return Measured(memory, np.zeros(3, np.float32)) if self.measures_entropy else memory
 
   def _empty(self) -> replays.Ring | replays.Best | tuple:
@@ -344,7 +368,12 @@ class Rollouts(Filtering):
     return rows.replace(group_ids=rows.group_ids // self.others)
 
   def make(self, context: Context) -> Collect:
-    made = RolloutSteps(**self._parts(self.within(context)))
+    context = self.within(context)
+    fields = self._parts(context)
+    if self.in_flight:
+      flying = partial.make_in_flight_steps(self, context, fields)
+      return partial.asynchronous(flying) if self.overlap else flying.collect
+    made = RolloutSteps(**fields)
     return overlapped(made) if self.overlap else made.collect
 
   def _parts(self, context: Context) -> dict[str, Any]:

@@ -83,9 +83,15 @@ class Steps(abc.ABC):
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
     """The batch of a step; `step` is the number of batches collected in the phase before it."""
     batch, report = self.fresh(self.lent(state), draw, step)
+    return self.completed(batch, report, to_host(state.collect_state), state, step)
+
+  def completed(
+    self, batch: Batch, report: Report, memory: Any, state: TrainState, step: int
+  ) -> Collected:
+    """What a step collects, made of scored rows: the last three of the five steps."""
     with self.meter.timing('annotation'):
       random = self.random(step)
-      batch, memory = self.exchange(batch, to_host(state.collect_state), random)
+      batch, memory = self.exchange(batch, memory, random)
       batch = self.annotated(batch, state, step, random)
       self.meter.add('annotation', self.annotate.flops(batch))
       memory = self.measured(batch, memory)

@@ -215,6 +215,22 @@ def interpolated(logp: Array, behavior_logp: Array, staleness: Array) -> Array:
   return jax.lax.stop_gradient(alpha * behavior_logp + (1 - alpha) * logp)
 
 
+def interpolated_by_token(logp: Array, behavior_logp: Array, token_staleness: Array) -> Array:
+  """`interpolated` with the age of each token, for rows that continue over updates (arXiv:2512.06547).
+
+  Args:
+    logp: [B, T], nats.
+    behavior_logp: [B, T], nats.
+    token_staleness: f32[B, T], batches used for training since the weights that drew the token.
+
+  Returns:
+    [B, T], nats, detached.
+  """
+  chex.assert_equal_shape([logp, behavior_logp, token_staleness])
+  alpha = 1 / jnp.maximum(token_staleness, 1)
+  return jax.lax.stop_gradient(alpha * behavior_logp + (1 - alpha) * logp)
+
+
 def _straight_through(log_ratio: Array, value: Array, mask: Array) -> Array:
   """`value` in the forward pass, with the gradient of the token's own log-ratio."""
   own = log_ratio - jax.lax.stop_gradient(log_ratio)
@@ -234,5 +250,5 @@ TABLE = table(
 Part = Annotated[Callable, TABLE]
 
 # log_ratio = logp - proximal(...), where `proximal` is one of these.
-PROXIMALS = table('ratios', recorded, behavior, interpolated)
+PROXIMALS = table('ratios', recorded, behavior, interpolated, interpolated_by_token)
 ProximalPart = Annotated[Callable, PROXIMALS]

@@ -31,7 +31,7 @@ from polgrad.losses.trust_region_masks import (
   two_sided,
   unselected,
 )
-from polgrad.registry import AtLeastOne, NotNegative, table
+from polgrad.registry import AtLeastOne, Count, NotNegative, table
 from polgrad.types import Array
 
 
@@ -311,6 +311,24 @@ def replayed(replay_weight: Array, mask: Array) -> Array:
   return jax.lax.stop_gradient(jnp.broadcast_to(replay_weight[:, None], mask.shape))
 
 
+def fresh(token_staleness: Array, mask: Array, *, oldest: Count = 1) -> Array:
+  """1[token_staleness <= oldest]: tokens that were drawn by older weights leave the loss (standard).
+
+  For rows that continue over updates, see `collect.Rollouts.in_flight`: their first tokens are the
+  oldest.
+
+  Args:
+    token_staleness: f32[B, T], batches used for training since the weights that drew the token.
+    mask: bool[B, T].
+    oldest: the largest age of a token that is kept.
+
+  Returns:
+    f32[B, T], 1 outside the mask.
+  """
+  chex.assert_equal_shape([token_staleness, mask])
+  return jnp.where(mask & (token_staleness > oldest), 0.0, 1.0)
+
+
 def probability(logp: Array, *, exponent: NotNegative = 1.0) -> Array:
   """sg(p^exponent) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
 
@@ -521,6 +539,7 @@ TABLE = table(
   normalized,
   per_prompt,
   replayed,
+  fresh,
   probability,
   undecided,
   repeated_ngram,

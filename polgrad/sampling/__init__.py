@@ -5,6 +5,7 @@
 | `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
 | `behavior_policies` | who draws: the policy, greedily, a reference, mixtures, with a scorer |
 | `make_turn_sampler` | the same for rows of several turns: between them the policy reads replies |
+| `make_resumable_sampler` | the same in pieces: rows that are not over continue with other weights |
 | `blockwise` | continues with the best of several blocks, as a scorer or a verifier says |
 | `stopping` | texts that end a completion, as a table of states and tokens |
 | `streaming` | one completion token by token, for a chat |
@@ -13,12 +14,14 @@
 
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.blockwise import make_block_sampler, prefix_value
+from polgrad.sampling.resumable import make_resumable_sampler
 from polgrad.sampling.sampler import make_sampler
 from polgrad.sampling.turns import make_turn_sampler
 
 __all__ = [
   'behavior_policies',
   'make_block_sampler',
+  'make_resumable_sampler',
   'make_sampler',
   'make_turn_sampler',
   'prefix_value',

@@ -27,6 +27,7 @@ CONSTANTS = dict(
   rewards=jnp.array([1.0, -0.5, 0.2]),
   local_weight=jnp.array([0.3, 0.9, 0.5]),
   replay_weight=jnp.array([0.4, 1.0, 0.7]),
+  token_staleness=jnp.where(MASK, 1.0, 0.0),
   excess_drift=jnp.array(0.5),
 )
 

@@ -39,6 +39,7 @@ ARRAYS = dict(
   old_kl=np.abs(numbers()),
   rewards=np.array([0.7, -0.2, -1.3, 0.4]),
   staleness=np.array([0.0, 1.0, 2.0, 5.0]),
+  token_staleness=np.tile([5.0, 3.0, 2.0, 2.0, 1.0, 0.0], (B, 1)),
   success_rate=np.array([0.25, 0.0, 0.5, 1.0]),
   bounds=np.array([0.7, 1.3]),
   normalized_weights=np.exp(numbers()),
@@ -162,6 +163,15 @@ ORACLES = {
     {},
     lambda a: by_token(
       lambda b, t: [1, 1, 0.5, 0.2][b] * a.behavior_logp[b, t] + [0, 0, 0.5, 0.8][b] * a.logp[b, t]
+    ),
+  ),
+  ratios.interpolated_by_token: (
+    {},
+    lambda a: by_token(
+      lambda b, t: (
+        [0.2, 1 / 3, 0.5, 0.5, 1, 1][t] * a.behavior_logp[b, t]
+        + [0.8, 2 / 3, 0.5, 0.5, 0, 0][t] * a.logp[b, t]
+      )
     ),
   ),
   surrogates.reinforce: ({}, lambda a: -a.advantages * a.logp),

@@ -295,6 +295,7 @@ def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(surrogate, leve
     bounds=jnp.array([0.8, 1.2]),
     local_weight=jnp.array([0.3, 0.9]),
     replay_weight=jnp.array([0.4, 1.0]),
+    token_staleness=jnp.where(mask, 1.0, 0.0),
     mask=mask,
   )
   arrays['global_advantages'] = arrays['advantages']
@@ -387,6 +388,7 @@ def test_what_stands_behind_the_mask_reaches_neither_loss_nor_gradient(surrogate
     success_rate=jnp.array([0.3, 0.6]),
     local_weight=jnp.array([0.3, 0.9]),
     replay_weight=jnp.array([0.4, 1.0]),
+    token_staleness=jnp.where(mask, 1.0, 0.0),
     excess_drift=jnp.array(0.5),
     signed_entropy=jnp.where(mask, 0.5, 0.0),
     mask=mask,

@@ -82,5 +82,6 @@ FUNCTIONS = {
   weights.near_behavior_or_positive: (dict(limit=0.1), near_behavior),
   weights.normalized: ({}, lambda a: a.normalized_weights),
   weights.per_prompt: ({}, lambda a: a.prompt_weights),
+  weights.fresh: (dict(oldest=2), lambda a: 1.0 - a.mask * (np.arange(6) < 2)),
   weights.replayed: ({}, lambda a: np.repeat(a.replay_weight[:, None], a.mask.shape[1], axis=1)),
 }
