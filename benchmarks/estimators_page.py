@@ -113,7 +113,7 @@ one again and one new, after each prompt was tried once.
 * **stated** is angle and strength for what the row climbs by its own account, where that is another
   objective: E[R] over the prompts or the beginnings that are drawn; for group-normalised rewards
   the mean of F(p), with F' = sqrt((G - 1) / G) sum_k C(G, k) p^k (1 - p)^(G - k) sqrt(k (G - k)) /
-  (G p (1 - p)).
+  (G p (1 - p)), where `confucius3` weighs each summand by 2 - k / G.
 * **prompts**: the factor of the gradient of each prompt's success rate, divided by the mean factor.
   E[R] has 1, 1, 1, 1.
 
@@ -139,6 +139,8 @@ what it states is that of each row by its own answer alone.
   gradient, so replacing it multiplies the mean by 1 + q + ... + q^n, with q the probability of such
   a group and n the attempts. It buys signal a group at the cost of more samples. The same holds
   where remembered groups take the places of dull ones.
+* **Temperatures that differ by 5% between tokens** (`hapo`) move the gradient by a degree. The 36
+  degrees of the whole method are those of its weights of tokens, as in the tables above.
 * **Replay by priority is unbiased with b = 1 and weights that are not scaled.** Scaled by the
   largest weight of what is remembered, the factor depends on what is remembered, and the direction
   is off by hundredths of a degree. With a smaller b the biases of these priorities are small too,

@@ -38,10 +38,18 @@ from polgrad.collect.drawn import Drawn
 from polgrad.collect.scored import Texts, informative, replacements
 from polgrad.curricula import Curriculum, Request, trackers
 from polgrad.data import chunks
-from polgrad.losses import advantages, aggregation, embedding_rewards, surrogates
+from polgrad.losses import (
+  advantages,
+  aggregation,
+  embedding_rewards,
+  logit_stats,
+  selections,
+  surrogates,
+)
 from polgrad.models.policy import Policy
 from polgrad.registry import bind
 from polgrad.rewards.scoring import Scores
+from polgrad.sampling import processors
 from polgrad.tabular import enumerable
 from polgrad.tabular.estimators import Setting, gradients
 from polgrad.tabular.outcomes import Choices, best_chances, first_chances, outcomes
@@ -159,14 +167,16 @@ def climbed(share: np.ndarray, hints: Sequence[float] = (1.0,)) -> np.ndarray:
   return np.einsum('x,h,xhp->p', share, hints, _slopes()[:, : len(hints)])
 
 
-def normalized_slope(rates: np.ndarray, size: int) -> np.ndarray:
+def normalized_slope(rates: np.ndarray, size: int, extra: float = 0.0) -> np.ndarray:
   """F'(p) of the objective mean_x F(p_x) that rewards divided by the deviation of their group climb.
 
-      F'(p) = sqrt((G - 1) / G) sum_k C(G, k) p^k (1 - p)^(G - k) sqrt(k (G - k)) / (G p (1 - p))
+      F'(p) = sqrt((G - 1) / G) sum_k C(G, k) p^k (1 - p)^(G - k) h_k sqrt(k (G - k)) / (G p (1 - p))
 
   The deviation is the unbiased one. For large G it is 1 / sqrt(p (1 - p)), and F(p) = 2 arcsin sqrt(p).
+  h_k = 1 + extra (1 - k / G) is a weight of the group.
   """
-  spread = sum(c * np.sqrt(k * (size - k)) for k, c in enumerate(binomial(rates, size))) / size
+  weight = lambda k: (1 + extra * (1 - k / size)) * np.sqrt(k * (size - k)) / size
+  spread = sum(c * weight(k) for k, c in enumerate(binomial(rates, size)))
   return np.sqrt((size - 1) / size) * spread / (rates * (1 - rates))
 
 
@@ -276,7 +286,10 @@ def useful(count: int) -> bool:
 
 def filtered(parts: Parts, *, attempts: int) -> Moments:
   """Dynamic sampling: the group of a step is replaced at most `attempts` times while it is dull."""
-  law = groups()
+  return moments(with_filter(groups(), attempts), parts)
+
+
+def with_filter(law: Law, attempts: int) -> Law:
   kept = np.array([useful(k) for k in range(GROUP + 1)])[right(law)]
   dull = law.chance[~kept].sum()
   factors = {True: 0.0, False: 0.0}  # of the probability of a group, by whether it is useful
@@ -287,9 +300,32 @@ def filtered(parts: Parts, *, attempts: int) -> Moments:
         last = number
     others = [1 - dull if one else dull for i, one in enumerate(draws) if i != last]
     factors[draws[last]] += float(np.prod(others))
-  return moments(
-    law._replace(chance=law.chance * np.where(kept, factors[True], factors[False])), parts
+  return law._replace(chance=law.chance * np.where(kept, factors[True], factors[False]))
+
+
+def tempered(parts: Parts, *, attempts: int = 0) -> Moments:
+  """HAPO: tokens at their own temperatures, by the entropies of the group before."""
+  law = groups()
+  return moments(law._replace(chance=tempered_chances(law.chance, attempts)), parts)
+
+
+def tempered_chances(before: np.ndarray, attempts: int = 0) -> np.ndarray:
+  """The probabilities of groups f64[n], from those of the group before them."""
+  law, settings = groups(), methods.TABLE['hapo'](max_new_tokens=10).collect.keywords
+  scaled = bind(settings['token_temperature'], processors.TABLE)
+  logits = setting().params
+  # Rounded, because those of .4 and .6 are equal: no rounding error should order them.
+  entropy = logit_stats.entropy(logits).round(12)[POLICY.prefixes][law.rows]
+  levels = jax.vmap(
+    lambda x: selections.entropy_levels(x, jnp.ones(x.shape, bool), share=settings['low_entropy'])
   )
+  levels, where = np.unique(np.asarray(levels(entropy)), axis=0, return_inverse=True)
+  chance = np.zeros(len(law.rows))
+  for level, weight in zip(levels, np.bincount(where.ravel(), weights=before)):
+    log_p = np.asarray(enumerable.logp(POLICY, scaled(logits, entropy_levels=level))).sum(axis=1)
+    own = law._replace(chance=np.exp(log_p)[law.rows].prod(axis=1) / PROMPTS)
+    chance += weight * with_filter(own, attempts).chance
+  return chance
 
 
 @functools.cache
@@ -949,6 +985,7 @@ def starting(begin, features, step: int = 0) -> Callable[[Parts], Moments]:
 LAWS: dict[str, Row] = {
   'uniform prompts, independent rows': Row(base, plain),
   'dynamic sampling, at most twice': Row(base, with_settings(filtered, attempts=2)),
+  'tokens at their own temperatures': Row(base, tempered),
   'replay, all groups alike': Row(base, with_settings(recalled)),
   'replay by deviation^.6': Row(base, with_settings(recalled, **PER)),
   'the same, weights with b = .4': Row(base, with_settings(recalled, **PER, correction=0.4)),
@@ -996,6 +1033,18 @@ LAWS: dict[str, Row] = {
 METHODS: dict[str, Row] = {
   '`dapo` without its filter': Row(DAPO, plain, normalized),
   '`dapo`': Row(DAPO, with_settings(filtered, attempts=2), normalized),
+  '`hapo`': Row(
+    method('hapo', max_new_tokens=10),
+    with_settings(tempered, attempts=2),
+    lambda: np.sqrt(GROUP / (GROUP - 1)) * normalized(),  # the deviation is the biased one
+  ),
+  '`confucius3`': Row(
+    method('confucius3'),
+    lambda parts: moments(
+      replayed(priority=replay.recovery, exponent=float('inf'), into='dull'), parts
+    ),
+    lambda: climbed(UNIFORM * normalized_slope(RATES, GROUP, extra=1.0)),
+  ),
   '`prioritized_replay`': Row(
     method('prioritized_replay', steps=1),
     with_settings(recalled, **PER, correction=0.4),

@@ -350,3 +350,26 @@ def test_the_reward_of_embeddings_is_climbed_by_every_answer():
     step = step.reshape(params.shape)
     slope = (mean(params + step) - mean(params - step)) / 2e-5
     np.testing.assert_allclose(found[place], slope, atol=1e-6)
+
+
+def test_tokens_have_temperatures_by_the_entropies_of_the_group_before():
+  """With equal rows in the group before, so that its levels can be written out: two entropies."""
+  p = np.array([[a, 0.4, b] for a, b in sampling.TOKENS])  # of a 1, by prompt and prefix
+  entropy = -p * np.log(p) - (1 - p) * np.log(1 - p)
+  law = sampling.groups()
+  alike = (law.rows == law.rows[:, :1]).all(axis=1)
+  before = np.where(alike, law.chance, 0)
+  found = sampling.tempered_chances(before / before.sum())
+  expected = np.zeros(len(law.rows))
+  for row, chance in zip(law.rows[alike, 0], before[alike] / before.sum()):
+    x, first = row // 4, row % 4 // 2
+    pair = np.log(np.array([entropy[x, 0], entropy[x, 1 + first]]))
+    # The 0.8 quantile of four numbers each is the larger; the others lie below it by the largest gap.
+    gap = max(pair) - min(pair)
+    h = np.clip((np.log(entropy) - max(pair)) / gap, -1, 0) if gap > 1e-9 else 0 * entropy
+    odds = (p / (1 - p)) ** (1 / (1 + 0.05 * h))
+    right = odds / (1 + odds)
+    each = lambda column, one, right=right: np.where(one, right[:, column], 1 - right[:, column])
+    q = np.stack([each(0, s // 2) * each(1 + s // 2, s % 2) for s in range(4)], axis=1).ravel()
+    expected += chance * q[law.rows].prod(axis=1) / 4
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
