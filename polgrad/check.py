@@ -216,6 +216,10 @@ def check_turns(config: ml_collections.ConfigDict, run: Experiment, params: Any)
   return Section('turns', lines, stops.findings(run.tokenizer, bad))
 
 
+# What a checkpoint holds, by the beginnings of the names in the table of memory.
+KEPT = ('parameters', 'optimizer', 'anchor', 'network', 'state of', 'responses')
+
+
 def check_memory(run: Experiment, workdir: str) -> Section:
   """Bytes of every phase on a device, beside what the device and the disk have."""
   lines, wrong = [], []
@@ -231,6 +235,7 @@ def check_memory(run: Experiment, workdir: str) -> Section:
       run.mesh,
       phases.opt_shardings,
       None if run.sampled_on is run.mesh else run.sampled_on,
+      phases.begin_responses(phase),
     )
     rows = [(u.name, tables.size(u.total), tables.size(u.device), u.when) for u in uses]
     lines += tables.table((f'phase {name}', 'in all', 'a device', 'when'), rows)
@@ -243,7 +248,7 @@ def check_memory(run: Experiment, workdir: str) -> Section:
       text = f'{tables.size(most)} without activations, but {has} has {tables.size(limit)}'
       mend = 'more devices in config.mesh.fsdp, more micro_batches, or a smaller model'
       wrong.append(Finding(f'config.phases.{name}', text, mend, fails=True))
-  kept = [u for u in uses if u.name in ('parameters', 'optimizer') or u.name.startswith('anchor')]
+  kept = [u for u in uses if u.name.startswith(KEPT)]
   disk = (run.keep_checkpoints + 1) * sum(u.total for u in kept)
   if paths.REMOTE in workdir:
     lines.append(f'  checkpoints: up to {tables.size(disk)} in {workdir}')

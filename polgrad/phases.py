@@ -191,9 +191,10 @@ class PhaseRun:
     """
     drift = None
     if self.recall is not None:
-      drift, kept = self.recall(state, collected.batch)
+      meter = speed.Meter()
+      drift, kept = self.recall(state, collected.batch, meter)
       state = state.replace(responses=kept)
-      collected.metrics['drift'] = float(np.mean(drift))
+      collected.metrics.update({'drift': float(np.mean(drift)), **meter.take()})
     curriculum_state = draw.curriculum_state
     if jax.tree.leaves(curriculum_state):
       seen = self.phase.source, self.phase.curriculum.embed
@@ -334,11 +335,29 @@ class PhaseRun:
       there = dict(layers=teacher.hidden is not None)
       flops += speed.forward_flops(teacher.config, collected.batch, phase.layout, **there)
     meter = speed.Meter()
-    meter.add('update', phase.epochs * flops)
+    meter.add('update', phase.epochs * flops + self.other_flops(collected))
     found = {'seconds/update': updating, **meter.take()}
     used = {k: v for k, v in collected.metrics.items() if k.startswith(('seconds/', 'flops/'))}
     peak = speed.peak_flops()
     return found | speed.peak_memory() | speed.utilization(used | found, seconds, peak)
+
+  def other_flops(self, collected: Collected) -> float:
+    """Operations of the updates of networks and of anchors, and of further ones of the policy.
+
+    Each reads its batch once. A network learns on states that are computed for it; its own products are
+    not counted, since they are few beside those of the model.
+    """
+    phase, policy = self.phase, self.experiment.policy
+    model, total = self.experiment.model.config, 0.0
+    for one in phase.network_learners(policy).values():
+      total += speed.forward_flops(one.policy.config, collected.batch, logits=False)
+    for one in phase.learned.values():
+      logits = 'values_after' not in one.objective.requires
+      total += speed.update_flops(model, collected.batch, phase.layout, logits=logits)
+    for name, rows in collected.further.items():
+      logits = 'values_after' not in phase.further[name].objective.requires
+      total += speed.update_flops(model, rows, rows.layout, logits=logits)
+    return total
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Held-out metrics if they are due after `step` batches, else {}; shows some samples."""

@@ -340,6 +340,25 @@ def test_memory_on_a_mesh_is_that_of_one_device():
     assert use.total / 4 <= use.device < use.total, use.name
 
 
+def test_memory_has_what_is_carried_over_steps_and_the_gradients_of_credit():
+  size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  run = build.build(runs.addition(runs.method_of('spo_single_stream')))
+  phase = run.phases['train']
+  args = phase, run.policy, run.mesh, phases.opt_shardings, None
+  uses = {u.name: u for u in memory.of_phase(*args, phases.begin_responses(phase))}
+  # Three arrays of four bytes and a mask of one for each token of each data row, on the host.
+  assert uses['responses'].total == 13 * len(phase.source) * phase.collect.length
+  assert uses['responses'].when == 'host'
+  counts = phase.curriculum.init(phase.source)
+  assert uses['state of curriculum'].device == size(counts) > 0
+  assert memory.peak([*uses.values()]) == memory.peak(memory.of_phase(*args))
+  run = build.build(runs.addition(runs.method_of('gradient_guided')))
+  phase = run.phases['train']
+  uses = {u.name: u for u in memory.of_phase(phase, run.policy, run.mesh, phases.opt_shardings)}
+  assert uses['gradients of rewards'].device == 2 * uses['gradients'].device
+  assert uses['gradients of rewards'].when == 'credit'
+
+
 TRACED = (
   'ppo',
   'luffy',

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, collect, credit, curricula, learner, methods, phases
+from polgrad import build, collect, credit, curricula, learner, methods, phases, speed
 from polgrad.collect import responses
 from polgrad.credit import of_term
 from polgrad.curricula import trackers
@@ -131,6 +131,13 @@ def test_a_step_compares_the_policies_after_the_updates_of_the_two_visits():
       last = batch
   np.testing.assert_allclose(state.curriculum_state.alpha, alpha, rtol=1e-4)
   np.testing.assert_allclose(state.curriculum_state.beta, beta, rtol=1e-4)
+  # The second step has two forward passes: over what was stored, half of which is new, and the batch.
+  mixed = batches[1].replace(
+    segment_ids=np.where(np.arange(rows)[:, None] < rows // 2, *(b.segment_ids for b in batches)),
+    mask=np.where(np.arange(rows)[:, None] < rows // 2, *(b.mask for b in batches)),
+  )
+  passes = [speed.forward_flops(run.model.config, b) for b in (mixed, batches[1])]
+  assert got.metrics['flops/drift'] == sum(passes) and got.metrics['seconds/drift'] > 0
   assert got.metrics['drift'] > 0 and alpha[first].min() > 0.875 * 0.5
   np.testing.assert_array_equal(state.responses.tokens[second], batches[1].tokens)
   assert isinstance(state.responses.logp, np.ndarray)  # on the host

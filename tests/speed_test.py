@@ -2,16 +2,18 @@
 
 import functools
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from polgrad import speed
+from polgrad import build, phases, speed
 from polgrad.learner import forward
 from polgrad.models.config import Config
 from polgrad.types import Batch, Layout
 from tests.models import tiny
+from tests.runs import addition, method_of
 
 
 def batch(rows=4, prompt=3, completion=5, padding=0) -> Batch:
@@ -149,6 +151,24 @@ def test_steps_to_trace_that_the_run_does_not_make_are_refused(text):
   with pytest.raises(ValueError, match=f'--profile_steps={text}: '):
     speed.parse_steps(text, 1, 10)
   assert [*speed.parse_steps('1:10', 1, 10)] == [*range(1, 10)] and not speed.parse_steps('', 1, 10)
+
+
+@pytest.mark.parametrize('name', ['grpo', 'relift', 'prime', 'rlfr'])
+def test_the_updates_of_a_step_are_all_counted(name):
+  """`relift` may imitate beside its step, `prime` learns a reward model, and `rlfr` a network."""
+  run = build.build(addition(method_of(name)))
+  phase, rows, more = run.phases['train'], batch(), batch(rows=2)
+  doing = types.SimpleNamespace(phase=phase, experiment=run)
+  further = dict.fromkeys(phase.further, more)
+  got = types.SimpleNamespace(batch=rows, further=further)
+  layout = phase.layout
+  wanted = {
+    'grpo': 0.0,
+    'relift': speed.update_flops(run.model.config, more),
+    'prime': speed.update_flops(run.model.config, rows, layout),
+    'rlfr': speed.forward_flops(run.model.config, rows, logits=False),
+  }
+  assert phases.PhaseRun.other_flops(doing, got) == wanted[name]
 
 
 def test_a_reward_model_computes_no_logits():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad import sharding
+from polgrad.checks import tracing
 from polgrad.models import cache as caches
 from polgrad.models.policy import Policy, learned
 from polgrad.models.token_stats import LOGITS
@@ -19,7 +20,9 @@ class Use(NamedTuple):
   name: str
   total: int  # bytes, over all devices, of one copy
   device: int  # bytes on the device that has most of them
-  when: str  # 'always', 'update', 'rollout' or, on devices that do not train, 'beside'
+  # 'always', 'update', 'rollout', 'credit', on devices that do not train 'beside', and in the memory of
+  # the host of every process 'host'
+  when: str
 
 
 def use(name: str, shapes: Any, shardings: Any, when: str = 'always') -> Use:
@@ -37,12 +40,14 @@ def of_phase(
   mesh: jax.sharding.Mesh,
   opt_shardings: Callable[..., Any],
   sampler_mesh: jax.sharding.Mesh | None = None,
+  responses: Any = (),
 ) -> list[Use]:
   """The arrays that a phase holds, apart from the activations between its layers.
 
   Args:
     opt_shardings: (optimizer, mesh, parameters) -> the shardings of the optimizer's state.
     sampler_mesh: the devices that sample, if they do not train.
+    responses: the first `TrainState.responses` of the phase.
   """
   own = lambda policy: _placed(policy, mesh)
   params, trainable = own(policy), learned(policy, own(policy))
@@ -59,16 +64,28 @@ def of_phase(
     state = jax.eval_shape(one.optimizer.init, trainable)
     placed = opt_shardings(one.optimizer, mesh, trainable)
     found.append(use(f'optimizer of {name}', state, placed))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  everywhere = lambda tree: jax.tree.map(lambda x: whole, tree)
+  # What is carried over steps, such as rows to train on again, and counts of every data row.
+  for name in ('collect', 'credit', 'objective'):
+    state = getattr(phase, name).init()
+    found.append(use(f'state of {name}', state, everywhere(state)))
+  state = phase.curriculum.init(phase.source)
+  found.append(use('state of curriculum', state, everywhere(state)))
+  found.append(use('responses', responses, everywhere(responses), 'host'))
   for name, one in phase.network_learners(policy).items():
     shapes = one.shapes()
     state = jax.eval_shape(one.optimizer.init, one.trained(shapes))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    everywhere = jax.tree.map(lambda x, whole=whole: whole, (shapes, state))
-    found.append(use(f'network {name}', (shapes, state), everywhere))
+    found.append(use(f'network {name}', (shapes, state), everywhere((shapes, state))))
   # Gradients add up in float32 over micro-batches.
   wide = lambda x: x.update(dtype=jnp.float32) if phase.micro_batches > 1 else x
   grads = jax.tree.map(wide, trainable)
   found.append(use('gradients', grads, places(trainable), 'update'))
+  if phase.credit.contrasts is not None:  # a gradient of each reward, all at the same time
+    number = tracing.batch_shapes(phase, phase.collect.rows)['influences'].shape[1]
+    found.append(
+      use('gradients of rewards', [grads] * number, [places(trainable)] * number, 'credit')
+    )
   found.append(logits(phase, policy, mesh))
   if hasattr(phase.collect, 'max_new_tokens'):
     collect = phase.collect
@@ -79,8 +96,8 @@ def of_phase(
     found.append(cache._replace(when=when))
     if sampler_mesh or collect.overlaps:
       copy = _placed(policy, sampled_on)
-      found.append(use('parameters of the sampler', copy, places(copy), when))
-  return found
+      found.append(use('sampler parameters', copy, places(copy), when))
+  return [one for one in found if one.total]
 
 
 def _placed(policy: Policy, mesh: jax.sharding.Mesh) -> Any:
@@ -119,4 +136,4 @@ def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) ->
 def peak(uses: list[Use]) -> int:
   """The most bytes that a device that trains holds of these arrays at a time."""
   held = lambda when: sum(one.device for one in uses if one.when == when)
-  return held('always') + max(held('update'), held('rollout'))
+  return held('always') + max(held('update'), held('rollout'), held('credit'))

@@ -362,7 +362,7 @@ class Annotator:
     if self.mismatched:
       models += [policy, frozen.get('reference', policy)]
     models += [frozen.get('teacher', policy)] if self.reads_teacher else []
-    models += [one.policy for one in self.context.networks.values()]
+    models += [self.context.networks[name].policy for name in self.of_network]
     layout = self.context.layout
     flops = lambda model: speed.forward_flops(
       model.config, batch, layout, layers=model.hidden is not None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polgrad import speed
 from polgrad.collect.base import Annotator, Context
 from polgrad.compiling import jit
 from polgrad.curricula.base import of_policy
@@ -79,7 +80,7 @@ def stored(store: Responses, batch: Batch, logp: np.ndarray) -> Responses:
   return Responses(*map(put, store, new))
 
 
-Recall = Callable[[TrainState, Batch], tuple[np.ndarray, Responses]]
+Recall = Callable[[TrainState, Batch, speed.Meter], tuple[np.ndarray, Responses]]
 
 
 def make_recall(context: Context, temperature: float) -> Recall:
@@ -89,7 +90,8 @@ def make_recall(context: Context, temperature: float) -> Recall:
     temperature: divides all logits, as it did when the rows were sampled.
 
   Returns:
-    (state after the updates of the step, batch (NumPy)) -> (`drift` f32[B], the next responses).
+    (state after the updates of the step, batch (NumPy), meter) -> (`drift` f32[B], the next responses).
+    Seconds and operations of its forward passes are the part `drift` of the meter.
   """
 
   def of_policy(params: Params, batch: Batch, teacher: Params | None) -> Outputs:
@@ -106,18 +108,17 @@ def make_recall(context: Context, temperature: float) -> Recall:
     of_anchor={},
   )
 
-  def logp(state: TrainState, batch: Batch) -> Array:
-    return forward(
-      state, Batch(tokens=batch.tokens, segment_ids=batch.segment_ids, mask=batch.mask)
-    ).proximal_logp
+  def logp(state: TrainState, batch: Batch, meter: speed.Meter) -> Array:
+    rows = Batch(tokens=batch.tokens, segment_ids=batch.segment_ids, mask=batch.mask)
+    meter.add('drift', forward.flops(rows))
+    return forward(state, rows).proximal_logp
 
-  def recall(state: TrainState, batch: Batch) -> tuple[np.ndarray, Responses]:
+  def recall(state: TrainState, batch: Batch, meter: speed.Meter) -> tuple[np.ndarray, Responses]:
     store, rows = state.responses, batch.prompt_ids
-    there = store.mask[rows].any()
-    # In the first steps there is nothing to compare with.
-    moved = (
-      drift(store, rows, logp(state, recalled(store, batch))) if there else np.zeros(len(rows))
-    )
-    return moved.astype(np.float32), stored(store, batch, logp(state, batch))
+    with meter.timing('drift'):
+      moved = np.zeros(len(rows), np.float32)
+      if store.mask[rows].any():  # in the first steps there is nothing to compare with
+        moved = drift(store, rows, logp(state, recalled(store, batch), meter))
+      return moved, stored(store, batch, logp(state, batch, meter))
 
   return recall

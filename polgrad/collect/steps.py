@@ -168,6 +168,9 @@ class Steps(abc.ABC):
     """The batch with advantages, returns or labels, and the next state of the estimator."""
     if self.influences is not None:
       batch = self.influences(state, batch)
+      gradients = batch['influences'].shape[1]  # one of each reward
+      model, layout = self.context.policy.config, self.context.layout
+      self.meter.add('annotation', gradients * speed.update_flops(model, batch, layout))
     batch, credit_state = to_host(self.assign(batch, to_host(state.credit_state)))
     if self.mask_truncated:  # after credit: these rows count in the statistics of their group
       batch = batch.replace(mask=batch.mask & batch.finished[:, None])
