@@ -6,6 +6,7 @@
 | `Vines` | the same, and estimates the value of the state before each step by further completions |
 | `Trees` | samples completions as trees, whose branches say how good their nodes are |
 | `Branched` | samples episodes, some of which are copies of others up to a reply |
+| `BestFirst` | searches for episodes with a reward, from the likeliest states |
 | `Iterated` | rollouts, some of which improve an attempt of an earlier step |
 | `Inpainted` | rollouts, of which wrong ones are replaced by some that began with a hint |
 | `Restarts` | rollouts, some of which start from states of given answers |
@@ -41,6 +42,7 @@ from typing import Annotated
 
 from polgrad.collect import picks
 from polgrad.collect.base import Collected, Collector, Context, Sampling, minibatches
+from polgrad.collect.best_first import BestFirst
 from polgrad.collect.branched import Branched
 from polgrad.collect.contrasted import Contrasted
 from polgrad.collect.data import (
@@ -72,6 +74,7 @@ from polgrad.registry import table
 
 __all__ = [
   'TABLE',
+  'BestFirst',
   'Branched',
   'Collected',
   'Collector',
@@ -116,6 +119,7 @@ TABLE = table(
   Vines,
   Trees,
   Branched,
+  BestFirst,
   Contrasted,
   Explored,
   Iterated,

@@ -71,7 +71,7 @@ class Continuer:
     params = parameter_sets(state, self.context.frozen)
     more = {'begun': _begun(batch, filled, episodes)} if episodes and not anew else {}
     with meter.timing('rollout'):
-      drawn, continued = self.draw(
+      found = self.draw(
         {name: params[name] for name in self.reads},
         as_prompts(batch, filled, self.context.tokenizer.pad_id),
         [records[i] for i in index],
@@ -82,11 +82,12 @@ class Continuer:
         **more,
       )
       layout = Layout(batch.tokens.shape[1], self.samples)
-      meter.add('rollout', speed.forward_flops(self.context.policy.config, drawn, layout))
-    drawn = jax.tree.map(lambda x: x[: count * self.samples], drawn)
+      meter.add('rollout', speed.forward_flops(self.context.policy.config, found.batch, layout))
+    drawn = jax.tree.map(lambda x: x[: count * self.samples], found.batch)
     rows = grafted(batch, prefixes, drawn, self.samples)
-    continued = continued[: count * self.samples]
-    return Drawn(with_turns(rows, continued) if episodes else rows, continued)
+    continued = found.episodes[: count * self.samples]
+    rows = with_turns(rows, continued) if episodes else rows
+    return Drawn(rows, continued, found.read[: count * self.samples])
 
 
 def make_continuer(

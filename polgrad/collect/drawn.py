@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from polgrad import environments
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.environments.episodes import Episode, Episodes, Within
+from polgrad.environments.episodes import Episode, Episodes, Single, Within
 from polgrad.environments.workers import Pool
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive
@@ -34,6 +34,8 @@ class Drawn(NamedTuple):
 
   batch: Batch
   episodes: Sequence[Episode] = ()  # [B]; () without an environment
+  # [B], the reply that a row would have read next, if a single turn was drawn; None where it is over.
+  read: Sequence[list[int] | None] = ()
 
 
 class Begun(NamedTuple):
@@ -43,7 +45,8 @@ class Begun(NamedTuple):
   room: Sequence[int]  # columns that the rows have behind their prompt
 
 
-# (parameter sets by name, prompts, their records, ids of sampling keys, *, seed, step) -> rows
+# (parameter sets by name, prompts, their records, ids of sampling keys, *, seed, step) -> rows. In an
+# environment also `begun`, and `single`, which ends rows after one turn.
 Draws = Callable[..., Drawn]
 
 
@@ -156,7 +159,9 @@ def make_draws(
     del records
     return Drawn(to_host(sample(params, prompts.tokens, prompts.mask, ids, seed=seed, step=step)))
 
-  def in_turns(params, prompts, records, ids, *, seed, step, begun: Begun | None = None) -> Drawn:
+  def in_turns(
+    params, prompts, records, ids, *, seed, step, begun: Begun | None = None, single: bool = False
+  ) -> Drawn:
     # The first process alone talks to the environment; the others are told.
     talks = jax.process_index() == 0
     replies = talks and Episodes(
@@ -172,17 +177,20 @@ def make_draws(
     # Rows that continue an episode have fewer columns left than the sampler gives them.
     asked = replies
     if begun and talks:
-      asked = Within(replies, np.repeat(begun.room, samples_per_prompt))
+      asked = within = Within(replies, np.repeat(begun.room, samples_per_prompt))
+    if single and talks:
+      asked = one = Single(asked, len(ids) * samples_per_prompt)
     batch = sample(
       params, prompts.tokens, prompts.mask, ids, seed=seed, step=step, replies=asked or None
     )
+    read = from_first(one.read if talks else []) if single else ()
     episodes = from_first(replies.episodes if talks else [])
     batch = to_host(batch)
     if begun is None:
-      return Drawn(with_turns(batch, episodes), episodes)
-    cut = from_first(sorted(asked.unfinished) if talks else [])
+      return Drawn(with_turns(batch, episodes), episodes, read)
+    cut = from_first(sorted(within.unfinished) if talks else [])
     over = np.isin(np.arange(len(episodes)), cut)
-    return Drawn(batch.replace(finished=batch.finished & ~over), episodes)
+    return Drawn(batch.replace(finished=batch.finished & ~over), episodes, read)
 
   return in_turns if several else in_one_turn
 

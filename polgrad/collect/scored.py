@@ -80,7 +80,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
       those of the environment, and both must have answered.
     records: of the prompts.
   """
-  batch, episodes = rows
+  batch, episodes = rows.batch, rows.episodes
   texts = completions(batch, records, context.tokenizer, episodes)
   lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)

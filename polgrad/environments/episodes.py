@@ -78,7 +78,8 @@ class Episodes:
     seeds: one for each row.
     observation_tokens: most tokens of the words of one message of an observation; a longer one is cut,
       and its turn has the metric `observation_cut`. 0: no limit.
-    keep_states: whether the state before each turn is kept, from which the episode can be continued.
+    keep_states: whether the state before each turn is kept, also before a turn that is not taken, from
+      which the episode can be continued.
     before: an episode for each record, whose states were kept, and the number of the turn at which the
       rows of the record continue it; empty: all rows begin anew.
 
@@ -159,7 +160,7 @@ class Episodes:
     """Notes what the environment answered, and returns the tokens to append; None ends the row."""
     episode = self.episodes[row]
     state = self._states[row].result()
-    if self._keep and not isinstance(state, Failure):
+    if self._keep and not isinstance(state, Failure) and len(episode.states) < len(episode.turns):
       episode.states.append(state)
     if isinstance(answer, Failure):
       episode.failure = answer
@@ -183,6 +184,8 @@ class Episodes:
     if self._limit:
       reply.metrics['observation_cut'] = float(read.cut)
     self._states[row] = ready(reply.state)
+    if self._keep:
+      episode.states.append(reply.state)
     return read.ids
 
 
@@ -230,3 +233,28 @@ class Within:
       return ids
     self.unfinished.add(row)
     return None
+
+
+class Single:
+  """Replies that end every row after one turn, and keep what it would have read (`Replies`).
+
+  Args:
+    replies: to rows that may have several turns.
+    rows: number of rows.
+
+  Attributes:
+    read: by row, the tokens of the reply; None where the row is over.
+  """
+
+  def __init__(self, replies: Replies, rows: int):
+    self._replies = replies
+    self.read: list[list[int] | None] = [None] * rows
+
+  def ask(self, row: int, ids: Sequence[int], ended: bool) -> None:
+    self._replies.ask(row, ids, ended)
+
+  def take(self, wait: bool) -> list[tuple[int, None]]:
+    taken = self._replies.take(wait)
+    for row, ids in taken:
+      self.read[row] = ids
+    return [(row, None) for row, _ in taken]
