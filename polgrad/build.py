@@ -128,6 +128,9 @@ class Phase(Judged):
 
   Attributes:
     steps: batches to collect; each is used for epochs * minibatches updates.
+    plateau: the phase ends earlier if the mean of `plateau_metric` over this number of batches is no
+      larger than over as many before them; 0: it makes all its steps.
+    plateau_metric: a metric of every step, such as `reward`.
     source: where records come from.
     collect: from records to a batch.
     objective: the loss.
@@ -162,6 +165,8 @@ class Phase(Judged):
   """
 
   steps: AtLeastOne = 100
+  plateau: Count = 0
+  plateau_metric: str = 'reward'
   source: sources.Part
   collect: collect.Part
   objective: objectives.Part
@@ -539,6 +544,17 @@ def _check_measured(names: tuple, run: Experiment) -> None:
       raise ValueError(f'config.evaluation.anchors: unknown {name!r}{suggest(str(name), known)}')
 
 
+def _check_plateau(path: str, phase: Phase) -> None:
+  """Refuses a plateau of a metric that cannot decide, or that no step could see."""
+  name = phase.plateau_metric
+  if not phase.plateau:
+    return
+  if name.partition('/')[0] in tracking.OF_THE_CLOCK:
+    raise ValueError(f'{path}.plateau_metric: {name} depends on the clock')
+  if name.startswith('evaluation'):
+    raise ValueError(f'{path}.plateau_metric: {name} is not measured in every step')
+
+
 def _check_best(run: Experiment) -> None:
   """Refuses a best checkpoint of a metric that cannot decide, and patience without one."""
   name = run.keep_best
@@ -577,6 +593,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     _check_stops(f'{path}.collect', collector, run)
     _check_environment(f'{path}.collect', collector, phase.reward, run)
   _check_length(f'{path}.collect', collector.length, run.policy)
+  _check_plateau(path, phase)
   _check_unread(path, phase)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   _check_sampler_mesh(path, collector, run)

@@ -212,6 +212,8 @@ class _Run:
     return part(
       build.Phase,
       steps=self.total_steps if self.smoke else method.steps or self.total_steps,
+      plateau=method.plateau,
+      plateau_metric=method.plateau_metric,
       source=self.records(method, getattr(task, needs)),
       collect=self.collector(method),
       credit=method.credit,

@@ -214,10 +214,11 @@ def phase_lines(name: str, spec: Mapping, phase: Phase, run: Experiment) -> list
   """What a phase computes, from what."""
   collector, updates = phase.collect, phase.epochs * phase.minibatches
   own = [p for p in parts(spec, {'build.Phase': Phase}, f'phases.{name}') if p.depth]
+  early = f', fewer if {phase.plateau_metric} no longer rises' if phase.plateau else ''
   lines = [
     '',
     f'phase {name}: {phase.steps:,} steps of {collector.rows} rows x {collector.length} tokens, '
-    f'{updates} updates each',
+    f'{updates} updates each{early}',
   ]
   width = max(len(p.path) for p in own) - len(f'phases.{name}.')
   for part in own:

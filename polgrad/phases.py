@@ -396,6 +396,21 @@ class PhaseRun:
       return False
     return progress.improved(row[name], int(state.step))
 
+  def note_plateau(self, row: dict[str, float]) -> None:
+    """Notes the metric of a step by which the phase may see that it is on a plateau.
+
+    Raises:
+      ValueError: there is no metric of this name.
+    """
+    phase, name = self.phase, self.phase.plateau_metric
+    if not phase.plateau:
+      return
+    if name not in row:
+      raise ValueError(
+        f'config.phases.{self.name}.plateau_metric: unknown {name!r}{suggest(name, row)}'
+      )
+    self.logs.progress.note(self.name, row[name], 2 * phase.plateau)
+
   def has_all_metrics(self, step: int, row: dict[str, float]) -> bool:
     """Whether the row after `step` batches has metrics of all kinds that `keep_best` may be of."""
     if not self.experiment.keep_best.startswith('evaluation'):
@@ -482,7 +497,7 @@ def run_phase(
     run.write(state, found)
 
   for step in range(first, last):
-    if ran_out_of_patience(experiment, progress):
+    if ends_early(experiment, run.name, progress):
       break
     logs.profiler.begin(step)
     started = time.perf_counter()
@@ -518,7 +533,8 @@ def run_phase(
     # Save where it is due, and before the machine is taken away.
     stop = preemption.asked()
     better = run.improved(state, row | found)
-    ended = ran_out_of_patience(experiment, progress)
+    run.note_plateau(row)
+    ended = ends_early(experiment, run.name, progress)
     if stop or better or ended or run.due(experiment.checkpoint_every, step + 1):
       keep(state)
     if stop:
@@ -529,6 +545,17 @@ def run_phase(
       bar.write(f'{run.name} stops early: {ended}')
   bar.close()
   return state
+
+
+def ends_early(experiment: Experiment, name: str, progress: Progress) -> str:
+  """Why a phase makes no further step, or ''."""
+  phase = experiment.phases[name]
+  if progress.on_plateau(name, phase.plateau):
+    return (
+      f'{phase.plateau_metric} is on a plateau: its mean over the last {phase.plateau} batches is no '
+      'larger than over as many before'
+    )
+  return ran_out_of_patience(experiment, progress)
 
 
 def ran_out_of_patience(experiment: Experiment, progress: Progress) -> str:

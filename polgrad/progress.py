@@ -20,6 +20,8 @@ class Progress:
     best: its best value so far; None: it was not measured, or never a number.
     best_step: number of the checkpoint with this value; -1 for none.
     waited: how often it was measured after that.
+    phase: name of the phase of `recent`.
+    recent: the last values of the metric by which a phase sees that it is on a plateau.
   """
 
   tokens: int = 0
@@ -28,11 +30,14 @@ class Progress:
   best: float | None = None
   best_step: int = -1
   waited: int = 0
+  phase: str = ''
+  recent: tuple[float, ...] = ()
 
   def read(self, meta: Mapping[str, Any] | None) -> None:
     """Takes over what the text of a checkpoint holds; None and older texts hold nothing."""
     for field in dataclasses.fields(self):
       setattr(self, field.name, (meta or {}).get('progress', {}).get(field.name, field.default))
+    self.recent = tuple(self.recent)
 
   @property
   def measured(self) -> bool:
@@ -66,6 +71,19 @@ class Progress:
       return False
     self.best, self.best_step, self.waited = value, step, 0
     return True
+
+  def note(self, phase: str, value: float, most: int) -> None:
+    """Notes a value of a phase, of whose values the last `most` are kept; NaN is not noted."""
+    before = self.recent if phase == self.phase else ()
+    noted = (*before, float(value)) if math.isfinite(value) else before
+    self.phase, self.recent = phase, noted[-most:]
+
+  def on_plateau(self, phase: str, window: int) -> bool:
+    """Whether the last `window` values of a phase have no larger mean than the `window` before them."""
+    if not window or phase != self.phase or len(self.recent) < 2 * window:
+      return False
+    values = self.recent[-2 * window :]
+    return sum(values[window:]) <= sum(values[:window])
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)

@@ -32,7 +32,7 @@ from polgrad import (
 )
 from polgrad.build import TABLE, Experiment, build, check_data, fingerprints
 from polgrad.checks import stops
-from polgrad.phases import Logs, begin, ran_out_of_patience, run_phase
+from polgrad.phases import Logs, begin, ends_early, run_phase
 from polgrad.progress import Progress
 from polgrad.types import TrainState
 
@@ -235,8 +235,13 @@ def tell_what_is_left(experiment: Experiment, state: TrainState, progress: Progr
       f'this run is finished: {name} has made its {int(state.phase_step)} steps; for more of them use '
       f'--config.phases.{name}.steps=..., for a new run another --workdir'
     )
-  elif said := ran_out_of_patience(experiment, progress):
-    print(f'this run is finished: {said}; it continues with a larger --config.patience, or with 0')
+  elif int(state.phase) == last and (said := ends_early(experiment, name, progress)):
+    knob = (
+      f'phases.{name}.plateau'
+      if progress.on_plateau(name, experiment.phases[name].plateau)
+      else 'patience'
+    )
+    print(f'this run is finished: {said}; it continues with a larger --config.{knob}, or with 0')
   if not experiment.checkpoint_every:
     logging.warning(
       'config.checkpoint_every is 0: this run leaves no checkpoint unless it is asked to stop'

@@ -1,5 +1,6 @@
 """What a checkpoint remembers of a run besides arrays."""
 
+import json
 import math
 
 import jax.numpy as jnp
@@ -39,6 +40,25 @@ def test_it_is_read_from_the_text_of_a_checkpoint_or_of_an_older_one():
   assert other == run
   other.read({})
   assert other == Progress()
+
+
+def test_a_plateau_is_a_mean_that_no_longer_rises():
+  run = Progress()
+  found = []
+  for value in (0.0, 1.0, 1.0, 2.0, math.nan, 1.5, 1.5, 9.0):
+    run.note('expert', value, 4)
+    found.append(run.on_plateau('expert', 2))
+  # (0, 1) then (1, 2); (1, 1) then (2, 1.5); (1, 2) then (1.5, 1.5); (2, 1.5) then (1.5, 9).
+  assert found == [False, False, False, False, False, False, True, False]
+  assert run.recent == (2.0, 1.5, 1.5, 9.0)
+  other = Progress()
+  other.read({'progress': json.loads(json.dumps(run.to_json()))})
+  assert other == run
+  run.recent = (1.0, 1.0)
+  assert run.on_plateau('expert', 1) and not run.on_plateau('expert', 0)
+  assert not run.on_plateau('train', 1)  # another phase has seen nothing
+  run.note('train', 5.0, 4)
+  assert run.recent == (5.0,)
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):

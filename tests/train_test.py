@@ -656,6 +656,15 @@ def test_a_best_metric_that_is_not_there_is_refused(finished):
     made.update(keep_best=name, patience=1)
     with pytest.raises(ValueError, match=match):
       build.build(made)
+  made = config()
+  made.phases.train.update(plateau=3, plateau_metric='rewrd')
+  run = phases.start_phase(build.build(made), state, phases.Logs())
+  with pytest.raises(ValueError, match=r"plateau_metric: unknown 'rewrd'; did you mean 'reward'"):
+    run.note_plateau({'reward': 0.0})
+  for name, match in (('seconds', 'the clock'), ('evaluation/greedy', 'not measured in every')):
+    made.phases.train.plateau_metric = name
+    with pytest.raises(ValueError, match=f'train.plateau_metric: {name} .*{match}'):
+      build.build(made)
 
 
 def test_evaluations_may_be_due_at_different_steps(finished):

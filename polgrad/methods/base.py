@@ -77,6 +77,7 @@ class Method:
     before: methods of phases that come before this one, by the names of the phases, such as one that
       trains the critic alone.
     steps: number of batches to collect; 0 is that of the run.
+    plateau, plateau_metric: when the phase ends earlier, see `build.Phase`.
   """
 
   objective: ConfigDict
@@ -102,6 +103,8 @@ class Method:
   warm_start: bool = True
   before: Mapping[str, 'Method'] = dataclasses.field(default_factory=dict)
   steps: int = 0
+  plateau: int = 0
+  plateau_metric: str = 'reward'
 
   @property
   def needs(self) -> str:
