@@ -1053,7 +1053,7 @@ def check_data(run: Experiment) -> list[str]:
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
     tracing.trace_networks(f'config.phases.{name}', phase, run.policy)
     with _placing(f'config.phases.{name}.collect'):
-      phase.collect.read_files()
+      phase.collect.read_files(phase.source, run.tokenizer)
     for model, score in phase.elsewhere.items():
       place = f'config.phases.{name}.elsewhere.{model}'
       asked = teachers.entries_asked(model, score, _read_of_models(phase))

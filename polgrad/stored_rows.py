@@ -6,7 +6,9 @@
 A file is whole or absent, so the program that writes them can be stopped and started again. Its first
 entry holds the settings of `SETTINGS` and the numbers of the data rows of the others, which are JSON:
 `id`, `prompt` (a digest of the prompt's ids), and for each sample of the row `tokens`, `finished`,
-`behavior_logp` and `teacher_logp`. Numbers of float32 are read back exactly.
+`behavior_logp` and `teacher_logp`. Where the setting `top` is above 0, `teacher_top_ids` are the `top`
+likeliest tokens of the teacher at the place of each token, and `teacher_top_log_probs` their log-probs.
+Numbers of float32 are read back exactly.
 """
 
 import bisect
@@ -14,7 +16,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +35,12 @@ SETTINGS = {
   'top_p': 'a number',
   'prefix': 'text',
   'stop_strings': 'a list of texts',
+  'top': 'a whole number',
 }
+EARLIER = {'top': 0}  # settings that files of earlier versions do not name
 HEAD = {'format': 'text', 'vocab_size': 'a whole number', 'rows': 'a list of whole numbers'}
 OF_TOKENS = ('tokens', 'behavior_logp', 'teacher_logp')
+LISTED = ('teacher_top_ids', 'teacher_top_log_probs')
 ENTRY = {'id': 'a whole number', 'prompt': 'text', 'finished': 'a list'}
 ENTRY |= dict.fromkeys(OF_TOKENS, 'a list')
 WRONG = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
@@ -50,6 +55,8 @@ class Entry(NamedTuple):
   tokens: list[np.ndarray]  # [G] of i32[n]
   behavior_logp: list[np.ndarray]  # [G] of f32[n]
   teacher_logp: list[np.ndarray]  # [G] of f32[n]
+  teacher_top_ids: list[np.ndarray] = ()  # [G] of i32[n, top]; () where top is 0
+  teacher_top_log_probs: list[np.ndarray] = ()  # [G] of f32[n, top]
 
 
 def digest(ids: Sequence[int]) -> str:
@@ -90,7 +97,12 @@ def write(path: str, settings: Mapping[str, Any], entries: Sequence[Entry]) -> N
 
 def _plain(entry: Entry) -> dict[str, Any]:
   """An entry as JSON holds it; the text of a float32 is the shortest one that gives it back."""
-  numbers = lambda rows: [[float(str(np.float32(x))) for x in row] for row in rows]
+  exact = lambda x: float(str(np.float32(x)))
+  numbers = lambda rows: [[exact(x) for x in row] for row in rows]
+  listed = {
+    'teacher_top_ids': [np.asarray(row).tolist() for row in entry.teacher_top_ids],
+    'teacher_top_log_probs': [numbers(row) for row in entry.teacher_top_log_probs],
+  }
   return {
     'id': int(entry.id),
     'prompt': entry.prompt,
@@ -98,7 +110,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
     'tokens': [np.asarray(row).tolist() for row in entry.tokens],
     'behavior_logp': numbers(entry.behavior_logp),
     'teacher_logp': numbers(entry.teacher_logp),
-  }
+  } | (listed if entry.teacher_top_ids else {})
 
 
 def head(path: str) -> dict[str, Any]:
@@ -158,6 +170,33 @@ class Rows:
           f'{path}: its completions were drawn with {name} {head[name]!r}, this run has '
           f'{settings[name]!r}'
         )
+
+  def __contains__(self, row: int) -> bool:
+    return row in self._rows
+
+  def check_complete(self, rows: Iterable[int]) -> None:
+    """Refuses files that lack one of these records.
+
+    Raises:
+      ValueError: names the first record and the file that should have it.
+    """
+    missing = [row for row in rows if row not in self]
+    if not missing:
+      return
+    # A file has the records from the number in its name on.
+    begins = [int(os.path.basename(file.path).removesuffix(ENDING)) for file in self._files]
+    before = bisect.bisect(begins, missing[0]) - 1
+    file = self._files[before]
+    until = file.head.get('until', file.head['rows'][-1] + 1 if file.head['rows'] else 0)
+    where = f'{file.path} does not have it'
+    if before < 0 or missing[0] >= until:
+      last = f', the last one before it is {file.path}' if before >= 0 else ''
+      where = f'{self.folder} has no file with it{last}'
+    raise ValueError(
+      f'record {missing[0]} has no completion: {where}; {len(missing)} records of the run have none. '
+      'Delete a file that lacks some of its records, and run polgrad.teacher_logp with the configura'
+      'tion of the run: it makes the files that are missing'
+    )
 
   def read(self, row: int, prompt: str) -> Entry:
     """The completions of a record.
@@ -245,7 +284,36 @@ def _checked(value: Any, row: int, head: Mapping[str, Any]) -> Entry:
       x = made[name][sample]
       if not np.isfinite(x).all() or x.max() > 1e-3:
         raise ValueError(f'sample {sample}: {name} must be finite and at most 0, got {x.max()}')
+  if head.get('top', 0):
+    made |= _lists(value, made['tokens'], head)
   return Entry(id=row, prompt=value['prompt'], finished=value['finished'], **made)
+
+
+def _lists(
+  value: Mapping[str, Any], tokens: Sequence[np.ndarray], head: Mapping[str, Any]
+) -> dict[str, list[np.ndarray]]:
+  """The listed tokens of an entry.
+
+  Raises:
+    ValueError, TypeError: what is wrong with them.
+  """
+  found = {}
+  for name, kind in zip(LISTED, (np.int32, np.float32)):
+    rows = value.get(name)
+    if not isinstance(rows, list) or len(rows) != len(tokens):
+      raise ValueError(f'{name} must have {len(tokens)} samples, because top is {head["top"]}')
+    found[name] = [np.asarray(row, kind) for row in rows]
+    for sample, (x, own) in enumerate(zip(found[name], tokens)):
+      if x.shape != (len(own), head['top']):
+        shape = f'{len(own)} times top={head["top"]}'
+        raise ValueError(f'sample {sample}: {name} must be {shape} numbers, got {x.shape}')
+  for sample, (ids, log_probs) in enumerate(zip(*found.values())):
+    if ids.min() < 0:
+      raise ValueError(f'sample {sample}: {LISTED[0]} must not be negative, got {ids.min()}')
+    mass = np.exp(log_probs).sum(axis=1).max()
+    if not np.isfinite(log_probs).all() or not mass < 1.01:
+      raise ValueError(f'sample {sample}: {LISTED[1]} are no log-probs, their sum is {mass:.3f}')
+  return found
 
 
 def _array(values: Any, name: str) -> np.ndarray:
@@ -276,6 +344,7 @@ def _open(path: str) -> _File:
       raise ValueError('no entries; it is cut off, or no array_record file')
     reads = functools.partial(_read, reader)
     head = json.loads(reads(0))
+    head = EARLIER | head if isinstance(head, dict) else head
     known = HEAD | SETTINGS
     if not isinstance(head, dict) or known.keys() - head.keys() or head['format'] != FORMAT:
       raise ValueError(f'its first entry has not the settings of {FORMAT!r}: {sorted(known)}')

@@ -8,8 +8,9 @@
 The configuration is that of the run: its last phase says what is drawn for which records, and where the
 files go. The student is the model of the configuration before training or a checkpoint, as
 `polgrad.loading` says, and the teacher is a Hugging Face folder with the same tokenizer, of any family
-and size. Every file is whole or absent, so the command can be stopped and started again: it makes the
-files that are not there.
+and size; or, with --teacher_url, a model behind a service, as for `teachers.service`. With the setting
+`top` of the collector the files also list the teacher's likeliest tokens. Every file is whole or absent,
+so the command can be stopped and started again: it makes the files that are not there.
 """
 
 import os
@@ -20,7 +21,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from polgrad import cli, evaluate, loading, paths, sharding, stored_rows
+from polgrad import cli, evaluate, loading, paths, sharding, stored_rows, teachers
 from polgrad.build import Experiment, Phase
 from polgrad.collect import Stored
 from polgrad.collect.base import draws_of
@@ -32,6 +33,9 @@ from polgrad.types import Batch, Layout, Params
 
 _TEACHER = flags.DEFINE_string(
   'teacher', '', 'Folder of the teacher; with --workdir also the name of an anchor of that run.'
+)
+_URL = flags.DEFINE_string(
+  'teacher_url', '', 'Service that has the teacher, up to /v1; --teacher is then its name there.'
 )
 _ROWS = flags.DEFINE_integer('file_rows', 1024, 'Data records of a file.', lower_bound=1)
 
@@ -54,13 +58,13 @@ def phase_of(experiment: Experiment) -> Phase:
 
 
 def make_entries(
-  experiment: Experiment, phase: Phase, params: Params, score: Callable[[Batch], Any]
+  experiment: Experiment, phase: Phase, params: Params, score: Callable[[Batch], dict[str, Any]]
 ) -> Callable[[Sequence[dict]], list[stored_rows.Entry]]:
   """Makes the function from records to their completions with log-probs.
 
   Args:
     params: of the student.
-    score: rows -> the teacher's log-probs f32[B, T].
+    score: rows -> what the teacher says of them, by name, see `make_score`.
   """
   settings, index = phase.collect, len(experiment.order) - 1
   context = settings.within(evaluate.context(experiment, phase, index))
@@ -73,7 +77,7 @@ def make_entries(
     padded = [*records, *[records[-1]] * (settings.prompts - len(records))]
     prompts = sampler.lay_out(padded, tokenizer=tokenizer, cut=settings.cut)
     drawn = draw({'policy': params}, prompts, padded, prompts.ids, seed=context.seed, step=0).batch
-    found = drawn.with_arrays(teacher_logp=sharding.to_host(score(drawn)))
+    found = drawn.with_arrays(**sharding.to_host(score(drawn)))
     return [entry(found, prompts, n, settings.samples_per_prompt) for n in range(len(records))]
 
   return entries
@@ -82,30 +86,56 @@ def make_entries(
 def entry(batch: Batch, prompts: Any, number: int, samples: int) -> stored_rows.Entry:
   """The completions of prompt `number` in sampled rows (NumPy)."""
   rows = range(number * samples, (number + 1) * samples)
-  of = lambda x: [x[row][batch.mask[row]] for row in rows]
+  of = lambda x: [x[row].reshape(len(batch.mask[row]), -1)[batch.mask[row]] for row in rows]
+  of_tokens = lambda x: [values[:, 0] for values in of(x)]
   return stored_rows.Entry(
     id=int(prompts.ids[number]),
     prompt=stored_rows.digest(prompts.tokens[number][prompts.mask[number]]),
     finished=[bool(batch.finished[row]) for row in rows],
-    tokens=of(batch.tokens),
-    behavior_logp=of(batch.behavior_logp),
-    teacher_logp=of(batch.teacher_logp),
+    tokens=of_tokens(batch.tokens),
+    behavior_logp=of_tokens(batch.behavior_logp),
+    teacher_logp=of_tokens(batch.teacher_logp),
+    **{name: of(batch[name]) for name in stored_rows.LISTED if name in batch},
   )
 
 
 def make_score(
   experiment: Experiment, phase: Phase, teacher: Policy, params: Params
-) -> Callable[[Batch], Any]:
-  """Makes the function from sampled rows to the teacher's log-probs f32[B, T]."""
-  settings = dict(fields=frozenset(), temperature=phase.collect.temperature)
-  layout = Layout(phase.collect.prompt_length)
-  look = jit(lambda params, rows: forward_in_pieces(teacher, params, rows, **settings).logp)
+) -> Callable[[Batch], dict[str, Any]]:
+  """Makes the function from sampled rows to what the teacher says of them.
 
-  def score(batch: Batch) -> Any:
+  That is `teacher_logp` f32[B, T], and for files that list tokens `teacher_top_ids` i32[B, T, top] and
+  `teacher_top_log_probs` f32[B, T, top].
+  """
+  top = phase.collect.top
+  stats = teachers.likeliest(top) if top else {}
+  settings = dict(stats=stats, temperature=phase.collect.temperature)
+  layout = Layout(phase.collect.prompt_length)
+
+  @jit
+  def look(params: Params, rows: Batch) -> dict[str, Any]:
+    found = forward_in_pieces(teacher, params, rows, **settings)
+    return {f'teacher_{name}': x for name, x in {'logp': found.logp, **found.stats}.items()}
+
+  def score(batch: Batch) -> dict[str, Any]:
     rows = Batch(tokens=batch.tokens, segment_ids=batch.segment_ids, mask=batch.mask, layout=layout)
     return look(params, sharding.place_batch(experiment.mesh, rows))
 
   return score
+
+
+def make_score_of_service(phase: Phase, tokenizer: Any, name: str, url: str) -> Callable:
+  """`make_score` of a teacher that is behind a service.
+
+  Raises:
+    ValueError: it gives no log-probs, or not at the temperature of the phase.
+  """
+  top, temperature = phase.collect.top, phase.collect.temperature
+  model = teachers.service(model=name, url=url, top=max(top, 1))
+  teachers.check(model, tokenizer, temperature, '--teacher_url')
+  asked = {n: k for n, k in model.entries.items() if top or n == 'logp'}
+  teachers.ask_first(model, asked, temperature, '--teacher_url')
+  return lambda batch: teachers.arrays_of(model, 'teacher', batch, asked, temperature)
 
 
 def store(
@@ -175,14 +205,19 @@ def main(argv: list[str]) -> None:
   loading.start(argv)
   with cli.refusals():
     if not _TEACHER.value:
-      raise ValueError('name the teacher: --teacher=FOLDER')
+      raise ValueError('name the teacher: --teacher=FOLDER, or its name at --teacher_url')
     experiment, params = loading.load(loading.config())
     phase = phase_of(experiment)
-    tokenizers.check_same(experiment.tokenizer, _TEACHER.value, '--teacher')
+    if not _URL.value:
+      tokenizers.check_same(experiment.tokenizer, _TEACHER.value, '--teacher')
     student = cli.WORKDIR.value or str(cli.CONFIG.value and cli.CONFIG.value.model.get('path', ''))
     with jax.set_mesh(experiment.mesh):
-      teacher = loading.beside(_TEACHER.value, experiment, same=False)
-      score = make_score(experiment, phase, *teacher)
+      if _URL.value:
+        served = (_TEACHER.value, _URL.value)
+        score = make_score_of_service(phase, experiment.tokenizer, *served)
+      else:
+        teacher = loading.beside(_TEACHER.value, experiment, same=False)
+        score = make_score(experiment, phase, *teacher)
       count = store(
         phase,
         experiment.tokenizer,

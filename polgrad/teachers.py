@@ -138,12 +138,7 @@ def _load(
     shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
     params = policy.init(jax.random.key(0), shardings)
   at_once, most = -(-batch // mesh.size) * mesh.size, policy.config.max_length
-  likeliest = lambda logits: jax.lax.top_k(jax.nn.log_softmax(logits), top)
-  stats = {
-    'logp': logit_stats.logp,
-    'top_ids': lambda logits: likeliest(logits)[1],
-    'top_log_probs': lambda logits: likeliest(logits)[0],
-  }
+  stats = {'logp': logit_stats.logp, **likeliest(top)}
 
   @functools.partial(jit, static_argnames='names')
   def look(
@@ -178,6 +173,15 @@ def _load(
     return found
 
   return ask
+
+
+def likeliest(top: int) -> dict[str, Callable[[Array], Array]]:
+  """The functions of logits [n, V] that make `top_ids` and `top_log_probs` [n, top]."""
+  listed = lambda logits: jax.lax.top_k(jax.nn.log_softmax(logits), top)
+  return {
+    'top_ids': lambda logits: listed(logits)[1],
+    'top_log_probs': lambda logits: listed(logits)[0],
+  }
 
 
 def service(

@@ -111,6 +111,11 @@ def top_k_distillation(s, t, _):
   return token_mean(kl(s, t))  # 16 of 4 tokens are all
 
 
+def stored_distillation(s, t, _):
+  """Of the three likeliest tokens that `listed` has, and of the fourth as the others."""
+  return token_mean(kl(t, s))
+
+
 def mean_teacher(s, t, logp):
   return token_mean(-logp['new'] + kl(t, s))
 
@@ -127,7 +132,7 @@ ORACLES = {
   f.__name__: f
   for f in (
     *(gkd, distillm, sampled_distillation, minillm, minillm_paper, seq_kd, top_k_distillation),
-    *(mean_teacher, random_teacher, ps_kd, lightning_opd),
+    *(mean_teacher, random_teacher, ps_kd, lightning_opd, stored_distillation),
   )
 }
 
@@ -143,6 +148,8 @@ def test_the_loss_is_that_of_its_paper(name, x64):
     behavior_logp=behavior(logp) if name.startswith('minillm') else logp['old'],
     proximal_logp=logp['old'],
     teacher_logp=logp['teacher'],
+    teacher_top_ids=np.argsort(-logits['teacher'])[..., :3].reshape(B, -1),
+    teacher_top_log_probs=-np.sort(-log_softmax(logits['teacher']))[..., :3].reshape(B, -1),
   )
   method = method_of(name)
   step = 50 if name == 'ps_kd' else 0

@@ -4,6 +4,11 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -22,6 +27,8 @@ from polgrad.rewards.worker import Failure
 from polgrad.types import Batch
 from tests import hub
 
+ROOT = build.__file__.rpartition('/polgrad/')[0]
+TOP = {'top_ids': 5, 'top_log_probs': 5}
 ROWS = [[5, 6, 7, 300], [9], [8, 8], [*range(40, 75)]]
 
 
@@ -30,6 +37,25 @@ def models(tmp_path_factory):
   base = tmp_path_factory.mktemp('models')
   student = hub.small('qwen3', base / 'student')
   return student, hub.small('gemma3', base / 'teacher', tokenizer='qwen3', hidden_size=48)
+
+
+@pytest.fixture(scope='module')
+def server(models):
+  """A process of `polgrad.teacher_service`, and the URL that it says when it answers."""
+  command = [sys.executable, '-m', 'polgrad.teacher_service', f'--path={models[1]}', '--name=big']
+  command += ['--port=0', '--top=5', '--batch=2', '--max_length=32', '--compilation_cache=']
+  env = {**os.environ, 'PYTHONPATH': ROOT, 'XLA_FLAGS': ''}
+  started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+  yield started
+  started.kill()
+  started.wait()
+
+
+def url_of(process):
+  """The URL of a started service; waits for it."""
+  if not hasattr(process, 'url'):
+    process.url = process.stdout.readline().split(' at ')[1].strip()
+  return process.url
 
 
 def config(models, method='sampled_distillation', **options):
@@ -169,6 +195,80 @@ def test_a_service_gives_the_log_probs_of_every_token(monkeypatch):
     want[columns[1:]] = [-(tokens[c] + t / 10) for t, c in enumerate(columns[1:], start=1)]
     np.testing.assert_allclose(found[row], want, rtol=1e-6)
   assert len(seen) == 4  # one try again; a row of one token is not asked for
+
+
+def test_a_process_serves_the_log_probs_of_a_model(models, server):
+  """The numbers are those of the model on devices of this process."""
+  asked = {'logp': 1, **TOP}
+  score = teachers.service(model='big', url=url_of(server), top=5)
+  found = teachers.arrays_of(score, 'teacher', batch(), asked, 1.0)
+  near = teachers.on_devices(path=models[1], devices=4, fsdp=2, batch=2, max_length=32, top=5)
+  want = teachers.arrays_of(near, 'teacher', batch(), asked, 1.0)
+  assert found.keys() == {'teacher_logp', 'teacher_top_ids', 'teacher_top_log_probs'}
+  assert found['teacher_top_ids'].shape == (4, 100)
+  for name in found:
+    np.testing.assert_allclose(found[name], want[name], atol=1e-5)
+  # Fewer are the likeliest of these.
+  few = teachers.service(model='big', url=url_of(server), top=2).ask(ROWS[:1], frozenset(TOP), 1.0)[
+    0
+  ]
+  many = score.ask(ROWS[:1], frozenset(TOP), 1.0)[0]
+  np.testing.assert_array_equal(few['top_ids'], many['top_ids'][:, :2])
+
+
+ASKED = {
+  'another model': (dict(model='small'), ROWS[0], "HTTP404: .*no model 'small'; there is 'big'"),
+  'too long': ({}, ROWS[3], 'HTTP400: .*TooLong: 35 tokens, the model reads 32'),
+  'another vocabulary': ({}, [5, 640], 'HTTP400: .*prompt must be a list of ids from 0 to 639'),
+  'too many': (dict(top=6), ROWS[0], 'HTTP400: .*prompt_logprobs must be a number from 0 to 5'),
+  'another path': (dict(suffix='/v2'), ROWS[0], 'HTTP404: .*no /v1/v2/completions'),
+}
+
+
+@pytest.mark.parametrize('name', ASKED)
+def test_the_service_refuses_by_name(name, server):
+  knobs, row, message = ASKED[name]
+  given = {'model': 'big', 'top': 5, **knobs}
+  url = url_of(server) + given.pop('suffix', '')
+  (found,) = teachers.service(url=url, **given).ask([row], frozenset(TOP), 1.0)
+  assert re.search(message, f'{found.kind}: {found.reason}')
+
+
+def test_a_service_that_hangs_or_has_gone_is_named_after_its_retries(models, server):
+  url = url_of(server)
+  score = teachers.service(model='big', url=url, timeout_s=0.1, retries=1)
+  server.send_signal(signal.SIGSTOP)
+  with pytest.raises(RuntimeError, match=r"'teacher' gave no log-probs of 3 of 3 rows.* Timeout: "):
+    teachers.arrays_of(score, 'teacher', batch(), {'logp': 1}, 1.0)
+  server.send_signal(signal.SIGCONT)
+  again = teachers.service(model='big', url=url)
+  assert len(again.ask(ROWS[:1], frozenset({'logp'}), 1.0)[0]['logp']) == 3
+  server.kill()
+  server.wait()
+  with pytest.raises(RuntimeError, match=r'Unreachable: .*the run can be resumed'):
+    teachers.arrays_of(score, 'teacher', batch(), {'logp': 1}, 1.0)
+  with pytest.raises(ValueError, match=r'train\.elsewhere\.teacher: .*no log-probs \(Unreachable'):
+    build.check_data(build.build(config(models, 'gkd', teacher_url=url)))
+
+
+@pytest.mark.parametrize('method', ['gkd', 'distillm', 'top_k_distillation', 'ps_kd'])
+def test_a_service_lists_tokens_for_any_divergence(method, models):
+  """The divergence of a method is taken on the listed tokens, also that of a term of its loss."""
+  entry = lambda i, t: {str(j): {'logprob': -3.0 - t} for j in {*range(16), i}}
+  lists = lambda body, n: (
+    200,
+    {'choices': [{'prompt_logprobs': [None, *map(entry, body['prompt'][1:], range(99))]}]},
+  )
+  with serving(lists) as (url, seen):
+    settings = config(models, method, teacher_url=url)
+    run = build.build(settings)
+    build.check_data(run)  # traces the loss, and asks the service for a list
+    assert seen[0][1]['prompt_logprobs'] == 16
+  whole = from_text(f'method={method},task=addition,model=tiny,smoke,warm_start=1')
+  named = lambda one: set(
+    re.findall(r'divergences\.\w+', one.phases.train.objective.to_json_best_effort())
+  )
+  assert named(settings) == named(whole) - {'divergences.top_k'} | {'divergences.listed'}
 
 
 BAD = {

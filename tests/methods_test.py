@@ -92,6 +92,9 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     found['tokens'] = np.arange(40).reshape(8, 5) % 3
   if 'early_tokens' in found:
     found['early_tokens'] = np.arange(80).reshape(8, 10) % 3
+  if 'teacher_top_ids' in found:  # two different tokens at each place
+    found['teacher_top_ids'] = np.arange(80).reshape(8, 10) % 7
+    found['teacher_top_log_probs'] -= 2
   if 'opponent' in found:
     found['opponent'] = np.tile([0.0, 0.0, 0.0, 1.0], 2)
   return found

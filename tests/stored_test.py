@@ -104,6 +104,14 @@ def test_a_record_that_is_not_there_or_had_another_prompt(tmp_path):
   rows = stored_rows.Rows(folder(tmp_path))
   with pytest.raises(ValueError, match=r'no completion of record 6; it holds 6 records.*\[5\]'):
     rows.read(6, '')
+  rows.check_complete(range(6))
+  path = stored_rows.file_name(str(tmp_path), 6)
+  stored_rows.write(path, SETTINGS | {'until': 9}, [entry(row) for row in (6, 8)])
+  rows = stored_rows.Rows(str(tmp_path))
+  with pytest.raises(
+    ValueError, match=r'record 7 has no completion: .*00000006.* does not have it'
+  ):
+    rows.check_complete(range(9))
   with pytest.raises(ValueError, match='record 2: it was drawn for another prompt'):
     rows.read(2, entry(3).prompt)
   with pytest.raises(ValueError, match=r'drawn with temperature 0\.8, this run has 1\.0'):
@@ -149,6 +157,39 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+LISTS = {
+  'none': (lambda x: {}, r'teacher_top_ids must have 2 samples, because top is 2'),
+  'fewer': (lambda x: x | {'teacher_top_ids': [[[1]] * 3, [[1]]]}, r'2 numbers, got \(3, 1\)'),
+  'negative': (
+    lambda x: x | {'teacher_top_ids': [[[1, -1]] * 3, [[1, 2]]]},
+    'must not be negative, got -1',
+  ),
+  'more than 1': (
+    lambda x: x | {'teacher_top_log_probs': [[[-0.1, -0.2]] * 3, [[-1, -2]]]},
+    'no log-probs, their sum is 1.7',
+  ),
+}
+
+
+@pytest.mark.parametrize('fault', LISTS)
+def test_damaged_lists_name_file_and_record(fault, tmp_path):
+  change, message = LISTS[fault]
+  lists = dict(
+    teacher_top_ids=[np.array([[1, 2]] * n, np.int32) for n in (3, 1)],
+    teacher_top_log_probs=[np.full((n, 2), -1.5, np.float32) for n in (3, 1)],
+  )
+  path = tmp_path / '00000000.array_record'
+  entries = [entry(row)._replace(**lists) for row in range(3)]
+  stored_rows.write(str(path), SETTINGS | {'top': 2}, entries)
+  found = stored_rows.Rows(str(tmp_path)).read(1, entry(1).prompt)
+  jax.tree.map(np.testing.assert_array_equal, found, entries[1])
+  kept = lambda x: change({k: v for k, v in x.items() if k in stored_rows.LISTED})
+  others = lambda x: {k: v for k, v in x.items() if k not in stored_rows.LISTED}
+  rewritten(path, lambda x: others(x) | kept(x))
+  with pytest.raises(ValueError, match=rf'00000000.array_record, record 1: .*{message}'):
+    stored_rows.Rows(str(tmp_path)).read(1, entry(1).prompt)
+
+
 def test_files_of_one_folder_agree(tmp_path):
   rows = folder(tmp_path)
   other = stored_rows.file_name(rows, 6)
@@ -183,7 +224,9 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
   run = build.build(config_of(student, tmp_path / 'rows'))
   phase = teacher_logp.phase_of(run)
   phase = dataclasses.replace(
-    phase, source=dataclasses.replace(phase.source, size=6), collect=phase.collect
+    phase,
+    source=dataclasses.replace(phase.source, size=6),
+    collect=dataclasses.replace(phase.collect, top=4),
   )
   params = evaluate.init_params(run.policy, run.mesh, 0)
   policy, weights = loading.beside(teacher, run, same=False)
@@ -207,10 +250,23 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
     path = pathlib.Path(stored_rows.file_name(str(tmp_path / 'rows'), 3))
     before = path.read_bytes()
     path.unlink()
+    alone = dataclasses.replace(phase.collect)  # has not read the files yet
+    with pytest.raises(
+      ValueError, match=r'record 3 has no completion: .*; 3 records .*teacher_logp'
+    ):
+      alone.read_files(phase.source, run.tokenizer)
     assert store() == 3 and calls[2:] == [[3, 4, 5]]
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"00000000.*with teacher .*, now 'other'"):
       store(teacher='other')
+    # A run looks for every record before its first step.
+    phase.collect.read_files(phase.source, run.tokenizer)
+    more = dataclasses.replace(phase.source, size=8)
+    lacks = (
+      r'record 6 has no completion: .*rows has no file with it, the last .*00000003.*; 2 records'
+    )
+    with pytest.raises(ValueError, match=lacks):
+      phase.collect.read_files(more, run.tokenizer)
     # A larger file would need the records of two.
     with pytest.raises(ValueError, match=r'00000000.*with until 3, now 4'):
       store(file_rows=4)
@@ -233,6 +289,12 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
     want = np.take_along_axis(logp, batch.tokens[:, 1:, None], 2)[..., 0]
     where = batch.mask[:, 1:]
     np.testing.assert_allclose(batch[name][:, 1:][where], want[where], atol=2e-5)
+    if model is policy:  # the teacher's likeliest tokens, and places without one
+      lists = [batch[x].reshape(*batch.mask.shape, 4) for x in stored_rows.LISTED]
+      np.testing.assert_array_equal(lists[0][:, 1:][where], np.argsort(-logp)[where][:, :4])
+      want = -np.sort(-logp)[where][:, :4]
+      np.testing.assert_allclose(lists[1][:, 1:][where], want, atol=2e-5)
+      assert (lists[0][~batch.mask] == -1).all()
   # The student has not moved yet: what drew the tokens is what is trained.
   np.testing.assert_allclose(batch.proximal_logp, batch.behavior_logp, atol=1e-5)
   for row, one in enumerate(found):

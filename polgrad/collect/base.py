@@ -14,6 +14,7 @@ from polgrad import curricula, sharding, speed, teachers
 from polgrad.collect.drawn import Draws, Episode, Turns, from_first, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
+from polgrad.data.sources import Source
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.learner import NetworkLearner, forward_in_pieces, parameter_sets, read_by_anchors
 from polgrad.losses.implicit_rewards import last_value
@@ -257,8 +258,12 @@ class Collector(abc.ABC):
     """Whether rows can be sampled on devices that do not train."""
     return False
 
-  def read_files(self) -> None:  # noqa: B027
+  def read_files(self, source: Source, tokenizer: Tokenizer) -> None:  # noqa: B027
     """Reads files that the settings name, so that what is wrong with them is found before a run.
+
+    Args:
+      source: records of the phase.
+      tokenizer: of the run.
 
     Raises:
       ValueError, FileNotFoundError: says what is wrong.

@@ -17,6 +17,7 @@ from polgrad.collect.row_sampler import make_row_sampler
 from polgrad.collect.scored import demonstrated
 from polgrad.collect.steps import PROVIDED, common
 from polgrad.data import batching
+from polgrad.data.sources import Source
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.losses import logit_stats
 from polgrad.registry import AtLeastOne, Count, Fraction, Range, inputs, unbound
@@ -286,7 +287,8 @@ class Rollouts(Filtering):
     sizes = dict(rows_per_prompt=self.rows_per_prompt, prompt_length=self.prompt_length)
     return old_runs.load(self.old_runs, self._blank(), **sizes) if self.old_runs else None
 
-  def read_files(self) -> None:
+  def read_files(self, source: Source, tokenizer: Tokenizer) -> None:
+    del source, tokenizer
     self.old  # noqa: B018
 
   def init(self) -> Measured | partial.InFlight | replays.Ring | replays.Best | tuple:

@@ -12,12 +12,22 @@ from polgrad.collect.base import Collect, Context, Draw, Filtering
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.steps import PROVIDED, Steps, common
-from polgrad.data import tokenizers
+from polgrad.data import batching, tokenizers
+from polgrad.data.sources import Source
 from polgrad.data.tokenizers import Tokenizer
+from polgrad.registry import Count
 from polgrad.types import Batch, Prompts, TrainState
 
 # Settings that decide what the files hold; the tokenizer is compared as well.
-COMPARED = ('samples_per_prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'prefix')
+COMPARED = (
+  'samples_per_prompt',
+  'max_new_tokens',
+  'temperature',
+  'top_k',
+  'top_p',
+  'prefix',
+  'top',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,8 @@ class Stored(Filtering):
   path: str = ''
   # The sampler's log-probs are those of an old policy; `proximal_logp` is that of the live one.
   recompute_proximal: bool = True
+  # Likeliest tokens of the teacher that the files list for each token; 0: they list none.
+  top: Count = 0
 
   def __post_init__(self):
     super().__post_init__()
@@ -40,7 +52,7 @@ class Stored(Filtering):
 
   @property
   def provides(self) -> frozenset[str]:
-    return PROVIDED | {'teacher_logp'}
+    return PROVIDED | {'teacher_logp', *(stored_rows.LISTED if self.top else ())}
 
   @property
   def folder(self) -> str:
@@ -61,8 +73,15 @@ class Stored(Filtering):
   def rows_of_files(self) -> stored_rows.Rows:
     return stored_rows.Rows(self.folder)
 
-  def read_files(self) -> None:
-    self.rows_of_files  # noqa: B018
+  def read_files(self, source: Source, tokenizer: Tokenizer) -> None:
+    """Refuses files that lack a record of the source, other than one that the run drops."""
+    rows = self.rows_of_files
+    rows.check(self.settings(tokenizer))
+    wanted = [row for row in range(len(source)) if row not in rows]
+    if batching.drops(self):
+      fate = lambda row: batching.fate(self.sampler, {**source[row], 'id': row}, tokenizer)
+      wanted = [row for row in wanted if fate(row) in ('kept', 'cut')]
+    rows.check_complete(wanted)
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Prompts:
     prompts = super().lay_out(records, tokenizer=tokenizer, cut=cut)
@@ -114,7 +133,7 @@ class StoredSteps(Steps):
 def batch_of(
   prompts: Prompts, entries: Sequence[stored_rows.Entry], width: int, tokenizer: Tokenizer
 ) -> Batch:
-  """The rows of these prompts as the sampler gives them, with `teacher_logp`.
+  """The rows of these prompts as the sampler gives them, with what the files say of the teacher.
 
   Args:
     prompts: N of them.
@@ -127,12 +146,15 @@ def batch_of(
   tokens = np.full(shape, tokenizer.pad_id, np.int32)
   mask = np.zeros(shape, bool)
   logp = {name: np.zeros(shape, np.float32) for name in ('behavior_logp', 'teacher_logp')}
+  top = entries[0].teacher_top_ids[0].shape[1] if entries[0].teacher_top_ids else 0
+  listed = {'teacher_top_ids': np.full((*shape, top), -1, np.int32)} if top else {}
+  listed |= {'teacher_top_log_probs': np.zeros((*shape, top), np.float32)} if top else {}
   for row, (i, sample) in enumerate(samples):
     columns = slice(begin, begin + len(entries[i].tokens[sample]))
     tokens[row, :begin] = prompts.tokens[i]
     tokens[row, columns] = entries[i].tokens[sample]
     mask[row, columns] = True
-    for name, x in logp.items():
+    for name, x in (logp | listed).items():
       x[row, columns] = getattr(entries[i], name)[sample]
   owners = np.array([i for i, _ in samples])
   seen = mask.copy()
@@ -145,4 +167,4 @@ def batch_of(
     prompt_ids=prompts.ids[owners],
     group_ids=owners.astype(np.int32),
     **logp,
-  )
+  ).with_arrays(**{name: x.reshape(len(x), -1) for name, x in listed.items()})

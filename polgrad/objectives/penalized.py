@@ -27,7 +27,9 @@ from polgrad.objectives.base import (
 from polgrad.registry import Weighted, check_weighted, either
 from polgrad.types import Array, Batch, Outputs
 
-PenaltyPart = Annotated[Callable, either(penalties.TABLE, divergences.TABLE | divergences.LISTED, logit_stats.TABLE)]
+PenaltyPart = Annotated[
+  Callable, either(penalties.TABLE, divergences.TABLE | divergences.LISTED, logit_stats.TABLE)
+]
 StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE | divergences.LISTED)]
 FactorPart = Annotated[Callable, either(optim.SCHEDULES, metric_history.FACTORS)]
 
