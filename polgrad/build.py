@@ -519,6 +519,9 @@ def check(run: Experiment) -> None:
     )
   chat.check_written(run.tokenizer.chat, 'config.tokenizer')
   _check_kernel('config.model', run.model, run.mesh)
+  _check_cut('config.model', run.model, run.mesh, 'config.mesh')
+  if run.sampled_on is not run.mesh:
+    _check_cut('config.model', run.model, run.sampled_on, 'config.sampler_mesh')
   for name, one in run.phases.items():
     one.score, one.compare, one.mark  # refuse verifiers that cannot run  # noqa: B018
     _check_phase(f'config.phases.{name}', one, run)
@@ -597,6 +600,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   _check_unread(path, phase)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   _check_sampler_mesh(path, collector, run)
+  _check_pieces(path, phase, run.mesh)
   if phase.layout.shared > 1 and not (phase.layout.prompt_length and collector.one_prompt):
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
@@ -778,6 +782,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
     raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
   for name, model in sorted(phase.frozen.items()):
     _check_kernel(f'{path}.frozen.{name}', model, run.mesh)
+    _check_cut(f'{path}.frozen.{name}', model, run.mesh, 'config.mesh')
     sizes = model.config.vocab_size, run.policy.config.vocab_size
     # Embeddings of one tokenizer may have different rows of padding, which no sampler may mix.
     sampled = name in collector.anchors_read
@@ -1006,6 +1011,37 @@ def _check_kernel(path: str, model: Policy, mesh: jax.sharding.Mesh) -> None:
       f'{path}.attention: {kernel!r} runs on a {PLATFORMS[kernel]}, the devices here are {here}; '
       f'valid here: {["einsum", *usable]}'
     )
+
+
+def _check_cut(path: str, model: Policy, mesh: jax.sharding.Mesh, mesh_path: str) -> None:
+  """Refuses a mesh that would cut rows or experts, but does not divide what it has to cut for it."""
+  config = model.config
+  heads = sharding.most_shards(mesh, 'attention_heads')
+  if sharding.most_shards(mesh, 'length') > 1 and getattr(config, 'num_heads', 0) % heads:
+    raise ValueError(
+      f'{mesh_path}: context x tensor = {heads} does not divide the {config.num_heads} heads of {path}, '
+      'which attention shards in place of positions'
+    )
+  experts = sharding.most_shards(mesh, 'experts')
+  if getattr(config, 'num_experts', 0) % experts:
+    raise ValueError(
+      f'{mesh_path}: expert={experts} does not divide the {config.num_experts} experts of {path}'
+    )
+
+
+def _check_pieces(path: str, phase: Phase, mesh: jax.sharding.Mesh) -> None:
+  """Refuses rows whose positions do not divide over the mesh: every device would compute all of them."""
+  pieces = sharding.most_shards(mesh, 'length')
+  length, prompt = phase.collect.length, phase.layout.prompt_length
+  parts = {'rows': length}
+  if phase.layout.shared > 1:
+    parts = {'prompts': prompt, 'completions': length - prompt}
+  for name, size in parts.items():
+    if size % pieces:
+      raise ValueError(
+        f'{path}.collect: {name} of {size} tokens do not divide over config.mesh.context={pieces}; take '
+        f'a multiple of {pieces}'
+      )
 
 
 def _check_length(path: str, length: int, policy: Policy) -> None:

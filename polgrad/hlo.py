@@ -213,9 +213,33 @@ def _groups(op: Op, devices: int) -> list[list[int]]:
     ids = np.arange(math.prod(ints(short[2]))).reshape(ints(short[2]))
     ids = ids.transpose(ints(short[3])) if short[3] else ids
     return ids.reshape(ints(short[1])).tolist()
+  if meshed := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', op.rest):
+    return _along_axes(*meshed.groups())
   if named := re.search(r'replica_groups=\{(\{.*?\})\}', op.rest):
     return [list(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', named[1])]
   return [list(range(devices))]
+
+
+def _along_axes(mesh: str, axes: str) -> list[list[int]]:
+  """Groups along axes of a mesh of all devices in their order.
+
+  A part of an axis is written with the size of what lies before it in the axis, and with its own size.
+
+  >>> _along_axes("'a'=2,'b'=2", "'b'")
+  [[0, 1], [2, 3]]
+  >>> _along_axes("'a'=4", "'a':(1)2")
+  [[0, 2], [1, 3]]
+  """
+  sizes, taken = [], []
+  used = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+  for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
+    before, part = (int(n or 0) for n in used.get(name, ('', '')))
+    pieces = [before, part, int(size) // (before * part)] if part else [1, int(size), 1]
+    taken += [False, name in used, False]
+    sizes += pieces
+  order = sorted(range(len(sizes)), key=lambda i: taken[i])
+  ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+  return ids.reshape(-1, math.prod(n for n, own in zip(sizes, taken) if own)).tolist()
 
 
 def _axes(groups: Sequence[Sequence[int]], mesh: dict[str, int]) -> str:

@@ -22,6 +22,7 @@ from polgrad.optim.standard import STANDARD
 from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, empty, merged
 from polgrad.registry import AtLeastOne, call, inputs, table
+from polgrad.sharding import pieces_of_a_row
 from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
 
 # Prefix of what an update says of a metric: True if it counted nothing, so that its number says nothing.
@@ -62,7 +63,7 @@ def forward(
     batch, unpack = packed(batch)
 
   # The policy's and the teacher's pass over the same rows, without the prompt columns.
-  start = _first_column(layout)
+  start = _first_column(layout, batch.tokens.shape[1])
   hidden = _hidden(policy, params, batch, layout)
   teacher_hidden = teacher_unembed = None
   if teacher is not None:
@@ -135,7 +136,7 @@ def _hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Arr
   """Final hidden states from `_first_column` on; consecutive rows may share one pass of their prompt."""
   if layout.shared == 1:
     states = policy.hidden(params, batch.tokens, batch.segment_ids)
-    return states[:, _first_column(layout) :]
+    return states[:, _first_column(layout, batch.tokens.shape[1]) :]
   return policy.completions(
     params,
     batch.tokens,
@@ -154,12 +155,16 @@ def _teacher_hidden(policy: Policy, params: Params, batch: Batch, layout: Layout
   if policy.hidden is not None:
     return _hidden(policy, params, read_by_anchors(batch), layout)
   states = batch['teacher_states'].reshape(*batch.tokens.shape, -1)
-  return jnp.roll(states, -1, axis=1)[:, _first_column(layout) :]
+  return jnp.roll(states, -1, axis=1)[:, _first_column(layout, batch.tokens.shape[1]) :]
 
 
-def _first_column(layout: Layout) -> int:
-  """The last prompt column, whose hidden state predicts the first token that may be scored."""
-  return max(layout.prompt_length - 1, 0)
+def _first_column(layout: Layout, length: int) -> int:
+  """The last prompt column, whose hidden state predicts the first token that may be scored.
+
+  Where the positions of a row are sharded, it is an earlier one, from which on they divide as well.
+  """
+  last = max(layout.prompt_length - 1, 0)
+  return last if layout.shared > 1 else last - last % pieces_of_a_row(length)
 
 
 def previous(x: Array) -> Array:

@@ -1,38 +1,59 @@
-"""How arrays are sharded: one mesh of devices, and one table of rules from logical to mesh axes.
+"""How arrays are sharded: one mesh of devices, and rules from the logical axes of arrays to mesh axes.
 
-The mesh has three axes. `data` replicates the parameters, `fsdp` shards them along the model width,
-and `tensor` shards them along heads, feed-forward width and vocabulary. Rows of a batch are sharded
-over `data` and `fsdp`. A dimension that its mesh axes do not divide is replicated, so every model
-runs on every mesh.
+The mesh has five axes. Rows of a batch are sharded over `data`, `fsdp` and `expert`, and the positions
+of a row over `context`. Parameters are sharded along the model width over `fsdp`, `context` and
+`expert`, and along heads, feed-forward width and vocabulary over `tensor`; `data` replicates them. The
+experts of a mixture are spread over `expert`. `RULES` says the same for each logical axis, and
+`make_mesh` takes other rules. A dimension that its mesh axes do not divide is sharded over the first of
+them alone that do, or replicated, so every model runs on every mesh.
+
+Inside of attention a row is whole and heads are sharded over `tensor` and `context` instead: an
+all-to-all exchanges positions for heads and back (arXiv:2309.14509).
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-BATCH = ('data', 'fsdp')
-# Logical axis of an array -> the mesh axes that shard it; () is replicated.
+from polgrad.registry import suggest
+
+# Neighbours on the last axes are nearest, so those that exchange most come last.
+AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
+# Logical axis of an array -> the mesh axes that shard it; () is replicated. An array uses a mesh axis
+# once, for the first of its dimensions that names it.
 RULES = {
-  'batch': BATCH,
-  'length': (),
+  'batch': ('data', 'fsdp', 'expert'),
+  'length': ('context',),  # positions of a row
   'hidden': (),  # the width of an activation
-  'embed': ('fsdp',),  # the width of a parameter
+  'experts': ('expert',),
+  'embed': ('context', 'fsdp', 'expert'),  # the width of a parameter
+  # The width of embeddings that were looked up: `context` moves to positions after the others have moved
+  # to rows, because no single all-to-all does both.
+  'looked_up': ('context',),
   'heads': ('tensor',),
   'kv_heads': ('tensor',),
   'head_dim': (),
   'mlp': ('tensor',),
   'vocab': ('tensor',),
   'layers': (),
-  'experts': (),
   'rank': (),  # of an adapter
+  # Queries, keys and values inside of attention, and the cache of decoding.
+  'attention_length': (),
+  'attention_heads': ('tensor', 'context'),
+  'attention_kv_heads': ('tensor', 'context'),
 }
+Rules = Mapping[str, tuple[str, ...]]
+
+# The rules of meshes that have other ones than `RULES`, by the sizes of their axes.
+_RULES: dict[tuple, Rules] = {}
 
 
 # Devices that meshes are made of instead of those of JAX, see `compiling_for`.
@@ -49,20 +70,38 @@ def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
     _DEVICES.reset(token)
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """A mesh of data * fsdp * tensor devices.
+def make_mesh(
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  context: int = 1,
+  expert: int = 1,
+  slices: dict = {},  # noqa: B006
+  rules: dict = {},  # noqa: B006
+) -> Mesh:
+  """A mesh of data * fsdp * expert * context * tensor devices.
 
   Args:
-    data: number of copies of the parameters; -1 takes all devices that the other two leave.
+    data: number of copies of the parameters; -1 takes all devices that the others leave.
     fsdp: number of shards of the parameters along the model width.
     tensor: number of shards along heads, feed-forward width and vocabulary.
+    context: number of pieces of each row. `context * tensor` must divide the number of query heads.
+    expert: number of shards of the experts, each of which has whole experts; rows are sharded over it
+      too.
+    slices: into how many parts, on different slices, an axis is cut, by its name: `{'data': 2}`. Slices
+      are connected by the slower network of a data center. The product is the number of slices. Devices
+      that do not say which slice they are on (CPUs, GPUs) are cut into as many consecutive pieces.
+    rules: mesh axes by logical axis, in place of those of `RULES`: `{'vocab': ('tensor', 'fsdp')}`. A
+      text names them with commas between them, and '' replicates.
 
   Raises:
     ValueError: a size is below 1; or the mesh has more devices than there are; or it has fewer, and
-      there are several processes, which must use all devices.
+      there are several processes, which must use all devices; or slices do not fit the devices; or an
+      unknown axis.
   """
-  there = _DEVICES.get() or jax.devices()
-  return _mesh_of(there, data=data, fsdp=fsdp, tensor=tensor)
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
+  return _mesh_of(_DEVICES.get() or jax.devices(), sizes, slices, checked(rules))
 
 
 def shared(mesh: Mesh) -> Mesh:
@@ -70,50 +109,165 @@ def shared(mesh: Mesh) -> Mesh:
   return mesh
 
 
-def beside(mesh: Mesh, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def beside(
+  mesh: Mesh,
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  context: int = 1,
+  expert: int = 1,
+  slices: dict = {},  # noqa: B006
+  rules: dict = {},  # noqa: B006
+) -> Mesh:
   """A mesh of the devices behind those of `mesh`, which do not train, see `make_mesh`.
 
+  Its rules are those of `mesh`, in which `rules` replaces some.
+
   Raises:
-    ValueError: they do not fit, or there are several processes.
+    ValueError: they do not fit, or there are several processes; or it has other rules than `mesh`, with
+      equal sizes of all axes.
   """
   there = _DEVICES.get() or jax.devices()
   if jax.process_count() > 1:
     raise ValueError('devices beside those that train are those of one process')
-  return _mesh_of(there[mesh.size :], data=data, fsdp=fsdp, tensor=tensor)
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
+  both = checked(rules, rules_of(mesh))
+  same = list(sizes[axis] for axis in AXES) == list(mesh.shape.values())
+  if same and both != rules_of(mesh):
+    raise ValueError('rules: a mesh with the sizes of the other one must have its rules')
+  return _mesh_of(there[mesh.size :], sizes, slices, both)
 
 
-def _mesh_of(there: Sequence[jax.Device], *, data: int, fsdp: int, tensor: int) -> Mesh:
-  """A mesh of the first of these devices."""
-  devices = len(there)
-  if data == -1 and fsdp * tensor > 0 and devices % (fsdp * tensor) == 0:
-    data = devices // (fsdp * tensor)
-  size = data * fsdp * tensor
-  if min(data, fsdp, tensor) < 1 or size > devices or (size < devices and jax.process_count() > 1):
+def checked(rules: Mapping[str, Any], base: Rules = RULES) -> Rules:
+  """The rules of `base`, some of them replaced.
+
+  >>> checked({'vocab': 'tensor,fsdp'})['vocab']
+  ('tensor', 'fsdp')
+
+  Raises:
+    ValueError: an unknown logical or mesh axis, or a mesh axis that is named twice.
+  """
+  found = dict(base)
+  for logical, names in rules.items():
+    if logical not in RULES:
+      raise ValueError(f'rules: unknown logical axis {logical!r}{suggest(logical, RULES)}')
+    names = [n.strip() for n in names.split(',') if n.strip()] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+      raise ValueError(f'rules.{logical}: expected names of mesh axes, got {names!r}')
+    for name in names:
+      if name not in AXES:
+        raise ValueError(f'rules.{logical}: unknown mesh axis {name!r}{suggest(name, AXES)}')
+    if len({*names}) < len(names):
+      raise ValueError(f'rules.{logical}: {tuple(names)} names a mesh axis twice')
+    found[logical] = tuple(names)
+  return found
+
+
+def rules_of(mesh: Any) -> Rules:
+  """The rules of a mesh of `make_mesh`."""
+  return _RULES.get(tuple(mesh.shape.items()), RULES)
+
+
+def _mesh_of(
+  there: Sequence[jax.Device],
+  sizes: Mapping[str, int],
+  slices: Mapping[str, int],
+  rules: Rules | None,
+) -> Mesh:
+  """A mesh of the first of these devices; it has these rules, or those of a mesh of its sizes."""
+  sizes = {axis: sizes[axis] for axis in AXES}
+  devices, others = len(there), math.prod(size for axis, size in sizes.items() if axis != 'data')
+  if sizes['data'] == -1 and others > 0 and devices % others == 0:
+    sizes['data'] = devices // others
+  size = math.prod(sizes.values())
+  if min(sizes.values()) < 1 or size > devices or (size < devices and jax.process_count() > 1):
+    asked = ' x '.join(f'{axis}={n}' for axis, n in sizes.items())
+    raise ValueError(f'mesh {asked} does not fit {devices} devices')
+  mesh = _arranged(there[:size], sizes, slices)
+  if rules is not None:
+    _RULES[tuple(mesh.shape.items())] = rules
+  return mesh
+
+
+@dataclasses.dataclass
+class _OnSlice:
+  """A device, and the slice that it counts as part of."""
+
+  device: Any
+  slice_index: int
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.device, name)
+
+
+def _arranged(
+  devices: Sequence[jax.Device], sizes: Mapping[str, int], slices: Mapping[str, int]
+) -> Mesh:
+  """The mesh of these devices, the nearest ones along the last axes.
+
+  Raises:
+    ValueError: `slices` names an unknown axis, does not divide its size, or is another number of slices
+      than the devices are on.
+  """
+  for axis, count in slices.items():
+    if axis not in AXES:
+      raise ValueError(f'slices: unknown mesh axis {axis!r}{suggest(axis, AXES)}')
+    if not isinstance(count, int) or count < 1 or sizes[axis] % count:
+      raise ValueError(f'slices.{axis}: {count} does not divide {axis}={sizes[axis]}')
+  count = math.prod(slices.values())
+  known = {getattr(device, 'slice_index', None) for device in devices} - {None}
+  if len(known) > 1 and count != len(known):
     raise ValueError(
-      f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} devices'
+      f'slices: the devices are on {len(known)} slices, but {dict(slices)} makes {count}; say which '
+      f'axis lies across them, as in slices.data={len(known)}'
     )
-  return jax.make_mesh(
-    (data, fsdp, tensor),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=there[:size],
+  types = (AxisType.Auto,) * len(AXES)
+  if count == 1:
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+  if len(known) < 2:
+    each = len(devices) // count
+    devices = [_OnSlice(device, i // each) for i, device in enumerate(devices)]
+  across = [slices.get(axis, 1) for axis in AXES]
+  within = [size // n for size, n in zip(sizes.values(), across)]
+  # As `jax.make_mesh`: slices of these chips have two dimensions, fewer than the mesh.
+  flat = 'lite' in devices[0].device_kind or 'v5e' in devices[0].device_kind
+  found = mesh_utils.create_hybrid_device_mesh(
+    within, across, devices, allow_split_physical_axes=flat
   )
+  bare = lambda device: device.device if isinstance(device, _OnSlice) else device
+  return Mesh(np.vectorize(bare, otypes=[object])(found), AXES, axis_types=types)
 
 
 def partition_spec(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-  """The sharding of one array by `RULES`; dimensions that their mesh axes do not divide are replicated.
+  """The sharding of one array by the rules of the mesh.
+
+  A dimension is sharded over the longest beginning of its mesh axes that divides it.
 
   Args:
     axes: logical axis names, one a dimension of `shape`.
   """
   if len(axes) != len(shape):
     raise ValueError(f'logical axes {tuple(axes)} do not fit shape {tuple(shape)}')
+  rules, used, found = rules_of(mesh), set(), []
+  for axis, size in zip(axes, shape):
+    names = _dividing(mesh, [n for n in rules[axis] if n not in used], size)
+    used |= {*names}
+    found.append(names or None)
+  return PartitionSpec(*found)
 
-  def cut(axis, size):
-    names = RULES[axis]
-    return names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
 
-  return PartitionSpec(*map(cut, axes, shape))
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+  """The mesh axes that one entry of a `PartitionSpec` names."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _dividing(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
+  """The longest beginning of these mesh axes that divides a dimension of this size."""
+  names = tuple(names)
+  while size % math.prod(mesh.shape[n] for n in names):
+    names = names[:-1]
+  return names
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
@@ -124,16 +278,68 @@ def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-  """The sharding of a batch's array with `rank` dimensions: its rows over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(BATCH, *(None,) * (rank - 1)))
+  """The sharding of a batch's array with `rank` dimensions: its rows by the rule of `batch`."""
+  return NamedSharding(mesh, PartitionSpec(rules_of(mesh)['batch'], *(None,) * (rank - 1)))
 
 
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-  """Constrains an activation to its sharding by `RULES`, if `jax.set_mesh` has set a mesh."""
+  """Constrains an activation to its sharding by the rules, if `jax.set_mesh` has set a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+
+
+def shards(axis: str, size: int, mesh: Any = None) -> int:
+  """Number of shards of a dimension of this size by the rule of a logical axis.
+
+  Args:
+    mesh: that of `jax.set_mesh` by default; without one, the number is 1.
+  """
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  if mesh.empty:
+    return 1
+  return math.prod(mesh.shape[n] for n in _dividing(mesh, rules_of(mesh)[axis], size))
+
+
+def pieces_of_a_row(length: int) -> int:
+  """Number of shards of the positions of a row of this length on the mesh of `jax.set_mesh`."""
+  return shards('length', length)
+
+
+def merge_positions(x: jax.Array) -> jax.Array:
+  """[B, T, ...] -> [B * T, ...], the tokens of all rows in one dimension, without moving any.
+
+  Where positions are sharded, the pieces of all rows come one after another: no other order would leave
+  each token on its device. `split_positions` is the inverse.
+  """
+  rows, length = x.shape[:2]
+  pieces = pieces_of_a_row(length)
+  if pieces == 1:
+    return x.reshape(-1, *x.shape[2:])
+  mesh, free = jax.sharding.get_abstract_mesh(), (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+  spec = partition_spec(mesh, ('batch', 'length'), (rows, length))
+  x = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec, *free))
+  x = x.reshape(rows, pieces, -1, *x.shape[2:]).swapaxes(0, 1)
+  x = jax.lax.with_sharding_constraint(x, PartitionSpec(spec[1], spec[0], None, *free))
+  x = x.reshape(-1, *x.shape[3:])
+  tokens = mesh_axes(spec[1]) + mesh_axes(spec[0])
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(tokens, *free))
+
+
+def split_positions(x: jax.Array, rows: int, length: int) -> jax.Array:
+  """[B * T, ...] of `merge_positions` -> [B, T, ...]."""
+  pieces = pieces_of_a_row(length)
+  if pieces == 1:
+    return x.reshape(rows, length, *x.shape[1:])
+  mesh, free = jax.sharding.get_abstract_mesh(), (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+  spec = partition_spec(mesh, ('batch', 'length'), (rows, length))
+  tokens = mesh_axes(spec[1]) + mesh_axes(spec[0])
+  x = jax.lax.with_sharding_constraint(x, PartitionSpec(tokens, *free))
+  x = x.reshape(pieces, rows, -1, *x.shape[1:])
+  x = jax.lax.with_sharding_constraint(x, PartitionSpec(spec[1], spec[0], None, *free))
+  x = x.swapaxes(0, 1).reshape(rows, length, *x.shape[3:])
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec, *free))
 
 
 def ambient_data_parallel_size() -> int:
@@ -143,8 +349,13 @@ def ambient_data_parallel_size() -> int:
 
 
 def data_parallel_size(mesh: Any) -> int:
-  """Number of shards of a batch, data * fsdp; the number of its rows must be a multiple."""
-  return math.prod(mesh.shape[name] for name in BATCH)
+  """Number of shards of a batch, data * fsdp * expert; the number of its rows must be a multiple."""
+  return most_shards(mesh, 'batch')
+
+
+def most_shards(mesh: Any, axis: str) -> int:
+  """Number of shards of a logical axis whose size the mesh axes divide."""
+  return math.prod(mesh.shape[name] for name in rules_of(mesh)[axis])
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -163,19 +374,19 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
-  """Puts host arrays on devices, their rows sharded over data and fsdp.
+  """Puts host arrays on devices, their rows sharded by the rule of `batch`.
 
   Args:
     tree: arrays [B, ...], of which every process holds all rows.
 
   Raises:
-    ValueError: B is no multiple of data * fsdp.
+    ValueError: B is no multiple of `data_parallel_size`.
   """
   size = data_parallel_size(mesh)
 
   def sharding(x):
     if len(x) % size:
-      sizes = f'data={mesh.shape["data"]} x fsdp={mesh.shape["fsdp"]}'
+      sizes = ' x '.join(f'{n}={mesh.shape[n]}' for n in rules_of(mesh)['batch'])
       raise ValueError(f'{len(x)} rows do not divide over {sizes} = {size}')
     return batch_sharding(mesh, x.ndim)
 
@@ -185,15 +396,12 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
 def copied(mesh: Mesh, tree: Any) -> Any:
   """Copies of arrays on the devices of another mesh, or of their own, sharded by the same axes.
 
-  A dimension that the axes do not divide there is replicated.
+  A dimension is sharded over the first of the axes that divide it there.
   """
 
   def copy(x):
-    cut = lambda size, names: size % math.prod(mesh.shape[n] for n in names) == 0
-    spec = [
-      names if names and cut(size, names if isinstance(names, tuple) else (names,)) else None
-      for size, names in zip(x.shape, x.sharding.spec)
-    ]
+    pairs = zip(x.shape, x.sharding.spec)
+    spec = [_dividing(mesh, mesh_axes(names), size) or None for size, names in pairs]
     place = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.device_put(x, place, may_alias=False)
 
@@ -229,9 +437,5 @@ def last_devices(devices: int, fsdp: int) -> Mesh:
     raise ValueError(
       f'devices={devices} and fsdp={fsdp} do not fit the {len(own)} devices of a process'
     )
-  return jax.make_mesh(
-    (count // fsdp, fsdp, 1),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=own[-count:],
-  )
+  sizes = dict.fromkeys(AXES, 1) | dict(data=count // fsdp, fsdp=fsdp)
+  return _mesh_of(own[-count:], sizes, {}, None)

@@ -39,15 +39,25 @@ from tests.train_test import config
 
 pytestmark = pytest.mark.usefixtures('undrawn')
 ROOT = pathlib.Path(__file__).parent.parent
-MESHES = [(8, 1, 1), (2, 2, 2)]  # slots and packed rows are on a third one
+# Slots and packed rows are on a third one.
+MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=2, context=2, tensor=2)]
+SMALL = dict(expert=2, context=2, tensor=2)
 
 
-def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share: bool = False):
+def cut(made, mesh: dict) -> None:
+  """Puts a run on a mesh, whose axes divide its heads and the positions of its rows."""
+  made.mesh.update({'data': 1, **mesh})
+  made.model.num_heads = 4
+  if 'max_new_tokens' in made.phases.train.collect:
+    made.phases.train.collect.max_new_tokens = 6  # behind prompts of 6
+
+
+def step(mesh: dict, batch=None, *, slots: int = 0, share: bool = False):
   """One rollout of eight prompts (unless a batch is given) and one large SGD step on it."""
   made = config()
   made.phases.train.collect.slots = slots
   made.phases.train.share_prompts = share
-  made.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+  cut(made, mesh)
   made.phases.train.collect.prompts = 8
   made.phases.train.optimizer = part(optim.sgd, learning_rate=1.0)
   made.phases.train.epochs = made.phases.train.minibatches = 1
@@ -72,13 +82,13 @@ def step(data: int, fsdp: int, tensor: int, batch=None, *, slots: int = 0, share
 
 @pytest.fixture(scope='module')
 def one_device():
-  return step(1, 1, 1)
+  return step({})
 
 
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_every_mesh_gives_the_one_device_result(one_device, shape):
   batch, params, report = one_device
-  same, moved, told = step(*shape)
+  same, moved, told = step(shape)
   np.testing.assert_array_equal(same.tokens, batch.tokens)
   np.testing.assert_array_equal(same.mask, batch.mask)
   np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
@@ -91,7 +101,7 @@ def test_every_mesh_gives_the_one_device_result(one_device, shape):
 
 def test_slots_and_shared_prompts_give_the_plain_result(one_device):
   batch, params, report = one_device
-  same, moved, told = step(1, 2, 4, slots=4, share=True)
+  same, moved, told = step(SMALL, slots=4, share=True)
   np.testing.assert_array_equal(same.tokens, batch.tokens)
   np.testing.assert_allclose(same.behavior_logp, batch.behavior_logp, atol=1e-5)
   np.testing.assert_allclose(
@@ -107,7 +117,7 @@ def test_packed_rows_give_the_plain_result(one_device):
   size = batch.tokens.shape[1]
   wide = lambda x: np.pad(x, ((0, 0), (0, size))) if x.shape[1:] == (size,) else x
   batch = jax.tree.map(wide, batch).replace(layout=Layout(pack=4))
-  packed, moved, told = step(1, 2, 4, batch)
+  packed, moved, told = step(SMALL, batch)
   assert packed.layout.rows == 8  # of 16 in each of two pieces
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), moved, params)
   for name in report:
@@ -119,9 +129,9 @@ def test_every_family_gives_the_one_device_result(experiment, tmp_path):
   """Policy gradients are above; these are the other families, two smoke steps of each. A supervised
   phase comes before both."""
   found = []
-  for shape in ((1, 1, 1), (2, 2, 2)):
+  for shape in ({}, dict(data=2, context=2, tensor=2)):
     made = experiment.get_config('smoke')
-    made.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), shape)))
+    cut(made, shape)
     with made.unlocked():
       made.evaluation = part(build.Never)
     train.run(made, str(tmp_path / str(shape)))
@@ -140,7 +150,9 @@ def test_state_lies_where_the_rules_say():
   experiment = build.build(made)
   state = phases.begin(experiment, 1, None)
   gate = state.params['layers']['gate']
-  assert gate.sharding.spec == jax.sharding.PartitionSpec(None, ('fsdp',), ('tensor',))
+  assert gate.sharding.spec == jax.sharding.PartitionSpec(
+    None, ('context', 'fsdp', 'expert'), 'tensor'
+  )
   assert gate.addressable_shards[0].data.size * 4 == gate.size
   moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate.shape]
   assert len(moments) == 4 and all(  # two moments; gate and up have one shape

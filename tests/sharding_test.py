@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from polgrad import sharding
+from polgrad import hlo, sharding
 from polgrad.losses import logit_stats
 from polgrad.models import token_stats
 from polgrad.models.token_stats import Rows
@@ -18,7 +18,12 @@ from tests.models import tiny
 
 OTHERS = {'teacher_logits', 'early_targets'}
 STATS = {n: f for n, f in logit_stats.TABLE.items() if not OTHERS & {*inputs(f)}}
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
+MESHES = [
+  dict(data=2, tensor=4),
+  dict(data=2, fsdp=2, tensor=2),
+  dict(fsdp=2, context=2, tensor=2),
+  dict(expert=2, context=4),
+]
 OVERRIDES = dict(vocab_size=24, qk_norm='head', tie_embeddings=False, value_head=True)
 POLICY = tiny.policy(**OVERRIDES)
 PROMPTS = (
@@ -26,8 +31,9 @@ PROMPTS = (
   np.arange(4)[None] >= np.array([0, 1, 2, 3, 0, 1, 2, 3])[:, None],
   np.arange(8),
 )
-TOKENS = np.asarray(tiny.rows(1, 8, 7))
-SEGMENTS = np.repeat([[1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]], 4, axis=0)
+LENGTH = 20  # no parameter has such an axis
+TOKENS = np.asarray(tiny.rows(1, 8, LENGTH))
+SEGMENTS = np.repeat(np.repeat([[1, 1, 2, 2], [1, 2, 2, 0]], LENGTH // 4, axis=1), 4, axis=0)
 
 
 def host_params():
@@ -36,7 +42,7 @@ def host_params():
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(policy, params, tokens, segment_ids):
-  """Statistics, and the gradient of a sum over all of them, in which large ones have smaller weights."""
+  """Statistics, and the gradient of a quarter of their sum, in which large ones have smaller weights."""
 
   def loss(params):
     hidden = policy.hidden(params, tokens, segment_ids)
@@ -45,7 +51,7 @@ def evaluate(policy, params, tokens, segment_ids):
     out = token_stats(hidden, tokens, unembed, stats=STATS, chunk=2, whole=whole)
     out['value'] = policy.value(params, hidden)
     size = lambda x: 1 + jnp.abs(jax.lax.stop_gradient(x))
-    return sum(jnp.sum(jnp.sin(x) / size(x)) for x in out.values()), out
+    return sum(jnp.sum(jnp.sin(x) / size(x)) for x in out.values()) / 4, out
 
   return jax.grad(loss, has_aux=True)(params)
 
@@ -65,12 +71,16 @@ def one_device():
 
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_statistics_gradients_and_samples_are_those_of_one_device(shape):
-  mesh = sharding.make_mesh(**dict(zip(('data', 'fsdp', 'tensor'), shape)))
+  mesh = sharding.make_mesh(**shape)
   params = host_params()
   shardings = sharding.param_shardings(mesh, POLICY.axes(params), params)
   params = sharding.place(params, shardings)
+  rows = sharding.place_batch(mesh, (TOKENS, SEGMENTS))
   with jax.set_mesh(mesh):
-    grads, out = evaluate(POLICY, params, *sharding.place_batch(mesh, (TOKENS, SEGMENTS)))
+    program = evaluate.lower(POLICY, params, *rows).compile()
+  grads, out = program(params, *rows)
+  if 'context' in shape:
+    whole_rows_only_in_attention(program.as_text(), mesh)
   rollout = sample(params, mesh=mesh)
   expected_grads, expected, expected_rollout = one_device()
   for name, value in expected.items():
@@ -83,9 +93,24 @@ def test_statistics_gradients_and_samples_are_those_of_one_device(shape):
   np.testing.assert_allclose(rollout.behavior_logp, expected_rollout.behavior_logp, atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [(2, 2, 2), (8, 1, 1)], ids=str)
-def test_every_share_of_a_mesh_refills_its_own_slots(shape):
-  mesh = sharding.make_mesh(**dict(zip(('data', 'fsdp', 'tensor'), shape)))
+def whole_rows_only_in_attention(text, mesh):
+  """No device gathers the positions of a row: they are exchanged for heads by an all-to-all."""
+  computations, _ = hlo.parse(text)
+  ops = [op for one in computations.values() for op in one]
+  shapes = [shape for op in ops if op.kind == 'all-gather' for shape in op.shapes]
+  gathered = [size for kind, size in shapes if kind == 'f32' and len(size) > 1]
+  tokens = TOKENS.size // sharding.data_parallel_size(mesh)  # of the rows of a device
+  assert gathered and not [size for size in gathered if {LENGTH, tokens} & {*size}]
+  # Queries, keys and values, and what they attend to, in both passes of a layer and recomputed.
+  c, pieces = POLICY.config, mesh.shape['context']
+  heads = 2 * c.num_heads + 2 * max(c.num_kv_heads, sharding.most_shards(mesh, 'attention_heads'))
+  own = 4 * c.head_dim * heads * tokens / pieces / mesh.shape['tensor']
+  layer = [op for op in ops if op.kind == 'all-to-all' and '/layers/' in op.rest]
+  assert sum(hlo.size(shape) for op in layer for shape in op.shapes) == 3 * own
+
+
+def test_every_share_of_a_mesh_refills_its_own_slots():
+  mesh = sharding.make_mesh(data=4, context=2)
   params = host_params()
   params = sharding.place(params, sharding.param_shardings(mesh, POLICY.axes(params), params))
   rollout, (_, _, expected) = sample(params, mesh=mesh, slots=8), one_device()
@@ -104,22 +129,25 @@ def test_parameters_and_batches_are_really_cut():
   assert local(params['layers']['down']) == (2, 12, 8)
   assert local(params['unembedding']) == (12, 8)
   assert local(params['layers']['query_norm']) == (2, 6)
-  assert local(sharding.place_batch(mesh, TOKENS)) == (2, 7)
-  assert local(sharding.replicate(mesh, TOKENS)) == (8, 7)
+  assert local(sharding.place_batch(mesh, TOKENS)) == (2, LENGTH)
+  assert local(sharding.replicate(mesh, TOKENS)) == (8, LENGTH)
   np.testing.assert_array_equal(params['unembedding'], host_params()['unembedding'])
 
 
 def test_an_axis_that_does_not_divide_is_replicated():
   mesh = sharding.make_mesh(data=2, tensor=4)
   spec = sharding.partition_spec(mesh, ('embed', 'kv_heads', 'head_dim'), (16, 2, 6))
-  assert spec == P(('fsdp',), None, None)
-  assert sharding.partition_spec(mesh, ('batch', 'length'), (3, 5)) == P(None, None)
+  assert spec == P(('context', 'fsdp', 'expert'), None, None)
+  assert sharding.partition_spec(mesh, ('batch', 'vocab'), (3, 5)) == P(None, None)
+  mesh = sharding.make_mesh(data=2, fsdp=4)  # the first of the axes that divide
+  assert sharding.partition_spec(mesh, ('batch',), (6,)) == P('data')
   with pytest.raises(ValueError, match='do not fit shape'):
     sharding.partition_spec(mesh, ('embed',), (16, 2))
 
 
 def test_minus_one_takes_the_remaining_devices():
-  assert sharding.make_mesh(data=-1, tensor=2).shape == {'data': 4, 'fsdp': 1, 'tensor': 2}
+  shape = sharding.make_mesh(data=-1, tensor=2).shape
+  assert shape == {'data': 4, 'fsdp': 1, 'expert': 1, 'context': 1, 'tensor': 2}
   assert sharding.data_parallel_size(sharding.make_mesh(data=-1, fsdp=2, tensor=2)) == 4
 
 
@@ -127,6 +155,77 @@ def test_minus_one_takes_the_remaining_devices():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
   with pytest.raises(ValueError, match='does not fit 8 devices'):
     sharding.make_mesh(**sizes)
+
+
+def test_a_mesh_has_rules_that_replace_those_of_the_table():
+  rules = {'vocab': 'tensor, fsdp', 'embed': '', 'heads': ('tensor',)}
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, rules=rules)
+  spec = sharding.partition_spec(mesh, ('vocab', 'embed'), (24, 16))
+  assert spec == P(('tensor', 'fsdp'), None)
+  # A mesh axis is used once, for the first dimension that names it.
+  assert sharding.partition_spec(mesh, ('vocab', 'heads'), (24, 4)) == P(('tensor', 'fsdp'), None)
+  beside = sharding.beside(mesh, data=2)
+  assert sharding.partition_spec(beside, ('embed',), (16,)) == P(None)
+  sharding.make_mesh(fsdp=2, tensor=2)  # later meshes have their own
+  assert sharding.partition_spec(mesh, ('embed',), (16,)) == P(('context', 'fsdp', 'expert'))
+  with pytest.raises(ValueError, match='rules: a mesh with the sizes of the other'):
+    sharding.beside(sharding.make_mesh(data=2), data=2, rules={'embed': ''})
+
+
+@pytest.mark.parametrize(
+  ('rules', 'says'),
+  [
+    ({'embd': 'fsdp'}, "unknown logical axis 'embd'; did you mean 'embed'"),
+    ({'embed': 'fsd'}, r"rules\.embed: unknown mesh axis 'fsd'; did you mean 'fsdp'"),
+    ({'embed': 'fsdp,fsdp'}, 'names a mesh axis twice'),
+    ({'embed': 3}, 'rules.embed: expected names of mesh axes, got 3'),
+  ],
+)
+def test_rules_that_name_unknown_axes_are_refused(rules, says):
+  with pytest.raises(ValueError, match=says):
+    sharding.make_mesh(rules=rules)
+
+
+def test_slices_are_parts_of_an_axis_and_the_other_axes_stay_within_them():
+  ids = lambda mesh: np.vectorize(lambda d: d.id)(mesh.devices)
+  mesh = sharding.make_mesh(data=4, context=2, slices={'data': 2})
+  np.testing.assert_array_equal(ids(mesh)[:, 0, 0, :, 0], np.arange(8).reshape(4, 2))
+  across = ids(sharding.make_mesh(data=2, fsdp=4, slices={'fsdp': 2}))[:, :, 0, 0, 0]
+  np.testing.assert_array_equal(across, [[0, 1, 4, 5], [2, 3, 6, 7]])
+
+
+@pytest.mark.parametrize(
+  ('slices', 'says'),
+  [
+    ({'dat': 2}, "slices: unknown mesh axis 'dat'; did you mean 'data'"),
+    ({'data': 3}, 'slices.data: 3 does not divide data=4'),
+    ({'fsdp': 2}, 'slices.fsdp: 2 does not divide fsdp=1'),
+  ],
+)
+def test_slices_that_do_not_fit_an_axis_are_refused(slices, says):
+  with pytest.raises(ValueError, match=says):
+    sharding.make_mesh(data=4, context=2, slices=slices)
+
+
+class Chip:
+  """A device that says which slice it is on, as those of TPUs do."""
+
+  platform, device_kind, process_index = 'cpu', 'fake', 0
+
+  def __init__(self, id, slice_index):
+    self.id, self.slice_index = id, slice_index
+
+
+def test_devices_on_several_slices_need_an_axis_that_lies_across_them(monkeypatch):
+  monkeypatch.setattr(sharding, 'Mesh', lambda devices, *_, **__: devices)
+  chips = [Chip(i, i % 2) for i in range(8)]  # listed in turns
+  sizes = dict.fromkeys(sharding.AXES, 1) | dict(data=2, fsdp=4)
+  found = sharding._arranged(chips, sizes, {'data': 2})
+  slices = np.vectorize(lambda d: d.slice_index)(found)[:, :, 0, 0, 0]
+  np.testing.assert_array_equal(slices, [[0] * 4, [1] * 4])
+  for slices in ({}, {'fsdp': 4}):
+    with pytest.raises(ValueError, match=r'the devices are on 2 slices.*slices.data=2'):
+      sharding._arranged(chips, sizes, slices)
 
 
 def test_one_process_may_leave_devices_idle_but_several_may_not(monkeypatch):
@@ -138,7 +237,7 @@ def test_one_process_may_leave_devices_idle_but_several_may_not(monkeypatch):
 
 def test_rows_that_do_not_divide_are_refused_before_anything_runs():
   mesh = sharding.make_mesh(data=4, fsdp=2)
-  with pytest.raises(ValueError, match=r'6 rows do not divide over data=4 x fsdp=2 = 8'):
+  with pytest.raises(ValueError, match=r'6 rows do not divide over data=4 x fsdp=2 x expert=1 = 8'):
     sharding.place_batch(mesh, {'tokens': TOKENS[:6]})
 
 

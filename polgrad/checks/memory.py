@@ -113,11 +113,12 @@ def logits(phase: Any, policy: Policy, mesh: jax.sharding.Mesh) -> Use:
   """The logits that an update has in memory at a time, and their gradient, in float32."""
   vocabulary, devices = policy.config.vocab_size, sharding.data_parallel_size(mesh)
   rows = phase.collect.rows // (phase.minibatches * phase.micro_batches * devices)
-  columns = phase.collect.length - max(phase.layout.prompt_length - 1, 0)
+  pieces = sharding.shards('length', phase.collect.length, mesh)
+  columns = (phase.collect.length - max(phase.layout.prompt_length - 1, 0)) // pieces
   tokens = min(rows * columns, max(rows, LOGITS // vocabulary))
   each = 2 * 4 * tokens * vocabulary
-  split = mesh.shape['tensor'] if vocabulary % mesh.shape['tensor'] == 0 else 1
-  return Use('logits', each * devices, each // split, 'update')
+  split = sharding.shards('vocab', vocabulary, mesh)
+  return Use('logits', each * devices * pieces, each // split, 'update')
 
 
 def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) -> Use:

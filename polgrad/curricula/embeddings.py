@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from polgrad import sharding
 from polgrad.compiling import jit
@@ -86,12 +85,7 @@ def _embedder(path: str, *, pooling: str, batch: int, max_length: int, dtype: st
   """Reads the model, and compiles its forward pass."""
   policy = pretrained(path=path, max_length=max_length, dtype=dtype)
   tokenizer = tokenizers.huggingface(path=path)
-  mesh = jax.make_mesh(
-    (1, 1, 1),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=jax.local_devices()[-1:],
-  )
+  mesh = sharding.last_devices(1, 1)
   shapes = policy.shapes()
   with jax.set_mesh(mesh):
     params = policy.init(

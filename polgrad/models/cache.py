@@ -12,8 +12,9 @@ Array = jax.Array
 
 # Axes of the buffers, in the order in which attention multiplies with them, so that a step of decoding
 # transposes neither.
-KEYS = ('batch', 'kv_heads', 'head_dim', 'length')
-VALUES = ('batch', 'kv_heads', 'length', 'head_dim')
+KEYS = ('batch', 'attention_kv_heads', 'head_dim', 'attention_length')
+VALUES = ('batch', 'attention_kv_heads', 'attention_length', 'head_dim')
+POSITIONS = ('batch', 'attention_length')
 
 
 class Span(NamedTuple):
@@ -40,7 +41,12 @@ class Cache(NamedTuple):
 
 def empty(config: Config, batch: int, length: int) -> Cache:
   """A cache of `length` empty columns for `batch` rows, in one span."""
-  size = dict(batch=batch, length=length, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+  size = dict(
+    batch=batch,
+    attention_length=length,
+    attention_kv_heads=config.num_kv_heads,
+    head_dim=config.head_dim,
+  )
   zeros = lambda axes: constrain(jnp.zeros([size[axis] for axis in axes], config.dtype), axes)
   span = Span(
     keys=tuple(zeros(KEYS) for _ in range(config.num_layers)),
@@ -57,7 +63,7 @@ def write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) 
     index: one column for all rows, and then `new` must fit into `buffer` behind it; or i32[B], a column
       for each row, and then columns of `new` outside of `buffer` are dropped.
   """
-  axis = axes.index('length')
+  axis = axes.index('attention_length')
   if jnp.ndim(index) == 0:
     out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis)
   else:
@@ -79,7 +85,7 @@ def begin(cache: Cache, read: Cache, rows: Array) -> Cache:
   (read,) = read.spans
 
   def put(axes, buffer, new):
-    old = jax.lax.slice_in_dim(buffer, 0, read.length, axis=axes.index('length'))
+    old = jax.lax.slice_in_dim(buffer, 0, read.length, axis=axes.index('attention_length'))
     return write(axes, buffer, jnp.where(rows[:, None, None, None], new, old), 0)
 
   # A position of -1 alone makes a column empty: keys and values behind it are never looked at.

@@ -109,6 +109,9 @@ class Config:
   experts_per_token: Size = 2  # experts that process each token
   normalize_experts: bool = True  # divide the weights of a token's experts by their sum
   balance_rate: NotNegative = 0.0  # step of the bias that balances experts; 0 for no bias
+  # 0: no token is dropped; otherwise the most tokens of an expert, as a multiple of the mean load. Which
+  # tokens are dropped depends on the mesh and on how a batch is cut.
+  expert_capacity: NotNegative = 0.0
 
   max_length: Length = 2048  # longest row in tokens; longer rows raise ValueError
   dtype: str = 'float32'  # of activations, or 'bfloat16'; sums, norms, softmax, logits are float32

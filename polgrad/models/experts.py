@@ -1,14 +1,17 @@
-"""A mixture of experts without capacity limits, balanced without an auxiliary loss.
+"""A mixture of experts, by default without capacity limits, balanced without an auxiliary loss.
 
 Every token goes to the k experts with the highest s + b, where s is the router's score and b a bias of
 the expert. The outputs of these experts are added with weights computed from s alone, so the bias only
 affects the choice. Each update moves b by u sign(mean load - load), so crowded experts are chosen less
 often (arXiv:2408.15664)."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
-from polgrad.sharding import partition_spec
+from polgrad.sharding import mesh_axes, partition_spec
 
 Array = jax.Array
 
@@ -64,12 +67,21 @@ with_load_gradient.defvjp(_forward, _backward)
 
 
 def mixture(
-  x: Array, weights: Array, chosen: Array, gate: Array, up: Array, down: Array, *, activation
+  x: Array,
+  weights: Array,
+  chosen: Array,
+  gate: Array,
+  up: Array,
+  down: Array,
+  *,
+  activation,
+  capacity: float = 0.0,
 ) -> Array:
   """Sum over the k experts of each token of weight_k down_k(activation(gate_k x) * up_k x).
 
   Tokens are sorted by expert, so that each expert multiplies a contiguous block of rows
-  (`jax.lax.ragged_dot`). No token is dropped.
+  (`jax.lax.ragged_dot`). Where experts are spread over devices, a device gathers the tokens of all of
+  these, multiplies those of its own experts, and the outputs are added up and scattered back.
 
   Args:
     x: [B, T, D], activations.
@@ -78,32 +90,56 @@ def mixture(
     gate, up: [E, D, F], matrices of all experts.
     down: [E, F, D].
     activation: function of the gate.
+    capacity: 0 drops no token; otherwise an expert processes at most capacity * B * T * k / E tokens, of
+      the rows that its device reads, and adds nothing to later ones.
 
   Returns:
     f32[B, T, D]
   """
+  share = capacity / gate.shape[0]
+  run = functools.partial(_mixture, activation=activation, share=share)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return _mixture(x, weights, chosen, gate, up, down, activation=activation, split=())
-  # Each device sorts and multiplies its own rows. It gathers the matrices along the width, and keeps
-  # them split along `mlp`.
+    return run(x, weights, chosen, gate, up, down)
+  # Each device sorts and multiplies rows for its own experts. It gathers the matrices along the width,
+  # and keeps them split along `mlp`.
   rows = partition_spec(mesh, ('batch', 'length', 'hidden'), x.shape)
   wide = partition_spec(mesh, ('experts', 'hidden', 'mlp'), gate.shape)
   narrow = partition_spec(mesh, ('experts', 'mlp', 'hidden'), down.shape)
-  split = wide[2] or ()
+  spread, split = mesh_axes(wide[0]), mesh_axes(wide[2])
+  # Devices with other experts have other rows: every device reads the rows of all of them.
+  joined = tuple(axis for axis in spread if axis in mesh_axes(rows[0]))
+  added = tuple(axis for axis in spread if axis not in joined) + split
 
-  def local(*arrays):
-    return _mixture(*arrays, activation=activation, split=split)
+  def local(x, weights, chosen, gate, up, down):
+    gather = lambda x: jax.lax.all_gather(x, joined, axis=0, tiled=True) if joined else x
+    x, weights, chosen = map(gather, (x, weights, chosen))
+    first = jax.lax.axis_index(spread) * len(gate) if spread else 0
+    total = run(x, weights, chosen - first, gate, up, down)
+    total = jax.lax.psum(total, added) if added else total
+    if joined:
+      total = jax.lax.psum_scatter(total, joined, scatter_dimension=0, tiled=True)
+    return total
 
   specs = (rows, rows, rows, wide, wide, narrow)
   return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, weights, chosen, gate, up, down)
 
 
-def _mixture(x, weights, chosen, gate, up, down, *, activation, split):
-  k, num_experts = chosen.shape[-1], gate.shape[0]
-  # One entry for each (token, choice), sorted by expert; entry i of a token's list is token i // k.
-  order = jnp.argsort(chosen.reshape(-1), stable=True)
-  sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
+def _mixture(x, weights, chosen, gate, up, down, *, activation, share):
+  k, num_experts = chosen.shape[-1], len(gate)
+  # One entry for each (token, choice), sorted by expert; entry i of a token's list is token i // k. The
+  # entries of experts that are elsewhere come last, and are in no block of rows.
+  chosen = chosen.reshape(-1)
+  chosen = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
+  order = jnp.argsort(chosen, stable=True)
+  sizes = jnp.bincount(chosen, length=num_experts).astype(jnp.int32)
+  if share:
+    # The place of each entry in the queue of its expert; those beyond the capacity are left out.
+    most = math.ceil(share * len(chosen))
+    begins = jnp.append(jnp.cumsum(sizes) - sizes, -len(chosen))  # of entries elsewhere: beyond
+    place = jnp.arange(len(chosen)) - begins[chosen[order]]
+    order = order[jnp.argsort(place >= most, stable=True)][: num_experts * most]
+    sizes = jnp.minimum(sizes, most)
 
   def product(rows, matrices):
     # The TPU kernel rejects 'highest' for bfloat16, whose products are exact in float32 anyway.
@@ -119,7 +155,7 @@ def _mixture(x, weights, chosen, gate, up, down, *, activation, split):
   rows = x.reshape(-1, x.shape[-1])[order // k]
   inner = activation(product(rows, gate)) * product(rows, up)
   out = product(inner, down).astype(jnp.float32) * weights.reshape(-1)[order][:, None]
-  # Add the k outputs of each token; devices that split `mlp` hold partial sums.
+  out = jnp.where((jnp.arange(len(out)) < jnp.sum(sizes))[:, None], out, 0)
+  # Add the outputs of each token; devices that split `mlp`, or have other experts, hold partial sums.
   total = jnp.zeros((x.shape[0] * x.shape[1], x.shape[-1]), jnp.float32).at[order // k].add(out)
-  total = jax.lax.psum(total, split) if split else total
   return total.reshape(x.shape)

@@ -118,8 +118,9 @@ def _on_each_device(attend: Callable, heads: int) -> Callable:
     return attend
 
   def run(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-    spec = partition_spec(mesh, ('batch', 'heads', 'length', 'head_dim'), query.shape)
-    if partition_spec(mesh, ('kv_heads',), key.shape[1:2]) != PartitionSpec(spec[1]):
+    axes = ('batch', 'attention_heads', 'attention_length', 'head_dim')
+    spec = partition_spec(mesh, axes, query.shape)
+    if partition_spec(mesh, ('attention_kv_heads',), key.shape[1:2]) != PartitionSpec(spec[1]):
       # Fewer key heads than devices: give every query head a copy, so that both split the same way.
       key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value))
     rows = PartitionSpec(spec[0])

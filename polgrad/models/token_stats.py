@@ -124,26 +124,39 @@ def token_stats(
     start = whole.tokens.shape[1] - tokens.shape[1]
     columns = jnp.arange(start, whole.tokens.shape[1], dtype=jnp.int32)
     of_tokens['columns'] = jnp.broadcast_to(columns[None], tokens.shape)[:, 1:]
-  if where is not None:
+  # Where the positions of a row are sharded, so are these columns, with one more if they do not divide.
+  length = tokens.shape[1] - 1
+  pieces = max(map(sharding.pieces_of_a_row, (length, length + 1)))
+  if pieces > 1:
+    of_tokens = {name: _filled(x, pieces) for name, x in of_tokens.items()}
+    for name in of_tokens.keys() & {'hidden', 'teacher_hidden'}:
+      of_tokens[name] = sharding.constrain(of_tokens[name], ('batch', 'length', 'hidden'))
+  gathers = where is not None and pieces == 1
+  if gathers:
     # Gather the evaluated tokens of each row to its left, so that only `most` columns are computed.
     chosen = jnp.argsort(~where[:, 1:], axis=1, stable=True)[:, :most]
     of_tokens = {name: _take(x, chosen) for name, x in of_tokens.items()}
-  rows, length = of_tokens['tokens'].shape
+  rows, width = of_tokens['tokens'].shape
   if chunk is None:
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
-  # Number of columns in a chunk: every device holds its part of the rows.
-  at_once = max(1, chunk * sharding.ambient_data_parallel_size() // rows)
-  if length <= at_once:
+  # Number of columns in a chunk: every device holds its part of the rows, and of their positions.
+  at_once = pieces * max(1, chunk * sharding.ambient_data_parallel_size() // rows)
+  if width <= at_once:
     out = evaluate(of_tokens)
   else:
     # Checkpointed: the backward pass computes the logits of one chunk at a time again.
-    pieces = {name: _split(x, at_once) for name, x in of_tokens.items()}
+    chunks = {name: _split(x, at_once, pieces) for name, x in of_tokens.items()}
     step = jax.checkpoint(evaluate, prevent_cse=False)
-    _, out = jax.lax.scan(lambda carry, piece: (carry, step(piece)), (), pieces)
-    out = {name: _join(x)[:, :length] for name, x in out.items()}
+    _, out = jax.lax.scan(lambda carry, chunk: (carry, step(chunk)), (), chunks)
+    out = {name: _join(x, width, pieces) for name, x in out.items()}
   # Back to columns of `tokens`: undo the gathering and the shift.
-  if where is not None:
+  if gathers:
     out = {name: _put(x, chosen, where[:, 1:]) for name, x in out.items()}
+  else:
+    out = {name: x[:, :length] for name, x in out.items()}
+  if where is not None and not gathers:
+    seen = lambda x: jnp.expand_dims(where[:, 1:], range(2, x.ndim))
+    out = {name: jnp.where(seen(x), x, 0) for name, x in out.items()}
   first = lambda x: jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
   return {name: first(x) for name, x in out.items()}
 
@@ -158,7 +171,7 @@ def _evaluate(
   whole: Rows | None,
 ) -> dict[str, Array]:
   """All statistics of one chunk: arrays [B, S, ...] of its tokens -> f32[B, S, ...] by name."""
-  flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in of_tokens.items()}
+  flat = {name: sharding.merge_positions(x) for name, x in of_tokens.items()}
 
   def logits(unembed, x):
     return unembed(x).astype(jnp.float32) / temperature
@@ -174,7 +187,7 @@ def _evaluate(
     arrays['teacher_logits'] = jax.lax.stop_gradient(teacher)
   if 'columns' in flat:
     found = earlier(whole, of_tokens['columns'])
-    arrays |= {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
+    arrays |= {name: sharding.merge_positions(x) for name, x in found.items()}
   both = arrays
   if 'teacher_logits' in arrays:
     names = ('logits', 'teacher_logits')
@@ -183,7 +196,7 @@ def _evaluate(
   of = lambda stat: both if 'teacher_logits' in inputs(stat) else arrays
   shape = of_tokens['tokens'].shape
   found = {name: call(stat, of(stat)) for name, stat in stats.items()}
-  return {name: x.reshape(*shape, *x.shape[1:]) for name, x in found.items()}
+  return {name: sharding.split_positions(x, *shape) for name, x in found.items()}
 
 
 def _inside(x: Array, seen: Array) -> Array:
@@ -209,13 +222,27 @@ def _put(x: Array, columns: Array, where: Array) -> Array:
   return jnp.where(jnp.expand_dims(where, range(2, x.ndim)), put(x, columns, empty), 0)
 
 
-def _split(x: Array, columns: int) -> Array:
-  """[B, T, ...] -> [pieces, B, columns, ...]; the last piece is filled up with zeros."""
-  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % columns)) + ((0, 0),) * (x.ndim - 2))
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, columns, *x.shape[2:]), 1, 0)
+def _filled(x: Array, columns: int) -> Array:
+  """[B, T, ...] with zeros behind each row, so that `columns` divides its length."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % columns)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _join(x: Array) -> Array:
-  """[pieces, B, columns, ...] -> [B, pieces * columns, ...]."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _split(x: Array, columns: int, pieces: int) -> Array:
+  """[B, T, ...] -> [chunks, B, columns, ...]; the last chunk is filled up with zeros.
+
+  A chunk has equally many consecutive columns of each of the `pieces` of a row.
+  """
+  x = x.reshape(x.shape[0], pieces, -1, *x.shape[2:])
+  each = columns // pieces
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % each)) + ((0, 0),) * (x.ndim - 3))
+  x = x.reshape(x.shape[0], pieces, -1, each, *x.shape[3:])
+  x = jnp.moveaxis(x, 2, 0)
+  return x.reshape(*x.shape[:2], columns, *x.shape[4:])
+
+
+def _join(x: Array, length: int, pieces: int) -> Array:
+  """[chunks, B, columns, ...] -> [B, length, ...], the inverse of `_split`."""
+  x = x.reshape(*x.shape[:2], pieces, -1, *x.shape[3:])
+  x = jnp.moveaxis(x, 0, 2)
+  x = x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : length // pieces]
+  return x.reshape(x.shape[0], length, *x.shape[3:])

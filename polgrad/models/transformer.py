@@ -30,12 +30,15 @@ from polgrad.models.attention import (
 from polgrad.models.cache import Cache, Span
 from polgrad.models.config import Config, num_inputs
 from polgrad.models.policy import Policy
-from polgrad.sharding import constrain
+from polgrad.sharding import constrain, merge_positions, pieces_of_a_row, shards, split_positions
 
 Array = jax.Array
 Params = Any
 
 HIDDEN = ('batch', 'length', 'hidden')  # logical axes of activations
+# Of queries, and of what they attend to; outside and inside of attention.
+OUTSIDE = ('batch', 'length', 'heads', 'head_dim')
+INSIDE = ('batch', 'attention_length', 'attention_heads', 'head_dim')
 
 METHODS = ['__call__', 'branch']  # methods of a block that are scanned over the layers
 # Outputs that the backward pass keeps with remat='none'; matched by primitive name, because kernels'
@@ -69,15 +72,48 @@ def one_view(local: Array, views: Views) -> View:
 
 
 def contract(x: Array, matrix: Array, inputs: int = 1) -> Array:
-  """Sums over the last `inputs` axes of `x` and the first ones of `matrix`; accumulates like `einsum`.
+  """Sums over the last `inputs` axes of `x` [B, T, ...] and the first ones of `matrix`.
 
-  Both are reshaped to matrices, with one row of `x` for each token. Otherwise XLA's CPU backend
-  transposes activations to compute the derivatives.
+  It accumulates like `einsum`. Both are reshaped to matrices, with one row of `x` for each token.
+  Otherwise XLA's CPU backend transposes activations to compute the derivatives.
   """
-  tokens = x.reshape(-1, math.prod(x.shape[-inputs:]))
+  rows, length = x.shape[:2]
+  tokens = merge_positions(x.reshape(rows, length, math.prod(x.shape[-inputs:])))
   flat = matrix.astype(x.dtype).reshape(tokens.shape[-1], -1)
   out = einsum('nu,uv->nv', tokens, flat).astype(x.dtype)
-  return out.reshape(*x.shape[:-inputs], *matrix.shape[inputs:])
+  return split_positions(out, rows, length).reshape(rows, length, *matrix.shape[inputs:])
+
+
+def whole_rows(
+  query: Array, key: Array, value: Array, *, cached: bool
+) -> tuple[Array, Array, Array]:
+  """Exchanges positions for heads, so that each device attends over whole rows with some of the heads.
+
+  Args:
+    query: [B, S, heads, head_dim].
+    key, value: [B, S, kv_heads, head_dim].
+    cached: keys and values go into a cache. Otherwise, where the shards of heads do not divide the heads
+      of keys, each is repeated as often as needed.
+
+  Returns:
+    The queries, and keys and values laid out as in `Cache`.
+  """
+  exchanged = pieces_of_a_row(query.shape[1]) > 1
+  if exchanged:
+    count = shards('attention_heads', query.shape[2])
+    copies = count // math.gcd(count, key.shape[2])
+    if copies > 1 and not cached:
+      key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    query, key, value = (constrain(x, OUTSIDE) for x in (query, key, value))
+    query, key, value = (constrain(x, INSIDE) for x in (query, key, value))
+  return query, jnp.transpose(key, (0, 2, 3, 1)), jnp.moveaxis(value, 2, 1)
+
+
+def in_pieces(attended: Array) -> Array:
+  """The inverse of `whole_rows`, for what queries have attended to."""
+  if pieces_of_a_row(attended.shape[1]) == 1:
+    return attended
+  return constrain(constrain(attended, INSIDE), OUTSIDE)
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -171,18 +207,24 @@ class Block(_Weights):
     c = self.config
     return {'scale': c.query_scale or c.head_dim**-0.5, 'cap': c.attention_softcap}
 
-  def project(self, x: Array, turns: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """[B, S, D] -> queries [B, S, heads, head_dim], and keys and values laid out as in `Cache`."""
+  def project(
+    self, x: Array, turns: tuple[Array, Array], cached: bool = False
+  ) -> tuple[Array, Array, Array]:
+    """[B, S, D] -> queries [B, S, heads, head_dim], and keys and values laid out as in `Cache`.
+
+    Where rows are sharded along their positions, heads are sharded instead from here on to `finish`.
+    """
     y = self.before(x, 'attention_norm')
     query, key, value = (self.dense(y, name) for name in ('query', 'key', 'value'))
     if self.config.qk_norm != 'none':
       query = self.norm(query, self.weights['query_norm'])
       key = self.norm(key, self.weights['key_norm'])
     query, key = rotary.rotate(query, turns), rotary.rotate(key, turns)
-    return query, jnp.transpose(key, (0, 2, 3, 1)), jnp.moveaxis(value, 2, 1)
+    return whole_rows(query, key, value, cached=cached)
 
   def finish(self, x: Array, attended: Array, valid: Array) -> Array:
     """Adds attention, then feed-forward, to the residual stream x; valid is bool[B, S], not padding."""
+    attended = in_pieces(attended)
     x = x + self.after(self.dense(attended, 'out'), 'attention_post_norm')
     y = self.before(x, 'mlp_norm')
     feed_forward = self.mixture(y, valid) if self.config.num_experts else self.mlp(y)
@@ -196,18 +238,18 @@ class Block(_Weights):
   def mixture(self, y: Array, valid: Array) -> Array:
     """The feed-forward as a mixture of experts; padding does not count as load."""
     c, w = self.config, self.weights
-    logits = einsum('bsd,de->bse', y, w['router'].astype(y.dtype)).reshape(-1, c.num_experts)
+    logits = merge_positions(einsum('bsd,de->bse', y, w['router'].astype(y.dtype)))
     bias = w.get('router_bias', jnp.zeros(c.num_experts))
     weights, chosen = experts.route(
       logits, bias, k=c.experts_per_token, normalize=c.normalize_experts
     )
     if c.balance_rate:  # the backward pass then returns the loads as gradient of the bias
-      excess = experts.excess(chosen, valid.reshape(-1), c.num_experts)
+      excess = experts.excess(chosen, merge_positions(valid), c.num_experts)
       weights = experts.with_load_gradient(weights, bias, excess)
-    weights, chosen = (x.reshape(*y.shape[:2], -1) for x in (weights, chosen))
-    out = experts.mixture(
-      y, weights, chosen, w['gate'], w['up'], w['down'], activation=ACTIVATION[c.activation]
-    )
+    weights, chosen = (split_positions(x, *y.shape[:2]) for x in (weights, chosen))
+    matrices = (w[name] for name in ('gate', 'up', 'down'))
+    settings = dict(activation=ACTIVATION[c.activation], capacity=c.expert_capacity)
+    out = experts.mixture(y, weights, chosen, *matrices, **settings)
     return out.astype(y.dtype)
 
   def dense(self, y: Array, name: str) -> Array:
@@ -278,6 +320,8 @@ class Decoder(_Weights):
   def embed(self, tokens: Array) -> Array:
     # A token outside the vocabulary becomes NaN, not the embedding of another token.
     x = jnp.take(self.weights['embedding'], tokens, axis=0, mode='fill').astype(self.config.dtype)
+    if pieces_of_a_row(x.shape[1]) > 1:
+      x = constrain(x, ('batch', 'attention_length', 'looked_up'))
     return constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), HIDDEN)
 
   def views(self, positions: Array, keys: Array, mask: Array) -> Views:
@@ -482,7 +526,7 @@ class Functions:
     starts = itertools.accumulate((span.length for span in cache.spans[:-1]), initial=0)
     spans, views = [], []
     for span, column in zip(cache.spans, [index - start for start in starts]):
-      held = caches.write(('batch', 'length'), span.positions, written, column)
+      held = caches.write(caches.POSITIONS, span.positions, written, column)
       mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
       views.append(self.apply(params, positions, held, mask, method='views'))
       spans.append((column, [], [], held))
@@ -492,7 +536,7 @@ class Functions:
     for i, weights in enumerate(params['layers']):
       run = functools.partial(self.block.apply, {'params': weights})
       seen = [view[0 if i in self.config.local_layers else -1] for view in views]
-      query, key, value = run(x, seen[0].turns, method='project')
+      query, key, value = run(x, seen[0].turns, cached=True, method='project')
       for old, (column, keys, values, _) in zip(cache.spans, spans):
         keys.append(caches.write(caches.KEYS, old.keys[i], key, column))
         values.append(caches.write(caches.VALUES, old.values[i], value, column))
