@@ -38,7 +38,8 @@ from ml_collections import ConfigDict
 
 from benchmarks import robustness
 from benchmarks.robustness import PLACES
-from polgrad import checkpoint, cli, environments, metrics, optim, preemption
+from polgrad import checkpoint, cli, environments, metrics, optim, preemption, row_files
+from polgrad.losses import ratios
 from polgrad.options import from_text
 from polgrad.phases import PhaseRun
 from polgrad.registry import part, weighted
@@ -131,6 +132,24 @@ def episodes() -> ConfigDict:
   return config
 
 
+def in_flight() -> ConfigDict:
+  """Rows that continue over updates, sampled beside them, with importance weights by age."""
+  config = from_text(f'method=a3po,{TEXT}')
+  config.phases.train.steps = 8
+  config.phases.train.collect.update(lag=2, overlap=True, in_flight=8)
+  config.phases.train.objective.proximal = part(ratios.interpolated_by_token)
+  return config
+
+
+def interrupted() -> ConfigDict:
+  """The same, interrupted by updates: its numbers depend on speed, but each row is trained on once."""
+  config = in_flight()
+  config.phases.train.collect.update(chunk=2, weights_every=2)
+  with config.unlocked():
+    config.rollouts.update(every=1, rows=1024)
+  return config
+
+
 def distributed() -> ConfigDict:
   """Two processes, each with half of the parameters and of the moments."""
   config = from_text(f'method=grpo,{TEXT}')
@@ -146,7 +165,7 @@ def waiting() -> ConfigDict:
   return config
 
 
-ONE_PROCESS = (phases, replay, adaptive, lora, experts, episodes, waiting)
+ONE_PROCESS = (phases, replay, adaptive, lora, experts, episodes, waiting, in_flight, interrupted)
 RUNS = {f.__name__: f for f in (*ONE_PROCESS, distributed)}
 
 
@@ -379,45 +398,81 @@ def rows_of(folder: pathlib.Path) -> list[dict]:
   return [{k: v for k, v in row.items() if 'second' not in k} for row in found]
 
 
+def last_checkpoint(folder: pathlib.Path) -> dict:
+  """The arrays of the last checkpoint by their paths; in a process that may start JAX."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+  import numpy as np
+  import orbax.checkpoint as ocp
+
+  stored = checkpoint.manager(str(folder / 'checkpoints'))
+  step = stored.latest_step()
+  like = stored.item_metadata(step)
+  args = {}
+  for name in checkpoint.TREES:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = lambda x, s=device: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    args[name] = ocp.args.StandardRestore(jax.tree.map(shape, like[name].tree))
+  found = stored.restore(step, args=ocp.args.Composite(**args))
+  found = {n: jax.tree_util.tree_leaves_with_path(found[n]) for n in checkpoint.TREES}
+  stored.close()
+  return {
+    f'{n}{jax.tree_util.keystr(path)}': np.asarray(x) for n, xs in found.items() for path, x in xs
+  } | {'step': np.asarray(step)}
+
+
+def asked(function: Callable[[], dict], killed: pathlib.Path) -> dict:
+  """What a function says in another process, because this one never starts JAX."""
+  out = killed / 'asked.json'
+  if os.waitpid(fork(lambda: out.write_text(json.dumps(function()))), 0)[1]:
+    raise AssertionError(f'the checkpoints of {killed} cannot be read')
+  return json.loads(out.read_text())
+
+
 def differing(whole: pathlib.Path, killed: pathlib.Path) -> tuple[list[str], int]:
   """The arrays of the last checkpoints that differ in a bit, and the number of all arrays."""
-  out = killed / 'differing.json'  # another process reads them, because this one never starts JAX
 
-  def compare():
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    def last(folder):
-      stored = checkpoint.manager(str(folder / 'checkpoints'))
-      step = stored.latest_step()
-      like = stored.item_metadata(step)
-      args = {}
-      for name in checkpoint.TREES:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shape = lambda x, s=device: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        args[name] = ocp.args.StandardRestore(jax.tree.map(shape, like[name].tree))
-      found = stored.restore(step, args=ocp.args.Composite(**args))
-      found = {n: jax.tree_util.tree_leaves_with_path(found[n]) for n in checkpoint.TREES}
-      stored.close()
-      return {
-        f'{n}{jax.tree_util.keystr(path)}': np.asarray(x)
-        for n, xs in found.items()
-        for path, x in xs
-      } | {'step': np.asarray(step)}
-
-    a, b = last(whole), last(killed)
+  def compare() -> dict:
+    a, b = last_checkpoint(whole), last_checkpoint(killed)
     bits = lambda x: (x.shape, str(x.dtype), x.tobytes())
     odd = [
       k for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or bits(a[k]) != bits(b[k])
     ]
-    out.write_text(json.dumps({'odd': odd, 'arrays': len(a)}))
+    return {'odd': odd, 'arrays': len(a)}
 
-  if os.waitpid(fork(compare), 0)[1]:
-    raise AssertionError(f'the checkpoints of {killed} cannot be read')
-  found = json.loads(out.read_text())
+  found = asked(compare, killed)
   return found['odd'], found['arrays']
+
+
+def miscounted(whole: pathlib.Path, killed: pathlib.Path) -> tuple[list[str], int]:
+  """Prompts that were lost or trained on twice, and the number of all that the run has drawn.
+
+  Of a run whose source has more records than it draws, so that no prompt is drawn twice.
+  """
+  del whole
+
+  def count() -> dict:
+    state = last_checkpoint(killed)
+    of = lambda name: state[next(key for key in state if key.endswith(name))]
+    memory, rows = "['memory']['batches']['prompt_ids']", "['rows']['prompt_ids']"
+    ring, begun = of(memory), of("['rows']['begun']")
+    used, made = int(of("['phase_step']")), int(of("['memory']['count']"))
+    ids = [ring[n % len(ring)] for n in range(used, made)]
+    ids += [of(rows)[begun >= 0]]
+    files = row_files.files(str(killed / 'run'), row_files.ROLLOUTS)
+    ids += [[row['prompt_ids'] for row in row_files.read(file).rows] for file in files]
+    found = collections.Counter(int(i) for some in ids for i in some)
+    samples = min(found.values())  # of a prompt; more of them are a prompt that came twice
+    odd = [f'prompt {i}' for i, n in found.items() if n != samples]
+    missing = int(of("['cursor']")) - len(found)
+    return {'odd': odd + ['a prompt'] * abs(missing), 'arrays': len(found)}
+
+  found = asked(count, killed)
+  return found['odd'], found['arrays']
+
+
+# Runs whose numbers depend on speed: what is compared instead of every bit.
+COMPARED = {'interrupted': miscounted}
 
 
 def campaign(name: str, kills: int, place: pathlib.Path, draw: random.Random) -> dict:
@@ -467,9 +522,10 @@ def campaign(name: str, kills: int, place: pathlib.Path, draw: random.Random) ->
     runs += 1
 
     # Compare with the run that was not killed.
-    odd, count = differing(whole, folder)
+    odd, count = COMPARED.get(name, differing)(whole, folder)
     arrays, compared = arrays + odd, compared + count
-    odd_rows += sum(a != b for a, b in zip(rows_of(whole), rows_of(folder)))
+    if name not in COMPARED:
+      odd_rows += sum(a != b for a, b in zip(rows_of(whole), rows_of(folder)))
     odd_rows += abs(len(rows_of(whole)) - len(rows_of(folder)))
     print(f'{name}: {places.total()} kills, {runs} runs, {odd[:3]}, {odd_rows} rows', flush=True)
     if not odd:

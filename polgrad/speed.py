@@ -73,10 +73,11 @@ PEAKS = {
 
 
 class Meter:
-  """Seconds and operations of the named parts of a step; they add up until they are taken."""
+  """Seconds, operations and bytes of the named parts of a step; they add up until they are taken."""
 
   def __init__(self):
     self._seconds, self._flops = collections.Counter(), collections.Counter()
+    self._bytes = collections.Counter()
     self._parts: list[str] = []  # that are being timed, the innermost last
     self._since = 0.0
 
@@ -96,12 +97,18 @@ class Meter:
     if not math.isnan(flops):
       self._flops[part] += flops
 
+  def move(self, part: str, tree: Any) -> None:
+    """Adds the bytes of all copies of these arrays on the devices of this process."""
+    shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+    self._bytes[part] += sum(s.data.nbytes for s in shards)
+
   def take(self) -> dict[str, float]:
-    """`seconds/PART` and `flops/PART` since the last call."""
+    """`seconds/PART`, `flops/PART` and `bytes/PART` since the last call."""
     found = {f'seconds/{k}': v for k, v in self._seconds.items()}
     found |= {f'flops/{k}': float(v) for k, v in self._flops.items()}
-    self._seconds.clear()
-    self._flops.clear()
+    found |= {f'bytes/{k}': float(v) for k, v in self._bytes.items()}
+    for counter in (self._seconds, self._flops, self._bytes):
+      counter.clear()
     return found
 
   def _lap(self) -> None:

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import kills
 from polgrad import build, phases, sharding
 from polgrad.collect import Rollouts, partial
+from polgrad.models.policy import learned
 from polgrad.registry import part
 from polgrad.sampling import make_resumable_sampler, make_sampler, resumable
 from polgrad.types import TrainState
@@ -171,6 +173,29 @@ def test_no_row_is_lost_or_trained_twice(mode):
     for one, other in zip(late, repeated, strict=True):
       jax.tree.map(equal, one.batch, other.batch)
     jax.tree.map(equal, *map(sharding.to_host, (whole.collect_state, again.collect_state)))
+
+
+def test_what_no_update_changes_is_sent_to_the_sampler_once():
+  made = kills.get_config('lora')
+  made.phases.train.collect.update(in_flight=8, overlap=True, lag=1)
+  run = build.build(made)
+  phase = run.phases['train']
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    context = phases.context(run, phase, 0)
+    steps = partial.make_in_flight_steps(phase.collect, context, phase.collect._parts(context))
+    first = steps.lent(state)
+    assert steps.meter.take()['bytes/transfer'] == sum(
+      x.nbytes for x in jax.tree.leaves(learned(run.policy, state.params))
+    )
+    moved = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
+    second = steps.lent(moved)
+  labels = run.policy.labels(state.params)
+  for label, one, other, live in zip(
+    *map(jax.tree.leaves, (labels, first.params, second.params, moved.params)), strict=True
+  ):
+    np.testing.assert_array_equal(other, one if label == 'frozen' else live)
+  assert {'frozen', 'train'} <= set(jax.tree.leaves(labels))
 
 
 @pytest.mark.parametrize(

@@ -234,22 +234,15 @@ class Lender:
   def __init__(self, steps: InFlightSteps):
     self._steps, self._lent, self._version = steps, None, 0
 
-  def __call__(self, state: TrainState, step: int) -> tuple[TrainState, int, float]:
-    """(state, version, bytes) that were copied in this step; arrays of `state` may be older ones."""
+  def __call__(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+    """The state whose parameters sample, and their version: the step in which they were copied."""
     if self._lent is not None and step - self._version < self._steps.settings.weights_every:
-      mine = self._lent
-      return (
-        state.replace(params=mine.params, anchors=mine.anchors, opt_state=()),
-        self._version,
-        0.0,
-      )
-    self._lent, self._version = self._steps.lent(state), step
-    return self._lent, step, float(_bytes((self._lent.params, self._lent.anchors)))
-
-
-def _bytes(tree: Any) -> int:
-  """Bytes of all copies of these arrays on the devices of this process."""
-  return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+      self._steps.meter.move('transfer', ())
+    else:
+      self._lent, self._version = self._steps.lent(state), step
+    # What the sampler reads besides parameters, such as counters, is that of this step.
+    copies = dict(params=self._lent.params, anchors=self._lent.anchors)
+    return state.replace(opt_state=(), learned={}, **copies), self._version
 
 
 def asynchronous(steps: InFlightSteps) -> Collect:
@@ -290,7 +283,7 @@ def asynchronous(steps: InFlightSteps) -> Collect:
 
   def collect(state: TrainState, draw: Draw, step: int) -> Collected:
     flight = InFlight(*to_host(state.collect_state))
-    lent, version, sent = lend(state, step)
+    lent, version = lend(state, step)
     early = []
     if int(flight.memory.count) <= step:  # nothing waits: make the batch now
       flight, early = produced(flight, lent, version, draw, step + 1, lambda rows: False)
@@ -320,7 +313,6 @@ def asynchronous(steps: InFlightSteps) -> Collect:
       report.metrics['staleness'] = float(batch.staleness.mean())
       report.metrics['staleness/largest'] = float(batch['token_staleness'].max())
       report.metrics['batches_waiting'] = float(int(after.memory.count) - 1 - step)
-      report.metrics['bytes/transfer'] = sent
       return Collected(collected.batch, credit_state, after, *report)
 
     return Collected(batch, credit_state, flight, {}, [], [], pending=finish)

@@ -30,6 +30,7 @@ from polgrad.collect.scored import (
 from polgrad.collect.steps import Report, Steps, sampled_of
 from polgrad.curricula import Sampled
 from polgrad.losses import selections
+from polgrad.models.policy import labelled, learned, overlay
 from polgrad.registry import inputs
 from polgrad.sharding import copied, to_host
 from polgrad.types import STREAMS, Batch, TrainState
@@ -72,6 +73,7 @@ class RolloutSteps(Steps):
   draw_baselines: RowSampler | None  # None: there are no baselines
   draw_opponents: RowSampler | None  # None: there are no opponents
   old: Batch | None = None  # rows of earlier runs; None: there are none
+  lent_once: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `lent`
 
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     records = self._begin(draw(self.settings.prompts), step)
@@ -156,10 +158,19 @@ class RolloutSteps(Steps):
     settings, mesh = self.settings, self.context.sampler_mesh
     if mesh is None and not settings.overlap:
       return state
-    read = {name: state.anchors[name] for name in settings.anchors_read}
+    policy, frozen = self.context.policy, self.context.frozen
+    anchors = {name: state.anchors[name] for name in settings.anchors_read}
+    to = mesh or self.context.mesh
     with self.meter.timing('transfer'):
-      params, anchors = copied(mesh or self.context.mesh, (state.params, read))
-      jax.block_until_ready((params, anchors))
+      # What no update changes is copied once: the base of an adapter, and other models.
+      if 'base' not in self.lent_once:
+        self.lent_once['base'] = copied(to, labelled(policy, state.params, 'frozen'))
+        self.lent_once['models'] = copied(to, {n: x for n, x in anchors.items() if n in frozen})
+      own = {name: x for name, x in anchors.items() if name not in frozen}
+      sent = copied(to, (learned(policy, state.params), own))
+      self.meter.move('transfer', sent)
+      jax.block_until_ready(sent)
+    params, anchors = overlay(self.lent_once['base'], sent[0]), self.lent_once['models'] | sent[1]
     return state.replace(params=params, anchors=anchors, opt_state=(), learned={})
 
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
