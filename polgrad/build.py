@@ -54,7 +54,7 @@ from polgrad.registry import (
   unbound,
 )
 from polgrad.rewards import combinations, comparisons, scoring, spans
-from polgrad.sampling import stopping
+from polgrad.sampling import engines, stopping
 from polgrad.types import Layout, Prompts
 
 CHECKED = 64  # records of a generated source that are laid out before a run
@@ -383,6 +383,7 @@ class Experiment:
     model: the policy.
     mesh: the devices that train.
     sampler_mesh: the devices on which rollouts are sampled: the same ones, or others beside them.
+    engine: what draws rollouts: polgrad's sampler, or vLLM. Held-out problems are always polgrad's.
     phases: stages by name.
     order: the names of `phases`, in the order in which they run.
     evaluation: what is measured on held-out problems.
@@ -409,6 +410,7 @@ class Experiment:
   model: ModelPart
   mesh: MeshPart = sharding.make_mesh
   sampler_mesh: SamplerMeshPart = sharding.shared
+  engine: engines.Part = engines.Own
   phases: Mapping[str, PhasePart]
   order: tuple
   evaluation: EvaluationPart = Never
@@ -601,6 +603,8 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   _check_sampler_mesh(path, collector, run)
   _check_pieces(path, phase, run.mesh)
+  if isinstance(collector, collect.Sampling):
+    run.engine.check(collector, f'{path}.collect')
   if phase.layout.shared > 1 and not (phase.layout.prompt_length and collector.one_prompt):
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
@@ -1085,6 +1089,7 @@ def check_data(run: Experiment) -> list[str]:
   """
   check_texts(run)
   told, asked = [], {}
+  run.engine.check_there('config.engine')
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
     tracing.trace_networks(f'config.phases.{name}', phase, run.policy)

@@ -304,6 +304,7 @@ def context(experiment: Experiment, phase: Phase, index: int) -> Context:
     source=phase.source,
     minibatches=phase.minibatches,
     elsewhere=phase.elsewhere,
+    engine=experiment.engine,
   )
 
 

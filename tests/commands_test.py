@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / 'launch'))
 PAGES = (
   *('README.md', 'docs/data.md', 'docs/before_a_run.md', 'docs/looking_inside.md'),
   *('docs/tracking.md', 'docs/models.md', 'docs/pods.md', 'docs/online_preferences.md'),
-  *('docs/preflight.md', 'docs/distillation.md'),
+  *('docs/preflight.md', 'docs/distillation.md', 'docs/engines.md'),
 )
 
 

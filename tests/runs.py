@@ -11,6 +11,7 @@ from polgrad.collect import drawn
 from polgrad.compose import compose
 from polgrad.methods import Method
 from polgrad.options import from_text
+from polgrad.sampling import engines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,8 @@ def share_programs(patch: Callable = setattr) -> None:
       return start(experiment, state, logs)
     config, index = configs[id(experiment)][1], int(state.phase)
     name = experiment.order[index]
-    read = [
-      config[key] for key in ('model', 'tokenizer', 'mesh', 'sampler_mesh', 'seed', 'evaluation')
-    ]
+    shared = ('model', 'tokenizer', 'mesh', 'sampler_mesh', 'engine', 'seed', 'evaluation')
+    read = [config[key] for key in shared]
     key = json.dumps([index, {**config['phases'][name], 'steps': 0}, *read], sort_keys=True)
     if key not in programs:
       programs[key] = start(experiment, state, logs)
@@ -107,5 +107,5 @@ def share_samplers(patch: Callable = setattr) -> None:
 
     return sampler
 
-  for name in ('make_sampler', 'make_turn_sampler'):
-    patch(drawn, name, once(getattr(drawn, name)))
+  for module, name in ((engines, 'make_sampler'), (drawn, 'make_turn_sampler')):
+    patch(module, name, once(getattr(module, name)))

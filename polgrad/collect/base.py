@@ -23,6 +23,7 @@ from polgrad.objectives import Objective
 from polgrad.packing import pack
 from polgrad.registry import AtLeastOne, Count, Positive, Range, inputs
 from polgrad.rewards.scoring import Compared, Marked, Scores
+from polgrad.sampling import engines
 from polgrad.types import PLAIN, Array, Batch, Layout, Outputs, Params, Prompts, TrainState
 
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
@@ -57,6 +58,7 @@ class Context(NamedTuple):
   minibatches: int = 1  # updates in a pass over the batch of a step
   # Models that are not on the devices of the run, by name.
   elsewhere: Mapping[str, teachers.Elsewhere] = {}
+  engine: engines.Own | engines.External = engines.OWN  # what draws completions of one turn
 
 
 class Collected(NamedTuple):
@@ -497,6 +499,7 @@ def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:
     tokenizer=context.tokenizer,
     policy=context.policy,
     mesh=context.sampler_mesh or context.mesh,
+    engine=context.engine,
     **{name: getattr(settings, name) for name in HANDED_ON if name in own},
     **sampler,
   )

@@ -19,8 +19,7 @@ from polgrad.environments.workers import Pool
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive
 from polgrad.rewards.worker import words
-from polgrad.sampling import stopping
-from polgrad.sampling.sampler import make_sampler
+from polgrad.sampling import engines, stopping
 from polgrad.sampling.turns import make_turn_sampler
 from polgrad.sharding import to_host
 from polgrad.types import Batch
@@ -130,6 +129,7 @@ def make_draws(
   tokenizer: Tokenizer,
   policy: Policy,
   samples_per_prompt: int = 1,
+  engine: engines.Own | engines.External = engines.OWN,
   **sampler: Any,
 ) -> Draws:
   """Makes the function that draws rows, of one turn or of several.
@@ -140,10 +140,11 @@ def make_draws(
     tokenizer: says what ends a turn, and makes texts of tokens.
     policy: the model for the names that `policies` lacks.
     samples_per_prompt: rows of a prompt.
+    engine: what draws rows of one turn.
     sampler: further settings of `make_sampler`.
   """
   several = settings.has_environment
-  make = make_turn_sampler if several else make_sampler
+  make = make_turn_sampler if several else engine.sampler
   sample = make(
     policies,
     default=policy,
@@ -169,7 +170,7 @@ def make_draws(
       tokenizer,
       settings.opened(records),
       samples_per_prompt=samples_per_prompt,
-      seeds=episode_seeds(seed, step, ids, samples_per_prompt),
+      seeds=engines.row_seeds(seed, step, ids, samples_per_prompt),
       observation_tokens=settings.observation_tokens,
       keep_states=settings.keeps_states,
       before=begun.episodes if begun else (),
@@ -203,20 +204,6 @@ def from_first(value: Any) -> Any:
   size = int(multihost_utils.broadcast_one_to_all(np.int64(len(sent))))
   own = sent if jax.process_index() == 0 else np.zeros(size, np.uint8)
   return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes())
-
-
-def episode_seeds(seed: int, step: int, ids: Sequence[int], samples_per_prompt: int) -> list[int]:
-  """One number in [0, 2**31) for each row: a resumed run draws the same ones.
-
-  >>> episode_seeds(0, 3, [7], 2) == episode_seeds(0, 3, [5, 7], 2)[2:]
-  True
-  """
-  fold = lambda i, sample: np.random.SeedSequence((seed % 2**32, step, i, sample))
-  return [
-    int(fold(int(i), sample).generate_state(1)[0] >> 1)
-    for i in ids
-    for sample in range(samples_per_prompt)
-  ]
 
 
 def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:

@@ -48,7 +48,7 @@ def overlapped(steps: Any) -> Collect:
       with own.timing('waiting'):
         fresh, report = sampling.result()
       report.metrics['staleness'] = float(batch.staleness.mean())
-      report.metrics.update(steps.meter.take() | own.take())
+      report.metrics.update(steps.meter.take() | own.take() | steps.context.engine.take())
       return Collected(collected.batch, credit_state, steps.stored(fresh, memory), *report)
 
     return Collected(batch, credit_state, memory, {}, [], [], pending=finish)

@@ -94,10 +94,11 @@ class Steps(abc.ABC):
       batch, memory = self.exchange(batch, memory, random)
       batch = self.annotated(batch, state, step, random)
       self.meter.add('annotation', self.annotate.flops(batch))
+      report.metrics.update(self.mismatch(batch))
       memory = self.measured(batch, memory)
       batch, credit_state = self.credit(batch, state)
     report.metrics['staleness'] = float(batch.staleness.mean())
-    report.metrics.update(self.meter.take())
+    report.metrics.update(self.meter.take() | self.context.engine.take())
     return Collected(batch, credit_state, memory, *report)
 
   def fresh(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Report]:
@@ -145,6 +146,20 @@ class Steps(abc.ABC):
       proximal_logp=batch.behavior_logp,
     )
     return self.annotate(state, self.tracked(batch, state))
+
+  def mismatch(self, batch: Batch) -> dict[str, float]:
+    """How far log-probs of whoever sampled are from those of the trainer, in fresh rows; {} where those
+    of the trainer are not recomputed.
+
+    * `mismatch/kl`: the k3 estimate of KL(sampler || policy) of the tokens, nats.
+    * `mismatch/max_gap`: the largest absolute log-ratio, nats.
+    """
+    where = batch.mask & (batch.staleness == 0)[:, None]
+    if 'proximal_logp' not in self.annotate.own or not where.any():
+      return {}
+    log_ratio = (batch.proximal_logp - batch.behavior_logp)[where].astype(np.float64)
+    kl = np.mean(np.expm1(log_ratio) - log_ratio)
+    return {'mismatch/kl': float(kl), 'mismatch/max_gap': float(np.abs(log_ratio).max())}
 
   def tracked(self, batch: Batch, state: TrainState) -> Batch:
     """The batch with what the curriculum knows of the prompts of its rows."""

@@ -21,11 +21,13 @@ from polgrad.models import families, heads
 from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.models.tensors import (
+  WHOLE,
   Tensor,
   check_free,
   check_shapes,
   new_folder,
   open_folder,
+  write_file,
   write_folder,
 )
 from polgrad.models.transformer import from_config, logits
@@ -319,6 +321,31 @@ def as_tensors(config: Config, params: Params) -> dict[str, Tensor]:
   flat.pop(('layers', 'router_bias'), None)
   kind = families.write_settings(config, False)['model_type']
   return named(config, flat, kind, left_out=('value_head',))
+
+
+def write_bare(folder: pathlib.Path, config: Config, params: Params, dtype: str) -> tuple[int, int]:
+  """Writes config.json and model.safetensors alone, in one dtype, over those that are there.
+
+  Args:
+    folder: local; it is made if it is not there.
+    config: of the policy, without an adapter.
+    params: its parameters; those that no family has a place for are left out.
+    dtype: of the tensors, 'float32' or 'bfloat16'.
+
+  Returns:
+    How many tensors these are, and their bytes.
+
+  Raises:
+    ValueError: a model that no family can express.
+  """
+  to = np.dtype(dtype)  # of ml_dtypes, or NumPy's
+  cast = lambda x: Tensor(x.shape, to, lambda index: x.read(index).astype(to, copy=False))
+  tensors = {name: cast(x) for name, x in as_tensors(config, params).items()}
+  folder.mkdir(exist_ok=True)
+  write_file(folder / WHOLE, tensors)
+  settings = families.write_settings(config, False) | {'torch_dtype': dtype}
+  (folder / 'config.json').write_text(json.dumps(settings), encoding='utf-8')
+  return len(tensors), sum(x.nbytes for x in tensors.values())
 
 
 def named(

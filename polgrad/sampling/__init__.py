@@ -4,6 +4,7 @@
 |---|---|
 | `make_sampler` | makes the function that draws completions: prompts -> `Rollout` |
 | `behavior_policies` | who draws: the policy, greedily, a reference, mixtures, with a scorer |
+| `engines` | who runs this: polgrad, or a process of vLLM that gets the weights |
 | `make_turn_sampler` | the same for rows of several turns: between them the policy reads replies |
 | `make_resumable_sampler` | the same in pieces: rows that are not over continue with other weights |
 | `blockwise` | continues with the best of several blocks, as a scorer or a verifier says |
@@ -12,7 +13,7 @@
 | `processors` | what is done to its logits before a draw: temperature, top-k, top-p |
 """
 
-from polgrad.sampling import behavior_policies, processors
+from polgrad.sampling import behavior_policies, engines, processors
 from polgrad.sampling.blockwise import make_block_sampler, prefix_value
 from polgrad.sampling.resumable import make_resumable_sampler
 from polgrad.sampling.sampler import make_sampler
@@ -20,6 +21,7 @@ from polgrad.sampling.turns import make_turn_sampler
 
 __all__ = [
   'behavior_policies',
+  'engines',
   'make_block_sampler',
   'make_resumable_sampler',
   'make_sampler',

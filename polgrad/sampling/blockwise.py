@@ -15,7 +15,7 @@ from polgrad.compiling import jit
 from polgrad.losses import logit_stats
 from polgrad.models.policy import Policy
 from polgrad.models.token_stats import token_stats
-from polgrad.sampling.sampler import behavior_at, make_sampler
+from polgrad.sampling.sampler import behavior_at, laid_out, make_sampler
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Params
 
@@ -93,7 +93,7 @@ def make_block_sampler(
       finished |= chosen.finished
       if finished.all():
         break
-    return _batch(tokens, mask, prompt_ids, made, logp, drawn, finished, pad_id)
+    return laid_out(tokens, mask, prompt_ids, made, logp, drawn, finished, pad_id=pad_id)
 
   return sample
 
@@ -190,19 +190,3 @@ def block_streamer(
     yield from rows.tokens[rows.mask][:max_new_tokens].tolist()
 
   return stream
-
-
-def _batch(tokens, mask, prompt_ids, made, logp, drawn, finished, pad_id) -> Batch:
-  """The batch of prompts and completions, laid out as by `make_sampler`."""
-  tokens, mask = np.asarray(tokens), np.asarray(mask)
-  join = lambda first, rest: np.concatenate([first, rest], axis=1)
-  nothing = np.zeros(mask.shape, bool)
-  return Batch(
-    tokens=join(np.where(mask, tokens, pad_id), made),
-    segment_ids=join(mask, drawn).astype(np.int32),
-    mask=join(nothing, drawn),
-    behavior_logp=join(nothing.astype(np.float32), logp),
-    finished=finished,
-    prompt_ids=np.asarray(prompt_ids),
-    group_ids=np.arange(len(tokens), dtype=np.int32),
-  )

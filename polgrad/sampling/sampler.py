@@ -147,6 +147,46 @@ def configure(
   return sampler
 
 
+def laid_out(
+  tokens: np.ndarray,
+  mask: np.ndarray,
+  prompt_ids: Sequence[int],
+  made: np.ndarray,
+  logp: np.ndarray,
+  drawn: np.ndarray,
+  finished: np.ndarray,
+  *,
+  pad_id: int,
+  samples: int = 1,
+) -> Batch:
+  """The batch of prompts and completions that were drawn elsewhere, as `make_sampler` lays it out.
+
+  Args:
+    tokens: prompts i32[N, Tp], left-padded.
+    mask: bool[N, Tp], False on padding.
+    prompt_ids: of the prompts, [N].
+    made: tokens of the completions i32[B, new], prompt-major, `pad_id` behind their ends.
+    logp: their log-probs f32[B, new], 0 behind the ends.
+    drawn: bool[B, new], True on tokens of completions.
+    finished: bool[B], whether a completion has ended.
+    pad_id: token of padding.
+    samples: completions of a prompt.
+  """
+  repeat = lambda x: np.repeat(np.asarray(x), samples, axis=0)
+  join = lambda first, rest: np.concatenate([first, rest], axis=1)
+  tokens, mask = repeat(tokens), repeat(mask)
+  nothing = np.zeros(mask.shape, bool)
+  return Batch(
+    tokens=join(np.where(mask, tokens, pad_id), made),
+    segment_ids=join(mask, drawn).astype(np.int32),
+    mask=join(nothing, drawn),
+    behavior_logp=join(nothing.astype(np.float32), logp),
+    finished=finished,
+    prompt_ids=repeat(prompt_ids),
+    group_ids=repeat(np.arange(len(prompt_ids), dtype=np.int32)),
+  )
+
+
 def spare_columns(mask: Array) -> int:
   """Columns on the left of bool[N, Tp] that no prompt needs: after trimming, few widths are left."""
   width = mask.shape[1]

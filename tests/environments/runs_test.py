@@ -36,7 +36,7 @@ from polgrad.options import from_text
 from polgrad.registry import part, weighted
 from polgrad.rewards import verifiers
 from polgrad.rewards.scoring import Scores
-from polgrad.sampling import behavior_policies
+from polgrad.sampling import behavior_policies, engines
 from polgrad.types import Layout, turns
 from polgrad.view import runs
 from tests.runs import method_of
@@ -246,8 +246,8 @@ def test_episodes_have_seeds_that_a_resumed_run_has_too(plain, judged):
   np.testing.assert_array_equal(judged.batch.tokens[good], plain[0].batch.tokens[good])
   said = lambda got: [e.observations[0] for e in got.episodes if e.observations]
   assert said(plain[0]) != said(plain[1])
-  assert len(set(drawn.episode_seeds(0, 1, range(50), 4))) == 200
-  assert drawn.episode_seeds(-1, 1, [3], 1) != drawn.episode_seeds(0, 1, [3], 1)
+  assert len(set(engines.row_seeds(0, 1, range(50), 4))) == 200
+  assert engines.row_seeds(-1, 1, [3], 1) != engines.row_seeds(0, 1, [3], 1)
 
 
 def test_a_run_that_begins_again_has_the_same_bits_whenever_answers_come(plain):

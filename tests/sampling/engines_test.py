@@ -1,0 +1,252 @@
+"""An external engine draws from the policy that the trainer has now, and fails with a name.
+
+The engine is `tiny_engine.py`, a Llama in NumPy, in a process that speaks the protocol of vLLM's.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from polgrad import build, collect, environments, evaluate, phases
+from polgrad.losses import logit_stats
+from polgrad.registry import part
+from polgrad.sampling import behavior_policies, engines, make_sampler, processors
+from polgrad.sampling.engine_process import EngineError, Process
+from tests.models import tiny
+from tests.runs import addition, method_of
+
+SCRIPT = pathlib.Path(__file__).with_name('tiny_engine.py')
+POLICY, PARAMS, OTHER = tiny.policy(), tiny.params(), tiny.params(1)
+WIDTH, NEW, GROUP, STOPS = 6, 7, 3, (3, 5, 8)
+TOKENS = np.asarray(tiny.rows(0, 4, WIDTH))
+MASK = np.arange(WIDTH)[None] >= np.array([0, 2, 5, 1])[:, None]
+IDS = np.array([7, 3, 11, 4], np.int32)
+SETTINGS = dict(max_new_tokens=NEW, samples_per_prompt=GROUP, stop_ids=STOPS, pad_id=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(engines.External):
+  """The engine of `tiny_engine.py`."""
+
+  trouble: str = ''
+
+  @property
+  def command(self):
+    return [sys.executable, '-I', str(SCRIPT), self.trouble]
+
+  def settings(self, max_length):
+    return {'max_length': max_length}
+
+  def check_there(self, path):
+    """It is always there."""
+
+
+@pytest.fixture(scope='module')
+def engine():
+  made = Tiny()
+  yield made
+  made.served.stop()
+
+
+def draw(engine, params=PARAMS, rows=slice(None), seed=0, step=0, **settings):
+  sample = engine.sampler({'policy': POLICY}, **SETTINGS | settings)
+  return sample({'policy': params}, TOKENS[rows], MASK[rows], IDS[rows], seed=seed, step=step)
+
+
+def trainer_logp(batch, params, temperature=1.0):
+  """Log-probs as the trainer has them, on the mask."""
+  with jax.default_matmul_precision('highest'):
+    hidden = POLICY.hidden(params, batch.tokens, batch.segment_ids)
+    logits = POLICY.unembed(params, hidden)[:, :-1] / temperature
+  logp = jax.nn.log_softmax(logits)
+  found = np.take_along_axis(np.asarray(logp), batch.tokens[:, 1:, None], axis=-1)[..., 0]
+  return np.where(batch.mask, np.pad(found, ((0, 0), (1, 0))), 0)
+
+
+def test_log_probs_are_those_of_the_weights_that_the_trainer_has_now(engine):
+  for params, others in ((PARAMS, OTHER), (OTHER, PARAMS)):
+    batch = draw(engine, params, temperature=0.7)
+    np.testing.assert_allclose(batch.behavior_logp, trainer_logp(batch, params, 0.7), atol=2e-5)
+    assert np.abs(batch.behavior_logp - trainer_logp(batch, others, 0.7)).max() > 0.5
+  size = sum(x.nbytes for x in jax.tree.leaves(PARAMS)) / 2**20
+  found = engine.take()
+  assert found['engine/weights_mib'] == pytest.approx(2 * size)
+  assert found['engine/weights_s'] > 0 and found['engine/restarts'] == 0
+  draw(engine, OTHER)  # it has these weights
+  assert engine.take() == dict.fromkeys(found, 0.0)
+
+
+def test_rows_are_laid_out_as_by_our_sampler_and_have_their_own_seeds(engine):
+  whole = draw(engine)
+  assert 0 < whole.finished.sum() < len(whole.finished)
+  ours = make_sampler({'policy': POLICY}, **SETTINGS)
+  shape = jax.eval_shape(
+    lambda params: ours(params, TOKENS, MASK, IDS, seed=0, step=0), {'policy': PARAMS}
+  )
+  same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+  assert all(jax.tree.leaves(jax.tree.map(same, whole, shape)))
+  assert whole.prompt_ids.tolist() == [7] * 3 + [3] * 3 + [11] * 3 + [4] * 3
+  assert whole.group_ids.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+  np.testing.assert_array_equal(whole.segment_ids[:, :WIDTH], np.repeat(MASK, GROUP, axis=0))
+  for ids, drawn, finished in zip(whole.tokens[:, WIDTH:], whole.mask[:, WIDTH:], whole.finished):
+    stops = np.isin(ids[drawn], STOPS)
+    assert not stops[:-1].any() and stops[-1] == finished and (finished or drawn.all())
+    assert (ids[~drawn] == 1).all()
+
+  # A row depends on its seed, step, prompt and sample alone.
+  last = draw(engine, rows=slice(2, 4))
+  np.testing.assert_array_equal(last.tokens, whole.tokens[6:])
+  for other in (draw(engine, seed=1), draw(engine, step=1)):
+    assert (other.tokens != whole.tokens).any()
+  assert len({row.tobytes() for row in whole.tokens[:3]}) == 3
+
+
+def test_filters_and_greedy_are_those_of_our_sampler(engine):
+  few = draw(engine, top_k=2, top_p=0.9, temperature=0.8)
+  np.testing.assert_array_less(
+    trainer_logp(few, PARAMS, 0.8)[few.mask], few.behavior_logp[few.mask]
+  )
+  settings = SETTINGS | dict(samples_per_prompt=1, behavior_policy=behavior_policies.greedy)
+  greedy, ours = (
+    make({'policy': POLICY}, **settings)({'policy': PARAMS}, TOKENS, MASK, IDS, seed=0, step=0)
+    for make in (engine.sampler, make_sampler)
+  )
+  jax.tree.map(np.testing.assert_array_equal, greedy, jax.device_get(ours))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'said'),
+  [
+    ('dies', 'Died: .*exit code -9.*out of memory, as it were'),
+    ('hangs', "Timeout: no reply to 'sample' within 0.6 s"),
+    ('garbage', "BadReply: to 'sample': no JSON"),
+    ('endless', 'BadReply: a reply of 1152921504606846976 bytes'),
+    ('fewer', 'BadReply: 12 rows were asked for, the reply has 11'),
+    ('other id', 'BadReply: row 0 has the token 1000000, of 23 ids'),
+    ('no number', 'BadReply: row 0 has the log-prob nan'),
+    ('cut off', 'BadReply: row 0 ends after 1 of 7 tokens, without a stop'),
+    ('raises', "Refused: 'sample': MemoryError: no room for keys and values"),
+  ],
+)
+def test_a_failure_has_a_name_and_the_next_process_draws_the_same_rows(
+  kind, said, tmp_path, engine
+):
+  made = Tiny(trouble=f'{tmp_path / "file"}:{kind}', retries=0, folder=str(tmp_path))
+  made = dataclasses.replace(made, rollout_s=0.6 if kind == 'hangs' else 60.0)
+  (tmp_path / 'file').touch()
+  with pytest.raises(RuntimeError, match=re.compile(said, re.DOTALL)) as raised:
+    draw(made)
+  assert 'config.engine: Tiny' in str(raised.value) and 'last checkpoint' in str(raised.value)
+  assert made.served.process is None and not list(tmp_path.glob('polgrad_engine_*'))
+  if kind == 'hangs':  # its child is killed with it
+    with pytest.raises(ProcessLookupError):
+      gone(int((tmp_path / 'child').read_text()))
+  if kind in ('dies', 'hangs'):
+    (tmp_path / 'file').touch()
+    again = dataclasses.replace(made, retries=1, rollout_s=3.0)
+    with pytest.warns(UserWarning, match='started again, and asked for the same rows: [DT]'):
+      rows = draw(again)
+    jax.tree.map(np.testing.assert_array_equal, rows, draw(engine))
+    assert again.take()['engine/restarts'] == 1
+    again.served.stop()
+
+
+def gone(pid):
+  """Waits until a process has ended, and then raises ProcessLookupError."""
+  for _ in range(100):
+    os.kill(pid, 0)
+    if pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z':
+      raise ProcessLookupError
+    time.sleep(0.05)
+
+
+def test_an_engine_that_cannot_start_or_lost_weights_says_so(tmp_path):
+  made = Tiny(max_length=65, folder=str(tmp_path))
+  with pytest.raises(RuntimeError, match="'start': ValueError: max_length 65 is more than 64"):
+    draw(made)
+  lost = Tiny(trouble=':lost', retries=0)
+  draw(lost)
+  with pytest.raises(RuntimeError, match='BadReply: 20 tensors were sent'):
+    draw(lost, OTHER)
+  with pytest.raises(EngineError, match='Died: /no/python cannot be started'):
+    Process(['/no/python'], {}, str(tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_process_and_its_weights_end_with_the_trainer(tmp_path):
+  process = Process(Tiny().command, {}, str(tmp_path))
+  os.close(process.lifeline)  # as the kernel does when the trainer is killed
+  assert process.child.wait(60) == -9
+  assert not list(tmp_path.iterdir())
+  process.close.detach()
+
+
+def config():
+  """GRPO whose ratio to the engine is corrected."""
+  made = addition(method_of('tis'))
+  made.phases.train.collect.lag = 0  # otherwise rows are those of an earlier policy
+  made.engine = part(Tiny)
+  return made
+
+
+def test_what_an_engine_cannot_do_is_refused_by_name():
+  made = config()
+  made.phases.train.collect.slots = 8
+  with pytest.raises(ValueError, match='slots: Tiny fills its own'):
+    build.build(made)
+  entropy = {'old_entropy': logit_stats.entropy}
+  for values, said in (
+    (dict(stop_strings=('a',)), 'stop_strings: Tiny knows stop tokens, and no texts'),
+    (dict(environment=environments.calculator()), 'environment: Tiny draws one turn'),
+    (
+      dict(behavior_policy=behavior_policies.reference),
+      'behavior_policy: Tiny draws from the policy, or greedily, not from reference',
+    ),
+    (
+      dict(opponents=1, opponent_policy=behavior_policies.previous),
+      'opponent_policy: Tiny .* not from previous',
+    ),
+    (
+      dict(token_temperature=processors.entropy_scaled, stats=entropy),
+      'token_temperature: Tiny has one',
+    ),
+  ):
+    with pytest.raises(ValueError, match=f'place.{said}'):
+      Tiny().check(collect.Rollouts(**values), 'place')
+  Tiny().check(collect.Rollouts(baseline_samples=1, top_k=4, lag=1, overlap=True), 'place')
+
+
+def test_vllm_that_is_not_there_is_refused_before_a_run():
+  said = "config.engine.python: there is no Python '/no/python'; docs/engines.md"
+  with pytest.raises(FileNotFoundError, match=said):
+    engines.Vllm(python='/no/python').check_there('config.engine')
+  with pytest.raises(ValueError, match=r'config.engine.python: .* finds no vLLM; docs/engines.md'):
+    engines.Vllm(python=sys.executable).check_there('config.engine')
+  made = config()
+  made.engine = part(engines.Vllm, python='/no/python')
+  with pytest.raises(FileNotFoundError, match=said):
+    build.check_data(build.build(made))
+
+
+def test_a_collector_samples_by_the_weights_of_each_step():
+  """Proximal log-probs are the trainer's, by the parameters of the step."""
+  run = build.build(config())
+  phase = run.phases['train']
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    collect_batch = phase.collect.make(evaluate.context(run, phase, 0))
+    draw = lambda count: [{**phase.source[i], 'id': i} for i in range(count)]
+    for step in range(2):
+      found = collect_batch(state, draw, step)
+      gap = np.where(found.batch.mask, found.batch.behavior_logp - found.batch.proximal_logp, 0)
+      assert np.abs(gap).max() < 1e-4 and found.metrics['engine/weights_mib'] > 0
+      assert found.metrics['mismatch/kl'] < 1e-8 < 1e-4 > found.metrics['mismatch/max_gap']
+      state = state.replace(params=jax.tree.map(lambda x: 1.5 * x, state.params))
+  run.engine.served.stop()
