@@ -634,6 +634,12 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
+  reads = phase.objective.requires | (phase.credit.scored if phase.credit.provides else set())
+  if not collector.grouped and (compared > 1 or 'group_ids' in reads):
+    raise ValueError(
+      f'{path}.collect: its rows are single ones of different prompts, so neither the objective nor '
+      'credit can compare the rows of a group; leave out sample_first'
+    )
   _check_terms(path, phase)
   if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(
@@ -693,7 +699,8 @@ def _check_curriculum(path: str, phase: Phase) -> None:
       f'{path}.curriculum: the objective compares the rows of a group, but pooled groups may be cut; '
       'take minibatches=1 and micro_batches=1'
     )
-  older = [name for name in ('lag', 'replay', 'old_runs') if getattr(collector, name, 0)]
+  older = ('lag', 'replay', 'old_runs', 'sample_first')
+  older = [name for name in older if getattr(collector, name, 0)]
   if curriculum.pools and {*older} - {'lag'}:
     raise ValueError(
       f'{path}.curriculum: it pools the groups of a prompt, but with collect.{older[-1]} a group may '

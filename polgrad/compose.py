@@ -39,7 +39,14 @@ from polgrad.reward_models import REWARDS
 from polgrad.tasks import Task
 
 SMOKE = dict(
-  steps=2, prompts=4, samples_per_prompt=4, demonstration_rows=4, pairs=4, lists=4, held_out=8
+  steps=2,
+  prompts=4,
+  samples_per_prompt=4,
+  demonstration_rows=4,
+  pairs=4,
+  lists=4,
+  held_out=8,
+  first=2,
 )
 
 
@@ -265,6 +272,8 @@ class _Run:
       prompts = min(prompts, SMOKE['prompts'])
       rows, pairs = min(rows, SMOKE['demonstration_rows']), min(pairs, SMOKE['pairs'])
       lists = min(lists, SMOKE['lists'])
+      first = {'sample_first', 'sample_first_most'} & asked.keys()
+      asked |= {name: min(asked[name], SMOKE['first']) for name in first}
     length = self.row_length(method)
     budgets = {
       'prompts': prompts,

@@ -188,6 +188,11 @@ class Collector(abc.ABC):
     return True
 
   @property
+  def grouped(self) -> bool:
+    """Whether the rows of a record are consecutive, so that they may be compared."""
+    return True
+
+  @property
   def rows(self) -> int:
     """Rows of the batch."""
     return self.records * self.rows_per_prompt

@@ -78,7 +78,7 @@ class Hinted(Rollouts):
     context = self.within(context)
     other = context._replace(seed=~context.seed)  # other noise than that of the first try
     again = make_row_sampler(self.with_hint, other, self.samples_per_prompt, self.behavior_policy)
-    return HintedSteps(**self._parts(context), draw_hinted=again).collect
+    return self.collected_by(HintedSteps(**self._parts(context), draw_hinted=again))
 
 
 def hinted(record: Mapping, hint: str, field: str) -> dict:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from polgrad.collect import beginnings, partial
+from polgrad.collect import beginnings, partial, sampled_first
 from polgrad.collect.base import COMPARED
 from polgrad.objectives.base import RESERVED
 from polgrad.registry import inputs, unbound
@@ -24,6 +24,7 @@ def check(settings: 'Rollouts') -> None:
   _check_counts(settings)
   _check_memory(settings)
   _check_in_flight(settings)
+  _check_sample_first(settings)
   _check_stats(settings.stats)
 
 
@@ -160,6 +161,21 @@ def _check_in_flight(settings: 'Rollouts') -> None:
     raise ValueError(
       f'{name}: in_flight={flying} must be at least prompts={settings.prompts}, and at most {most}: '
       f'prompts x (batches_in_flight={settings.batches_in_flight} + 1)'
+    )
+
+
+def _check_sample_first(settings: 'Rollouts') -> None:
+  """Refuses settings that do not fit rows which the first step sampled."""
+  first, most, name = settings.sample_first, settings.sample_first_most, type(settings).__name__
+  if bool(first) != bool(most):
+    raise ValueError(
+      f'{name}: sample_first and sample_first_most must both be 0, or both at least 1; got '
+      f'sample_first={first}, sample_first_most={most}'
+    )
+  if first and (found := settings.asked(*sampled_first.REFUSED)):
+    raise ValueError(
+      f'{name}: sample_first={first}: every step trains on rows that the first one sampled, so {found} '
+      'cannot be set beside it'
     )
 
 

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from polgrad.collect import beginnings, old_runs, partial, parts, picks, rollout_checks
+from polgrad.collect import (
+  beginnings,
+  old_runs,
+  partial,
+  parts,
+  picks,
+  rollout_checks,
+  sampled_first,
+)
 from polgrad.collect import replay as replays
 from polgrad.collect.base import Collect, Context, Filtering, reads_teacher
 from polgrad.collect.overlapped import overlapped
@@ -93,6 +101,12 @@ class Rollouts(Filtering):
   # Which groups are remembered: those of the newest batches, or the 'best' ones by their priority, as
   # many as `replay` batches have.
   replay_keep: Literal['newest', 'best'] = 'newest'
+  # The first step of a phase samples until it has kept the rows of this number of batches, those that
+  # are valid and chosen, and every step trains on them in shuffled epochs, single rows without their
+  # groups (RFT, arXiv:2308.01825). It ends before that when every record was drawn once, or after
+  # `sample_first_most` batches. 0: every step samples its own batch.
+  sample_first: Count = 0
+  sample_first_most: Count = 0
   # Replay across experiments (arXiv:2311.15951): folders WORKDIR/rollouts of earlier runs with the same
   # lengths and groups, whose rows are trained on again. Their log-probs are those of the policies that
   # sampled them.
@@ -180,7 +194,11 @@ class Rollouts(Filtering):
   @property
   def one_prompt(self) -> bool:
     # The row of a hint has none of it in its prompt.
-    return not (self.hints or self.others)
+    return not (self.hints or self.others or self.sample_first)
+
+  @property
+  def grouped(self) -> bool:
+    return not self.sample_first
 
   def refuse(self, why: str, *names: str) -> None:
     """Refuses settings that this collector cannot have.
@@ -291,8 +309,12 @@ class Rollouts(Filtering):
     del source, tokenizer
     self.old  # noqa: B018
 
-  def init(self) -> Measured | partial.InFlight | replays.Ring | replays.Best | tuple:
+  def init(
+    self,
+  ) -> Measured | partial.InFlight | sampled_first.Kept | replays.Ring | replays.Best | tuple:
     """An empty memory: of batches, of rows in flight, and of entropies if the sampler reads them."""
+    if self.sample_first:
+      return sampled_first.empty(self._blank(), self.sample_first)
     memory = self._empty()
     if self.in_flight:
       sizes = self.in_flight, self.samples_per_prompt, self.prompt_length, self.max_new_tokens
@@ -375,8 +397,13 @@ class Rollouts(Filtering):
     if self.in_flight:
       flying = partial.make_in_flight_steps(self, context, fields)
       return partial.asynchronous(flying) if self.overlap else flying.collect
-    made = RolloutSteps(**fields)
-    return overlapped(made) if self.overlap else made.collect
+    return self.collected_by(RolloutSteps(**fields))
+
+  def collected_by(self, steps: RolloutSteps) -> Collect:
+    """What makes the batch of a step with these steps: when they sample, and what is trained on."""
+    if self.sample_first:
+      return sampled_first.sampled_first(steps)
+    return overlapped(steps) if self.overlap else steps.collect
 
   def _parts(self, context: Context) -> dict[str, Any]:
     """The fields of `RolloutSteps`."""
