@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad import optim
+from polgrad import methods, optim
 from polgrad.losses import logit_stats, ratios, selections, surrogates, weights
-from polgrad.registry import part
 from tests.runs import method_of
 
 RNG = np.random.default_rng(11)
@@ -93,22 +92,21 @@ def test_luffy_without_demonstrations_is_reinforcement_without_clipping(x64):
 
 @pytest.mark.parametrize(
   ('mu', 'phi'),
-  [(0.0, 'undecided'), (0.3, 'undecided'), (1.0, 'undecided'), (1.0, 'probability'), (1.0, '')],
+  [
+    (0.0, 'undecided'),
+    (0.3, 'undecided'),
+    (1.0, 'undecided'),
+    (1.0, 'probability'),
+    (1.0, 'alike'),
+  ],
 )
 def test_chord_is_between_grpo_and_a_weighted_likelihood(mu, phi, x64):
   stream = np.array([0, 1, 0, 1])
-  schedule = dict(warmup=0, decay=1, peak=mu, valley=mu)
-  method = method_of('chord')
-  schedules = method.objective.schedules
-  for one in schedules.values():
-    one.update(schedule)
-  imitate = method.objective.streams.demonstration
-  with imitate.unlocked():
-    imitate.weights = {phi: part(weights.TABLE[f'weights.{phi}'])} if phi else {}
+  method = methods.chord(warmup=0, decay=1, peak=mu, valley=mu, weigh=phi)
   x = dict(advantages=A, behavior_logp=OLD, stream=stream)
   loss = lambda lp: method.loss(mask=MASK, logp=lp, step=7, **x)[0]
   found = np.asarray(jax.grad(loss)(jnp.asarray(LOGP)))
-  weight = {'undecided': P * (1 - P), 'probability': P, '': np.ones((B, T))}[phi]
+  weight = {'undecided': P * (1 - P), 'probability': P, 'alike': np.ones((B, T))}[phi]
   expected = np.where(
     stream[:, None] == 0, -mu * weight / (2 * T), -(1 - mu) * kept(RHO, A) * A * RHO / (2 * T)
   )

@@ -101,7 +101,7 @@ def epo(x):
 
 
 def otr(x):
-  return {'loss': -token_mean(ones(x), x['mask'])}
+  return {'loss': -sequence_mean(ones(x), x['mask'])}
 
 
 def harpg(x):

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Literal
 
 from polgrad import collect, credit, objectives, optim
 from polgrad.data import sources
@@ -14,6 +15,7 @@ def chord(
   peak: float = 0.5,
   valley: float = 0.02,
   eps: float = 0.2,
+  weigh: Literal['undecided', 'probability', 'alike'] = 'undecided',
   others: Count = 0,
   answers: str = '',
 ) -> Method:
@@ -25,14 +27,17 @@ def chord(
 
   r = pi / pi_old and p = pi(token). Mean and std are those of the samples, without the demonstration.
   mu rises from 0 to `peak` in `warmup` updates and falls by a half cosine to `valley` in `decay`
-  updates. The weight p (1 - p) leaves out tokens that the policy knows or finds impossible. The
-  authors' runs with another schedule: warmup 0, decay 200, peak 0.9, valley 0.05 without the weight
-  (CHORD-mu), and mu = 0.1 throughout (peak = valley = 0.1, warmup 0) with it (CHORD-phi).
+  updates. The weight p (1 - p) leaves out tokens that the policy knows or finds impossible; the
+  authors compare it with p (`weigh=probability`, that of `dft`) and with 1 (`weigh=alike`). Their runs
+  with another schedule: warmup 0, decay 200, peak 0.9, valley 0.05 and the weight 1 (CHORD-mu), and
+  mu = 0.1 throughout (peak = valley = 0.1, warmup 0) with p (1 - p) (CHORD-phi).
 
   The authors draw demonstrations from other data than prompts: 64 for 256 samples, 8 of a prompt, which
   is `others=2` with a file of `answers`.
 
-  Differences: By default every prompt has its own answer as the demonstration beside its samples.
+  Differences: By default every prompt has its own answer as the demonstration beside its samples. The
+  authors average the token means of micro-batches, by their rows of each kind. Their option to stop
+  imitation at tokens above a probability is not here; it is off in their runs.
 
   Args:
     warmup: updates in which mu rises.
@@ -40,6 +45,7 @@ def chord(
     peak: largest mu.
     valley: mu at the end.
     eps: distance of the clipping bounds from 1.
+    weigh: the weight of a token of a demonstration.
     others: demonstrations of other prompts beside the samples of each prompt; 0 takes its own answer.
     answers: a file of JSON lines that they are of; '' takes other records of the task.
 
@@ -52,9 +58,9 @@ def chord(
     raise ValueError(f'chord: answers={answers!r} is not read with others=0')
   mu = dict(warmup=warmup, decay=decay, peak=peak, valley=valley)
   mean = part(aggregation.token_mean)
-  imitate = part(
-    objectives.Supervised, aggregation=mean, weights={'undecided': part(weights.undecided)}
-  )
+  kinds = {'undecided': weights.undecided, 'probability': weights.probability}
+  found = {weigh: part(kinds[weigh])} if weigh in kinds else {}
+  imitate = part(objectives.Supervised, aggregation=mean, weights=found)
   reinforce = part(
     objectives.PolicyGradient,
     surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),

@@ -12,13 +12,14 @@ def hpt(
   learning_rate: float,
   limit: int = 0,
   threshold: float = 1.0,
+  imitation: float = 1.0,
   reinforcement: float = 8.0,
   entropy_coefficient: float = 0.001,
   skip_grad_norm: float = 80.0,
 ) -> Method:
   """HPT (arXiv:2509.04419): prompts that no sample solves imitate, all others reinforce.
 
-      imitation:     loss = -token mean of log pi over the demonstration
+      imitation:     loss = -imitation token mean of log pi over the demonstration
       reinforcement: loss = -reinforcement (sum over tokens of A log pi + entropy_coefficient H)
                             / (rows max_new_tokens)
 
@@ -29,15 +30,19 @@ def hpt(
 
   Differences: Imitation is averaged over the tokens of the demonstrations in use. Their number
   shrinks as the policy learns. The authors divide the token sum of reinforcement by 8192, the
-  longest answer, and not by the rows. Their runs have micro-batches of 8 rows on a device, so that
-  reinforcement weighs 8 times the mean over rows beside imitation; the number of rows of a
-  minibatch gives the plain sum. Their entropy is a mean over tokens.
+  longest answer, and not by the rows, and add up the losses of micro-batches of at most 32768
+  tokens. Beside imitation, which is a mean in each of them, reinforcement therefore weighs as many
+  means over rows as a micro-batch has rows: 8, if answers have half of the largest length. The
+  number of rows of a minibatch gives the plain sum. Their entropy is a mean over tokens, those of
+  demonstrations included. A softer gate of their code, with weights for each number of solved
+  samples, is not here.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
     learning_rate: of AdamW; the run fills it in.
     limit: largest number of solved samples of a prompt that is imitated.
     threshold: smallest reward of a solved sample.
+    imitation: weight of imitation; the authors have 0.3 for their smallest model (1.5B).
     reinforcement: weight of reinforcement, as a number of rows.
     entropy_coefficient: of the entropy, in nats.
     skip_grad_norm: norm of the gradient above which an update is skipped.
@@ -52,7 +57,10 @@ def hpt(
     penalties={'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   )
   outcome = part(credit.outcome, advantage=part(advantages.group_mean))
-  streams = {'demonstration': weighted(1.0, imitate), 'sampled': weighted(reinforcement, reinforce)}
+  streams = {
+    'demonstration': weighted(imitation, imitate),
+    'sampled': weighted(reinforcement, reinforce),
+  }
   return Method(
     collect=partial(collect.Rollouts, demonstrations=1),
     credit=part(credit.gated, credit=outcome, limit=limit, threshold=threshold),

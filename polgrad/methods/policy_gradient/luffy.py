@@ -21,9 +21,10 @@ def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float
 
   Differences: There is one demonstration per prompt, beside the samples. The formulas are those of
   the authors' runs, apart from the divisors: there the sum over the tokens of all rows is divided
-  by 8192, and the entropy is a mean over tokens. A common factor does not change the steps of Adam,
-  so only the weight of the entropy relative to the rest differs. The equations of the paper divide
-  A by the standard deviation, `group_normalized`, and clip the samples: surrogate `clipped`.
+  by 8192, and the entropy is a mean over the tokens of all rows. A common factor does not change
+  the steps of Adam, so only the weight of the entropy relative to the rest differs. The equations of
+  the paper divide A by the standard deviation, `group_normalized`, and clip the samples: surrogate
+  `clipped`.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.

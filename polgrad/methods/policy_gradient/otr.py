@@ -9,7 +9,8 @@ from polgrad.registry import part
 def otr(*, beta: float = -0.1, sampling_temperature: float = 1.3) -> Method:
   """OTR (arXiv:2509.26313): supervised learning as REINFORCE on one token drawn at each position.
 
-      loss = token mean of -sum_a q_a R_a log pi_a,   q = softmax(logits / sampling_temperature)
+      loss = mean over rows of the token mean of -sum_a q_a R_a log pi_a
+      q = softmax(logits / sampling_temperature)
 
   R_a is 1 for the token of the data and `beta` for every other token. No gradient flows through q.
   A token is learned in proportion to its probability, so tokens that are unlikely under the policy
@@ -28,7 +29,7 @@ def otr(*, beta: float = -0.1, sampling_temperature: float = 1.3) -> Method:
     collect=partial(collect.Demonstrations),
     objective=part(
       objectives.Supervised,
-      aggregation=part(aggregation.token_mean),
+      aggregation=part(aggregation.sequence_mean),
       loss=part(logit_stats.one_token_rollout, beta=beta, temperature=sampling_temperature),
     ),
   )

@@ -40,7 +40,7 @@ def srft(
   re-implementation by other authors, which uses neither the ratio nor the clipping that the paper
   writes. It divides the token sum of the last two losses by 8192, and not by the rows; as in `hpt`,
   they weigh `reinforcement` times the mean over rows beside imitation. Its entropy bonus is a mean
-  over tokens.
+  over the tokens of all rows.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
