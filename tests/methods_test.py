@@ -19,7 +19,7 @@ from polgrad.options import from_text
 from polgrad.registry import UnknownArray, part
 from tests.runs import Run, method_of
 
-rollouts = importlib.import_module('polgrad.collect.rollouts')
+row_sampler = importlib.import_module('polgrad.collect.row_sampler')
 ROOT = pathlib.Path(__file__).parent.parent
 EACH = pytest.mark.parametrize('name', methods.TABLE)
 # Methods that are trained: with `grpo`, `dpo`, `sft` and `on_policy_distillation`, which mesh_test.py
@@ -238,7 +238,7 @@ def made():
 
 @pytest.fixture
 def shared(made, monkeypatch):
-  draws_of, init_params = rollouts.draws_of, phases.init_params
+  draws_of, init_params = row_sampler.draws_of, phases.init_params
 
   def draws(settings, context, **sampler):
     handed = {name: getattr(settings, name, None) for name in HANDED_ON} | sampler
@@ -253,7 +253,7 @@ def shared(made, monkeypatch):
       made[key] = init_params(policy, mesh, seed)
     return jax.tree.map(jnp.copy, made[key])  # an update gives its arguments away
 
-  monkeypatch.setattr(rollouts, 'draws_of', draws)
+  monkeypatch.setattr(row_sampler, 'draws_of', draws)
   monkeypatch.setattr(phases, 'init_params', params)
 
 
