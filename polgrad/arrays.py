@@ -171,6 +171,15 @@ FEATURES = {
     'k likeliest tokens of a teacher elsewhere, i32, -1 where there are fewer; from the collector',
   ),
   'teacher_top_log_probs': Spec('B Tk', 'their log-probs under the teacher; from the same'),
+  'partner_tokens': Spec(
+    'B T',
+    'tokens of another row, with whose embeddings those of the row are mixed, i32; from `MixedTargets`',
+  ),
+  'own_share': Spec('B', 'weight of the row in this mixture, in [0, 1]; from `MixedTargets`'),
+  'mixed_tokens': Spec(
+    'B Tk', 'tokens that are learned at each position, i32; from `MixedTargets`'
+  ),
+  'mixed_weights': Spec('B Tk', 'their weights, 0 outside of their masks; from `MixedTargets`'),
   'void_turns': Spec(
     'B T',
     '1 in the tokens of a turn in which the policy neither acted nor answered, 0 elsewhere; the metric '

@@ -599,6 +599,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     _check_environment(f'{path}.collect', collector, phase.reward, run)
   _check_length(f'{path}.collect', collector.length, run.policy)
   _check_plateau(path, phase)
+  _check_rules(path, phase)
   _check_unread(path, phase)
   data_parallel_size = sharding.data_parallel_size(run.mesh)
   _check_sampler_mesh(path, collector, run)
@@ -811,8 +812,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   if (scored or (wanted | learned) & VALUES) and not run.policy.config.value_head:
     raise ValueError(f'{path}: values are read, but config.model.value_head is False')
   given = provided | given_elsewhere | anchors.keys() | VALUES | {'entropy', 'group_ids', 'tokens'}
-  given |= _check_contrasts(path, phase, run)
-  given |= phase.objective.head.makes
+  given |= _check_contrasts(path, phase, run) | phase.objective.head.makes
   missing = sorted(wanted - given)
   objectives.check_reads(f'{path}.objective', phase.objective, missing, given)
   if missing:
@@ -957,6 +957,16 @@ def _check_contrasts(path: str, phase: Phase, run: Experiment) -> set[str]:
       f'{path}.credit.parameters: {contrasts.parameters!r} finds no parameter; there are {known}'
     )
   return {'influences'}
+
+
+def _check_rules(path: str, phase: Phase) -> None:
+  """Refuses a rule that follows an anchor which is not there."""
+  for name, rule in phase.anchors.items():
+    for other in sorted({*inputs(rule)} - {*optim.OF_POLICY} - phase.anchors.keys()):
+      raise ValueError(
+        f'{path}.anchors.{name}: its rule follows an anchor {other!r}, which is not there; there are '
+        f'{sorted(phase.anchors)}'
+      )
 
 
 def _check_learned(path: str, phase: Phase, given: frozenset[str]) -> None:

@@ -154,6 +154,7 @@ class _Run:
       'candidates': self.task.candidates,
       'steps': self.steps,  # of the whole run, also where a smoke run makes two
       'learning_rate': self.learning_rate or self.preset.learning_rates['reinforce'],
+      'supervised_rate': self.learning_rate or self.preset.learning_rates['imitate'],
     }
     wanted = inspect.signature(function).parameters
     return function(**{k: v for k, v in known.items() if k in wanted})

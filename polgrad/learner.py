@@ -23,7 +23,7 @@ from polgrad.packing import join, packed, split
 from polgrad.reductions import Mean, empty, merged
 from polgrad.registry import AtLeastOne, call, inputs, table
 from polgrad.sharding import pieces_of_a_row
-from polgrad.types import Array, Batch, Layout, Outputs, Params, TrainState
+from polgrad.types import Array, Batch, Layout, MixedTokens, Outputs, Params, TrainState
 
 # Prefix of what an update says of a metric: True if it counted nothing, so that its number says nothing.
 EMPTY = 'empty/'
@@ -110,6 +110,21 @@ def forward(
   )
 
 
+def tokens_read(batch: Batch) -> Array | MixedTokens:
+  """What the model reads: the tokens, or mixtures with those of other rows where the batch has them."""
+  if 'partner_tokens' not in batch:
+    return batch.tokens
+  return MixedTokens(batch.tokens, batch['partner_tokens'], batch['own_share'])
+
+
+def seen_by(batch: Batch, name: str) -> Batch:
+  """The batch as an anchor that learns sees it: its features `NAME/x` are the arrays `x`."""
+  before = f'{name}/'
+  own = {n.removeprefix(before): x for n, x in batch.features.items() if n.startswith(before)}
+  rest = {n: x for n, x in batch.features.items() if not n.startswith(before)}
+  return batch.replace(features=rest).with_arrays(**own)
+
+
 def read_by_anchors(batch: Batch) -> Batch:
   """The batch without the tokens that only the policy reads, such as labels: they are padding."""
   if 'policy_only' not in batch:
@@ -135,7 +150,7 @@ def _last_states(hidden: Array, batch: Batch, start: int) -> Array:
 def _hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Array:
   """Final hidden states from `_first_column` on; consecutive rows may share one pass of their prompt."""
   if layout.shared == 1:
-    states = policy.hidden(params, batch.tokens, batch.segment_ids)
+    states = policy.hidden(params, tokens_read(batch), batch.segment_ids)
     return states[:, _first_column(layout, batch.tokens.shape[1]) :]
   return policy.completions(
     params,
@@ -262,7 +277,7 @@ class AnchorLearner:
       learned={},
       **own,
     )
-    moved, report = self.learner.update(seen, batch)
+    moved, report = self.learner.update(seen, seen_by(batch, self.name))
     after = {name: getattr(moved, name) for name in own}
     state = state.replace(
       anchors=state.anchors | {self.name: learned(policy, moved.params)},
@@ -482,7 +497,10 @@ class Learner:
     moved = state.replace(
       params=overlay(state.params, trainable),
       opt_state=opt_state,
-      anchors={k: call(self.anchors[k], {'anchor': a, **follow}) for k, a in state.anchors.items()},
+      anchors={
+        k: call(self.anchors[k], {**state.anchors, **follow, 'anchor': a})
+        for k, a in state.anchors.items()
+      },
       objective_state=self.objective.advance(state.objective_state, metrics),
       skipped=jnp.zeros_like(state.skipped),
     )

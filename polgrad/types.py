@@ -28,6 +28,18 @@ Array = jax.Array
 Params = Any
 
 
+class MixedTokens(NamedTuple):
+  """Two tokens at each position; the model reads a mean of their embeddings."""
+
+  tokens: Array  # i32[B, T]
+  others: Array  # i32[B, T]
+  share: Array  # f32[B], weight of `tokens`; that of `others` is 1 - share
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self.tokens.shape
+
+
 @struct.dataclass(kw_only=True)
 class Prompts:
   """Left-padded prompts and the data rows that they came from."""

@@ -46,17 +46,16 @@ def test_means_of_all_entries_are_those_of_the_paper_and_the_largest_ones_are_ke
 
 def test_rows_of_the_data_have_their_own_means_and_may_push_others_out():
   settings = collect.EarlyTargets(rows=2, length=3, top=2, memory=4, decay=0.5)
-  steps = early._Steps(settings=settings, context=None, annotate=None)
   memory = settings.init()
   batch = Batch(
     tokens=np.zeros((2, 3), 'i4'), segment_ids=np.ones((2, 3), 'i4'), mask=np.ones((2, 3), bool)
   )
   seen = lambda ids, probs: np.tile(np.array([*ids, *probs], 'f4'), (2, 3, 1))
-  step = lambda memory, rows, found: steps.remember(
-    batch.with_arrays(predicted=found), memory, np.array(rows)
+  step = lambda memory, rows, found: early.followed_rows(
+    settings, batch, found, memory, np.array(rows)
   )
   out, memory, known = step(memory, [1, 3], seen([5, 2], [0.6, 0.4]))
-  assert known == 0 and 'predicted' not in out
+  assert known == 0
   np.testing.assert_allclose(out['early_targets'][0], np.tile([0.3, 0.2], 3))
   before = jax.tree.map(np.copy, memory)
   out, memory, known = step(memory, [3, 2], seen([2, 1], [0.8, 0.2]))

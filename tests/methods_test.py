@@ -90,8 +90,8 @@ def arrays_of(method: methods.Method, seed: int = 0) -> dict[str, np.ndarray]:
     found[name] = np.tile([0, 0, 1, 1, 2], (8, 1))
   if 'tokens' in found:
     found['tokens'] = np.arange(40).reshape(8, 5) % 3
-  if 'early_tokens' in found:
-    found['early_tokens'] = np.arange(80).reshape(8, 10) % 3
+  for name in {'early_tokens', 'mixed_tokens'} & found.keys():
+    found[name] = np.arange(80).reshape(8, 10) % 3
   if 'teacher_top_ids' in found:  # two different tokens at each place
     found['teacher_top_ids'] = np.arange(80).reshape(8, 10) % 7
     found['teacher_top_log_probs'] -= 2

@@ -47,7 +47,12 @@ def addition(
 def method_of(name: str) -> Method:
   """A method with the budgets that it has in a run on addition."""
   budgets = dict(
-    max_new_tokens=5, samples_per_prompt=8, candidates=4, steps=150, learning_rate=1e-4
+    max_new_tokens=5,
+    samples_per_prompt=8,
+    candidates=4,
+    steps=150,
+    learning_rate=1e-4,
+    supervised_rate=1e-4,
   )
   function = methods.TABLE[name]
   wanted = function.__kwdefaults__ or {}

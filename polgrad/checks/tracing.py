@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from polgrad import credit as credits
 from polgrad import teachers
-from polgrad.arrays import ARRAYS, shape_of
+from polgrad.arrays import ARRAYS, WIDE, shape_of
 from polgrad.models.policy import Policy, learned
 from polgrad.registry import call
 from polgrad.types import FIELDS, Batch, Outputs, TrainState
@@ -19,6 +19,7 @@ from polgrad.types import FIELDS, Batch, Outputs, TrainState
 INTEGERS = ('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at')
 INTEGERS += ('observation_ids', 'turn_players', 'turn_ids', 'step_ids', 'span_ids', 'early_tokens')
 INTEGERS += ('teacher_top_ids',)
+INTEGERS += ('mixed_tokens', 'partner_tokens')
 BOOLEANS = ('mask', 'finished', 'valid')
 ALL = ('tokens', 'segment_ids', 'mask')  # of every batch
 
@@ -137,11 +138,9 @@ def _statistic(fn: Any, policy: Policy, numbers: jax.ShapeDtypeStruct) -> jax.Sh
     'hidden': jax.ShapeDtypeStruct((3, 8), jnp.float32),
     'context': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.int32),
     'context_mask': jax.ShapeDtypeStruct((3, numbers.shape[1]), jnp.bool_),
-    'early_tokens': jax.ShapeDtypeStruct((3, 2), jnp.int32),
-    'early_targets': jax.ShapeDtypeStruct((3, 2), jnp.float32),
-    'teacher_top_ids': jax.ShapeDtypeStruct((3, 2), jnp.int32),
-    'teacher_top_log_probs': jax.ShapeDtypeStruct((3, 2), jnp.float32),
   }
+  kind = lambda name: jnp.int32 if name in INTEGERS else jnp.float32
+  arrays |= {name: jax.ShapeDtypeStruct((3, 2), kind(name)) for name in WIDE}
   found = jax.eval_shape(lambda arrays: call(fn, arrays), arrays)
   if found.shape != (3,):
     raise ValueError(f'a statistic gives {found.shape[1:]} numbers for a token instead of one')

@@ -19,6 +19,7 @@
 | `Explored` | rollouts, but draws them so that they cover the policy's distribution better |
 | `Demonstrations` | reads prompts with their answers off the data |
 | `EarlyTargets` | the same, with running means of what the policy predicted for their tokens |
+| `MixedTargets` | the same of two networks that give each other targets; rows are mixed |
 | `Preferences` | reads pairs of completions off the data |
 | `UserPreferences` | reads pairs off the data, each beside other pairs of the same user |
 | `SampledPreferences` | reads pairs off the data, each beside two samples of a policy |
@@ -62,6 +63,7 @@ from polgrad.collect.hinted import Hinted
 from polgrad.collect.inpainted import Inpainted
 from polgrad.collect.iterated import Iterated
 from polgrad.collect.mixed import Mixed
+from polgrad.collect.mixed_targets import MixedTargets
 from polgrad.collect.quantiles import Quantiles
 from polgrad.collect.restarts import Restarts
 from polgrad.collect.rollouts import Rollouts
@@ -91,6 +93,7 @@ __all__ = [
   'Iterated',
   'Lists',
   'Mixed',
+  'MixedTargets',
   'Part',
   'Preferences',
   'Quantiles',
@@ -132,6 +135,7 @@ TABLE = table(
   Unsolved,
   Demonstrations,
   EarlyTargets,
+  MixedTargets,
   Preferences,
   Revisions,
   UserPreferences,

@@ -314,7 +314,7 @@ class Annotator:
       batch = batch.with_arrays(uniform=numbers.random(len(batch.tokens), np.float32))
     if self.reads_teacher and 'teacher' in self.of_elsewhere:  # the policy is compared with it
       batch = batch.with_arrays(**self._asked('teacher', batch))
-    rows = self._placed(batch)
+    rows = self.placed(batch)
     found = {}
     params = parameter_sets(state, self.context.frozen)
     if self.own or self.stats:
@@ -324,7 +324,7 @@ class Annotator:
       named = {'proximal_logp': outputs.logp, 'old_values': outputs.values}
       found |= {name: named[name] for name in self.own} | outputs.stats
     bare = read_by_anchors(batch)
-    plain = rows if bare is batch else self._placed(bare)
+    plain = rows if bare is batch else self.placed(bare)
     for name, function in self.of_anchor.items():
       found[f'{name}_logp'] = function(params[name], plain).logp
     for name, function in self.of_network.items():
@@ -353,7 +353,7 @@ class Annotator:
     if not self.mismatched:
       return batch
     rows = Batch(**{n.removeprefix('mismatched_'): x for n, x in given.items()})
-    placed, params = self._placed(rows), parameter_sets(state, self.context.frozen)
+    placed, params = self.placed(rows), parameter_sets(state, self.context.frozen)
     teacher = params['teacher'] if self.reads_teacher else None
     outputs = (
       self.of_policy(state.params, placed, teacher),
@@ -387,7 +387,7 @@ class Annotator:
     rows = Batch(tokens=batch.tokens, segment_ids=batch.segment_ids, mask=batch.mask)
     return sharding.place_batch(self.context.mesh, rows.with_arrays(**named))
 
-  def _placed(self, batch: Batch) -> Batch:
+  def placed(self, batch: Batch) -> Batch:
     """What the forward pass reads of the batch, on the devices."""
     context = self.context
     rows = Batch(

@@ -111,7 +111,10 @@ class _Steps:
       self.meter.add('annotation', self.annotate.flops(batch))
     rows = np.array([record['id'] for record in records])
     memory = Targets(*to_host(state.collect_state))
-    batch, memory, known = self.remember(batch, memory, rows)
+    features = dict(batch.features)
+    found = features.pop('predicted')
+    batch = batch.replace(features=features)
+    batch, memory, known = followed_rows(settings, batch, found, memory, rows)
     length = batch.mask.sum() / max(batch.mask.any(axis=1).sum(), 1)
     return Collected(
       batch=batch.replace(layout=self.annotate.context.layout),
@@ -122,20 +125,23 @@ class _Steps:
       messages=[],
     )
 
-  def remember(
-    self, batch: Batch, memory: Targets, rows: np.ndarray
-  ) -> tuple[Batch, Targets, float]:
-    """The batch with its targets, the next memory, and the fraction of rows that had means."""
-    places = rows % self.settings.memory
-    known = memory.owner[places] == rows
-    means = np.where(known[:, None, None], memory.means[places], 0)
-    tokens, means = followed(
-      memory.tokens[places], means, batch['predicted'], decay=self.settings.decay
-    )
-    features = {name: x for name, x in batch.features.items() if name != 'predicted'}
-    batch = batch.replace(features=features).with_arrays(
-      early_tokens=tokens.reshape(len(rows), -1), early_targets=means.reshape(len(rows), -1)
-    )
-    memory = Targets(*(x.copy() for x in memory))
-    memory.owner[places], memory.tokens[places], memory.means[places] = rows, tokens, means
-    return batch, memory, float(known.mean())
+
+def followed_rows(
+  settings: EarlyTargets, batch: Batch, found: np.ndarray, memory: Targets, rows: np.ndarray
+) -> tuple[Batch, Targets, float]:
+  """The batch with its targets, the next memory, and the fraction of rows that had means.
+
+  Args:
+    found: f32[B, T, 2 k], what `logit_stats.most_likely` gave.
+    rows: i[B], rows of the data.
+  """
+  places = rows % settings.memory
+  known = memory.owner[places] == rows
+  means = np.where(known[:, None, None], memory.means[places], 0)
+  tokens, means = followed(memory.tokens[places], means, found, decay=settings.decay)
+  batch = batch.with_arrays(
+    early_tokens=tokens.reshape(len(rows), -1), early_targets=means.reshape(len(rows), -1)
+  )
+  memory = Targets(*(x.copy() for x in memory))
+  memory.owner[places], memory.tokens[places], memory.means[places] = rows, tokens, means
+  return batch, memory, float(known.mean())

@@ -238,6 +238,23 @@ def early_learning_of_rows(
   return jnp.log(jnp.maximum(1 - inner, floor))
 
 
+def mixed_nll(logits: Array, mixed_tokens: Array, mixed_weights: Array) -> Array:
+  """-sum_k w_k log pi(token_k): the cross-entropy with a target that is a mixture, mixup
+  (arXiv:1710.09412).
+
+  Args:
+    logits: f32[..., V]; carries gradient.
+    mixed_tokens: i32[..., k].
+    mixed_weights: f32[..., k], of these tokens; where they add up to 1 this is a cross-entropy.
+
+  Returns:
+    f32[...], nats times the sum of the weights.
+  """
+  log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), mixed_tokens, axis=-1)
+  weights = jax.lax.stop_gradient(mixed_weights)
+  return -jnp.sum(jnp.where(weights > 0, weights * log_probs, 0), axis=-1)
+
+
 def most_likely(logits: Array, *, k: int) -> Array:
   """The k most likely tokens, as numbers, and their probabilities; f32[..., V] -> f32[..., 2 k]."""
   probs, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), min(k, logits.shape[-1]))
@@ -304,6 +321,7 @@ TABLE = table(
   squared_log_normalizer,
   early_learning,
   early_learning_of_rows,
+  mixed_nll,
   unlikelihood,
 )
 Part = Annotated[Callable, TABLE]

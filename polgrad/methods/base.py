@@ -18,10 +18,12 @@ from polgrad.types import Array, Batch, Outputs
 
 # What a method function gets from the run, if it has an argument of that name (`compose.compose`).
 BUDGETS = ('max_new_tokens', 'samples_per_prompt', 'candidates', 'steps', 'learning_rate')
+BUDGETS += ('supervised_rate',)
 # What the records must have, by collector.
 NEEDS = {
   collectors.Demonstrations: 'demonstrations',
   collectors.EarlyTargets: 'demonstrations',
+  collectors.MixedTargets: 'demonstrations',
   collectors.Preferences: 'pairs',
   collectors.Revisions: 'pairs',
   collectors.UserPreferences: 'pairs',
@@ -35,6 +37,7 @@ DISCRETE = frozenset({
   *('tokens', 'segment_ids', 'prompt_ids', 'group_ids', 'stream', 'sampled_at', 'turn_ids', 'step_ids'),
   *('mask', 'where', 'valid', 'finished', 'selected', 'preferred'),
   *('observation_ids', 'turn_players', 'span_ids', 'early_tokens', 'teacher_top_ids'),
+  *('mixed_tokens', 'partner_tokens'),
 })  # fmt: skip
 
 

@@ -21,8 +21,9 @@ class Policy(NamedTuple):
       `value_head`.
     shapes: () -> shapes and dtypes of the parameters; reads no file.
     init: key, shardings=None -> params, a nested dict of arrays, each placed by its sharding.
-    hidden: params, tokens i32[B, T], segment_ids i32[B, T] -> final hidden states [B, T, D]. None where
-      only the unembedding of a model is here, see `hf.unembedding`.
+    hidden: params, tokens i32[B, T], segment_ids i32[B, T] -> final hidden states [B, T, D]. It also
+      reads `types.MixedTokens`. None where only the unembedding of a model is here, see
+      `hf.unembedding`.
     completions: params, tokens, segment_ids, *, prompt_length, rows_per_prompt -> the columns of
       `hidden` from prompt_length - 1 on, [B, T - prompt_length + 1, D]. Requires that each row has one
       segment, and that `rows_per_prompt` consecutive rows have the same first `prompt_length` columns,

@@ -31,6 +31,7 @@ from polgrad.models.cache import Cache, Span
 from polgrad.models.config import Config, num_inputs
 from polgrad.models.policy import Policy
 from polgrad.sharding import constrain, merge_positions, pieces_of_a_row, shards, split_positions
+from polgrad.types import MixedTokens
 
 Array = jax.Array
 Params = Any
@@ -317,7 +318,10 @@ class Decoder(_Weights):
     last = jnp.repeat(prompts[:, -1:], rows_per_prompt, axis=0)
     return self.normalise(jnp.concatenate([last, own], axis=1))
 
-  def embed(self, tokens: Array) -> Array:
+  def embed(self, tokens: Array | MixedTokens) -> Array:
+    if isinstance(tokens, MixedTokens):
+      own, other = self.embed(tokens.tokens), self.embed(tokens.others)
+      return other + tokens.share.astype(own.dtype)[:, None, None] * (own - other)
     # A token outside the vocabulary becomes NaN, not the embedding of another token.
     x = jnp.take(self.weights['embedding'], tokens, axis=0, mode='fill').astype(self.config.dtype)
     if pieces_of_a_row(x.shape[1]) > 1:

@@ -22,11 +22,14 @@ import optax
 
 from polgrad.optim.anchors import (
   ANCHORS,
+  OF_POLICY,
   AnchorPart,
   blend,
   ema,
   fixed,
   rising_ema,
+  slow_ema,
+  slow_ema_of_peer,
   sync,
   sync_before,
 )
@@ -66,6 +69,7 @@ Part = Annotated[optax.GradientTransformation, TABLE]
 
 __all__ = [
   'ANCHORS',
+  'OF_POLICY',
   'SCHEDULES',
   'TABLE',
   'AnchorPart',
@@ -104,6 +108,8 @@ __all__ = [
   'sgd',
   'signal_to_noise',
   'sinkgd',
+  'slow_ema',
+  'slow_ema_of_peer',
   'smooth_descent',
   'stairs',
   'swan',

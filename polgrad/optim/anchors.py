@@ -2,7 +2,8 @@
 
 A rule is a function (anchor, params, step) -> anchor. It is applied after every update: `params` are
 the policy's new parameters that updates change, `step` the number of updates in the phase, from 1. A
-rule with an argument `previous` gets the parameters before the update.
+rule with an argument `previous` gets the parameters before the update, and one with the name of another
+anchor gets that anchor, as it was before the update of the policy.
 """
 
 from collections.abc import Callable
@@ -46,6 +47,41 @@ def rising_ema(
   return jax.tree.map(lambda a, p: (a + rest * (p - a)).astype(a.dtype), anchor, params)
 
 
+def slow_ema(
+  anchor: Params,
+  params: Params,
+  step: Array,
+  *,
+  decay: Fraction = 0.997,
+  ramp: AtLeastOne = 40_000,
+) -> Params:
+  """`ema` whose decay rises: decay exp(-5 (1 - min(step / ramp, 1))^2), as in ELR+ (arXiv:2007.00151).
+
+  In the first updates the anchor is nearly a copy of the policy, so that it forgets its start.
+
+  Args:
+    anchor: moves.
+    params: the policy after the update.
+    step: updates so far, from 1.
+    decay: of the updates from `ramp` on.
+    ramp: updates until the decay is reached; the authors' 40,000 are half of their run.
+  """
+  now = decay * jnp.exp(-5 * (1 - jnp.minimum(step / ramp, 1.0)) ** 2)
+  return jax.tree.map(lambda a, p: (now * a + (1 - now) * p).astype(a.dtype), anchor, params)
+
+
+def slow_ema_of_peer(
+  anchor: Params,
+  peer: Params,
+  step: Array,
+  *,
+  decay: Fraction = 0.997,
+  ramp: AtLeastOne = 40_000,
+) -> Params:
+  """`slow_ema` of the anchor `peer`, a second network that learns too (arXiv:2007.00151)."""
+  return slow_ema(anchor, peer, step, decay=decay, ramp=ramp)
+
+
 def sync(anchor: Params, params: Params, step: Array, *, every: AtLeastOne = 100) -> Params:
   """A copy of the policy, taken again after every `every` updates (arXiv:2404.09656)."""
   due = step % every == 0
@@ -74,5 +110,9 @@ def sync_before(anchor: Params, previous: Params, step: Array, *, every: AtLeast
   return jax.tree.map(lambda a, p: jnp.where(due, p, a), anchor, previous)
 
 
-ANCHORS = table('optim', fixed, ema, rising_ema, sync, sync_before, blend)
+ANCHORS = table(
+  'optim', fixed, ema, rising_ema, slow_ema, slow_ema_of_peer, sync, sync_before, blend
+)
+# What a rule may read besides other anchors.
+OF_POLICY = ('anchor', 'params', 'previous', 'step')
 AnchorPart = Annotated[Callable, ANCHORS]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polgrad import registry
-from polgrad.arrays import ARRAYS
+from polgrad.arrays import ARRAYS, WIDE
 from polgrad.losses import (
   advantages,
   aggregation,
@@ -143,8 +143,8 @@ def make(fn, seed=0, rows=B):
       name in ARRAYS and ARRAYS[name].shape == 'B'
     ):  # log-probs of further anchors are not listed
       arrays[name] = rng.uniform(size=rows).astype(np.float32)
-    elif name in ('early_tokens', 'early_targets'):
-      ids = name == 'early_tokens'
+    elif name in WIDE:
+      ids = name.endswith('tokens')
       shape = rows, T, 2
       arrays[name] = rng.integers(V, size=shape).astype(np.int32) if ids else rng.random(shape) / 2
     elif name == 'context':

@@ -15,10 +15,9 @@ def elr_averaged(*, coefficient: float = 3.0, decay: float = 0.99) -> Method:
   (1 - decay) theta after every update. A model first learns what most answers agree on; the second part
   holds it there, and outweighs the gradient of an answer that disagrees. Coefficient 0 is `sft`.
 
-  Differences: The targets are those of the paper's ELR+, in which a mean of parameters replaces the
-  running means of predictions that `elr` has. ELR+ also mixes inputs and trains two networks, which is
-  not built. 1 - <t, pi> is at least 1e-4, while the code bounds each probability by 1e-4, which with a
-  large vocabulary would change most of them.
+  Differences: A mean of parameters replaces the running means of predictions that `elr` has. `elr_plus`
+  has both, and two networks. 1 - <t, pi> is at least 1e-4, while the code bounds each probability by
+  1e-4, which with a large vocabulary would change most of them.
 
   Args:
     coefficient: lambda; 3 for CIFAR-10 and 7 for CIFAR-100 in the paper.
