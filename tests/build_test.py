@@ -229,6 +229,30 @@ CASES = {
     ValueError,
     ['config.model.attention', "'splash' runs on a tpu, the devices here are cpu", "['einsum']"],
   ),
+  'more shards of heads than heads': (
+    dpo,
+    [('mesh.context', 4)],
+    ValueError,
+    ['config.mesh: context x tensor = 4 does not divide the 2 heads of config.model'],
+  ),
+  'rows that do not divide over context': (
+    grpo,
+    [('mesh.context', 2)],
+    ValueError,
+    ['config.phases.train.collect: rows of 11 tokens', 'config.mesh.context=2'],
+  ),
+  'experts that do not divide': (
+    dpo,
+    [('mesh.expert', 4), ('model.num_experts', 6)],
+    ValueError,
+    ['config.mesh: expert=4 does not divide the 6 experts of config.model'],
+  ),
+  'a rule of an unknown axis': (
+    dpo,
+    [('mesh.rules', {'embedding': 'fsdp'})],
+    ValueError,
+    ['config.mesh: rules: unknown logical axis', "'embedding'"],
+  ),
   'pairs cut through': (
     dpo,
     [('phases.train.minibatches', 8)],

@@ -16,6 +16,7 @@ import pytest
 
 from polgrad import (
   build,
+  checkpoint,
   environments,
   methods,
   metrics,
@@ -134,12 +135,32 @@ def test_every_family_gives_the_one_device_result(experiment, tmp_path):
     cut(made, shape)
     with made.unlocked():
       made.evaluation = part(build.Never)
-    train.run(made, str(tmp_path / str(shape)))
+    state = train.run(made, str(tmp_path / str(shape)))
     found.append(metrics.read(str(tmp_path / str(shape) / 'metrics.jsonl')))
   for one, eight in zip(*found, strict=True):
     for name in one:
       if 'second' not in name and not isinstance(one[name], str):
         np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+  # The checkpoint of the second one is read on a third mesh; `restore` compares its bits.
+  third = sharding.make_mesh(expert=4, context=2)
+  like = jax.tree.map(lambda x: shape_on(third, x), state.replace(params=None, responses=()))
+  checkpoints = checkpoint.manager(str(tmp_path / str(shape) / 'checkpoints'))
+  step = checkpoints.latest_step()
+  rest = checkpoint.restore(checkpoints, step, 'rest', like)
+  params = jax.tree.map(lambda x: shape_on(third, x), state.params)
+  params = checkpoint.restore(checkpoints, step, 'params', params)
+  jax.tree.map(np.testing.assert_array_equal, to_host(params), to_host(state.params))
+  jax.tree.map(np.testing.assert_array_equal, to_host(rest.opt_state), to_host(state.opt_state))
+  assert (
+    params['layers']['gate'].addressable_shards[0].data.size * 8 == params['layers']['gate'].size
+  )
+
+
+def shape_on(mesh, x):
+  """The shape of an array on another mesh, sharded by the axes that it names."""
+  spec = getattr(getattr(x, 'sharding', None), 'spec', jax.sharding.PartitionSpec())
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
 
 def test_state_lies_where_the_rules_say():

@@ -48,7 +48,7 @@ LARGEST = 10**14  # parameters
 
 VALID = {
   'attention': ('cudnn', 'einsum', 'splash'),
-  'remat': ('none', 'full', 'dots'),
+  'remat': ('none', 'full', 'dots', 'offload'),
   'dtype': ('bfloat16', 'float32'),
   'param_dtype': ('bfloat16', 'float32'),
   'activation': ('gelu', 'silu'),
@@ -116,9 +116,10 @@ class Config:
   max_length: Length = 2048  # longest row in tokens; longer rows raise ValueError
   dtype: str = 'float32'  # of activations, or 'bfloat16'; sums, norms, softmax, logits are float32
   param_dtype: str = 'float32'  # of the stored parameters, or 'bfloat16'
-  # The matrix products of a block that the backward pass computes again: 'none', 'full' (all of them)
-  # or 'dots' (attention, whose products have no weights). Everything between products is always
-  # computed again, because keeping it would cost more.
+  # The matrix products of a block that the backward pass computes again: 'none', 'full' (all of them),
+  # 'dots' (attention, whose products have no weights), or 'offload': all of them, from inputs of the
+  # block that wait in the memory of the host. Everything between products is always computed again,
+  # because keeping it would cost more.
   remat: str = 'none'
   value_head: bool = False  # adds a scalar head, zero at first; also the head of a reward model
 

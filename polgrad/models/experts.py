@@ -109,14 +109,17 @@ def mixture(
   spread, split = mesh_axes(wide[0]), mesh_axes(wide[2])
   # Devices with other experts have other rows: every device reads the rows of all of them.
   joined = tuple(axis for axis in spread if axis in mesh_axes(rows[0]))
-  added = tuple(axis for axis in spread if axis not in joined) + split
+  alike = tuple(axis for axis in spread if axis not in joined)
 
   def local(x, weights, chosen, gate, up, down):
     gather = lambda x: jax.lax.all_gather(x, joined, axis=0, tiled=True) if joined else x
     x, weights, chosen = map(gather, (x, weights, chosen))
+    if alike:
+      # Each of them adds to the gradients, which JAX sums only if it is told that they differ.
+      x, weights, chosen = (jax.lax.pcast(a, alike, to='varying') for a in (x, weights, chosen))
     first = jax.lax.axis_index(spread) * len(gate) if spread else 0
     total = run(x, weights, chosen - first, gate, up, down)
-    total = jax.lax.psum(total, added) if added else total
+    total = jax.lax.psum(total, alike + split) if alike + split else total
     if joined:
       total = jax.lax.psum_scatter(total, joined, scatter_dimension=0, tiled=True)
     return total

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from polgrad.models import cache as caches
 from polgrad.models import experts, kernels, rotary
@@ -46,11 +47,22 @@ METHODS = ['__call__', 'branch']  # methods of a block that are scanned over the
 # primitives are private to JAX.
 PRODUCTS = ('dot_general', 'ragged_dot_general', 'dot_product_attention_fwd', 'pallas_call')
 _remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
+LAYER_INPUT = 'layer_input'
 REMAT = {
   'none': functools.partial(_remat, policy=lambda primitive, *_, **__: primitive.name in PRODUCTS),
   'full': _remat,
   'dots': functools.partial(
     _remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+  # As 'full', and what a layer reads waits for the backward pass in the memory of the host.
+  'offload': functools.partial(
+    _remat,
+    policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[LAYER_INPUT],
+      offload_src='device',
+      offload_dst='pinned_host',
+    ),
   ),
 }
 ACTIVATION = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, approximate=True)}
@@ -167,6 +179,7 @@ class Block(_Weights):
 
   def __call__(self, x: Array, local: Array, views: Views, segment_ids: Array):
     """The layer for whole rows [B, T, D]; returns (carry, output) for a scan, with an empty output."""
+    x = checkpoint_name(x, LAYER_INPUT)
     view = one_view(local, views)
     query, key, value = self.project(x, view.turns)
     if self.config.attention == 'einsum':
@@ -181,7 +194,7 @@ class Block(_Weights):
     `views` says what a prompt sees of itself, and what a completion sees of its prompt and of itself.
     """
     before, past, own = (one_view(local, v) for v in views)
-    prompts, completions = x
+    prompts, completions = (checkpoint_name(one, LAYER_INPUT) for one in x)
     # Prompts attend to themselves; completions read the keys and values of this layer's prompts.
     query, key, value = self.project(prompts, before.turns)
     prompts = self.finish(prompts, self.attend(query, (key, value, before.mask)), valid[0])

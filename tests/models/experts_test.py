@@ -35,8 +35,8 @@ def problem(rows: int, length: int):
   return normal(rows, length, 6), weights, chosen, normal(4, 6, 8), normal(4, 6, 8), normal(4, 8, 6)
 
 
-def run(*arrays):
-  return experts.mixture(*arrays, activation=jax.nn.silu)
+def run(*arrays, **settings):
+  return experts.mixture(*arrays, activation=jax.nn.silu, **settings)
 
 
 def test_the_mixture_is_its_equation():
@@ -61,16 +61,42 @@ def test_gradients_are_those_of_all_experts_computed_and_masked():
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 1, 4), (4, 1, 1)])
+# Experts are cut along their width, spread one by one, and both; on the last mesh, devices that have
+# different experts have the same rows.
+MESHES = [
+  dict(data=2, fsdp=2, tensor=2),
+  dict(expert=4),
+  dict(expert=2, context=2, tensor=2),
+  dict(expert=2, data=2, rules={'batch': 'data'}),
+]
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_a_mesh_changes_nothing(shape):
-  arrays = problem(4, 3)
+  arrays = problem(4, 4)
   loss = lambda *a: jnp.sum(jnp.sin(run(*a)))
   argnums = (0, 1, 3, 4, 5)
   expected = jax.value_and_grad(loss, argnums)(*arrays)
-  mesh = sharding.make_mesh(**dict(zip(('data', 'fsdp', 'tensor'), shape)))
+  mesh = sharding.make_mesh(**shape)
   with jax.set_mesh(mesh):
     found = jax.jit(jax.value_and_grad(loss, argnums))(*arrays)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_an_expert_with_a_capacity_processes_its_first_tokens_alone():
+  x, weights, chosen, *matrices = problem(2, 8)
+  loads = np.bincount(np.asarray(chosen).reshape(-1), minlength=4)
+  most = 8  # of each expert: 1.0 times the mean load of 32 choices of 4 experts
+  assert loads.max() > most  # the crowded expert
+  kept, seen = np.ones(chosen.shape, bool), np.zeros(4, int)
+  for place in np.ndindex(chosen.shape):
+    kept[place] = seen[chosen[place]] < most
+    seen[chosen[place]] += 1
+  expected = numpy_mixture(x, np.where(kept, weights, 0), chosen, *matrices)
+  found = run(x, weights, chosen, *matrices, capacity=1.0)
+  np.testing.assert_allclose(found, expected, atol=2e-5)
+  plenty = run(x, weights, chosen, *matrices, capacity=4.0)
+  np.testing.assert_allclose(plenty, numpy_mixture(x, weights, chosen, *matrices), atol=2e-5)
 
 
 def test_all_experts_are_plain_softmax_weights_and_always_balanced():

@@ -17,7 +17,7 @@ GROUP, PROMPTS, WIDTH, NEW = 3, 2, 5, 4
 MODELS = {
   'llama': {},
   'qwen, values': dict(qk_norm='head', attention_bias=True, tie_embeddings=False, value_head=True),
-  'gemma, recomputed': dict(window=3, local_layers=(0,), attention_softcap=5.0, remat='full'),
+  'gemma, recomputed': dict(window=3, local_layers=(0,), attention_softcap=5.0, remat='offload'),
   'recomputed but products': dict(remat='dots'),
 }
 
