@@ -182,12 +182,20 @@ def _mesh_of(
     sizes['data'] = devices // others
   size = math.prod(sizes.values())
   if min(sizes.values()) < 1 or size > devices or (size < devices and jax.process_count() > 1):
-    asked = ' x '.join(f'{axis}={n}' for axis, n in sizes.items())
-    raise ValueError(f'mesh {asked} does not fit {devices} devices')
+    raise ValueError(f'mesh {_written(sizes)} does not fit {devices} devices')
   mesh = _arranged(there[:size], sizes, slices)
   if rules is not None:
     _RULES[tuple(mesh.shape.items())] = rules
   return mesh
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+  """Axes and their sizes, without those of size 1.
+
+  >>> _written({'data': 4, 'fsdp': 1, 'tensor': 2})
+  'data=4 x tensor=2'
+  """
+  return ' x '.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1)
 
 
 @dataclasses.dataclass
@@ -386,7 +394,7 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
 
   def sharding(x):
     if len(x) % size:
-      sizes = ' x '.join(f'{n}={mesh.shape[n]}' for n in rules_of(mesh)['batch'])
+      sizes = _written({axis: mesh.shape[axis] for axis in rules_of(mesh)['batch']})
       raise ValueError(f'{len(x)} rows do not divide over {sizes} = {size}')
     return batch_sharding(mesh, x.ndim)
 

@@ -116,7 +116,7 @@ def test_what_cannot_overlap_is_refused():
     Rollouts(overlap=True)
   made = lagging()
   made.sampler_mesh = part(sharding.beside, data=9)
-  with pytest.raises(ValueError, match='data=9 x fsdp=1 x tensor=1 does not fit 7 devices'):
+  with pytest.raises(ValueError, match='data=9 does not fit 7 devices'):
     build.build(made)
   made.sampler_mesh = part(sharding.beside, data=7)
   with pytest.raises(ValueError, match='records, which do not divide by its 7 devices'):

@@ -237,7 +237,7 @@ def test_one_process_may_leave_devices_idle_but_several_may_not(monkeypatch):
 
 def test_rows_that_do_not_divide_are_refused_before_anything_runs():
   mesh = sharding.make_mesh(data=4, fsdp=2)
-  with pytest.raises(ValueError, match=r'6 rows do not divide over data=4 x fsdp=2 x expert=1 = 8'):
+  with pytest.raises(ValueError, match=r'6 rows do not divide over data=4 x fsdp=2 = 8'):
     sharding.place_batch(mesh, {'tokens': TOKENS[:6]})
 
 
