@@ -1,4 +1,4 @@
-"""Where arrays lie must not show: meshes of eight fake devices, and two processes, give one result."""
+"""Where arrays lie must not show: eight fake devices, and several processes, give one result."""
 
 import dataclasses
 import json
@@ -182,44 +182,50 @@ def test_state_lies_where_the_rules_say():
   assert state.anchors['reference']['layers']['gate'].sharding == gate.sharding
 
 
-WORKER = """
+BEGIN = """
 import os, signal, sys, time
 import jax
 from absl import flags
 from polgrad import cli, phases, report, train
-processes = ['--num_processes=2', '--process_id=' + sys.argv[2], '--lost_after=5']
-flags.FLAGS(['worker', '--coordinator=localhost:' + sys.argv[1], *processes])
+port, count, index, run, checkpoints, folder = sys.argv[1:]
+flags.FLAGS(['worker', '--coordinator=localhost:' + port, '--num_processes=' + count,
+             '--process_id=' + index, '--lost_after=5'])
 cli.join()
 report.draw = str
 from tests import mesh_test, runs
 runs.share_programs()
 made = mesh_test.games()
-made.mesh.fsdp = 2
-
-# One of the processes is asked to stop in the first step: both stop after the same one, and resume.
+made.mesh.update(fsdp=2, data=int(count) // 2)
 summary = phases.summary
+"""
+
+# One of four processes is asked to stop in the first step: all stop after the same one.
+STOPPED = (
+  BEGIN
+  + """
 def terminated(*args):
-  phases.summary = summary
-  if jax.process_index() == 0:
+  if index == '2':
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)  # the request reaches the other process in the background
+    time.sleep(3)  # the request reaches the other processes in the background
   return summary(*args)
 phases.summary = terminated
-try:
-  train.run(made, sys.argv[3], sys.argv[4])
-except SystemExit as stopped:
-  assert stopped.code == 75
-else:
-  raise AssertionError('the run did not stop')
-params = train.run(made, sys.argv[3], sys.argv[4]).params
+train.run(made, run, checkpoints)
+"""
+)
+
+# Two processes resume what the four have left.
+KILLED = (
+  BEGIN
+  + """
+params = train.run(made, run, checkpoints).params
 
 import numpy as np
 from polgrad import evaluate, models, sharding
 from polgrad.models import hf
 from polgrad.registry import bind
 policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
-hf.save(sys.argv[5], policy.config, params)
-again = evaluate.init_params(models.pretrained(path=sys.argv[5]), mesh, 0)
+hf.save(folder, policy.config, params)
+again = evaluate.init_params(models.pretrained(path=folder), mesh, 0)
 local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
 assert not params['layers']['gate'].is_fully_addressable
 for a, b in zip(local(params), local(again)):
@@ -230,13 +236,14 @@ made.phases.train.steps += 2
 steps = []
 def killed(*args):
   steps.append(args)
-  if len(steps) == 2 and jax.process_index() == 1:
+  if len(steps) == 2 and index == '1':
     os.kill(os.getpid(), signal.SIGKILL)
   return summary(*args)
 phases.summary = killed
 with cli.ending_together():
-  train.run(made, sys.argv[3], sys.argv[4])
+  train.run(made, run, checkpoints)
 """
+)
 
 
 def games():
@@ -248,6 +255,7 @@ def games():
   )
   model = presets.tiny(alphabet=task.alphabet)
   made = compose(methods.grpo, task, model, warm_start=0, smoke=True)
+  made.model.num_layers = 1
   with made.unlocked():
     made.evaluation.environment = part(environments.OneTurn)
   made.evaluation.turn_tokens = 0
@@ -255,27 +263,39 @@ def games():
   return made
 
 
-def test_two_processes_give_the_numbers_of_one_share_a_folder_and_end_together(
-  tmp_path, compiled_once
-):
+def started(program, count, folder):
+  """That number of processes of a program, when all have ended: their exit codes, and what they say."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = str(s.getsockname()[1])
   flags = [x for x in os.environ['XLA_FLAGS'].split() if 'device_count' not in x]
   env = os.environ | {'XLA_FLAGS': ' '.join(flags), 'PYTHONPATH': str(ROOT)}
-  command = lambda i: [
-    sys.executable, '-c', WORKER, port, str(i), str(tmp_path / f'p{i}'), str(tmp_path / 'c'),
-    str(tmp_path / 'folder'),
-  ]  # fmt: skip
+  places = [str(folder / 'c'), str(folder / 'folder')]
   processes = [
     subprocess.Popen(
-      command(i), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+      [sys.executable, '-c', program, port, str(count), str(i), str(folder / f'p{i}'), *places],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
     )
-    for i in (0, 1)
+    for i in range(count)
   ]
   said = [p.communicate(timeout=500)[0] for p in processes]
-  assert processes[1].returncode == -signal.SIGKILL, said[1][-3000:]
-  assert processes[0].returncode not in (0, 75), said[0][-3000:]
+  return [p.returncode for p in processes], said
+
+
+def test_four_processes_two_and_one_give_the_same_numbers_share_a_folder_and_end_together(
+  tmp_path, compiled_once
+):
+  codes, said = started(STOPPED, 4, tmp_path)
+  assert codes == [75] * 4, '\n'.join(text[-1500:] for text in said)
+  saved = [int(path.name) for path in (tmp_path / 'c').iterdir() if path.name.isdecimal()]
+  assert len(saved) == 1 and all('asked to stop' in text for text in said)
+
+  codes, said = started(KILLED, 2, tmp_path)
+  assert codes[1] == -signal.SIGKILL, said[1][-3000:]
+  assert codes[0] not in (0, 75), said[0][-3000:]
   assert 'process 0 of 2 ends' in said[0], said[0][-3000:]
   assert re.search('unhealthy.*:\n1\n|[Tt]ask 1 heartbeat timeout', said[0]), said[0][-3000:]
 
@@ -292,7 +312,7 @@ def test_two_processes_give_the_numbers_of_one_share_a_folder_and_end_together(
   jax.tree.map(close, to_host(resumed.params), to_host(more.params))
   ours = metrics.read(str(tmp_path / 'p0' / 'metrics.jsonl'))
   alone = metrics.read(str(tmp_path / 'alone' / 'metrics.jsonl'))
-  assert not (tmp_path / 'p1' / 'metrics.jsonl').exists()
+  assert not any((tmp_path / f'p{i}' / 'metrics.jsonl').exists() for i in (1, 2, 3))
   assert [r['step'] for r in ours] == [r['step'] for r in alone][: len(ours)] and len(ours) > 3
   assert any(r.get('grad_norm', 0) > 0.01 for r in alone)
   assert all(r['turns'] == 3 and r['environment_errors'] == 0 for r in alone if 'loss' in r)
