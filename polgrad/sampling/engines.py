@@ -33,6 +33,13 @@ from polgrad.types import Batch, Params
 
 WORKER = pathlib.Path(__file__).with_name('vllm_worker.py')
 LARGEST_LOGP = 1e-3  # nats: a log-prob above 0 by more than rounding is none
+# Settings of collectors that an external engine has no counterpart for, and why.
+UNKNOWN = {
+  'environment': 'draws one turn',
+  'stop_strings': 'knows stop tokens, and no texts',
+  'slots': 'fills its own batch',
+  'in_flight': 'finishes the rows that it begins',
+}
 # Settings of collectors that say who is drawn from, and those that say whether it is drawn at all.
 INSTALL = 'docs/engines.md says how to install it'
 POLICIES = {
@@ -123,46 +130,36 @@ class External(abc.ABC):
     """
     if jax.process_count() > 1:
       raise ValueError('config.engine: an external engine needs one process of the trainer')
-    if collector.has_environment:
-      raise ValueError(
-        f'{path}.environment: {type(self).__name__} draws one turn; episodes need engines.Own'
-      )
     drawn = {
       name: getattr(collector, name)
       for name, count in POLICIES.items()
       if hasattr(collector, name) and (count is None or getattr(collector, count))
     }
-    others = {name: getattr(collector, name, 0) for name in ('stop_strings', 'slots')}
+    others = {name: getattr(collector, name, 0) for name in UNKNOWN}
+    others['environment'] = collector.has_environment
     heat = getattr(collector, 'token_temperature', processors.unchanged)
     self.refuse(path, drawn, token_temperature=heat, **others)
 
   def refuse(
-    self,
-    path: str,
-    drawn: Mapping[str, Callable],
-    *,
-    token_temperature: Callable,
-    stop_strings: Any,
-    slots: int,
+    self, path: str, drawn: Mapping[str, Callable], *, token_temperature: Callable, **others: Any
   ) -> None:
     """Refuses settings of a sampler, see `check`.
 
     Args:
       path: of the settings, for errors.
       drawn: behavior policies by the names of their settings.
+      others: of `UNKNOWN`.
     """
-    known = (behavior_policies.current, behavior_policies.greedy)
-    said = f'{type(self).__name__} %s; use engines.Own, or leave it out'
-    for name, policy in drawn.items():
-      if unbound(policy) not in known:
-        own = f'draws from the policy, or greedily, not from {unbound(policy).__name__}'
-        raise ValueError(f'{path}.{name}: {said % own}')
+    found = {name: UNKNOWN[name] for name, value in others.items() if value}
     if unbound(token_temperature) is not processors.unchanged:
-      raise ValueError(f'{path}.token_temperature: {said % "has one temperature for all tokens"}')
-    if stop_strings:
-      raise ValueError(f'{path}.stop_strings: {said % "knows stop tokens, and no texts"}')
-    if slots:
-      raise ValueError(f'{path}.slots: {said % "fills its own batch"}')
+      found['token_temperature'] = 'has one temperature for all tokens'
+    for name, policy in drawn.items():
+      if unbound(policy) not in (behavior_policies.current, behavior_policies.greedy):
+        other = unbound(policy).__name__
+        found[name] = f'draws from the policy, or greedily, not from {other}'
+    for name, why in found.items():
+      kind = type(self).__name__
+      raise ValueError(f'{path}.{name}: {kind} {why}; leave it out, or use engines.Own')
 
   def sampler(
     self,

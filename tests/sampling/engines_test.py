@@ -204,6 +204,7 @@ def test_what_an_engine_cannot_do_is_refused_by_name():
   entropy = {'old_entropy': logit_stats.entropy}
   for values, said in (
     (dict(stop_strings=('a',)), 'stop_strings: Tiny knows stop tokens, and no texts'),
+    (dict(in_flight=9), 'in_flight: Tiny finishes the rows that it begins'),
     (dict(environment=environments.calculator()), 'environment: Tiny draws one turn'),
     (
       dict(behavior_policy=behavior_policies.reference),
