@@ -1,13 +1,14 @@
-"""polgrad, Tunix and TRL in turn on the same work: seconds of rollout, reference, update and step.
+"""polgrad, Tunix, TRL and vLLM in turn on the same work: seconds of rollout, reference, update and step.
 
     python -m benchmarks.compare                    # all kinds, three rounds; writes compare.md
     python -m benchmarks.compare --kinds grpo --rounds=5
+    python -m benchmarks.compare --kinds rollout16 rollout128 --page=''  # only prints
 
 Each framework runs in an environment of its own (made below `--folder` on the first call, with the
 checkpoint of SmolLM2) and in a fresh process a round, one after the other, on one folder: a random
-Qwen3 of four layers or SmolLM2-135M, and token ids. The machine is shared and noisy, so look at the
-ratios: each is of two neighbours in one round. A run is refused if the frameworks did not do the
-same work.
+Qwen3 of four layers or SmolLM2-135M, and token ids. Of rollouts alone vLLM is the peer. The machine is
+shared and noisy, so look at the ratios: each is of two neighbours in one round. A run is refused if
+the frameworks did not do the same work.
 """
 
 import argparse
@@ -31,6 +32,9 @@ from tokenizers import models as kinds
 from polgrad import models
 from polgrad.models import hf
 
+sys.path.append(str(pathlib.Path(__file__).parent.parent / 'launch'))
+import vllm_cpu
+
 HERE = pathlib.Path(__file__).parent
 PEERS = {'tunix': ['google-tunix==0.1.7'], 'trl': ['torch==2.13.*', 'trl==1.16.0']}
 MODEL = dict(
@@ -50,6 +54,20 @@ class Kind(NamedTuple):
   samples: int = 8
   steps: int = 8
   frameworks: tuple[str, ...] = ('polgrad', 'tunix', 'trl')
+  # Of rollouts alone:
+  dtype: str = 'float32'
+  new_tokens: int = 64  # of the longest completion
+  mean: int = (
+    0  # tokens of a completion, which then ends with probability 1 / mean at each; 0: none ends
+  )
+  at_once: int = 0  # rows that are decoded at a time; 0: all
+
+
+def rollout(title: str, prompts: int, **others) -> Kind:
+  """A kind that samples with SmolLM2, four completions of each prompt, and trains nothing."""
+  title = f'Rollout, SmolLM2-135M, {title}'
+  both = dict(model='smollm2', samples=4, frameworks=('polgrad', 'vllm'))
+  return Kind(title, 'rollout', prompts=prompts, **both, **others)
 
 
 KINDS = {
@@ -64,6 +82,15 @@ KINDS = {
     samples=4,
     steps=4,
     frameworks=('polgrad', 'trl'),  # the worker of Tunix builds a Qwen3 alone
+  ),
+  'rollout16': rollout('16 rows, 32 + 64 tokens, float32', 4, steps=5),
+  'rollout16_bf16': rollout('16 rows, 32 + 64 tokens, bfloat16', 4, steps=5, dtype='bfloat16'),
+  'rollout128': rollout('128 rows, 32 + 64 tokens, float32', 32, steps=3),
+  'rollout128_bf16': rollout('128 rows, 32 + 64 tokens, bfloat16', 32, steps=3, dtype='bfloat16'),
+  'rollout_tail': rollout(
+    '64 rows of mean length 64, at most 256, 16 at a time, float32',
+    *(16,),
+    **dict(steps=3, new_tokens=256, mean=64, at_once=16),
   ),
 }
 # Large pages for every framework: each step of XLA allocates its buffers anew.
@@ -98,6 +125,7 @@ def write_work(folder: pathlib.Path, kind: Kind, checkpoint: pathlib.Path) -> No
   data = {name: x.tolist() for name, x in data.items()}
   (folder / 'data.json').write_text(json.dumps(data | {'prompt_length': 32}))
   load = TRAINING | dict(steps=kind.steps, samples=kind.samples, vocabulary=vocabulary)
+  load |= dict(dtype=kind.dtype, new_tokens=kind.new_tokens, mean=kind.mean, at_once=kind.at_once)
   (folder / 'workload.json').write_text(json.dumps(load))
 
 
@@ -105,6 +133,8 @@ def interpreter(name: str, folder: pathlib.Path) -> str:
   """The Python of a framework; its environment is made if it is not there."""
   if name == 'polgrad':
     return sys.executable
+  if name == 'vllm':
+    return str(vllm_cpu.make(folder / name))
   python = folder / name / 'bin' / 'python'
   if not python.exists():
     print(f'making {python.parent.parent}', flush=True)
@@ -153,7 +183,7 @@ def check_same_work(kind: str, rows: dict[str, dict]) -> None:
   tokens = {name: row['tokens'] for name, row in rows.items()}
   if len(set(tokens.values())) != 1:
     raise ValueError(f'{kind}: tokens of a step differ: {tokens}')
-  if KINDS[kind].worker == 'grpo':
+  if KINDS[kind].worker in ('grpo', 'rollout'):
     return
   losses = {name: row['loss'] for name, row in rows.items()}
   if max(losses.values()) - min(losses.values()) > 1e-3:
@@ -183,8 +213,9 @@ def table(kind: str, rounds: list[dict[str, dict]]) -> list[str]:
       told = f'{seconds:.3f} s, {rounds[0][name]["tokens"] / seconds:.0f} tokens/s'
       cells.append(told if name == 'polgrad' else f'{told}, {spread}')
     lines.append(f'| {part} | ' + ' | '.join(cells) + ' |')
+  whole = 'step' if KINDS[kind].worker != 'rollout' else 'rollout'
   compiling = lambda n: statistics.median(
-    r[n]['first']['step'] - middle(r[n], 'step') for r in rounds
+    r[n]['first'][whole] - middle(r[n], whole) for r in rounds
   )
   lines.append(
     '| first step less a later one | ' + ' | '.join(f'{compiling(n):.1f} s' for n in names) + ' |'
@@ -207,7 +238,8 @@ def compare(kind: str, rounds: int, folder: pathlib.Path, rates: list) -> list[d
       rows = {n: measure(n, work_of.worker, work, folder) for n in work_of.frameworks}
       check_same_work(kind, rows)
       results.append(rows)
-      print(kind, {n: round(statistics.median(r['seconds']['step']), 3) for n, r in rows.items()})
+      last = PARTS[0] if work_of.worker == 'rollout' else PARTS[-1]
+      print(kind, {n: round(statistics.median(r['seconds'][last]), 3) for n, r in rows.items()})
   return results
 
 
@@ -218,9 +250,11 @@ def main() -> None:
   parser.add_argument(
     '--folder', type=pathlib.Path, default=pathlib.Path('~/.cache/polgrad/peers').expanduser()
   )
+  parser.add_argument('--page', default=str(HERE / 'compare.md'), help="'' writes none")
   arguments = parser.parse_args()
   checkpoint = arguments.folder / 'smollm2'
-  if 'smollm2' in arguments.kinds and not checkpoint.exists():
+  real = any(KINDS[kind].model == 'smollm2' for kind in arguments.kinds)
+  if real and not checkpoint.exists():
     fetch = HERE.parent / 'launch' / 'fetch_smollm2.py'
     subprocess.run([sys.executable, str(fetch), str(checkpoint)], check=True)
   rates = []
@@ -238,7 +272,8 @@ def main() -> None:
   ]
   for kind, rounds in results.items():
     lines += table(kind, rounds)
-  (HERE / 'compare.md').write_text('\n'.join(lines).rstrip() + '\n')
+  if arguments.page:
+    pathlib.Path(arguments.page).write_text('\n'.join(lines).rstrip() + '\n')
   print('\n'.join(lines))
 
 

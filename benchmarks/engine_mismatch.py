@@ -28,7 +28,7 @@ from polgrad.sampling import engines, processors
 from polgrad.types import Batch
 
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'engines.md'
-PROMPTS, SAMPLES, WIDTH, NEW = 4, 4, 32, 64
+PROMPTS, SAMPLES, WIDTH, NEW = 4, 4, 32, 32
 NOISE = 0.1  # of a matrix, in its deviations
 DTYPES = ('float32', 'bfloat16')
 CASES = (

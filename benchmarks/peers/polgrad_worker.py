@@ -1,9 +1,11 @@
 """polgrad's part of `benchmarks.compare`: trains on the work of a folder, prints seconds as JSON.
 
-    python -m benchmarks.peers.polgrad_worker FOLDER grpo|dpo|sft
+    python -m benchmarks.peers.polgrad_worker FOLDER grpo|dpo|sft|rollout
 
 The step is the trainer's own: collector, jitted update with donated state. Prompts are shared
-(`share_prompts`), and the sampler's log-probs are the behaviour policy's, as in any polgrad run.
+(`share_prompts`), and the sampler's log-probs are the behaviour policy's, as in any polgrad run. Of a
+rollout alone, the parameters are float32 as in training, and `dtype` is that of the computation. Where
+completions end, their lengths are left in the folder for the peer.
 """
 
 import collections
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from polgrad import build, collect, credit, models, objectives, optim, phases, sharding
@@ -31,6 +34,7 @@ from polgrad.losses import (
   surrogates,
 )
 from polgrad.registry import part, weighted
+from polgrad.sampling import behavior_policies, make_sampler
 from polgrad.types import Batch
 
 SPENT = collections.defaultdict(list)  # seconds by part of a step
@@ -182,5 +186,48 @@ def run(folder: pathlib.Path, kind: str) -> dict:
   }
 
 
+def sample(folder: pathlib.Path) -> dict:
+  """Rollouts alone."""
+  work = json.loads((folder / 'data.json').read_text())
+  work |= json.loads((folder / 'workload.json').read_text())
+  begin = time.perf_counter()
+  policy = models.pretrained(path=str(folder / 'model'), dtype=work['dtype'])
+  params, stop = policy.init(jax.random.key(0)), work['vocabulary'] - 1
+
+  def ending(policy):
+    """Ends with probability 1 / mean at each token."""
+    others = jnp.where(jnp.arange(policy.shape[-1]) == stop, -jnp.inf, policy)
+    end = jnp.log(1 / (work['mean'] - 1)) + jax.nn.logsumexp(others, axis=-1, keepdims=True)
+    return jnp.where(jnp.arange(policy.shape[-1]) == stop, end, policy)
+
+  draw = make_sampler(
+    {'policy': policy},
+    max_new_tokens=work['new_tokens'],
+    samples_per_prompt=work['samples'],
+    behavior_policy=ending if work['mean'] else behavior_policies.current,
+    stop_ids=(stop,) if work['mean'] else (),
+    slots=work['at_once'],
+  )
+  tokens = np.array(work['prompts'], np.int32)
+  rows = tokens, np.ones(tokens.shape, bool), np.arange(len(tokens))
+  roll = timed('rollout', lambda: sharding.to_host(draw({'policy': params}, *rows, seed=0, step=0)))
+  for _ in range(work['steps']):
+    batch = roll()
+  # The first one includes loading and compiling.
+  first, *later = SPENT['rollout']
+  first += time.perf_counter() - begin - first - sum(later)
+  (folder / 'lengths.json').write_text(json.dumps(batch.mask.sum(axis=1).tolist()))
+  return {
+    'framework': 'polgrad',
+    'version': f'jax {importlib.metadata.version("jax")}',
+    'kind': 'rollout',
+    'first': {'rollout': first},
+    'seconds': {'rollout': later},
+    'tokens': int(np.sum(batch.mask)),
+    'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+  }
+
+
 if __name__ == '__main__':
-  print(json.dumps(run(pathlib.Path(sys.argv[1]), sys.argv[2])))
+  place = pathlib.Path(sys.argv[1])
+  print(json.dumps(sample(place) if sys.argv[2] == 'rollout' else run(place, sys.argv[2])))

@@ -59,6 +59,7 @@ class Vllm:
     from safetensors import safe_open
 
     self.llm.collective_rpc('reload_weights', kwargs={'weights_path': folder})
+    self.llm.apply_model(_prepare_heads)
     self.llm.reset_prefix_cache()  # its keys and values are those of the weights before
     with safe_open(os.path.join(folder, 'model.safetensors'), 'pt') as file:
       return {'tensors': len(file.keys())}
@@ -80,6 +81,19 @@ class Vllm:
   def _row(self, drawn):
     ids = [int(i) for i in drawn.token_ids]
     return {'tokens': ids, 'logp': [x[i].logprob for x, i in zip(drawn.logprobs, ids, strict=True)]}
+
+
+def _prepare_heads(model):
+  """Lets the heads of a model take their weights again.
+
+  A head that shares its weights with the embedding has no tensor in the file, so `reload_weights` leaves
+  alone what was made of the earlier ones: on CPUs, a copy in the layout of its products.
+  """
+  from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+  for module in model.modules():
+    if isinstance(module, ParallelLMHead):
+      module.quant_method.process_weights_after_loading(module)
 
 
 def serve(engine, fd, lifeline, folder):
