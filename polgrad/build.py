@@ -662,6 +662,8 @@ def _check_sampler_mesh(path: str, collector: collect.Collector, run: Experiment
       f'config.sampler_mesh: {path}.collect is {type(collector).__name__}, which samples on the devices '
       'that train; Rollouts can sample on others'
     )
+  if isinstance(run.engine, engines.External):
+    raise ValueError('config.sampler_mesh: config.engine samples on its own devices; leave out one')
   size = sharding.data_parallel_size(run.sampled_on)
   if isinstance(collector, collect.Sampling) and collector.records % size:
     raise ValueError(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, collect, environments, evaluate, phases
+from polgrad import build, collect, environments, evaluate, phases, sharding
 from polgrad.losses import logit_stats
 from polgrad.registry import part
 from polgrad.sampling import behavior_policies, engines, make_sampler, processors
@@ -200,6 +200,10 @@ def test_what_an_engine_cannot_do_is_refused_by_name():
   made = config()
   made.phases.train.collect.slots = 8
   with pytest.raises(ValueError, match='slots: Tiny fills its own'):
+    build.build(made)
+  made = config()
+  made.sampler_mesh = part(sharding.beside)
+  with pytest.raises(ValueError, match='engine samples on its own devices'):
     build.build(made)
   entropy = {'old_entropy': logit_stats.entropy}
   for values, said in (
