@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from polgrad.arrays import WIDE
 from polgrad.losses import divergences, logit_stats
 from polgrad.losses.logit_stats import hidden_norm, logp
 from polgrad.models import token_stats
@@ -12,7 +13,7 @@ from polgrad.models.token_stats import Rows
 from polgrad.registry import inputs
 
 # Without those of a teacher, and those that read earlier tokens (supervised_hybrids_test.py).
-OTHERS = {'teacher_logits', 'context', 'early_targets'}
+OTHERS = {'teacher_logits', 'context', *WIDE}
 STATS = {fn.__name__: fn for fn in logit_stats.TABLE.values() if not OTHERS & set(inputs(fn))}
 ROWS, LENGTH, WIDTH, VOCAB = 3, 11, 4, 7
 RANDOM = np.random.default_rng(0)
@@ -192,6 +193,8 @@ def test_nan_outside_the_mask_reaches_no_gradient_of_any_statistic():
     wide = {
       'early_tokens': jnp.tile(jnp.arange(2), (ROWS, LENGTH, 1)),
       'early_targets': spoilt(0.3 * jnp.ones((ROWS, LENGTH, 2)), mask[:, :, None]),
+      'mixed_tokens': jnp.tile(jnp.arange(2), (ROWS, LENGTH, 1)),
+      'mixed_weights': spoilt(0.5 * jnp.ones((ROWS, LENGTH, 2)), mask[:, :, None]),
     }
     found = token_stats(
       spoilt(hidden, read),
