@@ -781,8 +781,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   anchors = {f: f.removesuffix(end) for f in read for end in endings if f.endswith(end)}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
   whole = {a for f, a in anchors.items() if f.endswith('_logits')} | collector.anchors_read
-  _check_elsewhere(path, phase, run, wanted, whole)
-  given_elsewhere = {f'{n}_{x}' for n, model in phase.elsewhere.items() for x in model.entries}
+  given_elsewhere = _check_elsewhere(path, phase, run, wanted, whole)
   anchors = {f: a for f, a in anchors.items() if f not in given_elsewhere}
   for field, anchor in sorted(anchors.items()):
     if anchor not in phase.anchors:
@@ -860,8 +859,10 @@ def _read_of_models(phase: Phase) -> frozenset[str]:
 
 def _check_elsewhere(
   path: str, phase: Phase, run: Experiment, wanted: frozenset[str], whole: set[str]
-) -> None:
+) -> set[str]:
   """Refuses models elsewhere that nobody reads, or that do not give what is read.
+
+  Returns the names of the arrays that they give.
 
   Args:
     wanted: arrays that objective and credit read.
@@ -884,6 +885,7 @@ def _check_elsewhere(
       raise ValueError(f'{path}.elsewhere: nothing reads any of {read}; there are {sorted(wanted)}')
     where = f'{path}.elsewhere.{name}'
     teachers.check(model, run.tokenizer, phase.collect.temperature, where)
+  return {f'{n}_{x}' for n, model in phase.elsewhere.items() for x in model.entries}
 
 
 def _check_networks(

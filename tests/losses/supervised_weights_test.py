@@ -66,6 +66,23 @@ def test_every_loss_is_an_instance_of_the_unified_gradient(name, x64):
   assert name != 'ppo' or 0 < np.sum(mask) < B * T
 
 
+@pytest.mark.parametrize('gamma', [0.1, 1e9])
+def test_the_demonstration_of_srft_is_an_instance_too(gamma, x64):
+  """Its denominator is 1, and its advantage that of samples and demonstration together.
+
+  The mask is that of the shaped probability, which tends to 1 / gamma where nothing is shaped.
+  """
+  method = methods.srft(max_new_tokens=T, gamma=gamma, imitation=0.0, reinforcement=1.0)
+  rewards, group = np.array([0.0, 1.0, 0.0, 1.0]), np.zeros(B, int)
+  x = dict(
+    rewards=rewards, group_ids=group, stream=np.array([1, 1, 1, 0]), entropy=np.zeros((B, T))
+  )
+  found = jax.grad(lambda lp: method.loss(mask=MASK, logp=lp, **x)[0])(jnp.asarray(LOGP))
+  mask = {0.1: 0.1 / (P + 0.1) ** 2, 1e9: 1e-9}[gamma]
+  expected = mask * (rewards - rewards.mean())[:, None] * P
+  np.testing.assert_allclose(-found[3], (expected / (B * T))[3], rtol=1e-6)
+
+
 def test_the_shaped_probability_of_luffy_has_three_limits(x64):
   grad = lambda fn: jax.grad(lambda lp: jnp.sum(fn(lp)))(jnp.asarray(LOGP))
   shaped = lambda gamma: grad(lambda lp: surrogates.probability_shaped(lp, A, gamma=gamma))
