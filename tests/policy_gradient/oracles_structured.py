@@ -57,7 +57,8 @@ def luffy(x):
 def hpt(x):
   demonstration, sampled = of_stream(x, 0), of_stream(x, 1)
   return {
-    'logp': token_mean(1.0, demonstration) + 8 * constant_length(x['advantages'], sampled, 5),
+    'logp': token_mean(1.0, demonstration)
+    + 8 * constant_length(ratio_of(x) * x['advantages'], sampled, 5),
     'entropy': 8 * constant_length(0.001, sampled, 5),
   }
 
@@ -209,7 +210,6 @@ IMPORTANCE = (-0.553565, [0.221034, 0.364424, 0.163746], [-0.060653, -0.134986, 
 PPO = (-0.409794, [0.221034, 0, 0.163746], [0, -0.134986, 0])
 GSPO = (-0.364471, [0.196893] * 3, [-0.113105, -0.113105, 0])
 BOUNDS = {'low': 0.8, 'low_limit': 0.8, 'high': 1.2, 'high_limit': 1.2}
-CONSTANT = part(aggregation.constant_length, length=3)
 FIX_A = {
   'mdpo': [({}, *IMPORTANCE)],
   'luffy': [
@@ -227,12 +227,10 @@ FIX_A = {
       {
         'streams__demonstration__weight': 0.0,
         'streams__sampled__weight': 1.0,
-        'streams__sampled__aggregation': CONSTANT,
+        'streams__sampled__aggregation': part(aggregation.token_mean),
         'streams__sampled__penalties__bonus__weight': 0.0,
       },
-      0.341667,
-      [0.166667] * 3,
-      [-0.083333, -0.083333, 0],
+      *IMPORTANCE,
     )
   ],
   'correlated_proxies': [SEQUENCE_SUM],

@@ -20,13 +20,14 @@ def hpt(
   """HPT (arXiv:2509.04419): prompts that no sample solves imitate, all others reinforce.
 
       imitation:     loss = -imitation token mean of log pi over the demonstration
-      reinforcement: loss = -reinforcement (sum over tokens of A log pi + entropy_coefficient H)
+      reinforcement: loss = -reinforcement (sum over tokens of r A + entropy_coefficient H)
                             / (rows max_new_tokens)
 
   A prompt with at most `limit` solved samples keeps only its demonstration, and any other prompt
-  only its samples. The loss is the sum of both parts. A is the reward minus the group mean, and H
-  the entropy of the next token. There is no clipping of ratios. A gradient longer than 1 is scaled
-  to the norm 1, and an update whose gradient is longer than `skip_grad_norm` is skipped.
+  only its samples. The loss is the sum of both parts. r = pi / pi_old, A is the reward minus
+  the group mean, and H the entropy of the next token. There is no clipping of ratios. A gradient
+  longer than 1 is scaled to the norm 1, and an update whose gradient is longer than
+  `skip_grad_norm` is skipped.
 
   Differences: Imitation is averaged over the tokens of the demonstrations in use. Their number
   shrinks as the policy learns. The authors divide the token sum of reinforcement by 8192, the
@@ -34,8 +35,8 @@ def hpt(
   tokens. Beside imitation, which is a mean in each of them, reinforcement therefore weighs as many
   means over rows as a micro-batch has rows: 8, if answers have half of the largest length. The
   number of rows of a minibatch gives the plain sum. Their entropy is a mean over tokens, those of
-  demonstrations included. A softer gate of their code, with weights for each number of solved
-  samples, is not here.
+  demonstrations included. They make two updates a batch (minibatches=2). A softer gate of their
+  code, with weights for each number of solved samples, is not here.
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
@@ -52,7 +53,7 @@ def hpt(
   imitate = part(objectives.Supervised, aggregation=part(aggregation.token_mean))
   reinforce = part(
     objectives.PolicyGradient,
-    surrogate=part(surrogates.reinforce),
+    surrogate=part(surrogates.importance_weighted),
     aggregation=part(aggregation.constant_length, length=max_new_tokens),
     penalties={'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   )
