@@ -224,6 +224,9 @@ def test_sampling_ends_with_the_data_or_the_bound_and_may_keep_nothing():
   bound = Sampling([False] * 4, records=100, most=3)
   [found] = steps_of(bound, 1)
   assert bound.numbers == [0, 1, 2] and not found.batch.valid.any()
+  assert found.messages == [
+    'sample_first: no completion of 6 prompts is kept, so the steps of this phase have nothing to learn'
+  ]
   memory = sampled_first.added(bound.settings.init(), rows_of(0, [True] * 4, [1, 0, 1, 1]))
   assert int(memory.count) == 3 and memory.rows.tokens[:3, 0].tolist() == [0, 2, 3]
 

@@ -90,6 +90,12 @@ def sampled_first(steps: 'RolloutSteps') -> Collect:
     report = joined(reports)
     report.metrics['sampled_first/kept'] = float(memory.count)
     report.metrics['sampled_first/batches'] = float(len(reports))
+    if not int(memory.count):
+      sampled = len(reports) * settings.prompts
+      report.messages.append(
+        f'sample_first: no completion of {sampled} prompts is kept, so the steps of this phase have '
+        'nothing to learn'
+      )
     return memory, report
 
   def collect(state: TrainState, draw: Draw, step: int) -> Collected:
