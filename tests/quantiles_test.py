@@ -1,5 +1,7 @@
 """Quark: quantiles of a pool, labels that only the policy reads, and the loss of its paper."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,27 @@ def test_each_term_has_its_own_quantile_and_the_best_label_has_all_zeros():
   ]
   with pytest.raises(ValueError, match='must have'):
     collect.Quantiles(samples_per_prompt=1, terms=('exact', 'short'), label='{exact}=')
+
+
+def test_each_style_has_its_own_quantiles():
+  random = np.random.default_rng(3)
+  scores, styles = random.random((2, 24)), random.permutation(np.repeat(['dry', 'wet'], 12))
+  found = quantiles.stratified_labels(scores, styles, 3)
+  for i, style in enumerate(styles):
+    above = [np.sum(one[styles == style] > one[i]) // 4 for one in scores]
+    assert found[i] == 3 * above[0] + above[1]
+  whole = quantiles.stratified_labels(scores, [''] * 24, 3)
+  np.testing.assert_array_equal(whole, quantiles.combined_labels(scores, 3))
+  records = [{'style': 'dry', 'prompt': 'a'}, {'style': 'wet', 'prompt': 'b'}, {'prompt': 'c'}]
+  steps = lambda name: types.SimpleNamespace(
+    settings=types.SimpleNamespace(strata_field=name),
+    context=types.SimpleNamespace(source=records),
+  )
+  strata = quantiles.QuantileSteps._strata
+  assert strata(steps('style'), np.array([1, 0, 1])) == ['wet', 'dry', 'wet']
+  assert strata(steps(''), np.array([1, 0])) == ['', '']
+  with pytest.raises(ValueError, match="strata_field: record 2 has no 'style'"):
+    strata(steps('style'), np.array([1, 2]))
 
 
 BAD = {

@@ -17,7 +17,7 @@ from polgrad.collect.row_sampler import RowSampler
 from polgrad.collect.steps import Report
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.registry import AtLeastOne, Range
+from polgrad.registry import AtLeastOne, Range, suggest
 from polgrad.sharding import to_host
 from polgrad.types import Batch, Prompts, TrainState
 
@@ -47,6 +47,9 @@ class Quantiles(Rollouts):
   interval: AtLeastOne = 1
   # Sampled batches of the pool; beyond it the oldest are forgotten.
   pool: AtLeastOne = 64
+  # Field of the records, such as the style that is asked for: rows whose records have equal values are
+  # sorted among themselves, as the code of STEER does. '' sorts the whole pool.
+  strata_field: str = ''
 
   def __post_init__(self):
     super().__post_init__()
@@ -158,6 +161,21 @@ def quantile_labels(rewards: np.ndarray, quantiles: int) -> np.ndarray:
   return found
 
 
+def stratified_labels(
+  scores: Sequence[np.ndarray], strata: Sequence[Any], quantiles: int
+) -> np.ndarray:
+  """`combined_labels` of the rows of each stratum alone, i[n].
+
+  >>> stratified_labels([np.array([0.9, 0.1, 0.4, 0.3])], ['a', 'a', 'b', 'b'], 2)
+  array([0, 1, 0, 1])
+  """
+  found = np.zeros(len(strata), int)
+  for value in sorted({*map(str, strata)}):
+    rows = np.flatnonzero([str(one) == value for one in strata])
+    found[rows] = combined_labels([one[rows] for one in scores], quantiles)
+  return found
+
+
 def combined_labels(scores: Sequence[np.ndarray], quantiles: int) -> np.ndarray:
   """The number of each row's label among all combinations of parts, i[n]: 0 is the best of all scores.
 
@@ -235,9 +253,25 @@ class QuantileSteps(RolloutSteps):
     if len(usable):
       scores = [pool[f'{name}_term'] for name in self.settings.terms] or [pool.rewards]
       parts = self.settings.quantiles
-      labels[usable] = combined_labels([x[usable] for x in scores], parts)
+      strata = self._strata(pool.prompt_ids[usable])
+      labels[usable] = stratified_labels([x[usable] for x in scores], strata, parts)
     choice = usable if len(usable) else np.arange(len(labels))
     count = len(batch.tokens)
     taken = random.choice(choice, size=count, replace=count > len(choice))
     rows = replays.rows_at(pool, taken).replace(group_ids=batch.group_ids)
     return labelled(rows, [self.ids[k] for k in labels[taken]]), memory
+
+  def _strata(self, ids: np.ndarray) -> list:
+    """The stratum of each row, by the number of its record."""
+    name = self.settings.strata_field
+    if not name:
+      return [''] * len(ids)
+    found = {}
+    for row in {*ids.tolist()}:
+      record = self.context.source[row]
+      if name not in record:
+        raise ValueError(
+          f'Quantiles: strata_field: record {row} has no {name!r}{suggest(name, record)}'
+        )
+      found[row] = record[name]
+    return [found[row] for row in ids.tolist()]

@@ -69,7 +69,8 @@ def lora(
 ) -> Policy:
   """Adds a low-rank adapter to a model. Only the adapter is trained, and a value head if there is one.
 
-  A is normal with variance 1 / fan-in and B is zero, so the model begins equal to its base.
+  A is uniform within +-1 / sqrt(fan-in), as in PEFT, and B is zero, so the model begins equal to its
+  base.
 
   Args:
     base: the model to adapt; its parameters are frozen.

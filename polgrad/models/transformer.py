@@ -151,13 +151,17 @@ class _Weights(nn.Module):
   config: Config
 
   def weight(self, name: str) -> Array:
-    """Declares a parameter. Initial values: matrices are normal with variance 1 / fan-in, norms are the
-    identity, biases and the value head are zero."""
+    """Declares a parameter. Initial values: matrices are normal with variance 1 / fan-in, the first
+    factors of adapters uniform within +-1 / sqrt(fan-in), norms are the identity, biases, the second
+    factors of adapters and the value head are zero."""
     c = self.config
     if name.endswith('norm'):
       init = nn.initializers.constant(1 - c.norm_offset)
     elif name.endswith(('bias', 'lora_b')) or name == 'value_head':
       init = nn.initializers.zeros
+    elif name.endswith('lora_a'):  # Kaiming's with a = sqrt 5, as PEFT has it
+      bound = c.fan_in(name) ** -0.5
+      init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     else:
       init = nn.initializers.normal(c.fan_in(name) ** -0.5)
     # bfloat16 is too coarse for the small steps of a router's bias.

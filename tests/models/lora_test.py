@@ -155,7 +155,9 @@ def test_factors_begin_random_and_zero():
   layers, other = (policy.init(jax.random.key(i))['layers'] for i in range(2))
   for name, inputs in (('query', 64), ('out', 16 * 6)):
     a = layers[f'{name}_lora_a']
-    assert a.shape[-1] == 16 and np.std(a) == pytest.approx(inputs**-0.5, rel=0.05)
+    # Uniform within +-1 / sqrt(inputs), whose variance is a third of the squared bound, as in PEFT.
+    assert a.shape[-1] == 16 and np.std(a) == pytest.approx((3 * inputs) ** -0.5, rel=0.05)
+    assert 0.98 * inputs**-0.5 < np.abs(a).max() <= inputs**-0.5
     assert not np.any(layers[f'{name}_lora_b'])
     assert np.all(a[0] != a[1]) and np.all(a != other[f'{name}_lora_a'])
 

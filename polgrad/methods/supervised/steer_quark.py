@@ -19,6 +19,7 @@ def steer_quark(
   pool: AtLeastOne = 64,
   label: str = '',
   label_length: AtLeastOne = 32,
+  style_field: str = '',
   strength: float = 0.4,
   top_p: float = 0.9,
   weaker_every: AtLeastOne = 2000,
@@ -36,8 +37,8 @@ def steer_quark(
   `frozen` of both phases. Without folders they are equal, and change nothing.
 
   Differences: Labels are texts, which the run's tokenizer writes, not new tokens; the experts read them
-  too. The pool forgets its oldest batches. Quantiles are of the whole pool, not of each style. The code
-  samples every 2500 steps. KL and entropy have the coefficient 0, as there.
+  too. The pool forgets its oldest batches. The code samples every 2500 steps. KL and entropy have the
+  coefficient 0, as there.
 
   Args:
     steps: batches of the run; the run fills it in.
@@ -48,6 +49,8 @@ def steer_quark(
     label: text of a label, with {NAME} of every term, or {k} without terms; '' is '[NAME {NAME}]' of
       each.
     label_length: tokens of a label, at most; prompts get as many more columns.
+    style_field: field of the records with the style that is asked for; quantiles are then those of each
+      style, as in the code. '' is one style.
     strength: alpha of both stages, at the start of the second; 0 there samples the policy alone.
     top_p: probability of the tokens that the reference, and later the policy, allows.
     weaker_every: batches after which alpha falls.
@@ -68,6 +71,7 @@ def steer_quark(
       samples_per_prompt=1,
       terms=tuple(terms),
       label=label or written,
+      strata_field=style_field,
       **sizes,
       **helped,
     ),
