@@ -26,7 +26,7 @@ def test_the_commands_compose():
     made.mesh.data = 1
     phase = build.build(made).phases['train']
     found[command.partition('--workdir=runs/')[2].split()[0]] = phase.collect
-  assert found.keys() == {'vineppo', 'treerl', 'tokens', 'turns', 'copies'}
+  assert found.keys() == {'vineppo', 'treerl', 'tokens', 'turns', 'copies', 'search'}
   assert unbound(found['tokens'].split) is splits.every
   assert splits.starts(found['tokens'].split, [b'1'] * 3, found['tokens'].most_steps) == [0, 1, 2]
   assert found['treerl'].leaves == 30 and found['treerl'].rows_per_prompt == 16
