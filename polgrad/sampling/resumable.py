@@ -87,7 +87,8 @@ class ResumableSampler(Sampler):
     self, params: dict[str, Params], rows: Rows
   ) -> tuple[dict[str, Params], Rows, Read]:
     """Unstacked parameters, the rows, and what the models have read of them."""
-    params = self.unstacked(params)
+    # The youngest row began in this step, or in one of the last.
+    params = self.unstacked(params, jnp.max(rows.begun))
     width = rows.real.shape[1]
     positions = jnp.maximum(jnp.cumsum(rows.real, axis=1) - 1, 0)
     # The last token of a row; the states of places without a row are not used.
