@@ -175,7 +175,7 @@ def test_slots_stop_strings_budgets_and_a_mixture_of_models_with_local_layers():
 
 
 def test_a_mesh_of_eight_devices_gives_the_rows_of_one():
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  mesh = sharding.make_mesh(data=2, context=2, tensor=2)
   policy = jax.tree.map(np.asarray, PARAMS)
   shardings = sharding.param_shardings(mesh, POLICY.axes(policy), policy)
   params = {'policy': sharding.place(policy, shardings)}
