@@ -16,9 +16,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polgrad import learner, methods, models, optim, phases, sharding
 from polgrad.models.token_stats import LOGITS
@@ -87,10 +86,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--topology', default='v5e:2x4')
   name = parser.parse_args().topology
-  devices = np.array(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
-  mesh = Mesh(
-    devices.reshape(1, -1, 2), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3
-  )
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+  with sharding.compiling_for(devices):
+    mesh = sharding.make_mesh(fsdp=len(devices) // 2, tensor=2)
   for kind, settings in MODELS.items():
     start = time.perf_counter()
     compiled, floor = compile_update(mesh, **settings)

@@ -52,9 +52,8 @@ RULES = {
 }
 Rules = Mapping[str, tuple[str, ...]]
 
-# The rules of meshes that have other ones than `RULES`, by the sizes of their axes.
+# The rules of meshes, by the sizes of their axes: a program is traced for these, not for a mesh.
 _RULES: dict[tuple, Rules] = {}
-
 
 # Devices that meshes are made of instead of those of JAX, see `compiling_for`.
 _DEVICES = contextvars.ContextVar('devices', default=())
@@ -122,7 +121,8 @@ def beside(
 ) -> Mesh:
   """A mesh of the devices behind those of `mesh`, which do not train, see `make_mesh`.
 
-  Its rules are those of `mesh`, in which `rules` replaces some.
+  Its rules are those of `mesh`, in which `rules` replaces some; parameters are cut by the axes that cut
+  them on `mesh`.
 
   Raises:
     ValueError: they do not fit, or there are several processes; or it has other rules than `mesh`, with
