@@ -84,11 +84,10 @@ class ResumableSampler(Sampler):
   """Settings of a sampler of rows in flight, and its programs as methods."""
 
   def read_rows(
-    self, params: dict[str, Params], rows: Rows
+    self, params: dict[str, Params], rows: Rows, version: Array
   ) -> tuple[dict[str, Params], Rows, Read]:
     """Unstacked parameters, the rows, and what the models have read of them."""
-    # The youngest row began in this step, or in one of the last.
-    params = self.unstacked(params, jnp.max(rows.begun))
+    params = self.unstacked(params, version)
     width = rows.real.shape[1]
     positions = jnp.maximum(jnp.cumsum(rows.real, axis=1) - 1, 0)
     # The last token of a row; the states of places without a row are not used.
@@ -270,7 +269,9 @@ def make_resumable_sampler(
     padding = spare_columns(rows.real[:, :-max_new_tokens])
     part = rows._replace(tokens=rows.tokens[:, padding:], real=rows.real[:, padding:])
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      params, placed, seen = read(params, part if mesh is None else place_batch(mesh, part))
+      params, placed, seen = read(
+        params, part if mesh is None else place_batch(mesh, part), np.int32(version)
+      )
       while True:
         asked = seed, np.int32(version), due, np.int32(needed), np.int32(chunk or max_new_tokens)
         placed, seen = advance(params, placed, seen, following, *asked)
