@@ -3,7 +3,7 @@
     python -m benchmarks.staleness              # all methods and lags, then the speed; resumes
     python -m benchmarks.staleness grpo topr    # accuracy of some methods
     python -m benchmarks.staleness --speed      # only the speed
-    python -m benchmarks.staleness --table      # only writes both tables into docs/pods.md
+    python -m benchmarks.staleness --table      # only writes both tables into docs/asynchronous.md
 
 Accuracy: all methods of a seed begin with the same supervised checkpoint and make the same steps on
 two-digit addition; rows are used LAG steps after they were sampled. Accuracy is that of greedy answers
@@ -31,7 +31,7 @@ from polgrad.registry import part, weighted
 from polgrad.types import Params
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
-RESULTS, PAGE = DOCS / 'staleness.jsonl', DOCS / 'pods.md'
+RESULTS, PAGE = DOCS / 'staleness.jsonl', DOCS / 'asynchronous.md'
 METHODS, LAGS = ('grpo', 'online_dpo', 'tba', 'm2po', 'topr'), (0, 1, 4, 8)
 WAITS = (0.0, 0.5, 1.0, 2.0)  # of verifiers, in steps without any
 

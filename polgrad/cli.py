@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from polgrad import overrides
+from polgrad import barriers, overrides
 from polgrad.progress import BEST, NEWEST
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -80,6 +80,12 @@ LOST_AFTER = flags.DEFINE_integer(
   'lost_after',
   100,
   'Seconds without a sign of life after which a process counts as lost, which ends the others.',
+  lower_bound=1,
+)
+WAIT_AT_MOST = flags.DEFINE_integer(
+  'wait_at_most',
+  1800,
+  'Seconds that a process waits for the others at a barrier; then it ends, and with it the others.',
   lower_bound=1,
 )
 
@@ -201,6 +207,7 @@ def join() -> None:
     )
   if given and not re.fullmatch(r'.+:\d+', COORDINATOR.value):
     raise app.UsageError(f'--coordinator={COORDINATOR.value}: expected HOST:PORT')
+  barriers.WAIT_AT_MOST = float(WAIT_AT_MOST.value)
   jax.distributed.initialize(
     COORDINATOR.value,
     NUM_PROCESSES.value,

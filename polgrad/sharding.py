@@ -427,12 +427,6 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(fetch, tree)
 
 
-def together(what: str) -> None:
-  """Barrier across processes; `what` names it and must be the same in all of them."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
-
-
 def last_devices(devices: int, fsdp: int) -> Mesh:
   """A mesh of the last devices of this process.
 

@@ -16,7 +16,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / 'launch'))
 PAGES = (
   *('README.md', 'docs/data.md', 'docs/before_a_run.md', 'docs/looking_inside.md'),
-  *('docs/tracking.md', 'docs/models.md', 'docs/pods.md', 'docs/online_preferences.md'),
+  *(
+    'docs/tracking.md',
+    'docs/models.md',
+    'docs/pods.md',
+    'docs/asynchronous.md',
+    'docs/online_preferences.md',
+  ),
   *('docs/preflight.md', 'docs/distillation.md', 'docs/engines.md'),
 )
 

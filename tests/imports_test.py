@@ -77,6 +77,7 @@ LEVELS = {
   'techniques': 1,
   'hlo': 0,
   'whole_files': 0,
+  'barriers': 0,
   'report': 2,
   'reward_models': 3,
   'teachers': 3,

@@ -1,11 +1,14 @@
 """The flags of a run of several processes: what does not fit is refused before JAX waits."""
 
+import os
+import threading
+
 import jax
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 
-from polgrad import cli
+from polgrad import barriers, cli
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,24 @@ def test_jax_is_asked_with_the_flags(monkeypatch, given, asked):
   with flagsaver.flagsaver(**given):
     cli.join()
   assert calls == ([asked] if asked else [])
+
+
+def test_a_process_that_nobody_joins_at_a_barrier_ends_and_names_it(monkeypatch, capsys):
+  ended = threading.Event()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(os, '_exit', lambda code: ended.set())
+  monkeypatch.setattr(barriers, 'WAIT_AT_MOST', 0.05)
+  wait = lambda what: ended.wait(30)
+  monkeypatch.setattr(barriers.multihost_utils, 'sync_global_devices', wait)
+  barriers.together('written')
+  assert ended.is_set()
+  said = "process 0 of 2 ends: it has waited 0.05 seconds for the others at the barrier 'written'"
+  assert said in capsys.readouterr().err
+
+  ended.clear()
+  monkeypatch.setattr(barriers.multihost_utils, 'sync_global_devices', lambda what: None)
+  barriers.together('at once')
+  assert not ended.wait(0.1)
 
 
 def test_one_process_alone_keeps_its_error():

@@ -20,7 +20,13 @@ README = (ROOT / 'README.md').read_text()
 PAGES = (
   *('README.md', 'CONTRIBUTING.md', 'docs/architecture.md'),
   *('docs/data.md', 'docs/before_a_run.md', 'docs/looking_inside.md', 'docs/tracking.md'),
-  *('docs/models.md', 'docs/pods.md', 'docs/reward_models.md', 'docs/online_preferences.md'),
+  *(
+    'docs/models.md',
+    'docs/pods.md',
+    'docs/asynchronous.md',
+    'docs/reward_models.md',
+    'docs/online_preferences.md',
+  ),
   *('docs/judges.md', 'docs/games.md', 'docs/preferences.md', 'docs/controlled_decoding.md'),
   *('docs/environments.md', 'docs/tools.md', 'docs/turn_credit.md', 'docs/trees.md'),
   *('docs/adapters.md', 'docs/curricula.md'),

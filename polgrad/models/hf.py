@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from polgrad import jsons, paths
+from polgrad.barriers import together
 from polgrad.models import families, heads
 from polgrad.models.config import MLP, Config, num_inputs
 from polgrad.models.policy import Policy
@@ -31,7 +32,7 @@ from polgrad.models.tensors import (
   write_folder,
 )
 from polgrad.models.transformer import from_config, logits
-from polgrad.sharding import to_host, together
+from polgrad.sharding import to_host
 from polgrad.types import Params
 
 Path = tuple[str, ...]

@@ -16,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from polgrad import jsons, paths
+from polgrad.barriers import together
 from polgrad.models.config import ATTENTION, MLP, Config
 from polgrad.models.hf import pretrained
 from polgrad.models.policy import Policy, overlay
@@ -29,7 +30,7 @@ from polgrad.models.tensors import (
 )
 from polgrad.models.transformer import decoder, from_config
 from polgrad.registry import table
-from polgrad.sharding import place, to_host, together
+from polgrad.sharding import place, to_host
 
 Params = Any
 
