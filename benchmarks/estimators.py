@@ -38,6 +38,7 @@ CHANGE_SAMPLES = (
   'prioritized_replay',
   'props',
   'spo_single_stream',
+  'treerl',
   'uft',
   'v0',
 )
@@ -54,7 +55,6 @@ LEFT_OUT = {
   **dict.fromkeys(('rlfr', 'rdd'), 'its rewards come from a network that learns during the run'),
   **dict.fromkeys(('l1_exact', 'l1_max'), 'changes the reward; its estimator is GRPO without a KL'),
   'gradient_guided': 'the weights of its rewards follow from gradients of the run',
-  'treerl': 'its rows share tokens; [trees.md](trees.md) has the numbers of the paper',
 }
 
 

@@ -33,6 +33,7 @@ from polgrad.collect import (
   picks,
   replay,
   starts,
+  trees,
 )
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.scored import Texts, informative, replacements
@@ -46,6 +47,7 @@ from polgrad.losses import (
   selections,
   surrogates,
 )
+from polgrad.losses import trees as tree_losses
 from polgrad.models.policy import Policy
 from polgrad.registry import bind
 from polgrad.rewards.scoring import Scores
@@ -682,6 +684,88 @@ def of_contrast(contrast: Contrast, *, own: bool) -> np.ndarray:
   return weight @ each / rewards.shape[1]
 
 
+class Uncounted(trees.TreeSteps):
+  """Steps whose operations are not counted, because a table has no model."""
+
+  def count(self, rows: Drawn, samples_per_prompt: int) -> Drawn:
+    del samples_per_prompt
+    return rows
+
+
+@functools.cache
+def leaves_law(trained: int = 3, grown: int = 2) -> Law:
+  """TreeRL: every tree is forked once, at its least likely token; some leaves are trained on."""
+  settings = methods.TABLE['treerl'](trained=trained, grown=grown, forks=1, branches=1).collect(
+    prompts=1, prompt_length=0, max_new_tokens=LENGTH
+  )
+  context = types.SimpleNamespace(seed=0)
+  tokens, size = POLICY.tokens[:SEQUENCES], settings.leaves
+  found: dict[tuple, float] = {}
+  for x, p in enumerate(probabilities()):
+    log_p = np.asarray(enumerable.logp(POLICY, setting().params))[x * SEQUENCES :]
+
+    def run(random, x=x, p=p, log_p=log_p):
+      def drawn(numbers) -> Drawn:
+        rows = list(numbers)
+        batch = Batch(
+          tokens=tokens[rows],
+          segment_ids=np.ones((len(rows), LENGTH), np.int32),
+          mask=np.ones((len(rows), LENGTH), bool),
+          behavior_logp=log_p[rows],
+          prompt_ids=np.zeros(len(rows), np.int32),
+        )
+        return Drawn(batch, [])
+
+      def begin(state, records, step):
+        return drawn(int(random.choice(SEQUENCES, p=p)) for _ in range(grown))
+
+      def continuer(state, batch, prefixes, *_):
+        """The rest of each row, from a column on."""
+        chosen = []
+        for row, column in zip(prefixes.rows, prefixes.columns):
+          same = (tokens[:, :column] == batch.tokens[row, :column]).all(axis=1)
+          chosen.append(int(random.choice(SEQUENCES, p=p * same / (p * same).sum())))
+        return drawn(chosen)
+
+      steps = Uncounted(
+        **dict.fromkeys(('annotate', 'assign', 'values')),
+        settings=settings,
+        context=context,
+        draw_rows=begin,
+        continuer=continuer,
+        mask_truncated=False,
+      )
+      batch = steps.sample(None, lambda count: [{'id': 0}], 0)[0].batch
+      rows = x * SEQUENCES + 2 * batch.tokens[:, 0] + batch.tokens[:, 1]
+      return (*rows.tolist(), *batch['drawn_by'].ravel().tolist())
+
+    for chance, result in outcomes(run):
+      found[result] = found.get(result, 0.0) + chance / PROMPTS
+  trees_, chance = np.array([*found]), np.array([*found.values()])
+  rows, drawn_by = trees_[:, :size], trees_[:, size:].reshape(-1, size, LENGTH)
+  # The leaves that are trained on, for every order in which they may be taken.
+  orders = list(itertools.permutations(range(size)))
+  cases, valid = [], np.ones(size, bool)
+  for number, own in enumerate(rows):
+    for order in orders:
+      random = types.SimpleNamespace(permutation=lambda n, order=order: np.array(order))
+      kept = trees.chosen(REWARDS[own], valid, size, trained, random)
+      cases.append((number, *kept.tolist()))
+  cases, times = np.unique(np.array(cases), axis=0, return_counts=True)
+  number, kept = cases[:, 0], cases[:, 1:]
+  chosen = (kept[:, :, None] == np.arange(size)).any(axis=1)
+  group_ids, mask = np.zeros(size, np.int32), np.ones((size, LENGTH), bool)
+  values = jax.jit(
+    jax.vmap(lambda r, by, own: tree_losses.tree_values(r, group_ids, valid, by, mask, own))
+  )(REWARDS[rows][number], drawn_by[number], chosen)
+  some = lambda x: np.take_along_axis(np.asarray(x), kept[:, :, None], axis=1)
+  return Law(
+    chance[number] * times / len(orders),
+    np.take_along_axis(rows[number], kept, axis=1),
+    {name: some(x) for name, x in values._asdict().items()},
+  )
+
+
 # Curricula, whose counts are at rest: estimated success rates are exact.
 
 
@@ -1071,6 +1155,9 @@ METHODS: dict[str, Row] = {
     lambda parts: moments(contrasted().law, parts),
     lambda: of_contrast(contrasted(), own=True),
     lambda: of_contrast(contrasted(), own=False),
+  ),
+  '`treerl`, two trees of two leaves': Row(
+    method('treerl'), lambda parts: moments(leaves_law(), parts)
   ),
   '`uft`, halfway': Row(UFT, starting(ANNEALED, with_hint, HALFWAY), from_hints(ANNEALED, HALFWAY)),
   '`hnpg`': Row(method('hnpg'), starting(RESETS, restarted), from_hints(RESETS)),

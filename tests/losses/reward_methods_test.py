@@ -186,6 +186,23 @@ def test_the_best_of_one_is_leave_one_out_and_of_more_than_there_are_is_nothing(
     group(difficulty.max_at_k, G5, k=0)
 
 
+@pytest.mark.parametrize(('mean', 'slope', 'variance'), [(0.8, 1.2681, 0.676), (0.9387, 0.0, None)])
+def test_the_best_of_four_of_normal_numbers_has_the_published_slope_and_noise(
+  mean, slope, variance
+):
+  """x ~ N(mean, 0.1) earns x^2 in [0, 1] and nothing elsewhere; at .9387 the best of four is highest."""
+  groups, rows = 4000, 8
+  x = np.random.default_rng(0).normal(mean, 0.1, size=groups * rows)
+  rewards = jnp.asarray(np.where((x >= 0) & (x <= 1), x**2, 0.0))
+  ids, valid = jnp.repeat(jnp.arange(groups), rows), jnp.ones(len(x), bool)
+  gains = np.asarray(difficulty.max_at_k(rewards, ids, valid, k=4))
+  slopes = (gains * (x - mean) / 0.01).reshape(groups, rows).mean(axis=1)
+  error = slopes.std() / np.sqrt(groups)
+  assert slopes.mean() == pytest.approx(slope, abs=4 * error)
+  if variance:
+    assert slopes.var() == pytest.approx(variance, rel=0.15)
+
+
 @pytest.mark.parametrize('k', [1, 2, 3])
 def test_the_best_of_k_has_the_exact_gradient_on_a_bandit(k):
   """All groups of three draws of three arms, against the derivative of E[max of k rewards]."""

@@ -373,3 +373,25 @@ def test_tokens_have_temperatures_by_the_entropies_of_the_group_before():
     q = np.stack([each(0, s // 2) * each(1 + s // 2, s % 2) for s in range(4)], axis=1).ravel()
     expected += chance * q[law.rows].prod(axis=1) / 4
   np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_tree_of_two_leaves_is_forked_at_its_least_likely_token():
+  """The expected gradient of one tree, written out: A = 2 (r - r') behind the fork.
+
+  A shared first token has the value 0, that of the mean of both leaves.
+  """
+  parts = sampling.method('treerl')()
+  found = sampling.moments(sampling.leaves_law(trained=2, grown=1), parts).mean
+  policy, params = sampling.POLICY, sampling.setting().params
+  log_p = np.asarray(enumerable.logp(policy, params)).reshape(4, 4, 2)
+  slope = jax.jacrev(lambda x: enumerable.logp(policy, x))(params)
+  slope = np.asarray(slope).reshape(4, 4, 2, -1)
+  expected = np.zeros(params.size)
+  for x, s, t in itertools.product(range(4), range(4), range(4)):
+    fork = int(log_p[x, s, 1] < log_p[x, s, 0])
+    if fork and s // 2 != t // 2:
+      continue
+    chance = np.exp(log_p[x, s].sum() + log_p[x, t, fork:].sum()) / 4
+    gap = 2 * ((s == 3) - (t == 3))
+    expected += chance * gap * (slope[x, s, fork:] - slope[x, t, fork:]).sum(axis=0) / 4
+  np.testing.assert_allclose(found, expected, atol=1e-7)

@@ -280,3 +280,22 @@ def test_too_many_groups_are_refused():
     enumerable.expected_gradient(
       BITS, LOGITS, lambda lp, g: 0.0, samples_per_prompt=10, behavior_params=LOGITS
     )
+
+
+@pytest.mark.parametrize(
+  ('feedback', 'learned', 'probability', 'satisfaction', 'utility'),
+  [((0.4, 0.9), 1, 0.9948, 0.897, -0.494), ((0.6, -0.5), 0, 0.998, None, 0.597)],
+)
+def test_feedback_on_impressions_teaches_to_deceive_and_on_outcomes_to_be_honest(
+  feedback, learned, probability, satisfaction, utility
+):
+  """The bandit of RLHS (arXiv:2501.08617): an honest and a deceptive answer, 2000 exact steps of .1."""
+  policy = enumerable.table(2, 1)
+  climb = jax.grad(lambda x: enumerable.objective(policy, x, jnp.array(feedback)))
+  step = lambda _, x: x + 0.1 * climb(x)
+  end = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, step, x))(jnp.zeros((1, 2)))
+  mean = lambda rewards: float(enumerable.objective(policy, end, jnp.array(rewards)))
+  assert mean(np.eye(2)[learned]) == pytest.approx(probability, abs=1e-3)
+  assert mean([0.6, -0.5]) == pytest.approx(utility, abs=2e-3)
+  if satisfaction:
+    assert mean([0.4, 0.9]) == pytest.approx(satisfaction, abs=1e-3)
