@@ -12,7 +12,7 @@ import numpy as np
 from polgrad import speed
 from polgrad.collect.base import Annotator, Context
 from polgrad.compiling import jit
-from polgrad.curricula.base import of_policy
+from polgrad.curricula.base import from_policy
 from polgrad.learner import forward_in_pieces
 from polgrad.types import Array, Batch, Outputs, Params, TrainState
 
@@ -67,7 +67,7 @@ def stored(store: Responses, batch: Batch, logp: np.ndarray) -> Responses:
   Args:
     logp: f32[B, T], of the rows after the updates on them.
   """
-  usable = np.flatnonzero(batch.mask.any(axis=1) & of_policy(batch))[::-1]
+  usable = np.flatnonzero(batch.mask.any(axis=1) & from_policy(batch))[::-1]
   rows, first = np.unique(batch.prompt_ids[usable], return_index=True)
   own = usable[first]
 

@@ -133,7 +133,7 @@ def observed(
     tokens = batch.mask.sum(axis=1)
     total = np.where(batch.mask, np.abs(batch.advantages), 0.0).sum(axis=1)
     magnitudes = (total / np.maximum(tokens, 1)).astype(np.float32)
-    valid = (tokens > 0) & of_policy(batch)
+    valid = (tokens > 0) & from_policy(batch)
   return Observed(
     rows=sampled.rows,
     rewards=sampled.rewards,
@@ -147,7 +147,7 @@ def observed(
   )
 
 
-def of_policy(batch: Batch) -> np.ndarray:
+def from_policy(batch: Batch) -> np.ndarray:
   """bool[B]: the rows (NumPy) that the policy sampled: neither demonstrations nor opponents."""
   rows = np.ones(len(batch.mask), bool)
   if batch.stream is not None:
