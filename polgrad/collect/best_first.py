@@ -145,9 +145,8 @@ class Search:
     self.episodes: list[Episode] = []
     self.prompt: list[int] = []  # of each row
     self.solves: list[bool] = []  # of each row
-    self.repeated: list[
-      bool
-    ] = []  # of each row: its last action was drawn before, from the same state
+    # Of each row: whether its last action was drawn before, from the same state.
+    self.repeated: list[bool] = []
     self.turns: list[int] = []  # of each row
     self.left = [settings.expansions - 1] * prompts
     self._open: list[list[Node]] = [[] for _ in range(prompts)]
