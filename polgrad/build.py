@@ -1114,12 +1114,7 @@ def check_data(run: Experiment) -> list[str]:
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
     tracing.trace_networks(f'config.phases.{name}', phase, run.policy)
-    with _placing(f'config.phases.{name}.collect'):
-      phase.collect.read_files(phase.source, run.tokenizer)
-    for model, score in phase.elsewhere.items():
-      place = f'config.phases.{name}.elsewhere.{model}'
-      asked = teachers.entries_asked(model, score, _read_of_models(phase))
-      teachers.ask_first(score, asked, getattr(phase.collect, 'temperature', 1.0), place)
+    look_outside(name, phase, run.tokenizer)
     with _placing(f'config.phases.{name}.curriculum'):
       phase.curriculum.init(phase.source)  # refuses records that lack what it reads
   sections = data_sections(run)
@@ -1132,6 +1127,21 @@ def check_data(run: Experiment) -> list[str]:
     lines, asked[one.path] = _look(one, run.tokenizer)
     told += lines
   return told + [str(one) for one in leaks(sections, asked)]
+
+
+def look_outside(name: str, phase: Phase, tokenizer: tokenizers.Tokenizer) -> None:
+  """Reads the files that the collector of a phase names, and asks its services about a short row.
+
+  Raises:
+    ValueError, OSError: a file or record that is missing or damaged, or a service that gives no
+      log-probs; the message names the section of the configuration.
+  """
+  with _placing(f'config.phases.{name}.collect'):
+    phase.collect.read_files(phase.source, tokenizer)
+  for teacher, model in phase.elsewhere.items():
+    place = f'config.phases.{name}.elsewhere.{teacher}'
+    asked = teachers.entries_asked(teacher, model, _read_of_models(phase))
+    teachers.ask_first(model, asked, getattr(phase.collect, 'temperature', 1.0), place)
 
 
 class DataSection(NamedTuple):

@@ -37,6 +37,7 @@ from polgrad.build import (
   check_texts,
   data_sections,
   leaks,
+  look_outside,
   try_environment,
 )
 from polgrad.checks import canaries, duplicates, memory, reading, stops, tables, tracing
@@ -319,6 +320,9 @@ def check_data(
     canary, most: records of a source that verifiers are tried on, and that are read; 0: all.
   """
   sections, asked, seen = data_sections(run), {}, set()
+  outside = check_outside(run)
+  if outside.findings or any(phase.elsewhere for phase in run.phases.values()):
+    yield outside
   for section in sections:
     found = read_section(config, run, section, most)
     asked[section.path] = [(one.row, one.asked) for one in found if one.asked]
@@ -335,6 +339,18 @@ def check_data(
     if section.judged and section.judged.reward and key not in seen:
       seen.add(key)
       yield check_verifiers(section, run, canary)
+
+
+def check_outside(run: Experiment) -> Section:
+  """Whether the files of collectors are whole, and services answer."""
+  wrong = []
+  for name, phase in run.phases.items():
+    try:
+      look_outside(name, phase, run.tokenizer)
+    except (ValueError, OSError) as error:
+      where, _, text = str(error).partition(': ')
+      wrong.append(Finding(where, text, fails=True))
+  return Section('files and services of every phase', _none_if(wrong), wrong)
 
 
 def check_trace(run: Experiment) -> Section:

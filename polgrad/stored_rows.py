@@ -157,6 +157,11 @@ class Rows:
   def __len__(self) -> int:
     return len(self._rows)
 
+  @property
+  def top(self) -> int:
+    """Listed tokens at the place of each token."""
+    return self._files[0].head['top']
+
   def check(self, settings: Mapping[str, Any]) -> None:
     """Refuses files that were made with other settings.
 

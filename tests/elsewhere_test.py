@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, evaluate, loading, phases, sharding, teachers
+from polgrad import build, check, evaluate, loading, phases, sharding, teachers
 from polgrad.collect.base import make_annotator
 from polgrad.compiling import jit
 from polgrad.losses import divergences
@@ -337,3 +337,5 @@ def test_a_service_is_asked_before_the_first_step(models):
     run = build.build(config(models, teacher_url=other))
     with pytest.raises(ValueError, match=rf'train\.elsewhere\.teacher: .*{message}'):
       build.check_data(run)
+    (finding,) = check.check_outside(run).findings
+    assert finding.fails and 'train.elsewhere.teacher' in str(finding)

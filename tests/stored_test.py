@@ -267,6 +267,11 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
     )
     with pytest.raises(ValueError, match=lacks):
       phase.collect.read_files(more, run.tokenizer)
+    # Files may list more than a run reads, and not less.
+    fewer, other = (dataclasses.replace(phase.collect, top=n) for n in (2, 5))
+    fewer.read_files(phase.source, run.tokenizer)
+    with pytest.raises(ValueError, match=r'00000000.* drawn with top 4, this run has 5'):
+      other.read_files(phase.source, run.tokenizer)
     # A larger file would need the records of two.
     with pytest.raises(ValueError, match=r'00000000.*with until 3, now 4'):
       store(file_rows=4)

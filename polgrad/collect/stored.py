@@ -19,15 +19,7 @@ from polgrad.registry import Count
 from polgrad.types import Batch, Prompts, TrainState
 
 # Settings that decide what the files hold; the tokenizer is compared as well.
-COMPARED = (
-  'samples_per_prompt',
-  'max_new_tokens',
-  'temperature',
-  'top_k',
-  'top_p',
-  'prefix',
-  'top',
-)
+COMPARED = ('samples_per_prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'prefix')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +58,7 @@ class Stored(Filtering):
 
   def settings(self, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the files must have been made with, see `stored_rows.SETTINGS`."""
-    own = {name: getattr(self, name) for name in COMPARED}
+    own = {name: getattr(self, name) for name in (*COMPARED, 'top')}
     return own | {'tokenizer': _digest(tokenizer), 'stop_strings': list(self.stop_strings)}
 
   @functools.cached_property
@@ -75,8 +67,7 @@ class Stored(Filtering):
 
   def read_files(self, source: Source, tokenizer: Tokenizer) -> None:
     """Refuses files that lack a record of the source, other than one that the run drops."""
-    rows = self.rows_of_files
-    rows.check(self.settings(tokenizer))
+    rows = self.checked(tokenizer)
     wanted = [row for row in range(len(source)) if row not in rows]
     if batching.drops(self):
       fate = lambda row: batching.fate(self.sampler, {**source[row], 'id': row}, tokenizer)
@@ -95,11 +86,20 @@ class Stored(Filtering):
       ValueError, FileNotFoundError: the files are damaged, were made with other settings, or lack one of
         the records; names the file.
     """
-    self.rows_of_files.check(self.settings(tokenizer))
+    files = self.checked(tokenizer)
     rows = zip(prompts.ids, prompts.tokens, prompts.mask, strict=True)
-    return [
-      self.rows_of_files.read(int(i), stored_rows.digest(tokens[mask])) for i, tokens, mask in rows
-    ]
+    return [files.read(int(i), stored_rows.digest(tokens[mask])) for i, tokens, mask in rows]
+
+  def checked(self, tokenizer: Tokenizer) -> stored_rows.Rows:
+    """The files, whose settings are those of the run; they may list more tokens than it reads.
+
+    Raises:
+      ValueError: names the file and the setting that differs.
+    """
+    settings = self.settings(tokenizer)
+    settings['top'] = max(self.top, self.rows_of_files.top)
+    self.rows_of_files.check(settings)
+    return self.rows_of_files
 
   def make(self, context: Context) -> Collect:
     context = self.within(context)
@@ -123,7 +123,8 @@ class StoredSteps(Steps):
     records, tokenizer = draw(self.settings.prompts), self.context.tokenizer
     prompts = Filtering.lay_out(self.settings, records, tokenizer=tokenizer, cut=self.settings.cut)
     entries = self.settings.found(prompts, tokenizer)
-    return Drawn(batch_of(prompts, entries, self.settings.max_new_tokens, tokenizer)), records
+    width, top = self.settings.max_new_tokens, self.settings.top
+    return Drawn(batch_of(prompts, entries, width, tokenizer, top)), records
 
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     del random
@@ -131,7 +132,11 @@ class StoredSteps(Steps):
 
 
 def batch_of(
-  prompts: Prompts, entries: Sequence[stored_rows.Entry], width: int, tokenizer: Tokenizer
+  prompts: Prompts,
+  entries: Sequence[stored_rows.Entry],
+  width: int,
+  tokenizer: Tokenizer,
+  top: int = 0,
 ) -> Batch:
   """The rows of these prompts as the sampler gives them, with what the files say of the teacher.
 
@@ -139,6 +144,7 @@ def batch_of(
     prompts: N of them.
     entries: of each prompt, with G samples each.
     width: columns of a completion.
+    top: likeliest tokens of the teacher that are read for each token.
   """
   samples = [(i, sample) for i, one in enumerate(entries) for sample in range(len(one.tokens))]
   begin = prompts.tokens.shape[1]
@@ -146,7 +152,6 @@ def batch_of(
   tokens = np.full(shape, tokenizer.pad_id, np.int32)
   mask = np.zeros(shape, bool)
   logp = {name: np.zeros(shape, np.float32) for name in ('behavior_logp', 'teacher_logp')}
-  top = entries[0].teacher_top_ids[0].shape[1] if entries[0].teacher_top_ids else 0
   listed = {'teacher_top_ids': np.full((*shape, top), -1, np.int32)} if top else {}
   listed |= {'teacher_top_log_probs': np.zeros((*shape, top), np.float32)} if top else {}
   for row, (i, sample) in enumerate(samples):
@@ -154,8 +159,10 @@ def batch_of(
     tokens[row, :begin] = prompts.tokens[i]
     tokens[row, columns] = entries[i].tokens[sample]
     mask[row, columns] = True
-    for name, x in (logp | listed).items():
+    for name, x in logp.items():
       x[row, columns] = getattr(entries[i], name)[sample]
+    for name, x in listed.items():
+      x[row, columns] = getattr(entries[i], name)[sample][:, :top]
   owners = np.array([i for i, _ in samples])
   seen = mask.copy()
   seen[:, :begin] = prompts.mask[owners]
