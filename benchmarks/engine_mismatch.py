@@ -159,7 +159,7 @@ def main() -> None:
   for dtype in DTYPES:
     sizes = dict(cache_gib=1, rows=32, variables={'OMP_NUM_THREADS': arguments.threads})
     engine = engines.Vllm(python=arguments.python, dtype=dtype, eager=arguments.eager, **sizes)
-    engine.check_there('--python')
+    engine.check_installed('--python')
     found[dtype] = measure(engine, arguments.model)
     for name, gaps in found[dtype].items():
       print(dtype, name, *gaps, sep='\n  ', flush=True)

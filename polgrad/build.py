@@ -1110,7 +1110,7 @@ def check_data(run: Experiment) -> list[str]:
   """
   check_texts(run)
   told, asked = [], {}
-  run.engine.check_there('config.engine')
+  run.engine.check_there(run.policy, 'config.engine')
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
     tracing.trace_networks(f'config.phases.{name}', phase, run.policy)

@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from polgrad.models import heads, hf, lora
+from polgrad.models import families, heads, hf
+from polgrad.models.lora import merge
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, Count, Positive, table, unbound
 from polgrad.sampling import behavior_policies, processors
@@ -60,8 +61,8 @@ class Own:
   def check(self, collector: Any, path: str) -> None:
     """It does all that a collector may ask for."""
 
-  def check_there(self, path: str) -> None:
-    """It is always there."""
+  def check_there(self, policy: Policy, path: str) -> None:
+    """It is always there, and samples from all models."""
 
   def take(self) -> dict[str, float]:
     """Metrics since the last call."""
@@ -110,8 +111,20 @@ class External(abc.ABC):
     return {name: str(value) for name, value in self.variables.items()}
 
   @abc.abstractmethod
-  def check_there(self, path: str) -> None:
-    """Refuses an engine that is not installed, before a run."""
+  def check_installed(self, path: str) -> None:
+    """Refuses an engine that is not installed, before a run. `path` is that of the engine."""
+
+  def check_there(self, policy: Policy, path: str) -> None:
+    """Refuses an engine that is not installed, and a model that no folder can hold.
+
+    Raises:
+      ValueError, FileNotFoundError: says what is missing; begins with `path`.
+    """
+    self.check_installed(path)
+    try:
+      families.write_settings(policy.config, False)
+    except ValueError as error:
+      raise ValueError(f'{path}: the model cannot be handed over: {error}') from error
 
   @functools.cached_property
   def served(self) -> 'Served':
@@ -259,7 +272,7 @@ class Vllm(External):
     found |= {'VLLM_CPU_OMP_THREADS_BIND': 'nobind', 'OMP_WAIT_POLICY': 'passive'}
     return found | super().environment
 
-  def check_there(self, path: str) -> None:
+  def check_installed(self, path: str) -> None:
     """Refuses an environment without vLLM.
 
     Raises:
@@ -311,6 +324,9 @@ class Served:
           said = f'the engine is started again, and asked for the same rows: {error}'
           warnings.warn(said, stacklevel=2)
           self.restarts += 1
+        except BaseException:  # such as an interruption: a reply may be under way
+          self.stop()
+          raise
 
   def stop(self) -> None:
     """Kills the process, if there is one."""
@@ -350,7 +366,7 @@ def write(folder: pathlib.Path, policy: Policy, params: Params, dtype: str) -> t
   """
   config, params = policy.config, heads.without_head(params)
   if config.lora_rank:
-    config, params = lora.merge(config, params)
+    config, params = merge(config, params)
   return hf.write_bare(folder, config, params, dtype)
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from polgrad import build, collect, environments, evaluate, phases, sharding
+from polgrad import build, collect, environments, evaluate, models, phases, sharding
 from polgrad.losses import logit_stats
 from polgrad.registry import part
 from polgrad.sampling import behavior_policies, engines, make_sampler, processors
@@ -44,7 +44,7 @@ class Tiny(engines.External):
   def settings(self, max_length):
     return {'max_length': max_length}
 
-  def check_there(self, path):
+  def check_installed(self, path):
     """It is always there."""
 
 
@@ -60,11 +60,11 @@ def draw(engine, params=PARAMS, rows=slice(None), seed=0, step=0, **settings):
   return sample({'policy': params}, TOKENS[rows], MASK[rows], IDS[rows], seed=seed, step=step)
 
 
-def trainer_logp(batch, params, temperature=1.0):
+def trainer_logp(batch, params, temperature=1.0, policy=POLICY):
   """Log-probs as the trainer has them, on the mask."""
   with jax.default_matmul_precision('highest'):
-    hidden = POLICY.hidden(params, batch.tokens, batch.segment_ids)
-    logits = POLICY.unembed(params, hidden)[:, :-1] / temperature
+    hidden = policy.hidden(params, batch.tokens, batch.segment_ids)
+    logits = policy.unembed(params, hidden)[:, :-1] / temperature
   logp = jax.nn.log_softmax(logits)
   found = np.take_along_axis(np.asarray(logp), batch.tokens[:, 1:, None], axis=-1)[..., 0]
   return np.where(batch.mask, np.pad(found, ((0, 0), (1, 0))), 0)
@@ -81,6 +81,21 @@ def test_log_probs_are_those_of_the_weights_that_the_trainer_has_now(engine):
   assert found['engine/weights_s'] > 0 and found['engine/restarts'] == 0
   draw(engine, OTHER)  # it has these weights
   assert engine.take() == dict.fromkeys(found, 0.0)
+
+
+def test_an_adapter_is_merged_and_a_value_head_left_out(engine):
+  policy = models.lora(base=tiny.policy(value_head=True), rank=2)
+  params = jax.tree.map(lambda x: x + 0.1, policy.init(jax.random.key(2)))
+  sample = engine.sampler({}, default=policy, **SETTINGS)
+  batch = sample({'policy': params}, TOKENS, MASK, IDS, seed=0, step=0)
+  np.testing.assert_allclose(
+    batch.behavior_logp, trainer_logp(batch, params, policy=policy), atol=2e-5
+  )
+  engine.check_there(policy, 'config.engine')
+  with pytest.raises(ValueError, match=r'config.engine: the model cannot .*: no family'):
+    engine.check_there(
+      tiny.policy(num_experts=4, experts_per_token=2, qk_norm='all'), 'config.engine'
+    )
 
 
 def test_rows_are_laid_out_as_by_our_sampler_and_have_their_own_seeds(engine):
@@ -231,9 +246,9 @@ def test_what_an_engine_cannot_do_is_refused_by_name():
 def test_vllm_that_is_not_there_is_refused_before_a_run():
   said = "config.engine.python: there is no Python '/no/python'; docs/engines.md"
   with pytest.raises(FileNotFoundError, match=said):
-    engines.Vllm(python='/no/python').check_there('config.engine')
+    engines.Vllm(python='/no/python').check_installed('config.engine')
   with pytest.raises(ValueError, match=r'config.engine.python: .* finds no vLLM; docs/engines.md'):
-    engines.Vllm(python=sys.executable).check_there('config.engine')
+    engines.Vllm(python=sys.executable).check_installed('config.engine')
   made = config()
   made.engine = part(engines.Vllm, python='/no/python')
   with pytest.raises(FileNotFoundError, match=said):
