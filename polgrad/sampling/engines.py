@@ -115,12 +115,17 @@ class External(abc.ABC):
     """Refuses an engine that is not installed, before a run. `path` is that of the engine."""
 
   def check_there(self, policy: Policy, path: str) -> None:
-    """Refuses an engine that is not installed, and a model that no folder can hold.
+    """Refuses an engine that is not installed or reads longer rows than the model, and a model that no
+    folder can hold.
 
     Raises:
       ValueError, FileNotFoundError: says what is missing; begins with `path`.
     """
     self.check_installed(path)
+    if self.max_length > policy.config.max_length:
+      raise ValueError(
+        f'{path}.max_length: {self.max_length} tokens, but the model has {policy.config.max_length}'
+      )
     try:
       families.write_settings(policy.config, False)
     except ValueError as error:
@@ -143,6 +148,10 @@ class External(abc.ABC):
     """
     if jax.process_count() > 1:
       raise ValueError('config.engine: an external engine needs one process of the trainer')
+    if self.max_length and collector.length > self.max_length:
+      raise ValueError(
+        f'{path}: rows of {collector.length} tokens, but config.engine.max_length is {self.max_length}'
+      )
     drawn = {
       name: getattr(collector, name)
       for name, count in POLICIES.items()

@@ -240,6 +240,10 @@ def test_what_an_engine_cannot_do_is_refused_by_name():
   ):
     with pytest.raises(ValueError, match=f'place.{said}'):
       Tiny().check(collect.Rollouts(**values), 'place')
+  with pytest.raises(ValueError, match='rows of 128 tokens, but config'):
+    Tiny(max_length=99).check(collect.Rollouts(), 'place')
+  with pytest.raises(ValueError, match='max_length: 65 tokens, but the model'):
+    Tiny(max_length=65).check_there(POLICY, 'place')
   Tiny().check(collect.Rollouts(baseline_samples=1, top_k=4, lag=1, overlap=True), 'place')
 
 
