@@ -99,7 +99,7 @@ ENVIRONMENT = {
   'HF_HUB_OFFLINE': '1',
   'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
 }
-PARTS = ('rollout', 'reference', 'update', 'step')
+PARTS = ('rollout', 'reference', 'update', 'step', 'cpu')  # cpu: CPU seconds of a rollout alone
 
 
 def write_work(folder: pathlib.Path, kind: Kind, checkpoint: pathlib.Path) -> None:
@@ -238,7 +238,7 @@ def compare(kind: str, rounds: int, folder: pathlib.Path, rates: list) -> list[d
       rows = {n: measure(n, work_of.worker, work, folder) for n in work_of.frameworks}
       check_same_work(kind, rows)
       results.append(rows)
-      last = PARTS[0] if work_of.worker == 'rollout' else PARTS[-1]
+      last = 'rollout' if work_of.worker == 'rollout' else 'step'
       print(kind, {n: round(statistics.median(r['seconds'][last]), 3) for n, r in rows.items()})
   return results
 
@@ -260,11 +260,13 @@ def main() -> None:
   rates = []
   results = {k: compare(k, arguments.rounds, arguments.folder, rates) for k in arguments.kinds}
   low, middle, high = min(rates), statistics.median(rates), max(rates)
+  names = {'tunix': 'Tunix', 'trl': 'TRL', 'vllm': 'vLLM'}
+  there = [x for n, x in names.items() if any(n in KINDS[k].frameworks for k in results)]
   lines = [
-    '# polgrad, Tunix and TRL on the same work',
+    f'# polgrad beside {", ".join(there)} on the same work',
     '',
     f'`python -m benchmarks.compare`, {datetime.date.today()}: medians of {arguments.rounds} rounds of '
-    f'one process each, of {KINDS["grpo"].steps - 1} steps (SmolLM2: {KINDS["smollm2"].steps - 1})',
+    'one process each, of the steps',
     'after the first; ratios are to polgrad in the same round, median (least to largest): above 1 '
     'polgrad is faster.',
     f'float32 products of 1536 x 1536 ran at {middle:.0f} GFLOP/s in between ({low:.0f} to {high:.0f}).',

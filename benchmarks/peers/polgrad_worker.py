@@ -211,8 +211,11 @@ def sample(folder: pathlib.Path) -> dict:
   tokens = np.array(work['prompts'], np.int32)
   rows = tokens, np.ones(tokens.shape, bool), np.arange(len(tokens))
   roll = timed('rollout', lambda: sharding.to_host(draw({'policy': params}, *rows, seed=0, step=0)))
+  cpu = []
   for _ in range(work['steps']):
+    start = time.process_time()
     batch = roll()
+    cpu.append(time.process_time() - start)
   # The first one includes loading and compiling.
   first, *later = SPENT['rollout']
   first += time.perf_counter() - begin - first - sum(later)
@@ -222,7 +225,7 @@ def sample(folder: pathlib.Path) -> dict:
     'version': f'jax {importlib.metadata.version("jax")}',
     'kind': 'rollout',
     'first': {'rollout': first},
-    'seconds': {'rollout': later},
+    'seconds': {'rollout': later, 'cpu': cpu[1:]},
     'tokens': int(np.sum(batch.mask)),
     'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
   }
