@@ -17,13 +17,15 @@ from polgrad.collect.scored import Texts, metrics, score_rows, shown
 from polgrad.compiling import jit
 from polgrad.rewards.scoring import Scores
 from polgrad.sharding import to_host
-from polgrad.types import Batch, Layout, TrainState
+from polgrad.types import STREAMS, Batch, Layout, TrainState
 
 # What every batch of sampled rows has without credit or anchors.
 PROVIDED = frozenset({
   *('behavior_logp', 'finished', 'prompt_ids', 'sampled_at', 'rewards', 'valid'),
   *('staleness', 'proximal_logp', 'uniform'),
 })  # fmt: skip
+
+FAR = 20.0  # nats: a ratio of policies larger than exp of this is counted as this
 
 
 class Report(NamedTuple):
@@ -148,17 +150,22 @@ class Steps(abc.ABC):
     return self.annotate(state, self.tracked(batch, state))
 
   def mismatch(self, batch: Batch) -> dict[str, float]:
-    """How far log-probs of whoever sampled are from those of the trainer, in fresh rows; {} where those
-    of the trainer are not recomputed.
+    """How far log-probs of the sampler are from those of the trainer, in fresh rows of the policy; {}
+    where those of the trainer are not recomputed.
 
     * `mismatch/kl`: the k3 estimate of KL(sampler || policy) of the tokens, nats.
     * `mismatch/max_gap`: the largest absolute log-ratio, nats.
     """
-    where = batch.mask & (batch.staleness == 0)[:, None]
+    rows = batch.staleness == 0
+    if batch.stream is not None:
+      rows &= batch.stream == STREAMS.index('sampled')
+    if 'opponent' in batch:
+      rows &= batch['opponent'] == 0
+    where = batch.mask & rows[:, None]
     if 'proximal_logp' not in self.annotate.own or not where.any():
       return {}
     log_ratio = (batch.proximal_logp - batch.behavior_logp)[where].astype(np.float64)
-    kl = np.mean(np.expm1(log_ratio) - log_ratio)
+    kl = np.mean(np.expm1(np.minimum(log_ratio, FAR)) - log_ratio)
     return {'mismatch/kl': float(kl), 'mismatch/max_gap': float(np.abs(log_ratio).max())}
 
   def tracked(self, batch: Batch, state: TrainState) -> Batch:
