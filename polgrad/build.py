@@ -521,6 +521,13 @@ def check(run: Experiment) -> None:
     )
   chat.check_written(run.tokenizer.chat, 'config.tokenizer')
   _check_kernel('config.model', run.model, run.mesh)
+  if run.sampled_on is not run.mesh and not any(
+    isinstance(phase.collect, collect.Sampling) and phase.collect.samples_apart
+    for phase in run.phases.values()
+  ):
+    raise ValueError(
+      'config.sampler_mesh: no phase samples rollouts, so nothing uses its devices; remove it'
+    )
   _check_cut('config.model', run.model, run.mesh, 'config.mesh')
   if run.sampled_on is not run.mesh:
     _check_cut('config.model', run.model, run.sampled_on, 'config.sampler_mesh')

@@ -22,6 +22,7 @@ _LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$
 _COMMENT = re.compile(r'/\*.*?\*/')
 _CALLED = re.compile(r'\b(?:calls|body|condition|called_computations)=\{?%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
 
 
 class Op(NamedTuple):
@@ -101,16 +102,22 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
     mesh: sizes of its axes by name, in the order of the mesh.
   """
   computations, entry = parse(text)
-  counts, moved = collections.Counter(), collections.Counter()
+  # A TPU writes one collective several times, with one channel, where pieces of it are done beside the
+  # trips of a loop. It runs as often as its first piece, outside of that loop.
+  found: dict[tuple, tuple[float, Op]] = {}
   for name, times in runs(computations, entry).items():
     for op in computations[name]:
-      kind = op.kind.removesuffix('-start')
-      if kind not in KINDS:
-        continue
-      groups = _groups(op, math.prod(mesh.values()))
-      key = kind, _axes(groups, mesh)
-      counts[key] += times
-      moved[key] += times * _received(op, kind, len(groups[0]))
+      if op.kind.removesuffix('-start') in KINDS:
+        channel = 'async_collective_fusion_config' in op.rest and _CHANNEL.search(op.rest)
+        key = (channel[1],) if channel else (name, op.name)
+        found[key] = min(found.get(key, (math.inf, op)), (times, op), key=lambda one: one[0])
+  counts, moved = collections.Counter(), collections.Counter()
+  for times, op in found.values():
+    kind = op.kind.removesuffix('-start')
+    groups = _groups(op, math.prod(mesh.values()))
+    key = kind, _axes(groups, mesh)
+    counts[key] += times
+    moved[key] += times * _received(op, kind, len(groups[0]))
   order = sorted(moved, key=lambda key: (-moved[key], key))
   return [Collective(*key, round(counts[key]), moved[key]) for key in order]
 

@@ -13,7 +13,7 @@ from polgrad import optim
 from polgrad.arrays import WIDE
 from polgrad.losses.logit_stats import entropy, logp
 from polgrad.models.policy import Policy, labelled, learned, overlay
-from polgrad.models.token_stats import Rows, token_stats
+from polgrad.models.token_stats import Rows, token_stats, unembedding
 from polgrad.objectives import Objective, networks
 from polgrad.objectives import Part as ObjectivePart
 from polgrad.objectives.base import Metrics, Terms
@@ -69,7 +69,7 @@ def forward(
   if teacher is not None:
     teacher_policy, teacher_params = teacher[0], jax.lax.stop_gradient(teacher[1])
     teacher_hidden = _teacher_hidden(teacher_policy, teacher_params, batch, layout)
-    teacher_unembed = functools.partial(teacher_policy.unembed, teacher_params)
+    teacher_unembed = unembedding(teacher_policy, teacher_params)
 
   # All that needs logits over the vocabulary, in one pass. Packed rows evaluate only the mask.
   wanted = {'logp': logp, **stats}
@@ -80,7 +80,7 @@ def forward(
   out = token_stats(
     hidden,
     batch.tokens[:, start:],
-    functools.partial(policy.unembed, params),
+    unembedding(policy, params),
     stats=wanted,
     temperature=temperature,
     where=batch.mask if layout.rows else None,

@@ -28,7 +28,7 @@ from polgrad.build import Experiment
 from polgrad.compiling import jit
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.losses import logit_stats
-from polgrad.models.token_stats import token_stats
+from polgrad.models.token_stats import token_stats, unembedding
 from polgrad.registry import suggest
 from polgrad.sampling import stopping
 from polgrad.sampling.sampler import behavior_at, make_sampler
@@ -166,7 +166,7 @@ class Model:
       stats = token_stats(
         jnp.pad(hidden, ((0, 0), (0, 1), (0, 0))),
         tokens,
-        functools.partial(policy.unembed, params),
+        unembedding(policy, params),
         stats={'logp': logit_stats.logp, 'greedy': _greedy},
         where=scored,
         most=most,

@@ -31,6 +31,7 @@ AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 # once, for the first of its dimensions that names it.
 RULES = {
   'batch': ('data', 'fsdp', 'expert'),
+  'copied_batch': ('data',),  # rows of an array that the others shard along the model width
   'length': ('context',),  # positions of a row
   'hidden': (),  # the width of an activation
   'experts': ('expert',),
@@ -276,6 +277,17 @@ def _dividing(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
   while size % math.prod(mesh.shape[n] for n in names):
     names = names[:-1]
   return names
+
+
+def row_axes(mesh: Any) -> tuple[str, ...]:
+  """The mesh axes that rows of a batch are sharded over."""
+  return rules_of(mesh)['batch']
+
+
+def cut_along_rows(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+  """`partition_spec` with only those mesh axes that rows are sharded over too."""
+  rows, spec = row_axes(mesh), partition_spec(mesh, axes, shape)
+  return PartitionSpec(*(tuple(n for n in mesh_axes(e) if n in rows) or None for e in spec))
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:

@@ -26,7 +26,7 @@ from polgrad.data import tokenizers
 from polgrad.losses import logit_stats
 from polgrad.models import hf, pretrained
 from polgrad.models.policy import Policy
-from polgrad.models.token_stats import token_stats
+from polgrad.models.token_stats import token_stats, unembedding
 from polgrad.packing import padded
 from polgrad.registry import AtLeastOne, Count, NotNegative, Positive, table
 from polgrad.rewards import judge
@@ -145,7 +145,7 @@ def _load(
     params: Any, tokens: Array, segment_ids: Array, temperature: Array, *, names: frozenset[str]
   ) -> dict[str, Array]:
     hidden = policy.hidden(params, tokens, segment_ids)
-    unembed = functools.partial(policy.unembed, params)
+    unembed = unembedding(policy, params)
     wanted = {name: stats[name] for name in names & stats.keys()}
     found = {}
     if wanted:

@@ -169,6 +169,7 @@ def chain() -> Policy:
     completions=None,
     states=None,
     unembed=lambda params, hidden: wide(hidden @ params['table']),
+    readout=lambda params: params,
     value=None,
     init_cache=lambda batch, length: {},
     begin=lambda cache, read, rows: cache,

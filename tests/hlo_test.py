@@ -88,6 +88,21 @@ def test_asynchronous_collectives_and_convolutions_of_a_tpu():
   assert hlo.product_flops(ASYNC) == 5 * 2 * 8 * 64 * 16
 
 
+def test_a_collective_that_is_written_in_pieces_counts_once():
+  """A TPU does a part of an all-gather in each trip of a loop that computes something else."""
+  start = '  %x = f32[8,64]{1,0} parameter(0)\n  %t ='
+  piece = '  %done = f32[8,64]{1,0} all-gather-done(%start)'
+  again = '  %g = f32[4,64]{1,0} all-gather(%s), channel_id=7, replica_groups=[2,4]<=[8]'
+  again += ', backend_config={"async_collective_fusion_config":{}}\n'
+  text = ASYNC.replace(piece, again + piece).replace(
+    start, start.replace('  %t =', again.replace('%g', '%h') + '  %t =')
+  )
+  assert text.count('channel_id=7') == 2
+  found = {(c.kind, c.axes): c for c in hlo.collectives(text, {'fsdp': 2, 'tensor': 4})}
+  assert found['all-gather', 'tensor'].count == 1
+  assert found['all-gather', 'tensor'].moved == 4 * 64 * 4 * 3 / 4
+
+
 def test_windows_that_reach_into_padding_are_no_operations():
   """Products as a TPU writes them, where a dimension of a result is one of the window."""
   text = """HloModule m

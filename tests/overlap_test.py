@@ -9,6 +9,7 @@ import pytest
 
 from polgrad import build, credit, curricula, phases, sharding, train
 from polgrad.collect import Rollouts, replay, rollout_steps
+from polgrad.options import from_text
 from polgrad.registry import part
 from polgrad.types import Batch
 from tests.runs import method_of
@@ -120,4 +121,12 @@ def test_what_cannot_overlap_is_refused():
     build.build(made)
   made.sampler_mesh = part(sharding.beside, data=7)
   with pytest.raises(ValueError, match='records, which do not divide by its 7 devices'):
+    build.build(made)
+
+
+def test_devices_for_sampling_that_no_phase_uses_are_refused():
+  made = from_text('method=sft,task=addition,model=tiny')
+  made.mesh.data = 1
+  made.sampler_mesh = part(sharding.beside, data=2)
+  with pytest.raises(ValueError, match='no phase samples rollouts'):
     build.build(made)

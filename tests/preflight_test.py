@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from polgrad import hlo, models, preflight, sharding
+from polgrad import aot, hlo, models, preflight, sharding
 
-CHIP = preflight.Chip(memory=100.0, bandwidth=10.0, links=2.0)
-BASE = preflight.Program(
+CHIP = aot.Chip(memory=100.0, bandwidth=10.0, links=2.0)
+BASE = aot.Program(
   'train update', 50.0, 10.0, flops=40.0, compiled_flops=0.0, bytes=10.0, collectives=[],
   least_moved=0.0, seconds=0.0,
 )  # fmt: skip
@@ -33,13 +33,13 @@ BASE = preflight.Program(
 )
 def test_the_longest_time_limits_and_the_verdict_names_a_knob(change, seconds, limit, says):
   program = BASE._replace(**change)
-  found = preflight.bound(program, CHIP, peak=20.0)
+  found = aot.bound(program, CHIP, peak=20.0)
   assert found == (seconds, limit, 40.0 / 20.0 / seconds)
   assert says in preflight.verdict(program, CHIP, 20.0)
 
 
 def test_the_least_that_moves_is_that_of_each_axis():
-  least = lambda update=True, **mesh: preflight.least_moved(
+  least = lambda update=True, **mesh: aot.least_moved(
     80.0, dict(data=1, fsdp=1, tensor=1) | mesh, activations=10.0, update=update
   )
   assert least() == 0
@@ -56,7 +56,7 @@ def test_replicated_parameters_are_named():
   place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
   shape = lambda where: jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=where)
   tree = {'whole': shape(place()), 'cut': shape(place('fsdp'))}
-  assert preflight.replicated(mesh, tree) == ["['whole']"]
+  assert aot.replicated(mesh, tree) == ["['whole']"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
   with pytest.raises(ImportError, match='pip install libtpu'):
-    preflight.topology('v5e:4x4')
+    aot.topology('v5e:4x4')
 
 
 def test_meshes_are_made_of_the_devices_that_are_compiled_for():
@@ -83,4 +83,4 @@ def test_meshes_are_made_of_the_devices_that_are_compiled_for():
 
 def test_a_program_that_could_not_be_read_moves_at_least_the_least():
   unread = BASE._replace(compiled_flops=float('nan'), least_moved=20.0)
-  assert preflight.bound(unread, CHIP, peak=20.0).limit == 'links'
+  assert aot.bound(unread, CHIP, peak=20.0).limit == 'links'

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from polgrad import hlo, sharding
 from polgrad.losses import logit_stats
 from polgrad.models import token_stats
-from polgrad.models.token_stats import Rows
+from polgrad.models.token_stats import Rows, unembedding
 from polgrad.registry import inputs
 from polgrad.sampling import make_sampler
 from tests.models import tiny
@@ -47,7 +47,7 @@ def evaluate(policy, params, tokens, segment_ids):
   def loss(params):
     hidden = policy.hidden(params, tokens, segment_ids)
     whole = Rows(tokens, segment_ids, segment_ids > 0)
-    unembed = functools.partial(policy.unembed, params)
+    unembed = unembedding(policy, params)
     out = token_stats(hidden, tokens, unembed, stats=STATS, chunk=2, whole=whole)
     out['value'] = policy.value(params, hidden)
     size = lambda x: 1 + jnp.abs(jax.lax.stop_gradient(x))

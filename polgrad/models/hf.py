@@ -31,7 +31,7 @@ from polgrad.models.tensors import (
   write_file,
   write_folder,
 )
-from polgrad.models.transformer import from_config, logits
+from polgrad.models.transformer import from_config
 from polgrad.sharding import to_host
 from polgrad.types import Params
 
@@ -149,8 +149,7 @@ def unembedding(*, path: str, dtype: str = 'float32') -> Policy:
     sharding = None if shardings is None else shardings[name]
     return {name: _place(shapes()[name], sharding, open_folder(folder), slot)}
 
-  unembed = lambda params, hidden: logits(whole.config, params[name], hidden)
-  return whole._replace(shapes=shapes, init=init, hidden=None, unembed=unembed)
+  return whole._replace(shapes=shapes, init=init, hidden=None)
 
 
 def is_reward_model(path: str) -> bool:

@@ -32,6 +32,7 @@ class Policy(NamedTuple):
       layers whose numbers, ascending and counted from 1, are in the tuple `layers`. That of the last
       layer is `hidden`, which is normalised; the others are not. Layers behind these are not computed.
     unembed: params, hidden [..., D] -> logits f32[..., V].
+    readout: params -> the part of them that `unembed` reads, which it accepts in their place.
     value: params, hidden [..., D] -> f32[...]; ValueError if the config has no value head.
     init_cache: batch, length -> an empty cache of `length` columns; every leaf has the batch axis first.
     begin: cache, shorter cache with equally many rows, rows bool[B] -> the first cache, in which the
@@ -61,6 +62,7 @@ class Policy(NamedTuple):
   completions: Callable
   states: Callable
   unembed: Callable
+  readout: Callable
   value: Callable
   init_cache: Callable
   begin: Callable

@@ -6,13 +6,15 @@ t. The only other shift in polgrad is that of values, in `learner.py`.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from polgrad import sharding
 from polgrad.arrays import WIDE
+from polgrad.models.policy import Policy
 from polgrad.registry import call, inputs
 
 Array = jax.Array
@@ -24,6 +26,26 @@ LOGITS = 2**26  # logits that a device stores at a time by default: 256 MiB in f
 def reads_context(stats: Mapping[str, Callable]) -> bool:
   """Whether a statistic reads the tokens before its own."""
   return any(CONTEXT & set(inputs(stat)) for stat in stats.values())
+
+
+class Unembedding(NamedTuple):
+  """A model's `unembed` with the parameters that it reads; [..., D] -> f32[..., V] when it is called.
+
+  On a mesh `token_stats` then gathers these parameters once, and not for every chunk.
+  """
+
+  function: Callable[[Any, Array], Array]  # parameters, hidden -> logits
+  weights: Any
+  axes: Any  # logical axes of the weights
+
+  def __call__(self, hidden: Array) -> Array:
+    return self.function(self.weights, hidden)
+
+
+def unembedding(policy: Policy, params: Any) -> Unembedding:
+  """The `unembed` of a policy with its parameters."""
+  weights = policy.readout(params)
+  return Unembedding(policy.unembed, weights, policy.axes(weights))
 
 
 class Rows(NamedTuple):
@@ -85,7 +107,8 @@ def token_stats(
   Args:
     hidden: [B, T, D], final hidden states.
     tokens: i32[B, T].
-    unembed: hidden [..., D] -> f32[..., V]; gradients flow into the parameters it closes over.
+    unembed: hidden [..., D] -> f32[..., V]; gradients flow into the parameters it closes over, or has as
+      an `Unembedding`.
     stats: functions by the name of their result.
     temperature: divides the logits, also those of the teacher. With the sampler's temperature,
       log-probabilities are those of the policy that sampled.
@@ -104,14 +127,6 @@ def token_stats(
     f32[B, T] or f32[B, T, m] by name. Entry [b, t] is the statistic of `tokens[b, t]`, 0 where nothing
     is evaluated.
   """
-  evaluate = functools.partial(
-    _evaluate,
-    unembed=unembed,
-    teacher_unembed=teacher_unembed,
-    stats=stats,
-    temperature=temperature,
-    whole=whole,
-  )
   # The shift: the hidden state of a column predicts the token of the next column.
   of_tokens = {'tokens': tokens[:, 1:], 'hidden': hidden[:, :-1]}
   of_tokens |= {name: x[:, 1:] for name, x in wide.items()}
@@ -141,14 +156,11 @@ def token_stats(
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
   # Number of columns in a chunk: every device holds its part of the rows, and of their positions.
   at_once = pieces * max(1, chunk * sharding.ambient_data_parallel_size() // rows)
-  if width <= at_once:
-    out = evaluate(of_tokens)
-  else:
-    # Checkpointed: the backward pass computes the logits of one chunk at a time again.
-    chunks = {name: _split(x, at_once, pieces) for name, x in of_tokens.items()}
-    step = jax.checkpoint(evaluate, prevent_cse=False)
-    _, out = jax.lax.scan(lambda carry, chunk: (carry, step(chunk)), (), chunks)
-    out = {name: _join(x, width, pieces) for name, x in out.items()}
+  models = {'unembed': unembed, 'teacher_unembed': teacher_unembed}
+  models = {name: model for name, model in models.items() if model is not None}
+  own = width > at_once and pieces == 1 and _can_gather(models, rows)
+  run = _on_own_rows if own else functools.partial(_in_chunks, pieces=pieces)
+  out = run(of_tokens, whole, temperature, models, stats=stats, columns=at_once)
   # Back to columns of `tokens`: undo the gathering and the shift.
   if gathers:
     out = {name: _put(x, chosen, where[:, 1:]) for name, x in out.items()}
@@ -161,14 +173,94 @@ def token_stats(
   return {name: first(x) for name, x in out.items()}
 
 
+def _can_gather(models: Mapping[str, Callable], rows: int) -> bool:
+  """Whether there is a mesh whose devices can evaluate their own rows, see `_on_own_rows`."""
+  size = sharding.ambient_data_parallel_size()
+  known = all(isinstance(model, Unembedding) for model in models.values())
+  return known and size > 1 and rows % size == 0
+
+
+def _on_own_rows(
+  of_tokens: Mapping[str, Array],
+  whole: Rows | None,
+  temperature: float | Array,
+  models: Mapping[str, Unembedding],
+  *,
+  stats: Mapping[str, Callable],
+  columns: int,
+) -> dict[str, Array]:
+  """`_in_chunks` on every device of a mesh for its own rows.
+
+  Weights that are cut over the devices are gathered before the first chunk, and the gradients of all
+  chunks are added up before they are scattered. The compiler would do both once for every chunk.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  dtype = of_tokens['hidden'].dtype
+  cut = lambda axes, x: sharding.cut_along_rows(mesh, axes, x.shape)
+  specs = {
+    name: jax.tree.map(lambda x, axes: cut(axes, x), model.weights, model.axes)
+    for name, model in models.items()
+  }
+
+  def gather(x: Array, spec: PartitionSpec) -> Array:
+    x = x.astype(dtype)
+    for dimension, names in enumerate(spec):
+      if names:
+        x = jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+    # The gradients of chunks are added in float32; inside the loop no copy in this type remains.
+    return x.astype(jnp.float32)
+
+  def local(weights, temperature, of_tokens, whole):
+    gathered = {
+      name: model._replace(weights=jax.tree.map(gather, weights[name], specs[name]))
+      for name, model in models.items()
+    }
+    return _in_chunks(of_tokens, whole, temperature, gathered, stats=stats, columns=columns)
+
+  rows = sharding.row_axes(mesh)
+  own, every = PartitionSpec(rows), PartitionSpec()
+  run = jax.shard_map(
+    local,
+    in_specs=(specs, every, own, own),
+    out_specs=own,
+    axis_names={*rows},
+    check_vma=False,
+  )
+  weights = {name: model.weights for name, model in models.items()}
+  return run(weights, jnp.asarray(temperature, jnp.float32), of_tokens, whole)
+
+
+def _in_chunks(
+  of_tokens: Mapping[str, Array],
+  whole: Rows | None,
+  temperature: float | Array,
+  models: Mapping[str, Callable],
+  *,
+  stats: Mapping[str, Callable],
+  columns: int,
+  pieces: int = 1,
+) -> dict[str, Array]:
+  """`_evaluate` of a number of columns at a time: arrays [B, T, ...] -> f32[B, T, ...] by name."""
+  evaluate = functools.partial(
+    _evaluate, whole=whole, temperature=temperature, models=models, stats=stats
+  )
+  width = of_tokens['tokens'].shape[1]
+  if width <= columns:
+    return evaluate(of_tokens)
+  # Checkpointed: the backward pass computes the logits of one chunk at a time again.
+  chunks = {name: _split(x, columns, pieces) for name, x in of_tokens.items()}
+  step = jax.checkpoint(evaluate, prevent_cse=False)
+  _, out = jax.lax.scan(lambda carry, chunk: (carry, step(chunk)), (), chunks)
+  return {name: _join(x, width, pieces) for name, x in out.items()}
+
+
 def _evaluate(
   of_tokens: Mapping[str, Array],
   *,
-  unembed: Callable[[Array], Array],
-  teacher_unembed: Callable[[Array], Array] | None,
-  stats: Mapping[str, Callable],
-  temperature: float | Array,
   whole: Rows | None,
+  temperature: float | Array,
+  models: Mapping[str, Callable],
+  stats: Mapping[str, Callable],
 ) -> dict[str, Array]:
   """All statistics of one chunk: arrays [B, S, ...] of its tokens -> f32[B, S, ...] by name."""
   flat = {name: sharding.merge_positions(x) for name, x in of_tokens.items()}
@@ -177,13 +269,13 @@ def _evaluate(
     return unembed(x).astype(jnp.float32) / temperature
 
   arrays = {
-    'logits': logits(unembed, flat['hidden']),
+    'logits': logits(models['unembed'], flat['hidden']),
     'tokens': flat['tokens'],
     'hidden': jax.lax.stop_gradient(flat['hidden'].astype(jnp.float32)),
   }
   arrays = {**{name: flat[name] for name in WIDE & flat.keys()}, **arrays}
   if 'teacher_hidden' in flat:
-    teacher = logits(teacher_unembed, flat['teacher_hidden'])
+    teacher = logits(models['teacher_unembed'], flat['teacher_hidden'])
     arrays['teacher_logits'] = jax.lax.stop_gradient(teacher)
   if 'columns' in flat:
     found = earlier(whole, of_tokens['columns'])

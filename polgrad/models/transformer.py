@@ -42,6 +42,8 @@ HIDDEN = ('batch', 'length', 'hidden')  # logical axes of activations
 OUTSIDE = ('batch', 'length', 'heads', 'head_dim')
 INSIDE = ('batch', 'attention_length', 'attention_heads', 'head_dim')
 
+LOOKED_UP = ('copied_batch', 'length', 'embed')  # of the embeddings of tokens
+
 METHODS = ['__call__', 'branch']  # methods of a block that are scanned over the layers
 # Outputs that the backward pass keeps with remat='none'; matched by primitive name, because kernels'
 # primitives are private to JAX.
@@ -343,6 +345,9 @@ class Decoder(_Weights):
     x = jnp.take(self.weights['embedding'], tokens, axis=0, mode='fill').astype(self.config.dtype)
     if pieces_of_a_row(x.shape[1]) > 1:
       x = constrain(x, ('batch', 'attention_length', 'looked_up'))
+    else:
+      # Each device looks up its columns of all rows, so it adds up the gradient of these columns alone.
+      x = constrain(x, LOOKED_UP)
     return constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), HIDDEN)
 
   def views(self, positions: Array, keys: Array, mask: Array) -> Views:
@@ -371,17 +376,8 @@ class Decoder(_Weights):
   def normalise(self, x: Array) -> Array:
     return self.norm(x, self.weights['final_norm'])
 
-  def unembed(self, hidden: Array) -> Array:
-    return logits(self.config, self.weights[self.config.unembedding], hidden)
-
   def value(self, hidden: Array) -> Array:
     return einsum('...d,d->...', hidden, self.weights['value_head'].astype(hidden.dtype))
-
-
-def logits(config: Config, weight: Array, hidden: Array) -> Array:
-  """The logits [..., V] of hidden states [..., D]; `weight` [V, D] is the parameter `unembedding`."""
-  product = einsum('...d,vd->...v', hidden, weight.astype(hidden.dtype))
-  return softcap(product, config.logit_softcap)
 
 
 def decoder(**fields: Any) -> Policy:
@@ -421,6 +417,7 @@ def from_config(config: Config) -> Policy:
     completions=functions.completions,
     states=functions.states,
     unembed=functions.unembed,
+    readout=functions.readout,
     value=functions.value,
     init_cache=functions.init_cache,
     begin=caches.begin,
@@ -507,7 +504,11 @@ class Functions:
     return kept[: len(layers)]
 
   def unembed(self, params: Params, hidden: Array) -> Array:
-    return self.apply(params, hidden, method='unembed')
+    weight = params[self.config.unembedding].astype(hidden.dtype)
+    return softcap(einsum('...d,vd->...v', hidden, weight), self.config.logit_softcap)
+
+  def readout(self, params: Params) -> Params:
+    return {self.config.unembedding: params[self.config.unembedding]}
 
   def value(self, params: Params, hidden: Array) -> Array:
     if not self.config.value_head:

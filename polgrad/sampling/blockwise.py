@@ -14,7 +14,7 @@ import numpy as np
 from polgrad.compiling import jit
 from polgrad.losses import logit_stats
 from polgrad.models.policy import Policy
-from polgrad.models.token_stats import token_stats
+from polgrad.models.token_stats import token_stats, unembedding
 from polgrad.sampling.sampler import behavior_at, laid_out, make_sampler
 from polgrad.sharding import to_host
 from polgrad.types import Array, Batch, Params
@@ -109,7 +109,7 @@ def prefix_value(policy: Policy, params: Params) -> Score:
     stats = token_stats(
       policy.hidden(params, tokens, segment_ids),
       tokens,
-      functools.partial(policy.unembed, params),
+      unembedding(policy, params),
       stats={'value': logit_stats.token_logit},
     )
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), mask.shape)

@@ -8,6 +8,7 @@ import numpy as np
 
 from polgrad.losses import logit_stats
 from polgrad.models import Policy, decoder, token_stats
+from polgrad.models.token_stats import unembedding
 from polgrad.types import Array, Params
 
 VOCAB = 23
@@ -40,6 +41,6 @@ def logp(policy: Policy, params: Params, tokens: Array, segment_ids: Array) -> A
   return token_stats(
     policy.hidden(params, tokens, segment_ids),
     tokens,
-    functools.partial(policy.unembed, params),
+    unembedding(policy, params),
     stats={'logp': logit_stats.logp},
   )['logp']
