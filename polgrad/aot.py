@@ -417,7 +417,7 @@ class Planner:
     )
     least = lambda tokens, passes=1: models * self.least(policy, mesh, tokens, passes=passes)
 
-    read = lambda sets, tokens, mask: one.prefill(one.unstacked(sets), tokens, mask)
+    read = lambda sets, tokens, mask: one.prefill(one.unstacked(sets, 0), tokens, mask)
     prefill = Counts(models * forward(count, width) / chips, gathered, least(count * width))
 
     # A step of decoding, as the loop makes it: its state is donated, and layers are cut off before it.
@@ -427,8 +427,8 @@ class Planner:
 
     with jax.set_mesh(mesh):
       state = jax.tree.map(functools.partial(by_rows, mesh), jax.eval_shape(begin, sets, *prompts))
-      flat = jax.eval_shape(one.unstacked, sets)
-    flat = {n: unstacked_shapes(one.policies[n], mesh, x) for n, x in flat.items()}
+      flat = jax.eval_shape(lambda sets: one.unstacked(sets, 0), sets)
+    flat |= {n: unstacked_shapes(model, mesh, flat[n]) for n, model in one.policies.items()}
     keys = lambda ids: one.row_keys(jnp.int32(0), jnp.int32(0), ids)
     draw = lambda sets, ids, state: one.draw(sets, keys(ids), None, width, state)
     rows = count * collect.samples_per_prompt
@@ -562,6 +562,39 @@ def compile_one(planned: Planned) -> Program:
   return program(*sizes, compiled_flops=flops, collectives=moved, seconds=seconds)
 
 
+def continued(
+  planned: Planned, fewer: Program, more: Program, layers: tuple[int, int, int]
+) -> Program:
+  """A program of many layers by the line through programs with fewer.
+
+  The sampler's layers are compiled one by one, so what it holds, computes and moves grows by the same
+  with each, and compiling all of a deep model takes minutes.
+
+  Args:
+    planned: of all layers, with what was counted by hand.
+    fewer, more: the same program with fewer layers.
+    layers: of `fewer`, `more` and `planned`.
+  """
+  first, second, whole = layers
+  line = lambda a, b: a + (b - a) * (whole - first) / (second - first)
+  before = {one[:2]: one for one in fewer.collectives}
+  nothing = hlo.Collective('', '', 0, 0.0)
+
+  def collective(one: hlo.Collective) -> hlo.Collective:
+    less = before.get(one[:2], nothing)
+    return one._replace(count=round(line(less.count, one.count)), moved=line(less.moved, one.moved))
+
+  return more._replace(
+    **planned.counts._asdict(),
+    memory=line(fewer.memory, more.memory),
+    temporary=line(fewer.temporary, more.temporary),
+    compiled_flops=line(fewer.compiled_flops, more.compiled_flops),
+    collectives=[collective(one) for one in more.collectives],
+    seconds=fewer.seconds + more.seconds,
+    error=fewer.error or more.error,
+  )
+
+
 def _as_parts(program: Program, parts: list[tuple[Program, float]]) -> Program:
   """The program with the products and collectives of its parts."""
   sums = collections.defaultdict(lambda: (0, 0.0))
@@ -586,6 +619,7 @@ def topology(name: str) -> list[Any]:
   # No metadata server is asked, and no chip is taken, so other processes may use libtpu too.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   try:
     import libtpu  # noqa: F401
   except ImportError as error:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from polgrad import aot, hlo, models, preflight, sharding
+from polgrad import aot, build, hlo, models, preflight, sharding
+from polgrad.options import from_text
 
 CHIP = aot.Chip(memory=100.0, bandwidth=10.0, links=2.0)
 BASE = aot.Program(
@@ -84,3 +85,45 @@ def test_meshes_are_made_of_the_devices_that_are_compiled_for():
 def test_a_program_that_could_not_be_read_moves_at_least_the_least():
   unread = BASE._replace(compiled_flops=float('nan'), least_moved=20.0)
   assert aot.bound(unread, CHIP, peak=20.0).limit == 'links'
+
+
+def test_a_program_is_compiled_for_chips_that_are_not_there():
+  pytest.importorskip('libtpu')  # there is none for other machines than x86-64 with Linux
+  devices = aot.topology('v5e:2x2')
+  config = from_text('method=grpo,task=addition,model=tiny')
+  config.model.num_layers = 1
+  config.mesh.update(data=1, fsdp=4)
+  with sharding.compiling_for(devices):
+    run = build.build(config)
+    planned = aot.plan('train', run.phases['train'], run)
+  names = ['prefill', 'decode', 'rollout', 'anchor', 'update']
+  assert [one.name for one in planned] == [f'train {name}' for name in names]
+  found = preflight.report(run, aot.compiled(preflight.chosen(planned, ['anchor'])), 'TPU v5 lite')
+  [program] = found['programs']
+  assert program['chips'] == 4 and program['verdict'].startswith('fits')
+  # The parameters are cut, and gathered once; rows are not.
+  assert {c['axes'] for c in program['collectives']} == {'fsdp'}
+  assert program['least_moved'] <= program['moved'] < 2 * program['least_moved']
+  assert 0.8 < program['compiled_flops'] / program['flops'] < 1.1
+  assert not found['replicated']
+  with pytest.raises(ValueError, match="unknown 'ancor'; did you mean 'anchor'"):
+    preflight.chosen(planned, ['ancor'])
+
+
+def test_an_unknown_topology_is_refused_with_what_there_is():
+  pytest.importorskip('libtpu')
+  with pytest.raises(ValueError, match=r'libtpu knows no such topology .* v5p:4x4x4'):
+    aot.topology('v5e:3x5000')
+
+
+def test_numbers_of_few_layers_are_continued_to_all():
+  moved = lambda layers: [hlo.Collective('all-gather', 'fsdp', 3 + layers, 10.0 * layers)]
+  made = lambda layers: BASE._replace(
+    memory=5.0 + layers, temporary=2.0, compiled_flops=7.0 * layers, collectives=moved(layers)
+  )
+  planned = aot.Planned('train decode', 0, None, None, (), aot.Counts(1.0, 2.0, 3.0))
+  found = aot.continued(planned, made(2), made(4), (2, 4, 12))
+  assert found == made(12)._replace(flops=1.0, bytes=2.0, least_moved=3.0)
+  for wrong in (['2'], ['4', '2'], ['2', '13'], ['2', 'x']):
+    with pytest.raises(ValueError, match='two ascending numbers up to 12'):
+      preflight.layer_numbers(wrong, 12)

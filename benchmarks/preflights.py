@@ -1,0 +1,197 @@
+"""Do published models fit published slices, and how does a step grow with the slice? Without a TPU.
+
+    pip install 'jax[tpu]'
+    python -m benchmarks.preflights             # all cases; resumes
+    python -m benchmarks.preflights scale       # some of TABLES
+    python -m benchmarks.preflights --table     # only writes the tables into docs/preflight.md
+
+Each program of each case is compiled by `polgrad.preflight` in a process for itself, and its numbers are
+appended to docs/preflights.jsonl. A case is GRPO with one prompt of 8 completions a chip and step,
+prompts of 512 tokens, completions of 1,536, and two minibatches. The programs of samplers are compiled
+with few layers and continued (`--layers`). Parameters are cut over `fsdp`; `data` copies are trained.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+DOCS = pathlib.Path(__file__).parent.parent / 'docs'
+RESULTS, PAGE = DOCS / 'preflights.jsonl', DOCS / 'preflight.md'
+TRAINER, SAMPLER = ('update', 'anchor'), ('decode', 'prefill', 'rollout')
+
+
+class Case(NamedTuple):
+  """A model on a slice."""
+
+  shape: str
+  topology: str
+  data: int
+  fsdp: int
+  layers: str = '2,4'
+
+  @property
+  def key(self) -> list:
+    return [self.shape, self.topology, self.data, self.fsdp]
+
+
+TABLES = {
+  'models': (
+    Case('qwen3_0_6b', 'v5e:4x4', 1, 16),
+    Case('llama3_8b', 'v5e:16x16', 1, 256),
+    Case('llama3_8b', 'v5p:4x4x4', 1, 64),
+    Case('gemma3_27b', 'v5p:8x8x8', 2, 256, '6,12'),
+    Case('qwen3_30b_a3b', 'v5p:4x4x8', 1, 128),
+  ),
+  'scale': (
+    Case('llama3_8b', 'v5p:2x2x4', 1, 16),
+    Case('llama3_8b', 'v5p:4x8x8', 16, 16),
+    Case('llama3_8b', 'v5p:16x16x16', 256, 16),
+  ),
+}
+
+
+def run(case: Case, program: str) -> dict:
+  """The report of a program of a case, with the seconds of the whole command.
+
+  Raises:
+    RuntimeError: the command failed; has the end of what it said.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / 'out.json'
+    started = time.perf_counter()
+    chips = case.data * case.fsdp
+    done = subprocess.run(
+      [
+        *(sys.executable, '-m', 'polgrad.preflight'),
+        '--config=experiments/run.py:method=grpo,task=addition,model=tiny',
+        *('--only_phase=train', f'--programs={program}', f'--out={out}'),
+        *(f'--topology={case.topology}', f'--shape={case.shape}', f'--layers={case.layers}'),
+        *(f'--config.mesh.data={case.data}', f'--config.mesh.fsdp={case.fsdp}'),
+        f'--config.phases.train.collect.prompts={chips}',
+        '--config.phases.train.collect.prompt_length=512',
+        '--config.phases.train.collect.max_new_tokens=1536',
+      ],
+      cwd=DOCS.parent,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+    )
+    if not out.exists():
+      raise RuntimeError(f'{case}, {program}: {done.stderr[-2000:]}')
+    found = json.loads(out.read_text())
+    return {
+      'case': case.key,
+      'program': program,
+      'wall_seconds': round(time.perf_counter() - started),
+      'device': found['device'],
+      'replicated': found['replicated'],
+      **found['programs'][-1],
+    }
+
+
+def read() -> dict[tuple, dict]:
+  """The last result of every program: {(shape, topology, data, fsdp, program): report}."""
+  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+  rows = map(json.loads, lines)
+  return {(*row['case'], row['program']): row for row in rows}
+
+
+def rows(found: dict[tuple, dict], table: str) -> Iterator[str]:
+  """The lines of a table, a case each."""
+  head = [
+    'model', 'slice', 'data x fsdp', 'update: GiB, left', 'of it temporary', 'rollout: GiB, left',
+    'update, ms', 'MFU <=', 'moved / least, GB', 'decode step, ms', 'moved / least, GB',
+    'a step: sampling, s', 'training, s', 'compiled in, s',
+  ]  # fmt: skip
+  yield '| ' + ' | '.join(head) + ' |'
+  yield '|---' * len(head) + '|'
+  for case in TABLES[table]:
+    got = {name: found.get((*case.key, name)) for name in (*TRAINER, *SAMPLER)}
+    yield '| ' + ' | '.join(cells(case, got)) + ' |'
+
+
+def cells(case: Case, got: dict[str, dict | None]) -> list[str]:
+  """The cells of a case; empty where a program was not compiled."""
+  gib = lambda x: f'{x / 2**30:.1f}'
+  pick = lambda name, text: text(got[name]) if got[name] else ''
+  held = lambda row: f'{gib(row["memory"])}, {gib(row["headroom"])}'
+  moved = lambda row: f'{row["moved"] / 1e9:.3g} / {row["least_moved"] / 1e9:.3g}'
+  ms = lambda row: f'{1e3 * row["roofline_seconds"]:.0f} ({row["limit"]})'
+  total = lambda names: sum(got[n]['times'] * got[n]['roofline_seconds'] for n in names)
+  trained = all(got[name] for name in TRAINER)
+  # What a rollout moves is counted in its parts.
+  sampled = rollout_seconds(got['rollout'], got['prefill'], got['decode'])
+  done = [row['seconds'] for row in got.values() if row]
+  return [
+    f'`{case.shape}`',
+    case.topology,
+    f'{case.data} x {case.fsdp}',
+    pick('update', held),
+    pick('update', lambda row: gib(row['temporary'])),
+    pick('rollout', held),
+    pick('update', ms),
+    pick('update', lambda row: f'{row["mfu_bound"]:.0%}'),
+    pick('update', moved),
+    pick('decode', ms),
+    pick('decode', moved),
+    f'{sampled:.1f}' if sampled else '',
+    f'{total(TRAINER):.2f}' if trained else '',
+    f'{sum(done):.0f}' if len(done) == len(got) else '',
+  ]
+
+
+def rollout_seconds(*rows: dict | None, draws: int = 1536) -> float:
+  """The bound of a rollout from those of its prefill and its decoding steps; 0 if one is missing."""
+  _, prefill, decode = rows
+  if not (prefill and decode):
+    return 0.0
+  return prefill['roofline_seconds'] + draws * decode['roofline_seconds']
+
+
+def write(found: dict[tuple, dict]) -> None:
+  """Writes both tables into the page."""
+  text = PAGE.read_text()
+  for table in TABLES:
+    block = '\n'.join([f'<!-- {table} -->', *rows(found, table), '<!-- end -->'])
+    text = re.sub(
+      f'<!-- {table} -->.*?<!-- end -->', lambda _, block=block: block, text, flags=re.DOTALL
+    )
+  PAGE.write_text(text)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('tables', nargs='*', metavar='TABLE', help=', '.join(TABLES))
+  parser.add_argument('--table', action='store_true', help='only write the tables')
+  args = parser.parse_args()
+  if unknown := sorted({*args.tables} - TABLES.keys()):
+    parser.error(f'unknown {unknown[0]!r}; there is {", ".join(TABLES)}')
+  wanted = [one for table in args.tables or TABLES for one in TABLES[table]]
+  for name in (*TRAINER, *SAMPLER):
+    for case in wanted if not args.table else ():
+      if (*case.key, name) in read():
+        continue
+      try:
+        row = run(case, name)
+      except RuntimeError as error:
+        print(error, file=sys.stderr)
+        continue
+      with RESULTS.open('a') as file:
+        file.write(json.dumps(row) + '\n')
+      print(
+        f'{case.shape} on {case.topology}, {name}: {row["verdict"]}, {row["wall_seconds"]} s',
+        flush=True,
+      )
+  write(read())
+
+
+if __name__ == '__main__':
+  main()
