@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polgrad import aot, build, hlo, models, preflight, sharding
 from polgrad.options import from_text
+from polgrad.registry import part
 
 CHIP = aot.Chip(memory=100.0, bandwidth=10.0, links=2.0)
 BASE = aot.Program(
@@ -127,3 +128,43 @@ def test_numbers_of_few_layers_are_continued_to_all():
   for wrong in (['2'], ['4', '2'], ['2', '13'], ['2', 'x']):
     with pytest.raises(ValueError, match='two ascending numbers up to 12'):
       preflight.layer_numbers(wrong, 12)
+
+
+def planned_of(method: str, **sampler_mesh) -> dict[str, aot.Planned]:
+  """The programs of the training phase of a small run on 4 devices, by name."""
+  config = from_text(f'method={method},task=addition,model=tiny')
+  config.model.num_layers = 1
+  config.mesh.update(data=1, fsdp=4)
+  if sampler_mesh:
+    config.sampler_mesh = part(sharding.beside, **sampler_mesh)
+  run = build.build(config)
+  return {
+    one.name.removeprefix('train '): one for one in aot.plan('train', run.phases['train'], run)
+  }
+
+
+@pytest.mark.parametrize(
+  ('method', 'other'),
+  [
+    ('rdd', 'update of bonus'),
+    ('prime', 'update of reward_model'),
+    ('relift', 'update of imitation'),
+  ],
+)
+def test_networks_anchors_that_learn_and_further_updates_are_programs(method, other):
+  planned = planned_of(method)
+  assert {'rollout', 'update', other} <= planned.keys() and 'transfer' not in planned
+  one = planned[other]
+  with jax.set_mesh(one.mesh):
+    state, _ = one.function.eval_shape(*one.arguments)
+  jax.tree.map(lambda a, b: a.shape == b.shape or pytest.fail(f'{a} {b}'), state, one.arguments[0])
+
+
+def test_parameters_are_copied_to_the_chips_that_sample():
+  planned = planned_of('grpo', data=2)
+  size = 4.0 * sum(x.size for x in jax.tree.leaves(planned['rollout'].arguments[0]))
+  copied = aot.compile_one(planned['transfer'])
+  # Every chip that samples holds all parameters, and none of the optimizer.
+  assert copied.memory == copied.bytes == copied.least_moved == size
+  assert planned['rollout'].mesh.size == copied.chips == 2 and planned['update'].mesh.size == 4
+  assert planned['decode'].resident == 0 < planned['anchor'].resident
