@@ -560,6 +560,7 @@ def as_model() -> Policy:
       config=types.SimpleNamespace(vocab_size=2, balance_rate=0.0),
       hidden=hidden,
       unembed=lambda params, hidden: hidden @ params['table'],
+      readout=lambda params: params,
       labels=lambda tree: jax.tree.map(lambda _: 'train', tree),
     )
   )

@@ -48,6 +48,7 @@ def bandits() -> Policy:
     completions=None,
     states=None,
     unembed=unembed,
+    readout=lambda params: params,
     value=None,
     init_cache=lambda batch, length: {},
     begin=lambda cache, read, rows: cache,

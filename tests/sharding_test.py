@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from polgrad import hlo, sharding
+from polgrad.arrays import WIDE
 from polgrad.losses import logit_stats
 from polgrad.models import token_stats
 from polgrad.models.token_stats import Rows, unembedding
@@ -16,7 +17,7 @@ from polgrad.registry import inputs
 from polgrad.sampling import make_sampler
 from tests.models import tiny
 
-OTHERS = {'teacher_logits', 'early_targets'}
+OTHERS = {'teacher_logits', *WIDE}
 STATS = {n: f for n, f in logit_stats.TABLE.items() if not OTHERS & {*inputs(f)}}
 MESHES = [
   dict(data=2, tensor=4),

@@ -36,7 +36,7 @@ class Unembedding(NamedTuple):
 
   function: Callable[[Any, Array], Array]  # parameters, hidden -> logits
   weights: Any
-  axes: Any  # logical axes of the weights
+  axes: Callable[[Any], Any]  # weights -> their logical axes
 
   def __call__(self, hidden: Array) -> Array:
     return self.function(self.weights, hidden)
@@ -44,8 +44,7 @@ class Unembedding(NamedTuple):
 
 def unembedding(policy: Policy, params: Any) -> Unembedding:
   """The `unembed` of a policy with its parameters."""
-  weights = policy.readout(params)
-  return Unembedding(policy.unembed, weights, policy.axes(weights))
+  return Unembedding(policy.unembed, policy.readout(params), policy.axes)
 
 
 class Rows(NamedTuple):
@@ -198,7 +197,7 @@ def _on_own_rows(
   dtype = of_tokens['hidden'].dtype
   cut = lambda axes, x: sharding.cut_along_rows(mesh, axes, x.shape)
   specs = {
-    name: jax.tree.map(lambda x, axes: cut(axes, x), model.weights, model.axes)
+    name: jax.tree.map(lambda x, axes: cut(axes, x), model.weights, model.axes(model.weights))
     for name, model in models.items()
   }
 

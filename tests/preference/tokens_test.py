@@ -342,6 +342,7 @@ def bigrams() -> Policy:
     config=Sizes(),
     hidden=hidden,
     unembed=lambda params, hidden: hidden @ params['table'],
+    readout=lambda params: params,
     labels=lambda params: jax.tree.map(lambda _: 'train', params),
   )
 

@@ -289,13 +289,12 @@ def test_options_are_added_to_the_request_and_null_takes_something_out(serve):
   assert seen[0][2].keys() == {'model', 'messages', 'temperature', 'max_completion_tokens'}
 
 
-def test_a_server_that_sends_forever_is_left_in_time(monkeypatch):
+def test_a_server_that_sends_forever_is_left_in_time():
   endless = type('Endless', (), {'read1': lambda self, n: b'x' * n})()
   with pytest.raises(TimeoutError):
-    list(judge._pieces(endless, late=0.0))
-  monkeypatch.setattr(judge, 'LARGEST', 100_000)
+    list(judge._pieces(endless, late=0.0, largest=1_000_000))
   with pytest.raises(ValueError, match='more than 100000 bytes'):
-    list(judge._pieces(endless, late=time.monotonic() + 60))
+    list(judge._pieces(endless, late=time.monotonic() + 60, largest=100_000))
 
 
 def test_a_url_that_is_none_is_refused():

@@ -12,8 +12,8 @@ def bag_loss(
   candidates: int,
   instance: float = 0.5,
   epsilon: NotNegative = 0.0,
-  lowest: float = 0.0,
-  highest: float = 1.0,
+  least_reward: float = 0.0,
+  largest_reward: float = 1.0,
   noise_seed: int = 0,
 ) -> Method:
   """Bag and instance losses (arXiv:2401.11081): a reward model of which only mean rewards are known.
@@ -26,19 +26,20 @@ def bag_loss(
   shrinks the scores within a bag to one value. Choose r on held-out bags, beginning with
   `techniques.noisy_labels.best_instance`, which is the best r of a linear model.
 
-  With `epsilon` > 0 labels are private: rewards are truncated to [lowest, highest], and the mean of m of
-  them gets Laplace noise of the scale (highest - lowest) / (m epsilon), drawn once for each record.
+  With `epsilon` > 0 labels are private: rewards are truncated to
+  [least_reward, largest_reward], and the mean of m of them gets Laplace noise of the scale
+  (largest_reward - least_reward) / (m epsilon), drawn once for each record.
 
   Args:
     candidates: completions of a record; the run fills it in.
     instance: r in [0, 1].
     epsilon: privacy budget of a record; 0 adds no noise.
-    lowest, highest: bounds of a reward, of private labels alone.
+    least_reward, largest_reward: bounds of a reward, of private labels alone.
     noise_seed: of the noise; whoever knows it can undo the noise.
 
   Confidence: PAPER. Its own formula for the best r could not be read; ours is DERIVED.
   """
-  bounds = dict(epsilon=epsilon, low=lowest, high=highest, seed=noise_seed)
+  bounds = dict(epsilon=epsilon, low=least_reward, high=largest_reward, seed=noise_seed)
   return Method(
     source=partial(sources.private_bags, **bounds) if epsilon else None,
     collect=partial(collect.Lists),
