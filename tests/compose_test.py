@@ -233,6 +233,8 @@ def test_several_texts_of_one_option_have_plus_signs_between_them():
     ('iq_learn,discount=-1', 'discount: expected a number at least 0'),
     ('lightning_opd,clip=-1', 'clip: expected a number above 0'),
     ('rlfr,states_of=', "anchors: '' must be a name"),
+    ('pass_at_k,k=4', 'k=4 needs more answers to a prompt than 4'),
+    ('pkpo,k=5', 'k=5 answers, but a prompt has 4'),
   ],
 )
 def test_options_of_methods_that_mean_nothing_are_refused(options, says):

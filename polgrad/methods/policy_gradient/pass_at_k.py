@@ -5,7 +5,12 @@ from polgrad.registry import part
 
 
 def pass_at_k(
-  *, k: int = 2, least: float = 1.0, eps_low: float = 0.2, eps_high: float = 0.28
+  *,
+  samples_per_prompt: int = 8,
+  k: int = 2,
+  least: float = 1.0,
+  eps_low: float = 0.2,
+  eps_high: float = 0.28,
 ) -> Method:
   """Pass@k training (arXiv:2508.10751): the reward of k answers is that of the best, solved exactly.
 
@@ -15,10 +20,11 @@ def pass_at_k(
   r = pi / pi_old. Of n answers to a prompt, c are right. rho is the chance that k of them, drawn
   without replacement, have a right one, sigma = sqrt(rho (1 - rho)), and q the chance that k - 1 of the
   other answers than a given wrong one are all wrong. Compared with group normalisation, hard prompts
-  count more, and a prompt with fewer than k wrong answers teaches nothing. So a group should be larger
+  count more, and a prompt with fewer than k wrong answers teaches nothing. So a group must be larger
   than k.
 
   Args:
+    samples_per_prompt: n; the run fills it in.
     k: number of answers of which one should be right; 1 is group normalisation.
     least: least reward of a right answer.
     eps_low: distance of the lower clipping bound from 1.
@@ -27,6 +33,11 @@ def pass_at_k(
   Confidence: CODE (advantage), MEMORY (loss and bounds, those of `dapo`); the default of k, for groups
   of eight, is ours.
   """
+  if k >= samples_per_prompt:
+    raise ValueError(
+      f'pass_at_k: k={k} needs more answers to a prompt than {samples_per_prompt}: the best of all of '
+      'them is the same for each, so every advantage would be 0'
+    )
   return Method(
     credit=part(credit.outcome, advantage=part(advantages.pass_at_k, k=k, least=least)),
     objective=part(

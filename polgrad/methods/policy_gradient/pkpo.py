@@ -4,7 +4,7 @@ from polgrad.methods.base import Method
 from polgrad.registry import part
 
 
-def pkpo(*, k: int = 2) -> Method:
+def pkpo(*, samples_per_prompt: int = 8, k: int = 2) -> Method:
   """PKPO (arXiv:2505.15201): unbiased policy gradient of the best of k answers, for any rewards.
 
       loss = -mean over sequences of A_i log pi(y_i)
@@ -16,11 +16,16 @@ def pkpo(*, k: int = 2) -> Method:
   the others do not reach.
 
   Args:
+    samples_per_prompt: n; the run fills it in.
     k: number of answers of which the best counts, at most as many as a group has; 1 is RLOO. The
       default is ours.
 
   Confidence: CODE (estimator, from the paper's listing), MEMORY (loss).
   """
+  if k > samples_per_prompt:
+    raise ValueError(
+      f'pkpo: k={k} answers, but a prompt has {samples_per_prompt}, so every advantage would be 0'
+    )
   return Method(
     credit=part(credit.outcome, advantage=part(difficulty.max_at_k, k=k)),
     objective=part(
