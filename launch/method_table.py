@@ -44,7 +44,7 @@ one of them; MEMORY, written down from memory.
 Methods for several turns are policy gradients whose credit looks at turns
 ([turn_credit.md](turn_credit.md)). On a task of one turn they run as well."""
 # What a method function gets from a run; the page shows none of it.
-BUDGETS = dict(max_new_tokens=2, samples_per_prompt=2, candidates=2, steps=100)
+BUDGETS = dict(max_new_tokens=2, samples_per_prompt=4, candidates=2, steps=100)
 BUDGETS |= dict(learning_rate=0.01, supervised_rate=0.01)
 
 
