@@ -47,12 +47,12 @@ TABLES = {
     Case('qwen3_0_6b', 'v5e:4x4', 1, 16),
     Case('llama3_8b', 'v5e:16x16', 1, 256),
     Case('llama3_8b', 'v5p:4x4x4', 1, 64),
-    Case('gemma3_27b', 'v5p:8x8x8', 2, 256, '6,12'),
+    Case('gemma3_27b', 'v5p:8x8x8', 8, 64, '6,12'),
     Case('qwen3_30b_a3b', 'v5p:4x4x8', 1, 128),
   ),
   'scale': (
     Case('llama3_8b', 'v5p:2x2x4', 1, 16),
-    Case('llama3_8b', 'v5p:4x8x8', 16, 16),
+    Case('llama3_8b', 'v5p:4x4x16', 16, 16),
     Case('llama3_8b', 'v5p:16x16x16', 256, 16),
   ),
 }
@@ -76,6 +76,7 @@ def run(case: Case, program: str) -> dict:
         *(f'--topology={case.topology}', f'--shape={case.shape}', f'--layers={case.layers}'),
         *(f'--config.mesh.data={case.data}', f'--config.mesh.fsdp={case.fsdp}'),
         f'--config.phases.train.collect.prompts={chips}',
+        f'--config.phases.warm_start.collect.rows={chips}',
         '--config.phases.train.collect.prompt_length=512',
         '--config.phases.train.collect.max_new_tokens=1536',
       ],

@@ -121,11 +121,12 @@ def bound(program: Program, chip: Chip, peak: float) -> Bound:
 
 
 def least_moved(params: float, mesh: dict[str, int], *, activations: float, update: bool) -> float:
-  """Bytes that a chip must receive when parameters are sharded over fsdp and tensor.
+  """Bytes that a chip must receive when parameters are sharded by `sharding.RULES`.
 
-  Over fsdp the parameters are gathered, (n - 1) / n of them; an update gathers them again in its
-  backward pass and scatters as many gradients, which are then added up over data. Over tensor,
-  activations are added up.
+  Over fsdp, context and expert the parameters are gathered, (n - 1) / n of them; an update gathers them
+  again in its backward pass and scatters as many gradients, which are then added up over data. Over
+  tensor, activations are added up. Experts that are spread over expert need not be gathered, and what is
+  exchanged instead is not counted.
 
   Args:
     params: bytes of the parameters in the type of activations, without their cut over fsdp.
@@ -133,16 +134,17 @@ def least_moved(params: float, mesh: dict[str, int], *, activations: float, upda
   """
   part = lambda n: (n - 1) / n
   passes = 3 if update else 1
-  moved = passes * params * part(mesh['fsdp'])
+  pieces = math.prod(mesh.get(axis, 1) for axis in ('fsdp', 'context', 'expert'))
+  moved = passes * params * part(pieces)
   moved += (2 if update else 1) * 2 * activations * part(mesh['tensor'])
   if update:
-    moved += 2 * params / mesh['fsdp'] * part(mesh['data'])
+    moved += 2 * params / pieces * part(mesh['data'])
   return moved
 
 
 def replicated(mesh: Any, shapes: Any, least: int = 2**20) -> list[str]:
   """Parameters of at least `least` bytes that no mesh axis cuts, so every device holds them whole."""
-  if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
+  if mesh.size == mesh.shape['data']:
     return []
   return [
     jax.tree_util.keystr(path)
