@@ -89,7 +89,8 @@ def of_phase(
   found.append(logits(phase, policy, mesh))
   if hasattr(phase.collect, 'max_new_tokens'):
     collect = phase.collect
-    rows = getattr(collect, 'slots', 0) or collect.records * collect.samples_per_prompt
+    prompts = getattr(collect, 'in_flight', 0) or collect.records
+    rows = getattr(collect, 'slots', 0) or prompts * collect.samples_per_prompt
     sampled_on = sampler_mesh or mesh
     cache = kv_cache(policy, sampled_on, rows, collect.length)
     when = 'beside' if sampler_mesh else 'always' if collect.overlaps else 'rollout'
