@@ -37,7 +37,7 @@ def test_the_commands_compose(command, tmp_path, monkeypatch):
 
 def test_every_curriculum_is_in_the_table_and_has_a_command():
   # Tables of measurements have rows that are none of them.
-  measured = re.compile('<!-- (table|lengths) -->.*?<!-- end.*? -->', re.DOTALL)
+  measured = re.compile('<!-- (table|lengths|hints|revisions) -->.*?<!-- end.*? -->', re.DOTALL)
   named = {*re.findall(r'^\| `(\w+)`', measured.sub('', PAGE), re.MULTILINE)}
   assert {f'curricula.{name}' for name in named} == curricula.TABLE.keys()
   shown = {*re.findall(r'curriculum=(\w+)[,\s]', ' '.join(COMMANDS))} | {'spo'}  # by its method
