@@ -787,8 +787,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
   read, endings = wanted - provided, ('_logp', '_logits', '_head_score')
   anchors = {f: f.removesuffix(end) for f in read for end in endings if f.endswith(end)}
   anchors = {f: a for f, a in anchors.items() if a not in ('behavior', 'proximal')}
-  whole = {a for f, a in anchors.items() if f.endswith('_logits')} | collector.anchors_read
-  given_elsewhere = _check_elsewhere(path, phase, run, wanted, whole)
+  given_elsewhere = _check_elsewhere(path, phase, run, wanted)
   anchors = {f: a for f, a in anchors.items() if f not in given_elsewhere}
   for field, anchor in sorted(anchors.items()):
     if anchor not in phase.anchors:
@@ -864,32 +863,32 @@ def _read_of_models(phase: Phase) -> frozenset[str]:
   return (phase.objective.requires | phase.credit.requires).union(*map(inputs, stats))
 
 
-def _check_elsewhere(
-  path: str, phase: Phase, run: Experiment, wanted: frozenset[str], whole: set[str]
-) -> set[str]:
+def _check_elsewhere(path: str, phase: Phase, run: Experiment, wanted: frozenset[str]) -> set[str]:
   """Refuses models elsewhere that nobody reads, or that do not give what is read.
 
   Returns the names of the arrays that they give.
 
   Args:
     wanted: arrays that objective and credit read.
-    whole: models whose whole distribution is read.
   """
+  read = _read_of_models(phase)
   for name, model in phase.elsewhere.items():
     if name in phase.collect.anchors_read:
       raise ValueError(
         f'{path}.elsewhere: rows are sampled with {name!r}, so it must be an anchor, on the devices of '
         'the run'
       )
-    if name in whole and 'states' not in model.entries:
+    if f'{name}_logits' in read and 'states' not in model.entries:
       raise ValueError(
         f'{path}.elsewhere: the whole distribution of {name!r} is read, but a service lists some tokens '
         f'of it; take the divergence divergences.listed, put {name!r} on other devices with '
         'teachers.on_devices, or take a method that reads log-probs, such as sampled_distillation'
       )
-    if not teachers.entries_asked(name, model, _read_of_models(phase)):
-      read = sorted(f'{name}_{array}' for array in teachers.GIVEN)
-      raise ValueError(f'{path}.elsewhere: nothing reads any of {read}; there are {sorted(wanted)}')
+    if not teachers.entries_asked(name, model, read):
+      given = sorted(f'{name}_{array}' for array in teachers.GIVEN)
+      raise ValueError(
+        f'{path}.elsewhere: nothing reads any of {given}; there are {sorted(wanted)}'
+      )
     where = f'{path}.elsewhere.{name}'
     teachers.check(model, run.tokenizer, phase.collect.temperature, where)
   return {f'{n}_{x}' for n, model in phase.elsewhere.items() for x in model.entries}

@@ -356,8 +356,9 @@ def _move_teacher(phase: ConfigDict, teacher: str, devices: int, url: str) -> No
       'teacher_devices or teacher_url: name the model with teacher=..., for a method with a teacher'
     )
   if url:
-    _list_divergences(phase.objective)
+    listed = _list_divergences(phase.objective)
     place = part(teachers.service, model=teacher, url=url)
+    place.top = listed or place.top
   else:
     place = part(teachers.on_devices, path=teacher, devices=devices)
   del phase.anchors['teacher']
@@ -365,24 +366,27 @@ def _move_teacher(phase: ConfigDict, teacher: str, devices: int, url: str) -> No
   phase.elsewhere = {'teacher': place}
 
 
-def _list_divergences(spec: ConfigDict) -> None:
+def _list_divergences(spec: ConfigDict) -> int:
   """Makes divergences of whole distributions those of the tokens that a service lists, in place.
 
-  The tokens of a `top_k` are then always the teacher's.
+  The tokens of a `top_k` are then always the teacher's. Returns the largest k of these, 0 without one.
   """
+  listed = 0
   for name, value in spec.items():
     if not isinstance(value, ConfigDict):
       continue
     kind = value.get('name')
     if kind == 'divergences.top_k':
       given = dict(divergence=value.divergence, bucket=value.bucket)
+      listed = max(listed, value.k)
     elif kind in divergences.FULL:
       given = dict(divergence=ConfigDict(_without_weight(value)))
     else:
-      _list_divergences(value)
+      listed = max(listed, _list_divergences(value))
       continue
     made = part(divergences.listed, **given)
     spec[name] = weighted(value.weight, made) if 'weight' in value else made
+  return listed
 
 
 def _trackers(names: str) -> dict[str, ConfigDict]:

@@ -199,9 +199,9 @@ def table_of(
     columns['turns'] = pa.array(said, pa.list_(TURN))
     columns['failure'] = pa.array([e and failure_of(e) for e in told], pa.string())
 
-  # Every array of the batch, under its name.
+  # Every array of the batch, under its name, but for states, which are as large as a layer's.
   arrays = {}
-  for name in batch:
+  for name in [name for name in batch if name != 'teacher_states']:
     x = np.asarray(batch[name])
     token = per_token(name, x, batch.mask)
     arrays[name] = {'dtype': str(x.dtype), 'per_token': token}

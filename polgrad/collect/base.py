@@ -312,8 +312,9 @@ class Annotator:
       step = int(sharding.to_host(state.phase_step))
       numbers = np.random.default_rng((self.context.seed, step, 1))
       batch = batch.with_arrays(uniform=numbers.random(len(batch.tokens), np.float32))
-    if self.reads_teacher and 'teacher' in self.of_elsewhere:  # the policy is compared with it
-      batch = batch.with_arrays(**self._asked('teacher', batch))
+    first = {'teacher'} & self.of_elsewhere.keys() if self.stats else set()
+    for name in first:  # statistics may compare the policy with it
+      batch = batch.with_arrays(**self._asked(name, batch))
     rows = self.placed(batch)
     found = {}
     params = parameter_sets(state, self.context.frozen)
@@ -334,9 +335,8 @@ class Annotator:
     for name, function in self.of_head.items():
       found[f'{name}{HEAD_SCORE}'] = function(params[name], plain)
     # The devices are at work meanwhile.
-    for name in self.of_elsewhere:
-      if not (self.reads_teacher and name == 'teacher'):
-        found |= self._asked(name, batch)
+    for name in self.of_elsewhere.keys() - first:
+      found |= self._asked(name, batch)
     return batch.with_arrays(**sharding.to_host(found))
 
   def _asked(self, name: str, batch: Batch) -> dict[str, np.ndarray]:
@@ -397,8 +397,8 @@ class Annotator:
       layout=context.layout,
     )
     # A teacher whose logits a statistic reads does not see the tokens of `policy_only`.
-    read = [name for name in ('policy_only', 'teacher_states') if name in batch]
-    rows = rows.with_arrays(**{name: batch[name] for name in read})
+    names = ('policy_only', 'teacher_states', 'teacher_top_ids', 'teacher_top_log_probs')
+    rows = rows.with_arrays(**{name: batch[name] for name in names if name in batch})
     devices = sharding.data_parallel_size(context.mesh)
     rows = pack(rows, parts=context.micro_batches, data_parallel_size=devices)
     return sharding.place_batch(context.mesh, rows)
