@@ -4,6 +4,7 @@
     python -m benchmarks.preflights             # all cases; resumes
     python -m benchmarks.preflights scale       # some of TABLES
     python -m benchmarks.preflights --table     # only writes the tables into docs/preflight.md
+    python -m benchmarks.preflights --count     # compiles nothing: the table of what is counted by hand
 
 Each program of each case is compiled by `polgrad.preflight` in a process for itself, and its numbers are
 appended to docs/preflights.jsonl. A case is GRPO with one prompt of 8 completions a chip and step,
@@ -13,6 +14,7 @@ with few layers and continued (`--layers`). Parameters are cut over `fsdp`; `dat
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import re
@@ -22,6 +24,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from polgrad import aot, build, preflight, sharding, speed
+from polgrad.options import from_text
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 RESULTS, PAGE = DOCS / 'preflights.jsonl', DOCS / 'preflight.md'
@@ -58,6 +63,20 @@ TABLES = {
 }
 
 
+def settings(case: Case) -> list[str]:
+  """The flags of a case."""
+  chips = case.data * case.fsdp
+  return [
+    '--config=experiments/run.py:method=grpo,task=addition,model=tiny',
+    *('--only_phase=train', f'--topology={case.topology}', f'--shape={case.shape}'),
+    *(f'--config.mesh.data={case.data}', f'--config.mesh.fsdp={case.fsdp}'),
+    f'--config.phases.train.collect.prompts={chips}',
+    f'--config.phases.warm_start.collect.rows={chips}',
+    '--config.phases.train.collect.prompt_length=512',
+    '--config.phases.train.collect.max_new_tokens=1536',
+  ]
+
+
 def run(case: Case, program: str) -> dict:
   """The report of a program of a case, with the seconds of the whole command.
 
@@ -67,18 +86,10 @@ def run(case: Case, program: str) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder) / 'out.json'
     started = time.perf_counter()
-    chips = case.data * case.fsdp
     done = subprocess.run(
       [
-        *(sys.executable, '-m', 'polgrad.preflight'),
-        '--config=experiments/run.py:method=grpo,task=addition,model=tiny',
-        *('--only_phase=train', f'--programs={program}', f'--out={out}'),
-        *(f'--topology={case.topology}', f'--shape={case.shape}', f'--layers={case.layers}'),
-        *(f'--config.mesh.data={case.data}', f'--config.mesh.fsdp={case.fsdp}'),
-        f'--config.phases.train.collect.prompts={chips}',
-        f'--config.phases.warm_start.collect.rows={chips}',
-        '--config.phases.train.collect.prompt_length=512',
-        '--config.phases.train.collect.max_new_tokens=1536',
+        *(sys.executable, '-m', 'polgrad.preflight', *settings(case)),
+        *(f'--programs={program}', f'--layers={case.layers}', f'--out={out}'),
       ],
       cwd=DOCS.parent,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
@@ -96,6 +107,65 @@ def run(case: Case, program: str) -> dict:
       'replicated': found['replicated'],
       **found['programs'][-1],
     }
+
+
+def counted(case: Case) -> list[str]:
+  """The cells of a case in the table of what is counted by hand; compiles nothing."""
+  devices = aot.topology(case.topology)
+  kind = devices[0].device_kind
+  chip, peak = aot.CHIPS[kind], speed.peak_of(kind)
+  config = preflight.shaped(from_text('method=grpo,task=addition,model=tiny'), case.shape)
+  chips = case.data * case.fsdp
+  config.mesh.update(data=case.data, fsdp=case.fsdp)
+  config.phases.warm_start.collect.rows = chips
+  collect = dict(prompts=chips, prompt_length=512, max_new_tokens=1536)
+  config.phases.train.collect.update(collect)
+  with sharding.compiling_for(devices):
+    one = build.build(config)
+  planned = {p.name.removeprefix('train '): p for p in aot.plan('train', one.phases['train'], one)}
+
+  def bound(name: str) -> aot.Bound:
+    counts = planned[name].counts
+    # The compiled program is not known, so what moves is the least.
+    program = aot.Program(
+      name, 0.0, 0.0, compiled_flops=math.nan, collectives=[], seconds=0.0, **counts._asdict()
+    )
+    return aot.bound(program, chip, peak)
+
+  seconds = {name: p.times * bound(name).seconds for name, p in planned.items()}
+  sampling = seconds.pop('rollout')
+  training = sum(seconds.values())
+  gb = lambda name: f'{planned[name].counts.least_moved / 1e9:.1f}'
+  limit = lambda name: f'{1e3 * bound(name).seconds:.0f} ({bound(name).limit})'
+  state, caches = planned['update'].arguments[0], planned['decode'].arguments[2].caches
+  return [
+    str(chips),
+    f'{case.data} x {case.fsdp}',
+    f'{aot.local(state) / 2**30:.1f}',
+    f'{aot.local(caches) / 2**30:.1f}',
+    *(limit('update'), gb('update'), limit('decode'), gb('decode')),
+    *(f'{sampling:.1f}', f'{training:.1f}', f'{sampling / training:.1f}'),
+  ]
+
+
+COUNTED = (
+  *TABLES['scale'],
+  Case('llama3_8b', 'v5p:4x4x16', 1, 256),
+  Case('llama3_8b', 'v5p:16x16x16', 1, 4096),
+)
+
+
+def write_counted() -> None:
+  """Writes the table of what is counted by hand."""
+  head = [
+    'chips', 'data x fsdp', 'state, GiB', 'cache, GiB', 'update, ms', 'moves, GB', 'decode step, ms',
+    'moves, GB', 'a step: sampling, s', 'training, s', 'sampling / training',
+  ]  # fmt: skip
+  body = [f'| {" | ".join(cells)} |' for cells in [head, *map(counted, COUNTED)]]
+  body.insert(1, '|---' * len(head) + '|')
+  block = '\n'.join(['<!-- counted -->', *body, '<!-- end -->'])
+  text = PAGE.read_text()
+  PAGE.write_text(re.sub('<!-- counted -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL))
 
 
 def read() -> dict[tuple, dict]:
@@ -172,7 +242,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('tables', nargs='*', metavar='TABLE', help=', '.join(TABLES))
   parser.add_argument('--table', action='store_true', help='only write the tables')
+  parser.add_argument('--count', action='store_true', help='only what is counted by hand')
   args = parser.parse_args()
+  if args.count:
+    return write_counted()
   if unknown := sorted({*args.tables} - TABLES.keys()):
     parser.error(f'unknown {unknown[0]!r}; there is {", ".join(TABLES)}')
   wanted = [one for table in args.tables or TABLES for one in TABLES[table]]
