@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import math
 
 import jax
 import numpy as np
@@ -266,17 +265,16 @@ def test_weights_of_categories_and_stages_are_those_of_their_prompts():
   np.testing.assert_allclose(sampling.in_stages(0, 1), 1 / 4)
 
 
-def test_prompts_are_revisited_by_the_variance_of_their_last_group():
+@pytest.mark.parametrize('right', [(1, 2, 4, 3), (0, 4, 2, 0), (0, 0, 4, 4)])
+def test_prompts_are_revisited_by_the_variance_of_their_last_group(right):
   """P(again) is proportional to k (4 - k) of the last group; the new one is any of the other three."""
-  p = sampling.RATES
-  expected = np.zeros(4)
-  for k in itertools.product(range(5), repeat=4):
-    k = np.array(k)
-    chance = np.prod([math.comb(4, n) * x**n * (1 - x) ** (4 - n) for n, x in zip(k, p)])
-    variance = k * (4 - k)
-    again = variance / variance.sum() if variance.any() else np.full(4, 1 / 4)
-    expected += chance * (again + (1 - again) / 3) / 2
-  np.testing.assert_allclose(sampling.share_of(sampling.revisited()), expected, rtol=1e-6)
+  variance = np.array(right) * (4 - np.array(right))
+  again = variance / variance.sum() if variance.any() else np.full(4, 1 / 4)
+  state = {'priority': variance / 16, 'visits': np.ones(4, np.int32)}
+  found = sampling.once_more(sampling.curricula.revisit(), state)
+  np.testing.assert_allclose(sum(found.values()), 1, rtol=1e-9)
+  for pair in itertools.combinations(range(4), 2):
+    np.testing.assert_allclose(found.get(pair, 0.0), again[[*pair]].sum() / 3, atol=1e-9)
 
 
 def test_rows_are_copied_behind_a_reply_by_the_rise_of_their_entropy():
