@@ -44,7 +44,8 @@ class Gap(NamedTuple):
   mean: float  # of the sizes
   largest: float
   kl: float  # k3 estimate of KL(engine || trainer), as the metric `sampler_kl`
-  before: float  # mean of the sizes, by the weights before; NaN: there are none
+  before: float  # mean of the sizes, by the weights before; NaN: not known
+  outside: float  # fraction of the tokens that the trainer's filters leave out; not in the others
 
 
 def gap(batch: Batch, own: np.ndarray, before: np.ndarray | None) -> Gap:
@@ -56,9 +57,15 @@ def gap(batch: Batch, own: np.ndarray, before: np.ndarray | None) -> Gap:
     before: by those that it had before; None: it had none.
   """
   log_ratio = (own - batch.behavior_logp)[batch.mask]
-  k3 = np.expm1(log_ratio) - log_ratio
-  far = np.nan if before is None else np.abs(before - batch.behavior_logp)[batch.mask].mean()
-  return Gap(float(np.abs(log_ratio).mean()), float(np.abs(log_ratio).max()), float(k3.mean()), far)
+  inside = log_ratio[np.isfinite(log_ratio)]
+  far = np.array([np.nan])
+  if before is not None:
+    far = np.abs(before - batch.behavior_logp)[batch.mask]
+    far = far[np.isfinite(far)]
+  k3 = np.expm1(inside) - inside
+  size = np.abs(inside)
+  numbers = size.mean(), size.max(), k3.mean(), far.mean(), 1 - len(inside) / len(log_ratio)
+  return Gap(*map(float, numbers))
 
 
 def noisy(params, seed: int):
@@ -132,14 +139,17 @@ def check(gaps: list[Gap]) -> None:
 def table(found: Mapping[str, Mapping[str, list[Gap]]]) -> str:
   """Markdown: a line for each type and case, over all hand-overs."""
   lines = [
-    '| type | temperature, top-k, top-p | mean gap | largest gap | KL | mean gap, weights before |',
-    '|---|---|---|---|---|---|',
+    '| type | temperature, top-k, top-p | mean gap | largest gap | KL | outside | weights before |',
+    '|---|---|---|---|---|---|---|',
   ]
   for dtype, cases in found.items():
     for name, gaps in cases.items():
-      mean, kl = (np.mean([getattr(x, k) for x in gaps]) for k in ('mean', 'kl'))
-      largest, before = max(x.largest for x in gaps), np.mean([x.before for x in gaps[1:]])
-      lines.append(f'| {dtype} | {name} | {mean:.1e} | {largest:.1e} | {kl:.1e} | {before:.2f} |')
+      mean, kl, outside = (
+        np.mean([getattr(x, k) for x in gaps]) for k in ('mean', 'kl', 'outside')
+      )
+      largest, before = max(x.largest for x in gaps), gaps[-1].before
+      shown = f'{mean:.1e} | {largest:.1e} | {kl:.1e} | {outside:.1%} | {before:.2f}'
+      lines.append(f'| {dtype} | {name} | {shown} |')
   return '\n'.join(lines)
 
 
