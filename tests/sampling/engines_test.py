@@ -14,11 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import engine_mismatch
 from polgrad import build, collect, environments, evaluate, models, phases, sharding
 from polgrad.losses import logit_stats
 from polgrad.registry import part
 from polgrad.sampling import behavior_policies, engines, make_sampler, processors
 from polgrad.sampling.engine_process import EngineError, Process
+from polgrad.types import Batch
 from tests.models import tiny
 from tests.runs import addition, method_of
 
@@ -274,3 +276,18 @@ def test_a_collector_samples_by_the_weights_of_each_step():
       assert found.metrics['mismatch/kl'] < 1e-8 < 1e-4 > found.metrics['mismatch/max_gap']
       state = state.replace(params=jax.tree.map(lambda x: 1.5 * x, state.params))
   run.engine.served.stop()
+
+
+def test_weights_that_did_not_arrive_are_noticed():
+  """Gaps are over the mask; a token that the trainer's filters leave out counts apart."""
+  mask = np.array([[True, True, True, False]])
+  batch = Batch(
+    tokens=None, segment_ids=None, mask=mask, behavior_logp=np.array([[-1.0, -2.0, -3.0, 0.0]])
+  )
+  own, before = np.array([[-1.5, -2.0, -np.inf, 9.0]]), np.array([[-4.0, -5.0, -6.0, 9.0]])
+  found = engine_mismatch.gap(batch, own, before)
+  kl = (np.expm1(-0.5) + 0.5) / 2
+  np.testing.assert_allclose(found, (0.25, 0.5, kl, 3.0, 1 / 3))
+  engine_mismatch.check([found, found])
+  with pytest.raises(ValueError, match='the weights did not arrive'):
+    engine_mismatch.check([found, engine_mismatch.gap(batch, before, own)])
