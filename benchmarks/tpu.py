@@ -1,6 +1,6 @@
 """Compiles updates for a TPU topology, without a TPU; bytes are the compiler's own count.
 
-    pip install libtpu
+    pip install 'jax[tpu]'
     TPU_SKIP_MDS_QUERY=1 python -m benchmarks.tpu [--topology=v5e:2x4] [--only=long]
 
 A supervised update with AdamW of a Qwen3 of 0.6B parameters, with float32 parameters and bfloat16

@@ -625,7 +625,7 @@ def topology(name: str) -> list[Any]:
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
-    raise ImportError('the compiler for TPUs is missing; pip install libtpu') from error
+    raise ImportError("the compiler for TPUs is missing; pip install 'jax[tpu]'") from error
   from jax.experimental import topologies
 
   try:

@@ -1,6 +1,6 @@
 """Compiles the programs of a run for a TPU topology that is not there, and says whether they fit it.
 
-    pip install libtpu
+    pip install 'jax[tpu]'
     python -m polgrad.preflight --config=experiments/run.py:method=grpo,task=addition,model=tiny \\
       --topology=v5e:4x4 --shape=qwen3_0_6b --config.mesh.fsdp=16 --config.mesh.data=1
 

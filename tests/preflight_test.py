@@ -73,7 +73,7 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
-  with pytest.raises(ImportError, match='pip install libtpu'):
+  with pytest.raises(ImportError, match=r'pip install .jax\[tpu\]'):
     aot.topology('v5e:4x4')
 
 
