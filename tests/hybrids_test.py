@@ -32,7 +32,7 @@ def x64():
     yield
 
 
-def credited_by(name, rewards, samples):
+def credited_by(name, rewards, samples, **knobs):
   """The credit of a method on groups of samples and a demonstration, [groups, samples + 1]."""
   rewards = np.asarray(rewards, float)
   batch = harness.scored(
@@ -41,7 +41,7 @@ def credited_by(name, rewards, samples):
     group_ids=jnp.repeat(jnp.arange(len(rewards)), samples + 1),
     stream=jnp.tile(jnp.array([1] * samples + [0]), len(rewards)),
   )
-  estimator = bind(method_of(name).credit, credit.TABLE)
+  estimator = bind(method_of(name, **knobs).credit, credit.TABLE)
   found, _ = credit.assign(estimator, batch, estimator.init())
   shape = rewards.shape
   return (np.asarray(x)[:, 0].reshape(shape) for x in (found.advantages, found.mask))
@@ -53,6 +53,46 @@ def test_srft_centres_demonstrations_in_the_whole_group_and_signs_samples():
   np.testing.assert_allclose(found[:, 4], (1 - rewards.mean(1)))
   np.testing.assert_array_equal(found[:, :4], np.where(rewards[:, :4] == 1, 1, -1))
   assert mask.all()
+
+
+SOLVED = np.array([[1.0] * k + [0.0] * (8 - k) + [1.0] for k in range(9)])  # and the demonstration
+
+
+def test_the_softer_gate_of_hpt_weighs_both_kinds_by_the_success():
+  on = np.array([0, 0, 0.125, 0.25, 0.5, 1, 1, 1, 1])
+  imitate = np.array([1, 1, 0.5, 0.25, 0.125, 0, 0, 0, 0])
+  found, mask = credited_by('hpt', SOLVED, 8, soft=True)
+  samples = SOLVED[:, :8]
+  np.testing.assert_allclose(found[:, 8], imitate)
+  centred = samples - samples.mean(1, keepdims=True)
+  np.testing.assert_allclose(found[:, :8], on[:, None] * centred, atol=1e-6)
+  np.testing.assert_array_equal(mask[:, 8], imitate > 0)
+  np.testing.assert_array_equal(mask[:, :8], np.repeat(on[:, None] > 0, 8, axis=1))
+  half, _ = credited_by('hpt', SOLVED[::2, [0, 2, 4, 6, 8]], 4, soft=True)
+  np.testing.assert_allclose(half[:, 4], imitate[::2])  # groups of another size
+  with pytest.raises(ValueError, match='as many of demonstrations'):
+    credit.graded(credit=credit.outcome(), samples=(0.0, 1.0, 1.0))
+
+
+def test_demonstrations_of_the_softer_gate_are_a_weighted_likelihood(x64):
+  stream = np.tile([1] * 8 + [0], 9)
+  method = methods.hpt(max_new_tokens=1, learning_rate=1.0, soft=True, entropy_coefficient=0.0)
+  arrays = dict(rewards=SOLVED.ravel(), group_ids=np.repeat(np.arange(9), 9), stream=stream)
+  zero, ones = np.zeros((81, 1)), np.ones((81, 1), bool)
+  arrays |= dict(entropy=zero, proximal_logp=zero, behavior_logp=zero)
+  read = {k: v for k, v in arrays.items() if k in method.reads}
+  found = jax.grad(lambda logp: method.loss(mask=ones, logp=logp, **read)[0])(jnp.zeros((81, 1)))
+  weights = np.array([1, 1, 0.5, 0.25, 0.125, 0, 0, 0, 0])
+  np.testing.assert_allclose(found[stream == 0, 0], -weights / 5, rtol=1e-6)  # five are imitated
+
+
+@pytest.mark.parametrize(('limit', 'imitated'), [(-1, 0), (0, 1), (2, 3), (8, 9)])
+def test_the_gate_of_hpt_between_reinforcement_and_imitation(limit, imitated):
+  _, mask = credited_by('hpt', SOLVED, 8, limit=limit)
+  np.testing.assert_array_equal(mask[:, 8], np.arange(9) < imitated)
+  np.testing.assert_array_equal(
+    mask[:, :8], np.repeat(np.arange(9)[:, None] >= imitated, 8, axis=1)
+  )
 
 
 def test_the_two_credits_of_a_mixed_batch_must_make_advantages():
@@ -246,7 +286,15 @@ def test_pairs_lower_no_variance_at_the_reference():
     return each.var(0).sum() / np.square(each.mean(0)).sum()
 
   np.testing.assert_allclose(relative(a), 2.58, rtol=0.03)
-  np.testing.assert_allclose(relative(gal(jnp.zeros(8), rewards)), 2.66, rtol=0.03)
+  pairs = gal(jnp.zeros(8), rewards)
+  np.testing.assert_allclose(relative(pairs), 2.66, rtol=0.03)
+  np.testing.assert_allclose(relative(a / 8 + pairs), 2.61, rtol=0.03)
+  # One random pair of each group.
+  mixed = (rewards.min(1) == 0) & (rewards.max(1) == 1)
+  pick = lambda of: np.argmax(np.where(of, random.random(of.shape), -1), axis=1)
+  one = lambda of: np.eye(8)[pick(of)] * np.asarray(mixed)[:, None]
+  alone = one(np.asarray(rewards) == 1) - one(np.asarray(rewards) == 0)
+  np.testing.assert_allclose(relative(alone / 2), 9.0, rtol=0.04)
 
 
 def test_one_of_several_traces_is_the_demonstration():

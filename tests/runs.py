@@ -44,8 +44,8 @@ def addition(
   return config
 
 
-def method_of(name: str) -> Method:
-  """A method with the budgets that it has in a run on addition."""
+def method_of(name: str, **knobs) -> Method:
+  """A method with the budgets that it has in a run on addition, and other constants if given."""
   budgets = dict(
     max_new_tokens=5,
     samples_per_prompt=8,
@@ -57,7 +57,7 @@ def method_of(name: str) -> Method:
   function = methods.TABLE[name]
   wanted = function.__kwdefaults__ or {}
   names = {*wanted, *function.__code__.co_varnames[: function.__code__.co_kwonlyargcount]}
-  return function(**{k: v for k, v in budgets.items() if k in names})
+  return function(**{k: v for k, v in budgets.items() if k in names} | knobs)
 
 
 def share_programs(patch: Callable = setattr) -> None:

@@ -161,7 +161,7 @@ CONSTANTS = {
   'distillm': dict(skew=0.1, rise=0.1),
   'dypo': dict(alpha=0.5, beta=1.0, imitation=1.0, limit=0),
   'elr': dict(coefficient=3.0, decay=0.7),
-  'elr_plus': dict(coefficient=3.0, decay=0.7, mixing=1.0, average=0.997),
+  'elr_plus': dict(coefficient=3.0, decay=0.7, mixing=1.0, mean_decay=0.997),
   'gad': dict(kl_coefficient=0.001, discriminator_rate=1.0),
   'gkd': dict(student_fraction=0.5, teacher_weight=0.5),
   'iq_learn': dict(coefficient=0.1, discount=1.0),

@@ -746,6 +746,55 @@ def gated(
   )
 
 
+def graded(
+  *,
+  credit: Part,
+  samples: tuple = (0.0, 0.0, 0.125, 0.25, 0.5, 1.0, 1.0, 1.0, 1.0),
+  demonstration: tuple = (1.0, 1.0, 0.5, 0.25, 0.125, 0.0, 0.0, 0.0, 0.0),
+  threshold: float = 1.0,
+) -> Estimator:
+  """The softer gate of HPT's code (arXiv:2509.04419): both kinds of rows have weights by the success.
+
+  A = samples[k] credit of samples, and demonstration[k] of demonstrations, with k the number of samples
+  of the group whose reward is at least `threshold`. Rows of weight 0 leave the mask. `credit` sees only
+  samples as valid rows. `gated` has weights of 0 and 1.
+
+  Args:
+    credit: makes the advantages of samples.
+    samples: their weights for k = 0, 1, ..., n. In a group of G samples k is rounded down to a multiple
+      of G / n, so the last weight is that of a group that is solved by all.
+    demonstration: the same of demonstrations.
+    threshold: smallest reward of a solved sample.
+
+  Raises:
+    ValueError: not one weight of each kind for every k, or one below 0.
+  """
+  if len(samples) != len(demonstration) or len(samples) < 2 or min(*samples, *demonstration) < 0:
+    raise ValueError(
+      f'graded: expected two or more weights, none below 0, of samples and as many of demonstrations, '
+      f'got {samples} and {demonstration}'
+    )
+  tables = jnp.asarray((demonstration, samples), jnp.float32)
+
+  def apply(batch, state):
+    sampled = batch.stream == STREAMS.index('sampled')
+    usable, group = sampled & batch.valid, same(batch.group_ids)
+    solved = total((usable & (batch.rewards >= threshold)).astype(jnp.int32), group)
+    drawn = jnp.maximum(total(usable.astype(jnp.int32), group), 1)
+    weight = tables[sampled.astype(jnp.int32), solved * (len(samples) - 1) // drawn]
+    credited, state = credit.apply(batch.with_arrays(valid=usable), state)
+    own = jnp.where(sampled[:, None], credited.advantages, 1.0) * weight[:, None]
+    mask = credited.mask & (weight > 0)[:, None]
+    return credited.with_arrays(advantages=jnp.where(mask, own, 0.0), mask=mask), state
+
+  return Estimator(
+    apply=apply,
+    requires=credit.requires | {'stream'},
+    provides=credit.provides | {'advantages', 'mask'},
+    init=credit.init,
+  )
+
+
 def of_samples(*, credit: Part) -> Estimator:
   """`credit` of the samples alone: demonstrations are in no statistic of their group, but in the mask.
 
@@ -898,6 +947,7 @@ def of_wins(
 TABLE |= SIMPLE | table(
   'credit',
   gated,
+  graded,
   of_samples,
   by_stream,
   without_void,

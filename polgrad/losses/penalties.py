@@ -20,6 +20,7 @@ A token whose input is NaN or infinite has gradient exactly 0, so that a masked 
 gradient of a mean over the others. Its penalty is not repaired: if the token counts, the mean is NaN.
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 
 from polgrad.losses._common import bounded, finite_gradient
 from polgrad.losses.path_consistency import following_token
-from polgrad.registry import Fraction, NotNegative, Positive, table
+from polgrad.registry import Fraction, NotNegative, Positive, Range, table
 from polgrad.types import Array
 
 
@@ -247,18 +248,23 @@ def clipped_value_error(
   return jnp.maximum(value_error(values, returns), value_error(near, returns))
 
 
-def nll(logp: Array) -> Array:
-  """-log pi: the negative log-likelihood of the token, as in supervised learning (standard).
+def nll(logp: Array, *, cutoff: Annotated[float, Range(above=0, at_most=1)] = 1.0) -> Array:
+  """-min(log pi, log cutoff): the negative log-likelihood of the token, as in supervised learning
+  (standard).
 
   As a penalty with coefficient c it acts like a baseline that is lower by c: AsymRE (arXiv:2506.20520).
+  Tokens with a probability above `cutoff` are known well enough and have no gradient (an option of the
+  code of CHORD, arXiv:2508.11408); at 1 all tokens are learned.
 
   Args:
     logp: [..., T], nats.
+    cutoff: probability above which a token is not learned.
 
   Returns:
     [..., T].
   """
-  return -logp
+  least = math.log(cutoff)
+  return -jnp.where(logp > least, least, logp)
 
 
 def unlikelihood(logp: Array, *, floor: Positive = 1e-5) -> Array:

@@ -3,7 +3,7 @@
 A function of `TABLE` fills the slot `surrogate` (or is one of the `probes`) of
 `objectives.PolicyGradient`. Each returns the value that its paper writes, so loss curves can be
 compared with published ones. On-policy (r = 1) all of them have the gradient of `reinforce`, except
-`clipped_away`, `negative_aware`, `probability_shaped` and `path_consistency`.
+`clipped_away`, `negative_aware`, `probability_shaped`, `probability_power` and `path_consistency`.
 
 `log_ratio` comes from `ratios`, which clamps it to +-20 nats. `advantages` are constants: the caller
 does not differentiate them. `sg` means stop_gradient.
@@ -31,7 +31,7 @@ from polgrad.losses._common import (
   truncate,
 )
 from polgrad.losses.path_consistency import path_consistency
-from polgrad.registry import table
+from polgrad.registry import Positive, table
 from polgrad.types import Array
 
 
@@ -585,6 +585,28 @@ def probability_shaped(logp: Array, advantages: Array, *, gamma: float = 0.1) ->
   return -advantages * jax.nn.sigmoid(logp - jnp.log(gamma))  # p / (p + gamma), without overflow
 
 
+def probability_power(logp: Array, advantages: Array, *, exponent: Positive = 0.5) -> Array:
+  """-A p^exponent, p = pi(token): other shapes of LUFFY's code (arXiv:2504.14945).
+
+  The gradient weight of log pi is A exponent p^exponent. 1 is the probability itself, as in DFT with an
+  advantage, and 1/2 its root; divided by the exponent, 0 would be `reinforce`.
+
+  Args:
+    logp: [..., T], nats.
+    advantages: [..., T].
+    exponent: of the probability.
+
+  Returns:
+    [..., T].
+
+  >>> logp = jnp.log(jnp.array([0.01, 0.09, 0.81]))
+  >>> print(np.asarray(surrogates.probability_power(logp, jnp.ones(3))).round(2))
+  [-0.1 -0.3 -0.9]
+  """
+  logp, advantages = finite_gradient(logp, advantages)
+  return -advantages * jnp.exp(exponent * logp)
+
+
 def _pessimistic(ratio: Array, advantages: Array, low: Array | float, high: Array | float) -> Array:
   """-min(r A, clip(r, low, high) A): only `high` can be active for A >= 0, only `low` for A < 0."""
   bound = jnp.where(advantages >= 0, high, low).astype(ratio.dtype)
@@ -618,6 +640,7 @@ TABLE = table(
   soft_gated,
   negative_aware,
   probability_shaped,
+  probability_power,
   path_consistency,
 )
 Part = Annotated[Callable, TABLE]

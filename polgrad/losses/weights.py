@@ -31,7 +31,7 @@ from polgrad.losses.trust_region_masks import (
   two_sided,
   unselected,
 )
-from polgrad.registry import AtLeastOne, Count, NotNegative, table
+from polgrad.registry import AtLeastOne, Count, Fraction, NotNegative, table
 from polgrad.types import Array
 
 
@@ -329,21 +329,24 @@ def fresh(token_staleness: Array, mask: Array, *, oldest: Count = 1) -> Array:
   return jnp.where(mask & (token_staleness > oldest), 0.0, 1.0)
 
 
-def probability(logp: Array, *, exponent: NotNegative = 1.0) -> Array:
-  """sg(p^exponent) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
+def probability(logp: Array, *, exponent: NotNegative = 1.0, floor: Fraction = 0.0) -> Array:
+  """sg(max(p, floor)^exponent) with p = exp(logp), the probability of the token: DFT (arXiv:2508.05629).
 
   With the loss -logp the gradient is that of -p^exponent / exponent. Below 1, tokens with frequencies q
   are learned with probabilities proportional to q^(1 / (1 - exponent)): 0 is the likelihood, and more
-  sharpens. At 1, which is DFT, only the most frequent token is left.
+  sharpens. At 1, which is DFT, only the most frequent token is left. With a floor, which is 0.1 in the
+  authors' variant for rewards, tokens below it are learned as by the likelihood times the floor.
 
   Args:
     logp: [..., T], nats; detached here.
     exponent: of the probability.
+    floor: least probability of the weight, not of the loss.
 
   Returns:
     [..., T], in [0, 1].
   """
-  return jnp.exp(exponent * jax.lax.stop_gradient(logp))
+  weight = jnp.exp(exponent * jax.lax.stop_gradient(logp))
+  return jnp.maximum(weight, floor**exponent)
 
 
 def undecided(logp: Array) -> Array:

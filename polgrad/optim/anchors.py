@@ -22,10 +22,30 @@ def fixed(anchor: Params, params: Params, step: Array) -> Params:
   return anchor
 
 
-def ema(anchor: Params, params: Params, step: Array, *, decay: Fraction = 0.99) -> Params:
-  """decay * anchor + (1 - decay) * params, after every update."""
-  del step
-  return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), anchor, params)
+def ema(
+  anchor: Params, params: Params, step: Array, *, decay: Fraction = 0.99, corrected: bool = False
+) -> Params:
+  """decay * anchor + (1 - decay) * params, after every update (standard).
+
+  With `corrected` the anchor forgets its start: it is the mean of the policies after updates 1, ..., k
+  with weights decay^(k - i), which is a mean from 0 divided by 1 - decay^k.
+
+  Args:
+    anchor: moves.
+    params: the policy after the update.
+    step: updates so far, from 1.
+    decay: of the anchor.
+    corrected: whether the bias towards the start is removed.
+
+  Raises:
+    ValueError: corrected with decay 1, which has no mean.
+  """
+  rate = 1 - decay
+  if corrected:
+    if decay == 1:
+      raise ValueError('ema: corrected=True needs a decay below 1')
+    rate = rate / (1 - decay**step)
+  return jax.tree.map(lambda a, p: ((1 - rate) * a + rate * p).astype(a.dtype), anchor, params)
 
 
 def rising_ema(

@@ -430,7 +430,7 @@ ORACLES = {
       )
     ),
   ),
-  penalties.nll: ({}, lambda a: -a['logp']),
+  penalties.nll: (dict(cutoff=0.3), lambda a: -np.minimum(a['logp'], np.log(0.3))),
   penalties.unlikelihood: (
     dict(floor=0.3),
     lambda a: -np.log(np.maximum(1 - np.exp(a['logp']), 0.3)),

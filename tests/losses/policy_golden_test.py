@@ -242,6 +242,10 @@ ORACLES = {
     dict(gamma=0.2),
     lambda a: -a.advantages * np.exp(a.logp) / (np.exp(a.logp) + 0.2),
   ),
+  surrogates.probability_power: (
+    dict(exponent=0.4),
+    lambda a: -a.advantages * np.exp(a.logp) ** 0.4,
+  ),
   surrogates.path_consistency: (
     dict(beta=0.3, window=2),
     lambda a: path(a, 0.3, 2),

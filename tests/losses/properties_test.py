@@ -272,6 +272,7 @@ OTHERWISE = {
   surrogates.clipped_away,
   surrogates.negative_aware,
   surrogates.probability_shaped,
+  surrogates.probability_power,
   surrogates.path_consistency,
   surrogates.drift,
   surrogates.entropy_adaptive,  # tokens of low entropy have less than A

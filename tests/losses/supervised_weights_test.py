@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from polgrad import methods, optim
-from polgrad.losses import logit_stats, ratios, selections, surrogates, weights
+from polgrad.losses import (
+  listwise,
+  logit_stats,
+  penalties,
+  ratios,
+  selections,
+  surrogates,
+  weights,
+)
 from tests.runs import method_of
 
 RNG = np.random.default_rng(11)
@@ -130,6 +138,66 @@ def test_chord_is_between_grpo_and_a_weighted_likelihood(mu, phi, x64):
   np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_known_tokens_have_no_gradient_beyond_the_cutoff_of_chord(x64):
+  """min(log pi, log c), while the weight is that of the whole probability."""
+  method = methods.chord(warmup=0, decay=1, peak=1.0, valley=1.0, cutoff=0.3)
+  x = dict(advantages=A, behavior_logp=OLD, stream=np.zeros(B, int))
+  loss = lambda lp: method.loss(mask=MASK, logp=lp, step=7, **x)[0]
+  value, found = jax.value_and_grad(loss)(jnp.asarray(LOGP))
+  phi = P * (1 - P)
+  np.testing.assert_allclose(value, -(phi * np.minimum(LOGP, np.log(0.3))).mean(), rtol=1e-6)
+  np.testing.assert_allclose(found, np.where(P > 0.3, 0, -phi / (B * T)), rtol=1e-6)
+  assert 0 < (P > 0.3).sum() < B * T
+  certain = jax.grad(lambda lp: penalties.nll(lp))(0.0)
+  assert certain == -1  # without a cutoff also a certain token has the whole gradient
+
+
+@pytest.mark.parametrize(
+  ('knobs', 'weight'),
+  [
+    (dict(shape='power'), 0.5 * np.sqrt(P)),
+    (dict(shape='power', exponent=1.0), P),
+    (dict(shape='likelihood'), 1.0),
+    (dict(gamma=0.3), 0.3 * P / (P + 0.3) ** 2),
+  ],
+)
+def test_the_shapes_of_luffy(knobs, weight, x64):
+  method = methods.luffy(max_new_tokens=T, entropy_coefficient=0.0, **knobs)
+  x = dict(advantages=A, proximal_logp=OLD, stream=np.zeros(B, int), entropy=np.zeros((B, T)))
+  loss = lambda lp: method.loss(mask=MASK, logp=lp, **x)[0]
+  found = jax.grad(loss)(jnp.asarray(LOGP))
+  np.testing.assert_allclose(found, -A * weight / (B * T), rtol=1e-6)
+
+
+def test_the_probability_that_weighs_rewards_has_a_floor(x64):
+  """DFT's variant for rewards: -A sg(max(p, 0.1)) log p."""
+  loss = lambda lp: jnp.sum(weights.probability(lp, floor=0.1) * surrogates.reinforce(lp, A))
+  found = jax.grad(loss)(jnp.asarray(LOGP))
+  np.testing.assert_allclose(found, -A * np.maximum(P, 0.1), rtol=1e-12)
+  assert P.min() < 0.1 < P.max()
+
+
+def test_the_best_discriminator_is_the_log_ratio_to_the_teacher(x64):
+  """GAD on a vocabulary: at D = log T / S + c its loss is at rest, and D is the reward of the KL."""
+  t, s = jax.nn.softmax(jnp.asarray(RNG.normal(size=(2, 4))))
+  a, b = np.divmod(np.arange(16), 4)  # all pairs of a teacher's and a student's token
+
+  def loss(d):
+    score = jnp.stack([d[a], d[b]], axis=1).ravel()
+    rows = listwise.given_above(
+      score, jnp.tile(jnp.array([0, 1]), 16), jnp.repeat(jnp.arange(16), 2)
+    )
+    return jnp.sum(rows.reshape(16, 2) * (t[a] * s[b])[:, None])
+
+  best = jnp.log(t / s) + 0.7
+  np.testing.assert_allclose(jax.grad(loss)(best), 0, atol=1e-15)
+  assert jnp.abs(jax.grad(loss)(2 * best)).max() > 1e-3
+  z = jnp.log(s)
+  gain = jax.grad(lambda z: jnp.sum(jax.nn.softmax(z) * best))(z)
+  kl = jax.grad(lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - jnp.log(t))))(z)
+  np.testing.assert_allclose(gain, -kl, atol=1e-15)
+
+
 def test_the_weight_of_chord_is_largest_where_the_policy_is_undecided():
   p = np.linspace(0.001, 0.999, 999)
   found = np.asarray(weights.undecided(jnp.log(p)))
@@ -218,6 +286,18 @@ def test_averages_of_the_policy_have_their_two_ends_and_rise():
   )
   expected = [0.004 * x for x in (1.0, 0.5 + np.sqrt(0.125), 0.5, 0.0, 0.0)]
   np.testing.assert_allclose([rising(n) for n in (0, 25, 50, 100, 300)], expected, atol=1e-8)
+
+
+def test_a_corrected_average_has_forgotten_its_start(x64):
+  """It is a mean from 0, divided by the sum of its weights."""
+  points, decay = RNG.normal(size=(5, 3)), 0.8
+  anchor, zero = {'w': jnp.full(3, 9.0)}, np.zeros(3)
+  for k, point in enumerate(points, start=1):
+    anchor = optim.ema(anchor, {'w': jnp.asarray(point)}, k, decay=decay, corrected=True)
+    zero = decay * zero + (1 - decay) * point
+    np.testing.assert_allclose(anchor['w'], zero / (1 - decay**k), rtol=1e-12)
+  with pytest.raises(ValueError, match='corrected=True needs a decay below 1'):
+    optim.ema(anchor, anchor, 1, decay=1.0, corrected=True)
 
 
 def chain(high, rounds=6, episodes=3000, seed=0):

@@ -133,6 +133,7 @@ BUILT = {
     demonstration=credit.outcome(), sampled=credit.reward_to_go(normalizer=advantages.identity)
   ),
   'credit.gated': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
+  'credit.graded': lambda fn: fn(credit=credit.reward_to_go(normalizer=advantages.identity)),
   'credit.without_void': lambda fn: fn(credit=credit.reward_to_go()),
   'credit.of_wins': lambda fn: fn(credit=credit.reward_to_go(discount=0.9)),
   'credit.filtered': lambda fn: fn(

@@ -52,7 +52,10 @@ FUNCTIONS = {
     {},
     lambda a: np.where(a.advantages > 0, 0.1 * np.exp(row_mean(a.entropy, a.mask)), 1.0),
   ),
-  weights.probability: ({}, lambda a: np.exp(a.logp)),
+  weights.probability: (
+    {'exponent': 0.5, 'floor': 0.2},
+    lambda a: np.sqrt(np.maximum(np.exp(a.logp), 0.2)),
+  ),
   weights.undecided: ({}, lambda a: np.exp(a.logp) * (1 - np.exp(a.logp))),
   weights.suffix_importance: ({'block': 2}, lambda a: suffix_importance(a, 2)),
   weights.row_importance: ({}, row_importance),

@@ -3,10 +3,10 @@ from functools import partial
 from polgrad import collect, objectives
 from polgrad.losses import aggregation, divergences
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import AtLeastOne, part
 
 
-def stored_distillation(*, completions: str = '', k: int = 16) -> Method:
+def stored_distillation(*, completions: str = '', k: AtLeastOne = 16) -> Method:
   """Distillation of stored top logits (standard; losses of arXiv:2306.13649): no teacher in the run.
 
       loss = token mean of sum_c T_c log(T_c / S_c),   c in the teacher's k likeliest tokens and `other`

@@ -1,28 +1,29 @@
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 from polgrad import collect, credit, objectives, optim
 from polgrad.data import sources
-from polgrad.losses import advantages, aggregation, surrogates, weights
+from polgrad.losses import advantages, aggregation, penalties, surrogates, weights
 from polgrad.methods.base import Method
-from polgrad.registry import Count, part, weighted
+from polgrad.registry import Count, Fraction, Range, part, weighted
 
 
 def chord(
   *,
-  warmup: int = 200,
-  decay: int = 400,
-  peak: float = 0.5,
-  valley: float = 0.02,
+  warmup: Count = 200,
+  decay: Count = 400,
+  peak: Fraction = 0.5,
+  valley: Fraction = 0.02,
   eps: float = 0.2,
   weigh: Literal['undecided', 'probability', 'alike'] = 'undecided',
+  cutoff: Annotated[float, Range(above=0, at_most=1)] = 1.0,
   others: Count = 0,
   answers: str = '',
 ) -> Method:
   """CHORD (arXiv:2508.11408): GRPO beside demonstrations that matter less as the run proceeds.
 
       loss = (1 - mu) token mean over the samples of -min(r A, clip(r, 1 - eps, 1 + eps) A)
-             + mu token mean over the demonstrations of -sg(p (1 - p)) log pi
+             + mu token mean over the demonstrations of -sg(p (1 - p)) min(log pi, log cutoff)
       A_i = (R_i - mean_g) / (std_g + 1e-6)
 
   r = pi / pi_old and p = pi(token). Mean and std are those of the samples, without the demonstration.
@@ -36,8 +37,7 @@ def chord(
   is `others=2` with a file of `answers`.
 
   Differences: By default every prompt has its own answer as the demonstration beside its samples. The
-  authors average the token means of micro-batches, by their rows of each kind. Their option to stop
-  imitation at tokens above a probability is not here; it is off in their runs.
+  authors average the token means of micro-batches, by their rows of each kind.
 
   Args:
     warmup: updates in which mu rises.
@@ -46,6 +46,7 @@ def chord(
     valley: mu at the end.
     eps: distance of the clipping bounds from 1.
     weigh: the weight of a token of a demonstration.
+    cutoff: probability above which such a token is not imitated; 1, as in the authors' runs, is none.
     others: demonstrations of other prompts beside the samples of each prompt; 0 takes its own answer.
     answers: a file of JSON lines that they are of; '' takes other records of the task.
 
@@ -60,7 +61,8 @@ def chord(
   mean = part(aggregation.token_mean)
   kinds = {'undecided': weights.undecided, 'probability': weights.probability}
   found = {weigh: part(kinds[weigh])} if weigh in kinds else {}
-  imitate = part(objectives.Supervised, aggregation=mean, weights=found)
+  likelihood = part(penalties.nll, cutoff=cutoff)
+  imitate = part(objectives.Supervised, aggregation=mean, loss=likelihood, weights=found)
   reinforce = part(
     objectives.PolicyGradient,
     surrogate=part(surrogates.clipped, eps_low=eps, eps_high=eps),

@@ -1,12 +1,20 @@
 from functools import partial
+from typing import Literal
 
 from polgrad import collect, credit, objectives
 from polgrad.losses import advantages, aggregation, penalties, surrogates
 from polgrad.methods.base import Method
-from polgrad.registry import part, weighted
+from polgrad.registry import Positive, part, weighted
 
 
-def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float = 0.001) -> Method:
+def luffy(
+  *,
+  max_new_tokens: int,
+  shape: Literal['ratio', 'power', 'likelihood'] = 'ratio',
+  gamma: float = 0.1,
+  exponent: Positive = 0.5,
+  entropy_coefficient: float = 0.001,
+) -> Method:
   """LUFFY (arXiv:2504.14945): a demonstration in every group, learned from by a shaped probability.
 
       samples:        loss = -(sum over tokens of r A) / (rows max_new_tokens)
@@ -19,6 +27,9 @@ def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float
   entropy of the next token. The constant is the same in all parts, so that a token has the same
   weight in both.
 
+  The authors' code has other shapes: `power` is p^exponent in the place of p / (p + gamma), which is
+  unshaped with exponent 1, and `likelihood` is log p, advantage-weighted supervised learning.
+
   Differences: There is one demonstration per prompt, beside the samples. The formulas are those of
   the authors' runs, apart from the divisors: there the sum over the tokens of all rows is divided
   by 8192, and the entropy is a mean over the tokens of all rows. A common factor does not change
@@ -28,7 +39,10 @@ def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float
 
   Args:
     max_new_tokens: largest number of tokens of an answer; the run fills it in.
-    gamma: probability at which a token of a demonstration is learned most.
+    shape: what of the probability is learned.
+    gamma: probability at which a token of a demonstration is learned most, of `ratio`; the code also
+      has 0.3 and 0.5.
+    exponent: of `power`.
     entropy_coefficient: of the entropy, in nats.
 
   Confidence: CODE.
@@ -37,8 +51,12 @@ def luffy(*, max_new_tokens: int, gamma: float = 0.1, entropy_coefficient: float
     'aggregation': part(aggregation.constant_length, length=max_new_tokens),
     'penalties': {'bonus': weighted(entropy_coefficient, part(penalties.negative_entropy))},
   }
-  shaped = part(surrogates.probability_shaped, gamma=gamma)
-  demonstration = part(objectives.PolicyGradient, surrogate=shaped, **shared)
+  shapes = {
+    'ratio': part(surrogates.probability_shaped, gamma=gamma),
+    'power': part(surrogates.probability_power, exponent=exponent),
+    'likelihood': part(surrogates.reinforce),
+  }
+  demonstration = part(objectives.PolicyGradient, surrogate=shapes[shape], **shared)
   sampled = part(
     objectives.PolicyGradient, surrogate=part(surrogates.importance_weighted), **shared
   )

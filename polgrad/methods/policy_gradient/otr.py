@@ -3,10 +3,10 @@ from functools import partial
 from polgrad import collect, objectives
 from polgrad.losses import aggregation, logit_stats
 from polgrad.methods.base import Method
-from polgrad.registry import part
+from polgrad.registry import Positive, part
 
 
-def otr(*, beta: float = -0.1, sampling_temperature: float = 1.3) -> Method:
+def otr(*, beta: float = -0.1, sampling_temperature: Positive = 1.3) -> Method:
   """OTR (arXiv:2509.26313): supervised learning as REINFORCE on one token drawn at each position.
 
       loss = mean over rows of the token mean of -sum_a q_a R_a log pi_a

@@ -47,7 +47,7 @@ def uft(
     reveal: how many chunks are given.
     hinted: fraction of them in which a part of the answer may be given.
     chunks: largest number of chunks.
-    low: p at the end of the schedule.
+    low: p at the end of the schedule of `cosine`.
     high: p at its beginning.
     imitation: weight of the likelihood of given tokens.
     eps: distance of the clipping bounds from 1.

@@ -13,7 +13,7 @@ def elr_plus(
   coefficient: float = 3.0,
   decay: float = 0.7,
   mixing: Positive = 1.0,
-  average: float = 0.997,
+  mean_decay: Fraction = 0.997,
   ramp: Fraction = 0.5,
   top: int = 16,
 ) -> Method:
@@ -25,9 +25,9 @@ def elr_plus(
   pi reads the mixture l E(x_i) + (1 - l) E(x_j) of the embeddings of row i and of a random row j of the
   batch; l = max(u, 1 - u), u ~ Beta(mixing, mixing). p_i is what the running mean of the other network
   predicts on row i itself: of the anchor `peer_mean` for the policy, and of `policy_mean` for the anchor
-  `peer`, which learns by the same loss with a mixture of its choice. The decay of these means is average
-  exp(-5 (1 - step / (ramp steps))^2), until it is `average`. So neither network follows its own
-  errors. `elr` has one network and no mixture.
+  `peer`, which learns by the same loss with a mixture of its choice. The decay of these means is
+  mean_decay exp(-5 (1 - step / (ramp steps))^2), until it is `mean_decay`. So neither network follows
+  its own errors. `elr` has one network and no mixture.
 
   Differences: The paper classifies images. Rows are mixed position by position, and a position of one
   row alone counts with its weight. Both networks begin as the same model, on the same rows in the same
@@ -42,7 +42,7 @@ def elr_plus(
     coefficient: lambda; 3 for CIFAR-10 and 7 for CIFAR-100.
     decay: beta; 0.7 for CIFAR-10 and 0.9 for CIFAR-100.
     mixing: both parameters of the Beta distribution.
-    average: decay of the running means of parameters.
+    mean_decay: decay of the running means of parameters.
     ramp: fraction of the run after which that decay is reached; 40,000 of 78,000 updates in the paper.
     top: entries of t that are kept.
 
@@ -54,7 +54,7 @@ def elr_plus(
     aggregation=part(aggregation.token_mean),
     penalties={'early_learning': weighted(coefficient, part(logit_stats.early_learning_of_rows))},
   )
-  mean = dict(decay=average, ramp=max(round(ramp * steps), 1))
+  mean = dict(decay=mean_decay, ramp=max(round(ramp * steps), 1))
   return Method(
     collect=partial(collect.MixedTargets, decay=decay, mixing=mixing, top=top),
     objective=objective,
