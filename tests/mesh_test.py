@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
-import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
+import time
 
+import absl.flags
 import jax
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ import pytest
 from polgrad import (
   build,
   checkpoint,
+  cli,
   environments,
+  evaluate,
   methods,
   metrics,
   models,
@@ -25,21 +27,23 @@ from polgrad import (
   packing,
   phases,
   presets,
+  report,
   sharding,
   tasks,
   train,
 )
 from polgrad.compose import compose
-from polgrad.registry import part, weighted
+from polgrad.models import hf
+from polgrad.registry import bind, part, weighted
 from polgrad.rewards import verifiers
 from polgrad.sharding import to_host
 from polgrad.types import Layout
+from tests import runs
 from tests.environments.runs_test import Echo
 from tests.runs import dpo, on_policy_distillation
 from tests.train_test import config
 
 pytestmark = pytest.mark.usefixtures('undrawn')
-ROOT = pathlib.Path(__file__).parent.parent
 # Slots and packed rows are on a third one.
 MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=2, context=2, tensor=2)]
 SMALL = dict(expert=2, context=2, tensor=2)
@@ -182,68 +186,66 @@ def test_state_lies_where_the_rules_say():
   assert state.anchors['reference']['layers']['gate'].sharding == gate.sharding
 
 
-BEGIN = """
-import os, signal, sys, time
-import jax
-from absl import flags
-from polgrad import cli, phases, report, train
-port, count, index, run, checkpoints, folder = sys.argv[1:]
-flags.FLAGS(['worker', '--coordinator=localhost:' + port, '--num_processes=' + count,
-             '--process_id=' + index, '--lost_after=5'])
-cli.join()
-report.draw = str
-from tests import mesh_test, runs
-runs.share_programs()
-made = mesh_test.games()
-made.mesh.update(fsdp=2, data=int(count) // 2)
-summary = phases.summary
-"""
+def joined(port, count, index, folder):
+  """Joins this process to those of a run, whose configuration it returns with the folder of its metrics.
 
-# One of four processes is asked to stop in the first step: all stop after the same one.
-STOPPED = (
-  BEGIN
-  + """
-def terminated(*args):
-  if index == '2':
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)  # the request reaches the other processes in the background
-  return summary(*args)
-phases.summary = terminated
-train.run(made, run, checkpoints)
-"""
-)
+  What it says is in a file beside that folder.
+  """
+  said = os.open(folder / f'said{index}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  os.dup2(said, 1)
+  os.dup2(said, 2)
+  flags = os.environ['XLA_FLAGS'].split()
+  os.environ['XLA_FLAGS'] = ' '.join(x for x in flags if 'device_count' not in x)
+  address = [f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={index}']
+  absl.flags.FLAGS(['worker', *address, '--lost_after=5'])
+  cli.join()
+  report.draw = str
+  runs.share_programs()
+  made = games()
+  made.mesh.update(fsdp=2, data=count // 2)
+  return made, str(folder / f'p{index}')
 
-# Two processes resume what the four have left.
-KILLED = (
-  BEGIN
-  + """
-params = train.run(made, run, checkpoints).params
 
-import numpy as np
-from polgrad import evaluate, models, sharding
-from polgrad.models import hf
-from polgrad.registry import bind
-policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
-hf.save(folder, policy.config, params)
-again = evaluate.init_params(models.pretrained(path=folder), mesh, 0)
-local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
-assert not params['layers']['gate'].is_fully_addressable
-for a, b in zip(local(params), local(again)):
-  np.testing.assert_array_equal(a, b)
+def stopped(port, count, index, folder):
+  """One of the processes is asked to stop in the first step: all stop after the same one."""
+  made, run = joined(port, count, index, folder)
+  summary = phases.summary
 
-# Process 1 is killed in the second step of a longer run; that ends process 0.
-made.phases.train.steps += 2
-steps = []
-def killed(*args):
-  steps.append(args)
-  if len(steps) == 2 and index == '1':
-    os.kill(os.getpid(), signal.SIGKILL)
-  return summary(*args)
-phases.summary = killed
-with cli.ending_together():
-  train.run(made, run, checkpoints)
-"""
-)
+  def terminated(*args):
+    if index == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(3)  # the request reaches the other processes in the background
+    return summary(*args)
+
+  phases.summary = terminated
+  train.run(made, run, str(folder / 'c'))
+
+
+def killed(port, count, index, folder):
+  """Two processes resume what the others have left, and write a model; then one of them is killed."""
+  made, run = joined(port, count, index, folder)
+  params = train.run(made, run, str(folder / 'c')).params
+  policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
+  hf.save(str(folder / 'folder'), policy.config, params)
+  again = evaluate.init_params(models.pretrained(path=str(folder / 'folder')), mesh, 0)
+  local = lambda tree: [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
+  assert not params['layers']['gate'].is_fully_addressable
+  for a, b in zip(local(params), local(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+  # Process 1 is killed in the second step of a longer run; that ends process 0.
+  made.phases.train.steps += 2
+  steps, summary = [], phases.summary
+
+  def ended(*args):
+    steps.append(args)
+    if len(steps) == 2 and index == 1:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return summary(*args)
+
+  phases.summary = ended
+  with cli.ending_together():
+    train.run(made, run, str(folder / 'c'))
 
 
 def games():
@@ -264,36 +266,35 @@ def games():
 
 
 def started(program, count, folder):
-  """That number of processes of a program, when all have ended: their exit codes, and what they say."""
+  """That number of processes of a program, when all have ended: their exit codes, and what they say.
+
+  They are forks of one process, which imports the modules once and has started no backend.
+  """
   with socket.socket() as s:
     s.bind(('localhost', 0))
-    port = str(s.getsockname()[1])
-  flags = [x for x in os.environ['XLA_FLAGS'].split() if 'device_count' not in x]
-  env = os.environ | {'XLA_FLAGS': ' '.join(flags), 'PYTHONPATH': str(ROOT)}
-  places = [str(folder / 'c'), str(folder / 'folder')]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', program, port, str(count), str(i), str(folder / f'p{i}'), *places],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(count)
-  ]
-  said = [p.communicate(timeout=500)[0] for p in processes]
-  return [p.returncode for p in processes], said
+    port = s.getsockname()[1]
+  forks = multiprocessing.get_context('forkserver')
+  # pyarrow imports pandas, if it is there, when it writes.
+  forks.set_forkserver_preload(['tests.mesh_test', 'pandas'])
+  processes = [forks.Process(target=program, args=(port, count, i, folder)) for i in range(count)]
+  for process in processes:
+    process.start()
+  for process in processes:
+    process.join(timeout=500)
+    process.kill()
+    process.join()
+  return [p.exitcode for p in processes], [(folder / f'said{i}').read_text() for i in range(count)]
 
 
 def test_four_processes_two_and_one_give_the_same_numbers_share_a_folder_and_end_together(
   tmp_path, compiled_once
 ):
-  codes, said = started(STOPPED, 4, tmp_path)
+  codes, said = started(stopped, 4, tmp_path)
   assert codes == [75] * 4, '\n'.join(text[-1500:] for text in said)
   saved = [int(path.name) for path in (tmp_path / 'c').iterdir() if path.name.isdecimal()]
   assert len(saved) == 1 and all('asked to stop' in text for text in said)
 
-  codes, said = started(KILLED, 2, tmp_path)
+  codes, said = started(killed, 2, tmp_path)
   assert codes[1] == -signal.SIGKILL, said[1][-3000:]
   assert codes[0] not in (0, 75), said[0][-3000:]
   assert 'process 0 of 2 ends' in said[0], said[0][-3000:]

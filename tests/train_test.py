@@ -766,7 +766,7 @@ def test_phases_hand_over_parameters_and_restart_begins_again(finished):
 
 
 class TestAnchors:
-  old, new = {'w': jnp.zeros(2)}, {'w': jnp.ones(2)}
+  old, new = {'w': np.zeros(2)}, {'w': np.ones(2)}
 
   def test_rules(self):
     assert optim.fixed(self.old, self.new, 5)['w'][0] == 0
