@@ -50,7 +50,7 @@ def loss_of(objective, batch, arms, params):
   """The loss of a policy softmax(logits) on the arms, with one value for all."""
   logp = jax.nn.log_softmax(params['logits'])[arms][:, None]
   outputs = Outputs(logp=logp, values=jnp.full(logp.shape, params.get('value', 0.0)))
-  terms, _ = objective.apply(outputs, batch, objective.init(), step=0)
+  terms = harness.terms_of(objective, outputs, batch, step=0)
   return sum(t.value() for t in terms.values())
 
 

@@ -44,9 +44,7 @@ def outputs_of(objective, leaves) -> Outputs:
 
 
 def terms_of(objective, leaves, batch):
-  terms, _ = objective.apply(
-    outputs_of(objective, leaves), batch, objective.init(), step=jnp.int32(3)
-  )
+  terms = harness.terms_of(objective, outputs_of(objective, leaves), batch, step=jnp.int32(3))
   return {k: t for k, t in terms.items() if k not in objective.probes}
 
 

@@ -41,7 +41,7 @@ def loss_of(objective, logits, advantages, **stats):
     behavior_logp=old,
   )
   outputs = Outputs(logp=column(jax.nn.log_softmax(logits)), stats=stats)
-  terms, _ = objective.apply(outputs, batch, objective.init(), step=0)
+  terms = harness.terms_of(objective, outputs, batch, step=0)
   return sum(t.value() for t in terms.values())
 
 

@@ -20,6 +20,7 @@ from polgrad.objectives import Objective
 from polgrad.registry import part
 from polgrad.tabular import enumerable
 from polgrad.types import Batch, Outputs
+from tests.policy_gradient import harness
 from tests.runs import method_of
 
 
@@ -119,7 +120,7 @@ def loss(case: Case, method: Estimate, params, sample, prompts, data, state):
   outputs = Outputs(
     logp=now['logp'][sample], entropy=now['entropy'][sample], values=now['values'][prompts, sample]
   )
-  terms, _ = method.objective.apply(outputs, batch, method.objective.init(), step=0)
+  terms = harness.terms_of(method.objective, outputs, batch, step=0)
   return sum(term.value() for term in terms.values())
 
 
