@@ -20,7 +20,6 @@ A token whose input is NaN or infinite has gradient exactly 0, so that a masked 
 gradient of a mean over the others. Its penalty is not repaired: if the token counts, the mean is NaN.
 """
 
-import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -263,7 +262,7 @@ def nll(logp: Array, *, cutoff: Annotated[float, Range(above=0, at_most=1)] = 1.
   Returns:
     [..., T].
   """
-  least = math.log(cutoff)
+  least = jnp.log(cutoff)
   return -jnp.where(logp > least, least, logp)
 
 
