@@ -123,7 +123,9 @@ class _Slot(NamedTuple):
     if self.kind == 'parts':
       if key in node or path == f'{at}.{key}.name':
         return _Slot('part', self.choices, weighted=True)
-      raise ValueError(f'{at}: unknown {key!r}{suggest(key, node)}')
+      raise ValueError(
+        f'{at}: unknown {key!r}{suggest(key, node)}; {at}.{key}.name=... adds a part'
+      )
     if self.kind == 'part':
       slots = _slots(find(node['name'], self.choices, at))
       slots |= {'weight': _Slot('plain', hint=float)} if self.weighted or 'weight' in node else {}

@@ -35,16 +35,11 @@ def ema(
     params: the policy after the update.
     step: updates so far, from 1.
     decay: of the anchor.
-    corrected: whether the bias towards the start is removed.
-
-  Raises:
-    ValueError: corrected with decay 1, which has no mean.
+    corrected: whether the bias towards the start is removed; with decay 1 this is the mean of all.
   """
   rate = 1 - decay
   if corrected:
-    if decay == 1:
-      raise ValueError('ema: corrected=True needs a decay below 1')
-    rate = rate / (1 - decay**step)
+    rate = rate / (1 - decay**step) if decay < 1 else 1 / step
   return jax.tree.map(lambda a, p: ((1 - rate) * a + rate * p).astype(a.dtype), anchor, params)
 
 

@@ -13,7 +13,8 @@ def mean_teacher(*, decay: float = 0.99, consistency: float = 1.0) -> Method:
       T <- decay T + (1 - decay) pi, of parameters, after every update
 
   decay = 1 keeps the initial policy as the teacher, which holds the policy near it; decay = 0 makes the
-  teacher the policy itself, and the second term vanishes.
+  teacher the policy itself, and the second term vanishes. With
+  `--config.phases.train.anchors.teacher.corrected=True` the teacher forgets the initial policy at once.
 
   Differences: The paper compares squared probabilities of differently noised inputs. Here both read the
   same text, so the term slows changes rather than smoothing predictions.

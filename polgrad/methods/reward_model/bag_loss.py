@@ -37,8 +37,15 @@ def bag_loss(
     least_reward, largest_reward: bounds of a reward, of private labels alone.
     noise_seed: of the noise; whoever knows it can undo the noise.
 
+  Raises:
+    ValueError: `least_reward` is not below `largest_reward`.
+
   Confidence: PAPER. Its own formula for the best r could not be read; ours is DERIVED.
   """
+  if not least_reward < largest_reward:
+    raise ValueError(
+      f'bag_loss: least_reward={least_reward:g} must be below largest_reward={largest_reward:g}'
+    )
   bounds = dict(epsilon=epsilon, low=least_reward, high=largest_reward, seed=noise_seed)
   return Method(
     source=partial(sources.private_bags, **bounds) if epsilon else None,

@@ -14,6 +14,9 @@ def dft() -> Method:
   The gradient is that of -p. The fixed point is the most frequent answer of the data, not its
   distribution, and a token that the policy finds nearly impossible is hardly learned.
 
+  The authors' variant for rewards has the loss -A sg(max(p, 0.1)) log pi: `reinforce` with
+  `--config.phases.train.objective.weights.probability.name=probability` and its `floor=0.1`.
+
   Differences: The mean is over the tokens of the whole batch; the authors average the means of
   micro-batches of 4 rows.
 

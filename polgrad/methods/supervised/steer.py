@@ -18,8 +18,12 @@ def steer(
       y ~ reference (expert / antiexpert)^strength, over the `top_p` most likely tokens of the reference
 
   The anchors `expert` and `antiexpert` are models of the style that is wanted and of the one that is
-  not: name their folders in `frozen` of the phase. Without folders all three are the policy at the
-  start, and this is supervised learning on the best of its own samples. The scores are the terms of the
+  not. Their Hugging Face folders are named in `frozen` of the phase,
+
+      --config.phases.train.frozen.expert.name=pretrained --config.phases.train.frozen.expert.path=FOLDER
+
+  and so `antiexpert`. Without folders all three are the policy at the start, and this is supervised
+  learning on the best of its own samples. The scores are the terms of the
   task's reward; those of the paper, all in [0, 1], are style, similarity of meaning, and fluency. A
   sample with one bad score has a low product, which a sum could hide.
 

@@ -34,7 +34,8 @@ def steer_quark(
   paper, cuts the pool into quantiles, and a row is learned behind the numbers of its quantiles. The
   policy is sampled behind the best label of all terms. Without names there is one label, that of the
   reward, the product of all terms. The experts still help, less and less; name their folders in
-  `frozen` of both phases. Without folders they are equal, and change nothing.
+  `frozen` of both phases, `imitate` and `train`, as in `steer`. Without folders they are equal, and
+  change nothing.
 
   Differences: Labels are texts, which the run's tokenizer writes, not new tokens; the experts read them
   too. The pool forgets its oldest batches. The code samples every 2500 steps. KL and entropy have the
