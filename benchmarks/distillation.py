@@ -7,6 +7,10 @@ The teacher is a distribution over 41 tokens with two separate modes, at -2 and 
 it is the discretised normal distribution of mean m and standard deviation s, so it cannot be the
 teacher. Each divergence is minimised over both by BFGS in float64 from 12 starting points, and the best
 is kept. A student with a logit for every token reaches the teacher under all of them.
+
+The second table is of weighted likelihoods and of their mixtures with a reward: a policy over three
+tokens with free logits, which the data have with frequencies 0.6, 0.3 and 0.1, and of which only the
+last one is rewarded. It is gradient descent on the expected loss.
 """
 
 import functools
@@ -18,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from polgrad.losses import divergences
+from polgrad.losses import divergences, penalties, surrogates, weights
 
 POINTS = np.linspace(-5, 5, 41)
 MODES = ((-2.0, 0.6), (2.0, 0.4))
@@ -110,6 +114,61 @@ def page(found: dict[str, Found]) -> str:
   return '\n'.join(lines)
 
 
+FREQUENCIES = np.array([0.6, 0.3, 0.1])
+REWARDS = np.array([0.0, 0.0, 1.0])
+
+
+def weighed(weight):
+  return lambda logp: weight(logp) * penalties.nll(logp)
+
+
+# The loss of a token of the data, and mu, its weight; the reward has the weight 1 - mu.
+LIKELIHOODS = {
+  '`sft`': (penalties.nll, 1.0),
+  '`dft`': (weighed(weights.probability), 1.0),
+  '`probability`, exponent 1/2': (
+    weighed(functools.partial(weights.probability, exponent=0.5)),
+    1.0,
+  ),
+  '`undecided`, of `chord`': (weighed(weights.undecided), 1.0),
+  '`luffy`': (lambda logp: surrogates.probability_shaped(logp, jnp.ones_like(logp)), 1.0),
+  '`luffy`, shape=power': (
+    lambda logp: surrogates.probability_power(logp, jnp.ones_like(logp)),
+    1.0,
+  ),
+  '`chord`, weigh=alike, mu = 0.9': (penalties.nll, 0.9),
+  '`chord`, weigh=alike, mu = 0.5': (penalties.nll, 0.5),
+  '`chord`, weigh=alike, mu = 0.1': (penalties.nll, 0.1),
+  '`chord`, mu = 0.9': (weighed(weights.undecided), 0.9),
+  '`chord`, mu = 0.5': (weighed(weights.undecided), 0.5),
+}
+
+
+def rest(loss, mu: float, steps: int = 20_000) -> np.ndarray:
+  """Probabilities at which mu E_data[loss] - (1 - mu) E_policy[reward] is at rest, f64[3]."""
+
+  def total(z):
+    logp = jax.nn.log_softmax(z)
+    return mu * jnp.sum(FREQUENCIES * loss(logp)) - (1 - mu) * jnp.sum(jnp.exp(logp) * REWARDS)
+
+  descend = jax.grad(total)
+  run = jax.jit(lambda z: jax.lax.fori_loop(0, steps, lambda _, z: z - 2.0 * descend(z), z))
+  return np.asarray(jax.nn.softmax(run(jnp.zeros(3))))
+
+
+def likelihood_rows() -> dict[str, np.ndarray]:
+  """Where each loss of `LIKELIHOODS` leads."""
+  with jax.enable_x64(True):
+    return {name: rest(*given) for name, given in LIKELIHOODS.items()}
+
+
+def likelihood_page(found: dict[str, np.ndarray]) -> str:
+  lines = ['| loss | first token | second | third, rewarded |', '|---|---|---|---|']
+  lines += [f'| {name} | {" | ".join(f"{x:.3f}" for x in p)} |' for name, p in found.items()]
+  return '\n'.join(lines)
+
+
+SECOND = '<!-- begin of the likelihoods -->', '<!-- end of the likelihoods -->'
 BEGIN, END = '<!-- begin of the table -->', '<!-- end of the table -->'
 
 
@@ -139,9 +198,11 @@ def draw(found: dict[str, Found], path: pathlib.Path) -> None:
 def main() -> None:
   found = rows()
   text = PAGE.read_text()
-  before, rest = text.split(BEGIN)
-  after = rest.split(END)[1]
-  PAGE.write_text(f'{before}{BEGIN}\n{page(found)}\n{END}{after}')
+  tables = (BEGIN, END, page(found)), (*SECOND, likelihood_page(likelihood_rows()))
+  for begin, end, table in tables:
+    before, others = text.split(begin)
+    text = f'{before}{begin}\n{table}\n{end}{others.split(end)[1]}'
+  PAGE.write_text(text)
   draw(found, PAGE.with_suffix('.png'))
   print(page(found))
 

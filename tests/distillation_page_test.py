@@ -48,6 +48,25 @@ def test_two_equal_modes_on_a_fine_grid(name, mean, deviation, monkeypatch):
     np.testing.assert_allclose(found.value, np.log(2), atol=1e-3)
 
 
+def test_the_page_has_the_fixed_points_of_likelihoods_and_mixtures():
+  found = page.likelihood_rows()
+  assert page.likelihood_page(found) in page.PAGE.read_text()
+  root = np.sqrt(page.FREQUENCIES)
+  closed = {
+    '`sft`': page.FREQUENCIES,
+    '`dft`': [1, 0, 0],
+    '`probability`, exponent 1/2': np.square(page.FREQUENCIES) / np.square(page.FREQUENCIES).sum(),
+    '`undecided`, of `chord`': [2 / 3, 1 / 3, 0],  # 1 - C / q of the two that are left
+    '`luffy`': 1.3 * root / root.sum() - 0.1,
+  }
+  for name, p in closed.items():
+    np.testing.assert_allclose(found[name], p, atol=2e-4)
+  for mu in (0.9, 0.5, 0.1):  # mu (q - p) + (1 - mu) p (r - p_3) = 0
+    p = found[f'`chord`, weigh=alike, mu = {mu}']
+    at_rest = mu * (page.FREQUENCIES - p) + (1 - mu) * p * (page.REWARDS - p[2])
+    np.testing.assert_allclose(at_rest, 0, atol=1e-9)
+
+
 def test_a_student_that_can_be_the_teacher_becomes_it():
   with jax.enable_x64(True):
     for divergence in (divergences.skew_reverse_kl, divergences.jensen_shannon):
