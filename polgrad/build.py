@@ -648,6 +648,18 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.collect: its rows are single ones of different prompts, so neither the objective nor '
       'credit can compare the rows of a group; leave out sample_first'
     )
+  if (
+    collector.rows_per_prompt == 1
+    and not phase.curriculum.pools
+    and isinstance(phase.objective, objectives.PolicyGradient)
+    and 'advantages' in phase.objective.requires
+    and tracing.lone_advantages_are_zero(phase.credit)
+  ):
+    raise ValueError(
+      f'{path}.collect.samples_per_prompt: 1, but the baseline of this credit is made of the rows of a '
+      'prompt, so every advantage would be 0; take at least 2, or a method with another baseline, such '
+      'as ppo (a critic) or reinforce_plus_plus (the batch)'
+    )
   _check_terms(path, phase)
   if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(

@@ -50,6 +50,12 @@ def renamed_streams():
 
 
 CASES = {
+  'group of one': (
+    grpo,
+    [('phases.train.collect.samples_per_prompt', 1)],
+    ValueError,
+    ['config.phases.train.collect.samples_per_prompt: 1', 'would be 0', 'at least 2', 'ppo'],
+  ),
   'unknown key': (
     grpo,
     [('phases.train.setps', 3)],

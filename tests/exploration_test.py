@@ -143,6 +143,31 @@ def test_sampling_error_is_less_with_ros_and_least_with_props():
   assert error == pytest.approx(want, rel=0.15)
 
 
+def test_one_step_against_what_was_drawn_keeps_the_shares_near_the_policy():
+  """Five arms, a step of size 1/2 on the log-likelihood of all draws before each draw, 100 seeds."""
+  policy = jnp.array([0.4, 0.3, 0.15, 0.1, 0.05])
+  surrogate = exploration.avoidance(eps=float('inf')).surrogate
+  loss = lambda logits, counts: jnp.sum(
+    counts * surrogate(jax.nn.log_softmax(logits) - jnp.log(policy), -jnp.ones(5))
+  )
+
+  def draw(counts, key, size):
+    logits = jnp.log(policy) - size * jax.grad(loss)(jnp.log(policy), counts)
+    counts += jax.nn.one_hot(jax.random.categorical(key, logits), 5)
+    return counts, 0.5 * jnp.abs(counts / counts.sum() - policy).sum()
+
+  @jax.jit
+  @jax.vmap
+  def distances(key):
+    sizes, keys = jnp.array([0.0, 0.5]), jax.random.split(key, 400)
+    run = lambda size: jax.lax.scan(lambda c, k: draw(c, k, size), jnp.zeros(5), keys)[1]
+    return jax.vmap(run)(sizes)[:, jnp.array([19, 99, 399])]
+
+  plain, adapted = np.mean(distances(jax.random.split(jax.random.key(0), 100)), axis=0)
+  np.testing.assert_allclose(plain, [0.150, 0.073, 0.036], rtol=0.12)
+  np.testing.assert_allclose(adapted, [0.076, 0.018, 0.004], rtol=0.12)
+
+
 def explored(**settings):
   """Sixteen rows of the tiny model, four prompts in two rounds of two samples."""
   run = experiment()

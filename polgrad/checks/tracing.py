@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polgrad import credit as credits
 from polgrad import teachers
@@ -72,6 +73,33 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     batch = batch.with_arrays(influences=jax.ShapeDtypeStruct((rows, number), jnp.float32))
   assign = lambda batch, state: credits.assign(phase.credit, batch, state)[0]
   return jax.eval_shape(assign, batch, phase.credit.init())
+
+
+def lone_advantages_are_zero(credit: credits.Estimator) -> bool:
+  """Whether rows that are each alone in their group get advantages of 0, whatever their rewards.
+
+  Computed for six rows of two tokens. False for an estimator that reads arrays of other shapes, or makes
+  no advantages.
+  """
+  names = {*ALL, 'rewards', 'valid', 'group_ids', *credit.requires, *credit.scored}
+  sizes = {'B T': (6, 2), 'B': (6,), '': ()}
+  if 'advantages' not in credit.provides or {shape_of(name) for name in names} - sizes.keys():
+    return False
+  random = np.random.default_rng(0)
+
+  def array(name):
+    shape = sizes[shape_of(name)]
+    if name in INTEGERS:
+      return np.zeros(shape, np.int32)
+    return np.ones(shape, bool) if name in BOOLEANS else random.random(shape, np.float32)
+
+  found = {name: array(name) for name in names} | {'group_ids': np.arange(6, dtype=np.int32)}
+  batch = Batch(
+    **{name: x for name, x in found.items() if name in FIELDS},
+    features={name: x for name, x in found.items() if name not in FIELDS},
+  )
+  credited, _ = jax.jit(lambda batch: credits.assign(credit, batch, credit.init()))(batch)
+  return not np.any(credited.advantages)
 
 
 def trace_networks(path: str, phase: Any, policy: Policy) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -27,14 +27,16 @@ from polgrad.collect.steps import PROVIDED, common
 from polgrad.data import batching
 from polgrad.data.sources import Source
 from polgrad.data.tokenizers import Tokenizer
-from polgrad.losses import logit_stats
-from polgrad.registry import AtLeastOne, Count, Fraction, Range, inputs, unbound
+from polgrad.losses import divergences, logit_stats
+from polgrad.registry import AtLeastOne, Count, Fraction, Range, either, inputs, unbound
 from polgrad.sampling import behavior_policies, processors, resumable
 from polgrad.types import Batch, Prompts
 
 # Settings that bring rows into a batch besides fresh completions of its prompts.
 OTHER_ROWS = ('lag', 'replay', 'old_runs', 'beginning', 'hints', 'demonstrations', 'preferences')
 OTHER_ROWS += ('opponents', 'others', 'environment', 'in_flight')
+
+StatPart = Annotated[Callable, either(logit_stats.TABLE, divergences.TABLE)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +161,9 @@ class Rollouts(Filtering):
   # demonstration of a step is one of them, drawn uniformly. '' takes `answer`, which verifiers read.
   traces: str = ''
   # Statistics of the policy's next-token distribution when the batch is used: features under their
-  # names, for credit and objective. One that reads `teacher_logits` needs an anchor `teacher`.
-  stats: Mapping[str, logit_stats.Part] = dataclasses.field(default_factory=dict)
+  # names, for credit and objective. A divergence, or another one that reads `teacher_logits`, needs an
+  # anchor `teacher`.
+  stats: Mapping[str, StatPart] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     super().__post_init__()

@@ -206,16 +206,18 @@ def spans_generalized(
   kl_coefficient: NotNegative = 0.05,
   kl_target: Positive = 6.0,
   horizon: Positive = 10000.0,
+  kl: Literal['sampled', 'exact'] = 'sampled',
   normalizer: NormalizerPart = whiten,
 ) -> Estimator:
   """GAE whose rewards of tokens are the scores of the parts that they are in (Text2Grad,
   arXiv:2505.22338).
 
-      r_t = score_t - beta (log pi - log reference)(y_t)
+      r_t = score_t - beta KL_t
+      KL_t = (log pi - log reference)(y_t), or sum_v pi(v) log(pi(v) / reference(v)) if it is exact
 
   Tokens in no part have the score 0. beta is adapted after every batch (arXiv:1909.08593): beta <- beta
-  (1 + clip(KL / kl_target - 1, -.2, .2) rows / horizon), where KL is the mean over rows of the summed
-  log-ratios. State: beta.
+  (1 + clip(KL / kl_target - 1, -.2, .2) rows / horizon), where KL is the mean over rows of the sums of
+  KL_t. State: beta.
 
   Needs a critic, and a collector that scores parts of completions (`spans=True`). The rewards of rows
   are not read.
@@ -226,14 +228,17 @@ def spans_generalized(
     kl_coefficient: beta of the first batch; 0 is no penalty.
     kl_target: KL of a row that is wanted, nats.
     horizon: rows after which beta has changed by about its relative error.
+    kl: 'sampled' reads log-probs of the sampled token under the anchor `reference`; 'exact' reads the
+      statistic `old_kl` of the collector's `stats`, for which the reference is the anchor `teacher`.
     normalizer: of the advantages.
   """
+  exact = kl == 'exact'
 
   def apply(batch, state):
     mask, values = batch.mask, batch.old_values
     rewards = jnp.where(mask & (batch['span_ids'] >= 0), batch['span_scores'], 0)
     if kl_coefficient:
-      gap = k1(batch)
+      gap = jnp.where(mask, batch['old_kl'], 0) if exact else k1(batch)
       rewards -= state * gap
       rows = jnp.sum(jnp.any(mask, axis=1))
       error = jnp.sum(gap) / jnp.maximum(rows, 1) / kl_target - 1
@@ -241,8 +246,8 @@ def spans_generalized(
     advantages = returns.gae(rewards, values, mask, discount=discount, trace=trace)
     return with_targets(batch, advantages, advantages + values, normalizer), state
 
-  requires = kl_requires(kl_coefficient) | {'span_ids', 'span_scores'}
-  return critic(apply, requires)._replace(
+  read = {'old_kl'} if exact and kl_coefficient else kl_requires(kl_coefficient and not exact)
+  return critic(apply, read | {'span_ids', 'span_scores'})._replace(
     init=lambda: jnp.asarray(kl_coefficient, jnp.float32), scored=frozenset()
   )
 

@@ -418,6 +418,14 @@ def test_a_part_at_the_end_is_outcome_reward_and_the_coefficient_follows_the_kl(
   np.testing.assert_allclose(
     beta, 0.3 * (1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * 3 / 100), rtol=1e-6
   )
+  # The exact KL is one array instead of two.
+  exact = credit.spans_generalized(kl_coefficient=0.3, kl_target=0.5, horizon=100.0, kl='exact')
+  assert 'reference_logp' not in exact.requires
+  x['old_kl'] = logps['proximal_logp'] - logps['reference_logp']
+  x['old_kl'][~mask] = np.nan
+  again, other = jax.jit(lambda b: credit.assign(exact, b, exact.init()))(scored(**x))
+  np.testing.assert_allclose(again.advantages, found.advantages, rtol=1e-12)
+  np.testing.assert_allclose(other, beta, rtol=1e-12)
 
 
 def prime(x, process, outcome):

@@ -10,7 +10,7 @@ def pf_ppo(
   *,
   strategy: str = 'best_worst',
   power: float = 2.0,
-  samples_per_prompt: int = 4,
+  samples_per_prompt: int = 5,
   eps: float = 0.2,
   trace: float = 0.95,
   value_coefficient: float = 0.5,
@@ -31,7 +31,7 @@ def pf_ppo(
   Args:
     strategy: 'best', 'best_half', 'best_worst' or 'power', see `picks.filter_weights`.
     power: of the strategy 'power'.
-    samples_per_prompt: completions of a prompt; 5 in the paper.
+    samples_per_prompt: completions of a prompt.
     eps: distance of the clipping bounds from 1, and of those of the value from V_old.
     trace: lambda of GAE.
     value_coefficient: of the value error.
