@@ -137,6 +137,19 @@ def test_the_entropic_gap_has_its_values(images, value):
   assert np.isclose(kl, {0.638639: 0.361380, 0.138639: -0.138620}[value], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  'images, epsilon, value',
+  [
+    (SWAPPED, 0.5, 1.3200752),
+    (np.random.default_rng(0).normal(size=(4, 2)), 0.1, 0.1393829),
+    (np.random.default_rng(0).normal(size=(4, 2)), 0.5, 0.9086518),
+  ],
+)
+def test_the_gap_is_that_of_ott_jax(images, epsilon, value):
+  """`monge_gap_from_samples` of ott-jax 0.6.0 in float64, squared distances, its default tolerance."""
+  assert np.isclose(monge_gap.gap(CORNERS, images, epsilon=epsilon), value, atol=1e-5)
+
+
 def test_the_gap_has_the_gradient_of_its_differences():
   images = SWAPPED + 0.1 * np.arange(8).reshape(4, 2)
   gap = jax.jit(lambda y: monge_gap.gap(CORNERS, y, epsilon=1.0, tolerance=1e-12))
