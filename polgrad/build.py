@@ -595,6 +595,28 @@ def _check_unread(path: str, phase: Phase) -> None:
     )
 
 
+def _check_groups(path: str, phase: Phase, compared: int) -> None:
+  """Refuses rows that nobody can compare, and groups of one row whose baseline is that row."""
+  reads = phase.objective.requires | (phase.credit.scored if phase.credit.provides else set())
+  if not phase.collect.grouped and (compared > 1 or 'group_ids' in reads):
+    raise ValueError(
+      f'{path}.collect: its rows are single ones of different prompts, so neither the objective nor '
+      'credit can compare the rows of a group; leave out sample_first'
+    )
+  if (
+    phase.collect.rows_per_prompt == 1
+    and not phase.curriculum.pools
+    and isinstance(phase.objective, objectives.PolicyGradient)
+    and 'advantages' in phase.objective.requires
+    and tracing.lone_advantages_are_zero(phase.credit)
+  ):
+    raise ValueError(
+      f'{path}.collect.samples_per_prompt: 1, but the baseline of this credit is made of the rows of a '
+      'prompt, so every advantage would be 0; take at least 2, or a method with another baseline, such '
+      'as ppo (a critic) or reinforce_plus_plus (the batch)'
+    )
+
+
 def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   collector = phase.collect
   for kind in ('anchors', 'elsewhere', 'networks'):
@@ -642,24 +664,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
     )
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')
-  reads = phase.objective.requires | (phase.credit.scored if phase.credit.provides else set())
-  if not collector.grouped and (compared > 1 or 'group_ids' in reads):
-    raise ValueError(
-      f'{path}.collect: its rows are single ones of different prompts, so neither the objective nor '
-      'credit can compare the rows of a group; leave out sample_first'
-    )
-  if (
-    collector.rows_per_prompt == 1
-    and not phase.curriculum.pools
-    and isinstance(phase.objective, objectives.PolicyGradient)
-    and 'advantages' in phase.objective.requires
-    and tracing.lone_advantages_are_zero(phase.credit)
-  ):
-    raise ValueError(
-      f'{path}.collect.samples_per_prompt: 1, but the baseline of this credit is made of the rows of a '
-      'prompt, so every advantage would be 0; take at least 2, or a method with another baseline, such '
-      'as ppo (a critic) or reinforce_plus_plus (the batch)'
-    )
+  _check_groups(path, phase, compared)
   _check_terms(path, phase)
   if phase.held_out and not isinstance(collector, collect.Given):
     raise ValueError(

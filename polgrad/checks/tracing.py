@@ -1,4 +1,5 @@
-"""Traces an update with the shapes that its arrays will have: nothing is computed and nothing compiled.
+"""Traces an update with the shapes that its arrays will have: nothing is computed and nothing compiled,
+except for the credit of groups of one row.
 
 Errors that otherwise appear when the first step is traced are found here: a metric that no objective
 has, knobs that contradict each other, arrays of shapes that do not fit.
