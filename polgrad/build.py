@@ -435,8 +435,15 @@ class Experiment:
 
   @functools.cached_property
   def sampled_on(self) -> jax.sharding.Mesh:
-    """The mesh of `sampler_mesh`."""
-    return self.sampler_mesh(self.mesh)
+    """The mesh of `sampler_mesh`.
+
+    Raises:
+      ValueError: it does not fit the devices behind those of `mesh`.
+    """
+    try:
+      return self.sampler_mesh(self.mesh)
+    except ValueError as error:
+      raise ValueError(f'config.sampler_mesh: {error}') from error
 
 
 TABLE = table('build', Experiment)

@@ -196,7 +196,8 @@ def _written(sizes: Mapping[str, int]) -> str:
   >>> _written({'data': 4, 'fsdp': 1, 'tensor': 2})
   'data=4 x tensor=2'
   """
-  return ' x '.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1)
+  written = ' x '.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1)
+  return written or 'data=1'
 
 
 @dataclasses.dataclass
