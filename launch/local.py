@@ -11,6 +11,7 @@ SIGTERM and Ctrl-C go to all.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import shlex
@@ -47,6 +48,18 @@ def free_port():
     return one.getsockname()[1]
 
 
+def python():
+  """The Python that runs this program, if it has jax, else that of `make`."""
+  made = ROOT / '.venv' / 'bin' / 'python'
+  if importlib.util.find_spec('jax'):
+    return sys.executable
+  if made.exists():
+    return str(made)
+  raise SystemExit(
+    f'{sys.executable} has no jax, and there is no {made}; `make quickstart` makes it'
+  )
+
+
 def commands(options, rest):
   """The command of every process."""
   port = options.port or free_port()
@@ -55,7 +68,7 @@ def commands(options, rest):
     f'--coordinator=localhost:{port}',
     f'--num_processes={options.processes}',
   ]
-  start = [sys.executable, '-m', options.module, *rest, *flags]
+  start = [python(), '-m', options.module, *rest, *flags]
   return [[*start, f'--process_id={i}'] for i in range(options.processes)]
 
 
