@@ -262,7 +262,7 @@ def nll(logp: Array, *, cutoff: Annotated[float, Range(above=0, at_most=1)] = 1.
   Returns:
     [..., T].
   """
-  least = jnp.log(cutoff)
+  least = jnp.where(cutoff < 1, jnp.log(cutoff), jnp.inf)
   return -jnp.where(logp > least, least, logp)
 
 
