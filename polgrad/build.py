@@ -1088,14 +1088,16 @@ def _check_pieces(path: str, phase: Phase, mesh: jax.sharding.Mesh) -> None:
   """Refuses rows whose positions do not divide over the mesh: every device would compute all of them."""
   pieces = sharding.most_shards(mesh, 'length')
   length, prompt = phase.collect.length, phase.layout.prompt_length
+  axes = [n for n in sharding.rules_of(mesh)['length'] if mesh.shape[n] > 1]
+  written = ' x '.join(f'config.mesh.{n}={mesh.shape[n]}' for n in axes)
   parts = {'rows': length}
   if phase.layout.shared > 1:
     parts = {'prompts': prompt, 'completions': length - prompt}
   for name, size in parts.items():
     if size % pieces:
       raise ValueError(
-        f'{path}.collect: {name} of {size} tokens do not divide over config.mesh.context={pieces}; take '
-        f'a multiple of {pieces}'
+        f'{path}.collect: {name} of {size} tokens do not divide over {written}; take a multiple of '
+        f'{pieces}'
       )
 
 

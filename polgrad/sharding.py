@@ -224,7 +224,7 @@ def _arranged(
     if axis not in AXES:
       raise ValueError(f'slices: unknown mesh axis {axis!r}{suggest(axis, AXES)}')
     if not isinstance(count, int) or count < 1 or sizes[axis] % count:
-      raise ValueError(f'slices.{axis}: {count} does not divide {axis}={sizes[axis]}')
+      raise ValueError(f'slices.{axis}: {count!r} does not divide {axis}={sizes[axis]}')
   count = math.prod(slices.values())
   known = {getattr(device, 'slice_index', None) for device in devices} - {None}
   if len(known) > 1 and count != len(known):
