@@ -637,11 +637,27 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   _check_plateau(path, phase)
   _check_rules(path, phase)
   _check_unread(path, phase)
-  data_parallel_size = sharding.data_parallel_size(run.mesh)
   _check_sampler_mesh(path, collector, run)
   _check_pieces(path, phase, run.mesh)
   if isinstance(collector, collect.Sampling):
     run.engine.check(collector, f'{path}.collect')
+  _check_rows(path, phase, run)
+  if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
+    phase.objective.check_streams(f'{path}.objective.streams')
+  _check_groups(path, phase, max(phase.objective.rows_per_prompt, 1))
+  _check_terms(path, phase)
+  if phase.held_out and not isinstance(collector, collect.Given):
+    raise ValueError(
+      f'{path}.held_out: this phase samples its completions; held-out problems are measured by '
+      'config.evaluation'
+    )
+  _check_curriculum(path, phase)
+  _check_reads(path, phase, run)
+
+
+def _check_rows(path: str, phase: Phase, run: Experiment) -> None:
+  """Refuses rows that do not divide into what compares, splits or shares them."""
+  collector, data_parallel_size = phase.collect, sharding.data_parallel_size(run.mesh)
   if phase.layout.shared > 1 and not (phase.layout.prompt_length and collector.one_prompt):
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
@@ -669,17 +685,6 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices; '
       f'take a multiple of {data_parallel_size}, or fewer devices (config.mesh)'
     )
-  if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
-    phase.objective.check_streams(f'{path}.objective.streams')
-  _check_groups(path, phase, compared)
-  _check_terms(path, phase)
-  if phase.held_out and not isinstance(collector, collect.Given):
-    raise ValueError(
-      f'{path}.held_out: this phase samples its completions; held-out problems are measured by '
-      'config.evaluation'
-    )
-  _check_curriculum(path, phase)
-  _check_reads(path, phase, run)
 
 
 def _check_sampler_mesh(path: str, collector: collect.Collector, run: Experiment) -> None:
