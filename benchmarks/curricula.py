@@ -14,13 +14,13 @@ import argparse
 import functools
 import json
 import pathlib
-import re
 import statistics
 from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import marks
 from benchmarks.learning import Recorder, keep_nothing
 from polgrad import build, phases
 from polgrad.options import from_text
@@ -141,8 +141,7 @@ def _median_and_range(numbers: list[float]) -> str:
 
 def with_table(text: str, results: list[dict]) -> str:
   """The text of the page with the table of these results between its two marks."""
-  block = f'<!-- table -->\n{table(results)}\n<!-- end -->'
-  return re.sub('<!-- table -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL)
+  return marks.with_table(text, 'table', table(results))
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ table in docs/engines.md.
 import argparse
 import functools
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import marks
 from polgrad import models
 from polgrad.compiling import jit
 from polgrad.losses import logit_stats
@@ -155,8 +155,7 @@ def table(found: Mapping[str, Mapping[str, list[Gap]]]) -> str:
 
 def with_table(page: str, found: Mapping[str, Mapping[str, list[Gap]]]) -> str:
   """The page with the table in its place."""
-  block = f'<!-- mismatch -->\n{table(found)}\n<!-- end -->'
-  return re.sub('<!-- mismatch -->.*?<!-- end -->', lambda _: block, page, flags=re.DOTALL)
+  return marks.with_table(page, 'mismatch', table(found))
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ import argparse
 import functools
 import json
 import pathlib
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
 
+from benchmarks import marks
 from benchmarks.curricula import run
 from polgrad import methods, presets, tasks
 from polgrad.compose import compose
@@ -140,8 +140,7 @@ def _listed(numbers: list[float]) -> str:
 
 def with_table(text: str, results: list[dict]) -> str:
   """The text of the page with the table of these results between its two marks."""
-  block = f'<!-- table -->\n{table(results)}\n<!-- end -->'
-  return re.sub('<!-- table -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL)
+  return marks.with_table(text, 'table', table(results))
 
 
 def draw(results: list[dict]) -> None:

@@ -15,13 +15,13 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import statistics
 from collections import defaultdict
 
 import jax
 import numpy as np
 
+from benchmarks import marks
 from benchmarks.curricula import run
 from polgrad import build, evaluate, methods, presets, tasks
 from polgrad.compose import compose
@@ -153,9 +153,7 @@ def _line(name: str, found: list[dict]) -> str:
 
 def with_table(text: str, results: list[dict]) -> str:
   """The text of the page with the table of these results between its two marks."""
-  block = f'<!-- lengths -->\n{table(results)}\n<!-- end of lengths -->'
-  pattern = '<!-- lengths -->.*?<!-- end of lengths -->'
-  return re.sub(pattern, lambda _: block, text, flags=re.DOTALL)
+  return marks.with_table(text, 'lengths', table(results))
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks import marks
 from polgrad import hlo
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -140,11 +140,7 @@ def rows(found: dict[tuple[str, str], dict]) -> Iterator[str]:
 
 
 def write(found: dict[tuple[str, str], dict]) -> None:
-  block = '\n'.join(['<!-- maxtext -->', *rows(found), '<!-- end -->'])
-  text = re.sub(
-    '<!-- maxtext -->.*?<!-- end -->', lambda _: block, PAGE.read_text(), flags=re.DOTALL
-  )
-  PAGE.write_text(text)
+  PAGE.write_text(marks.with_table(PAGE.read_text(), 'maxtext', '\n'.join(rows(found))))
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks import marks
 from polgrad import aot, build, preflight, sharding, speed
 from polgrad.options import from_text
 
@@ -163,9 +163,7 @@ def write_counted() -> None:
   ]  # fmt: skip
   body = [f'| {" | ".join(cells)} |' for cells in [head, *map(counted, COUNTED)]]
   body.insert(1, '|---' * len(head) + '|')
-  block = '\n'.join(['<!-- counted -->', *body, '<!-- end -->'])
-  text = PAGE.read_text()
-  PAGE.write_text(re.sub('<!-- counted -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL))
+  PAGE.write_text(marks.with_table(PAGE.read_text(), 'counted', '\n'.join(body)))
 
 
 def read() -> dict[tuple, dict]:
@@ -231,10 +229,7 @@ def write(found: dict[tuple, dict]) -> None:
   """Writes both tables into the page."""
   text = PAGE.read_text()
   for table in TABLES:
-    block = '\n'.join([f'<!-- {table} -->', *rows(found, table), '<!-- end -->'])
-    text = re.sub(
-      f'<!-- {table} -->.*?<!-- end -->', lambda _, block=block: block, text, flags=re.DOTALL
-    )
+    text = marks.with_table(text, table, '\n'.join(rows(found, table)))
   PAGE.write_text(text)
 
 

@@ -5,7 +5,8 @@ python -m benchmarks.robustness     # writes the tables of the page again
 
 import json
 import pathlib
-import re
+
+from benchmarks import marks
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 RESULTS, PAGE = DOCS / 'robustness.json', DOCS / 'robustness.md'
@@ -31,9 +32,7 @@ def with_tables(text: str, known: dict[str, dict]) -> str:
   """The text of the page with the tables of these results."""
   for campaign, results in known.items():
     table = '\n'.join({'fuzz': fuzz_table, 'kills': kills_table}[campaign](results))
-    block = f'<!-- {campaign} -->\n{table}\n<!-- end -->'
-    pattern = rf'<!-- {campaign} -->.*?<!-- end -->'
-    text = re.sub(pattern, lambda _, b=block: b, text, flags=re.DOTALL)
+    text = marks.with_table(text, campaign, table)
   return text
 
 

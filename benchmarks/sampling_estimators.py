@@ -694,13 +694,16 @@ class Uncounted(trees.TreeSteps):
 
 
 @functools.cache
-def leaves_law(trained: int = 3, grown: int = 2) -> Law:
-  """TreeRL: every tree is forked once, at its least likely token; some leaves are trained on."""
-  settings = methods.TABLE['treerl'](trained=trained, grown=grown, forks=1, branches=1).collect(
-    prompts=1, prompt_length=0, max_new_tokens=LENGTH
-  )
+def grown_trees(settings: trees.Trees) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Every result of the trees of one prompt, by the collector's own steps.
+
+  Returns:
+    chance: f[n] of each result, over uniform prompts.
+    rows: i[n, leaves], the leaves as numbers of rows.
+    drawn_by: i[n, leaves, length], which leaf drew each token.
+  """
   context = types.SimpleNamespace(seed=0)
-  tokens, size = POLICY.tokens[:SEQUENCES], settings.leaves
+  tokens = POLICY.tokens[:SEQUENCES]
   found: dict[tuple, float] = {}
   for x, p in enumerate(probabilities()):
     log_p = np.asarray(enumerable.logp(POLICY, setting().params))[x * SEQUENCES :]
@@ -718,7 +721,7 @@ def leaves_law(trained: int = 3, grown: int = 2) -> Law:
         return Drawn(batch, [])
 
       def begin(state, records, step):
-        return drawn(int(random.choice(SEQUENCES, p=p)) for _ in range(grown))
+        return drawn(int(random.choice(SEQUENCES, p=p)) for _ in range(settings.trees))
 
       def continuer(state, batch, prefixes, *_):
         """The rest of each row, from a column on."""
@@ -742,9 +745,23 @@ def leaves_law(trained: int = 3, grown: int = 2) -> Law:
 
     for chance, result in outcomes(run):
       found[result] = found.get(result, 0.0) + chance / PROMPTS
-  trees_, chance = np.array([*found]), np.array([*found.values()])
-  rows, drawn_by = trees_[:, :size], trees_[:, size:].reshape(-1, size, LENGTH)
-  # The leaves that are trained on, for every order in which they may be taken.
+  results, size = np.array([*found]), settings.leaves
+  return np.array([*found.values()]), results[:, :size], results[:, size:].reshape(-1, size, LENGTH)
+
+
+def trained_leaves(rows: np.ndarray, trained: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The leaves that are trained on, for every order in which they may be taken.
+
+  Args:
+    rows: i[n, leaves], leaves as numbers of rows.
+    trained: leaves of each result that are trained on.
+
+  Returns:
+    number: i[m], a result.
+    kept: i[m, trained], leaves of it.
+    chance: f[m] that they are kept.
+  """
+  size = rows.shape[1]
   orders = list(itertools.permutations(range(size)))
   cases, valid = [], np.ones(size, bool)
   for number, own in enumerate(rows):
@@ -753,15 +770,26 @@ def leaves_law(trained: int = 3, grown: int = 2) -> Law:
       kept = trees.chosen(REWARDS[own], valid, size, trained, random)
       cases.append((number, *kept.tolist()))
   cases, times = np.unique(np.array(cases), axis=0, return_counts=True)
-  number, kept = cases[:, 0], cases[:, 1:]
+  return cases[:, 0], cases[:, 1:], times / len(orders)
+
+
+def leaves_law(trained: int = 3, grown: int = 2) -> Law:
+  """TreeRL: every tree is forked once, at its least likely token; some leaves are trained on."""
+  settings = methods.TABLE['treerl'](trained=trained, grown=grown, forks=1, branches=1).collect(
+    prompts=1, prompt_length=0, max_new_tokens=LENGTH
+  )
+  size = settings.leaves
+  chance, rows, drawn_by = grown_trees(settings)
+  number, kept, of_kept = trained_leaves(rows, trained)
   chosen = (kept[:, :, None] == np.arange(size)).any(axis=1)
   group_ids, mask = np.zeros(size, np.int32), np.ones((size, LENGTH), bool)
+  valid = np.ones(size, bool)
   values = jax.jit(
     jax.vmap(lambda r, by, own: tree_losses.tree_values(r, group_ids, valid, by, mask, own))
   )(REWARDS[rows][number], drawn_by[number], chosen)
   some = lambda x: np.take_along_axis(np.asarray(x), kept[:, :, None], axis=1)
   return Law(
-    chance[number] * times / len(orders),
+    chance[number] * of_kept,
     np.take_along_axis(rows[number], kept, axis=1),
     {name: some(x) for name, x in values._asdict().items()},
   )

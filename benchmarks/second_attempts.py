@@ -19,14 +19,13 @@ import argparse
 import dataclasses
 import functools
 import json
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
 
 import jax
 
-from benchmarks import hybrids
+from benchmarks import hybrids, marks
 from benchmarks.curricula import run
 from polgrad import build, methods
 from polgrad.data import batching
@@ -172,8 +171,7 @@ def _percent(values: list[float]) -> str:
 def with_tables(text: str, results: list[dict]) -> str:
   """The text of the page with the tables of these results between their marks."""
   for mark, table in (('hints', hints_table), ('revisions', revisions_table)):
-    block = f'<!-- {mark} -->\n{table(results)}\n<!-- end -->'
-    text = re.sub(f'<!-- {mark} -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL)  # noqa: B023
+    text = marks.with_table(text, mark, table(results))
   return text
 
 

@@ -19,12 +19,11 @@ import argparse
 import functools
 import json
 import pathlib
-import re
 import statistics
 import time
 from collections import defaultdict
 
-from benchmarks import hybrids
+from benchmarks import hybrids, marks
 from benchmarks.curricula import run
 from polgrad import methods
 from polgrad.registry import part, weighted
@@ -142,8 +141,7 @@ def _mean(numbers) -> str:
 
 def with_tables(text: str, results: list[dict]) -> str:
   """The text of the page with these tables between its two marks."""
-  block = f'<!-- staleness -->\n{tables(results)}\n<!-- end -->'
-  return re.sub('<!-- staleness -->.*?<!-- end -->', lambda _: block, text, flags=re.DOTALL)
+  return marks.with_table(text, 'staleness', tables(results))
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ policy that was trained for longer. It is a stand-in for a larger model. The pha
     every state of the episodes.
 3.  Supervised fine-tuning of a copy of the policy on pairs of state and label is the decision model.
 
-Then new worksheets are answered with its greedy decisions, and with four others: nobody asks, all ask, a
-coin that asks as often as the decision model, and the plan itself, which reads the success model.
+Then new worksheets are answered with its greedy decisions, and with four others: it never asks,
+it always asks, a coin asks as often as the decision model, and the plan itself, which
+reads the success model.
 
 Differences: how states are grouped, and that the success model is told who answers, are choices of this
 experiment. Confidence: PAPER (the phases), MEMORY (the form of the recursion).
@@ -457,7 +458,7 @@ def compared(study: Study, plan: Planned, decide: Decide, sizes: Sizes) -> dict:
   """What each way to decide asks for and solves on new worksheets, and what the plan expected."""
   records = study.records(5_000_000, sizes.held_out)
   play_with = lambda one: measured(play(records, one, study.act(1)))
-  ways = {'nobody asks': coin(0, 0), 'all ask': coin(1, 0), 'plan': plan.decide, 'model': decide}
+  ways = {'never asks': coin(0, 0), 'always asks': coin(1, 0), 'plan': plan.decide, 'model': decide}
   found = {name: play_with(one) for name, one in ways.items()}
   # Episodes that fail early have fewer requests, so the rate of the coin is corrected once.
   wanted, rate = found['model']['requests'], found['model']['requests'] / TURNS
@@ -471,11 +472,11 @@ def compared(study: Study, plan: Planned, decide: Decide, sizes: Sizes) -> dict:
 
 
 ROWS = {
-  'nobody asks': 'nobody asks',
+  'never asks': 'never asks',
   'coin': 'a coin asks, as often as the decision model',
   'model': 'decision model',
   'plan': 'plan, with the success model',
-  'all ask': 'all ask',
+  'always asks': 'always asks',
 }
 
 

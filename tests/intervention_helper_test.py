@@ -164,8 +164,8 @@ def test_a_decision_model_learns_the_plan_and_is_compared_with_the_others(tmp_pa
   found = helper.compared(study, plan, decide, helper.SMOKE)
   assert found['expected'] == {'price': 0.1, 'requests': 2.0, 'solved': 1.0}
   assert found['model'] == found['plan'] and found['model']['solved'] == 1
-  assert found['nobody asks']['requests'] == 0 and found['nobody asks']['solved'] < 0.3
-  assert found['all ask'] == {'requests': 4.0, 'solved': 1.0}
+  assert found['never asks']['requests'] == 0 and found['never asks']['solved'] < 0.3
+  assert found['always asks'] == {'requests': 4.0, 'solved': 1.0}
   assert found['coin']['solved'] < 0.95 and found['coin']['requests'] > 1
 
 

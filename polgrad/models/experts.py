@@ -81,7 +81,7 @@ def mixture(
 
   Tokens are sorted by expert, so that each expert multiplies a contiguous block of rows
   (`jax.lax.ragged_dot`). Where experts are spread over devices, a device gathers the tokens of all of
-  these, multiplies those of its own experts, and the outputs are added up and scattered back.
+  these, multiplies those of the experts that it holds, and the outputs are added up and scattered back.
 
   Args:
     x: [B, T, D], activations.

@@ -86,6 +86,16 @@ def test_bag_losses_differ_by_the_variance_within_bags():
       bag_loss(*args, instance=instance)
 
 
+def linear_bags(size, trials):
+  """240 inputs of 8 dimensions, y = theta x + noise, |theta| = 1: theta, inputs, mean of each bag."""
+  rng = np.random.default_rng(size)
+  truth = rng.normal(size=(trials, 8, 1))
+  truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+  x = rng.normal(size=(trials, 240 // size, size, 8))
+  y = (x.reshape(trials, -1, 8) @ truth).reshape(x.shape[:3])
+  return truth, x, (y + rng.normal(size=y.shape)).mean(2)
+
+
 @pytest.mark.parametrize(
   ('size', 'of_bags', 'of_instances'),
   [
@@ -96,13 +106,8 @@ def test_bag_losses_differ_by_the_variance_within_bags():
 )
 def test_bags_are_unbiased_and_noisy_and_instances_biased_and_sure(size, of_bags, of_instances):
   """Squared bias and variance of least squares: y = theta x + noise, 8 dimensions, 240 inputs."""
-  trials, bags = 400, 240 // size
-  rng = np.random.default_rng(size)
-  truth = rng.normal(size=(trials, 8, 1))
-  truth /= np.linalg.norm(truth, axis=1, keepdims=True)
-  x = rng.normal(size=(trials, bags, size, 8))
-  y = (x.reshape(trials, -1, 8) @ truth).reshape(trials, bags, size)
-  means = (y + rng.normal(size=y.shape)).mean(2)
+  trials = 400
+  truth, x, means = linear_bags(size, trials)
   flat, each = x.reshape(trials, -1, 8), np.repeat(means, size, axis=1)
   solve = lambda a, b: np.linalg.solve(a.mT @ a, a.mT @ b[..., None])
   # The minimisers, which are those of the losses here.
@@ -122,12 +127,7 @@ def test_bags_are_unbiased_and_noisy_and_instances_biased_and_sure(size, of_bags
 def test_the_best_weight_of_instances_has_less_risk_than_its_neighbours(size):
   """The bed of the test above; the minimiser is (S + r W)^-1 S theta and noise."""
   trials, bags = 400, 240 // size
-  rng = np.random.default_rng(size)
-  truth = rng.normal(size=(trials, 8, 1))
-  truth /= np.linalg.norm(truth, axis=1, keepdims=True)
-  x = rng.normal(size=(trials, bags, size, 8))
-  y = (x.reshape(trials, -1, 8) @ truth).reshape(trials, bags, size)
-  labels = (y + rng.normal(size=y.shape)).mean(2)
+  truth, x, labels = linear_bags(size, trials)
   mean = x.mean(2)
   between, within = (
     z.mT @ z / z.shape[1] for z in (mean, (x - mean[:, :, None]).reshape(trials, -1, 8))

@@ -23,7 +23,7 @@ def steer(
       --config.phases.train.frozen.expert.name=pretrained --config.phases.train.frozen.expert.path=FOLDER
 
   and so `antiexpert`. Without folders all three are the policy at the start, and this is supervised
-  learning on the best of its own samples. The scores are the terms of the
+  learning on the best samples of the policy. The scores are the terms of the
   task's reward; those of the paper, all in [0, 1], are style, similarity of meaning, and fluency. A
   sample with one bad score has a low product, which a sum could hide.
 
