@@ -52,7 +52,9 @@ LEFT_OUT = {
   **dict.fromkeys(('pure', 'text2grad'), 'reads scores of steps, which no reward determines'),
   'gtpo': 'drops rows with a mean entropy above .7 nats, which all rows of this policy have',
   'prime': 'its reward model learns during the run',
-  **dict.fromkeys(('rlfr', 'rdd'), 'its rewards come from a network that learns during the run'),
+  **dict.fromkeys(
+    ('rlfr', 'rdd', 'amago'), 'its rewards come from a network that learns during the run'
+  ),
   **dict.fromkeys(('l1_exact', 'l1_max'), 'changes the reward; its estimator is GRPO without a KL'),
   'gradient_guided': 'the weights of its rewards follow from gradients of the run',
 }

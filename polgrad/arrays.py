@@ -267,6 +267,7 @@ VOCABULARY = {
 CONFIGURED = {
   'flow_scores': Spec('B T', 'network: how far a hidden state is from those of right answers'),
   'bonus_scores': Spec('B T', 'network: exploration bonus of the state after the token'),
+  'critics_scores': Spec('B T', 'network: weight of the log-prob of the token'),
   'score_norm': Spec('B T', 'statistic: squared norm of the gradient of logp by the logits'),
   'score_fisher': Spec('B T', 'statistic: that gradient in the Fisher metric of the logits'),
   'hidden_norm': Spec('B T', 'statistic: squared norm of the hidden state'),

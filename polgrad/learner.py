@@ -366,6 +366,20 @@ class NetworkLearner:
     score = lambda rows: self.network.scores(own, self.states(params, rows), rows)
     return in_pieces(score, batch, self.micro_batches, 1)
 
+  def renewed(self, params: Params, own: Params, pieces: Batch) -> Params:
+    """The network's parameters with those that change without a gradient, see `Network.renewed`.
+
+    Args:
+      params: of the model.
+      own: of the network.
+      pieces: the micro-batches, stacked.
+    """
+    if self.network.moments is None:
+      return own
+    look = lambda rows: self.network.moments(own, self.states(params, rows), rows)
+    found = _merged(jax.lax.map(look, pieces), self.micro_batches)
+    return self.network.renewed(own, {name: mean.value() for name, mean in found.items()})
+
   def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     """One step of the network: (state, batch) -> (state, metrics); nothing else changes.
 
@@ -374,18 +388,19 @@ class NetworkLearner:
     """
     own, network = state.networks[self.name], self.network
     params = parameter_sets(state, self.frozen)[self.states_of]
-    trained = self.trained(own['params'])
+    pieces = split(batch, self.micro_batches, 1)
+    before = self.renewed(params, own['params'], pieces)
+    trained = self.trained(before)
     count = jnp.sum(network.learns(batch), dtype=jnp.float32)
 
     def loss(trained: Params, rows: Batch) -> Array:
-      errors = network.errors(own['params'] | trained, self.states(params, rows), rows)
+      errors = network.errors(before | trained, self.states(params, rows), rows)
       return Mean(total=jnp.sum(jnp.where(network.learns(rows), errors, 0)), count=count).value()
 
     # Losses and gradients of the pieces add up, because each is divided by the count of the whole.
     def accumulate(sums, rows):
       return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(trained, rows)), ()
 
-    pieces = split(batch, self.micro_batches, 1)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     (value, grads), _ = jax.lax.scan(accumulate, zero, pieces)
     norm = optax.tree.norm(grads)
@@ -394,7 +409,7 @@ class NetworkLearner:
     steps, opt_state = optimizer.update(grads, own['opt_state'], trained)
 
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    moved = {'params': own['params'] | optax.apply_updates(trained, steps), 'opt_state': opt_state}
+    moved = {'params': before | optax.apply_updates(trained, steps), 'opt_state': opt_state}
     moved = {k: _where(finite & (count > 0), moved[k], own[k]) for k in moved}
     moved['skipped'] = jnp.where(finite, 0, own['skipped'] + 1)
     report = {'loss': value, 'grad_norm': norm, 'skipped': moved['skipped'], 'tokens': count}

@@ -1,5 +1,6 @@
 """Networks that score hidden states: their equations, how they learn, and what is refused."""
 
+import dataclasses
 import functools
 import types
 
@@ -11,6 +12,7 @@ import pytest
 
 from polgrad import build, credit, explain, learner, optim, sharding
 from polgrad.checks import memory, tracing
+from polgrad.losses import discounted_values as valued
 from polgrad.objectives import networks
 from polgrad.phases import opt_shardings
 from polgrad.registry import bind, part
@@ -182,6 +184,142 @@ def test_the_visited_states_are_the_last_or_all():
   last = networks.RandomTargets().learns(batch)
   assert last.sum(axis=1).tolist() == [1] * 4 and last[2, 4] and last[1, 3]
   np.testing.assert_array_equal(networks.RandomTargets(states='each').learns(batch), MASK)
+
+
+# AMAGO: critics at several discounts.
+
+
+def test_popart_changes_no_value_and_its_statistics_are_those_of_the_targets():
+  rng, x = np.random.default_rng(0), np.random.default_rng(1).normal(size=(4, 3))
+  with jax.enable_x64(True):
+    popart = valued.first_popart(3)
+    seen = []
+    for n in range(1, 4):
+      y = rng.normal(3, 5, (50, 3))
+      before = np.asarray(popart.values(x))
+      popart = valued.moved(popart, jnp.mean(y, 0), jnp.mean(y**2, 0), rate=0.1)
+      np.testing.assert_allclose(popart.values(x), before, atol=1e-12)
+      seen.append(y)
+      # A moving average that forgets its start: weights 0.9^(age), divided by their sum.
+      ages = 0.9 ** np.arange(n)[::-1] / sum(0.9 ** np.arange(n))
+      mean = sum(w * y.mean(0) for w, y in zip(ages, seen))
+      square = sum(w * (y**2).mean(0) for w, y in zip(ages, seen))
+      np.testing.assert_allclose(popart.mean, mean, atol=1e-12)
+      np.testing.assert_allclose(popart.scale, np.sqrt(square - mean**2), atol=1e-12)
+    still = valued.moved(valued.first_popart(3), jnp.ones(3), jnp.ones(3) * 9, rate=0.0)
+    np.testing.assert_array_equal(still.values(x), x)  # frozen: values are not normalised
+    np.testing.assert_array_equal(still.normalized(x), x)
+
+
+def critics_oracle(critics, params, states, batch, draws):
+  """(errors, scores), one token, discount and critic at a time, in float64; draws [B, 2, T, G]."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  pop, mask, segments = p['popart'], np.asarray(batch.mask), np.asarray(batch.segment_ids)
+  scale = np.sqrt(np.clip(pop['square'] - pop['mean'] ** 2, 1e-4, 1e8))
+  rows, length = mask.shape
+  count, gammas = critics.critics, critics.discounts
+
+  def given(which, c, h):
+    """x of critic c, [G]."""
+    layers = [{k: v[c] for k, v in p[which][str(i)].items()} for i in range(len(p[which]))]
+    for i, one in enumerate(layers):
+      h = np.where(h > 0, h, 0.2 * h) if i else h
+      h = h @ one['weight'] + one['bias']
+    return h
+
+  def value(which, c, b, t):
+    """[G], in units of the reward, of the state before the token."""
+    x = given(which, c, states[0, b, t - 1])
+    return scale * (pop['weight'] * x + pop['bias']) + pop['mean']
+
+  def chosen(which, c, b, t):
+    later = [s for s in range(t + 1, length) if mask[b, s]]
+    if not later:
+      return np.full(len(gammas), float(batch['rewards'][b]))
+    return np.array(gammas) * value(which, c, b, later[0])
+
+  errors, scores = np.full((2, rows, length), np.nan)
+  scores[:] = 0
+  for b in range(rows):
+    for t in range(1, length):
+      if not (mask[b, t] and segments[b, t - 1]):
+        continue
+      two = np.stack([[chosen('target', c, b, t) for c in range(count)]])[0]
+      pick = np.stack([two[draws[b, i, t], range(len(gammas))] for i in range(2)])
+      y = pick.min(axis=0) if critics.improve else pick.mean(axis=0)
+      own = np.stack([value('critics', c, b, t) for c in range(count)])
+      q = np.stack([chosen('critics', c, b, t) for c in range(count)])
+      errors[b, t] = np.mean(((own - pop['mean']) / scale - (y - pop['mean']) / scale) ** 2)
+      a = (q.mean(axis=0) - own.mean(axis=0)) / scale
+      least = (q.min(axis=0) - own.mean(axis=0)) / scale
+      f = {'positive': a > 0, 'exponential': np.minimum(np.exp(a), 20)}[critics.choose.__name__]
+      scores[b, t] = np.mean(critics.improve * least + critics.imitate * f)
+  return errors, scores
+
+
+@pytest.mark.parametrize(
+  ('improve', 'choose', 'hidden'), [(1.0, 'positive', 3), (0.0, 'exponential', 0)]
+)
+def test_the_critics_are_their_transcription(improve, choose, hidden):
+  choose = getattr(valued, choose)
+  critics = networks.Critics(
+    discounts=(0.3, 0.9), critics=3, improve=improve, imitate=0.7, hidden=hidden, choose=choose
+  )
+  params = scaled(critics.init(jax.random.key(0), 4), 1)
+  params['popart'] |= dict(mean=jnp.array([0.2, -0.1]), square=jnp.array([0.5, 2.0]))
+  states = np.random.default_rng(2).normal(size=(1, 4, 5, 4)).astype(np.float32)
+  batch = batch_of()
+  keys = [jax.random.fold_in(k, networks.LEARNING) for k in networks.row_keys(batch['uniform'])]
+  draws = np.stack([jax.random.randint(k, (2, 5, 2), 0, 3) for k in keys])
+  errors, scores = critics_oracle(critics, params, states, batch, draws)
+  learns = np.asarray(critics.learns(batch))
+  np.testing.assert_array_equal(learns, ~np.isnan(errors) & np.asarray(batch['valid'])[:, None])
+  got = np.asarray(jax.jit(critics.errors)(params, states, batch))
+  np.testing.assert_allclose(got[learns], errors[learns], rtol=2e-5)
+  got = np.asarray(jax.jit(critics.scores)(params, states, batch))
+  np.testing.assert_allclose(got, scores, rtol=2e-5, atol=1e-6)
+
+
+def test_the_critics_of_a_chain_are_its_values_at_every_discount():
+  """V of the state with k tokens to come is discount^(k - 1) R; with it, no token is better than V."""
+  tokens, discounts = 6, (0.1, 0.5, 0.9)
+  one = dataclasses.replace(
+    table_of_visits(tokens, 1, 0.0),
+    network=networks.Critics(discounts=discounts, critics=2, hidden=0, follow=1.0, normalize=0.01),
+    optimizer=optim.sgd(learning_rate=0.4),
+  )
+  state = state_of('bonus', one)
+  row = jnp.arange(tokens)[None]
+  batch = Batch(tokens=row, segment_ids=jnp.ones_like(row), mask=row > 0)
+  batch = batch.with_arrays(
+    rewards=jnp.array([3.0]), valid=jnp.array([True]), uniform=jnp.array([0.5])
+  )
+  step = lambda state, _: (one.update(state, batch)[0], ())
+  state, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, length=1500))(state)
+  own = state.networks['bonus']['params']
+  states = jax.nn.one_hot(row, tokens)[None]
+  x, _ = one.network.before(own['critics'], states, batch)
+  found = valued.PopArt(**own['popart']).values(x)[:, 0, 1:]
+  closed = 3 * np.array(discounts)[None] ** np.arange(tokens - 2, -1, -1)[:, None]
+  np.testing.assert_allclose(found, np.broadcast_to(closed, found.shape), atol=1e-4)
+  # The actor's term is 0 there; the first token has no state before it.
+  critics = dataclasses.replace(one.network, imitate=0.0)
+  np.testing.assert_allclose(critics.scores(own, states, batch), 0, atol=1e-3)
+  everything = dataclasses.replace(one.network, choose=valued.exponential, imitate=1.0)
+  np.testing.assert_allclose(everything.scores(own, states, batch)[0, 1:], 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (dict(discounts=(0.9, 1.5)), r'discounts=\(0.9, 1.5\): expected numbers in \[0, 1\]'),
+    (dict(discounts=()), 'expected numbers'),
+    (dict(layers=(0.5, 1.0)), 'expected one fraction'),
+  ],
+)
+def test_critics_that_cannot_be_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    networks.Critics(**settings)
 
 
 # How networks learn, beside a model.

@@ -41,6 +41,7 @@ from polgrad.credit.tokens import (
   implicit_process,
   process_min,
   spans_generalized,
+  weighed_by_network,
 )
 from polgrad.credit.trees import step_values, tree_values
 from polgrad.credit.turns import (
@@ -706,6 +707,7 @@ SIMPLE = table(
   two_level,
   modes,
   spans_generalized,
+  weighed_by_network,
   implicit_process,
   conflict_aware,
   entropy_modulated,

@@ -252,6 +252,25 @@ def spans_generalized(
   )
 
 
+def weighed_by_network(*, network: str = 'critics') -> Estimator:
+  """A_t = the score that a network gives the token, for example `networks.Critics` (arXiv:2310.09971).
+
+  With the surrogate `reinforce` the scores are weights of log-probs. The reward is only read by the
+  network. Tokens of a row that is not valid get 0.
+
+  Args:
+    network: its name.
+  """
+
+  def apply(batch, state):
+    kept = batch.mask & batch.valid[:, None]
+    return batch.with_arrays(advantages=jnp.where(kept, batch[f'{network}_scores'], 0.0)), state
+
+  return Estimator(
+    apply=apply, requires=frozenset({f'{network}_scores'}), scored=frozenset({'rewards'})
+  )
+
+
 def conflict_aware(
   *,
   advantage: advantage_functions.Part = group_mean,

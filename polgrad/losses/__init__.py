@@ -48,13 +48,10 @@ The modules import only jax, chex, `polgrad.types` and `polgrad.registry`. Each 
     best_of_n           the distribution of the best of n samples                none: call it yourself
     denoising           MaPO, preferences between images of a diffusion model     none: call it yourself
     auxiliary_rewards   scores and losses of flows, RDD's predictor and V0       rewards
+    discounted_values   values at several discounts, PopArt; choices of tokens   choose
     embedding_rewards   rewards of embeddings, as in GRACE                       none: collectors call it
-    self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
-    latent_preferences  reward models with a latent variable for each user       none: call it yourself
     latent_preferences  reward models with a latent variable for each user       none: heads call it
-    self_improvement    SRPO, whose scores are of three prompts                  none: call it yourself
     self_improvement    SRPO, whose scores are of three prompts                  none: listwise calls it
-    shared_information  the representation loss of RLP                           none: call it yourself
     shared_information  the representation loss of RLP                           none: heads call it
     groups              means and variances over groups of rows                  none: modules above
     pairs               the preferred and the other rows of pairs                none: modules above
@@ -80,6 +77,7 @@ from polgrad.losses import (
   conflicts,
   denoising,
   difficulty,
+  discounted_values,
   divergences,
   down_sampling,
   embedding_rewards,
@@ -132,6 +130,7 @@ __all__ = [
   'conflicts',
   'denoising',
   'difficulty',
+  'discounted_values',
   'divergences',
   'down_sampling',
   'embedding_rewards',

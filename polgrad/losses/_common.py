@@ -94,6 +94,24 @@ def geometric_ratio(logp: Array, old_logp: Array, mask: Array) -> Array:
   return jnp.exp(bounded(row_mean(jax.lax.stop_gradient(logp - old_logp), mask)))
 
 
+def at_next(x: Array, mask: Array) -> tuple[Array, Array]:
+  """(values, there): x at the next token of the mask behind each token, and whether there is one.
+
+  Args:
+    x: [B, T, ...].
+    mask: bool[B, T].
+
+  Returns:
+    [B, T, ...], of any value where there is no next token, and bool[B, T].
+  """
+  length = mask.shape[1]
+  places = jnp.broadcast_to(jnp.arange(length), mask.shape)
+  nearest = jax.lax.cummin(jnp.where(mask, places, length), axis=1, reverse=True)
+  following = jnp.pad(nearest[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+  index = jnp.minimum(following, length - 1).reshape(*mask.shape, *[1] * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1), following < length
+
+
 def gumbel(uniform: Array) -> Array:
   """Standard Gumbel noise from uniform random numbers in [0, 1): [...] -> [...].
 

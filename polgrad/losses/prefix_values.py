@@ -10,6 +10,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from polgrad.losses import _common
 from polgrad.registry import table
 from polgrad.types import Array
 
@@ -45,13 +46,8 @@ def bootstrapped(rewards: Array, state_value: Array, mask: Array) -> Array:
   Returns:
     [B, T], in units of the reward.
   """
-  length = mask.shape[1]
-  places = jnp.broadcast_to(jnp.arange(length), mask.shape)
-  # The place of the next token of the mask, `length` if there is none.
-  nearest = jax.lax.cummin(jnp.where(mask, places, length), axis=1, reverse=True)
-  following = jnp.pad(nearest[:, 1:], ((0, 0), (0, 1)), constant_values=length)
-  value = jnp.take_along_axis(state_value, jnp.minimum(following, length - 1), axis=1)
-  return jax.lax.stop_gradient(jnp.where(following < length, value, rewards[:, None]))
+  value, there = _common.at_next(state_value, mask)
+  return jax.lax.stop_gradient(jnp.where(there, value, rewards[:, None]))
 
 
 TABLE = table('prefix_values', monte_carlo, bootstrapped)

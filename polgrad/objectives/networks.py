@@ -11,15 +11,18 @@ A state is aligned as all arrays are: `states[..., b, t, :]` is that of the mode
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from polgrad.losses import auxiliary_rewards
+from polgrad.losses import discounted_values as valued
 from polgrad.losses._layers import layer, layers, linear, mlp
 from polgrad.objectives.heads import row_keys
-from polgrad.registry import AtLeastOne, Count, NotNegative, table
+from polgrad.reductions import Mean
+from polgrad.registry import AtLeastOne, Count, Fraction, NotNegative, table
 from polgrad.types import Array, Batch, Params
 
 # What the noise of a row is for: it differs between learning and scoring.
@@ -71,6 +74,20 @@ class Network(abc.ABC):
       states: [n, B, T, D], of the n layers.
       batch: with the arrays in `requires`.
     """
+
+  # (params, states, batch) -> `Mean`s of the tokens that are learned, which `renewed` reads; None: there
+  # are none, and nothing changes without a gradient.
+  moments: Callable[[Params, Array, Batch], dict[str, Mean]] | None = None
+
+  def renewed(self, params: Params, moments: dict[str, Array]) -> Params:
+    """Parameters before a step, with those in `fixed` that change without a gradient.
+
+    Args:
+      params: of the last step.
+      moments: the values of `moments` over the whole minibatch.
+    """
+    del moments
+    return params
 
   @abc.abstractmethod
   def scores(self, params: Params, states: Array, batch: Batch) -> Array:
@@ -274,5 +291,127 @@ class RandomTargets(Network):
     return jnp.where(self.learns(batch), bonus, 0)
 
 
-TABLE = table('networks', Flow, RandomTargets)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Critics(Network):
+  """Critics at several discounts, whose scores are weights of the policy's log-probs (AMAGO,
+  arXiv:2310.09971).
+
+      Q   = r + discount V(state with the token),  V of the state before the token at the last one: none
+      y   = r + discount min over two random target critics of V(state with the token)
+      loss  = mean over critics and discounts of (V(state before the token) - y)^2, in normalised units
+      score = mean over discounts of improve (min over critics of Q - mean of V) + imitate f(A),
+              A = mean over critics of Q - V
+
+  All numbers of the score are in normalised units too: divided by the deviation of the targets at that
+  discount, as `losses.discounted_values.PopArt` keeps it. A state is followed by exactly one other for
+  every token, so a critic of states gives Q, and its V is the mean over the tokens of the policy that
+  drew the rows. Target critics are moving averages, from which no gradient is taken.
+
+  The reward of the row is given at its last token. Rows that are not valid are not learned, and a token
+  without a state before it has the score 0.
+
+  Attributes:
+    layers: which layer of the model is read, one fraction of its depth; 1 is the normalised last state.
+    discounts: per token, in [0, 1].
+    critics: number of critics.
+    hidden: width of the two hidden layers; 0: a critic is one matrix, so that with one-hot states it is
+      a table.
+    follow: rate at which target critics follow, per update.
+    normalize: rate of the statistics of targets, per update; 0: values are not normalised.
+    improve: coefficient of the policy's own improvement by Q. With 0, targets are the mean of two
+      critics in place of the minimum.
+    imitate: coefficient of the likelihood of tokens that f selects.
+    choose: f, advantages in normalised units -> weights.
+  """
+
+  layers: tuple = (1.0,)
+  discounts: tuple = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
+  critics: AtLeastOne = 4
+  hidden: Count = 256
+  follow: Fraction = 0.003
+  normalize: Fraction = 5e-4
+  improve: NotNegative = 1.0
+  imitate: NotNegative = 0.1
+  choose: valued.Part = valued.positive
+
+  requires = frozenset({'uniform', 'rewards', 'valid'})
+  fixed = frozenset({'target', 'popart'})
+
+  def __post_init__(self):
+    super().__post_init__()
+    if len(self.layers) != 1:
+      raise ValueError(f'Critics: layers={self.layers}: expected one fraction')
+    inside = all(isinstance(x, int | float) and 0 <= x <= 1 for x in self.discounts)
+    if not self.discounts or not inside:
+      raise ValueError(f'Critics: discounts={self.discounts}: expected numbers in [0, 1]')
+
+  def init(self, key: Array, width: int) -> Params:
+    inside = (self.hidden, self.hidden) if self.hidden else ()
+    make = lambda key: layers(key, width, *inside, len(self.discounts))
+    critics = jax.vmap(make)(jax.random.split(key, self.critics))
+    popart = valued.first_popart(len(self.discounts))
+    return {'critics': critics, 'target': critics, 'popart': popart._asdict()}
+
+  def before(self, critics: Params, states: Array, batch: Batch) -> tuple[Array, Array]:
+    """(x, where): what the critics give before each token, [C, B, T, G], and where there is a state."""
+    states = jax.lax.stop_gradient(states[0].astype(jnp.float32))
+    there = batch.segment_ids > 0
+    state, where = auxiliary_rewards.neighbours(states, there, side='before')
+    return jax.vmap(mlp, (0, None))(critics, state), where
+
+  def chosen(self, popart: valued.PopArt, x: Array, batch: Batch) -> Array:
+    """Values of chosen tokens, [C, B, T, G], in units of the reward."""
+    return valued.one_step(batch['rewards'], popart.values(x), batch.mask, discounts=self.discounts)
+
+  def targets(self, params: Params, states: Array, batch: Batch) -> Array:
+    """y, [B, T, G], in units of the reward. No gradient."""
+    popart = valued.PopArt(**params['popart'])
+    x, _ = self.before(params['target'], states, batch)
+    values = self.chosen(popart, x, batch)
+    count, _, length, discounts = values.shape
+    # Which two critics make the target of a token and a discount; one may be drawn twice.
+    draw = lambda key: jax.random.randint(
+      jax.random.fold_in(key, LEARNING), (2, length, discounts), 0, count
+    )
+    pair = jnp.moveaxis(jax.vmap(draw)(row_keys(batch['uniform'])), 1, 0)
+    two = jnp.take_along_axis(values, pair, axis=0)
+    combined = jnp.min(two, axis=0) if self.improve else jnp.mean(two, axis=0)
+    return jax.lax.stop_gradient(combined)
+
+  def learns(self, batch: Batch) -> Array:
+    there = batch.segment_ids > 0
+    _, where = auxiliary_rewards.neighbours(there[..., None], there, side='before')
+    return where & batch.mask & batch['valid'][:, None]
+
+  def moments(self, params: Params, states: Array, batch: Batch) -> dict[str, Mean]:
+    targets, where = self.targets(params, states, batch), self.learns(batch)
+    total = lambda x: jnp.sum(jnp.where(where[..., None], x, 0), axis=(0, 1))
+    count = jnp.sum(where, dtype=jnp.float32)
+    numbers = {'mean': targets, 'square': jnp.square(targets)}
+    return {name: Mean(total=total(x), count=count) for name, x in numbers.items()}
+
+  def renewed(self, params: Params, moments: dict[str, Array]) -> Params:
+    popart = valued.moved(valued.PopArt(**params['popart']), **moments, rate=self.normalize)
+    near = lambda old, new: old + self.follow * (new - old)
+    target = jax.tree.map(near, params['target'], params['critics'])
+    return params | {'target': target, 'popart': popart._asdict()}
+
+  def errors(self, params: Params, states: Array, batch: Batch) -> Array:
+    popart = valued.PopArt(**params['popart'])
+    x, _ = self.before(params['critics'], states, batch)
+    gap = popart.output(x) - popart.normalized(self.targets(params, states, batch))[None]
+    return jnp.mean(jnp.square(gap), axis=(0, -1))
+
+  def scores(self, params: Params, states: Array, batch: Batch) -> Array:
+    popart = valued.PopArt(**params['popart'])
+    x, where = self.before(params['critics'], states, batch)
+    value = jnp.mean(popart.values(x), axis=0)
+    chosen = self.chosen(popart, x, batch)
+    least = popart.scaled(jnp.min(chosen, axis=0) - value)
+    advantages = popart.scaled(jnp.mean(chosen, axis=0) - value)
+    score = self.improve * least + self.imitate * self.choose(advantages)
+    return jnp.where(where & batch.mask, jnp.mean(score, axis=-1), 0)
+
+
+TABLE = table('networks', Flow, RandomTargets, Critics)
 Part = Annotated[Network, TABLE]
