@@ -69,6 +69,56 @@ def test_every_token_is_drawn_by_the_weights_that_its_version_names():
     np.testing.assert_allclose(batch.behavior_logp[drawn], logp[drawn], atol=2e-5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def read_one(policy, params, token, position, column, cache):
+  valid = np.ones((1, 1), bool)
+  found, cache = policy.decode(
+    params, token[None, None], position[None, None], valid, cache, column
+  )
+  return jax.nn.log_softmax(policy.unembed(params, found[0, 0])), cache
+
+
+def one_by_one(rows, row, by_version):
+  """The log-probs of the drawn tokens of a row, whose tokens are read one after the other, each by the
+  weights that draw the token behind it."""
+  width, cache = rows.tokens.shape[1] - NEW, POLICY.init_cache(1, rows.tokens.shape[1])
+  columns = np.flatnonzero(rows.real[row])
+  unstacked = {v: POLICY.unstack(x) for v, x in by_version.items()}
+  found, first = [], rows.versions[row, 0]
+  for position, column in enumerate(columns[:-1]):
+    behind = columns[position + 1] - width
+    version = first if behind < 0 else rows.versions[row, behind]
+    token = rows.tokens[row, column]
+    logp, cache = read_one(POLICY, unstacked[version], token, np.int32(position), column, cache)
+    if behind >= 0:
+      found.append(logp[rows.tokens[row, behind + width]])
+  return np.array(found)
+
+
+def test_kept_caches_hold_what_the_weights_of_each_time_have_read():
+  weights = {8: PARAMS, 9: OTHERS, 10: tiny.params(2)}
+  sample = make_resumable_sampler({}, default=POLICY, refill=False, **SETTINGS)
+  asked = dict(seed=5, due=np.zeros(PROMPTS, bool), needed=PROMPTS, chunk=2, stop=lambda rows: True)
+  rows = in_flight()
+  for version in (8, 8, 9, 10):
+    rows = sample({'policy': weights[version]}, rows, version=version, **asked)
+    if version == 9:  # new rows in the places of others
+      new = np.arange(PROMPTS * GROUP) // GROUP == 1
+      put = lambda x, y: np.where(new.reshape(-1, *(1,) * (x.ndim - 1)), y, x)
+      rows = jax.tree.map(put, rows, in_flight())
+  rows = sample({'policy': weights[10]}, rows, version=10, **asked | {'chunk': 0})
+  assert rows.over.all() and weights.keys() <= set(rows.versions[rows.made > 6].flat)
+  gap = 0.0
+  for row, made in enumerate(rows.made):
+    np.testing.assert_allclose(rows.logp[row, :made], one_by_one(rows, row, weights), atol=2e-5)
+    # Keys and values of old weights are not those of the weights that draw.
+    batch = partial.batch_of(rows, GROUP, 1)
+    new = np.asarray(tiny.logp(POLICY, weights[10], batch.tokens, batch.segment_ids))[row, WIDTH:]
+    drawn = np.arange(NEW) < made
+    gap = max(gap, np.abs(new - rows.logp[row])[drawn & (rows.versions[row] == 10)].max(initial=0))
+  assert gap > 0.01
+
+
 def test_a_piece_ends_when_enough_prompts_are_complete_and_those_that_are_due():
   rows = piece(PARAMS, in_flight(), 0, needed=1)
   done = resumable.complete(rows, GROUP)
@@ -203,6 +253,7 @@ def test_what_no_update_changes_is_sent_to_the_sampler_once():
   [
     (dict(chunk=4), 'chunk=4 interrupts sampling .* so it needs overlap and in_flight'),
     (dict(weights_every=2), 'weights_every=2 needs a chunk'),
+    (dict(refill=False), 'refill=False needs a chunk'),
     (dict(in_flight=4), 'must be at least prompts=8, and at most 16'),
     (dict(in_flight=8, lag=1), 'lag=1 needs overlap'),
     (dict(in_flight=8, max_resamples=1, slots=4), r"\['max_resamples', 'slots'\] cannot be set"),

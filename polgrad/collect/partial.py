@@ -223,6 +223,7 @@ def make_in_flight_steps(settings: Any, context: Context, fields: dict[str, Any]
     stop_table=table,
     pad_id=tokenizer.pad_id,
     mesh=context.sampler_mesh or context.mesh,
+    refill=settings.refill,
     **{n: getattr(settings, n) for n in ('max_new_tokens', 'temperature', 'top_k', 'top_p')},
   )
   return InFlightSteps(**fields, continue_rows=sample, first_seen=table.start if table else 0)

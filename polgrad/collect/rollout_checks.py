@@ -142,6 +142,11 @@ def _check_in_flight(settings: 'Rollouts') -> None:
       f'{name}: weights_every={settings.weights_every} needs a chunk: without one all numbers are '
       'determined by the configuration, also after a run has resumed'
     )
+  if not settings.refill and not settings.chunk:
+    raise ValueError(
+      f'{name}: refill=False needs a chunk: the caches of rows in flight are no part of a checkpoint, so '
+      'without a chunk a run that has resumed would give other numbers'
+    )
   if not flying:
     return
   if not settings.samples_apart:

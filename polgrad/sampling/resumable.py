@@ -6,7 +6,14 @@ Between two pieces the rows are `Rows`, arrays that a checkpoint can hold. A pie
     advance     draws a token in every row that is not over; repeated until enough prompts are complete
 
 `read` fills the caches anew, so all keys and values are those of the parameters that draw next, and a
-run that resumes from a checkpoint draws the same rows.
+run that resumes from a checkpoint draws the same rows. A sampler that may be interrupted keeps its
+caches between two pieces. A third program then takes the place of `read`:
+
+    renew       the models read the prompts of new rows, and by new parameters the last token of others
+
+With the same parameters nothing else has to be read. With new ones the other keys and values are those of
+the parameters that drew the token behind them (PipelineRL, arXiv:2509.19128; Magistral,
+arXiv:2506.10910), which `refill` prevents (AReaL, arXiv:2505.24298).
 """
 
 import contextlib
@@ -55,6 +62,23 @@ class Read(NamedTuple):
   caches: dict[str, Any]  # of Tp + N columns, by parameter set
 
 
+class Kept(NamedTuple):
+  """What is left of a piece for the next one."""
+
+  rows: Rows  # NumPy, as the piece has left them, without columns that no prompt needs
+  read: Read
+  version: int
+
+  def continued(self, rows: Rows) -> np.ndarray | None:
+    """bool[B], the rows that the models have read; None if one would have to be read with its tokens."""
+    if rows.tokens.shape != self.rows.tokens.shape:
+      return None
+    same = lambda name: getattr(rows, name) == getattr(self.rows, name)
+    found = same('begun') & same('noise_ids') & same('made') & (rows.made > 0)
+    found &= (same('tokens') & same('real')).all(axis=1)
+    return found if not (rows.made > 0)[~found].any() else None
+
+
 def empty(prompts: int, samples_per_prompt: int, prompt_length: int, new: int) -> Rows:
   """Places for the rows of some prompts, without any."""
   rows = prompts * samples_per_prompt
@@ -99,6 +123,47 @@ class ResumableSampler(Sampler):
         params[name], rows.tokens, positions, rows.real, cache, 0
       )
       hidden[name] = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+    return params, _by_row(rows), Read(_by_row(hidden), caches)
+
+  def renew(
+    self,
+    params: dict[str, Params],
+    rows: Rows,
+    read: Read,
+    version: Array,
+    continued: Array,
+    moved: Array,
+  ) -> tuple[dict[str, Params], Rows, Read]:
+    """`read_rows` where the models have read some rows before: they read the prompts of the others.
+
+    Args:
+      read: of the piece before.
+      continued: bool[B], the rows that they have read; no token of the others is drawn yet.
+      moved: bool[], whether the parameters are new: the last token of each row is then read again, so
+        that the next one is drawn by the new parameters alone, from keys and values of which others are old.
+    """
+    params = self.unstacked(params, version)
+    width = rows.real.shape[1] - self.max_new_tokens
+    real = rows.real[:, :width]
+    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    last = width - 1 + rows.made  # column of the last token
+    token = jnp.take_along_axis(rows.tokens, last[:, None], axis=1)
+    place = jnp.sum(rows.real, axis=1)[:, None] - 1
+    again = continued & moved
+    hidden, caches = {}, {}
+    for name, policy in self.policies.items():
+      prompt = policy.init_cache(*real.shape)
+      states, prompt = policy.decode(
+        params[name], rows.tokens[:, :width], positions, real, prompt, 0
+      )
+      cache = policy.begin(read.caches[name], prompt, ~continued)
+      # Rows that are not read again write behind the last column, which is nowhere.
+      column = jnp.where(again, last, rows.real.shape[1])
+      renewed, caches[name] = policy.decode(
+        params[name], token, place, again[:, None], cache, column
+      )
+      old = jnp.where(again[:, None], renewed[:, 0], read.hidden[name])
+      hidden[name] = jnp.where(continued[:, None], old, states[:, -1])
     return params, _by_row(rows), Read(_by_row(hidden), caches)
 
   def advance(
@@ -217,6 +282,7 @@ def make_resumable_sampler(
   top_k: int = 0,
   top_p: float = 1.0,
   mesh: Mesh | None = None,
+  refill: bool = True,
 ) -> Callable[..., Rows]:
   """Makes `sample(params, rows, *, seed, version, due, needed, chunk=0, stop=...) -> Rows`.
 
@@ -228,6 +294,12 @@ def make_resumable_sampler(
   whose step drew the prompt, prompt id, sample index, position), and its `logp` is under exactly the
   distribution that it was drawn from. So rows that are drawn in pieces by the same parameters are
   those of `make_sampler`, up to rounding. A prompt is read once for each of its rows, not once for all.
+
+  With a `chunk` the caches of a piece are kept for the next one. Pieces of one `version` have the same
+  parameters, and continue with them.
+
+  Args:
+    refill: whether caches are filled anew when the version changes; False continues with the old ones.
 
   Raises:
     ValueError: a setting that `make_sampler` refuses.
@@ -251,8 +323,11 @@ def make_resumable_sampler(
   )
   following = stop_table.following if stop_table else None
   read = jit(sampler.read_rows)
+  renew = jit(sampler.renew, donate_argnums=2)
   # The rows are not donated, because the host looks at them.
   advance = jit(sampler.advance, donate_argnums=2)
+
+  kept: list[Kept] = []  # of the piece before, at most one
 
   def sample(
     params: dict[str, Params],
@@ -265,21 +340,34 @@ def make_resumable_sampler(
     chunk: int = 0,
     stop: Callable[[Rows], bool] = lambda rows: False,
   ) -> Rows:
-    # Columns that no prompt needs are not read.
-    padding = spare_columns(rows.real[:, :-max_new_tokens])
+    def enough(rows: Rows) -> bool:
+      done = complete(rows, samples_per_prompt)
+      return bool(done.sum() >= needed and (done | ~due).all()) or not running(rows).any()
+
+    if enough(rows):
+      return rows
+    # Columns that no prompt needs are not read. Caches that may outlive a change of weights have all.
+    padding = spare_columns(rows.real[:, :-max_new_tokens]) if refill else 0
     part = rows._replace(tokens=rows.tokens[:, padding:], real=rows.real[:, padding:])
+    before = kept.pop() if kept else None
+    moved = before is not None and before.version != version
+    continued = None if before is None or (moved and refill) else before.continued(part)
+    place = (lambda x: x) if mesh is None else functools.partial(place_batch, mesh)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      params, placed, seen = read(
-        params, part if mesh is None else place_batch(mesh, part), np.int32(version)
-      )
+      if continued is None:
+        before = None  # frees its caches
+        params, placed, seen = read(params, place(part), np.int32(version))
+      else:
+        asked = np.int32(version), place(continued), np.bool_(moved)
+        params, placed, seen = renew(params, place(part), before.read, *asked)
       while True:
         asked = seed, np.int32(version), due, np.int32(needed), np.int32(chunk or max_new_tokens)
         placed, seen = advance(params, placed, seen, following, *asked)
         part = to_host(placed)
-        done = complete(part, samples_per_prompt)
-        enough = done.sum() >= needed and (done | ~due).all()
-        if enough or not running(part).any() or stop(part):
+        if enough(part) or stop(part):
           break
+    if chunk:
+      kept.append(Kept(part, seen, version))
     joined = lambda whole, found: np.concatenate([whole[:, :padding], found], axis=1)
     return part._replace(tokens=joined(rows.tokens, part.tokens), real=joined(rows.real, part.real))
 
