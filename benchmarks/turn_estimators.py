@@ -7,6 +7,7 @@ Writes docs/turn_estimators.json and its part of docs/estimators.md, which says 
 
 import argparse
 import functools
+import inspect
 import json
 from collections.abc import Collection
 
@@ -65,8 +66,7 @@ def parts(name: str):
   if name in CREDITS:
     return CREDITS[name], REINFORCE
   function = methods.TABLE[name]
-  takes = function.__kwdefaults__ or {}
-  names = {*takes, *function.__code__.co_varnames[: function.__code__.co_kwonlyargcount]}
+  names = inspect.signature(function).parameters
   method = function(**METHODS[name], **{k: v for k, v in BUDGETS.items() if k in names})
   return bind(method.credit, credit.TABLE), bind(method.objective, objectives.TABLE)
 

@@ -128,11 +128,27 @@ def ps_kd(s, t, logp):
   return token_mean(-(1 - 0.4) * logp['new'] + 0.4 * kl(t, s))  # at the second of four stages
 
 
+def iw_opd(s, t, logp):
+  advantage, total = logp['teacher'] - logp['old'], 0.0
+  for b, row in enumerate(np.abs(np.where(MASK, advantage, 0))):
+    for i in np.nonzero(MASK[b])[0]:
+      weight = 1 + 0.5 * (1 - row[:i].sum() / row.sum())
+      total -= weight * advantage[b, i] * logp['new'][b, i]
+  return total / MASK.sum()
+
+
+def entropy_aware_opd(s, t, _):
+  unsure = -(np.exp(t) * t).sum(-1) > 0.8
+  assert 0 < unsure[MASK].sum() < MASK.sum()
+  return token_mean(kl(s, t) + unsure * kl(t, s))
+
+
 ORACLES = {
   f.__name__: f
   for f in (
     *(gkd, distillm, sampled_distillation, minillm, minillm_paper, seq_kd, top_k_distillation),
     *(mean_teacher, random_teacher, ps_kd, lightning_opd, stored_distillation),
+    *(iw_opd, entropy_aware_opd),
   )
 }
 
@@ -228,6 +244,9 @@ def test_sampled_log_ratios_have_the_gradient_of_the_exact_divergence(x64):
   np.testing.assert_allclose(
     found, mean_gradient(method_of('on_policy_distillation'), one), atol=1e-12
   )
+  # So have IW-OPD without weights of positions, and EOPD if no teacher counts as unsure.
+  for method in (methods.iw_opd(strength=0.0), methods.entropy_aware_opd(threshold=np.inf)):
+    np.testing.assert_allclose(mean_gradient(method, one), found, atol=1e-12)
 
 
 def test_every_sampled_method_rests_at_the_teacher(x64):

@@ -1,10 +1,12 @@
 """Every method: it composes, survives JSON, says its source, gives a loss from arrays, and trains."""
 
+import functools
 import importlib
 import inspect
 import json
 import pathlib
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -275,3 +277,71 @@ def test_trains_two_smoke_steps(name, tmp_path, undrawn, shared):
       assert names >= (OFF_POLICY if row['tokens_per_second'] else {'staleness', 'sampler_max_gap'})
       assert 0 <= row.get('effective_sample_size', 1) <= 1 + 1e-6
       assert row['tokens_per_second'] or 'accuracy' not in row  # all pairs were ties
+
+
+def other(value):
+  """Another value of an option that is a number or a choice of two."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, int):
+    return value + 1
+  return 0.87 * value + 0.0031 if isinstance(value, float) else None
+
+
+def choices_of(option: inspect.Parameter) -> tuple:
+  """The values of an option that chooses; () for all others."""
+  if typing.get_origin(option.annotation) is typing.Literal:
+    return typing.get_args(option.annotation)
+  return (False, True) if isinstance(option.default, bool) else ()
+
+
+def test_an_option_that_only_another_choice_reads_is_refused():
+  """Of every method: no option is read by one choice of another option and ignored by the next."""
+  numbers = dict(max_new_tokens=8, steps=1000, candidates=4, samples_per_prompt=4)
+  budgets = numbers | dict(learning_rate=1e-4, supervised_rate=1e-4)
+  found = {}
+  for name, function in methods.TABLE.items():
+    options = inspect.signature(function).parameters
+    filled = {k: x for k, x in budgets.items() if k in options}
+    values = {k: other(option.default) for k, option in options.items() if k not in BUDGETS}
+    for key, option in options.items():
+      for knob in [
+        k for k, x in values.items() if x is not None and k != key and choices_of(option)
+      ]:
+        change = {knob: values[knob]}
+        effects = {effect(function, filled | {key: c}, change) for c in choices_of(option)}
+        found[name, key, knob] = effects
+  silent = [which for which, effects in found.items() if {'read', 'ignored'} <= effects]
+  assert not silent, 'name the options of each choice with `methods.base.choice`'
+  refused = {name for (name, _, _), effects in found.items() if 'refused' in effects}
+  assert {'hpt', 'luffy', 'uft', 'tdpo'} <= refused
+
+
+@functools.cache
+def written(function, *knobs) -> str:
+  """The method as text, or '' if the function refuses these options."""
+  try:
+    return repr(function(**dict(knobs)))
+  except ValueError:
+    return ''
+
+
+def effect(function, fixed, changed) -> str:
+  """What an option does to a method."""
+  plain, other = (written(function, *x.items()) for x in (fixed, fixed | changed))
+  return 'refused' if not other else 'ignored' if plain == other else 'read'
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('luffy,shape=power,gamma=0.3', "gamma is only read with shape='ratio', but shape='power', wh"),
+    ('luffy,exponent=0.3', "exponent is only read with shape='power', but shape='ratio', which reads"),
+    ('uft,reveal=stage,low=0.1', r"low is only read with reveal='cosine', but .* reads \['hinted'\]"),
+    ('hpt,soft,limit=1', 'limit is only read with soft=False, but soft=True'),
+    ('tdpo,alpha=0.3', 'alpha is only read with second=True, but second=False, which reads no option'),
+  ],
+)  # fmt: skip
+def test_an_option_of_another_choice_is_named(text, message):
+  with pytest.raises(ValueError, match=message):
+    from_text(f'method={text},task=addition,model=tiny')

@@ -1,6 +1,7 @@
 """Configurations that several tests start from: methods on two-digit addition with the tiny model."""
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Hashable
 
@@ -55,8 +56,7 @@ def method_of(name: str, **knobs) -> Method:
     supervised_rate=1e-4,
   )
   function = methods.TABLE[name]
-  wanted = function.__kwdefaults__ or {}
-  names = {*wanted, *function.__code__.co_varnames[: function.__code__.co_kwonlyargcount]}
+  names = inspect.signature(function).parameters
   return function(**{k: v for k, v in budgets.items() if k in names} | knobs)
 
 

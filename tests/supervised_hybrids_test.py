@@ -427,6 +427,26 @@ def test_weighted_likelihoods_rest_where_the_theory_says(weight, fixed_point, x6
   np.testing.assert_allclose(jax.nn.softmax(z), fixed_point, atol=0.002)
 
 
+@pytest.mark.parametrize(
+  ('statistics', 'means'), [('all', [2 / 3, 1 / 3, 0]), ('samples', [1 / 2, 0, 0])]
+)
+def test_the_group_mean_of_luffy_is_over_all_rows_or_the_samples(statistics, means):
+  """Two samples and a demonstration; in the third group the demonstration has no reward either."""
+  rewards = np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0.0]])
+  batch = harness.scored(
+    length=2,
+    rewards=jnp.asarray(rewards.ravel()),
+    group_ids=jnp.repeat(jnp.arange(3), 3),
+    stream=jnp.tile(jnp.array([1, 1, 0]), 3),
+  )
+  method = methods.luffy(max_new_tokens=2, statistics=statistics)
+  estimator = bind(method.credit, credit.TABLE)
+  credited, _ = credit.assign(estimator, batch, estimator.init())
+  found = np.asarray(credited.advantages)[:, 0].reshape(3, 3)
+  np.testing.assert_allclose(found, rewards - np.array(means)[:, None], atol=1e-6)
+  assert np.asarray(credited.mask).all()
+
+
 def test_the_demonstration_of_chord_changes_no_advantage_and_stays_in_the_mask():
   rewards = np.array([[0, 1, 0, 1, 1.0], [0, 0, 0, 1, 1]])
   batch = harness.scored(

@@ -23,7 +23,7 @@ from polgrad.losses import (
   row_scores,
 )
 from polgrad.losses.groups import divide, first, members, normalized, rank, size, total
-from polgrad.registry import AtLeastOne, Count, Decay, Fraction, Positive, call
+from polgrad.registry import AtLeastOne, Count, Decay, Fraction, Positive, call, inputs
 from polgrad.types import Array, Batch
 
 
@@ -115,7 +115,7 @@ def scaled(*, credit: Part, multiplier: multipliers.Part) -> Estimator:
   return credit._replace(
     apply=apply,
     requires=credit.requires | (named(multiplier) - {'advantages'}),
-    scored=frozenset({'rewards', 'group_ids'}),
+    scored=credit.scored | ({'rewards', 'group_ids'} & {*inputs(multiplier)}),
   )
 
 

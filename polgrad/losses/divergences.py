@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from polgrad.losses._common import single
-from polgrad.registry import AtLeastOne, Fraction, table
+from polgrad.registry import AtLeastOne, Fraction, Range, table
 from polgrad.types import Array
 
 
@@ -185,10 +185,40 @@ def total_variation(teacher_logits: Array, logits: Array) -> Array:
   return 0.5 * jnp.sum(jnp.abs(jnp.exp(teacher) - jnp.exp(student)), axis=-1)
 
 
+def entropy_aware(
+  teacher_logits: Array,
+  logits: Array,
+  *,
+  threshold: Annotated[float, Range(at_least=0)] = 0.8,
+  kept: Fraction = 1.0,
+) -> Array:
+  """KL(S || T), and where the teacher's entropy exceeds `threshold`, kept KL(S || T) + KL(T || S): the
+  direction depends on how sure the teacher is (EOPD, arXiv:2603.07079).
+
+  Where the teacher is sure, its likeliest token is sought. Where it allows several tokens, all of them
+  are to be covered.
+
+  Args:
+    teacher_logits: [..., V].
+    logits: [..., V], of the student.
+    threshold: entropy of the teacher, nats.
+    kept: weight of the reverse KL above it: 1 adds the forward KL (the paper), 0 changes over to it.
+
+  Returns:
+    [...], nats.
+  """
+  teacher, student = _log_probs(teacher_logits, logits)
+  possible = teacher != -jnp.inf
+  surprise = jnp.where(possible, -jnp.exp(teacher) * jnp.where(possible, teacher, 0), 0)
+  unsure = jnp.sum(surprise, axis=-1) > threshold
+  forward, reverse = _kl(teacher, student), _kl(student, teacher)
+  return jnp.where(unsure, kept * reverse + forward, reverse)
+
+
 FULL = table(
   'divergences',
   *(forward_kl, reverse_kl, jensen_shannon, skew_forward_kl, skew_reverse_kl, symmetric_kl),
-  *(alpha_divergence, total_variation),
+  *(alpha_divergence, total_variation, entropy_aware),
 )
 
 

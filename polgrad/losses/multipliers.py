@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from polgrad.losses.groups import divide, maximum, members, size, total
@@ -242,6 +243,32 @@ def different(
   return jnp.where(valid, 1 + strength * (relative - 1), 1)
 
 
+def early(advantages: Array, mask: Array, *, strength: NotNegative = 0.5) -> Array:
+  """1 + strength (1 - sum_{j < t} |A_j| / sum_j |A_j|): early tokens count more (IW-OPD,
+  arXiv:2606.22600).
+
+  In distillation A is log T - log S of the sampled token. The further student and teacher have parted in
+  the row before a token, the less the teacher's opinion of it counts. The first token of a row has the
+  factor 1 + strength, and factors fall along the row, to 1 behind the last |A| > 0.
+
+  Args:
+    advantages: [B, T].
+    mask: bool[B, T].
+    strength: 0 gives the factor 1.
+
+  Returns:
+    [B, T], in [1, 1 + strength].
+
+  >>> a, mask = jnp.array([[1.0, -2.0, 1.0, 7.0]]), jnp.array([[True, True, True, False]])
+  >>> print(multipliers.early(a, mask)[0, :3])
+  [1.5   1.375 1.125]
+  """
+  chex.assert_equal_shape([advantages, mask])
+  size = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(advantages)), 0)
+  before = jnp.cumsum(size, axis=1) - size
+  return 1 + strength * (1 - divide(before, jnp.sum(size, axis=1, keepdims=True)))
+
+
 def success_rate(rewards: Array, group_ids: Array, valid: Array, least: float) -> Array:
   """The share of rows with a reward of at least `least` among the valid ones of the group, [B]."""
   chex.assert_rank(rewards, 1)
@@ -269,5 +296,6 @@ TABLE = table(
   hardness,
   logistic_hardness,
   different,
+  early,
 )
 Part = Annotated[Callable, TABLE]

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,6 +40,41 @@ DISCRETE = frozenset({
   *('observation_ids', 'turn_players', 'span_ids', 'early_tokens', 'teacher_top_ids'),
   *('mixed_tokens', 'partner_tokens'),
 })  # fmt: skip
+
+
+def choice(name: str, reads: Mapping[Any, tuple[str, ...]]) -> Callable[[Callable], Callable]:
+  """A decorator of a method function: options that only some choices of the option `name` read.
+
+      @choice('shape', {'ratio': ('gamma',), 'power': ('exponent',), 'likelihood': ()})
+      def luffy(*, shape='ratio', gamma=0.1, exponent=0.5) -> Method:
+
+  An option that is given beside a choice that does not read it is refused, so that it cannot be ignored
+  silently. Options that are in no tuple belong to all choices.
+
+  Args:
+    name: of the option that chooses.
+    reads: the options that belong to each choice and not to all, by the value of the option.
+  """
+  some = {option for options in reads.values() for option in options}
+
+  def decorate(function: Callable) -> Callable:
+    default = inspect.signature(function).parameters[name].default
+
+    @functools.wraps(function)
+    def checked(**knobs):
+      chosen = knobs.get(name, default)
+      own = reads.get(chosen, some)
+      for option in sorted(some.intersection(knobs).difference(own)):
+        others = ' or '.join(f'{name}={value!r}' for value in reads if option in reads[value])
+        raise ValueError(
+          f'{function.__name__}: {option} is only read with {others}, but {name}={chosen!r}, which '
+          f'reads {sorted(own) or "no option beside those of all choices"}'
+        )
+      return function(**knobs)
+
+    return checked
+
+  return decorate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

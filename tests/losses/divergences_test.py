@@ -30,6 +30,7 @@ WEIGHTS = {
   ),
   divergences.alpha_divergence: (dict(alpha=0.7), lambda u: (1 - u**0.7) / 0.7),
   divergences.total_variation: ({}, lambda u: -0.5 * np.sign(u - 1)),
+  divergences.entropy_aware: (dict(threshold=0.5, kept=W), lambda u: -u - W * np.log(u)),
 }
 
 

@@ -271,6 +271,12 @@ def skewed(divergence, a):
   return divergence(softmax(a['teacher_logits']), softmax(a['logits']))
 
 
+def entropy_aware(t, s):
+  unsure = -(t * np.log(t)).sum(-1) > 0.8
+  assert 0 < unsure.sum() < unsure.size
+  return np.where(unsure, 0.4 * kl(s, t) + kl(t, s), kl(s, t))
+
+
 def bucketed(t, s):
   """Forward KL of the teacher's two most likely tokens and one class of all others."""
   order = np.argsort(-t, axis=-1)
@@ -642,6 +648,10 @@ ORACLES = {
   divergences.total_variation: (
     {},
     lambda a: skewed(lambda t, s: np.maximum(t - s, 0).sum(-1), a),
+  ),
+  divergences.entropy_aware: (
+    dict(threshold=0.8, kept=0.4),
+    lambda a: skewed(entropy_aware, a),
   ),
   divergences.top_k: (dict(k=2), lambda a: skewed(bucketed, a)),
   aggregation.token_mean: ({}, lambda a: reduced(a['loss'][MASK].sum(), 17)),

@@ -291,6 +291,13 @@ def different(a, strength, buckets):
   return np.where(a.valid, found, 1.0)
 
 
+def early(a, strength):
+  size = np.abs(np.where(a.mask, a.advantages, 0))
+  earlier = np.array([[row[:t].sum() for t in range(len(row))] for row in size])
+  total = size.sum(axis=1, keepdims=True)
+  return 1 + strength * (1 - earlier / np.where(total, total, 1))
+
+
 FUNCTIONS = {
   strata.mode_choice: (dict(tie=0.9, own=0.4), mode_choice),
   surrogates.two_level_clipped: (dict(eps_low=0.2, eps_high=0.3, cap=1.5), two_level),
@@ -308,6 +315,7 @@ FUNCTIONS = {
     dict(otherwise=0.3, no_right=0.2, no_wrong=0.7, least=-0.2, cut=5),
     lambda a: longer_when_right(a, 0.3, 0.2, 0.7, -0.2, 5),
   ),
+  multipliers.early: (dict(strength=0.7), lambda a: early(a, 0.7)),
   multipliers.long_and_wrong: (
     dict(least=0.1, base=1.5),
     lambda a: long_and_wrong(a, 0.1, 1.5),

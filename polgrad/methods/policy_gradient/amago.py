@@ -54,7 +54,7 @@ def amago(
   """
   network = part(
     networks.Critics,
-    discounts=discounts,
+    discounts=tuple(map(float, discounts)),
     critics=critics,
     improve=improve,
     imitate=imitate,

@@ -2,10 +2,11 @@ from functools import partial
 
 from polgrad import collect, credit, objectives, optim
 from polgrad.losses import advantages, aggregation, penalties, surrogates
-from polgrad.methods.base import Method
+from polgrad.methods.base import Method, choice
 from polgrad.registry import part, weighted
 
 
+@choice('soft', {False: ('limit',), True: ()})
 def hpt(
   *,
   max_new_tokens: int,

@@ -3,16 +3,18 @@ from typing import Literal
 
 from polgrad import collect, credit, objectives
 from polgrad.losses import advantages, aggregation, penalties, surrogates
-from polgrad.methods.base import Method
+from polgrad.methods.base import Method, choice
 from polgrad.registry import Positive, part, weighted
 
 
+@choice('shape', {'ratio': ('gamma',), 'power': ('exponent',), 'likelihood': ()})
 def luffy(
   *,
   max_new_tokens: int,
   shape: Literal['ratio', 'power', 'likelihood'] = 'ratio',
   gamma: float = 0.1,
   exponent: Positive = 0.5,
+  statistics: Literal['all', 'samples'] = 'all',
   entropy_coefficient: float = 0.001,
 ) -> Method:
   """LUFFY (arXiv:2504.14945): a demonstration in every group, learned from by a shaped probability.
@@ -28,7 +30,9 @@ def luffy(
   weight in both.
 
   The authors' code has other shapes: `power` is p^exponent in the place of p / (p + gamma), which is
-  unshaped with exponent 1, and `likelihood` is log p, advantage-weighted supervised learning.
+  unshaped with exponent 1, and `likelihood` is log p, advantage-weighted supervised learning. Its
+  `grpo_split` is statistics='samples': the group mean is over the samples alone, also for the
+  demonstration, so where all samples fail they get A = 0 and not less.
 
   Differences: There is one demonstration per prompt, beside the samples. The formulas are those of
   the authors' runs, apart from the divisors: there the sum over the tokens of all rows is divided
@@ -43,6 +47,7 @@ def luffy(
     gamma: probability at which a token of a demonstration is learned most, of `ratio`; the code also
       has 0.3 and 0.5.
     exponent: of `power`.
+    statistics: rows of the group mean, 'all' or the 'samples'.
     entropy_coefficient: of the entropy, in nats.
 
   Confidence: CODE.
@@ -60,9 +65,15 @@ def luffy(
   sampled = part(
     objectives.PolicyGradient, surrogate=part(surrogates.importance_weighted), **shared
   )
+  outcome = part(credit.outcome, advantage=part(advantages.group_mean))
+  # With one demonstration, the mean of the other rows of its group is that of the samples.
+  of_others = part(credit.outcome, advantage=part(advantages.leave_one_out))
+  split = part(
+    credit.by_stream, demonstration=of_others, sampled=part(credit.of_samples, credit=outcome)
+  )
   return Method(
     collect=partial(collect.Rollouts, demonstrations=1),
-    credit=part(credit.outcome, advantage=part(advantages.group_mean)),
+    credit={'all': outcome, 'samples': split}[statistics],
     objective=part(
       objectives.WeightedSum,
       streams={'demonstration': weighted(1.0, demonstration), 'sampled': weighted(1.0, sampled)},

@@ -4,10 +4,11 @@ from typing import Literal
 from polgrad import collect, credit, objectives, optim
 from polgrad.collect import beginnings
 from polgrad.losses import advantages, aggregation, penalties, surrogates
-from polgrad.methods.base import Method
+from polgrad.methods.base import Method, choice
 from polgrad.registry import Fraction, part, weighted
 
 
+@choice('reveal', {'cosine': ('hinted', 'low', 'high'), 'stage': ('hinted',), 'uniform': ()})
 def uft(
   *,
   steps: int,

@@ -2,10 +2,11 @@ from functools import partial
 
 from polgrad import collect, objectives, optim
 from polgrad.losses import divergences, pair_scores, preference_losses
-from polgrad.methods.base import Method
+from polgrad.methods.base import Method, choice
 from polgrad.registry import part
 
 
+@choice('second', {False: (), True: ('alpha',)})
 def tdpo(*, beta: float = 0.1, alpha: float = 0.5, second: bool = False) -> Method:
   """TDPO (arXiv:2404.11999): DPO with a token-level KL from the reference in its margin.
 
