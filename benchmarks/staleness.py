@@ -1,16 +1,12 @@
-"""What does sampling beside training save, and what do old rows cost?
+"""What do old rows cost?
 
-    python -m benchmarks.staleness              # all methods and lags, then the speed; resumes
-    python -m benchmarks.staleness grpo topr    # accuracy of some methods
-    python -m benchmarks.staleness --speed      # only the speed
-    python -m benchmarks.staleness --table      # only writes both tables into docs/asynchronous.md
+    python -m benchmarks.staleness              # all methods and lags; resumes
+    python -m benchmarks.staleness grpo topr    # some methods
+    python -m benchmarks.staleness --table      # only writes the table into docs/asynchronous.md
 
-Accuracy: all methods of a seed begin with the same supervised checkpoint and make the same steps on
-two-digit addition; rows are used LAG steps after they were sampled. Accuracy is that of greedy answers
-to 400 held-out problems.
-
-Speed: seconds of a step of GRPO with lag 1, in turns and with `overlap`, in one process, where verifiers
-wait on purpose, as a slow sampler, judge or environment does.
+All methods of a seed begin with the same supervised checkpoint and make the same steps on two-digit
+addition; rows are used LAG steps after they were sampled. Accuracy is that of greedy answers to 400
+held-out problems. What sampling beside training saves is measured by `benchmarks.modes`.
 
 Results are appended to docs/staleness.jsonl.
 """
@@ -20,19 +16,16 @@ import functools
 import json
 import pathlib
 import statistics
-import time
 from collections import defaultdict
 
 from benchmarks import hybrids, marks
 from benchmarks.curricula import run
 from polgrad import methods
-from polgrad.registry import part, weighted
 from polgrad.types import Params
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 RESULTS, PAGE = DOCS / 'staleness.jsonl', DOCS / 'asynchronous.md'
 METHODS, LAGS = ('grpo', 'online_dpo', 'tba', 'm2po', 'topr'), (0, 1, 4, 8)
-WAITS = (0.0, 0.5, 1.0, 2.0)  # of verifiers, in steps without any
 
 
 def load(name: str, seed: int, steps: int, lag: int = 0, warm_start: int = 1):
@@ -68,51 +61,15 @@ def accuracy(name: str, lag: int, seed: int, steps: int, warm_start: int) -> dic
   }
 
 
-def waiting(completion: str, *, seconds: float) -> float:
-  """A verifier that takes its time."""
-  time.sleep(seconds)
-  return 0.0
-
-
-def speed(overlap: bool, seconds: float, steps: int = 12) -> float:
-  """The median seconds of a step with lag 1, the first three left out.
-
-  Args:
-    seconds: that the verifiers of a batch wait.
-  """
-  config = load('grpo', 0, steps, 1)
-  collect = config.phases.train.collect
-  collect.overlap = overlap
-  rows = collect.prompts * collect.samples_per_prompt
-  config.evaluation.every = 0
-  with config.unlocked():
-    config.phases.train.reward.slow = weighted(0.0, part(waiting, seconds=seconds / rows))
-  _, found = run(config, 'train', None)
-  return statistics.median(row['seconds'] for row in found[3:])
-
-
-def speeds() -> dict:
-  """Seconds of a step by how long verifiers wait: [(wait, in turns, overlapped), ...].
-
-  The waits are fractions of the seconds that a step takes without any.
-  """
-  alone = speed(False, 0.0)
-  rows = []
-  for fraction in WAITS:
-    wait = fraction * alone
-    rows.append([fraction, round(speed(False, wait), 4), round(speed(True, wait), 4)])
-  return {'speed': rows}
-
-
 def read() -> list[dict]:
   lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
   return [json.loads(line) for line in lines]
 
 
-def tables(results: list[dict]) -> str:
-  """Accuracy by method and lag, and the speed of the last measurement."""
+def table(results: list[dict]) -> str:
+  """Accuracy by method and lag."""
   by_name = defaultdict(lambda: defaultdict(list))
-  for one in (x for x in results if 'method' in x):
+  for one in results:
     by_name[one['method']][one['lag']].append(one)
   lines = [
     '| method | before |' + ''.join(f' lag {lag} |' for lag in LAGS),
@@ -123,14 +80,6 @@ def tables(results: list[dict]) -> str:
     before = {one['seed']: one['before'] for several in found.values() for one in several}
     cells = [_mean(before.values()), *(_mean(x['after'] for x in found[lag]) for lag in LAGS)]
     lines.append(f'| `{name}` | {" | ".join(cells)} |')
-  measured = [one['speed'] for one in results if 'speed' in one]
-  if measured:
-    lines += [
-      '',
-      '| verifiers wait, in steps | in turns, s | with `overlap`, s | faster by |',
-      '|---|---|---|---|',
-    ]
-    lines += [f'| {w:g} | {a:.2f} | {b:.2f} | {a / b:.2f} x |' for w, a, b in measured[-1]]
   return '\n'.join(lines)
 
 
@@ -139,9 +88,9 @@ def _mean(numbers) -> str:
   return f'{statistics.mean(numbers):.3f}' if numbers else ''
 
 
-def with_tables(text: str, results: list[dict]) -> str:
-  """The text of the page with these tables between its two marks."""
-  return marks.with_table(text, 'staleness', tables(results))
+def with_table(text: str, results: list[dict]) -> str:
+  """The text of the page with the table of these results between its two marks."""
+  return marks.with_table(text, 'staleness', table(results))
 
 
 def main() -> None:
@@ -150,25 +99,22 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, default=1)
   parser.add_argument('--steps', type=int, default=40)
   parser.add_argument('--warm_start', type=int, default=180)
-  parser.add_argument('--speed', action='store_true')
   parser.add_argument('--table', action='store_true')
   args = parser.parse_args()
   if unknown := {*args.methods} - {*METHODS}:
     parser.error(f'unknown {sorted(unknown)}; valid: {METHODS}')
-  keep = lambda found: RESULTS.open('a').write(json.dumps(found) + '\n')
-  if not (args.table or args.speed):
-    done = {(one['method'], one['lag'], one['seed']) for one in read() if 'method' in one}
+  if not args.table:
+    done = {(one['method'], one['lag'], one['seed']) for one in read()}
     for seed in range(args.seeds):
       for name in args.methods or METHODS:
         for lag in LAGS:
           if (name, lag, seed) not in done:
             found = accuracy(name, lag, seed, args.steps, args.warm_start)
             print(found, flush=True)
-            keep(found)
-  if args.speed or not (args.table or args.methods):
-    keep(speeds())
-  print(tables(read()))
-  PAGE.write_text(with_tables(PAGE.read_text(), read()))
+            with RESULTS.open('a') as file:
+              file.write(json.dumps(found) + '\n')
+  print(table(read()))
+  PAGE.write_text(with_table(PAGE.read_text(), read()))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,11 @@
     python -m polgrad.train --workdir=RUN \\
       --config=experiments/run.py:method=lightning_opd,task=...,model=hf,path=STUDENT,completions=FOLDER
 
+For reinforcement on stored rows (offline) no teacher is needed, and so no --teacher:
+
+    python -m polgrad.teacher_logp --config=experiments/run.py:method=grpo,task=addition,model=tiny \\
+      --config.phases.train.collect.name=Stored --config.phases.train.collect.path=FOLDER
+
 The configuration is that of the run: its last phase says what is drawn for which records, and where the
 files go. The student is the model of the configuration before training or a checkpoint, as
 `polgrad.loading` says, and the teacher is a Hugging Face folder with the same tokenizer, of any family
@@ -55,6 +60,12 @@ def phase_of(experiment: Experiment) -> Phase:
   if not phase.collect.path:
     raise ValueError('name the folder of the files: completions=FOLDER')
   return phase
+
+
+def reads_teacher(phase: Phase) -> bool:
+  """Whether the phase reads anything of the teacher in the files."""
+  read = phase.objective.requires | phase.credit.requires
+  return bool(phase.collect.top) or any(name.startswith('teacher_') for name in read)
 
 
 def make_entries(
@@ -122,6 +133,11 @@ def make_score(
     return look(params, sharding.place_batch(experiment.mesh, rows))
 
   return score
+
+
+def own_score(batch: Batch) -> dict[str, Any]:
+  """What the files say of the teacher where there is none: the log-probs of the policy that drew."""
+  return {'teacher_logp': batch.behavior_logp}
 
 
 def make_score_of_service(phase: Phase, tokenizer: Any, name: str, url: str) -> Callable:
@@ -204,15 +220,17 @@ def check_file(path: str, head: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
   loading.start(argv)
   with cli.refusals():
-    if not _TEACHER.value:
-      raise ValueError('name the teacher: --teacher=FOLDER, or its name at --teacher_url')
     experiment, params = loading.load(loading.config())
     phase = phase_of(experiment)
-    if not _URL.value:
+    if not _TEACHER.value and (_URL.value or reads_teacher(phase)):
+      raise ValueError('name the teacher: --teacher=FOLDER, or its name at --teacher_url')
+    if _TEACHER.value and not _URL.value:
       tokenizers.check_same(experiment.tokenizer, _TEACHER.value, '--teacher')
     student = cli.WORKDIR.value or str(cli.CONFIG.value and cli.CONFIG.value.model.get('path', ''))
     with jax.set_mesh(experiment.mesh):
-      if _URL.value:
+      if not _TEACHER.value:
+        score = own_score
+      elif _URL.value:
         served = (_TEACHER.value, _URL.value)
         score = make_score_of_service(phase, experiment.tokenizer, *served)
       else:

@@ -1,27 +1,51 @@
-"""The tables of sampling beside training."""
+"""The tables of asynchronous training."""
 
-from benchmarks import staleness
+from benchmarks import modes, staleness
+from polgrad.build import build
+from polgrad.collect import Stored
 
 RESULTS = [
   {'method': 'topr', 'lag': 0, 'seed': 0, 'before': 0.2, 'after': 0.5},
   {'method': 'topr', 'lag': 0, 'seed': 1, 'before': 0.4, 'after': 0.7},
   {'method': 'topr', 'lag': 8, 'seed': 0, 'before': 0.2, 'after': 0.3},
-  {'speed': [[0.0, 9.0, 9.0]]},
-  {'speed': [[0.0, 0.5, 0.4], [1.0, 1.0, 0.5]]},
+]
+SECONDS = {mode: [1.0, 3.0] for mode in modes.MODES} | {'mixed': [0.5, 1.0]}
+OF_MODES = [
+  {'waits': [0.01, 0.25], 'seconds': SECONDS, 'ages': dict.fromkeys(modes.MODES, 1.25)},
+  {'mode': 'mixed', 'seed': 1, 'after': 0.5},
+  {'mode': 'mixed', 'seed': 0, 'after': 0.25},
+  {'lengths': {'synchronous': [3.0, 4.0], 'other': [2.0, 4.0]}},
 ]
 
 
-def test_accuracy_is_the_mean_over_seeds_and_speed_that_of_the_last_measurement():
-  lines = staleness.tables(RESULTS).splitlines()
+def test_accuracy_is_the_mean_over_seeds():
+  lines = staleness.table(RESULTS).splitlines()
   assert lines[2] == '| `topr` | 0.300 | 0.600 |  |  | 0.300 |'
-  assert lines[-2:] == ['| 0 | 0.50 | 0.40 | 1.25 x |', '| 1 | 1.00 | 0.50 | 2.00 x |']
+
+
+def test_speed_is_the_median_of_the_ratios_of_rounds():
+  lines = modes.table(OF_MODES).splitlines()
+  assert 'faster, a draw waits 10 ms and an update waits 250 ms' in lines[0]
+  assert '| mixed | 2.50 x (2.00 to 3.00) | 1.2 | 0.375 | 0.250, 0.500 |' in lines
+  assert modes.table_of_lengths(OF_MODES).splitlines()[-1] == '| other | 2.0 | 4.0 |'
 
 
 def test_the_page_has_the_tables_of_the_results():
   page = staleness.PAGE.read_text()
-  assert staleness.with_tables(page, staleness.read()) == page
+  assert staleness.with_table(page, staleness.read()) == page
+  assert modes.with_tables(page, modes.read()) == page
 
 
 def test_a_run_has_the_lag_that_is_asked_for():
   config = staleness.load('m2po', 3, 5, lag=8)
   assert (config.phases.train.collect.lag, config.seed) == (8, 3)
+
+
+def test_every_mode_is_a_run():
+  made = {mode: build(modes.placed(mode, '/rows')) for mode in modes.MODES}
+  collectors = {mode: run.phases['train'].collect for mode, run in made.items()}
+  assert type(collectors['offline']) is Stored and collectors['offline'].folder == '/rows'
+  assert collectors['fully asynchronous'].chunk and collectors['mixed'].replay
+  assert {mode for mode, run in made.items() if run.sampled_on is not run.mesh} == {
+    mode for mode, one in collectors.items() if getattr(one, 'overlap', False)
+  }

@@ -144,7 +144,7 @@ def _check_in_flight(settings: 'Rollouts') -> None:
     )
   if not settings.refill and not settings.chunk:
     raise ValueError(
-      f'{name}: refill=False needs a chunk: the caches of rows in flight are no part of a checkpoint, so '
+      f'{name}: refill=False needs a chunk: caches of rows in flight are no part of a checkpoint, so '
       'without a chunk a run that has resumed would give other numbers'
     )
   if not flying:

@@ -77,9 +77,9 @@ class Rollouts(Filtering):
   # sampler then does not finish a batch before the next update begins. 0: it does, and all numbers are
   # determined by the configuration.
   chunk: Count = 0
-  # Whether rows in flight are read anew when the weights change, so that all keys and values are those of
-  # the weights that draw. False keeps the caches, and reads only the last token of each row again: it
-  # saves a forward pass, and `behavior_logp` is what was really sampled from. Only with a `chunk`: the
+  # Whether rows in flight are read anew when the weights change, so that all keys and values are those
+  # of the weights that draw. False keeps the caches and reads only the last token of each row again:
+  # it saves a forward pass, and `behavior_logp` is what was really sampled from. Only with a `chunk`:
   # caches are no part of a checkpoint.
   refill: bool = True
   # Steps between two copies of the weights to the sampler; more than 1 only with a `chunk`.

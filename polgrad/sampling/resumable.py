@@ -11,8 +11,8 @@ caches between two pieces. A third program then takes the place of `read`:
 
     renew       the models read the prompts of new rows, and by new parameters the last token of others
 
-With the same parameters nothing else has to be read. With new ones the other keys and values are those of
-the parameters that drew the token behind them (PipelineRL, arXiv:2509.19128; Magistral,
+With the same parameters nothing else has to be read. With new ones the other keys and values are those
+of the parameters that drew the token behind them (PipelineRL, arXiv:2509.19128; Magistral,
 arXiv:2506.10910), which `refill` prevents (AReaL, arXiv:2505.24298).
 """
 
@@ -140,7 +140,7 @@ class ResumableSampler(Sampler):
       read: of the piece before.
       continued: bool[B], the rows that they have read; no token of the others is drawn yet.
       moved: bool[], whether the parameters are new: the last token of each row is then read again, so
-        that the next one is drawn by the new parameters alone, from keys and values of which others are old.
+        that they alone say what the next one is, from keys and values that others have made too.
     """
     params = self.unstacked(params, version)
     width = rows.real.shape[1] - self.max_new_tokens
