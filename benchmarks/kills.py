@@ -124,10 +124,10 @@ class Late(environments.Guess):
 
 
 def episodes() -> ConfigDict:
-  """Rollouts of several turns, one step old, with an environment in separate processes."""
+  """Rollouts of several turns beside the updates, with an environment in separate processes."""
   config = from_text('method=grpo,task=guess,model=tiny,warm_start=0,smoke')
   config.phases.train.steps = 8
-  config.phases.train.collect.update(lag=1)
+  config.phases.train.collect.update(lag=1, overlap=True)
   config.phases.train.collect.environment = part(Late, max_turns=3)
   return config
 
@@ -144,7 +144,7 @@ def in_flight() -> ConfigDict:
 def interrupted() -> ConfigDict:
   """The same, interrupted by updates: its numbers depend on speed, but each row is trained on once."""
   config = in_flight()
-  config.phases.train.collect.update(chunk=2, weights_every=2)
+  config.phases.train.collect.update(chunk=2, weights_every=2, refill=False)
   with config.unlocked():
     config.rollouts.update(every=1, rows=1024)
   return config

@@ -31,6 +31,8 @@ def test_each_run_has_what_it_is_named_for():
   made = {name: build(kills.get_config(name)) for name in kills.RUNS if name != 'distributed'}
   assert len(made['phases'].phases) == 2
   assert made['replay'].phases['train'].collect.lag == 1
+  assert made['episodes'].phases['train'].collect.overlap
+  assert not made['interrupted'].phases['train'].collect.refill
   assert made['adaptive'].phases['train'].objective.init()
   assert made['lora'].policy.config.lora_rank == 4
   assert made['experts'].policy.config.num_experts == 4

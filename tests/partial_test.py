@@ -194,7 +194,7 @@ class Run:
 MODES = {
   'in turns': {},
   'beside': dict(overlap=True, lag=1),
-  'interrupted': dict(overlap=True, lag=2, chunk=2, weights_every=2),
+  'interrupted': dict(overlap=True, lag=2, chunk=2, weights_every=2, refill=False),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from polgrad import build, evaluate, loading, phases, stored_rows, teacher_logp
+from polgrad import build, evaluate, loading, overrides, phases, stored_rows, teacher_logp
 from polgrad import learner as learner_module
 from polgrad.data import tokenizers
 from polgrad.options import from_text
@@ -306,6 +306,20 @@ def test_a_teacher_of_another_family_scores_what_the_student_drew(models, tmp_pa
     np.testing.assert_array_equal(batch.tokens[row][batch.mask[row]], one.tokens[0])
   want = np.where(batch.mask, batch.teacher_logp - batch.proximal_logp, 0)
   np.testing.assert_allclose(batch.advantages, want, atol=1e-6)
+
+
+def test_offline_reinforcement_needs_no_teacher(models):
+  """The files then have the log-probs of the policy that drew in the place of those of a teacher."""
+  to = 'config.phases.train.collect'
+  offline = from_text('method=grpo,task=addition,digits=1,model=tiny,smoke,warm_start=0')
+  offline = overrides.apply(offline, {f'{to}.name': 'Stored', f'{to}.path': '/rows'}, build.TABLE)
+  phase = teacher_logp.phase_of(build.build(offline))
+  assert not teacher_logp.reads_teacher(phase) and not phase.collect.recompute_proximal
+  ids, mask, logp = np.zeros((1, 2), np.int32), np.ones((1, 2), bool), np.float32([[0, -1]])
+  rows = Batch(tokens=ids, segment_ids=ids, mask=mask, behavior_logp=logp)
+  np.testing.assert_array_equal(teacher_logp.own_score(rows)['teacher_logp'], [[0, -1]])
+  opd = build.build(config_of(models[0], '/rows'))
+  assert teacher_logp.reads_teacher(teacher_logp.phase_of(opd))
 
 
 def test_runs_that_do_not_fit_the_files_are_refused(models, tmp_path):
