@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from polgrad import build, hlo, phases, sharding, speed
-from polgrad.checks import tracing
+from polgrad.checks import memory, tracing
 from polgrad.learner import Learner, forward_in_pieces
 from polgrad.models.policy import Policy, learned
+from polgrad.sampling import engines
 from polgrad.sampling import sampler as sampling
 from polgrad.sampling.decoding import Sampler
 from polgrad.types import PLAIN, Batch, Layout
@@ -377,26 +378,31 @@ class Planner:
   def sets(self, names: Any) -> dict[str, Any]:
     """The parameter sets that the sampler reads, on its devices."""
     model = lambda n: self.phase.frozen.get(n, self.run.policy)
+    if self.copies:
+      return {n: memory.sent(self.run.engine, model(n), self.sampled_on) for n in names}
     return {n: placed_params(model(n), self.sampled_on) for n in names}
+
+  @property
+  def copies(self) -> bool:
+    """Whether the sampler reads copies of the parameters."""
+    return self.apart or getattr(self.phase.collect, 'overlaps', False)
 
   def copied(self) -> float:
     """Bytes on a chip of the copies of parameters that the sampler reads, if it has its own."""
-    names = make_sampler(self.phase, self.run.policy, self.sampled_on).policies
-    return local(self.sets(names))
+    return local(self.sets(self.sampler().policies))
+
+  def sampler(self) -> Sampler:
+    """The sampler of the phase, whose methods are the steps of its program."""
+    return make_sampler(self.phase, self.run.policy, self.sampled_on, self.run.engine)
 
   def transfers(self) -> list[Planned]:
     """The copy of the parameters to the sampler, if it needs its own."""
-    if not self.apart and not getattr(self.phase.collect, 'overlaps', False):
+    if not self.copies:
       return []
-    size = self.copied()
-    names = make_sampler(self.phase, self.run.policy, self.sampled_on).policies
+    size, wide = self.copied(), jnp.dtype(self.run.policy.config.dtype).itemsize
     least = sum(
-      x.size
-      * jnp.dtype(self.run.policy.config.dtype).itemsize
-      / x.dtype.itemsize
-      * local(x)
-      / x.size
-      for x in jax.tree.leaves(self.sets(names))
+      min(wide / x.dtype.itemsize, 1) * local(x)
+      for x in jax.tree.leaves(self.sets(self.sampler().policies))
     )
     counts = Counts(flops=0.0, bytes=size, least_moved=least if self.apart else 0.0)
     return [Planned(f'{self.name} transfer', 1, self.sampled_on, None, (size,), counts)]
@@ -405,7 +411,7 @@ class Planner:
     """The prefill of a sampler, one step of its decoding, and the whole rollout."""
     mesh, policy, collect = self.sampled_on, self.run.policy, self.phase.collect
     config, chips = policy.config, mesh.size
-    one = make_sampler(self.phase, policy, mesh)
+    one = self.sampler()
     count, length = collect.records, collect.length
     width = length - collect.max_new_tokens
     shape = lambda dtype, *sizes: by_rows(mesh, jax.ShapeDtypeStruct(sizes, dtype))
@@ -413,11 +419,17 @@ class Planner:
     sets = self.sets(one.policies)
     held = 0.0 if self.apart else local(self.state) - local(sets)
     models = len(sets)
-    gathered = models * self.gathered(policy, mesh)
+    # Weights in the type in which decoding reads them.
+    weights = memory.unstacked(self.run.engine.drawn_from(policy), mesh)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)) / mesh.shape['tensor']
+    gathered = models * size
     forward = lambda rows, length, layout=PLAIN: speed.forward_flops(
       config, full_batch(rows, length, length), layout, logits=False
     )
-    least = lambda tokens, passes=1: models * self.least(policy, mesh, tokens, passes=passes)
+    fewer = size / self.gathered(policy, mesh)
+    least = lambda tokens, passes=1: (
+      models * self.least(policy, mesh, tokens, passes=passes * fewer)
+    )
 
     read = lambda sets, tokens, mask: one.prefill(one.unstacked(sets, 0), tokens, mask)
     prefill = Counts(models * forward(count, width) / chips, gathered, least(count * width))
@@ -430,7 +442,7 @@ class Planner:
     with jax.set_mesh(mesh):
       state = jax.tree.map(functools.partial(by_rows, mesh), jax.eval_shape(begin, sets, *prompts))
       flat = jax.eval_shape(lambda sets: one.unstacked(sets, 0), sets)
-    flat |= {n: unstacked_shapes(model, mesh, flat[n]) for n, model in one.policies.items()}
+    flat |= {n: memory.unstacked(model, mesh) for n, model in one.policies.items()}
     keys = lambda ids: one.row_keys(jnp.int32(0), jnp.int32(0), ids)
     draw = lambda sets, ids, state: one.draw(sets, keys(ids), None, width, state)
     rows = count * collect.samples_per_prompt
@@ -462,14 +474,14 @@ class Planner:
     ]
 
 
-def make_sampler(phase: Any, policy: Policy, mesh: Any) -> Sampler:
+def make_sampler(phase: Any, policy: Policy, mesh: Any, engine: Any = engines.OWN) -> Sampler:
   """The sampler of a phase, whose methods are the steps of its program."""
   collect = phase.collect
   return sampling.configure(
     Sampler,
-    phase.frozen,
+    {name: engine.drawn_from(one) for name, one in phase.frozen.items()},
     mesh,
-    default=policy,
+    default=engine.drawn_from(policy),
     behavior_policy=getattr(collect, 'behavior_policy', sampling.behavior_policies.current),
     max_new_tokens=collect.max_new_tokens,
     samples_per_prompt=collect.samples_per_prompt,
@@ -488,14 +500,6 @@ def by_rows(mesh: Any, x: Any) -> jax.ShapeDtypeStruct:
   rows = x.ndim and x.shape[0] % sharding.data_parallel_size(mesh) == 0
   whole = NamedSharding(mesh, PartitionSpec())
   return _placed(x, sharding.batch_sharding(mesh, x.ndim) if rows else whole)
-
-
-def unstacked_shapes(policy: Policy, mesh: Any, flat: Any) -> Any:
-  """Unstacked parameters with their shardings: those of the stacks, without the axis of layers."""
-  axes = policy.axes(policy.shapes())
-  axes['layers'] = tuple({n: a[1:] for n, a in axes['layers'].items()} for _ in flat['layers'])
-  place = lambda x, names: NamedSharding(mesh, sharding.partition_spec(mesh, names, x.shape))
-  return jax.tree.map(lambda x, names: _placed(x, place(x, names)), flat, axes)
 
 
 def full_batch(rows: int, length: int, prompt: int) -> Batch:

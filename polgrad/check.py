@@ -237,6 +237,7 @@ def check_memory(run: Experiment, workdir: str) -> Section:
       phases.opt_shardings,
       None if run.sampled_on is run.mesh else run.sampled_on,
       phases.begin_responses(phase),
+      run.engine,
     )
     rows = [(u.name, tables.size(u.total), tables.size(u.device), u.when) for u in uses]
     lines += tables.table((f'phase {name}', 'in all', 'a device', 'when'), rows)

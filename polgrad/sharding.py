@@ -14,6 +14,7 @@ all-to-all exchanges positions for heads and back (arXiv:2309.14509).
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -292,9 +293,17 @@ def cut_along_rows(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> Part
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
-  """A NamedSharding for every parameter (or its shape); `axes` is `policy.axes(params)`."""
+  """A NamedSharding for every parameter (or its shape); `axes` is `policy.axes(params)`.
+
+  A parameter may be several arrays with these axes, such as values and their scales.
+  """
+  place = lambda names, x: NamedSharding(mesh, partition_spec(mesh, names, x.shape))
+  names_axes = lambda x: isinstance(x, tuple) and all(isinstance(name, str) for name in x)
   return jax.tree.map(
-    lambda p, a: NamedSharding(mesh, partition_spec(mesh, a, p.shape)), params, axes
+    lambda names, p: jax.tree.map(functools.partial(place, names), p),
+    axes,
+    params,
+    is_leaf=names_axes,
   )
 
 

@@ -12,6 +12,7 @@ from polgrad.checks import tracing
 from polgrad.models import cache as caches
 from polgrad.models.policy import Policy, learned
 from polgrad.models.token_stats import LOGITS
+from polgrad.sampling import engines
 
 
 class Use(NamedTuple):
@@ -41,6 +42,7 @@ def of_phase(
   opt_shardings: Callable[..., Any],
   sampler_mesh: jax.sharding.Mesh | None = None,
   responses: Any = (),
+  engine: engines.Own | engines.External = engines.OWN,
 ) -> list[Use]:
   """The arrays that a phase holds, apart from the activations between its layers.
 
@@ -48,6 +50,7 @@ def of_phase(
     opt_shardings: (optimizer, mesh, parameters) -> the shardings of the optimizer's state.
     sampler_mesh: the devices that sample, if they do not train.
     responses: the first `TrainState.responses` of the phase.
+    engine: what samples.
   """
   own = lambda policy: _placed(policy, mesh)
   params, trainable = own(policy), learned(policy, own(policy))
@@ -92,11 +95,13 @@ def of_phase(
     prompts = getattr(collect, 'in_flight', 0) or collect.records
     rows = getattr(collect, 'slots', 0) or prompts * collect.samples_per_prompt
     sampled_on = sampler_mesh or mesh
-    cache = kv_cache(policy, sampled_on, rows, collect.length)
+    drawn_from = engine.drawn_from(policy)
     when = 'beside' if sampler_mesh else 'always' if collect.overlaps else 'rollout'
-    found.append(cache._replace(when=when))
+    found.append(kv_cache(drawn_from, sampled_on, rows, collect.length)._replace(when=when))
+    read = unstacked(drawn_from, sampled_on)
+    found.append(use('weights of decoding', read, places(read), when))
     if sampler_mesh or collect.overlaps:
-      copy = _placed(policy, sampled_on)
+      copy = sent(engine, policy, sampled_on)
       found.append(use('sampler parameters', copy, places(copy), when))
   return [one for one in found if one.total]
 
@@ -104,10 +109,29 @@ def of_phase(
 def _placed(policy: Policy, mesh: jax.sharding.Mesh) -> Any:
   """The shapes of the parameters with their shardings."""
   shapes = policy.shapes()
-  places = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
+  return _laid_on(mesh, policy.axes(shapes), shapes)
+
+
+def _laid_on(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
   return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    sharding.param_shardings(mesh, axes, shapes),
   )
+
+
+def sent(engine: engines.Own | engines.External, policy: Policy, mesh: jax.sharding.Mesh) -> Any:
+  """The shapes of the parameters that a sampler on other devices gets, with their shardings."""
+  shapes = policy.shapes()
+  return _laid_on(mesh, policy.axes(shapes), jax.eval_shape(engine.rounded(policy), shapes))
+
+
+def unstacked(policy: Policy, mesh: jax.sharding.Mesh) -> Any:
+  """The shapes of the parameters as decoding reads them, with the shardings of the stacks."""
+  shapes = policy.shapes()
+  axes, flat = policy.axes(shapes), jax.eval_shape(policy.unstack, shapes)
+  axes['layers'] = tuple({n: a[1:] for n, a in axes['layers'].items()} for _ in flat['layers'])
+  return _laid_on(mesh, axes, flat)
 
 
 def logits(phase: Any, policy: Policy, mesh: jax.sharding.Mesh) -> Use:
@@ -127,12 +151,12 @@ def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) ->
   devices = sharding.data_parallel_size(mesh)
   rows = -(-rows // devices) * devices
   (span,) = jax.eval_shape(lambda: policy.init_cache(rows, length)).spans
-  specs = (caches.KEYS, span.keys), (caches.VALUES, span.values)
-  arrays = [(axes, x) for axes, buffers in specs for x in buffers]
   place = lambda axes, x: jax.sharding.NamedSharding(
     mesh, sharding.partition_spec(mesh, axes, x.shape)
   )
-  return use('KV cache', [x for _, x in arrays], [place(*one) for one in arrays], 'rollout')
+  specs = (caches.KEYS, span.keys), (caches.VALUES, span.values)
+  places = [caches.each(place, axes, x) for axes, buffers in specs for x in buffers]
+  return use('KV cache', (span.keys, span.values), places, 'rollout')
 
 
 def peak(uses: list[Use]) -> int:

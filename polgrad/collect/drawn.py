@@ -140,14 +140,14 @@ def make_draws(
     tokenizer: says what ends a turn, and makes texts of tokens.
     policy: the model for the names that `policies` lacks.
     samples_per_prompt: rows of a prompt.
-    engine: what draws rows of one turn.
+    engine: what draws rows of one turn, and how exactly polgrad's own sampler computes.
     sampler: further settings of `make_sampler`.
   """
   several = settings.has_environment
   make = make_turn_sampler if several else engine.sampler
   sample = make(
-    policies,
-    default=policy,
+    {name: engine.drawn_from(one) for name, one in policies.items()},
+    default=engine.drawn_from(policy),
     stop_ids=tokenizer.stop_ids,
     stop_table=stopping.for_policy(tokenizer, policy),
     pad_id=tokenizer.pad_id,

@@ -212,11 +212,11 @@ def make_in_flight_steps(settings: Any, context: Context, fields: dict[str, Any]
   Args:
     fields: of `RolloutSteps`.
   """
-  tokenizer, policy = context.tokenizer, context.policy
+  tokenizer, policy, drawn_from = context.tokenizer, context.policy, context.engine.drawn_from
   table = stopping.for_policy(tokenizer, policy)
   sample = resumable.make_resumable_sampler(
-    context.frozen,
-    default=policy,
+    {name: drawn_from(one) for name, one in context.frozen.items()},
+    default=drawn_from(policy),
     behavior_policy=settings.behavior_policy,
     samples_per_prompt=settings.samples_per_prompt,
     stop_ids=tokenizer.stop_ids,

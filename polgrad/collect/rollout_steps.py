@@ -28,12 +28,13 @@ from polgrad.collect.scored import (
   score_rows,
 )
 from polgrad.collect.steps import Report, Steps, sampled_of
+from polgrad.compiling import jit
 from polgrad.curricula import Sampled
 from polgrad.losses import selections
-from polgrad.models.policy import labelled, learned, overlay
+from polgrad.models.policy import Policy, labelled, learned, overlay
 from polgrad.registry import inputs
-from polgrad.sharding import copied, to_host
-from polgrad.types import STREAMS, Batch, TrainState
+from polgrad.sharding import copied, param_shardings, to_host
+from polgrad.types import STREAMS, Batch, Params, TrainState
 
 if TYPE_CHECKING:  # rollouts.py imports this module
   from polgrad.collect.rollouts import Rollouts
@@ -161,17 +162,27 @@ class RolloutSteps(Steps):
     policy, frozen = self.context.policy, self.context.frozen
     anchors = {name: state.anchors[name] for name in settings.anchors_read}
     to = mesh or self.context.mesh
+    send = lambda tree, model=policy: copied(to, self.rounded(model, tree))
     with self.meter.timing('transfer'):
       # What no update changes is copied once: the base of an adapter, and other models.
       if 'base' not in self.lent_once:
-        self.lent_once['base'] = copied(to, labelled(policy, state.params, 'frozen'))
-        self.lent_once['models'] = copied(to, {n: x for n, x in anchors.items() if n in frozen})
+        self.lent_once['base'] = send(labelled(policy, state.params, 'frozen'))
+        models = {n: x for n, x in anchors.items() if n in frozen}
+        self.lent_once['models'] = {n: send(x, frozen[n]) for n, x in models.items()}
       own = {name: x for name, x in anchors.items() if name not in frozen}
-      sent = copied(to, (learned(policy, state.params), own))
+      sent = send(learned(policy, state.params)), {name: send(x) for name, x in own.items()}
       self.meter.move('transfer', sent)
       jax.block_until_ready(sent)
     params, anchors = overlay(self.lent_once['base'], sent[0]), self.lent_once['models'] | sent[1]
     return state.replace(params=params, anchors=anchors, opt_state=(), learned={})
+
+  def rounded(self, policy: Policy, params: Params) -> Params:
+    """Parameters of a model, or a part of them, in the type in which the sampler has them."""
+    mesh, round_ = self.context.mesh, self.context.engine.rounded(policy)
+    shapes = jax.eval_shape(round_, params)
+    same = jax.tree.structure(shapes) == jax.tree.structure(params)
+    places = param_shardings(mesh, policy.axes(params), shapes)
+    return params if same else jit(round_, out_shardings=places)(params)
 
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     """Stores the batch, takes out the one to train on (`lag`, `replay`), and mixes old rows into it."""

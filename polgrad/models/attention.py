@@ -1,13 +1,17 @@
 """Attention over one or several sets of keys, and the masks that say which tokens see each other."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from polgrad.models.quantized import Quantized, is_quantized, values_of
+
 Array = jax.Array
-Source = tuple[Array, Array, Array]  # keys, values, and a mask of what each query may look at
+# Keys, values, and a mask of what each query may look at.
+Source = tuple[Array | Quantized, Array | Quantized, Array]
 
 
 def einsum(spec: str, x: Array, y: Array) -> Array:
@@ -52,7 +56,7 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
     query: [B, S, heads, head_dim].
     *sources: keys [N, kv_heads, head_dim, L], values [N, kv_heads, L, head_dim], and a mask
       bool[B, S, L], True where a query may look. A query without any True gets a finite, meaningless
-      result.
+      result. Keys and values may have 8 bits, with scales [N, kv_heads, L].
     scale: multiplies the scores.
     cap: soft cap of the scaled scores (0: none).
 
@@ -77,7 +81,7 @@ def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    return top, total, _mix(weights, value).reshape(*total.shape, -1)
+    return top, total, _mix(weights, value, query.dtype).reshape(*total.shape, -1)
 
   def skip(key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]:
     top, total, out = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, key, value, mask))
@@ -94,7 +98,7 @@ def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0
 def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):
   """Attention to one source, f32[B, S, heads, head_dim], and the lse of its scores, f32[B, S, heads]."""
   scores = _scores(query, key, mask, scale, cap)
-  out = _mix(jax.nn.softmax(scores, axis=-1), value)
+  out = _mix(jax.nn.softmax(scores, axis=-1), value, query.dtype)
   lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
   return _like(query, out), lse
 
@@ -108,17 +112,21 @@ def _scores(query: Array, key: Array, mask: Array, scale: float, cap: float) -> 
   # products.
   heads = jnp.transpose(split, (0, 2, 3, 1, 4))
   matrix = heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
-  scores = einsum('bnxk,bnkl->bnxl', matrix, key).reshape(*heads.shape[:4], -1)
-  scores = softcap(scores * scale, cap)
+  scores = einsum('bnxk,bnkl->bnxl', matrix, values_of(key, matrix.dtype))
+  if is_quantized(key):
+    scores = scores * key.scale[:, :, None]
+  scores = softcap(scores.reshape(*heads.shape[:4], -1) * scale, cap)
   # The smallest finite number, not -inf: a query that sees nothing gets no NaN.
   return jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _mix(weights: Array, value: Array) -> Array:
+def _mix(weights: Array, value: Array | Quantized, dtype: Any) -> Array:
   """Sums of values, f32[N, kv_heads, heads / kv_heads * B / N * S, head_dim]; weights are laid out like
-  `_scores`."""
-  matrix = weights.astype(value.dtype).reshape(*value.shape[:2], -1, value.shape[2])
-  return einsum('bnxl,bnlk->bnxk', matrix, value)
+  `_scores`, and products are taken in `dtype`."""
+  matrix = weights.reshape(*value.shape[:2], -1, value.shape[2])
+  if is_quantized(value):
+    matrix = matrix * value.scale[:, :, None]
+  return einsum('bnxl,bnlk->bnxk', matrix.astype(dtype), values_of(value, dtype))
 
 
 def _like(query: Array, out: Array) -> Array:

@@ -1,11 +1,14 @@
 """The cache of decoding: keys and values of the tokens so far, and the functions that write them."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from polgrad.models.config import Config
+from polgrad.models.quantized import KINDS, Quantized, is_quantized, quantize
 from polgrad.sharding import constrain
 
 Array = jax.Array
@@ -15,13 +18,14 @@ Array = jax.Array
 KEYS = ('batch', 'attention_kv_heads', 'head_dim', 'attention_length')
 VALUES = ('batch', 'attention_kv_heads', 'attention_length', 'head_dim')
 POSITIONS = ('batch', 'attention_length')
+SCALES = ('batch', 'attention_kv_heads', 'attention_length')  # of keys, and of values, with 8 bits
 
 
 class Span(NamedTuple):
   """Keys and values of the tokens in consecutive columns, one buffer for each layer."""
 
-  keys: tuple[Array, ...]  # [B, kv_heads, head_dim, length] each
-  values: tuple[Array, ...]  # [B, kv_heads, length, head_dim] each
+  keys: tuple[Array | Quantized, ...]  # [B, kv_heads, head_dim, length] each
+  values: tuple[Array | Quantized, ...]  # [B, kv_heads, length, head_dim] each
   positions: Array  # i32[B, length], position of the token in each column; -1 in empty columns
 
   @property
@@ -39,32 +43,65 @@ class Cache(NamedTuple):
     return sum(span.length for span in self.spans)
 
 
-def empty(config: Config, batch: int, length: int) -> Cache:
-  """A cache of `length` empty columns for `batch` rows, in one span."""
+def empty(config: Config, batch: int, length: int, kind: str = '') -> Cache:
+  """A cache of `length` empty columns for `batch` rows, in one span.
+
+  Args:
+    kind: of `quantized.KINDS`, the type of keys and values; '' is that of activations.
+  """
   size = dict(
     batch=batch,
     attention_length=length,
     attention_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
   )
-  zeros = lambda axes: constrain(jnp.zeros([size[axis] for axis in axes], config.dtype), axes)
+  zeros = lambda axes, dtype: constrain(jnp.zeros([size[axis] for axis in axes], dtype), axes)
+
+  def buffer(axes: tuple[str, ...]) -> Array | Quantized:
+    if kind:
+      return Quantized(zeros(axes, KINDS[kind]), zeros(SCALES, jnp.float32))
+    return zeros(axes, config.dtype)
+
   span = Span(
-    keys=tuple(zeros(KEYS) for _ in range(config.num_layers)),
-    values=tuple(zeros(VALUES) for _ in range(config.num_layers)),
+    keys=tuple(buffer(KEYS) for _ in range(config.num_layers)),
+    values=tuple(buffer(VALUES) for _ in range(config.num_layers)),
     positions=jnp.full((batch, length), -1, jnp.int32),
   )
   return Cache((span,))
 
 
-def write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) -> Array:
+def each(change: Callable[..., Array], axes: tuple[str, ...], *buffers: Array | Quantized):
+  """`change(axes, *buffers)`, of values and of scales where they have 8 bits."""
+  if not is_quantized(buffers[0]):
+    return change(axes, *buffers)
+  values, scales = ([getattr(x, name) for x in buffers] for name in ('values', 'scale'))
+  return Quantized(change(axes, *values), change(SCALES, *scales))
+
+
+def write(
+  axes: tuple[str, ...], buffer: Array | Quantized, new: Array | Quantized, index: Array | int
+) -> Array | Quantized:
   """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both.
 
   Args:
-    index: one column for all rows, and then `new` must fit into `buffer` behind it; or i32[B], a column
-      for each row, and then columns of `new` outside of `buffer` are dropped.
+    new: of the type of `buffer`, or of more bits.
+    index: one column for all rows, and then `new` is dropped if it does not fit into `buffer` behind it;
+      or i32[B], a column for each row, and then columns of `new` outside of `buffer` are dropped.
   """
+  if is_quantized(buffer) and not is_quantized(new):
+    axis = axes.index('head_dim')
+    new = quantize(new, buffer.values.dtype, (axis,))
+    new = new.replace(scale=jnp.squeeze(new.scale, axis))
+  return each(functools.partial(_write, index=index), axes, buffer, new)
+
+
+def _write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) -> Array:
   axis = axes.index('attention_length')
   if jnp.ndim(index) == 0:
+    last = buffer.shape[axis] - new.shape[axis]
+    if not isinstance(index, int):
+      old = jax.lax.dynamic_slice_in_dim(buffer, index, new.shape[axis], axis)
+      new = jnp.where((index >= 0) & (index <= last), new, old)
     out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis)
   else:
     columns = index[:, None] + jnp.arange(new.shape[axis])[None]
@@ -86,15 +123,16 @@ def begin(cache: Cache, read: Cache, rows: Array) -> Cache:
 
   def put(axes, buffer, new):
     old = jax.lax.slice_in_dim(buffer, 0, read.length, axis=axes.index('attention_length'))
-    return write(axes, buffer, jnp.where(rows[:, None, None, None], new, old), 0)
+    chosen = jnp.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    return _write(axes, buffer, chosen, 0)
 
   # A position of -1 alone makes a column empty: keys and values behind it are never looked at.
   rest = ((0, 0), (0, first.length - read.length))
   positions = jnp.pad(read.positions, rest, constant_values=-1)
   swap = lambda span, new: jnp.where(rows[:, None], new, span.positions)
   first = Span(
-    keys=tuple(put(KEYS, *pair) for pair in zip(first.keys, read.keys)),
-    values=tuple(put(VALUES, *pair) for pair in zip(first.values, read.values)),
+    keys=tuple(each(put, KEYS, *pair) for pair in zip(first.keys, read.keys)),
+    values=tuple(each(put, VALUES, *pair) for pair in zip(first.values, read.values)),
     positions=swap(first, positions),
   )
   return Cache((first, *(span._replace(positions=swap(span, -1)) for span in others)))

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from polgrad.models.quantized import is_quantized, values_of
 from polgrad.sharding import mesh_axes, partition_spec
 
 Array = jax.Array
@@ -87,7 +88,7 @@ def mixture(
     x: [B, T, D], activations.
     weights: f32[B, T, k], from `route`.
     chosen: i32[B, T, k], from `route`.
-    gate, up: [E, D, F], matrices of all experts.
+    gate, up: [E, D, F], matrices of all experts; they may have 8 bits.
     down: [E, F, D].
     activation: function of the gate.
     capacity: 0 drops no token; otherwise an expert processes at most capacity * B * T * k / E tokens, of
@@ -104,9 +105,13 @@ def mixture(
   # Each device sorts and multiplies rows for its own experts. It gathers the matrices along the width,
   # and keeps them split along `mlp`.
   rows = partition_spec(mesh, ('batch', 'length', 'hidden'), x.shape)
-  wide = partition_spec(mesh, ('experts', 'hidden', 'mlp'), gate.shape)
-  narrow = partition_spec(mesh, ('experts', 'mlp', 'hidden'), down.shape)
-  spread, split = mesh_axes(wide[0]), mesh_axes(wide[2])
+  place = lambda axes, matrix: jax.tree.map(lambda x: partition_spec(mesh, axes, x.shape), matrix)
+  wide, narrow = (
+    place(('experts', 'hidden', 'mlp'), gate),
+    place(('experts', 'mlp', 'hidden'), down),
+  )
+  of_values = wide.values if is_quantized(gate) else wide
+  spread, split = mesh_axes(of_values[0]), mesh_axes(of_values[2])
   # Devices with other experts have other rows: every device reads the rows of all of them.
   joined = tuple(axis for axis in spread if axis in mesh_axes(rows[0]))
   alike = tuple(axis for axis in spread if axis not in joined)
@@ -144,15 +149,19 @@ def _mixture(x, weights, chosen, gate, up, down, *, activation, share):
     order = order[jnp.argsort(place >= most, stable=True)][: num_experts * most]
     sizes = jnp.minimum(sizes, most)
 
+  expert = jnp.minimum(chosen[order], num_experts - 1)  # of each row; of others, any
+
   def product(rows, matrices):
     # The TPU kernel rejects 'highest' for bfloat16, whose products are exact in float32 anyway.
     out = jax.lax.ragged_dot(
       rows,
-      matrices.astype(rows.dtype),
+      values_of(matrices, rows.dtype),
       sizes,
       precision='highest' if rows.dtype == jnp.float32 else 'default',
       preferred_element_type=jnp.float32,
     )
+    if is_quantized(matrices):
+      out = out * matrices.scale[expert, 0]
     return out.astype(rows.dtype)
 
   rows = x.reshape(-1, x.shape[-1])[order // k]

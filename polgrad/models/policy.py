@@ -39,16 +39,15 @@ class Policy(NamedTuple):
       selected rows are replaced by those of the second cache, in the same columns; their other columns
       are emptied. The second cache has one span, and fits into the first span of the first cache.
     widen: cache, length -> the cache with a span of `length` more empty columns, which is
-      not read by attention as long as all its columns are empty. For caches whose rows have columns of
-      their own.
+      not read by attention as long as all its columns are empty.
     unstack: params -> params in the form that `decode` reads; `unembed` and `value` accept this form
       too. Call it once, outside the decode loop.
     decode: unstacked params, tokens i32[B, S], positions i32[B, S], valid bool[B, S], cache, index ->
       (hidden [B, S, D], cache). Writes the tokens to columns index .. index + S - 1, those that are
-      not valid as empty columns. `index` is one number, for a cache of one span; or i32[B], a number for
-      each row, and then what lies outside of the cache is dropped. A token sees every token in the cache
-      whose position is at most its own, whatever the order of the columns. Prefill has S = prompt length
-      and index 0; a step of decoding has S = 1.
+      not valid as empty columns. `index` is one number, and then one span has all of these columns; or
+      i32[B], a number for each row, and then what lies outside of the cache is dropped. A token sees
+      every token in the cache whose position is at most its own, whatever the order of the columns.
+      Prefill has S = prompt length and index 0; a step of decoding has S = 1.
     axes: params -> the same tree with a tuple of logical axis names for every array.
     labels: params, or any part of the tree -> the same tree with a label for every array that says what
       an update does to it: 'train', 'frozen' (the base of an adapter) or 'balance' (a router's bias,

@@ -31,6 +31,14 @@ from polgrad.models.attention import (
 from polgrad.models.cache import Cache, Span
 from polgrad.models.config import Config, num_inputs
 from polgrad.models.policy import Policy
+from polgrad.models.quantized import (
+  Quantized,
+  dequantize,
+  is_quantized,
+  quantize_params,
+  scaled,
+  values_of,
+)
 from polgrad.sharding import constrain, merge_positions, pieces_of_a_row, shards, split_positions
 from polgrad.types import MixedTokens
 
@@ -86,7 +94,7 @@ def one_view(local: Array, views: Views) -> View:
   return jax.tree.map(pick, *views) if len(views) == 2 else views[0]
 
 
-def contract(x: Array, matrix: Array, inputs: int = 1) -> Array:
+def contract(x: Array, matrix: Array | Quantized, inputs: int = 1) -> Array:
   """Sums over the last `inputs` axes of `x` [B, T, ...] and the first ones of `matrix`.
 
   It accumulates like `einsum`. Both are reshaped to matrices, with one row of `x` for each token.
@@ -94,8 +102,8 @@ def contract(x: Array, matrix: Array, inputs: int = 1) -> Array:
   """
   rows, length = x.shape[:2]
   tokens = merge_positions(x.reshape(rows, length, math.prod(x.shape[-inputs:])))
-  flat = matrix.astype(x.dtype).reshape(tokens.shape[-1], -1)
-  out = einsum('nu,uv->nv', tokens, flat).astype(x.dtype)
+  flat = values_of(matrix, x.dtype).reshape(tokens.shape[-1], -1)
+  out = scaled(einsum('nu,uv->nv', tokens, flat), matrix).astype(x.dtype)
   return split_positions(out, rows, length).reshape(rows, length, *matrix.shape[inputs:])
 
 
@@ -342,7 +350,8 @@ class Decoder(_Weights):
       own, other = self.embed(tokens.tokens), self.embed(tokens.others)
       return other + tokens.share.astype(own.dtype)[:, None, None] * (own - other)
     # A token outside the vocabulary becomes NaN, not the embedding of another token.
-    x = jnp.take(self.weights['embedding'], tokens, axis=0, mode='fill').astype(self.config.dtype)
+    look_up = functools.partial(jnp.take, indices=tokens, axis=0, mode='fill')
+    x = dequantize(jax.tree.map(look_up, self.weights['embedding'])).astype(self.config.dtype)
     if pieces_of_a_row(x.shape[1]) > 1:
       x = constrain(x, ('batch', 'attention_length', 'looked_up'))
     else:
@@ -429,6 +438,24 @@ def from_config(config: Config) -> Policy:
   )
 
 
+def sampled(policy: Policy, *, dtype: str = '', weights: str = '', cache: str = '') -> Policy:
+  """The policy as a sampler computes it, with the same parameters; `unstack` rounds them.
+
+  Args:
+    dtype: of its activations and its other weights: 'float32', 'bfloat16', or '' for that of the policy.
+    weights: of the matrices that products read, a kind of `quantized.KINDS`, or '' for `dtype`. Adapters
+      are not rounded: a step of an adapter is less than a step of 8 bits.
+    cache: of keys and values, a kind of `quantized.KINDS`, or '' for `dtype`.
+  """
+  if not (dtype or weights or cache):
+    return policy
+  config = dataclasses.replace(policy.config, dtype=dtype or policy.config.dtype)
+  own = Functions(config, Decoder(config), Block(config), cache)
+  unstack = lambda params: own.unstack(quantize_params(params, config, weights))
+  names = ('config', 'unembed', 'value', 'init_cache', 'widen', 'decode')
+  return policy._replace(unstack=unstack, **{name: getattr(own, name) for name in names})
+
+
 @dataclasses.dataclass(frozen=True)
 class Functions:
   """The functions of a `Policy`, which documents them, for one configuration."""
@@ -436,6 +463,7 @@ class Functions:
   config: Config
   model: Decoder
   block: Block
+  cache: str = ''  # type of keys and values in the cache, see `caches.empty`
 
   def apply(self, params: Params, *args: Any, method: str = '__call__') -> Any:
     """Calls a method of `Decoder` with these parameters."""
@@ -504,8 +532,9 @@ class Functions:
     return kept[: len(layers)]
 
   def unembed(self, params: Params, hidden: Array) -> Array:
-    weight = params[self.config.unembedding].astype(hidden.dtype)
-    return softcap(einsum('...d,vd->...v', hidden, weight), self.config.logit_softcap)
+    weight = params[self.config.unembedding]
+    logits = einsum('...d,vd->...v', hidden, values_of(weight, hidden.dtype))
+    return softcap(scaled(logits, weight), self.config.logit_softcap)
 
   def readout(self, params: Params) -> Params:
     return {self.config.unembedding: params[self.config.unembedding]}
@@ -517,20 +546,21 @@ class Functions:
 
   def init_cache(self, batch: int, length: int) -> Cache:
     self.check_length(length)
-    return caches.empty(self.config, batch, length)
+    return caches.empty(self.config, batch, length, self.cache)
 
   def widen(self, cache: Cache, length: int) -> Cache:
     self.check_length(cache.length + length)
     rows = len(cache.spans[0].positions)
-    return Cache(cache.spans + caches.empty(self.config, rows, length).spans)
+    return Cache(cache.spans + caches.empty(self.config, rows, length, self.cache).spans)
 
   def unstack(self, params: Params) -> Params:
     c = self.config
     # Cast once to the dtype of computation: in the decode loop, every step would read the stored weights
     # again. Norms and the router's bias are used in the dtype in which they are stored.
     exact = ('norm', 'router_bias')
-    used = lambda path, p: p if path[-1].key.endswith(exact) else p.astype(c.dtype)
-    params = jax.tree_util.tree_map_with_path(used, params)
+    kept = lambda path, p: is_quantized(p) or path[-1].key.endswith(exact)
+    used = lambda path, p: p if kept(path, p) else p.astype(c.dtype)
+    params = jax.tree_util.tree_map_with_path(used, params, is_leaf=is_quantized)
     cut = lambda i: jax.tree.map(lambda p: p[i], params['layers'])
     return {**params, 'layers': tuple(cut(i) for i in range(c.num_layers))}
 
@@ -553,7 +583,8 @@ class Functions:
       views.append(self.apply(params, positions, held, mask, method='views'))
       spans.append((column, [], [], held))
     x = self.apply(params, tokens, method='embed')
-    attend = 'attend_to_spans' if jnp.ndim(index) else 'attend'
+    several = jnp.ndim(index) or len(cache.spans) > 1
+    attend = 'attend_to_spans' if several else 'attend'
     # Unrolled: a scan would copy the weights and the cache of every layer at every step.
     for i, weights in enumerate(params['layers']):
       run = functools.partial(self.block.apply, {'params': weights})

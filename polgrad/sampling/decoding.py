@@ -27,6 +27,9 @@ from polgrad.registry import call, inputs
 from polgrad.sampling.stopping import StopTable
 from polgrad.types import Array, Batch, Params
 
+# `max_new_tokens` from which on caches have several spans of columns.
+SMALL = 128
+
 
 class Prefilled(NamedTuple):
   """The N prompts as the models have read them. All rows of a prompt start from its entries."""
@@ -109,6 +112,7 @@ class Sampler:
   stop_ids: Sequence[int]  # tokens that end a completion
   pad_id: int  # token of padding
   stop_table: StopTable | None = None  # of stop strings; `run` gets its array
+  spans: int = 4  # of the columns of new tokens in the caches, from `SMALL` new tokens on
 
   def run(
     self,
@@ -185,9 +189,19 @@ class Sampler:
     )
 
   def caches(self, slots: int, prompt_width: int) -> dict[str, Any]:
-    """Empty caches by parameter set, with the columns of the prompts and those behind them."""
-    columns = prompt_width + self.max_new_tokens
-    return {name: policy.init_cache(slots, columns) for name, policy in self.policies.items()}
+    """Empty caches by parameter set, with the columns of the prompts and those behind them.
+
+    Only the first of their spans is read in every step, so a step reads what is written by then.
+    """
+    later = self.spans - 1
+    each = self.max_new_tokens // self.spans if self.max_new_tokens >= SMALL else 0
+    columns = prompt_width + self.max_new_tokens - later * each
+    found = {}
+    for name, policy in self.policies.items():
+      found[name] = policy.init_cache(slots, columns)
+      for _ in range(later if each else 0):
+        found[name] = policy.widen(found[name], each)
+    return found
 
   def refill(self, prompts: Prefilled, state: Decoding) -> Decoding:
     """Gives idle slots the next rows of their queue, as long as there are any."""

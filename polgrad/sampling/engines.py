@@ -26,6 +26,8 @@ import numpy as np
 from polgrad.models import families, heads, hf
 from polgrad.models.lora import merge
 from polgrad.models.policy import Policy
+from polgrad.models.quantized import quantize_params
+from polgrad.models.transformer import sampled
 from polgrad.registry import AtLeastOne, Count, Positive, table, unbound
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.engine_process import EngineError, Process
@@ -52,7 +54,26 @@ POLICIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Own:
-  """polgrad's sampler: one program on the devices of the run."""
+  """polgrad's sampler: one program on the devices of the run.
+
+  With fewer bits than the trainer has, its log-probs are those of the rounded model that draws, and
+  differ from the trainer's (docs/engines.md).
+  """
+
+  # Of its activations, and of its other weights; '' is that of the model.
+  dtype: Literal['', 'float32', 'bfloat16'] = ''
+  # Of the matrices: 8 bits with a scale for each output, rounded anew before each rollout.
+  weights: Literal['', 'int8', 'float8'] = ''
+  # Of keys and values: 8 bits with a scale for each token and head.
+  cache: Literal['', 'int8', 'float8'] = ''
+
+  def drawn_from(self, policy: Policy) -> Policy:
+    """The policy as it is computed in rollouts."""
+    return sampled(policy, dtype=self.dtype, weights=self.weights, cache=self.cache)
+
+  def rounded(self, policy: Policy) -> Callable[[Params], Params]:
+    """What makes of parameters of a policy, or of a part of the tree, those that other devices get."""
+    return functools.partial(quantize_params, config=policy.config, kind=self.weights)
 
   def sampler(self, policies: Mapping[str, Policy], **settings: Any) -> Callable[..., Batch]:
     """See `make_sampler`."""
@@ -95,6 +116,15 @@ class External(abc.ABC):
   folder: str = ''
   # Variables of the process' environment, such as the devices that it may use.
   variables: dict = dataclasses.field(default_factory=dict)
+
+  def drawn_from(self, policy: Policy) -> Policy:
+    """The policy: how it is computed, the engine knows."""
+    return policy
+
+  def rounded(self, policy: Policy) -> Callable[[Params], Params]:
+    """Parameters are handed over as files, see `write`."""
+    del policy
+    return lambda params: params
 
   @property
   @abc.abstractmethod

@@ -22,7 +22,7 @@ The later half of the columns is a second span of the cache; attention skips it 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,6 @@ SHARE = 4
 # Largest number of draws that are made although the host has something to do: a turn has ended, or a
 # reply is due.
 LATEST = 8
-# `max_new_tokens` from which on caches have two spans of columns.
-SMALL = 128
 
 
 class Turns(NamedTuple):
@@ -184,6 +182,9 @@ class TurnSampler(Sampler):
   """Settings of a sampler of several turns, and its programs as methods."""
 
   turn_tokens: int  # the largest number of tokens of a turn; 0: no limit but `max_new_tokens`
+  spans: int = (
+    2  # of the columns behind the prompts: later ones are read only after a row needs them
+  )
 
   def begin(
     self,
@@ -201,14 +202,6 @@ class TurnSampler(Sampler):
     state = self.start(prompts, tokens.shape[1])
     turns = Turns(state, jnp.zeros_like(state.made), jnp.zeros_like(state.drawn))
     return params, keys, prompts, settled(turns), self.tell(turns)
-
-  def caches(self, slots: int, prompt_width: int) -> dict[str, Any]:
-    """Empty caches, half of whose columns behind the prompts are read only after a row needs them."""
-    second = self.max_new_tokens // 2 if self.max_new_tokens >= SMALL else 0
-    caches = super().caches(slots, prompt_width - second)
-    if not second:
-      return caches
-    return {name: model.widen(caches[name], second) for name, model in self.policies.items()}
 
   def fill(self, prompts: Prefilled, turns: Turns) -> Turns:
     """Gives idle slots the next rows of their queue."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polgrad.sampling import behavior_policies, make_sampler, processors
+from polgrad.sampling import behavior_policies, decoding, make_sampler, processors
 from polgrad.types import Batch
 from tests.models import tiny
 
@@ -99,8 +99,10 @@ def test_a_rollout_does_not_depend_on_how_the_batch_was_cut():
 
 
 @pytest.mark.parametrize('slots', [1, 5, 100])
-def test_slots_change_no_completion(slots):
-  assert_equal(rollout(), rollout(slots=slots))
+def test_slots_and_spans_change_no_completion(slots, monkeypatch):
+  whole = rollout()
+  monkeypatch.setattr(decoding, 'SMALL', 1 if slots == 5 else 128)
+  assert_equal(whole, rollout(slots=slots))
 
 
 def test_slots_of_a_mixture_of_models_with_local_layers():

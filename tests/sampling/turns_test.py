@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 from polgrad import sharding
 from polgrad.sampling import (
   behavior_policies,
+  decoding,
   make_sampler,
   make_turn_sampler,
   processors,
-  turns,
 )
 from polgrad.sampling.stopping import StopTable
 from polgrad.types import Batch
@@ -35,8 +35,8 @@ SETTINGS = dict(
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-  """The caches of these short rows have two spans, too."""
-  monkeypatch.setattr(turns, 'SMALL', 1)
+  """The caches of these short rows have several spans, too."""
+  monkeypatch.setattr(decoding, 'SMALL', 1)
 
 
 class Script:
