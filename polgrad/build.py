@@ -54,7 +54,7 @@ from polgrad.registry import (
   unbound,
 )
 from polgrad.rewards import combinations, comparisons, scoring, spans
-from polgrad.sampling import engines, stopping
+from polgrad.sampling import behavior_policies, engines, stopping
 from polgrad.types import Layout, Prompts
 
 CHECKED = 64  # records of a generated source that are laid out before a run
@@ -641,6 +641,13 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
   _check_pieces(path, phase, run.mesh)
   if isinstance(collector, collect.Sampling):
     run.engine.check(collector, f'{path}.collect')
+    if collector.proposer:
+      names = behavior_policies.models_read(
+        getattr(collector, 'behavior_policy', behavior_policies.current)
+      )
+      with _placing(f'{path}.collect'):
+        models = {name: phase.frozen.get(name, run.policy) for name in names}
+        collector.proposer.check(models, names)
   _check_rows(path, phase, run)
   if 'stream' in collector.provides and isinstance(phase.objective, objectives.WeightedSum):
     phase.objective.check_streams(f'{path}.objective.streams')

@@ -78,6 +78,7 @@ class Meter:
   def __init__(self):
     self._seconds, self._flops = collections.Counter(), collections.Counter()
     self._bytes = collections.Counter()
+    self._drawn = self._passes = 0
     self._parts: list[str] = []  # that are being timed, the innermost last
     self._since = 0.0
 
@@ -102,11 +103,23 @@ class Meter:
     shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
     self._bytes[part] += sum(s.data.nbytes for s in shards)
 
+  def passed(self, drawn: int, passes: int) -> None:
+    """Adds drawn tokens, and the passes over rows that gave them, see `sampling.speculation`."""
+    self._drawn, self._passes = self._drawn + drawn, self._passes + passes
+
   def take(self) -> dict[str, float]:
-    """`seconds/PART`, `flops/PART` and `bytes/PART` since the last call."""
+    """`seconds/PART`, `flops/PART` and `bytes/PART` since the last call.
+
+    With speculative decoding also `speculation/passes`, the passes of the policy, counted for each row,
+    and `speculation/tokens`, the mean number of tokens that one of them gave.
+    """
     found = {f'seconds/{k}': v for k, v in self._seconds.items()}
     found |= {f'flops/{k}': float(v) for k, v in self._flops.items()}
     found |= {f'bytes/{k}': float(v) for k, v in self._bytes.items()}
+    if self._passes:
+      found['speculation/passes'] = float(self._passes)
+      found['speculation/tokens'] = self._drawn / self._passes
+    self._drawn = self._passes = 0
     for counter in (self._seconds, self._flops, self._bytes):
       counter.clear()
     return found

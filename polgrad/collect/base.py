@@ -23,7 +23,7 @@ from polgrad.objectives import Objective
 from polgrad.packing import pack
 from polgrad.registry import AtLeastOne, Count, Positive, Range, inputs
 from polgrad.rewards.scoring import Compared, Marked, Scores
-from polgrad.sampling import engines
+from polgrad.sampling import engines, speculation
 from polgrad.types import PLAIN, Array, Batch, Layout, Outputs, Params, Prompts, TrainState
 
 Draw = Callable[[int], list[dict]]  # number -> that many data records, the next of the source
@@ -455,6 +455,16 @@ class Sampling(Turns, Collector):
     return self.prompt_length + self.max_new_tokens
 
   @property
+  def proposer(self) -> speculation.Proposer | None:
+    """What proposes tokens to the sampler; None: nothing does."""
+    return None
+
+  @property
+  def drafts(self) -> tuple[str, ...]:
+    """The parameter sets that proposals are made with, besides those of the behavior policy."""
+    return self.proposer.reads if self.proposer else ()
+
+  @property
   def earned(self) -> frozenset[str]:
     return frozenset({'environment'} if self.has_environment else ())
 
@@ -479,8 +489,27 @@ class Filtering(Sampling):
   top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
   # Rows that are decoded at a time (see `make_sampler`); 0 decodes all at once.
   slots: Count = 0
+  # What proposes tokens, several of which the policy then checks in one pass: speculative decoding
+  # (docs/sampling.md). No completion depends on it.
+  speculate: speculation.Part = speculation.Off
   # Compute `proximal_logp` by a forward pass of the trainer; False takes the sampler's log-probs.
   recompute_proximal: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.proposer and self.has_environment:
+      raise ValueError(
+        f'{type(self).__name__}: speculate proposes tokens of completions of one turn; leave out the '
+        'environment, or take speculation.Off'
+      )
+
+  @property
+  def proposer(self) -> speculation.Proposer | None:
+    return self.speculate if isinstance(self.speculate, speculation.Proposer) else None
+
+  @property
+  def anchors_read(self) -> frozenset[str]:
+    return super().anchors_read | {*self.drafts} - {'policy'}
 
   @property
   def filtered(self) -> bool:
@@ -506,6 +535,7 @@ def draws_of(settings: Sampling, context: Context, **sampler: Any) -> Draws:
     mesh=context.sampler_mesh or context.mesh,
     engine=context.engine,
     **{name: getattr(settings, name) for name in HANDED_ON if name in own},
+    **({'speculate': settings.proposer} if settings.proposer else {}),
     **sampler,
   )
 

@@ -68,7 +68,8 @@ class BestFirst(Filtering):
 
   @property
   def anchors_read(self) -> frozenset[str]:
-    return frozenset({*behavior_policies.models_read(self.behavior_policy)} - {'policy'})
+    own = {*behavior_policies.models_read(self.behavior_policy)} - {'policy'}
+    return super().anchors_read | frozenset(own)
 
   @property
   def filtered(self) -> bool:

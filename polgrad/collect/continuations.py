@@ -102,7 +102,7 @@ def make_continuer(
   return Continuer(
     context=context,
     draw=draws_of(settings, context, samples_per_prompt=samples, behavior_policy=behavior_policy),
-    reads=behavior_policies.models_read(behavior_policy),
+    reads=(*behavior_policies.models_read(behavior_policy), *settings.drafts),
     samples=samples,
     prefixes=prefixes,
   )

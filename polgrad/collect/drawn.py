@@ -35,6 +35,8 @@ class Drawn(NamedTuple):
   episodes: Sequence[Episode] = ()  # [B]; () without an environment
   # [B], the reply that a row would have read next, if a single turn was drawn; None where it is over.
   read: Sequence[list[int] | None] = ()
+  # i32[B], passes of the models over each row, if several tokens were checked in one, see `speculation`.
+  passes: np.ndarray | None = None
 
 
 class Begun(NamedTuple):
@@ -158,7 +160,10 @@ def make_draws(
 
   def in_one_turn(params, prompts, records, ids, *, seed, step) -> Drawn:
     del records
-    return Drawn(to_host(sample(params, prompts.tokens, prompts.mask, ids, seed=seed, step=step)))
+    batch = to_host(sample(params, prompts.tokens, prompts.mask, ids, seed=seed, step=step))
+    features = dict(batch.features)
+    passes = features.pop('passes', None)
+    return Drawn(batch.replace(features=features), passes=passes)
 
   def in_turns(
     params, prompts, records, ids, *, seed, step, begun: Begun | None = None, single: bool = False

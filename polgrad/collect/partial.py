@@ -31,7 +31,8 @@ from polgrad.types import Batch, TrainState
 # Settings of `Rollouts` that cannot be set beside `in_flight`: they give rows without versions of their
 # tokens, or need all rows of a prompt at once.
 REFUSED = ('old_runs', 'beginning', 'hints', 'demonstrations', 'preferences', 'opponents', 'others')
-REFUSED += ('environment', 'max_resamples', 'slots', 'token_temperature', 'replay_correction')
+REFUSED += ('environment', 'max_resamples', 'slots', 'speculate', 'token_temperature')
+REFUSED += ('replay_correction',)
 
 
 class InFlight(NamedTuple):

@@ -232,6 +232,7 @@ class Rollouts(Filtering):
       'choose': unbound(self.choose) is not picks.everything,
       'environment': self.has_environment,
       'samples_per_prompt': self.samples_per_prompt != 1,
+      'speculate': self.proposer is not None,
       'token_temperature': unbound(self.token_temperature) is not processors.unchanged,
     }
     return sorted(name for name in names if given.get(name, getattr(self, name)))
@@ -278,7 +279,7 @@ class Rollouts(Filtering):
     opponent = models(self.opponent_policy) if self.opponents else ()
     measured = ('teacher',) if reads_teacher(self.stats) else ()
     read = {*models(self.behavior_policy), *baseline, *opponent, *measured}
-    return frozenset(read - {'policy'})
+    return super().anchors_read | frozenset(read - {'policy'})
 
   @property
   def overlaps(self) -> bool:

@@ -73,7 +73,7 @@ def make_row_sampler(
     # Prompts alone: `Rollouts.lay_out` would lay out the demonstrations too.
     lay_out=functools.partial(Sampling.lay_out, settings, tokenizer=tokenizer, cut=cut),
     samples_per_prompt=samples_per_prompt,
-    reads=behavior_policies.models_read(behavior_policy),
+    reads=(*behavior_policies.models_read(behavior_policy), *settings.drafts),
     draw=draws_of(
       settings,
       context,

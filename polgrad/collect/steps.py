@@ -120,9 +120,12 @@ class Steps(abc.ABC):
     return np.random.default_rng((self.context.seed, step, 1))
 
   def count(self, rows: Drawn, samples_per_prompt: int) -> Drawn:
-    """Counts the operations of the sampler, which prefills a prompt once; returns the rows."""
+    """Counts the operations of the sampler, which prefills a prompt once, and how many tokens a pass has
+    given, if it speculates; returns the rows."""
     layout = Layout(self.context.layout.prompt_length, samples_per_prompt)
     self.meter.add('rollout', speed.forward_flops(self.context.policy.config, rows.batch, layout))
+    if rows.passes is not None:
+      self.meter.passed(int(rows.batch.mask.sum()), int(rows.passes.sum()))
     return rows
 
   @abc.abstractmethod

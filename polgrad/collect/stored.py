@@ -41,6 +41,11 @@ class Stored(Filtering):
     super().__post_init__()
     if self.has_environment:
       raise ValueError('Stored: completions that were drawn before have no environment')
+    if self.drafts:
+      raise ValueError(
+        f'Stored: speculate reads the anchor {self.drafts[0]!r}, but teacher_logp draws with the policy '
+        'alone; take speculation.NGram or speculation.FirstLayers'
+      )
 
   @property
   def provides(self) -> frozenset[str]:

@@ -37,6 +37,7 @@ class Prefilled(NamedTuple):
   caches: dict[str, Any]  # caches of Tp columns by parameter set, N rows first
   hidden: dict[str, Array]  # [N, D] by parameter set: final hidden state of the last prompt token
   length: Array  # i32[N], tokens of the prompt without padding
+  text: Array | None = None  # i32[N, Tp], the prompts, -1 on padding; only for `speculation`
 
 
 class Decoding(NamedTuple):
@@ -57,6 +58,10 @@ class Decoding(NamedTuple):
   drawn: Array  # bool[B, max_new_tokens], which tokens have been drawn
   finished: Array  # bool[B, 1], which rows have ended with a stop token or a stop string
   seen: Array | None  # u8[Q, S], state of the stop strings; None without any, see `StopTable`
+  # Only for `speculation`: i32[Q * S, Tp + max_new_tokens], the tokens of the slot's row, -1 where there
+  # is none; and bool[B, max_new_tokens], the tokens that are the first ones of a pass.
+  text: Array | None = None
+  began: Array | None = None
 
   @property
   def end(self) -> int:
@@ -263,10 +268,13 @@ class Sampler:
 
   def distribution(self, params: dict[str, Params], hidden: dict[str, Array]) -> Array:
     """Log-probabilities f32[..., V] that tokens are drawn from, for hidden states [..., D]."""
-    of_models = {
-      name: policy.unembed(params[name], hidden[name]) for name, policy in self.policies.items()
-    }
-    logits = call(self.behavior_policy, {**params, **of_models})
+    return self.shaped(
+      params, {name: self.policies[name].unembed(params[name], hidden[name]) for name in hidden}
+    )
+
+  def shaped(self, params: dict[str, Params], logits: dict[str, Array]) -> Array:
+    """Log-probabilities f32[..., V] that tokens are drawn from, for logits [..., V] by parameter set."""
+    logits = call(self.behavior_policy, {**params, **logits})
     for processor in self.processors:
       logits = call(processor, {**params, 'logits': logits})
     return jax.nn.log_softmax(logits, axis=-1)
@@ -371,10 +379,18 @@ def categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
 
   The key of a row's noise is folded with the position i32[n] of the token in its completion.
   """
+  return highest(log_probs + gumbel(keys, positions, log_probs.shape[1]))
+
+
+def gumbel(keys: Array, positions: Array, size: int) -> Array:
+  """Gumbel noise f32[n, size] of keys [n], each folded with a position i32[n]."""
   keys = jax.vmap(jax.random.fold_in)(keys, positions)
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, log_probs.shape[1:]))
-  scores = log_probs + noise(keys)
-  # The argmax, as two reductions of single numbers: XLA does not vectorise one of pairs on CPUs.
-  best = scores == jnp.max(scores, axis=1, keepdims=True)
-  places = jnp.arange(scores.shape[1], dtype=jnp.int32)
-  return jnp.min(jnp.where(best, places, scores.shape[1] - 1), axis=1)
+  return jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
+
+
+def highest(scores: Array) -> Array:
+  """The argmax over the last axis of f32[..., V], the first of equal ones."""
+  # Two reductions of single numbers: XLA does not vectorise one of pairs on CPUs.
+  best = scores == jnp.max(scores, axis=-1, keepdims=True)
+  places = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+  return jnp.min(jnp.where(best, places, scores.shape[-1] - 1), axis=-1)

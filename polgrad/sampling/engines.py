@@ -42,6 +42,7 @@ UNKNOWN = {
   'stop_strings': 'knows stop tokens, and no texts',
   'slots': 'fills its own batch',
   'in_flight': 'finishes the rows that it begins',
+  'speculate': 'decodes by itself',
 }
 # Settings of collectors that say who is drawn from, and those that say whether it is drawn at all.
 INSTALL = 'docs/engines.md says how to install it'
@@ -189,6 +190,7 @@ class External(abc.ABC):
     }
     others = {name: getattr(collector, name, 0) for name in UNKNOWN}
     others['environment'] = collector.has_environment
+    others['speculate'] = getattr(collector, 'proposer', None)
     heat = getattr(collector, 'token_temperature', processors.unchanged)
     self.refuse(path, drawn, token_temperature=heat, **others)
 

@@ -14,6 +14,7 @@ from polgrad.compiling import jit
 from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Sampler
+from polgrad.sampling.speculation import Proposer, SpeculativeSampler
 from polgrad.sampling.stopping import StopTable
 from polgrad.sharding import data_parallel_size, place_batch
 from polgrad.types import Array, Batch, Params
@@ -34,6 +35,7 @@ def make_sampler(
   top_k: int = 0,
   top_p: float = 1.0,
   token_temperature: Callable[..., Array] = processors.unchanged,
+  speculate: Proposer | None = None,
   mesh: Mesh | None = None,
 ) -> Callable[..., Batch]:
   """Makes `sample(params, tokens, mask, prompt_ids, *, seed, step) -> Batch`.
@@ -72,6 +74,8 @@ def make_sampler(
     top_p: probability of the most likely tokens that are kept; 1 keeps all.
     token_temperature: logits -> logits, see `processors.TABLE`. If it reads `entropy_levels`, `params`
       has an entry f32[3] of this name.
+    speculate: what proposes tokens, several of which are then checked in one pass, see `speculation`. It
+      changes no completion. The batch then has the feature `passes` i32[B]. None: nothing does.
     mesh: devices to spread the prompts over; prompts are then arrays on the host.
 
   Raises:
@@ -79,7 +83,7 @@ def make_sampler(
       slots, or (from `sample`) the prompts, do not divide over the mesh.
   """
   sampler = configure(
-    Sampler,
+    SpeculativeSampler if speculate else Sampler,
     policies,
     mesh,
     default=default,
@@ -94,6 +98,7 @@ def make_sampler(
     top_k=top_k,
     top_p=top_p,
     token_temperature=token_temperature,
+    **({'proposer': speculate} if speculate else {}),
   )
   following = stop_table.following if stop_table else None
   run = jit(sampler.run, static_argnames='padding')
@@ -134,6 +139,7 @@ def configure(
   """
   queues = 1 if mesh is None else data_parallel_size(mesh)
   names = behavior_policies.models_read(behavior_policy)
+  names += fields['proposer'].reads if 'proposer' in fields else ()
   policies = {name: policies.get(name, default) for name in names}
   sampler = kind(
     policies=policies,
@@ -144,6 +150,8 @@ def configure(
     **fields,
   )
   _check(sampler, temperature, top_k, top_p)
+  if isinstance(sampler, SpeculativeSampler):
+    sampler.proposer.check(sampler.policies, sampler.drawn_from)
   return sampler
 
 
