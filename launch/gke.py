@@ -41,23 +41,17 @@ RESUMED = [75, 134, 137, 143]
 
 def parse(argv):
   """The options, and what follows --."""
-  parser = sweeps.parser(__doc__)
+  parser = sweeps.job_set_parser(__doc__)
   parser.add_argument('--topology', required=True, help='generation and shape, such as v5e:4x4')
-  parser.add_argument('--slices', type=int, default=1, help='number of slices of that shape')
   parser.add_argument(
     '--chips', type=int, default=0, help='of a host; 0: 4, or all of a smaller slice'
   )
-  parser.add_argument('--image', required=True, help='with polgrad in its working directory')
-  parser.add_argument('--bucket', required=True, help='gs://... for the folders of runs')
-  parser.add_argument('--spot', action='store_true', help='nodes that may be preempted')
   parser.add_argument('--queue', default='', help="Kueue's local queue")
   parser.add_argument(
     '--service_account', default='', help='of Kubernetes, that may use the bucket'
   )
   parser.add_argument('--namespace', default='default', help='of Kubernetes')
-  parser.add_argument('--restarts', type=int, default=100, help='how often all hosts begin again')
-  parser.add_argument('--env', action='append', default=[], help='NAME=VALUE of the run')
-  options, rest = sweeps.parse(parser, argv)
+  options, rest = sweeps.parse_job_set(parser, argv)
   kind, _, shape = options.topology.partition(':')
   if kind not in ACCELERATORS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
     kinds = ', '.join(ACCELERATORS)
@@ -70,31 +64,13 @@ def parse(argv):
   if options.chips < 1 or total % options.chips:
     parser.error(f'--chips={options.chips} does not divide the {total} chips of {options.topology}')
   options.hosts = total // options.chips
-  if options.slices < 1 or options.restarts < 0:
-    parser.error('--slices must be at least 1, and --restarts at least 0')
-  if not re.match('gs://[^/]', options.bucket):
-    parser.error(f'--bucket={options.bucket}: hosts share no disk, so it must be gs://...')
   for flag in ('namespace', 'queue', 'service_account'):
     given = getattr(options, flag)
     if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', given) and (
       given or flag == 'namespace'
     ):
       parser.error(f'--{flag}={given}: lower case, digits, "." and "-" only')
-  if not options.image:
-    parser.error('--image must name an image')
-  for one in options.env:
-    if not re.fullmatch(r'[A-Za-z_]\w*=.*', one, re.DOTALL):
-      parser.error(f'--env={one}: write NAME=VALUE')
   return options, rest
-
-
-def kubernetes_name(name):
-  """`name` as Kubernetes allows it: lower case, digits and '-'."""
-  made = re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
-  # JobSet appends "-slice-N-N" and five letters, and a pod's name has at most 63.
-  if not re.match('[a-z]', made) or len(made) > 40:
-    sys.exit(f'{name!r} cannot name a JobSet: it begins with a letter and has at most 40')
-  return made
 
 
 def pod_of(options, flags):
@@ -150,7 +126,7 @@ def manifest(options, name, flags):
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',
     'kind': 'JobSet',
     'metadata': {
-      'name': kubernetes_name(name),
+      'name': sweeps.kubernetes_name(name),
       'namespace': options.namespace,
       'labels': labels,
       # One slice is one node pool.
@@ -175,7 +151,9 @@ def main():
   options, rest = parse(sys.argv[1:])
   made = [
     (name, manifest(options, name, flags))
-    for name, flags in sweeps.runs(options, rest, options.bucket.rstrip('/'), kubernetes_name)
+    for name, flags in sweeps.runs(
+      options, rest, options.bucket.rstrip('/'), sweeps.kubernetes_name
+    )
   ]
   command = ['kubectl', 'create', '-f', '-']
   for name, one in made:

@@ -8,6 +8,9 @@ What follows -- goes to `python -m MODULE` in every process; --distributed, --co
 If a process ends with an error, or is killed, the others get SIGTERM and, after --grace seconds,
 SIGKILL; the launcher then ends with the code of the first (128 and the signal, if it was killed).
 SIGTERM and Ctrl-C go to all.
+
+--sweep=FLAG=VALUE,VALUE,..., which may be repeated, makes a run for every combination of values, one
+after another, in the folders RUNS/NAME-VALUE. A run that fails ends the sweep.
 """
 
 import argparse
@@ -22,6 +25,8 @@ import sys
 import threading
 import time
 
+import sweeps
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -33,12 +38,16 @@ def parse(argv):
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
   parser.add_argument('--processes', type=int, default=2, help='number of processes')
   parser.add_argument('--module', default='polgrad.train', help='what runs')
+  sweeps.add_sweep(parser)
+  parser.add_argument('--name', default='run', help='with which the names of a sweep begin')
+  parser.add_argument('--runs', default='runs', help='folder of the folders of a sweep')
   parser.add_argument('--port', type=int, default=0, help='of process 0; 0: a free one')
   parser.add_argument('--grace', type=float, default=30, help='seconds between SIGTERM and SIGKILL')
   parser.add_argument('--dry_run', action='store_true', help='print the commands, run none')
   options = parser.parse_args(own)
   if options.processes < 1:
     parser.error('--processes must be at least 1')
+  sweeps.check_sweep(parser, options, rest)
   return options, rest
 
 
@@ -80,10 +89,21 @@ def copy(number, stream):
 
 def main():
   options, rest = parse(sys.argv[1:])
-  wanted = commands(options, rest)
-  if options.dry_run:
-    print('\n'.join(map(shlex.join, wanted)))
-    return 0
+  found = sweeps.runs(options, rest, options.runs) if options.sweep else [('', rest)]
+  for name, flags in found:
+    wanted = commands(options, flags)
+    if options.dry_run:
+      print('\n'.join(map(shlex.join, wanted)))
+      continue
+    if name:
+      print(f'begins: {name}', flush=True)
+    if code := run(options, wanted):
+      return code
+  return 0
+
+
+def run(options, wanted):
+  """Runs the commands side by side until all have ended or one has failed; the exit code."""
   # Modules are found in the folder of the shell, then in this repository.
   path = os.pathsep.join([os.getcwd(), str(ROOT), os.environ.get('PYTHONPATH', '')])
   settings = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,4 +1,4 @@
-"""What the launchers of clusters share: their options, what follows --, and the runs of a sweep."""
+"""What the launchers share: options, what follows --, and the runs of a sweep."""
 
 import argparse
 import itertools
@@ -10,12 +10,17 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def add_sweep(made):
+  """Adds the option --sweep."""
+  made.add_argument('--sweep', action='append', default=[], help='FLAG=VALUE,VALUE,...')
+
+
 def parser(doc):
   """A parser with the options of all clusters."""
   made = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
   made.add_argument('--name', required=True, help='of the job and of the folder of its run')
   made.add_argument('--module', default='polgrad.train', help='what runs')
-  made.add_argument('--sweep', action='append', default=[], help='FLAG=VALUE,VALUE,...')
+  add_sweep(made)
   made.add_argument('--warn', type=int, default=300, help='seconds from SIGTERM to the end')
   made.add_argument('--dry_run', action='store_true', help='print, and submit nothing')
   return made
@@ -36,6 +41,13 @@ def parse(made, argv):
     made.error('need --config=... after --')
   if options.warn < 0:
     made.error('--warn must be at least 0')
+  check_sweep(made, options, rest)
+  return options, rest
+
+
+def check_sweep(made, options, rest):
+  """Refuses a sweep that cannot be; `rest` are the flags of the run."""
+  given = {flag.split('=')[0] for flag in rest}
   for one in options.sweep:
     flag, _, values = one.partition('=')
     if not re.fullmatch(r'[\w.]+', flag) or not all(values.split(',')):
@@ -44,11 +56,46 @@ def parse(made, argv):
       made.error('--sweep=config: commas separate the values; submit one job for every --config')
   if options.sweep and given & {'--workdir', '--model'}:
     made.error('--sweep needs a folder for every run: leave --workdir and --model out')
+
+
+def job_set_parser(doc):
+  """A parser with the options of all clusters whose runs are JobSets of TPU slices."""
+  made = parser(doc)
+  made.add_argument('--slices', type=int, default=1, help='number of slices')
+  made.add_argument('--image', required=True, help='with polgrad in its working directory')
+  made.add_argument('--bucket', required=True, help='gs://... for the folders of runs')
+  made.add_argument('--spot', action='store_true', help='nodes that may be preempted')
+  made.add_argument('--restarts', type=int, default=100, help='how often all hosts begin again')
+  made.add_argument('--env', action='append', default=[], help='NAME=VALUE of the run')
+  return made
+
+
+def parse_job_set(made, argv):
+  """`parse`, of such a parser."""
+  options, rest = parse(made, argv)
+  if options.slices < 1 or options.restarts < 0:
+    made.error('--slices must be at least 1, and --restarts at least 0')
+  if not re.match('gs://[^/]', options.bucket):
+    made.error(f'--bucket={options.bucket}: hosts share no disk, so it must be gs://...')
+  if not options.image:
+    made.error('--image must name an image')
+  for one in options.env:
+    if not re.fullmatch(r'[A-Za-z_]\w*=.*', one, re.DOTALL):
+      made.error(f'--env={one}: write NAME=VALUE')
   return options, rest
 
 
-def runs(options, rest, folder, known=str):
-  """(name, flags) of every run: its values end its name, and `folder`/name is its --workdir.
+def kubernetes_name(name):
+  """`name` as Kubernetes allows it: lower case, digits and '-'."""
+  made = re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
+  # JobSet appends "-slice-N-N" and five letters, and a pod's name has at most 63.
+  if not re.match('[a-z]', made) or len(made) > 40:
+    sys.exit(f'{name!r} cannot name a JobSet: it begins with a letter and has at most 40')
+  return made
+
+
+def points(options, known=str):
+  """(name, flags) of every combination of values; without --sweep of the one run.
 
   Args:
     known: the cluster's name of a run; two runs of one name are refused.
@@ -59,14 +106,19 @@ def runs(options, rest, folder, known=str):
     axes.append([(flag, value) for value in values.split(',')])
   for point in itertools.product(*axes):
     name = '-'.join([options.name, *(re.sub(r'[^\w.]+', '_', value) for _, value in point)])
-    flags = [*rest, *(f'--{flag}={value}' for flag, value in point)]
-    if not any(flag.split('=')[0] in ('--workdir', '--model') for flag in rest):
-      flags.append(f'--workdir={folder}/{name}')
-    values = ' '.join(f'--{flag}={value}' for flag, value in point)
+    flags = [f'--{flag}={value}' for flag, value in point]
+    values = ' '.join(flags)
     if (other := taken.setdefault(known(name), values)) is not values:
       sys.exit(f'--sweep: {other} and {values} would both be called {known(name)!r}')
     made.append((name, flags))
   return made
+
+
+def runs(options, rest, folder, known=str):
+  """(name, flags) of every run: its values end its name, and `folder`/name is its --workdir."""
+  given = any(flag.split('=')[0] in ('--workdir', '--model') for flag in rest)
+  own = lambda name: [] if given else [f'--workdir={folder}/{name}']
+  return [(name, [*rest, *flags, *own(name)]) for name, flags in points(options, known)]
 
 
 def submit(command, text, name):

@@ -11,6 +11,9 @@ and follow the log. What follows -- goes to `python -m MODULE`; --workdir=~/runs
 --workdir of yours, such as gs://BUCKET/NAME). The run
 is detached: it outlives this shell, and the same command resumes it from its last checkpoint.
 
+--sweep=FLAG=VALUE,VALUE,..., which may be repeated, makes a run for every combination of values on that
+slice, one after another, called NAME-VALUE; this shell begins the next one when one has ended.
+
 While this shell follows it, a run also begins again by itself:
   * if the slice is preempted or gone, it is deleted, created and set up again;
   * if the run ends with exit code 75 (it was asked to stop, and has saved), it is started again.
@@ -31,9 +34,12 @@ import sys
 import tempfile
 import time
 
+import sweeps
+
 # States of a queued resource that has no slice any more.
 GONE = ('FAILED', 'SUSPENDING', 'SUSPENDED')
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+STOPPED = -1  # in place of an exit code: --stop has ended the run
 SAVED = 75  # exit code of a run that was asked to stop and has saved
 # Runtime version for JAX by the beginning of the accelerator type, from
 # https://cloud.google.com/tpu/docs/runtimes; --version takes another one.
@@ -119,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
   add = made.add_argument_group('the run').add_argument
   add('--bucket', help='folder of the checkpoints, which all workers reach (gs:// on a pod)')
   add('--module', default='polgrad.train', help='what to run [polgrad.train]')
+  sweeps.add_sweep(made)
   add('--env', metavar='NAME=VALUE', action='append', default=[], type=variable,
       help='environment variable of the run; repeat it for more')  # fmt: skip
   add('--setup', metavar='COMMAND', help="shell command on all workers, in polgrad's folder")
@@ -268,11 +275,12 @@ class Slice:
     if self.o.setup:
       self.run(*self.ssh('all', f'cd polgrad && {{ {self.o.setup}\n}}'))
 
-  def start(self, flags: list) -> None:
+  def start(self, name: str, flags: list) -> None:
+    """Starts the run of that name; the old one is stopped first."""
     flags = [*flags]
     if not names(flags, '--model', '--workdir'):
-      flags += [f'--workdir=../runs/{self.o.name}']
-      flags += [f'--checkpoints={self.o.bucket.rstrip("/")}/{self.o.name}']
+      flags += [f'--workdir=../runs/{name}']
+      flags += [f'--checkpoints={self.o.bucket.rstrip("/")}/{name}']
     command = shlex.join(['../venv/bin/python', '-m', self.o.module, *flags, '--distributed'])
     run = RUN.format(command=' '.join([*self.o.env, command]))
     self.stop()
@@ -302,11 +310,11 @@ class Slice:
   def logs(self) -> None:
     self.run(*self.ssh('all', 'hostname; tail -n 100 run.log'))
 
-  def fetch(self, folder: str) -> None:
-    """Copies the run's folder on worker 0: metrics, report, configuration."""
+  def fetch(self, name: str, folder: str) -> None:
+    """Copies a run's folder on worker 0: metrics, report, configuration."""
     if not self.o.dry_run:
       os.makedirs(folder, exist_ok=True)
-    source = f'{self.o.name}:runs/{self.o.name}'
+    source = f'{self.o.name}:runs/{name}'
     options = ['--recurse', '--worker=0', *self.inside]
     self.run(*self.gcloud('scp', source, folder, *options))
 
@@ -320,14 +328,18 @@ def names(flags: list, *wanted: str) -> bool:
   return any(flag.partition('=')[0] in wanted for flag in flags)
 
 
-def launch(tpu: Slice, flags: list) -> int:
-  """Sets up the slice and runs, again and again while the slice is preempted; the exit code."""
+def launch(tpu: Slice, name: str, flags: list) -> int:
+  """Sets up the slice and runs, again and again while the slice is preempted.
+
+  Returns:
+    The exit code; STOPPED if --stop has ended the run.
+  """
   for begun in range(tpu.o.restarts + 1):
     try:
       tpu.provide()
       tpu.copy()
       tpu.install()
-      tpu.start(flags)
+      tpu.start(name, flags)
       ended = tpu.follow()
     except Failed:
       # A slice may also be preempted while it is set up, or there may be none for some time.
@@ -336,7 +348,7 @@ def launch(tpu: Slice, flags: list) -> int:
         raise
       ended = ''
     if ended == 'stopped':
-      return 0
+      return STOPPED
     if ended not in ('', str(SAVED)):
       if ended != '0':
         tpu.logs()
@@ -375,11 +387,18 @@ def main(arguments: list) -> int:
       if getattr(options, name):
         getattr(tpu, name)()
         return 0
+    sweeps.check_sweep(made, options, flags)
+    runs = sweeps.points(options)
     if options.fetch:
-      tpu.fetch(options.fetch)
+      for name, _ in runs:
+        tpu.fetch(name, options.fetch)
       return 0
     check(options, flags, made.error)
-    return launch(tpu, flags)
+    for name, own in runs:
+      code = launch(tpu, name, [*flags, *own])
+      if code:
+        return 0 if code == STOPPED else code
+    return 0
   except Failed as failure:
     print(f'failed: {failure}', file=sys.stderr)
     return 1

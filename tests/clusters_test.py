@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -66,6 +67,11 @@ def sbatch(tmp_path):
 
 
 @pytest.fixture
+def xpk(tmp_path):
+  return recorded(tmp_path, 'xpk', 'xpk')
+
+
+@pytest.fixture
 def kubectl(tmp_path):
   return recorded(tmp_path, 'gke', 'kubectl')
 
@@ -92,6 +98,23 @@ def test_a_dry_run_of_local_processes_shows_their_commands(tmp_path):
   start = f"{sys.executable} -m polgrad.train '--config=a b.py' --distributed"
   assert done.stdout.splitlines() == [
     f'{start} --coordinator=localhost:1234 --num_processes=2 --process_id={i}' for i in range(2)
+  ]
+
+
+def test_a_sweep_of_local_processes_is_one_run_after_another(tmp_path):
+  (tmp_path / 'seen.py').write_text(
+    'import sys; print(*sys.argv[1:3]); sys.exit(sys.argv[1] == "--b=2")'
+  )
+  sweep = ('local', tmp_path, '--processes=1', '--module=seen', '--name=x', '--sweep=b=1,2,3')
+  shown = launch(*sweep, '--port=1', '--dry_run').stdout.splitlines()
+  assert [line.partition(' -m seen ')[2].partition(' --dist')[0] for line in shown] == [
+    f'--b={b} --workdir=runs/x-{b}' for b in (1, 2, 3)
+  ]
+  done = launch(*sweep, '--runs=r')
+  assert done.returncode == 1  # the second one fails, and ends the sweep
+  lines = [line for line in done.stdout.splitlines() if 'x-' in line]
+  assert lines == [
+    *('begins: x-1', '[0] --b=1 --workdir=r/x-1', 'begins: x-2', '[0] --b=2 --workdir=r/x-2')
   ]
 
 
@@ -254,4 +277,70 @@ def test_a_dry_run_of_gke_prints_what_it_would_create(kubectl, tmp_path):
 )
 def test_what_gke_cannot_run_is_refused(kubectl, tmp_path, changed, says):
   done = kubectl(*GKE, changed, *RUN)
+  assert done.returncode and says in done.stderr and not list((tmp_path / 'calls').iterdir())
+
+
+XPK = ('--name=Gspo_run', '--cluster=c', '--type=v5litepod-16', '--image=mine/polgrad:1')
+XPK += ('--bucket=gs://mine/runs/',)
+
+
+def test_xpk_creates_a_workload_for_every_run_of_a_sweep(xpk, tmp_path):
+  done = xpk(
+    *(*XPK, '--slices=2', '--spot', '--zone=us-east5-b', '--project=p', '--priority=high'),
+    *('--restarts=3', '--warn=60', '--env=A=b=c d', '--env=B=', '--sweep=config.seed=0,1'),
+    *('--', "--config=it's a.py"),
+  )
+  assert done.returncode == 0, done.stderr
+  assert [(tmp_path / f'script.{i}').read_text() for i in range(2)] == ['', '']
+  for seed in (0, 1):
+    run = f"""exec python -m polgrad.train '--config=it'"'"'s a.py' --config.seed={seed}"""
+    assert (tmp_path / f'calls/{seed}').read_text().splitlines() == [
+      *(
+        'workload',
+        'create',
+        f'--workload=gspo-run-{seed}',
+        '--cluster=c',
+        '--tpu-type=v5litepod-16',
+      ),
+      *('--num-slices=2', '--docker-image=mine/polgrad:1'),
+      f'--command={run} --workdir=gs://mine/runs/Gspo_run-{seed} --distributed',
+      *('--max-restarts=3', '--restart-on-exit-codes=75', '--termination-grace-period-seconds=60'),
+      *(
+        '--zone=us-east5-b',
+        '--project=p',
+        '--priority=high',
+        '--env=A=b=c d',
+        '--env=B=',
+        '--spot',
+      ),
+    ]
+    where = f'gspo-run-{seed} --cluster c --zone=us-east5-b --project=p'
+    assert f'stop: xpk workload delete --workload {where}\n' in done.stdout
+
+
+def test_a_dry_run_of_xpk_prints_the_command_and_a_refusal_ends_the_sweep(xpk, tmp_path):
+  done = xpk(*XPK, '--reservation=r', '--dry_run', *RUN)
+  words = shlex.split(done.stdout)
+  assert words[:3] == ['xpk', 'workload', 'create'] and '--reservation=r' in words
+  assert not [w for w in words if w.startswith(('--zone', '--project', '--priority', '--env'))]
+  assert not list((tmp_path / 'calls').iterdir())
+  done = xpk(*XPK, '--sweep=config.seed=1,2', *RUN, REFUSED='1')
+  assert done.returncode == 1 and 'xpk refused Gspo_run-1' in done.stderr
+  assert len(list((tmp_path / 'calls').iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+  ('changed', 'says'),
+  [
+    (['--type=v5e:4x4'], 'write KIND-NUMBER or KIND-SHAPE'),
+    (['--spot', '--reservation=r'], '--spot and --reservation exclude each other'),
+    (['--priority=top'], '--priority=top: very-low, low'),
+    (['--bucket=/tmp/x'], 'must be gs://'),
+    (['--env=A="b"'], 'xpk takes no value with a quotation mark'),
+    (['--', '--config=x', '--config.note=a\nb'], 'xpk takes no flag with a line break'),
+    ([f'--name={"a" * 41}'], 'at most 40'),
+  ],
+)
+def test_what_xpk_cannot_run_is_refused(xpk, tmp_path, changed, says):
+  done = xpk(*XPK, *changed, *(() if '--' in changed else RUN))
   assert done.returncode and says in done.stderr and not list((tmp_path / 'calls').iterdir())

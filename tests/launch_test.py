@@ -46,7 +46,8 @@ def clone(tmp_path):
   (tmp_path / 'bin/gcloud').chmod(0o755)
   (tmp_path / 'calls').mkdir()
   (tmp_path / 'clone/launch').mkdir()
-  shutil.copy(ROOT / 'launch/tpu_vm.py', tmp_path / 'clone/launch')
+  for name in ('tpu_vm.py', 'sweeps.py'):
+    shutil.copy(ROOT / 'launch' / name, tmp_path / 'clone/launch')
   subprocess.run(['git', 'init', '-q', '.'], cwd=tmp_path / 'clone', check=True)
   tracked = ['kept.py', 'deleted.py', 'my file.py', '.gitignore', 'launch']
   subprocess.run(['git', 'add', *tracked], cwd=tmp_path / 'clone', check=True)
@@ -194,7 +195,7 @@ def test_what_is_copied_is_the_working_tree_without_ignored_files(clone):
   assert launch(clone, *NEW, '--', CONFIG).returncode == 0
   with tarfile.open(clone / 'copied.tar.gz') as archive:
     assert set(archive.getnames()) == {
-      'kept.py', 'my file.py', 'new.py', '.gitignore', 'launch/tpu_vm.py'
+      'kept.py', 'my file.py', 'new.py', '.gitignore', 'launch/tpu_vm.py', 'launch/sweeps.py'
     }  # fmt: skip
     assert archive.extractfile('new.py').read() == b'new'
   assert not list(clone.glob('tmp*'))  # the archive does not stay behind
@@ -229,6 +230,27 @@ def test_a_run_that_fails_ends_the_launch_with_its_code_and_all_logs(clone):
 def test_a_run_that_someone_stops_is_not_started_again(clone):
   done = launch(clone, *NEW, '--', CONFIG, codes=('75\\nstopped',))
   assert done.returncode == 0 and names(clone) == ['create', *STEPS]
+
+
+SWEEP = '--sweep=config.seed=0,1'
+
+
+def test_the_runs_of_a_sweep_follow_each_other_on_one_slice(clone):
+  done = launch(clone, *NEW, SWEEP, '--', CONFIG, codes=('0', '0'))
+  assert done.returncode == 0 and names(clone) == ['create', *STEPS, *STEPS]
+  runs = [remote(call, 'all') for call in calls(clone) if 'setsid' in ' '.join(call)]
+  for seed, run in enumerate(runs):
+    assert f'{CONFIG} --config.seed={seed} --workdir=../runs/grpo-{seed} ' in run
+    assert f'--checkpoints=gs://mine/runs/grpo-{seed} --distributed' in run
+  fetched = launch(clone, *SLICE, SWEEP, '--fetch=results', '--dry_run').stderr
+  assert 'grpo:runs/grpo-0 results' in fetched and 'grpo:runs/grpo-1 results' in fetched
+
+
+@pytest.mark.parametrize(('code', 'ends'), [('3', 3), ('75\\nstopped', 0)])
+def test_a_run_that_fails_or_is_stopped_ends_the_sweep(clone, code, ends):
+  done = launch(clone, *NEW, SWEEP, '--', CONFIG, codes=(code, '0'))
+  assert done.returncode == ends
+  assert sum('setsid' in ' '.join(call) for call in calls(clone)) == 1
 
 
 def test_it_begins_again_as_often_as_asked(clone):
@@ -362,6 +384,7 @@ def test_one_action_is_one_command_and_needs_only_the_slice(clone, action, expec
     ((*SLICE, '--type=v4-8', '--bucket=mine', '--', CONFIG), '--bucket=mine: expected gs://'),
     ((*NEW, '--spot', '--reserved', '--', CONFIG), '--spot and --reserved exclude each other'),
     ((*SLICE, '--stop', '--delete'), 'not allowed with argument'),
+    ((*NEW, '--sweep=seed', '--', CONFIG), '--sweep=seed: write FLAG=VALUE,VALUE,...'),
   ],
 )
 def test_wrong_options_exit_with_the_usage(clone, flags, why):
