@@ -1081,14 +1081,8 @@ def _check_kernel(path: str, model: Policy, mesh: jax.sharding.Mesh) -> None:
 
 
 def _check_cut(path: str, model: Policy, mesh: jax.sharding.Mesh, mesh_path: str) -> None:
-  """Refuses a mesh that would cut rows or experts, but does not divide what it has to cut for it."""
+  """Refuses a mesh that would cut experts, but does not divide them."""
   config = model.config
-  heads = sharding.most_shards(mesh, 'attention_heads')
-  if sharding.most_shards(mesh, 'length') > 1 and getattr(config, 'num_heads', 0) % heads:
-    raise ValueError(
-      f'{mesh_path}: context x tensor = {heads} does not divide the {config.num_heads} heads of {path}, '
-      'which attention shards in place of positions'
-    )
   experts = sharding.most_shards(mesh, 'experts')
   if getattr(config, 'num_experts', 0) % experts:
     raise ValueError(

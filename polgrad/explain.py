@@ -24,7 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from polgrad import cli
+from polgrad import cli, sharding
 from polgrad.arrays import ARRAYS, MODEL
 from polgrad.build import TABLE, Experiment, Phase, build
 from polgrad.checks import tables, tracing
@@ -292,7 +292,7 @@ def run_lines(run: Experiment) -> list[str]:
   """The model, the devices and the order of the run."""
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   shapes = run.policy.shapes()
-  mesh = ', '.join(f'{axis}={size}' for axis, size in run.mesh.shape.items())
+  mesh = ', '.join(f'{axis}={size}' for axis, size in sharding.sizes_of(run.mesh).items())
   return [
     f'model: {count(shapes):,} parameters, of which {count(learned(run.policy, shapes)):,} are trained',
     f'devices: {run.mesh.size} {run.mesh.devices.flat[0].platform} ({mesh})',

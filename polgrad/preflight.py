@@ -101,7 +101,7 @@ def report(run: build.Experiment, found: list[Program], kind: str) -> dict[str, 
   apart = run.sampled_on is not run.mesh
   return dict(
     device=kind,
-    mesh=dict(run.mesh.shape),
+    mesh=sharding.sizes_of(run.mesh),
     sampler_mesh=dict(run.sampled_on.shape) if apart else {},
     replicated=aot.replicated(run.mesh, aot.placed_params(run.policy, run.mesh)),
     programs=rows,
@@ -252,7 +252,7 @@ def main(argv: list[str]) -> None:
     with sharding.compiling_for(devices):
       run = build.build(config)
       run.sampled_on  # made of these devices too  # noqa: B018
-    print(f'{_TOPOLOGY.value}: {len(devices)} x {kind}, mesh {dict(run.mesh.shape)}')
+    print(f'{_TOPOLOGY.value}: {len(devices)} x {kind}, mesh {sharding.sizes_of(run.mesh)}')
     if _PHASE.value and _PHASE.value not in run.order:
       raise ValueError(f'--only_phase={_PHASE.value}: the run has {", ".join(run.order)}')
     names = [_PHASE.value] if _PHASE.value else run.order

@@ -5,10 +5,13 @@ of a row over `context`. Parameters are sharded along the model width over `fsdp
 `expert`, and along heads, feed-forward width and vocabulary over `tensor`; `data` replicates them. The
 experts of a mixture are spread over `expert`. `RULES` says the same for each logical axis, and
 `make_mesh` takes other rules. A dimension that its mesh axes do not divide is sharded over the first of
-them alone that do, or replicated, so every model runs on every mesh.
+them alone that do, or replicated, so every model runs on every mesh. A mesh with other rules has a sixth
+axis, of size 1, whose name says them: a program is traced for the names and sizes of axes, and thereby
+for the rules.
 
 Inside of attention a row is whole and heads are sharded over `tensor` and `context` instead: an
-all-to-all exchanges positions for heads and back (arXiv:2309.14509).
+all-to-all exchanges positions for heads and back (arXiv:2309.14509). Where these do not divide the
+heads, each device attends with the queries of its positions, to keys and values that it gathers.
 """
 
 import contextlib
@@ -54,9 +57,6 @@ RULES = {
 }
 Rules = Mapping[str, tuple[str, ...]]
 
-# The rules of meshes, by the sizes of their axes: a program is traced for these, not for a mesh.
-_RULES: dict[tuple, Rules] = {}
-
 # Devices that meshes are made of instead of those of JAX, see `compiling_for`.
 _DEVICES = contextvars.ContextVar('devices', default=())
 
@@ -87,7 +87,7 @@ def make_mesh(
     data: number of copies of the parameters; -1 takes all devices that the others leave.
     fsdp: number of shards of the parameters along the model width.
     tensor: number of shards along heads, feed-forward width and vocabulary.
-    context: number of pieces of each row. `context * tensor` must divide the number of query heads.
+    context: number of pieces of each row.
     expert: number of shards of the experts, each of which has whole experts; rows are sharded over it
       too.
     slices: into how many parts, on different slices, an axis is cut, by its name: `{'data': 2}`. Slices
@@ -127,18 +127,13 @@ def beside(
   them on `mesh`.
 
   Raises:
-    ValueError: they do not fit, or there are several processes; or it has other rules than `mesh`, with
-      equal sizes of all axes.
+    ValueError: they do not fit, or there are several processes.
   """
   there = _DEVICES.get() or jax.devices()
   if jax.process_count() > 1:
     raise ValueError('devices beside those that train are those of one process')
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
-  both = checked(rules, rules_of(mesh))
-  same = list(sizes[axis] for axis in AXES) == list(mesh.shape.values())
-  if same and both != rules_of(mesh):
-    raise ValueError('rules: a mesh with the sizes of the other one must have its rules')
-  return _mesh_of(there[mesh.size :], sizes, slices, both)
+  return _mesh_of(there[mesh.size :], sizes, slices, checked(rules, rules_of(mesh)))
 
 
 def checked(rules: Mapping[str, Any], base: Rules = RULES) -> Rules:
@@ -168,16 +163,38 @@ def checked(rules: Mapping[str, Any], base: Rules = RULES) -> Rules:
 
 def rules_of(mesh: Any) -> Rules:
   """The rules of a mesh of `make_mesh`."""
-  return _RULES.get(tuple(mesh.shape.items()), RULES)
+  return _read(mesh.axis_names[len(AXES)]) if len(mesh.axis_names) > len(AXES) else RULES
+
+
+def sizes_of(mesh: Any) -> dict[str, int]:
+  """The sizes of the axes of a mesh by name, without the one that says its rules."""
+  return {axis: size for axis, size in mesh.shape.items() if axis in AXES}
+
+
+def _name(rules: Rules) -> str:
+  """The name of an axis that says which rules are not those of `RULES`; '' if all are.
+
+  >>> _name(RULES | {'vocab': ('tensor', 'fsdp'), 'embed': ()})
+  'embed=,vocab=tensor+fsdp'
+  """
+  others = {logical: axes for logical, axes in rules.items() if axes != RULES[logical]}
+  return ','.join(f'{logical}={"+".join(axes)}' for logical, axes in sorted(others.items()))
+
+
+@functools.cache
+def _read(name: str) -> Rules:
+  """The inverse of `_name`."""
+  pairs = (one.split('=') for one in name.split(','))
+  return RULES | {logical: tuple(axes.split('+')) if axes else () for logical, axes in pairs}
 
 
 def _mesh_of(
   there: Sequence[jax.Device],
   sizes: Mapping[str, int],
   slices: Mapping[str, int],
-  rules: Rules | None,
+  rules: Rules,
 ) -> Mesh:
-  """A mesh of the first of these devices; it has these rules, or those of a mesh of its sizes."""
+  """A mesh of the first of these devices, with these rules."""
   sizes = {axis: sizes[axis] for axis in AXES}
   devices, others = len(there), math.prod(size for axis, size in sizes.items() if axis != 'data')
   if sizes['data'] == -1 and others > 0 and devices % others == 0:
@@ -186,9 +203,11 @@ def _mesh_of(
   if min(sizes.values()) < 1 or size > devices or (size < devices and jax.process_count() > 1):
     raise ValueError(f'mesh {_written(sizes)} does not fit {devices} devices')
   mesh = _arranged(there[:size], sizes, slices)
-  if rules is not None:
-    _RULES[tuple(mesh.shape.items())] = rules
-  return mesh
+  name = _name(rules)
+  if not name:
+    return mesh
+  types = (AxisType.Auto,) * (len(AXES) + 1)
+  return Mesh(mesh.devices[..., None], (*AXES, name), axis_types=types)
 
 
 def _written(sizes: Mapping[str, int]) -> str:
@@ -253,19 +272,25 @@ def _arranged(
 def partition_spec(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
   """The sharding of one array by the rules of the mesh.
 
-  A dimension is sharded over the longest beginning of its mesh axes that divides it.
+  A dimension is sharded over the longest beginning of its mesh axes that divides it. Within a
+  `jax.shard_map` arrays are already cut over its axes, which are left out.
 
   Args:
     axes: logical axis names, one a dimension of `shape`.
   """
   if len(axes) != len(shape):
     raise ValueError(f'logical axes {tuple(axes)} do not fit shape {tuple(shape)}')
-  rules, used, found = rules_of(mesh), set(), []
+  rules, used, found = rules_of(mesh), {*_manual(mesh)}, []
   for axis, size in zip(axes, shape):
     names = _dividing(mesh, [n for n in rules[axis] if n not in used], size)
     used |= {*names}
     found.append(names or None)
   return PartitionSpec(*found)
+
+
+def _manual(mesh: Any) -> tuple[str, ...]:
+  """The axes of the `jax.shard_map` around, if the mesh is that of `jax.set_mesh`."""
+  return getattr(mesh, 'manual_axes', ())
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -286,10 +311,12 @@ def row_axes(mesh: Any) -> tuple[str, ...]:
   return rules_of(mesh)['batch']
 
 
-def cut_along_rows(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-  """`partition_spec` with only those mesh axes that rows are sharded over too."""
-  rows, spec = row_axes(mesh), partition_spec(mesh, axes, shape)
-  return PartitionSpec(*(tuple(n for n in mesh_axes(e) if n in rows) or None for e in spec))
+def cut_along(
+  mesh: Any, names: Sequence[str], axes: Sequence[str], shape: Sequence[int]
+) -> PartitionSpec:
+  """`partition_spec` with these mesh axes only."""
+  spec = partition_spec(mesh, axes, shape)
+  return PartitionSpec(*(tuple(n for n in mesh_axes(e) if n in names) or None for e in spec))
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
@@ -329,7 +356,29 @@ def shards(axis: str, size: int, mesh: Any = None) -> int:
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   if mesh.empty:
     return 1
-  return math.prod(mesh.shape[n] for n in _dividing(mesh, rules_of(mesh)[axis], size))
+  return math.prod(mesh.shape[n] for n in mesh_axes(partition_spec(mesh, (axis,), (size,))[0]))
+
+
+def exchanges(length: int, heads: int) -> bool:
+  """Whether attention exchanges the positions of a row for heads.
+
+  It does where every mesh axis that cuts positions cuts heads too; these are given by
+  `attention_heads`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return False
+  over = lambda axis, size: {*mesh_axes(partition_spec(mesh, (axis,), (size,))[0])}
+  positions = over('length', length)
+  return bool(positions) and positions <= over('attention_heads', heads)
+
+
+def kept_cut(length: int, heads: int) -> tuple[str, ...]:
+  """The mesh axes that cut the positions of queries inside of attention too, without an exchange."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or exchanges(length, heads):
+    return ()
+  return mesh_axes(partition_spec(mesh, ('length',), (length,))[0])
 
 
 def pieces_of_a_row(length: int) -> int:
@@ -462,4 +511,4 @@ def last_devices(devices: int, fsdp: int) -> Mesh:
       f'devices={devices} and fsdp={fsdp} do not fit the {len(own)} devices of a process'
     )
   sizes = dict.fromkeys(AXES, 1) | dict(data=count // fsdp, fsdp=fsdp)
-  return _mesh_of(own[-count:], sizes, {}, None)
+  return _mesh_of(own[-count:], sizes, {}, RULES)

@@ -23,7 +23,10 @@ MESHES = [
   dict(data=2, tensor=4),
   dict(data=2, fsdp=2, tensor=2),
   dict(fsdp=2, context=2, tensor=2),
-  dict(expert=2, context=4),
+  # Positions are not exchanged for heads, as where the mesh does not divide the heads.
+  dict(
+    expert=2, context=4, rules=dict.fromkeys(['attention_heads', 'attention_kv_heads'], 'tensor')
+  ),
 ]
 OVERRIDES = dict(vocab_size=24, qk_norm='head', tie_embeddings=False, value_head=True)
 POLICY = tiny.policy(**OVERRIDES)
@@ -95,15 +98,21 @@ def test_statistics_gradients_and_samples_are_those_of_one_device(shape):
 
 
 def whole_rows_only_in_attention(text, mesh):
-  """No device gathers the positions of a row: they are exchanged for heads by an all-to-all."""
+  """No device gathers the positions of a row: they are exchanged for heads by an all-to-all, or those of
+  keys and values alone are gathered."""
   computations, _ = hlo.parse(text)
   ops = [op for one in computations.values() for op in one]
   shapes = [shape for op in ops if op.kind == 'all-gather' for shape in op.shapes]
   gathered = [size for kind, size in shapes if kind == 'f32' and len(size) > 1]
   tokens = TOKENS.size // sharding.data_parallel_size(mesh)  # of the rows of a device
-  assert gathered and not [size for size in gathered if {LENGTH, tokens} & {*size}]
-  # Queries, keys and values, and what they attend to, in both passes of a layer and recomputed.
   c, pieces = POLICY.config, mesh.shape['context']
+  whole = [size for size in gathered if {LENGTH, tokens} & {*size}]
+  if 'context' not in sharding.rules_of(mesh)['attention_heads']:
+    own = tokens // LENGTH * c.num_kv_heads * c.head_dim * LENGTH
+    assert whole and all(np.prod(size) == own for size in whole)
+    return
+  assert gathered and not whole
+  # Queries, keys and values, and what they attend to, in both passes of a layer and recomputed.
   heads = 2 * c.num_heads + 2 * max(c.num_kv_heads, sharding.most_shards(mesh, 'attention_heads'))
   own = 4 * c.head_dim * heads * tokens / pieces / mesh.shape['tensor']
   layer = [op for op in ops if op.kind == 'all-to-all' and '/layers/' in op.rest]
@@ -167,10 +176,15 @@ def test_a_mesh_has_rules_that_replace_those_of_the_table():
   assert sharding.partition_spec(mesh, ('vocab', 'heads'), (24, 4)) == P(('tensor', 'fsdp'), None)
   beside = sharding.beside(mesh, data=2)
   assert sharding.partition_spec(beside, ('embed',), (16,)) == P(None)
-  sharding.make_mesh(fsdp=2, tensor=2)  # later meshes have their own
-  assert sharding.partition_spec(mesh, ('embed',), (16,)) == P(('context', 'fsdp', 'expert'))
-  with pytest.raises(ValueError, match='rules: a mesh with the sizes of the other'):
-    sharding.beside(sharding.make_mesh(data=2), data=2, rules={'embed': ''})
+  # Rules are those of a mesh, and of the programs traced for it, not of all meshes with its sizes.
+  plain = sharding.make_mesh(fsdp=2, tensor=2)
+  assert sharding.partition_spec(mesh, ('embed',), (16,)) == P(None)
+  assert sharding.sizes_of(plain) == sharding.sizes_of(mesh) and plain.size == mesh.size == 4
+  assert plain.axis_names == sharding.AXES and sharding.rules_of(plain) == sharding.RULES
+  pieces = jax.jit(lambda x: sharding.shards('embed', x.size) * jnp.ones(()))
+  for one, expected in ((mesh, 1), (plain, 2), (mesh, 1)):
+    with jax.set_mesh(one):
+      assert pieces(np.ones(16)) == expected
 
 
 @pytest.mark.parametrize(

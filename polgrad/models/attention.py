@@ -1,13 +1,16 @@
 """Attention over one or several sets of keys, and the masks that say which tokens see each other."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
 from polgrad.models.quantized import Quantized, is_quantized, values_of
+from polgrad.sharding import kept_cut, mesh_axes, partition_spec
 
 Array = jax.Array
 # Keys, values, and a mask of what each query may look at.
@@ -93,6 +96,51 @@ def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0
   total = sum(factor * total for factor, (_, total, _) in zip(factors, parts))
   out = sum(factor[..., None] * out for factor, (_, _, out) in zip(factors, parts))
   return _like(query, out / jnp.maximum(total, 1e-30)[..., None]).astype(query.dtype)
+
+
+def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool = False) -> Array:
+  """`attend(query, *sources)`, where positions may be cut over devices and are not exchanged for heads.
+
+  Each device attends with the queries of its own positions. It gathers the keys and values of a row,
+  whose gradients are scattered: exact for every number of devices, and for every mask.
+
+  Args:
+    attend: as the function of this name, or `attend_to_spans`.
+    whole: each device has all columns of the sources, as in a cache.
+  """
+  if not kept_cut(*query.shape[1:3]):
+    return attend(query, *sources)
+  mesh, used = jax.sharding.get_abstract_mesh(), set()
+
+  def cut(axis: str, *sizes: int) -> tuple[str, ...]:
+    """The mesh axes that cut a dimension, if they cut it alike in all arrays; otherwise the compiler
+    decides."""
+    first, *others = (mesh_axes(partition_spec(mesh, (axis,), (size,))[0]) for size in sizes)
+    found = first if all(other == first for other in others) else ()
+    used.update(found)
+    return found
+
+  rows = cut('batch', len(query), *(len(key) for key, _, _ in sources))
+  heads = cut('heads', query.shape[2], *(key.shape[1] for key, _, _ in sources))
+  positions = cut('length', query.shape[1])
+  gathered = [() if whole else cut('length', mask.shape[-1]) for _, _, mask in sources]
+  spec = lambda *axes: PartitionSpec(*(names or None for names in axes))
+  queries = spec(rows, positions, heads)
+  # Whole ones may have scales beside them, which lack a dimension.
+  keys = lambda own: spec(rows, heads, (), own) if own else spec(rows, heads)
+  specs = [(keys(own), spec(rows, heads, own), spec(rows, positions)) for own in gathered]
+
+  def local(query: Array, *sources: Source) -> Array:
+    def gather(x: Array, own: tuple[str, ...], axis: int) -> Array:
+      return jax.lax.all_gather(x, own, axis=axis, tiled=True) if own else x
+
+    read = [(gather(k, own, 3), gather(v, own, 2), m) for own, (k, v, m) in zip(gathered, sources)]
+    return attend(query, *read)
+
+  split = jax.shard_map(
+    local, in_specs=(queries, *specs), out_specs=queries, axis_names=used, check_vma=False
+  )
+  return split(query, *sources)
 
 
 def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):

@@ -10,14 +10,17 @@ all of them if `window` is 0. `scale` multiplies the scores; `cap` is the argume
 `attention.softcap`.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from polgrad.models.attention import segment_mask
-from polgrad.sharding import partition_spec
+from polgrad.models.attention import Source, over_positions, segment_mask
+from polgrad.sharding import kept_cut, mesh_axes, partition_spec
 
 Array = jax.Array
 
@@ -47,14 +50,19 @@ def cudnn(
   if window:  # remove the keys that are `window` or more columns back
     length = query.shape[1]
     mask &= ~jnp.tril(jnp.ones((1, length, length), bool), -window)
-  return jax.nn.dot_product_attention(
-    query,
-    jnp.transpose(key, (0, 3, 1, 2)),
-    jnp.moveaxis(value, 1, 2),
-    mask=mask[:, None],
-    scale=scale,
-    implementation=implementation,
-  )
+
+  def attend(query: Array, source: Source) -> Array:
+    key, value, mask = source
+    return jax.nn.dot_product_attention(
+      query,
+      jnp.transpose(key, (0, 3, 1, 2)),
+      jnp.moveaxis(value, 1, 2),
+      mask=mask[:, None],
+      scale=scale,
+      implementation=implementation,
+    )
+
+  return over_positions(attend, query, (key, value, mask))
 
 
 def splash(
@@ -74,19 +82,18 @@ def splash(
   """
   from jax.experimental.pallas.ops.tpu import splash_attention  # here, because only TPUs need it
 
-  # The kernel wants heads before positions and a whole number of blocks.
-  length, heads = query.shape[1:3]
-  padding = -length % LANES
+  # The kernel wants heads before positions and, on each device, a whole number of blocks.
+  mesh, length = jax.sharding.get_abstract_mesh(), query.shape[1]
+  cut = kept_cut(*query.shape[1:3])
+  pieces = math.prod(mesh.shape[name] for name in cut)
+  padding = -length % (LANES * pieces)
   padded = length + padding
   pad = lambda x, axis: jnp.pad(x, [(0, padding * (i == axis)) for i in range(x.ndim)])
-  arrays = (
-    pad(jnp.moveaxis(query * jnp.asarray(scale, query.dtype), 2, 1), 2),
-    pad(jnp.swapaxes(key, 2, 3), 2),
-    pad(value, 2),
-    pad(segment_ids, 1),  # padding is segment 0
-  )
-  # One block size for all passes: the largest one that divides the padded length.
-  block = next(size for size in BLOCKS if padded % size == 0)
+  query = pad(jnp.moveaxis(query * jnp.asarray(scale, query.dtype), 2, 1), 2)
+  key, value = pad(jnp.swapaxes(key, 2, 3), 2), pad(value, 2)
+  segment_ids = pad(segment_ids, 1)  # padding is segment 0
+  # One block size for all passes: the largest one that divides the padded length of a device.
+  block = next(size for size in BLOCKS if padded // pieces % size == 0)
   names = ('block_q', 'block_kv', 'block_kv_compute')
   backward = ('block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq')
   sizes = splash_attention.BlockSizes(**dict.fromkeys(names + backward, block))
@@ -94,42 +101,66 @@ def splash(
   mask = splash_attention.CausalMask((padded, padded))
   if window:
     mask = splash_attention.LocalMask((padded, padded), (window - 1, 0), 0)
+  make = functools.partial(
+    splash_attention.make_splash_mha,
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=pieces,
+    attn_logits_soft_cap=cap or None,
+    interpret=interpret,
+  )
 
-  def attend(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-    kernel = splash_attention.make_splash_mha(
-      splash_attention.MultiHeadMask([mask] * query.shape[1]),
-      block_sizes=sizes,
-      head_shards=1,
-      q_seq_shards=1,
-      attn_logits_soft_cap=cap or None,
-      interpret=interpret,
-    )
-    segments = splash_attention.SegmentIds(segment_ids, segment_ids)
-    return jax.vmap(kernel)(query, key, value, segment_ids=segments)
+  def attend(kernel: Callable, query: Array, key: Array, value: Array, own: Array, ids: Array):
+    gather = lambda x: jax.lax.all_gather(x, cut, axis=2, tiled=True) if cut else x
+    segments = splash_attention.SegmentIds(own, ids)  # of the queries, and of the keys
+    return jax.vmap(kernel)(query, gather(key), gather(value), segment_ids=segments)
 
-  out = _on_each_device(attend, heads)(*arrays)
+  of_heads = lambda count: make(splash_attention.MultiHeadMask([mask] * count))
+  out = _on_each_device(attend, of_heads, cut, query, key, value, segment_ids)
   return jnp.moveaxis(out[:, :, :length], 1, 2)
 
 
-def _on_each_device(attend: Callable, heads: int) -> Callable:
-  """Runs `attend` on each device of the mesh (that of `jax.set_mesh`) with its own rows and heads."""
-  mesh = jax.sharding.get_abstract_mesh()
+def _on_each_device(
+  attend: Callable,
+  of_heads: Callable[[int], Any],
+  cut: tuple[str, ...],
+  query: Array,
+  key: Array,
+  value: Array,
+  segment_ids: Array,
+) -> Array:
+  """Each device attends for its own rows, and its own heads or positions.
+
+  Args:
+    attend: (kernel, query, key, value, segments of the queries, segments of the keys) -> out.
+    of_heads: the kernel of a number of heads.
+    cut: the mesh axes that cut positions, `kept_cut`.
+    query, key, value: [B, heads, T, head_dim].
+  """
+  mesh, heads = jax.sharding.get_abstract_mesh(), query.shape[1]
   if mesh.empty:
-    return attend
-
-  def run(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-    axes = ('batch', 'attention_heads', 'attention_length', 'head_dim')
-    spec = partition_spec(mesh, axes, query.shape)
-    if partition_spec(mesh, ('attention_kv_heads',), key.shape[1:2]) != PartitionSpec(spec[1]):
-      # Fewer key heads than devices: give every query head a copy, so that both split the same way.
-      key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value))
-    rows = PartitionSpec(spec[0])
-    split = jax.shard_map(
-      attend, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False
-    )
-    return split(query, key, value, segment_ids)
-
-  return run
+    return attend(of_heads(heads), query, key, value, segment_ids, segment_ids)
+  kind = '' if cut else 'attention_'
+  of = lambda name, size: partition_spec(mesh, (name,), (size,))[0]
+  rows, own = of('batch', len(query)), of(f'{kind}heads', heads)
+  if of(f'{kind}kv_heads', key.shape[1]) != own:
+    # Fewer key heads than devices: give every query head a copy, so that both split the same way.
+    key, value = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (key, value))
+  local = heads // math.prod(mesh.shape[name] for name in mesh_axes(own))
+  kernel = of_heads(local)
+  positions = cut or None
+  spec, ids = PartitionSpec(rows, own, positions), PartitionSpec(rows, positions)
+  split = jax.shard_map(
+    attend,
+    mesh=mesh,
+    in_specs=(
+      kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, positions))),
+      *(spec, spec, spec, ids, PartitionSpec(rows)),
+    ),
+    out_specs=spec,
+    check_vma=False,
+  )
+  return split(kernel, query, key, value, segment_ids, segment_ids)
 
 
 ATTENTION = {'cudnn': cudnn, 'splash': splash}

@@ -145,6 +145,7 @@ def token_stats(
     of_tokens = {name: _filled(x, pieces) for name, x in of_tokens.items()}
     for name in of_tokens.keys() & {'hidden', 'teacher_hidden'}:
       of_tokens[name] = sharding.constrain(of_tokens[name], ('batch', 'length', 'hidden'))
+  # The evaluated tokens of a row are in any of its pieces, so pieces are computed whole.
   gathers = where is not None and pieces == 1
   if gathers:
     # Gather the evaluated tokens of each row to its left, so that only `most` columns are computed.
@@ -153,13 +154,15 @@ def token_stats(
   rows, width = of_tokens['tokens'].shape
   if chunk is None:
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
-  # Number of columns in a chunk: every device holds its part of the rows, and of their positions.
-  at_once = pieces * max(1, chunk * sharding.ambient_data_parallel_size() // rows)
+  # Number of columns of a piece in a chunk: every device holds its part of the rows.
+  at_once = max(1, chunk * sharding.ambient_data_parallel_size() // rows)
   models = {'unembed': unembed, 'teacher_unembed': teacher_unembed}
   models = {name: model for name, model in models.items() if model is not None}
-  own = width > at_once and pieces == 1 and _can_gather(models, rows)
-  run = _on_own_rows if own else functools.partial(_in_chunks, pieces=pieces)
-  out = run(of_tokens, whole, temperature, models, stats=stats, columns=at_once)
+  if width > at_once * pieces and _can_gather(models, rows, pieces):
+    run, columns = _on_own_tokens, at_once
+  else:
+    run, columns = _in_chunks, at_once * pieces
+  out = run(of_tokens, whole, temperature, models, stats=stats, columns=columns)
   # Back to columns of `tokens`: undo the gathering and the shift.
   if gathers:
     out = {name: _put(x, chosen, where[:, 1:]) for name, x in out.items()}
@@ -172,14 +175,14 @@ def token_stats(
   return {name: first(x) for name, x in out.items()}
 
 
-def _can_gather(models: Mapping[str, Callable], rows: int) -> bool:
-  """Whether there is a mesh whose devices can evaluate their own rows, see `_on_own_rows`."""
+def _can_gather(models: Mapping[str, Callable], rows: int, pieces: int) -> bool:
+  """Whether there is a mesh whose devices can evaluate their own tokens, see `_on_own_tokens`."""
   size = sharding.ambient_data_parallel_size()
   known = all(isinstance(model, Unembedding) for model in models.values())
-  return known and size > 1 and rows % size == 0
+  return known and size * pieces > 1 and rows % size == 0
 
 
-def _on_own_rows(
+def _on_own_tokens(
   of_tokens: Mapping[str, Array],
   whole: Rows | None,
   temperature: float | Array,
@@ -188,14 +191,17 @@ def _on_own_rows(
   stats: Mapping[str, Callable],
   columns: int,
 ) -> dict[str, Array]:
-  """`_in_chunks` on every device of a mesh for its own rows.
+  """`_in_chunks` on every device of a mesh for its own rows, and its own positions of them.
 
   Weights that are cut over the devices are gathered before the first chunk, and the gradients of all
   chunks are added up before they are scattered. The compiler would do both once for every chunk.
   """
   mesh = jax.sharding.get_abstract_mesh()
   dtype = of_tokens['hidden'].dtype
-  cut = lambda axes, x: sharding.cut_along_rows(mesh, axes, x.shape)
+  width = of_tokens['tokens'].shape[1]
+  rows = sharding.row_axes(mesh)
+  positions = sharding.mesh_axes(sharding.partition_spec(mesh, ('length',), (width,))[0])
+  cut = lambda axes, x: sharding.cut_along(mesh, rows + positions, axes, x.shape)
   specs = {
     name: jax.tree.map(lambda x, axes: cut(axes, x), model.weights, model.axes(model.weights))
     for name, model in models.items()
@@ -216,13 +222,12 @@ def _on_own_rows(
     }
     return _in_chunks(of_tokens, whole, temperature, gathered, stats=stats, columns=columns)
 
-  rows = sharding.row_axes(mesh)
-  own, every = PartitionSpec(rows), PartitionSpec()
+  own, every = PartitionSpec(rows, positions), PartitionSpec()
   run = jax.shard_map(
     local,
-    in_specs=(specs, every, own, own),
+    in_specs=(specs, every, own, PartitionSpec(rows)),
     out_specs=own,
-    axis_names={*rows},
+    axis_names={*rows, *positions},
     check_vma=False,
   )
   weights = {name: model.weights for name, model in models.items()}
@@ -237,7 +242,6 @@ def _in_chunks(
   *,
   stats: Mapping[str, Callable],
   columns: int,
-  pieces: int = 1,
 ) -> dict[str, Array]:
   """`_evaluate` of a number of columns at a time: arrays [B, T, ...] -> f32[B, T, ...] by name."""
   evaluate = functools.partial(
@@ -247,10 +251,10 @@ def _in_chunks(
   if width <= columns:
     return evaluate(of_tokens)
   # Checkpointed: the backward pass computes the logits of one chunk at a time again.
-  chunks = {name: _split(x, columns, pieces) for name, x in of_tokens.items()}
+  chunks = {name: _split(x, columns) for name, x in of_tokens.items()}
   step = jax.checkpoint(evaluate, prevent_cse=False)
   _, out = jax.lax.scan(lambda carry, chunk: (carry, step(chunk)), (), chunks)
-  return {name: _join(x, width, pieces) for name, x in out.items()}
+  return {name: _join(x, width) for name, x in out.items()}
 
 
 def _evaluate(
@@ -318,22 +322,13 @@ def _filled(x: Array, columns: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % columns)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _split(x: Array, columns: int, pieces: int) -> Array:
-  """[B, T, ...] -> [chunks, B, columns, ...]; the last chunk is filled up with zeros.
-
-  A chunk has equally many consecutive columns of each of the `pieces` of a row.
-  """
-  x = x.reshape(x.shape[0], pieces, -1, *x.shape[2:])
-  each = columns // pieces
-  x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % each)) + ((0, 0),) * (x.ndim - 3))
-  x = x.reshape(x.shape[0], pieces, -1, each, *x.shape[3:])
-  x = jnp.moveaxis(x, 2, 0)
-  return x.reshape(*x.shape[:2], columns, *x.shape[4:])
+def _split(x: Array, columns: int) -> Array:
+  """[B, T, ...] -> [chunks, B, columns, ...]; the last chunk is filled up with zeros."""
+  x = _filled(x, columns)
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, columns, *x.shape[2:]), 1, 0)
 
 
-def _join(x: Array, length: int, pieces: int) -> Array:
+def _join(x: Array, length: int) -> Array:
   """[chunks, B, columns, ...] -> [B, length, ...], the inverse of `_split`."""
-  x = x.reshape(*x.shape[:2], pieces, -1, *x.shape[3:])
-  x = jnp.moveaxis(x, 0, 2)
-  x = x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : length // pieces]
-  return x.reshape(x.shape[0], length, *x.shape[3:])
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

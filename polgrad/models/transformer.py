@@ -24,6 +24,7 @@ from polgrad.models.attention import (
   attend,
   attend_to_spans,
   einsum,
+  over_positions,
   segment_mask,
   segment_positions,
   softcap,
@@ -39,7 +40,14 @@ from polgrad.models.quantized import (
   scaled,
   values_of,
 )
-from polgrad.sharding import constrain, merge_positions, pieces_of_a_row, shards, split_positions
+from polgrad.sharding import (
+  constrain,
+  exchanges,
+  merge_positions,
+  pieces_of_a_row,
+  shards,
+  split_positions,
+)
 from polgrad.types import MixedTokens
 
 Array = jax.Array
@@ -112,6 +120,8 @@ def whole_rows(
 ) -> tuple[Array, Array, Array]:
   """Exchanges positions for heads, so that each device attends over whole rows with some of the heads.
 
+  Where the mesh does not divide the heads, positions stay cut, see `attention.over_positions`.
+
   Args:
     query: [B, S, heads, head_dim].
     key, value: [B, S, kv_heads, head_dim].
@@ -121,13 +131,15 @@ def whole_rows(
   Returns:
     The queries, and keys and values laid out as in `Cache`.
   """
-  exchanged = pieces_of_a_row(query.shape[1]) > 1
-  if exchanged:
+  exchanged = exchanges(*query.shape[1:3])
+  if exchanged and not cached:
     count = shards('attention_heads', query.shape[2])
     copies = count // math.gcd(count, key.shape[2])
-    if copies > 1 and not cached:
+    if copies > 1:
       key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+  if pieces_of_a_row(query.shape[1]) > 1:
     query, key, value = (constrain(x, OUTSIDE) for x in (query, key, value))
+  if exchanged:
     query, key, value = (constrain(x, INSIDE) for x in (query, key, value))
   return query, jnp.transpose(key, (0, 2, 3, 1)), jnp.moveaxis(value, 2, 1)
 
@@ -136,7 +148,9 @@ def in_pieces(attended: Array) -> Array:
   """The inverse of `whole_rows`, for what queries have attended to."""
   if pieces_of_a_row(attended.shape[1]) == 1:
     return attended
-  return constrain(constrain(attended, INSIDE), OUTSIDE)
+  if exchanges(*attended.shape[1:3]):
+    attended = constrain(attended, INSIDE)
+  return constrain(attended, OUTSIDE)
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -217,10 +231,12 @@ class Block(_Weights):
     return (prompts, self.finish(completions, attended, valid[1])), ()
 
   def attend(self, query: Array, *sources: Source) -> Array:
-    return attend(query, *sources, **self.score_settings())
+    return over_positions(functools.partial(attend, **self.score_settings()), query, *sources)
 
-  def attend_to_spans(self, query: Array, *spans: Source) -> Array:
-    return attend_to_spans(query, *spans, **self.score_settings())
+  def attend_to_cache(self, query: Array, *spans: Source, several: bool) -> Array:
+    """Attention to the spans of a cache; `several`: some may be empty, and need not be read."""
+    run = functools.partial(attend_to_spans if several else attend, **self.score_settings())
+    return over_positions(run, query, *spans, whole=True)
 
   def fused(self, query: Array, key: Array, value: Array, segment_ids: Array, local: Array):
     """Attention within whole rows by the kernel that the configuration names."""
@@ -583,8 +599,7 @@ class Functions:
       views.append(self.apply(params, positions, held, mask, method='views'))
       spans.append((column, [], [], held))
     x = self.apply(params, tokens, method='embed')
-    several = jnp.ndim(index) or len(cache.spans) > 1
-    attend = 'attend_to_spans' if several else 'attend'
+    several = bool(jnp.ndim(index)) or len(cache.spans) > 1
     # Unrolled: a scan would copy the weights and the cache of every layer at every step.
     for i, weights in enumerate(params['layers']):
       run = functools.partial(self.block.apply, {'params': weights})
@@ -594,7 +609,8 @@ class Functions:
         keys.append(caches.write(caches.KEYS, old.keys[i], key, column))
         values.append(caches.write(caches.VALUES, old.values[i], value, column))
       sources = [(keys[i], values[i], v.mask) for (_, keys, values, _), v in zip(spans, seen)]
-      x = run(x, run(query, *sources, method=attend), valid, method='finish')
+      attended = run(query, *sources, several=several, method='attend_to_cache')
+      x = run(x, attended, valid, method='finish')
     spans = tuple(Span(tuple(keys), tuple(values), held) for _, keys, values, held in spans)
     return self.apply(params, x, method='normalise'), Cache(spans)
 
