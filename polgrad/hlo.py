@@ -16,6 +16,7 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective
 # Bits of an element whose type does not end with them.
 _BITS = {'pred': 8, 'token': 0, 'opaque': 0}
 _SHAPE = re.compile(r'([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\]')
+_LAYOUT = re.compile(_SHAPE.pattern + r'(\{[^}]*\})?')
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 # A comment such as /*index=5*/ in a long tuple.
@@ -32,6 +33,7 @@ class Op(NamedTuple):
   shapes: tuple[tuple[str, tuple[int, ...]], ...]  # types and sizes of its results
   kind: str
   rest: str  # operands and attributes, as text
+  layouts: tuple[str, ...] = ()  # of its results, as text; '' where there is none
 
 
 class Collective(NamedTuple):
@@ -56,7 +58,8 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
       current = found.setdefault(head[2], [])
       entry = head[2] if head[1] else entry
     elif current is not None and (one := _LINE.match(line)):
-      current.append(Op(one[1], _shapes(one[2]), one[3], one[4]))
+      layouts = tuple(found[3] or '' for found in _LAYOUT.finditer(one[2]))
+      current.append(Op(one[1], _shapes(one[2]), one[3], one[4], layouts))
   if not entry:
     raise ValueError('the text is no HLO module: it has no ENTRY computation')
   return found, entry
@@ -134,6 +137,149 @@ def product_flops(text: str) -> float:
     for op in computations[name]:
       total += times * _flops(op, shapes)
   return total
+
+
+class Memory(NamedTuple):
+  """Bytes that a program reads from and writes to the main memory of its device."""
+
+  read: float
+  written: float
+  copied: tuple[str, ...]  # large arrays that it copies, transposes or converts by themselves
+
+
+def main_memory(text: str, large: float = 2**20) -> Memory:
+  """Counts in a program for a TPU, whose text says which arrays are in main memory, and how tiled.
+
+  What a fusion reads of an array is counted: rows that are looked up, no array that it updates in place.
+  Arrays count with the padding of their tiles. Bodies of loops and all branches of conditionals count
+  once, so the number of a loop of decoding is that of one step.
+
+  Args:
+    large: bytes from which on copied arrays are named.
+  """
+  computations, entry = parse(text)
+  inside = {n for ops in computations.values() for op in ops if _is_fusion(op) for n in _called(op)}
+  read = written = 0.0
+  copied = []
+  for name in runs(computations, entry).keys() - inside:
+    ops = {op.name: op for op in computations[name]}
+    for op in computations[name]:
+      if op.kind in _NOTHING or op.kind.endswith('-done'):
+        continue
+      operands = [ops[n] for n in _operands(op) if n in ops]
+      if op.kind in ('copy-start', 'slice-start'):
+        to = 0 if op.kind == 'copy-start' else 1
+        moved = _tiled(op, to)
+        read += moved * _in_main(operands[0])
+        written += moved * _in_main(op, to)
+        copied += [str(op.shapes[to])] * (moved >= large and _in_main(op, to))
+        continue
+      for i, operand in enumerate(operands):
+        if operand.shapes and _in_main(operand):
+          read += _read(op, i, operand, computations)
+      made = _written(op, computations)
+      written += made
+      alone = op.kind in ('copy', 'transpose', 'convert') or (
+        _is_fusion(op) and _moves(op, computations)
+      )
+      copied += [str(op.shapes[0])] * bool(alone and made >= large)
+  return Memory(read, written, tuple(copied))
+
+
+# Instructions that move nothing.
+_NOTHING = {
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call',
+  'after-all', 'iota', 'broadcast',
+}  # fmt: skip
+
+
+def _is_fusion(op: Op) -> bool:
+  return op.kind == 'fusion'
+
+
+def _in_main(op: Op, result: int = 0) -> bool:
+  """Whether a result of an instruction is in main memory: others name their memory space."""
+  return 'S(' not in (op.layouts[result] or '')
+
+
+def _tiled(op: Op, result: int = 0) -> float:
+  """Bytes of a result with the padding of its tiles.
+
+  >>> _tiled(Op('x', (('bf16', (3, 64)),), 'copy', '', ('{1,0:T(8,128)(2,1)}',)))
+  2048.0
+  """
+  kind, sizes = op.shapes[result]
+  layout = re.match(r'\{([\d,]*)(?::T\(([\d,]+)\))?', op.layouts[result] or '')
+  if layout and layout[2]:
+    sizes, tile = list(sizes), [int(n) for n in layout[2].split(',')]
+    minor = [int(n) for n in layout[1].split(',') if n]
+    for axis, each in zip(minor, reversed(tile)):
+      sizes[axis] = -(-sizes[axis] // each) * each
+  return size((kind, sizes))
+
+
+def _read(op: Op, index: int, operand: Op, computations: dict[str, list[Op]]) -> float:
+  """Bytes that an instruction reads of one of its operands."""
+  if op.kind in ('dynamic-slice', 'gather', 'slice') and index == 0:
+    return min(_tiled(op), _tiled(operand))
+  if op.kind == 'dynamic-update-slice' and index == 0:
+    return 0.0
+  if not _is_fusion(op):
+    return _tiled(operand)
+  [called] = _called(op)
+  body = computations[called]
+  of = [one for one in body if one.kind == 'parameter' and one.rest.startswith(f'{index})')]
+  return min(_tiled(operand), _read_inside(of[0], body, computations) if of else 0.0)
+
+
+def _read_inside(source: Op, body: list[Op], computations: dict[str, list[Op]]) -> float:
+  """Bytes that the instructions of a fusion read of an array."""
+  total = 0.0
+  for op in body:
+    names = _operands(op)
+    for index in [i for i, name in enumerate(names) if name == source.name]:
+      if op.kind == 'bitcast' or (_is_fusion(op) and not _kinds(op, computations)):
+        total += _read_inside(op, body, computations)
+      else:
+        total += _read(op, index, source, computations)
+  return total
+
+
+def _written(op: Op, computations: dict[str, list[Op]]) -> float:
+  """Bytes that an instruction writes to main memory."""
+  if op.kind in ('dynamic-update-slice', 'fusion'):
+    updates = _updates(op, computations)
+    sizes = [_tiled(op, i) for i in range(len(op.shapes))]
+    changed = [min(whole, new) for whole, new in zip(sizes, updates)]
+    return sum(n for i, n in enumerate(changed) if _in_main(op, i))
+  return sum(_tiled(op, i) for i in range(len(op.shapes)) if _in_main(op, i))
+
+
+def _updates(op: Op, computations: dict[str, list[Op]], body: list[Op] = ()) -> list[float]:
+  """Bytes of each result that an instruction changes: of one that it updates in place, the new part."""
+  if op.kind == 'dynamic-update-slice':
+    new = [one for one in body if one.name == _operands(op)[1]]
+    return [_tiled(new[0]) if new else 0.0]
+  if _is_fusion(op):
+    [called] = _called(op)
+    inner = computations[called]
+    return _updates(inner[-1], computations, inner)
+  if op.kind in ('tuple', 'bitcast'):
+    of = {one.name: one for one in body}
+    return [n for name in _operands(op) for n in _updates(of[name], computations, body)]
+  return [_tiled(op, i) for i in range(len(op.shapes))]
+
+
+def _moves(op: Op, computations: dict[str, list[Op]]) -> bool:
+  """Whether a fusion only copies, transposes or converts."""
+  kinds = _kinds(op, computations)
+  return bool(kinds) and kinds <= {'copy', 'transpose', 'convert'}
+
+
+def _kinds(op: Op, computations: dict[str, list[Op]]) -> set[str]:
+  """Kinds of the instructions of a fusion that do something."""
+  [called] = _called(op)
+  return {one.kind for one in computations[called]} - {'parameter', 'bitcast', 'tuple', 'reshape'}
 
 
 def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

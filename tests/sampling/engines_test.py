@@ -4,6 +4,7 @@ The engine is `tiny_engine.py`, a Llama in NumPy, in a process that speaks the p
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -16,10 +17,12 @@ import pytest
 
 from benchmarks import engine_mismatch
 from polgrad import build, collect, environments, evaluate, models, phases, sharding
+from polgrad.checks import memory
 from polgrad.losses import logit_stats
 from polgrad.registry import part
-from polgrad.sampling import behavior_policies, engines, make_sampler, processors
+from polgrad.sampling import behavior_policies, engines, make_sampler, processors, resumable, turns
 from polgrad.sampling.engine_process import EngineError, Process
+from polgrad.sampling.sampler import configure
 from polgrad.types import Batch
 from tests.models import tiny
 from tests.runs import addition, method_of
@@ -278,6 +281,69 @@ def test_a_collector_samples_by_the_weights_of_each_step():
   run.engine.served.stop()
 
 
+def test_our_own_sampler_draws_from_rounded_weights_that_are_sent_in_eight_bits():
+  """The mismatch is that of any engine; what is sent are values of 8 bits and their scales."""
+  made = config()
+  made.engine = part(engines.Own, weights='int8', cache='int8')
+  run = build.build(made)
+  phase = run.phases['train']
+  with jax.set_mesh(run.mesh):
+    state = phases.begin(run, 0, None)
+    context = evaluate.context(run, phase, 0)._replace(sampler_mesh=run.mesh)
+    collect_batch = phase.collect.make(context)
+    found = collect_batch(state, lambda n: [{**phase.source[i], 'id': i} for i in range(n)], 0)
+    sent = memory.sent(run.engine, run.policy, run.mesh)
+    kept = run.engine.rounded(run.policy)(state.params)
+    lent = collect_batch.__self__.lent(state).params
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  assert found.metrics['bytes/transfer'] == size(sent) < 0.3 * size(run.policy.shapes())
+  jax.tree.map(np.testing.assert_array_equal, lent, kept)
+  jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(f'{x} {y}'), lent, sent)
+  assert 1e-9 < found.metrics['mismatch/kl'] < 1e-2 and found.metrics['mismatch/max_gap'] < 0.5
+
+
+@pytest.mark.parametrize('settings', [dict(tie_embeddings=False), dict(num_experts=4)])
+def test_samplers_of_turns_and_of_rows_in_flight_read_eight_bits(settings):
+  """Their programs are traced."""
+  policy = engines.Own(weights='int8', cache='float8', dtype='bfloat16').drawn_from(
+    tiny.policy(**settings)
+  )
+  draws = dict(max_new_tokens=NEW, samples_per_prompt=1, slots=0, stop_ids=STOPS, pad_id=1)
+  settings = dict(temperature=1.0, top_k=0, top_p=1.0, token_temperature=processors.unchanged)
+  own = dict(default=policy, behavior_policy=behavior_policies.current, **draws, **settings)
+  params = {'policy': policy.shapes()}
+
+  one = configure(turns.TurnSampler, {}, None, turn_tokens=3, **own)
+  begun = jax.eval_shape(one.begin, params, TOKENS, MASK, IDS, 0, 0)
+  unstacked, keys, prompts, state, _ = begun
+  state = jax.eval_shape(one.fill, prompts, state)
+  extend = functools.partial(one.extend, width=WIDTH)
+  [chunk] = (turns.Chunk(*(x[0] for x in c)) for c in [turns.empty_chunks(1, 1, len(IDS))])
+  assert jax.eval_shape(extend, unstacked, state, chunk) == state
+  advance = functools.partial(one.advance, width=WIDTH)
+  after, _ = jax.eval_shape(advance, unstacked, keys, None, state, np.bool_(True))
+  assert after == state
+  types = {x.dtype for x in jax.tree.leaves(state.decoding.caches)}
+  assert types == {np.dtype(x) for x in ('float8_e4m3fn', 'float32', 'int32')}
+
+  one = configure(resumable.ResumableSampler, {}, None, **own)
+  rows = resumable.empty(len(IDS), 1, WIDTH, NEW)
+  unstacked, rows, read = jax.eval_shape(one.read_rows, params, rows, np.int32(0))
+  asked = np.int32(0), np.int32(0), np.zeros(len(IDS), bool), np.int32(1), np.int32(9)
+  advance = lambda *arrays: one.advance(*arrays[:3], None, *arrays[3:])
+  assert jax.eval_shape(advance, unstacked, rows, read, *asked) == (rows, read)
+
+
+def test_types_that_no_sampler_has_are_refused_by_name():
+  made = config()
+  made.engine = part(engines.Own)
+  for name, value in (('weights', 'int4'), ('cache', 'bfloat16'), ('dtype', 'float16')):
+    wrong = made.copy_and_resolve_references()
+    wrong.engine[name] = value
+    with pytest.raises(ValueError, match=f'config.engine.*{name}.*{value}.*int8|float32'):
+      build.build(wrong)
+
+
 def test_weights_that_did_not_arrive_are_noticed():
   """Gaps are over the mask; a token that the trainer's filters leave out counts apart."""
   mask = np.array([[True, True, True, False]])
@@ -287,7 +353,8 @@ def test_weights_that_did_not_arrive_are_noticed():
   own, before = np.array([[-1.5, -2.0, -np.inf, 9.0]]), np.array([[-4.0, -5.0, -6.0, 9.0]])
   found = engine_mismatch.gap(batch, own, before)
   kl = (np.expm1(-0.5) + 0.5) / 2
-  np.testing.assert_allclose(found, (0.25, 0.5, kl, 3.0, 1 / 3))
+  used = (1 + np.exp(-0.5)) ** 2 / (2 * (1 + np.exp(-1)))
+  np.testing.assert_allclose(found, (0.25, 0.5, kl, 3.0, 1 / 3, used, 0.0))
   engine_mismatch.check([found, found])
   with pytest.raises(ValueError, match='the weights did not arrive'):
     engine_mismatch.check([found, engine_mismatch.gap(batch, before, own)])
