@@ -11,6 +11,12 @@ is kept. A student with a logit for every token reaches the teacher under all of
 The second table is of weighted likelihoods and of their mixtures with a reward: a policy over three
 tokens with free logits, which the data have with frequencies 0.6, 0.3 and 0.1, and of which only the
 last one is rewarded. It is gradient descent on the expected loss.
+
+The third table is of the text that a student reads, GKD's fraction of its own samples. Teacher and
+student write three tokens out of three. The teacher has a logit for every token after every prefix, 2
+times a standard normal number; the student sees only the last token. So what it learns after a token
+depends on how often its prefixes occur in the text. All sequences are enumerated. No gradient flows
+through who wrote them, so the table has points at rest of the mean step, not minima.
 """
 
 import functools
@@ -23,12 +29,22 @@ import numpy as np
 import scipy.optimize
 
 from polgrad.losses import divergences, penalties, surrogates, weights
+from polgrad.tabular import enumerable
 
 POINTS = np.linspace(-5, 5, 41)
 MODES = ((-2.0, 0.6), (2.0, 0.4))
 WIDTH = 0.5
 STARTS = [(m, s) for m in (-2.5, 0.1, 2.5) for s in (0.3, 0.7, 1.5, 3.0)]
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'distillation.md'
+K = 8  # likeliest tokens that the teacher tells
+
+
+def listed(teacher_logits: jax.Array, logits: jax.Array) -> jax.Array:
+  """`divergences.listed` of the K tokens that a service would tell."""
+  log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(teacher_logits), K)
+  return divergences.listed(ids, log_probs, logits)
+
+
 DIVERGENCES = {
   '`forward_kl`': divergences.forward_kl,
   '`skew_forward_kl`, 0.1': divergences.skew_forward_kl,
@@ -36,11 +52,20 @@ DIVERGENCES = {
   '`jensen_shannon`, w = 0.5': divergences.jensen_shannon,
   '`jensen_shannon`, w = 0.9': functools.partial(divergences.jensen_shannon, teacher_weight=0.9),
   '`alpha_divergence`, 0.5': divergences.alpha_divergence,
+  '`alpha_divergence`, 2, half of chi-square': functools.partial(
+    divergences.alpha_divergence, alpha=2.0
+  ),
   '`symmetric_kl`, c = 0.5': divergences.symmetric_kl,
   '`symmetric_kl`, c = 0.9': functools.partial(divergences.symmetric_kl, reverse_weight=0.9),
   '`total_variation`': divergences.total_variation,
   '`skew_reverse_kl`, 0.1': divergences.skew_reverse_kl,
   '`reverse_kl`': divergences.reverse_kl,
+  "`top_k`, the teacher's 8": functools.partial(divergences.top_k, k=K),
+  '`listed`, 8': listed,
+  "`top_k`, the teacher's 8, no bucket": functools.partial(divergences.top_k, k=K, bucket=False),
+  "`top_k`, the teacher's 8, `reverse_kl`": functools.partial(
+    divergences.top_k, divergence=divergences.reverse_kl, k=K
+  ),
 }
 
 
@@ -168,6 +193,74 @@ def likelihood_page(found: dict[str, np.ndarray]) -> str:
   return '\n'.join(lines)
 
 
+TEACHER = enumerable.table(3, 3)
+# What precedes each prefix's next token: 0 nothing, 1 + the last token.
+LAST = np.zeros(13, int)
+LAST[TEACHER.prefixes[:, 1:]] = 1 + TEACHER.tokens[:, :-1]
+STUDENT = TEACHER._replace(logits=lambda params: params[LAST])
+# How often each sequence visits each prefix, f[S, P].
+VISITS = np.sum(np.eye(13)[TEACHER.prefixes], axis=1)
+FRACTIONS = (0.0, 0.5, 1.0)
+MIXED = ('`forward_kl`', '`jensen_shannon`, w = 0.5', '`reverse_kl`')
+
+
+def wordy_teacher(seed: int = 0) -> np.ndarray:
+  """Logits of the teacher of sequences, f64[P, V]."""
+  return 2 * np.random.default_rng(seed).normal(size=(13, 3))
+
+
+def sequence_logp(policy: enumerable.Policy, params: jax.Array) -> jax.Array:
+  """Log-probabilities of all sequences, f64[S]."""
+  return jnp.sum(enumerable.logp(policy, params), axis=1)
+
+
+def text_loss(divergence, fraction: jax.Array, params: jax.Array) -> jax.Array:
+  """The mean over three tokens of a divergence, on the student's text with probability `fraction`."""
+  teacher = jnp.asarray(wordy_teacher())
+  own = jax.lax.stop_gradient(jnp.exp(sequence_logp(STUDENT, params)))
+  text = fraction * own + (1 - fraction) * jnp.exp(sequence_logp(TEACHER, teacher))
+  return text @ VISITS @ divergence(teacher, STUDENT.logits(params)) / 3
+
+
+def text_rest(divergence, steps: int = 4000) -> dict[float, np.ndarray]:
+  """The student at rest, f64[4, 3], by the fraction of its own text."""
+  step = jax.grad(functools.partial(text_loss, divergence), argnums=1)
+
+  @jax.jit
+  def run(fraction):
+    descend = lambda _, x: x - 2.0 * step(fraction, x)
+    return jax.lax.fori_loop(0, steps, descend, jnp.zeros((4, 3)))
+
+  return {fraction: np.asarray(run(fraction)) for fraction in FRACTIONS}
+
+
+class Text(NamedTuple):
+  """KLs of whole sequences between teacher and student at rest, nats."""
+
+  forward: float  # KL(teacher || student)
+  reverse: float  # KL(student || teacher)
+
+
+def text_rows() -> dict[tuple[str, float], Text]:
+  """By the label of the divergence and the fraction of the student's text."""
+  with jax.enable_x64(True):
+    teacher = np.asarray(sequence_logp(TEACHER, jnp.asarray(wordy_teacher())))
+    kl = lambda p, q: float(np.exp(p) @ (p - q))
+    found = {}
+    for name in MIXED:
+      for fraction, params in text_rest(DIVERGENCES[name]).items():
+        own = np.asarray(sequence_logp(STUDENT, jnp.asarray(params)))
+        found[name, fraction] = Text(kl(teacher, own), kl(own, teacher))
+    return found
+
+
+def text_page(found: dict[tuple[str, float], Text]) -> str:
+  lines = ['| divergence | fraction of own text | KL(T, S) | KL(S, T) |', '|---|---|---|---|']
+  lines += [f'| {n} | {f} | {x.forward:.4f} | {x.reverse:.4f} |' for (n, f), x in found.items()]
+  return '\n'.join(lines)
+
+
+THIRD = '<!-- begin of the texts -->', '<!-- end of the texts -->'
 SECOND = '<!-- begin of the likelihoods -->', '<!-- end of the likelihoods -->'
 BEGIN, END = '<!-- begin of the table -->', '<!-- end of the table -->'
 
@@ -179,7 +272,7 @@ def draw(found: dict[str, Found], path: pathlib.Path) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(3, 4, figsize=(11, 6), sharex=True, sharey=True)
+  figure, axes = pyplot.subplots(4, 4, figsize=(11, 8), sharex=True, sharey=True)
   target = np.asarray(jax.nn.softmax(jnp.asarray(teacher())))
   for axis, (name, x) in zip(axes.flat, found.items()):
     axis.fill_between(POINTS, target, color='0.8', label='teacher')
@@ -198,7 +291,11 @@ def draw(found: dict[str, Found], path: pathlib.Path) -> None:
 def main() -> None:
   found = rows()
   text = PAGE.read_text()
-  tables = (BEGIN, END, page(found)), (*SECOND, likelihood_page(likelihood_rows()))
+  tables = (
+    (BEGIN, END, page(found)),
+    (*SECOND, likelihood_page(likelihood_rows())),
+    (*THIRD, text_page(text_rows())),
+  )
   for begin, end, table in tables:
     before, others = text.split(begin)
     text = f'{before}{begin}\n{table}\n{end}{others.split(end)[1]}'

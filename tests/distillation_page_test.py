@@ -1,18 +1,25 @@
 """The page on distillation: its table, and published fixed points of a symmetric teacher."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import distillation as page
 from benchmarks import teacher_consistency
+from polgrad import methods
 from polgrad.losses import divergences
+from polgrad.tabular import estimators
 
 
-def test_the_page_has_the_table_that_its_command_makes():
-  found = page.rows()
-  assert page.page(found) in page.PAGE.read_text()
-  forward, reverse = found['`forward_kl`'], found['`reverse_kl`']
+@pytest.fixture(scope='module')
+def rows():
+  return page.rows()
+
+
+def test_the_page_has_the_table_that_its_command_makes(rows):
+  assert page.page(rows) in page.PAGE.read_text()
+  forward, reverse = rows['`forward_kl`'], rows['`reverse_kl`']
   # Covering: the student has mean and variance of the teacher. Seeking: it is the larger mode alone.
   with jax.enable_x64(True):
     both = np.asarray(jax.nn.softmax(page.teacher()))
@@ -65,6 +72,51 @@ def test_the_page_has_the_fixed_points_of_likelihoods_and_mixtures():
     p = found[f'`chord`, weigh=alike, mu = {mu}']
     at_rest = mu * (page.FREQUENCIES - p) + (1 - mu) * p * (page.REWARDS - p[2])
     np.testing.assert_allclose(at_rest, 0, atol=1e-9)
+
+
+def test_what_a_list_of_tokens_leads_to_and_that_it_is_what_top_k_compares(rows):
+  """The minimum of KL + KL of the class of others, written in NumPy, has no gradient there."""
+  top, told = rows["`top_k`, the teacher's 8"], rows['`listed`, 8']
+  np.testing.assert_allclose(told, top, rtol=1e-9)
+  t = np.exp(page.teacher()) / np.exp(page.teacher()).sum()
+  best = np.argsort(-t)[: page.K]
+
+  def loss(mean, deviation):
+    s = np.exp(-0.5 * ((page.POINTS - mean) / deviation) ** 2)
+    s = s / s.sum()
+    classes = [np.append(p[best], 1 - p[best].sum()) for p in (t, s)]
+    return classes[0] @ np.log(classes[0] / classes[1])
+
+  at = lambda dm, dd: loss(top.mean + dm, top.deviation + dd)
+  np.testing.assert_allclose(at(0, 0), top.value, rtol=1e-6)
+  slopes = [at(1e-4, 0) - at(-1e-4, 0), at(0, 1e-4) - at(0, -1e-4)]
+  np.testing.assert_allclose(np.array(slopes) / 2e-4, 0, atol=1e-4)
+
+
+def test_the_students_of_gkd_rest_where_the_page_says():
+  """The expected gradient of the method, by enumeration, on both kinds of text."""
+  found = page.text_rows()
+  assert page.text_page(found) in page.PAGE.read_text()
+  with jax.enable_x64(True):
+    teacher = jnp.asarray(page.wordy_teacher())
+    for fraction, params in page.text_rest(divergences.jensen_shannon).items():
+      own = jnp.asarray(params[page.LAST])
+      one = estimators.Setting(
+        policy=page.TEACHER,
+        rewards=np.zeros(27),
+        params=own,
+        behavior=own,
+        anchors={'teacher': teacher},
+        values=np.zeros((27, 3)),
+      )
+      both = [one, one._replace(behavior=teacher)]
+      parts = methods.gkd(student_fraction=fraction).bound()
+      on_own, on_given = estimators.gradient_distributions(both, *parts, rows_per_prompt=1)
+      mean = fraction * on_own.mean + (1 - fraction) * on_given.mean
+      np.testing.assert_allclose(np.eye(4)[page.LAST].T @ mean.reshape(13, 3), 0, atol=1e-12)
+      assert np.abs(mean).max() > 1e-3  # a student of whole prefixes would move
+  # Forward KL on the teacher's text is supervised learning: the smallest KL(T, S) of all.
+  assert min(found, key=lambda key: found[key].forward) == ('`forward_kl`', 0.0)
 
 
 def test_a_student_that_can_be_the_teacher_becomes_it():
