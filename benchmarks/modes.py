@@ -3,6 +3,7 @@
     python -m benchmarks.modes                         # all of it; resumes
     python -m benchmarks.modes --speed                 # only the speed
     python -m benchmarks.modes --lengths               # only the lengths of the rows of the first steps
+    python -m benchmarks.modes --caches                # only what old caches change
     python -m benchmarks.modes offline mixed --seeds=3 # accuracy of some modes
     python -m benchmarks.modes --table                 # only writes the tables into docs/asynchronous.md
 
@@ -16,6 +17,11 @@ the median and the range of the rounds. The learning rate is next to 0, so all s
 Lengths: of the same policy, on one device, without updates. Batches of the first steps are collected
 from several places of the data, each time from the beginning.
 
+Caches: rows are drawn up to 12 tokens, the policy then makes some steps of GRPO with a reward of short
+rows, and the new weights draw the rest, from caches that are filled anew or not. The divergence is the
+k3 estimate of KL(sampled from || trainer's) in nats a token, the trainer having the new weights: of the
+tokens that these have drawn, and of those before.
+
 Accuracy: all modes of a seed begin with the same supervised checkpoint and make the same number of steps
 on two-digit addition, on one device and without waits. Accuracy is that of greedy answers to 400
 held-out problems.
@@ -24,6 +30,7 @@ Results are appended to docs/modes.jsonl.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -40,9 +47,14 @@ import numpy as np
 from benchmarks import hybrids, marks
 from benchmarks.curricula import run
 from polgrad import build, collect, phases, sharding, teacher_logp
+from polgrad.collect import partial
+from polgrad.compiling import jit
+from polgrad.learner import forward_in_pieces
 from polgrad.options import from_text
 from polgrad.overrides import apply
-from polgrad.registry import part
+from polgrad.registry import part, weighted
+from polgrad.rewards import verifiers
+from polgrad.sampling import resumable
 from polgrad.sampling.decoding import Sampler
 from polgrad.types import Params
 
@@ -133,13 +145,14 @@ class Alive:
     config.phases, config.order = {'train': config.phases.train}, ('train',)
     self.experiment = build.build(config)
     with jax.set_mesh(self.experiment.mesh):
-      self.begun = self.state = phases.begin(self.experiment, 0, None)
-      self.run = phases.start_phase(self.experiment, self.state, phases.Logs())
-    self.made = 0
+      self.begun = phases.begin(self.experiment, 0, None)
+      self.run = phases.start_phase(self.experiment, self.begun, phases.Logs())
+    self.restart(0)
 
   def restart(self, cursor: int) -> None:
-    """Begins again, at another place of the data; without updates in between."""
-    self.state, self.made = self.begun.replace(cursor=np.int32(cursor)), 0
+    """Begins again, at another place of the data."""
+    state = jax.tree.map(jnp.copy, self.begun)  # updates take the arrays over
+    self.state, self.made = state.replace(cursor=np.int32(cursor)), 0
 
   def step(self, wait: float | None) -> collect.Collected:
     """Makes a step, whose update waits for some seconds; None: there is no update."""
@@ -252,6 +265,55 @@ def accuracy(mode: str, seed: int, steps: int, warm_start: int) -> dict:
   }
 
 
+def caches(steps: Sequence[int]) -> dict:
+  """By the number of steps between two pieces: divergences of the tokens, see `_divergences`."""
+  config = load_slow('digits=2')
+  config.phases.train.optimizer.learning_rate = hybrids.RATE
+  with config.unlocked():
+    short = part(verifiers.soft_overlong, max_length=24, cache=24)
+    config.phases.train.reward.short = weighted(1.0, short)
+  one = Alive(config)
+  collectors = [
+    dataclasses.replace(
+      one.run.phase.collect, lag=1, overlap=True, chunk=12, refill=refill, **IN_FLIGHT
+    )
+    for refill in (True, False)
+  ]
+  found = []
+  with jax.set_mesh(one.experiment.mesh):
+    context = phases.context(one.experiment, one.run.phase, 0)
+    samplers = [partial.make_in_flight_steps(x, context, x._parts(context)) for x in collectors]
+    for made in steps:
+      one.restart(0)
+      rows = []
+      for sampler in samplers:
+        nothing, _ = sampler.settings.init()
+        begun = sampler.filled(nothing, one.run.draw(one.state), 0)
+        stop = lambda rows: True
+        rows.append(sampler.drawn(begun, sampler.lent(one.state), number=0, version=0, stop=stop))
+      for _ in range(made):
+        one.step(0.0)
+      drawn = [
+        sampler.drawn(begun, sampler.lent(one.state), number=0, version=1)
+        for sampler, begun in zip(samplers, rows)
+      ]
+      found.append([made, *_divergences(one, drawn[0]), _divergences(one, drawn[1])[0]])
+      print(found[-1], flush=True)
+  return {'caches': found}
+
+
+def _divergences(one: Alive, rows: resumable.Rows) -> tuple[float, float]:
+  """Of the tokens of version 1, and of those of version 0, from the log-probs of the trainer."""
+  collector = one.run.phase.collect
+  batch = partial.batch_of(rows, collector.samples_per_prompt, one.experiment.tokenizer.pad_id)
+  policy = one.experiment.policy
+  logp = jit(lambda params, batch: forward_in_pieces(policy, params, batch).logp)
+  ratio = np.asarray(logp(one.state.params, batch) - batch.behavior_logp, np.float64)
+  k3 = np.expm1(ratio) - ratio
+  kinds = [batch.mask & (batch['versions'] == version) for version in (1, 0)]
+  return tuple(float(f'{k3[kind].mean():.3g}') for kind in kinds)
+
+
 def read() -> list[dict]:
   lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
   return [json.loads(line) for line in lines]
@@ -299,8 +361,21 @@ def table_of_lengths(results: list[dict]) -> str:
   return '\n'.join(lines)
 
 
+def table_of_caches(results: list[dict]) -> str:
+  """A row a number of steps: divergences of the tokens that the old and the new weights have drawn."""
+  measured = [one['caches'] for one in results if 'caches' in one]
+  if not measured:
+    return ''
+  titles = ['filled anew', 'old caches', 'tokens of the old weights']
+  lines = [f'| steps | {" | ".join(titles)} |', '|---' * (len(titles) + 1) + '|']
+  for steps, anew, before, old in measured[-1]:
+    lines.append(f'| {steps} | {anew:.1e} | {old:.1e} | {before:.1e} |')
+  return '\n'.join(lines)
+
+
 def with_tables(text: str, results: list[dict]) -> str:
-  """The text of the page with both tables between their marks."""
+  """The text of the page with all tables between their marks."""
+  text = marks.with_table(text, 'caches', table_of_caches(results))
   text = marks.with_table(text, 'modes', table(results))
   return marks.with_table(text, 'lengths', table_of_lengths(results))
 
@@ -318,25 +393,27 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=40, help='of a run whose accuracy is measured')
   parser.add_argument('--warm_start', type=int, default=180)
   parser.add_argument('--rounds', type=int, default=5, help='of the speed')
-  for one in ('speed', 'lengths', 'table'):
+  for one in ('speed', 'lengths', 'caches', 'table'):
     parser.add_argument(f'--{one}', action='store_true', help='only this')
   args = parser.parse_args()
   if unknown := {*args.modes} - MODES.keys():
     parser.error(f'unknown {sorted(unknown)}; valid: {list(MODES)}')
-  everything = not (args.modes or args.speed or args.lengths or args.table)
+  everything = not (args.modes or args.speed or args.lengths or args.caches or args.table)
   jax.config.update('jax_num_cpu_devices', 8)
   if everything or args.speed:
     for found in speeds([*MODES], WAITS, args.rounds, steps=4):
       keep(found)
   if everything or args.lengths:
     keep(lengths(steps=8, places=12))
+  if everything or args.caches:
+    keep(caches((1, 4, 16)))
   if everything or args.modes:
     done = {(one['mode'], one['seed']) for one in read() if 'mode' in one}
     for seed in range(args.seeds):
       for mode in args.modes or MODES:
         if (mode, seed) not in done:
           keep(accuracy(mode, seed, args.steps, args.warm_start))
-  print(table(read()), table_of_lengths(read()), sep='\n\n')
+  print(table(read()), table_of_lengths(read()), table_of_caches(read()), sep='\n\n')
   PAGE.write_text(with_tables(PAGE.read_text(), read()))
 
 

@@ -15,6 +15,7 @@ OF_MODES = [
   {'mode': 'mixed', 'seed': 1, 'after': 0.5},
   {'mode': 'mixed', 'seed': 0, 'after': 0.25},
   {'lengths': {'synchronous': [3.0, 4.0], 'other': [2.0, 4.0]}},
+  {'caches': [[4, 1e-7, 0.02, 0.003]]},
 ]
 
 
@@ -28,6 +29,8 @@ def test_speed_is_the_median_of_the_ratios_of_rounds():
   assert 'faster, a draw waits 10 ms and an update waits 250 ms' in lines[0]
   assert '| mixed | 2.50 x (2.00 to 3.00) | 1.2 | 0.375 | 0.250, 0.500 |' in lines
   assert modes.table_of_lengths(OF_MODES).splitlines()[-1] == '| other | 2.0 | 4.0 |'
+  last = modes.table_of_caches(OF_MODES).splitlines()[-1]
+  assert last == '| 4 | 1.0e-07 | 3.0e-03 | 2.0e-02 |'
 
 
 def test_the_page_has_the_tables_of_the_results():
