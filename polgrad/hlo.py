@@ -172,7 +172,8 @@ def main_memory(text: str, large: float = 2**20) -> Memory:
         moved = _tiled(op, to)
         read += moved * _in_main(operands[0])
         written += moved * _in_main(op, to)
-        copied += [str(op.shapes[to])] * (moved >= large and _in_main(op, to))
+        within = _in_main(operands[0]) and _in_main(op, to)
+        copied += [str(op.shapes[to])] * (moved >= large and within)
         continue
       for i, operand in enumerate(operands):
         if operand.shapes and _in_main(operand):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from polgrad.models.config import Config
 from polgrad.models.quantized import KINDS, Quantized, is_quantized, quantize
@@ -109,7 +110,21 @@ def _write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int)
     before = (slice(None),) * (axis - 1)
     put = lambda buffer, new, columns: buffer.at[(*before, columns)].set(new, mode='drop')
     out = jax.vmap(put)(buffer, new, columns)
-  return constrain(out, axes)
+  return constrain(on_tpu(axes, out), axes)
+
+
+def on_tpu(axes: tuple[str, ...], buffer: Array) -> Array:
+  """The buffer, on a TPU with columns last in memory, as attention reads it.
+
+  Where attention is inside of a conditional, a TPU's compiler would otherwise lay out the buffers as it
+  likes to write a column, and copy all of them in every step.
+  """
+  if axes not in (KEYS, VALUES):
+    return buffer
+  rest = [i for i, axis in enumerate(axes) if axis != 'attention_length']
+  order = Layout((*rest, axes.index('attention_length')))
+  laid_out = lambda x: with_layout_constraint(x, order)
+  return jax.lax.platform_dependent(buffer, tpu=laid_out, default=lambda x: x)
 
 
 def begin(cache: Cache, read: Cache, rows: Array) -> Cache:
