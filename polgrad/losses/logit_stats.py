@@ -24,14 +24,45 @@ from polgrad.types import Array
 def logp(logits: Array, tokens: Array) -> Array:
   """Log-probability of the tokens in nats, log softmax(logits)[tokens]; f32[..., V], i32[...] ->
   f32[...]."""
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
+  return _logp(logits, tokens)
+
+
+@jax.custom_jvp
+def _logp(logits: Array, tokens: Array) -> Array:
+  shifted, log_sum = _shifted(logits)
+  return _chosen(shifted, tokens) - log_sum
+
+
+# The derivative is the score. JAX's rules would scatter the cotangent of the chosen logit, a loop over
+# tokens on CPUs, and add to it that of the sum; as one expression, both are one pass over the logits.
+@_logp.defjvp
+def _logp_jvp(primals: tuple[Array, Array], tangents: tuple) -> tuple[Array, Array]:
+  (logits, tokens), (moved, _) = primals, tangents
+  shifted, log_sum = _shifted(logits)
+  own = jax.nn.one_hot(tokens, logits.shape[-1], dtype=logits.dtype)
+  score = own - jnp.exp(shifted - log_sum[..., None])
+  return _chosen(shifted, tokens) - log_sum, jnp.sum(score * moved, axis=-1)
 
 
 def entropy(logits: Array) -> Array:
   """Entropy in nats, -sum_v p_v log p_v; f32[..., V] -> f32[...]. Logits may be -inf."""
-  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  shifted, log_sum = _shifted(logits)
+  log_probs = shifted - log_sum[..., None]
   return -jnp.sum(jnp.exp(log_probs) * jnp.where(log_probs > -jnp.inf, log_probs, 0), axis=-1)
+
+
+def _shifted(logits: Array) -> tuple[Array, Array]:
+  """(x, log sum exp x) with x = logits - max: log softmax is their difference. f32[..., V], f32[...].
+
+  Statistics that begin with it share the passes over the logits that it takes.
+  """
+  shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+
+
+def _chosen(x: Array, tokens: Array) -> Array:
+  """The entry of the last axis of x that each token names."""
+  return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
 
 
 def log_normalizer(logits: Array) -> Array:
@@ -43,7 +74,7 @@ def log_normalizer(logits: Array) -> Array:
 def token_logit(logits: Array, tokens: Array) -> Array:
   """The logit of the token itself, not normalised: the value of the prefix that ends with it, if the
   logits are values (arXiv:2310.17022); f32[..., V], i32[...] -> f32[...]."""
-  return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return _chosen(logits, tokens)
 
 
 def expected_logit(logits: Array, teacher_logits: Array) -> Array:
@@ -300,7 +331,7 @@ def unlikelihood(
 def _probabilities(logits: Array, tokens: Array) -> tuple[Array, Array]:
   """pi f32[..., V] and its value at the token, f32[...]; no gradient flows through them."""
   probs = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1)
-  return probs, jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
+  return probs, _chosen(probs, tokens)
 
 
 TABLE = table(

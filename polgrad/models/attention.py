@@ -50,10 +50,11 @@ def softcap(x: Array, cap: float) -> Array:
 def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Array:
   """Grouped-query attention (arXiv:2305.13245): a group of query heads reads one key and value head.
 
-  The softmax is over the keys of all sources together. Each source is read separately, and the results
-  are averaged with weights proportional to exp(lse_i), where lse_i is the log sum exp of the scores of
-  source i; this equals the softmax over all keys. A source may have fewer rows (N) than the queries
-  (B): then B / N consecutive rows of queries read the same row of the source.
+  The softmax is over the keys of all sources together. Each source is read separately, as
+  sum_l exp(s_l - m) v_l and sum_l exp(s_l - m) with its largest score m, and the sums of all sources are
+  added up with factors exp(m - largest m); the quotient is the softmax over all keys. A source may have
+  fewer rows (N) than the queries (B): then B / N consecutive rows of queries read the same row of the
+  source.
 
   Args:
     query: [B, S, heads, head_dim].
@@ -66,11 +67,7 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
   Returns:
     [B, S, heads, head_dim]
   """
-  parts = [_attend_to(query, *source, scale, cap) for source in sources]
-  if len(parts) == 1:
-    return parts[0][0].astype(query.dtype)
-  weights = jax.nn.softmax(jnp.stack([lse for _, lse in parts]), axis=0)
-  return sum(w[..., None] * out for w, (out, _) in zip(weights, parts)).astype(query.dtype)
+  return _quotient([_read(query, *source, scale, cap) for source in sources]).astype(query.dtype)
 
 
 def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0) -> Array:
@@ -78,24 +75,14 @@ def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0
 
   Reading such a source would add zeros, so whether it is read changes no bit of the result.
   """
+  read = lambda *span: _read(query, *span, scale, cap)
 
-  def read(key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]:
-    scores = _scores(query, key, mask, scale, cap)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, axis=-1)
-    return top, total, _mix(weights, value, query.dtype).reshape(*total.shape, -1)
-
-  def skip(key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]:
-    top, total, out = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, key, value, mask))
+  def skip(*span: Array) -> Read:
+    top, total, out = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, *span))
     return jnp.full_like(top, jnp.finfo(jnp.float32).min), total, out
 
   parts = [jax.lax.cond(jnp.any(span[2]), read, skip, *span) for span in spans]
-  top = functools.reduce(jnp.maximum, [top for top, _, _ in parts])
-  factors = [jnp.exp(own - top) for own, _, _ in parts]
-  total = sum(factor * total for factor, (_, total, _) in zip(factors, parts))
-  out = sum(factor[..., None] * out for factor, (_, _, out) in zip(factors, parts))
-  return _like(query, out / jnp.maximum(total, 1e-30)[..., None]).astype(query.dtype)
+  return _quotient(parts).astype(query.dtype)
 
 
 def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool = False) -> Array:
@@ -143,12 +130,32 @@ def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool
   return split(query, *sources)
 
 
-def _attend_to(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float):
-  """Attention to one source, f32[B, S, heads, head_dim], and the lse of its scores, f32[B, S, heads]."""
+# Of one source: the largest score and the sum of exponentials, f32[B, S, heads], and the sum of values,
+# f32[B, S, heads, head_dim]
+Read = tuple[Array, Array, Array]
+
+
+def _read(query: Array, key: Array, value: Array, mask: Array, scale: float, cap: float) -> Read:
   scores = _scores(query, key, mask, scale, cap)
-  out = _mix(jax.nn.softmax(scores, axis=-1), value, query.dtype)
-  lse = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1).reshape(query.shape[:3])
-  return _like(query, out), lse
+  # The result does not depend on what is subtracted, so no gradient needs to flow through it.
+  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+  weights = jnp.exp(scores - top[..., None])
+  total = jnp.sum(weights, axis=-1)
+  of_queries = lambda x: jnp.moveaxis(x, 3, 1).reshape(query.shape[:3])
+  return of_queries(top), of_queries(total), _like(query, _mix(weights, value))
+
+
+def _quotient(parts: list[Read]) -> Array:
+  """The sum of values over that of exponentials, of all sources."""
+  if len(parts) == 1:
+    [(_, total, out)] = parts
+  else:
+    top = functools.reduce(jnp.maximum, [top for top, _, _ in parts])
+    factors = [jnp.exp(own - top) for own, _, _ in parts]
+    total = sum(factor * total for factor, (_, total, _) in zip(factors, parts))
+    out = sum(factor[..., None] * out for factor, (_, _, out) in zip(factors, parts))
+  # A skipped source has the total 0.
+  return out / jnp.maximum(total, 1e-30)[..., None]
 
 
 def _scores(query: Array, key: Array, mask: Array, scale: float, cap: float) -> Array:
