@@ -24,7 +24,7 @@ from polgrad import build, hlo, phases, sharding, speed
 from polgrad.checks import memory, tracing
 from polgrad.learner import Learner, forward_in_pieces
 from polgrad.models.policy import Policy, learned
-from polgrad.sampling import engines
+from polgrad.sampling import engines, resumable
 from polgrad.sampling import sampler as sampling
 from polgrad.sampling.decoding import Sampler
 from polgrad.types import PLAIN, Batch, Layout
@@ -200,8 +200,10 @@ def plan(name: str, phase: Any, run: build.Experiment) -> list[Planned]:
   """The programs of a phase, in the order of a step."""
   planner = Planner(name, phase, run)
   found = planner.anchors() + planner.network_scores()
-  if hasattr(phase.collect, 'max_new_tokens'):
-    found = planner.transfers() + planner.rollouts() + found
+  # An external engine samples on its own devices, and compiles its programs itself.
+  if hasattr(phase.collect, 'max_new_tokens') and not isinstance(run.engine, engines.External):
+    flying = getattr(phase.collect, 'in_flight', 0)
+    found = planner.transfers() + (planner.continued() if flying else planner.rollouts()) + found
   return found + planner.updates()
 
 
@@ -230,7 +232,7 @@ class Planner:
     return total * jnp.dtype(policy.config.dtype).itemsize / mesh.shape['tensor']
 
   def least(
-    self, policy: Policy, mesh: Any, tokens: float, *, update: bool = False, passes: int = 1
+    self, policy: Policy, mesh: Any, tokens: float, *, update: bool = False, passes: float = 1
   ) -> float:
     """`least_moved` of a model that reads a number of tokens, and its parameters `passes` times."""
     config = policy.config
@@ -391,9 +393,9 @@ class Planner:
     """Bytes on a chip of the copies of parameters that the sampler reads, if it has its own."""
     return local(self.sets(self.sampler().policies))
 
-  def sampler(self) -> Sampler:
+  def sampler(self, kind: type[Sampler] = Sampler) -> Any:
     """The sampler of the phase, whose methods are the steps of its program."""
-    return make_sampler(self.phase, self.run.policy, self.sampled_on, self.run.engine)
+    return make_sampler(self.phase, self.run.policy, self.sampled_on, self.run.engine, kind)
 
   def transfers(self) -> list[Planned]:
     """The copy of the parameters to the sampler, if it needs its own."""
@@ -407,6 +409,12 @@ class Planner:
     counts = Counts(flops=0.0, bytes=size, least_moved=least if self.apart else 0.0)
     return [Planned(f'{self.name} transfer', 1, self.sampled_on, None, (size,), counts)]
 
+  def drawn_from(self) -> float:
+    """Bytes of the weights that decoding reads, without their cut over fsdp."""
+    weights = memory.unstacked(self.run.engine.drawn_from(self.run.policy), self.sampled_on)
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    return total / self.sampled_on.shape['tensor']
+
   def rollouts(self) -> list[Planned]:
     """The prefill of a sampler, one step of its decoding, and the whole rollout."""
     mesh, policy, collect = self.sampled_on, self.run.policy, self.phase.collect
@@ -419,9 +427,7 @@ class Planner:
     sets = self.sets(one.policies)
     held = 0.0 if self.apart else local(self.state) - local(sets)
     models = len(sets)
-    # Weights in the type in which decoding reads them.
-    weights = memory.unstacked(self.run.engine.drawn_from(policy), mesh)
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)) / mesh.shape['tensor']
+    size = self.drawn_from()
     gathered = models * size
     forward = lambda rows, length, layout=PLAIN: speed.forward_flops(
       config, full_batch(rows, length, length), layout, logits=False
@@ -473,12 +479,73 @@ class Planner:
       make('rollout', 1, jax.jit(run), (sets, *prompts, ids, number, number), whole, steps),
     ]
 
+  def continued(self) -> list[Planned]:
+    """The programs of a sampler of rows in flight, see `sampling.resumable`.
 
-def make_sampler(phase: Any, policy: Policy, mesh: Any, engine: Any = engines.OWN) -> Sampler:
+    It reads all rows anew, prompts and what has been drawn of them, and then draws one token in each
+    until a batch is complete: on average `prompts / in_flight` of the tokens of a row in a step.
+    """
+    mesh, policy, collect = self.sampled_on, self.run.policy, self.phase.collect
+    chips, length, new = mesh.size, collect.length, collect.max_new_tokens
+    one = self.sampler(resumable.ResumableSampler)
+    sizes = collect.in_flight, collect.samples_per_prompt, length - new, new
+    rows = jax.tree.map(functools.partial(by_rows, mesh), resumable.empty(*sizes))
+    count = len(rows.made)
+    sets = self.sets(one.policies)
+    held = 0.0 if self.apart else local(self.state) - local(sets)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(mesh):
+      flat, _, seen = jax.eval_shape(one.read_rows, sets, rows, number)
+    flat |= {n: memory.unstacked(model, mesh) for n, model in one.policies.items()}
+    seen = jax.tree.map(functools.partial(by_rows, mesh), seen)
+
+    def draw(sets: Any, rows: Any, seen: Any, seed: Any, version: Any) -> Any:
+      return one.draw_one(sets, one.keys_of(seed, rows), None, version, rows, seen)
+
+    def advance(sets: Any, rows: Any, seen: Any, due: Any, numbers: Any) -> Any:
+      return one.advance(sets, rows, seen, None, *numbers[:2], due, *numbers[2:])
+
+    models, draws = len(sets), -(-new * collect.prompts // collect.in_flight)
+    forward = lambda length: speed.forward_flops(
+      policy.config, full_batch(count, length, length), PLAIN, logits=False
+    )
+    logits = 2.0 * policy.config.vocab_size * policy.config.width * count
+    size, cache = self.drawn_from(), local(seen.caches)
+    gathered, fewer = models * size, size / self.gathered(policy, mesh)
+    least = lambda tokens: models * self.least(policy, mesh, tokens, passes=fewer)
+    flops = lambda count: models * count / chips
+    reread = Counts(flops(forward(length)), gathered + cache, least(count * length))
+    step = forward(length) - forward(length - 1) + logits
+    decode = Counts(flops(step), gathered + cache, least(count))
+    sums = zip(reread, decode, strict=True)
+    whole = Counts(*(once + draws * each for once, each in sums))
+    due = jax.ShapeDtypeStruct((collect.in_flight,), bool)
+    steps = {f'{self.name} prefill': 1, f'{self.name} decode': draws}
+    make = lambda name, times, function, arguments, counts, parts={}: Planned(
+      f'{self.name} {name}', times, mesh, function, arguments, counts, held, parts
+    )
+    drawn = flat, rows, seen
+    return [
+      make('prefill', 0, jax.jit(one.read_rows), (sets, rows, number), reread),
+      make('decode', 0, jax.jit(draw, donate_argnums=2), (*drawn, number, number), decode),
+      make(
+        *('rollout', 1, jax.jit(advance, donate_argnums=2)),
+        *((*drawn, due, (number,) * 4), whole, steps),
+      ),
+    ]
+
+
+def make_sampler(
+  phase: Any,
+  policy: Policy,
+  mesh: Any,
+  engine: Any = engines.OWN,
+  kind: type[Sampler] = Sampler,
+) -> Any:
   """The sampler of a phase, whose methods are the steps of its program."""
   collect = phase.collect
   return sampling.configure(
-    Sampler,
+    kind,
     {name: engine.drawn_from(one) for name, one in phase.frozen.items()},
     mesh,
     default=engine.drawn_from(policy),
@@ -544,7 +611,9 @@ def compile_one(planned: Planned) -> Program:
   failed = functools.partial(program, compiled_flops=math.nan, collectives=[])
   if planned.function is None:
     [size] = planned.arguments
-    return program(size + planned.resident, 0.0, compiled_flops=0.0, collectives=[], seconds=0.0)
+    copies = [hlo.Collective('copy', 'sampler_mesh', 1, size)] if planned.counts.least_moved else []
+    held = size + planned.resident
+    return program(held, 0.0, compiled_flops=0.0, collectives=copies, seconds=0.0)
   try:
     with jax.set_mesh(planned.mesh):
       made = planned.function.lower(*planned.arguments).compile()

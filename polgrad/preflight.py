@@ -23,6 +23,7 @@ from polgrad import aot, build, cli, models, sharding, speed
 from polgrad.aot import CHIPS, Chip, Program, bound
 from polgrad.checks import tables
 from polgrad.registry import part, suggest
+from polgrad.sampling import engines
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'Generation and shape of the slice.')
 _SHAPE = flags.DEFINE_string(
@@ -103,6 +104,7 @@ def report(run: build.Experiment, found: list[Program], kind: str) -> dict[str, 
     device=kind,
     mesh=sharding.sizes_of(run.mesh),
     sampler_mesh=dict(run.sampled_on.shape) if apart else {},
+    engine=type(run.engine).__name__ if isinstance(run.engine, engines.External) else '',
     replicated=aot.replicated(run.mesh, aot.placed_params(run.policy, run.mesh)),
     programs=rows,
     step=step(rows, apart),
@@ -170,6 +172,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     *text,
     f'  a step: sampling {one["sampling"]:.2f} s, training {one["training"]:.2f} s, at least '
     f'{one["seconds"]:.2f} s{waits}',
+    *([f'  {found["engine"]} samples, and is not counted'] if found['engine'] else []),
     f'  large parameters that every chip holds whole: {whole}',
   ]
 

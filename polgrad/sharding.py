@@ -127,11 +127,13 @@ def beside(
   them on `mesh`.
 
   Raises:
-    ValueError: they do not fit, or there are several processes.
+    ValueError: they do not fit, or `mesh` leaves none, or there are several processes.
   """
   there = _DEVICES.get() or jax.devices()
   if jax.process_count() > 1:
     raise ValueError('devices beside those that train are those of one process')
+  if mesh.size == len(there):
+    raise ValueError(f'mesh has all {len(there)} devices, and leaves none; make it smaller')
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
   return _mesh_of(there[mesh.size :], sizes, slices, checked(rules, rules_of(mesh)))
 
@@ -345,6 +347,71 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+  """All pieces of an array along a dimension, inside of `jax.shard_map` over these mesh axes.
+
+  The gradient is added up over the devices and scattered. On a TPU it is passed around a ring: the
+  compiler would write a scatter as an all-reduce, which receives twice the bytes.
+  """
+  return jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+
+
+def _scatter(names: tuple[str, ...], dimension: int, _, whole: jax.Array) -> tuple[jax.Array]:
+  """The gradient of `gather`."""
+  for name in names:  # pieces are in the order of the axes
+    plain = functools.partial(
+      jax.lax.psum_scatter, axis_name=name, scatter_dimension=dimension, tiled=True
+    )
+    ring = functools.partial(ring_scatter, name=name, dimension=dimension)
+    whole = jax.lax.platform_dependent(whole, tpu=ring, default=plain)
+  return (whole,)
+
+
+gather.defvjp(lambda x, names, dimension: (gather(x, names, dimension), None), _scatter)
+
+
+def ring_scatter(x: jax.Array, name: str, dimension: int) -> jax.Array:
+  """`jax.lax.psum_scatter` over a mesh axis, tiled, by sums that are passed to the next device.
+
+  A device receives (n - 1) / n of the bytes of `x`, with n devices.
+  """
+  n, own = jax.lax.axis_size(name), jax.lax.axis_index(name)
+  size = x.shape[dimension] // n
+  piece = lambda i: jax.lax.dynamic_slice_in_dim(x, (i % n) * size, size, axis=dimension)
+  ring = [(i, (i + 1) % n) for i in range(n)]
+  # After step s a device has the sum of s + 1 devices for the piece of the device n - 1 - s behind it.
+  add = lambda s, total: jax.lax.ppermute(total, name, ring) + piece(own - s - 1)
+  return jax.lax.fori_loop(1, n, add, piece(own - 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """A parameter whose pieces on devices with other tokens are put together, for all its products.
+
+  Left to itself the compiler gathers it for every product that reads it. Experts remain where they are,
+  and the gradient is cut as the parameter is. Without a mesh nothing happens.
+
+  Args:
+    axes: logical axis names.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  rules, spec = rules_of(mesh), partition_spec(mesh, axes, x.shape)
+  tokens = {*rules['batch'], *rules['length']}
+  kept = (
+    entry if axis == 'experts' else tuple(n for n in mesh_axes(entry) if n not in tokens) or None
+    for axis, entry in zip(axes, spec, strict=True)
+  )
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+gathered.defvjp(
+  lambda x, axes: (gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, axes),)
+)
 
 
 def shards(axis: str, size: int, mesh: Any = None) -> int:

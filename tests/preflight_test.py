@@ -1,5 +1,6 @@
 """The numbers that a preflight reports, without the compiler of TPUs."""
 
+import dataclasses
 import sys
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from polgrad import aot, build, hlo, models, preflight, sharding
 from polgrad.options import from_text
 from polgrad.registry import part
+from polgrad.sampling import engines, resumable
 
 CHIP = aot.Chip(memory=100.0, bandwidth=10.0, links=2.0)
 BASE = aot.Program(
@@ -137,7 +139,10 @@ def planned_of(method: str, **sampler_mesh) -> dict[str, aot.Planned]:
   config.mesh.update(data=1, fsdp=4)
   if sampler_mesh:
     config.sampler_mesh = part(sharding.beside, **sampler_mesh)
-  run = build.build(config)
+  return named(build.build(config))
+
+
+def named(run: build.Experiment) -> dict[str, aot.Planned]:
   return {
     one.name.removeprefix('train '): one for one in aot.plan('train', run.phases['train'], run)
   }
@@ -165,6 +170,30 @@ def test_parameters_are_copied_to_the_chips_that_sample():
   size = 4.0 * sum(x.size for x in jax.tree.leaves(planned['rollout'].arguments[0]))
   copied = aot.compile_one(planned['transfer'])
   # Every chip that samples holds all parameters, and none of the optimizer.
-  assert copied.memory == copied.bytes == copied.least_moved == size
+  assert copied.memory == copied.bytes == copied.least_moved == copied.moved == size
   assert planned['rollout'].mesh.size == copied.chips == 2 and planned['update'].mesh.size == 4
   assert planned['decode'].resident == 0 < planned['anchor'].resident
+
+
+def test_rows_in_flight_are_read_again_and_drawn_as_often_as_a_batch_needs():
+  config = from_text('method=grpo,task=addition,model=tiny')
+  config.model.num_layers = 1
+  config.mesh.update(data=1, fsdp=4)
+  collect = config.phases.train.collect
+  collect.in_flight = 2 * collect.prompts
+  run = build.build(config)
+  planned, rows = named(run), collect.in_flight * collect.samples_per_prompt
+  draws = planned['rollout'].parts['train decode']
+  assert draws == -(-collect.max_new_tokens // 2)
+  with jax.set_mesh(run.mesh):
+    for name in ('prefill', 'decode', 'rollout'):
+      one = planned[name]
+      *_, left, read = jax.tree.leaves(
+        one.function.eval_shape(*one.arguments),
+        is_leaf=lambda x: isinstance(x, resumable.Read | resumable.Rows),
+      )
+      assert left.tokens.shape == (rows, planned['update'].arguments[1].tokens.shape[1])
+      assert {x.shape[0] for x in jax.tree.leaves(read)} == {rows}
+  # An external engine has its own devices and programs.
+  run = dataclasses.replace(run, engine=engines.Vllm(python='python'))
+  assert named(run).keys() == {'anchor', 'update'}

@@ -156,6 +156,7 @@ def token_stats(
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
   # Number of columns of a piece in a chunk: every device holds its part of the rows.
   at_once = max(1, chunk * sharding.ambient_data_parallel_size() // rows)
+  at_once = _even(width // pieces, at_once)
   models = {'unembed': unembed, 'teacher_unembed': teacher_unembed}
   models = {name: model for name, model in models.items() if model is not None}
   if width > at_once * pieces and _can_gather(models, rows, pieces):
@@ -173,6 +174,15 @@ def token_stats(
     out = {name: jnp.where(seen(x), x, 0) for name, x in out.items()}
   first = lambda x: jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
   return {name: first(x) for name, x in out.items()}
+
+
+def _even(width: int, at_once: int) -> int:
+  """The least number of columns in a chunk for as many chunks, so that the last one is hardly filled up.
+
+  >>> _even(4095, 441)
+  410
+  """
+  return -(-width // -(-width // at_once))
 
 
 def _can_gather(models: Mapping[str, Callable], rows: int, pieces: int) -> bool:
@@ -211,7 +221,7 @@ def _on_own_tokens(
     x = x.astype(dtype)
     for dimension, names in enumerate(spec):
       if names:
-        x = jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+        x = sharding.gather(x, names, dimension)
     # The gradients of chunks are added in float32; inside the loop no copy in this type remains.
     return x.astype(jnp.float32)
 

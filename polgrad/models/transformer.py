@@ -43,6 +43,7 @@ from polgrad.models.quantized import (
 from polgrad.sharding import (
   constrain,
   exchanges,
+  gathered,
   merge_positions,
   pieces_of_a_row,
   shards,
@@ -202,6 +203,8 @@ class Block(_Weights):
   Decoding calls these three methods itself, because it writes keys and values to the cache in between.
   """
 
+  trains: bool = False  # whether a backward pass may follow, see `matrix`
+
   def setup(self):
     self.weights = {name: self.weight(name) for name in self.config.layer}
 
@@ -291,7 +294,7 @@ class Block(_Weights):
       excess = experts.excess(chosen, merge_positions(valid), c.num_experts)
       weights = experts.with_load_gradient(weights, bias, excess)
     weights, chosen = (split_positions(x, *y.shape[:2]) for x in (weights, chosen))
-    matrices = (w[name] for name in ('gate', 'up', 'down'))
+    matrices = (self.matrix(name, y.dtype) for name in ('gate', 'up', 'down'))
     settings = dict(activation=ACTIVATION[c.activation], capacity=c.expert_capacity)
     out = experts.mixture(y, weights, chosen, *matrices, **settings)
     return out.astype(y.dtype)
@@ -299,13 +302,19 @@ class Block(_Weights):
   def dense(self, y: Array, name: str) -> Array:
     """Product of y with a matrix, plus its bias and low-rank adapter (arXiv:2106.09685) if any."""
     w, inputs = self.weights, num_inputs(name)
-    out = contract(y, w[name], inputs)
+    out = contract(y, self.matrix(name, y.dtype), inputs)
     if f'{name}_bias' in w:
       out = out + expand(w[f'{name}_bias'].astype(out.dtype), out)
     if f'{name}_lora_a' in w:
       low = contract(contract(y, w[f'{name}_lora_a'], inputs), w[f'{name}_lora_b'])
       out = out + self.config.lora_scale * low
     return out
+
+  def matrix(self, name: str, dtype: Any) -> Array:
+    """A parameter; in training cast before devices exchange it, and gathered once for all products."""
+    if not self.trains:
+      return self.weights[name]
+    return gathered(self.weights[name].astype(dtype), self.config.axes(name))
 
   def before(self, x: Array, name: str) -> Array:
     return self.norm(x, self.weights[name]) if self.config.pre_norm else x
@@ -328,7 +337,7 @@ class Decoder(_Weights):
       in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
       methods=METHODS,
-    )(c)
+    )(c, trains=True)
     self.local = jnp.array([i in c.local_layers for i in range(c.num_layers)])
 
   def __call__(self, tokens: Array, segment_ids: Array) -> Array:
