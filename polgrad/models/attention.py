@@ -142,7 +142,7 @@ def _read(query: Array, key: Array, value: Array, mask: Array, scale: float, cap
   weights = jnp.exp(scores - top[..., None])
   total = jnp.sum(weights, axis=-1)
   of_queries = lambda x: jnp.moveaxis(x, 3, 1).reshape(query.shape[:3])
-  return of_queries(top), of_queries(total), _like(query, _mix(weights, value))
+  return of_queries(top), of_queries(total), _like(query, _mix(weights, value, query.dtype))
 
 
 def _quotient(parts: list[Read]) -> Array:
