@@ -64,7 +64,7 @@ def forward(
 
   # The policy's and the teacher's pass over the same rows, without the prompt columns.
   start = _first_column(layout, batch.tokens.shape[1])
-  hidden = _hidden(policy, params, batch, layout)
+  hidden, dropped = _hidden(policy, params, batch, layout)
   teacher_hidden = teacher_unembed = None
   if teacher is not None:
     teacher_policy, teacher_params = teacher[0], jax.lax.stop_gradient(teacher[1])
@@ -93,6 +93,8 @@ def forward(
   if fields & {'values', 'values_after'}:
     out['values_after'] = policy.value(params, hidden)
     out['values'] = previous(out['values_after'])
+  if dropped is not None:
+    out['dropped'] = dropped
   read = (
     {} if head is None else head(params.get('head', {}), _last_states(hidden, given, start), given)
   )
@@ -106,6 +108,7 @@ def forward(
     values=out['values'] if 'values' in fields else None,
     values_after=out['values_after'] if 'values_after' in fields else None,
     stats={name: out[name] for name in stats},
+    dropped=out.get('dropped'),
     **read,
   )
 
@@ -147,18 +150,21 @@ def _last_states(hidden: Array, batch: Batch, start: int) -> Array:
   return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def _hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Array:
-  """Final hidden states from `_first_column` on; consecutive rows may share one pass of their prompt."""
-  if layout.shared == 1:
-    states = policy.hidden(params, tokens_read(batch), batch.segment_ids)
-    return states[:, _first_column(layout, batch.tokens.shape[1]) :]
-  return policy.completions(
-    params,
-    batch.tokens,
-    batch.segment_ids,
-    prompt_length=layout.prompt_length,
-    rows_per_prompt=layout.shared,
-  )
+def _hidden(
+  policy: Policy, params: Params, batch: Batch, layout: Layout
+) -> tuple[Array, Array | None]:
+  """Final hidden states from `_first_column` on; consecutive rows may share one pass of their prompt.
+
+  Where experts have a capacity, with the share of each token's experts that have dropped it.
+  """
+  both = policy.dropped or (lambda *args, **sizes: (policy.completions(*args, **sizes), None))
+  if layout.shared > 1:
+    sizes = dict(prompt_length=layout.prompt_length, rows_per_prompt=layout.shared)
+    return both(params, batch.tokens, batch.segment_ids, **sizes)
+  both = policy.dropped or (lambda *args: (policy.hidden(*args), None))
+  start = _first_column(layout, batch.tokens.shape[1])
+  found = both(params, tokens_read(batch), batch.segment_ids)
+  return jax.tree.map(lambda x: x[:, start:], found)
 
 
 def _teacher_hidden(policy: Policy, params: Params, batch: Batch, layout: Layout) -> Array:
@@ -168,7 +174,7 @@ def _teacher_hidden(policy: Policy, params: Params, batch: Batch, layout: Layout
   the place of that token, one column behind the token that it was computed at.
   """
   if policy.hidden is not None:
-    return _hidden(policy, params, read_by_anchors(batch), layout)
+    return _hidden(policy, params, read_by_anchors(batch), layout)[0]
   states = batch['teacher_states'].reshape(*batch.tokens.shape, -1)
   return jnp.roll(states, -1, axis=1)[:, _first_column(layout, batch.tokens.shape[1]) :]
 
@@ -630,8 +636,13 @@ class Learner:
     return model, parameter_sets(state, self.frozen)['teacher']
 
   def terms(self, state: TrainState, outputs: Outputs, batch: Batch) -> tuple[Terms, Metrics]:
-    """The objective's undivided terms and metrics."""
-    return self.objective.apply(outputs, batch, state.objective_state, step=state.update)
+    """The objective's undivided terms and metrics, and what experts have dropped of the mask."""
+    terms, metrics = self.objective.apply(outputs, batch, state.objective_state, step=state.update)
+    if outputs.dropped is not None:
+      total = jnp.sum(jnp.where(batch.mask, outputs.dropped, 0))
+      count = jnp.sum(batch.mask, dtype=jnp.float32)
+      metrics = metrics | {'experts_dropped': Mean(total=total, count=count)}
+    return terms, metrics
 
   def counts(self, state: TrainState, batch: Batch) -> dict[str, Array]:
     """The number f32[] that each term's total is divided by; it needs no pass of the model.

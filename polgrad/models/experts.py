@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from polgrad.models.quantized import is_quantized, values_of
 from polgrad.sharding import mesh_axes, partition_spec
@@ -77,7 +78,7 @@ def mixture(
   *,
   activation,
   capacity: float = 0.0,
-) -> Array:
+) -> tuple[Array, Array | None]:
   """Sum over the k experts of each token of weight_k down_k(activation(gate_k x) * up_k x).
 
   Tokens are sorted by expert, so that each expert multiplies a contiguous block of rows
@@ -87,7 +88,7 @@ def mixture(
   Args:
     x: [B, T, D], activations.
     weights: f32[B, T, k], from `route`.
-    chosen: i32[B, T, k], from `route`.
+    chosen: i32[B, T, k], from `route`. An entry that is no expert, as of padding, is processed by none.
     gate, up: [E, D, F], matrices of all experts; they may have 8 bits.
     down: [E, F, D].
     activation: function of the gate.
@@ -95,7 +96,7 @@ def mixture(
       the rows that its device reads, and adds nothing to later ones.
 
   Returns:
-    f32[B, T, D]
+    f32[B, T, D]; and f32[B, T], the number of experts that dropped a token, None without a capacity.
   """
   share = capacity / gate.shape[0]
   run = functools.partial(_mixture, activation=activation, share=share)
@@ -123,14 +124,20 @@ def mixture(
       # Each of them adds to the gradients, which JAX sums only if it is told that they differ.
       x, weights, chosen = (jax.lax.pcast(a, alike, to='varying') for a in (x, weights, chosen))
     first = jax.lax.axis_index(spread) * len(gate) if spread else 0
-    total = run(x, weights, chosen - first, gate, up, down)
-    total = jax.lax.psum(total, alike + split) if alike + split else total
-    if joined:
-      total = jax.lax.psum_scatter(total, joined, scatter_dimension=0, tiled=True)
-    return total
+    total, dropped = run(x, weights, chosen - first, gate, up, down)
+
+    def added(x: Array, axes: tuple[str, ...]) -> Array:
+      x = jax.lax.psum(x, axes) if axes else x
+      if joined:
+        x = jax.lax.psum_scatter(x, joined, scatter_dimension=0, tiled=True)
+      return x
+
+    # Devices that split `mlp` have the same experts, and drop the same tokens.
+    return added(total, alike + split), jax.tree.map(lambda x: added(x, alike), dropped)
 
   specs = (rows, rows, rows, wide, wide, narrow)
-  return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, weights, chosen, gate, up, down)
+  out = rows, PartitionSpec(*rows[:2])
+  return jax.shard_map(local, in_specs=specs, out_specs=out)(x, weights, chosen, gate, up, down)
 
 
 def _mixture(x, weights, chosen, gate, up, down, *, activation, share):
@@ -141,11 +148,15 @@ def _mixture(x, weights, chosen, gate, up, down, *, activation, share):
   chosen = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
   order = jnp.argsort(chosen, stable=True)
   sizes = jnp.bincount(chosen, length=num_experts).astype(jnp.int32)
+  dropped = None
   if share:
     # The place of each entry in the queue of its expert; those beyond the capacity are left out.
     most = math.ceil(share * len(chosen))
     begins = jnp.append(jnp.cumsum(sizes) - sizes, -len(chosen))  # of entries elsewhere: beyond
     place = jnp.arange(len(chosen)) - begins[chosen[order]]
+    beyond = (place >= most) & (chosen[order] < num_experts)
+    dropped = jnp.zeros(len(chosen), jnp.float32).at[order].set(beyond.astype(jnp.float32))
+    dropped = jnp.sum(dropped.reshape(*x.shape[:2], k), axis=-1)
     order = order[jnp.argsort(place >= most, stable=True)][: num_experts * most]
     sizes = jnp.minimum(sizes, most)
 
@@ -170,4 +181,4 @@ def _mixture(x, weights, chosen, gate, up, down, *, activation, share):
   out = jnp.where((jnp.arange(len(out)) < jnp.sum(sizes))[:, None], out, 0)
   # Add the outputs of each token; devices that split `mlp`, or have other experts, hold partial sums.
   total = jnp.zeros((x.shape[0] * x.shape[1], x.shape[-1]), jnp.float32).at[order // k].add(out)
-  return total.reshape(x.shape)
+  return total.reshape(x.shape), dropped

@@ -52,6 +52,8 @@ class Policy(NamedTuple):
     labels: params, or any part of the tree -> the same tree with a label for every array that says what
       an update does to it: 'train', 'frozen' (the base of an adapter) or 'balance' (a router's bias,
       see `experts`).
+    dropped: as `hidden`, or with its keywords as `completions` -> what these return, and f32[B, S]:
+      which share of a token's experts has dropped it. None if experts have no capacity.
   """
 
   config: Any
@@ -70,6 +72,7 @@ class Policy(NamedTuple):
   decode: Callable
   axes: Callable
   labels: Callable
+  dropped: Callable | None = None
 
 
 def labelled(policy: Policy, tree: Params, *labels: str) -> Params:

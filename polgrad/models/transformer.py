@@ -67,6 +67,7 @@ METHODS = ['__call__', 'branch']  # methods of a block that are scanned over the
 PRODUCTS = ('dot_general', 'ragged_dot_general', 'dot_product_attention_fwd', 'pallas_call')
 _remat = functools.partial(nn.remat, prevent_cse=False, methods=METHODS)
 LAYER_INPUT = 'layer_input'
+DROPPED = 'dropped'  # Flax's collection of how many of its experts have dropped each token
 REMAT = {
   'none': functools.partial(_remat, policy=lambda primitive, *_, **__: primitive.name in PRODUCTS),
   'full': _remat,
@@ -296,7 +297,11 @@ class Block(_Weights):
     weights, chosen = (split_positions(x, *y.shape[:2]) for x in (weights, chosen))
     matrices = (self.matrix(name, y.dtype) for name in ('gate', 'up', 'down'))
     settings = dict(activation=ACTIVATION[c.activation], capacity=c.expert_capacity)
-    out = experts.mixture(y, weights, chosen, *matrices, **settings)
+    if c.expert_capacity:  # padding takes no place of a token
+      chosen = jnp.where(valid[..., None], chosen, c.num_experts)
+    out, dropped = experts.mixture(y, weights, chosen, *matrices, **settings)
+    if dropped is not None:
+      self.sow(DROPPED, 'choices', dropped)
     return out.astype(y.dtype)
 
   def dense(self, y: Array, name: str) -> Array:
@@ -332,7 +337,7 @@ class Decoder(_Weights):
     # One compiled block for all layers; the backward pass recomputes what `remat` says.
     self.layers = nn.scan(
       REMAT[c.remat](Block),
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, DROPPED: 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
@@ -460,6 +465,7 @@ def from_config(config: Config) -> Policy:
     decode=functions.decode,
     axes=functions.axes,
     labels=functions.labels,
+    dropped=functions.dropped if config.expert_capacity else None,
   )
 
 
@@ -500,7 +506,8 @@ class Functions:
 
   def init(self, key: Array, shardings: Any = None) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    run = jax.jit(self.model.init, out_shardings={'params': shardings})
+    init = functools.partial(self.model.init, mutable='params')  # and no count of dropped tokens
+    run = jax.jit(init, out_shardings={'params': shardings})
     return run(key, tokens, tokens)['params']
 
   def shapes(self) -> Params:
@@ -522,6 +529,30 @@ class Functions:
     self.check_length(tokens.shape[1])
     sizes = (prompt_length, rows_per_prompt)
     return self.apply(params, tokens, segment_ids, *sizes, method='completions')
+
+  def dropped(
+    self,
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    *,
+    prompt_length: int = 0,
+    rows_per_prompt: int = 1,
+  ) -> tuple[Array, Array]:
+    self.check_length(tokens.shape[1])
+    run = functools.partial(self.model.apply, {'params': params}, tokens, segment_ids)
+    if rows_per_prompt == 1:
+      hidden, counts = run(mutable=DROPPED)
+      [total] = counts[DROPPED]['layers']['choices']
+    else:
+      sizes = (prompt_length, rows_per_prompt)
+      run = functools.partial(run, *sizes, method='completions', mutable=DROPPED)
+      hidden, counts = run()
+      prompts, own = counts[DROPPED]['layers']['choices']
+      last = jnp.repeat(prompts[..., -1:], rows_per_prompt, axis=1)
+      total = jnp.concatenate([last, own], axis=2)
+    choices = self.config.num_layers * self.config.experts_per_token
+    return hidden, jnp.sum(total, axis=0) / choices
 
   def states(
     self, params: Params, tokens: Array, segment_ids: Array, *, layers: tuple[int, ...]

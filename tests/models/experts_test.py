@@ -1,5 +1,7 @@
 """The mixture of experts against its equations, and the theory of its balancing bias."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +37,8 @@ def problem(rows: int, length: int):
   return normal(rows, length, 6), weights, chosen, normal(4, 6, 8), normal(4, 6, 8), normal(4, 8, 6)
 
 
-def run(*arrays, **settings):
-  return experts.mixture(*arrays, activation=jax.nn.silu, **settings)
+def run(*arrays):
+  return experts.mixture(*arrays, activation=jax.nn.silu)[0]
 
 
 def test_the_mixture_is_its_equation():
@@ -93,10 +95,27 @@ def test_an_expert_with_a_capacity_processes_its_first_tokens_alone():
     kept[place] = seen[chosen[place]] < most
     seen[chosen[place]] += 1
   expected = numpy_mixture(x, np.where(kept, weights, 0), chosen, *matrices)
-  found = run(x, weights, chosen, *matrices, capacity=1.0)
+  limited = lambda *arrays, **knobs: experts.mixture(*arrays, activation=jax.nn.silu, **knobs)
+  found, dropped = limited(x, weights, chosen, *matrices, capacity=1.0)
   np.testing.assert_allclose(found, expected, atol=2e-5)
-  plenty = run(x, weights, chosen, *matrices, capacity=4.0)
+  np.testing.assert_array_equal(dropped, np.sum(~kept, axis=-1))
+  plenty, dropped = limited(x, weights, chosen, *matrices, capacity=4.0)
+  assert not np.any(dropped)
   np.testing.assert_allclose(plenty, numpy_mixture(x, weights, chosen, *matrices), atol=2e-5)
+
+
+def test_what_a_model_drops_is_counted_in_all_layers_and_not_of_padding():
+  policy = tiny.policy(**MOE, expert_capacity=0.01)  # each expert takes one token
+  params, tokens = tiny.params(**MOE), tiny.rows(0, 4, 10)
+  segments = jnp.broadcast_to(jnp.arange(10) < 8, tokens.shape).astype(jnp.int32)
+  share = functools.partial(policy.dropped, params, tokens, segments)
+  _, dropped = share()
+  choices = 2 * MOE['experts_per_token']  # of a token in two layers
+  kept = choices * jnp.sum(1 - dropped[:, :8])
+  assert kept == pytest.approx(2 * 4) and not jnp.any(dropped[:, 8:])
+  # Rows that share a prompt: the last token of the prompt comes before each completion.
+  _, dropped = share(prompt_length=6, rows_per_prompt=2)
+  assert dropped.shape == (4, 5) and choices * jnp.sum(1 - dropped[:, 1:3]) == pytest.approx(2 * 4)
 
 
 def test_all_experts_are_plain_softmax_weights_and_always_balanced():
