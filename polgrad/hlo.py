@@ -23,6 +23,10 @@ _LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$
 _COMMENT = re.compile(r'/\*.*?\*/')
 _CALLED = re.compile(r'\b(?:calls|body|condition|called_computations)=\{?%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)')
+# Groups along axes of a mesh, whose devices may be listed in another order.
+_MESHED = re.compile(
+  r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
+)
 _CHANNEL = re.compile(r'channel_id=(\d+)')
 
 
@@ -110,6 +114,9 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
   found: dict[tuple, tuple[float, Op]] = {}
   for name, times in runs(computations, entry).items():
     for op in computations[name]:
+      if name.startswith('all-reduce-scatter') and op.kind == 'all-reduce':
+        # A TPU's reduce-scatter is one fused computation, whose root is the piece of a device.
+        op = op._replace(kind='reduce-scatter', shapes=computations[name][-1].shapes)
       if op.kind.removesuffix('-start') in KINDS:
         channel = 'async_collective_fusion_config' in op.rest and _CHANNEL.search(op.rest)
         key = (channel[1],) if channel else (name, op.name)
@@ -367,22 +374,28 @@ def _groups(op: Op, devices: int) -> list[list[int]]:
     ids = np.arange(math.prod(ints(short[2]))).reshape(ints(short[2]))
     ids = ids.transpose(ints(short[3])) if short[3] else ids
     return ids.reshape(ints(short[1])).tolist()
-  if meshed := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', op.rest):
+  if meshed := _MESHED.search(op.rest):
     return _along_axes(*meshed.groups())
   if named := re.search(r'replica_groups=\{(\{.*?\})\}', op.rest):
     return [list(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', named[1])]
   return [list(range(devices))]
 
 
-def _along_axes(mesh: str, axes: str) -> list[list[int]]:
-  """Groups along axes of a mesh of all devices in their order.
+def _along_axes(mesh: str, order: str | None, turned: str | None, axes: str) -> list[list[int]]:
+  """Groups along axes of a mesh.
 
   A part of an axis is written with the size of what lies before it in the axis, and with its own size.
 
-  >>> _along_axes("'a'=2,'b'=2", "'b'")
+  >>> _along_axes("'a'=2,'b'=2", None, None, "'b'")
   [[0, 1], [2, 3]]
-  >>> _along_axes("'a'=4", "'a':(1)2")
+  >>> _along_axes("'a'=4", None, None, "'a':(1)2")
   [[0, 2], [1, 3]]
+  >>> _along_axes("'a'=2,'b'=2", '2,2', '1,0', "'b'")
+  [[0, 2], [1, 3]]
+
+  Args:
+    order, turned: the devices of the mesh, where they are not in their order: sizes of an array of all
+      of them, and the order of its axes.
   """
   sizes, taken = [], []
   used = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
@@ -391,8 +404,12 @@ def _along_axes(mesh: str, axes: str) -> list[list[int]]:
     pieces = [before, part, int(size) // (before * part)] if part else [1, int(size), 1]
     taken += [False, name in used, False]
     sizes += pieces
-  order = sorted(range(len(sizes)), key=lambda i: taken[i])
-  ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+  ids = np.arange(math.prod(sizes))
+  if order:
+    ints = lambda text: [int(n) for n in text.split(',')]
+    ids = ids.reshape(ints(order)).transpose(ints(turned) if turned else None)
+  last = sorted(range(len(sizes)), key=lambda i: taken[i])
+  ids = ids.reshape(sizes).transpose(last)
   return ids.reshape(-1, math.prod(n for n, own in zip(sizes, taken) if own)).tolist()
 
 

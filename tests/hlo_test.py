@@ -103,6 +103,30 @@ def test_a_collective_that_is_written_in_pieces_counts_once():
   assert found['all-gather', 'tensor'].moved == 4 * 64 * 4 * 3 / 4
 
 
+SCATTER = """HloModule m
+
+%all-reduce-scatter.1 (x: bf16[8,64]) -> bf16[8,16] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,64]{1,0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %piece = bf16[8,16]{1,0} dynamic-slice(%all-reduce.1, %zero, %place), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (x: bf16[8,64]) -> bf16[8,16] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %all-gather.1 = f32[4,8]{1,0} all-gather(%y), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+  ROOT %f = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # fmt: skip # noqa: E501
+
+
+def test_a_tpus_fused_reduce_scatter_is_no_all_reduce_and_devices_may_be_in_another_order():
+  found = hlo.collectives(SCATTER, dict(data=2, fsdp=4))
+  assert found == [
+    hlo.Collective('reduce-scatter', 'fsdp', 1, 3 * 8 * 16 * 2),
+    hlo.Collective('all-gather', 'data+fsdp', 1, 4 * 8 * 4 * 3 / 4),
+  ]
+
+
 def test_windows_that_reach_into_padding_are_no_operations():
   """Products as a TPU writes them, where a dimension of a result is one of the window."""
   text = """HloModule m

@@ -10,6 +10,7 @@ import pytest
 from flax import traverse_util
 
 from polgrad import build, evaluate, learner, metrics, models, objectives, optim, phases, train
+from polgrad.checks import tracing
 from polgrad.losses import aggregation, implicit_rewards
 from polgrad.models.policy import labelled
 from polgrad.registry import bind, part
@@ -101,6 +102,17 @@ def test_a_router_bias_takes_sign_steps_and_the_mesh_does_not_matter(tmp_path):
   many = train.run(sparse(data=2, fsdp=2, tensor=2), str(tmp_path / 'many'))
   for name, value in flat(many.params).items():
     np.testing.assert_allclose(value, flat(one.params)[name], atol=2e-5, err_msg=name)
+
+
+def test_what_experts_with_a_capacity_drop_is_a_metric_of_updates():
+  made = sparse()
+  made.model.expert_capacity = 1.25
+  experiment = build.build(made)
+  phase = experiment.phases['train']
+  state = tracing.state_shapes(phase, experiment.policy)
+  update = phase.learner(experiment.policy).update
+  _, report = jax.eval_shape(update, state, tracing.batch_shapes(phase, 8))
+  assert {'experts_dropped', 'empty/experts_dropped'} <= report.keys()
 
 
 TOKENS = tiny.rows(0, 4, 12)
