@@ -528,6 +528,7 @@ def check(run: Experiment) -> None:
     )
   chat.check_written(run.tokenizer.chat, 'config.tokenizer')
   _check_kernel('config.model', run.model, run.mesh)
+  _check_idle(run)
   if run.sampled_on is not run.mesh and not any(
     isinstance(phase.collect, collect.Sampling) and phase.collect.samples_apart
     for phase in run.phases.values()
@@ -694,10 +695,26 @@ def _check_rows(path: str, phase: Phase, run: Experiment) -> None:
     )
 
 
+def _check_idle(run: Experiment) -> None:
+  """Refuses devices of a run of several processes that do nothing."""
+  used = run.mesh.size + (0 if run.sampled_on is run.mesh else run.sampled_on.size)
+  there = jax.device_count()
+  if jax.process_count() > 1 and used < there:
+    raise ValueError(
+      f'config.mesh, config.sampler_mesh: the run uses {used} of the {there} devices of its '
+      f'{jax.process_count()} processes; it must use all'
+    )
+
+
 def _check_sampler_mesh(path: str, collector: collect.Collector, run: Experiment) -> None:
-  """Refuses devices for sampling that the rollouts do not fit, and overlap in several processes."""
-  if collector.overlaps and jax.process_count() > 1:
-    raise ValueError(f'{path}.collect.overlap: sampling beside training needs one process')
+  """Refuses devices for sampling that the rollouts do not fit, and overlap in several processes whose
+  programs would run on the same devices."""
+  if collector.overlaps and jax.process_count() > 1 and run.sampled_on is run.mesh:
+    raise ValueError(
+      f'{path}.collect.overlap: programs on a device must start in the same order in all processes, '
+      'which sampling beside training does not keep; give sampling its devices, as in '
+      '--config.sampler_mesh.name=sharding.beside --config.sampler_mesh.data=...'
+    )
   if run.sampled_on is run.mesh:
     return
   if isinstance(collector, collect.Sampling) and not collector.samples_apart:

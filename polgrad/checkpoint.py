@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from polgrad import paths
+from polgrad import barriers, paths
 from polgrad.digests import digests, not_finite, path_name
 from polgrad.progress import BEST
 
@@ -49,6 +49,8 @@ def manager(
   """
   import orbax.checkpoint as ocp
 
+  # Until here processes may take very different times, and some runtimes wait for each other for 30 s.
+  barriers.together('beginning of the run')
   handlers = {name: ocp.StandardCheckpointHandler() for name in TREES}
   checkpoints = ocp.CheckpointManager(
     _absolute(folder),
@@ -79,6 +81,7 @@ def save(
   """
   import orbax.checkpoint as ocp
 
+  barriers.together('checkpoint')
   bad = [
     f'{name}/{path}'
     for name, tree in trees.items()

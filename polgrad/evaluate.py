@@ -13,6 +13,7 @@ A completion whose verifier failed is neither right nor wrong. All rates leave i
 """
 
 import collections
+import functools
 import json
 import math
 import sys
@@ -24,13 +25,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from polgrad import checkpoint, cli, metrics, sharding
-from polgrad.build import TABLE, Experiment, Phase, build
+from polgrad import checkpoint, cli, exchanges, metrics, sharding
+from polgrad.build import TABLE, Evaluation, Experiment, Phase, build
 from polgrad.collect import Context, Given, also_read, completions, make_draws, question
-from polgrad.collect.base import make_annotator
+from polgrad.collect.base import laid_out, make_annotator
 from polgrad.collect.drawn import earned, transcript
+from polgrad.collect.scored import interleaved
 from polgrad.compiling import jit
 from polgrad.data import batching, sources
+from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments.episodes import Episode
 from polgrad.models.policy import Policy, learned, overlay
 from polgrad.packing import pack
@@ -168,13 +171,14 @@ def attempt(
   plan = experiment.evaluation
   tokenizer = plan.own(experiment.tokenizer)
   kept = [record for record, fate in problems(experiment) if fate != 'dropped']
+  lay = functools.partial(plan.lay_out, tokenizer=tokenizer, cut=plan.overlong == 'truncate')
   records, texts, scores, episodes = [], [], [], []
   for start in range(0, len(kept), plan.batch):
     piece = kept[start : start + plan.batch]
 
     # The last batch is filled up with copies of its last problem, so that one shape compiles.
     padded = piece + [piece[-1]] * (plan.batch - len(piece))
-    prompts = plan.lay_out(padded, tokenizer=tokenizer, cut=plan.overlong == 'truncate')
+    prompts = laid_out(lay, padded)
     drawn = sample(
       {'policy': params},
       prompts,
@@ -191,7 +195,7 @@ def attempt(
     lengths = [int(x) for x in rollout.mask.sum(axis=1)[:rows]]
     owners = [record for record in piece for _ in range(samples)]
     others = also_read(rollout, range(rows), plan.opened(owners), tokenizer)
-    verified = plan.score(written, owners, lengths, others).total
+    verified = verify(plan, rollout, written, owners, lengths, tokenizer)
     scores.append(verified + earned(drawn)[:rows])
     look(rollout, rows, others)
     texts += [written[i : i + samples] for i in range(0, rows, samples)]
@@ -199,6 +203,22 @@ def attempt(
     records += piece
   scores = np.concatenate(scores).reshape(-1, samples)
   return Attempts(records, texts, scores, episodes)
+
+
+def verify(
+  plan: Evaluation,
+  rollout: Batch,
+  texts: Sequence[str],
+  records: Sequence[dict],
+  lengths: Sequence[int],
+  tokenizer: Tokenizer,
+) -> np.ndarray:
+  """f64[n], the rewards of verifiers of the first n rows; each process verifies every P-th of them."""
+  mine = range(jax.process_index(), len(texts), jax.process_count())
+  given = [[x[i] for i in mine] for x in (texts, records, lengths)]
+  others = also_read(rollout, mine, plan.opened(given[1]), tokenizer)
+  score = lambda: plan.score(*given, others).total
+  return interleaved(exchanges.every(score, 'rewards of held-out problems'))
 
 
 def problems(experiment: Experiment) -> list[tuple[dict, str]]:
@@ -365,11 +385,11 @@ def row_batches(collector: Given, records: Sequence[dict], context: Context) -> 
 
   The last batch is filled up with rows without tokens in the mask, so that one shape compiles.
   """
-  tokenizer = context.tokenizer
+  lay = collector.laid_by(context.tokenizer)
   for start in range(0, len(records), collector.records):
     piece = records[start : start + collector.records]
     filled = piece + [piece[-1]] * (collector.records - len(piece))
-    batch = collector.lay_out(filled, tokenizer=tokenizer, cut=collector.cut)
+    batch = lay(filled)
     real = np.arange(collector.rows) < len(piece) * collector.rows_per_prompt
     yield batch.replace(mask=batch.mask & real[:, None])
 

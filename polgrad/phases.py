@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from absl import logging
 from tqdm import tqdm
 
 from polgrad import (
+  barriers,
   curricula,
   evaluate,
+  exchanges,
   metrics,
   preemption,
   row_files,
@@ -499,6 +502,7 @@ def run_phase(
   for step in range(first, last):
     if ends_early(experiment, run.name, progress):
       break
+    barriers.together(f'beginning of a step of {run.name}')
     logs.profiler.begin(step)
     started = time.perf_counter()
 
@@ -594,8 +598,8 @@ class Drawer:
       return self._next(count)
     records, dropped = [], 0
     while len(records) < count:
-      for record in self._next(count - len(records)):
-        fate = self._fate(record)
+      found = self._next(count - len(records))
+      for record, fate in zip(found, self._fates(found), strict=True):
         self.fates[fate] += 1
         kept = fate in ('kept', 'cut')
         dropped = 0 if kept else dropped + 1
@@ -616,8 +620,11 @@ class Drawer:
     dropped = self.fates['dropped'] + self.fates['unusable']
     return {'records/dropped': float(dropped), 'records/cut': float(self.fates['cut'])}
 
-  def _fate(self, record: dict) -> str:
-    return batching.fate(self.phase.collect, record, self.tokenizer)
+  def _fates(self, records: Sequence[dict]) -> Iterable[str]:
+    """What becomes of each record; a process lays out its share of them, and is told of the others."""
+    fate = lambda i: batching.fate(self.phase.collect, records[i], self.tokenizer)
+    own = exchanges.share(len(records))
+    return itertools.chain(*exchanges.every(lambda: [*map(fate, own)], 'records that fit'))
 
   def _next(self, count: int) -> list[dict]:
     source = self.phase.source

@@ -19,7 +19,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from polgrad.compiling import jit
 from polgrad.registry import suggest
 
 # Neighbours on the last axes are nearest, so those that exchange most come last.
@@ -97,9 +98,8 @@ def make_mesh(
       text names them with commas between them, and '' replicates.
 
   Raises:
-    ValueError: a size is below 1; or the mesh has more devices than there are; or it has fewer, and
-      there are several processes, which must use all devices; or slices do not fit the devices; or an
-      unknown axis.
+    ValueError: a size is below 1; or the mesh has more devices than there are; or it has fewer, which
+      are not the same number of each process; or slices do not fit the devices; or an unknown axis.
   """
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
   return _mesh_of(_DEVICES.get() or jax.devices(), sizes, slices, checked(rules))
@@ -121,21 +121,21 @@ def beside(
   slices: dict = {},  # noqa: B006
   rules: dict = {},  # noqa: B006
 ) -> Mesh:
-  """A mesh of the devices behind those of `mesh`, which do not train, see `make_mesh`.
+  """A mesh of devices behind those of `mesh`, which do not train, see `make_mesh`.
 
   Its rules are those of `mesh`, in which `rules` replaces some; parameters are cut by the axes that cut
-  them on `mesh`.
+  them on `mesh`. Each of several processes gives the same number of its devices to both meshes, so that
+  it copies parameters between its own devices and takes part in every step.
 
   Raises:
-    ValueError: they do not fit, or `mesh` leaves none, or there are several processes.
+    ValueError: they do not fit, or `mesh` leaves none.
   """
-  there = _DEVICES.get() or jax.devices()
-  if jax.process_count() > 1:
-    raise ValueError('devices beside those that train are those of one process')
-  if mesh.size == len(there):
-    raise ValueError(f'mesh has all {len(there)} devices, and leaves none; make it smaller')
+  training, every = {*mesh.devices.flat}, _DEVICES.get() or jax.devices()
+  there = [device for device in every if device not in training]
+  if not there:
+    raise ValueError(f'mesh has all {len(every)} devices, and leaves none; make it smaller')
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
-  return _mesh_of(there[mesh.size :], sizes, slices, checked(rules, rules_of(mesh)))
+  return _mesh_of(there, sizes, slices, checked(rules, rules_of(mesh)))
 
 
 def checked(rules: Mapping[str, Any], base: Rules = RULES) -> Rules:
@@ -196,20 +196,37 @@ def _mesh_of(
   slices: Mapping[str, int],
   rules: Rules,
 ) -> Mesh:
-  """A mesh of the first of these devices, with these rules."""
+  """A mesh of the first of these devices, the same number of each process, with these rules."""
   sizes = {axis: sizes[axis] for axis in AXES}
   devices, others = len(there), math.prod(size for axis, size in sizes.items() if axis != 'data')
   if sizes['data'] == -1 and others > 0 and devices % others == 0:
     sizes['data'] = devices // others
   size = math.prod(sizes.values())
-  if min(sizes.values()) < 1 or size > devices or (size < devices and jax.process_count() > 1):
+  # In one process the first devices, whichever hosts of a topology they are on.
+  processes = len({device.process_index for device in there}) if jax.process_count() > 1 else 1
+  if min(sizes.values()) < 1 or size > devices:
     raise ValueError(f'mesh {_written(sizes)} does not fit {devices} devices')
-  mesh = _arranged(there[:size], sizes, slices)
+  if size % processes:
+    raise ValueError(
+      f'mesh {_written(sizes)} has {size} devices, which do not divide by {processes} processes: each '
+      'gives the same number of its devices'
+    )
+  mesh = _arranged(_first_of_each(there, size // processes), sizes, slices)
   name = _name(rules)
   if not name:
     return mesh
   types = (AxisType.Auto,) * (len(AXES) + 1)
   return Mesh(mesh.devices[..., None], (*AXES, name), axis_types=types)
+
+
+def _first_of_each(there: Sequence[jax.Device], number: int) -> list[jax.Device]:
+  """The first devices of each process, that number of each; in one process the first ones of all."""
+  if jax.process_count() == 1:
+    return list(there[:number])
+  own = {}
+  for device in there:
+    own.setdefault(device.process_index, []).append(device)
+  return [device for process in sorted(own) for device in own[process][:number]]
 
 
 def _written(sizes: Mapping[str, int]) -> str:
@@ -549,9 +566,46 @@ def copied(mesh: Mesh, tree: Any) -> Any:
     pairs = zip(x.shape, x.sharding.spec)
     spec = [_dividing(mesh, mesh_axes(names), size) or None for size, names in pairs]
     place = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.device_put(x, place, may_alias=False)
+    if x.is_fully_addressable:
+      return jax.device_put(x, place, may_alias=False)
+    return _copied_within_processes(x, place)
 
   return jax.tree.map(copy, tree)
+
+
+def _copied_within_processes(x: jax.Array, place: NamedSharding) -> jax.Array:
+  """A copy on other devices, where each process copies between devices of its own.
+
+  `jax.device_put` refuses arrays of several processes whose devices are not the same. A process that
+  lacks a piece that it needs has it from the others first: by a program on the devices of `x`, after
+  which each of these has the whole array.
+  """
+
+  def pieces(sharding: NamedSharding) -> set:
+    found = sharding.devices_indices_map(x.shape)
+    return {(device.process_index, _piece(index, x.shape)) for device, index in found.items()}
+
+  if not pieces(place) <= pieces(x.sharding):
+    with jax.set_mesh(x.sharding.mesh):
+      x = _whole(x.sharding.mesh)(x)
+  held = {_piece(one.index, x.shape): one.data for one in x.addressable_shards}
+  copies = []
+  for device, index in place.addressable_devices_indices_map(x.shape).items():
+    found = held.get(_piece(index, x.shape))
+    found = x.addressable_data(0)[index] if found is None else found
+    copies.append(jax.device_put(found, device, may_alias=False))
+  return jax.make_array_from_single_device_arrays(x.shape, place, copies)
+
+
+def _piece(index: tuple[slice, ...], shape: Sequence[int]) -> tuple:
+  """A piece of an array, as bounds of each dimension."""
+  return tuple(one.indices(size)[:2] for one, size in zip(index, shape))
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  """Gathers an array of this mesh on each of its devices, compiled."""
+  return jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def to_host(tree: Any) -> Any:
@@ -559,7 +613,8 @@ def to_host(tree: Any) -> Any:
 
   def fetch(x):
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-      return multihost_utils.process_allgather(x, tiled=True)
+      with jax.set_mesh(x.sharding.mesh):  # which may not be the mesh of the run
+        return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
   return jax.tree.map(fetch, tree)

@@ -18,6 +18,7 @@ and size; or, with --teacher_url, a model behind a service, as for `teachers.ser
 so the command can be stopped and started again: it makes the files that are not there.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from polgrad import cli, evaluate, loading, paths, sharding, stored_rows, teachers
 from polgrad.build import Experiment, Phase
 from polgrad.collect import Stored
-from polgrad.collect.base import draws_of
+from polgrad.collect.base import draws_of, laid_out
 from polgrad.compiling import jit
 from polgrad.data import batching, tokenizers
 from polgrad.learner import forward_in_pieces
@@ -82,11 +83,12 @@ def make_entries(
   sampler, tokenizer = settings.sampler, context.tokenizer
   size = dict(samples_per_prompt=settings.samples_per_prompt)
   draw = draws_of(sampler, context, **size)
+  lay = functools.partial(sampler.lay_out, tokenizer=tokenizer, cut=settings.cut)
 
   def entries(records: Sequence[dict]) -> list[stored_rows.Entry]:
     # The last batch is filled up with copies of its last record, so that one shape compiles.
     padded = [*records, *[records[-1]] * (settings.prompts - len(records))]
-    prompts = sampler.lay_out(padded, tokenizer=tokenizer, cut=settings.cut)
+    prompts = laid_out(lay, padded)
     drawn = draw({'policy': params}, prompts, padded, prompts.ids, seed=context.seed, step=0).batch
     found = drawn.with_arrays(**sharding.to_host(score(drawn)))
     return [entry(found, prompts, n, settings.samples_per_prompt) for n in range(len(records))]

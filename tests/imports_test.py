@@ -79,6 +79,7 @@ LEVELS = {
   'hlo': 0,
   'whole_files': 0,
   'barriers': 0,
+  'exchanges': 1,
   'report': 2,
   'reward_models': 3,
   'teachers': 3,

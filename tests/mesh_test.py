@@ -1,6 +1,7 @@
 """Where arrays lie must not show: eight fake devices, and several processes, give one result."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from polgrad import (
   tasks,
   train,
 )
+from polgrad.collect import row_sampler
 from polgrad.compose import compose
 from polgrad.models import hf
 from polgrad.registry import bind, part, weighted
@@ -186,21 +188,33 @@ def test_state_lies_where_the_rules_say():
   assert state.anchors['reference']['layers']['gate'].sharding == gate.sharding
 
 
-def joined(port, count, index, folder):
+def joined(port, count, index, folder, devices=1):
   """Joins this process to those of a run, whose configuration it returns with the folder of its metrics.
 
-  What it says is in a file beside that folder.
+  What it says is in a file beside that folder: which of the records of a step it has laid out, too.
   """
   said = os.open(folder / f'said{index}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   os.dup2(said, 1)
   os.dup2(said, 2)
   flags = os.environ['XLA_FLAGS'].split()
-  os.environ['XLA_FLAGS'] = ' '.join(x for x in flags if 'device_count' not in x)
+  flags = [x for x in flags if 'device_count' not in x]
+  number = f'--xla_force_host_platform_device_count={devices}'
+  os.environ['XLA_FLAGS'] = ' '.join([*flags, number])
   address = [f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={index}']
-  absl.flags.FLAGS(['worker', *address, '--lost_after=5'])
+  absl.flags.FLAGS(['worker', *address, '--lost_after=10'])
   cli.join()
   report.draw = str
   runs.share_programs()
+  lay_out = row_sampler.laid_out
+
+  def noted(lay, records):
+    seen = []
+    found = lay_out(lambda part: seen.extend(part) or lay(part), records)
+    said = [[one['id'] for one in part] for part in (seen, records)]
+    print('laid out', json.dumps(said), flush=True)
+    return found
+
+  row_sampler.laid_out = noted
   made = games()
   made.mesh.update(fsdp=2, data=count // 2)
   return made, str(folder / f'p{index}')
@@ -222,9 +236,14 @@ def stopped(port, count, index, folder):
 
 
 def killed(port, count, index, folder):
-  """Two processes resume what the others have left, and write a model; then one of them is killed."""
-  made, run = joined(port, count, index, folder)
-  params = train.run(made, run, str(folder / 'c')).params
+  """Two processes resume what the others have left, and write a model; then one of them is killed.
+
+  Each gives one device to training, and another one to sampling beside it.
+  """
+  made, run = joined(port, count, index, folder, devices=2)
+  made.sampler_mesh = part(sharding.beside, data=2)
+  made.phases.train.collect.overlap = True
+  params = train.run(made, run, str(folder / 'c'), on_mismatch='continue').params
   policy, mesh = bind(made.model, models.TABLE), sharding.make_mesh(fsdp=2)
   hf.save(str(folder / 'folder'), policy.config, params)
   again = evaluate.init_params(models.pretrained(path=str(folder / 'folder')), mesh, 0)
@@ -245,7 +264,7 @@ def killed(port, count, index, folder):
 
   phases.summary = ended
   with cli.ending_together():
-    train.run(made, run, str(folder / 'c'))
+    train.run(made, run, str(folder / 'c'), on_mismatch='continue')
 
 
 def games():
@@ -262,6 +281,7 @@ def games():
     made.evaluation.environment = part(environments.OneTurn)
   made.evaluation.turn_tokens = 0
   made.phases.train.steps = 3
+  made.phases.train.collect.lag = 1
   return made
 
 
@@ -293,6 +313,10 @@ def test_four_processes_two_and_one_give_the_same_numbers_share_a_folder_and_end
   assert codes == [75] * 4, '\n'.join(text[-1500:] for text in said)
   saved = [int(path.name) for path in (tmp_path / 'c').iterdir() if path.name.isdecimal()]
   assert len(saved) == 1 and all('asked to stop' in text for text in said)
+  # Each process has laid out its share of the prompts of the first step.
+  laid = [json.loads(re.search('laid out (.*)', text)[1]) for text in said]
+  assert [every for _, every in laid] == [laid[0][1]] * 4
+  assert [*itertools.chain(*(own for own, _ in laid))] == laid[0][1]
 
   codes, said = started(killed, 2, tmp_path)
   assert codes[1] == -signal.SIGKILL, said[1][-3000:]
@@ -303,7 +327,8 @@ def test_four_processes_two_and_one_give_the_same_numbers_share_a_folder_and_end
   # One process resumes what the two have left: their last whole checkpoint.
   longer = games()
   longer.phases.train.steps += 2
-  resumed = train.run(longer, str(tmp_path / 'resumed'), str(tmp_path / 'c'))
+  folders = str(tmp_path / 'resumed'), str(tmp_path / 'c')
+  resumed = train.run(longer, *folders, on_mismatch='continue')  # it samples in turns
   rows = metrics.read(str(tmp_path / 'resumed' / 'metrics.jsonl'))
   assert sum('loss' in row for row in rows) in (1, 2)  # of five steps
 

@@ -1,7 +1,6 @@
 """The flags of a run of several processes: what does not fit is refused before JAX waits."""
 
 import os
-import threading
 
 import jax
 import pytest
@@ -47,22 +46,65 @@ def test_jax_is_asked_with_the_flags(monkeypatch, given, asked):
   assert calls == ([asked] if asked else [])
 
 
-def test_a_process_that_nobody_joins_at_a_barrier_ends_and_names_it(monkeypatch, capsys):
-  ended = threading.Event()
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(os, '_exit', lambda code: ended.set())
-  monkeypatch.setattr(barriers, 'WAIT_AT_MOST', 0.05)
-  wait = lambda what: ended.wait(30)
-  monkeypatch.setattr(barriers.multihost_utils, 'sync_global_devices', wait)
-  barriers.together('written')
-  assert ended.is_set()
-  said = "process 0 of 2 ends: it has waited 0.05 seconds for the others at the barrier 'written'"
+class Service:
+  """JAX's coordination service as process 0 of three sees it."""
+
+  def __init__(self, said='', sent=()):
+    self.said, self.waits, self.stored = said, [], dict(sent)
+
+  def key_value_set_bytes(self, key, value):
+    self.stored[key] = value
+
+  def key_value_dir_get_bytes(self, folder):
+    return [(key, value) for key, value in self.stored.items() if key.startswith(folder)]
+
+  def wait_at_barrier(self, name, timeout_in_ms):
+    self.waits.append((name, timeout_in_ms))
+    if self.said:
+      raise jax.errors.JaxRuntimeError(self.said)
+
+
+LATE = """DEADLINE_EXCEEDED: Barrier timed out. Id: polgrad/rewards::0. This usually happens ...
+# of tasks that reached the barrier: 1/3.
+The first task at the barrier: 0. Some timed out task names:
+1
+2
+RPC: /xla.coordination.CoordinationService/Barrier [type.googleapis.com/...]"""
+
+
+def played(monkeypatch, service):
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  monkeypatch.setattr(barriers.distributed.global_state, 'client', service)
+  monkeypatch.setattr(barriers, 'WAIT_AT_MOST', 7.0)
+  return service
+
+
+def test_processes_that_do_not_arrive_at_a_barrier_are_named(monkeypatch, capsys):
+  codes = []
+  monkeypatch.setattr(os, '_exit', codes.append)
+  service = played(monkeypatch, Service(LATE))
+  barriers.together('rewards')
+  assert codes == [1] and service.waits == [('polgrad/rewards', 7000)]
+  said = "process 0 of 3 ends: it has waited 7 seconds for process 1, 2 at the barrier 'rewards'"
   assert said in capsys.readouterr().err
 
-  ended.clear()
-  monkeypatch.setattr(barriers.multihost_utils, 'sync_global_devices', lambda what: None)
-  barriers.together('at once')
-  assert not ended.wait(0.1)
+  # Other errors, such as that of a lost process, are raised.
+  played(monkeypatch, Service('UNAVAILABLE: tasks are unhealthy'))
+  with pytest.raises(jax.errors.JaxRuntimeError, match='unhealthy'):
+    barriers.together('rewards')
+  assert codes == [1]
+
+
+def test_an_error_of_one_process_is_raised_by_all(monkeypatch):
+  service = played(monkeypatch, Service())
+  barriers.together('records')
+  with pytest.raises(ValueError, match='record 7: too long'):
+    barriers.together('records', ValueError('record 7: too long'))
+  failures = {key.replace('000000', '000002'): value for key, value in service.stored.items()}
+  played(monkeypatch, Service(sent=failures))
+  with pytest.raises(ValueError, match='record 7: too long') as error:
+    barriers.together('records')
+  assert error.value.__notes__ == ['process 2 of 3 has failed']
 
 
 def test_one_process_alone_keeps_its_error():

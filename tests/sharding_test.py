@@ -225,10 +225,10 @@ def test_slices_that_do_not_fit_an_axis_are_refused(slices, says):
 class Chip:
   """A device that says which slice it is on, as those of TPUs do."""
 
-  platform, device_kind, process_index = 'cpu', 'fake', 0
+  platform, device_kind = 'cpu', 'fake'
 
-  def __init__(self, id, slice_index):
-    self.id, self.slice_index = id, slice_index
+  def __init__(self, id, slice_index, process_index=0):
+    self.id, self.slice_index, self.process_index = id, slice_index, process_index
 
 
 def test_devices_on_several_slices_need_an_axis_that_lies_across_them(monkeypatch):
@@ -243,11 +243,17 @@ def test_devices_on_several_slices_need_an_axis_that_lies_across_them(monkeypatc
       sharding._arranged(chips, sizes, slices)
 
 
-def test_one_process_may_leave_devices_idle_but_several_may_not(monkeypatch):
+def test_each_of_several_processes_gives_as_many_devices_to_a_mesh(monkeypatch):
   assert sharding.make_mesh(data=3).size == 3
+  there = [Chip(i, 0, i // 4) for i in range(8)]
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match='does not fit 8 devices'):
+  monkeypatch.setattr(jax, 'devices', lambda: there)
+  with pytest.raises(ValueError, match='has 3 devices, which do not divide by 2 processes'):
     sharding.make_mesh(data=3)
+  training = sharding._first_of_each(there, 2)
+  rest = [device for device in there if device not in training]
+  assert [device.id for device in training] == [0, 1, 4, 5]
+  assert [device.id for device in sharding._first_of_each(rest, 2)] == [2, 3, 6, 7]
 
 
 def test_rows_that_do_not_divide_are_refused_before_anything_runs():

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import curricula, sharding, speed, teachers
-from polgrad.collect.drawn import Draws, Episode, Turns, from_first, make_draws
+from polgrad import curricula, exchanges, sharding, speed, teachers
+from polgrad.collect.drawn import Draws, Episode, Turns, make_draws
 from polgrad.compiling import jit
 from polgrad.data import batching
 from polgrad.data.sources import Source
@@ -208,6 +208,14 @@ class Collector(abc.ABC):
     return 0
 
   @property
+  def lays_apart(self) -> bool:
+    """Whether what `lay_out` makes of a record depends on no other one.
+
+    Each of several processes then lays out its share of the records; otherwise each lays out all.
+    """
+    return True
+
+  @property
   def temperature(self) -> float:
     """Temperature of sampling, and therefore of all log-probs."""
     return 1.0
@@ -281,6 +289,25 @@ class Collector(abc.ABC):
     return ()
 
 
+def laid_out(lay: Callable[[Sequence[dict]], Any], records: Sequence[dict]) -> Any:
+  """`lay(records)`, of which each process lays out its share of the records; all get all rows.
+
+  Args:
+    lay: records -> `Batch` or `Prompts`, with rows that depend on their record alone. Groups are
+      numbered from 0 by their record.
+    records: of a step, each with an `id`.
+  """
+
+  def numbered(part: Sequence[tuple[int, dict]]) -> Any:
+    made = lay([record for _, record in part])
+    if getattr(made, 'group_ids', None) is None:
+      return made
+    return made.replace(group_ids=made.group_ids + np.int32(part[0][0]))
+
+  found = exchanges.rows(numbered, list(enumerate(records)), 'records of a step')
+  return found.replace(records=tuple(records)) if isinstance(found, Prompts) else found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotator:
   """Fills in what the live parameters compute for the rows of a batch; see `make_annotator`."""
@@ -341,8 +368,8 @@ class Annotator:
 
   def _asked(self, name: str, batch: Batch) -> dict[str, np.ndarray]:
     """What a model elsewhere says of a batch; the first process alone asks, and tells the others."""
-    first = jax.process_index() == 0
-    return from_first(self.of_elsewhere[name](read_by_anchors(batch)) if first else None)
+    asked = lambda: self.of_elsewhere[name](read_by_anchors(batch))
+    return exchanges.first(asked, f'log-probs of {name}')
 
   def _scored_mismatches(self, state: TrainState, batch: Batch) -> Batch:
     """The batch with `mismatched_log_ratio` in the place of the rows that it is computed of."""

@@ -14,6 +14,7 @@ from polgrad.collect.base import (
   Collector,
   Context,
   Draw,
+  laid_out,
   make_annotator,
 )
 from polgrad.data import batching, pair_fields, user_pairs
@@ -48,10 +49,15 @@ class Given(Collector):
     del record
     return ''
 
+  def laid_by(self, tokenizer: Tokenizer) -> Callable[[Sequence[dict]], Batch]:
+    """`lay_out` with these settings, divided over the processes where rows do not depend on others."""
+    lay = functools.partial(self.lay_out, tokenizer=tokenizer, cut=self.cut)
+    return functools.partial(laid_out, lay) if self.lays_apart else lay
+
   def make(self, context: Context) -> Collect:
     return _Given(
       records=self.records,
-      lay=functools.partial(self.lay_out, tokenizer=context.tokenizer, cut=self.cut),
+      lay=self.laid_by(context.tokenizer),
       annotate=make_annotator(context, self.temperature),
     ).collect
 
@@ -261,6 +267,10 @@ class Feedback(Given):
   def provides(self) -> frozenset[str]:
     own = ['mismatched_log_ratio'] if self.mismatched else []
     return frozenset({'label', *self.numbers, *own})
+
+  @property
+  def lays_apart(self) -> bool:
+    return not self.mismatched
 
   def lay_out(self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False) -> Batch:
     sizes = dict(length=self.length, mismatched=self.mismatched)

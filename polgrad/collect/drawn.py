@@ -3,16 +3,14 @@
 import collections
 import dataclasses
 import functools
-import pickle
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from polgrad import environments
+from polgrad import environments, exchanges
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments.episodes import Episode, Episodes, Single, Within
 from polgrad.environments.workers import Pool
@@ -189,26 +187,16 @@ def make_draws(
     batch = sample(
       params, prompts.tokens, prompts.mask, ids, seed=seed, step=step, replies=asked or None
     )
-    read = from_first(one.read if talks else []) if single else ()
-    episodes = from_first(replies.episodes if talks else [])
+    read = exchanges.first(lambda: one.read, 'replies') if single else ()
+    episodes = exchanges.first(lambda: replies.episodes, 'episodes')
     batch = to_host(batch)
     if begun is None:
       return Drawn(with_turns(batch, episodes), episodes, read)
-    cut = from_first(sorted(within.unfinished) if talks else [])
+    cut = exchanges.first(lambda: sorted(within.unfinished), 'episodes that are not over')
     over = np.isin(np.arange(len(episodes)), cut)
     return Drawn(batch.replace(finished=batch.finished & ~over), episodes, read)
 
   return in_turns if several else in_one_turn
-
-
-def from_first(value: Any) -> Any:
-  """The value of the first process, in all of them."""
-  if jax.process_count() == 1:
-    return value
-  sent = np.frombuffer(pickle.dumps(value), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int64(len(sent))))
-  own = sent if jax.process_index() == 0 else np.zeros(size, np.uint8)
-  return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes())
 
 
 def with_turns(batch: Batch, episodes: Sequence[Episode]) -> Batch:

@@ -106,8 +106,7 @@ class _Steps:
     del step
     settings, records = self.settings, draw(self.settings.records)
     with self.meter.timing('annotation'):
-      batch = settings.lay_out(records, tokenizer=self.context.tokenizer, cut=settings.cut)
-      batch = self.annotate(state, batch)
+      batch = self.annotate(state, settings.laid_by(self.context.tokenizer)(records))
       self.meter.add('annotation', self.annotate.flops(batch))
     rows = np.array([record['id'] for record in records])
     memory = Targets(*to_host(state.collect_state))

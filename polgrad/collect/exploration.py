@@ -17,7 +17,7 @@ import optax
 
 from polgrad import optim, sharding
 from polgrad.collect import base
-from polgrad.collect.base import Collect, Context, Draw, Sampling, draws_of
+from polgrad.collect.base import Collect, Context, Draw, Sampling, draws_of, laid_out
 from polgrad.collect.drawn import Drawn, Draws
 from polgrad.collect.scored import distinct, joined_rows
 from polgrad.collect.steps import PROVIDED, Steps, common
@@ -92,7 +92,8 @@ class ExploredSteps(Steps):
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     settings, context = self.settings, self.context
     records = draw(settings.prompts)
-    prompts = settings.lay_out(records, tokenizer=context.tokenizer, cut=settings.cut)
+    lay = functools.partial(settings.lay_out, tokenizer=context.tokenizer, cut=settings.cut)
+    prompts = laid_out(lay, records)
     # Each round gets other ids, because noise is folded from them.
     ids = distinct(np.tile(prompts.ids, settings.rounds)).reshape(settings.rounds, -1)
     drawn, episodes = [], []

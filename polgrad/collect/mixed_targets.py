@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from polgrad import speed
-from polgrad.collect.base import Annotator, Collect, Collected, Context, Draw, make_annotator
+from polgrad.collect.base import (
+  Annotator,
+  Collect,
+  Collected,
+  Context,
+  Draw,
+  laid_out,
+  make_annotator,
+)
 from polgrad.collect.data import Demonstrations
 from polgrad.collect.early import EarlyTargets, Targets, followed_rows
 from polgrad.compiling import jit
@@ -109,8 +117,8 @@ class _Steps:
 
   def collect(self, state: TrainState, draw: Draw, step: int) -> Collected:
     settings, records = self.settings, draw(self.settings.records)
-    tokenizer = self.context.tokenizer
-    plain = Demonstrations.lay_out(settings, records, tokenizer=tokenizer, cut=settings.cut)
+    given = dict(tokenizer=self.context.tokenizer, cut=settings.cut)
+    plain = laid_out(functools.partial(Demonstrations.lay_out, settings, **given), records)
     rows = np.array([record['id'] for record in records])
     memory = {name: Targets(*x) for name, x in to_host(state.collect_state).items()}
     with self.meter.timing('annotation'):

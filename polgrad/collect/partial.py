@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from polgrad import speed
-from polgrad.collect.base import Collect, Collected, Context, Draw
+from polgrad import exchanges, speed
+from polgrad.collect.base import Collect, Collected, Context, Draw, laid_out
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollout_steps import RolloutSteps
 from polgrad.collect.scored import distinct
@@ -92,7 +92,7 @@ class InFlightSteps(RolloutSteps):
     empty = np.flatnonzero(rows.begun[::samples] == EMPTY)
     if not len(empty):
       return rows
-    prompts = self.draw_rows.lay_out(draw(len(empty)))
+    prompts = laid_out(self.draw_rows.lay_out, draw(len(empty)))
     places = _rows(empty, samples)
     width = prompts.tokens.shape[1]
     spread = lambda x: np.repeat(x, samples, axis=0)
@@ -272,15 +272,16 @@ def asynchronous(steps: InFlightSteps) -> Collect:
     """What is in flight after batches were made, up to number `until`, and what to report of them."""
     rows, memory = flight
     reports = []
-    while int(memory.count) < until and not stop(rows):
-      number = int(memory.count)
-      rows = steps.filled(rows, draw, number)
-      rows = steps.drawn(rows, lent, number=number, version=version, stop=stop)
-      if steps.ready(rows, number) is None:  # interrupted
-        break
-      batch, report, rows = steps.taken(rows, lent, draw, number)
-      memory = steps.stored(batch, memory)
-      reports.append(report)
+    with exchanges.on(steps.context.sampler_mesh or steps.context.mesh):
+      while int(memory.count) < until and not stop(rows):
+        number = int(memory.count)
+        rows = steps.filled(rows, draw, number)
+        rows = steps.drawn(rows, lent, number=number, version=version, stop=stop)
+        if steps.ready(rows, number) is None:  # interrupted
+          break
+        batch, report, rows = steps.taken(rows, lent, draw, number)
+        memory = steps.stored(batch, memory)
+        reports.append(report)
     return InFlight(rows, memory), reports
 
   def collect(state: TrainState, draw: Draw, step: int) -> Collected:
@@ -292,7 +293,8 @@ def asynchronous(steps: InFlightSteps) -> Collect:
 
     # Sample in the thread.
     over = threading.Event()
-    stop = (lambda rows: over.is_set()) if settings.chunk else (lambda rows: False)
+    is_over = lambda rows: exchanges.first(over.is_set, 'whether the updates are over')
+    stop = is_over if settings.chunk else (lambda rows: False)
     within = contextvars.copy_context()  # the devices that programs are compiled for
     until = step + 1 + settings.lag
     sampling = threads.submit(within.run, produced, flight, lent, version, draw, until, stop)

@@ -8,18 +8,30 @@ import codecs
 import collections
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from polgrad import exchanges
 from polgrad.collect.base import Context
-from polgrad.collect.scored import also_read, completions, gathered
+from polgrad.collect.scored import also_read, completions, failures_of, interleaved
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.rewards.worker import Part
 from polgrad.types import Batch
 
 ARRAYS = {'span_ids': np.int32, 'span_scores': np.float32}
+
+
+class _Placed(NamedTuple):
+  """Scores of parts of the n rows that a process has asked about."""
+
+  ids: np.ndarray  # i32[n, T], numbers of parts; -1 where a token is in none
+  scores: np.ndarray  # f32[n, T]
+  failed: np.ndarray  # bool[n]
+  errors: dict[str, int]
+  messages: list[str]
 
 
 def mark_rows(
@@ -43,31 +55,38 @@ def mark_rows(
   asked = np.flatnonzero(batch.valid)
   own = asked[jax.process_index() :: jax.process_count()].tolist()
   owners = [records[i // rows_per_prompt] for i in own]
-  marked = context.mark(
+  mark = lambda: context.mark(
     [texts[i] for i in own],
     owners,
     [int(lengths[i]) for i in own],
     [float(batch.rewards[i]) for i in own],
     also_read(batch, own, context.opened(owners), tokenizer),
   )
-  ids = np.full((len(own), batch.tokens.shape[1]), -1, np.int32)
-  scores, failed = np.zeros(ids.shape, np.float32), np.zeros(len(own), bool)
-  for k, (row, record, parts) in enumerate(zip(own, owners, marked.parts)):
-    failed[k] = parts is None
-    mask = batch.mask[row]
-    tokens = batch.tokens[row][mask]
-    shown = characters(tokens, tokenizer, before=len(batching.opening(record, tokenizer)))
-    ids[k, mask], scores[k, mask] = at_tokens(parts or [], shown)
+
+  def placed() -> _Placed:
+    marked = mark()
+    ids = np.full((len(own), batch.tokens.shape[1]), -1, np.int32)
+    scores, failed = np.zeros(ids.shape, np.float32), np.zeros(len(own), bool)
+    for k, (row, record, parts) in enumerate(zip(own, owners, marked.parts)):
+      failed[k] = parts is None
+      mask = batch.mask[row]
+      tokens = batch.tokens[row][mask]
+      shown = characters(tokens, tokenizer, before=len(batching.opening(record, tokenizer)))
+      ids[k, mask], scores[k, mask] = at_tokens(parts or [], shown)
+    return _Placed(ids, scores, failed, marked.errors, marked.messages)
+
   # To the rows that were asked about, from all processes.
-  spread = lambda x, fill: _spread(gathered(x, len(asked)), asked, batch.tokens.shape, fill)
+  found = exchanges.every(placed, 'scores of parts')
+  of_all = lambda name: interleaved([getattr(one, name) for one in found])
+  spread = lambda name, fill: _spread(of_all(name), asked, batch.tokens.shape, fill)
   valid = batch.valid.copy()
-  valid[asked] = gathered(failed, len(asked)) < 0.5
+  valid[asked] = ~of_all('failed')
   batch = batch.with_arrays(
-    span_ids=spread(ids, -1).astype(np.int32),
-    span_scores=spread(scores, 0).astype(np.float32),
+    span_ids=spread('ids', -1).astype(np.int32),
+    span_scores=spread('scores', 0).astype(np.float32),
     valid=valid,
   )
-  return batch, marked.errors, marked.messages
+  return batch, *failures_of(found)
 
 
 def metrics(batch: Batch) -> dict[str, float]:

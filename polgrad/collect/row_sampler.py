@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from polgrad.collect.base import Context, Sampling, draws_of
+from polgrad.collect.base import Context, Sampling, draws_of, laid_out
 from polgrad.collect.drawn import Drawn, Draws
 from polgrad.collect.scored import distinct
 from polgrad.learner import parameter_sets
@@ -36,7 +36,7 @@ class RowSampler:
       before: ids of records whose completions the step has drawn already: noise is not drawn again.
     """
     context = self.context
-    prompts = self.lay_out(records)
+    prompts = laid_out(self.lay_out, records)
     params = parameter_sets(state, context.frozen)
     rows = self.draw(
       {name: params[name] for name in self.reads} | levels_of(state, self.measures),

@@ -1,14 +1,15 @@
 """Scores sampled rows on the host: texts, rewards, groups, demonstrations, what to report."""
 
 import collections
+import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from polgrad import exchanges
 from polgrad.collect import drawn
 from polgrad.collect.base import Context
 from polgrad.collect.drawn import Drawn, Episode
@@ -16,17 +17,34 @@ from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.environments import conversation
 from polgrad.environments.episodes import failures
-from polgrad.rewards.scoring import Scores
+from polgrad.rewards.scoring import MESSAGES, Scores
 from polgrad.types import Batch, turns
 
 
 class Texts(NamedTuple):
   """What the host knows of scored rows besides their `Batch`."""
 
-  completions: list[str]  # [B], decoded
+  completions: Sequence[str]  # [B], decoded
   records: list[dict]  # [N], data records of the prompts
   scores: Scores  # of the completions, by term, with errors and messages
   episodes: Sequence[Episode] = ()  # [B]; () without an environment
+
+
+class Lazy(Sequence):
+  """A sequence whose entries are made when they are first read."""
+
+  def __init__(self, size: int, make: Callable[[int], Any]):
+    self._made = [functools.cache(functools.partial(make, i)) for i in range(size)]
+
+  def __len__(self) -> int:
+    return len(self._made)
+
+  def __getitem__(self, place: int | slice) -> Any:
+    found = self._made[place]
+    return [one() for one in found] if isinstance(place, slice) else found()
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Sequence) and list(self) == list(other)
 
 
 def question(record: Mapping) -> str:
@@ -39,8 +57,10 @@ def completions(
   records: Sequence[Mapping],
   tokenizer: Tokenizer,
   episodes: Sequence[Episode] = (),
-) -> list[str]:
+) -> Sequence[str]:
   """The text of each row's completion, without the stop token that ended it; of turns, the last one.
+
+  A text is made when it is first read, so each of several processes makes only those that it reads.
 
   It is the whole assistant turn: what the prompt has written of it, such as `<think>` by the chat
   template, the `prefix` or the tokens `begun`, comes first. Of special tokens only stop, pad and bos
@@ -54,18 +74,18 @@ def completions(
   if episodes:
     return [episode.turns[-1] if episode.turns else '' for episode in episodes]
   rows_per_prompt = len(batch.tokens) // len(records)
-  texts = []
-  for i, (tokens, mask, finished) in enumerate(zip(batch.tokens, batch.mask, batch.finished)):
+
+  def text(i: int) -> str:
     record = records[i // rows_per_prompt]
-    text = conversation.turn_text(
-      tokens[_last_turn(mask)],
+    return conversation.turn_text(
+      batch.tokens[i][_last_turn(batch.mask[i])],
       tokenizer,
-      ended=finished,
+      ended=batch.finished[i],
       opened=batching.opening(record, tokenizer),
       begun=record.get('begun', ()),
     )
-    texts.append(text)
-  return texts
+
+  return Lazy(len(batch.tokens), text)
 
 
 def _last_turn(mask: np.ndarray) -> slice:
@@ -88,7 +108,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
   # Each process verifies every n-th row, and gets the scores of all.
   processes, own = jax.process_count(), jax.process_index()
   mine = range(own, len(texts), processes)
-  scores = context.score(
+  judge = lambda: context.score(
     [texts[i] for i in mine],
     [records[i // rows_per_prompt] for i in mine],
     [int(lengths[i]) for i in mine],
@@ -99,7 +119,7 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
       context.tokenizer,
     ),
   )
-  scores = _gather_scores(scores, len(texts))
+  scores = _joined_scores(exchanges.every(judge, 'rewards'))
   valid, total = scores.valid, scores.total
   if episodes:
     valid = valid & batch.valid
@@ -198,10 +218,10 @@ def _compare(
     batching.prompt_text(one, context.tokenizer)
     for one in context.opened([pair['record'] for pair in given])
   ]
-  compared = context.compare(given, {'prompt': prompt})
+  compared = exchanges.every(lambda: context.compare(given, {'prompt': prompt}), 'comparisons')
   found = np.full(len(pairs), 0.5)
-  found[asked] = gathered(compared.wins, len(asked))
-  return found, compared.errors, compared.messages
+  found[asked] = interleaved([one.wins for one in compared])
+  return found, *failures_of(compared)
 
 
 def also_read(
@@ -218,25 +238,34 @@ def also_read(
   }
 
 
-def _gather_scores(scores: Scores, rows: int) -> Scores:
-  """Interleaves the rows of all processes; errors and messages remain those of this process."""
-  return scores._replace(
-    total=gathered(scores.total, rows),
-    components={k: gathered(v, rows) for k, v in sorted(scores.components.items())},
-    valid=gathered(scores.valid, rows) > 0,
+def _joined_scores(parts: Sequence[Scores]) -> Scores:
+  """The scores of all rows, of which each process has judged every n-th."""
+  errors, messages = failures_of(parts)
+  return Scores(
+    total=interleaved([one.total for one in parts]),
+    components={k: interleaved([p.components[k] for p in parts]) for k in parts[0].components},
+    valid=interleaved([one.valid for one in parts]),
+    errors=errors,
+    messages=messages,
   )
 
 
-def gathered(own: np.ndarray, rows: int) -> np.ndarray:
-  """Interleaves the arrays [n, ...] of all processes, each of which has every n-th of `rows`."""
-  processes = jax.process_count()
-  if processes == 1:
-    return own
-  rows_each = -(-rows // processes)  # rounded up, because all processes must gather equal shapes
-  padded = np.zeros((rows_each, *own.shape[1:]), np.float64)
-  padded[: len(own)] = own
-  every = multihost_utils.process_allgather(padded)
-  return np.moveaxis(every, 0, 1).reshape(-1, *own.shape[1:])[:rows]
+def failures_of(parts: Sequence[Any]) -> tuple[dict[str, int], list[str]]:
+  """The `errors` of all processes, and the first `messages`, whose rows are numbered by process."""
+  errors = dict(sum((collections.Counter(one.errors) for one in parts), collections.Counter()))
+  return errors, [text for one in parts for text in one.messages][:MESSAGES]
+
+
+def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Arrays [n, ...] of all processes, each of which has every n-th row, as one.
+
+  >>> interleaved([np.array([0, 2, 4]), np.array([1, 3])])
+  array([0, 1, 2, 3, 4])
+  """
+  rows = np.zeros((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+  for process, part in enumerate(parts):
+    rows[process :: len(parts)] = part
+  return rows
 
 
 def distinct(ids: np.ndarray, before: Sequence[int] = ()) -> np.ndarray:
@@ -326,10 +355,11 @@ def with_groups(
     errors=dict(collections.Counter(before.errors) + collections.Counter(after.errors)),
     messages=before.messages + after.messages,
   )
-  texts, records = old[1].completions + new[1].completions, old[1].records + new[1].records
+  known, records = len(old[1].completions), old[1].records + new[1].records
+  text = lambda i: old[1].completions[i] if i < known else new[1].completions[i - known]
   episodes = [*old[1].episodes, *new[1].episodes]
   return batch, Texts(
-    [texts[i] for i in rows],
+    Lazy(len(rows), lambda place: text(rows[place])),
     [records[i] for i in source],
     scores,
     [episodes[i] for i in rows] if episodes else [],
@@ -461,15 +491,13 @@ def errors(scores: Scores) -> dict[str, float]:
   return others | by_kind | {'environment_errors': sum(own.values(), 0.0)}
 
 
-def shown(batch: Batch, texts: Texts) -> list[tuple[str, str, float]]:
+def shown(batch: Batch, texts: Texts) -> Sequence[tuple[str, str, float]]:
   """The rows of a table of samples: prompt, completion or episode, reward (NaN where it failed)."""
   rows_per_prompt = len(texts.completions) // len(texts.records)
-  said = [drawn.transcript(one) for one in texts.episodes] or texts.completions
-  return [
-    (
-      question(texts.records[i // rows_per_prompt]),
-      text,
-      float(batch.rewards[i] if batch.valid[i] else np.nan),
-    )
-    for i, text in enumerate(said)
-  ]
+
+  def row(i: int) -> tuple[str, str, float]:
+    said = drawn.transcript(texts.episodes[i]) if texts.episodes else texts.completions[i]
+    reward = float(batch.rewards[i] if batch.valid[i] else np.nan)
+    return question(texts.records[i // rows_per_prompt]), said, reward
+
+  return Lazy(len(texts.completions), row)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polgrad import credit as credits
-from polgrad import curricula, speed
+from polgrad import curricula, exchanges, speed
 from polgrad.collect.base import Annotator, Collected, Context, Draw, Sampling, make_annotator
 from polgrad.collect.drawn import Drawn, Episode
 from polgrad.collect.influences import Measure, make_influences
@@ -105,10 +105,12 @@ class Steps(abc.ABC):
 
   def fresh(self, state: TrainState, draw: Draw, step: int) -> tuple[Batch, Report]:
     """Rows that are sampled and scored, and what to report of them."""
-    with self.meter.timing('rollout'):
-      rows, records = self.sample(state, draw, step)
-    with self.meter.timing('scoring'):
-      batch, report = self.score(rows, records, state, draw, step)
+    # Processes exchange values over the devices that sample, on which this may be the only thread.
+    with exchanges.on(self.context.sampler_mesh or self.context.mesh):
+      with self.meter.timing('rollout'):
+        rows, records = self.sample(state, draw, step)
+      with self.meter.timing('scoring'):
+        batch, report = self.score(rows, records, state, draw, step)
     return batch.replace(sampled_at=np.full(len(batch.tokens), step, np.int32)), report
 
   def lent(self, state: TrainState) -> TrainState:

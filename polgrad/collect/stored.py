@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from polgrad import paths, stored_rows
-from polgrad.collect.base import Collect, Context, Draw, Filtering
+from polgrad.collect.base import Collect, Context, Draw, Filtering, laid_out
 from polgrad.collect.drawn import Drawn
 from polgrad.collect.rollouts import Rollouts
 from polgrad.collect.steps import PROVIDED, Steps, common
@@ -125,11 +125,15 @@ class StoredSteps(Steps):
 
   def sample(self, state: TrainState, draw: Draw, step: int) -> tuple[Drawn, Sequence[dict]]:
     del state, step
-    records, tokenizer = draw(self.settings.prompts), self.context.tokenizer
-    prompts = Filtering.lay_out(self.settings, records, tokenizer=tokenizer, cut=self.settings.cut)
-    entries = self.settings.found(prompts, tokenizer)
-    width, top = self.settings.max_new_tokens, self.settings.top
-    return Drawn(batch_of(prompts, entries, width, tokenizer, top)), records
+    records = draw(self.settings.prompts)
+    return Drawn(laid_out(self._read, records)), records
+
+  def _read(self, records: Sequence[dict]) -> Batch:
+    """The rows of the records, with what the files say of them."""
+    settings, tokenizer = self.settings, self.context.tokenizer
+    prompts = Filtering.lay_out(settings, records, tokenizer=tokenizer, cut=settings.cut)
+    entries = settings.found(prompts, tokenizer)
+    return batch_of(prompts, entries, settings.max_new_tokens, tokenizer, settings.top)
 
   def exchange(self, batch: Batch, memory: Any, random: np.random.Generator) -> tuple[Batch, Any]:
     del random

@@ -27,9 +27,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
+from polgrad import exchanges
 from polgrad.compiling import jit
 from polgrad.environments import Replies
 from polgrad.models.policy import Policy
@@ -384,7 +384,7 @@ class Rollout:
     params, keys, read, turns, told = self._begin(params, *prompts, seed, step)
     told, desk = on_host(told), Desk(self._sampler, replies)
     while not told.idle.all() or told.queued.any():
-      plan = shared(desk.plan(told) if jax.process_index() == 0 else None, told)
+      plan = exchanges.first(functools.partial(desk.plan, told), 'plan of turns')
       # From here on all processes do the same, because `told` and `plan` are equal in all of them.
       # Rows that are over leave their slots, and the others read their replies.
       if plan.over.any():
@@ -511,18 +511,3 @@ def empty_chunks(number: int, queues: int, slots: int) -> Chunk:
 def at_once(slots: int) -> int:
   """K, the slots that are served together, of the slots of a queue."""
   return max(1, slots // SHARE)
-
-
-def shared(plan: Plan | None, told: Told) -> Plan:
-  """The plan of the first process, in all of them."""
-  if jax.process_count() == 1:
-    return plan
-  # First the number of chunks, so that the other processes pass arrays of the same shapes; the values of
-  # theirs are not used.
-  number = len(plan.chunks.slot) if plan else 0
-  number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-  nothing = np.zeros(len(told.row), bool)
-  queues = len(told.queued)
-  chunks = empty_chunks(number, queues, len(nothing) // queues)
-  plan = plan or Plan(nothing, nothing, np.bool_(False), chunks)
-  return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(plan))
