@@ -108,7 +108,7 @@ def collected(run, steps=1, first=0):
     make = phase.collect.make(phases.context(run, phase, 0))
     for step in range(first, steps):
       draw = phases.Drawer(phase, seed=0, cursor=step * phase.collect.prompts)
-      got = make(state, draw, step)
+      got = make(state, draw, step).finished()
       found.append(got)
       state = phases.advance(run.mesh, state, got, draw.cursor)
   return found
@@ -259,7 +259,7 @@ def test_a_run_that_begins_again_has_the_same_bits_whenever_answers_come(plain):
 
 def test_every_row_of_a_group_is_an_episode_also_in_a_memory(plain):
   greedy = part(behavior_policies.greedy)
-  made = config(opponents=1, opponent_policy=greedy, lag=1)
+  made = config(opponents=1, opponent_policy=greedy, lag=1, overlap=True)
   first, second = collected(build.build(made), steps=2)
   assert len(first.episodes) == len(first.batch.tokens) == 20
   for row, episode in enumerate(first.episodes):
