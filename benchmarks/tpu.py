@@ -1,7 +1,8 @@
-"""Compiles updates for a TPU topology, without a TPU; bytes are the compiler's own count.
+"""Compiles updates and decoding for a TPU topology, without a TPU; bytes are the compiler's own count.
 
     pip install 'jax[tpu]'
     TPU_SKIP_MDS_QUERY=1 python -m benchmarks.tpu [--topology=v5e:2x4] [--only=long]
+    TPU_SKIP_MDS_QUERY=1 python -m benchmarks.tpu --decode [--topology=v5e:2x2] [--only=int8]
 
 A supervised update with AdamW of a Qwen3 of 0.6B parameters, with float32 parameters and bfloat16
 activations, every layer recomputed. Rows of 4,096 tokens are cut over fsdp x tensor, with every
@@ -9,9 +10,14 @@ attention that runs on TPUs; long rows of 32,768 tokens are cut along their posi
 layers on the chip or in the memory of the host. The floor is counted by hand: gradients, the inputs of
 all layers, the unembedding whole but for its cut over tensor, and the logits of a chunk of tokens with
 their derivative. Nothing runs, so no speed is measured.
+
+With --decode it compiles the loop of decoding for one chip, with one layer of the same model, whose
+layers are all alike, in the types that `config.engine` knows. It counts what a step reads of main memory
+in the text of the program, and writes a table in docs/engines.md.
 """
 
 import argparse
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -21,8 +27,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polgrad import hlo, learner, methods, models, optim, phases, sharding
+from benchmarks import marks
+from benchmarks.engine_mismatch import OWN, PAGE
+from polgrad import aot, hlo, learner, methods, models, optim, phases, sharding
+from polgrad.checks import memory
 from polgrad.models.token_stats import LOGITS
+from polgrad.sampling import behavior_policies, decoding, engines, processors, sampler
 from polgrad.types import Batch, TrainState
 
 QWEN = dict(
@@ -104,12 +114,96 @@ def compile_update(mesh: Mesh, case: Case):
   return compiled, sum(map(local, jax.tree.leaves(params))) + inputs + head
 
 
+class Decoding(NamedTuple):
+  """A compiled loop of decoding, on one device."""
+
+  text: str  # the program
+  weights: float  # bytes that a step must read
+  cache: float  # bytes, of all columns
+  accessed: (
+    float  # bytes that a step accesses by XLA's analysis, in main memory and near the processor
+  )
+
+
+def compile_decoding(
+  policy: models.Policy, mesh: Mesh, *, rows: int, prompt: int, new: int
+) -> Decoding:
+  """The loop of decoding that the sampler of one turn runs between two refills."""
+  one = sampler.configure(
+    decoding.Sampler,
+    {},
+    mesh,
+    default=policy,
+    behavior_policy=behavior_policies.current,
+    max_new_tokens=new,
+    samples_per_prompt=1,
+    slots=0,
+    stop_ids=(0,),
+    pad_id=0,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    token_temperature=processors.unchanged,
+  )
+  weights = {'policy': memory.unstacked(policy, mesh)}
+  shape = lambda dtype, *sizes: aot.by_rows(mesh, jax.ShapeDtypeStruct(sizes, dtype))
+  prompts = shape(jnp.int32, rows, prompt), shape(jnp.bool_, rows, prompt)
+
+  def begin(weights, tokens, mask):
+    read = one.prefill(weights, tokens, mask)
+    return one.refill(read, one.start(read, prompt))
+
+  with jax.set_mesh(mesh):
+    state = jax.eval_shape(begin, weights, *prompts)
+  state = jax.tree.map(functools.partial(aot.by_rows, mesh), state)
+  numbers = lambda ids: one.row_keys(jnp.int32(0), jnp.int32(0), ids)
+  keys = jax.eval_shape(numbers, shape(jnp.int32, rows))
+
+  def loop(weights, keys, state):
+    draw = functools.partial(one.draw, weights, keys, None, prompt)
+    return jax.lax.while_loop(decoding.no_refill_due, draw, state)
+
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(loop, donate_argnums=2).lower(weights, keys, state).compile()
+  accessed = compiled.cost_analysis()['bytes accessed']
+  return Decoding(compiled.as_text(), aot.local(weights), aot.local(state.caches), accessed)
+
+
+def decode_table(topology: str, only: str) -> str:
+  """Markdown: a line for each type of rollouts."""
+  with sharding.compiling_for(aot.topology(topology)[:1]):
+    mesh = sharding.make_mesh()
+  lines = [
+    '| rollouts in | weights, MB | cache, MB | a step reads, MB | of both | writes, MB | copies |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  model = models.decoder(**QWEN | dict(num_layers=1, remat='none'))
+  for name, settings in OWN.items():
+    if only not in name:
+      continue
+    policy = engines.Own(**settings).drawn_from(model)
+    made = compile_decoding(policy, mesh, rows=64, prompt=1024, new=1024)
+    found = hlo.main_memory(made.text)
+    least = made.weights + made.cache
+    sizes = [f'{x / 1e6:.0f}' for x in (made.weights, made.cache, found.read)]
+    rest = f'{found.read / least:.2f} | {found.written / 1e6:.0f} | {len(found.copied)}'
+    lines.append(f'| {name} | {" | ".join(sizes)} | {rest} |')
+    print(lines[-1], f'XLA: {made.accessed / 1e6:.0f} MB', found.copied, flush=True)
+  return '\n'.join(lines)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--decode', action='store_true', help='decoding in place of updates')
   parser.add_argument('--topology', default='v5e:2x4')
   parser.add_argument('--only', default='', help='cases whose names begin with this')
   options = parser.parse_args()
   name = options.topology
+  if options.decode:
+    table = decode_table(name, options.only)
+    if not options.only:
+      PAGE.write_text(marks.with_table(PAGE.read_text(), 'decode', table))
+    return
   devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
   for kind in filter(lambda kind: kind.startswith(options.only), CASES):
     case = CASES[kind]
@@ -119,16 +213,16 @@ def main() -> None:
     start = time.perf_counter()
     compiled, floor = compile_update(mesh, case)
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    held = memory.temp_size_in_bytes
+    held = compiled.memory_analysis()
+    temporary = held.temp_size_in_bytes
     exchanged = sum(
       one.moved
       for one in hlo.collectives(compiled.as_text(), dict(mesh.shape))
       if one.kind == 'all-to-all'
     )
     print(
-      f'{name} {kind:14} temporary {held / 2**30:.2f} GiB a device, floor {floor / 2**30:.2f} GiB '
-      f'({held / floor:.2f}), on the host {memory.host_temp_size_in_bytes / 2**30:.2f} GiB, '
+      f'{name} {kind:14} temporary {temporary / 2**30:.2f} GiB a device, floor {floor / 2**30:.2f} GiB '
+      f'({temporary / floor:.2f}), on the host {held.host_temp_size_in_bytes / 2**30:.2f} GiB, '
       f'all-to-all {exchanged / 1e9:.2f} GB; compiled in {seconds:.0f} s',
       flush=True,
     )
