@@ -49,17 +49,16 @@ WORKS = {
     'Question: 25 plus 13 minus 6? Work:'
   ),
 }
-TEMPERATURES = (0.0, 1.0)
 
 
-def proposers(layers: int) -> dict[str, Proposer]:
-  """What is measured; `layers` are those of the model."""
+def cases(layers: int) -> list[tuple[float, str, Proposer]]:
+  """Temperature, name and proposer of the lines of the table; `layers` are those of the model."""
   part = -(-layers * 5 // 6)
-  return {
-    'n-gram, 3': NGram(tokens=3),
-    'n-gram, 7': NGram(tokens=7),
-    f'{part} of {layers} layers, 2': FirstLayers(tokens=2, layers=part),
-  }
+  return [
+    (0.0, 'n-gram, 4', NGram(tokens=4)),
+    (1.0, 'n-gram, 4', NGram(tokens=4)),
+    (1.0, f'{part} of {layers} layers, 2', FirstLayers(tokens=2, layers=part)),
+  ]
 
 
 def compared(plain: Callable[[int], Batch], fast: Callable[[int], Batch], repeats: int) -> str:
@@ -163,17 +162,15 @@ def main() -> None:
   params, layers = policy.init(jax.random.key(0)), policy.config.num_layers
   prompts = laid_out(huggingface(path=folder).encode)
   sizes = dict(max_new_tokens=options.new, samples_per_prompt=options.rows)
-  make = functools.partial(sampler, policy, params, prompts, **sizes)
+  make = functools.cache(functools.partial(sampler, policy, params, prompts, **sizes))
   speed, shares = [], []
-  for temperature in TEMPERATURES:
-    plain = make(temperature)
-    for name, proposer in proposers(layers).items():
-      fast = make(temperature, speculate=proposer)
-      for work in WORKS:
-        pair = (functools.partial(run, work) for run in (plain, fast))
-        told = compared(*pair, options.repeats)
-        speed.append(f'| {work} | {temperature:g} | {name} | {told} |')
-        print(speed[-1], flush=True)
+  for temperature, name, proposer in cases(layers):
+    plain, fast = make(temperature), make(temperature, speculate=proposer)
+    for work in WORKS:
+      pair = (functools.partial(run, work) for run in (plain, fast))
+      told = compared(*pair, options.repeats)
+      speed.append(f'| {work} | {temperature:g} | {name} | {told} |')
+      print(speed[-1], flush=True)
   for work in WORKS:
     drawn = jax.device_get(plain(work, 1))
     for part in sorted({layers // 2, layers * 2 // 3, -(-layers * 5 // 6), layers - 1}):

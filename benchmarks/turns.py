@@ -17,9 +17,13 @@ are the better clock. The target is 1.15.
   draws in which some rows wait
 * overlap: the same replies, over such that are taken only when all rows wait; below 1x is what is won by
   decoding some rows while others wait
+* read: no cost, but the tokens that the model reads in the rollout of random turns, counted inside its
+  programs, and the places that are computed for them; and the tokens that it would read if no cache were
+  kept between turns. Writes the table of docs/sampling.md
 """
 
 import argparse
+import pathlib
 import time
 from collections.abc import Callable
 
@@ -27,10 +31,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import marks
 from polgrad import models
 from polgrad.sampling import make_sampler, make_turn_sampler
 from polgrad.sampling.stopping import StopTable
+from polgrad.sampling.turns import CHUNK
 from polgrad.types import Batch
+from polgrad.types import turns as spans_of
 
 MODEL = dict(
   vocab_size=64, num_layers=3, width=96, num_heads=4, num_kv_heads=2, head_dim=24, mlp_width=288,
@@ -42,6 +49,7 @@ PROMPTS, GROUP, WIDTH = 8, 4, 32
 TURNS, MEAN, REPLY = 4, 64, 16
 LONGEST = 440  # columns behind the prompt in rollouts of random turns
 STOP = 1
+PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'sampling.md'
 
 
 class Timed:
@@ -125,11 +133,49 @@ def compared(one: Callable, four: Callable, repeats: int) -> str:
   return '; '.join(told)
 
 
+def tokens_read() -> str:
+  """The table of tokens that a rollout of random turns reads."""
+  passes = []
+  note = lambda valid, rows, places: passes.append(
+    (int(valid), int(rows) * int(places), int(places))
+  )
+
+  def decode(params, tokens, positions, valid, *rest):
+    jax.debug.callback(note, jnp.sum(valid), *tokens.shape)
+    return POLICY.decode(params, tokens, positions, valid, *rest)
+
+  sample = make_turn_sampler(
+    {'policy': POLICY._replace(decode=decode)},
+    samples_per_prompt=GROUP,
+    behavior_policy=ending,
+    max_new_tokens=LONGEST,
+    stop_ids=(STOP,),
+  )
+  batch = jax.device_get(sample(PARAMS, *prompts(), seed=0, step=0, replies=Timed()))
+  jax.effects_barrier()
+  drawn, real = batch.mask[:, WIDTH:], batch.segment_ids[:, WIDTH:] > 0
+  # Tokens of a row before each of its turns but the first one.
+  before = [WIDTH + span.start for row in drawn for span in spans_of(row)[1:]]
+  least = {
+    ('prompts', WIDTH): (PROMPTS * WIDTH, PROMPTS * GROUP * WIDTH),
+    ('replies', CHUNK): (int((real & ~drawn).sum()), sum(before)),
+    ('drawn', 1): (int(drawn.sum()), int(drawn.sum())),
+  }
+  lines = ['| tokens | least | read | places | anew |', '|---|---|---|---|---|']
+  for (name, size), (need, anew) in least.items():
+    read, computed = (sum(one[i] for one in passes if one[2] == size) for i in (0, 1))
+    lines.append(f'| {name} | {need} | {read} | {computed} | {anew} |')
+  return '\n'.join(lines)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--only', default='', help='the beginning of the name of one line')
   options = parser.parse_args()
+  if options.only == 'read':
+    PAGE.write_text(marks.with_table(PAGE.read_text(), 'read', tokens_read()))
+    return
   repeats = options.repeats
   drawn, mixed = TURNS * MEAN, dict(behavior_policy=ending, max_new_tokens=LONGEST)
   random = lambda **more: four_turns(stop_ids=(STOP,), **mixed, **more)

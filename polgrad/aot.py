@@ -559,6 +559,7 @@ def make_sampler(
     top_k=collect.top_k,
     top_p=collect.top_p,
     token_temperature=sampling.processors.unchanged,
+    speculate=collect.proposer,
   )
 
 

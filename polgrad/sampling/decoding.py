@@ -130,15 +130,17 @@ class Sampler:
     following: Array | None = None,
     *,
     padding: int,
+    common: int = 0,
   ) -> Batch:
-    """Samples completions of prompts from which `padding` columns on the left were trimmed.
+    """Samples completions of prompts from which `padding` columns on the left were trimmed, and whose
+    first `common` tokens are the same.
 
     `following` is the array of `stop_table`: as an argument it is no constant of the program.
     """
     # Layers are cut from their stacks here: inside the loop it would happen at every step.
     params = self.unstacked(params, step)
     keys = self.row_keys(seed, step, prompt_ids)
-    prompts = self.prefill(params, tokens, mask)
+    prompts = self.prefill(params, tokens, mask, common)
     draw = functools.partial(self.draw, params, keys, following, tokens.shape[1])
     # Refill, then draw until the next refill is due. The last draws continue until all slots are idle.
     state = jax.lax.while_loop(
@@ -162,13 +164,29 @@ class Sampler:
     fold = lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
     return jax.vmap(fold)(self._repeat(prompt_ids), samples)
 
-  def prefill(self, params: dict[str, Params], tokens: Array, mask: Array) -> Prefilled:
-    """Lets every model read every prompt once: i32[N, Tp] and bool[N, Tp]."""
+  def prefill(
+    self, params: dict[str, Params], tokens: Array, mask: Array, common: int = 0
+  ) -> Prefilled:
+    """Lets every model read every prompt once: i32[N, Tp] and bool[N, Tp].
+
+    The first `common` tokens, fewer than any prompt has, are read once for all prompts.
+    """
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    # These have the first columns of the caches, whatever the length of the prompt. Other tokens keep
+    # their columns, all of which are behind the first ones.
+    rest = mask & (positions >= common)
     hidden, caches = {}, {}
     for name, policy in self.policies.items():
       cache = policy.init_cache(*tokens.shape)
-      states, caches[name] = policy.decode(params[name], tokens, positions, mask, cache, 0)
+      if common:
+        first = jax.lax.dynamic_slice_in_dim(tokens[0], tokens.shape[1] - jnp.sum(mask[0]), common)
+        places = jnp.arange(common, dtype=positions.dtype)
+        one = policy.init_cache(1, common)
+        _, one = policy.decode(params[name], first[None], places[None], places[None] >= 0, one, 0)
+        copies = jax.tree.map(lambda x: jnp.repeat(x, len(tokens), axis=0), one)
+        cache = policy.begin(cache, copies, jnp.ones(len(tokens), bool))
+      cut = (x[:, common:] for x in (tokens, positions, rest))
+      states, caches[name] = policy.decode(params[name], *cut, cache, common)
       # Prompts are left-padded, so the last column holds the last token of each.
       hidden[name] = states[:, -1]
     return Prefilled(caches=caches, hidden=hidden, length=jnp.sum(mask, axis=1))

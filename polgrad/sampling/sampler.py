@@ -55,7 +55,8 @@ def make_sampler(
   a completion depends neither on the rest of the batch nor on its slot.
 
   New values of `seed` and `step` do not recompile. Prompts are trimmed to the longest of
-  the call, rounded up to Tp / 4, Tp / 2 or Tp, so at most three programs compile for one N and Tp.
+  the call, rounded up to Tp / 4, Tp / 2 or Tp. The tokens that all prompts of the call begin with, such
+  as worked examples, are read once, in quarters of that width. So few programs compile for one N and Tp.
 
   Args:
     policies: models by the names that the behavior policy reads; their vocabularies must agree.
@@ -83,7 +84,7 @@ def make_sampler(
       slots, or (from `sample`) the prompts, do not divide over the mesh.
   """
   sampler = configure(
-    SpeculativeSampler if speculate else Sampler,
+    Sampler,
     policies,
     mesh,
     default=default,
@@ -98,18 +99,19 @@ def make_sampler(
     top_k=top_k,
     top_p=top_p,
     token_temperature=token_temperature,
-    **({'proposer': speculate} if speculate else {}),
+    speculate=speculate,
   )
   following = stop_table.following if stop_table else None
-  run = jit(sampler.run, static_argnames='padding')
+  run = jit(sampler.run, static_argnames=('padding', 'common'))
 
   def sample(params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step) -> Batch:
     padding = spare_columns(mask)
     prompts = (tokens[:, padding:], mask[:, padding:], prompt_ids)
+    sizes = dict(padding=padding, common=common_tokens(*prompts[:2]))
     if mesh is None:
-      return run(params, *prompts, seed, step, following, padding=padding)
+      return run(params, *prompts, seed, step, following, **sizes)
     with jax.set_mesh(mesh):
-      return run(params, *place_batch(mesh, prompts), seed, step, following, padding=padding)
+      return run(params, *place_batch(mesh, prompts), seed, step, following, **sizes)
 
   return sample
 
@@ -126,12 +128,13 @@ def configure(
   top_k: int,
   top_p: float,
   token_temperature: Callable[..., Array],
+  speculate: Proposer | None = None,
   **fields,
 ) -> Sampler:
   """The sampler of these settings, see `make_sampler`.
 
   Args:
-    kind: its class.
+    kind: its class; with `speculate` it is `SpeculativeSampler`.
     fields: fields of the class that are settings, unchanged.
 
   Raises:
@@ -139,7 +142,9 @@ def configure(
   """
   queues = 1 if mesh is None else data_parallel_size(mesh)
   names = behavior_policies.models_read(behavior_policy)
-  names += fields['proposer'].reads if 'proposer' in fields else ()
+  if speculate:
+    kind, fields = SpeculativeSampler, {**fields, 'proposer': speculate}
+    names += speculate.reads
   policies = {name: policies.get(name, default) for name in names}
   sampler = kind(
     policies=policies,
@@ -150,8 +155,8 @@ def configure(
     **fields,
   )
   _check(sampler, temperature, top_k, top_p)
-  if isinstance(sampler, SpeculativeSampler):
-    sampler.proposer.check(sampler.policies, sampler.drawn_from)
+  if speculate:
+    speculate.check(sampler.policies, sampler.drawn_from)
   return sampler
 
 
@@ -199,6 +204,24 @@ def spare_columns(mask: Array) -> int:
   """Columns on the left of bool[N, Tp] that no prompt needs: after trimming, few widths are left."""
   width = mask.shape[1]
   return width - _bucket(int(np.max(np.sum(mask, axis=1))), width)
+
+
+def common_tokens(tokens: Array, mask: Array) -> int:
+  """How many first tokens of left-padded prompts are read once for all of them.
+
+  It is a multiple of a quarter of the width, so that few programs compile, and less than the length of
+  every prompt. 0: they do not begin with so many equal tokens, or there is one prompt.
+
+  >>> common_tokens(np.array([[0, 7, 8, 9], [7, 8, 5, 6]]), np.array([[0, 1, 1, 1], [1, 1, 1, 1]]))
+  2
+  """
+  tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
+  quarter, shortest = -(-tokens.shape[1] // 4), int(mask.sum(axis=1).min())
+  if len(tokens) == 1 or shortest <= quarter:
+    return 0
+  begun = np.argmax(mask, axis=1)[:, None] + np.arange(shortest - 1)[None]
+  same = (np.take_along_axis(tokens, begun, axis=1) == tokens[0, begun[0]]).all(axis=0)
+  return int(np.cumprod(same).sum()) // quarter * quarter
 
 
 def behavior_at(temperature: float) -> tuple[Callable, float]:

@@ -265,8 +265,10 @@ class SpeculativeSampler(Sampler):
     """The parameter sets of the behavior policy."""
     return behavior_policies.models_read(self.behavior_policy)
 
-  def prefill(self, params: dict[str, Params], tokens: Array, mask: Array) -> Prefilled:
-    prompts = super().prefill(params, tokens, mask)
+  def prefill(
+    self, params: dict[str, Params], tokens: Array, mask: Array, common: int = 0
+  ) -> Prefilled:
+    prompts = super().prefill(params, tokens, mask, common)
     return prompts._replace(hidden={}, text=jnp.where(mask, tokens, -1))
 
   def start(self, prompts: Prefilled, prompt_width: int) -> Decoding:

@@ -35,7 +35,7 @@ from polgrad.environments import Replies
 from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Decoding, Prefilled, Sampler, merge, put, take
-from polgrad.sampling.sampler import configure, spare_columns
+from polgrad.sampling.sampler import common_tokens, configure, spare_columns
 from polgrad.sampling.stopping import StopTable
 from polgrad.sharding import constrain, place_batch
 from polgrad.types import Array, Batch, Params
@@ -169,10 +169,11 @@ def make_turn_sampler(
   def sample(params, tokens, mask, prompt_ids, *, seed, step, replies: Replies | None) -> Batch:
     padding = spare_columns(mask)
     prompts = (tokens[:, padding:], mask[:, padding:], prompt_ids)
+    sizes = padding, common_tokens(*prompts[:2])
     if mesh is None:
-      return rollout.run(params, prompts, seed, step, padding, replies)
+      return rollout.run(params, prompts, seed, step, *sizes, replies)
     with jax.set_mesh(mesh):
-      return rollout.run(params, place_batch(mesh, prompts), seed, step, padding, replies)
+      return rollout.run(params, place_batch(mesh, prompts), seed, step, *sizes, replies)
 
   return sample
 
@@ -194,11 +195,13 @@ class TurnSampler(Sampler):
     prompt_ids: Array,
     seed: Array,
     step: Array,
+    *,
+    common: int,
   ) -> tuple[dict[str, Params], Array, Prefilled, Turns, Told]:
     """Unstacked parameters, keys of the rows, the prompts, and a state in which all slots are idle."""
     params = self.unstacked(params, step)
     keys = self.row_keys(seed, step, prompt_ids)
-    prompts = self.prefill(params, tokens, mask)
+    prompts = self.prefill(params, tokens, mask, common)
     state = self.start(prompts, tokens.shape[1])
     turns = Turns(state, jnp.zeros_like(state.made), jnp.zeros_like(state.drawn))
     return params, keys, prompts, settled(turns), self.tell(turns)
@@ -371,17 +374,20 @@ class Rollout:
     self._sampler, self._mesh = sampler, mesh
     table = sampler.stop_table
     self._following = table.following if table else None
-    self._begin = jit(sampler.begin)
+    self._begin = jit(sampler.begin, static_argnames='common')
     self._fill = jit(sampler.fill, donate_argnums=1)
     self._close = jit(sampler.close)
     self._extend = jit(sampler.extend, static_argnames='width', donate_argnums=1)
     self._advance = jit(sampler.advance, static_argnames='width', donate_argnums=3)
     self._end = jit(sampler.end, static_argnames='padding')
 
-  def run(self, params, prompts, seed, step, padding: int, replies: Replies | None) -> Batch:
-    """The batch for prompts (tokens, mask, ids) that were trimmed by `padding` columns."""
+  def run(
+    self, params, prompts, seed, step, padding: int, common: int, replies: Replies | None
+  ) -> Batch:
+    """The batch for prompts (tokens, mask, ids) that were trimmed by `padding` columns, and whose first
+    `common` tokens are the same."""
     width = prompts[0].shape[1]
-    params, keys, read, turns, told = self._begin(params, *prompts, seed, step)
+    params, keys, read, turns, told = self._begin(params, *prompts, seed, step, common=common)
     told, desk = on_host(told), Desk(self._sampler, replies)
     while not told.idle.all() or told.queued.any():
       plan = exchanges.first(functools.partial(desk.plan, told), 'plan of turns')

@@ -165,6 +165,25 @@ def test_padding_is_read_only_as_far_as_prompts_need_it():
   assert [w for w in widths if w > 1] == [4, 8, 16]
 
 
+def test_tokens_that_all_prompts_begin_with_are_read_once():
+  read = []
+
+  def decode(params, tokens, *rest):
+    read.append(tokens.shape)
+    return policy.decode(params, tokens, *rest)
+
+  policy, params = tiny.policy(num_layers=1), tiny.params(num_layers=1)
+  mask = np.arange(8)[None] >= np.array([0, 2, 1, 0])[:, None]
+  tokens = np.array(tiny.rows(5, 4, 8))
+  for row, start in zip(tokens, np.argmax(mask, axis=1)):
+    row[start : start + 5] = [4, 9, 2, 6, 1]
+  sample = make_sampler({'policy': policy._replace(decode=decode)}, max_new_tokens=2)
+  out = sample({'policy': params}, tokens, mask, IDS, seed=0, step=0)
+  assert read == [(1, 4), (4, 4), (4, 1)]  # in quarters of the width of eight
+  logp = tiny.logp(policy, params, out.tokens, out.segment_ids)
+  np.testing.assert_allclose(out.behavior_logp[out.mask], logp[out.mask], atol=1e-5)
+
+
 def test_more_padding_changes_no_completion():
   pad = lambda x: jnp.pad(x, ((0, 0), (2, 0)))
   wide = sampler()({'policy': PARAMS}, pad(TOKENS), pad(MASK), IDS, seed=0, step=0)

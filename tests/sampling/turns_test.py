@@ -73,9 +73,18 @@ class Script:
     return [(row, self.reply(row, len(self.asked[row]))) for row in some]
 
 
+READ = []  # tokens that the model of `sampler` has read, and places of each pass
+
+
 @functools.cache
 def sampler():
-  return make_turn_sampler({'policy': POLICY}, **SETTINGS)
+  note = lambda valid, size: READ.append((int(valid), int(size)))
+
+  def decode(params, tokens, positions, valid, *rest):
+    jax.debug.callback(note, jnp.sum(valid), tokens.shape[1])
+    return POLICY.decode(params, tokens, positions, valid, *rest)
+
+  return make_turn_sampler({'policy': POLICY._replace(decode=decode)}, **SETTINGS)
 
 
 def rollout(replies, sample=None, params=None) -> Batch:
@@ -96,9 +105,17 @@ def test_a_row_that_ends_at_once_is_that_of_one_turn():
 
 def test_rows_of_several_turns_equal_one_forward_pass():
   script = Script(4)
+  jax.effects_barrier()
+  READ.clear()
   out = rollout(script)
   assert_scored(out)
   assert_told(out, script)
+  # Every token is read once: those of a prompt for all of its rows, and of a turn only what is new.
+  jax.effects_barrier()
+  read = lambda size: sum(valid for valid, places in READ if places == size)
+  given = (out.segment_ids[:, WIDTH:] > 0) & ~out.mask[:, WIDTH:]
+  assert read(WIDTH) == MASK.sum() and read(turns.CHUNK) == given.sum() > 100
+  assert read(1) == out.mask.sum()
 
 
 def assert_scored(out: Batch, policy=POLICY, process=lambda logits: logits):
