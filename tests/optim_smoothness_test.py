@@ -45,10 +45,10 @@ def test_without_curvature_it_is_normalised_descent_and_with_a_large_radius_newt
     assert still.gamma == 2 and not still.accepted
 
 
-def test_the_exact_hessian_solves_logistic_regression_in_a_few_trials():
+def test_the_exact_hessian_solves_logistic_regression_in_twelve_steps():
   rng = np.random.default_rng(0)
   features = rng.normal(size=(200, 20))
-  labels = np.sign(features @ rng.normal(size=20) + 0.1 * rng.normal(size=200))
+  labels = np.sign(features @ rng.normal(size=20) + 0.5 * rng.normal(size=200))
   with jax.enable_x64(True):
     z = jnp.asarray(labels[:, None] * features)
     loss = lambda x: jnp.mean(jax.nn.softplus(-z @ x)) + 1e-4 / 2 * x @ x
@@ -57,14 +57,20 @@ def test_the_exact_hessian_solves_logistic_regression_in_a_few_trials():
       p = jax.nn.sigmoid(z @ x)
       return z.T @ ((p * (1 - p))[:, None] * z) / 200 + 1e-4 * jnp.eye(20)
 
-    lengths = {}
+    lengths, values, accepted = {}, {}, {}
     for name, hessian in (('exact', exact), ('none', lambda x: jnp.zeros((20, 20)))):
       step = jax.jit(lambda s, hessian=hessian: smooth_step(s, loss, hessian))
       state = start(jnp.zeros(20))
+      lengths[name], accepted[name] = [], []
       for _ in range(20):
         state = step(state)
-      lengths[name] = float(jnp.linalg.norm(jax.grad(loss)(state.x)))
-    assert lengths['exact'] < 1e-10 and lengths['none'] > 1e-4
+        accepted[name].append(bool(state.accepted))
+        lengths[name].append(float(jnp.linalg.norm(jax.grad(loss)(state.x))))
+      values[name] = float(loss(state.x))
+    trials = next(n for n, x in enumerate(lengths['exact'], 1) if x < 1e-10)
+    assert sum(accepted['exact'][:trials]) == 12
+    np.testing.assert_allclose(values['exact'], 0.0547654, atol=5e-8)
+    assert lengths['none'][-1] > 1e-4
 
 
 def asking(loss, params):

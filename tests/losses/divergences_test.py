@@ -142,6 +142,9 @@ def test_bounds_of_the_skewed_ones_and_pinsker():
   for name in ('skew_forward_kl', 'skew_reverse_kl'):
     np.testing.assert_allclose(value(name, *far), -np.log(0.1), rtol=1e-5)
   assert value('total_variation') <= np.sqrt(min(value('forward_kl'), value('reverse_kl')) / 2)
+  # A random pair is far below the bound of 2.303.
+  pair = np.random.default_rng(0).normal(size=(2, 6))
+  np.testing.assert_allclose(value('skew_forward_kl', *pair), 0.395, atol=5e-4)
   # The weight of a token in the gradient is at most (1 - skew) / skew, so the gradient is at most that.
   gradient = jax.grad(lambda z: divergences.skew_forward_kl(far[0], z))(jnp.asarray(far[1]))
   assert np.abs(gradient).sum() <= 2 * 9
