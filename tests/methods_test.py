@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from polgrad import build, methods, metrics, phases, tasks, train
 from polgrad.arrays import MODEL, shape_of
@@ -321,9 +322,16 @@ def test_an_option_that_only_another_choice_reads_is_refused():
 def written(function, *knobs) -> str:
   """The method as text, or '' if the function refuses these options."""
   try:
-    return repr(function(**dict(knobs)))
+    return json.dumps(vars(function(**dict(knobs))), default=plainly)
   except ValueError:
     return ''
+
+
+def plainly(x):
+  """What is in a configuration, or in a collector with some of its settings."""
+  if isinstance(x, ConfigDict):
+    return x.to_dict()
+  return [repr(x.func), x.keywords] if isinstance(x, functools.partial) else repr(x)
 
 
 def effect(function, fixed, changed) -> str:

@@ -309,6 +309,31 @@ def test_the_critics_of_a_chain_are_its_values_at_every_discount():
   np.testing.assert_allclose(everything.scores(own, states, batch)[0, 1:], 1, atol=1e-3)
 
 
+def test_statistics_and_target_critics_follow_the_whole_minibatch():
+  """One step, in one piece and in two: the same, with the mean of all targets that are learned."""
+  critics = networks.Critics(discounts=(0.5, 0.9), critics=2, hidden=0, follow=0.25)
+  one = dataclasses.replace(
+    table_of_visits(32, 1, 0.0), network=critics, optimizer=optim.sgd(learning_rate=0.1)
+  )
+  state, batch = state_of('bonus', one), batch_of()
+  before = state.networks['bonus']['params']
+  look = lambda own: (critics.targets(own, one.states((), batch), batch), critics.learns(batch))
+  targets, learns = map(np.asarray, jax.jit(look)(before))
+  before['critics'] = jax.tree.map(lambda x: x + 1, before['critics'])
+  moved = []
+  for pieces in (1, 2):
+    update = jax.jit(dataclasses.replace(one, micro_batches=pieces).update)
+    moved.append(update(state, batch)[0].networks['bonus'])
+  close(*moved)
+  after = moved[0]['params']
+  np.testing.assert_allclose(after['popart']['mean'], targets[learns].mean(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(after['popart']['square'], (targets[learns] ** 2).mean(0), rtol=1e-5)
+  jax.tree.map(  # a quarter of the way to the critics before the step
+    lambda a, b, c: np.testing.assert_allclose(a, 0.75 * b + 0.25 * c, rtol=1e-5, atol=1e-6),
+    *(after['target'], before['target'], before['critics']),
+  )
+
+
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [

@@ -84,7 +84,9 @@ def moved(old: PopArt, mean: Array, square: Array, *, rate: Fraction = 5e-4) -> 
     rate: of the averages; 0 leaves everything unchanged.
   """
   count = old.count + 1
-  step = rate / jnp.where(rate > 0, 1 - (1 - rate) ** count, 1)
+  # 1 - (1 - rate)^n without loss of digits.
+  total = -jnp.expm1(count * jnp.log1p(-rate))
+  step = rate / jnp.where(rate > 0, total, 1)
   near = lambda a, b: a + step * (b - a)
   return rescaled(old, near(old.mean, mean), near(old.square, square))._replace(count=count)
 

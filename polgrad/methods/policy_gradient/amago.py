@@ -52,9 +52,13 @@ def amago(
 
   Confidence: CODE (formulas, constants), DERIVED (critics of states).
   """
+  try:
+    discounts = tuple(map(float, discounts))  # of the command line they are texts
+  except ValueError as error:
+    raise ValueError(f'amago: discounts={discounts}: expected numbers') from error
   network = part(
     networks.Critics,
-    discounts=tuple(map(float, discounts)),
+    discounts=discounts,
     critics=critics,
     improve=improve,
     imitate=imitate,
