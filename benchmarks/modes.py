@@ -60,7 +60,7 @@ from polgrad.types import Params
 
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 RESULTS, PAGE = DOCS / 'modes.jsonl', DOCS / 'asynchronous.md'
-IN_FLIGHT = dict(in_flight=32, batches_in_flight=1)
+IN_FLIGHT = dict(in_flight=32, batches_in_flight=2)
 # Settings of the collector by mode, as texts of a command line.
 MODES = {
   'synchronous': {},
@@ -77,8 +77,10 @@ WARM_UP = 6  # steps of a mode before those that are timed: its queues are full 
 # Settings of rows in flight whose lengths are measured.
 BOUNDS = {
   'synchronous': {},
-  'in_flight=32, batches_in_flight=1': IN_FLIGHT,
-  'in_flight=64, batches_in_flight=3': dict(in_flight=64, batches_in_flight=3),
+  **{
+    f'in_flight=32, batches_in_flight={n}': dict(in_flight=32, batches_in_flight=n)
+    for n in (1, 2, 4)
+  },
 }
 
 
@@ -404,7 +406,7 @@ def main() -> None:
     for found in speeds([*MODES], WAITS, args.rounds, steps=4):
       keep(found)
   if everything or args.lengths:
-    keep(lengths(steps=8, places=12))
+    keep(lengths(steps=6, places=8))
   if everything or args.caches:
     keep(caches((1, 4, 16)))
   if everything or args.modes:

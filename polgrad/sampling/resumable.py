@@ -268,6 +268,34 @@ def _by_row(tree: Any) -> Any:
   return jax.tree.map(lambda x: constrain(x, ('batch', *('length',) * (x.ndim - 1))), tree)
 
 
+class Reader:
+  """Lets the models read the rows at the beginning of a piece, and keeps what they have read."""
+
+  def __init__(self, sampler: ResumableSampler, mesh: Mesh | None, refill: bool):
+    """See `make_resumable_sampler`."""
+    self.kept: Kept | None = None  # of the piece before
+    self._place = (lambda x: x) if mesh is None else functools.partial(place_batch, mesh)
+    self._refill = refill
+    self._read = jit(sampler.read_rows)
+    self._renew = jit(sampler.renew, donate_argnums=2)
+
+  def __call__(
+    self, params: dict[str, Params], rows: Rows, version: int
+  ) -> tuple[dict[str, Params], Rows, Read]:
+    """See `ResumableSampler.read_rows`; `rows` are NumPy."""
+    before, self.kept = self.kept, None  # its caches are donated, or freed
+    moved = before is not None and before.version != version
+    continued = None
+    if before is not None and not (moved and self._refill):
+      continued = before.continued(rows)
+    placed, version = self._place(rows), np.int32(version)
+    if continued is None:
+      del before
+      return self._read(params, placed, version)
+    asked = self._place(continued), np.bool_(moved)
+    return self._renew(params, placed, before.read, version, *asked)
+
+
 def make_resumable_sampler(
   policies: Mapping[str, Policy],
   *,
@@ -322,12 +350,9 @@ def make_resumable_sampler(
     token_temperature=processors.unchanged,
   )
   following = stop_table.following if stop_table else None
-  read = jit(sampler.read_rows)
-  renew = jit(sampler.renew, donate_argnums=2)
+  read = Reader(sampler, mesh, refill)
   # The rows are not donated, because the host looks at them.
   advance = jit(sampler.advance, donate_argnums=2)
-
-  kept: list[Kept] = []  # of the piece before, at most one
 
   def sample(
     params: dict[str, Params],
@@ -349,17 +374,8 @@ def make_resumable_sampler(
     # Columns that no prompt needs are not read. Caches that may outlive a change of weights have all.
     padding = spare_columns(rows.real[:, :-max_new_tokens]) if refill else 0
     part = rows._replace(tokens=rows.tokens[:, padding:], real=rows.real[:, padding:])
-    before = kept.pop() if kept else None
-    moved = before is not None and before.version != version
-    continued = None if before is None or (moved and refill) else before.continued(part)
-    place = (lambda x: x) if mesh is None else functools.partial(place_batch, mesh)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      if continued is None:
-        before = None  # frees its caches
-        params, placed, seen = read(params, place(part), np.int32(version))
-      else:
-        asked = np.int32(version), place(continued), np.bool_(moved)
-        params, placed, seen = renew(params, place(part), before.read, *asked)
+      params, placed, seen = read(params, part, version)
       while True:
         asked = seed, np.int32(version), due, np.int32(needed), np.int32(chunk or max_new_tokens)
         placed, seen = advance(params, placed, seen, following, *asked)
@@ -367,7 +383,7 @@ def make_resumable_sampler(
         if enough(part) or stop(part):
           break
     if chunk:
-      kept.append(Kept(part, seen, version))
+      read.kept = Kept(part, seen, version)
     joined = lambda whole, found: np.concatenate([whole[:, :padding], found], axis=1)
     return part._replace(tokens=joined(rows.tokens, part.tokens), real=joined(rows.real, part.real))
 
