@@ -19,6 +19,7 @@ from polgrad.data import tokenizers
 from polgrad.options import from_text
 from polgrad.registry import Weighted, bind, part
 from polgrad.rewards import scoring, verifiers
+from polgrad.sampling import engines
 from tests import runs
 from tests.data import folders
 
@@ -319,7 +320,8 @@ def test_stop_tokens_whose_output_rows_were_never_trained_are_found():
 def test_memory_is_that_of_the_arrays(name):
   run = build.build(getattr(runs, name).get_config('smoke,warm_start=0'))
   phase = run.phases['train']
-  uses = {u.name: u for u in memory.of_phase(phase, run.policy, run.mesh, phases.opt_shardings)}
+  args = phase, run.policy, run.mesh, phases.opt_shardings
+  uses = {u.name: u for u in memory.of_phase(*args)}
   size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
   params = jax.eval_shape(run.policy.init, jax.random.key(0))
   assert uses['parameters'].device == uses['gradients'].device == size(params)
@@ -329,6 +331,11 @@ def test_memory_is_that_of_the_arrays(name):
     layers, heads, head_dim = 2, 1, 16  # of a smoke run
     numbers = phase.collect.rows * phase.collect.length * layers * heads * head_dim
     assert uses['KV cache'].total == 2 * 4 * numbers
+    assert uses['weights of decoding'].total == size(params)
+    less = dict(engine=engines.Own(weights='int8', cache='int8'))
+    uses = {u.name: u for u in memory.of_phase(*args, **less)}
+    assert uses['KV cache'].total == 2 * (numbers + 4 * numbers // head_dim)
+    assert size(params) / 4 < uses['weights of decoding'].total < size(params) / 3
 
 
 def test_memory_on_a_mesh_is_that_of_one_device():

@@ -37,6 +37,61 @@ ENTRY %main (x: f32[8,64]) -> f32[8,64] {
 """
 
 
+STEP = """HloModule m
+
+%bitcast_only (p: s8[4,128]) -> s8[512] {
+  %p = s8[4,128]{1,0:T(4,128)(4,1)} parameter(0)
+  ROOT %b = s8[512]{0} bitcast(%p)
+}
+
+%looked_up (table: bf16[1000,128], row: s32[]) -> bf16[1,128] {
+  %table = bf16[1000,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %row = s32[] parameter(1)
+  ROOT %one = bf16[1,128]{1,0} dynamic-slice(%table, %row, %zero), dynamic_slice_sizes={1,128}
+}
+
+%product (w: s8[4,128], x: f32[8,4]) -> f32[8,128] {
+  %w = s8[4,128]{1,0:T(4,128)(4,1)} parameter(0)
+  %x = f32[8,4]{1,0} parameter(1)
+  %same = s8[512]{0} fusion(%w), kind=kLoop, calls=%bitcast_only
+  ROOT %y = f32[8,128]{1,0:S(1)} convolution(%x, %same), dim_labels=bf_io->bf
+}
+
+%turned (p: bf16[2,64,256]) -> bf16[2,256,64] {
+  %p = bf16[2,64,256]{2,1,0:T(8,128)} parameter(0)
+  ROOT %t = bf16[2,256,64]{2,1,0:T(8,128)} transpose(%p), dimensions={0,2,1}
+}
+
+%cond (s: (s32[], bf16[2,64,256])) -> pred[] {
+  %s = (s32[], bf16[2,64,256]{2,1,0:T(8,128)}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+%body (s: (s32[], bf16[2,64,256])) -> (s32[], bf16[2,64,256]) {
+  %s = (s32[], bf16[2,64,256]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %cache = bf16[2,64,256]{2,1,0:T(8,128)} get-tuple-element(%s), index=1
+  %new = bf16[2,64,1]{2,1,0:S(1)} constant({...})
+  %written = bf16[2,64,256]{2,1,0:T(8,128)} dynamic-update-slice(%cache, %new, %i, %i, %i)
+  %table = bf16[1000,128]{1,0:T(8,128)(2,1)} constant({...})
+  %row = bf16[1,128]{1,0:S(1)} fusion(%table, %i), kind=kLoop, calls=%looked_up
+  %w = s8[4,128]{1,0:T(4,128)(4,1)} constant({...})
+  %near = (s8[4,128]{1,0:T(4,128)(4,1)S(1)}, s8[4,128]{1,0:T(4,128)(4,1)}, u32[]{:S(2)}) copy-start(%w)
+  %x = f32[8,4]{1,0:S(1)} constant({...})
+  %y = f32[8,128]{1,0:S(1)} fusion(%w, %x), kind=kOutput, calls=%product
+  %bad = bf16[2,256,64]{2,1,0:T(8,128)} fusion(%written), kind=kLoop, calls=%turned
+  ROOT %t = (s32[], bf16[2,64,256]{2,1,0:T(8,128)}) tuple(%i, %written)
+}
+
+ENTRY %main (c: bf16[2,64,256]) -> (s32[], bf16[2,64,256]) {
+  %c = bf16[2,64,256]{2,1,0:T(8,128)} parameter(0)
+  %n = s32[] constant(0)
+  %s = (s32[], bf16[2,64,256]{2,1,0:T(8,128)}) tuple(%n, %c)
+  ROOT %loop = (s32[], bf16[2,64,256]{2,1,0:T(8,128)}) while(%s), condition=%cond, body=%body
+}
+"""
+
+
 def mesh():
   return jax.make_mesh(
     (2, 2, 2),
@@ -162,6 +217,15 @@ def test_a_loop_that_the_compiler_unrolled_has_fewer_trips():
   )
   assert unrolled != ASYNC
   assert hlo.product_flops(unrolled) == 3 * 2 * 8 * 64 * 16  # counters 0, 2 and 4 are below 5
+
+
+def test_a_step_reads_a_looked_up_row_and_writes_a_column_in_place():
+  found = hlo.main_memory(STEP, large=2**10)
+  cache, turned = 2 * 64 * 256 * 2, 2 * 256 * 128 * 2  # 64 columns are padded to 128
+  # Indices of 4 bytes: three of the update, one of the row.
+  assert found.read == 4 * 4 + 2 * 128 + 2 * 4 * 128 + cache
+  assert found.written == turned  # and the column, whose tiles are not known
+  assert found.copied == ("('bf16', (2, 256, 64))",)
 
 
 def test_text_without_an_entry_is_refused():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import tpu
 from polgrad import aot, build, hlo, models, preflight, sharding
 from polgrad.options import from_text
 from polgrad.registry import part
@@ -111,6 +112,20 @@ def test_a_program_is_compiled_for_chips_that_are_not_there():
   assert not found['replicated']
   with pytest.raises(ValueError, match="unknown 'ancor'; did you mean 'anchor'"):
     preflight.chosen(planned, ['ancor'])
+
+
+def test_a_step_of_decoding_reads_weights_and_cache_once_and_copies_neither():
+  pytest.importorskip('libtpu')
+  with sharding.compiling_for(aot.topology('v5e:2x2')[:1]):
+    mesh = sharding.make_mesh()
+  sizes = dict(width=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=512)
+  model = models.decoder(vocab_size=512, num_layers=1, max_length=4096, **sizes)
+  policy = engines.Own(dtype='bfloat16', weights='int8', cache='int8').drawn_from(model)
+  made = tpu.compile_decoding(policy, mesh, rows=256, prompt=1024, new=1024)
+  found = hlo.main_memory(made.text)
+  least = made.weights + made.cache
+  assert not found.copied and 0.95 * least < found.read < 1.2 * least
+  assert found.written < 0.1 * least
 
 
 def test_an_unknown_topology_is_refused_with_what_there_is():

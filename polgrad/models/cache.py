@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from polgrad.models.config import Config
 from polgrad.models.quantized import KINDS, Quantized, is_quantized, quantize
-from polgrad.sharding import constrain
+from polgrad.sharding import constrain, partition_spec
 
 Array = jax.Array
 
@@ -124,6 +124,10 @@ def on_tpu(axes: tuple[str, ...], buffer: Array) -> Array:
   rest = [i for i, axis in enumerate(axes) if axis != 'attention_length']
   order = Layout((*rest, axes.index('attention_length')))
   laid_out = lambda x: with_layout_constraint(x, order)
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:  # each device for its part: the compiler does not cut a constraint
+    spec = partition_spec(mesh, axes, buffer.shape)
+    laid_out = jax.shard_map(laid_out, in_specs=spec, out_specs=spec)
   return jax.lax.platform_dependent(buffer, tpu=laid_out, default=lambda x: x)
 
 
