@@ -11,6 +11,7 @@ both programs, loop bodies times their trips. Results are appended to docs/maxte
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -80,12 +81,12 @@ def maxtext(case: Case, settings: list[str], python: str, folder: pathlib.Path) 
   return memory | counts(hlo.product_flops(text), hlo.collectives(text, {'chips': case.chips}))
 
 
-def polgrad(case: Case, folder: pathlib.Path) -> dict:
-  """The same of polgrad's update."""
+def polgrad(case: Case, python: str, folder: pathlib.Path) -> dict:
+  """The same of polgrad's update, by the same Python, so that one compiler makes both."""
   out = folder / 'report.json'
   done = subprocess.run(
     [
-      *(sys.executable, '-m', 'polgrad.preflight'),
+      *(python, '-m', 'polgrad.preflight'),
       '--config=experiments/run.py:method=sft,task=addition,model=tiny',
       *('--only_phase=train', '--programs=update', f'--out={out}'),
       *(f'--topology={case.topology}', f'--shape={case.shape}'),
@@ -94,19 +95,21 @@ def polgrad(case: Case, folder: pathlib.Path) -> dict:
       f'--config.phases.train.collect.rows={case.chips}',
     ],
     cwd=DOCS.parent,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(DOCS.parent)},
     capture_output=True,
     text=True,
   )
   if not out.exists():
     raise RuntimeError(done.stderr[-3000:])
-  [row] = json.loads(out.read_text())['programs']
+  report = json.loads(out.read_text())
+  [row] = report['programs']
   moved = [hlo.Collective(**one) for one in row['collectives']]
   return {
     'arguments': row['memory'] - row['temporary'],
     'temporary': row['temporary'],
     'held': row['memory'],
     'least_moved': row['least_moved'],
+    'jax': report['jax'],
     **counts(row['compiled_flops'], moved),
   }
 
@@ -159,7 +162,8 @@ def main() -> None:
         folder = pathlib.Path(path)
         ours = name == 'polgrad'
         try:
-          row = polgrad(case, folder) if ours else maxtext(case, MAXTEXT[name], args.python, folder)
+          run = polgrad if ours else functools.partial(maxtext, settings=MAXTEXT[name])
+          row = run(case, python=args.python, folder=folder)
         except RuntimeError as error:
           print(f'{case.shape}, {name}: {error}', file=sys.stderr)
           continue

@@ -41,10 +41,23 @@ class Case(NamedTuple):
   data: int
   fsdp: int
   layers: str = '2,4'
+  sampler: str = (
+    ''  # data and tensor of a `sampler_mesh` beside the chips that train, such as '8x4'
+  )
 
   @property
   def key(self) -> list:
-    return [self.shape, self.topology, self.data, self.fsdp]
+    return [
+      self.shape,
+      self.topology,
+      self.data,
+      self.fsdp,
+      *([self.sampler] if self.sampler else []),
+    ]
+
+  @property
+  def programs(self) -> tuple[str, ...]:
+    return (*TRAINER, *SAMPLER, *(['transfer'] if self.sampler else []))
 
 
 TABLES = {
@@ -60,12 +73,15 @@ TABLES = {
     Case('llama3_8b', 'v5p:4x4x16', 16, 16),
     Case('llama3_8b', 'v5p:16x16x16', 256, 16),
   ),
+  'apart': (Case('llama3_8b', 'v5p:4x4x4', 1, 32, sampler='8x4'),),
 }
 
 
 def settings(case: Case) -> list[str]:
   """The flags of a case."""
   chips = case.data * case.fsdp
+  data, _, tensor = case.sampler.partition('x')
+  beside = dict(name='sharding.beside', data=data, tensor=tensor) if case.sampler else {}
   return [
     '--config=experiments/run.py:method=grpo,task=addition,model=tiny',
     *('--only_phase=train', f'--topology={case.topology}', f'--shape={case.shape}'),
@@ -74,6 +90,7 @@ def settings(case: Case) -> list[str]:
     f'--config.phases.warm_start.collect.rows={chips}',
     '--config.phases.train.collect.prompt_length=512',
     '--config.phases.train.collect.max_new_tokens=1536',
+    *(f'--config.sampler_mesh.{name}={value}' for name, value in beside.items()),
   ]
 
 
@@ -183,7 +200,7 @@ def rows(found: dict[tuple, dict], table: str) -> Iterator[str]:
   yield '| ' + ' | '.join(head) + ' |'
   yield '|---' * len(head) + '|'
   for case in TABLES[table]:
-    got = {name: found.get((*case.key, name)) for name in (*TRAINER, *SAMPLER)}
+    got = {name: found.get((*case.key, name)) for name in case.programs}
     yield '| ' + ' | '.join(cells(case, got)) + ' |'
 
 
@@ -197,12 +214,12 @@ def cells(case: Case, got: dict[str, dict | None]) -> list[str]:
   total = lambda names: sum(got[n]['times'] * got[n]['roofline_seconds'] for n in names)
   trained = all(got[name] for name in TRAINER)
   # What a rollout moves is counted in its parts.
-  sampled = rollout_seconds(got['rollout'], got['prefill'], got['decode'])
+  sampled = rollout_seconds(got.get('transfer'), got['prefill'], got['decode'])
   done = [row['seconds'] for row in got.values() if row]
   return [
     f'`{case.shape}`',
     case.topology,
-    f'{case.data} x {case.fsdp}',
+    f'{case.data} x {case.fsdp}' + (f', sampler {case.sampler}' if case.sampler else ''),
     pick('update', held),
     pick('update', lambda row: gib(row['temporary'])),
     pick('rollout', held),
@@ -217,16 +234,21 @@ def cells(case: Case, got: dict[str, dict | None]) -> list[str]:
   ]
 
 
-def rollout_seconds(*rows: dict | None, draws: int = 1536) -> float:
-  """The bound of a rollout from those of its prefill and its decoding steps; 0 if one is missing."""
-  _, prefill, decode = rows
+def rollout_seconds(
+  transfer: dict | None, prefill: dict | None, decode: dict | None, draws: int = 1536
+) -> float:
+  """The bound of a rollout from those of its prefill and its decoding steps; 0 if one is missing.
+
+  With chips that only sample, it begins with the transfer of the parameters.
+  """
   if not (prefill and decode):
     return 0.0
-  return prefill['roofline_seconds'] + draws * decode['roofline_seconds']
+  copied = transfer['roofline_seconds'] if transfer else 0.0
+  return copied + prefill['roofline_seconds'] + draws * decode['roofline_seconds']
 
 
 def write(found: dict[tuple, dict]) -> None:
-  """Writes both tables into the page."""
+  """Writes the tables into the page."""
   text = PAGE.read_text()
   for table in TABLES:
     text = marks.with_table(text, table, '\n'.join(rows(found, table)))
@@ -244,9 +266,9 @@ def main() -> None:
   if unknown := sorted({*args.tables} - TABLES.keys()):
     parser.error(f'unknown {unknown[0]!r}; there is {", ".join(TABLES)}')
   wanted = [one for table in args.tables or TABLES for one in TABLES[table]]
-  for name in (*TRAINER, *SAMPLER):
+  for name in (*TRAINER, *SAMPLER, 'transfer'):
     for case in wanted if not args.table else ():
-      if (*case.key, name) in read():
+      if name not in case.programs or (*case.key, name) in read():
         continue
       try:
         row = run(case, name)

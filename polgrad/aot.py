@@ -121,7 +121,14 @@ def bound(program: Program, chip: Chip, peak: float) -> Bound:
   return Bound(most, limit, program.flops / peak / most if most else 0.0)
 
 
-def least_moved(params: float, mesh: dict[str, int], *, activations: float, update: bool) -> float:
+def least_moved(
+  params: float,
+  mesh: dict[str, int],
+  *,
+  activations: float,
+  update: bool,
+  once: float = 0.0,
+) -> float:
   """Bytes that a chip must receive when parameters are sharded by `sharding.RULES`.
 
   Over fsdp, context and expert the parameters are gathered, (n - 1) / n of them; an update gathers them
@@ -132,11 +139,12 @@ def least_moved(params: float, mesh: dict[str, int], *, activations: float, upda
   Args:
     params: bytes of the parameters in the type of activations, without their cut over fsdp.
     activations: bytes of all activations of the forward pass that are added up over tensor.
+    once: bytes of those parameters that a backward pass need not gather again: it begins with them.
   """
   part = lambda n: (n - 1) / n
   passes = 3 if update else 1
   pieces = math.prod(mesh.get(axis, 1) for axis in ('fsdp', 'context', 'expert'))
-  moved = passes * params * part(pieces)
+  moved = (passes * params - (once if update else 0.0)) * part(pieces)
   moved += (2 if update else 1) * 2 * activations * part(mesh['tensor'])
   if update:
     moved += 2 * params / pieces * part(mesh['data'])
@@ -238,11 +246,18 @@ class Planner:
     config = policy.config
     # Attention and feed-forward each add up one activation a layer and token over tensor.
     added = 2 * config.num_layers * tokens * config.width * jnp.dtype(config.dtype).itemsize
+    shapes = policy.shapes()
+    readout = policy.readout(shapes)
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    # Embeddings of tokens are looked up where they are.
+    looked_up = 0 if 'embedding' in readout else count(shapes['embedding'])
+    part = passes * self.gathered(policy, mesh) / count(shapes)
     return least_moved(
-      self.gathered(policy, mesh) * passes,
+      part * (count(shapes) - looked_up),
       dict(mesh.shape),
       activations=added / sharding.data_parallel_size(mesh),
       update=update,
+      once=part * count(readout),
     )
 
   def flops(self, policy: Policy, rows: int, *, update: bool) -> float:

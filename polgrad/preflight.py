@@ -72,6 +72,10 @@ def verdict(program: Program, chip: Chip, peak: float) -> str:
     knobs = {'decode': 'collect.slots', 'prefill': 'fewer records a step'}
     knob = knobs.get(program.name.rpartition(' ')[2], 'more micro_batches, or remat=full')
     return f'does not fit: {knob}'
+  if program.name.endswith(' transfer'):
+    return (
+      'fits' if program.moved <= program.least_moved else 'fits; config.engine.dtype moves less'
+    )
   limit = bound(program, chip, peak).limit
   knobs = {
     'products': 'fits',
@@ -102,6 +106,7 @@ def report(run: build.Experiment, found: list[Program], kind: str) -> dict[str, 
   apart = run.sampled_on is not run.mesh
   return dict(
     device=kind,
+    jax=jax.__version__,
     mesh=sharding.sizes_of(run.mesh),
     sampler_mesh=dict(run.sampled_on.shape) if apart else {},
     engine=type(run.engine).__name__ if isinstance(run.engine, engines.External) else '',

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -368,36 +369,48 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
-  """All pieces of an array along a dimension, inside of `jax.shard_map` over these mesh axes.
+  """All pieces of an array along a dimension, in float32, inside of `jax.shard_map` over mesh axes.
 
-  The gradient is added up over the devices and scattered. On a TPU it is passed around a ring: the
-  compiler would write a scatter as an all-reduce, which receives twice the bytes.
+  The gradient is added up over the devices and scattered in the type of `x`. On a TPU it goes around a
+  ring: the compiler would write a scatter as an all-reduce, which receives twice the bytes.
   """
-  return jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+  return jax.lax.all_gather(x, names, axis=dimension, tiled=True).astype(jnp.float32)
 
 
-def _scatter(names: tuple[str, ...], dimension: int, _, whole: jax.Array) -> tuple[jax.Array]:
+def _gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> tuple[jax.Array, jax.Array]:
+  return gather(x, names, dimension), jnp.zeros((), x.dtype)
+
+
+def _scatter(
+  names: tuple[str, ...], dimension: int, like: jax.Array, whole: jax.Array
+) -> tuple[jax.Array]:
   """The gradient of `gather`."""
   for name in names:  # pieces are in the order of the axes
-    plain = functools.partial(
-      jax.lax.psum_scatter, axis_name=name, scatter_dimension=dimension, tiled=True
-    )
-    ring = functools.partial(ring_scatter, name=name, dimension=dimension)
+    options = dict(name=name, dimension=dimension, dtype=like.dtype)
+    ring, plain = (functools.partial(f, **options) for f in (ring_scatter, _plain_scatter))
     whole = jax.lax.platform_dependent(whole, tpu=ring, default=plain)
   return (whole,)
 
 
-gather.defvjp(lambda x, names, dimension: (gather(x, names, dimension), None), _scatter)
+gather.defvjp(_gather, _scatter)
 
 
-def ring_scatter(x: jax.Array, name: str, dimension: int) -> jax.Array:
+def _plain_scatter(x: jax.Array, *, name: str, dimension: int, dtype: Any) -> jax.Array:
+  return jax.lax.psum_scatter(x.astype(dtype), name, scatter_dimension=dimension, tiled=True)
+
+
+def ring_scatter(x: jax.Array, *, name: str, dimension: int, dtype: Any) -> jax.Array:
   """`jax.lax.psum_scatter` over a mesh axis, tiled, by sums that are passed to the next device.
 
-  A device receives (n - 1) / n of the bytes of `x`, with n devices.
+  A device receives (n - 1) / n of the entries of `x`, with n devices, in this type.
   """
   n, own = jax.lax.axis_size(name), jax.lax.axis_index(name)
   size = x.shape[dimension] // n
-  piece = lambda i: jax.lax.dynamic_slice_in_dim(x, (i % n) * size, size, axis=dimension)
+
+  def piece(i: jax.Array) -> jax.Array:
+    # Cast by pieces, so that no copy of all in this type is in memory.
+    return jax.lax.dynamic_slice_in_dim(x, (i % n) * size, size, axis=dimension).astype(dtype)
+
   ring = [(i, (i + 1) % n) for i in range(n)]
   # After step s a device has the sum of s + 1 devices for the piece of the device n - 1 - s behind it.
   add = lambda s, total: jax.lax.ppermute(total, name, ring) + piece(own - s - 1)

@@ -44,13 +44,14 @@ def test_the_longest_time_limits_and_the_verdict_names_a_knob(change, seconds, l
 
 
 def test_the_least_that_moves_is_that_of_each_axis():
-  least = lambda update=True, **mesh: aot.least_moved(
-    80.0, dict(data=1, fsdp=1, tensor=1) | mesh, activations=10.0, update=update
+  least = lambda update=True, once=0.0, **mesh: aot.least_moved(
+    80.0, dict(data=1, fsdp=1, tensor=1) | mesh, activations=10.0, update=update, once=once
   )
   assert least() == 0
   # Two gathers and a scatter of 80 bytes, 3/4 of them from other chips; a forward pass has one gather.
   assert least(fsdp=4) == 3 * 60
   assert least(fsdp=4, update=False) == 60
+  assert least(fsdp=4, once=40.0) == 3 * 60 - 30 and least(fsdp=4, update=False, once=40.0) == 60
   # Activations are added up in both passes, each a ring of twice half their bytes.
   assert least(tensor=2) == 2 * 2 * 5
   assert least(data=2) == 2 * 80 / 2

@@ -119,6 +119,20 @@ def whole_rows_only_in_attention(text, mesh):
   assert sum(hlo.size(shape) for op in layer for shape in op.shapes) == 3 * own
 
 
+def test_sums_that_go_around_a_ring_are_scattered_as_those_of_the_collective():
+  # Tests run on CPUs, for which `sharding.gather` takes the collective.
+  mesh, axes = sharding.make_mesh(fsdp=4, expert=2), ('fsdp', 'expert')
+  x = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
+
+  def local(x):
+    for name in axes:
+      x = sharding.ring_scatter(x, name=name, dimension=2, dtype=jnp.float32)
+    return x[0]
+
+  run = jax.shard_map(local, mesh=mesh, in_specs=P(axes), out_specs=P(None, axes), check_vma=False)
+  np.testing.assert_allclose(jax.jit(run)(x), x.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
 def test_every_share_of_a_mesh_refills_its_own_slots():
   mesh = sharding.make_mesh(data=4, context=2)
   params = host_params()

@@ -218,11 +218,10 @@ def _on_own_tokens(
   }
 
   def gather(x: Array, spec: PartitionSpec) -> Array:
+    # The gradients of chunks are added in float32; inside the loop no copy in this type remains.
     x = x.astype(dtype)
     for dimension, names in enumerate(spec):
-      if names:
-        x = sharding.gather(x, names, dimension)
-    # The gradients of chunks are added in float32; inside the loop no copy in this type remains.
+      x = sharding.gather(x, names, dimension) if names else x
     return x.astype(jnp.float32)
 
   def local(weights, temperature, of_tokens, whole):
