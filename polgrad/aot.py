@@ -441,8 +441,7 @@ class Planner:
     prompts = shape(jnp.int32, count, width), shape(jnp.bool_, count, width)
     sets = self.sets(one.policies)
     held = 0.0 if self.apart else local(self.state) - local(sets)
-    models = len(sets)
-    size = self.drawn_from()
+    models, size = len(sets), self.drawn_from()
     gathered = models * size
     forward = lambda rows, length, layout=PLAIN: speed.forward_flops(
       config, full_batch(rows, length, length), layout, logits=False

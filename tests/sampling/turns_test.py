@@ -15,6 +15,7 @@ from polgrad.sampling import (
   make_sampler,
   make_turn_sampler,
   processors,
+  turns,
 )
 from polgrad.sampling.stopping import StopTable
 from polgrad.types import Batch
