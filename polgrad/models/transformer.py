@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from polgrad.models import cache as caches
 from polgrad.models import experts, kernels, rotary
@@ -45,6 +46,8 @@ from polgrad.sharding import (
   exchanges,
   gathered,
   merge_positions,
+  mesh_axes,
+  partition_spec,
   pieces_of_a_row,
   shards,
   split_positions,
@@ -58,8 +61,6 @@ HIDDEN = ('batch', 'length', 'hidden')  # logical axes of activations
 # Of queries, and of what they attend to; outside and inside of attention.
 OUTSIDE = ('batch', 'length', 'heads', 'head_dim')
 INSIDE = ('batch', 'attention_length', 'attention_heads', 'head_dim')
-
-LOOKED_UP = ('copied_batch', 'length', 'embed')  # of the embeddings of tokens
 
 METHODS = ['__call__', 'branch']  # methods of a block that are scanned over the layers
 # Outputs that the backward pass keeps with remat='none'; matched by primitive name, because kernels'
@@ -153,6 +154,33 @@ def in_pieces(attended: Array) -> Array:
   if exchanges(*attended.shape[1:3]):
     attended = constrain(attended, INSIDE)
   return constrain(attended, OUTSIDE)
+
+
+def look_up(table: Array | Quantized, tokens: Array) -> Array:
+  """Rows [B, T, D] of a table [V, D]; NaN for a token outside of it.
+
+  On a mesh each device looks up its columns, for the rows of all devices that have other columns. So it
+  adds up the gradient of these columns alone, over the copies of them.
+  """
+
+  def run(table: Array | Quantized, tokens: Array) -> Array:
+    take = functools.partial(jnp.take, indices=tokens, axis=0, mode='fill')
+    return dequantize(jax.tree.map(take, table))
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return run(table, tokens)
+  of = lambda x: PartitionSpec(None, *partition_spec(mesh, ('vocab', 'embed'), x.shape)[1:])
+  [_, columns], [copies] = of(table), partition_spec(mesh, ('copied_batch',), tokens.shape[:1])
+  copies = tuple(name for name in mesh_axes(copies) if name not in mesh_axes(columns))
+  split = jax.shard_map(
+    run,
+    in_specs=(jax.tree.map(of, table), PartitionSpec(copies)),
+    out_specs=PartitionSpec(copies, None, columns),
+    axis_names={*copies, *mesh_axes(columns)},
+    check_vma=False,
+  )
+  return split(table, tokens)
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -379,14 +407,9 @@ class Decoder(_Weights):
     if isinstance(tokens, MixedTokens):
       own, other = self.embed(tokens.tokens), self.embed(tokens.others)
       return other + tokens.share.astype(own.dtype)[:, None, None] * (own - other)
-    # A token outside the vocabulary becomes NaN, not the embedding of another token.
-    look_up = functools.partial(jnp.take, indices=tokens, axis=0, mode='fill')
-    x = dequantize(jax.tree.map(look_up, self.weights['embedding'])).astype(self.config.dtype)
+    x = look_up(self.weights['embedding'], tokens).astype(self.config.dtype)
     if pieces_of_a_row(x.shape[1]) > 1:
       x = constrain(x, ('batch', 'attention_length', 'looked_up'))
-    else:
-      # Each device looks up its columns of all rows, so it adds up the gradient of these columns alone.
-      x = constrain(x, LOOKED_UP)
     return constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), HIDDEN)
 
   def views(self, positions: Array, keys: Array, mask: Array) -> Views:
