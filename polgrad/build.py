@@ -666,6 +666,7 @@ def _check_phase(path: str, phase: Phase, run: Experiment) -> None:
 def _check_rows(path: str, phase: Phase, run: Experiment) -> None:
   """Refuses rows that do not divide into what compares, splits or shares them."""
   collector, data_parallel_size = phase.collect, sharding.data_parallel_size(run.mesh)
+  axes = _axes_that_cut(run.mesh, 'batch')
   if phase.layout.shared > 1 and not (phase.layout.prompt_length and collector.one_prompt):
     raise ValueError(
       f'{path}.share_prompts: this collect has no rows with one prompt; groups of rollouts have, '
@@ -686,12 +687,13 @@ def _check_rows(path: str, phase: Phase, run: Experiment) -> None:
   if collector.rows % (piece * rows_per_prompt):
     raise ValueError(
       f'{path}: {collector.rows} rows do not divide into {phase.minibatches} minibatches x '
-      f'{phase.micro_batches} micro_batches x {data_parallel_size} devices x groups of {rows_per_prompt}'
+      f'{phase.micro_batches} micro_batches x {data_parallel_size} devices ({axes}) x '
+      f'groups of {rows_per_prompt}'
     )
   if collector.records % data_parallel_size:
     raise ValueError(
-      f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices; '
-      f'take a multiple of {data_parallel_size}, or fewer devices (config.mesh)'
+      f'{path}.collect: {collector.records} records do not divide by {data_parallel_size} devices, over '
+      f'which rows are cut ({axes}); take a multiple of {data_parallel_size}, or fewer devices'
     )
 
 
@@ -1082,7 +1084,8 @@ def _check_further(path: str, phase: Phase, run: Experiment) -> None:
     if made[name] % pieces:
       raise ValueError(
         f'{path}.further.{name}: {made[name]} rows do not divide into {one.minibatches} minibatches x '
-        f'{phase.micro_batches} micro_batches x {sharding.data_parallel_size(run.mesh)} devices'
+        f'{phase.micro_batches} micro_batches x {sharding.data_parallel_size(run.mesh)} devices '
+        f'({_axes_that_cut(run.mesh, "batch")})'
       )
 
 
@@ -1109,19 +1112,25 @@ def _check_cut(path: str, model: Policy, mesh: jax.sharding.Mesh, mesh_path: str
 
 def _check_pieces(path: str, phase: Phase, mesh: jax.sharding.Mesh) -> None:
   """Refuses rows whose positions do not divide over the mesh: every device would compute all of them."""
-  pieces = sharding.most_shards(mesh, 'length')
+  pieces, axes = sharding.most_shards(mesh, 'length'), _axes_that_cut(mesh, 'length')
   length, prompt = phase.collect.length, phase.layout.prompt_length
-  axes = [n for n in sharding.rules_of(mesh)['length'] if mesh.shape[n] > 1]
-  written = ' x '.join(f'config.mesh.{n}={mesh.shape[n]}' for n in axes)
   parts = {'rows': length}
   if phase.layout.shared > 1:
     parts = {'prompts': prompt, 'completions': length - prompt}
   for name, size in parts.items():
     if size % pieces:
       raise ValueError(
-        f'{path}.collect: {name} of {size} tokens do not divide over {written}; take a multiple of '
-        f'{pieces}'
+        f'{path}.collect: {name} of {size} tokens do not divide over {axes}; take a '
+        f'multiple of {pieces}'
       )
+
+
+def _axes_that_cut(mesh: jax.sharding.Mesh, axis: str) -> str:
+  """The mesh axes that cut a logical axis, as they are set in a configuration."""
+  sizes = {name: mesh.shape[name] for name in sharding.rules_of(mesh)[axis]}
+  return (
+    ' x '.join(f'config.mesh.{n}={size}' for n, size in sizes.items() if size > 1) or 'config.mesh'
+  )
 
 
 def _check_length(path: str, length: int, policy: Policy) -> None:

@@ -241,6 +241,12 @@ CASES = {
     ValueError,
     ['config.phases.train.collect: rows of 11 tokens', 'config.mesh.context=2'],
   ),
+  'rows that do not divide over an axis that cuts them too': (
+    grpo,
+    [('mesh.data', 1), ('mesh.expert', 3)],
+    ValueError,
+    ['16 rows do not divide', '3 devices (config.mesh.expert=3)'],
+  ),
   'experts that do not divide': (
     dpo,
     [('mesh.expert', 4), ('model.num_experts', 6)],
