@@ -67,7 +67,7 @@ MODES = {
   'partial rollouts': IN_FLIGHT,
   'one step off': dict(lag=1, overlap=True),
   'one step off, partial rollouts': dict(lag=1, overlap=True, **IN_FLIGHT),
-  'fully asynchronous': dict(lag=2, overlap=True, chunk=8, **IN_FLIGHT),
+  'fully asynchronous': dict(lag=2, overlap=True, chunk=4, **IN_FLIGHT),
   'mixed': dict(replay=4, replay_fraction=0.25),
   'offline': dict(name='Stored'),
 }
