@@ -185,6 +185,7 @@ def load_slow(text: str = 'digits=1'):
   config.evaluation.every = config.show_samples = 0
   # Nearly uniform: a token in 14 ends a row, so half of the groups of 8 are over after 35 tokens.
   config.phases.train.collect.update(max_new_tokens=96, temperature=10.0)
+  config.model.max_length = 128
   config.mesh.data = 1
   return config
 
