@@ -19,6 +19,7 @@ Array = jax.Array
 KEYS = ('batch', 'attention_kv_heads', 'head_dim', 'attention_length')
 VALUES = ('batch', 'attention_kv_heads', 'attention_length', 'head_dim')
 POSITIONS = ('batch', 'attention_length')
+LANES = 128  # numbers in a line of a TPU's tiles
 SCALES = ('batch', 'attention_kv_heads', 'attention_length')  # of keys, and of values, with 8 bits
 
 
@@ -114,16 +115,18 @@ def _write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int)
 
 
 def on_tpu(axes: tuple[str, ...], buffer: Array) -> Array:
-  """The buffer, on a TPU with columns last in memory, as attention reads it.
+  """The buffer, on a TPU in the order in which attention reads it: columns are last in memory, but not
+  those of values whose heads fill whole tiles.
 
   Where attention is inside of a conditional, a TPU's compiler would otherwise lay out the buffers as it
   likes to write a column, and copy all of them in every step.
   """
   if axes not in (KEYS, VALUES):
     return buffer
-  rest = [i for i, axis in enumerate(axes) if axis != 'attention_length']
-  order = Layout((*rest, axes.index('attention_length')))
-  laid_out = lambda x: with_layout_constraint(x, order)
+  order = [*range(buffer.ndim)]
+  if buffer.shape[-1] % LANES:
+    order.append(order.pop(axes.index('attention_length')))
+  laid_out = lambda x: with_layout_constraint(x, Layout(tuple(order)))
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:  # each device for its part: the compiler does not cut a constraint
     spec = partition_spec(mesh, axes, buffer.shape)
