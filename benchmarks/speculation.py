@@ -1,14 +1,16 @@
-"""Speculative decoding of a real model: how many tokens a pass gives, and what it saves.
+"""Speculative decoding: how many tokens a pass gives, what it saves, and what checking costs.
 
-    python -m benchmarks.speculation --model=~/smollm2 [--rows=4] [--new=64] [--repeats=3]
+    python -m benchmarks.speculation --model=~/smollm2 [--rows 1 4 16] [--new=64] [--repeats=3]
+    python -m benchmarks.speculation
 
 Rows are drawn with proposals and without them, in turn. The rows are equal, except for those in which a
 rounding of logits has changed a token; their fraction is in the table. Costs are CPU seconds of one
 process, and a speed-up is the median of ratios of neighbours. `copy` asks for a text again, `sums` for
-sums after worked ones.
+sums after worked ones. Without a model, one of 74 million random weights shows both ends: at
+temperature 1 no proposal is ever right, and greedy rows repeat themselves.
 
-The second table is of proposals by the first layers, in the places of the rows that were drawn at
-temperature 1: the mean probability that a proposal is drawn. By common noise it is
+The table `accepted` is of proposals by the first layers of a model at temperature 1, in the places of a
+text (docs/architecture.md): the mean probability that a proposal is drawn. By common noise it is
 
     sum_i 1 / sum_j max(p_j / p_i, q_j / q_i),
 
@@ -22,6 +24,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,13 +32,18 @@ import numpy as np
 from benchmarks import marks
 from polgrad import models
 from polgrad.data.tokenizers import huggingface
-from polgrad.models.first_layers import first_layers
+from polgrad.models.transformer import rms_norm
 from polgrad.sampling import make_sampler
 from polgrad.sampling.sampler import behavior_at
 from polgrad.sampling.speculation import FirstLayers, NGram, Proposer
 from polgrad.types import Batch
 
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'sampling.md'
+LONG = PAGE.with_name('architecture.md')
+RANDOM = dict(
+  vocab_size=8192, num_layers=4, width=1024, num_heads=16, num_kv_heads=4, head_dim=64, mlp_width=4096,
+  max_length=128,
+)  # fmt: skip
 TEXT = (
   'The committee met on Tuesday to discuss the new library. Mrs. Alvarez asked for longer hours, '
   'and Mr. Brandt reported that the roof over the reading room had been repaired in March.'
@@ -53,7 +61,7 @@ WORKS = {
 
 def cases(layers: int) -> list[tuple[float, str, Proposer]]:
   """Temperature, name and proposer of the lines of the table; `layers` are those of the model."""
-  part = -(-layers * 5 // 6)
+  part = min(-(-layers * 5 // 6), layers - 1)
   return [
     (0.0, 'n-gram, 4', NGram(tokens=4)),
     (1.0, 'n-gram, 4', NGram(tokens=4)),
@@ -95,31 +103,29 @@ def agreement(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
   return float(np.nansum(np.where((p > 0) & (q > 0), each, 0))), float(np.minimum(p, q).sum())
 
 
-def accepted(
-  policy: models.Policy, params, batch: Batch, layers: int
-) -> tuple[float, float, float]:
-  """Means over the drawn tokens, for proposals by the first layers.
-
-  Returns:
-    How often a proposal is kept: with common noise, at least with it, with rejection sampling.
-  """
-  flat = policy.unstack(params)
-  real = batch.segment_ids > 0
-  positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+def accepted(policy: models.Policy, params, tokens: np.ndarray) -> list[str]:
+  """Lines of the table of proposals by the first layers, in the places of a text i32[T]."""
+  config = policy.config
+  layers = config.num_layers
+  some = (layers // 2, layers * 2 // 3, -(-layers * 5 // 6), layers - 1, layers)
 
   @jax.jit
-  def probabilities(flat):
-    found = []
-    for model in (policy, first_layers(policy, layers)):
-      cache = policy.init_cache(*batch.tokens.shape)
-      hidden, _ = model.decode(flat, batch.tokens, positions, real, cache, 0)
-      found.append(jax.nn.softmax(policy.unembed(flat, hidden)))
-    return found
+  def probabilities(params):
+    states = policy.states(params, tokens[None], np.ones((1, len(tokens)), np.int32), layers=some)
+    norm = functools.partial(
+      rms_norm, scale=params['final_norm'], eps=config.norm_eps, offset=config.norm_offset
+    )
+    hidden = [norm(x[0]) for x in states[:-1]] + [states[-1][0]]
+    return [jax.nn.softmax(policy.unembed(params, x)) for x in hidden]
 
-  both = [np.asarray(x, np.float64)[:, :-1][batch.mask[:, 1:]] for x in probabilities(flat)]
-  pairs = np.array([agreement(p, q) for p, q in zip(*both)])
-  least = pairs[:, 1] / (2 - pairs[:, 1])
-  return float(pairs[:, 0].mean()), float(least.mean()), float(pairs[:, 1].mean())
+  *parts, whole = (np.asarray(x, np.float64) for x in probabilities(params))
+  lines = []
+  for part, q in zip(some, parts):
+    kept = np.array([agreement(*pair) for pair in zip(whole, q)])
+    least = kept[:, 1] / (2 - kept[:, 1])
+    numbers = ' | '.join(f'{x.mean():.2f}' for x in (kept[:, 0], least, kept[:, 1]))
+    lines.append(f'| {part} of {layers} | {numbers} |')
+  return lines
 
 
 def sampler(
@@ -141,43 +147,56 @@ def laid_out(encode: Callable[[str], list[int]]) -> dict[str, tuple[np.ndarray, 
   return {work: pad(x) for work, x in ids.items()}
 
 
-def write(speed: list[str], shares: list[str]) -> None:
-  """Writes both tables into the page."""
-  head = '| work | temperature | proposer, tokens | tokens a pass | speed-up | rows that differ |'
-  table = '\n'.join([head, '|---' * 6 + '|', *speed])
-  page = marks.with_table(PAGE.read_text(), 'speculation', table)
-  head = '| work | layers | common noise | its least | rejection sampling |'
-  PAGE.write_text(marks.with_table(page, 'accepted', '\n'.join([head, '|---' * 5 + '|', *shares])))
+def write(mark: str, head: str, lines: list[str]) -> None:
+  """Writes a table into the page."""
+  table = '\n'.join([head, '|---' * (head.count('|') - 1) + '|', *lines])
+  PAGE.write_text(marks.with_table(PAGE.read_text(), mark, table))
+
+
+def random_model() -> tuple[models.Policy, Any, dict]:
+  """A model whose next token nothing can guess at temperature 1, with random prompts."""
+  policy = models.decoder(**RANDOM)
+  tokens = np.random.default_rng(0).integers(0, RANDOM['vocab_size'], (1, 32))
+  return policy, policy.init(jax.random.key(0)), {'random': (tokens, np.ones_like(tokens, bool))}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--model', required=True, help='a Hugging Face folder')
-  parser.add_argument('--rows', type=int, default=4)
+  parser.add_argument('--model', default='', help='a Hugging Face folder; none: a random model')
+  parser.add_argument('--rows', type=int, nargs='+', default=[1, 4, 16])
   parser.add_argument('--new', type=int, default=64, help='tokens of a completion')
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--only', choices=['speed', 'accepted'], help='one of the tables')
   options = parser.parse_args()
-  folder = str(pathlib.Path(options.model).expanduser())
-  policy = models.pretrained(path=folder, max_length=512)
-  params, layers = policy.init(jax.random.key(0)), policy.config.num_layers
-  prompts = laid_out(huggingface(path=folder).encode)
-  sizes = dict(max_new_tokens=options.new, samples_per_prompt=options.rows)
-  make = functools.cache(functools.partial(sampler, policy, params, prompts, **sizes))
-  speed, shares = [], []
-  for temperature, name, proposer in cases(layers):
-    plain, fast = make(temperature), make(temperature, speculate=proposer)
-    for work in WORKS:
-      pair = (functools.partial(run, work) for run in (plain, fast))
-      told = compared(*pair, options.repeats)
-      speed.append(f'| {work} | {temperature:g} | {name} | {told} |')
-      print(speed[-1], flush=True)
-  for work in WORKS:
-    drawn = jax.device_get(plain(work, 1))
-    for part in sorted({layers // 2, layers * 2 // 3, -(-layers * 5 // 6), layers - 1}):
-      numbers = ' | '.join(f'{x:.2f}' for x in accepted(policy, params, drawn, part))
-      shares.append(f'| {work} | {part} of {layers} | {numbers} |')
-      print(shares[-1], flush=True)
-  write(speed, shares)
+  if options.model:
+    folder = str(pathlib.Path(options.model).expanduser())
+    policy = models.pretrained(path=folder, max_length=512)
+    params, encode = policy.init(jax.random.key(0)), huggingface(path=folder).encode
+    prompts, mark = laid_out(encode), 'speculation'
+    if options.only != 'speed':
+      tokens = np.array(encode(LONG.read_text())[:400])
+      head = '| layers | common noise | its least | rejection sampling |'
+      write('accepted', head, accepted(policy, params, tokens))
+  else:
+    policy, params, prompts = random_model()
+    mark = 'random'
+  if options.only == 'accepted':
+    return
+  make = functools.partial(sampler, policy, params, prompts, max_new_tokens=options.new)
+  lines = []
+  for count in options.rows:
+    for temperature, name, proposer in cases(policy.config.num_layers):
+      plain = make(temperature, samples_per_prompt=count)
+      fast = make(temperature, samples_per_prompt=count, speculate=proposer)
+      for work in prompts:
+        pair = (functools.partial(run, work) for run in (plain, fast))
+        told = compared(*pair, options.repeats)
+        lines.append(f'| {work} | {count} | {temperature:g} | {name} | {told} |')
+        print(lines[-1], flush=True)
+        head = (
+          '| work | rows | temperature | proposer, tokens | tokens a pass | speed-up | differ |'
+        )
+        write(mark, head, lines)
 
 
 if __name__ == '__main__':

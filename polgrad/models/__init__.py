@@ -16,6 +16,7 @@ The modules:
 | `config` | settings of a decoder; names, axes and shapes of its parameters |
 | `transformer` | the decoder |
 | `attention`, `rotary`, `experts`, `kernels`, `cache` | parts of the decoder |
+| `first_layers` | the first layers of a decoder as a smaller model, for proposals |
 | `families`, `hf` | reading and writing Hugging Face folders |
 | `gguf`, `tensors` | GGUF files; tensors that are read on demand, and safetensors files |
 """
