@@ -15,7 +15,9 @@ text (docs/architecture.md): the mean probability that a proposal is drawn. By c
     sum_i 1 / sum_j max(p_j / p_i, q_j / q_i),
 
 and at least (1 - TV) / (1 + TV), with rejection sampling 1 - TV, where TV is the total variation
-distance of both. The command writes the tables of docs/sampling.md.
+distance of both. The table `n-gram` has the mean probability of the token that an n-gram proposes, in
+the places of three texts: that page, the second one of a text that is there twice, and sums after the
+first of them. The command writes the tables of docs/sampling.md.
 """
 
 import argparse
@@ -35,11 +37,12 @@ from polgrad.data.tokenizers import huggingface
 from polgrad.models.transformer import rms_norm
 from polgrad.sampling import make_sampler
 from polgrad.sampling.sampler import behavior_at
-from polgrad.sampling.speculation import FirstLayers, NGram, Proposer
+from polgrad.sampling.speculation import FirstLayers, NGram, Proposer, continued
 from polgrad.types import Batch
 
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'sampling.md'
 LONG = PAGE.with_name('architecture.md')
+PLACES = 400
 RANDOM = dict(
   vocab_size=8192, num_layers=4, width=1024, num_heads=16, num_kv_heads=4, head_dim=64, mlp_width=4096,
   max_length=128,
@@ -128,6 +131,29 @@ def accepted(policy: models.Policy, params, tokens: np.ndarray) -> list[str]:
   return lines
 
 
+def n_grams(policy: models.Policy, params, texts: dict[str, tuple[list[int], int]]) -> list[str]:
+  """Lines of the table of n-grams, in the places of texts.
+
+  Args:
+    texts: tokens, at most `PLACES`, and the first place that counts, by name.
+  """
+
+  @jax.jit
+  def probabilities(params, tokens, segments):
+    return jax.nn.softmax(policy.unembed(params, policy.hidden(params, tokens, segments)[0]))
+
+  lines = []
+  for name, (ids, first) in texts.items():
+    tokens = np.pad(np.array(ids), (0, PLACES - len(ids)))
+    p = probabilities(params, tokens[None], (np.arange(PLACES) < len(ids)).astype(np.int32)[None])
+    places = np.arange(first, len(ids))
+    rows = np.repeat(tokens[None], len(places), axis=0)
+    proposed = np.asarray(continued(rows, places, tokens=1, longest=3))[:, 0]
+    kept = np.asarray(p, np.float64)[places, proposed]
+    lines.append(f'| {name} | {len(places)} | {np.mean(kept):.2f} | {np.mean(kept > 0.5):.2f} |')
+  return lines
+
+
 def sampler(
   policy: models.Policy, params, prompts: dict, temperature: float, **settings
 ) -> Callable:
@@ -166,21 +192,27 @@ def main() -> None:
   parser.add_argument('--rows', type=int, nargs='+', default=[1, 4, 16])
   parser.add_argument('--new', type=int, default=64, help='tokens of a completion')
   parser.add_argument('--repeats', type=int, default=3)
-  parser.add_argument('--only', choices=['speed', 'accepted'], help='one of the tables')
+  parser.add_argument('--only', choices=['speed', 'accepted', 'n-gram'], help='one of the tables')
   options = parser.parse_args()
   if options.model:
     folder = str(pathlib.Path(options.model).expanduser())
     policy = models.pretrained(path=folder, max_length=512)
     params, encode = policy.init(jax.random.key(0)), huggingface(path=folder).encode
     prompts, mark = laid_out(encode), 'speculation'
-    if options.only != 'speed':
-      tokens = np.array(encode(LONG.read_text())[:400])
+    page = encode(LONG.read_text())[:PLACES]
+    if options.only in (None, 'n-gram'):
+      text, sums = encode(TEXT), encode(WORKS['sums'])
+      texts = {'page': (page, 0), 'copy': (text * 2, len(text)), 'sums': (sums, len(sums) // 3)}
+      head = '| text | places | probability of the proposal | above 1/2 in |'
+      write('n-gram', head, n_grams(policy, params, texts))
+    if options.only in (None, 'accepted'):
+      tokens = np.array(page)
       head = '| layers | common noise | its least | rejection sampling |'
       write('accepted', head, accepted(policy, params, tokens))
   else:
     policy, params, prompts = random_model()
     mark = 'random'
-  if options.only == 'accepted':
+  if options.only not in (None, 'speed'):
     return
   make = functools.partial(sampler, policy, params, prompts, max_new_tokens=options.new)
   lines = []
