@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks import limit
 from polgrad import hlo
 
 ASYNC = """HloModule m
@@ -109,6 +110,19 @@ def test_products_of_a_scanned_layer_count_once_a_layer():
   x, w = jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((5, 64, 64), jnp.float32)
   text = jax.jit(layers).lower(x, w).compile().as_text()
   assert hlo.product_flops(text) == 5 * 2 * 8 * 64 * 64
+
+
+def test_the_products_of_a_gradient_are_those_of_its_trace():
+  x, w = jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((5, 64, 64), jnp.float32)
+  for function, taken in ((layers, 3), (jax.checkpoint(layers), 4)):
+    # Forward, and in the backward pass for inputs and for weights; and what is computed again.
+    traced = jax.make_jaxpr(jax.value_and_grad(function, argnums=1))(x, w)
+    flops = sum(times * product.flops() for product, times in limit.products(traced.jaxpr))
+    assert flops == taken * 5 * 2 * 8 * 64 * 64
+  heads = jax.make_jaxpr(lambda q, k: jnp.einsum('bqhd,bkhd->bhqk', q, k))
+  [(product, _)] = limit.products(heads(jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 4, 8))).jaxpr)
+  assert product.flops() == 2 * (2 * 4) * 3 * 5 * 8
+  assert product.program()().shape in {(2, 4, 3, 5), (2, 4, 5, 3)}
 
 
 def test_collectives_have_the_axes_and_bytes_of_what_was_written():

@@ -90,25 +90,20 @@ def test_02_micro_batches_add_up_to_the_batch(name):
   x, batch = examples.leaves(), examples.batch()
   loss, grads, (terms, metrics) = value_and_grad(objective, x, batch)
   counts = {k: t.count for k, t in terms.items()}
-  for parts in (2, 4):
-    pieces = packing.split((x, batch), parts, 2)
-    total, merged, reported = 0.0, [], []
-    for i in range(parts):
-      own, own_batch = jax.tree.map(lambda a, i=i: a[i], pieces)
-      own_loss, own_grads, (_, own_metrics) = value_and_grad(objective, own, own_batch, counts)
-      total += own_loss
-      merged.append(own_grads)
-      reported.append(own_metrics)
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *merged)
-    np.testing.assert_allclose(total, loss, rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-      packing.join(stacked, 2),
-      grads,
-    )
-    for key, whole in metrics.items():
-      split = functools.reduce(lambda a, b: a + b, [m[key] for m in reported])
-      np.testing.assert_allclose(split.value(), whole.value(), rtol=1e-5, atol=1e-6)
+  # All pieces at once, each as a batch by itself.
+  parts = 4
+  each = jax.vmap(lambda x, own: value_and_grad(objective, x, own, counts))
+  losses, found, (_, reported) = each(*packing.split((x, batch), parts, 2))
+  np.testing.assert_allclose(losses.sum(), loss, rtol=1e-5, atol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    packing.join(found, 2),
+    grads,
+  )
+  for key, whole in metrics.items():
+    pieces = [jax.tree.map(lambda a, i=i: a[i], reported[key]) for i in range(parts)]
+    split = functools.reduce(lambda a, b: a + b, pieces)
+    np.testing.assert_allclose(split.value(), whole.value(), rtol=1e-5, atol=1e-6)
 
 
 @EACH

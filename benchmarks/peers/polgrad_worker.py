@@ -151,7 +151,8 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
   return lambda state, step: annotate(state, batch)
 
 
-def run(folder: pathlib.Path, kind: str) -> dict:
+def prepare(folder: pathlib.Path, kind: str) -> tuple[dict, build.Experiment]:
+  """The work of a folder, and the experiment that trains on it."""
   work = json.loads((folder / 'data.json').read_text())
   work |= json.loads((folder / 'workload.json').read_text())
   config = part(
@@ -161,7 +162,11 @@ def run(folder: pathlib.Path, kind: str) -> dict:
     phases={'main': phase_of(kind, work)},
     order=('main',),
   )
-  experiment = dataclasses.replace(build.build(config), tokenizer=words(work['vocabulary']))
+  return work, dataclasses.replace(build.build(config), tokenizer=words(work['vocabulary']))
+
+
+def run(folder: pathlib.Path, kind: str) -> dict:
+  work, experiment = prepare(folder, kind)
   with jax.set_mesh(experiment.mesh):
     state = phases.begin(experiment, 0, None)
     gather = make_collect(experiment, kind, work)
