@@ -93,11 +93,13 @@ KINDS = {
     **dict(steps=3, new_tokens=256, mean=64, at_once=16),
   ),
 }
-# Large pages for every framework: each step of XLA allocates its buffers anew.
+# For every framework: memory comes in large pages, and what a step has freed is kept for the next one,
+# in place of pages that the kernel zeroes anew. XLA allocates buffers at every step.
+MALLOC = {'hugetlb': 1, 'arena_max': 1, 'mmap_threshold': 2**34, 'trim_threshold': 2**34}
 ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   'HF_HUB_OFFLINE': '1',
-  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+  'GLIBC_TUNABLES': ':'.join(f'glibc.malloc.{name}={value}' for name, value in MALLOC.items()),
 }
 PARTS = ('rollout', 'reference', 'update', 'step', 'cpu')  # cpu: CPU seconds of a rollout alone
 
