@@ -296,9 +296,10 @@ class Critics(Network):
   """Critics at several discounts, whose scores are weights of the policy's log-probs (AMAGO,
   arXiv:2310.09971).
 
-      Q   = r + discount V(state with the token),  V of the state before the token at the last one: none
-      y   = r + discount min over two random target critics of V(state with the token)
-      loss  = mean over critics and discounts of (V(state before the token) - y)^2, in normalised units
+      V     = a critic's value of the state before the token
+      Q     = r + discount V of the state before the next token;  at the last token Q = r
+      y     = the smaller Q of two random target critics
+      loss  = mean over critics and discounts of (V - y)^2, in normalised units
       score = mean over discounts of improve (min over critics of Q - mean of V) + imitate f(A),
               A = mean over critics of Q - V
 

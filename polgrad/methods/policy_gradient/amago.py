@@ -34,11 +34,11 @@ def amago(
   Differences: The paper's critics read an action beside the state; here a token leads to one state, so
   critics of states give Q, and V is learned and not a mean over actions. Its actor follows the gradient
   of Q at its own action, of which `improve` is the estimate by sampled tokens: on rows of the policy it
-  has the same mean. They have one actor for each discount, no old rows are replayed here, and critics
-  do not change the model that they read: their loss has no coefficient (10 in the paper) and their own
-  optimizer. The first batch sets the statistics, which begin at 0 and 100 in the code. Goals that were
-  reached later are not put in the place of those that were asked for, and the layers of their
-  transformer are not copied. The factor 10 of rewards changes nothing in normalised units.
+  has the same mean. The paper has an actor for each discount and replays old rows. Its critics change
+  the model that they read, with the coefficient 10; here they do not, and have an optimizer for
+  themselves. The first batch sets the statistics, which begin at 0 and 100 in the code. Left out are
+  hindsight relabelling of goals and the changes of the transformer's layers. The paper multiplies
+  rewards by 10, which changes nothing in normalised units.
 
   Args:
     discounts: per token.
