@@ -41,6 +41,7 @@ QWEN = dict(
 )  # fmt: skip
 
 TENSOR = dict(tensor=2)
+LARGE = 2**23  # bytes of the least array whose copies are counted: smaller than a span of the cache
 
 
 class Case(NamedTuple):
@@ -183,7 +184,7 @@ def decode_table(topology: str, only: str) -> str:
       continue
     policy = engines.Own(**settings).drawn_from(model)
     made = compile_decoding(policy, mesh, rows=64, prompt=1024, new=1024)
-    found = hlo.main_memory(made.text)
+    found = hlo.main_memory(made.text, large=LARGE)
     least = made.weights + made.cache
     sizes = [f'{x / 1e6:.0f}' for x in (made.weights, made.cache, found.read)]
     rest = f'{found.read / least:.2f} | {found.written / 1e6:.0f} | {len(found.copied)}'

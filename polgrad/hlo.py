@@ -200,6 +200,8 @@ _NOTHING = {
   'after-all', 'iota', 'broadcast',
 }  # fmt: skip
 
+_VIEWS = {'parameter', 'bitcast', 'tuple', 'reshape'}
+
 
 def _is_fusion(op: Op) -> bool:
   return op.kind == 'fusion'
@@ -246,7 +248,7 @@ def _read_inside(source: Op, body: list[Op], computations: dict[str, list[Op]]) 
   for op in body:
     names = _operands(op)
     for index in [i for i, name in enumerate(names) if name == source.name]:
-      if op.kind == 'bitcast' or (_is_fusion(op) and not _kinds(op, computations)):
+      if op.kind == 'bitcast' or (_is_fusion(op) and _same(op, computations)):
         total += _read_inside(op, body, computations)
       else:
         total += _read(op, index, source, computations)
@@ -284,10 +286,19 @@ def _moves(op: Op, computations: dict[str, list[Op]]) -> bool:
   return bool(kinds) and kinds <= {'copy', 'transpose', 'convert'}
 
 
+def _same(op: Op, computations: dict[str, list[Op]]) -> bool:
+  """Whether a fusion within another one only says how the array is laid out."""
+  if 'output_to_operand_aliasing' in op.rest:
+    return True
+  [called] = _called(op)
+  inner = [one for one in computations[called] if one.kind not in _VIEWS]
+  return all(_is_fusion(one) and _same(one, computations) for one in inner)
+
+
 def _kinds(op: Op, computations: dict[str, list[Op]]) -> set[str]:
   """Kinds of the instructions of a fusion that do something."""
   [called] = _called(op)
-  return {one.kind for one in computations[called]} - {'parameter', 'bitcast', 'tuple', 'reshape'}
+  return {one.kind for one in computations[called]} - _VIEWS
 
 
 def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
