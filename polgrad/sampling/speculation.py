@@ -21,7 +21,7 @@ random, both are the probability of the proposed token.
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +77,12 @@ class Proposer(Speculation, abc.ABC):
     """
 
 
-class Drawing:
-  """What a pass reads besides the state.
+class Drawing(NamedTuple):
+  """What a pass reads besides the state."""
 
-  Attributes:
-    params: unstacked, by parameter set.
-    width: columns of the prompts.
-    noise: Gumbel noise of the next tokens of each slot, f32[Q * S, tokens + 1, V].
-  """
-
-  def __init__(self, params: dict[str, Params], width: int, noise: Array):
-    self.params, self.width, self.noise = params, width, noise
+  params: dict[str, Params]  # unstacked, by parameter set
+  width: int  # columns of the prompts
+  noise: Array  # f32[Q * S, tokens + 1, V], Gumbel noise of the next tokens of each slot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

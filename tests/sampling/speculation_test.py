@@ -30,7 +30,7 @@ FOLLOWING = np.zeros((3, tiny.VOCAB), np.uint8)
 FOLLOWING[0, TWICE], FOLLOWING[1, TWICE], FOLLOWING[2] = 1, 2, 2
 SETTINGS = dict(
   max_new_tokens=NEW, samples_per_prompt=GROUP, stop_ids=STOPS, pad_id=1, temperature=0.7,
-  top_k=9, stop_table=StopTable(FOLLOWING, start=0, end=2),
+  stop_table=StopTable(FOLLOWING, start=0, end=2),
 )  # fmt: skip
 LOCAL = tiny.policy(window=5, local_layers=(0,))
 
@@ -66,28 +66,29 @@ def test_rows_are_those_that_are_drawn_without_proposals(proposer, slots, draft)
 
 
 def test_greedy_rows_are_greedy_token_by_token():
-  settings = dict(behavior_policy=behavior_policies.greedy, samples_per_prompt=1, max_new_tokens=24)
-  settings |= dict(stop_ids=(), stop_table=None)
-  out = draw(**settings, speculate=NGram(tokens=4))
-  logits = LOCAL.unembed(PARAMS, LOCAL.hidden(PARAMS, out.tokens, out.segment_ids))
+  policy, params = tiny.policy(num_layers=1), tiny.params(num_layers=1)
+  greedy = dict(behavior_policy=behavior_policies.greedy, max_new_tokens=24)
+  sample = make_sampler({'policy': policy}, **greedy, speculate=NGram(tokens=4))
+  out = jax.device_get(sample({'policy': params}, TOKENS, MASK, IDS, seed=0, step=0))
+  logits = policy.unembed(params, policy.hidden(params, out.tokens, out.segment_ids))
   best = np.pad(np.argmax(logits, axis=-1), ((0, 0), (1, 0)))[:, :-1]
   assert out.mask.sum() == 96
   np.testing.assert_array_equal(out.tokens[out.mask], best[out.mask])
   np.testing.assert_array_equal(out.behavior_logp, 0)
   # Greedy rows of small models repeat themselves, and that is what is proposed.
-  assert out['passes'].sum() < 0.8 * 96
+  assert out['passes'].sum() < 0.9 * 96
 
 
 def test_completions_have_their_exact_probabilities():
-  """All 16 completions of two tokens out of four, by a mixture whose proposals are often wrong."""
+  """Completions of two tokens out of the best three of four, by a mixture; proposals are often wrong."""
   policy = tiny.policy(vocab_size=4, num_layers=1)
-  one, other, draft = (tiny.params(seed, vocab_size=4, num_layers=1) for seed in (0, 1, 0))
+  one, other = (tiny.params(seed, vocab_size=4, num_layers=1) for seed in (0, 1))
   count, prompt = 3000, np.array([[1, 2, 1]])
   sample = make_sampler(
-    {}, default=policy, max_new_tokens=2, samples_per_prompt=count, temperature=1.5,
-    behavior_policy=behavior_policies.geometric_mixture, speculate=Draft(tokens=2),
+    {}, default=policy, max_new_tokens=2, samples_per_prompt=count, temperature=1.5, top_k=3,
+    behavior_policy=behavior_policies.geometric_mixture, speculate=Draft(tokens=2, model='reference'),
   )  # fmt: skip
-  params = {'policy': one, 'reference': other, 'draft': draft}
+  params = {'policy': one, 'reference': other}
   out = jax.device_get(
     sample(params, prompt, np.ones_like(prompt, bool), np.arange(1), seed=3, step=0)
   )
@@ -95,12 +96,15 @@ def test_completions_have_their_exact_probabilities():
   rows = np.concatenate([np.repeat(prompt, 16, axis=0), ends], axis=1)
   logits = [policy.unembed(p, policy.hidden(p, rows, rows * 0 + 1)) for p in (one, other)]
   mixed = np.mean(np.asarray(logits, np.float64), axis=0)[:, 2:4] / 1.5
+  mixed = np.where(mixed > mixed.min(axis=-1, keepdims=True), mixed, -np.inf)
   logp = mixed - np.log(np.exp(mixed).sum(axis=-1, keepdims=True))
   logp = np.take_along_axis(logp, ends[..., None], axis=-1).sum(axis=(1, 2))
   expected = count * np.exp(logp)
   found = np.bincount(out.tokens[:, 3] * 4 + out.tokens[:, 4], minlength=16)
-  assert abs(expected.sum() - count) < 1e-2
-  assert np.sum((found - expected) ** 2 / expected) < 37.7  # 0.1% point, 15 degrees of freedom
+  some = expected > 0
+  assert some.sum() == 9 and found[~some].sum() == 0 and abs(expected.sum() - count) < 1e-2
+  gaps = (found - expected)[some] ** 2 / expected[some]
+  assert gaps.sum() < 26.1  # 0.1% point, 8 degrees of freedom
   assert 0.1 < np.mean(out['passes'] == 1) < 0.95
 
 
