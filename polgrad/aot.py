@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from polgrad import build, hlo, phases, sharding, speed
 from polgrad.checks import memory, tracing
 from polgrad.learner import Learner, forward_in_pieces
+from polgrad.models import cache as caching
 from polgrad.models.policy import Policy, learned
 from polgrad.sampling import engines, resumable
 from polgrad.sampling import sampler as sampling
@@ -128,6 +129,7 @@ def least_moved(
   activations: float,
   update: bool,
   once: float = 0.0,
+  trained: float | None = None,
 ) -> float:
   """Bytes that a chip must receive when parameters are sharded by `sharding.RULES`.
 
@@ -140,14 +142,16 @@ def least_moved(
     params: bytes of the parameters in the type of activations, without their cut over fsdp.
     activations: bytes of all activations of the forward pass that are added up over tensor.
     once: bytes of those parameters that a backward pass need not gather again: it begins with them.
+    trained: bytes of those parameters that have gradients; None: all.
   """
   part = lambda n: (n - 1) / n
-  passes = 3 if update else 1
+  trained = params if trained is None else trained
   pieces = math.prod(mesh.get(axis, 1) for axis in ('fsdp', 'context', 'expert'))
-  moved = (passes * params - (once if update else 0.0)) * part(pieces)
+  gathered = 2 * params - once + trained if update else params
+  moved = gathered * part(pieces)
   moved += (2 if update else 1) * 2 * activations * part(mesh['tensor'])
   if update:
-    moved += 2 * params / pieces * part(mesh['data'])
+    moved += 2 * trained / pieces * part(mesh['data'])
   return moved
 
 
@@ -252,12 +256,15 @@ class Planner:
     # Embeddings of tokens are looked up where they are.
     looked_up = 0 if 'embedding' in readout else count(shapes['embedding'])
     part = passes * self.gathered(policy, mesh) / count(shapes)
+    gradients = learned(policy, shapes)
+    trained = count(gradients) - (looked_up if 'embedding' in gradients else 0)
     return least_moved(
       part * (count(shapes) - looked_up),
       dict(mesh.shape),
       activations=added / sharding.data_parallel_size(mesh),
       update=update,
       once=part * count(readout),
+      trained=part * trained,
     )
 
   def flops(self, policy: Policy, rows: int, *, update: bool) -> float:
@@ -461,6 +468,7 @@ class Planner:
 
     with jax.set_mesh(mesh):
       state = jax.tree.map(functools.partial(by_rows, mesh), jax.eval_shape(begin, sets, *prompts))
+      state = state._replace(caches=placed_caches(mesh, state.caches))
       flat = jax.eval_shape(lambda sets: one.unstacked(sets, 0), sets)
     flat |= {n: memory.unstacked(model, mesh) for n, model in one.policies.items()}
     keys = lambda ids: one.row_keys(jnp.int32(0), jnp.int32(0), ids)
@@ -512,6 +520,7 @@ class Planner:
       flat, _, seen = jax.eval_shape(one.read_rows, sets, rows, number)
     flat |= {n: memory.unstacked(model, mesh) for n, model in one.policies.items()}
     seen = jax.tree.map(functools.partial(by_rows, mesh), seen)
+    seen = seen._replace(caches=placed_caches(mesh, seen.caches))
 
     def draw(sets: Any, rows: Any, seen: Any, seed: Any, version: Any) -> Any:
       return one.draw_one(sets, one.keys_of(seed, rows), None, version, rows, seen)
@@ -582,6 +591,20 @@ def by_rows(mesh: Any, x: Any) -> jax.ShapeDtypeStruct:
   rows = x.ndim and x.shape[0] % sharding.data_parallel_size(mesh) == 0
   whole = NamedSharding(mesh, PartitionSpec())
   return _placed(x, sharding.batch_sharding(mesh, x.ndim) if rows else whole)
+
+
+def placed_caches(mesh: Any, caches: Mapping[str, caching.Cache]) -> dict[str, caching.Cache]:
+  """The shapes of caches by name, with the shardings of their buffers."""
+
+  def place(axes: tuple[str, ...], x: Any) -> jax.ShapeDtypeStruct:
+    return _placed(x, NamedSharding(mesh, sharding.partition_spec(mesh, axes, x.shape)))
+
+  def span(one: caching.Span) -> caching.Span:
+    each = lambda axes, buffers: tuple(caching.each(place, axes, x) for x in buffers)
+    keys, values = each(caching.KEYS, one.keys), each(caching.VALUES, one.values)
+    return caching.Span(keys, values, place(caching.POSITIONS, one.positions))
+
+  return {name: caching.Cache(tuple(map(span, one.spans))) for name, one in caches.items()}
 
 
 def full_batch(rows: int, length: int, prompt: int) -> Batch:

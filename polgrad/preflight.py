@@ -222,17 +222,18 @@ def with_layers(config: Any, count: int) -> Any:
     ValueError: the model's number of layers is not in the configuration.
   """
   config = copy.deepcopy(config)
-  if 'num_layers' not in config.model:
+  model = config.model.get('base', config.model)
+  if 'num_layers' not in model:
     raise ValueError('--layers: config.model has no num_layers; name a --shape')
   with config.ignore_type():
-    config.model.num_layers = count
-    if config.model.get('local_layers'):
-      config.model.local_layers = tuple(i for i in config.model.local_layers if i < count)
+    model.num_layers = count
+    if model.get('local_layers'):
+      model.local_layers = tuple(i for i in model.local_layers if i < count)
   return config
 
 
 def shaped(config: Any, shape: str) -> Any:
-  """The configuration with the model replaced by one of `SHAPES`.
+  """The configuration with the model, or that under its adapter, replaced by one of `SHAPES`.
 
   Raises:
     ValueError: there is no such shape.
@@ -240,8 +241,12 @@ def shaped(config: Any, shape: str) -> Any:
   if shape not in SHAPES:
     raise ValueError(f'--shape={shape}: there is {", ".join(sorted(SHAPES))}')
   settings = dict(max_length=131_072, dtype='bfloat16', remat='full', attention='splash')
+  made = part(models.decoder, **SHAPES[shape], **settings)
   with config.ignore_type(), config.unlocked():
-    config.model = part(models.decoder, **SHAPES[shape], **settings)
+    if 'base' in config.model:  # an adapter on this model
+      config.model.base = made
+    else:
+      config.model = made
   return config
 
 
