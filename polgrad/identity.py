@@ -20,7 +20,8 @@ from polgrad import __version__, paths
 FREE = (
   *('checkpoint_every', 'keep_checkpoints', 'log_every', 'show_samples', 'samples_every'),
   *('rollouts', 'trackers', 'keep_best', 'best_is', 'patience', 'max_skipped', 'max_silent'),
-  *('evaluation', 'mesh', 'phases.*.steps', 'phases.*.plateau*', 'phases.*.held_out*'),
+  *('evaluation', 'mesh', 'sampler_mesh'),
+  *('phases.*.steps', 'phases.*.plateau*', 'phases.*.held_out*'),
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
   *('engine.python', 'engine.*_s', 'engine.retries', 'engine.folder', 'engine.cache_gib'),
