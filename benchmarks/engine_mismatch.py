@@ -8,8 +8,8 @@ of its deviation is added to each matrix), and draws again. Its log-prob of a to
 of the trainer's forward pass in float32, by the same weights and by the weights before. The command
 fails if the new weights did not arrive, so that the others explain the rows better.
 
-Without --python it does the same with polgrad's own sampler, in the types that `config.engine` knows.
-Each command writes its table in docs/engines.md.
+It writes the table in docs/engines.md. Without --python it prints the same of polgrad's own sampler, in
+the types that `config.engine` knows.
 """
 
 import argparse
@@ -221,9 +221,7 @@ def main() -> None:
   arguments = parser.parse_args()
   found, policy = {}, models.pretrained(path=arguments.model, max_length=WIDTH + NEW)
   if not arguments.python:
-    text = own_table(measure_own(policy))
-    PAGE.write_text(marks.with_table(PAGE.read_text(), 'bits', text))
-    print(text)
+    print(own_table(measure_own(policy)))
     return
   for dtype in DTYPES:
     sizes = dict(cache_gib=1, rows=32, variables={'OMP_NUM_THREADS': arguments.threads})
