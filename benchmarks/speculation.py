@@ -7,7 +7,7 @@ Rows are drawn with proposals and without them, in turn. The rows are equal, exc
 rounding of logits has changed a token; their fraction is in the table. Costs are CPU seconds of one
 process, and a speed-up is the median of ratios of neighbours. `copy` asks for a text again, `sums` for
 sums after worked ones. Without a model, one of 74 million random weights shows both ends: at
-temperature 1 no proposal is ever right, and greedy rows repeat themselves.
+temperature 1 no n-gram is ever right, and greedy rows repeat themselves.
 
 The table `accepted` is of proposals by the first layers of a model at temperature 1, in the places of a
 text (docs/architecture.md): the mean probability that a proposal is drawn. By common noise it is

@@ -98,6 +98,9 @@ def of_phase(
     drawn_from = engine.drawn_from(policy)
     when = 'beside' if sampler_mesh else 'always' if collect.overlaps else 'rollout'
     found.append(kv_cache(drawn_from, sampled_on, rows, collect.length)._replace(when=when))
+    for name in getattr(collect, 'drafts', ()):
+      cache = kv_cache(phase.frozen.get(name, policy), sampled_on, rows, collect.length)
+      found.append(cache._replace(name=f'KV cache of {name}', when=when))
     read = unstacked(drawn_from, sampled_on)
     found.append(use('weights of decoding', read, places(read), when))
     if sampler_mesh or collect.overlaps:
