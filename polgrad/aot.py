@@ -454,9 +454,7 @@ class Planner:
       config, full_batch(rows, length, length), layout, logits=False
     )
     fewer = size / self.gathered(policy, mesh)
-    least = lambda tokens, passes=1: (
-      models * self.least(policy, mesh, tokens, passes=passes * fewer)
-    )
+    least = lambda n, passes=1: models * self.least(policy, mesh, n, passes=passes * fewer)
 
     read = lambda sets, tokens, mask: one.prefill(one.unstacked(sets, 0), tokens, mask)
     prefill = Counts(models * forward(count, width) / chips, gathered, least(count * width))
