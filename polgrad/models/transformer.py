@@ -170,8 +170,11 @@ def look_up(table: Array | Quantized, tokens: Array) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return run(table, tokens)
-  of = lambda x: PartitionSpec(None, *partition_spec(mesh, ('vocab', 'embed'), x.shape)[1:])
-  [_, columns], [copies] = of(table), partition_spec(mesh, ('copied_batch',), tokens.shape[:1])
+  columns = partition_spec(mesh, ('vocab', 'embed'), table.shape)[1]
+  of = lambda x: PartitionSpec(
+    None, columns if x.shape[1] > 1 else None
+  )  # scales may have one column
+  [copies] = partition_spec(mesh, ('copied_batch',), tokens.shape[:1])
   copies = tuple(name for name in mesh_axes(copies) if name not in mesh_axes(columns))
   split = jax.shard_map(
     run,
