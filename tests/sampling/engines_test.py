@@ -314,7 +314,8 @@ def test_samplers_of_turns_and_of_rows_in_flight_read_eight_bits(settings):
   params = {'policy': policy.shapes()}
 
   one = configure(turns.TurnSampler, {}, None, turn_tokens=3, **own)
-  begun = jax.eval_shape(one.begin, params, TOKENS, MASK, IDS, 0, 0)
+  begin = functools.partial(one.begin, common=2)
+  begun = jax.eval_shape(begin, params, TOKENS, MASK, IDS, 0, 0)
   unstacked, keys, prompts, state, _ = begun
   state = jax.eval_shape(one.fill, prompts, state)
   extend = functools.partial(one.extend, width=WIDTH)
