@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -367,32 +368,24 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """All pieces of an array along a dimension, in float32, inside of `jax.shard_map` over mesh axes.
 
   The gradient is added up over the devices and scattered in the type of `x`. On a TPU it goes around a
   ring: the compiler would write a scatter as an all-reduce, which receives twice the bytes.
   """
-  return jax.lax.all_gather(x, names, axis=dimension, tiled=True).astype(jnp.float32)
 
+  def whole(_, x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, names, axis=dimension, tiled=True).astype(jnp.float32)
 
-def _gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> tuple[jax.Array, jax.Array]:
-  return gather(x, names, dimension), jnp.zeros((), x.dtype)
+  def scatter(_, gradient: jax.Array) -> jax.Array:
+    for name in names:  # pieces are in the order of the axes
+      options = dict(name=name, dimension=dimension, dtype=x.dtype)
+      ring, plain = (functools.partial(f, **options) for f in (ring_scatter, _plain_scatter))
+      gradient = jax.lax.platform_dependent(gradient, tpu=ring, default=plain)
+    return gradient
 
-
-def _scatter(
-  names: tuple[str, ...], dimension: int, like: jax.Array, whole: jax.Array
-) -> tuple[jax.Array]:
-  """The gradient of `gather`."""
-  for name in names:  # pieces are in the order of the axes
-    options = dict(name=name, dimension=dimension, dtype=like.dtype)
-    ring, plain = (functools.partial(f, **options) for f in (ring_scatter, _plain_scatter))
-    whole = jax.lax.platform_dependent(whole, tpu=ring, default=plain)
-  return (whole,)
-
-
-gather.defvjp(_gather, _scatter)
+  return linear_call(whole, scatter, (), x)
 
 
 def _plain_scatter(x: jax.Array, *, name: str, dimension: int, dtype: Any) -> jax.Array:
@@ -417,7 +410,6 @@ def ring_scatter(x: jax.Array, *, name: str, dimension: int, dtype: Any) -> jax.
   return jax.lax.fori_loop(1, n, add, piece(own - 1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """A parameter whose pieces on devices with other tokens are put together, for all its products.
 
@@ -436,12 +428,13 @@ def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     entry if axis == 'experts' else tuple(n for n in mesh_axes(entry) if n not in tokens) or None
     for axis, entry in zip(axes, spec, strict=True)
   )
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
-
-
-gathered.defvjp(
-  lambda x, axes: (gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, axes),)
-)
+  whole = PartitionSpec(*kept)
+  return linear_call(
+    lambda _, x: jax.lax.with_sharding_constraint(x, whole),
+    lambda _, gradient: constrain(gradient, axes),
+    (),
+    x,
+  )
 
 
 def shards(axis: str, size: int, mesh: Any = None) -> int:

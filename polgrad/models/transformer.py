@@ -176,14 +176,18 @@ def look_up(table: Array | Quantized, tokens: Array) -> Array:
   )  # scales may have one column
   [copies] = partition_spec(mesh, ('copied_batch',), tokens.shape[:1])
   copies = tuple(name for name in mesh_axes(copies) if name not in mesh_axes(columns))
+  cutting = {*copies, *mesh_axes(columns)}
+  if all(mesh.shape[name] == 1 for name in cutting):
+    return run(table, tokens)
   split = jax.shard_map(
     run,
     in_specs=(jax.tree.map(of, table), PartitionSpec(copies)),
     out_specs=PartitionSpec(copies, None, columns),
-    axis_names={*copies, *mesh_axes(columns)},
+    axis_names=cutting,
     check_vma=False,
   )
-  return split(table, tokens)
+  # Outside of a compiled program, axes that are left to the compiler would be refused.
+  return jax.jit(split)(table, tokens)
 
 
 def expand(x: Array, like: Array) -> Array:

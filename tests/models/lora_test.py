@@ -57,8 +57,8 @@ def assert_same(a, b):
 
 
 def assert_near(found, expected):
-  """Equal to 1e-6 of the largest value."""
-  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(np.abs(expected).max()))
+  """Equal to 2e-6 of the largest value."""
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * float(np.abs(expected).max()))
 
 
 def names(tree):

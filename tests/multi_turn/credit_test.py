@@ -98,7 +98,14 @@ def random_batch(seed: int = 0) -> Batch:
   seen[:, 0] = 1 + np.arange(ROWS) // GROUP  # the prompt
   tokens = ('old_values', 'score_norm', 'behavior_logp', 'proximal_logp', 'reference_logp')
   tokens += ('teacher_logp', 'previous_logp', 'node_values', 'parent_values')
-  tokens += ('node_leaves', 'parent_leaves', 'old_entropy', 'reward_model_logp', 'flow_scores')
+  tokens += (
+    'node_leaves',
+    'parent_leaves',
+    'old_entropy',
+    'reward_model_logp',
+    'flow_scores',
+    'critics_scores',
+  )
   x = {name: np.where(mask, rng.uniform(0.1, 1, shape), 0) for name in tokens}
   x |= {
     'turn_ids': ids,
