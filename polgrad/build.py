@@ -851,12 +851,21 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
         f'there are {sorted(phase.anchors)}'
       )
   for anchor in sorted(collector.anchors_read - phase.anchors.keys()):
-    raise ValueError(f'{path}.anchors: the behavior policy needs an anchor {anchor!r}')
+    reader = 'collect.speculate' if anchor in getattr(collector, 'drafts', ()) else 'who samples'
+    raise ValueError(
+      f'{path}.anchors: {reader} needs an anchor {anchor!r}; there are {sorted(phase.anchors)}, and '
+      f'--{path}.anchors.{anchor}.name=fixed adds it'
+    )
   for name in sorted(phase.frozen.keys() - phase.anchors.keys()):
     raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
   for name, model in sorted(phase.frozen.items()):
     _check_kernel(f'{path}.frozen.{name}', model, run.mesh)
     _check_cut(f'{path}.frozen.{name}', model, run.mesh, 'config.mesh')
+    if collector.length > model.config.max_length:
+      raise ValueError(
+        f'{path}.frozen.{name}: rows of {collector.length} tokens, but its max_length is '
+        f'{model.config.max_length}'
+      )
     sizes = model.config.vocab_size, run.policy.config.vocab_size
     # Embeddings of one tokenizer may have different rows of padding, which no sampler may mix.
     sampled = name in collector.anchors_read

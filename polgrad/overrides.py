@@ -159,6 +159,8 @@ class _Slot(NamedTuple):
   def takes(self, value: Any) -> bool:
     """Whether a value of another part can stay here."""
     if self.kind == 'plain':
+      if typing.get_origin(self.hint) is typing.Literal:
+        return value in typing.get_args(self.hint)
       types = {type(value), type(self.default)}
       return self.default is inspect.Parameter.empty or len(types) == 1 or types == {int, float}
     parts = [value] if self.kind == 'part' else value.values()

@@ -13,6 +13,7 @@ explains the numbers.
 
 import copy
 import json
+import os
 import sys
 from typing import Any
 
@@ -215,6 +216,16 @@ def layer_numbers(texts: list[str], most: int) -> tuple[int, int]:
   return numbers
 
 
+def check_out(path: str) -> None:
+  """Refuses a file that cannot be written when all is compiled.
+
+  Raises:
+    ValueError: its folder is not there, or it is a folder.
+  """
+  if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path)))):
+    raise ValueError(f'--out={path}: expected a file in a folder that is there')
+
+
 def with_layers(config: Any, count: int) -> Any:
   """A copy of the configuration whose model has only the first layers.
 
@@ -255,6 +266,7 @@ def main(argv: list[str]) -> None:
   # Programs for a topology that is not there cannot be read back from the cache.
   jax.config.update('jax_compilation_cache_dir', None)
   with cli.refusals():
+    check_out(cli.OUT.value)
     devices = aot.topology(_TOPOLOGY.value)
     kind = devices[0].device_kind
     if kind not in CHIPS:
@@ -276,11 +288,12 @@ def main(argv: list[str]) -> None:
     planned = plan(run)
     order = [one.name for one in planned]
     unrolled = [one for one in planned if is_unrolled(one.name)] if _LAYERS.value else []
-    found = aot.compiled([one for one in planned if one not in unrolled], tell)
-    if unrolled:
+    if _LAYERS.value:  # what is wrong is said before anything is compiled
       numbers = layer_numbers(_LAYERS.value, run.policy.config.num_layers)
       with sharding.compiling_for(devices):
         fewer = [build.build(with_layers(config, n)) for n in numbers]
+    found = aot.compiled([one for one in planned if one not in unrolled], tell)
+    if unrolled:
       both = [aot.compiled([p for p in plan(one) if is_unrolled(p.name)], tell) for one in fewer]
       layers = (*numbers, run.policy.config.num_layers)
       lined = [aot.continued(*three, layers) for three in zip(unrolled, *both, strict=True)]

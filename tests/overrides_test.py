@@ -86,6 +86,10 @@ def test_knobs_that_both_parts_have_keep_their_values(config):
   assert all(after[k] == before[k] for k in same)
   given = changed(config, optimizer__name='optim.sgd', optimizer__learning_rate='0.5')
   assert given.phases.train.optimizer.learning_rate == 0.5
+  # A value that is not among the choices of the new part is not kept.
+  engine = {'config.engine.name': 'Vllm', 'config.engine.python': 'python'}
+  assert config.engine.dtype == ''
+  assert apply(config, engine, build.TABLE).engine.dtype == 'float32'
   whole = changed(config, collect__name='Explored', collect__rounds='2')
   assert whole.phases.train.collect.prompts == config.phases.train.collect.prompts
   build.build(whole)

@@ -148,6 +148,14 @@ def test_numbers_of_few_layers_are_continued_to_all():
       preflight.layer_numbers(wrong, 12)
 
 
+def test_a_file_that_could_not_be_written_in_the_end_is_refused(tmp_path):
+  preflight.check_out('')
+  preflight.check_out(str(tmp_path / 'numbers.json'))
+  for wrong in (str(tmp_path), str(tmp_path / 'none' / 'numbers.json')):
+    with pytest.raises(ValueError, match=f'--out={wrong}: expected a file'):
+      preflight.check_out(wrong)
+
+
 def planned_of(method: str, **sampler_mesh) -> dict[str, aot.Planned]:
   """The programs of the training phase of a small run on 4 devices, by name."""
   config = from_text(f'method={method},task=addition,model=tiny')

@@ -153,6 +153,8 @@ class External(abc.ABC):
       ValueError, FileNotFoundError: says what is missing; begins with `path`.
     """
     self.check_installed(path)
+    if self.folder and not pathlib.Path(self.folder).is_dir():
+      raise FileNotFoundError(f'{path}.folder: there is no folder {self.folder!r}')
     if self.max_length > policy.config.max_length:
       raise ValueError(
         f'{path}.max_length: {self.max_length} tokens, but the model has {policy.config.max_length}'

@@ -249,6 +249,8 @@ def test_what_an_engine_cannot_do_is_refused_by_name():
     Tiny(max_length=99).check(collect.Rollouts(), 'place')
   with pytest.raises(ValueError, match='max_length: 65 tokens, but the model'):
     Tiny(max_length=65).check_there(POLICY, 'place')
+  with pytest.raises(FileNotFoundError, match=r'place.folder: there is no folder'):
+    Tiny(folder='/no/folder').check_there(POLICY, 'place')
   Tiny().check(collect.Rollouts(baseline_samples=1, top_k=4, lag=1, overlap=True), 'place')
 
 

@@ -129,12 +129,23 @@ def changed(**changes):
 
 
 DRAFT = {'collect.speculate.name': 'Draft'}
+OTHER = {'anchors.draft.name': 'fixed', 'frozen.draft.name': 'decoder'}
+SIZES = {'vocab_size': '14', 'num_layers': '1', 'num_heads': '2', 'num_kv_heads': '2'}
+OTHER |= {f'frozen.draft.{name}': size for name, size in SIZES.items()}
 
 
 @pytest.mark.parametrize(
   'changes, message',
   [
-    (DRAFT, "config.phases.train.anchors: .* needs an anchor 'draft'"),
+    (DRAFT, r"train.anchors: collect.speculate needs an anchor 'draft'; there are \['reference'\]"),
+    (
+      {**DRAFT, **OTHER, 'frozen.draft.vocab_size': '77'},
+      'frozen.draft: its vocabulary has 77 tokens, that of config.model 14',
+    ),
+    (
+      {**DRAFT, **OTHER, 'frozen.draft.max_length': '6'},
+      'frozen.draft: rows of 11 tokens, but its max_length is 6',
+    ),
     (
       {'collect.speculate.name': 'FirstLayers', 'collect.speculate.layers': '2'},
       r'config.phases.train.collect: speculate.layers=2: a part of the 2 layers .* has 1 to 1',
