@@ -856,24 +856,7 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.anchors: {reader} needs an anchor {anchor!r}; there are {sorted(phase.anchors)}, and '
       f'--{path}.anchors.{anchor}.name=fixed adds it'
     )
-  for name in sorted(phase.frozen.keys() - phase.anchors.keys()):
-    raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
-  for name, model in sorted(phase.frozen.items()):
-    _check_kernel(f'{path}.frozen.{name}', model, run.mesh)
-    _check_cut(f'{path}.frozen.{name}', model, run.mesh, 'config.mesh')
-    if collector.length > model.config.max_length:
-      raise ValueError(
-        f'{path}.frozen.{name}: rows of {collector.length} tokens, but its max_length is '
-        f'{model.config.max_length}'
-      )
-    sizes = model.config.vocab_size, run.policy.config.vocab_size
-    # Embeddings of one tokenizer may have different rows of padding, which no sampler may mix.
-    sampled = name in collector.anchors_read
-    if (sizes[0] != sizes[1] and sampled) or sizes[0] < run.tokenizer.vocab_size:
-      raise ValueError(
-        f'{path}.frozen.{name}: its vocabulary has {sizes[0]} tokens, that of config.model {sizes[1]}; '
-        'both must be of one tokenizer, and what samples from both needs one size'
-      )
+  _check_frozen(path, phase, run)
   scored = {f for f in anchors if f.endswith('_head_score')}
   learned = frozenset().union(*(one.objective.requires for one in phase.learned.values()))
   for name in sorted({anchors[f] for f in scored} & phase.frozen.keys()):
@@ -901,6 +884,28 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       'the samples; set '
       "recompute_proximal=True to use the policy's own"
     )
+
+
+def _check_frozen(path: str, phase: Phase, run: Experiment) -> None:
+  """Refuses frozen models that are no anchors, or that cannot read the rows of the phase."""
+  for name in sorted(phase.frozen.keys() - phase.anchors.keys()):
+    raise ValueError(f'{path}.frozen: {name!r} is no anchor; there are {sorted(phase.anchors)}')
+  for name, model in sorted(phase.frozen.items()):
+    _check_kernel(f'{path}.frozen.{name}', model, run.mesh)
+    _check_cut(f'{path}.frozen.{name}', model, run.mesh, 'config.mesh')
+    if phase.collect.length > model.config.max_length:
+      raise ValueError(
+        f'{path}.frozen.{name}: rows of {phase.collect.length} tokens, but its max_length is '
+        f'{model.config.max_length}'
+      )
+    sizes = model.config.vocab_size, run.policy.config.vocab_size
+    # Embeddings of one tokenizer may have different rows of padding, which no sampler may mix.
+    sampled = name in phase.collect.anchors_read
+    if (sizes[0] != sizes[1] and sampled) or sizes[0] < run.tokenizer.vocab_size:
+      raise ValueError(
+        f'{path}.frozen.{name}: its vocabulary has {sizes[0]} tokens, that of config.model {sizes[1]}; '
+        'both must be of one tokenizer, and what samples from both needs one size'
+      )
 
 
 def _with_unembeddings(path: str, phase: Phase) -> Phase:
