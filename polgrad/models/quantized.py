@@ -47,7 +47,7 @@ def quantize(x: Array, kind: Any, axes: tuple[int, ...]) -> Quantized:
   """The nearest values of 8 bits, with a scale for all entries along `axes`.
 
   An entry is off by at most half a step: s / 2 for int8, and for float8 |x| / 16, or s / 1024 near zero.
-  An array of zeros stays exact.
+  Zeros stay exact, and where an entry is NaN or infinite, all that share its scale become NaN.
 
   >>> quantize(jnp.array([[0.0, -2.54], [1.0, 1.27]]), jnp.int8, (0,))
   Quantized(values=Array([[   0, -127],
@@ -62,7 +62,9 @@ def quantize(x: Array, kind: Any, axes: tuple[int, ...]) -> Quantized:
   most = float((jnp.iinfo if jnp.issubdtype(kind, jnp.integer) else jnp.finfo)(kind).max)
   x = x.astype(jnp.float32)
   top = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-  scale = jnp.where(top > 0, top / most, 1.0)
+  # At least the smallest normal number, so that nothing is divided by 0. The scale of NaN is NaN, which
+  # whole numbers cannot hold.
+  scale = jnp.maximum(top / most, jnp.finfo(jnp.float32).tiny)
   values = jnp.clip(x / scale, -most, most)
   if jnp.issubdtype(kind, jnp.integer):
     values = jnp.round(values)

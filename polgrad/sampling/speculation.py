@@ -239,6 +239,34 @@ def texts(text: Array, first: Array, count: int) -> Array:
   return jnp.maximum(jnp.take_along_axis(text, jnp.maximum(columns, 0), axis=1), 0)
 
 
+def counted(token: Array, proposed: Array, stopped: Array, left: Array) -> tuple[Array, Array]:
+  """How many draws of a pass count, and whether the row ends with a stop.
+
+  A draw counts if all draws before it are what was proposed, and none of them ends the row.
+
+  Args:
+    token: i32[n, k + 1], the draws.
+    proposed: i32[n, k].
+    stopped: bool[n, k + 1], which draws end the row.
+    left: i32[n], how many tokens the row may still get.
+
+  Returns:
+    i32[n], from 1 to k + 1 and at most `left`; bool[n].
+
+  >>> count = lambda *x: [y.item() for y in counted(*map(jnp.array, x))]
+  >>> count([[5, 6, 7]], [[5, 9]], [[False, False, True]], [8])
+  [2, False]
+  >>> count([[5, 6, 7]], [[5, 6]], [[False, True, False]], [8])
+  [2, True]
+  >>> count([[5, 6, 7]], [[5, 6]], [[False, True, False]], [1])
+  [1, False]
+  """
+  counts = jnp.cumprod((token[:, :-1] == proposed) & ~stopped[:, :-1], axis=1)
+  count = jnp.minimum(1 + jnp.sum(counts, axis=1), left)
+  ended = jnp.any(stopped & (jnp.arange(token.shape[1])[None] < count[:, None]), axis=1)
+  return count, ended
+
+
 TABLE = table('speculation', Off, NGram, FirstLayers, Draft)
 Part = Annotated[Speculation, TABLE]
 
@@ -289,54 +317,68 @@ class SpeculativeSampler(Sampler):
     state: Decoding,
   ) -> Decoding:
     """Draws the next tokens of every slot: at least one, and at most one more than were proposed."""
-    made = state.made.reshape(-1)
-    places = jnp.arange(self.proposer.tokens + 1)[None]
-    noise = gumbel(
-      jnp.repeat(take(keys, state.row), places.size, axis=0),
-      (made[:, None] + places).reshape(-1),
-      next(iter(self.policies.values())).config.vocab_size,
-    ).reshape(*(len(made), places.size, -1))
-    drawing = Drawing(params, prompt_width, noise)
+    drawing = Drawing(params, prompt_width, self.noise(keys, state))
     proposed, caches = self.proposer.propose(self, drawing, state)
     hidden, caches = self.check_proposed(params, proposed, prompt_width, state, caches)
     log_probs = self.distribution(params, hidden)
-    token = highest(log_probs + noise)
+    token = highest(log_probs + drawing.noise)
     logp = jnp.take_along_axis(log_probs, token[..., None], axis=2)[..., 0]
-    # Draws count as long as the ones before them are those that were proposed, and none ends the row.
-    kept = jnp.cumprod(token[:, :-1] == proposed, axis=1)
-    stopped, seen = self._is_stop(token.reshape(-1)).reshape(token.shape), None
-    if self.stop_table:
-      seen = [state.seen.reshape(-1)]
-      for place in range(places.size):
-        seen.append(following[seen[-1], token[:, place]])
-      seen = jnp.stack(seen, axis=1)
-      stopped |= seen[:, 1:] == self.stop_table.end
-    open_yet = jnp.cumprod(~stopped[:, :-1], axis=1)
-    count = 1 + jnp.sum(kept * open_yet, axis=1)
-    count = jnp.minimum(count, self.max_new_tokens - made)
-    ended = jnp.any(stopped & (places < count[:, None]), axis=1)
+    stopped, seen = self.stops(following, state, token)
+    left = self.max_new_tokens - state.made.reshape(-1)
+    count, ended = counted(token, proposed, stopped, left)
     running = state.running.reshape(-1)
-    over = running & (ended | (made + count == self.max_new_tokens))
-    # Draws that do not count get a column that no row has.
-    columns = jnp.where(places < count[:, None], made[:, None] + places, self.max_new_tokens)
-    where = (state.row[..., None], columns.reshape(*state.row.shape, -1))
-    write = lambda x, value: put(x, where, value)
-    in_text = jnp.where(columns < self.max_new_tokens, prompt_width + columns, state.text.shape[1])
-    put_text = lambda text, columns, token: text.at[columns].set(token, mode='drop')
-    after = None
+    over = running & (ended | (count == left))
     if self.stop_table:
-      after = jnp.take_along_axis(seen, count[:, None], axis=1).reshape(state.seen.shape)
-    return state._replace(
+      seen = jnp.take_along_axis(seen, count[:, None], axis=1).reshape(state.seen.shape)
+    return self.written(state, token, logp, count, prompt_width)._replace(
       step=state.step + 1,
       row=jnp.where(over.reshape(state.row.shape), state.end, state.row),
       made=state.made + jnp.where(state.running, count.reshape(state.row.shape), 0),
       caches=caches,
-      tokens=write(state.tokens, token),
-      logp=write(state.logp, logp),
-      drawn=write(state.drawn, jnp.ones(token.shape, bool)),
       began=put(state.began, (state.row, state.made), running),
       finished=put(state.finished, (state.row, jnp.zeros_like(state.row)), ended),
-      seen=after,
+      seen=seen,
+    )
+
+  def noise(self, keys: Array, state: Decoding) -> Array:
+    """Gumbel noise of the next tokens of every slot, f32[Q * S, tokens + 1, V]."""
+    places = state.made.reshape(-1, 1) + jnp.arange(self.proposer.tokens + 1)[None]
+    own = jnp.repeat(take(keys, state.row), places.shape[1], axis=0)
+    size = next(iter(self.policies.values())).config.vocab_size
+    return gumbel(own, places.reshape(-1), size).reshape(*places.shape, size)
+
+  def stops(
+    self, following: Array | None, state: Decoding, token: Array
+  ) -> tuple[Array, Array | None]:
+    """Which tokens i32[Q * S, k] would end their row, and the states of the stop strings.
+
+    Returns:
+      bool[Q * S, k], and u8[Q * S, k + 1], before the first token and behind each; None without any.
+    """
+    stopped = self._is_stop(token.reshape(-1)).reshape(token.shape)
+    if not self.stop_table:
+      return stopped, None
+    seen = [state.seen.reshape(-1)]
+    for place in range(token.shape[1]):
+      seen.append(following[seen[-1], token[:, place]])
+    seen = jnp.stack(seen, axis=1)
+    return stopped | (seen[:, 1:] == self.stop_table.end), seen
+
+  def written(
+    self, state: Decoding, token: Array, logp: Array, count: Array, prompt_width: int
+  ) -> Decoding:
+    """The state with the first `count` i32[Q * S] draws of every slot in its row and in its text."""
+    places = jnp.arange(token.shape[1])[None]
+    # Draws that do not count get a column that no row has.
+    columns = state.made.reshape(-1, 1) + places
+    columns = jnp.where(places < count[:, None], columns, self.max_new_tokens)
+    where = (state.row[..., None], columns.reshape(*state.row.shape, -1))
+    in_text = jnp.where(columns < self.max_new_tokens, prompt_width + columns, state.text.shape[1])
+    put_text = lambda text, columns, token: text.at[columns].set(token, mode='drop')
+    return state._replace(
+      tokens=put(state.tokens, where, token),
+      logp=put(state.logp, where, logp),
+      drawn=put(state.drawn, where, jnp.ones(token.shape, bool)),
       text=jax.vmap(put_text)(state.text, in_text, token),
     )
 

@@ -1,4 +1,4 @@
-"""Weights and caches of 8 bits: what is lost by rounding, and that nothing else is."""
+"""Weights and caches of 8 bits: what is lost by rounding, and that all else is exact."""
 
 import doctest
 
@@ -30,7 +30,7 @@ def test_an_entry_is_off_by_half_a_step_of_its_own_channel(kind, most):
   found = quantized.quantize(jnp.asarray(NORMAL), quantized.KINDS[kind], (1,))
   assert found.values.dtype.itemsize == 1 and found.scale.shape == (5, 1, 3)
   top = np.abs(NORMAL).max(axis=1, keepdims=True)
-  step = np.where(top > 0, top / most, 1)
+  step = np.maximum(top / most, np.finfo(np.float32).tiny)
   np.testing.assert_allclose(found.scale, step, rtol=1e-6)
   off = np.abs(np.asarray(quantized.dequantize(found)) - NORMAL)
   # The steps of float8 grow with the size of an entry, from 1/512 on; it has three bits of it.
@@ -40,6 +40,15 @@ def test_an_entry_is_off_by_half_a_step_of_its_own_channel(kind, most):
   # The largest entry of a channel is exact.
   exact = np.take_along_axis(off, np.abs(NORMAL).argmax(axis=1)[:, None], axis=1)
   assert (exact <= 1e-6 * top).all()
+
+
+@pytest.mark.parametrize('kind', quantized.KINDS)
+def test_neither_nan_nor_infinity_becomes_a_number_and_tiny_entries_become_no_nan(kind):
+  tiny = np.finfo(np.float32).tiny
+  x = jnp.array([[np.nan, 1, 0], [np.inf, 1, 0], [tiny, -tiny, 0], [tiny / 256, 0, 0]])
+  out = quantized.dequantize(quantized.quantize(x, quantized.KINDS[kind], (1,)))
+  assert np.isnan(out[:2]).all()
+  np.testing.assert_allclose(out[2:], x[2:], atol=tiny)
 
 
 def test_what_has_eight_bits_and_which_entries_share_a_scale():

@@ -1,5 +1,6 @@
 """Rows with checked proposals are the rows without them, and their log-probs are those of the model."""
 
+import doctest
 import functools
 import itertools
 
@@ -106,6 +107,10 @@ def test_completions_have_their_exact_probabilities():
   gaps = (found - expected)[some] ** 2 / expected[some]
   assert gaps.sum() < 26.1  # 0.1% point, 8 degrees of freedom
   assert 0.1 < np.mean(out['passes'] == 1) < 0.95
+
+
+def test_the_examples_are_true():
+  assert not doctest.testmod(speculation).failed
 
 
 def test_a_row_is_continued_as_after_the_latest_of_its_longest_matches():
