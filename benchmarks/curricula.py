@@ -12,7 +12,6 @@ taken within a seed. Results are appended to docs/curricula.jsonl, one line a ru
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 from collections import defaultdict
@@ -95,8 +94,7 @@ def measure(name: str, seed: int, steps: int, warm_start: int) -> dict:
 
 
 def read() -> list[dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return [json.loads(line) for line in lines]
+  return marks.read(RESULTS)
 
 
 def table(results: list[dict]) -> str:
@@ -161,8 +159,7 @@ def main() -> None:
         if (name, seed) not in done:
           found = measure(name, seed, args.steps, args.warm_start)
           print(name, seed, found['reached'], found['curve'][-1], flush=True)
-          with RESULTS.open('a') as file:
-            file.write(json.dumps(found) + '\n')
+          marks.append(RESULTS, found)
   print(table(read()))
   PAGE.write_text(with_table(PAGE.read_text(), read()))
 

@@ -13,7 +13,6 @@ answers to 400 held-out problems. Results are appended to docs/hybrids.jsonl, on
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 from collections import defaultdict
@@ -95,8 +94,7 @@ def measure(name: str, seed: int, steps: int, warm_start: int) -> dict:
 
 
 def read() -> list[dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return [json.loads(line) for line in lines]
+  return marks.read(RESULTS)
 
 
 def by_method(results: list[dict]) -> dict[str, list[dict]]:
@@ -178,8 +176,7 @@ def main() -> None:
         if (name, seed) not in done:
           found = measure(name, seed, args.steps, args.warm_start)
           print(name, seed, found['curves'], flush=True)
-          with RESULTS.open('a') as file:
-            file.write(json.dumps(found) + '\n')
+          marks.append(RESULTS, found)
   print(table(read()))
   PAGE.write_text(with_table(PAGE.read_text(), read()))
   draw(read())

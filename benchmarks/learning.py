@@ -12,7 +12,6 @@ again.
 
 import argparse
 import functools
-import json
 import pathlib
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import marks
 from polgrad import build, evaluate, methods, phases
 from polgrad.options import from_text
 from polgrad.types import Params, TrainState
@@ -99,10 +99,7 @@ def learn(name: str, seed: int, steps: int, prompts: int) -> dict:
 
 
 def done() -> set[tuple[str, int]]:
-  if not RESULTS.exists():
-    return set()
-  rows = map(json.loads, RESULTS.read_text().splitlines())
-  return {(r['method'], r['seed']) for r in rows if not r.get('earlier')}
+  return {(r['method'], r['seed']) for r in marks.read(RESULTS) if not r.get('earlier')}
 
 
 def main() -> None:
@@ -123,14 +120,13 @@ def main() -> None:
       if (name, seed) in done():
         continue
       row = learn(name, seed, arguments.steps, arguments.prompts)
-      with RESULTS.open('a') as f:
-        f.write(json.dumps(row) + '\n')
+      marks.append(RESULTS, row)
       print({k: v for k, v in row.items() if k != 'reward'}, flush=True)
   write_page()
 
 
 def write_page() -> None:
-  rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+  rows = marks.read(RESULTS)
   by_method = defaultdict(dict)
   for row in rows:
     by_method[row['method']][row['seed']] = row

@@ -13,7 +13,6 @@ of each of 200 held-out problems, before and after. Results are appended to docs
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 from collections import defaultdict
@@ -119,8 +118,7 @@ def measure(name: str, seed: int, steps: int, warm_start: int) -> dict:
 
 
 def read() -> list[dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return [json.loads(line) for line in lines]
+  return marks.read(RESULTS)
 
 
 def table(results: list[dict]) -> str:
@@ -173,8 +171,7 @@ def main() -> None:
         if (name, seed) not in done:
           found = measure(name, seed, args.steps, args.warm_start)
           print(name, seed, found['before'], found['after'], flush=True)
-          with RESULTS.open('a') as file:
-            file.write(json.dumps(found) + '\n')
+          marks.append(RESULTS, found)
   print(table(read()))
   PAGE.write_text(with_table(PAGE.read_text(), read()))
 

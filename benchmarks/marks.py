@@ -1,6 +1,33 @@
-"""Tables that commands write into pages of docs/."""
+"""Results that commands append to files, and tables that they write into pages of docs/."""
 
+import json
+import pathlib
 import re
+from collections.abc import Iterable, Sequence
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """The results in a file, a line of JSON each; none if there is no file."""
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def append(path: pathlib.Path, result: dict) -> None:
+  """Appends a result to a file."""
+  with path.open('a') as file:
+    file.write(json.dumps(result) + '\n')
+
+
+def table(titles: Sequence, rows: Iterable[Sequence]) -> str:
+  """A table in Markdown.
+
+  >>> print(table(['x', 'y'], [[1, 'a']]))
+  | x | y |
+  |---|---|
+  | 1 | a |
+  """
+  line = lambda cells: f'| {" | ".join(map(str, cells))} |'
+  return '\n'.join([line(titles), '|---' * len(titles) + '|', *map(line, rows)])
 
 
 def with_table(text: str, mark: str, table: str) -> str:

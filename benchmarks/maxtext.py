@@ -122,8 +122,7 @@ def counts(flops: float, collectives: list[hlo.Collective]) -> dict:
 
 
 def read() -> dict[tuple[str, str], dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return {(row['shape'], row['program']): row for row in map(json.loads, lines)}
+  return {(row['shape'], row['program']): row for row in marks.read(RESULTS)}
 
 
 def rows(found: dict[tuple[str, str], dict]) -> Iterator[str]:
@@ -168,8 +167,7 @@ def main() -> None:
           print(f'{case.shape}, {name}: {error}', file=sys.stderr)
           continue
       row |= dict(shape=case.shape, program=name, seconds=round(time.perf_counter() - started))
-      with RESULTS.open('a') as file:
-        file.write(json.dumps(row) + '\n')
+      marks.append(RESULTS, row)
       print(f'{case.shape}, {name}: {row["seconds"]} s', flush=True)
   write(read())
 

@@ -32,7 +32,6 @@ Results are appended to docs/modes.jsonl.
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import tempfile
@@ -320,8 +319,7 @@ def _divergences(one: Alive, rows: resumable.Rows) -> tuple[float, float]:
 
 
 def read() -> list[dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return [json.loads(line) for line in lines]
+  return marks.read(RESULTS)
 
 
 def table(results: list[dict]) -> str:
@@ -331,14 +329,14 @@ def table(results: list[dict]) -> str:
   for one in (x for x in results if 'mode' in x):
     by_mode[one['mode']][one['seed']] = one
   titles = [_waits(*waits) for waits in speed] + ['age of rows', 'accuracy', 'by seed']
-  lines = [f'| mode | {" | ".join(titles)} |', '|---' * (len(titles) + 1) + '|']
+  rows = []
   for mode in MODES:
     cells = [_faster(one['seconds'], mode) for one in speed.values()]
     cells.append(next((f'{one["ages"][mode]:.1f}' for one in speed.values()), ''))
     ends = [one['after'] for _, one in sorted(by_mode[mode].items())]
     cells += [f'{statistics.mean(ends):.3f}' if ends else '', ', '.join(f'{x:.3f}' for x in ends)]
-    lines.append(f'| {mode} | {" | ".join(cells)} |')
-  return '\n'.join(lines)
+    rows.append([mode, *cells])
+  return marks.table(['mode', *titles], rows)
 
 
 def _waits(draw: float, update: float) -> str:
@@ -358,12 +356,9 @@ def table_of_lengths(results: list[dict]) -> str:
   measured = [one['lengths'] for one in results if 'lengths' in one]
   if not measured:
     return ''
-  count = len(measured[-1]['synchronous'])
-  titles = [f'step {step + 1}' for step in range(count)]
-  lines = [f'| rows | {" | ".join(titles)} |', '|---' * (count + 1) + '|']
-  for name, found in measured[-1].items():
-    lines.append(f'| {name} | {" | ".join(f"{x:.1f}" for x in found)} |')
-  return '\n'.join(lines)
+  titles = [f'step {step + 1}' for step in range(len(measured[-1]['synchronous']))]
+  rows = [[name, *(f'{x:.1f}' for x in found)] for name, found in measured[-1].items()]
+  return marks.table(['rows', *titles], rows)
 
 
 def table_of_caches(results: list[dict]) -> str:
@@ -371,11 +366,11 @@ def table_of_caches(results: list[dict]) -> str:
   measured = [one['caches'] for one in results if 'caches' in one]
   if not measured:
     return ''
-  titles = ['filled anew', 'old caches', 'tokens of the old weights']
-  lines = [f'| steps | {" | ".join(titles)} |', '|---' * (len(titles) + 1) + '|']
-  for steps, anew, before, old in measured[-1]:
-    lines.append(f'| {steps} | {anew:.1e} | {old:.1e} | {before:.1e} |')
-  return '\n'.join(lines)
+  titles = ['steps', 'filled anew', 'old caches', 'tokens of the old weights']
+  rows = [
+    [steps, *(f'{x:.1e}' for x in (anew, old, before))] for steps, anew, before, old in measured[-1]
+  ]
+  return marks.table(titles, rows)
 
 
 def with_tables(text: str, results: list[dict]) -> str:
@@ -387,8 +382,7 @@ def with_tables(text: str, results: list[dict]) -> str:
 
 def keep(found: dict) -> None:
   print(found, flush=True)
-  with RESULTS.open('a') as file:
-    file.write(json.dumps(found) + '\n')
+  marks.append(RESULTS, found)
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks import marks
@@ -178,30 +177,24 @@ def write_counted() -> None:
     'chips', 'data x fsdp', 'state, GiB', 'cache, GiB', 'update, ms', 'moves, GB', 'decode step, ms',
     'moves, GB', 'a step: sampling, s', 'training, s', 'sampling / training',
   ]  # fmt: skip
-  body = [f'| {" | ".join(cells)} |' for cells in [head, *map(counted, COUNTED)]]
-  body.insert(1, '|---' * len(head) + '|')
-  PAGE.write_text(marks.with_table(PAGE.read_text(), 'counted', '\n'.join(body)))
+  made = marks.table(head, map(counted, COUNTED))
+  PAGE.write_text(marks.with_table(PAGE.read_text(), 'counted', made))
 
 
 def read() -> dict[tuple, dict]:
   """The last result of every program: {(shape, topology, data, fsdp, program): report}."""
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  rows = map(json.loads, lines)
-  return {(*row['case'], row['program']): row for row in rows}
+  return {(*row['case'], row['program']): row for row in marks.read(RESULTS)}
 
 
-def rows(found: dict[tuple, dict], table: str) -> Iterator[str]:
-  """The lines of a table, a case each."""
+def table(found: dict[tuple, dict], name: str) -> str:
+  """A table, a row a case."""
   head = [
     'model', 'slice', 'data x fsdp', 'update: GiB, left', 'of it temporary', 'rollout: GiB, left',
     'update, ms', 'MFU <=', 'moved / least, GB', 'decode step, ms', 'moved / least, GB',
     'a step: sampling, s', 'training, s', 'compiled in, s',
   ]  # fmt: skip
-  yield '| ' + ' | '.join(head) + ' |'
-  yield '|---' * len(head) + '|'
-  for case in TABLES[table]:
-    got = {name: found.get((*case.key, name)) for name in case.programs}
-    yield '| ' + ' | '.join(cells(case, got)) + ' |'
+  got = lambda case: {program: found.get((*case.key, program)) for program in case.programs}
+  return marks.table(head, [cells(case, got(case)) for case in TABLES[name]])
 
 
 def cells(case: Case, got: dict[str, dict | None]) -> list[str]:
@@ -250,8 +243,8 @@ def rollout_seconds(
 def write(found: dict[tuple, dict]) -> None:
   """Writes the tables into the page."""
   text = PAGE.read_text()
-  for table in TABLES:
-    text = marks.with_table(text, table, '\n'.join(rows(found, table)))
+  for name in TABLES:
+    text = marks.with_table(text, name, table(found, name))
   PAGE.write_text(text)
 
 
@@ -275,8 +268,7 @@ def main() -> None:
       except RuntimeError as error:
         print(error, file=sys.stderr)
         continue
-      with RESULTS.open('a') as file:
-        file.write(json.dumps(row) + '\n')
+      marks.append(RESULTS, row)
       print(
         f'{case.shape} on {case.topology}, {name}: {row["verdict"]}, {row["wall_seconds"]} s',
         flush=True,

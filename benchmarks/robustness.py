@@ -31,22 +31,22 @@ def write_page() -> None:
 def with_tables(text: str, known: dict[str, dict]) -> str:
   """The text of the page with the tables of these results."""
   for campaign, results in known.items():
-    table = '\n'.join({'fuzz': fuzz_table, 'kills': kills_table}[campaign](results))
+    table = {'fuzz': fuzz_table, 'kills': kills_table}[campaign](results)
     text = marks.with_table(text, campaign, table)
   return text
 
 
-def fuzz_table(results: dict[str, dict]) -> list[str]:
+def fuzz_table(results: dict[str, dict]) -> str:
   rows = [
     [name, *(row.get(o, 0) for o in OUTCOMES), row['slowest']] for name, row in results.items()
   ]
   totals = [sum(row[i] for row in rows) for i in range(1, len(OUTCOMES) + 1)]
   header = ['inputs', 'number', *OUTCOMES, 'slowest (s)']
   made = [[row[0], sum(row[1:-1]), *row[1:]] for row in [*rows, ['all', *totals, '']]]
-  return _table(header, made)
+  return marks.table(header, made)
 
 
-def kills_table(results: dict[str, dict]) -> list[str]:
+def kills_table(results: dict[str, dict]) -> str:
   last = ('runs', 'compared', 'arrays', 'rows')
   rows = [
     [name, *(row['places'].get(p, 0) for p in PLACES), *(row[key] for key in last)]
@@ -63,12 +63,7 @@ def kills_table(results: dict[str, dict]) -> list[str]:
     'of these differ',
     'rows differ',
   ]
-  return _table(header, made)
-
-
-def _table(header: list, rows: list[list]) -> list[str]:
-  line = lambda cells: f'| {" | ".join(map(str, cells))} |'
-  return [line(header), '|---' * len(header) + '|', *map(line, rows)]
+  return marks.table(header, made)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,6 @@ Results are appended to docs/second_attempts.jsonl, one line a run.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -113,8 +112,7 @@ def measure(name: str, seed: int, steps: int, warm_start: int) -> dict:
 
 
 def read() -> list[dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return [json.loads(line) for line in lines]
+  return marks.read(RESULTS)
 
 
 def by_setting(results: list[dict]) -> dict[str, list[dict]]:
@@ -192,8 +190,7 @@ def main() -> None:
         if (name, seed) not in done:
           found = measure(name, seed, args.steps, args.warm_start)
           print(found, flush=True)
-          with RESULTS.open('a') as file:
-            file.write(json.dumps(found) + '\n')
+          marks.append(RESULTS, found)
   print(hints_table(read()), revisions_table(read()), sep='\n\n')
   PAGE.write_text(with_tables(PAGE.read_text(), read()))
 

@@ -13,7 +13,6 @@ Results are appended to docs/staleness.jsonl.
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 from collections import defaultdict
@@ -62,8 +61,7 @@ def accuracy(name: str, lag: int, seed: int, steps: int, warm_start: int) -> dic
 
 
 def read() -> list[dict]:
-  lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-  return [json.loads(line) for line in lines]
+  return marks.read(RESULTS)
 
 
 def table(results: list[dict]) -> str:
@@ -71,16 +69,13 @@ def table(results: list[dict]) -> str:
   by_name = defaultdict(lambda: defaultdict(list))
   for one in results:
     by_name[one['method']][one['lag']].append(one)
-  lines = [
-    '| method | before |' + ''.join(f' lag {lag} |' for lag in LAGS),
-    '|---' * (len(LAGS) + 2) + '|',
-  ]
+  rows = []
   for name in (n for n in METHODS if by_name[n]):
     found = by_name[name]
     before = {one['seed']: one['before'] for several in found.values() for one in several}
     cells = [_mean(before.values()), *(_mean(x['after'] for x in found[lag]) for lag in LAGS)]
-    lines.append(f'| `{name}` | {" | ".join(cells)} |')
-  return '\n'.join(lines)
+    rows.append([f'`{name}`', *cells])
+  return marks.table(['method', 'before', *(f'lag {lag}' for lag in LAGS)], rows)
 
 
 def _mean(numbers) -> str:
@@ -111,8 +106,7 @@ def main() -> None:
           if (name, lag, seed) not in done:
             found = accuracy(name, lag, seed, args.steps, args.warm_start)
             print(found, flush=True)
-            with RESULTS.open('a') as file:
-              file.write(json.dumps(found) + '\n')
+            marks.append(RESULTS, found)
   print(table(read()))
   PAGE.write_text(with_table(PAGE.read_text(), read()))
 

@@ -1,6 +1,8 @@
 """The tables of asynchronous training."""
 
-from benchmarks import modes, staleness
+import doctest
+
+from benchmarks import marks, modes, staleness
 from polgrad.build import build
 from polgrad.collect import Stored
 
@@ -52,3 +54,7 @@ def test_every_mode_is_a_run():
   assert {mode for mode, run in made.items() if run.sampled_on is not run.mesh} == {
     mode for mode, one in collectors.items() if getattr(one, 'overlap', False)
   }
+
+
+def test_the_examples_are_true():
+  assert not doctest.testmod(marks).failed
