@@ -39,7 +39,7 @@ esac
 def clone(tmp_path):
   """A small repository with the launcher, and a gcloud that only writes down what it is asked."""
   files = {'bin/gcloud': GCLOUD, 'clone/new.py': 'new', 'clone/my file.py': '', 'clone/runs/x': ''}
-  files |= {'clone/kept.py': '', 'clone/deleted.py': '', 'clone/.gitignore': 'runs/'}
+  files |= {'clone/kept.py': '', 'clone/deleted.py': '', 'clone/.gitignore': 'runs/\n__pycache__/'}
   for name, text in files.items():
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
