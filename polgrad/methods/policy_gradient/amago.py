@@ -21,7 +21,8 @@ def amago(
   """AMAGO (arXiv:2310.09971): critics at several discounts, which improve the policy and filter data.
 
       loss = token mean of -w log pi
-      w    = mean over discounts of improve (min over critics of Q - V) + imitate f(A),   A = Q - V
+      w    = mean over discounts of improve (min over critics of Q - V) + imitate f(A)
+      A    = mean over critics of Q - V
       Q_t  = r_t + discount V_{t+1}
 
   V is the mean over critics, of the state before the token. The network `critics` learns them from their
