@@ -64,12 +64,8 @@ def parse(argv):
   if options.chips < 1 or total % options.chips:
     parser.error(f'--chips={options.chips} does not divide the {total} chips of {options.topology}')
   options.hosts = total // options.chips
-  for flag in ('namespace', 'queue', 'service_account'):
-    given = getattr(options, flag)
-    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', given) and (
-      given or flag == 'namespace'
-    ):
-      parser.error(f'--{flag}={given}: lower case, digits, "." and "-" only')
+  flags = ('namespace', 'queue', 'service_account')
+  sweeps.check_names(parser, options, flags, needed=['namespace'])
   return options, rest
 
 

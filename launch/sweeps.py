@@ -75,14 +75,29 @@ def parse_job_set(made, argv):
   options, rest = parse(made, argv)
   if options.slices < 1 or options.restarts < 0:
     made.error('--slices must be at least 1, and --restarts at least 0')
-  if not re.match('gs://[^/]', options.bucket):
+  if not re.fullmatch(r'gs://[^/\s]\S*', options.bucket):
     made.error(f'--bucket={options.bucket}: hosts share no disk, so it must be gs://...')
-  if not options.image:
-    made.error('--image must name an image')
+  if not re.fullmatch(r'[^-\s]\S*', options.image):
+    made.error(f'--image={options.image}: must name an image, such as REGISTRY/NAME:TAG')
   for one in options.env:
     if not re.fullmatch(r'[A-Za-z_]\w*=.*', one, re.DOTALL):
       made.error(f'--env={one}: write NAME=VALUE')
   return options, rest
+
+
+def check_names(made, options, flags, also='', needed=()):
+  """Refuses options that cannot be names of Kubernetes or Google Cloud; '' is none.
+
+  Args:
+    also: characters that are allowed besides lower case, digits, '.' and '-'.
+    needed: flags that must not be ''.
+  """
+  for flag in flags:
+    given = getattr(options, flag)
+    if not re.fullmatch(f'[a-z0-9]([a-z0-9.{also}-]*[a-z0-9])?', given) and (
+      given or flag in needed
+    ):
+      made.error(f'--{flag}={given}: lower case, digits, ".{also}" and "-" only')
 
 
 def kubernetes_name(name):
@@ -90,7 +105,10 @@ def kubernetes_name(name):
   made = re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
   # JobSet appends "-slice-N-N" and five letters, and a pod's name has at most 63.
   if not re.match('[a-z]', made) or len(made) > 40:
-    sys.exit(f'{name!r} cannot name a JobSet: it begins with a letter and has at most 40')
+    sys.exit(
+      f'--name: {name!r} would be called {made!r}, but the name of a JobSet begins with a letter and '
+      f'has at most 40 characters, with the values of --sweep; this one has {len(made)}'
+    )
   return made
 
 

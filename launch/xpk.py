@@ -41,6 +41,8 @@ def parse(argv):
     parser.error(
       f'--type={options.type}: write KIND-NUMBER or KIND-SHAPE, as v5litepod-16, v5p-4x4x8'
     )
+  sweeps.check_names(parser, options, ['cluster', 'zone'], needed=['cluster'])
+  sweeps.check_names(parser, options, ['project', 'reservation'], also=':/')
   if options.spot and options.reservation:
     parser.error('--spot and --reservation exclude each other')
   if options.priority not in ('', 'very-low', 'low', 'medium', 'high', 'very-high'):

@@ -332,6 +332,9 @@ def test_a_dry_run_of_xpk_prints_the_command_and_a_refusal_ends_the_sweep(xpk, t
 @pytest.mark.parametrize(
   ('changed', 'says'),
   [
+    (['--cluster='], '--cluster=: lower case, digits, "." and "-" only'),
+    (['--reservation=a b'], '--reservation=a b: lower case, digits, ".:/" and "-" only'),
+    (['--image=a b'], '--image=a b: must name an image'),
     (['--type=v5e:4x4'], 'write KIND-NUMBER or KIND-SHAPE'),
     (['--spot', '--reservation=r'], '--spot and --reservation exclude each other'),
     (['--priority=top'], '--priority=top: very-low, low'),

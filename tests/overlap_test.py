@@ -124,6 +124,23 @@ def test_what_cannot_overlap_is_refused():
     build.build(made)
 
 
+@pytest.mark.parametrize(
+  ('changed', 'said'),
+  [
+    ({'mesh.data': 4}, r'config.mesh, config.sampler_mesh: .* 4 of the 8 devices of its 2 proc'),
+    ({'mesh.data': 8}, 'config.phases.train.collect.overlap: .*--config.sampler_mesh.name='),
+  ],
+)
+def test_devices_of_several_processes_that_are_idle_or_shared_are_refused(
+  monkeypatch, changed, said
+):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  made = lagging(overlap=True)
+  made.update_from_flattened_dict(changed)
+  with pytest.raises(ValueError, match=said):
+    build.build(made)
+
+
 def test_devices_for_sampling_that_no_phase_uses_are_refused():
   made = from_text('method=sft,task=addition,model=tiny')
   made.mesh.data = 1
