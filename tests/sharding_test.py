@@ -13,6 +13,7 @@ from polgrad.arrays import WIDE
 from polgrad.losses import logit_stats
 from polgrad.models import token_stats
 from polgrad.models.token_stats import Rows, unembedding
+from polgrad.models.transformer import look_up
 from polgrad.registry import inputs
 from polgrad.sampling import make_sampler
 from tests.models import tiny
@@ -131,6 +132,19 @@ def test_sums_that_go_around_a_ring_are_scattered_as_those_of_the_collective():
 
   run = jax.shard_map(local, mesh=mesh, in_specs=P(axes), out_specs=P(None, axes), check_vma=False)
   np.testing.assert_allclose(jax.jit(run)(x), x.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_embeddings_that_every_device_has_is_added_up():
+  # No axis of a size above 1 makes copies or cuts the width.
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, rules={'vocab': 'tensor,fsdp', 'embed': ''})
+  table = np.asarray(host_params()['embedding'])
+  loss = lambda table, tokens: jnp.sum(jnp.sin(look_up(table, tokens)))
+  expected = jax.grad(loss)(table, TOKENS)
+  place = sharding.param_shardings(mesh, {'table': ('vocab', 'embed')}, {'table': table})['table']
+  with jax.set_mesh(mesh):
+    program = jax.jit(jax.grad(loss), out_shardings=place)
+    found = program(jax.device_put(table, place), *sharding.place_batch(mesh, [TOKENS]))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_every_share_of_a_mesh_refills_its_own_slots():

@@ -170,20 +170,20 @@ def look_up(table: Array | Quantized, tokens: Array) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return run(table, tokens)
-  columns = partition_spec(mesh, ('vocab', 'embed'), table.shape)[1]
-  of = lambda x: PartitionSpec(
-    None, columns if x.shape[1] > 1 else None
-  )  # scales may have one column
+  # XLA cannot partition the sum over copies if all axes of the program below have size 1.
+  cutting = lambda entry: tuple(name for name in mesh_axes(entry) if mesh.shape[name] > 1)
+  columns = cutting(partition_spec(mesh, ('vocab', 'embed'), table.shape)[1])
   [copies] = partition_spec(mesh, ('copied_batch',), tokens.shape[:1])
-  copies = tuple(name for name in mesh_axes(copies) if name not in mesh_axes(columns))
-  cutting = {*copies, *mesh_axes(columns)}
-  if all(mesh.shape[name] == 1 for name in cutting):
+  copies = tuple(name for name in cutting(copies) if name not in columns)
+  if not columns + copies:
     return run(table, tokens)
+  # Scales may have one column.
+  of = lambda x: PartitionSpec(None, columns if x.shape[1] > 1 else None)
   split = jax.shard_map(
     run,
     in_specs=(jax.tree.map(of, table), PartitionSpec(copies)),
     out_specs=PartitionSpec(copies, None, columns),
-    axis_names=cutting,
+    axis_names={*copies, *columns},
     check_vma=False,
   )
   # Outside of a compiled program, axes that are left to the compiler would be refused.
