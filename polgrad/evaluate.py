@@ -30,7 +30,6 @@ from polgrad.build import TABLE, Evaluation, Experiment, Phase, build
 from polgrad.collect import Context, Given, also_read, completions, make_draws, question
 from polgrad.collect.base import laid_out, make_annotator
 from polgrad.collect.drawn import earned, transcript
-from polgrad.collect.scored import interleaved
 from polgrad.compiling import jit
 from polgrad.data import batching, sources
 from polgrad.data.tokenizers import Tokenizer
@@ -213,12 +212,12 @@ def verify(
   lengths: Sequence[int],
   tokenizer: Tokenizer,
 ) -> np.ndarray:
-  """f64[n], the rewards of verifiers of the first n rows; each process verifies every P-th of them."""
-  mine = range(jax.process_index(), len(texts), jax.process_count())
+  """f64[n], the rewards of verifiers of the first n rows; each process verifies some of them."""
+  mine = exchanges.strided(range(len(texts)))
   given = [[x[i] for i in mine] for x in (texts, records, lengths)]
   others = also_read(rollout, mine, plan.opened(given[1]), tokenizer)
   score = lambda: plan.score(*given, others).total
-  return interleaved(exchanges.every(score, 'rewards of held-out problems'))
+  return exchanges.interleaved(exchanges.every(score, 'rewards of held-out problems'))
 
 
 def problems(experiment: Experiment) -> list[tuple[dict, str]]:

@@ -47,6 +47,26 @@ def share(count: int) -> range:
   return range(begin, min(begin + each, count))
 
 
+def strided(items: Sequence) -> Sequence:
+  """Those of some items that this process verifies: every P-th of P processes, see `interleaved`.
+
+  Neighbours are samples of one prompt, and take about as long, so processes have similar work.
+  """
+  return items[jax.process_index() :: jax.process_count()]
+
+
+def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Arrays [n, ...] of the `strided` rows of each process, as one array of all rows.
+
+  >>> interleaved([np.array([0, 2, 4]), np.array([1, 3])])
+  array([0, 1, 2, 3, 4])
+  """
+  rows = np.zeros((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+  for process, part in enumerate(parts):
+    rows[process :: len(parts)] = part
+  return rows
+
+
 def rows(make: Callable[[Sequence], Any], records: Sequence, what: str) -> Any:
   """The arrays `make(records)`, of which each process makes those of its share of the records.
 

@@ -155,7 +155,7 @@ def _hidden(
 ) -> tuple[Array, Array | None]:
   """Final hidden states from `_first_column` on; consecutive rows may share one pass of their prompt.
 
-  Where experts have a capacity, with the share of each token's experts that have dropped it.
+  Where experts have a capacity, with the fraction of each token's experts that have dropped it.
   """
   both = policy.dropped or (lambda *args, **sizes: (policy.completions(*args, **sizes), None))
   if layout.shared > 1:

@@ -580,7 +580,7 @@ def copied(mesh: Mesh, tree: Any) -> Any:
 
 
 def _copied_within_processes(x: jax.Array, place: NamedSharding) -> jax.Array:
-  """A copy on other devices, where each process copies between devices of its own.
+  """A copy on other devices, where each process copies between its own devices.
 
   `jax.device_put` refuses arrays of several processes whose devices are not the same. A process that
   lacks a piece that it needs has it from the others first: by a program on the devices of `x`, after

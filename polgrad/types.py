@@ -175,7 +175,7 @@ class Outputs:
   user_score: Array | None = None  # f32[B], score of the row for its user
   user_kl: Array | None = None  # f32[B], nats, KL(posterior of the user's latent || prior)
   view_loss: Array | None = None  # f32[B], nats, representation loss of the row's prompt
-  dropped: Array | None = None  # f32[B, T], share of a token's experts that have dropped it
+  dropped: Array | None = None  # f32[B, T], fraction of a token's experts that have dropped it
   stats: dict[str, Array] = struct.field(default_factory=dict)  # f32[B, T], by name
 
 

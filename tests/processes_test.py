@@ -3,11 +3,12 @@
 import os
 
 import jax
+import numpy as np
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 
-from polgrad import barriers, cli
+from polgrad import barriers, cli, exchanges
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,17 @@ def test_an_error_of_one_process_is_raised_by_all(monkeypatch):
   with pytest.raises(ValueError, match='record 7: too long') as error:
     barriers.together('records')
   assert error.value.__notes__ == ['process 2 of 3 has failed']
+
+
+def test_rows_that_processes_share_are_put_together_in_their_order(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  parts = []
+  for process in range(3):
+    monkeypatch.setattr(jax, 'process_index', lambda own=process: own)
+    parts.append((np.array(exchanges.strided(range(7))), [*exchanges.share(7)]))
+  strided, shares = zip(*parts)
+  np.testing.assert_array_equal(exchanges.interleaved(strided), np.arange(7))
+  assert shares == ([0, 1, 2], [3, 4, 5], [6])
 
 
 def test_one_process_alone_keeps_its_error():

@@ -10,12 +10,11 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from polgrad import exchanges
 from polgrad.collect.base import Context
-from polgrad.collect.scored import also_read, completions, failures_of, interleaved
+from polgrad.collect.scored import also_read, completions, failures_of
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.rewards.worker import Part
@@ -51,20 +50,19 @@ def mark_rows(
   """
   tokenizer, rows_per_prompt = context.tokenizer, len(batch.tokens) // len(records)
   texts, lengths = completions(batch, records, tokenizer), batch.mask.sum(axis=1)
-  # Each process scores the parts of every n-th row; rows that are not valid are not asked about.
+  # Each process scores the parts of some rows; rows that are not valid are not asked about.
   asked = np.flatnonzero(batch.valid)
-  own = asked[jax.process_index() :: jax.process_count()].tolist()
+  own = exchanges.strided(asked).tolist()
   owners = [records[i // rows_per_prompt] for i in own]
-  mark = lambda: context.mark(
-    [texts[i] for i in own],
-    owners,
-    [int(lengths[i]) for i in own],
-    [float(batch.rewards[i]) for i in own],
-    also_read(batch, own, context.opened(owners), tokenizer),
-  )
 
   def placed() -> _Placed:
-    marked = mark()
+    marked = context.mark(
+      [texts[i] for i in own],
+      owners,
+      [int(lengths[i]) for i in own],
+      [float(batch.rewards[i]) for i in own],
+      also_read(batch, own, context.opened(owners), tokenizer),
+    )
     ids = np.full((len(own), batch.tokens.shape[1]), -1, np.int32)
     scores, failed = np.zeros(ids.shape, np.float32), np.zeros(len(own), bool)
     for k, (row, record, parts) in enumerate(zip(own, owners, marked.parts)):
@@ -77,7 +75,7 @@ def mark_rows(
 
   # To the rows that were asked about, from all processes.
   found = exchanges.every(placed, 'scores of parts')
-  of_all = lambda name: interleaved([getattr(one, name) for one in found])
+  of_all = lambda name: exchanges.interleaved([getattr(one, name) for one in found])
   spread = lambda name, fill: _spread(of_all(name), asked, batch.tokens.shape, fill)
   valid = batch.valid.copy()
   valid[asked] = ~of_all('failed')

@@ -105,9 +105,8 @@ def score_rows(rows: Drawn, records: Sequence[dict], context: Context) -> tuple[
   lengths = batch.mask.sum(axis=1)
   rows_per_prompt = len(texts) // len(records)
   opened = context.opened(records)
-  # Each process verifies every n-th row, and gets the scores of all.
-  processes, own = jax.process_count(), jax.process_index()
-  mine = range(own, len(texts), processes)
+  # Each process verifies some rows, and gets the scores of all.
+  mine = exchanges.strided(range(len(texts)))
   judge = lambda: context.score(
     [texts[i] for i in mine],
     [records[i // rows_per_prompt] for i in mine],
@@ -202,8 +201,8 @@ def _compare(
     for k, (i, j) in enumerate(pairs)
     if batch.valid[i] and others.valid[j] and texts[i] != rivals[j]
   ]
-  # Each process compares every n-th pair, and gets the results of all.
-  own = asked[jax.process_index() :: jax.process_count()]
+  # Each process compares some pairs, and gets the results of all.
+  own = exchanges.strided(asked)
   given = [
     {
       'first': texts[i],
@@ -220,7 +219,7 @@ def _compare(
   ]
   compared = exchanges.every(lambda: context.compare(given, {'prompt': prompt}), 'comparisons')
   found = np.full(len(pairs), 0.5)
-  found[asked] = interleaved([one.wins for one in compared])
+  found[asked] = exchanges.interleaved([one.wins for one in compared])
   return found, *failures_of(compared)
 
 
@@ -239,12 +238,14 @@ def also_read(
 
 
 def _joined_scores(parts: Sequence[Scores]) -> Scores:
-  """The scores of all rows, of which each process has judged every n-th."""
+  """The scores of all rows, of which each process has judged those of `exchanges.strided`."""
   errors, messages = failures_of(parts)
   return Scores(
-    total=interleaved([one.total for one in parts]),
-    components={k: interleaved([p.components[k] for p in parts]) for k in parts[0].components},
-    valid=interleaved([one.valid for one in parts]),
+    total=exchanges.interleaved([one.total for one in parts]),
+    components={
+      k: exchanges.interleaved([p.components[k] for p in parts]) for k in parts[0].components
+    },
+    valid=exchanges.interleaved([one.valid for one in parts]),
     errors=errors,
     messages=messages,
   )
@@ -254,18 +255,6 @@ def failures_of(parts: Sequence[Any]) -> tuple[dict[str, int], list[str]]:
   """The `errors` of all processes, and the first `messages`, whose rows are numbered by process."""
   errors = dict(sum((collections.Counter(one.errors) for one in parts), collections.Counter()))
   return errors, [text for one in parts for text in one.messages][:MESSAGES]
-
-
-def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
-  """Arrays [n, ...] of all processes, each of which has every n-th row, as one.
-
-  >>> interleaved([np.array([0, 2, 4]), np.array([1, 3])])
-  array([0, 1, 2, 3, 4])
-  """
-  rows = np.zeros((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-  for process, part in enumerate(parts):
-    rows[process :: len(parts)] = part
-  return rows
 
 
 def distinct(ids: np.ndarray, before: Sequence[int] = ()) -> np.ndarray:

@@ -88,7 +88,7 @@ def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0
 def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool = False) -> Array:
   """`attend(query, *sources)`, where positions may be cut over devices and are not exchanged for heads.
 
-  Each device attends with the queries of its own positions. It gathers the keys and values of a row,
+  Each device attends with the queries of its positions. It gathers the keys and values of a row,
   whose gradients are scattered: exact for every number of devices, and for every mask.
 
   Args:

@@ -53,7 +53,7 @@ class Policy(NamedTuple):
       an update does to it: 'train', 'frozen' (the base of an adapter) or 'balance' (a router's bias,
       see `experts`).
     dropped: as `hidden`, or with its keywords as `completions` -> what these return, and f32[B, S]:
-      which share of a token's experts has dropped it. None if experts have no capacity.
+      which fraction of a token's experts has dropped it. None if experts have no capacity.
   """
 
   config: Any

@@ -210,7 +210,7 @@ def common_tokens(tokens: Array, mask: Array) -> int:
   """How many first tokens of left-padded prompts are read once for all of them.
 
   It is a multiple of a quarter of the width, so that few programs compile, and less than the length of
-  every prompt. 0: they do not begin with so many equal tokens, or there is one prompt.
+  every prompt. 0: fewer than that are equal, or there is one prompt.
 
   >>> common_tokens(np.array([[0, 7, 8, 9], [7, 8, 5, 6]]), np.array([[0, 1, 1, 1], [1, 1, 1, 1]]))
   2
