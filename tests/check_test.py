@@ -1,5 +1,6 @@
 """`polgrad.check`, and what a run looks at by itself before its first step."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -19,7 +20,7 @@ from polgrad.data import tokenizers
 from polgrad.options import from_text
 from polgrad.registry import Weighted, bind, part
 from polgrad.rewards import scoring, verifiers
-from polgrad.sampling import engines
+from polgrad.sampling import engines, speculation
 from tests import runs
 from tests.data import folders
 
@@ -336,6 +337,13 @@ def test_memory_is_that_of_the_arrays(name):
     uses = {u.name: u for u in memory.of_phase(*args, **less)}
     assert uses['KV cache'].total == 2 * (numbers + 4 * numbers // head_dim)
     assert size(params) / 4 < uses['weights of decoding'].total < size(params) / 3
+    # The cache of a draft has the same type; an external engine has its caches elsewhere.
+    speculate = dict(collect=dataclasses.replace(phase.collect, speculate=speculation.Draft()))
+    args = dataclasses.replace(phase, **speculate), *args[1:]
+    uses = {u.name: u for u in memory.of_phase(*args, **less)}
+    assert uses['KV cache of draft'].total == uses['KV cache'].total
+    uses = memory.of_phase(*args, engine=engines.Vllm(python='python'))
+    assert not [one for one in uses if 'KV' in one.name or 'decoding' in one.name]
 
 
 def test_memory_on_a_mesh_is_that_of_one_device():

@@ -91,22 +91,35 @@ def of_phase(
     )
   found.append(logits(phase, policy, mesh))
   if hasattr(phase.collect, 'max_new_tokens'):
-    collect = phase.collect
+    found += of_sampler(phase, policy, mesh, sampler_mesh, engine)
+  return [one for one in found if one.total]
+
+
+def of_sampler(
+  phase: Any,
+  policy: Policy,
+  mesh: jax.sharding.Mesh,
+  sampler_mesh: jax.sharding.Mesh | None,
+  engine: engines.Own | engines.External,
+) -> list[Use]:
+  """What sampling holds, see `of_phase`; an external engine has its caches and weights elsewhere."""
+  collect, sampled_on = phase.collect, sampler_mesh or mesh
+  when = 'beside' if sampler_mesh else 'always' if collect.overlaps else 'rollout'
+  places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  found = []
+  if isinstance(engine, engines.Own):
     prompts = getattr(collect, 'in_flight', 0) or collect.records
     rows = getattr(collect, 'slots', 0) or prompts * collect.samples_per_prompt
-    sampled_on = sampler_mesh or mesh
-    drawn_from = engine.drawn_from(policy)
-    when = 'beside' if sampler_mesh else 'always' if collect.overlaps else 'rollout'
-    found.append(kv_cache(drawn_from, sampled_on, rows, collect.length)._replace(when=when))
-    for name in getattr(collect, 'drafts', ()):
-      cache = kv_cache(phase.frozen.get(name, policy), sampled_on, rows, collect.length)
-      found.append(cache._replace(name=f'KV cache of {name}', when=when))
-    read = unstacked(drawn_from, sampled_on)
+    drafts = {f' of {n}': phase.frozen.get(n, policy) for n in getattr(collect, 'drafts', ())}
+    for name, model in {'': policy, **drafts}.items():
+      cache = kv_cache(engine.drawn_from(model), sampled_on, rows, collect.length)
+      found.append(cache._replace(name=f'KV cache{name}', when=when))
+    read = unstacked(engine.drawn_from(policy), sampled_on)
     found.append(use('weights of decoding', read, places(read), when))
-    if sampler_mesh or collect.overlaps:
-      copy = sent(engine, policy, sampled_on)
-      found.append(use('sampler parameters', copy, places(copy), when))
-  return [one for one in found if one.total]
+  if sampler_mesh or collect.overlaps:
+    copy = sent(engine, policy, sampled_on)
+    found.append(use('sampler parameters', copy, places(copy), when))
+  return found
 
 
 def _placed(policy: Policy, mesh: jax.sharding.Mesh) -> Any:
