@@ -169,11 +169,11 @@ class Rows:
       ValueError: names the file, the setting and both values.
     """
     head, path = self._files[0].head, self._files[0].path
-    for name in SETTINGS.keys() & settings.keys():
-      if head[name] != settings[name]:
+    for name in SETTINGS:  # in one order, so that all processes name the same
+      if name in settings and head[name] != settings[name]:
         raise ValueError(
           f'{path}: its completions were drawn with {name} {head[name]!r}, this run has '
-          f'{settings[name]!r}'
+          f'{settings[name]!r}; set that of the files, or run polgrad.teacher_logp for another path'
         )
 
   def __contains__(self, row: int) -> bool:

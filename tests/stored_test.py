@@ -116,6 +116,10 @@ def test_a_record_that_is_not_there_or_had_another_prompt(tmp_path):
     rows.read(2, entry(3).prompt)
   with pytest.raises(ValueError, match=r'drawn with temperature 0\.8, this run has 1\.0'):
     rows.check({'temperature': 1.0})
+  with pytest.raises(
+    ValueError, match=r"drawn with tokenizer 'abc', this run has 'other'.*another path"
+  ):
+    rows.check({'temperature': 1.0, 'top_k': 3, 'tokenizer': 'other'})
   with pytest.raises(FileNotFoundError, match=r'none.*expected the files'):
     stored_rows.Rows(str(tmp_path / 'none'))
 

@@ -139,13 +139,15 @@ def _check_in_flight(settings: 'Rollouts') -> None:
     )
   if settings.weights_every > 1 and not settings.chunk:
     raise ValueError(
-      f'{name}: weights_every={settings.weights_every} needs a chunk: without one all numbers are '
-      'determined by the configuration, also after a run has resumed'
+      f'{name}: weights_every={settings.weights_every} needs a chunk of at least 1, with overlap and '
+      'in_flight: without one all numbers are determined by the configuration, also after a run has '
+      'resumed'
     )
   if not settings.refill and not settings.chunk:
     raise ValueError(
-      f'{name}: refill=False needs a chunk: caches of rows in flight are no part of a checkpoint, so '
-      'without a chunk a run that has resumed would give other numbers'
+      f'{name}: refill=False needs a chunk of at least 1, with overlap and in_flight: caches of rows in '
+      'flight are no part of a checkpoint, so without a chunk a run that has resumed would give other '
+      'numbers'
     )
   if not flying:
     return
