@@ -29,10 +29,10 @@ from polgrad.sharding import to_host
 from polgrad.types import Batch, TrainState
 
 # Settings of `Rollouts` that cannot be set beside `in_flight`: they give rows without versions of their
-# tokens, or need all rows of a prompt at once.
+# tokens, need all rows of a prompt at once, or belong to another loop of decoding.
 REFUSED = ('old_runs', 'beginning', 'hints', 'demonstrations', 'preferences', 'opponents', 'others')
-REFUSED += ('environment', 'max_resamples', 'slots', 'speculate', 'token_temperature')
-REFUSED += ('replay_correction',)
+REFUSED += ('environment', 'max_resamples', 'replay_correction')
+REFUSED += ('slots', 'speculate', 'token_temperature')
 
 
 class InFlight(NamedTuple):

@@ -183,9 +183,8 @@ class TurnSampler(Sampler):
   """Settings of a sampler of several turns, and its programs as methods."""
 
   turn_tokens: int  # the largest number of tokens of a turn; 0: no limit but `max_new_tokens`
-  spans: int = (
-    2  # of the columns behind the prompts: later ones are read only after a row needs them
-  )
+  # Of the columns behind the prompts; later ones are read only after a row needs them.
+  spans: int = 2
 
   def begin(
     self,
