@@ -720,6 +720,27 @@ def _as_parts(program: Program, parts: list[tuple[Program, float]]) -> Program:
   )
 
 
+def _links(name: str) -> dict[str, tuple[bool, ...]]:
+  """Which dimensions of a slice are rings; without an entry, libtpu takes all for lines.
+
+  The compiler gathers otherwise on a line than on a ring. Slices of v4 and v5p are rings in all
+  dimensions if each is a multiple of 4; of v5e and v6e a dimension of 16 is a ring.
+
+  >>> _links('v5p:4x4x8')
+  {'wrap': (True, True, True)}
+  >>> _links('v6e:8x16')
+  {'wrap': (False, True, False)}
+  >>> _links('v5e:4x4'), _links('v5p:2x2x4')
+  ({}, {})
+  """
+  sizes = [int(n) for n in name.partition(':')[2].split('x') if n.isdigit()]
+  if len(sizes) == 3:
+    rings = [all(n % 4 == 0 for n in sizes)] * 3
+  else:
+    rings = [n == 16 for n in sizes] + [False] * (3 - len(sizes))
+  return {'wrap': tuple(rings)} if any(rings) else {}
+
+
 def topology(name: str) -> list[Any]:
   """The devices of a TPU topology that is not there.
 
@@ -738,7 +759,8 @@ def topology(name: str) -> list[Any]:
   from jax.experimental import topologies
 
   try:
-    return list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+    found = topologies.get_topology_desc(platform='tpu', topology_name=name, **_links(name))
+    return list(found.devices)
   except Exception as error:  # whatever libtpu raises for a name that it does not know
     if 'lockfile' in str(error):
       raise ValueError('another process uses libtpu; try again when it has ended') from error
