@@ -2,10 +2,12 @@
 
 import dataclasses
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import tpu
@@ -79,6 +81,28 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
   with pytest.raises(ImportError, match=r'pip install .jax\[tpu\]'):
     aot.topology('v5e:4x4')
+
+
+@pytest.mark.parametrize(
+  ('name', 'rings'),
+  [
+    ('v5p:4x4x8', (True, True, True)),
+    ('v5p:2x2x4', None),
+    ('v6e:8x16', (False, True, False)),
+    ('v5e:4x4', None),
+  ],
+)
+def test_a_topology_names_the_dimensions_that_are_rings(monkeypatch, name, rings):
+  asked = []
+
+  def describe(**options):
+    asked.append(options)
+    return types.SimpleNamespace(devices=[])
+
+  monkeypatch.setitem(sys.modules, 'libtpu', types.ModuleType('libtpu'))
+  monkeypatch.setattr(topologies, 'get_topology_desc', describe)
+  assert aot.topology(name) == []
+  assert asked == [dict(platform='tpu', topology_name=name, **({'wrap': rings} if rings else {}))]
 
 
 def test_meshes_are_made_of_the_devices_that_are_compiled_for():
