@@ -153,7 +153,7 @@ def check(gaps: list[Gap]) -> None:
     ValueError: the weights did not arrive.
   """
   for one in gaps[1:]:
-    if one.before < 4 * one.mean:
+    if one.before < 2 * one.mean:
       raise ValueError(f'the weights did not arrive: {one}')
 
 
