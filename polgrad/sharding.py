@@ -414,7 +414,8 @@ def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """A parameter whose pieces on devices with other tokens are put together, for all its products.
 
   Left to itself the compiler gathers it for every product that reads it. Experts remain where they are,
-  and the gradient is cut as the parameter is. Without a mesh nothing happens.
+  and the gradient is cut as the parameter is. Where devices with other tokens have no pieces, nothing
+  happens; elsewhere `jax.vmap` over a gradient is not possible.
 
   Args:
     axes: logical axis names.
@@ -423,12 +424,15 @@ def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   if mesh.empty:
     return x
   rules, spec = rules_of(mesh), partition_spec(mesh, axes, x.shape)
-  tokens = {*rules['batch'], *rules['length']}
-  kept = (
-    entry if axis == 'experts' else tuple(n for n in mesh_axes(entry) if n not in tokens) or None
+  tokens = {n for n in (*rules['batch'], *rules['length']) if mesh.shape[n] > 1}
+  without = lambda entry: tuple(n for n in mesh_axes(entry) if n not in tokens)
+  kept = [
+    mesh_axes(entry) if axis == 'experts' else without(entry)
     for axis, entry in zip(axes, spec, strict=True)
-  )
-  whole = PartitionSpec(*kept)
+  ]
+  if kept == [mesh_axes(entry) for entry in spec]:
+    return x
+  whole = PartitionSpec(*(names or None for names in kept))
   return linear_call(
     lambda _, x: jax.lax.with_sharding_constraint(x, whole),
     lambda _, gradient: constrain(gradient, axes),
