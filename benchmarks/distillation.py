@@ -12,7 +12,7 @@ The second table is of weighted likelihoods and of their mixtures with a reward:
 tokens with free logits, which the data have with frequencies 0.6, 0.3 and 0.1, and of which only the
 last one is rewarded. It is gradient descent on the expected loss.
 
-The third table is of the text that a student reads, GKD's fraction of its own samples. Teacher and
+The third table varies lambda, the fraction of GKD's training text that the student sampled. Teacher and
 student write three tokens out of three. The teacher has a logit for every token after every prefix, 2
 times a standard normal number; the student sees only the last token. So what it learns after a token
 depends on how often its prefixes occur in the text. All sequences are enumerated. No gradient flows
@@ -223,7 +223,7 @@ def text_loss(divergence, fraction: jax.Array, params: jax.Array) -> jax.Array:
 
 
 def text_rest(divergence, steps: int = 4000) -> dict[float, np.ndarray]:
-  """The student at rest, f64[4, 3], by the fraction of its own text."""
+  """The student at rest, f64[4, 3], by lambda, the fraction of text that it sampled."""
   step = jax.grad(functools.partial(text_loss, divergence), argnums=1)
 
   @jax.jit

@@ -1140,7 +1140,7 @@ def _check_pieces(path: str, phase: Phase, mesh: jax.sharding.Mesh) -> None:
 
 
 def _axes_that_cut(mesh: jax.sharding.Mesh, axis: str) -> str:
-  """The mesh axes that cut a logical axis, as they are set in a configuration."""
+  """The mesh axes that cut a logical axis, named by their configuration fields."""
   sizes = {name: mesh.shape[name] for name in sharding.rules_of(mesh)[axis]}
   return (
     ' x '.join(f'config.mesh.{n}={size}' for n, size in sizes.items() if size > 1) or 'config.mesh'

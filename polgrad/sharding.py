@@ -453,7 +453,7 @@ def shards(axis: str, size: int, mesh: Any = None) -> int:
   return math.prod(mesh.shape[n] for n in mesh_axes(partition_spec(mesh, (axis,), (size,))[0]))
 
 
-def exchanges(length: int, heads: int) -> bool:
+def exchanges_heads(length: int, heads: int) -> bool:
   """Whether attention exchanges the positions of a row for heads.
 
   It does where every mesh axis that cuts positions cuts heads too; these are given by
@@ -470,7 +470,7 @@ def exchanges(length: int, heads: int) -> bool:
 def kept_cut(length: int, heads: int) -> tuple[str, ...]:
   """The mesh axes that cut the positions of queries inside of attention too, without an exchange."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or exchanges(length, heads):
+  if mesh.empty or exchanges_heads(length, heads):
     return ()
   return mesh_axes(partition_spec(mesh, ('length',), (length,))[0])
 

@@ -43,7 +43,7 @@ from polgrad.models.quantized import (
 )
 from polgrad.sharding import (
   constrain,
-  exchanges,
+  exchanges_heads,
   gathered,
   merge_positions,
   mesh_axes,
@@ -134,7 +134,7 @@ def whole_rows(
   Returns:
     The queries, and keys and values laid out as in `Cache`.
   """
-  exchanged = exchanges(*query.shape[1:3])
+  exchanged = exchanges_heads(*query.shape[1:3])
   if exchanged and not cached:
     count = shards('attention_heads', query.shape[2])
     copies = count // math.gcd(count, key.shape[2])
@@ -151,7 +151,7 @@ def in_pieces(attended: Array) -> Array:
   """The inverse of `whole_rows`, for what queries have attended to."""
   if pieces_of_a_row(attended.shape[1]) == 1:
     return attended
-  if exchanges(*attended.shape[1:3]):
+  if exchanges_heads(*attended.shape[1:3]):
     attended = constrain(attended, INSIDE)
   return constrain(attended, OUTSIDE)
 
