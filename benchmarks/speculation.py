@@ -12,9 +12,10 @@ temperature 1 no n-gram is ever right, and greedy rows repeat themselves.
 The table `accepted` is of proposals by the first layers of a model at temperature 1, in the places of a
 text (docs/architecture.md): the mean probability that a proposal is drawn. By common noise it is
 
-    sum_i 1 / sum_j max(p_j / p_i, q_j / q_i),
+    sum_i 1 / sum_j max(p_j / p_i, q_j / q_i)
 
-and at least (1 - TV) / (1 + TV), with rejection sampling 1 - TV, where TV is the total variation
+over groups of tokens, times the same over the tokens of each group, by which the sampler draws. For one
+draw it is at least (1 - TV) / (1 + TV), with rejection sampling 1 - TV, where TV is the total variation
 distance of both. The table `n-gram` has the mean probability of the token that an n-gram proposes, in
 the places of three texts: that page, the second one of a text that is there twice, and sums after the
 first of them. The command writes the tables of docs/sampling.md.
@@ -35,7 +36,7 @@ from benchmarks import marks
 from polgrad import models
 from polgrad.data.tokenizers import huggingface
 from polgrad.models.transformer import rms_norm
-from polgrad.sampling import make_sampler
+from polgrad.sampling import decoding, make_sampler
 from polgrad.sampling.sampler import behavior_at
 from polgrad.sampling.speculation import FirstLayers, NGram, Proposer, continued
 from polgrad.types import Batch
@@ -93,17 +94,31 @@ def compared(plain: Callable[[int], Batch], fast: Callable[[int], Batch], repeat
 def agreement(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
   """(with common noise, with rejection sampling): how often a draw of q is kept, for one place.
 
+  With common noise a group is drawn as the sampler does, and then one of its tokens.
+
   Args:
     p, q: probabilities f64[V].
   """
-  order = np.argsort(p / np.maximum(q, 1e-300))
-  p, q = p[order], q[order]
-  # sum_j max(p_j / p_i, q_j / q_i): of the tokens j behind i, p_j / p_i is the larger one.
-  behind = np.cumsum(p[::-1])[::-1] - p
-  before = np.cumsum(q)
+  within, groups = decoding.group_sizes(len(p))
+  # The tokens of a group are `groups` places apart.
+  rows = [np.pad(x, (0, within * groups - len(x))).reshape(within, groups).T for x in (p, q)]
+  both = both_draw(*(x.sum(axis=1) for x in rows))
+  parts = [x / np.maximum(x.sum(axis=1, keepdims=True), 1e-300) for x in rows]
+  return float(np.sum(both * both_draw(*parts).sum(axis=1))), float(np.minimum(p, q).sum())
+
+
+def both_draw(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+  """The probability of each entry that p and q draw it with the same Gumbel noise, f64[..., n]."""
+  order = np.argsort(p / np.maximum(q, 1e-300), axis=-1)
+  ordered_p, ordered_q = (np.take_along_axis(x, order, axis=-1) for x in (p, q))
+  # sum_j max(p_j / p_i, q_j / q_i): of the entries j behind i, p_j / p_i is the larger one.
+  behind = np.cumsum(ordered_p[..., ::-1], axis=-1)[..., ::-1] - ordered_p
+  before = np.cumsum(ordered_q, axis=-1)
   with np.errstate(divide='ignore', invalid='ignore'):
-    each = 1 / (behind / p + before / q)
-  return float(np.nansum(np.where((p > 0) & (q > 0), each, 0))), float(np.minimum(p, q).sum())
+    each = 1 / (behind / ordered_p + before / ordered_q)
+  found = np.empty_like(p)
+  np.put_along_axis(found, order, np.where((ordered_p > 0) & (ordered_q > 0), each, 0), axis=-1)
+  return found
 
 
 def accepted(policy: models.Policy, params, tokens: np.ndarray) -> list[str]:

@@ -13,7 +13,8 @@ logits. No token is taken from the proposer, and `behavior_logp` is that of a dr
 
 A proposer that draws uses the Gumbel noise of the sampler (arXiv:2408.07978): where two distributions P
 and Q are similar, their largest sums of log-probability and noise are often at the same token, with a
-probability of at least (1 - TV) / (1 + TV), where TV is the total variation distance of P and Q.
+probability of at least (1 - TV) / (1 + TV), where TV is the total variation distance of P and Q. (In a
+large vocabulary a group of tokens is drawn first, then one of them; the bound holds for each draw.)
 Rejection sampling has 1 - TV, but there a row depends on what was proposed. If the proposal is not
 random, both are the probability of the proposed token.
 """
@@ -30,7 +31,7 @@ from polgrad.models.first_layers import first_layers
 from polgrad.models.policy import Policy
 from polgrad.registry import AtLeastOne, table
 from polgrad.sampling import behavior_policies
-from polgrad.sampling.decoding import Decoding, Prefilled, Sampler, gumbel, highest, put, take
+from polgrad.sampling.decoding import Decoding, Prefilled, Sampler, drawn, gumbel, put, take
 from polgrad.types import Array, Batch, Params
 
 
@@ -82,7 +83,7 @@ class Drawing(NamedTuple):
 
   params: dict[str, Params]  # unstacked, by parameter set
   width: int  # columns of the prompts
-  noise: Array  # f32[Q * S, tokens + 1, V], Gumbel noise of the next tokens of each slot
+  noise: Array  # f32[Q * S, tokens + 1, k], Gumbel noise of the next tokens of each slot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +220,7 @@ def drafted(
   def draw(hidden: Array, number: Array | int) -> Array:
     logits = model.unembed(params, hidden)
     log_probs = sampler.shaped(drawing.params, dict.fromkeys(sampler.drawn_from, logits))
-    return highest(log_probs + drawing.noise[:, number])
+    return drawn(log_probs, drawing.noise[:, number])
 
   def step(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], Array]:
     hidden, cache = carry
@@ -321,7 +322,7 @@ class SpeculativeSampler(Sampler):
     proposed, caches = self.proposer.propose(self, drawing, state)
     hidden, caches = self.check_proposed(params, proposed, prompt_width, state, caches)
     log_probs = self.distribution(params, hidden)
-    token = highest(log_probs + drawing.noise)
+    token = drawn(log_probs, drawing.noise)
     logp = jnp.take_along_axis(log_probs, token[..., None], axis=2)[..., 0]
     stopped, seen = self.stops(following, state, token)
     left = self.max_new_tokens - state.made.reshape(-1)
@@ -341,11 +342,11 @@ class SpeculativeSampler(Sampler):
     )
 
   def noise(self, keys: Array, state: Decoding) -> Array:
-    """Gumbel noise of the next tokens of every slot, f32[Q * S, tokens + 1, V]."""
+    """Gumbel noise of the next tokens of every slot, f32[Q * S, tokens + 1, k]."""
     places = state.made.reshape(-1, 1) + jnp.arange(self.proposer.tokens + 1)[None]
     own = jnp.repeat(take(keys, state.row), places.shape[1], axis=0)
     size = next(iter(self.policies.values())).config.vocab_size
-    return gumbel(own, places.reshape(-1), size).reshape(*places.shape, size)
+    return gumbel(own, places.reshape(-1), size).reshape(*places.shape, -1)
 
   def stops(
     self, following: Array | None, state: Decoding, token: Array

@@ -246,6 +246,23 @@ def test_draws_follow_the_reported_distribution():
   assert chi_square < 48.3  # 0.1% point for 22 degrees of freedom
 
 
+def test_draws_from_a_large_vocabulary_have_its_probabilities():
+  size, count = 300, 8000  # 10 groups of 32, the last places of which are no tokens
+  logits = 2 * jax.random.normal(jax.random.key(0), (size,))
+  log_probs = jax.nn.log_softmax(logits.at[::3].set(-jnp.inf))
+  keys = jax.random.split(jax.random.key(1), count)
+  noise = decoding.gumbel(keys, jnp.zeros(count, jnp.int32), size)
+  assert noise.shape == (count, 42)
+  drawn = decoding.drawn(jnp.broadcast_to(log_probs, (count, size)), noise)
+  found, expected = np.bincount(drawn, minlength=size), count * np.exp(log_probs)
+  assert not found[::3].any()
+  possible = expected > 0
+  chi_square = np.sum(((found - expected)[possible] ** 2) / expected[possible])
+  assert chi_square < 266.4  # 0.1% point for 199 degrees of freedom
+  alone = jnp.full((1, size), -jnp.inf).at[0, 299].set(0)
+  assert decoding.drawn(alone, noise[:1])[0] == 299
+
+
 def test_greedy_is_the_argmax_of_the_whole_forward_pass():
   out = rollout(behavior_policy=behavior_policies.greedy, samples_per_prompt=1)
   best = jnp.argmax(logits(out.tokens, out.segment_ids), axis=-1)
