@@ -515,6 +515,12 @@ def split_positions(x: jax.Array, rows: int, length: int) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec, *free))
 
 
+def platform() -> str:
+  """The platform of the mesh that is set, 'cpu' or 'tpu' for example, or else that of JAX."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+
+
 def ambient_data_parallel_size() -> int:
   """The `data_parallel_size` of the mesh of `jax.set_mesh`; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -166,7 +166,8 @@ def kv_cache(policy: Policy, mesh: jax.sharding.Mesh, rows: int, length: int) ->
   """The keys and values of the rows that are decoded at a time."""
   devices = sharding.data_parallel_size(mesh)
   rows = -(-rows // devices) * devices
-  (span,) = jax.eval_shape(lambda: policy.init_cache(rows, length)).spans
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    (span,) = jax.eval_shape(lambda: policy.init_cache(rows, length)).spans
   place = lambda axes, x: jax.sharding.NamedSharding(
     mesh, sharding.partition_spec(mesh, axes, x.shape)
   )

@@ -167,9 +167,10 @@ def _scores(query: Array, key: Array, mask: Array, scale: float, cap: float) -> 
   # products.
   heads = jnp.transpose(split, (0, 2, 3, 1, 4))
   matrix = heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
-  scores = einsum('bnxk,bnkl->bnxl', matrix, values_of(key, matrix.dtype))
   if is_quantized(key):
-    scores = scores * key.scale[:, :, None]
+    scores = einsum('bnxk,bnkl->bnxl', matrix, values_of(key, matrix.dtype)) * key.scale[:, :, None]
+  else:
+    scores = einsum('bnxk,bnkl->bnxl', matrix.astype(key.dtype), key)
   scores = softcap(scores.reshape(*heads.shape[:4], -1) * scale, cap)
   # The smallest finite number, not -inf: a query that sees nothing gets no NaN.
   return jnp.where(together(mask)[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -177,11 +178,11 @@ def _scores(query: Array, key: Array, mask: Array, scale: float, cap: float) -> 
 
 def _mix(weights: Array, value: Array | Quantized, dtype: Any) -> Array:
   """Sums of values, f32[N, kv_heads, heads / kv_heads * B / N * S, head_dim]; weights are laid out like
-  `_scores`, and products are taken in `dtype`."""
+  `_scores`. Products are taken in the type of values, or in `dtype` where these have 8 bits."""
   matrix = weights.reshape(*value.shape[:2], -1, value.shape[2])
   if is_quantized(value):
-    matrix = matrix * value.scale[:, :, None]
-  return einsum('bnxl,bnlk->bnxk', matrix.astype(dtype), values_of(value, dtype))
+    matrix, value = matrix * value.scale[:, :, None], values_of(value, dtype)
+  return einsum('bnxl,bnlk->bnxk', matrix.astype(value.dtype), value)
 
 
 def _like(query: Array, out: Array) -> Array:

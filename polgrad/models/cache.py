@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from polgrad.models.config import Config
 from polgrad.models.quantized import KINDS, Quantized, is_quantized, quantize
-from polgrad.sharding import constrain, partition_spec
+from polgrad.sharding import constrain, partition_spec, platform
 
 Array = jax.Array
 
@@ -62,7 +62,7 @@ def empty(config: Config, batch: int, length: int, kind: str = '') -> Cache:
   def buffer(axes: tuple[str, ...]) -> Array | Quantized:
     if kind:
       return Quantized(zeros(axes, KINDS[kind]), zeros(SCALES, jnp.float32))
-    return zeros(axes, config.dtype)
+    return zeros(axes, held_as(config.dtype))
 
   span = Span(
     keys=tuple(buffer(KEYS) for _ in range(config.num_layers)),
@@ -70,6 +70,15 @@ def empty(config: Config, batch: int, length: int, kind: str = '') -> Cache:
     positions=jnp.full((batch, length), -1, jnp.int32),
   )
   return Cache((span,))
+
+
+def held_as(dtype: Any) -> Any:
+  """The type in which keys and values of activations of a type are held.
+
+  On CPUs XLA writes a column of a bfloat16 array by converting all of it to float32 and back. So there
+  they are held in float32: the same numbers, in twice the memory, written in place.
+  """
+  return jnp.float32 if dtype == 'bfloat16' and platform() == 'cpu' else dtype
 
 
 def each(change: Callable[..., Array], axes: tuple[str, ...], *buffers: Array | Quantized):
@@ -86,7 +95,7 @@ def write(
   """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both.
 
   Args:
-    new: of the type of `buffer`, or of more bits.
+    new: of the type of `buffer`, or of one that is converted to it.
     index: one column for all rows, and then `new` is dropped if it does not fit into `buffer` behind it;
       or i32[B], a column for each row, and then columns of `new` outside of `buffer` are dropped.
   """
@@ -98,7 +107,7 @@ def write(
 
 
 def _write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) -> Array:
-  axis = axes.index('attention_length')
+  axis, new = axes.index('attention_length'), new.astype(buffer.dtype)
   if jnp.ndim(index) == 0:
     last = buffer.shape[axis] - new.shape[axis]
     if not isinstance(index, int):

@@ -10,7 +10,7 @@ import pytest
 from polgrad import models
 from polgrad.models import attention, rotary, transformer
 from polgrad.registry import bind, part
-from polgrad.sharding import RULES
+from polgrad.sharding import AXES, RULES
 from tests.models import tiny
 
 FULL = dict(qk_norm='head', attention_bias=True, tie_embeddings=False, value_head=True)
@@ -220,7 +220,12 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
   logits = policy.unembed(PARAMS, hidden)
   exact = POLICY.unembed(PARAMS, POLICY.hidden(PARAMS, tokens, jnp.ones_like(tokens)))
   assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-  assert policy.init_cache(1, 3).spans[0].keys[0].dtype == jnp.bfloat16
+  held = lambda: jax.eval_shape(lambda: policy.init_cache(1, 3)).spans[0].keys[0].dtype
+  tpu = jax.sharding.AbstractDevice('TPU v5', 1, platform='tpu')
+  mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=tpu)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert held() == jnp.bfloat16
+  assert held() == jnp.float32  # on a CPU, which would convert all of a cache to write a column
   np.testing.assert_allclose(logits, exact, atol=0.15 * float(jnp.std(exact)))
   assert float(jnp.max(jnp.abs(logits - logits.astype(jnp.bfloat16)))) > 0  # not rounded
 
