@@ -20,14 +20,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from polgrad.compiling import jit
 from polgrad.registry import suggest
@@ -368,19 +368,42 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape))
 
 
-def gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+class Group(NamedTuple):
+  """Devices of a mesh axis that exchange with each other: each `stride`-th, `size` of them."""
+
+  size: int
+  stride: int = 1
+
+  def members(self, devices: int) -> list[list[int]]:
+    """The places of the devices of each group along the axis.
+
+    >>> Group(2).members(4), Group(2, stride=2).members(4)
+    ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    """
+    firsts = [i for i in range(devices) if i // self.stride % self.size == 0]
+    return [[i + k * self.stride for k in range(self.size)] for i in firsts]
+
+
+def gather(
+  x: jax.Array, names: tuple[str, ...], dimension: int, group: Group | None = None
+) -> jax.Array:
   """All pieces of an array along a dimension, in float32, inside of `jax.shard_map` over mesh axes.
 
   The gradient is added up over the devices and scattered in the type of `x`. On a TPU it goes around a
   ring: the compiler would write a scatter as an all-reduce, which receives twice the bytes.
+
+  Args:
+    group: the devices of the mesh axis, then only one, whose pieces these are; None: all.
   """
 
   def whole(_, x: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(x, names, axis=dimension, tiled=True).astype(jnp.float32)
+    groups = group and group.members(jax.lax.axis_size(names[0]))
+    exchange = dict(tiled=True, axis_index_groups=groups)
+    return jax.lax.all_gather(x, names, axis=dimension, **exchange).astype(jnp.float32)
 
   def scatter(_, gradient: jax.Array) -> jax.Array:
     for name in names:  # pieces are in the order of the axes
-      options = dict(name=name, dimension=dimension, dtype=x.dtype)
+      options = dict(name=name, dimension=dimension, dtype=x.dtype, group=group)
       ring, plain = (functools.partial(f, **options) for f in (ring_scatter, _plain_scatter))
       gradient = jax.lax.platform_dependent(gradient, tpu=ring, default=plain)
     return gradient
@@ -388,23 +411,33 @@ def gather(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   return linear_call(whole, scatter, (), x)
 
 
-def _plain_scatter(x: jax.Array, *, name: str, dimension: int, dtype: Any) -> jax.Array:
-  return jax.lax.psum_scatter(x.astype(dtype), name, scatter_dimension=dimension, tiled=True)
+def _plain_scatter(
+  x: jax.Array, *, name: str, dimension: int, dtype: Any, group: Group | None
+) -> jax.Array:
+  groups = group and group.members(jax.lax.axis_size(name))
+  exchange = dict(tiled=True, axis_index_groups=groups)
+  return jax.lax.psum_scatter(x.astype(dtype), name, scatter_dimension=dimension, **exchange)
 
 
-def ring_scatter(x: jax.Array, *, name: str, dimension: int, dtype: Any) -> jax.Array:
+def ring_scatter(
+  x: jax.Array, *, name: str, dimension: int, dtype: Any, group: Group | None = None
+) -> jax.Array:
   """`jax.lax.psum_scatter` over a mesh axis, tiled, by sums that are passed to the next device.
 
-  A device receives (n - 1) / n of the entries of `x`, with n devices, in this type.
+  A device receives (n - 1) / n of the entries of `x`, with n devices, in this type. With a group, each
+  group of devices does so for itself.
   """
-  n, own = jax.lax.axis_size(name), jax.lax.axis_index(name)
+  devices, own = jax.lax.axis_size(name), jax.lax.axis_index(name)
+  n, stride = group or Group(devices)
+  own = own if n == devices else own // stride % n
   size = x.shape[dimension] // n
 
   def piece(i: jax.Array) -> jax.Array:
     # Cast by pieces, so that no copy of all in this type is in memory.
     return jax.lax.dynamic_slice_in_dim(x, (i % n) * size, size, axis=dimension).astype(dtype)
 
-  ring = [(i, (i + 1) % n) for i in range(n)]
+  every = Group(n, stride).members(devices)
+  ring = [(one[i], one[(i + 1) % n]) for one in every for i in range(n)]
   # After step s a device has the sum of s + 1 devices for the piece of the device n - 1 - s behind it.
   add = lambda s, total: jax.lax.ppermute(total, name, ring) + piece(own - s - 1)
   return jax.lax.fori_loop(1, n, add, piece(own - 1))
@@ -439,6 +472,25 @@ def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     (),
     x,
   )
+
+
+def constrain_near(x: jax.Array, near: int, last: bool = False) -> jax.Array:
+  """Constrains an array whose rows are sharded over `data` and `fsdp`, for groups of devices.
+
+  Each `near` consecutive devices of `fsdp` have the rows of all of them, and with `last` each has a
+  piece of the last dimension. No mesh axis says this, so the array is constrained on a mesh of the same
+  devices whose `fsdp` is cut in two.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {}
+  for axis, size in mesh.shape.items():
+    sizes |= {'fsdp': size // near, 'near': near} if axis == 'fsdp' else {axis: size}
+  types = (AxisType.Auto,) * len(sizes)
+  spec = PartitionSpec(('data', 'fsdp'), *(None,) * (x.ndim - 2), *(('near',) if last else ()))
+  with jax.sharding.use_abstract_mesh(
+    AbstractMesh((*sizes.values(),), (*sizes,), axis_types=types)
+  ):
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def shards(axis: str, size: int, mesh: Any = None) -> int:

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from polgrad import hlo, sharding
 from polgrad.arrays import WIDE
 from polgrad.losses import logit_stats
 from polgrad.models import token_stats
-from polgrad.models.token_stats import Rows, unembedding
+from polgrad.models.attention import einsum
+from polgrad.models.token_stats import Rows, Unembedding, unembedding
 from polgrad.models.transformer import look_up
 from polgrad.registry import inputs
 from polgrad.sampling import make_sampler
@@ -132,6 +134,61 @@ def test_sums_that_go_around_a_ring_are_scattered_as_those_of_the_collective():
 
   run = jax.shard_map(local, mesh=mesh, in_specs=P(axes), out_specs=P(None, axes), check_vma=False)
   np.testing.assert_allclose(jax.jit(run)(x), x.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('group', [sharding.Group(2), sharding.Group(2, stride=4)], ids=str)
+def test_each_group_of_a_ring_adds_up_its_own(group):
+  mesh, x = sharding.make_mesh(fsdp=8), np.random.default_rng(0).normal(size=(8, 4))
+  ring = lambda x: sharding.ring_scatter(x, name='fsdp', dimension=1, dtype=x.dtype, group=group)
+  run = jax.shard_map(ring, mesh=mesh, in_specs=P('fsdp'), out_specs=P('fsdp'), check_vma=False)
+  expected = np.zeros((8, 2))
+  for members in group.members(8):
+    expected[members] = x[members].sum(axis=0).reshape(2, 2)
+  np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def head(table, hidden, tokens):
+  """Statistics, a chunk at a time, and the gradients of their weighed sum."""
+  readout = Unembedding(
+    lambda params, x: einsum('nd,vd->nv', x, params['table']),
+    {'table': table},
+    lambda params: {'table': ('vocab', 'embed')},
+  )
+  stats = {'logp': logit_stats.logp, 'entropy': logit_stats.entropy}
+  out = token_stats(hidden, tokens, readout, stats=stats, chunk=2)
+  weight = jnp.sin(jnp.arange(tokens.size).reshape(tokens.shape))
+  return jnp.sum(weight * (out['logp'] + 2 * out['entropy'])), out
+
+
+@pytest.mark.parametrize('shape', [dict(fsdp=8), dict(data=2, fsdp=4)], ids=str)
+def test_devices_that_share_a_large_vocabulary_compute_what_one_computes(shape):
+  # Where few tokens are evaluated, exchanging their hidden states moves less than all of the table.
+  vocab, width = 512, 16
+  make = np.random.default_rng(0)
+  table, hidden = (
+    make.normal(size=size).astype(np.float32) for size in [(vocab, width), (8, 9, width)]
+  )
+  tokens = make.integers(vocab, size=(8, 9)).astype(np.int32)
+  mesh = sharding.make_mesh(**shape)
+  cut = NamedSharding(mesh, P(None, 'fsdp'))
+  rows = sharding.place_batch(mesh, (hidden, tokens))
+  run = jax.jit(jax.value_and_grad(head, argnums=(0, 1), has_aux=True))
+  expected = run(table, hidden, tokens)
+  with jax.set_mesh(mesh):
+    program = run.lower(jax.device_put(table, cut), *rows).compile()
+    found = program(jax.device_put(table, cut), *rows)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+  # No device holds the whole table, and none gathers logits.
+  computations, _ = hlo.parse(program.as_text())
+  sizes = [
+    np.prod(size)
+    for ops in computations.values()
+    for op in ops
+    if op.kind == 'all-gather'
+    for _, size in op.shapes
+  ]
+  near = mesh.shape['fsdp']
+  assert sizes and max(sizes) <= vocab * width / near
 
 
 def test_the_gradient_of_embeddings_that_every_device_has_is_added_up():

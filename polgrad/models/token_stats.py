@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import subjaxprs
 from jax.sharding import PartitionSpec
 
 from polgrad import sharding
@@ -113,7 +114,8 @@ def token_stats(
       log-probabilities are those of the policy that sampled.
     chunk: number of tokens on each device whose logits are in memory at a time; None: as many as have
       `LOGITS` logits. A chunk takes the same columns of all rows, so it has at least one token of each
-      row.
+      row. Where devices share the vocabulary, see `_by_vocabulary`, this is the number of tokens of all
+      of them.
     teacher_hidden: [B, T, D'], hidden states of a second model over the same tokens.
     teacher_unembed: hidden [..., D'] -> f32[..., V]. No gradient reaches the teacher.
     whole: the rows that `tokens` are the last columns of; NaN outside their mask reaches no gradient.
@@ -159,10 +161,14 @@ def token_stats(
   at_once = _even(width // pieces, at_once)
   models = {'unembed': unembed, 'teacher_unembed': teacher_unembed}
   models = {name: model for name, model in models.items() if model is not None}
-  if width > at_once * pieces and _can_gather(models, rows, pieces):
+  run, columns = _in_chunks, at_once * pieces
+  if width > columns and _can_gather(models, rows, pieces):
     run, columns = _on_own_tokens, at_once
-  else:
-    run, columns = _in_chunks, at_once * pieces
+    near = _near(models, stats, rows * width // sharding.ambient_data_parallel_size())
+    if near > 1:
+      # A product has tokens of `near` devices, so fewer of each.
+      columns = _even(width, max(1, at_once // near))
+      run = functools.partial(_by_vocabulary, near=near)
   out = run(of_tokens, whole, temperature, models, stats=stats, columns=columns)
   # Back to columns of `tokens`: undo the gathering and the shift.
   if gathers:
@@ -190,6 +196,125 @@ def _can_gather(models: Mapping[str, Callable], rows: int, pieces: int) -> bool:
   size = sharding.ambient_data_parallel_size()
   known = all(isinstance(model, Unembedding) for model in models.values())
   return known and size * pieces > 1 and rows % size == 0
+
+
+# What of a statistic can be computed by devices that have pieces of the vocabulary: these arrays, and
+# operations that add up or compare, but none that sorts.
+BY_VOCABULARY = frozenset({'logits', 'tokens', 'teacher_logits'})
+SORTING = frozenset({'sort', 'top_k', 'approx_top_k'})
+SORTING |= {'cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp'}
+
+
+def _near(models: Mapping[str, Callable], stats: Mapping[str, Callable], tokens: int) -> int:
+  """The number of devices that share the vocabulary, see `_by_vocabulary`; 1: each needs all of it.
+
+  It is that with which fewest bytes move.
+
+  Args:
+    tokens: those that each device evaluates.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+  rows = [axis for axis in sharding.row_axes(mesh) if axis in sizes]
+  if mesh.manual_axes or [*sizes] != rows or rows not in (['fsdp'], ['data', 'fsdp']):
+    return 1
+  shapes = set()
+  for model in models.values():
+    axes = jax.tree.leaves(model.axes(model.weights), is_leaf=lambda x: isinstance(x, tuple))
+    for names, x in zip(axes, jax.tree.leaves(model.weights), strict=True):
+      cut = sharding.cut_along(mesh, rows, names, x.shape)
+      if names != ('vocab', 'embed') or cut != PartitionSpec(None, ('fsdp',)):
+        return 1
+      shapes.add(x.shape[0])
+  [size, *others] = shapes
+  if others or not all(_goes_by_vocabulary(stat, size) for stat in stats.values()):
+    return 1
+  n = sizes['fsdp']
+  ways = [g for g in range(1, n + 1) if n % g == 0 and size % g == 0]
+  return min(ways, key=lambda g: exchanged(size, tokens, n, g))
+
+
+def exchanged(vocab: int, tokens: int, devices: int, near: int) -> float:
+  """Vectors of the model's width that a device receives for logits and their gradients.
+
+  Args:
+    vocab: entries of the vocabulary.
+    tokens: those that each device evaluates.
+    devices: those over which the width of the unembedding is cut.
+    near: number of devices that share the vocabulary, see `_by_vocabulary`.
+  """
+  # The unembedding and its gradient; hidden states in both passes, and their gradient.
+  own = vocab / devices * (near - 1) / near + vocab / near * (1 - near / devices)
+  return 2 * own + 3 * tokens * (near - 1)
+
+
+def _goes_by_vocabulary(stat: Callable, size: int) -> bool:
+  """Whether devices with pieces of the vocabulary compute a statistic without exchanging logits."""
+  names = inputs(stat)
+  if not {*names} <= BY_VOCABULARY:
+    return False
+  shapes = {name: jax.ShapeDtypeStruct((2, size), jnp.float32) for name in names}
+  if 'tokens' in names:
+    shapes['tokens'] = jax.ShapeDtypeStruct((2,), jnp.int32)
+  traced = jax.make_jaxpr(lambda arrays: call(stat, arrays))(shapes)
+  return not SORTING & _primitives(traced.jaxpr)
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+  """The names of the operations of a traced function, with those of functions that it calls."""
+  found = {equation.primitive.name for equation in jaxpr.eqns}
+  return found.union(*map(_primitives, subjaxprs(jaxpr)))
+
+
+def _by_vocabulary(
+  of_tokens: Mapping[str, Array],
+  whole: Rows | None,
+  temperature: float | Array,
+  models: Mapping[str, Unembedding],
+  *,
+  stats: Mapping[str, Callable],
+  columns: int,
+  near: int,
+) -> dict[str, Array]:
+  """`_in_chunks` on a mesh, where `near` devices share the vocabulary.
+
+  Each gathers the rows of the unembedding for its piece of the vocabulary, once, and the hidden states
+  of the tokens of all of them for each chunk; it computes a piece of their logits. So it holds a piece
+  of the unembedding and of its gradient, and the gradients of all chunks are added up before they are
+  exchanged. The compiler cuts the statistics: it adds up their sums over the devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows, fsdp = ('data', 'fsdp'), mesh.shape['fsdp']
+  close, far = sharding.Group(near), sharding.Group(fsdp // near, stride=near)
+  dtype = of_tokens['hidden'].dtype
+  on_each = functools.partial(jax.shard_map, axis_names={*rows}, check_vma=False)
+
+  def piece(x: Array) -> Array:
+    # [V, D / fsdp] -> [1, V / near, D]
+    exchange = dict(tiled=True, axis_index_groups=close.members(fsdp))
+    x = jax.lax.all_to_all(x.astype(dtype), 'fsdp', split_axis=0, concat_axis=1, **exchange)
+    return sharding.gather(x, ('fsdp',), 1, far)[None]
+
+  def cut(model: Unembedding) -> Callable[[Array], Array]:
+    gather = on_each(piece, in_specs=PartitionSpec(None, 'fsdp'), out_specs=PartitionSpec(rows))
+    weights = jax.tree.map(gather, model.weights)
+
+    def product(weights, hidden: Array) -> Array:
+      hidden = sharding.gather(hidden, ('fsdp',), 0, close).astype(hidden.dtype)
+      return model.function(jax.tree.map(lambda x: x[0], weights), hidden)[None]
+
+    def logits(hidden: Array) -> Array:
+      own = PartitionSpec(rows)
+      x = on_each(product, in_specs=(own, own), out_specs=own)(weights, hidden)
+      # A group of devices has pieces [near, tokens, V / near] of the logits of its tokens.
+      x = x.reshape(-1, near, *x.shape[1:]).swapaxes(1, 2)
+      return sharding.constrain_near(x.reshape(len(hidden), -1), near, last=True)
+
+    return logits
+
+  pieces = {name: cut(model) for name, model in models.items()}
+  of_tokens = {**of_tokens, 'tokens': sharding.constrain_near(of_tokens['tokens'], near)}
+  return _in_chunks(of_tokens, whole, temperature, pieces, stats=stats, columns=columns)
 
 
 def _on_own_tokens(
