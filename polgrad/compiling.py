@@ -1,6 +1,8 @@
-"""`jax.jit` with compiler settings for the default platform."""
+"""`jax.jit` with compiler settings for the default platform, and compilation in the background."""
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +18,45 @@ def jit(function: Callable, **settings: Any) -> Callable:
   return jax.jit(function, compiler_options=options(), **settings)
 
 
+class Program:
+  """A jitted function that may be compiled before it is called, while the process does other work."""
+
+  def __init__(self, jitted: Callable):
+    self._jitted, self._made = jitted, None
+
+  def __call__(self, *args: Any) -> Any:
+    made, self._made = self._made, None
+    if made is not None:
+      made.join()
+    return self._jitted(*args)
+
+  def ahead(self, arguments: Callable[[], tuple]) -> None:
+    """Begins to compile in the background, for arguments like those that the function gives.
+
+    They are not computed with. A call waits until it is done, and compiles itself if its arguments are
+    of other shapes. An error is left to the call, which meets it again.
+    """
+    mesh = jax.sharding.get_mesh()  # which only this thread knows
+
+    def begin() -> None:
+      with contextlib.suppress(Exception), jax.set_mesh(mesh):
+        self._jitted.lower(*arguments()).compile()
+
+    self._made = threading.Thread(target=begin, name='compiling ahead')
+    self._made.start()
+
+
 def options() -> dict[str, Any]:
   """Compiler settings by name for the default platform.
 
   {} on all platforms but CPU, and where JAX_DISABLE_MOST_OPTIMIZATIONS asks for less than they would.
   """
-  less = jax.config.values['jax_disable_most_optimizations']
-  return _known() if jax.default_backend() == 'cpu' and not less else {}
+  return _known() if jax.default_backend() == 'cpu' and not is_quick() else {}
+
+
+def is_quick() -> bool:
+  """Whether JAX_DISABLE_MOST_OPTIMIZATIONS asks for quick compilation and slow programs."""
+  return jax.config.values['jax_disable_most_optimizations']
 
 
 @functools.cache

@@ -27,8 +27,9 @@ from polgrad import (
   speed,
 )
 from polgrad.build import Experiment, Phase
+from polgrad.checks import tracing
 from polgrad.collect import Collected, minibatches, responses
-from polgrad.compiling import jit
+from polgrad.compiling import Program, is_quick, jit
 from polgrad.data import batching
 from polgrad.data.tokenizers import Tokenizer
 from polgrad.evaluate import context, init_params
@@ -37,7 +38,7 @@ from polgrad.models.policy import learned
 from polgrad.packing import pack
 from polgrad.progress import Progress
 from polgrad.registry import suggest
-from polgrad.types import PLAIN, Batch, Params, TrainState
+from polgrad.types import PLAIN, Array, Batch, Params, TrainState
 
 
 def begin(experiment: Experiment, index: int, before: TrainState | None) -> TrainState:
@@ -160,7 +161,7 @@ class PhaseRun:
   phase: Phase
   seed: int  # seeds the phase's order of data, its samples and its minibatches
   collect: Callable[[TrainState, 'Drawer', int], Collected]  # the int is the number of the step
-  update: Callable  # (state, batch) -> (state, metrics), see `jit_update`
+  update: 'Update'  # (state, batch) -> (state, metrics)
   learn: dict[str, Callable]  # the same of the anchors that learn, by name
   networks: dict[str, Callable]  # the same of the networks that score hidden states, by name
   more: dict[str, Callable]  # the same of further updates of the policy, by name
@@ -172,6 +173,19 @@ class PhaseRun:
   observe: Callable = lambda state, found: state
   categories: tuple[str, ...] = ()  # names of what the curriculum reports
   recall: responses.Recall | None = None  # measures `drift`; None: the curriculum does not read it
+
+  def prepare(self, state: TrainState) -> None:
+    """Begins to compile the policy's update, and measures a phase before its first step.
+
+    The update compiles while the first batch is collected. Where rows are packed, the shapes of a batch
+    are known only with its rows.
+    """
+    first = int(state.phase_step)
+    if first < self.phase.steps and not self.phase.layout.pack and not is_quick():
+      self.update.ahead(state, self.phase, self.experiment.mesh)
+    if first == 0 and (found := self.evaluate(state, 0)):
+      self.improved(state, found)  # only looks whether there is such a metric
+      self.write(state, found)
 
   def due(self, every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
@@ -494,11 +508,7 @@ def run_phase(
   bar = tqdm(total=last, initial=first, desc=run.name, disable=logs.writer is None, mininterval=1.0)
   silent = 0  # consecutive batches without a gradient
 
-  # A phase is also measured before its first step.
-  if first == 0 and (found := run.evaluate(state, 0)):
-    run.improved(state, found)  # only looks whether there is such a metric
-    run.write(state, found)
-
+  run.prepare(state)
   for step in range(first, last):
     if ends_early(experiment, run.name, progress):
       break
@@ -650,25 +660,42 @@ class Drawer:
     return [{**source[row], 'id': row} for row in rows]
 
 
-def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> Callable:
+def jit_update(experiment: Experiment, phase: Phase, state: TrainState) -> 'Update':
   """`Learner.update` of the phase, compiled, see `jit_learner`."""
   return jit_learner(phase.learner(experiment.policy), state)
 
 
-def jit_learner(learner: Learner | AnchorLearner | NetworkLearner, state: TrainState) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """A compiled update: (state, batch) -> (state, metrics)."""
+
+  program: Program
+
+  def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    after, report = self.program(state.replace(responses=()), batch)
+    return after.replace(responses=state.responses), report
+
+  def ahead(self, state: TrainState, phase: Phase, mesh: jax.sharding.Mesh) -> None:
+    """Begins to compile in the background, for minibatches of the phase."""
+    state = state.replace(responses=())
+    self.program.ahead(lambda: (state, empty_minibatch(phase, mesh)))
+
+
+def jit_learner(learner: Learner | AnchorLearner | NetworkLearner, state: TrainState) -> 'Update':
   """`update` of the policy, of an anchor or of a network, compiled.
 
   It donates the state that it is given, and shards the new state in the same way. What is on the host
   alone (`TrainState.responses`) is not part of the program.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state.replace(responses=()))
-  update = jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))
+  return Update(Program(jit(learner.update, donate_argnums=0, out_shardings=(shardings, None))))
 
-  def step(state, batch):
-    after, report = update(state.replace(responses=()), batch)
-    return after.replace(responses=state.responses), report
 
-  return step
+def empty_minibatch(phase: Phase, mesh: jax.sharding.Mesh) -> Batch:
+  """A minibatch of a phase without packing, with zeros in all of its arrays, on the devices."""
+  shapes = tracing.batch_shapes(phase, phase.collect.rows // phase.minibatches)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  return sharding.place_batch(mesh, zeros.replace(layout=phase.layout))
 
 
 def advance(

@@ -291,6 +291,16 @@ def collected(finished):
     return run.collect(finished[1], phases.Drawer(run.phase, 0, 0, None, counts), 0).batch
 
 
+def test_an_empty_minibatch_has_the_arrays_of_a_real_one(collected):
+  experiment = train.build(config())
+  phase = experiment.phases['train']
+  seed = dict(rows_per_prompt=phase.rows_per_prompt, seed=(0,))
+  real = collect.minibatches(collected, epochs=1, parts=phase.minibatches, **seed)[0]
+  empty = phases.empty_minibatch(phase, experiment.mesh)
+  seen = lambda batch: jax.tree.map(lambda x: (x.shape, str(x.dtype), x.sharding), batch)
+  assert seen(sharding.place_batch(experiment.mesh, real)) == seen(empty)
+
+
 class TestBrokenUpdates:
   def test_are_skipped_counted_and_leave_everything_as_it_was(self, collected):
     experiment = train.build(config())

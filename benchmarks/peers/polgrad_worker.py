@@ -40,16 +40,20 @@ from polgrad.types import Batch
 SPENT = collections.defaultdict(list)  # seconds by part of a step
 
 
-def timed(name: str, function: Callable) -> Callable:
-  """The function, which waits for its result and writes down how long it took."""
+class Timed:
+  """A function that waits for its result and writes down how long it took; else as the function is."""
 
-  def call(*args, **kwargs):
+  def __init__(self, name: str, function: Callable):
+    self.name, self.function = name, function
+
+  def __call__(self, *args, **kwargs):
     start = time.perf_counter()
-    out = jax.block_until_ready(function(*args, **kwargs))
-    SPENT[name].append(time.perf_counter() - start)
+    out = jax.block_until_ready(self.function(*args, **kwargs))
+    SPENT[self.name].append(time.perf_counter() - start)
     return out
 
-  return call
+  def __getattr__(self, name: str):
+    return getattr(self.function, name)
 
 
 def fraction_of_even(completion: str) -> float:
@@ -128,8 +132,8 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
       {'id': i, 'prompt': ' '.join(f't{t}' for t in ids)} for i, ids in enumerate(work['prompts'])
     ]
     steps = phase.collect.make(context).__self__
-    rows = dataclasses.replace(steps.draw_rows, sample=timed('rollout', steps.draw_rows.sample))
-    steps = dataclasses.replace(steps, draw_rows=rows, annotate=timed('reference', steps.annotate))
+    rows = dataclasses.replace(steps.draw_rows, draw=Timed('rollout', steps.draw_rows.draw))
+    steps = dataclasses.replace(steps, draw_rows=rows, annotate=Timed('reference', steps.annotate))
     return lambda state, step: steps.collect(state, lambda _: records, step).batch
   if kind == 'dpo':
     rows = np.stack([work['chosen'], work['rejected']], axis=1).reshape(-1, len(work['chosen'][0]))
@@ -147,7 +151,7 @@ def make_collect(experiment: build.Experiment, kind: str, work: dict) -> Callabl
   )
   annotate = base.make_annotator(context, 1.0)
   if kind == 'dpo':  # SFT has no reference
-    annotate = timed('reference', annotate)
+    annotate = Timed('reference', annotate)
   return lambda state, step: annotate(state, batch)
 
 
@@ -170,10 +174,12 @@ def run(folder: pathlib.Path, kind: str) -> dict:
   with jax.set_mesh(experiment.mesh):
     state = phases.begin(experiment, 0, None)
     gather = make_collect(experiment, kind, work)
-    update = timed('update', phases.jit_update(experiment, experiment.phases['main'], state))
+    update = Timed('update', phases.jit_update(experiment, experiment.phases['main'], state))
     reports = []
     for step in range(work['steps']):
       start = time.perf_counter()
+      if step == 0:
+        update.ahead(state, experiment.phases['main'], experiment.mesh)
       batch = gather(state, step)
       state, report = update(state, sharding.place_batch(experiment.mesh, batch))
       reports.append(sharding.to_host(report))
@@ -215,7 +221,7 @@ def sample(folder: pathlib.Path) -> dict:
   )
   tokens = np.array(work['prompts'], np.int32)
   rows = tokens, np.ones(tokens.shape, bool), np.arange(len(tokens))
-  roll = timed('rollout', lambda: sharding.to_host(draw({'policy': params}, *rows, seed=0, step=0)))
+  roll = Timed('rollout', lambda: sharding.to_host(draw({'policy': params}, *rows, seed=0, step=0)))
   cpu = []
   for _ in range(work['steps']):
     start = time.process_time()
