@@ -32,9 +32,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def parse(argv):
   """The options, and what follows --."""
-  own, rest = argv, []
-  if '--' in argv:
-    own, rest = argv[: argv.index('--')], argv[argv.index('--') + 1 :]
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
   parser.add_argument('--processes', type=int, default=2, help='number of processes')
   parser.add_argument('--module', default='polgrad.train', help='what runs')
@@ -44,11 +41,30 @@ def parse(argv):
   parser.add_argument('--port', type=int, default=0, help='of process 0; 0: a free one')
   parser.add_argument('--grace', type=float, default=30, help='seconds between SIGTERM and SIGKILL')
   parser.add_argument('--dry_run', action='store_true', help='print the commands, run none')
-  options = parser.parse_args(own)
+  options, rest = sweeps.split(parser, argv)
+  given = {flag.split('=')[0] for flag in rest}
   if options.processes < 1:
     parser.error('--processes must be at least 1')
-  sweeps.check_sweep(parser, options, rest)
+  if options.module == 'polgrad.train' and not options.sweep and '--workdir' not in given:
+    parser.error('need --workdir=... after --')
+  if added := sorted(given & {'--coordinator', '--num_processes', '--process_id'}):
+    parser.error(f'{added[0]} is added for every process; leave it out')
+  if not 0 <= options.port < 2**16:
+    parser.error(f'--port={options.port}: must be from 1 to 65535, or 0')
+  if options.port and taken(options.port):
+    parser.error(f'--port={options.port} is taken by another program')
   return options, rest
+
+
+def taken(port):
+  """Whether a program of this machine listens at the port."""
+  with socket.socket() as one:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      one.bind(('', port))
+    except OSError:
+      return True
+  return False
 
 
 def free_port():

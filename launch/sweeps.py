@@ -28,6 +28,14 @@ def parser(doc):
 
 def parse(made, argv):
   """The options, and the flags that follow --, for the run."""
+  options, rest = split(made, argv)
+  if options.warn < 0:
+    made.error('--warn must be at least 0')
+  return options, rest
+
+
+def split(made, argv):
+  """The options, and the flags that follow --, which are those of a run that can be started."""
   own, rest = argv, []
   if '--' in argv:
     own, rest = argv[: argv.index('--')], argv[argv.index('--') + 1 :]
@@ -39,8 +47,6 @@ def parse(made, argv):
   given = {flag.split('=')[0] for flag in rest}
   if options.module == 'polgrad.train' and '--config' not in given:
     made.error('need --config=... after --')
-  if options.warn < 0:
-    made.error('--warn must be at least 0')
   check_sweep(made, options, rest)
   return options, rest
 

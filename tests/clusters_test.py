@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -94,11 +95,27 @@ def test_a_killed_process_is_named_and_ends_the_others(tmp_path):
 
 
 def test_a_dry_run_of_local_processes_shows_their_commands(tmp_path):
-  done = launch('local', tmp_path, '--port=1234', '--dry_run', '--', '--config=a b.py')
-  start = f"{sys.executable} -m polgrad.train '--config=a b.py' --distributed"
+  flags = ('--config=a b.py', '--workdir=r')
+  done = launch('local', tmp_path, '--port=1234', '--dry_run', '--', *flags)
+  start = f"{sys.executable} -m polgrad.train '--config=a b.py' --workdir=r --distributed"
   assert done.stdout.splitlines() == [
     f'{start} --coordinator=localhost:1234 --num_processes=2 --process_id={i}' for i in range(2)
   ]
+
+
+def test_a_run_that_no_local_process_could_begin_is_refused(tmp_path):
+  with socket.socket() as other:
+    other.bind(('', 0))
+    other.listen()
+    port = other.getsockname()[1]
+    for own, rest, said in [
+      ([], [], 'need --config=... after --'),
+      ([], ['--config=x'], 'need --workdir=... after --'),
+      ([], [*RUN[1:], '--workdir=r', '--process_id=1'], '--process_id is added for every process'),
+      ([f'--port={port}'], [*RUN[1:], '--workdir=r'], f'--port={port} is taken by another program'),
+    ]:
+      done = launch('local', tmp_path, *own, '--', *rest)
+      assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
 def test_a_sweep_of_local_processes_is_one_run_after_another(tmp_path):
