@@ -25,6 +25,7 @@ from polgrad.checks import memory, tracing
 from polgrad.learner import Learner, forward_in_pieces
 from polgrad.models import cache as caching
 from polgrad.models.policy import Policy, learned
+from polgrad.models.token_stats import exchanged
 from polgrad.sampling import engines, resumable
 from polgrad.sampling import sampler as sampling
 from polgrad.sampling.decoding import Sampler
@@ -244,9 +245,21 @@ class Planner:
     return total * jnp.dtype(policy.config.dtype).itemsize / mesh.shape['tensor']
 
   def least(
-    self, policy: Policy, mesh: Any, tokens: float, *, update: bool = False, passes: float = 1
+    self,
+    policy: Policy,
+    mesh: Any,
+    tokens: float,
+    *,
+    update: bool = False,
+    passes: float = 1,
+    statistics: bool = False,
   ) -> float:
-    """`least_moved` of a model that reads a number of tokens, and its parameters `passes` times."""
+    """`least_moved` of a model that reads a number of tokens, and its parameters `passes` times.
+
+    Args:
+      statistics: whether it computes statistics of all tokens, for which devices may share the
+        vocabulary, see `token_stats`.
+    """
     config = policy.config
     # Attention and feed-forward each add up one activation a layer and token over tensor.
     added = 2 * config.num_layers * tokens * config.width * jnp.dtype(config.dtype).itemsize
@@ -258,7 +271,7 @@ class Planner:
     part = passes * self.gathered(policy, mesh) / count(shapes)
     gradients = learned(policy, shapes)
     trained = count(gradients) - (looked_up if 'embedding' in gradients else 0)
-    return least_moved(
+    moved = least_moved(
       part * (count(shapes) - looked_up),
       dict(mesh.shape),
       activations=added / sharding.data_parallel_size(mesh),
@@ -266,6 +279,17 @@ class Planner:
       once=part * count(readout),
       trained=part * trained,
     )
+    n = mesh.shape['fsdp']
+    if not statistics or mesh.size != n * mesh.shape['data']:
+      return moved
+    of_each = tokens / passes / mesh.size
+    vectors = [
+      exchanged(config.vocab_size, of_each, n, near, update=update)
+      for near in range(1, n + 1)
+      if n % near == 0
+    ]
+    saved = passes * (vectors[0] - min(vectors))
+    return moved - saved * config.width * jnp.dtype(config.dtype).itemsize
 
   def flops(self, policy: Policy, rows: int, *, update: bool) -> float:
     """Operations on a chip of one pass over full rows."""
@@ -315,7 +339,7 @@ class Planner:
         # Parameters and optimizer are read and written, gradients too; weights are read by both passes.
         bytes=2 * (trained + local(opt_state)) + 2 * trained + 3 * gathered,
         least_moved=self.least(
-          policy, run.mesh, rows * length, update=True, passes=phase.micro_batches
+          policy, run.mesh, rows * length, update=True, passes=phase.micro_batches, statistics=True
         ),
       ),
       # The sampler reads a copy meanwhile.
@@ -341,7 +365,11 @@ class Planner:
       flops=self.flops(policy, rows, update=False),
       bytes=self.gathered(policy, mesh),
       least_moved=self.least(
-        policy, mesh, rows * self.phase.collect.length, passes=self.phase.micro_batches
+        policy,
+        mesh,
+        rows * self.phase.collect.length,
+        passes=self.phase.micro_batches,
+        statistics=True,
       ),
     )
 

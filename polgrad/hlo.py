@@ -350,16 +350,18 @@ def _trips(op: Op, computations: dict[str, list[Op]]) -> int:
 def _step(op: Op, computations: dict[str, list[Op]]) -> int:
   """What a loop adds to its counter in a trip: 2, for example, where the compiler has unrolled it.
 
-  The counter is the element of the loop's tuple that the condition reads.
+  The counter is the element of the loop's tuple that the condition reads, by an instruction or, as newer
+  compilers write it, by its number: `%tuple#4`.
   """
   name = lambda kind: re.search(rf'{kind}=%?([\w.\-]+)', op.rest)[1]
   body = {one.name: one for one in computations[name('body')]}
-  read = [one for one in computations[name('condition')] if one.kind == 'get-tuple-element']
+  condition = computations[name('condition')]
+  read = [re.search(r'index=(\d+)', x.rest)[1] for x in condition if x.kind == 'get-tuple-element']
+  read += [n for x in condition if x.kind == 'compare' for n in re.findall(r'#(\d+)', x.rest)]
   last = computations[name('body')][-1]
   if len(read) != 1 or last.kind != 'tuple':
     return 1
-  index = int(re.search(r'index=(\d+)', read[0].rest)[1])
-  made = body.get(_operands(last)[index])
+  made = body.get(_operands(last)[int(read[0])])
   if made is None or made.kind != 'add':
     return 1
   steps = [

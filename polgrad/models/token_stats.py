@@ -234,18 +234,25 @@ def _near(models: Mapping[str, Callable], stats: Mapping[str, Callable], tokens:
   return min(ways, key=lambda g: exchanged(size, tokens, n, g))
 
 
-def exchanged(vocab: int, tokens: int, devices: int, near: int) -> float:
-  """Vectors of the model's width that a device receives for logits and their gradients.
+def exchanged(vocab: int, tokens: float, devices: int, near: int, *, update: bool = True) -> float:
+  """Vectors of the model's width that a device receives for the statistics of its tokens.
+
+  >>> exchanged(8, 2, 4, 1), exchanged(8, 2, 4, 2)
+  (12.0, 12.0)
+  >>> exchanged(8, 2, 4, 1, update=False), exchanged(8, 2, 4, 4, update=False)
+  (6.0, 7.5)
 
   Args:
     vocab: entries of the vocabulary.
     tokens: those that each device evaluates.
     devices: those over which the width of the unembedding is cut.
     near: number of devices that share the vocabulary, see `_by_vocabulary`.
+    update: with the backward pass.
   """
   # The unembedding and its gradient; hidden states in both passes, and their gradient.
-  own = vocab / devices * (near - 1) / near + vocab / near * (1 - near / devices)
-  return 2 * own + 3 * tokens * (near - 1)
+  table = vocab / devices * (near - 1) / near + vocab / near * (1 - near / devices)
+  states = tokens * (near - 1)
+  return 2 * table + 3 * states if update else table + states
 
 
 def _goes_by_vocabulary(stat: Callable, size: int) -> bool:
