@@ -147,48 +147,57 @@ def test_each_group_of_a_ring_adds_up_its_own(group):
   np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def head(table, hidden, tokens):
-  """Statistics, a chunk at a time, and the gradients of their weighed sum."""
+def head(table, hidden, tokens, **stats):
+  """Statistics, a chunk at a time, and their weighed sum."""
   readout = Unembedding(
     lambda params, x: einsum('nd,vd->nv', x, params['table']),
     {'table': table},
     lambda params: {'table': ('vocab', 'embed')},
   )
-  stats = {'logp': logit_stats.logp, 'entropy': logit_stats.entropy}
   out = token_stats(hidden, tokens, readout, stats=stats, chunk=2)
   weight = jnp.sin(jnp.arange(tokens.size).reshape(tokens.shape))
-  return jnp.sum(weight * (out['logp'] + 2 * out['entropy'])), out
+  return sum((1 + i) * jnp.einsum('bt...,bt->', x, weight) for i, x in enumerate(out.values())), out
 
 
-@pytest.mark.parametrize('shape', [dict(fsdp=8), dict(data=2, fsdp=4)], ids=str)
-def test_devices_that_share_a_large_vocabulary_compute_what_one_computes(shape):
-  # Where few tokens are evaluated, exchanging their hidden states moves less than all of the table.
-  vocab, width = 512, 16
-  make = np.random.default_rng(0)
-  table, hidden = (
-    make.normal(size=size).astype(np.float32) for size in [(vocab, width), (8, 9, width)]
-  )
-  tokens = make.integers(vocab, size=(8, 9)).astype(np.int32)
-  mesh = sharding.make_mesh(**shape)
-  cut = NamedSharding(mesh, P(None, 'fsdp'))
-  rows = sharding.place_batch(mesh, (hidden, tokens))
-  run = jax.jit(jax.value_and_grad(head, argnums=(0, 1), has_aux=True))
-  expected = run(table, hidden, tokens)
+STATES = [
+  np.random.default_rng(0).normal(size=s).astype(np.float32) for s in [(48, 16), (8, 9, 16)]
+]
+NEXT = np.random.default_rng(1).integers(48, size=(8, 9)).astype(np.int32)
+
+
+def test_devices_that_share_the_vocabulary_compute_what_one_computes():
+  """Where few tokens are evaluated, exchanging their hidden states moves less than all of the table."""
+  stats = dict(logp=logit_stats.logp, entropy=logit_stats.entropy)
+  run = jax.value_and_grad(functools.partial(head, **stats), argnums=(0, 1), has_aux=True)
+  expected = jax.jit(run)(*STATES, NEXT)
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  table = jax.device_put(STATES[0], NamedSharding(mesh, P(None, 'fsdp')))
+  rows = sharding.place_batch(mesh, (STATES[1], NEXT))
   with jax.set_mesh(mesh):
-    program = run.lower(jax.device_put(table, cut), *rows).compile()
-    found = program(jax.device_put(table, cut), *rows)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
-  # No device holds the whole table, and none gathers logits.
+    program = jax.jit(run).lower(table, *rows).compile()
+    found = program(table, *rows)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(close, found, expected)
+  # Two devices share it: none gathers more of the table than half, and none gathers logits.
   computations, _ = hlo.parse(program.as_text())
-  sizes = [
-    np.prod(size)
-    for ops in computations.values()
-    for op in ops
-    if op.kind == 'all-gather'
-    for _, size in op.shapes
-  ]
-  near = mesh.shape['fsdp']
-  assert sizes and max(sizes) <= vocab * width / near
+  gathers = [op for ops in computations.values() for op in ops if op.kind == 'all-gather']
+  assert max(np.prod(size) for op in gathers for _, size in op.shapes) == 48 * 16 / 2
+
+
+@pytest.mark.parametrize(
+  'shape, stat, shared',
+  [
+    (dict(fsdp=8), logit_stats.entropy, True),
+    (dict(fsdp=8), functools.partial(logit_stats.most_likely, k=2), False),  # sorts
+    (dict(fsdp=8), logit_stats.hidden_norm, False),  # of whole states
+    (dict(fsdp=4, tensor=2), logit_stats.entropy, False),  # already cut
+    (dict(data=8), logit_stats.entropy, False),  # nothing to gather
+  ],
+)
+def test_the_vocabulary_is_shared_where_statistics_and_mesh_allow_it(shape, stat, shared):
+  with jax.set_mesh(sharding.make_mesh(**shape)):
+    traced = jax.make_jaxpr(functools.partial(head, stat=stat))(*STATES, NEXT)
+  assert ('all_to_all' in str(traced)) == shared
 
 
 def test_the_gradient_of_embeddings_that_every_device_has_is_added_up():

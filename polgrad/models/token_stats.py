@@ -321,7 +321,9 @@ def _by_vocabulary(
 
   pieces = {name: cut(model) for name, model in models.items()}
   of_tokens = {**of_tokens, 'tokens': sharding.constrain_near(of_tokens['tokens'], near)}
-  return _in_chunks(of_tokens, whole, temperature, pieces, stats=stats, columns=columns)
+  out = _in_chunks(of_tokens, whole, temperature, pieces, stats=stats, columns=columns)
+  own_rows = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(rows))
+  return {name: own_rows(x) for name, x in out.items()}
 
 
 def _on_own_tokens(
