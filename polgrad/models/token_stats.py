@@ -218,16 +218,19 @@ def _near(models: Mapping[str, Callable], stats: Mapping[str, Callable], tokens:
   rows = [axis for axis in sharding.row_axes(mesh) if axis in sizes]
   if mesh.manual_axes or [*sizes] != rows or rows not in (['fsdp'], ['data', 'fsdp']):
     return 1
-  shapes = set()
+  tables = set()  # vocabularies of tables whose width is cut, 0 of others
+
+  def look(x: Array, axes: tuple[str, ...]) -> None:
+    cut = axes == ('vocab', 'embed')
+    cut = cut and sharding.cut_along(mesh, rows, axes, x.shape) == PartitionSpec(None, ('fsdp',))
+    tables.add(x.shape[0] if cut else 0)
+
   for model in models.values():
-    axes = jax.tree.leaves(model.axes(model.weights), is_leaf=lambda x: isinstance(x, tuple))
-    for names, x in zip(axes, jax.tree.leaves(model.weights), strict=True):
-      cut = sharding.cut_along(mesh, rows, names, x.shape)
-      if names != ('vocab', 'embed') or cut != PartitionSpec(None, ('fsdp',)):
-        return 1
-      shapes.add(x.shape[0])
-  [size, *others] = shapes
-  if others or not all(_goes_by_vocabulary(stat, size) for stat in stats.values()):
+    jax.tree.map(look, model.weights, model.axes(model.weights))
+  size = max(tables, default=0)
+  if tables != {size} or not size:
+    return 1
+  if not all(_goes_by_vocabulary(stat, size) for stat in stats.values()):
     return 1
   n = sizes['fsdp']
   ways = [g for g in range(1, n + 1) if n % g == 0 and size % g == 0]
