@@ -175,17 +175,21 @@ class PhaseRun:
   recall: responses.Recall | None = None  # measures `drift`; None: the curriculum does not read it
 
   def prepare(self, state: TrainState) -> None:
-    """Begins to compile the policy's update, and measures a phase before its first step.
-
-    The update compiles while the first batch is collected. Where rows are packed, the shapes of a batch
-    are known only with its rows.
-    """
-    first = int(state.phase_step)
-    if first < self.phase.steps and not self.phase.layout.pack and not is_quick():
-      self.update.ahead(state, self.phase, self.experiment.mesh)
-    if first == 0 and (found := self.evaluate(state, 0)):
+    """What comes before the steps: begins to compile the update, and measures a phase that is new."""
+    self.compile_ahead(state)
+    if int(state.phase_step) == 0 and (found := self.evaluate(state, 0)):
       self.improved(state, found)  # only looks whether there is such a metric
       self.write(state, found)
+
+  def compile_ahead(self, state: TrainState) -> None:
+    """Begins to compile the policy's update in the background, if a step is left.
+
+    Meanwhile the first batch is collected, which compiles the programs of the sampler. Where rows are
+    packed, the shapes of a batch are known only with its rows, and nothing is done.
+    """
+    left = int(state.phase_step) < self.phase.steps
+    if left and not self.phase.layout.pack and not is_quick():
+      self.update.ahead(state, self.phase, self.experiment.mesh)
 
   def due(self, every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`, or the last step of the phase; `every` 0: never."""
