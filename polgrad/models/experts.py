@@ -103,10 +103,22 @@ def mixture(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return run(x, weights, chosen, gate, up, down)
-  # Each device sorts and multiplies rows for its own experts. It gathers the matrices along the width,
-  # and keeps them split along `mlp`.
+  # Each device sorts and multiplies rows for its own experts. It gathers activations and matrices along
+  # the width. Matrices are kept split along `mlp`, but not over devices with other tokens: what these
+  # compute cannot be added up. For the same reason no experts are spread over other positions of a row.
   rows = partition_spec(mesh, ('batch', 'length', 'hidden'), x.shape)
-  place = lambda axes, matrix: jax.tree.map(lambda x: partition_spec(mesh, axes, x.shape), matrix)
+  rows = PartitionSpec(*rows[:2], None)
+  positions = mesh_axes(rows[1])
+  others = {'experts': positions, 'mlp': positions + mesh_axes(rows[0]), 'hidden': mesh.axis_names}
+
+  def place(axes: tuple[str, ...], matrix: Array) -> PartitionSpec:
+    def spec(x: Array) -> PartitionSpec:
+      pairs = zip(axes, partition_spec(mesh, axes, x.shape), strict=True)
+      kept = ([n for n in mesh_axes(e) if n not in others.get(axis, ())] for axis, e in pairs)
+      return PartitionSpec(*(tuple(names) or None for names in kept))
+
+    return jax.tree.map(spec, matrix)
+
   wide, narrow = (
     place(('experts', 'hidden', 'mlp'), gate),
     place(('experts', 'mlp', 'hidden'), down),

@@ -63,10 +63,12 @@ def test_gradients_are_those_of_all_experts_computed_and_masked():
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-# Experts are cut along their width, spread one by one, and both; on the last mesh, devices that have
-# different experts have the same rows.
+# Experts are cut along their width, spread one by one, and both. On the first mesh, rules would cut them
+# over devices with other tokens; on the last, devices that have different experts have the same rows.
 MESHES = [
-  dict(data=2, fsdp=2, tensor=2),
+  dict(
+    fsdp=2, context=2, tensor=2, rules=dict(mlp='tensor,fsdp', experts='context', hidden='fsdp')
+  ),
   dict(expert=4),
   dict(expert=2, context=2, tensor=2),
   dict(expert=2, data=2, rules={'batch': 'data'}),
