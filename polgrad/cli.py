@@ -88,6 +88,13 @@ WAIT_AT_MOST = flags.DEFINE_integer(
   'Seconds that a process waits for the others at a barrier; then it ends, and with it the others.',
   lower_bound=1,
 )
+STUCK_AFTER = flags.DEFINE_integer(
+  'stuck_after',
+  7200,
+  'Seconds without a barrier after which the processes of a training run end; 0: no limit. A step has '
+  'several barriers, so this is above the time of a rollout, an update or a compilation.',
+  lower_bound=0,
+)
 
 
 # Errors of a computation that several processes share begin with a status, whatever their type.
@@ -208,6 +215,7 @@ def join() -> None:
   if given and not re.fullmatch(r'.+:\d+', COORDINATOR.value):
     raise app.UsageError(f'--coordinator={COORDINATOR.value}: expected HOST:PORT')
   barriers.WAIT_AT_MOST = float(WAIT_AT_MOST.value)
+  barriers.STUCK_AFTER = float(STUCK_AFTER.value)
   jax.distributed.initialize(
     COORDINATOR.value,
     NUM_PROCESSES.value,

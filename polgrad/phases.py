@@ -516,7 +516,7 @@ def run_phase(
   for step in range(first, last):
     if ends_early(experiment, run.name, progress):
       break
-    barriers.together(f'beginning of a step of {run.name}')
+    barriers.together(f'beginning of a step of {run.name}', detail=f'step {step}')
     logs.profiler.begin(step)
     started = time.perf_counter()
 

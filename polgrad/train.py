@@ -19,6 +19,7 @@ import ml_collections
 from absl import flags, logging
 
 from polgrad import (
+  barriers,
   checkpoint,
   cli,
   identity,
@@ -177,9 +178,17 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
   Args:
     keep: is called with the state where a checkpoint is due; None saves one.
   """
+  with barriers.watched():
+    state = _run_phases(session, keep or functools.partial(save_all, session))
+  if session.logs.writer:
+    report.draw([session.folder.path])
+    print(f'metrics, checkpoints and curves are in {session.folder.name}; see its report.png')
+  return state
+
+
+def _run_phases(session: Session, keep: Callable[[TrainState], None]) -> TrainState:
+  """The state after the phases that are left."""
   experiment, state = session.experiment, session.state
-  if keep is None:
-    keep = functools.partial(save_all, session)
   for index in range(int(state.phase), len(experiment.order)):
     if index > int(state.phase):
       state = begin(experiment, index, state)
@@ -190,9 +199,6 @@ def run_phases(session: Session, keep: Callable[[TrainState], None] | None = Non
       state = run_phase(experiment, state, keep, logs)
     except metrics.NotWrittenError as error:
       raise SystemExit(f'{error}: the run ends. {saved(session)}') from error
-  if session.logs.writer:
-    report.draw([session.folder.path])
-    print(f'metrics, checkpoints and curves are in {session.folder.name}; see its report.png')
   return state
 
 

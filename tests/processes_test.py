@@ -1,6 +1,8 @@
 """The flags of a run of several processes: what does not fit is refused before JAX waits."""
 
 import os
+import threading
+import time
 
 import jax
 import numpy as np
@@ -75,6 +77,7 @@ RPC: /xla.coordination.CoordinationService/Barrier [type.googleapis.com/...]"""
 
 def played(monkeypatch, service):
   monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  monkeypatch.setattr(jax, 'process_index', lambda: 0)
   monkeypatch.setattr(barriers.distributed.global_state, 'client', service)
   monkeypatch.setattr(barriers, 'WAIT_AT_MOST', 7.0)
   return service
@@ -94,6 +97,28 @@ def test_processes_that_do_not_arrive_at_a_barrier_are_named(monkeypatch, capsys
   with pytest.raises(jax.errors.JaxRuntimeError, match='unhealthy'):
     barriers.together('rewards')
   assert codes == [1]
+
+
+def test_processes_that_pass_no_barrier_say_where_they_are(monkeypatch, capsys):
+  ended, others = threading.Event(), {'polgrad/stuck/000002': b'after another'}
+  monkeypatch.setattr(os, '_exit', lambda code: ended.set())
+  monkeypatch.setattr(barriers, 'STUCK_AFTER', 0.3)
+  monkeypatch.setattr(barriers, 'TELLING', 0.01)
+  played(monkeypatch, Service(sent=others))
+  with barriers.watched():
+    for _ in range(4):  # no longer than the limit apart
+      time.sleep(0.1)
+      barriers.together('rewards', detail='step 3')
+    assert not ended.is_set() and ended.wait(20)
+  said = capsys.readouterr().err
+  assert 'process 0 of 3 ends: it has passed no barrier for 0.3 seconds (--stuck_after)' in said
+  assert "process 0: after the barrier 'rewards' of step 3, outside of polgrad" in said
+  assert 'process 1: has not answered\n  process 2: after another\n' in said
+  assert 'ended.wait(20)' in said  # of the stack
+
+  monkeypatch.setattr(barriers, 'STUCK_AFTER', 0.0)
+  with barriers.watched():
+    assert not [one for one in threading.enumerate() if one.name == 'watch']
 
 
 def test_an_error_of_one_process_is_raised_by_all(monkeypatch):
