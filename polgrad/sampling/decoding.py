@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from polgrad.models.policy import Policy
 from polgrad.registry import call, inputs
 from polgrad.sampling.stopping import StopTable
+from polgrad.sharding import platform
 from polgrad.types import Array, Batch, Params
 
 # `max_new_tokens` from which on caches have several spans of columns.
@@ -403,24 +404,25 @@ def categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
 def gumbel(keys: Array, positions: Array, vocabulary: int) -> Array:
   """The Gumbel noise that `drawn` reads, f32[n, k], of keys [n], each folded with a position i32[n]."""
   within, groups = group_sizes(vocabulary)
+  size = within + groups if groups > 1 else within
   keys = jax.vmap(jax.random.fold_in)(keys, positions)
-  return jax.vmap(lambda key: jax.random.gumbel(key, (within + groups,)))(keys)
+  return jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
 
 
 def drawn(log_probs: Array, noise: Array) -> Array:
   """Tokens i32[...] with the probabilities exp(log_probs), f32[..., V], given noise of `gumbel`.
 
-  The argmax of log-probabilities plus Gumbel noise is a draw from them. To make noise of every token of
-  a large vocabulary would take a quarter of a rollout on CPUs, so a group of tokens is drawn first, by
-  its probability, and then one of its tokens. A token of probability 0 is never drawn.
+  The argmax of log-probabilities plus Gumbel noise is a draw from them. Where tokens are in groups, see
+  `group_sizes`, a group is drawn first, by its probability, and then one of its tokens. A token of
+  probability 0 is never drawn.
   """
   within, groups = group_sizes(log_probs.shape[-1])
+  if groups == 1:
+    return highest(log_probs + noise)
   missing = within * groups - log_probs.shape[-1]
-  filled = jnp.pad(
-    log_probs, [(0, 0)] * (log_probs.ndim - 1) + [(0, missing)], constant_values=-jnp.inf
-  )
-  # Token i * groups + j is the i-th of group j: a mesh that cuts the vocabulary cuts every group, so
-  # the tokens of a group are read where they lie.
+  unused = [(0, 0)] * (log_probs.ndim - 1) + [(0, missing)]
+  filled = jnp.pad(log_probs, unused, constant_values=-jnp.inf)
+  # Token i * groups + j is the i-th of group j.
   by_group = filled.reshape(*filled.shape[:-1], within, groups)
   of_group = jnp.log(jnp.sum(jnp.exp(by_group), axis=-2))
   group = highest(of_group + noise[..., within:])
@@ -429,12 +431,15 @@ def drawn(log_probs: Array, noise: Array) -> Array:
 
 
 def group_sizes(vocabulary: int) -> tuple[int, int]:
-  """Tokens of a group, and groups. Up to 256 tokens are one group.
+  """The number of tokens in a group, and of groups: one group of all tokens, except for CPUs.
 
-  >>> group_sizes(100), group_sizes(49152)
+  These would need a quarter of a rollout for the noise of a large vocabulary. On others noise is made
+  where it is added, and never written; groups would cost a copy of the logits.
+
+  >>> group_sizes(100), group_sizes(49152)  # on a CPU
   ((100, 1), (32, 1536))
   """
-  within = 32 if vocabulary > 256 else vocabulary
+  within = 32 if vocabulary > 256 and platform() == 'cpu' else vocabulary
   return within, -(-vocabulary // within)
 
 

@@ -13,8 +13,8 @@ logits. No token is taken from the proposer, and `behavior_logp` is that of a dr
 
 A proposer that draws uses the Gumbel noise of the sampler (arXiv:2408.07978): where two distributions P
 and Q are similar, their largest sums of log-probability and noise are often at the same token, with a
-probability of at least (1 - TV) / (1 + TV), where TV is the total variation distance of P and Q. (In a
-large vocabulary a group of tokens is drawn first, then one of them; the bound holds for each draw.)
+probability of at least (1 - TV) / (1 + TV), where TV is the total variation distance of P and Q. (On a
+CPU a group of tokens may be drawn first, then one of them; the bound holds for each of these draws.)
 Rejection sampling has 1 - TV, but there a row depends on what was proposed. If the proposal is not
 random, both are the probability of the proposed token.
 """
