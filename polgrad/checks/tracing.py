@@ -46,7 +46,8 @@ def batch_shapes(phase: Any, rows: int) -> Batch:
     *(f'{name}_scores' for name in phase.networks),
     *(f'{name}_head_score' for name in phase.anchors if f'{name}_head_score' in wanted),
   }
-  if 'rewards' in names or 'label' in names:
+  # Labels of single rows have no groups.
+  if 'rewards' in names or ('label' in names and collector.rows_per_prompt > 1):
     names.add('group_ids')
   sizes = {'B T': (rows, collector.length), 'B': (rows,), '': (), '2': (2,)}
   sizes['B n'] = (rows, getattr(collector, 'baseline_samples', 0))

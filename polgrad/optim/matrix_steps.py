@@ -15,7 +15,7 @@ import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.standard import STANDARD, matrices
-from polgrad.optim.wrappers import in_float32, rated_like, scheduled
+from polgrad.optim.wrappers import clipped, in_float32, rated_like, scheduled
 from polgrad.registry import AtLeastOne, Count, Decay, NotNegative, Positive, Range, table
 from polgrad.types import Array, Params
 
@@ -372,7 +372,7 @@ def _by_kind(
 def _finished(direction, learning_rate, weight_decay, max_grad_norm, schedule, master_weights):
   """Clipping before a direction, and decay, schedule and master copies after it."""
   transform = optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
+    clipped(max_grad_norm),
     direction,
     optax.add_decayed_weights(weight_decay, mask=matrices),
     optax.scale_by_schedule(schedule),

@@ -12,6 +12,7 @@ import optax
 
 from polgrad.optim.schedules import SchedulePart, constant
 from polgrad.optim.wrappers import (
+  clipped,
   in_float32,
   partial_update,
   rated_like,
@@ -53,7 +54,7 @@ def adamw(
       `value_head$`. Empty updates all that the model trains.
   """
   transform = optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
+    clipped(max_grad_norm),
     optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32),
     optax.add_decayed_weights(weight_decay, mask=None if decay == 'all' else matrices),
     optax.scale_by_schedule(schedule),
@@ -93,7 +94,7 @@ def sgd(
     master_weights: keep float32 copies of bfloat16 parameters, see `in_float32`.
   """
   transform = optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
+    clipped(max_grad_norm),
     optax.trace(momentum),
     optax.scale_by_schedule(schedule),
     optax.scale(-learning_rate),
@@ -130,7 +131,7 @@ def lion(
   Confidence: CODE (optax).
   """
   transform = optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
+    clipped(max_grad_norm),
     optax.scale_by_lion(b1, b2, mu_dtype=jnp.float32),
     optax.add_decayed_weights(weight_decay, mask=matrices),
     optax.scale_by_schedule(schedule),
@@ -172,7 +173,7 @@ def adafactor(
   Confidence: CODE (optax).
   """
   transform = optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
+    clipped(max_grad_norm),
     optax.scale_by_factored_rms(decay_rate=decay_exponent, min_dim_size_to_factor=least_factored),
     optax.clip_by_block_rms(clip),
     optax.scale_by_param_block_rms() if relative else optax.identity(),
