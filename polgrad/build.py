@@ -856,6 +856,13 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
       f'{path}.anchors: {reader} needs an anchor {anchor!r}; there are {sorted(phase.anchors)}, and '
       f'--{path}.anchors.{anchor}.name=fixed adds it'
     )
+  for name in sorted({*getattr(collector, 'drafts', ())} - phase.frozen.keys()):
+    what = 'the policy' if name == 'policy' else 'a copy of the policy'
+    raise ValueError(
+      f'{path}.collect.speculate.model: {name!r} is {what}, so it proposes no faster than the policy '
+      f'draws; name a smaller model by {path}.frozen.{name if name != "policy" else "draft"}, or take '
+      'FirstLayers'
+    )
   _check_frozen(path, phase, run)
   scored = {f for f in anchors if f.endswith('_head_score')}
   learned = frozenset().union(*(one.objective.requires for one in phase.learned.values()))

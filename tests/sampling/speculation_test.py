@@ -144,6 +144,14 @@ OTHER |= {f'frozen.draft.{name}': size for name, size in SIZES.items()}
   [
     (DRAFT, r"train.anchors: collect.speculate needs an anchor 'draft'; there are \['reference'\]"),
     (
+      {**DRAFT, 'anchors.draft.name': 'fixed'},
+      "collect.speculate.model: 'draft' is a copy of the policy.* smaller model by .*frozen.draft, or",
+    ),
+    (
+      {**DRAFT, 'collect.speculate.model': 'policy'},
+      "collect.speculate.model: 'policy' is the policy, so it proposes no faster",
+    ),
+    (
       {**DRAFT, **OTHER, 'frozen.draft.vocab_size': '77'},
       'frozen.draft: its vocabulary has 77 tokens, that of config.model 14',
     ),
