@@ -75,6 +75,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   return found
 
 
+def other_data(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:
+  """What differs in the data of a phase: its source, or the files and functions that it names."""
+  place = f'config.phases.{phase}.source'
+  source = now['config']['phases'][phase]['source']
+  lists = (x if isinstance(x, list) else [x] for _, x in leaves(source))
+  named = {place, *(str(paths.path(x)) for one in lists for x in one if isinstance(x, str) and x)}
+  found = []
+  for text in differences(before, now):
+    what = text.partition(': ')[0]
+    if what in named or what.startswith(f'{place}.'):
+      found.append(text)
+  return found
+
+
 def other_libraries(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """Libraries whose version differs from before, one text each; a run resumes with them all the same.
 

@@ -149,6 +149,7 @@ def prepare(
     meta = None if before is None else checkpoint.read_meta(checkpoints, before)
     if meta is not None:
       workdirs.check_identity(meta, own, on_mismatch)
+      check_records(experiment, meta, own)
     state = resume(experiment, checkpoints, before)
     bad = stops.untrained(experiment.policy, state.params, experiment.tokenizer.stop_ids)
     for one in stops.findings(experiment.tokenizer, bad):
@@ -170,6 +171,27 @@ def prepare(
     logs = Logs(writer=writer, store=store, progress=progress, profiler=profiler)
     own_folder.send()
     yield Session(experiment, own, own_folder, checkpoints, state, logs)
+
+
+def check_records(experiment: Experiment, meta: dict, own: dict) -> None:
+  """Refuses other data than those of the checkpoint where its phase remembers records by number.
+
+  Raises:
+    ValueError: what is remembered would be that of other records.
+  """
+  name = meta['order'][meta['phase']]
+  if name not in experiment.phases or 'identity' not in meta:
+    return
+  if not experiment.phases[name].collect.remembers_numbers:
+    return
+  found = identity.other_data(meta['identity'], own, name)
+  if found:
+    listed = '\n  '.join(found)
+    raise ValueError(
+      f'config.phases.{name}.collect: the checkpoint remembers records by their numbers, which '
+      f'belong to other records now:\n  {listed}\nresume with the data of the checkpoint, or use '
+      'another --workdir'
+    )
 
 
 def run_phases(session: Session, keep: Callable[[TrainState], None] | None = None) -> TrainState:

@@ -468,6 +468,30 @@ class TestAnotherRunInTheSameFolder:
     assert (copied / 'config_until_11.json').read_text() == before
     assert json.loads((copied / 'config.json').read_text())['seed'] == 1
 
+  def test_is_refused_with_other_data_where_records_are_remembered_by_number(self, tmp_path):
+    file = tmp_path / 'data.jsonl'
+    source, other = {'name': 'mine', 'path': str(file), 'seed': 0}, {'name': 'other'}
+    made = ConfigDict({'phases': {'train': {'source': source}, 'last': {'source': other}}})
+    file.write_text('first')
+    before = {'order': ['train', 'last'], 'phase': 0, 'identity': identity.describe(made)}
+
+    def resumes(now, **meta):
+      phase = types.SimpleNamespace(collect=collect.Rollouts(in_flight=8))
+      run = types.SimpleNamespace(phases=dict.fromkeys(['train', 'last'], phase))
+      train.check_records(run, before | meta, identity.describe(now))
+
+    resumes(made)
+    made.phases.train.source.seed = 1
+    with pytest.raises(
+      ValueError, match=r'by their numbers.*\n  config.phases.train.source.seed: 0'
+    ):
+      resumes(made)
+    made.phases.train.source.seed = 0
+    file.write_text('again')
+    with pytest.raises(ValueError, match=r'other records now:\n  .*data.jsonl: other contents'):
+      resumes(made)
+    resumes(made, phase=1)  # a phase with other data
+
   def test_is_none_if_only_its_length_or_its_reports_differ(self, copied):
     made = config()
     made.phases.train.steps = 5

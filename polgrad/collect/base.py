@@ -284,6 +284,11 @@ class Collector(abc.ABC):
       ValueError, FileNotFoundError: says what is wrong.
     """
 
+  @property
+  def remembers_numbers(self) -> bool:
+    """Whether its memory has records as their numbers, so that they are read again in later steps."""
+    return False
+
   def init(self) -> Any:
     """The first `TrainState.collect_state`."""
     return ()

@@ -85,6 +85,10 @@ class Iterated(Filtering):
   def provides(self) -> frozenset[str]:
     return PROVIDED
 
+  @property
+  def remembers_numbers(self) -> bool:
+    return True
+
   def init(self) -> starts.Starts:
     return starts.empty(self.capacity, self.shown, self.max_new_tokens)
 

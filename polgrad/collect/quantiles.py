@@ -92,6 +92,10 @@ class Quantiles(Rollouts):
   def provides(self) -> frozenset[str]:
     return super().provides | {'policy_only'}
 
+  @property
+  def remembers_numbers(self) -> bool:
+    return bool(self.strata_field)
+
   def init(self) -> replays.Ring:
     return replays.empty(self._blank(), capacity=self.pool)
 

@@ -318,6 +318,10 @@ class Rollouts(Filtering):
     del source, tokenizer
     self.old  # noqa: B018
 
+  @property
+  def remembers_numbers(self) -> bool:
+    return self.in_flight > 0
+
   def init(
     self,
   ) -> Measured | partial.InFlight | sampled_first.Kept | replays.Ring | replays.Best | tuple:
