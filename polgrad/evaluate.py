@@ -257,6 +257,7 @@ def sampler(experiment: Experiment, samples: int, behavior_policy: Callable) -> 
 
 def init_params(policy: Policy, mesh: jax.sharding.Mesh, seed: int) -> Params:
   """Parameters, sharded over the mesh; random ones from the seed, or those of the policy's files."""
+  exchanges.meet(mesh)
   shapes = policy.shapes()
   shardings = sharding.param_shardings(mesh, policy.axes(shapes), shapes)
   return policy.init(jax.random.key(seed), shardings)
@@ -304,6 +305,7 @@ def make_row_evaluator(phase: Phase, context: Context) -> Callable[[TrainState],
 
 def context(experiment: Experiment, phase: Phase, index: int) -> Context:
   """What the collector of phase number `index` reads of the run."""
+  exchanges.meet(experiment.sampled_on)
   return Context(
     policy=experiment.policy,
     tokenizer=experiment.tokenizer,

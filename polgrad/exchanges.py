@@ -40,6 +40,29 @@ def on(mesh: Mesh) -> Iterator[None]:
     _DEVICES.reset(token)
 
 
+@functools.cache
+def meet(mesh: Mesh) -> None:
+  """Connects the devices of several processes, which CPU devices do at the first program they share.
+
+  They wait 30 seconds for each other there, which JAX has no setting for. Times to compile the first
+  real program can differ by more, on a busy machine or where one process finds it in its cache. So
+  before that, behind a barrier, all processes start a tiny program at the same time, in which each group
+  of devices along axes of the mesh adds up a number.
+  """
+  if jax.process_count() == 1 or jax.default_backend() != 'cpu':
+    return
+  axes = [name for name, size in mesh.shape.items() if size > 1]
+  groups = [g for n in range(1, len(axes) + 1) for g in itertools.combinations(axes, n)]
+  everywhere = PartitionSpec(axes)
+  add = lambda x: sum((jax.lax.psum(x, group) for group in groups), x)
+  add = jax.shard_map(add, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+  sharding = NamedSharding(mesh, everywhere)
+  ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(1, np.float32))
+  program = jax.jit(add).lower(ones).compile()
+  barriers.together('devices that are connected')
+  jax.block_until_ready(program(ones))
+
+
 def share(count: int) -> range:
   """Which of `count` items this process works on: consecutive ones, as rows lie on the devices."""
   each = -(-count // jax.process_count())
