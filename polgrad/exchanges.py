@@ -58,9 +58,10 @@ def meet(mesh: Mesh) -> None:
   add = jax.shard_map(add, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
   sharding = NamedSharding(mesh, everywhere)
   ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(1, np.float32))
-  program = jax.jit(add).lower(ones).compile()
-  barriers.together('devices that are connected')
-  jax.block_until_ready(program(ones))
+  with jax.set_mesh(mesh):
+    program = jax.jit(add).lower(ones).compile()
+    barriers.together('devices that are connected')
+    jax.block_until_ready(program(ones))
 
 
 def share(count: int) -> range:
