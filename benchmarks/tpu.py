@@ -11,9 +11,9 @@ layers on the chip or in the memory of the host. The floor is counted by hand: g
 all layers, the unembedding whole but for its cut over tensor, and the logits of a chunk of tokens with
 their derivative. Nothing runs, so no speed is measured.
 
-With --decode it compiles the loop of decoding for one chip, with one layer of the same model, whose
-layers are all alike, in the types that `config.engine` knows. It counts what a step reads of main memory
-in the text of the program, and writes a table in docs/engines.md.
+With --decode it compiles the loop of decoding for one chip, with a few layers of the same model, in the
+types that `config.engine` knows. It counts what a step reads of main memory in the text of the program,
+and writes a table in docs/engines.md.
 """
 
 import argparse
@@ -41,6 +41,7 @@ QWEN = dict(
 )  # fmt: skip
 
 TENSOR = dict(tensor=2)
+LAYERS = 4  # of the loop of decoding
 LARGE = 2**23  # bytes of the least array whose copies are counted: smaller than a span of the cache
 
 
@@ -178,12 +179,12 @@ def decode_table(topology: str, only: str) -> str:
     '| rollouts in | weights, MB | cache, MB | a step reads, MB | of both | writes, MB | copies |',
     '|---|---|---|---|---|---|---|',
   ]
-  model = models.decoder(**QWEN | dict(num_layers=1, remat='none'))
+  model = models.decoder(**QWEN | dict(num_layers=LAYERS, remat='none'))
   for name, settings in OWN.items():
     if only not in name:
       continue
     policy = engines.Own(**settings).drawn_from(model)
-    made = compile_decoding(policy, mesh, rows=64, prompt=1024, new=1024)
+    made = compile_decoding(policy, mesh, rows=32, prompt=1024, new=1024)
     found = hlo.main_memory(made.text, large=LARGE)
     least = made.weights + made.cache
     sizes = [f'{x / 1e6:.0f}' for x in (made.weights, made.cache, found.read)]

@@ -83,16 +83,20 @@ def size(shape: tuple[str, Sequence[int]]) -> float:
   return math.prod(sizes) * bits / 8
 
 
-def runs(computations: dict[str, list[Op]], entry: str) -> dict[str, float]:
+def runs(computations: dict[str, list[Op]], entry: str, outermost: bool = True) -> dict[str, float]:
   """How often each computation runs in one call of the program.
 
   A loop whose number of trips the text does not tell counts once, and so does every branch of a
   conditional, of which only one runs.
+
+  Args:
+    outermost: False counts one trip of the loops that are in no other loop.
   """
   times = collections.Counter({entry: 1.0})
   for name in _in_call_order(computations, entry):
     for op in computations[name]:
-      trips = _trips(op, computations) if op.kind == 'while' else 1
+      counts = op.kind == 'while' and (outermost or name != entry)
+      trips = _trips(op, computations) if counts else 1
       for called in _called(op):
         times[called] += times[name] * trips
   return dict(times)
@@ -158,8 +162,9 @@ def main_memory(text: str, large: float = 2**20) -> Memory:
   """Counts in a program for a TPU, whose text says which arrays are in main memory, and how tiled.
 
   What a fusion reads of an array is counted: rows that are looked up, no array that it updates in place.
-  Arrays count with the padding of their tiles. Bodies of loops and all branches of conditionals count
-  once, so the number of a loop of decoding is that of one step.
+  Arrays count with the padding of their tiles. Outermost loops and all branches of conditionals count
+  once, and loops inside of loops as often as they run. So the number of a loop of decoding, with a loop
+  over layers inside, is that of one step.
 
   Args:
     large: bytes from which on copied arrays are named.
@@ -168,7 +173,9 @@ def main_memory(text: str, large: float = 2**20) -> Memory:
   inside = {n for ops in computations.values() for op in ops if _is_fusion(op) for n in _called(op)}
   read = written = 0.0
   copied = []
-  for name in runs(computations, entry).keys() - inside:
+  for name, times in runs(computations, entry, outermost=False).items():
+    if name in inside:
+      continue
     ops = {op.name: op for op in computations[name]}
     for op in computations[name]:
       if op.kind in _NOTHING or op.kind.endswith('-done'):
@@ -177,16 +184,16 @@ def main_memory(text: str, large: float = 2**20) -> Memory:
       if op.kind in ('copy-start', 'slice-start'):
         to = 0 if op.kind == 'copy-start' else 1
         moved = _tiled(op, to)
-        read += moved * _in_main(operands[0])
-        written += moved * _in_main(op, to)
+        read += times * moved * _in_main(operands[0])
+        written += times * moved * _in_main(op, to)
         within = _in_main(operands[0]) and _in_main(op, to)
         copied += [str(op.shapes[to])] * (moved >= large and within)
         continue
       for i, operand in enumerate(operands):
         if operand.shapes and _in_main(operand):
-          read += _read(op, i, operand, computations)
+          read += times * _read(op, i, operand, computations)
       made = _written(op, computations)
-      written += made
+      written += times * made
       alone = op.kind in ('copy', 'transpose', 'convert') or (
         _is_fusion(op) and _moves(op, computations)
       )

@@ -145,8 +145,9 @@ def sent(engine: engines.Own | engines.External, policy: Policy, mesh: jax.shard
 def unstacked(policy: Policy, mesh: jax.sharding.Mesh) -> Any:
   """The shapes of the parameters as decoding reads them, with the shardings of the stacks."""
   shapes = policy.shapes()
-  axes, flat = policy.axes(shapes), jax.eval_shape(policy.unstack, shapes)
-  axes['layers'] = tuple({n: a[1:] for n, a in axes['layers'].items()} for _ in flat['layers'])
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    axes, flat = policy.axes(shapes), jax.eval_shape(policy.unstack, shapes)
+  axes['layers'] = (axes['layers'],) * len(flat['layers'])
   return _laid_on(mesh, axes, flat)
 
 

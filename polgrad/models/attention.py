@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
+from polgrad.models import cache as caches
 from polgrad.models.quantized import Quantized, is_quantized, values_of
 from polgrad.sharding import kept_cut, mesh_axes, partition_spec
 
@@ -70,18 +71,32 @@ def attend(query: Array, *sources: Source, scale: float, cap: float = 0.0) -> Ar
   return _quotient([_read(query, *source, scale, cap) for source in sources]).astype(query.dtype)
 
 
-def attend_to_spans(query: Array, *spans: Source, scale: float, cap: float = 0.0) -> Array:
-  """`attend` to sources of B rows each, for decoding; it reads no source that is masked as a whole.
+def attend_to_spans(
+  query: Array, *spans: tuple, several: bool, scale: float, cap: float = 0.0
+) -> Array:
+  """`attend` to one layer of the spans of a cache, with B rows each.
 
-  Reading such a source would add zeros, so whether it is read changes no bit of the result.
+  Args:
+    *spans: keys, values, and mask as in `attend`, but keys and values are those of a stack of layers,
+      see `cache`; and i32[], the number of the layer in the stack.
+    several: read no span that is masked as a whole. Reading it would add zeros, so whether it is read
+      changes no bit of the result.
   """
-  read = lambda *span: _read(query, *span, scale, cap)
+
+  # The layer is cut out of its stack here, inside of a conditional, whose operands would be copied.
+  def read(key: Array, value: Array, mask: Array, layer: Array) -> Read:
+    key = caches.layer_of(caches.KEYS, key, layer)
+    value = caches.layer_of(caches.VALUES, value, layer)
+    return _read(query, key, value, mask, scale, cap)
 
   def skip(*span: Array) -> Read:
     top, total, out = jax.tree.map(jnp.zeros_like, jax.eval_shape(read, *span))
     return jnp.full_like(top, jnp.finfo(jnp.float32).min), total, out
 
-  parts = [jax.lax.cond(jnp.any(span[2]), read, skip, *span) for span in spans]
+  if several:
+    parts = [jax.lax.cond(jnp.any(span[2]), read, skip, *span) for span in spans]
+  else:
+    parts = [read(*span) for span in spans]
   return _quotient(parts).astype(query.dtype)
 
 
@@ -107,15 +122,21 @@ def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool
     used.update(found)
     return found
 
-  rows = cut('batch', len(query), *(len(key) for key, _, _ in sources))
-  heads = cut('heads', query.shape[2], *(key.shape[1] for key, _, _ in sources))
+  rows = cut('batch', len(query), *(len(key) for key, *_ in sources))
+  heads = cut('heads', query.shape[2], *(key.shape[-3] for key, *_ in sources))
   positions = cut('length', query.shape[1])
-  gathered = [() if whole else cut('length', mask.shape[-1]) for _, _, mask in sources]
   spec = lambda *axes: PartitionSpec(*(names or None for names in axes))
-  queries = spec(rows, positions, heads)
-  # Whole ones may have scales beside them, which lack a dimension.
-  keys = lambda own: spec(rows, heads, (), own) if own else spec(rows, heads)
-  specs = [(keys(own), spec(rows, heads, own), spec(rows, positions)) for own in gathered]
+  queries, masks = spec(rows, positions, heads), spec(rows, positions)
+  if whole:  # there may be an axis of layers, and scales beside them, which lack a dimension
+    one = spec(rows, *[()] * (len(sources[0][0].shape) - 4), heads)
+    specs = [(one, one, masks, spec())] * len(sources)
+    split = jax.shard_map(
+      attend, in_specs=(queries, *specs), out_specs=queries, axis_names=used, check_vma=False
+    )
+    return split(query, *sources)
+  gathered = [cut('length', mask.shape[-1]) for _, _, mask in sources]
+  keys = lambda own: spec(rows, heads, (), own)
+  specs = [(keys(own), spec(rows, heads, own), masks) for own in gathered]
 
   def local(query: Array, *sources: Source) -> Array:
     def gather(x: Array, own: tuple[str, ...], axis: int) -> Array:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 
 from polgrad.models.config import Config
 from polgrad.models.quantized import KINDS, Quantized, is_quantized, quantize
@@ -19,12 +20,16 @@ Array = jax.Array
 KEYS = ('batch', 'attention_kv_heads', 'head_dim', 'attention_length')
 VALUES = ('batch', 'attention_kv_heads', 'attention_length', 'head_dim')
 POSITIONS = ('batch', 'attention_length')
+STACK = 1  # the axis of layers, in a stack of several
 LANES = 128  # numbers in a line of a TPU's tiles
 SCALES = ('batch', 'attention_kv_heads', 'attention_length')  # of keys, and of values, with 8 bits
 
 
 class Span(NamedTuple):
-  """Keys and values of the tokens in consecutive columns, one buffer for each layer."""
+  """Keys and values of the tokens in consecutive columns, one buffer for each stack of layers.
+
+  A stack of several layers has one more axis, behind that of rows.
+  """
 
   keys: tuple[Array | Quantized, ...]  # [B, kv_heads, head_dim, length] each
   values: tuple[Array | Quantized, ...]  # [B, kv_heads, length, head_dim] each
@@ -45,10 +50,13 @@ class Cache(NamedTuple):
     return sum(span.length for span in self.spans)
 
 
-def empty(config: Config, batch: int, length: int, kind: str = '') -> Cache:
+def empty(
+  config: Config, batch: int, length: int, stacks: tuple[int, ...], kind: str = ''
+) -> Cache:
   """A cache of `length` empty columns for `batch` rows, in one span.
 
   Args:
+    stacks: how many layers each buffer has.
     kind: of `quantized.KINDS`, the type of keys and values; '' is that of activations.
   """
   size = dict(
@@ -57,16 +65,22 @@ def empty(config: Config, batch: int, length: int, kind: str = '') -> Cache:
     attention_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
   )
-  zeros = lambda axes, dtype: constrain(jnp.zeros([size[axis] for axis in axes], dtype), axes)
 
-  def buffer(axes: tuple[str, ...]) -> Array | Quantized:
+  def buffer(axes: tuple[str, ...], layers: int) -> Array | Quantized:
+    stack = [] if layers == 1 else [layers]
+
+    def zeros(axes: tuple[str, ...], dtype: Any) -> Array:
+      first, *rest = (size[axis] for axis in axes)
+      empty = jnp.zeros([first, *stack, *rest], dtype)
+      return constrain(empty, axes_of(axes, empty))
+
     if kind:
       return Quantized(zeros(axes, KINDS[kind]), zeros(SCALES, jnp.float32))
     return zeros(axes, held_as(config.dtype))
 
   span = Span(
-    keys=tuple(buffer(KEYS) for _ in range(config.num_layers)),
-    values=tuple(buffer(VALUES) for _ in range(config.num_layers)),
+    keys=tuple(buffer(KEYS, layers) for layers in stacks),
+    values=tuple(buffer(VALUES, layers) for layers in stacks),
     positions=jnp.full((batch, length), -1, jnp.int32),
   )
   return Cache((span,))
@@ -81,44 +95,81 @@ def held_as(dtype: Any) -> Any:
   return jnp.float32 if dtype == 'bfloat16' and platform() == 'cpu' else dtype
 
 
-def each(change: Callable[..., Array], axes: tuple[str, ...], *buffers: Array | Quantized):
-  """`change(axes, *buffers)`, of values and of scales where they have 8 bits."""
+def axes_of(axes: tuple[str, ...], buffer: Array) -> tuple[str, ...]:
+  """The axes of a buffer, with that of layers if it is of a stack of several."""
+  if buffer.ndim == len(axes):
+    return axes
+  return (*axes[:STACK], 'layers', *axes[STACK:])
+
+
+def each(change: Callable[..., Any], axes: tuple[str, ...], *buffers: Array | Quantized):
+  """`change(axes, *buffers)`, of values and of scales where they have 8 bits, with their own axes."""
   if not is_quantized(buffers[0]):
-    return change(axes, *buffers)
+    return change(axes_of(axes, buffers[0]), *buffers)
   values, scales = ([getattr(x, name) for x in buffers] for name in ('values', 'scale'))
-  return Quantized(change(axes, *values), change(SCALES, *scales))
+  return Quantized(
+    change(axes_of(axes, values[0]), *values), change(axes_of(SCALES, scales[0]), *scales)
+  )
+
+
+def layer_of(axes: tuple[str, ...], buffer: Array | Quantized, layer: Array | int) -> Any:
+  """The part of one layer in a buffer of its stack."""
+
+  def cut(own: tuple[str, ...], x: Array) -> Array:
+    if 'layers' not in own:
+      return x
+    # With a layout of its own, or in a conditional, all layers would be copied.
+    return jax.lax.dynamic_index_in_dim(on_tpu(own, x), layer, STACK, keepdims=False)
+
+  return each(cut, axes, buffer)
 
 
 def write(
-  axes: tuple[str, ...], buffer: Array | Quantized, new: Array | Quantized, index: Array | int
+  axes: tuple[str, ...],
+  buffer: Array | Quantized,
+  new: Array,
+  index: Array | int,
+  layer: Array | int = 0,
 ) -> Array | Quantized:
-  """`buffer` with `new` in the columns from `index` on; `axes` names the axes of both.
+  """`buffer` with `new` in the columns from `index` on; `axes` names the axes of `buffer`.
 
   Args:
-    new: of the type of `buffer`, or of one that is converted to it.
+    new: of one layer; of the type of `buffer`, or of one that is converted to it.
     index: one column for all rows, and then `new` is dropped if it does not fit into `buffer` behind it;
       or i32[B], a column for each row, and then columns of `new` outside of `buffer` are dropped.
+    layer: number of the layer in the stack.
   """
-  if is_quantized(buffer) and not is_quantized(new):
+  if is_quantized(buffer):
     axis = axes.index('head_dim')
     new = quantize(new, buffer.values.dtype, (axis,))
     new = new.replace(scale=jnp.squeeze(new.scale, axis))
-  return each(functools.partial(_write, index=index), axes, buffer, new)
+  return each(functools.partial(_write, index=index, layer=layer), axes, buffer, new)
 
 
-def _write(axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int) -> Array:
+def _write(
+  axes: tuple[str, ...], buffer: Array, new: Array, index: Array | int, layer: Array | int = 0
+) -> Array:
   axis, new = axes.index('attention_length'), new.astype(buffer.dtype)
+  if new.ndim < buffer.ndim:
+    new = jnp.expand_dims(new, STACK)
   if jnp.ndim(index) == 0:
+    starts = [{'layers': layer, 'attention_length': index}.get(name, 0) for name in axes]
     last = buffer.shape[axis] - new.shape[axis]
     if not isinstance(index, int):
-      old = jax.lax.dynamic_slice_in_dim(buffer, index, new.shape[axis], axis)
+      old = jax.lax.dynamic_slice(buffer, starts, new.shape)
       new = jnp.where((index >= 0) & (index <= last), new, old)
-    out = jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis)
+    out = jax.lax.dynamic_update_slice(buffer, new, starts)
   else:
     columns = index[:, None] + jnp.arange(new.shape[axis])[None]
     columns = jnp.where(columns < 0, buffer.shape[axis], columns)  # no columns from the end
-    before = (slice(None),) * (axis - 1)
-    put = lambda buffer, new, columns: buffer.at[(*before, columns)].set(new, mode='drop')
+    if 'layers' in axes:  # what is indexed by two arrays has its columns first
+      new = jnp.moveaxis(jnp.squeeze(new, STACK), axis - 1, 1)
+
+    def put(buffer: Array, new: Array, columns: Array) -> Array:
+      at = {'layers': layer, 'attention_length': columns}
+      places = tuple(at.get(name, slice(None)) for name in axes[1:])
+      return buffer.at[places].set(new, mode='drop')
+
     out = jax.vmap(put)(buffer, new, columns)
   return constrain(on_tpu(axes, out), axes)
 
@@ -130,13 +181,15 @@ def on_tpu(axes: tuple[str, ...], buffer: Array) -> Array:
   Where attention is inside of a conditional, a TPU's compiler would otherwise lay out the buffers as it
   likes to write a column, and copy all of them in every step.
   """
-  if axes not in (KEYS, VALUES):
+  if axes in (POSITIONS, SCALES):
     return buffer
   order = [*range(buffer.ndim)]
-  if buffer.shape[-1] % LANES:
+  if axes[-1] == 'head_dim' and buffer.shape[-1] % LANES:
     order.append(order.pop(axes.index('attention_length')))
   laid_out = lambda x: with_layout_constraint(x, Layout(tuple(order)))
   mesh = jax.sharding.get_abstract_mesh()
+  if AxisType.Manual in mesh.axis_types:
+    return buffer
   if not mesh.empty:  # each device for its part: the compiler does not cut a constraint
     spec = partition_spec(mesh, axes, buffer.shape)
     laid_out = jax.shard_map(laid_out, in_specs=spec, out_specs=spec)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from polgrad.models.cache import Cache
 from polgrad.models.policy import Policy
 from polgrad.models.transformer import from_config
 
@@ -32,17 +31,4 @@ def first_layers(policy: Policy, layers: int) -> Policy:
       config, num_layers=layers, local_layers=local, window=config.window if local else 0
     )
   )
-
-  def decode(params, tokens, positions, valid, cache, index):
-    spans = tuple(
-      span._replace(keys=span.keys[:layers], values=span.values[:layers]) for span in cache.spans
-    )
-    part = {**params, 'layers': params['layers'][:layers]}
-    hidden, read = short.decode(part, tokens, positions, valid, Cache(spans), index)
-    spans = tuple(
-      new._replace(keys=new.keys + old.keys[layers:], values=new.values + old.values[layers:])
-      for new, old in zip(read.spans, cache.spans)
-    )
-    return hidden, Cache(spans)
-
-  return policy._replace(decode=decode)
+  return policy._replace(decode=short.decode)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ from polgrad.sharding import (
   mesh_axes,
   partition_spec,
   pieces_of_a_row,
+  platform,
   shards,
   split_positions,
 )
@@ -99,8 +101,10 @@ class View(NamedTuple):
 Views = tuple[View, ...]  # (view of local layers, view of the others), or (view of all layers,)
 
 
-def one_view(local: Array, views: Views) -> View:
+def one_view(local: Array | bool, views: Views) -> View:
   """The view of a layer; `local` is bool[], traced where layers are scanned."""
+  if isinstance(local, bool):
+    return views[0 if local else -1]
   pick = lambda near, far: jnp.where(local, near, far)
   return jax.tree.map(pick, *views) if len(views) == 2 else views[0]
 
@@ -272,9 +276,9 @@ class Block(_Weights):
   def attend(self, query: Array, *sources: Source) -> Array:
     return over_positions(functools.partial(attend, **self.score_settings()), query, *sources)
 
-  def attend_to_cache(self, query: Array, *spans: Source, several: bool) -> Array:
+  def attend_to_cache(self, query: Array, *spans: tuple, several: bool) -> Array:
     """Attention to the spans of a cache; `several`: some may be empty, and need not be read."""
-    run = functools.partial(attend_to_spans if several else attend, **self.score_settings())
+    run = functools.partial(attend_to_spans, several=several, **self.score_settings())
     return over_positions(run, query, *spans, whole=True)
 
   def fused(self, query: Array, key: Array, value: Array, segment_ids: Array, local: Array):
@@ -499,7 +503,14 @@ def from_config(config: Config) -> Policy:
   )
 
 
-def sampled(policy: Policy, *, dtype: str = '', weights: str = '', cache: str = '') -> Policy:
+def sampled(
+  policy: Policy,
+  *,
+  dtype: str = '',
+  weights: str = '',
+  cache: str = '',
+  looped: bool | None = None,
+) -> Policy:
   """The policy as a sampler computes it, with the same parameters; `unstack` rounds them.
 
   Args:
@@ -507,14 +518,24 @@ def sampled(policy: Policy, *, dtype: str = '', weights: str = '', cache: str = 
     weights: of the matrices that products read, a kind of `quantized.KINDS`, or '' for `dtype`. Adapters
       are not rounded: a step of an adapter is less than a step of 8 bits.
     cache: of keys and values, a kind of `quantized.KINDS`, or '' for `dtype`.
+    looped: whether `decode` loops over the layers; None: where the platform is a TPU.
   """
-  if not (dtype or weights or cache):
+  if not (dtype or weights or cache) and looped is None:
     return policy
   config = dataclasses.replace(policy.config, dtype=dtype or policy.config.dtype)
-  own = Functions(config, Decoder(config), Block(config), cache)
+  own = Functions(config, Decoder(config), Block(config), cache, looped)
   unstack = lambda params: own.unstack(quantize_params(params, config, weights))
   names = ('config', 'unembed', 'value', 'init_cache', 'widen', 'decode')
   return policy._replace(unstack=unstack, **{name: getattr(own, name) for name in names})
+
+
+def _over_layers(layer: Callable, local: list[bool], carry: Any) -> Any:
+  """`carry` after `layer(number, whether it is local, *carry)` of each layer; several are a loop."""
+  if len(local) < 2:
+    return layer(0, local[0], *carry) if local else carry
+  kinds = jnp.array(local)
+  step = lambda i, carry: layer(i, kinds[i], *carry)
+  return jax.lax.fori_loop(0, len(local), step, carry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -525,6 +546,7 @@ class Functions:
   model: Decoder
   block: Block
   cache: str = ''  # type of keys and values in the cache, see `caches.empty`
+  looped: bool | None = None  # see `stacks`; None: by the platform
 
   def apply(self, params: Params, *args: Any, method: str = '__call__') -> Any:
     """Calls a method of `Decoder` with these parameters."""
@@ -632,12 +654,13 @@ class Functions:
 
   def init_cache(self, batch: int, length: int) -> Cache:
     self.check_length(length)
-    return caches.empty(self.config, batch, length, self.cache)
+    return caches.empty(self.config, batch, length, self.stacks(), self.cache)
 
   def widen(self, cache: Cache, length: int) -> Cache:
     self.check_length(cache.length + length)
     rows = len(cache.spans[0].positions)
-    return Cache(cache.spans + caches.empty(self.config, rows, length, self.cache).spans)
+    empty = caches.empty(self.config, rows, length, self.stacks(), self.cache)
+    return Cache(cache.spans + empty.spans)
 
   def unstack(self, params: Params) -> Params:
     c = self.config
@@ -647,8 +670,20 @@ class Functions:
     kept = lambda path, p: is_quantized(p) or path[-1].key.endswith(exact)
     used = lambda path, p: p if kept(path, p) else p.astype(c.dtype)
     params = jax.tree_util.tree_map_with_path(used, params, is_leaf=is_quantized)
-    cut = lambda i: jax.tree.map(lambda p: p[i], params['layers'])
-    return {**params, 'layers': tuple(cut(i) for i in range(c.num_layers))}
+    ends = itertools.accumulate(self.stacks())
+    cut = lambda size, end: jax.tree.map(lambda p: p[end - size : end], params['layers'])
+    return {**params, 'layers': tuple(map(cut, self.stacks(), ends))}
+
+  def stacks(self) -> tuple[int, ...]:
+    """How many layers each stack has, of parameters and of a cache, in which `decode` reads them.
+
+    On a TPU a loop over all layers reads the part of a layer where it is, and writes the new column in
+    place: one layer is compiled in place of all of them. On CPUs a product is a library call, for which
+    a part of a stack would be copied, so each layer is a stack, and the loop is unrolled.
+    """
+    looped = self.looped if self.looped is not None else platform() == 'tpu'
+    layers = self.config.num_layers
+    return (layers,) if looped else (1,) * layers
 
   def decode(
     self,
@@ -662,27 +697,40 @@ class Functions:
     # The new tokens are in the cache before they attend, so that they see themselves.
     written = jnp.where(valid, positions, -1)
     starts = itertools.accumulate((span.length for span in cache.spans[:-1]), initial=0)
-    spans, views = [], []
-    for span, column in zip(cache.spans, [index - start for start in starts]):
+    columns, places, views = [index - start for start in starts], [], []
+    for span, column in zip(cache.spans, columns):
       held = caches.write(caches.POSITIONS, span.positions, written, column)
       mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
       views.append(self.apply(params, positions, held, mask, method='views'))
-      spans.append((column, [], [], held))
+      places.append(held)
     x = self.apply(params, tokens, method='embed')
     several = bool(jnp.ndim(index)) or len(cache.spans) > 1
-    # Unrolled: a scan would copy the weights and the cache of every layer at every step.
-    for i, weights in enumerate(params['layers']):
-      run = functools.partial(self.block.apply, {'params': weights})
-      seen = [view[0 if i in self.config.local_layers else -1] for view in views]
+
+    def layer(stack: Params, i: Array | int, local: Array | bool, x: Array, held: tuple):
+      run = functools.partial(self.block.apply, {'params': jax.tree.map(lambda p: p[i], stack)})
+      seen = [one_view(local, view) for view in views]
       query, key, value = run(x, seen[0].turns, cached=True, method='project')
-      for old, (column, keys, values, _) in zip(cache.spans, spans):
-        keys.append(caches.write(caches.KEYS, old.keys[i], key, column))
-        values.append(caches.write(caches.VALUES, old.values[i], value, column))
-      sources = [(keys[i], values[i], v.mask) for (_, keys, values, _), v in zip(spans, seen)]
+      write = lambda keys, values, column: (
+        caches.write(caches.KEYS, keys, key, column, i),
+        caches.write(caches.VALUES, values, value, column, i),
+      )
+      held = [write(*pair, column) for pair, column in zip(held, columns, strict=True)]
+      sources = [(*pair, view.mask, i) for pair, view in zip(held, seen, strict=True)]
       attended = run(query, *sources, several=several, method='attend_to_cache')
-      x = run(x, attended, valid, method='finish')
-    spans = tuple(Span(tuple(keys), tuple(values), held) for _, keys, values, held in spans)
-    return self.apply(params, x, method='normalise'), Cache(spans)
+      return run(x, attended, valid, method='finish'), tuple(held)
+
+    # A part of a model computes its layers alone, and leaves those behind them in a cache unchanged.
+    local = [i in self.config.local_layers for i in range(self.config.num_layers)]
+    read = []  # keys and values of the spans, by stack
+    for number, stack in enumerate(params['layers']):
+      held = tuple((span.keys[number], span.values[number]) for span in cache.spans)
+      size = len(jax.tree.leaves(stack)[0])
+      here, local = local[:size], local[size:]
+      x, held = _over_layers(functools.partial(layer, stack), here, (x, held))
+      read.append(held)
+    return self.apply(params, x, method='normalise'), Cache(
+      tuple(Span(*zip(*pairs), held) for *pairs, held in zip(*read, places, strict=True))
+    )
 
   def axes(self, params: Params) -> Params:
     def names(path, _):

@@ -67,10 +67,13 @@ class Own:
   weights: Literal['', 'int8', 'float8'] = ''
   # Of keys and values: 8 bits with a scale for each token and head.
   cache: Literal['', 'int8', 'float8'] = ''
+  # How layers are compiled: one in a loop over all, or one after the other; '' is 'loop' on TPUs alone.
+  layers: Literal['', 'loop', 'unrolled'] = ''
 
   def drawn_from(self, policy: Policy) -> Policy:
     """The policy as it is computed in rollouts."""
-    return sampled(policy, dtype=self.dtype, weights=self.weights, cache=self.cache)
+    types = dict(dtype=self.dtype, weights=self.weights, cache=self.cache)
+    return sampled(policy, **types, looped=self.layers == 'loop' if self.layers else None)
 
   def rounded(self, policy: Policy) -> Callable[[Params], Params]:
     """What makes of parameters of a policy, or of a part of the tree, those that other devices get."""

@@ -89,23 +89,26 @@ def test_attention_to_a_cache_of_eight_bits_is_that_to_what_it_stands_for():
   random = np.random.default_rng(1)
   normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
   query, keys, values = normal(3, 2, 4, 6), normal(3, 2, 6, 5), normal(3, 2, 5, 6)
-  span = caches.empty(config, 3, 8, 'int8').spans[0]
+  span = caches.empty(config, 3, 8, (2,), 'int8').spans[0]
   found = []
   for axes, buffer, new, axis in (
     (caches.KEYS, span.keys[0], keys, 2),
     (caches.VALUES, span.values[0], values, 3),
   ):
-    stored = caches.write(axes, buffer, new, 2)
+    stack = caches.write(axes, buffer, new, 2, 1)
+    stored = caches.layer_of(axes, stack, 1)
+    assert not np.any(caches.layer_of(axes, stack, 0).values)
     plain = quantized.dequantize(stored.replace(scale=jnp.expand_dims(stored.scale, axis)))
     expected = quantized.dequantize(quantized.quantize(new, jnp.int8, (axis,)))
     columns = jax.lax.slice_in_dim(plain, 2, 7, axis=5 - axis)
     np.testing.assert_array_equal(columns, expected)
     assert float(jnp.abs(plain).sum()) == pytest.approx(float(jnp.abs(expected).sum()))
-    found.append((stored, plain))
+    found.append((stack, plain))
   mask = jnp.broadcast_to((jnp.arange(8) >= 2) & (jnp.arange(8) < 7), (3, 2, 8))
-  for attend in (attention.attend, attention.attend_to_spans):
+  source = (found[0][0], found[1][0], mask, 1)
+  for several in (False, True):
     np.testing.assert_allclose(
-      attend(query, (found[0][0], found[1][0], mask), scale=0.5),
-      attend(query, (found[0][1], found[1][1], mask), scale=0.5),
+      attention.attend_to_spans(query, source, several=several, scale=0.5),
+      attention.attend(query, (found[0][1], found[1][1], mask), scale=0.5),
       atol=1e-5,
     )

@@ -1,5 +1,6 @@
 """The decoder against its equations in NumPy; what padding, packing and caches may change."""
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,9 @@ import pytest
 
 from polgrad import models
 from polgrad.models import attention, rotary, transformer
+from polgrad.models import cache as caches
+from polgrad.models.first_layers import first_layers
+from polgrad.models.transformer import sampled
 from polgrad.registry import bind, part
 from polgrad.sharding import AXES, RULES
 from tests.models import tiny
@@ -179,6 +183,39 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(overrides):
   np.testing.assert_array_equal(policy.unembed(unstacked, hidden), policy.unembed(params, hidden))
 
 
+@pytest.mark.parametrize('cache', ['', 'int8'])
+def test_a_loop_over_layers_decodes_as_the_layers_one_by_one(cache):
+  settings = dict(num_layers=3, window=3, local_layers=(1,), qk_norm='head')
+  policy, params = tiny.policy(**settings), tiny.params(**settings)
+  tokens, ones = tiny.rows(6, 2, 7), jnp.ones((2, 7), bool)
+  dequantized = lambda x: x.values * x.scale[..., None] if cache else x
+  found = []
+  for looped in (False, True):
+    one = sampled(policy, cache=cache, looped=looped)
+
+    def decode(params, one=one, looped=looped):
+      weights, filled, positions = one.unstack(params), one.init_cache(2, 5), jnp.arange(7)[None]
+      positions = jnp.broadcast_to(positions, (2, 7))
+      read = lambda cut, cache, index: one.decode(
+        weights, tokens[:, cut], positions[:, cut], ones[:, cut], cache, index
+      )
+      _, filled = read(slice(0, 4), filled, 0)
+      # A second span, and a column for each row: of the second row in the second span.
+      filled = one.widen(filled, 4)
+      first, filled = read(slice(4, 5), filled, jnp.array([4, 6]))
+      last, filled = read(slice(5, 7), filled, jnp.int32(7))
+      later = first_layers(one, 2).decode(
+        weights, tokens[:, :1], positions[:, :1], ones[:, :1], filled, jnp.int32(5)
+      )
+      assert len(weights['layers']) == len(filled.spans[1].keys) == (1 if looped else 3)
+      join = lambda *stacks: stacks[0] if looped else jnp.stack(stacks, axis=caches.STACK)
+      held = [jax.tree.map(join, *span.values) for span in later[1].spans]
+      return first, last, later[0], *map(dequantized, held)
+
+    found.append(jax.jit(decode)(params))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *found)
+
+
 def test_padding_in_the_cache_is_finite():
   hidden, _ = POLICY.decode(
     POLICY.unstack(PARAMS),
@@ -299,8 +336,9 @@ def test_a_span_that_is_not_read_changes_no_result():
   for read in (3, 2, 1):
     masked = [(key, value, mask & (i < read)) for i, (key, value, mask) in enumerate(spans)]
     joined = [jnp.concatenate(x, axis) for x, axis in zip(zip(*masked), (3, 2, 2))]
+    stacks = [(key[:, None], value[:, None], mask, 0) for key, value, mask in masked]
     np.testing.assert_allclose(
-      attention.attend_to_spans(query, *masked, scale=0.5),
+      attention.attend_to_spans(query, *stacks, several=True, scale=0.5),
       attention.attend(query, joined, scale=0.5),
       atol=1e-5,
     )
