@@ -8,8 +8,8 @@
 
 Each program of each case is compiled by `polgrad.preflight` in a process for itself, and its numbers are
 appended to docs/preflights.jsonl. A case is GRPO with one prompt of 8 completions a chip and step,
-prompts of 512 tokens, completions of 1,536, and two minibatches. The programs of samplers are compiled
-with few layers and continued (`--layers`). Parameters are cut over `fsdp`; `data` copies are trained.
+prompts of 512 tokens, completions of 1,536, and two minibatches. Parameters are cut over `fsdp`; `data`
+copies are trained.
 """
 
 import argparse
@@ -39,7 +39,6 @@ class Case(NamedTuple):
   topology: str
   data: int
   fsdp: int
-  layers: str = '2,4'
   sampler: str = (
     ''  # data and tensor of a `sampler_mesh` beside the chips that train, such as '8x4'
   )
@@ -64,7 +63,7 @@ TABLES = {
     Case('qwen3_0_6b', 'v5e:4x4', 1, 16),
     Case('llama3_8b', 'v5e:16x16', 1, 256),
     Case('llama3_8b', 'v5p:4x4x4', 1, 64),
-    Case('gemma3_27b', 'v5p:8x8x8', 8, 64, '6,12'),
+    Case('gemma3_27b', 'v5p:8x8x8', 8, 64),
     Case('qwen3_30b_a3b', 'v5p:4x4x8', 1, 128),
   ),
   'scale': (
@@ -105,7 +104,7 @@ def run(case: Case, program: str) -> dict:
     done = subprocess.run(
       [
         *(sys.executable, '-m', 'polgrad.preflight', *settings(case)),
-        *(f'--programs={program}', f'--layers={case.layers}', f'--out={out}'),
+        *(f'--programs={program}', f'--out={out}'),
       ],
       cwd=DOCS.parent,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu'},

@@ -701,39 +701,6 @@ def compile_one(planned: Planned) -> Program:
   return program(*sizes, compiled_flops=flops, collectives=moved, seconds=seconds)
 
 
-def continued(
-  planned: Planned, fewer: Program, more: Program, layers: tuple[int, int, int]
-) -> Program:
-  """A program of many layers by the line through programs with fewer.
-
-  The sampler's layers are compiled one by one, so what it holds, computes and moves grows by the same
-  with each, and compiling all of a deep model takes minutes.
-
-  Args:
-    planned: of all layers, with what was counted by hand.
-    fewer, more: the same program with fewer layers.
-    layers: of `fewer`, `more` and `planned`.
-  """
-  first, second, whole = layers
-  line = lambda a, b: a + (b - a) * (whole - first) / (second - first)
-  before = {one[:2]: one for one in fewer.collectives}
-  nothing = hlo.Collective('', '', 0, 0.0)
-
-  def collective(one: hlo.Collective) -> hlo.Collective:
-    less = before.get(one[:2], nothing)
-    return one._replace(count=round(line(less.count, one.count)), moved=line(less.moved, one.moved))
-
-  return more._replace(
-    **planned.counts._asdict(),
-    memory=line(fewer.memory, more.memory),
-    temporary=line(fewer.temporary, more.temporary),
-    compiled_flops=line(fewer.compiled_flops, more.compiled_flops),
-    collectives=[collective(one) for one in more.collectives],
-    seconds=fewer.seconds + more.seconds,
-    error=fewer.error or more.error,
-  )
-
-
 def _as_parts(program: Program, parts: list[tuple[Program, float]]) -> Program:
   """The program with the products and collectives of its parts."""
   sums = collections.defaultdict(lambda: (0, 0.0))

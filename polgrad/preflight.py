@@ -11,7 +11,6 @@ counted in the compiled program. Exit code 1: a program does not fit into memory
 explains the numbers.
 """
 
-import copy
 import json
 import os
 import sys
@@ -56,12 +55,6 @@ SHAPES = {
     experts_per_token=8, tie_embeddings=False,
   ),
 }  # fmt: skip
-_LAYERS = flags.DEFINE_list(
-  'layers',
-  [],
-  'Two numbers of layers, such as 2,4: the programs of the sampler are compiled with these, and their '
-  'numbers continued to those of the model; none: with all layers.',
-)
 
 
 def verdict(program: Program, chip: Chip, peak: float) -> str:
@@ -197,25 +190,6 @@ def chosen(planned: list[aot.Planned], names: list[str]) -> list[aot.Planned]:
   return [one for one in planned if not names or short(one) in names]
 
 
-def is_unrolled(name: str) -> bool:
-  """Whether the layers of a program are compiled one by one: those of a sampler are."""
-  return name.endswith((' prefill', ' decode', ' rollout'))
-
-
-def layer_numbers(texts: list[str], most: int) -> tuple[int, int]:
-  """The numbers of `--layers`.
-
-  Raises:
-    ValueError: they are not two, ascending, and fewer than the model has.
-  """
-  numbers = tuple(int(text) for text in texts if text.isdigit())
-  if len(numbers) != 2 or len(texts) != 2 or not 0 < numbers[0] < numbers[1] <= most:
-    raise ValueError(
-      f'--layers={",".join(texts)}: expected two ascending numbers up to {most}, the layers of the model'
-    )
-  return numbers
-
-
 def check_out(path: str) -> None:
   """Refuses a file that cannot be written when all is compiled.
 
@@ -224,23 +198,6 @@ def check_out(path: str) -> None:
   """
   if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path)))):
     raise ValueError(f'--out={path}: expected a file in a folder that is there')
-
-
-def with_layers(config: Any, count: int) -> Any:
-  """A copy of the configuration whose model has only the first layers.
-
-  Raises:
-    ValueError: the model's number of layers is not in the configuration.
-  """
-  config = copy.deepcopy(config)
-  model = config.model.get('base', config.model)
-  if 'num_layers' not in model:
-    raise ValueError('--layers: config.model has no num_layers; name a --shape')
-  with config.ignore_type():
-    model.num_layers = count
-    if model.get('local_layers'):
-      model.local_layers = tuple(i for i in model.local_layers if i < count)
-  return config
 
 
 def shaped(config: Any, shape: str) -> Any:
@@ -281,23 +238,9 @@ def main(argv: list[str]) -> None:
     if _PHASE.value and _PHASE.value not in run.order:
       raise ValueError(f'--only_phase={_PHASE.value}: the run has {", ".join(run.order)}')
     names = [_PHASE.value] if _PHASE.value else run.order
-    plan = lambda run: chosen(
-      [one for name in names for one in aot.plan(name, run.phases[name], run)], _PROGRAMS.value
-    )
+    every = [one for name in names for one in aot.plan(name, run.phases[name], run)]
     tell = lambda one: print(f'{one.name}: compiled in {one.seconds:.0f} s', file=sys.stderr)
-    planned = plan(run)
-    order = [one.name for one in planned]
-    unrolled = [one for one in planned if is_unrolled(one.name)] if _LAYERS.value else []
-    if _LAYERS.value:  # what is wrong is said before anything is compiled
-      numbers = layer_numbers(_LAYERS.value, run.policy.config.num_layers)
-      with sharding.compiling_for(devices):
-        fewer = [build.build(with_layers(config, n)) for n in numbers]
-    found = aot.compiled([one for one in planned if one not in unrolled], tell)
-    if unrolled:
-      both = [aot.compiled([p for p in plan(one) if is_unrolled(p.name)], tell) for one in fewer]
-      layers = (*numbers, run.policy.config.num_layers)
-      lined = [aot.continued(*three, layers) for three in zip(unrolled, *both, strict=True)]
-      found = sorted([*lined, *found], key=lambda one: order.index(one.name))
+    found = aot.compiled(chosen(every, _PROGRAMS.value), tell)
   said = report(run, found, kind)
   print('\n'.join(lines(said)))
   if cli.OUT.value:

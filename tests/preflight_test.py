@@ -159,19 +159,6 @@ def test_an_unknown_topology_is_refused_with_what_there_is():
     aot.topology('v5e:3x5000')
 
 
-def test_numbers_of_few_layers_are_continued_to_all():
-  moved = lambda layers: [hlo.Collective('all-gather', 'fsdp', 3 + layers, 10.0 * layers)]
-  made = lambda layers: BASE._replace(
-    memory=5.0 + layers, temporary=2.0, compiled_flops=7.0 * layers, collectives=moved(layers)
-  )
-  planned = aot.Planned('train decode', 0, None, None, (), aot.Counts(1.0, 2.0, 3.0))
-  found = aot.continued(planned, made(2), made(4), (2, 4, 12))
-  assert found == made(12)._replace(flops=1.0, bytes=2.0, least_moved=3.0)
-  for wrong in (['2'], ['4', '2'], ['2', '13'], ['2', 'x']):
-    with pytest.raises(ValueError, match='two ascending numbers up to 12'):
-      preflight.layer_numbers(wrong, 12)
-
-
 def test_a_file_that_could_not_be_written_in_the_end_is_refused(tmp_path):
   preflight.check_out('')
   preflight.check_out(str(tmp_path / 'numbers.json'))
