@@ -245,6 +245,43 @@ def test_a_step_reads_a_looked_up_row_and_writes_a_column_in_place():
   assert found.copied == ("('bf16', (2, 256, 64))",)
 
 
+LOOPS = """HloModule m
+
+%below (q: (s32[], f32[8,128])) -> pred[] {
+  %q = (s32[], f32[8,128]{1,0}) parameter(0)
+  %at = s32[] get-tuple-element(%q), index=0
+  %n = s32[] constant(3)
+  ROOT %less = pred[] compare(%at, %n), direction=LT
+}
+
+%layer (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%p), index=1
+  %y = f32[8,128]{1,0} negate(%x)
+  ROOT %t = (s32[], f32[8,128]{1,0}) tuple(%i, %y)
+}
+
+%step (r: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %r = (s32[], f32[8,128]{1,0}) parameter(0)
+  ROOT %inner = (s32[], f32[8,128]{1,0}) while(%r), condition=%below, body=%layer
+}
+
+ENTRY %main (s: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %s = (s32[], f32[8,128]{1,0}) parameter(0)
+  ROOT %outer = (s32[], f32[8,128]{1,0}) while(%s), condition=%below, body=%step
+}
+"""
+
+
+def test_layers_in_a_loop_of_decoding_count_each_for_one_step():
+  found = hlo.main_memory(LOOPS)
+  array, number, truth = 4 * 8 * 128, 4, 1
+  compared = 3 + 1  # by the inner loop, and by the outer one
+  assert found.read == 3 * array + compared * 2 * number
+  assert found.written == 3 * array + compared * truth
+
+
 def test_text_without_an_entry_is_refused():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.parse('HloModule m')
