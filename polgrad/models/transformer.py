@@ -694,6 +694,8 @@ class Functions:
     cache: Cache,
     index: Array | int,
   ) -> tuple[Array, Cache]:
+    if isinstance(index, int) and tokens.shape[1] > 1 and len(params['layers']) > 1:
+      return self._read_prompts(params, tokens, positions, valid, cache, index)
     # The new tokens are in the cache before they attend, so that they see themselves.
     written = jnp.where(valid, positions, -1)
     starts = itertools.accumulate((span.length for span in cache.spans[:-1]), initial=0)
@@ -731,6 +733,33 @@ class Functions:
     return self.apply(params, x, method='normalise'), Cache(
       tuple(Span(*zip(*pairs), held) for *pairs, held in zip(*read, places, strict=True))
     )
+
+  def _read_prompts(
+    self,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    valid: Array,
+    cache: Cache,
+    index: int,
+  ) -> tuple[Array, Cache]:
+    """`decode` as a loop over one stack of the layers, which compiles one layer in place of all.
+
+    Prompts are read once, so putting weights and cache into a stack costs little beside the products.
+    """
+    join = lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    stack = lambda buffers: jax.tree.map(lambda *x: jnp.stack(x, caches.STACK), *buffers)
+    one_of = lambda i, x: jax.lax.index_in_dim(x, i, caches.STACK, keepdims=False)
+    cut = lambda one: tuple(
+      jax.tree.map(functools.partial(one_of, i), one) for i in range(len(params['layers']))
+    )
+    stacked = lambda span: Span((stack(span.keys),), (stack(span.values),), span.positions)
+    apart = lambda span: Span(cut(span.keys[0]), cut(span.values[0]), span.positions)
+    whole = {**params, 'layers': (join(*params['layers']),)}
+    one = Cache(tuple(map(stacked, cache.spans)))
+    looped = dataclasses.replace(self, looped=True)
+    states, one = looped.decode(whole, tokens, positions, valid, one, index)
+    return states, Cache(tuple(map(apart, one.spans)))
 
   def axes(self, params: Params) -> Params:
     def names(path, _):
