@@ -188,7 +188,7 @@ def test_state_lies_where_the_rules_say():
   assert state.anchors['reference']['layers']['gate'].sharding == gate.sharding
 
 
-def joined(port, count, index, folder, devices=1):
+def joined(port, count, index, folder, devices=1, lost_after=100):
   """Joins this process to those of a run, whose configuration it returns with the folder of its metrics.
 
   What it says is in a file beside that folder: which of the records of a step it has laid out, too.
@@ -201,7 +201,7 @@ def joined(port, count, index, folder, devices=1):
   number = f'--xla_force_host_platform_device_count={devices}'
   os.environ['XLA_FLAGS'] = ' '.join([*flags, number])
   address = [f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={index}']
-  absl.flags.FLAGS(['worker', *address, '--lost_after=10'])
+  absl.flags.FLAGS(['worker', *address, f'--lost_after={lost_after}'])
   cli.join()
   report.draw = str
   runs.share_programs()
@@ -242,7 +242,7 @@ def killed(port, count, index, folder):
 
   Each gives one device to training, and another one to sampling beside it.
   """
-  made, run = joined(port, count, index, folder, devices=2)
+  made, run = joined(port, count, index, folder, devices=2, lost_after=10)
   made.sampler_mesh = part(sharding.beside, data=2)
   made.phases.train.collect.overlap = True
   params = train.run(made, run, str(folder / 'c'), on_mismatch='continue').params
