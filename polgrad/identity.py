@@ -25,6 +25,7 @@ FREE = (
   *('phases.*.verifier_*', 'phases.*.isolate_verifiers', 'phases.*.micro_batches'),
   *('phases.*.share_prompts', 'phases.*.pack', 'phases.*.collect.slots'),
   *('engine.python', 'engine.*_s', 'engine.retries', 'engine.folder', 'engine.cache_gib'),
+  'engine.layers',
   *('phases.*.collect.environment_*', 'phases.*.collect.isolate_environment'),
 )
 # Bytes of a file of weights up to which it is read whole; of a larger one the two ends are read.

@@ -1,6 +1,7 @@
 """Every mesh computes what one device computes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -147,14 +148,17 @@ def test_each_group_of_a_ring_adds_up_its_own(group):
   np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def head(table, hidden, tokens, **stats):
-  """Statistics, a chunk at a time, and their weighed sum."""
-  readout = Unembedding(
-    lambda params, x: einsum('nd,vd->nv', x, params['table']),
+def readout(table):
+  return Unembedding(
+    lambda params, x: einsum('nd,vd->nv', x, params['table'].astype(x.dtype)),
     {'table': table},
     lambda params: {'table': ('vocab', 'embed')},
   )
-  out = token_stats(hidden, tokens, readout, stats=stats, chunk=2)
+
+
+def head(table, hidden, tokens, **stats):
+  """Statistics, a chunk at a time, and their weighed sum."""
+  out = token_stats(hidden, tokens, readout(table), stats=stats, chunk=2)
   weight = jnp.sin(jnp.arange(tokens.size).reshape(tokens.shape))
   return sum((1 + i) * jnp.einsum('bt...,bt->', x, weight) for i, x in enumerate(out.values())), out
 
@@ -182,6 +186,28 @@ def test_devices_that_share_the_vocabulary_compute_what_one_computes():
   computations, _ = hlo.parse(program.as_text())
   gathers = [op for ops in computations.values() for op in ops if op.kind == 'all-gather']
   assert max(np.prod(size) for op in gathers for _, size in op.shapes) == 48 * 16 / 2
+
+
+@pytest.mark.parametrize(
+  'operation, stat',
+  [
+    ('all_to_all', logit_stats.logp),
+    ('all_gather', functools.partial(logit_stats.most_likely, k=2)),  # the vocabulary is not shared
+  ],
+)
+def test_the_weights_of_a_teacher_are_exchanged_in_its_own_type(operation, stat):
+  states = STATES[1].astype(jnp.bfloat16), STATES[1]
+  stats = dict(stat=stat, expected=logit_stats.expected_logit)
+
+  def both(table, hidden, teacher_hidden):
+    models = [readout(table), readout(table)]
+    settings = dict(teacher_hidden=teacher_hidden, teacher_unembed=models[1], chunk=2)
+    return token_stats(hidden, NEXT, models[0], stats=stats, **settings)
+
+  with jax.set_mesh(sharding.make_mesh(fsdp=8)):
+    traced = str(jax.make_jaxpr(both)(STATES[0], *states))
+  found = re.findall(rf':(\w+)\[\d+,\d+\][^=]*= {operation}\[', traced)
+  assert sorted(found) == ['bf16', 'f32'], found
 
 
 @pytest.mark.parametrize(

@@ -508,6 +508,8 @@ class TestAnotherRunInTheSameFolder:
       ('phases.train.collect.temperature', 0.5, False),
       ('evaluation.batch', 3, True),
       ('checkpoint_every', 7, True),
+      ('engine.layers', 'loop', True),
+      ('engine.dtype', 'bfloat16', False),
     ],
   )
   def test_is_one_by_what_may_not_differ(self, path, value, free):

@@ -198,6 +198,9 @@ def _can_gather(models: Mapping[str, Callable], rows: int, pieces: int) -> bool:
   return known and size * pieces > 1 and rows % size == 0
 
 
+# The hidden states that each model reads. Its weights are exchanged in their type.
+STATES = {'unembed': 'hidden', 'teacher_unembed': 'teacher_hidden'}
+
 # What of a statistic can be computed by devices that have pieces of the vocabulary: these arrays, and
 # operations that add up or compare, but none that sorts.
 BY_VOCABULARY = frozenset({'logits', 'tokens', 'teacher_logits'})
@@ -296,17 +299,17 @@ def _by_vocabulary(
   mesh = jax.sharding.get_abstract_mesh()
   rows, fsdp = ('data', 'fsdp'), mesh.shape['fsdp']
   close, far = sharding.Group(near), sharding.Group(fsdp // near, stride=near)
-  dtype = of_tokens['hidden'].dtype
   on_each = functools.partial(jax.shard_map, axis_names={*rows}, check_vma=False)
 
-  def piece(x: Array) -> Array:
+  def piece(x: Array, dtype: Any) -> Array:
     # [V, D / fsdp] -> [1, V / near, D]
     exchange = dict(tiled=True, axis_index_groups=close.members(fsdp))
     x = jax.lax.all_to_all(x.astype(dtype), 'fsdp', split_axis=0, concat_axis=1, **exchange)
     return sharding.gather(x, ('fsdp',), 1, far)[None]
 
-  def cut(model: Unembedding) -> Callable[[Array], Array]:
-    gather = on_each(piece, in_specs=PartitionSpec(None, 'fsdp'), out_specs=PartitionSpec(rows))
+  def cut(name: str, model: Unembedding) -> Callable[[Array], Array]:
+    held = functools.partial(piece, dtype=of_tokens[STATES[name]].dtype)
+    gather = on_each(held, in_specs=PartitionSpec(None, 'fsdp'), out_specs=PartitionSpec(rows))
     weights = jax.tree.map(gather, model.weights)
 
     def product(weights, hidden: Array) -> Array:
@@ -322,7 +325,7 @@ def _by_vocabulary(
 
     return logits
 
-  pieces = {name: cut(model) for name, model in models.items()}
+  pieces = {name: cut(name, model) for name, model in models.items()}
   of_tokens = {**of_tokens, 'tokens': sharding.constrain_near(of_tokens['tokens'], near)}
   out = _in_chunks(of_tokens, whole, temperature, pieces, stats=stats, columns=columns)
   own_rows = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(rows))
@@ -344,7 +347,6 @@ def _on_own_tokens(
   chunks are added up before they are scattered. The compiler would do both once for every chunk.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  dtype = of_tokens['hidden'].dtype
   width = of_tokens['tokens'].shape[1]
   rows = sharding.row_axes(mesh)
   positions = sharding.mesh_axes(sharding.partition_spec(mesh, ('length',), (width,))[0])
@@ -354,7 +356,7 @@ def _on_own_tokens(
     for name, model in models.items()
   }
 
-  def gather(x: Array, spec: PartitionSpec) -> Array:
+  def gather(x: Array, spec: PartitionSpec, dtype: Any) -> Array:
     # The gradients of chunks are added in float32; inside the loop no copy in this type remains.
     x = x.astype(dtype)
     for dimension, names in enumerate(spec):
@@ -362,10 +364,10 @@ def _on_own_tokens(
     return x.astype(jnp.float32)
 
   def local(weights, temperature, of_tokens, whole):
-    gathered = {
-      name: model._replace(weights=jax.tree.map(gather, weights[name], specs[name]))
-      for name, model in models.items()
-    }
+    gathered = {}
+    for name, model in models.items():
+      held = functools.partial(gather, dtype=of_tokens[STATES[name]].dtype)
+      gathered[name] = model._replace(weights=jax.tree.map(held, weights[name], specs[name]))
     return _in_chunks(of_tokens, whole, temperature, gathered, stats=stats, columns=columns)
 
   own, every = PartitionSpec(rows, positions), PartitionSpec()

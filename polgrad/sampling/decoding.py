@@ -427,7 +427,8 @@ def drawn(log_probs: Array, noise: Array) -> Array:
   of_group = jnp.log(jnp.sum(jnp.exp(by_group), axis=-2))
   group = highest(of_group + noise[..., within:])
   own = jnp.take_along_axis(by_group, group[..., None, None], axis=-1)[..., 0]
-  return highest(own + noise[..., :within]) * groups + group
+  token = highest(own + noise[..., :within]) * groups + group
+  return jnp.minimum(token, log_probs.shape[-1] - 1)  # NaN may choose a place that is no token
 
 
 def group_sizes(vocabulary: int) -> tuple[int, int]:

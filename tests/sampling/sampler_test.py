@@ -261,6 +261,8 @@ def test_draws_from_a_large_vocabulary_have_its_probabilities():
   assert chi_square < 266.4  # 0.1% point for 199 degrees of freedom
   alone = jnp.full((1, size), -jnp.inf).at[0, 299].set(0)
   assert decoding.drawn(alone, noise[:1])[0] == 299
+  # Nothing is drawn from NaN, but it is a token that a tokenizer knows.
+  assert 0 <= decoding.drawn(jnp.full((1, size), jnp.nan), noise[:1])[0] < size
 
 
 def test_greedy_is_the_argmax_of_the_whole_forward_pass():
