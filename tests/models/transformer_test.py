@@ -1,6 +1,5 @@
 """The decoder against its equations in NumPy; what padding, packing and caches may change."""
 
-import functools
 import re
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 
 from polgrad import models
 from polgrad.models import attention, rotary, transformer
-from polgrad.models import cache as caches
 from polgrad.models.first_layers import first_layers
 from polgrad.models.transformer import sampled
 from polgrad.registry import bind, part
@@ -183,36 +181,33 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(overrides):
   np.testing.assert_array_equal(policy.unembed(unstacked, hidden), policy.unembed(params, hidden))
 
 
-def test_a_loop_over_layers_decodes_as_the_layers_one_by_one():
+def test_a_loop_over_layers_decodes_as_the_whole_forward_pass():
   settings = dict(num_layers=3, window=3, local_layers=(1,), qk_norm='head')
   policy, params = tiny.policy(**settings), tiny.params(**settings)
-  tokens, ones = tiny.rows(6, 2, 7), jnp.ones((2, 7), bool)
-  dequantized = lambda x: x.values * x.scale[..., None]
-  found = []
-  for looped in (False, True):
-    one = sampled(policy, cache='int8', looped=looped)
+  tokens, ones = tiny.rows(6, 2, 7), jnp.ones((2, 7), jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+  one = sampled(policy, looped=True)
 
-    def decode(params, one=one, looped=looped):
-      weights, filled, positions = one.unstack(params), one.init_cache(2, 5), jnp.arange(7)[None]
-      positions = jnp.broadcast_to(positions, (2, 7))
-      read = lambda cut, cache, index: one.decode(
-        weights, tokens[:, cut], positions[:, cut], ones[:, cut], cache, index
-      )
-      _, filled = read(slice(0, 4), filled, 0)
-      # A second span, and a column for each row: of the second row in the second span.
-      filled = one.widen(filled, 4)
-      first, filled = read(slice(4, 5), filled, jnp.array([4, 6]))
-      last, filled = read(slice(5, 7), filled, jnp.int32(7))
-      later = first_layers(one, 2).decode(
-        weights, tokens[:, :1], positions[:, :1], ones[:, :1], filled, jnp.int32(5)
-      )
-      assert len(weights['layers']) == len(filled.spans[1].keys) == (1 if looped else 3)
-      join = lambda *stacks: stacks[0] if looped else jnp.stack(stacks, axis=caches.STACK)
-      held = [jax.tree.map(join, *span.values) for span in later[1].spans]
-      return first, last, later[0], *map(dequantized, held)
+  @jax.jit
+  def decode(params):
+    weights, cache = one.unstack(params), one.init_cache(2, 5)
+    read = lambda policy, cut, cache, index: policy.decode(
+      weights, tokens[:, cut], positions[:, cut], ones[:, cut] > 0, cache, index
+    )
+    prompt, cache = read(one, slice(0, 4), cache, 0)
+    # A second span, and a column for each row: of the second row in the second span.
+    first, cache = read(one, slice(4, 5), one.widen(cache, 4), jnp.array([4, 6]))
+    # A part of the layers changes no later one.
+    _, part = read(first_layers(one, 2), slice(5, 7), cache, jnp.int32(7))
+    last, cache = read(one, slice(5, 7), cache, jnp.int32(7))
+    assert len(weights['layers']) == len(cache.spans[1].keys) == 1
+    return jnp.concatenate([prompt, first, last], axis=1), part.spans[1].values[0], cache
 
-    found.append(jax.jit(decode)(params))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *found)
+  found, part, cache = decode(params)
+  np.testing.assert_allclose(found, policy.hidden(params, tokens, ones), atol=1e-5)
+  whole = np.asarray(cache.spans[1].values[0])  # [B, layers, kv_heads, length, head_dim]
+  np.testing.assert_allclose(part[:, :2], whole[:, :2], atol=1e-6)
+  assert np.all(whole[:, 2, :, 2:] != 0) and not np.any(part[:, 2, :, 2:])
 
 
 def test_padding_in_the_cache_is_finite():
