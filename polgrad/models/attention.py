@@ -77,13 +77,13 @@ def attend_to_spans(
   """`attend` to one layer of the spans of a cache, with B rows each.
 
   Args:
-    *spans: keys, values, and mask as in `attend`, but keys and values are those of a stack of layers,
-      see `cache`; and i32[], the number of the layer in the stack.
+    *spans: keys and values of a stack of layers, see `cache`; a mask as in `attend`; and i32[], the
+      number of the layer in the stack.
     several: read no span that is masked as a whole. Reading it would add zeros, so whether it is read
       changes no bit of the result.
   """
 
-  # The layer is cut out of its stack here, inside of a conditional, whose operands would be copied.
+  # The layer is cut out of its stack inside of the conditional: an operand of it would be a copy.
   def read(key: Array, value: Array, mask: Array, layer: Array) -> Read:
     key = caches.layer_of(caches.KEYS, key, layer)
     value = caches.layer_of(caches.VALUES, value, layer)
@@ -107,7 +107,7 @@ def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool
   whose gradients are scattered: exact for every number of devices, and for every mask.
 
   Args:
-    attend: as the function of this name, or `attend_to_spans`.
+    attend: a function with the arguments of `attend`, or of `attend_to_spans`.
     whole: each device has all columns of the sources, as in a cache.
   """
   if not kept_cut(*query.shape[1:3]):
@@ -127,7 +127,8 @@ def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool
   positions = cut('length', query.shape[1])
   spec = lambda *axes: PartitionSpec(*(names or None for names in axes))
   queries, masks = spec(rows, positions, heads), spec(rows, positions)
-  if whole:  # there may be an axis of layers, and scales beside them, which lack a dimension
+  if whole:
+    # Only leading axes are named: scales of 8 bits lack the last one, and stacks have one of layers.
     one = spec(rows, *[()] * (len(sources[0][0].shape) - 4), heads)
     specs = [(one, one, masks, spec())] * len(sources)
     split = jax.shard_map(

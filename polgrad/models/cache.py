@@ -56,7 +56,7 @@ def empty(
   """A cache of `length` empty columns for `batch` rows, in one span.
 
   Args:
-    stacks: how many layers each buffer has.
+    stacks: number of layers of each buffer.
     kind: of `quantized.KINDS`, the type of keys and values; '' is that of activations.
   """
   size = dict(
@@ -103,7 +103,10 @@ def axes_of(axes: tuple[str, ...], buffer: Array) -> tuple[str, ...]:
 
 
 def each(change: Callable[..., Any], axes: tuple[str, ...], *buffers: Array | Quantized):
-  """`change(axes, *buffers)`, of values and of scales where they have 8 bits, with their own axes."""
+  """`change(axes, *buffers)`; where buffers have 8 bits, of their values, and of their scales.
+
+  `axes` are then those of the array, with that of layers if it has one.
+  """
   if not is_quantized(buffers[0]):
     return change(axes_of(axes, buffers[0]), *buffers)
   values, scales = ([getattr(x, name) for x in buffers] for name in ('values', 'scale'))
@@ -118,7 +121,7 @@ def layer_of(axes: tuple[str, ...], buffer: Array | Quantized, layer: Array | in
   def cut(own: tuple[str, ...], x: Array) -> Array:
     if 'layers' not in own:
       return x
-    # With a layout of its own, or in a conditional, all layers would be copied.
+    # If the layout of the read differed from that of the stack, all layers would be copied.
     return jax.lax.dynamic_index_in_dim(on_tpu(own, x), layer, STACK, keepdims=False)
 
   return each(cut, axes, buffer)
@@ -188,7 +191,7 @@ def on_tpu(axes: tuple[str, ...], buffer: Array) -> Array:
     order.append(order.pop(axes.index('attention_length')))
   laid_out = lambda x: with_layout_constraint(x, Layout(tuple(order)))
   mesh = jax.sharding.get_abstract_mesh()
-  if AxisType.Manual in mesh.axis_types:
+  if AxisType.Manual in mesh.axis_types:  # inside of a `jax.shard_map`
     return buffer
   if not mesh.empty:  # each device for its part: the compiler does not cut a constraint
     spec = partition_spec(mesh, axes, buffer.shape)

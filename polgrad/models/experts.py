@@ -104,8 +104,9 @@ def mixture(
   if mesh.empty:
     return run(x, weights, chosen, gate, up, down)
   # Each device sorts and multiplies rows for its own experts. It gathers activations and matrices along
-  # the width. Matrices are kept split along `mlp`, but not over devices with other tokens: what these
-  # compute cannot be added up. For the same reason no experts are spread over other positions of a row.
+  # the width. Matrices stay split along `mlp`, except over devices with other tokens, since outputs of
+  # different tokens cannot be added up. For the same reason experts are not spread over the positions of
+  # a row. `others` are the mesh axes that must not split an axis of the matrices.
   rows = partition_spec(mesh, ('batch', 'length', 'hidden'), x.shape)
   rows = PartitionSpec(*rows[:2], None)
   positions = mesh_axes(rows[1])

@@ -201,17 +201,18 @@ def _can_gather(models: Mapping[str, Callable], rows: int, pieces: int) -> bool:
 # The hidden states that each model reads. Its weights are exchanged in their type.
 STATES = {'unembed': 'hidden', 'teacher_unembed': 'teacher_hidden'}
 
-# What of a statistic can be computed by devices that have pieces of the vocabulary: these arrays, and
-# operations that add up or compare, but none that sorts.
+# Devices with pieces of the vocabulary can compute a statistic that reads these arrays alone, ...
 BY_VOCABULARY = frozenset({'logits', 'tokens', 'teacher_logits'})
-SORTING = frozenset({'sort', 'top_k', 'approx_top_k'})
-SORTING |= {'cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp'}
+# ... and has none of these operations, which need all entries of the vocabulary in order.
+IN_ORDER = frozenset({'sort', 'top_k', 'approx_top_k'})
+IN_ORDER |= {'cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp'}
 
 
 def _near(models: Mapping[str, Callable], stats: Mapping[str, Callable], tokens: int) -> int:
   """The number of devices that share the vocabulary, see `_by_vocabulary`; 1: each needs all of it.
 
-  It is that with which fewest bytes move.
+  It is the number with which the fewest bytes move, and 1 where the mesh, a model or a statistic allows
+  no other.
 
   Args:
     tokens: those that each device evaluates.
@@ -221,7 +222,7 @@ def _near(models: Mapping[str, Callable], stats: Mapping[str, Callable], tokens:
   rows = [axis for axis in sharding.row_axes(mesh) if axis in sizes]
   if mesh.manual_axes or [*sizes] != rows or rows not in (['fsdp'], ['data', 'fsdp']):
     return 1
-  tables = set()  # vocabularies of tables whose width is cut, 0 of others
+  tables = set()  # sizes of vocabularies of tables whose width alone is cut; 0 of other parameters
 
   def look(x: Array, axes: tuple[str, ...]) -> None:
     cut = axes == ('vocab', 'embed')
@@ -270,7 +271,7 @@ def _goes_by_vocabulary(stat: Callable, size: int) -> bool:
   if 'tokens' in names:
     shapes['tokens'] = jax.ShapeDtypeStruct((2,), jnp.int32)
   traced = jax.make_jaxpr(lambda arrays: call(stat, arrays))(shapes)
-  return not SORTING & _primitives(traced.jaxpr)
+  return not IN_ORDER & _primitives(traced.jaxpr)
 
 
 def _primitives(jaxpr: Any) -> set[str]:
@@ -289,12 +290,12 @@ def _by_vocabulary(
   columns: int,
   near: int,
 ) -> dict[str, Array]:
-  """`_in_chunks` on a mesh, where `near` devices share the vocabulary.
+  """`_in_chunks` on a mesh, where groups of `near` devices share the vocabulary.
 
-  Each gathers the rows of the unembedding for its piece of the vocabulary, once, and the hidden states
-  of the tokens of all of them for each chunk; it computes a piece of their logits. So it holds a piece
-  of the unembedding and of its gradient, and the gradients of all chunks are added up before they are
-  exchanged. The compiler cuts the statistics: it adds up their sums over the devices.
+  Each device gathers the rows of the unembedding for its piece of the vocabulary, once. For each chunk
+  it gathers the hidden states of the tokens of its group, and computes a piece of their logits. So it
+  holds only this piece of the unembedding and of its gradient, and the gradients of all chunks are added
+  up before they are exchanged. The compiler divides the statistics, and adds up their sums over devices.
   """
   mesh = jax.sharding.get_abstract_mesh()
   rows, fsdp = ('data', 'fsdp'), mesh.shape['fsdp']
@@ -302,7 +303,7 @@ def _by_vocabulary(
   on_each = functools.partial(jax.shard_map, axis_names={*rows}, check_vma=False)
 
   def piece(x: Array, dtype: Any) -> Array:
-    # [V, D / fsdp] -> [1, V / near, D]
+    # [V, D / fsdp] -> [V / near, D near / fsdp] within a group -> [1, V / near, D] between groups
     exchange = dict(tiled=True, axis_index_groups=close.members(fsdp))
     x = jax.lax.all_to_all(x.astype(dtype), 'fsdp', split_axis=0, concat_axis=1, **exchange)
     return sharding.gather(x, ('fsdp',), 1, far)[None]

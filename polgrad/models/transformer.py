@@ -518,7 +518,7 @@ def sampled(
     weights: of the matrices that products read, a kind of `quantized.KINDS`, or '' for `dtype`. Adapters
       are not rounded: a step of an adapter is less than a step of 8 bits.
     cache: of keys and values, a kind of `quantized.KINDS`, or '' for `dtype`.
-    looped: whether `decode` loops over the layers; None: where the platform is a TPU.
+    looped: whether `decode` loops over the layers for each token; None: on TPUs alone.
   """
   if not (dtype or weights or cache) and looped is None:
     return policy
@@ -530,7 +530,11 @@ def sampled(
 
 
 def _over_layers(layer: Callable, local: list[bool], carry: Any) -> Any:
-  """`carry` after `layer(number, whether it is local, *carry)` of each layer; several are a loop."""
+  """The result of `carry = layer(i, local[i], *carry)` for each layer i of a stack; a loop, if several.
+
+  Args:
+    local: whether the attention of each layer is local.
+  """
   if len(local) < 2:
     return layer(0, local[0], *carry) if local else carry
   kinds = jnp.array(local)
@@ -675,11 +679,11 @@ class Functions:
     return {**params, 'layers': tuple(map(cut, self.stacks(), ends))}
 
   def stacks(self) -> tuple[int, ...]:
-    """How many layers each stack has, of parameters and of a cache, in which `decode` reads them.
+    """The number of layers in each stack: `decode` reads parameters and caches as stacks of layers.
 
-    On a TPU a loop over all layers reads the part of a layer where it is, and writes the new column in
-    place: one layer is compiled in place of all of them. On CPUs a product is a library call, for which
-    a part of a stack would be copied, so each layer is a stack, and the loop is unrolled.
+    On a TPU all layers are one stack. A loop reads the part of each layer where it is, and writes the
+    new column in place, so one layer is compiled instead of all. On CPUs each layer is a stack, so the
+    loop is unrolled: a product is a library call, for which a part of a larger stack would be copied.
     """
     looped = self.looped if self.looped is not None else platform() == 'tpu'
     layers = self.config.num_layers
@@ -694,12 +698,14 @@ class Functions:
     cache: Cache,
     index: Array | int,
   ) -> tuple[Array, Cache]:
+    # Prompts begin at a column known when tracing; steps and replies at one that is computed.
     if isinstance(index, int) and tokens.shape[1] > 1 and len(params['layers']) > 1:
       return self._read_prompts(params, tokens, positions, valid, cache, index)
     # The new tokens are in the cache before they attend, so that they see themselves.
     written = jnp.where(valid, positions, -1)
     starts = itertools.accumulate((span.length for span in cache.spans[:-1]), initial=0)
-    columns, places, views = [index - start for start in starts], [], []
+    columns = [index - start for start in starts]  # in each span
+    places, views = [], []  # of each span: its positions, and what the new tokens see of it
     for span, column in zip(cache.spans, columns):
       held = caches.write(caches.POSITIONS, span.positions, written, column)
       mask = (held[:, None] >= 0) & (held[:, None] <= positions[:, :, None])
@@ -709,6 +715,7 @@ class Functions:
     several = bool(jnp.ndim(index)) or len(cache.spans) > 1
 
     def layer(stack: Params, i: Array | int, local: Array | bool, x: Array, held: tuple):
+      """Layer i of a stack; `held` are keys and values of the stack, by span."""
       run = functools.partial(self.block.apply, {'params': jax.tree.map(lambda p: p[i], stack)})
       seen = [one_view(local, view) for view in views]
       query, key, value = run(x, seen[0].turns, cached=True, method='project')
@@ -721,7 +728,7 @@ class Functions:
       attended = run(query, *sources, several=several, method='attend_to_cache')
       return run(x, attended, valid, method='finish'), tuple(held)
 
-    # A part of a model computes its layers alone, and leaves those behind them in a cache unchanged.
+    # `first_layers` has fewer layers than parameters and cache, and leaves the others unchanged.
     local = [i in self.config.local_layers for i in range(self.config.num_layers)]
     read = []  # keys and values of the spans, by stack
     for number, stack in enumerate(params['layers']):
@@ -743,9 +750,10 @@ class Functions:
     cache: Cache,
     index: int,
   ) -> tuple[Array, Cache]:
-    """`decode` as a loop over one stack of the layers, which compiles one layer in place of all.
+    """`decode` of prompts where each layer is a stack, by a loop: one layer is compiled instead of all.
 
-    Prompts are read once, so putting weights and cache into a stack costs little beside the products.
+    Weights and caches are copied into one stack and back. Prompts are read once, so this costs little
+    beside the products.
     """
     join = lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     stack = lambda buffers: jax.tree.map(lambda *x: jnp.stack(x, caches.STACK), *buffers)

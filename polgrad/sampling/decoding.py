@@ -402,7 +402,11 @@ def categorical(keys: Array, positions: Array, log_probs: Array) -> Array:
 
 
 def gumbel(keys: Array, positions: Array, vocabulary: int) -> Array:
-  """The Gumbel noise that `drawn` reads, f32[n, k], of keys [n], each folded with a position i32[n]."""
+  """Gumbel noise for `drawn`, f32[n, k], of keys [n], each folded with a position i32[n].
+
+  k is the size of the vocabulary, or that of a group and the number of groups added up, see
+  `group_sizes`.
+  """
   within, groups = group_sizes(vocabulary)
   size = within + groups if groups > 1 else within
   keys = jax.vmap(jax.random.fold_in)(keys, positions)
@@ -410,11 +414,11 @@ def gumbel(keys: Array, positions: Array, vocabulary: int) -> Array:
 
 
 def drawn(log_probs: Array, noise: Array) -> Array:
-  """Tokens i32[...] with the probabilities exp(log_probs), f32[..., V], given noise of `gumbel`.
+  """Draws tokens i32[...] with probabilities exp(log_probs), f32[..., V], by the noise of `gumbel`.
 
-  The argmax of log-probabilities plus Gumbel noise is a draw from them. Where tokens are in groups, see
-  `group_sizes`, a group is drawn first, by its probability, and then one of its tokens. A token of
-  probability 0 is never drawn.
+  The argmax of log-probabilities plus Gumbel noise is a draw. Where tokens are in groups, see
+  `group_sizes`, a group is drawn by the probabilities of groups, and then one of its tokens. A token
+  of probability 0 is never drawn.
   """
   within, groups = group_sizes(log_probs.shape[-1])
   if groups == 1:
@@ -432,10 +436,11 @@ def drawn(log_probs: Array, noise: Array) -> Array:
 
 
 def group_sizes(vocabulary: int) -> tuple[int, int]:
-  """The number of tokens in a group, and of groups: one group of all tokens, except for CPUs.
+  """The number of tokens in a group, and of groups, for `drawn`; one group has all tokens.
 
-  These would need a quarter of a rollout for the noise of a large vocabulary. On others noise is made
-  where it is added, and never written; groups would cost a copy of the logits.
+  Several groups are for CPUs with a vocabulary above 256. There, noise for every token can be a quarter
+  of a rollout's time; with groups it is drawn for each group and for the tokens of one. Other platforms
+  make noise where it is added, and never write it; groups would cost them a copy of the logits.
 
   >>> group_sizes(100), group_sizes(49152)  # on a CPU
   ((100, 1), (32, 1536))

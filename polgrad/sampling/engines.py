@@ -67,7 +67,8 @@ class Own:
   weights: Literal['', 'int8', 'float8'] = ''
   # Of keys and values: 8 bits with a scale for each token and head.
   cache: Literal['', 'int8', 'float8'] = ''
-  # How layers are compiled: one in a loop over all, or one after the other; '' is 'loop' on TPUs alone.
+  # A step of decoding is a loop over the layers, or has all of them unrolled; '' is 'loop' on TPUs, and
+  # 'unrolled' elsewhere. Prompts are always read by a loop.
   layers: Literal['', 'loop', 'unrolled'] = ''
 
   def drawn_from(self, policy: Policy) -> Policy:

@@ -14,7 +14,7 @@ logits. No token is taken from the proposer, and `behavior_logp` is that of a dr
 A proposer that draws uses the Gumbel noise of the sampler (arXiv:2408.07978): where two distributions P
 and Q are similar, their largest sums of log-probability and noise are often at the same token, with a
 probability of at least (1 - TV) / (1 + TV), where TV is the total variation distance of P and Q. (On a
-CPU a group of tokens may be drawn first, then one of them; the bound holds for each of these draws.)
+CPU the sampler may draw a group of tokens and then one of them; the bound holds for each of the draws.)
 Rejection sampling has 1 - TV, but there a row depends on what was proposed. If the proposal is not
 random, both are the probability of the proposed token.
 """
@@ -83,7 +83,7 @@ class Drawing(NamedTuple):
 
   params: dict[str, Params]  # unstacked, by parameter set
   width: int  # columns of the prompts
-  noise: Array  # f32[Q * S, tokens + 1, k], Gumbel noise of the next tokens of each slot
+  noise: Array  # f32[Q * S, tokens + 1, k], of `decoding.gumbel`, for the next tokens of each slot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -342,7 +342,7 @@ class SpeculativeSampler(Sampler):
     )
 
   def noise(self, keys: Array, state: Decoding) -> Array:
-    """Gumbel noise of the next tokens of every slot, f32[Q * S, tokens + 1, k]."""
+    """Noise of `decoding.gumbel` of the next tokens of every slot, f32[Q * S, tokens + 1, k]."""
     places = state.made.reshape(-1, 1) + jnp.arange(self.proposer.tokens + 1)[None]
     own = jnp.repeat(take(keys, state.row), places.shape[1], axis=0)
     size = next(iter(self.policies.values())).config.vocab_size
