@@ -35,7 +35,7 @@ def parse(made, argv):
 
 
 def split(made, argv):
-  """The options, and the flags that follow --, which are those of a run that can be started."""
+  """`parse` without the option --warn: refuses a bad name or sweep, and a run without --config."""
   own, rest = argv, []
   if '--' in argv:
     own, rest = argv[: argv.index('--')], argv[argv.index('--') + 1 :]

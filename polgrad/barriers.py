@@ -20,7 +20,7 @@ from jax._src import distributed
 WAIT_AT_MOST = 1800.0
 # Seconds without a barrier after which a watched process ends, 0: never; the flag --stuck_after sets it.
 STUCK_AFTER = 7200.0
-# Seconds in which the processes then tell each other where they are.
+# Seconds in which processes that end so tell each other where they are.
 TELLING = 10.0
 
 
@@ -46,7 +46,8 @@ def together(what: str, failure: Exception | None = None, *, detail: str = '') -
   Args:
     failure: an error of this process, which all processes then raise. Of several, that of the process
       with the lowest number.
-    detail: what `watched` says of this barrier and later ones besides their names: the number of a step.
+    detail: what the message of `watched` says besides the name, such as the number of a step; later
+      barriers without a detail keep it.
   """
   if jax.process_count() == 1:
     if failure is not None:
@@ -98,12 +99,12 @@ def _never_together(what: str, seconds: float, said: str) -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-  """Within, a process that passes no barrier for `STUCK_AFTER` seconds ends, with a message.
+  """Ends the process, with a message, if it passes no barrier for `STUCK_AFTER` seconds within.
 
-  A program on devices waits without a limit for another process that never starts it, although all
-  processes live. (CPU devices give up after 30 minutes.) All of them are then at the limit at the same
-  time, and tell each other where they are: the message has the last barrier and the place in the code of
-  each process, and which of them have not answered.
+  If one process never starts a program on the devices, the others wait in it without a limit, although
+  all processes live. (CPU devices give up after 30 minutes.) All reach this limit at about the same
+  time, and tell each other where they are: the message has the last barrier of each process and its
+  place in the code, or says that it has not answered.
   """
   if jax.process_count() == 1 or not STUCK_AFTER:
     yield
@@ -123,7 +124,11 @@ def _pass(what: str, detail: str) -> None:
 
 
 def _watch(over: threading.Event, thread: int) -> None:
-  """Waits until `over`, or until the last barrier is too long ago, which ends the process."""
+  """Waits until `over`, and ends the process if the last barrier is too long ago.
+
+  Args:
+    thread: identifier of the thread that runs the program, for the message.
+  """
   while (left := _last.at + STUCK_AFTER - time.monotonic()) > 0:
     if over.wait(left):
       return
@@ -134,7 +139,7 @@ def _stuck(frame: FrameType | None) -> None:
   """Ends the process, after it has told the others where it is.
 
   Args:
-    frame: what the process executes.
+    frame: innermost frame of the stack of the main program.
   """
   own, count = jax.process_index(), jax.process_count()
   step = f' of {_last.detail}' if _last.detail else ''

@@ -860,8 +860,8 @@ def _check_reads(path: str, phase: Phase, run: Experiment) -> None:
     what = 'the policy' if name == 'policy' else 'a copy of the policy'
     raise ValueError(
       f'{path}.collect.speculate.model: {name!r} is {what}, so it proposes no faster than the policy '
-      f'draws; name a smaller model by {path}.frozen.{name if name != "policy" else "draft"}, or take '
-      'FirstLayers'
+      f'draws; name a smaller model by {path}.frozen.{name if name != "policy" else "draft"}, or set '
+      f'--{path}.collect.speculate.name=FirstLayers'
     )
   _check_frozen(path, phase, run)
   scored = {f for f in anchors if f.endswith('_head_score')}

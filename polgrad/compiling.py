@@ -22,28 +22,32 @@ class Program:
   """A jitted function that may be compiled before it is called, while the process does other work."""
 
   def __init__(self, jitted: Callable):
-    self._jitted, self._made = jitted, None
+    self._jitted, self._thread = jitted, None
 
   def __call__(self, *args: Any) -> Any:
-    made, self._made = self._made, None
-    if made is not None:
-      made.join()
+    thread, self._thread = self._thread, None
+    if thread is not None:
+      thread.join()
     return self._jitted(*args)
 
   def ahead(self, arguments: Callable[[], tuple]) -> None:
-    """Begins to compile in the background, for arguments like those that the function gives.
+    """Begins to compile in the background.
 
-    They are not computed with. A call waits until it is done, and compiles itself if its arguments are
-    of other shapes. An error is left to the call, which meets it again.
+    The next call waits until this is done, and compiles again if its arguments have other shapes. An
+    error in the background is ignored: the call meets it again.
+
+    Args:
+      arguments: makes arguments of the shapes, types and shardings to compile for; nothing is computed
+        with them.
     """
-    mesh = jax.sharding.get_mesh()  # which only this thread knows
+    mesh = jax.sharding.get_mesh()  # each thread has its own
 
     def begin() -> None:
       with contextlib.suppress(Exception), jax.set_mesh(mesh):
         self._jitted.lower(*arguments()).compile()
 
-    self._made = threading.Thread(target=begin, name='compiling ahead')
-    self._made.start()
+    self._thread = threading.Thread(target=begin, name='compiling ahead')
+    self._thread.start()
 
 
 def options() -> dict[str, Any]:

@@ -42,12 +42,13 @@ def on(mesh: Mesh) -> Iterator[None]:
 
 @functools.cache
 def meet(mesh: Mesh) -> None:
-  """Connects the devices of several processes, which CPU devices do at the first program they share.
+  """Connects the CPU devices of several processes by a tiny program; others need none.
 
-  They wait 30 seconds for each other there, which JAX has no setting for. Times to compile the first
-  real program can differ by more, on a busy machine or where one process finds it in its cache. So
-  before that, behind a barrier, all processes start a tiny program at the same time, in which each group
-  of devices along axes of the mesh adds up a number.
+  CPU devices connect in the first program in which they exchange something, and wait 30 seconds for each
+  other there, for which JAX has no setting. Times to compile a real program can differ by more: on a
+  busy machine, or where one process finds the program in its cache. So all processes first start a tiny
+  program at the same time, behind a barrier. In it each group of devices along axes of the mesh, for
+  every combination of axes, adds up a number.
   """
   if jax.process_count() == 1 or jax.default_backend() != 'cpu':
     return

@@ -90,7 +90,7 @@ def runs(computations: dict[str, list[Op]], entry: str, outermost: bool = True) 
   conditional, of which only one runs.
 
   Args:
-    outermost: False counts one trip of the loops that are in no other loop.
+    outermost: whether loops that are in no other loop count with all of their trips; False: with one.
   """
   times = collections.Counter({entry: 1.0})
   for name in _in_call_order(computations, entry):
@@ -357,8 +357,8 @@ def _trips(op: Op, computations: dict[str, list[Op]]) -> int:
 def _step(op: Op, computations: dict[str, list[Op]]) -> int:
   """What a loop adds to its counter in a trip: 2, for example, where the compiler has unrolled it.
 
-  The counter is the element of the loop's tuple that the condition reads, by an instruction or, as newer
-  compilers write it, by its number: `%tuple#4`.
+  The counter is the element of the loop's tuple that the condition reads. The condition names it by an
+  instruction (`get-tuple-element`) or, as newer compilers write it, by its number: `%tuple#4`.
   """
   name = lambda kind: re.search(rf'{kind}=%?([\w.\-]+)', op.rest)[1]
   body = {one.name: one for one in computations[name('body')]}

@@ -77,7 +77,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def other_data(before: Mapping[str, Any], now: Mapping[str, Any], phase: str) -> list[str]:
-  """What differs in the data of a phase: its source, or the files and functions that it names."""
+  """Those `differences` that are in the data of a phase: its source, or files and functions it names."""
   place = f'config.phases.{phase}.source'
   source = now['config']['phases'][phase]['source']
   lists = (x if isinstance(x, list) else [x] for _, x in leaves(source))

@@ -175,7 +175,7 @@ class PhaseRun:
   recall: responses.Recall | None = None  # measures `drift`; None: the curriculum does not read it
 
   def prepare(self, state: TrainState) -> None:
-    """What comes before the steps: begins to compile the update, and measures a phase that is new."""
+    """What comes before the steps: begins to compile the update, and evaluates before the first step."""
     self.compile_ahead(state)
     if int(state.phase_step) == 0 and (found := self.evaluate(state, 0)):
       self.improved(state, found)  # only looks whether there is such a metric
@@ -184,8 +184,8 @@ class PhaseRun:
   def compile_ahead(self, state: TrainState) -> None:
     """Begins to compile the policy's update in the background, if a step is left.
 
-    Meanwhile the first batch is collected, which compiles the programs of the sampler. Where rows are
-    packed, the shapes of a batch are known only with its rows, and nothing is done.
+    Meanwhile the first batch is collected, which compiles the programs of the sampler. Nothing is done
+    where rows are packed, since the shapes of a batch then depend on its rows.
     """
     left = int(state.phase_step) < self.phase.steps
     if left and not self.phase.layout.pack and not is_quick():
@@ -680,12 +680,12 @@ class Update:
     return after.replace(responses=state.responses), report
 
   def ahead(self, state: TrainState, phase: Phase, mesh: jax.sharding.Mesh) -> None:
-    """Begins to compile in the background, for minibatches of the phase."""
+    """Begins to compile in the background, for minibatches of the phase, see `Program.ahead`."""
     state = state.replace(responses=())
     self.program.ahead(lambda: (state, empty_minibatch(phase, mesh)))
 
 
-def jit_learner(learner: Learner | AnchorLearner | NetworkLearner, state: TrainState) -> 'Update':
+def jit_learner(learner: Learner | AnchorLearner | NetworkLearner, state: TrainState) -> Update:
   """`update` of the policy, of an anchor or of a network, compiled.
 
   It donates the state that it is given, and shards the new state in the same way. What is on the host

@@ -369,7 +369,7 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 
 class Group(NamedTuple):
-  """Devices of a mesh axis that exchange with each other: each `stride`-th, `size` of them."""
+  """Groups of `size` devices of a mesh axis, `stride` apart, that exchange with each other."""
 
   size: int
   stride: int = 1
@@ -393,7 +393,7 @@ def gather(
   ring: the compiler would write a scatter as an all-reduce, which receives twice the bytes.
 
   Args:
-    group: the devices of the mesh axis, then only one, whose pieces these are; None: all.
+    group: the groups of devices that gather their pieces, with only one axis; None: all devices.
   """
 
   def whole(_, x: jax.Array) -> jax.Array:
@@ -424,8 +424,10 @@ def ring_scatter(
 ) -> jax.Array:
   """`jax.lax.psum_scatter` over a mesh axis, tiled, by sums that are passed to the next device.
 
-  A device receives (n - 1) / n of the entries of `x`, with n devices, in this type. With a group, each
-  group of devices does so for itself.
+  A device receives (n - 1) / n of the entries of `x`, with n devices, in this type.
+
+  Args:
+    group: the groups of devices, each of which adds up its own; None: one of all devices.
   """
   devices, own = jax.lax.axis_size(name), jax.lax.axis_index(name)
   n, stride = group or Group(devices)
@@ -475,11 +477,11 @@ def gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def constrain_near(x: jax.Array, near: int, last: bool = False) -> jax.Array:
-  """Constrains an array whose rows are sharded over `data` and `fsdp`, for groups of devices.
+  """An array whose rows are sharded over `data` and `fsdp`, resharded for groups of devices.
 
-  Each `near` consecutive devices of `fsdp` have the rows of all of them, and with `last` each has a
-  piece of the last dimension. No mesh axis says this, so the array is constrained on a mesh of the same
-  devices whose `fsdp` is cut in two.
+  Each group of `near` consecutive devices of `fsdp` shares its rows: every device of it has all of them,
+  or with `last` all of them for a piece of the last dimension. No mesh axis says this, so the sharding
+  constraint is one on a mesh of the same devices, with `fsdp` cut into two axes.
   """
   mesh = jax.sharding.get_abstract_mesh()
   sizes = {}

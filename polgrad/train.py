@@ -174,10 +174,14 @@ def prepare(
 
 
 def check_records(experiment: Experiment, meta: dict, own: dict) -> None:
-  """Refuses other data than those of the checkpoint where its phase remembers records by number.
+  """Refuses other data than those of the checkpoint if its phase remembers records by their numbers.
+
+  Args:
+    meta: of the checkpoint, with the identity of the run that saved it.
+    own: the identity of this run.
 
   Raises:
-    ValueError: what is remembered would be that of other records.
+    ValueError: the data differ, so the numbers belong to other records.
   """
   name = meta['order'][meta['phase']]
   if name not in experiment.phases or 'identity' not in meta:

@@ -41,7 +41,7 @@ SPENT = collections.defaultdict(list)  # seconds by part of a step
 
 
 class Timed:
-  """A function that waits for its result and writes down how long it took; else as the function is."""
+  """A function that waits for its result and records the seconds; it has the function's attributes."""
 
   def __init__(self, name: str, function: Callable):
     self.name, self.function = name, function

@@ -286,7 +286,7 @@ class Collector(abc.ABC):
 
   @property
   def remembers_numbers(self) -> bool:
-    """Whether its memory has records as their numbers, so that they are read again in later steps."""
+    """Whether its memory (`init`) has numbers of records, by which later steps read them again."""
     return False
 
   def init(self) -> Any:

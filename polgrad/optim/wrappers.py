@@ -126,10 +126,10 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def clipped(limit: float) -> optax.GradientTransformation:
-  """Scales a gradient whose global norm is not below the limit to that norm.
+  """Scales a gradient whose global norm exceeds the limit, so that its norm is the limit.
 
-  `optax.clip_by_global_norm` divides every entry by the norm, and the moments and the step each read
-  the result, so XLA writes it down. One factor is multiplied with where an entry is read.
+  `optax.clip_by_global_norm` divides every entry by the norm, and both moments and the step read the
+  result, so XLA stores a clipped copy. Here entries are multiplied by one factor where they are read.
 
   >>> step, _ = clipped(1.0).update({'w': jnp.array([3.0, 4.0])}, optax.EmptyState())
   >>> step['w'].tolist()
