@@ -404,8 +404,9 @@ def gather(
   def scatter(_, gradient: jax.Array) -> jax.Array:
     for name in names:  # pieces are in the order of the axes
       options = dict(name=name, dimension=dimension, dtype=x.dtype, group=group)
-      ring, plain = (functools.partial(f, **options) for f in (ring_scatter, _plain_scatter))
-      gradient = jax.lax.platform_dependent(gradient, tpu=ring, default=plain)
+      ways = dict(tpu=ring_scatter, cpu=_wide_scatter, default=_plain_scatter)
+      ways = {where: functools.partial(way, **options) for where, way in ways.items()}
+      gradient = jax.lax.platform_dependent(gradient, **ways)
     return gradient
 
   return linear_call(whole, scatter, (), x)
@@ -417,6 +418,11 @@ def _plain_scatter(
   groups = group and group.members(jax.lax.axis_size(name))
   exchange = dict(tiled=True, axis_index_groups=groups)
   return jax.lax.psum_scatter(x.astype(dtype), name, scatter_dimension=dimension, **exchange)
+
+
+def _wide_scatter(x: jax.Array, *, dtype: Any, **options: Any) -> jax.Array:
+  # XLA for CPUs aborts the process where bfloat16 is added up over devices.
+  return _plain_scatter(x, dtype=jnp.float32, **options).astype(dtype)
 
 
 def ring_scatter(

@@ -148,6 +148,17 @@ def test_each_group_of_a_ring_adds_up_its_own(group):
   np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_gathered_bfloat16_is_added_up_on_cpus():
+  """XLA for CPUs aborts where it adds up this type over devices."""
+  mesh, x = sharding.make_mesh(fsdp=8), jnp.arange(8.0, dtype=jnp.bfloat16)
+  gather = lambda x: sharding.gather(x, ('fsdp',), 0)
+  own = dict(axis_names={'fsdp'}, check_vma=False)
+  run = jax.shard_map(gather, mesh=mesh, in_specs=P('fsdp'), out_specs=P('fsdp'), **own)
+  found = jax.jit(jax.grad(lambda x: jnp.sum(run(x) * jnp.arange(64.0))))(x)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, np.arange(64.0).reshape(8, 8).sum(0))
+
+
 def readout(table):
   return Unembedding(
     lambda params, x: einsum('nd,vd->nv', x, params['table'].astype(x.dtype)),
