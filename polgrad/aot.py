@@ -25,7 +25,7 @@ from polgrad.checks import memory, tracing
 from polgrad.learner import Learner, forward_in_pieces
 from polgrad.models import cache as caching
 from polgrad.models.policy import Policy, learned
-from polgrad.models.token_stats import exchanged
+from polgrad.models.token_stats import exchanged, sharing
 from polgrad.sampling import engines, resumable
 from polgrad.sampling import sampler as sampling
 from polgrad.sampling.decoding import Sampler
@@ -284,11 +284,8 @@ class Planner:
       return moved
     # The unembedding moves less where devices share the vocabulary.
     of_each = tokens / passes / mesh.size
-    vectors = [
-      exchanged(config.vocab_size, of_each, n, near, update=update)
-      for near in range(1, n + 1)
-      if n % near == 0
-    ]
+    vocab = config.vocab_size
+    vectors = [exchanged(vocab, of_each, n, g, update=update) for g in sharing(vocab, n)]
     saved = passes * (vectors[0] - min(vectors))
     return moved - saved * config.width * jnp.dtype(config.dtype).itemsize
 

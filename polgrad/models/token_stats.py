@@ -237,8 +237,16 @@ def _near(models: Mapping[str, Callable], stats: Mapping[str, Callable], tokens:
   if not all(_goes_by_vocabulary(stat, size) for stat in stats.values()):
     return 1
   n = sizes['fsdp']
-  ways = [g for g in range(1, n + 1) if n % g == 0 and size % g == 0]
-  return min(ways, key=lambda g: exchanged(size, tokens, n, g))
+  return min(sharing(size, n), key=lambda near: exchanged(size, tokens, n, near))
+
+
+def sharing(vocab: int, devices: int) -> list[int]:
+  """The numbers of devices that can share a vocabulary: they divide its size and that of the mesh axis.
+
+  >>> sharing(48, 32)
+  [1, 2, 4, 8, 16]
+  """
+  return [n for n in range(1, devices + 1) if devices % n == 0 and vocab % n == 0]
 
 
 def exchanged(vocab: int, tokens: float, devices: int, near: int, *, update: bool = True) -> float:
