@@ -50,7 +50,7 @@ def parse(argv):
   if added := sorted(given & {'--coordinator', '--num_processes', '--process_id'}):
     parser.error(f'{added[0]} is added for every process; leave it out')
   if not 0 <= options.port < 2**16:
-    parser.error(f'--port={options.port}: must be from 1 to 65535, or 0')
+    parser.error(f'--port={options.port}: expected 1 to 65535, or 0 for a free port')
   if options.port and taken(options.port):
     parser.error(f'--port={options.port} is taken by another program')
   return options, rest
