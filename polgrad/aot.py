@@ -485,7 +485,7 @@ class Planner:
     read = lambda sets, tokens, mask: one.prefill(one.unstacked(sets, 0), tokens, mask)
     prefill = Counts(models * forward(count, width) / chips, gathered, least(count * width))
 
-    # A step of decoding, as the loop makes it: its state is donated, and layers are cut off before it.
+    # A step of decoding, as in the loop: its state is donated, and parameters are unstacked before it.
     def begin(sets, tokens, mask):
       read_prompts = read(sets, tokens, mask)
       return one.refill(read_prompts, one.start(read_prompts, width))

@@ -92,7 +92,7 @@ STUCK_AFTER = flags.DEFINE_integer(
   'stuck_after',
   7200,
   'Seconds without a barrier after which the processes of a training run end; 0: no limit. A step has '
-  'several barriers, so this is above the time of a rollout, an update or a compilation.',
+  'several barriers; the longest rollout, update or compilation must take less time than this.',
   lower_bound=0,
 )
 

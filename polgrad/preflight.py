@@ -5,10 +5,10 @@
       --topology=v5e:4x4 --shape=qwen3_0_6b --config.mesh.fsdp=16 --config.mesh.data=1
 
 Nothing runs, and no weights are needed. Of every phase it compiles the update, the log-probs of an
-anchor, the prefill of a sampler and one step of its decoding, and reports for a chip: memory by the
-compiler's count, operations and bytes counted by hand, the least time that these take, and collectives
-counted in the compiled program. Exit code 1: a program does not fit into memory. docs/preflight.md
-explains the numbers.
+anchor, the rollout, and its prefill and one step of its decoding alone. It reports for a chip: memory by
+the compiler's count, operations and bytes counted by hand, the least time that these take, and
+collectives counted in the compiled program. Exit code 1: a program does not fit into memory.
+docs/preflight.md explains the numbers.
 """
 
 import json
