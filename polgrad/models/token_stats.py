@@ -156,20 +156,10 @@ def token_stats(
   rows, width = of_tokens['tokens'].shape
   if chunk is None:
     chunk = LOGITS // jax.eval_shape(unembed, hidden[0, 0]).size
-  # Number of columns of a piece in a chunk: every device holds its part of the rows.
-  at_once = max(1, chunk * sharding.ambient_data_parallel_size() // rows)
-  at_once = _even(width // pieces, at_once)
   models = {'unembed': unembed, 'teacher_unembed': teacher_unembed}
   models = {name: model for name, model in models.items() if model is not None}
-  run, columns = _in_chunks, at_once * pieces
-  if width > columns and _can_gather(models, rows, pieces):
-    run, columns = _on_own_tokens, at_once
-    near = _near(models, stats, rows * width // sharding.ambient_data_parallel_size())
-    if near > 1:
-      # A product has tokens of `near` devices, so fewer of each.
-      columns = _even(width, max(1, at_once // near))
-      run = functools.partial(_by_vocabulary, near=near)
-  out = run(of_tokens, whole, temperature, models, stats=stats, columns=columns)
+  run = _way(models, stats, rows, width, chunk, pieces)
+  out = run(of_tokens, whole, temperature, models, stats=stats)
   # Back to columns of `tokens`: undo the gathering and the shift.
   if gathers:
     out = {name: _put(x, chosen, where[:, 1:]) for name, x in out.items()}
@@ -180,6 +170,33 @@ def token_stats(
     out = {name: jnp.where(seen(x), x, 0) for name, x in out.items()}
   first = lambda x: jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
   return {name: first(x) for name, x in out.items()}
+
+
+def _way(
+  models: Mapping[str, Callable],
+  stats: Mapping[str, Callable],
+  rows: int,
+  width: int,
+  chunk: int,
+  pieces: int,
+) -> Callable:
+  """The one of `_in_chunks`, `_on_own_tokens` and `_by_vocabulary` to use, with its columns of a chunk.
+
+  Args:
+    rows, width: of the tokens that are evaluated, on all devices.
+    chunk: see `token_stats`.
+    pieces: number of pieces into which devices cut the positions of a row.
+  """
+  devices = sharding.ambient_data_parallel_size()
+  # Number of columns of a piece in a chunk: every device holds its part of the rows.
+  at_once = _even(width // pieces, max(1, chunk * devices // rows))
+  if width <= at_once * pieces or not _can_gather(models, rows, pieces):
+    return functools.partial(_in_chunks, columns=at_once * pieces)
+  near = _near(models, stats, rows * width // devices)
+  if near == 1:
+    return functools.partial(_on_own_tokens, columns=at_once)
+  # A product has tokens of `near` devices, so fewer of each.
+  return functools.partial(_by_vocabulary, near=near, columns=_even(width, max(1, at_once // near)))
 
 
 def _even(width: int, at_once: int) -> int:
