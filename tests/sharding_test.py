@@ -168,7 +168,7 @@ def readout(table):
 
 
 def head(table, hidden, tokens, **stats):
-  """Statistics, a chunk at a time, and their weighed sum."""
+  """Statistics, a chunk at a time, and their weighted sum."""
   out = token_stats(hidden, tokens, readout(table), stats=stats, chunk=2)
   weight = jnp.sin(jnp.arange(tokens.size).reshape(tokens.shape))
   return sum((1 + i) * jnp.einsum('bt...,bt->', x, weight) for i, x in enumerate(out.values())), out
