@@ -144,7 +144,7 @@ def test_a_step_of_decoding_reads_weights_and_cache_once_and_copies_neither():
   with sharding.compiling_for(aot.topology('v5e:2x2')[:1]):
     mesh = sharding.make_mesh()
   sizes = dict(width=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=512)
-  # With two layers, what both have in a later span would fit near the processor, and be read in each step.
+  # With two layers, what both have in a later span would fit near the processor, and be read in a step.
   model = models.decoder(vocab_size=512, num_layers=4, max_length=4096, **sizes)
   policy = engines.Own(dtype='bfloat16', weights='int8', cache='int8').drawn_from(model)
   made = tpu.compile_decoding(policy, mesh, rows=128, prompt=3072, new=1024)
