@@ -127,14 +127,17 @@ def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool
   positions = cut('length', query.shape[1])
   spec = lambda *axes: PartitionSpec(*(names or None for names in axes))
   queries, masks = spec(rows, positions, heads), spec(rows, positions)
-  if whole:
-    # Only leading axes are named: scales of 8 bits lack the last one, and stacks have one of layers.
-    one = spec(rows, *[()] * (len(sources[0][0].shape) - 4), heads)
-    specs = [(one, one, masks, spec())] * len(sources)
+
+  def on_each(attend: Callable, specs: list) -> Array:
     split = jax.shard_map(
       attend, in_specs=(queries, *specs), out_specs=queries, axis_names=used, check_vma=False
     )
     return split(query, *sources)
+
+  if whole:
+    # Only leading axes are named: scales of 8 bits lack the last one, and stacks have one of layers.
+    one = spec(rows, *[()] * (len(sources[0][0].shape) - 4), heads)
+    return on_each(attend, [(one, one, masks, spec())] * len(sources))
   gathered = [cut('length', mask.shape[-1]) for _, _, mask in sources]
   keys = lambda own: spec(rows, heads, (), own)
   specs = [(keys(own), spec(rows, heads, own), masks) for own in gathered]
@@ -146,10 +149,7 @@ def over_positions(attend: Callable, query: Array, *sources: Source, whole: bool
     read = [(gather(k, own, 3), gather(v, own, 2), m) for own, (k, v, m) in zip(gathered, sources)]
     return attend(query, *read)
 
-  split = jax.shard_map(
-    local, in_specs=(queries, *specs), out_specs=queries, axis_names=used, check_vma=False
-  )
-  return split(query, *sources)
+  return on_each(local, specs)
 
 
 # Of one source: the largest score and the sum of exponentials, f32[B, S, heads], and the sum of values,
