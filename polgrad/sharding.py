@@ -425,6 +425,13 @@ def _wide_scatter(x: jax.Array, *, dtype: Any, **options: Any) -> jax.Array:
   return _plain_scatter(x, dtype=jnp.float32, **options).astype(dtype)
 
 
+def added_up_wide(tree: Any) -> Any:
+  """Arrays of bfloat16 in float32 on CPUs, where XLA aborts the process if bfloat16 is added up over
+  devices. `jax.shard_map` adds up gradients of what several devices have; no value changes."""
+  narrow = lambda x: x.dtype == jnp.bfloat16 and platform() == 'cpu'
+  return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)
+
+
 def ring_scatter(
   x: jax.Array, *, name: str, dimension: int, dtype: Any, group: Group | None = None
 ) -> jax.Array:

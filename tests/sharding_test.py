@@ -199,6 +199,25 @@ def test_devices_that_share_the_vocabulary_compute_what_one_computes():
   assert max(np.prod(size) for op in gathers for _, size in op.shapes) == 48 * 16 / 2
 
 
+def test_parameters_of_bfloat16_have_gradients_on_cpus():
+  """Where several devices have the same part of one, its gradients are added up."""
+  table = jnp.asarray(STATES[0], jnp.bfloat16)
+
+  def run(table, tokens):
+    stats = dict(logp=logit_stats.logp, likely=functools.partial(logit_stats.most_likely, k=2))
+    return head(table, look_up(table, tokens), tokens, **stats)[0]
+
+  expected = jax.jit(jax.grad(run))(table, NEXT)
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  table = jax.device_put(table, NamedSharding(mesh, P(None, 'fsdp')))
+  with jax.set_mesh(mesh):
+    found = jax.jit(jax.grad(run))(table, sharding.place_batch(mesh, NEXT))
+  largest = float(jnp.max(jnp.abs(expected)))
+  np.testing.assert_allclose(
+    *(x.astype(jnp.float32) for x in (found, expected)), atol=0.02 * largest
+  )
+
+
 @pytest.mark.parametrize(
   'operation, stat',
   [

@@ -336,7 +336,7 @@ def _by_vocabulary(
   def cut(name: str, model: Unembedding) -> Callable[[Array], Array]:
     held = functools.partial(piece, dtype=of_tokens[STATES[name]].dtype)
     gather = on_each(held, in_specs=PartitionSpec(None, 'fsdp'), out_specs=PartitionSpec(rows))
-    weights = jax.tree.map(gather, model.weights)
+    weights = jax.tree.map(gather, sharding.added_up_wide(model.weights))
 
     def product(weights, hidden: Array) -> Array:
       hidden = sharding.gather(hidden, ('fsdp',), 0, close).astype(hidden.dtype)
@@ -404,7 +404,7 @@ def _on_own_tokens(
     axis_names={*rows, *positions},
     check_vma=False,
   )
-  weights = {name: model.weights for name, model in models.items()}
+  weights = {name: sharding.added_up_wide(model.weights) for name, model in models.items()}
   return run(weights, jnp.asarray(temperature, jnp.float32), of_tokens, whole)
 
 

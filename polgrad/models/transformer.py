@@ -43,6 +43,7 @@ from polgrad.models.quantized import (
   values_of,
 )
 from polgrad.sharding import (
+  added_up_wide,
   constrain,
   exchanges_heads,
   gathered,
@@ -191,7 +192,8 @@ def look_up(table: Array | Quantized, tokens: Array) -> Array:
     check_vma=False,
   )
   # Outside of a compiled program, axes that are left to the compiler would be refused.
-  return jax.jit(split)(table, tokens)
+  found = jax.jit(split)(added_up_wide(table), tokens)
+  return found if is_quantized(table) else found.astype(table.dtype)
 
 
 def expand(x: Array, like: Array) -> Array:
@@ -542,6 +544,26 @@ def _over_layers(layer: Callable, local: list[bool], carry: Any) -> Any:
   return jax.lax.fori_loop(0, len(local), step, carry)
 
 
+def _in_one_stack(decode: Callable, params: Params, cache: Cache) -> tuple[Array, Cache]:
+  """`decode(params, cache)` of prompts where each layer is a stack, by a loop: one layer is compiled
+  instead of all.
+
+  Weights and caches are copied into one stack and back. Prompts are read once, so this costs little
+  beside the products.
+  """
+  join = lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+  stack = lambda buffers: jax.tree.map(lambda *x: jnp.stack(x, caches.STACK), *buffers)
+  one_of = lambda i, x: jax.lax.index_in_dim(x, i, caches.STACK, keepdims=False)
+  cut = lambda one: tuple(
+    jax.tree.map(functools.partial(one_of, i), one) for i in range(len(params['layers']))
+  )
+  stacked = lambda span: Span((stack(span.keys),), (stack(span.values),), span.positions)
+  apart = lambda span: Span(cut(span.keys[0]), cut(span.values[0]), span.positions)
+  whole = {**params, 'layers': (join(*params['layers']),)}
+  states, one = decode(whole, Cache(tuple(map(stacked, cache.spans))))
+  return states, Cache(tuple(map(apart, one.spans)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Functions:
   """The functions of a `Policy`, which documents them, for one configuration."""
@@ -700,7 +722,8 @@ class Functions:
   ) -> tuple[Array, Cache]:
     # Prompts begin at a column known when tracing; steps and replies at one that is computed.
     if isinstance(index, int) and tokens.shape[1] > 1 and len(params['layers']) > 1:
-      return self._read_prompts(params, tokens, positions, valid, cache, index)
+      read = lambda params, cache: self.decode(params, tokens, positions, valid, cache, index)
+      return _in_one_stack(read, params, cache)
     # The new tokens are in the cache before they attend, so that they see themselves.
     written = jnp.where(valid, positions, -1)
     starts = itertools.accumulate((span.length for span in cache.spans[:-1]), initial=0)
@@ -740,34 +763,6 @@ class Functions:
     return self.apply(params, x, method='normalise'), Cache(
       tuple(Span(*zip(*pairs), held) for *pairs, held in zip(*read, places, strict=True))
     )
-
-  def _read_prompts(
-    self,
-    params: Params,
-    tokens: Array,
-    positions: Array,
-    valid: Array,
-    cache: Cache,
-    index: int,
-  ) -> tuple[Array, Cache]:
-    """`decode` of prompts where each layer is a stack, by a loop: one layer is compiled instead of all.
-
-    Weights and caches are copied into one stack and back. Prompts are read once, so this costs little
-    beside the products.
-    """
-    join = lambda *parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    stack = lambda buffers: jax.tree.map(lambda *x: jnp.stack(x, caches.STACK), *buffers)
-    one_of = lambda i, x: jax.lax.index_in_dim(x, i, caches.STACK, keepdims=False)
-    cut = lambda one: tuple(
-      jax.tree.map(functools.partial(one_of, i), one) for i in range(len(params['layers']))
-    )
-    stacked = lambda span: Span((stack(span.keys),), (stack(span.values),), span.positions)
-    apart = lambda span: Span(cut(span.keys[0]), cut(span.values[0]), span.positions)
-    whole = {**params, 'layers': (join(*params['layers']),)}
-    one = Cache(tuple(map(stacked, cache.spans)))
-    looped = dataclasses.replace(self, looped=True)
-    states, one = looped.decode(whole, tokens, positions, valid, one, index)
-    return states, Cache(tuple(map(apart, one.spans)))
 
   def axes(self, params: Params) -> Params:
     def names(path, _):
