@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from polgrad import barriers, overrides
+from polgrad import barriers, compiling, overrides
 from polgrad.progress import BEST, NEWEST
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -170,6 +170,7 @@ def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> 
   Raises:
     app.UsageError: there are arguments that are no flags, or a flag that is needed is missing.
   """
+  compiling.shorten_loops()
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
   if CHANGES and not {'config', 'model'} & set(needed):

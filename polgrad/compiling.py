@@ -2,15 +2,24 @@
 
 import contextlib
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 # Settings of XLA on CPU. A step spends its time in matrix products, which are library calls. With these
 # settings the code around them runs as fast, and compiles in about half the time (benchmarks/README.md).
-CPU = {'xla_backend_optimization_level': 1, 'xla_cpu_use_fusion_emitters': False}
+CPU = {
+  'xla_backend_optimization_level': 1,
+  'xla_cpu_use_fusion_emitters': False,
+  # Of LLVM modules; each costs some milliseconds, and XLA would make 32.
+  'xla_cpu_parallel_codegen_split_count': min(2 * (os.cpu_count() or 1), 32),
+}
+# Settings that XLA takes for a whole process alone; those of CPUs are read by no other platform.
+EXTRA = '--xla_backend_extra_options'
 
 
 def jit(function: Callable, **settings: Any) -> Callable:
@@ -21,33 +30,59 @@ def jit(function: Callable, **settings: Any) -> Callable:
 class Program:
   """A jitted function that may be compiled before it is called, while the process does other work."""
 
-  def __init__(self, jitted: Callable):
-    self._jitted, self._thread = jitted, None
+  # Programs whose compilation was asked for and has not begun.
+  _waiting: ClassVar[weakref.WeakSet['Program']] = weakref.WeakSet()
 
-  def __call__(self, *args: Any) -> Any:
+  def __init__(self, jitted: Callable):
+    self._jitted, self._thread, self._called = jitted, None, False
+
+  def __call__(self, *args: Any, **settings: Any) -> Any:
     thread, self._thread = self._thread, None
-    if thread is not None:
+    if self in self._waiting:
+      self._waiting.discard(self)  # nothing came before this call: it compiles by itself
+    elif thread is not None:
       thread.join()
-    return self._jitted(*args)
+    if self._waiting:
+      lowered = None if self._called else self._jitted.lower(*args, **settings)
+      for program in [*self._waiting]:
+        self._waiting.discard(program)
+        program._thread.start()
+      if lowered:
+        lowered.compile()
+    self._called = True
+    return self._jitted(*args, **settings)
 
   def ahead(self, arguments: Callable[[], tuple]) -> None:
-    """Begins to compile in the background.
+    """Asks for compilation in the background, which begins when another `Program` is called.
 
-    The next call waits until this is done, and compiles again if its arguments have other shapes. An
-    error in the background is ignored: the call meets it again.
+    If that one is new, it is traced first: tracing is work of Python, which runs one thread at a time.
+    Then both compile at once. The next call of this one waits until that is done, and compiles again
+    if its arguments have other shapes. An error in the background is ignored: the call meets it again.
 
     Args:
       arguments: makes arguments of the shapes, types and shardings to compile for; nothing is computed
         with them.
     """
-    mesh = jax.sharding.get_mesh()  # each thread has its own
+    # Each thread has its own mesh. The thread does not refer to this object, which may be gone before.
+    mesh, jitted = jax.sharding.get_mesh(), self._jitted
 
     def begin() -> None:
       with contextlib.suppress(Exception), jax.set_mesh(mesh):
-        self._jitted.lower(*arguments()).compile()
+        jitted.lower(*arguments()).compile()
 
     self._thread = threading.Thread(target=begin, name='compiling ahead')
-    self._thread.start()
+    self._waiting.add(self)
+
+
+def shorten_loops() -> None:
+  """Tells XLA not to unroll loops on CPUs, for all programs of this process.
+
+  They compile in three quarters of the time and run as fast (benchmarks/README.md). Call it before JAX
+  makes its first array: XLA reads XLA_FLAGS once. A value of the user's is kept.
+  """
+  given = os.environ.get('XLA_FLAGS', '')
+  if EXTRA not in given:
+    os.environ['XLA_FLAGS'] = f'{given} {EXTRA}=xla_cpu_disable_loop_unrolling'.strip()
 
 
 def options() -> dict[str, Any]:

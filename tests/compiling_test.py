@@ -1,5 +1,7 @@
 """Compilation in the background: what is compiled ahead is what a call runs, and errors are its own."""
 
+import subprocess
+import sys
 import threading
 
 import jax
@@ -10,22 +12,39 @@ import pytest
 from polgrad import compiling, sharding
 
 
-def test_a_call_runs_what_was_compiled_ahead():
+def program_of(traced: list, name: str, factor: int) -> compiling.Program:
+  """Multiplies; `traced` gets what traces it: (name, thread, devices of its mesh)."""
+
+  def multiply(x):
+    mesh = jax.sharding.get_abstract_mesh()
+    traced.append((name, threading.current_thread().name, sharding.data_parallel_size(mesh)))
+    return factor * x
+
+  return compiling.Program(compiling.jit(multiply))
+
+
+def test_a_program_compiled_ahead_is_traced_after_the_first_one_and_run_when_called():
   traced = []
-
-  def double(x):
-    traced.append((threading.current_thread().name, sharding.data_parallel_size(get_mesh())))
-    return 2 * x
-
-  get_mesh = jax.sharding.get_abstract_mesh
+  first, later = program_of(traced, 'first', 3), program_of(traced, 'later', 2)
   mesh = sharding.make_mesh(data=2)
-  program = compiling.Program(compiling.jit(double))
+  placed = lambda size: sharding.place_batch(mesh, np.arange(size, dtype=np.float32))
   with jax.set_mesh(mesh):
-    program.ahead(lambda: (sharding.place_batch(mesh, np.zeros(4, np.float32)),))
+    later.ahead(lambda: (placed(4),))
+    np.testing.assert_array_equal(first(placed(4)), 3 * np.arange(4))
     for size in (4, 4, 8):
-      x = np.arange(size, dtype=np.float32)
-      np.testing.assert_array_equal(program(sharding.place_batch(mesh, x)), 2 * x)
-  assert traced == [('compiling ahead', 2), ('MainThread', 2)]
+      np.testing.assert_array_equal(later(placed(size)), 2 * np.arange(size))
+    first(placed(4))
+  ours, other = ('MainThread', 2), ('compiling ahead', 2)
+  assert traced == [('first', *ours), ('later', *other), ('later', *ours)]
+
+
+def test_a_program_that_nothing_comes_before_compiles_when_called():
+  traced = []
+  program = program_of(traced, 'only', 2)
+  with jax.set_mesh(sharding.make_mesh()):
+    program.ahead(lambda: (jnp.ones(3),))
+    np.testing.assert_array_equal(program(jnp.ones(3)), 2 * np.ones(3))
+  assert [thread for _, thread, _ in traced] == ['MainThread']
 
 
 def test_an_error_is_that_of_the_call():
@@ -35,5 +54,31 @@ def test_an_error_is_that_of_the_call():
   program = compiling.Program(jax.jit(fails))
   with jax.set_mesh(sharding.make_mesh()):
     program.ahead(lambda: (jnp.zeros(3),))
+    program_of([], 'first', 1)(jnp.zeros(3))
     with pytest.raises(ValueError, match='MainThread: no such shape'):
       program(jnp.zeros(3))
+
+
+def test_a_program_that_is_gone_is_not_compiled():
+  traced = []
+  program = program_of(traced, 'gone', 2)
+  with jax.set_mesh(sharding.make_mesh()):
+    program.ahead(lambda: (jnp.ones(3),))
+    del program
+    program_of(traced, 'other', 2)(jnp.ones(3))
+  assert [name for name, _, _ in traced] == ['other']
+
+
+def test_loops_are_not_unrolled_unless_the_user_says_what_xla_gets(monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  compiling.shorten_loops()
+  compiling.shorten_loops()
+  flags = (
+    f'--xla_force_host_platform_device_count=2 {compiling.EXTRA}=xla_cpu_disable_loop_unrolling'
+  )
+  assert compiling.os.environ['XLA_FLAGS'] == flags
+  # XLA ends the process at a flag that it does not know.
+  subprocess.run([sys.executable, '-c', 'import jax; jax.numpy.zeros(1)'], check=True)
+  monkeypatch.setenv('XLA_FLAGS', f'{compiling.EXTRA}=xla_cpu_optimize_for_size')
+  compiling.shorten_loops()
+  assert compiling.os.environ['XLA_FLAGS'] == f'{compiling.EXTRA}=xla_cpu_optimize_for_size'

@@ -22,7 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polgrad import build, collect, credit, models, objectives, optim, phases, sharding
+from polgrad import (
+  build,
+  collect,
+  compiling,
+  credit,
+  models,
+  objectives,
+  optim,
+  phases,
+  sharding,
+)
 from polgrad.collect import base
 from polgrad.data import sources, tokenizers
 from polgrad.losses import (
@@ -243,5 +253,6 @@ def sample(folder: pathlib.Path) -> dict:
 
 
 if __name__ == '__main__':
+  compiling.shorten_loops()
   place = pathlib.Path(sys.argv[1])
   print(json.dumps(sample(place) if sys.argv[2] == 'rollout' else run(place, sys.argv[2])))

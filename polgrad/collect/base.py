@@ -12,7 +12,7 @@ import numpy as np
 from polgrad import credit as credits
 from polgrad import curricula, exchanges, sharding, speed, teachers
 from polgrad.collect.drawn import Draws, Episode, Turns, make_draws
-from polgrad.compiling import jit
+from polgrad.compiling import Program, jit
 from polgrad.data import batching
 from polgrad.data.sources import Source
 from polgrad.data.tokenizers import Tokenizer
@@ -598,8 +598,8 @@ def make_annotator(
   mismatched = 'mismatched_log_ratio' in wanted
   wanted |= {'reference_logp'} if mismatched else set()
   common = dict(temperature=temperature, micro_batches=context.micro_batches)
-  make = lambda policy, **outputs: jit(
-    functools.partial(forward_in_pieces, policy, **common, **outputs)
+  make = lambda policy, **outputs: Program(
+    jit(functools.partial(forward_in_pieces, policy, **common, **outputs))
   )
   # Of the policy: old values and, if it is recomputed, the proximal log-probs.
   own = wanted & ({'old_values', 'proximal_logp'} if recompute_proximal else {'old_values'})
@@ -637,14 +637,14 @@ def make_annotator(
     context=context,
     own=own,
     stats=frozenset(stats),
-    of_policy=jit(of_policy) if own or stats or mismatched else None,
+    of_policy=Program(jit(of_policy)) if own or stats or mismatched else None,
     reads_teacher=reads_teacher(stats),
     of_elsewhere=elsewhere,
-    of_head={name: jit(last_score) for name in scored},
+    of_head={name: Program(jit(last_score)) for name in scored},
     of_anchor={n: make(context.frozen.get(n, context.policy), fields=frozenset()) for n in anchors},
     mismatched=mismatched,
     random='uniform' in wanted,
-    of_network={name: jit(one.scores) for name, one in context.networks.items()},
+    of_network={name: Program(jit(one.scores)) for name, one in context.networks.items()},
   )
 
 

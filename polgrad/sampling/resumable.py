@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from polgrad.compiling import jit
+from polgrad.compiling import Program, jit
 from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Sampler, categorical
@@ -276,7 +276,7 @@ class Reader:
     self.kept: Kept | None = None  # of the piece before
     self._place = (lambda x: x) if mesh is None else functools.partial(place_batch, mesh)
     self._refill = refill
-    self._read = jit(sampler.read_rows)
+    self._read = Program(jit(sampler.read_rows))
     self._renew = jit(sampler.renew, donate_argnums=2)
 
   def __call__(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from polgrad.compiling import jit
+from polgrad.compiling import Program, jit
 from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies, processors
 from polgrad.sampling.decoding import Sampler
@@ -102,7 +102,7 @@ def make_sampler(
     speculate=speculate,
   )
   following = stop_table.following if stop_table else None
-  run = jit(sampler.run, static_argnames=('padding', 'common'))
+  run = Program(jit(sampler.run, static_argnames=('padding', 'common')))
 
   def sample(params: dict[str, Params], tokens, mask, prompt_ids, *, seed, step) -> Batch:
     padding = spare_columns(mask)

@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from polgrad import exchanges
-from polgrad.compiling import jit
+from polgrad.compiling import Program, jit
 from polgrad.environments import Replies
 from polgrad.models.policy import Policy
 from polgrad.sampling import behavior_policies, processors
@@ -373,7 +373,7 @@ class Rollout:
     self._sampler, self._mesh = sampler, mesh
     table = sampler.stop_table
     self._following = table.following if table else None
-    self._begin = jit(sampler.begin, static_argnames='common')
+    self._begin = Program(jit(sampler.begin, static_argnames='common'))
     self._fill = jit(sampler.fill, donate_argnums=1)
     self._close = jit(sampler.close)
     self._extend = jit(sampler.extend, static_argnames='width', donate_argnums=1)
