@@ -273,7 +273,7 @@ def check_steps(run: Experiment, count: int, state: Any) -> Section:
     silent = []
     state = phases.begin(run, index, state) if index else state
     doing = phases.start_phase(run, state, phases.Logs())
-    doing.compile_ahead(state)
+    doing.work_ahead(state)
     path = f'config.phases.{name}'
     for step in tqdm(range(min(count, doing.phase.steps)), f'steps of {name}', leave=False):
       draw = doing.draw(state)

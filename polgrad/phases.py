@@ -175,20 +175,23 @@ class PhaseRun:
   recall: responses.Recall | None = None  # measures `drift`; None: the curriculum does not read it
 
   def prepare(self, state: TrainState) -> None:
-    """What comes before the steps: begins to compile the update, and evaluates before the first step."""
-    self.compile_ahead(state)
+    """What comes before the steps: begins what they wait for, and evaluates before the first step."""
+    self.work_ahead(state)
     if int(state.phase_step) == 0 and (found := self.evaluate(state, 0)):
       self.improved(state, found)  # only looks whether there is such a metric
       self.write(state, found)
 
-  def compile_ahead(self, state: TrainState) -> None:
-    """Begins to compile the policy's update in the background, if a step is left.
+  def work_ahead(self, state: TrainState) -> None:
+    """Begins in the background what the first step waits for, if a step is left.
 
-    Meanwhile the first batch is collected, which compiles the programs of the sampler. Nothing is done
-    where rows are packed, since the shapes of a batch then depend on its rows.
+    Processes of verifiers start, and the policy's update compiles while the first batch is collected,
+    which compiles the programs of the sampler. The update is not compiled where rows are packed, since
+    the shapes of a batch then depend on its rows.
     """
-    left = int(state.phase_step) < self.phase.steps
-    if left and not self.phase.layout.pack and not is_quick():
+    if int(state.phase_step) >= self.phase.steps:
+      return
+    self.phase.score.begin(self.phase.collect.rows)
+    if not self.phase.layout.pack and not is_quick():
       self.update.ahead(state, self.phase, self.experiment.mesh)
 
   def due(self, every: int, step: int) -> bool:

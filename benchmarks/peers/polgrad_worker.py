@@ -189,7 +189,9 @@ def run(folder: pathlib.Path, kind: str) -> dict:
     for step in range(work['steps']):
       start = time.perf_counter()
       if step == 0:
-        update.ahead(state, experiment.phases['main'], experiment.mesh)
+        phase = experiment.phases['main']
+        phase.score.begin(phase.collect.rows)
+        update.ahead(state, phase, experiment.mesh)
       batch = gather(state, step)
       state, report = update(state, sharding.place_batch(experiment.mesh, batch))
       reports.append(sharding.to_host(report))

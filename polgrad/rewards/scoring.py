@@ -11,11 +11,13 @@ time. If it raises, all of its rows have failed.
 """
 
 import collections
+import contextlib
 import queue
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,7 +80,8 @@ def make_scorer(
   """Makes `score(completions, records, lengths, others={}) -> Scores`.
 
   The first three are lists over the rows. `others` has functions by 'prompt' and 'tokens', which make
-  such lists; they are called only if a verifier reads the result.
+  such lists; they are called only if a verifier reads the result. `score.begin(rows)` starts the processes
+  for a number of rows in the background, so that the first call need not wait for their imports.
 
   Args:
     terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
@@ -86,8 +89,8 @@ def make_scorer(
       `registry.Weighted` gives it a coefficient; otherwise that is 1.
     combine: (components f64[n, B], weights f64[n]) -> total f64[B], see `combinations`.
     timeout_s: seconds that one isolated verifier may take on one row.
-    workers: processes of isolated verifiers. They start with the first call and live as long as
-      `score`.
+    workers: processes of isolated verifiers. They start with the first call, or `begin`, and live as
+      long as `score`.
     memory_gib: address space of each process; 0: no limit.
     isolate: run verifiers in separate processes, except those of polgrad that need none
       (`IN_PROCESS`). A process that hangs is killed and replaced, one that dies is replaced (see
@@ -126,6 +129,7 @@ def make_scorer(
       messages = [*messages, f'row {row}: combine: {name} of {said} is no number'][:MESSAGES]
     return Scores(total, components, np.isfinite(total), errors, messages)
 
+  score.begin = judge.begin
   return score
 
 
@@ -263,6 +267,8 @@ def _make_judge(
 ) -> Callable[[list[dict]], tuple[dict[str, list], dict[str, int], list[str]]]:
   """Makes `judge(rows) -> (answers, errors, messages)`, which runs every verifier on every row.
 
+  `judge.begin(rows)` starts the processes of isolated verifiers for a number of rows in the background.
+
   Args:
     plural: by the name that a verifier of whole batches gives to an argument, its name in a row.
     run: (verifier, row) -> answer or `Failure`.
@@ -279,8 +285,23 @@ def _make_judge(
     for name, fn in verifiers.items()
     if isolate and name not in whole and registry.unbound(fn) not in IN_PROCESS
   }
-  ask = _asker(apart, run, workers, timeout_s, memory_gib) if apart else None
+  idle = queue.LifoQueue()  # the worker that was busy last comes first, so that few of them start
+  if apart:
+    sent = worker.dumps(apart, run)
+    for _ in range(workers):
+      idle.put(worker.Worker(sent, timeout_s, memory_gib))
   reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
+
+  def ask(task):
+    one = idle.get()
+    try:
+      return one.ask(task)
+    finally:
+      idle.put(one)
+
+  def begin(rows: int):
+    for _ in range(min(rows, idle.qsize())):
+      threading.Thread(target=_start_one, args=[idle], daemon=True).start()
 
   def run_all(tasks):
     here = lambda name, row: run(verifiers[name], row)
@@ -313,6 +334,7 @@ def _make_judge(
         messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
     return answers, dict(errors), messages[:MESSAGES]
 
+  judge.begin = begin
   return judge
 
 
@@ -340,27 +362,11 @@ def _check(name: str, fn: Callable) -> None:
     raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {[*valid]}')
 
 
-def _asker(
-  verifiers: Mapping[str, Callable],
-  run: Callable,
-  workers: int,
-  timeout_s: float,
-  memory_gib: float,
-) -> Callable[[tuple[str, Mapping]], Any]:
-  """A function that gives a task to an idle worker and waits for the answer.
-
-  The worker that was busy last is taken first, so that no more of them start than are needed.
-  """
-  sent = worker.dumps(verifiers, run)
-  idle = queue.LifoQueue()
-  for _ in range(workers):
-    idle.put(worker.Worker(sent, timeout_s, memory_gib))
-
-  def ask(task):
-    one = idle.get()
-    try:
-      return one.ask(task)
-    finally:
-      idle.put(one)
-
-  return ask
+def _start_one(idle: queue.Queue) -> None:
+  """Starts an idle worker. If it cannot start, the first task says so."""
+  one = idle.get()
+  try:
+    with contextlib.suppress(RuntimeError, OSError):
+      one.start()
+  finally:
+    idle.put(one)

@@ -144,7 +144,7 @@ def send_whole(name: str) -> None:
 
 
 class Worker:
-  """Starts the process with the first task, and again after it was stopped.
+  """Starts the process with the first task if not before, and again after it was stopped.
 
   Args:
     verifiers: of `dumps`; in general, three values as cloudpickle writes them: `run`, things by name,
@@ -172,7 +172,7 @@ class Worker:
       return Failure(type(error).__name__, words(error))
     if self._process is None:
       try:
-        self._start()
+        self.start()
       except (RuntimeError, OSError) as error:
         if not self._worked:
           raise
@@ -214,8 +214,15 @@ class Worker:
     with contextlib.suppress(ProcessLookupError, AttributeError):
       os.killpg(self._process.pid, signal.SIGKILL)
 
-  def _start(self):
-    """Starts the guard and the process that works, and waits until it has loaded the verifiers."""
+  def start(self):
+    """Starts the guard and the process that works, and waits until it has loaded the verifiers; nothing
+    if it has started.
+
+    Raises:
+      RuntimeError, OSError: it cannot start.
+    """
+    if self._process is not None:
+      return
     # The two sockets are the conversation. The pipe tells the guard that this process is gone: the guard
     # then reads the end of the file.
     ours, theirs = socket.socketpair()

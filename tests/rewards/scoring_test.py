@@ -302,6 +302,23 @@ def test_workers_are_other_processes_that_do_not_load_jax_and_end_with_the_score
   assert_ends(pid)
 
 
+def test_workers_may_start_before_the_first_row(tmp_path):
+  started = tmp_path / 'started'
+
+  def verifier(completion):
+    return 0.5
+
+  verifier.prepare = lambda: started.open('a').write('once ')
+  score = scoring.make_scorer({'a': verifier}, workers=1)
+  score.begin(rows=8)
+  deadline = time.monotonic() + worker.START_S
+  while not started.exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert started.exists()
+  assert judge(score, 'x', 'y').total.tolist() == [0.5, 0.5]
+  assert started.read_text() == 'once '
+
+
 def test_what_needs_no_process_has_none():
   score = scoring.make_scorer({'exact': verifiers.exact_match, 'process': process})
   assert score(['a'], [{'answer': 'a'}], [1]).components['exact'].tolist() == [1]
@@ -322,7 +339,9 @@ def test_functions_of_modules_that_a_worker_would_not_find_travel_whole(monkeypa
 def test_workers_that_cannot_start_stop_the_run(monkeypatch, capfd):
   monkeypatch.setattr(worker, 'START', 'raise SystemExit("why it failed")')
   with pytest.raises(RuntimeError, match='ended before its first task'):
-    judge(scoring.make_scorer({'a': process}, workers=1), 'a')
+    score = scoring.make_scorer({'a': process}, workers=1)
+    score.begin(1)  # a failure here is that of the first task
+    judge(score, 'a')
   assert 'why it failed' in capfd.readouterr().err
 
 
