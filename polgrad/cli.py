@@ -170,7 +170,7 @@ def start(argv: list[str], *, needed: Sequence[str] = ('config', 'workdir')) -> 
   Raises:
     app.UsageError: there are arguments that are no flags, or a flag that is needed is missing.
   """
-  compiling.shorten_loops()
+  compiling.prepare()
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; flags begin with --')
   if CHANGES and not {'config', 'model'} & set(needed):

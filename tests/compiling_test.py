@@ -71,8 +71,8 @@ def test_a_program_that_is_gone_is_not_compiled():
 
 def test_loops_are_not_unrolled_unless_the_user_says_what_xla_gets(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
-  compiling.shorten_loops()
-  compiling.shorten_loops()
+  compiling.prepare()
+  compiling.prepare()
   flags = (
     f'--xla_force_host_platform_device_count=2 {compiling.EXTRA}=xla_cpu_disable_loop_unrolling'
   )
@@ -80,5 +80,5 @@ def test_loops_are_not_unrolled_unless_the_user_says_what_xla_gets(monkeypatch):
   # XLA ends the process at a flag that it does not know.
   subprocess.run([sys.executable, '-c', 'import jax; jax.numpy.zeros(1)'], check=True)
   monkeypatch.setenv('XLA_FLAGS', f'{compiling.EXTRA}=xla_cpu_optimize_for_size')
-  compiling.shorten_loops()
+  compiling.prepare()
   assert compiling.os.environ['XLA_FLAGS'] == f'{compiling.EXTRA}=xla_cpu_optimize_for_size'

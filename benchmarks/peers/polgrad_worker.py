@@ -255,6 +255,6 @@ def sample(folder: pathlib.Path) -> dict:
 
 
 if __name__ == '__main__':
-  compiling.shorten_loops()
+  compiling.prepare()
   place = pathlib.Path(sys.argv[1])
   print(json.dumps(sample(place) if sys.argv[2] == 'rollout' else run(place, sys.argv[2])))

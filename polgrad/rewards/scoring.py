@@ -80,8 +80,8 @@ def make_scorer(
   """Makes `score(completions, records, lengths, others={}) -> Scores`.
 
   The first three are lists over the rows. `others` has functions by 'prompt' and 'tokens', which make
-  such lists; they are called only if a verifier reads the result. `score.begin(rows)` starts the processes
-  for a number of rows in the background, so that the first call need not wait for their imports.
+  such lists; they are called only if a verifier reads the result. `score.begin(rows)` starts processes for
+  a number of rows in the background, so that the first call need not wait for their imports.
 
   Args:
     terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
