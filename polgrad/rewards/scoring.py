@@ -17,7 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,8 +80,8 @@ def make_scorer(
   """Makes `score(completions, records, lengths, others={}) -> Scores`.
 
   The first three are lists over the rows. `others` has functions by 'prompt' and 'tokens', which make
-  such lists; they are called only if a verifier reads the result. `score.begin(rows)` starts processes for
-  a number of rows in the background, so that the first call need not wait for their imports.
+  such lists; they are called only if a verifier reads the result. `score.begin(rows)` starts processes
+  for a number of rows in the background, so that the first call need not wait for their imports.
 
   Args:
     terms: verifiers by name. Each is a bound part or any callable with positional arguments out of
@@ -285,23 +285,8 @@ def _make_judge(
     for name, fn in verifiers.items()
     if isolate and name not in whole and registry.unbound(fn) not in IN_PROCESS
   }
-  idle = queue.LifoQueue()  # the worker that was busy last comes first, so that few of them start
-  if apart:
-    sent = worker.dumps(apart, run)
-    for _ in range(workers):
-      idle.put(worker.Worker(sent, timeout_s, memory_gib))
+  ask, begin = _asker(apart, run, workers if apart else 0, timeout_s, memory_gib)
   reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
-
-  def ask(task):
-    one = idle.get()
-    try:
-      return one.ask(task)
-    finally:
-      idle.put(one)
-
-  def begin(rows: int):
-    for _ in range(min(rows, idle.qsize())):
-      threading.Thread(target=_start_one, args=[idle], daemon=True).start()
 
   def run_all(tasks):
     here = lambda name, row: run(verifiers[name], row)
@@ -362,11 +347,37 @@ def _check(name: str, fn: Callable) -> None:
     raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {[*valid]}')
 
 
-def _start_one(idle: queue.Queue) -> None:
-  """Starts an idle worker. If it cannot start, the first task says so."""
-  one = idle.get()
-  try:
+def _asker(
+  verifiers: Mapping[str, Callable],
+  run: Callable,
+  workers: int,
+  timeout_s: float,
+  memory_gib: float,
+) -> tuple[Callable[[tuple[str, Mapping]], Any], Callable[[int], None]]:
+  """Two functions of some worker processes.
+
+  The first gives a task to an idle worker and waits for the answer. The worker that was busy last is
+  taken first, so that no more of them start than are needed. The second starts workers for a number of
+  rows in the background; one that cannot start says so at its first task.
+  """
+  idle = queue.LifoQueue()
+  sent = worker.dumps(verifiers, run)
+  for _ in range(workers):
+    idle.put(worker.Worker(sent, timeout_s, memory_gib))
+
+  def taken(use):
+    one = idle.get()
+    try:
+      return use(one)
+    finally:
+      idle.put(one)
+
+  def start(one):
     with contextlib.suppress(RuntimeError, OSError):
       one.start()
-  finally:
-    idle.put(one)
+
+  def begin(rows):
+    for _ in range(min(rows, workers)):
+      threading.Thread(target=taken, args=[start], daemon=True).start()
+
+  return lambda task: taken(lambda one: one.ask(task)), begin
