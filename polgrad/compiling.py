@@ -31,23 +31,26 @@ def jit(function: Callable, **settings: Any) -> Callable:
 class Program:
   """A jitted function that may be compiled before it is called, while the process does other work."""
 
-  # Programs whose compilation was asked for and has not begun.
+  # Programs whose compilation was asked for and has not begun; the lock is of them and their threads.
   _waiting: ClassVar[weakref.WeakSet['Program']] = weakref.WeakSet()
+  _lock: ClassVar[threading.Lock] = threading.Lock()
 
   def __init__(self, jitted: Callable):
     self._jitted, self._thread, self._called = jitted, None, False
 
   def __call__(self, *args: Any, **settings: Any) -> Any:
-    thread, self._thread = self._thread, None
-    if self in self._waiting:
-      self._waiting.discard(self)  # nothing came before this call: it compiles by itself
-    elif thread is not None:
+    with self._lock:
+      thread, self._thread = self._thread, None
+      if self in self._waiting:  # nothing came before this call: it compiles by itself
+        self._waiting.discard(self)
+        thread = None
+    if thread is not None:
       thread.join()
     if self._waiting:
       lowered = None if self._called else self._jitted.lower(*args, **settings)
-      for program in [*self._waiting]:
-        self._waiting.discard(program)
-        program._thread.start()
+      with self._lock:
+        while self._waiting:
+          self._waiting.pop()._thread.start()
       if lowered:
         lowered.compile()
     self._called = True
@@ -71,8 +74,9 @@ class Program:
       with contextlib.suppress(Exception), jax.set_mesh(mesh):
         jitted.lower(*arguments()).compile()
 
-    self._thread = threading.Thread(target=begin, name='compiling ahead')
-    self._waiting.add(self)
+    with self._lock:
+      self._thread = threading.Thread(target=begin, name='compiling ahead')
+      self._waiting.add(self)
 
 
 def prepare() -> None:
