@@ -15,7 +15,7 @@ export POLGRAD_SMOLLM2 ?= $(CURDIR)/.cache/smollm2
 .PHONY: quickstart test smollm2 lint format pages clean
 
 # What a step has freed is kept for the next one, in place of pages that the kernel zeroes again.
-KEEP := glibc.malloc.top_pad=134217728:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184
+KEEP := glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184
 quickstart: export GLIBC_TUNABLES := $(GLIBC_TUNABLES):$(KEEP)
 quickstart: $(VENV)/.run
 	$(BIN)/python -m polgrad.train --config=experiments/quickstart.py:seed=$(SEED) --workdir=$(RUN)

@@ -95,7 +95,7 @@ KINDS = {
 }
 # For every framework: memory comes in large pages, and what a step has freed is kept for the next one,
 # in place of pages that the kernel zeroes anew. XLA allocates buffers at every step.
-MALLOC = {'hugetlb': 1, 'top_pad': 2**27, 'mmap_threshold': 2**34, 'trim_threshold': 2**34}
+MALLOC = {'hugetlb': 1, 'arena_max': 1, 'mmap_threshold': 2**34, 'trim_threshold': 2**34}
 ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   'HF_HUB_OFFLINE': '1',
