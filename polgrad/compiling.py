@@ -16,7 +16,7 @@ import jax
 CPU = {
   'xla_backend_optimization_level': 1,
   'xla_cpu_use_fusion_emitters': False,
-  # Of LLVM modules; each costs some milliseconds, and XLA would make 32.
+  # Number of LLVM modules: two a core take nine tenths of the CPU time of XLA's 32.
   'xla_cpu_parallel_codegen_split_count': min(2 * (os.cpu_count() or 1), 32),
 }
 # Settings that XLA takes for a whole process alone; those of CPUs are read by no other platform.
@@ -46,6 +46,7 @@ class Program:
         thread = None
     if thread is not None:
       thread.join()
+    # Others that wait begin once this program is traced, while XLA compiles it.
     if self._waiting:
       lowered = None if self._called else self._jitted.lower(*args, **settings)
       with self._lock:

@@ -683,7 +683,7 @@ class Update:
     return after.replace(responses=state.responses), report
 
   def ahead(self, state: TrainState, phase: Phase, mesh: jax.sharding.Mesh) -> None:
-    """Begins to compile in the background, for minibatches of the phase, see `Program.ahead`."""
+    """Asks for compilation in the background, for minibatches of the phase, see `Program.ahead`."""
     state = state.replace(responses=())
     self.program.ahead(lambda: (state, empty_minibatch(phase, mesh)))
 

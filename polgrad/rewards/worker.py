@@ -170,13 +170,12 @@ class Worker:
       sent = bytes(reduction.ForkingPickler.dumps((self._sent + 1, *task)))
     except Exception as error:  # a record that cannot be pickled
       return Failure(type(error).__name__, words(error))
-    if self._process is None:
-      try:
-        self.start()
-      except (RuntimeError, OSError) as error:
-        if not self._worked:
-          raise
-        return Failure('Died', f'no new worker could be started: {words(error)}')
+    try:
+      self.start()
+    except (RuntimeError, OSError) as error:
+      if not self._worked:
+        raise
+      return Failure('Died', f'no new worker could be started: {words(error)}')
     self._worked = True
     self._sent += 1
     # At the deadline the group is killed, which ends every wait below: for room in the pipe as well.
