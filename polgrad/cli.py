@@ -103,7 +103,7 @@ _SHARED = re.compile('(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs a main; its config file can import what lies beside it."""
-  app.run(main, flags_parser=_parse)
+  app.run(compiling.in_one_chunk(main), flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:

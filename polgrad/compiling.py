@@ -21,11 +21,35 @@ CPU = {
 }
 # Settings that XLA takes for a whole process alone; those of CPUs are read by no other platform.
 EXTRA = '--xla_backend_extra_options'
+STACK = 2**16 + 2**10  # places of 8 bytes for values, see `in_one_chunk`
 
 
-def jit(function: Callable, **settings: Any) -> Callable:
-  """`jax.jit` with `options()`; only for an outermost jit: XLA refuses options of an inner one."""
-  return jax.jit(function, compiler_options=options(), **settings)
+def jit(function: Callable, *, small: bool = False, **settings: Any) -> Callable:
+  """`jax.jit` with `options()`; only for an outermost jit: XLA refuses options of an inner one.
+
+  Args:
+    small: whether it computes so little that its compilation is all that takes time.
+    settings: of `jax.jit`.
+  """
+  return jax.jit(function, compiler_options=options(small), **settings)
+
+
+def in_one_chunk(function: Callable) -> Callable:
+  """The same function, with memory of one piece for the Python frames of what it calls.
+
+  CPython keeps frames in chunks of 16 KiB, and the kernel gets a chunk back as soon as its first frame
+  returns. Tracing calls deeply and crosses the end of a chunk again and again: of GRPO's update
+  12,000 times, a seventh of the time (benchmarks/README.md). The frame of this function says that it
+  needs more than 512 KiB, of which it uses none, so Python takes one chunk of 1 MiB for it, and the
+  rest holds the frames of some thousand nested calls.
+  """
+
+  @functools.wraps(function)
+  def call(*args: Any, **settings: Any) -> Any:
+    return function(*args, **settings)
+
+  call.__code__ = call.__code__.replace(co_stacksize=STACK)
+  return call
 
 
 class Program:
@@ -76,7 +100,7 @@ class Program:
         jitted.lower(*arguments()).compile()
 
     with self._lock:
-      self._thread = threading.Thread(target=begin, name='compiling ahead')
+      self._thread = threading.Thread(target=in_one_chunk(begin), name='compiling ahead')
       self._waiting.add(self)
 
 
@@ -94,12 +118,15 @@ def prepare() -> None:
   gc.freeze()
 
 
-def options() -> dict[str, Any]:
+def options(small: bool = False) -> dict[str, Any]:
   """Compiler settings by name for the default platform.
 
+  LLVM optimizes nothing of a program that is `small`, see `jit`.
   {} on all platforms but CPU, and where JAX_DISABLE_MOST_OPTIMIZATIONS asks for less than they would.
   """
-  return _known() if jax.default_backend() == 'cpu' and not is_quick() else {}
+  if jax.default_backend() != 'cpu' or is_quick():
+    return {}
+  return _known() | ({'xla_backend_optimization_level': 0} if small else {})
 
 
 def is_quick() -> bool:

@@ -493,7 +493,7 @@ def start_phase(experiment: Experiment, state: TrainState, logs: Logs) -> PhaseR
     if measured.every
     else None,
     measure_rows=evaluate.make_row_evaluator(phase, made),
-    observe=jit(phase.curriculum.update),
+    observe=jit(phase.curriculum.update, small=True),
     categories=phase.curriculum.names(phase.source),
     recall=responses.make_recall(made, phase.collect.temperature)
     if 'drift' in phase.curriculum.reads

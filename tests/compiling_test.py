@@ -1,5 +1,6 @@
 """Compilation in the background: what is compiled ahead is what a call runs, and errors are its own."""
 
+import resource
 import subprocess
 import sys
 import threading
@@ -67,6 +68,52 @@ def test_a_program_that_is_gone_is_not_compiled():
     del program
     program_of(traced, 'other', 2)(jnp.ones(3))
   assert [name for name, _, _ in traced] == ['other']
+
+
+def faults_of_calls(wrap) -> int:
+  """Pages that 20 calls at each depth from 1 to 200 touch anew, in a thread with its own frames."""
+  found = []
+
+  def leaf(*values):
+    return len(values)
+
+  def deeper(left):
+    for _ in range(20):
+      leaf(1, 2, 3, 4)
+    return deeper(left - 1) if left else 0
+
+  def count():
+    deeper(200)  # what is made once
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    deeper(200)
+    found.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+  thread = threading.Thread(target=wrap(count))
+  thread.start()
+  thread.join()
+  return found[0]
+
+
+def test_frames_in_one_chunk_take_no_new_pages():
+  assert faults_of_calls(lambda count: count) > 20 > 5 > faults_of_calls(compiling.in_one_chunk)
+
+
+def test_a_function_in_one_chunk_is_the_function():
+  def divide(x, *, by):
+    """Divides."""
+    return x / by
+
+  made = compiling.in_one_chunk(divide)
+  assert (made.__name__, made.__doc__, made(6, by=3)) == ('divide', 'Divides.', 2)
+  with pytest.raises(ZeroDivisionError):
+    made(1, by=0)
+
+
+def test_a_small_program_is_compiled_without_optimizations(monkeypatch):
+  monkeypatch.setattr(compiling, 'is_quick', lambda: False)
+  level = 'xla_backend_optimization_level'
+  assert (compiling.options()[level], compiling.options(small=True)[level]) == (1, 0)
+  assert compiling.jit(lambda x: x + 1, small=True)(2) == 3
 
 
 def test_loops_are_not_unrolled_unless_the_user_says_what_xla_gets(monkeypatch):

@@ -10,6 +10,7 @@ completions end, their lengths are left in the folder for the peer.
 
 import collections
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -257,4 +258,5 @@ def sample(folder: pathlib.Path) -> dict:
 if __name__ == '__main__':
   compiling.prepare()
   place = pathlib.Path(sys.argv[1])
-  print(json.dumps(sample(place) if sys.argv[2] == 'rollout' else run(place, sys.argv[2])))
+  work = sample if sys.argv[2] == 'rollout' else functools.partial(run, kind=sys.argv[2])
+  print(json.dumps(compiling.in_one_chunk(work)(place)))

@@ -232,7 +232,7 @@ def common(
     annotate=make_annotator(
       context, settings.temperature, recompute_proximal=recompute_proximal, **annotator
     ),
-    assign=jit(functools.partial(credits.assign, context.credit)),
+    assign=jit(functools.partial(credits.assign, context.credit), small=True),
     influences=make_influences(context, settings.temperature),
     mask_truncated=settings.mask_truncated,
   )

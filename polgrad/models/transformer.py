@@ -531,7 +531,7 @@ def sampled(
   return policy._replace(unstack=unstack, **{name: getattr(own, name) for name in names})
 
 
-def _over_layers(layer: Callable, local: list[bool], carry: Any) -> Any:
+def _over_layers(layer: Callable, local: tuple[bool, ...], carry: Any) -> Any:
   """The result of `carry = layer(i, local[i], *carry)` for each layer i of a stack; a loop, if several.
 
   Args:
@@ -751,14 +751,19 @@ class Functions:
       attended = run(query, *sources, several=several, method='attend_to_cache')
       return run(x, attended, valid, method='finish'), tuple(held)
 
+    # Stacks of the same size are traced once, as a program inside of the program.
+    @functools.partial(jax.jit, static_argnames='local')
+    def through(stack: Params, local: tuple[bool, ...], x: Array, held: tuple):
+      return _over_layers(functools.partial(layer, stack), local, (x, held))
+
     # `first_layers` has fewer layers than parameters and cache, and leaves the others unchanged.
-    local = [i in self.config.local_layers for i in range(self.config.num_layers)]
+    local = tuple(i in self.config.local_layers for i in range(self.config.num_layers))
     read = []  # keys and values of the spans, by stack
     for number, stack in enumerate(params['layers']):
       held = tuple((span.keys[number], span.values[number]) for span in cache.spans)
       size = len(jax.tree.leaves(stack)[0])
       here, local = local[:size], local[size:]
-      x, held = _over_layers(functools.partial(layer, stack), here, (x, held))
+      x, held = through(stack, here, x, held)
       read.append(held)
     return self.apply(params, x, method='normalise'), Cache(
       tuple(Span(*zip(*pairs), held) for *pairs, held in zip(*read, places, strict=True))
