@@ -751,10 +751,13 @@ class Functions:
       attended = run(query, *sources, several=several, method='attend_to_cache')
       return run(x, attended, valid, method='finish'), tuple(held)
 
-    # Stacks of the same size are traced once, as a program inside of the program.
-    @functools.partial(jax.jit, static_argnames='local')
     def through(stack: Params, local: tuple[bool, ...], x: Array, held: tuple):
       return _over_layers(functools.partial(layer, stack), local, (x, held))
+
+    # Stacks of one kind are traced once; `inline` copies what they do, so XLA gets the same program as
+    # if each was traced. Calls outside of any program compile nothing anew: they run step by step.
+    if isinstance(x, jax.core.Tracer):
+      through = jax.jit(through, static_argnames='local', inline=True)
 
     # `first_layers` has fewer layers than parameters and cache, and leaves the others unchanged.
     local = tuple(i in self.config.local_layers for i in range(self.config.num_layers))

@@ -210,6 +210,30 @@ def test_a_loop_over_layers_decodes_as_the_whole_forward_pass():
   assert np.all(whole[:, 2, :, 2:] != 0) and not np.any(part[:, 2, :, 2:])
 
 
+def test_layers_of_one_kind_are_traced_once_and_calls_outside_of_programs_compile_nothing_anew(
+  monkeypatch,
+):
+  traced, layers = [], transformer._over_layers
+  note = lambda layer, local, carry: traced.append(local) or layers(layer, local, carry)
+  monkeypatch.setattr(transformer, '_over_layers', note)
+  policy = tiny.policy(num_layers=5, window=3, local_layers=(0, 1, 3))
+  given = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+  decode = lambda params, cache: policy.decode(params, *given, cache, 0)
+  params = jax.eval_shape(policy.unstack, policy.shapes())
+  program = jax.make_jaxpr(decode)(params, jax.eval_shape(lambda: policy.init_cache(1, 4)))
+  assert traced == [(True,), (False,)]
+  assert 'name=through' not in str(program)  # the compiler sees all layers in one program
+  compiled = []
+  listen = lambda event, seconds, **_: compiled.append(event) if 'backend_compile' in event else 0
+  policy, params = tiny.policy(num_layers=1), tiny.params(num_layers=1)
+  params, cache = policy.unstack(params), policy.init_cache(1, 4)
+  decode(params, cache)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  decode(params, cache)
+  jax.monitoring.unregister_event_duration_listener(listen)
+  assert not compiled
+
+
 def test_padding_in_the_cache_is_finite():
   hidden, _ = POLICY.decode(
     POLICY.unstack(PARAMS),
