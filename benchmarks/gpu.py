@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from polgrad import learner, methods, models
+from polgrad import compiling, learner, methods, models
 from polgrad.compiling import jit
 from polgrad.models import families
 from polgrad.sampling import make_sampler
@@ -185,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  compiling.prepare()
+  compiling.in_one_chunk(main)()

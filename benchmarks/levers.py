@@ -7,6 +7,7 @@ turn; a ratio is of two neighbours. Before anything is timed their results are c
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,16 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.compare import MODEL
-from polgrad import learner, models
+from polgrad import compiling, learner, models
 from polgrad.compiling import jit
 from polgrad.packing import pack
 from polgrad.sampling import make_sampler
-from polgrad.types import Batch, Layout
+from polgrad.types import Batch, Layout, Params
 
 POLICY = models.decoder(**{**MODEL, 'max_length': 1024})
-PARAMS = POLICY.init(jax.random.key(0))
 GROUP = 8
 STOP = 1
+
+
+@functools.cache
+def parameters() -> Params:
+  """Random ones, made when they are first asked for: after `compiling.prepare`."""
+  return POLICY.init(jax.random.key(0))
 
 
 def in_turn(plain: Callable, fast: Callable, repeats: int) -> str:
@@ -68,10 +74,10 @@ def gradients(plain: Batch, fast: Batch, repeats: int) -> str:
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    loss(PARAMS, plain),
-    loss(PARAMS, fast),
+    loss(parameters(), plain),
+    loss(parameters(), fast),
   )
-  return in_turn(lambda: loss(PARAMS, plain), lambda: loss(PARAMS, fast), repeats)
+  return in_turn(lambda: loss(parameters(), plain), lambda: loss(parameters(), fast), repeats)
 
 
 def shared_prompts(prompt: int, completion: int, prompts: int, repeats: int) -> str:
@@ -102,7 +108,7 @@ def slots(rows: int, at_once: int, longest: int, repeats: int) -> str:
   prompts = np.random.default_rng(1).integers(2, 1024, (rows // GROUP, 32)).astype(np.int32)
   ids, step = np.arange(len(prompts)), at_once // GROUP
   call = lambda sample, s: sample(
-    {'policy': PARAMS}, prompts[s], np.ones_like(prompts[s], bool), ids[s], seed=0, step=0
+    {'policy': parameters()}, prompts[s], np.ones_like(prompts[s], bool), ids[s], seed=0, step=0
   )
   cuts = [slice(i, i + step) for i in range(0, len(prompts), step)]
   plain = lambda: [call(static, s) for s in cuts]
@@ -145,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  compiling.prepare()
+  compiling.in_one_chunk(main)()

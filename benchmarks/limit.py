@@ -34,7 +34,7 @@ import numpy as np
 
 from benchmarks import compare
 from benchmarks.peers import polgrad_worker
-from polgrad import hlo, phases, sharding
+from polgrad import compiling, hlo, phases, sharding
 from polgrad.compiling import jit
 from polgrad.models.policy import learned
 from polgrad.types import Batch
@@ -228,4 +228,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  compiling.prepare()
+  compiling.in_one_chunk(main)()

@@ -19,7 +19,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from polgrad import collect, curricula, objectives, optim, reward_models, sharding, teachers
+from polgrad import (
+  collect,
+  curricula,
+  exchanges,
+  objectives,
+  optim,
+  reward_models,
+  sharding,
+  teachers,
+)
 from polgrad import credit as credits
 from polgrad import trackers as tracking
 from polgrad.arrays import OWNED
@@ -201,6 +210,18 @@ class Phase(Judged):
   def mark(self) -> Callable:
     """(completions, records, lengths, rewards, others) -> `Marked`, see `scoring.make_marker`."""
     return scoring.make_marker(self.spans, **self.limits)
+
+  def begin(self) -> None:
+    """Starts in the background the processes that a step needs.
+
+    They are those of verifiers, of the comparison and of the scores of parts, each for the rows that
+    this process judges, and those of the environment.
+    """
+    rows = self.collect.rows
+    judged = len(exchanges.strided(range(rows)))
+    for one in (self.score, self.compare, self.mark):
+      one.begin(judged)
+    self.collect.begin(rows)
 
   def learner(self, policy: Policy) -> Learner:
     """The forward pass, gradient and update of this phase."""
@@ -1195,6 +1216,9 @@ def check_data(run: Experiment) -> list[str]:
   """
   check_texts(run)
   told, asked = [], {}
+  sections = data_sections(run)
+  for one in sections:  # their processes start while losses are traced
+    one.begin()
   run.engine.check_there(run.policy, 'config.engine')
   for name, phase in run.phases.items():
     tracing.trace_objective(f'config.phases.{name}', phase, run.policy)
@@ -1202,7 +1226,6 @@ def check_data(run: Experiment) -> list[str]:
     look_outside(name, phase, run.tokenizer)
     with _placing(f'config.phases.{name}.curriculum'):
       phase.curriculum.init(phase.source)  # refuses records that lack what it reads
-  sections = data_sections(run)
   for one in sections:
     if one.judged:
       told += _try_verifiers(f'{one.path}.reward', one.judged, one.source, run.tokenizer)
@@ -1238,6 +1261,12 @@ class DataSection(NamedTuple):
   reader: collect.Collector | HeldOut  # lays the records out
   judged: Judged | None  # has the verifiers of completions of these records; None: there are none
   held_out: bool  # whether the records are only measured
+
+  def begin(self) -> None:
+    """Starts in the background the processes that are tried on some records."""
+    if self.judged:
+      self.judged.score.begin(TRIED)
+    self.reader.begin(1)  # an environment is tried on one record after the other
 
 
 def data_sections(run: Experiment) -> list[DataSection]:

@@ -172,6 +172,8 @@ def attempt(
   kept = [record for record, fate in problems(experiment) if fate != 'dropped']
   lay = functools.partial(plan.lay_out, tokenizer=tokenizer, cut=plan.overlong == 'truncate')
   records, texts, scores, episodes = [], [], [], []
+  # Verifiers start while the first batch is decoded, which may have to compile.
+  plan.score.begin(len(exchanges.strided(range(min(len(kept), plan.batch) * samples))))
   for start in range(0, len(kept), plan.batch):
     piece = kept[start : start + plan.batch]
 

@@ -184,13 +184,13 @@ class PhaseRun:
   def work_ahead(self, state: TrainState) -> None:
     """Begins in the background what the first step waits for, if a step is left.
 
-    Processes of verifiers start, and the policy's update compiles while the first batch is collected,
-    which compiles the programs of the sampler. The update is not compiled where rows are packed, since
-    the shapes of a batch then depend on its rows.
+    Processes of verifiers and of the environment start, and the policy's update compiles while the first
+    batch is collected, which compiles the programs of the sampler. The update is not compiled where rows
+    are packed, since the shapes of a batch then depend on its rows.
     """
     if int(state.phase_step) >= self.phase.steps:
       return
-    self.phase.score.begin(self.phase.collect.rows)
+    self.phase.begin()
     if not self.phase.layout.pack and not is_quick():
       self.update.ahead(state, self.phase, self.experiment.mesh)
 

@@ -106,6 +106,9 @@ class Collector(abc.ABC):
     `step` is the number of batches that the phase has collected before.
     """
 
+  def begin(self, rows: int) -> None:  # noqa: B027
+    """Starts processes that make the rows of a batch in the background; most collectors have none."""
+
   def lay_out(
     self, records: Sequence[dict], *, tokenizer: Tokenizer, cut: bool = False
   ) -> Batch | Prompts:

@@ -88,7 +88,7 @@ class Turns:
 
   @functools.cached_property
   def pool(self) -> Pool:
-    """The processes of the environment; they start with the first turn."""
+    """The processes of the environment; they start with the first turn, or `begin`."""
     return Pool(
       self.environment,
       workers=self.environment_workers,
@@ -96,6 +96,11 @@ class Turns:
       memory_gib=self.environment_memory,
       isolate=self.isolate_environment,
     )
+
+  def begin(self, rows: int) -> None:
+    """Starts processes of the environment in the background, for a number of rows."""
+    if self.has_environment and talks():
+      self.pool.begin(rows)
 
   def opened(self, records: Sequence[dict]) -> list[dict]:
     """The records that prompts are made of.
@@ -106,6 +111,11 @@ class Turns:
     if not self.has_environment:
       return list(records)
     return [_opened(self.environment, record) for record in records]
+
+
+def talks() -> bool:
+  """Whether this process talks to environments: the first one alone does, and tells the others."""
+  return jax.process_index() == 0
 
 
 def _opened(environment: environments.Environment, record: dict) -> dict:
@@ -166,9 +176,7 @@ def make_draws(
   def in_turns(
     params, prompts, records, ids, *, seed, step, begun: Begun | None = None, single: bool = False
   ) -> Drawn:
-    # The first process alone talks to the environment; the others are told.
-    talks = jax.process_index() == 0
-    replies = talks and Episodes(
+    replies = talks() and Episodes(
       settings.pool,
       tokenizer,
       settings.opened(records),
@@ -180,9 +188,9 @@ def make_draws(
     )
     # Rows that continue an episode have fewer columns left than the sampler gives them.
     asked = replies
-    if begun and talks:
+    if begun and replies:
       asked = within = Within(replies, np.repeat(begun.room, samples_per_prompt))
-    if single and talks:
+    if single and replies:
       asked = one = Single(asked, len(ids) * samples_per_prompt)
     batch = sample(
       params, prompts.tokens, prompts.mask, ids, seed=seed, step=step, replies=asked or None

@@ -7,7 +7,6 @@ raises, hangs, dies or returns what makes no sense gives a `Failure`, which is n
 """
 
 import json
-import queue
 from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -39,7 +38,8 @@ class Reply(NamedTuple):
 class Pool:
   """Answers calls of one environment, several at the same time.
 
-  The processes start with the first calls and live until `close`; one that was stopped is replaced.
+  The processes start with the first calls, or `begin`, and live until `close`; one that was stopped is
+  replaced.
 
   Args:
     environment: a frozen dataclass, see `Environment`.
@@ -74,12 +74,14 @@ class Pool:
     if not self.isolated:
       _prepare(environment)
     else:
-      sent = dumps(environment)
-      self._idle = queue.LifoQueue()
-      for _ in range(workers):
-        self._idle.put(worker.Worker(sent, timeout_s, memory_gib))
+      self._workers = worker.Workers(workers, dumps(environment), timeout_s, memory_gib)
       self._threads = futures.ThreadPoolExecutor(workers, 'environment')
-      self._workers = workers
+
+  def begin(self, rows: int) -> None:
+    """Starts processes for a number of rows in the background; one that cannot start raises at its
+    first call."""
+    if self.isolated:
+      self._workers.begin(rows)
 
   def reset(self, record: Mapping, seed: int) -> futures.Future:
     """The state in which an episode begins, or a `Failure`, when it is there."""
@@ -95,23 +97,14 @@ class Pool:
 
   def _submit(self, *call: Any) -> futures.Future:
     if self.isolated:
-      return self._threads.submit(self._ask, call)
+      return self._threads.submit(self._workers.ask, ('environment', call))
     return ready(respond(self.environment, call, travels=False))
-
-  def _ask(self, call: tuple) -> Any:
-    # The worker that was busy last is taken first, so that no more of them start than are needed.
-    one = self._idle.get()
-    try:
-      return one.ask(('environment', call))
-    finally:
-      self._idle.put(one)
 
   def close(self) -> None:
     """Ends the processes, after the calls that are being answered."""
     if self.isolated:
       self._threads.shutdown(cancel_futures=True)
-      for _ in range(self._workers):
-        self._idle.get().stop()
+      self._workers.stop()
 
 
 def ready(value: Any) -> futures.Future:

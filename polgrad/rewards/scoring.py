@@ -11,13 +11,10 @@ time. If it raises, all of its rows have failed.
 """
 
 import collections
-import contextlib
-import queue
-import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -151,8 +148,9 @@ def make_comparer(
 ) -> Callable[..., Compared]:
   """Makes `compare(pairs, others={}) -> Compared`.
 
-  `pairs` is a list of mappings with first, second, record, first_reward and second_reward; `others` is
-  as in `make_scorer`. A comparison that raises, hangs, or returns no number in [0, 1] has failed.
+  `pairs` is a list of mappings with first, second, record, first_reward and second_reward; `others` and
+  `compare.begin` are as in `make_scorer`. A comparison that raises, hangs, or returns no number in
+  [0, 1] has failed.
 
   Args:
     comparison: see `comparisons`.
@@ -180,6 +178,7 @@ def make_comparer(
       messages.append(f'pair {np.argmax(outside)}: comparison: it returned no number in [0, 1]')
     return Compared(wins, errors, messages)
 
+  compare.begin = judge.begin
   return compare
 
 
@@ -201,8 +200,8 @@ def make_marker(
 ) -> Callable[..., Marked]:
   """Makes `mark(completions, records, lengths, rewards, others={}) -> Marked`.
 
-  `others` is as in `make_scorer`. A function that raises or hangs has failed, and so has one whose parts
-  overlap, are empty or lie outside of the completion.
+  `others` and `mark.begin` are as in `make_scorer`. A function that raises or hangs has failed, and so
+  has one whose parts overlap, are empty or lie outside of the completion.
 
   Args:
     fn: see `spans`.
@@ -235,6 +234,7 @@ def make_marker(
         messages, parts[i] = [*messages, said][:MESSAGES], None
     return Marked(parts, errors, messages)
 
+  marked.begin = judge.begin
   return marked
 
 
@@ -285,7 +285,8 @@ def _make_judge(
     for name, fn in verifiers.items()
     if isolate and name not in whole and registry.unbound(fn) not in IN_PROCESS
   }
-  ask, begin = _asker(apart, run, workers if apart else 0, timeout_s, memory_gib)
+  sent = worker.dumps(apart, run)
+  pool = worker.Workers(workers if apart else 0, sent, timeout_s, memory_gib)
   reads = {name: registry.inputs(fn) for name, fn in verifiers.items()}
 
   def run_all(tasks):
@@ -293,7 +294,7 @@ def _make_judge(
     # Workers start first, and this process judges while they do.
     threads = futures.ThreadPoolExecutor(workers)
     try:
-      answers = [threads.submit(ask, t) if t[0] in apart else None for t in tasks]
+      answers = [threads.submit(pool.ask, t) if t[0] in apart else None for t in tasks]
       return [a.result() if a else here(*t) for a, t in zip(answers, tasks)]
     finally:  # after an interruption, the tasks that wait are not done
       threads.shutdown(wait=False, cancel_futures=True)
@@ -319,7 +320,7 @@ def _make_judge(
         messages.append(f'row {row}: {name}: {result.kind}: {result.reason}')
     return answers, dict(errors), messages[:MESSAGES]
 
-  judge.begin = begin
+  judge.begin = pool.begin
   return judge
 
 
@@ -345,39 +346,3 @@ def _check(name: str, fn: Callable) -> None:
   unknown = sorted(set(registry.inputs(fn)) - set(valid))
   if unknown:
     raise ValueError(f'{name}: a verifier cannot read {unknown}; valid: {[*valid]}')
-
-
-def _asker(
-  verifiers: Mapping[str, Callable],
-  run: Callable,
-  workers: int,
-  timeout_s: float,
-  memory_gib: float,
-) -> tuple[Callable[[tuple[str, Mapping]], Any], Callable[[int], None]]:
-  """Two functions of some worker processes.
-
-  The first gives a task to an idle worker and waits for the answer. The worker that was busy last is
-  taken first, so that no more of them start than are needed. The second starts workers for a number of
-  rows in the background; one that cannot start says so at its first task.
-  """
-  idle = queue.LifoQueue()
-  sent = worker.dumps(verifiers, run)
-  for _ in range(workers):
-    idle.put(worker.Worker(sent, timeout_s, memory_gib))
-
-  def taken(use):
-    one = idle.get()
-    try:
-      return use(one)
-    finally:
-      idle.put(one)
-
-  def start(one):
-    with contextlib.suppress(RuntimeError, OSError):
-      one.start()
-
-  def begin(rows):
-    for _ in range(min(rows, workers)):
-      threading.Thread(target=taken, args=[start], daemon=True).start()
-
-  return lambda task: taken(lambda one: one.ask(task)), begin

@@ -14,6 +14,7 @@ import importlib
 import importlib.machinery
 import math
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -159,6 +160,7 @@ class Worker:
     self._process = self._pipe = self._life = None
     self._sent = 0  # number of the last task
     self._worked = False  # whether the process has started once
+    self._lock = threading.RLock()  # one thread starts it at a time, and others wait
 
   def ask(self, task: tuple[str, Any]) -> Any | Failure:
     """Sends a task (name of a verifier, row) and waits for its answer.
@@ -220,8 +222,11 @@ class Worker:
     Raises:
       RuntimeError, OSError: it cannot start.
     """
-    if self._process is not None:
-      return
+    with self._lock:
+      if self._process is None:
+        self._start()
+
+  def _start(self):
     # The two sockets are the conversation. The pipe tells the guard that this process is gone: the guard
     # then reads the end of the file.
     ours, theirs = socket.socketpair()
@@ -260,12 +265,13 @@ class Worker:
 
   def stop(self):
     """Kills the process and all that it started."""
-    if self._process is None:
-      return
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(self._process.pid, signal.SIGKILL)
-    self._process.wait()
-    self._close()
+    with self._lock:
+      if self._process is None:
+        return
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self._process.pid, signal.SIGKILL)
+      self._process.wait()
+      self._close()
 
   def _close(self):
     self._pipe.close()
@@ -275,6 +281,49 @@ class Worker:
   def __del__(self):
     if contextlib is not None:  # at the end of the interpreter the guard notices by itself
       self.stop()
+
+
+class Workers:
+  """Several workers for the same tasks, so that this number of tasks run at the same time.
+
+  The worker that was busy last is taken first, so that no more of them start than are needed.
+
+  Args:
+    count: number of workers.
+    verifiers, timeout_s, memory_gib: as in `Worker`.
+  """
+
+  def __init__(self, count: int, verifiers: bytes, timeout_s: float, memory_gib: float):
+    self._workers = [Worker(verifiers, timeout_s, memory_gib) for _ in range(count)]
+    self._idle = queue.LifoQueue()
+    for one in reversed(self._workers):
+      self._idle.put(one)
+
+  def ask(self, task: tuple[str, Any]) -> Any | Failure:
+    """Waits for an idle worker and for its answer; see `Worker.ask`."""
+    one = self._idle.get()
+    try:
+      return one.ask(task)
+    finally:
+      self._idle.put(one)
+
+  def begin(self, rows: int) -> None:
+    """Starts workers for a number of rows in the background; nothing where they have started.
+
+    A worker that cannot start says so at its first task.
+    """
+    for one in self._workers[:rows]:
+      threading.Thread(target=_start_if_it_can, args=[one], daemon=True).start()
+
+  def stop(self) -> None:
+    """Ends all of them, after the tasks that they have."""
+    for _ in self._workers:
+      self._idle.get().stop()
+
+
+def _start_if_it_can(one: Worker) -> None:
+  with contextlib.suppress(RuntimeError, OSError):
+    one.start()
 
 
 def main(pipe: int, alive: int) -> None:

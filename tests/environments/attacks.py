@@ -73,7 +73,21 @@ ACTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack(Environment):
-  """Does what a turn says; another turn is added to the state and read back."""
+  """Does what a turn says; another turn is added to the state and read back.
+
+  Attributes:
+    prepared: a file that gets the number of each process, when this is prepared; '' is none.
+    then: what it does after that.
+  """
+
+  prepared: str = ''
+  then: str = 'none'
+
+  def prepare(self) -> None:
+    if self.prepared:
+      with open(self.prepared, 'a') as file:
+        print(os.getpid(), file=file)
+    ACTIONS[self.then](0)
 
   def reset(self, record: Mapping, seed: int) -> Any:
     if 'reset' in record:

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+import types
 from typing import ClassVar
 
 import jax
@@ -34,7 +35,7 @@ from polgrad.losses import advantages, aggregation, surrogates
 from polgrad.methods import Method
 from polgrad.options import from_text
 from polgrad.registry import part, weighted
-from polgrad.rewards import verifiers
+from polgrad.rewards import verifiers, worker
 from polgrad.rewards.scoring import Scores
 from polgrad.sampling import behavior_policies, engines
 from polgrad.types import Layout, turns
@@ -315,6 +316,43 @@ def test_a_verifier_cannot_have_the_name_of_the_environment():
 def test_an_environment_that_never_answers_is_refused_before_a_run():
   with pytest.raises(ValueError, match=r'collect.environment: it fails on all of 4.*LookupError'):
     build.check_data(build.build(config(part(Deaf))))
+
+
+def length_of(completion):
+  return float(len(completion))
+
+
+def longer(first, second):
+  return float(len(first) > len(second))
+
+
+def whole(completion):
+  return [(0, len(completion), 1.0)]
+
+
+def test_processes_begin_with_a_phase_where_they_are_used(monkeypatch):
+  begun = []
+  note = lambda self, tasks: begun.append((len(self._workers), tasks))
+  monkeypatch.setattr(worker.Workers, 'begin', note)
+  run = build.build(config(part(Late)))
+  own = dict(reward={'length': length_of}, comparison=longer, spans=whole, verifier_workers=3)
+  phase = dataclasses.replace(run.phases['train'], **own)
+  assert phase.collect.rows == 16
+  update = types.SimpleNamespace(ahead=lambda *_: None)
+  doing = types.SimpleNamespace(phase=phase, update=update, experiment=run)
+
+  def begins(step):
+    begun.clear()
+    phases.PhaseRun.work_ahead(doing, types.SimpleNamespace(phase_step=step))
+    return begun
+
+  assert begins(0) == [(3, 16), (3, 16), (3, 16), (2, 16)]
+  assert begins(phase.steps) == []
+  # Of 20 processes the first one talks to the environment, and each of 16 judges a row.
+  monkeypatch.setattr(jax, 'process_count', lambda: 20)
+  for index, judged in ((1, 1), (15, 1), (16, 0)):
+    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+    assert begins(0) == [(3, judged)] * 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
 """What an environment does in its process harms neither the run nor other rows."""
 
 import re
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
@@ -8,8 +11,9 @@ import pytest
 from polgrad.environments import Guess, search, workers
 from polgrad.environments.workers import Pool, Reply
 from polgrad.registry import bind
-from polgrad.rewards.worker import Failure
+from polgrad.rewards.worker import START_S, Failure
 from tests.environments.attacks import Attack
+from tests.rewards.scoring_test import ROOT, assert_ends
 
 
 @pytest.fixture(scope='module')
@@ -106,6 +110,40 @@ def test_quick_environments_run_in_this_process():
   assert not Pool(Guess()).isolated and Pool(Attack(), workers=1).isolated
 
 
+def test_processes_may_start_before_the_first_call(tmp_path):
+  file = tmp_path / 'started'
+  numbers = lambda: file.read_text().split() if file.exists() else []
+  pool = Pool(Attack(prepared=str(file)), workers=2)
+  pool.begin(rows=1)
+  assert pool.reset({}, 1).result()
+  assert len(numbers()) == 1  # the call has waited for the process that had begun
+  pool.begin(rows=8)
+  deadline = time.monotonic() + START_S
+  while len(numbers()) < 2 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert_alive(pool)
+  assert len(set(numbers())) == len(numbers()) == 2
+  pool.close()
+  for number in numbers():
+    assert_ends(int(number))
+
+
+def test_processes_that_start_end_with_the_run_that_is_killed(tmp_path):
+  file = tmp_path / 'started'
+  code = f"""
+    import os, signal, time
+    from polgrad.environments.workers import Pool
+    from tests.environments.attacks import Attack
+    pool = Pool(Attack(prepared='{file}', then='late'), workers=1)
+    pool.begin(1)
+    while not os.path.exists('{file}') or not open('{file}').read():
+      time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+  """
+  subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, timeout=60)
+  assert_ends(int(file.read_text()))
+
+
 def test_calls_are_answered_at_the_same_time(pool):
   states = [pool.reset({}, i).result() for i in range(2)]
   begin = time.monotonic()
@@ -149,5 +187,6 @@ def test_an_environment_of_a_config_file_travels_whole(tmp_path):
 
 def test_an_environment_that_cannot_start_says_why(tmp_path):
   pool = Pool(search(corpus=str(tmp_path / 'missing.txt')), workers=1)
+  pool.begin(rows=1)  # its failure is that of the first call
   with pytest.raises(RuntimeError, match=r'cannot start: FileNotFoundError: .*missing\.txt'):
     pool.reset({}, 0).result()
