@@ -75,11 +75,18 @@ class Program:
       lowered = None if self._called else self._jitted.lower(*args, **settings)
       with self._lock:
         while self._waiting:
-          self._waiting.pop()._thread.start()
+          self._waiting.pop()._begin()
       if lowered:
         lowered.compile()
     self._called = True
     return self._jitted(*args, **settings)
+
+  def _begin(self) -> None:
+    """Starts the thread; where the system refuses one, the call compiles."""
+    try:
+      self._thread.start()
+    except RuntimeError:
+      self._thread = None
 
   def ahead(self, arguments: Callable[[], tuple]) -> None:
     """Asks for compilation in the background, which begins when another `Program` is called.
@@ -87,6 +94,7 @@ class Program:
     If that one is new, it is traced first: tracing is work of Python, which runs one thread at a time.
     Then both compile at once. The next call of this one waits until that is done, and compiles again
     if its arguments have other shapes. An error in the background is ignored: the call meets it again.
+    Nothing is compiled where JAX_DISABLE_JIT asks for that, or for a process whose main has ended.
 
     Args:
       arguments: makes arguments of the shapes, types and shardings to compile for; nothing is computed
@@ -97,8 +105,12 @@ class Program:
 
     def begin() -> None:
       with contextlib.suppress(Exception), jax.set_mesh(mesh):
-        jitted.lower(*arguments()).compile()
+        lowered = jitted.lower(*arguments())
+        if threading.main_thread().is_alive():  # else the process waits for this thread alone
+          lowered.compile()
 
+    if jax.config.jax_disable_jit:
+      return
     with self._lock:
       self._thread = threading.Thread(target=in_one_chunk(begin), name='compiling ahead')
       self._waiting.add(self)
@@ -108,12 +120,14 @@ def prepare() -> None:
   """Lets the programs of this process compile sooner; for a main, before JAX makes its first array.
 
   * XLA does not unroll loops on CPUs: programs compile in three quarters of the time and run as fast
-    (benchmarks/README.md). XLA reads XLA_FLAGS once; a value of the user's is kept.
+    (benchmarks/README.md). XLA reads XLA_FLAGS once; a value of the user's is kept, and so is
+    the name of a file with flags.
   * The garbage collector no longer searches what the imports have made, each time that tracing has made
     many objects.
   """
-  given = os.environ.get('XLA_FLAGS', '')
-  if EXTRA not in given:
+  given = os.environ.get('XLA_FLAGS', '').strip()
+  file = given and not given.startswith('-')
+  if EXTRA not in given and not file:
     os.environ['XLA_FLAGS'] = f'{given} {EXTRA}=xla_cpu_disable_loop_unrolling'.strip()
   gc.freeze()
 

@@ -60,6 +60,31 @@ def test_an_error_is_that_of_the_call():
       program(jnp.zeros(3))
 
 
+def test_where_no_thread_starts_the_call_compiles(monkeypatch):
+  def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+  traced = []
+  program = program_of(traced, 'later', 2)
+  with jax.set_mesh(sharding.make_mesh()):
+    program.ahead(lambda: (jnp.ones(3),))
+    with monkeypatch.context() as patch:
+      patch.setattr(threading.Thread, 'start', refuse)
+      program_of(traced, 'first', 1)(jnp.ones(3))
+    np.testing.assert_array_equal(program(jnp.ones(3)), 2 * np.ones(3))
+  assert [thread for _, thread, _ in traced] == ['MainThread', 'MainThread']
+
+
+def test_without_jit_nothing_is_compiled_ahead():
+  traced = []
+  program = program_of(traced, 'later', 2)
+  with jax.set_mesh(sharding.make_mesh()), jax.disable_jit():
+    program.ahead(lambda: (jnp.ones(3),))
+    program_of(traced, 'first', 1)(jnp.ones(3))
+    np.testing.assert_array_equal(program(jnp.ones(3)), 2 * np.ones(3))
+  assert [name for name, _, _ in traced] == ['first', 'later']
+
+
 def test_a_program_that_is_gone_is_not_compiled():
   traced = []
   program = program_of(traced, 'gone', 2)
@@ -130,3 +155,6 @@ def test_loops_are_not_unrolled_unless_the_user_says_what_xla_gets(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', f'{compiling.EXTRA}=xla_cpu_optimize_for_size')
   compiling.prepare()
   assert compiling.os.environ['XLA_FLAGS'] == f'{compiling.EXTRA}=xla_cpu_optimize_for_size'
+  monkeypatch.setenv('XLA_FLAGS', 'flags.txt')  # XLA reads flags from a file of this name
+  compiling.prepare()
+  assert compiling.os.environ['XLA_FLAGS'] == 'flags.txt'
