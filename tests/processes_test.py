@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -105,11 +106,17 @@ def test_processes_that_pass_no_barrier_say_where_they_are(monkeypatch, capsys):
   monkeypatch.setattr(barriers, 'STUCK_AFTER', 0.3)
   monkeypatch.setattr(barriers, 'TELLING', 0.01)
   played(monkeypatch, Service(sent=others))
-  with barriers.watched():
-    for _ in range(4):  # no longer than the limit apart
-      time.sleep(0.1)
-      barriers.together('rewards', detail='step 3')
-    assert not ended.is_set() and ended.wait(20)
+
+  def pass_barriers():
+    with barriers.watched():
+      for _ in range(4):  # no longer than the limit apart
+        time.sleep(0.1)
+        barriers.together('rewards', detail='step 3')
+      assert not ended.is_set() and ended.wait(20)
+
+  # In a thread, since tests run inside of `compiling.in_one_chunk`, a function of polgrad.
+  with futures.ThreadPoolExecutor(1) as threads:
+    threads.submit(pass_barriers).result()
   said = capsys.readouterr().err
   assert 'process 0 of 3 ends: it has passed no barrier for 0.3 seconds (--stuck_after)' in said
   assert "process 0: after the barrier 'rewards' of step 3, outside of polgrad" in said
