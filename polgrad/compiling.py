@@ -71,7 +71,7 @@ class Program:
     if thread is not None:
       thread.join()
     # Others that wait begin once this program is traced, while XLA compiles it.
-    if self._waiting:
+    if self._waiting and not jax.config.jax_disable_jit:
       lowered = None if self._called else self._jitted.lower(*args, **settings)
       with self._lock:
         while self._waiting:
@@ -94,7 +94,7 @@ class Program:
     If that one is new, it is traced first: tracing is work of Python, which runs one thread at a time.
     Then both compile at once. The next call of this one waits until that is done, and compiles again
     if its arguments have other shapes. An error in the background is ignored: the call meets it again.
-    Nothing is compiled where JAX_DISABLE_JIT asks for that, or for a process whose main has ended.
+    Nothing is compiled while `jax.disable_jit` holds, or for a process whose main has ended.
 
     Args:
       arguments: makes arguments of the shapes, types and shardings to compile for; nothing is computed
@@ -109,8 +109,6 @@ class Program:
         if threading.main_thread().is_alive():  # else the process waits for this thread alone
           lowered.compile()
 
-    if jax.config.jax_disable_jit:
-      return
     with self._lock:
       self._thread = threading.Thread(target=in_one_chunk(begin), name='compiling ahead')
       self._waiting.add(self)

@@ -75,14 +75,40 @@ def test_where_no_thread_starts_the_call_compiles(monkeypatch):
   assert [thread for _, thread, _ in traced] == ['MainThread', 'MainThread']
 
 
-def test_without_jit_nothing_is_compiled_ahead():
-  traced = []
-  program = program_of(traced, 'later', 2)
-  with jax.set_mesh(sharding.make_mesh()), jax.disable_jit():
-    program.ahead(lambda: (jnp.ones(3),))
-    program_of(traced, 'first', 1)(jnp.ones(3))
-    np.testing.assert_array_equal(program(jnp.ones(3)), 2 * np.ones(3))
-  assert [name for name, _, _ in traced] == ['first', 'later']
+def test_without_jit_nothing_is_traced():
+  later = program_of([], 'later', 2)
+  branches = compiling.Program(jax.jit(lambda x: x if x.sum() > 0 else -x))
+  with jax.set_mesh(sharding.make_mesh()):
+    later.ahead(lambda: (jnp.ones(3),))
+    with jax.disable_jit():
+      np.testing.assert_array_equal(branches(-jnp.ones(3)), np.ones(3))
+      np.testing.assert_array_equal(later(jnp.ones(3)), 2 * np.ones(3))
+
+
+def test_nothing_is_compiled_for_a_main_that_has_ended(monkeypatch):
+  done, first = [], program_of([], 'first', 3)
+
+  class Jitted:
+    def lower(self):
+      done.append('traced')
+      return self
+
+    def compile(self):
+      done.append('compiled')
+
+    def __call__(self):
+      return 'called'
+
+  later = compiling.Program(Jitted())
+  with jax.set_mesh(sharding.make_mesh()):
+    for ended in (True, False):
+      later.ahead(tuple)
+      with monkeypatch.context() as patch:
+        if ended:
+          patch.setattr(threading, 'main_thread', threading.Thread)
+        first(jnp.ones(3))
+        assert later() == 'called'  # waits for the thread
+  assert done == ['traced', 'traced', 'compiled']
 
 
 def test_a_program_that_is_gone_is_not_compiled():
