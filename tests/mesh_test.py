@@ -204,8 +204,7 @@ def joined(port, count, index, folder, devices=1, lost_after=100):
   address = [f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={index}']
   absl.flags.FLAGS(['worker', *address, f'--lost_after={lost_after}'])
   cli.join()
-  # As JAX does where a process of its own ends, which a fork does not: the first process serves the
-  # A fork does not run what JAX leaves to `atexit`: to wait for the last one, since the first one serves all.
+  # A fork does not run what JAX leaves to `atexit`: to wait for the last one, for the first serves all.
   multiprocessing.util.Finalize(None, jax.distributed.shutdown, exitpriority=0)
   report.draw = str
   runs.share_programs()
